@@ -1,0 +1,45 @@
+"""Every error the library raises on purpose.
+
+BMInfError
+├── ArgumentError (ValueError)       an argument that cannot be accepted
+│   └── UnknownKeywordError (TypeError)
+├── BudgetError                      the memory limit cannot be kept
+├── CheckpointError                  a file on disk that is not what it should be
+├── KernelError                      a CUDA kernel that cannot be found, compiled or launched
+├── OffloadError                     a home for streamed blocks that cannot be made, written or read
+└── UnsupportedModelError            a model, or a use of one, that cannot be scheduled
+"""
+
+from __future__ import annotations
+
+
+class BMInfError(Exception):
+    """Base of all errors of this library."""
+
+
+class ArgumentError(BMInfError, ValueError):
+    """An argument is not acceptable; the message says what is."""
+
+
+class UnknownKeywordError(ArgumentError, TypeError):
+    """A keyword argument that the function does not have."""
+
+
+class BudgetError(BMInfError):
+    """The memory limit is too small for the model; the message gives both numbers."""
+
+
+class CheckpointError(BMInfError):
+    """A checkpoint or configuration file is missing, damaged or of an unknown layout."""
+
+
+class KernelError(BMInfError):
+    """A CUDA kernel could not be found, compiled or launched."""
+
+
+class OffloadError(BMInfError):
+    """A home for streamed blocks could not be made, written or read."""
+
+
+class UnsupportedModelError(BMInfError):
+    """The model, or what was asked of it, does not go together with streaming."""

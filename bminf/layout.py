@@ -1,0 +1,132 @@
+"""Where each tensor of a block lies in its blob: names, shapes, strides and dtypes -> byte offsets.
+
+One contiguous range holds a whole block, so that it is moved by one transfer. A tensor keeps its
+strides and, where its device stays the same, its address modulo 64: the CPU's fp32 matrix-vector
+product gives other last bits for another alignment. Tensors that overlap in their source (tied
+weights, views of one buffer) overlap in the blob alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+
+ADDRESS_MODULUS = 64  # what a kept address keeps: one cache line, the widest CPU vector
+FRESH_ALIGNMENT = 256  # where the address is ours to choose: what CUDA's allocator gives at least
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape, strides and dtype of one tensor, and where its bytes start in their source.
+
+    start: address in bytes; None for a tensor whose bytes are not there yet (meta device).
+    """
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    start: int | None = None
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> TensorSpec:
+        start = None if tensor.is_meta else tensor.data_ptr()
+        return cls(tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype, start)
+
+    @property
+    def num_elements(self) -> int:
+        """Elements from the first to the last, the gaps of the strides included."""
+        if 0 in self.shape:
+            return 0
+        return 1 + sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True))
+
+    @property
+    def nbytes(self) -> int:
+        return self.num_elements * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Offsets of named tensors in one blob of `nbytes` bytes (a multiple of 64).
+
+    The blob itself must start at a multiple of 64.
+    """
+
+    specs: Mapping[str, TensorSpec]
+    offsets: Mapping[str, int]
+    nbytes: int
+
+    @classmethod
+    def of(cls, specs: Mapping[str, TensorSpec], keep_addresses: bool = True) -> Layout:
+        """Lay the tensors out one after another, in the order of their addresses.
+
+        keep_addresses: True keeps each source address modulo 64; False aligns each to 256, as a
+        fresh tensor on another device would be.
+        """
+        offsets: dict[str, int] = {}
+        end = 0
+        for start, names in _regions(specs):
+            if keep_addresses and start is not None:
+                base = end + (start - end) % ADDRESS_MODULUS
+            else:
+                base = -(-end // FRESH_ALIGNMENT) * FRESH_ALIGNMENT
+            for name in names:
+                offsets[name] = base + (specs[name].start or 0) - (start or 0)
+                end = max(end, offsets[name] + specs[name].nbytes)
+        return cls(specs, offsets, -(-end // ADDRESS_MODULUS) * ADDRESS_MODULUS)
+
+    def views(self, buffer: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Each tensor as a view into `buffer`: (at least nbytes,) uint8, any device."""
+        return {name: self.view(buffer, name) for name in self.specs}
+
+    def view(self, buffer: torch.Tensor, name: str) -> torch.Tensor:
+        """The tensor `name` as a view into `buffer`; the same name gives the same memory."""
+        spec, offset = self.specs[name], self.offsets[name]
+        data = buffer[offset : offset + spec.nbytes]
+        if data.device.type == "cpu":
+            # A storage of its own, so that whoever saves one tensor does not save the whole blob.
+            data = torch.frombuffer(data.numpy(), dtype=spec.dtype) if spec.nbytes else data
+        return data.view(spec.dtype).as_strided(spec.shape, spec.stride)
+
+    def fill(self, buffer: torch.Tensor, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Copy named tensors, in any order and one at a time, to their places in `buffer`.
+
+        Raises KeyError for a name that is not in the layout.
+        """
+        for name, tensor in tensors:
+            target = self.view(buffer, name)
+            if tensor.stride() == target.stride():
+                # Element by element as stored: also right for strides with gaps and of 0.
+                _stored(target).copy_(_stored(tensor))
+            else:
+                target.copy_(tensor)
+
+
+def _stored(tensor: torch.Tensor) -> torch.Tensor:
+    count = TensorSpec.of(tensor).num_elements
+    return tensor.detach().as_strided((count,), (1,))
+
+
+def _regions(specs: Mapping[str, TensorSpec]) -> Iterator[tuple[int | None, list[str]]]:
+    """(start, names) of runs of overlapping tensors; a tensor with no address is its own run."""
+    yield from overlapping({name: spec for name, spec in specs.items() if spec.start is not None})
+    for name, spec in specs.items():
+        if spec.start is None:
+            yield None, [name]
+
+
+def overlapping(specs: Mapping[str, TensorSpec]) -> Iterator[tuple[int, list[str]]]:
+    """(start, names) of each largest run of tensors whose byte ranges overlap, by address."""
+    start, end, names = 0, 0, list[str]()
+    for name, spec in sorted(specs.items(), key=lambda item: item[1].start or 0):
+        address = spec.start or 0
+        if names and address < end:
+            names.append(name)
+        else:
+            if names:
+                yield start, names
+            start, end, names = address, address, [name]
+        end = max(end, address + spec.nbytes)
+    if names:
+        yield start, names

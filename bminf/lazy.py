@@ -1,0 +1,94 @@
+"""A tensor whose bytes are elsewhere: it knows its shape and fetches its values when asked.
+
+Model code may read the weight of a streamed block, or of a quantised linear, at any time, not only
+while the block runs. A placeholder of zeros or NaN would then give a wrong answer or a strange
+error; this one gives the right one, slowly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map_only
+
+from bminf.errors import UnsupportedModelError
+
+
+class LazyTensor(torch.Tensor):
+    """A tensor without storage that calls `read()` for its values in every operation.
+
+    read: returns the real tensor, of the same shape, dtype and device.
+    like: any tensor with the metadata wanted (a meta tensor will do); device overrides its own.
+    is_parameter: whether isinstance(tensor, torch.nn.Parameter) shall hold.
+
+    Metadata (shape, dtype, device, numel, requires_grad) costs nothing. Writing raises
+    UnsupportedModelError, because the bytes written would be lost.
+    """
+
+    _read: Callable[[], torch.Tensor]
+
+    @staticmethod
+    def __new__(
+        cls,
+        read: Callable[[], torch.Tensor],
+        like: torch.Tensor,
+        device: torch.device | None = None,
+        is_parameter: bool = False,
+    ) -> LazyTensor:
+        tensor: LazyTensor = torch.Tensor._make_wrapper_subclass(
+            cls,
+            like.shape,
+            strides=like.stride(),
+            dtype=like.dtype,
+            device=device or like.device,
+            requires_grad=like.requires_grad,
+        )
+        tensor._read = read
+        tensor._is_param = is_parameter
+        return tensor
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Everything is set in __new__."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            if isinstance(value, cls) and argument.alias_info and argument.alias_info.is_write:
+                raise UnsupportedModelError(
+                    f"{func} writes to a weight that is streamed or quantised, where new values "
+                    "would be lost; call bminf.unwrap(model) first"
+                )
+        args, kwargs = tree_map_only(cls, lambda tensor: tensor._read(), (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def numpy(self, *, force: bool = False) -> Any:
+        return self.detach().numpy(force=force)
+
+    def tolist(self) -> Any:
+        return self.detach().tolist()
+
+    def data_ptr(self) -> int:
+        raise UnsupportedModelError(
+            "a weight that is streamed or quantised has no address; read it with .detach(), "
+            "or call bminf.unwrap(model) first"
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        real = self._real_copy()
+        memo[id(self)] = real
+        return real
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self._real_copy().__reduce_ex__(protocol)
+
+    def _real_copy(self) -> torch.Tensor:
+        real = self.detach().clone()
+        if isinstance(self, torch.nn.Parameter):
+            return torch.nn.Parameter(real, requires_grad=self.requires_grad)
+        return real

@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+from bminf.errors import UnsupportedModelError
+from bminf.lazy import LazyTensor
+
+
+def lazy(real: torch.Tensor, is_parameter: bool = False) -> tuple[LazyTensor, list[int]]:
+    reads: list[int] = []
+
+    def read() -> torch.Tensor:
+        reads.append(1)
+        return real.detach()
+
+    return LazyTensor(read, real, is_parameter=is_parameter), reads
+
+
+def test_metadata_is_free() -> None:
+    real = torch.randn(4, 6).t()
+    tensor, reads = lazy(real)
+    assert (tensor.shape, tensor.stride(), tensor.dtype) == (real.shape, real.stride(), real.dtype)
+    assert (tensor.device, tensor.numel(), tensor.nbytes) == (real.device, 24, 96)
+    assert not tensor.requires_grad and not isinstance(tensor, torch.nn.Parameter)
+    assert reads == []
+
+
+def test_operations_see_the_values() -> None:
+    real = torch.randn(3, 4)
+    tensor, reads = lazy(real)
+    x = torch.randn(2, 4, requires_grad=True)
+    y = torch.nn.functional.linear(x, tensor)
+    assert torch.equal(y, torch.nn.functional.linear(x, real))
+    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], real.sum(0).expand(2, 4))
+    assert torch.equal(tensor.detach(), real) and type(tensor.detach()) is torch.Tensor
+    assert tensor.tolist() == real.tolist() and (tensor.numpy() == real.numpy()).all()
+    assert str(real[0, 0].item())[:4] in repr(tensor)
+    assert len(reads) >= 5
+
+
+def test_writing_is_refused_and_reading_from_it_is_not() -> None:
+    real = torch.ones(3)
+    tensor, _ = lazy(real)
+    for write in (lambda: tensor.add_(1), lambda: tensor.copy_(real), lambda: tensor.zero_()):
+        with pytest.raises(UnsupportedModelError, match="would be lost"):
+            write()
+    with pytest.raises(UnsupportedModelError, match="no address"):
+        tensor.data_ptr()
+    assert torch.equal(torch.zeros(3).add_(tensor), real) and torch.equal(real, torch.ones(3))
+
+
+def test_copies_are_real_tensors() -> None:
+    for is_parameter in (False, True):
+        tensor, _ = lazy(torch.nn.Parameter(torch.randn(3)), is_parameter)
+        kind = torch.nn.Parameter if is_parameter else torch.Tensor
+        for copied in (copy.deepcopy(tensor), pickle.loads(pickle.dumps(tensor))):
+            assert type(copied) is kind and torch.equal(copied, tensor)
