@@ -1,0 +1,279 @@
+"""Which blocks stay on the device, decided before a byte is moved: a pure function.
+
+Blocks of the same bytes and the same uses are of one kind, and within a kind it does not matter for
+the cost which of them stream. So the planner first decides how many of each kind stay (knapsack.py:
+the fewest bytes x uses over the bus per request) and then which ones of equals stream (spacing.py:
+spread evenly round the pass, because a copy hides behind the blocks between it and the one before).
+With few blocks it looks at every choice instead, so that among equally cheap choices the best
+spaced one of all is found.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from fractions import Fraction
+from itertools import groupby
+from types import MappingProxyType
+from typing import Any
+
+from bminf.errors import ArgumentError, BudgetError
+from bminf.scheduler.knapsack import Kind, cheapest_sets, resident_counts
+from bminf.scheduler.spacing import STAYS, Spacing, spacing, spread
+from bminf.units import format_bytes
+
+DEFAULT_USES = 128
+"""Uses per request of a block that nothing was said about: once a token, for 128 tokens."""
+
+_EXHAUSTIVE = 12  # blocks; 2**12 choices take milliseconds
+_MOST_BYTES = 2**60  # the search counts in int64
+_ROW = 64
+
+
+@dataclass(frozen=True)
+class Block:
+    """What the planner knows of a block.
+
+    name: for example "model.layers.3".   nbytes: bytes of its blob, at least 0.
+    list_name: the list it belongs to, for example "model.layers"; ordered there as given.
+    """
+
+    name: str
+    nbytes: int
+    list_name: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which blocks are resident, and what that will cost. All sizes in bytes.
+
+    blocks: all, in the order given.   uses: block name -> uses per request that was taken.
+    resident, streamed: names of blocks, in order.   outside_bytes: what lies outside all blocks.
+    resident_bytes: everything that stays, `outside_bytes` included.   slot_bytes: both slots.
+    reserved_bytes: set aside for activations and KV cache.   budget: the limit planned for.
+    """
+
+    blocks: tuple[Block, ...]
+    uses: Mapping[str, int | float]
+    resident: tuple[str, ...]
+    streamed: tuple[str, ...]
+    outside_bytes: int
+    resident_bytes: int
+    slot_bytes: int
+    reserved_bytes: int
+    budget: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of device memory that the plan takes; never more than `budget`."""
+        return self.resident_bytes + self.slot_bytes + self.reserved_bytes
+
+    @property
+    def streamed_bytes(self) -> int:
+        """Bytes of all streamed blobs, each once."""
+        streamed = set(self.streamed)
+        return sum(block.nbytes for block in self.blocks if block.name in streamed)
+
+    @property
+    def streamed_bytes_per_request(self) -> int | float:
+        """Bytes that come over the bus in one request: each streamed blob times its uses."""
+        streamed = set(self.streamed)
+        used = [
+            (block.nbytes, self.uses[block.name]) for block in self.blocks if block.name in streamed
+        ]
+        if all(isinstance(uses, int) for _, uses in used):
+            return sum(nbytes * uses for nbytes, uses in used)
+        return math.fsum(nbytes * uses for nbytes, uses in used)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A read-only view cannot be copied or pickled, and models, plan and all, are.
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return _rebuilt, ({**values, "uses": dict(self.uses)},)
+
+    def __str__(self) -> str:
+        return "\n".join([*self._summary(), *self._picture()])
+
+    def _summary(self) -> Iterator[str]:
+        planned, outside = format_bytes(self.total_bytes), format_bytes(self.outside_bytes)
+        yield f"limit     {format_bytes(self.budget):>10}   planned {planned}"
+        yield f"resident  {format_bytes(self.resident_bytes):>10}   {outside} outside all blocks"
+        if self.streamed:
+            yield f"two slots {format_bytes(self.slot_bytes):>10}"
+        yield f"reserved  {format_bytes(self.reserved_bytes):>10}"
+        if not self.streamed:
+            yield "fits entirely: nothing is streamed"
+            return
+        per_request = format_bytes(self.streamed_bytes_per_request)
+        yield (
+            f"streamed  {format_bytes(self.streamed_bytes):>10}   {len(self.streamed)} of "
+            f"{len(self.blocks)} blocks, {per_request} per request"
+        )
+
+    def _picture(self) -> Iterator[str]:
+        streamed = set(self.streamed)
+        for list_name, order in _by_list(self.blocks).items():
+            names = [self.blocks[at].name for at in order]
+            signs = "".join("." if name in streamed else "#" for name in names)
+            stay, stream = signs.count("#"), signs.count(".")
+            uses = sorted({self.uses[name] for name in names})
+            shown = f"{uses[0]:g}" if len(uses) == 1 else f"{uses[0]:g} to {uses[-1]:g}"
+            yield f"{list_name or 'blocks'}: {stay} stay (#), {stream} stream (.), uses {shown}"
+            yield from (f"  {signs[at : at + _ROW]}" for at in range(0, len(signs), _ROW))
+
+
+def _rebuilt(values: dict[str, Any]) -> Plan:
+    return Plan(**{**values, "uses": MappingProxyType(values["uses"])})
+
+
+def plan(
+    blocks: Sequence[Block],
+    budget: int,
+    uses: Mapping[str, float] | None = None,
+    *,
+    outside_bytes: int = 0,
+    reserved_bytes: int = 0,
+) -> Plan:
+    """Choose the blocks that stay within `budget` bytes, for the fewest bytes streamed per request.
+
+    blocks: in the order of the pass; several lists may be mixed.   budget: bytes, for everything.
+    uses: name of a block or of a list -> uses per request, above 0; a block's own name wins, and
+    what is not named has 128.
+    outside_bytes: what stays in any case.   reserved_bytes: what the plan has to leave free.
+
+    If not all fits, two slots of the largest streamed blob are counted, and among equally cheap
+    choices the streamed blocks are spaced evenly in each list. More budget never streams more.
+    The cost is the least possible for up to 12 blocks, and for any number of up to 4 kinds (a kind:
+    bytes and uses); beyond, it is within one block's bytes x uses of the least.
+    Raises ArgumentError for names, sizes or uses that cannot be, and BudgetError, with the least
+    limit that would do, when not even two slots fit.
+    """
+    blocks = tuple(blocks)
+    _check_blocks(blocks)
+    for name, value in (
+        ("budget", budget),
+        ("outside_bytes", outside_bytes),
+        ("reserved_bytes", reserved_bytes),
+    ):
+        _check_bytes(name, value)
+    taken = _uses_of(blocks, uses or {})
+    room = budget - outside_bytes - reserved_bytes
+    _check_room(blocks, budget, outside_bytes + reserved_bytes)
+    if sum(block.nbytes for block in blocks) <= room:
+        streamed: set[int] = set()
+    else:
+        streamed = _choose(blocks, _as_integers([taken[block.name] for block in blocks]), room)
+    stay = [block for at, block in enumerate(blocks) if at not in streamed]
+    move = [block for at, block in enumerate(blocks) if at in streamed]
+    return Plan(
+        blocks=blocks,
+        uses=MappingProxyType(taken),
+        resident=tuple(block.name for block in stay),
+        streamed=tuple(block.name for block in move),
+        outside_bytes=outside_bytes,
+        resident_bytes=outside_bytes + sum(block.nbytes for block in stay),
+        slot_bytes=2 * max((block.nbytes for block in move), default=0),
+        reserved_bytes=reserved_bytes,
+        budget=budget,
+    )
+
+
+def _check_blocks(blocks: tuple[Block, ...]) -> None:
+    seen: set[str] = set()
+    for block in blocks:
+        _check_bytes(f"nbytes of block {block.name!r}", block.nbytes)
+        if block.name in seen:
+            raise ArgumentError(
+                f"two blocks are named {block.name!r}; give each block its own name"
+            )
+        seen.add(block.name)
+    if (total := sum(block.nbytes for block in blocks)) > _MOST_BYTES:
+        raise ArgumentError(f"the blocks have {total} bytes in all; at most 2**60 are accepted")
+
+
+def _check_bytes(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ArgumentError(f"{name}={value!r}; give a whole number of bytes of at least 0")
+
+
+def _uses_of(blocks: tuple[Block, ...], uses: Mapping[str, float]) -> dict[str, int | float]:
+    known = {block.name for block in blocks} | {block.list_name for block in blocks}
+    for name, value in uses.items():
+        if name not in known:
+            lists = ", ".join(sorted({repr(block.list_name) for block in blocks})) or "none"
+            raise ArgumentError(
+                f"uses has the unknown key {name!r}; "
+                f"accepted: the name of a block or of a list ({lists})"
+            )
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not 0 < value < math.inf
+        ):
+            raise ArgumentError(f"uses[{name!r}]={value!r}; give a finite number of uses above 0")
+    of_list = {block.list_name: uses.get(block.list_name, DEFAULT_USES) for block in blocks}
+    return {block.name: uses.get(block.name, of_list[block.list_name]) for block in blocks}
+
+
+def _check_room(blocks: tuple[Block, ...], budget: int, fixed: int) -> None:
+    least, slot = min(_needs(blocks))
+    if fixed + least <= budget:
+        return
+    two_slots = f"two slots of {format_bytes(slot)}" if slot else "all blocks"
+    raise BudgetError(
+        f"the limit of {format_bytes(budget)} ({budget} bytes) is below the least that would do, "
+        f"{format_bytes(fixed + least)} ({fixed + least} bytes: {two_slots} and what has to stay); "
+        "raise memory_limit, quantize, cut finer blocks with blocks=, or lower reserve"
+    )
+
+
+def _needs(blocks: tuple[Block, ...]) -> Iterator[tuple[int, int]]:
+    """For each size of slot: (bytes of two and of the blocks too large for them, bytes of one)."""
+    larger = 0
+    for size, same in groupby(sorted((block.nbytes for block in blocks), reverse=True)):
+        yield larger + 2 * size, size
+        larger += size * len(list(same))
+    yield larger, 0
+
+
+def _as_integers(uses: list[int | float]) -> list[int]:
+    """The uses times one common factor, so that equal costs compare equal, exactly."""
+    exact = [Fraction(value) for value in uses]
+    factor = math.lcm(*(value.denominator for value in exact))
+    return [int(value * factor) for value in exact]
+
+
+def _choose(blocks: tuple[Block, ...], uses: list[int], room: int) -> set[int]:
+    """Places, in the order given, of the blocks that stream when `room` cannot hold all."""
+    lists = list(_by_list(blocks).values())
+    movable = [at for at, block in enumerate(blocks) if block.nbytes]
+    if len(movable) <= _EXHAUSTIVE:
+        sets = cheapest_sets(
+            [blocks[at].nbytes for at in movable], [uses[at] for at in movable], room
+        )
+        choices = ({movable[at] for at in chosen} for chosen in sets)
+        return min(choices, key=lambda chosen: _spacing_of(chosen, lists))
+    kinds = Counter(Kind(blocks[at].nbytes, uses[at]) for at in movable)
+    ordered = sorted(kinds, key=lambda kind: (-kind.uses, -kind.nbytes))
+    counts = [kinds[kind] for kind in ordered]
+    stay = resident_counts(ordered, counts, room)
+    number = {kind: at for at, kind in enumerate(ordered)}
+    kind_lists = [
+        [number.get(Kind(blocks[at].nbytes, uses[at]), STAYS) for at in order] for order in lists
+    ]
+    places = spread(kind_lists, [count - kept for count, kept in zip(counts, stay, strict=True)])
+    return {order[at] for order, some in zip(lists, places, strict=True) for at in some}
+
+
+def _spacing_of(streamed: set[int], lists: list[list[int]]) -> Spacing:
+    places = [[at for at, block in enumerate(order) if block in streamed] for order in lists]
+    return spacing(places, [len(order) for order in lists])
+
+
+def _by_list(blocks: tuple[Block, ...]) -> dict[str, list[int]]:
+    """Name of a list -> the places of its blocks, in the order given."""
+    lists: dict[str, list[int]] = {}
+    for at, block in enumerate(blocks):
+        lists.setdefault(block.list_name, []).append(at)
+    return lists

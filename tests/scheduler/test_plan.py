@@ -1,0 +1,494 @@
+"""The planner against brute force: small integers everywhere, so that ties are frequent."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import pickle
+import random
+import time
+from collections import Counter, defaultdict
+from fractions import Fraction
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bminf.errors import ArgumentError, BudgetError
+from bminf.scheduler import knapsack
+from bminf.scheduler.plan import DEFAULT_USES, Block, Plan, plan
+
+
+def make(sizes, lists=None):
+    lists = lists or [""] * len(sizes)
+    return [
+        Block(f"{name}.{at}", size, name)
+        for at, (size, name) in enumerate(zip(sizes, lists, strict=True))
+    ]
+
+
+def plan_or_none(blocks, budget, uses=None, **keywords):
+    try:
+        return plan(blocks, budget, uses, **keywords)
+    except BudgetError:
+        return None
+
+
+def cost_of(names, blocks, uses):
+    return sum(
+        Fraction(uses.get(block.name, uses.get(block.list_name, DEFAULT_USES))) * block.nbytes
+        for block in blocks
+        if block.name in names
+    )
+
+
+def spacing_of(names, blocks):
+    """(minus the smallest gap, sum of squared gaps), straight from the definition."""
+    lists = defaultdict(list)
+    for block in blocks:
+        lists[block.list_name].append(block.name in names)
+    gaps = []
+    for streams in lists.values():
+        places = [at for at, moves in enumerate(streams) if moves]
+        for place in places:
+            gap = 1
+            while not streams[(place + gap) % len(streams)]:
+                gap += 1
+            gaps.append(gap)
+    return -min(gaps), sum(gap * gap for gap in gaps)
+
+
+def fits(names, blocks, budget):
+    resident = sum(block.nbytes for block in blocks if block.name not in names)
+    largest = max((block.nbytes for block in blocks if block.name in names), default=0)
+    return resident + 2 * largest <= budget
+
+
+def subsets(blocks):
+    movable = [block.name for block in blocks if block.nbytes]
+    for count in range(len(movable) + 1):
+        yield from map(set, itertools.combinations(movable, count))
+
+
+def best_of_all(blocks, budget, uses):
+    """(cost, spacing) of the best of all subsets; None if there is none."""
+    cheapest, best = None, []
+    for names in subsets(blocks):
+        if fits(names, blocks, budget):
+            cost = cost_of(names, blocks, uses)
+            if cheapest is None or cost < cheapest:
+                cheapest, best = cost, []
+            if cost == cheapest:
+                best.append(names)
+    if cheapest is None:
+        return None
+    return cheapest, min(spacing_of(names, blocks) for names in best) if best[0] else None
+
+
+def assert_sound(made: Plan, blocks, uses):
+    assert made.total_bytes <= made.budget
+    assert made.total_bytes == made.resident_bytes + made.slot_bytes + made.reserved_bytes
+    placed = Counter(made.resident) + Counter(made.streamed)
+    assert placed == Counter(block.name for block in blocks)
+    order = {block.name: at for at, block in enumerate(blocks)}
+    for names in (made.resident, made.streamed):
+        assert list(names) == sorted(names, key=order.__getitem__)
+    size = {block.name: block.nbytes for block in blocks}
+    assert made.resident_bytes == made.outside_bytes + sum(size[name] for name in made.resident)
+    assert made.slot_bytes == 2 * max((size[name] for name in made.streamed), default=0)
+    assert made.streamed_bytes == sum(size[name] for name in made.streamed)
+    assert made.streamed_bytes_per_request == cost_of(set(made.streamed), blocks, uses)
+    assert all(size[name] > 0 for name in made.streamed)
+
+
+@st.composite
+def problems(draw, most=9, size=6, kinds=None):
+    """(blocks in up to three lists, uses of some lists and blocks)."""
+    count = draw(st.integers(1, most))
+    values = st.integers(0, size)
+    if kinds:
+        values = st.sampled_from(draw(st.lists(st.integers(1, size), min_size=1, max_size=kinds)))
+    lists = draw(st.lists(st.sampled_from("abc"), min_size=count, max_size=count))
+    blocks = make(draw(st.lists(values, min_size=count, max_size=count)), lists)
+    number = st.sampled_from([1, 2, 3, 0.5, 1.5])
+    keys = st.sampled_from(
+        sorted({*lists, *(block.name for block in blocks)} if not kinds else "a")
+    )
+    uses = draw(st.dictionaries(keys, number, max_size=4))
+    return blocks, {key: value for key, value in uses.items() if key in lists or not kinds}
+
+
+@given(problems(), st.integers(0, 60))
+@settings(max_examples=400, deadline=None)
+def test_few_blocks_equal_brute_force(problem, budget):
+    blocks, uses = problem
+    expected = best_of_all(blocks, budget, uses)
+    made = plan_or_none(blocks, budget, uses)
+    assert (made is None) == (expected is None)
+    if made is None:
+        return
+    assert_sound(made, blocks, uses)
+    assert made.streamed_bytes_per_request == expected[0]
+    if made.streamed:
+        assert spacing_of(set(made.streamed), blocks) == expected[1]
+
+
+@given(problems(most=6, size=4), st.integers(0, 20), st.integers(0, 20))
+@settings(max_examples=100, deadline=None)
+def test_outside_and_reserved_bytes_come_off_the_budget(problem, outside, reserved):
+    blocks, uses = problem
+    for room in range(0, 30, 3):
+        budget = outside + reserved + room
+        plain = plan_or_none(blocks, room, uses)
+        made = plan_or_none(blocks, budget, uses, outside_bytes=outside, reserved_bytes=reserved)
+        assert (made is None) == (plain is None)
+        if made is not None:
+            assert_sound(made, blocks, uses)
+            assert made.streamed == plain.streamed
+            assert made.total_bytes == plain.total_bytes + outside + reserved
+
+
+@given(problems(most=40, size=30), st.data())
+@settings(max_examples=40, deadline=None)
+def test_more_budget_never_streams_more(problem, data):
+    blocks, uses = problem
+    if data.draw(st.booleans()):  # blocks that all differ: too many kinds for the exact search
+        blocks = make([at * 7 % 41 + 5 for at in range(33)])
+        uses = {block.name: 1 + at % 3 for at, block in enumerate(blocks)}
+    total = sum(block.nbytes for block in blocks)
+    start = data.draw(st.integers(0, total))
+    previous = None
+    for budget in range(start, min(total, start + 25) + 1):
+        made = plan_or_none(blocks, budget, uses)
+        if made is None:
+            assert previous is None
+            continue
+        assert_sound(made, blocks, uses)
+        cost = made.streamed_bytes_per_request
+        assert previous is None or cost <= previous
+        previous = cost
+
+
+def least_cost(blocks, budget, uses):
+    """Least cost over all subsets: per slot size, the most value for every sum of bytes."""
+    total = sum(cost_of({block.name}, blocks, uses) for block in blocks)
+    if sum(block.nbytes for block in blocks) <= budget:
+        return 0
+    best = None
+    for slot in {block.nbytes for block in blocks}:
+        most = {0: Fraction(0)}
+        for block in blocks:
+            value = cost_of({block.name}, blocks, uses)
+            more = {nbytes + block.nbytes: worth + value for nbytes, worth in most.items()}
+            if block.nbytes <= slot:
+                more = {n: max(more.get(n, 0), most.get(n, 0)) for n in more.keys() | most.keys()}
+            most = more
+        for nbytes, worth in most.items():
+            if nbytes + 2 * slot <= budget and (best is None or total - worth < best):
+                best = total - worth
+    return best
+
+
+@given(problems(most=60, size=12, kinds=2), st.floats(0, 1))
+@settings(max_examples=120, deadline=None)
+def test_few_kinds_equal_the_table_of_all_sums(problem, part):
+    blocks, uses = problem  # two sizes, with or without own uses in list a: at most 4 kinds
+    budget = int(part * sum(block.nbytes for block in blocks))
+    made = plan_or_none(blocks, budget, uses)
+    expected = least_cost(blocks, budget, uses)
+    assert (made is None) == (expected is None)
+    if made is not None:
+        assert_sound(made, blocks, uses)
+        assert made.streamed_bytes_per_request == expected
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_four_kinds_of_awkward_sizes_equal_all_counts(seed):
+    rng = random.Random(seed)
+    sizes = [rng.randrange(1, 10 ** rng.choice([2, 6, 9, 12])) for _ in range(4)]
+    uses = {name: rng.choice([1, 2, 128, 0.3, 128.7]) for name in "abcd"}
+    if rng.random() < 0.5:
+        uses = dict.fromkeys("abcd", rng.choice([128, 0.1]))
+    counts = [rng.randrange(1, 10) for _ in range(4)]
+    blocks = [
+        b for s, name, n in zip(sizes, "abcd", counts, strict=True) for b in make([s] * n, name * n)
+    ]
+    budget = rng.randrange(sum(block.nbytes for block in blocks))
+    least = None
+    for streamed in itertools.product(*(range(n + 1) for n in counts)):
+        pairs = list(zip(sizes, streamed, strict=True))
+        slot = max((size for size, n in pairs if n), default=0)
+        resident = sum(size * (n - out) for (size, out), n in zip(pairs, counts, strict=True))
+        if resident + 2 * slot <= budget:
+            cost = sum(
+                Fraction(uses[key]) * s * n for (s, n), key in zip(pairs, "abcd", strict=True)
+            )
+            least = cost if least is None else min(least, cost)
+    made = plan_or_none(blocks, budget, uses)
+    assert (made is None) == (least is None)
+    if made is not None:
+        assert cost_of(set(made.streamed), blocks, uses) == least
+
+
+def fractional_bound(blocks, budget, uses):
+    """Least cost if blocks could be cut, over all slot sizes."""
+    best = None
+    for slot in {block.nbytes for block in blocks}:
+        left = Fraction(budget - 2 * slot - sum(b.nbytes for b in blocks if b.nbytes > slot))
+        if left < 0:
+            continue
+        cost = Fraction(0)
+        density = {b.name: cost_of({b.name}, [b], uses) / b.nbytes for b in blocks}
+        small = [b for b in blocks if b.nbytes <= slot]
+        for block in sorted(small, key=lambda b: -density[b.name]):
+            stays = min(left, Fraction(block.nbytes))
+            left -= stays
+            cost += (block.nbytes - stays) * density[block.name]
+        best = cost if best is None else min(best, cost)
+    return best
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_many_kinds_stay_within_one_block_of_the_fractional_bound(seed):
+    rng = random.Random(seed)
+    count = rng.randrange(26, 80)
+    blocks = make([rng.randrange(1, 10**6) for _ in range(count)], rng.choices("ab", k=count))
+    uses = {block.name: rng.choice([1, 2, 128]) for block in blocks if rng.random() < 0.7}
+    total = sum(block.nbytes for block in blocks)
+    previous = None
+    for budget in sorted(rng.randrange(total) for _ in range(8)):
+        made = plan_or_none(blocks, budget, uses)
+        bound = fractional_bound(blocks, budget, uses)
+        assert (made is None) == (bound is None)
+        if made is not None:
+            assert_sound(made, blocks, uses)
+            largest = max(cost_of({block.name}, [block], uses) for block in blocks)
+            assert made.streamed_bytes_per_request <= bound + largest
+            assert previous is None or made.streamed_bytes_per_request <= previous
+            previous = made.streamed_bytes_per_request
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_searching_near_first_finds_what_searching_everything_finds(seed, monkeypatch):
+    rng = random.Random(seed)
+    common = rng.choice([1, 6])
+    drawn = [
+        knapsack.Kind(common * size * rng.choice([1, 2, 3]), rng.choice([7, 7, 8, 30]))
+        for size in rng.sample(range(20, 400), 4)
+    ]
+    kinds = sorted(drawn, key=lambda kind: (-kind.uses, -kind.nbytes))
+    counts = [rng.randrange(3, 30) for _ in kinds]
+    total = sum(kind.nbytes * n for kind, n in zip(kinds, counts, strict=True))
+    for _ in range(10):
+        room = rng.randrange(2 * max(kind.nbytes for kind in kinds), total)
+        found = []
+        for radii in [(), (0, 1, 3)]:
+            monkeypatch.setattr(knapsack, "_RADII", radii)
+            stay = knapsack.resident_counts(kinds, counts, room)
+            found.append(sum(kind.cost * n for kind, n in zip(kinds, stay, strict=True)))
+        assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_windows_never_stream_more_for_more(seed, monkeypatch):
+    monkeypatch.setattr(knapsack, "_EXACT_SUMS", 0)
+    monkeypatch.setattr(knapsack, "_WINDOW_SUMS", seed % 3 * 10)
+    rng = random.Random(seed)
+    sizes = rng.choices(range(1, 20), k=30)
+    blocks = make(sizes)
+    uses = {block.name: rng.choice([1, 2, 2.5, 9]) for block in blocks}
+    previous = None
+    for budget in range(2 * max(sizes), sum(sizes) + 1):
+        made = plan(blocks, budget, uses)
+        assert made.total_bytes <= budget
+        assert previous is None or made.streamed_bytes_per_request <= previous
+        previous = made.streamed_bytes_per_request
+
+
+def gaps_of(places, length):
+    return [
+        (after - before - 1) % length + 1
+        for before, after in zip(places, [*places[1:], places[0]], strict=True)
+    ]
+
+
+@pytest.mark.parametrize("length", [13, 24, 48, 63, 100])
+def test_equal_blocks_are_spaced_by_floor_or_ceil(length):
+    blocks = make([10] * length)
+    for resident in range(length - 2):  # two more fit without slots
+        made = plan(blocks, 20 + 10 * resident)
+        assert len(made.resident) == resident
+        places = [int(name.split(".")[1]) for name in made.streamed]
+        few, more = length // len(places), -(-length // len(places))
+        assert set(gaps_of(places, length)) <= {few, more}
+
+
+@pytest.mark.parametrize("lengths", [(12, 12), (24, 12), (7, 30), (5, 9, 14), (1, 1, 40)])
+def test_equal_blocks_of_several_lists_are_shared_out_for_spacing(lengths):
+    def squares(length, share):
+        gaps = gaps_of([at * length // share for at in range(share)], length) if share else []
+        return min(gaps, default=99), sum(gap * gap for gap in gaps)
+
+    names = [name for name, length in zip("abc", lengths, strict=False) for _ in range(length)]
+    blocks = make([10] * len(names), names)
+    for resident in range(len(names) - 2):
+        made = plan(blocks, 20 + 10 * resident)
+        streams = len(names) - resident
+        expected = min(
+            (-min(gap for gap, _ in parts), sum(square for _, square in parts))
+            for shares in itertools.product(*(range(length + 1) for length in lengths))
+            if sum(shares) == streams
+            for parts in [[squares(n, share) for n, share in zip(lengths, shares, strict=True)]]
+        )
+        assert len(made.streamed) == streams
+        assert spacing_of(set(made.streamed), blocks) == expected
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_mixed_kinds_are_spaced_as_well_as_any_choice_of_the_same_counts(seed):
+    rng = random.Random(seed)
+    count = rng.choice([13, 13, 14])
+    lists = rng.choice(["a" * count, "ab" * count, "aab" * count])[:count]
+    blocks = make([rng.choice([10, 10, 15, 33]) for _ in range(count)], lists)
+    made = plan_or_none(blocks, rng.randrange(66, sum(block.nbytes for block in blocks)))
+    if made is None:
+        return
+    size = {block.name: block.nbytes for block in blocks}
+    wanted = Counter(size[name] for name in made.streamed)
+    expected = min(
+        spacing_of(names, blocks)
+        for names in map(set, itertools.combinations(size, len(made.streamed)))
+        if Counter(size[name] for name in names) == wanted
+    )
+    assert spacing_of(set(made.streamed), blocks) == expected
+
+
+def test_long_lists_of_mixed_kinds_keep_their_streamed_blocks_apart():
+    blocks = make([10 if at % 2 else 15 for at in range(400)])
+    uses = {block.name: 1 for block in blocks if block.nbytes == 10}
+    made = plan(blocks, sum(block.nbytes for block in blocks) - 980, uses)
+    assert {blocks[int(name.split(".")[1])].nbytes for name in made.streamed} == {10}
+    assert len(made.streamed) == 100
+    assert spacing_of(set(made.streamed), blocks) == (-4, 1600)
+
+
+@given(problems(most=7, size=6))
+@settings(max_examples=60, deadline=None)
+def test_refusal_names_the_least_limit_that_would_do(problem):
+    blocks, uses = problem
+    least = next(b for b in itertools.count() if plan_or_none(blocks, b, uses, outside_bytes=3))
+    if least:
+        with pytest.raises(BudgetError, match=rf"\({least - 1} bytes\).*\({least} bytes"):
+            plan(blocks, least - 1, uses, outside_bytes=3)
+    assert plan(blocks, least, uses, outside_bytes=3).total_bytes <= least
+
+
+S = (1234577, 2345699, 987654323, 55555557)
+MANY = {
+    "all the same": make([1234577] * 10_000),
+    "two lists": make([1234577] * 10_000, ["a"] * 4000 + ["b"] * 6000),
+    "four kinds": make([S[at % 4] for at in range(10_000)]),
+    "four kinds, four lists": make([S[at % 4] for at in range(10_000)], "abcd" * 2500),
+    "all different": make([10**8 + at * 7919 for at in range(10_000)], ["a", "b"] * 5000),
+}
+
+
+@pytest.mark.parametrize("case", MANY)
+@pytest.mark.parametrize("part", [0.495, 0.935])
+def test_ten_thousand_blocks_plan_in_under_a_second(case, part):
+    blocks = MANY[case]
+    budget = int(part * sum(block.nbytes for block in blocks))
+    seconds = []
+    for _ in range(3):  # the machine may be busy with something else
+        start = time.perf_counter()
+        made = plan(blocks, budget)
+        seconds.append(time.perf_counter() - start)
+        if seconds[-1] < 1:
+            break
+    assert min(seconds) < 1
+    assert made.total_bytes <= budget
+    assert len(made.resident) + len(made.streamed) == 10_000
+
+
+def test_everything_fits_without_slots():
+    made = plan(
+        make([5, 7, 0], "aab"), 112, {"a": 1, "b.2": 2}, outside_bytes=60, reserved_bytes=40
+    )
+    assert made.resident == ("a.0", "a.1", "b.2")
+    assert (made.streamed, made.slot_bytes, made.streamed_bytes_per_request) == ((), 0, 0)
+    assert (made.resident_bytes, made.total_bytes) == (72, 112)
+    assert dict(made.uses) == {"a.0": 1, "a.1": 1, "b.2": 2}
+    with pytest.raises(TypeError):
+        made.uses["a.0"] = 3
+    assert "fits entirely: nothing is streamed" in str(made)
+    assert plan([], 0).total_bytes == 0
+
+
+def test_a_plan_can_be_copied_and_pickled():
+    made = plan(make([4, 5, 6, 7]), 20, {".1": 2})
+    for twin in (copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
+        assert twin == made
+        with pytest.raises(TypeError):
+            twin.uses[".1"] = 3
+
+
+def test_cross_attention_stays_out_and_decoder_blocks_stay_in():
+    encoder = [Block(f"encoder.{at}", 100, "encoder") for at in range(24)]
+    decoder = [Block(f"decoder.{at}", 100, "decoder") for at in range(24)]
+    cross = [Block(f"cross.{at}", 40, "cross") for at in range(24)]
+    made = plan(encoder + decoder + cross, 24 * 100 + 200, {"encoder": 1, "cross": 1})
+    assert made.resident == tuple(block.name for block in decoder)
+    assert made.streamed_bytes_per_request == 24 * 140
+
+
+def test_picture_shows_every_block_and_its_numbers():
+    blocks = make([1 << 20] * 70 + [1 << 19] * 3, ["decoder.layers"] * 70 + ["head"] * 3)
+    text = str(plan(blocks, 40 << 20, {"decoder.layers.0": 1, "head": 2.5}, reserved_bytes=1 << 20))
+    rows = text.splitlines()
+    made = plan(blocks, 40 << 20, {"decoder.layers.0": 1, "head": 2.5}, reserved_bytes=1 << 20)
+    signs = "".join(row.strip() for row in rows if set(row.strip()) <= {"#", "."})
+    assert signs == "".join("." if b.name in made.streamed else "#" for b in blocks)
+    assert any(row.startswith("decoder.layers:") and "uses 1 to 128" in row for row in rows)
+    assert any(row.startswith("head:") and "uses 2.5" in row for row in rows)
+    assert "40.0 MiB" in text and "fits entirely" not in text
+    assert max(map(len, rows)) <= 100
+
+
+BLOCKS = make([4, 5, 6])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "keywords", "message"),
+    [
+        ((BLOCKS, 99, {"nope": 1}), {}, "'nope'; accepted"),
+        ((BLOCKS, 99, {".1": 0}), {}, r"uses\['.1'\]=0"),
+        ((BLOCKS, 99, {".1": -1.5}), {}, "above 0"),
+        ((BLOCKS, 99, {".1": float("nan")}), {}, "finite"),
+        ((BLOCKS, 99, {".1": float("inf")}), {}, "finite"),
+        ((BLOCKS, 99, {".1": "2"}), {}, "finite"),
+        ((BLOCKS, -1), {}, "budget=-1"),
+        ((BLOCKS, 1.5), {}, "budget=1.5"),
+        ((BLOCKS, 99), {"outside_bytes": -1}, "outside_bytes=-1"),
+        ((BLOCKS, 99), {"reserved_bytes": -1}, "reserved_bytes=-1"),
+        (([Block("a", -1)], 99), {}, "block 'a'=-1"),
+        (([Block("a", 1), Block("a", 2)], 99), {}, "two blocks are named 'a'"),
+        (([Block("a", 2**61)], 99), {}, "at most"),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments, keywords, message):
+    with pytest.raises(ArgumentError, match=message):
+        plan(*arguments, **keywords)
+
+
+def test_a_block_name_wins_over_its_list_and_the_rest_is_default():
+    made = plan(make([1, 1, 1], "aab"), 9, {"a": 3, "a.1": 0.5})
+    assert dict(made.uses) == {"a.0": 3, "a.1": 0.5, "b.2": DEFAULT_USES}
+
+
+@pytest.mark.parametrize("uses", [5e-324, 1e-300, 1e300])
+def test_extreme_uses_are_planned_too(uses):
+    blocks = make([3, 5, 7, 11] * 5, "abcd" * 5)
+    made = plan(blocks, 60, {"a": uses})
+    assert made.total_bytes <= 60
+    cost = cost_of(set(made.streamed), blocks, {"a": uses})
+    assert cost <= least_cost(blocks, 60, {"a": uses}) * Fraction(1 + 1e-12)
