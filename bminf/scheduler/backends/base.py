@@ -1,0 +1,58 @@
+"""What a device has to offer, so that blocks can stream to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from bminf.layout import Layout
+
+
+@dataclass
+class Counters:
+    """What was moved, since wrapping. Bytes are those of whole blobs; times are in seconds."""
+
+    copies: int = 0
+    bytes_copied: int = 0
+    copied_s: float = 0.0
+    waits: int = 0
+    waited_s: float = 0.0
+
+
+class Backend(Protocol):
+    """Slots on a device, homes for streamed blobs, and copies between them."""
+
+    device: torch.device
+    keeps_addresses: bool  # whether a tensor that is copied keeps its address modulo 64
+    slots: list[torch.Tensor]
+
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        """(nbytes,) uint8 on the device."""
+
+    def open(self, blob_bytes: Sequence[int], offload_dir: str | Path | None) -> None:
+        """Make homes for blobs of these sizes, and the slots. Raises OffloadError."""
+
+    def put(self, block: int, layout: Layout, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Write a block to its home, tensor by tensor."""
+
+    def home(self, block: int) -> torch.Tensor:
+        """The blob at home: (bytes,) uint8 on the CPU. Writing to it is not defined."""
+
+    def write_back(self, block: int, slot: int) -> None:
+        """Bring what a block changed in its slot back to its home, before any other copy."""
+
+    def copy(self, block: int, slot: int, after: Any) -> Any: ...
+
+    def wait(self, copied: Any) -> None: ...
+
+    def mark(self) -> Any: ...
+
+    def counters(self) -> Counters:
+        """The counts so far; times only of what has ended."""
+
+    def close(self) -> None:
+        """Give back homes and slots."""

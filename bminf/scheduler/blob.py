@@ -1,0 +1,102 @@
+"""Which bytes make the blob of each block, and which lie outside all blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from bminf.errors import UnsupportedModelError
+from bminf.layout import FRESH_ALIGNMENT, Layout, TensorSpec
+from bminf.scheduler.blocks import ModuleBlock, owners_of, shared_names, tensors_of
+
+_KINDS = (torch.Tensor, torch.nn.Parameter, getattr(torch.nn, "Buffer", torch.nn.Parameter))
+
+
+@dataclass(frozen=True)
+class Blobs:
+    """Layouts with names relative to the block; `outside` has names relative to the model.
+
+    A tensor that a block shares with anything outside it (tied weights, one module in two places)
+    lies outside: it stays, and is counted once.
+    """
+
+    blocks: Mapping[str, Layout]
+    outside: Layout
+
+
+def survey(
+    model: torch.nn.Module,
+    blocks: Sequence[ModuleBlock],
+    stand_ins: Mapping[torch.nn.Module, torch.nn.Module],
+    keep_addresses: bool,
+) -> Blobs:
+    """Lay out every parameter and buffer of `model`.
+
+    stand_ins: modules that will be exchanged, with what will stand in their place.
+    keep_addresses: see Layout.of.
+    """
+    specs = specs_of(model, stand_ins)
+    owners = owners_of(specs, blocks)
+    for name in shared_names({k: s for k, s in specs.items() if s.start is not None}, owners):
+        owners[name] = ""
+    parts: dict[str, dict[str, TensorSpec]] = {block.name: {} for block in blocks}
+    parts[""] = {}
+    for name, spec in specs.items():
+        owner = owners[name]
+        parts[owner][name[len(owner) :].lstrip(".")] = spec
+    layouts = {name: Layout.of(part, keep_addresses) for name, part in parts.items()}
+    return Blobs({name: layouts[name] for name in parts if name}, layouts[""])
+
+
+def specs_of(
+    model: torch.nn.Module, stand_ins: Mapping[torch.nn.Module, torch.nn.Module]
+) -> dict[str, TensorSpec]:
+    """Every tensor as it will be, by name. A meta tensor gets an address of its own."""
+    specs: dict[str, TensorSpec] = {}
+    addresses: dict[int, int] = {}
+    next_address = 0
+    for name, place, tensor in tensors_of(model):
+        if place.module in stand_ins:
+            continue
+        spec = TensorSpec.of(tensor)
+        if tensor.is_meta:
+            spec = replace(spec, start=addresses.setdefault(id(tensor), next_address))
+            next_address += -(-spec.nbytes // FRESH_ALIGNMENT) * FRESH_ALIGNMENT
+        specs[name] = spec
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        if module in stand_ins:
+            for name, _, tensor in tensors_of(stand_ins[module]):
+                specs[f"{prefix}.{name}" if prefix else name] = TensorSpec.of(tensor)
+    return specs
+
+
+def check_tensors(model: torch.nn.Module) -> torch.device:
+    """The one device of all tensors. Raises UnsupportedModelError for what is not plain bytes."""
+    devices: dict[torch.device, str] = {}
+    for name, _, tensor in tensors_of(model):
+        _check_kind(name, tensor)
+        devices.setdefault(tensor.device, name)
+    if len(devices) > 1:
+        where = ", ".join(f"{name!r} on {device}" for device, name in devices.items())
+        raise UnsupportedModelError(
+            f"the model lies on several devices ({where}); move it to one first"
+        )
+    return next(iter(devices), torch.device("cpu"))
+
+
+def _check_kind(name: str, tensor: torch.Tensor) -> None:
+    if torch.nn.parameter.is_lazy(tensor):
+        reason = "is not initialised yet; run the model once first"
+    elif tensor.is_meta:
+        reason = "is on the meta device and has no values; load the weights first"
+    elif type(tensor) not in _KINDS:
+        reason = f"is a {type(tensor).__name__}, whose bytes are not those of a plain tensor"
+    elif tensor.layout != torch.strided or tensor.is_quantized:
+        reason = f"is {'quantized' if tensor.is_quantized else tensor.layout}, not a dense tensor"
+    elif tensor.device.type not in ("cpu", "cuda"):
+        reason = f"is on {tensor.device}; accepted: cpu, cuda"
+    else:
+        return
+    raise UnsupportedModelError(f"the tensor {name!r} {reason}")
