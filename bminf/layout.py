@@ -59,7 +59,7 @@ class Layout:
 
     @classmethod
     def of(cls, specs: Mapping[str, TensorSpec], keep_addresses: bool = True) -> Layout:
-        """Lay the tensors out one after another, in the order of their addresses.
+        """Lay the tensors out one after another, in the order given.
 
         keep_addresses: True keeps each source address modulo 64; False aligns each to 256, as a
         fresh tensor on another device would be.
@@ -109,11 +109,19 @@ def _stored(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _regions(specs: Mapping[str, TensorSpec]) -> Iterator[tuple[int | None, list[str]]]:
-    """(start, names) of runs of overlapping tensors; a tensor with no address is its own run."""
-    yield from overlapping({name: spec for name, spec in specs.items() if spec.start is not None})
-    for name, spec in specs.items():
-        if spec.start is None:
-            yield None, [name]
+    """(start, names) of runs of overlapping tensors, in the order of their first names.
+
+    The order of the addresses would differ between blocks that are otherwise alike, and with it
+    the padding. A tensor with no address is its own run.
+    """
+    located = {name: spec for name, spec in specs.items() if spec.start is not None}
+    runs = {name: run for run in overlapping(located) for name in run[1]}
+    seen: set[str] = set()
+    for name in specs:
+        if name not in seen:
+            start, names = runs.get(name, (None, [name]))
+            seen.update(names)
+            yield start, names
 
 
 def overlapping(specs: Mapping[str, TensorSpec]) -> Iterator[tuple[int, list[str]]]:

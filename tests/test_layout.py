@@ -9,7 +9,7 @@ from bminf.scheduler.memory import allocate
 
 
 def awkward() -> dict[str, torch.Tensor]:
-    """Tensors of many kinds: views of one storage, transposed, expanded, scalar, empty, odd dtypes."""
+    """Tensors of many kinds: views of one storage, expanded, scalar, empty, odd dtypes."""
     big = torch.randn(200)
     return {
         "odd": torch.randn(5, 7),

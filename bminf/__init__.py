@@ -1,0 +1,51 @@
+"""bminf: run models far bigger than the memory at hand.
+
+The public names are loaded when they are first used, so that `import bminf` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bminf.block_list import TransformerBlockList
+    from bminf.layers.quantized_linear import QuantizedLinear
+    from bminf.scheduler.hooks import Stats
+    from bminf.scheduler.plan import Plan
+    from bminf.wrapping import plan_of, stats_of, unwrap, wrapper
+
+__version__ = "3.0.0.dev0"
+
+_HOMES = {
+    "Plan": "bminf.scheduler.plan",
+    "QuantizedLinear": "bminf.layers.quantized_linear",
+    "Stats": "bminf.scheduler.hooks",
+    "TransformerBlockList": "bminf.block_list",
+    "plan_of": "bminf.wrapping",
+    "stats_of": "bminf.wrapping",
+    "unwrap": "bminf.wrapping",
+    "wrapper": "bminf.wrapping",
+}
+
+__all__ = [
+    "Plan",
+    "QuantizedLinear",
+    "Stats",
+    "TransformerBlockList",
+    "plan_of",
+    "stats_of",
+    "unwrap",
+    "wrapper",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'bminf' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_HOMES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

@@ -1,0 +1,399 @@
+"""wrapper(model, memory_limit=...): any torch model, in less device memory than it has weights."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+from warnings import warn
+
+import torch
+from tqdm import tqdm
+
+from bminf.errors import ArgumentError, UnknownKeywordError, UnsupportedModelError
+from bminf.layers.quantize import is_quantizable, quantize_children, skeleton
+from bminf.layout import Layout
+from bminf.scheduler import memory
+from bminf.scheduler.backends.base import Backend
+from bminf.scheduler.backends.cpu import CpuBackend
+from bminf.scheduler.backends.cuda import CudaBackend
+from bminf.scheduler.backends.cuda import free_bytes as cuda_free_bytes
+from bminf.scheduler.blob import Blobs, check_tensors, specs_of, survey
+from bminf.scheduler.blocks import ModuleBlock, find_blocks, tensors_of
+from bminf.scheduler.hooks import Scheduler, Stats, is_streaming
+from bminf.scheduler.plan import Block, Plan, plan
+from bminf.units import parse_bytes
+
+Model = TypeVar("Model", bound=torch.nn.Module)
+
+_ATTRIBUTE = "_bminf_scheduler"
+_FREE_FRACTION = 0.9  # of the free memory, where no limit is given; the rest is for activations
+
+
+def wrapper(
+    model: Model,
+    quantization: bool | str | None = True,
+    memory_limit: int | float | str | None = None,
+    device: torch.device | str | int | None = None,
+    offload_dir: str | Path | None = None,
+    reserve: int | float | str = 0,
+    *,
+    blocks: Iterable[str] | None = None,
+    uses: Mapping[str, float] | None = None,
+    **unknown: Any,
+) -> Model:
+    """Make `model` run within `memory_limit`, and return it: the same object, with the same output.
+
+    Blocks that fit stay on the device; the others wait in host memory (device "cuda") or in a file
+    (device "cpu", where the limit is RAM) and come through two slots just before they are needed.
+    What fits entirely is only moved.
+
+    quantization: True or "int8" packs the linears of the blocks to 8 bits a row; False or None
+        leaves them. A quantised model gives the same output streamed as resident.
+    memory_limit: bytes, or "6GB", "5.5GiB": parameters + buffers + slots + reserve. None takes 90%
+        of what is free on the device (in the container, where there is one).
+    device: None is the GPU where there is one, else the CPU.
+    offload_dir: folder of the file, device "cpu" only; None is a temporary one on a disk.
+    reserve: bytes of the limit to set aside for activations and the KV cache.
+    blocks: names of the modules that move as one; None takes the items of the outermost lists of
+        repeated modules.
+    uses: how often a block, or each block of a list, is used per request; by default 128 (once a
+        token), and 1 for the encoder of an encoder-decoder model.
+
+    Raises ArgumentError, BudgetError, OffloadError or UnsupportedModelError, the model unchanged.
+    """
+    _check_keywords(unknown)
+    _check_model(model)
+    source_device = check_tensors(model)
+    backend = _backend(device, offload_dir)
+    request = _Request.of(model, quantization, blocks, uses, reserve, backend.keeps_addresses)
+    budget = _budget(memory_limit, model, backend.device, source_device)
+    the_plan = request.plan(budget)
+    if _is_quantized(quantization) and not request.stand_ins:
+        warn(
+            f"nothing in the blocks of {type(model).__name__} could be quantised: they hold no "
+            "torch.nn.Linear or Conv1D; the weights stay as they are",
+            stacklevel=2,
+        )
+    _carry_out(model, request, the_plan, backend, source_device, offload_dir)
+    return model
+
+
+def unwrap(model: Model) -> Model:
+    """Undo wrapper(): all weights in memory again, on the device they came from; returns `model`.
+
+    Linears that were quantised stay quantised. Raises ArgumentError if it is not wrapped.
+    """
+    scheduler = model.__dict__.get(_ATTRIBUTE)
+    if scheduler is None:
+        raise ArgumentError(f"this {type(model).__name__} is not wrapped")
+    _restore(model, scheduler)
+    return model
+
+
+def plan_of(model: torch.nn.Module) -> Plan | None:
+    """What stays and what streams, as decided by wrapper(); None for a model not wrapped."""
+    scheduler = model.__dict__.get(_ATTRIBUTE)
+    return None if scheduler is None else scheduler.plan
+
+
+def stats_of(model: torch.nn.Module) -> Stats | None:
+    """What was copied since `model` was wrapped; None if it is not wrapped."""
+    scheduler = model.__dict__.get(_ATTRIBUTE)
+    return None if scheduler is None else scheduler.stats()
+
+
+def plan_for(
+    model: torch.nn.Module,
+    quantization: bool | str | None = True,
+    memory_limit: int | float | str | None = None,
+    reserve: int | float | str = 0,
+    blocks: Iterable[str] | None = None,
+    uses: Mapping[str, float] | None = None,
+) -> Plan:
+    """The plan that wrapper() would make on a GPU, for a model on any device, "meta" included.
+
+    Nothing is moved. memory_limit: None is no limit. Raises as wrapper() does.
+    """
+    request = _Request.of(model, quantization, blocks, uses, reserve, keep_addresses=False)
+    if memory_limit is None:
+        return request.plan(request.total_bytes)
+    return request.plan(parse_bytes(memory_limit, "memory_limit"))
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What was asked for, resolved against the model: nothing here has touched it yet."""
+
+    blocks: list[ModuleBlock]
+    stand_ins: dict[torch.nn.Module, torch.nn.Module]  # linears to quantise -> their packed shape
+    blobs: Blobs
+    uses: dict[str, float]
+    reserved_bytes: int
+
+    @classmethod
+    def of(
+        cls,
+        model: torch.nn.Module,
+        quantization: bool | str | None,
+        blocks: Iterable[str] | None,
+        uses: Mapping[str, float] | None,
+        reserve: int | float | str,
+        keep_addresses: bool,
+    ) -> _Request:
+        reserved_bytes = parse_bytes(reserve, "reserve")
+        found = find_blocks(model, blocks)
+        stand_ins = _stand_ins(model, found) if _is_quantized(quantization) else {}
+        blobs = survey(model, found, stand_ins, keep_addresses)
+        all_uses = {**_encoder_uses(model, found), **_checked_uses(uses)}
+        return cls(found, stand_ins, blobs, all_uses, reserved_bytes)
+
+    @property
+    def total_bytes(self) -> int:
+        blocks = sum(layout.nbytes for layout in self.blobs.blocks.values())
+        return self.reserved_bytes + self.blobs.outside.nbytes + blocks
+
+    def plan(self, budget: int) -> Plan:
+        return plan(
+            [Block(b.name, self.blobs.blocks[b.name].nbytes, b.list_name) for b in self.blocks],
+            budget,
+            self.uses,
+            outside_bytes=self.blobs.outside.nbytes,
+            reserved_bytes=self.reserved_bytes,
+        )
+
+
+def _check_keywords(unknown: Mapping[str, Any]) -> None:
+    accepted = [
+        name
+        for name, parameter in inspect.signature(wrapper).parameters.items()
+        if name != "model" and parameter.kind is not parameter.VAR_KEYWORD
+    ]
+    for name in unknown:
+        near = difflib.get_close_matches(name, accepted, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise UnknownKeywordError(
+            f"wrapper() has no keyword {name!r}{hint} (accepted: {', '.join(accepted)})"
+        )
+
+
+def _check_model(model: torch.nn.Module) -> None:
+    if not isinstance(model, torch.nn.Module):
+        raise ArgumentError(f"model is a {type(model).__name__}; give a torch.nn.Module")
+    for name, module in model.named_modules():
+        if _ATTRIBUTE in module.__dict__:
+            what = f"its part {name!r}" if name else "this model"
+            raise UnsupportedModelError(f"{what} is wrapped already; call bminf.unwrap on it first")
+        if is_streaming(module):
+            raise UnsupportedModelError(
+                f"{name or 'this module'!r} is part of a model that is wrapped already; "
+                "call bminf.unwrap on that model first"
+            )
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UnsupportedModelError(
+                f"{name or 'the model'!r} is a TorchScript module, whose weights cannot be "
+                "exchanged; wrap the model it was made from"
+            )
+
+
+def _is_quantized(quantization: bool | str | None) -> bool:
+    if quantization in (True, "int8"):
+        return True
+    if quantization in (False, None):
+        return False
+    raise ArgumentError(f'quantization={quantization!r}; accepted: True or "int8", False or None')
+
+
+def _checked_uses(uses: Mapping[str, float] | None) -> dict[str, float]:
+    if uses is not None and not isinstance(uses, Mapping):
+        raise ArgumentError(
+            f"uses is a {type(uses).__name__}; give a mapping from the name of a block or "
+            "of a list to its uses per request"
+        )
+    return dict(uses or {})
+
+
+def _backend(device: torch.device | str | int | None, offload_dir: str | Path | None) -> Backend:
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        wanted = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ArgumentError(
+            f'device={device!r}: {error}; accepted: "cpu", "cuda", "cuda:1"'
+        ) from error
+    if wanted.type == "cpu":
+        return CpuBackend()
+    if wanted.type != "cuda":
+        raise ArgumentError(f'device={device!r}; accepted: "cpu", "cuda", "cuda:1"')
+    if not torch.cuda.is_available() or (wanted.index or 0) >= torch.cuda.device_count():
+        raise ArgumentError(
+            f"device={device!r}, but torch {torch.__version__} sees "
+            f"{torch.cuda.device_count()} GPUs; accepted here: \"cpu\""
+        )
+    if offload_dir is not None:
+        warn(
+            "offload_dir is for device='cpu'; on a GPU, streamed blocks wait in page-locked memory",
+            stacklevel=3,
+        )
+    return CudaBackend(wanted)
+
+
+def _budget(
+    memory_limit: int | float | str | None,
+    model: torch.nn.Module,
+    device: torch.device,
+    source_device: torch.device,
+) -> int:
+    if memory_limit is not None:
+        return parse_bytes(memory_limit, "memory_limit")
+    if device.type == "cpu":
+        free, is_mapped = memory.free_bytes(), memory.mapped_files()
+    else:
+        free, is_mapped = cuda_free_bytes(device), _never
+    if device == source_device:
+        # Its own bytes are let go as it is wrapped; mapped files are counted as free already.
+        starts = {s.start: s.nbytes for s in specs_of(model, {}).values() if s.start is not None}
+        free += sum(nbytes for start, nbytes in starts.items() if not is_mapped(start))
+    return int(free * _FREE_FRACTION)
+
+
+def _never(address: int) -> bool:
+    return False
+
+
+def _encoder_uses(model: torch.nn.Module, blocks: Iterable[ModuleBlock]) -> dict[str, float]:
+    """1 for each list inside the encoder of an encoder-decoder model (transformers' words)."""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return {}
+    get_encoder = getattr(model, "get_encoder", None)
+    encoder = get_encoder() if callable(get_encoder) else None
+    if not isinstance(encoder, torch.nn.Module) or encoder is model:
+        return {}
+    inside = set(encoder.modules())
+    names = {b.list_name or b.name for b in blocks if model.get_submodule(b.name) in inside}
+    return dict.fromkeys(names, 1)
+
+
+def _stand_ins(
+    model: torch.nn.Module, blocks: Iterable[ModuleBlock]
+) -> dict[torch.nn.Module, torch.nn.Module]:
+    """The linears in the blocks that can be quantised, each with its shape when packed.
+
+    The output head stays, and so does a weight that several modules share: packing one of them
+    would add bytes, not save any.
+    """
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if callable(get_head) else None
+    num_holders: dict[int, int] = {}
+    for _, _, tensor in tensors_of(model):
+        num_holders[id(tensor)] = num_holders.get(id(tensor), 0) + 1
+    return {
+        module: skeleton(module)
+        for block in blocks
+        for module in model.get_submodule(block.name).modules()
+        if module is not head and is_quantizable(module) and num_holders[id(module.weight)] == 1
+    }
+
+
+def _carry_out(
+    model: torch.nn.Module,
+    request: _Request,
+    the_plan: Plan,
+    backend: Backend,
+    source_device: torch.device,
+    offload_dir: str | Path | None,
+) -> None:
+    """Move everything to its place, block by block; on any error, put the model back together."""
+    layouts = request.blobs.blocks
+    scheduler = Scheduler(the_plan, backend, source_device)
+    if the_plan.streamed:
+        backend.open([layouts[name].nbytes for name in the_plan.streamed], offload_dir)
+    model.__dict__[_ATTRIBUTE] = scheduler
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            _settle_tensors(model, request.blobs.outside, backend, source_device)
+            for name in _with_progress([block.name for block in request.blocks], layouts):
+                _quantize(model, name, request.stand_ins)
+                _place_block(model, name, layouts[name], scheduler)
+                memory.trim()
+        if the_plan.streamed:
+            scheduler.install(model)
+    except BaseException:
+        _restore(model, scheduler)
+        raise
+    weakref.finalize(model, backend.close)
+
+
+def _with_progress(names: list[str], layouts: Mapping[str, Layout]) -> Iterator[str]:
+    total = sum(layouts[name].nbytes for name in names)
+    with tqdm(total=total, desc="wrapping", unit="B", unit_scale=True, delay=1, leave=False) as bar:
+        for name in names:
+            yield name
+            bar.update(layouts[name].nbytes)
+
+
+def _quantize(
+    model: torch.nn.Module, name: str, stand_ins: Mapping[torch.nn.Module, torch.nn.Module]
+) -> None:
+    """Quantise the linears of one block, the block itself included."""
+    parent, _, child = name.rpartition(".")
+    if model.get_submodule(name) in stand_ins:
+        holder = model.get_submodule(parent)
+        only = holder._modules[child]
+        list(quantize_children(holder, lambda module: module is only))
+    else:
+        list(quantize_children(model.get_submodule(name), stand_ins.__contains__))
+
+
+def _place_block(model: torch.nn.Module, name: str, layout: Layout, scheduler: Scheduler) -> None:
+    module = model.get_submodule(name)
+    if name in set(scheduler.plan.streamed):
+        tensors = ((n, tensor) for n, _, tensor in tensors_of(module) if n in layout.specs)
+        scheduler.backend.put(len(scheduler.blocks), layout, tensors)
+        scheduler.add(name, module, layout)
+    else:
+        _settle_tensors(module, layout, scheduler.backend, scheduler.source_device)
+
+
+def _settle_tensors(
+    module: torch.nn.Module, layout: Layout, backend: Backend, source_device: torch.device
+) -> None:
+    """Bring the tensors of `layout`, which stay, to the device.
+
+    On the CPU they are copied too: into anonymous memory, so that a mapped checkpoint is let go.
+    """
+    if backend.device == source_device and backend.device.type != "cpu":
+        return
+    buffer = backend.allocate(layout.nbytes)
+    renewed: dict[int, torch.Tensor] = {}
+    for name, place, tensor in tensors_of(module):
+        if name not in layout.specs:
+            continue
+        view = layout.view(buffer, name)
+        layout.fill(buffer, [(name, tensor)])
+        if not tensor.is_inference():
+            tensor.data = view
+            continue
+        # An inference tensor takes no new data; a new object takes its place wherever it is held.
+        if place.is_parameter:
+            view = torch.nn.Parameter(view, requires_grad=tensor.requires_grad)
+        place.set(renewed.setdefault(id(tensor), view))
+
+
+def _restore(model: torch.nn.Module, scheduler: Scheduler) -> None:
+    """Take the scheduler off: streamed weights into memory, everything to where it came from."""
+    scheduler.uninstall()
+    with torch.inference_mode(False), torch.no_grad():
+        for block in scheduler.blocks:
+            buffer = memory.allocate(block.layout.nbytes)
+            buffer.copy_(scheduler.backend.home(block.index))
+            block.restore(buffer)
+    if scheduler.source_device != scheduler.backend.device:
+        model.to(scheduler.source_device)
+    scheduler.backend.close()
+    del model.__dict__[_ATTRIBUTE]

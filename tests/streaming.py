@@ -1,0 +1,59 @@
+"""What tests of streaming share: small hand-written models, and wrapping with little room."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+import bminf
+from bminf.wrapping import plan_for
+
+
+class Residual(torch.nn.Module):
+    """A block with two matrices, a bias and a buffer."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up = torch.nn.Linear(width, 2 * width)
+        self.down = torch.nn.Linear(2 * width, width, bias=False)
+        self.register_buffer("shift", torch.randn(width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(torch.relu(self.up(x))) + self.shift
+
+
+class Stack(torch.nn.Module):
+    """Blocks in a list, and a head outside it."""
+
+    def __init__(self, num_blocks: int = 7, width: int = 16, block: type = Residual) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList([block(width) for _ in range(num_blocks)])
+        self.head = torch.nn.Linear(width, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+def make_stack(**arguments: Any) -> Stack:
+    torch.manual_seed(0)
+    return Stack(**arguments).eval()
+
+
+def least_limit(model: torch.nn.Module, **arguments: Any) -> int:
+    """A limit with room for two slots and next to nothing else."""
+    whole = plan_for(model, **{"quantization": False, **arguments})
+    largest = max(block.nbytes for block in whole.blocks)
+    return whole.outside_bytes + 2 * largest + 64 * len(whole.blocks) + 512
+
+
+def stream(model: torch.nn.Module, extra_bytes: int = 0, **arguments: Any) -> Any:
+    """Wrap `model` on the CPU, unquantised, with room for two slots and `extra_bytes`."""
+    chosen = {k: v for k, v in arguments.items() if k in ("quantization", "blocks")}
+    limit = least_limit(model, **chosen) + extra_bytes
+    settings = {"quantization": False, "device": "cpu", "memory_limit": limit, **arguments}
+    bminf.wrapper(model, **settings)
+    assert bminf.plan_of(model).streamed
+    return model

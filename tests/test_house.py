@@ -1,0 +1,107 @@
+"""The floors of docs/architecture.md: a room imports only rooms on floors below its own."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import bminf
+
+PACKAGE = Path(bminf.__file__).parent
+
+# The room of a module is the longest of these that it begins with.
+FLOORS = {
+    "bminf.errors": 0, "bminf.units": 0, "bminf.layout": 0, "bminf.lazy": 0,
+    "bminf.quantization": 0, "bminf.cuda": 0, "bminf.kernels": 0,
+    "bminf.ops": 1, "bminf.checkpoint": 1, "bminf.tokenizers": 1,
+    "bminf.layers": 2,
+    "bminf.arch": 3, "bminf.scheduler": 3,
+    "bminf.generation": 4,
+    "bminf.wrapping": 5, "bminf.models": 5,
+    "bminf.block_list": 6,
+    "bminf": 7,
+    "bminf.cli": 8, "bminf.server": 8,
+    "bminf.__main__": 9,
+}  # fmt: skip
+GROUND = {"bminf.errors", "bminf.units", "bminf.layout", "bminf.lazy"}  # importable by all
+MODULES = {
+    ".".join(["bminf", *path.relative_to(PACKAGE).with_suffix("").parts]).removesuffix(
+        ".__init__"
+    ): path
+    for path in PACKAGE.rglob("*.py")
+}
+
+
+def room_of(module: str) -> str:
+    return max((room for room in FLOORS if f"{module}.".startswith(f"{room}.")), key=len)
+
+
+def imports_of(path: Path) -> set[str]:
+    """Every module that a file imports, wherever in the file."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative imports hide the room"
+            assert node.module is not None
+            found |= {
+                name if name in MODULES else node.module
+                for name in (f"{node.module}.{alias.name}" for alias in node.names)
+            }
+    return found
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_room_imports_only_rooms_below_it(module: str) -> None:
+    own = room_of(module)
+    for imported in imports_of(MODULES[module]):
+        if imported.split(".")[0] != "bminf":
+            continue
+        other = room_of(imported)
+        allowed = other == own or other in GROUND or FLOORS[other] < FLOORS[own]
+        assert allowed, f"{module} (floor {FLOORS[own]}) imports {imported} (floor {FLOORS[other]})"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_only_the_cuda_room_imports_cupy(module: str) -> None:
+    named = {name.split(".")[0] for name in imports_of(MODULES[module])}
+    assert room_of(module) == "bminf.cuda" or not named & {"cupy", "cupyx", "cupy_backends"}
+
+
+def test_only_the_command_line_prints() -> None:
+    for module, path in MODULES.items():
+        calls = [
+            node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)
+        ]
+        prints = any(isinstance(call.func, ast.Name) and call.func.id == "print" for call in calls)
+        assert not prints or room_of(module) == "bminf.cli", module
+
+
+def modules_after(program: str) -> set[str]:
+    program += "\nimport sys; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    return set(done.stdout.split())
+
+
+def test_import_bminf_loads_neither_torch_nor_cupy_nor_transformers() -> None:
+    assert not modules_after("import bminf") & {"torch", "cupy", "transformers"}
+
+
+def test_the_wrapper_loads_neither_cupy_nor_transformers() -> None:
+    assert not modules_after("from bminf import wrapper") & {"cupy", "transformers"}
+
+
+def test_the_public_names_are_these() -> None:
+    assert bminf.__all__ == sorted(bminf.__all__)
+    for name in bminf.__all__:
+        assert getattr(bminf, name).__module__.startswith("bminf.")
+    assert bminf.wrapper.__name__ == "wrapper"
+    with pytest.raises(AttributeError, match="no_such_name"):
+        getattr(bminf, "no_such_name")  # noqa: B009

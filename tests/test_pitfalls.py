@@ -1,0 +1,484 @@
+"""What goes wrong when a live model's weights are exchanged under it: a test for each way.
+
+The numbers are those of the project's list of measured pitfalls.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from streaming import Residual, Stack, make_stack, stream
+from tiny_models import greedy, inputs_of, make, output_of
+
+import bminf
+from bminf.errors import UnsupportedModelError
+
+
+def raise_once(module: torch.nn.Module, error: BaseException) -> None:
+    """Let the next call of `module` raise from inside."""
+
+    def hook(*_: Any) -> None:
+        handle.remove()
+        raise error
+
+    handle = module.register_forward_pre_hook(hook)
+
+
+# 1. A block left by an exception
+
+
+@pytest.mark.parametrize("error", [ValueError("inside"), KeyboardInterrupt()])
+@pytest.mark.parametrize("where", [0, 3, 6])
+def test_1_an_exception_inside_a_block_leaves_the_model_usable(
+    error: BaseException, where: int
+) -> None:
+    model, x = make_stack(), torch.randn(3, 16)
+    expected = model(x)
+    stream(model)
+    for _ in range(3):
+        raise_once(model.layers[where].down, error)
+        with pytest.raises(type(error)):
+            model(x)
+        assert torch.equal(model(x), expected)
+    assert locked_by_nobody(model)
+
+
+def test_1_an_interrupt_before_a_block_leaves_the_model_usable() -> None:
+    model, x = make_stack(), torch.randn(3, 16)
+    expected = model(x)
+    stream(model)
+    raise_once(model.layers[4], KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        model(x)
+    assert torch.equal(model(x), expected)
+
+
+def test_1_an_interrupt_while_a_block_is_left_is_mended_by_the_next_pass(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from bminf.scheduler.hooks import StreamedBlock
+
+    model, x = make_stack(), torch.randn(3, 16)
+    expected = model(x)
+    stream(model)
+    original = StreamedBlock.unbind
+
+    def interrupted(self: StreamedBlock) -> None:
+        monkeypatch.setattr(StreamedBlock, "unbind", original)
+        raise KeyboardInterrupt
+
+    model(x)
+    # settle() unbinds every block at the start of a pass; only the call after it is of interest.
+    calls = iter([original] * len(bminf.plan_of(model).streamed))
+    monkeypatch.setattr(StreamedBlock, "unbind", lambda self: next(calls, interrupted)(self))
+    with pytest.raises(KeyboardInterrupt):
+        model(x)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, make_stack().state_dict()[name])
+    assert torch.equal(model(x), expected)
+
+
+def locked_by_nobody(model: torch.nn.Module) -> bool:
+    """Whether another thread gets into the model at once."""
+    done = threading.Event()
+    thread = threading.Thread(target=lambda: (model(torch.zeros(1, 16)), done.set()), daemon=True)
+    thread.start()
+    return done.wait(10)
+
+
+# 2. Weights used outside the block's call
+
+
+def test_2_forward_called_directly_computes_with_the_real_weights() -> None:
+    model, x = make_stack(), torch.randn(3, 16)
+    expected = [layer.forward(x) for layer in model.layers]
+    stream(model)
+    for layer, right in zip(model.layers, expected, strict=True):
+        assert torch.equal(layer.forward(x), right)
+
+
+def test_2_a_part_of_a_streamed_block_computes_with_the_real_weights() -> None:
+    model, x = make_stack(), torch.randn(3, 16)
+    expected = model.layers[5].up(x), model.layers[5].shift + 1
+    stream(model)
+    assert "layers.5" in bminf.plan_of(model).streamed
+    assert torch.equal(model.layers[5].up(x), expected[0])
+    assert torch.equal(model.layers[5].shift + 1, expected[1])
+
+
+def test_2_parameters_are_the_real_weights() -> None:
+    model, reference = stream(make_stack()), make_stack()
+    for given, right in zip(model.parameters(), reference.parameters(), strict=True):
+        assert isinstance(given, torch.nn.Parameter)
+        assert given.shape == right.shape and given.dtype == right.dtype
+        assert torch.equal(given, right) and torch.equal(given.data, right)
+        assert given.tolist() == right.tolist()
+    for given, right in zip(model.buffers(), reference.buffers(), strict=True):
+        assert torch.equal(given, right)
+
+
+def test_2_writing_to_a_streamed_weight_is_refused() -> None:
+    model = stream(make_stack())
+    with torch.no_grad(), pytest.raises(UnsupportedModelError, match="unwrap"):
+        model.layers[5].up.weight.zero_()
+
+
+# 3. torch.compile
+
+
+def test_3_a_compiled_model_gives_the_same_output() -> None:
+    model, x = make_stack(), torch.randn(3, 16)
+    expected = model(x)
+    stream(model)
+    compiled = torch.compile(model, backend="eager")
+    for _ in range(2):
+        assert torch.equal(compiled(x), expected)
+    assert bminf.stats_of(model).passes == 2
+
+
+# 4. Modes of autograd
+
+
+MODES = {"grad": torch.enable_grad, "no_grad": torch.no_grad, "inference": torch.inference_mode}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("wrap_mode", MODES)
+def test_4_wrapped_in_one_mode_runs_in_all(wrap_mode: str, mode: str) -> None:
+    model, x = make_stack(), torch.randn(3, 16)
+    expected = model(x)
+    with MODES[wrap_mode]():
+        stream(model)
+    for used in (mode, "grad", mode):
+        with MODES[used]():
+            assert torch.equal(model(x), expected)
+
+
+def test_4_a_model_made_in_inference_mode_runs_in_all() -> None:
+    with torch.inference_mode():
+        model = make_stack()
+    x = torch.randn(3, 16)
+    with torch.no_grad():
+        expected = model(x)
+    stream(model)
+    for mode in MODES.values():
+        with mode():
+            assert torch.equal(model(x), expected)
+    bminf.unwrap(model)
+    assert torch.equal(model(x), expected)
+
+
+# 5. Backward
+
+
+def test_5_gradients_through_frozen_streamed_blocks_are_right() -> None:
+    model, x = make_stack().requires_grad_(False), torch.randn(3, 16)
+    expected = torch.autograd.functional.jacobian(model, x)
+    stream(model)
+    assert torch.equal(torch.autograd.functional.jacobian(model, x), expected)
+
+
+def test_5_gradient_checkpointing_through_frozen_blocks_is_right() -> None:
+    model = make("llama").requires_grad_(False)
+    embeds = torch.randn(1, 5, 32, requires_grad=True)
+
+    def gradient() -> torch.Tensor:
+        model.train()
+        loss = model(inputs_embeds=embeds, use_cache=False).logits.float().square().sum()
+        return torch.autograd.grad(loss, embeds)[0]
+
+    expected = gradient()
+    stream(model)
+    model.activation_checkpointing_enable()
+    assert torch.equal(gradient(), expected)
+
+
+def test_5_training_streamed_weights_is_refused() -> None:
+    model = stream(make_stack())
+    with pytest.raises(UnsupportedModelError, match="freeze"):
+        model(torch.randn(3, 16)).sum().backward()
+
+
+def test_5_a_bias_that_autograd_need_not_save_is_refused_too() -> None:
+    class Shift(torch.nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.bias = torch.nn.Parameter(torch.randn(width))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.bias
+
+    model = stream(make_stack(num_blocks=30, width=64, block=Shift))
+    with pytest.raises(UnsupportedModelError, match="freeze"):
+        model(torch.randn(3, 64)).sum().backward()
+
+
+def test_5_what_lies_outside_the_blocks_can_be_trained() -> None:
+    model, x = make_stack(), torch.randn(3, 16)
+    model.layers.requires_grad_(False)
+    model(x).sum().backward()
+    expected = model.head.weight.grad.clone()
+    model.zero_grad()
+    stream(model)
+    model(x).sum().backward()
+    assert torch.equal(model.head.weight.grad, expected)
+
+
+# 6. state_dict and saving
+
+
+def test_6_state_dict_holds_the_real_weights() -> None:
+    model, reference = stream(make_stack()), make_stack().state_dict()
+    model(torch.randn(3, 16))
+    given = model.state_dict()
+    assert list(given) == list(reference)
+    for name, right in reference.items():
+        assert type(given[name]) is torch.Tensor and torch.equal(given[name], right), name
+    layer = model.layers[5].state_dict()
+    assert all(torch.equal(layer[k], reference[f"layers.5.{k}"]) for k in layer)
+
+
+def test_6_a_streamed_model_can_be_saved(tmp_path: Path) -> None:
+    model, given = make("llama"), inputs_of("llama")
+    expected = output_of(model, given)
+    stream(model)
+    model.save_pretrained(tmp_path / "hf")
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    again = type(model).from_pretrained(tmp_path / "hf").eval()
+    assert torch.equal(output_of(again, given), expected)
+    other = make("llama", seed=5)
+    other.load_state_dict(torch.load(tmp_path / "weights.pt"))
+    assert torch.equal(output_of(other, given), expected)
+    assert torch.equal(output_of(model, given), expected)
+
+
+def test_6_the_state_dict_outlives_the_model() -> None:
+    model = stream(make_stack())
+    weights = model.state_dict()
+    bminf.unwrap(model)
+    del model
+    gc.collect()
+    for name, right in make_stack().state_dict().items():
+        assert torch.equal(weights[name], right)
+
+
+def test_6_loading_into_a_streamed_model_is_refused() -> None:
+    model, x = make_stack(), torch.randn(3, 16)
+    expected = model(x)
+    stream(model)
+    with pytest.raises(UnsupportedModelError, match="load"):
+        model.load_state_dict({k: v + 1 for k, v in make_stack().state_dict().items()})
+    assert torch.equal(model(x), expected)
+
+
+# 7. Copies
+
+
+@pytest.mark.parametrize("part", ["", "layers", "layers.5"])
+def test_7_copying_and_pickling_are_refused(part: str) -> None:
+    model = stream(make_stack())
+    with pytest.raises(UnsupportedModelError, match="copied"):
+        copy.deepcopy(model.get_submodule(part))
+    with pytest.raises(UnsupportedModelError, match="pickled"):
+        pickle.dumps(model.get_submodule(part))
+
+
+def test_7_a_copied_weight_is_a_real_one() -> None:
+    model = stream(make_stack())
+    copied = copy.deepcopy(model.layers[5].up.weight)
+    assert type(copied) is torch.nn.Parameter
+    assert torch.equal(copied, make_stack().layers[5].up.weight)
+
+
+# 8. Moves and casts
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda module: module.to(torch.bfloat16),
+        lambda module: module.half(),
+        lambda module: module.to("meta"),
+    ],
+)
+@pytest.mark.parametrize("part", ["", "layers.5", "layers.5.up"])
+def test_8_a_cast_or_move_is_refused(part: str, change: Callable[[Any], Any]) -> None:
+    model, x = make_stack(), torch.randn(3, 16)
+    expected = model(x)
+    stream(model)
+    with pytest.raises(UnsupportedModelError, match="converted"):
+        change(model.get_submodule(part))
+    assert torch.equal(model(x), expected)
+
+
+def test_8_a_move_that_changes_nothing_is_accepted() -> None:
+    model, x = make_stack(), torch.randn(3, 16)
+    expected = model(x)
+    stream(model)
+    assert model.to("cpu").float() is model
+    assert torch.equal(model(x), expected)
+
+
+# 9. Threads
+
+
+def run_in_two_threads(work: Callable[[], Any]) -> list[Any]:
+    results: list[Any] = []
+    threads = [threading.Thread(target=lambda: results.append(work())) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_9_two_threads_generate_the_same_as_one(name: str) -> None:
+    model, given = make(name), inputs_of(name)
+    expected = greedy(model, given)
+    stream(model)
+    results = run_in_two_threads(lambda: [greedy(model, given) for _ in range(3)])
+    assert sum(len(ids) for ids in results) == 6
+    assert all(torch.equal(ids, expected) for many in results for ids in many)
+
+
+def test_9_two_threads_in_single_blocks_do_not_disturb_each_other() -> None:
+    model = make_stack(num_blocks=9)
+    xs = torch.randn(40, 3, 16)
+    expected = [model.layers[i % 9](x) for i, x in enumerate(xs)]
+    stream(model)
+
+    def work() -> bool:
+        given = [model.layers[i % 9](x) for i, x in enumerate(xs)]
+        return all(torch.equal(a, b) for a, b in zip(given, expected, strict=True))
+
+    assert run_in_two_threads(lambda: all(work() for _ in range(5))) == [True, True]
+
+
+# 10. Dtypes that have no gradient
+
+
+def test_10_integer_parameters_stream() -> None:
+    class Packed(Residual):
+        def __init__(self, width: int) -> None:
+            super().__init__(width)
+            packed = torch.randint(-9, 9, (width,), dtype=torch.int8)
+            self.packed = torch.nn.Parameter(packed, requires_grad=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * self.packed
+
+    model, x = make_stack(block=Packed), torch.randn(3, 16)
+    expected = model(x)
+    assert torch.equal(stream(model)(x), expected)
+    assert model.layers[5].packed.dtype == torch.int8
+
+
+# 11. Tied weights
+
+
+def test_11_a_tied_head_stays_tied_and_is_counted_once() -> None:
+    model, given = make("gpt2"), inputs_of("gpt2")
+    expected = output_of(model, given)
+    assert model.lm_head.weight is model.transformer.wte.weight
+    embedding_bytes = model.transformer.wte.weight.nbytes
+    stream(model)
+    assert model.lm_head.weight is model.transformer.wte.weight
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    outside = sum(t.nbytes for name, t in tensors if not name.startswith("transformer.h."))
+    assert embedding_bytes < outside <= bminf.plan_of(model).outside_bytes < outside + 512
+    model.tie_weights()
+    assert torch.equal(output_of(model, given), expected)
+
+
+@pytest.mark.parametrize("quantization", [False, True])
+def test_11_a_block_that_shares_a_weight_or_buffer_with_the_outside(quantization: bool) -> None:
+    def tied() -> Stack:
+        model = make_stack(width=16)
+        model.head = torch.nn.Linear(16, 32)
+        model.head.weight = model.layers[2].up.weight
+        model.layers[4].up.weight = model.layers[1].up.weight
+        model.register_buffer("also", model.layers[3].shift)
+        return model
+
+    model, x = tied(), torch.randn(3, 16)
+    resident = bminf.wrapper(tied(), quantization=quantization, memory_limit="1GB", device="cpu")
+    expected = resident(x)
+    assert quantization or torch.equal(expected, model(x))
+    stream(model, quantization=quantization)
+    assert {"layers.2", "layers.3"} & set(bminf.plan_of(model).streamed)
+    for _ in range(2):
+        assert torch.equal(model(x), expected)
+    assert model.head.weight is model.layers[2].up.weight
+    assert model.layers[4].up.weight is model.layers[1].up.weight
+    with torch.no_grad():
+        model.head.weight.zero_()
+        model.also.zero_()
+    assert model.layers[2].up.weight.abs().max() == 0 and model.layers[3].shift.abs().max() == 0
+
+
+def test_11_views_of_one_storage_are_not_taken_for_tied() -> None:
+    model, x = make_stack(), torch.randn(3, 16)
+    expected = model(x)
+    flat = torch.cat([p.detach().flatten() for p in model.parameters()])
+    start = 0
+    for parameter in model.parameters():
+        parameter.data = flat[start : start + parameter.numel()].view_as(parameter)
+        start += parameter.numel()
+    stream(model)
+    assert torch.equal(model(x), expected)
+    assert len(bminf.plan_of(model).streamed) >= 5
+
+
+# 12. Hooks of others on a block
+
+
+def test_12_blocks_with_accelerate_hooks_stream() -> None:
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+
+    model, x = make_stack(), torch.randn(3, 16)
+    expected = model(x)
+    for layer in model.layers:
+        add_hook_to_module(layer, AlignDevicesHook(execution_device="cpu", io_same_device=True))
+    stream(model)
+    assert torch.equal(model(x), expected)
+    bminf.unwrap(model)
+    assert torch.equal(model(x), expected)
+    for layer in model.layers:
+        remove_hook_from_module(layer)
+    assert torch.equal(model(x), expected)
+
+
+def test_12_hidden_states_are_captured_once_each() -> None:
+    model, given = make("llama"), inputs_of("llama")
+    with torch.no_grad():
+        expected = model(**given, output_hidden_states=True).hidden_states
+        stream(model)
+        hidden_states = model(**given, output_hidden_states=True).hidden_states
+    assert len(hidden_states) == len(expected) == 8
+    assert all(torch.equal(a, b) for a, b in zip(hidden_states, expected, strict=True))
+
+
+# 13. Several lists, one pair of slots
+
+
+def test_13_encoder_and_decoder_share_the_slots_and_the_limit() -> None:
+    model, given = make("bart"), inputs_of("bart")
+    expected = greedy(model, given)
+    stream(model)
+    plan = bminf.plan_of(model)
+    lists = {b.list_name for b in plan.blocks if b.name in plan.streamed}
+    assert lists == {"model.encoder.layers", "model.decoder.layers"}
+    assert plan.slot_bytes == 2 * max(b.nbytes for b in plan.blocks if b.name in plan.streamed)
+    uses = {b.list_name: plan.uses[b.name] for b in plan.blocks}
+    assert uses == {"model.encoder.layers": 1, "model.decoder.layers": 128}
+    for _ in range(2):
+        assert torch.equal(greedy(model, given), expected)

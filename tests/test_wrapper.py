@@ -1,0 +1,501 @@
+"""wrapper(), unwrap(), plan_of() and stats_of() as a user meets them, on the CPU."""
+
+from __future__ import annotations
+
+import gc
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from streaming import Residual, Stack, least_limit, make_stack, stream
+from tiny_models import inputs_of, make, output_of
+
+import bminf
+from bminf.errors import (
+    ArgumentError,
+    BMInfError,
+    BudgetError,
+    OffloadError,
+    UnknownKeywordError,
+    UnsupportedModelError,
+)
+from bminf.wrapping import plan_for
+
+
+def snapshot(model: torch.nn.Module) -> list[Any]:
+    """Everything wrapper() could change: classes, tensors with their addresses, attributes."""
+    return [
+        (name, type(module), sorted(module.__dict__), module.training)
+        for name, module in model.named_modules()
+    ] + [
+        (name, id(tensor), tensor.layout == torch.strided and tensor.data_ptr())
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]
+    ]
+
+
+# The plan
+
+
+def test_the_plan_counts_every_byte() -> None:
+    model = make_stack()
+    block_bytes = sum(t.nbytes for t in model.layers[0].state_dict().values())
+    head_bytes = sum(t.nbytes for t in model.head.state_dict().values())
+    limit = least_limit(model) + 2 * block_bytes
+    assert bminf.wrapper(model, False, limit + 1000, device="cpu", reserve=1000) is model
+    plan = bminf.plan_of(model)
+    assert len(plan.resident) == 2 and len(plan.streamed) == 5
+    assert set(plan.resident) | set(plan.streamed) == {f"layers.{i}" for i in range(7)}
+    assert plan.reserved_bytes == 1000
+    assert 2 * block_bytes <= plan.slot_bytes <= 2 * (block_bytes + 4 * 64)
+    resident_bytes = head_bytes + 2 * block_bytes
+    assert resident_bytes <= plan.resident_bytes <= resident_bytes + 11 * 64
+    assert plan.total_bytes == plan.resident_bytes + plan.slot_bytes + 1000 <= limit + 1000
+
+
+def test_what_fits_entirely_is_not_streamed() -> None:
+    model, x = make_stack(), torch.randn(3, 16)
+    expected = model(x)
+    bminf.wrapper(model, quantization=False, memory_limit="1GB", device="cpu")
+    plan = bminf.plan_of(model)
+    assert plan.streamed == () and plan.slot_bytes == 0
+    assert "forward" not in model.__dict__ and "forward" not in model.layers[0].__dict__
+    assert torch.equal(model(x), expected) and bminf.stats_of(model) == bminf.Stats()
+    model(x).sum().backward()  # an ordinary model still
+
+
+def test_without_a_limit_it_takes_nine_tenths_of_what_is_free() -> None:
+    from bminf.scheduler import memory
+
+    model = make_stack()
+    bminf.wrapper(model, quantization=False, device="cpu")
+    free = memory.free_bytes()
+    assert 0.8 * free < bminf.plan_of(model).budget < free
+    assert bminf.plan_of(model).streamed == ()
+
+
+def test_uses_are_taken_and_shown() -> None:
+    model = make_stack()
+    uses = {"layers": 3, "layers.2": 1}
+    stream(model, uses=uses, extra_bytes=3 * 5000)
+    plan = bminf.plan_of(model)
+    assert plan.uses["layers.0"] == 3 and plan.uses["layers.2"] == 1
+    assert "layers.2" in plan.streamed
+    assert "1-3" in str(plan) or "1 to 3" in str(plan)
+
+
+def test_a_model_that_is_not_wrapped_has_no_plan() -> None:
+    model = make_stack()
+    assert bminf.plan_of(model) is None and bminf.stats_of(model) is None
+    stream(model)
+    bminf.unwrap(model)
+    assert bminf.plan_of(model) is None and bminf.stats_of(model) is None
+
+
+def test_a_plan_can_be_had_without_weights() -> None:
+    with torch.device("meta"):
+        empty = Stack(7, 16)
+    for quantization in (True, False):
+        for_empty = plan_for(empty, quantization=quantization, memory_limit="30KB")
+        assert for_empty == plan_for(make_stack(), quantization=quantization, memory_limit="30KB")
+    with torch.device("meta"):
+        tied = type(make("gpt2"))(make("gpt2").config)
+    assert plan_for(tied).outside_bytes == plan_for(make("gpt2")).outside_bytes
+
+
+# Quantization
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "bart"])
+def test_quantised_and_streamed_equals_quantised_and_resident(name: str) -> None:
+    given, reference = inputs_of(name), output_of(make(name), inputs_of(name))
+    resident = bminf.wrapper(make(name), memory_limit="1GB", device="cpu")
+    expected = output_of(resident, given)
+    assert 0 < (expected - reference).norm() / reference.norm() < 0.1
+    model = stream(make(name), quantization="int8")
+    for _ in range(2):
+        assert torch.equal(output_of(model, given), expected)
+    linears = [m for m in model.modules() if isinstance(m, bminf.QuantizedLinear)]
+    assert len(linears) >= 4 * 7
+    assert type(model.get_output_embeddings()) is torch.nn.Linear
+    assert linears[0].weight.dtype == torch.float32
+
+
+def test_a_quantised_model_needs_less() -> None:
+    limit = least_limit(make("llama")) + 40_000
+    plain, packed = make("llama"), make("llama")
+    bminf.wrapper(plain, False, limit, device="cpu")
+    bminf.wrapper(packed, True, limit, device="cpu")
+    assert len(bminf.plan_of(packed).resident) > 2 * len(bminf.plan_of(plain).resident)
+
+
+def test_a_single_linear_may_be_a_block() -> None:
+    model, x = make_stack(), torch.randn(3, 16)
+    names = [f"layers.{i}.{part}" for i in range(7) for part in ("up", "down")]
+    expected = bminf.wrapper(make_stack(), memory_limit="1GB", device="cpu", blocks=names)(x)
+    stream(model, quantization=True, blocks=names)
+    assert torch.equal(model(x), expected)
+    assert isinstance(model.layers[6].up, bminf.QuantizedLinear)
+
+
+def test_nothing_to_quantise_is_said() -> None:
+    class Scale(torch.nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.randn(width))
+
+    with pytest.warns(UserWarning, match="nothing in the blocks of Stack could be quantised"):
+        bminf.wrapper(make_stack(block=Scale), memory_limit="1GB", device="cpu")
+
+
+# Unwrapping
+
+
+@pytest.mark.parametrize("quantization", [False, True])
+def test_unwrap_restores_an_ordinary_model(quantization: bool) -> None:
+    model, x = make_stack(), torch.randn(3, 16)
+    before = {name: sorted(module.__dict__) for name, module in make_stack().named_modules()}
+    stream(model, quantization=quantization)
+    expected = model(x)
+    assert bminf.unwrap(model) is model
+    assert torch.equal(model(x), expected)
+    if not quantization:
+        after = {name: sorted(module.__dict__) for name, module in model.named_modules()}
+        assert after == before
+        right = make_stack().state_dict()
+        assert all(torch.equal(v, right[k]) for k, v in model.state_dict().items())
+        assert all(type(p) is torch.nn.Parameter and p.requires_grad for p in model.parameters())
+        model(x).sum().backward()
+        assert all(p.grad is not None for p in model.parameters())
+    stream(model, quantization=False)
+    assert torch.equal(model(x), expected)
+    with pytest.raises(ArgumentError, match="not wrapped"):
+        bminf.unwrap(make_stack())
+
+
+def test_attributes_of_parameters_survive() -> None:
+    model = make_stack()
+    model.layers[5].up.weight.mark = "kept"
+    stream(model)
+    assert "layers.5" in bminf.plan_of(model).streamed
+    seen = []
+    model.layers[5].up.register_forward_pre_hook(lambda m, _: seen.append(m.weight.mark))
+    model(torch.randn(1, 16))
+    bminf.unwrap(model)
+    assert seen == ["kept"] and model.layers[5].up.weight.mark == "kept"
+
+
+# State that blocks change or hand out
+
+
+def test_buffers_that_a_block_changes_in_place_are_kept() -> None:
+    class Norm(Residual):
+        def __init__(self, width: int) -> None:
+            super().__init__(width)
+            self.norm = torch.nn.BatchNorm1d(width)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.norm(super().forward(x))
+
+    plain, model = (make_stack(block=Norm).train() for _ in range(2))
+    stream(model)
+    with torch.no_grad():
+        for _ in range(4):
+            x = torch.randn(8, 16)
+            assert torch.equal(model(x), plain(x))
+    right = plain.state_dict()
+    assert all(torch.equal(v, right[k]) for k, v in model.state_dict().items())
+    assert right["layers.5.norm.num_batches_tracked"] == 4
+
+
+def test_a_buffer_that_a_block_replaces_is_kept() -> None:
+    class Memory(Residual):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = super().forward(x)
+            self.shift = x.mean(0)
+            return x
+
+    plain, model = (make_stack(block=Memory) for _ in range(2))
+    stream(model)
+    for _ in range(4):
+        x = torch.randn(8, 16)
+        assert torch.equal(model(x), plain(x))
+    right = plain.state_dict()
+    assert all(torch.equal(v, right[k]) for k, v in model.state_dict().items())
+    bminf.unwrap(model)
+    assert torch.equal(model.layers[5].shift, plain.layers[5].shift)
+
+
+def test_an_output_that_is_a_weight_does_not_change_with_the_slot() -> None:
+    class Table(torch.nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.table = torch.nn.Parameter(torch.randn(9, width))
+
+        def forward(self, num_rows: int) -> dict[str, Any]:
+            return {"rows": self.table[:num_rows], "more": [self.table.T]}
+
+    class Tables(Stack):
+        def forward(self, num_rows: int) -> list[Any]:
+            return [layer(num_rows) for layer in self.layers]
+
+    torch.manual_seed(0)
+    model = Tables(7, 16, Table)
+    expected = [layer.table.detach().clone() for layer in model.layers]
+    stream(model)
+    with torch.no_grad():
+        for given, right in zip(model(4), expected, strict=True):
+            assert torch.equal(given["rows"], right[:4]) and torch.equal(given["more"][0], right.T)
+
+
+def test_a_block_may_call_itself_and_another() -> None:
+    class Calling(Residual):
+        other: Any = None
+
+        def forward(self, x: torch.Tensor, depth: int = 0) -> torch.Tensor:
+            if depth < 2:
+                x = self(x, depth + 1)
+            if depth == 0 and self.other is not None:
+                x = self.other[0](x, 2)
+            return super().forward(x)
+
+    def calling() -> Stack:
+        model = make_stack(block=Calling)
+        model.layers[1].other = [model.layers[5]]  # in a list: not a child
+        return model
+
+    model, x = calling(), torch.randn(3, 16)
+    expected = model(x)
+    stream(model)
+    for _ in range(2):
+        assert torch.equal(model(x), expected)
+
+
+def test_blocks_out_of_order_and_twice_and_not_at_all() -> None:
+    class Shuffled(Stack):
+        order: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for number in self.order:
+                x = self.layers[number](x)
+            return x
+
+    torch.manual_seed(0)
+    model, x = Shuffled(), torch.randn(3, 16)
+    orders = [(6, 5, 4, 3), (0, 0, 0, 1), (2, 6, 2, 6, 2), (0, 1, 2, 3, 4, 5, 6), ()]
+    expected = {}
+    for model.order in orders:
+        expected[model.order] = model(x)
+    stream(model)
+    for model.order in orders * 3:
+        assert torch.equal(model(x), expected[model.order])
+
+
+# Several devices and kinds of file are for other tests; bad input follows
+
+
+class Sparse(Residual):
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.register_buffer("graph", torch.eye(width).to_sparse())
+
+
+class Subclass(Residual):
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        kind = type("Packed4bit", (torch.nn.Parameter,), {})
+        self.up.weight = kind(self.up.weight.detach())
+
+
+def lazy_stack() -> Stack:
+    model = make_stack()
+    model.layers[3].up = torch.nn.LazyLinear(32)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "said"),
+    [
+        ({"memory_limit": 3000}, BudgetError, "raise memory_limit"),
+        ({"memory_limit": -1}, ArgumentError, "memory_limit=-1"),
+        ({"memory_limit": "6 elephants"}, ArgumentError, "unknown unit 'elephants'"),
+        ({"memory_limit": [6]}, ArgumentError, "list"),
+        ({"reserve": "-3MB"}, ArgumentError, "reserve='-3MB'"),
+        ({"memory_limt": "6GB"}, UnknownKeywordError, "did you mean 'memory_limit'"),
+        ({"quantization": "int5"}, ArgumentError, "accepted: True or"),
+        ({"device": "gpu"}, ArgumentError, "accepted"),
+        ({"device": "meta"}, ArgumentError, "accepted"),
+        ({"device": "cuda:99"}, ArgumentError, "GPUs"),
+        ({"blocks": ["layers.70"]}, ArgumentError, "layers.70"),
+        ({"blocks": ["layers.1", "layers.1.up"]}, ArgumentError, "inside"),
+        ({"uses": {"layer": 3}}, ArgumentError, "layer"),
+        ({"uses": {"layers": 0}}, ArgumentError, "layers"),
+        ({"uses": [3]}, ArgumentError, "mapping"),
+        ({"offload_dir": "/no/such/folder"}, OffloadError, "/no/such/folder"),
+        ({"offload_dir": "/proc/self"}, OffloadError, "offload_dir"),
+    ],
+)
+def test_bad_arguments_leave_the_model_unchanged(
+    arguments: dict[str, Any], error: type[BMInfError], said: str, tmp_path: Path
+) -> None:
+    model = make_stack()
+    before = snapshot(model)
+    settings = {
+        "quantization": False,
+        "memory_limit": least_limit(model),
+        "device": "cpu",
+        "offload_dir": tmp_path,
+        **arguments,
+    }
+    with pytest.raises(error, match=said):
+        bminf.wrapper(model, **settings)
+    assert snapshot(model) == before
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_limit_too_small_names_both_numbers() -> None:
+    model = make_stack()
+    with pytest.raises(BudgetError, match=r"2\.9 KiB.*\d\.\d KiB"):
+        bminf.wrapper(model, False, 3000, device="cpu")
+    whole = plan_for(model, quantization=False)
+    least = whole.outside_bytes + 2 * whole.blocks[0].nbytes
+    with pytest.raises(BudgetError):
+        plan_for(model, False, least - 1)
+    assert plan_for(model, False, least).total_bytes == least
+
+
+@pytest.mark.parametrize(
+    ("make_model", "error", "said"),
+    [
+        (lambda: torch.nn.Linear(3, 3), UnsupportedModelError, "no list of repeated modules"),
+        (lambda: make_stack().to("meta"), UnsupportedModelError, "meta device"),
+        (lambda: make_stack(block=Sparse), UnsupportedModelError, "'layers.0.graph' is.*sparse"),
+        (lambda: make_stack(block=Subclass), UnsupportedModelError, "Packed4bit"),
+        (lazy_stack, UnsupportedModelError, "not initialised"),
+        (lambda: torch.jit.script(make_stack()), UnsupportedModelError, "TorchScript"),
+        (lambda: [torch.nn.Linear(3, 3)], ArgumentError, "list; give a torch.nn.Module"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:Lazy modules:UserWarning")
+def test_models_that_cannot_be_wrapped_are_refused(
+    make_model: Any, error: type[BMInfError], said: str
+) -> None:
+    model = make_model()
+    before = snapshot(model) if isinstance(model, Stack) and said != "not initialised" else None
+    with pytest.raises(error, match=said):
+        bminf.wrapper(model, quantization=False, memory_limit="1GB", device="cpu")
+    assert before is None or snapshot(model) == before
+
+
+def test_wrapping_twice_is_refused() -> None:
+    model, x = make_stack(), torch.randn(3, 16)
+    expected = model(x)
+    stream(model)
+    outer = torch.nn.Sequential(model)
+    for again in (model, outer, model.layers, model.layers[5]):
+        with pytest.raises(UnsupportedModelError, match="wrapped already"):
+            bminf.wrapper(again, memory_limit="1GB", device="cpu")
+    assert torch.equal(model(x), expected)
+
+
+def test_no_file_is_left_behind(tmp_path: Path) -> None:
+    model = stream(make_stack(), offload_dir=tmp_path)
+    with pytest.raises(ZeroDivisionError):
+        model.layers[5].register_forward_pre_hook(lambda *_: 1 / 0)
+        model(torch.randn(1, 16))
+    open_files = len(os.listdir("/proc/self/fd"))
+    del model
+    gc.collect()
+    assert list(tmp_path.iterdir()) == []
+    assert len(os.listdir("/proc/self/fd")) < open_files
+
+
+def test_an_error_while_wrapping_puts_the_model_back_together(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from bminf.scheduler.store import FileStore
+
+    model, x = make_stack(), torch.randn(3, 16)
+    expected, written = model(x), []
+    original = FileStore.write
+
+    def write(self: FileStore, block: int, blob: torch.Tensor) -> None:
+        written.append(block)
+        if len(written) == 4:
+            raise OffloadError("the disk is gone")
+        original(self, block, blob)
+
+    monkeypatch.setattr(FileStore, "write", write)
+    with pytest.raises(OffloadError, match="gone"):
+        stream(model, offload_dir=tmp_path)
+    assert bminf.plan_of(model) is None and "forward" not in model.layers[0].__dict__
+    assert torch.equal(model(x), expected)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.undo()
+    stream(model)
+    assert torch.equal(model(x), expected)
+
+
+# TransformerBlockList
+
+
+class HandWritten(torch.nn.Module):
+    def __init__(self, layers: Any) -> None:
+        super().__init__()
+        self.embed = torch.nn.Linear(16, 16)
+        self.layers = layers
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(self.embed(x))
+
+
+def block_list(**arguments: Any) -> tuple[bminf.TransformerBlockList, Stack]:
+    stack = make_stack()
+    limit = 3 * sum(t.nbytes for t in stack.layers[0].state_dict().values()) + 2000
+    if not torch.cuda.is_available():
+        arguments["gpus"] = None
+    layers = list(make_stack().layers)
+    return bminf.TransformerBlockList(layers, memory_limit=limit, **arguments), stack
+
+
+def test_a_block_list_is_called_iterated_and_indexed() -> None:
+    layers, stack = block_list()
+    x = torch.randn(3, 16)
+    assert isinstance(layers, torch.nn.ModuleList) and len(layers) == 7
+    assert 0 < len(bminf.plan_of(layers).resident) < 3
+    model, expected = HandWritten(layers), x
+    with torch.no_grad():
+        for layer in stack.layers:
+            expected = layer(expected)
+        assert torch.equal(layers(x), expected)
+        given = x
+        for layer in layers:
+            given = layer(given)
+        assert torch.equal(given, expected)
+        assert torch.equal(layers[3](x), stack.layers[3](x))
+        model(x)
+    assert bminf.stats_of(layers).bytes_copied > 0
+    right = stack.layers.state_dict()
+    assert all(torch.equal(v, right[k]) for k, v in layers.state_dict().items())
+
+
+def test_a_block_list_hands_on_the_first_of_a_tuple() -> None:
+    class Tuple(Residual):
+        def forward(self, x: torch.Tensor, *, add: float) -> tuple[torch.Tensor, float]:
+            return super().forward(x) + add, add
+
+    torch.manual_seed(0)
+    layers = bminf.TransformerBlockList([Tuple(16) for _ in range(3)], memory_limit="1GB")
+    x = torch.randn(2, 16, device=next(layers.parameters()).device)
+    expected = x
+    for layer in layers:
+        expected = layer(expected, add=2.0)[0]
+    assert torch.equal(layers(x, add=2.0)[0], expected) and layers(x, add=2.0)[1] == 2.0
+
+
+@pytest.mark.parametrize("gpus", [[], [0, 1], "0", 0])
+def test_a_block_list_runs_on_one_gpu(gpus: Any) -> None:
+    with pytest.raises(ArgumentError, match="one index"):
+        bminf.TransformerBlockList([Residual(4) for _ in range(3)], gpus=gpus)
