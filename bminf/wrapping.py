@@ -233,7 +233,7 @@ def _backend(device: torch.device | str | int | None, offload_dir: str | Path | 
     if not torch.cuda.is_available() or (wanted.index or 0) >= torch.cuda.device_count():
         raise ArgumentError(
             f"device={device!r}, but torch {torch.__version__} sees "
-            f"{torch.cuda.device_count()} GPUs; accepted here: \"cpu\""
+            f'{torch.cuda.device_count()} GPUs; accepted here: "cpu"'
         )
     if offload_dir is not None:
         warn(
@@ -251,19 +251,17 @@ def _budget(
 ) -> int:
     if memory_limit is not None:
         return parse_bytes(memory_limit, "memory_limit")
-    if device.type == "cpu":
-        free, is_mapped = memory.free_bytes(), memory.mapped_files()
-    else:
-        free, is_mapped = cuda_free_bytes(device), _never
+    free = memory.free_bytes() if device.type == "cpu" else cuda_free_bytes(device)
     if device == source_device:
-        # Its own bytes are let go as it is wrapped; mapped files are counted as free already.
-        starts = {s.start: s.nbytes for s in specs_of(model, {}).values() if s.start is not None}
-        free += sum(nbytes for start, nbytes in starts.items() if not is_mapped(start))
+        free += _unmapped_bytes(model)  # let go as it is wrapped
     return int(free * _FREE_FRACTION)
 
 
-def _never(address: int) -> bool:
-    return False
+def _unmapped_bytes(model: torch.nn.Module) -> int:
+    """Bytes of the model that occupy memory; a mapped file is the system's to take back."""
+    is_mapped = memory.mapped_files()
+    starts = {s.start: s.nbytes for s in specs_of(model, {}).values() if s.start is not None}
+    return sum(nbytes for start, nbytes in starts.items() if not is_mapped(start))
 
 
 def _encoder_uses(model: torch.nn.Module, blocks: Iterable[ModuleBlock]) -> dict[str, float]:
@@ -311,6 +309,8 @@ def _carry_out(
     """Move everything to its place, block by block; on any error, put the model back together."""
     layouts = request.blobs.blocks
     scheduler = Scheduler(the_plan, backend, source_device)
+    # malloc keeps what it is given back in pieces. A mapped model gives it nothing.
+    is_trimmed = source_device.type == "cpu" and _unmapped_bytes(model) > request.total_bytes // 8
     if the_plan.streamed:
         backend.open([layouts[name].nbytes for name in the_plan.streamed], offload_dir)
     model.__dict__[_ATTRIBUTE] = scheduler
@@ -320,7 +320,8 @@ def _carry_out(
             for name in _with_progress([block.name for block in request.blocks], layouts):
                 _quantize(model, name, request.stand_ins)
                 _place_block(model, name, layouts[name], scheduler)
-                memory.trim()
+                if is_trimmed:
+                    memory.trim()
         if the_plan.streamed:
             scheduler.install(model)
     except BaseException:

@@ -54,6 +54,22 @@ def test_the_plan_counts_every_byte() -> None:
     assert plan.total_bytes == plan.resident_bytes + plan.slot_bytes + 1000 <= limit + 1000
 
 
+def test_equal_blocks_are_equal_to_the_planner_wherever_their_weights_lie() -> None:
+    """As in a mapped checkpoint: tensors one after another, at any multiple of 4 bytes."""
+    model = make_stack(num_blocks=8, width=15)
+    flat = torch.cat([t.detach().flatten() for t in model.state_dict().values()])
+    start = 0
+    for tensor in [*model.parameters(), *model.buffers()]:
+        tensor.data = flat[start : start + tensor.numel()].view_as(tensor)
+        start += tensor.numel()
+    stream(model, extra_bytes=4 * 5000)
+    plan = bminf.plan_of(model)
+    assert len({block.nbytes for block in plan.blocks}) == 1
+    numbers = [int(name.split(".")[1]) for name in plan.streamed]
+    gaps = [(b - a) % 8 for a, b in zip(numbers, numbers[1:] + numbers[:1], strict=True)]
+    assert max(gaps) - min(gaps) <= 1
+
+
 def test_what_fits_entirely_is_not_streamed() -> None:
     model, x = make_stack(), torch.randn(3, 16)
     expected = model(x)

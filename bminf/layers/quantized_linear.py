@@ -91,6 +91,8 @@ def _pack(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """quantize_rows in slices of rows: its temporaries are then small beside any block."""
     qweight = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     scale = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
+    if weight.is_meta:
+        return qweight, scale
     num_rows = max(1, _SLICE_ELEMENTS // max(1, weight.shape[1]))
     for start in range(0, weight.shape[0], num_rows):
         rows = slice(start, start + num_rows)

@@ -123,7 +123,7 @@ def test_bad_arguments_are_refused() -> None:
             linear(torch.randn(2, 5), q, scale)
         with pytest.raises(ArgumentError, match=r"scale is torch.float32 of shape \(3,\)"):
             linear(torch.randn(2, 6), q, scale[:3])
-        with pytest.raises(ArgumentError, match="qweight is torch.float32"):
+        with pytest.raises(ArgumentError, match=r"qweight is torch\.float32"):
             linear(torch.randn(2, 6), q.float(), scale)
-        with pytest.raises(ArgumentError, match="x is torch.int64"):
+        with pytest.raises(ArgumentError, match=r"x is torch\.int64"):
             linear(torch.ones(2, 6, dtype=torch.int64), q, scale)
