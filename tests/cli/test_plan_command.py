@@ -1,0 +1,215 @@
+"""`bminf plan`: from config.json alone to bytes, resident blocks and predicted time."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+transformers = pytest.importorskip("transformers")
+
+import torch  # noqa: E402
+from hypothesis import given  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+
+from bminf.cli import main  # noqa: E402
+from bminf.cli.limits import half_limit, least_limit  # noqa: E402
+from bminf.errors import BudgetError  # noqa: E402
+from bminf.scheduler.plan import Block, plan  # noqa: E402
+
+LLAMA = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "vocab_size": 100,
+}
+
+
+def write_llama(folder: Path, **changes: Any) -> Path:
+    config = transformers.LlamaConfig(**LLAMA).to_dict()
+    config |= {"architectures": ["LlamaForCausalLM"]} | changes
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+def report(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, Any]:
+    """The JSON that `bminf plan` prints for `argv`."""
+    assert main(["plan", *argv, "--json"]) == 0
+    parsed: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return parsed
+
+
+def stored_bytes(model: Any) -> int:
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bytes_are_those_of_the_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], dtype: str
+) -> None:
+    write_llama(tmp_path, dtype=dtype)
+    shown = report(capsys, str(tmp_path), "--quantization", "none")
+    assert shown["dtype"] == dtype
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA))
+    model.to(getattr(torch, dtype))
+    sizes = {block["bytes"] for block in shown["blocks"]}
+    assert len(shown["blocks"]) == 6
+    # A blob is a little more than its tensors: each begins at a multiple of 256 bytes.
+    assert is_little_more(min(sizes), stored_bytes(model.model.layers[0]))
+    assert is_little_more(shown["total_bytes"], stored_bytes(model))
+    assert "resident" not in shown
+
+
+def is_little_more(planned: int, stored: int) -> bool:
+    return stored <= planned <= 1.01 * stored
+
+
+def test_no_dtype_is_float32(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_llama(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("dtype", None)
+    (folder / "config.json").write_text(json.dumps(config))
+    assert report(capsys, str(tmp_path))["dtype"] == "float32"
+
+
+def test_int8_is_smaller(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_llama(tmp_path)
+    packed, plain = (
+        report(capsys, str(tmp_path), "--quantization", choice)["blocks"][0]["bytes"]
+        for choice in ("int8", "none")
+    )
+    assert plain / 4 < packed < plain / 3
+
+
+def test_limit_is_planned_and_timed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = str(write_llama(tmp_path) / "config.json")
+    whole = report(capsys, config)
+    size = whole["blocks"][0]["bytes"]
+    limit = whole["outside_bytes"] + 4 * size
+    speeds = ("--link", "1MB/s", "--memory-bandwidth", "1GB/s")
+    shown = report(capsys, config, "--memory-limit", str(limit), *speeds)
+    assert len(shown["resident"]) == 2
+    assert len(shown["streamed"]) == 4
+    assert shown["slot_bytes"] == 2 * size
+    assert shown["planned_bytes"] == limit
+    assert shown["copy_s"] == pytest.approx(4 * size / 1e6)
+    assert shown["token_s"] == pytest.approx(shown["copy_s"], rel=0.05)
+    assert shown["link_busy"] > 0.95
+
+
+def test_least_limit_can_be_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = str(write_llama(tmp_path))
+    least = report(capsys, folder)["least_limit"]
+    assert report(capsys, folder, "--memory-limit", str(least))["resident"] == []
+    assert main(["plan", folder, "--memory-limit", str(least - 1)]) == 1
+    assert "memory_limit" in capsys.readouterr().err
+
+
+@given(sizes=st.lists(st.integers(1, 50), min_size=1, max_size=8), outside=st.integers(0, 50))
+def test_least_limit_is_the_planners(sizes: list[int], outside: int) -> None:
+    blocks = [Block(str(i), size, "list") for i, size in enumerate(sizes)]
+    whole = plan(blocks, sum(sizes) + outside, outside_bytes=outside)
+    least = least_limit(whole)
+    plan(blocks, least, outside_bytes=outside)
+    with pytest.raises(BudgetError):
+        plan(blocks, least - 1, outside_bytes=outside)
+
+
+@given(sizes=st.lists(st.integers(1, 50), min_size=3, max_size=8), outside=st.integers(0, 50))
+def test_half_limit_streams_some(sizes: list[int], outside: int) -> None:
+    blocks = [Block(str(i), size, "list") for i, size in enumerate(sizes)]
+    whole = plan(blocks, sum(sizes) + outside, outside_bytes=outside)
+    limited = plan(blocks, max(half_limit(whole), least_limit(whole)), outside_bytes=outside)
+    assert limited.streamed or least_limit(whole) == whole.total_bytes
+
+
+def test_half_limit_holds_half() -> None:
+    blocks = [Block(str(i), 10, "list") for i in range(8)]
+    whole = plan(blocks, 100, outside_bytes=5)
+    assert half_limit(whole) == 5 + 4 * 10 + 2 * 10
+    assert len(plan(blocks, half_limit(whole), outside_bytes=5).resident) == 4
+
+
+def test_report_for_people(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = str(write_llama(tmp_path))
+    assert main(["plan", folder]) == 0
+    out = capsys.readouterr().out
+    assert "model.layers.0 ... model.layers.5: 6 blocks of" in out
+    assert "least memory limit" in out
+    assert "predicted" not in out
+    assert main(["plan", folder, "--memory-limit", "150KB"]) == 0
+    assert "predicted for a token" in capsys.readouterr().out
+
+
+def test_blocks_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["model.layers.1.mlp", "model.layers.3"]
+    shown = report(capsys, str(write_llama(tmp_path)), "--blocks", *names)
+    assert [block["name"] for block in shown["blocks"]] == names
+
+
+def test_architecture_without_a_head(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = transformers.BertConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=2
+    )
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    assert len(report(capsys, str(tmp_path))["blocks"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "holds a list"),
+        ("{}", "model_type None is not known"),
+        ('{"model_type": "quokka"}', "model_type 'quokka' is not known"),
+        ('{"model_type": ["llama"]}', "is not known"),
+        ('{"model_type": "llama", "hidden_size": "wide"}', "cannot be built"),
+        ('{"model_type": "llama", "num_attention_heads": 0}', "cannot be built"),
+    ],
+)
+def test_bad_config(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, message: str
+) -> None:
+    (tmp_path / "config.json").write_text(text)
+    assert main(["plan", str(tmp_path)]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("bminf: error:")
+    assert message in error
+
+
+def test_quantized_checkpoint_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_llama(tmp_path, quantization_config={"quant_method": "gptq", "bits": 4})
+    assert main(["plan", str(tmp_path)]) == 0
+    assert "quantization_config" in capsys.readouterr().err
+
+
+def test_two_lists(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = {"d_model": 32, "d_ff": 64, "d_kv": 8, "num_heads": 4, "num_layers": 3}
+    config = transformers.T5Config(**sizes, vocab_size=64).to_dict()
+    config["architectures"] = ["T5ForConditionalGeneration"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    blocks = report(capsys, str(tmp_path))["blocks"]
+    assert {(block["list"], block["uses"]) for block in blocks} == {
+        ("encoder.block", 1),
+        ("decoder.block", 128),
+    }
+
+
+@pytest.mark.parametrize("option", ["--link", "--memory-bandwidth"])
+def test_no_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str) -> None:
+    assert main(["plan", str(write_llama(tmp_path)), option, "0GB/s"]) == 2
+    assert "more than 0" in capsys.readouterr().err
+
+
+def test_missing_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(tmp_path)]) == 1
+    assert "cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--link", "--memory-bandwidth", "--memory-limit", "--reserve"])
+def test_bad_size(tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str) -> None:
+    argv = ["plan", str(write_llama(tmp_path)), "--memory-limit", "1GB", option, "6 bananas"]
+    assert main(argv) == 2
+    assert "bananas" in capsys.readouterr().err
