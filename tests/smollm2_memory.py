@@ -1,0 +1,81 @@
+"""Run as a program by test_smollm2.py: wrap and generate in a process of its own, print JSON.
+
+Arguments: the model's folder, "half" or "all" streamed, the folder of the file home.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import threading
+import time
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+
+import bminf
+from bminf.wrapping import plan_for
+
+
+def status_bytes(field: str) -> int:
+    text = Path("/proc/self/status").read_text()
+    return int(text.split(f"{field}:")[1].split()[0]) * 1024
+
+
+class Peak:
+    """The highest RssAnon while the block of a `with` runs, sampled every 2 ms."""
+
+    def __enter__(self) -> Peak:
+        self.nbytes, self._stop = status_bytes("RssAnon"), threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.002):
+            self.nbytes = max(self.nbytes, status_bytes("RssAnon"))
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+def main(folder: str, mode: str, offload_dir: str) -> None:
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    inputs = AutoTokenizer.from_pretrained(folder)("Once upon a time,", return_tensors="pt")
+    before, data_before = status_bytes("RssAnon"), status_bytes("VmData")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    whole = plan_for(model, quantization=False)
+    num_resident = len(whole.blocks) // 2 if mode == "half" else 0
+    block_bytes = whole.blocks[0].nbytes
+    limit = whole.outside_bytes + (num_resident + 2) * block_bytes + block_bytes // 2
+    before_wrapping = status_bytes("RssAnon")
+    with Peak() as wrapping:
+        bminf.wrapper(model, False, limit, device="cpu", offload_dir=offload_dir)
+    plan = bminf.plan_of(model)
+    assert plan is not None
+    allowed = data_before + plan.total_bytes + 100 * 2**20
+    resource.setrlimit(resource.RLIMIT_DATA, (allowed, allowed))
+    with Peak() as generating:
+        began = time.perf_counter()
+        ids = model.generate(**inputs, max_new_tokens=24, do_sample=False)
+        seconds = time.perf_counter() - began
+    report = {
+        "ids": ids.tolist(),
+        "seconds": seconds,
+        "total_bytes": plan.total_bytes,
+        "block_bytes": block_bytes,
+        "num_resident": len(plan.resident),
+        "num_streamed": len(plan.streamed),
+        "generating_bytes": generating.nbytes - before,
+        "wrapping_bytes": wrapping.nbytes - before_wrapping,
+    }
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,72 @@
+"""A real model on the CPU: the same text, in the memory that the plan promises."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from smollm2 import save_as_safetensors
+
+import bminf
+
+PROMPT = "Once upon a time,"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_as_safetensors(tmp_path_factory.mktemp("smollm2"))
+
+
+@pytest.fixture(scope="module")
+def plain_ids(folder: Path) -> list[list[int]]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    inputs = AutoTokenizer.from_pretrained(folder)(PROMPT, return_tensors="pt")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    ids = model.generate(**inputs, max_new_tokens=24, do_sample=False)
+    torch.set_num_threads(num_threads)
+    return ids.tolist()
+
+
+def run(folder: Path, mode: str, offload_dir: Path) -> dict[str, Any]:
+    program = Path(__file__).with_name("smollm2_memory.py")
+    done = subprocess.run(
+        [sys.executable, str(program), str(folder), mode, str(offload_dir)],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert list(offload_dir.iterdir()) == []
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(("mode", "num_resident"), [("half", 15), ("all", 0)])
+def test_it_keeps_to_the_plan(
+    mode: str, num_resident: int, folder: Path, plain_ids: list[list[int]], tmp_path: Path
+) -> None:
+    """RssAnon within 5% of the plan (the program also sets RLIMIT_DATA to it + 100 MiB)."""
+    report = run(folder, mode, tmp_path)
+    assert report["ids"] == plain_ids
+    assert (report["num_resident"], report["num_streamed"]) == (num_resident, 30 - num_resident)
+    if mode == "half":
+        assert report["generating_bytes"] == pytest.approx(report["total_bytes"], rel=0.05)
+    assert report["wrapping_bytes"] <= report["total_bytes"] + 2 * report["block_bytes"]
+
+
+def test_quantised_it_still_speaks(folder: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    bminf.wrapper(model, memory_limit="200MB", device="cpu")
+    assert bminf.plan_of(model).streamed
+    inputs = tokenizer("The capital of France is", return_tensors="pt")
+    text = tokenizer.decode(model.generate(**inputs, max_new_tokens=4, do_sample=False)[0])
+    assert "Paris" in text
