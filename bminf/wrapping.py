@@ -391,9 +391,9 @@ def _restore(model: torch.nn.Module, scheduler: Scheduler) -> None:
     scheduler.uninstall()
     with torch.inference_mode(False), torch.no_grad():
         for block in scheduler.blocks:
-            buffer = memory.allocate(block.layout.nbytes)
-            buffer.copy_(scheduler.backend.home(block.index))
-            block.restore(buffer)
+            blob = memory.allocate(block.layout.nbytes)
+            blob.copy_(scheduler.backend.home(block.index))
+            block.restore(blob.to(scheduler.source_device))
     if scheduler.source_device != scheduler.backend.device:
         model.to(scheduler.source_device)
     scheduler.backend.close()

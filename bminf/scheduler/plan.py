@@ -20,7 +20,8 @@ from types import MappingProxyType
 from typing import Any
 
 from bminf.errors import ArgumentError, BudgetError
-from bminf.scheduler.knapsack import Kind, cheapest_sets, resident_counts
+from bminf.scheduler.knapsack import cheapest_sets, resident_counts
+from bminf.scheduler.meet import Kind
 from bminf.scheduler.spacing import STAYS, Spacing, spacing, spread
 from bminf.units import format_bytes
 

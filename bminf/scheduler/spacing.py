@@ -38,6 +38,7 @@ class Spacing(NamedTuple):
 
     crowding: float  # minus the smallest gap, in blocks
     squares: int
+    unrest: int = 0  # how far the same gaps, in this order, are from even places
 
 
 def spacing(places: Sequence[Sequence[int]], lengths: Sequence[int]) -> Spacing:
@@ -47,7 +48,18 @@ def spacing(places: Sequence[Sequence[int]], lengths: Sequence[int]) -> Spacing:
         for some, length in zip(places, lengths, strict=True)
         for before, after in zip(some, [*some[1:], *some[:1]], strict=True)
     ]
-    return Spacing(-min(gaps, default=math.inf), sum(gap * gap for gap in gaps))
+    return Spacing(
+        -min(gaps, default=math.inf),
+        sum(gap * gap for gap in gaps),
+        sum(_unrest(some, length) for some, length in zip(places, lengths, strict=True)),
+    )
+
+
+def _unrest(places: Sequence[int], length: int) -> int:
+    """The variance of the distances to exactly even places, times a constant."""
+    count = len(places)
+    distances = [place * count - number * length for number, place in enumerate(places)]
+    return count * sum(distance**2 for distance in distances) - sum(distances) ** 2
 
 
 def spread(lists: Sequence[Order], counts: Sequence[int]) -> list[list[int]]:
