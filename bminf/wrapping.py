@@ -5,26 +5,25 @@ from __future__ import annotations
 import difflib
 import inspect
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 from warnings import warn
 
 import torch
-from tqdm import tqdm
 
 from bminf.errors import ArgumentError, UnknownKeywordError, UnsupportedModelError
-from bminf.layers.quantize import is_quantizable, quantize_children, skeleton
-from bminf.layout import Layout
+from bminf.layers.quantize import is_quantizable, skeleton
 from bminf.scheduler import memory
 from bminf.scheduler.backends.base import Backend
 from bminf.scheduler.backends.cpu import CpuBackend
 from bminf.scheduler.backends.cuda import CudaBackend
 from bminf.scheduler.backends.cuda import free_bytes as cuda_free_bytes
-from bminf.scheduler.blob import Blobs, check_tensors, specs_of, survey
+from bminf.scheduler.blob import Blobs, check_tensors, survey, unmapped_bytes
 from bminf.scheduler.blocks import ModuleBlock, find_blocks, tensors_of
 from bminf.scheduler.hooks import Scheduler, Stats, is_streaming
+from bminf.scheduler.placement import place, take_back
 from bminf.scheduler.plan import Block, Plan, plan
 from bminf.units import parse_bytes
 
@@ -79,7 +78,7 @@ def wrapper(
             "torch.nn.Linear or Conv1D; the weights stay as they are",
             stacklevel=2,
         )
-    _carry_out(model, request, the_plan, backend, source_device, offload_dir)
+    _carry_out(model, request, Scheduler(the_plan, backend, source_device), offload_dir)
     return model
 
 
@@ -91,7 +90,7 @@ def unwrap(model: Model) -> Model:
     scheduler = model.__dict__.get(_ATTRIBUTE)
     if scheduler is None:
         raise ArgumentError(f"this {type(model).__name__} is not wrapped")
-    _restore(model, scheduler)
+    _take_off(model, scheduler)
     return model
 
 
@@ -121,7 +120,7 @@ def plan_for(
     """
     request = _Request.of(model, quantization, blocks, uses, reserve, keep_addresses=False)
     if memory_limit is None:
-        return request.plan(request.total_bytes)
+        return request.plan(request.reserved_bytes + request.blobs.nbytes)
     return request.plan(parse_bytes(memory_limit, "memory_limit"))
 
 
@@ -151,11 +150,6 @@ class _Request:
         blobs = survey(model, found, stand_ins, keep_addresses)
         all_uses = {**_encoder_uses(model, found), **_checked_uses(uses)}
         return cls(found, stand_ins, blobs, all_uses, reserved_bytes)
-
-    @property
-    def total_bytes(self) -> int:
-        blocks = sum(layout.nbytes for layout in self.blobs.blocks.values())
-        return self.reserved_bytes + self.blobs.outside.nbytes + blocks
 
     def plan(self, budget: int) -> Plan:
         return plan(
@@ -253,15 +247,8 @@ def _budget(
         return parse_bytes(memory_limit, "memory_limit")
     free = memory.free_bytes() if device.type == "cpu" else cuda_free_bytes(device)
     if device == source_device:
-        free += _unmapped_bytes(model)  # let go as it is wrapped
+        free += unmapped_bytes(model)  # let go as it is wrapped
     return int(free * _FREE_FRACTION)
-
-
-def _unmapped_bytes(model: torch.nn.Module) -> int:
-    """Bytes of the model that occupy memory; a mapped file is the system's to take back."""
-    is_mapped = memory.mapped_files()
-    starts = {s.start: s.nbytes for s in specs_of(model, {}).values() if s.start is not None}
-    return sum(nbytes for start, nbytes in starts.items() if not is_mapped(start))
 
 
 def _encoder_uses(model: torch.nn.Module, blocks: Iterable[ModuleBlock]) -> dict[str, float]:
@@ -299,102 +286,26 @@ def _stand_ins(
 
 
 def _carry_out(
-    model: torch.nn.Module,
-    request: _Request,
-    the_plan: Plan,
-    backend: Backend,
-    source_device: torch.device,
-    offload_dir: str | Path | None,
+    model: torch.nn.Module, request: _Request, scheduler: Scheduler, offload_dir: str | Path | None
 ) -> None:
-    """Move everything to its place, block by block; on any error, put the model back together."""
-    layouts = request.blobs.blocks
-    scheduler = Scheduler(the_plan, backend, source_device)
-    # malloc keeps what it is given back in pieces. A mapped model gives it nothing.
-    is_trimmed = source_device.type == "cpu" and _unmapped_bytes(model) > request.total_bytes // 8
-    if the_plan.streamed:
-        backend.open([layouts[name].nbytes for name in the_plan.streamed], offload_dir)
+    """Move everything to its place; on any error, put the model back together."""
+    streamed = scheduler.plan.streamed
+    if streamed:
+        sizes = [request.blobs.blocks[name].nbytes for name in streamed]
+        scheduler.backend.open(sizes, offload_dir)
     model.__dict__[_ATTRIBUTE] = scheduler
     try:
-        with torch.inference_mode(False), torch.no_grad():
-            _settle_tensors(model, request.blobs.outside, backend, source_device)
-            for name in _with_progress([block.name for block in request.blocks], layouts):
-                _quantize(model, name, request.stand_ins)
-                _place_block(model, name, layouts[name], scheduler)
-                if is_trimmed:
-                    memory.trim()
-        if the_plan.streamed:
+        place(model, request.blobs, request.stand_ins, scheduler)
+        if streamed:
             scheduler.install(model)
     except BaseException:
-        _restore(model, scheduler)
+        _take_off(model, scheduler)
         raise
-    weakref.finalize(model, backend.close)
+    weakref.finalize(model, scheduler.backend.close)
 
 
-def _with_progress(names: list[str], layouts: Mapping[str, Layout]) -> Iterator[str]:
-    total = sum(layouts[name].nbytes for name in names)
-    with tqdm(total=total, desc="wrapping", unit="B", unit_scale=True, delay=1, leave=False) as bar:
-        for name in names:
-            yield name
-            bar.update(layouts[name].nbytes)
-
-
-def _quantize(
-    model: torch.nn.Module, name: str, stand_ins: Mapping[torch.nn.Module, torch.nn.Module]
-) -> None:
-    """Quantise the linears of one block, the block itself included."""
-    parent, _, child = name.rpartition(".")
-    if model.get_submodule(name) in stand_ins:
-        holder = model.get_submodule(parent)
-        only = holder._modules[child]
-        list(quantize_children(holder, lambda module: module is only))
-    else:
-        list(quantize_children(model.get_submodule(name), stand_ins.__contains__))
-
-
-def _place_block(model: torch.nn.Module, name: str, layout: Layout, scheduler: Scheduler) -> None:
-    module = model.get_submodule(name)
-    if name in set(scheduler.plan.streamed):
-        tensors = ((n, tensor) for n, _, tensor in tensors_of(module) if n in layout.specs)
-        scheduler.backend.put(len(scheduler.blocks), layout, tensors)
-        scheduler.add(name, module, layout)
-    else:
-        _settle_tensors(module, layout, scheduler.backend, scheduler.source_device)
-
-
-def _settle_tensors(
-    module: torch.nn.Module, layout: Layout, backend: Backend, source_device: torch.device
-) -> None:
-    """Bring the tensors of `layout`, which stay, to the device.
-
-    On the CPU they are copied too: into anonymous memory, so that a mapped checkpoint is let go.
-    """
-    if backend.device == source_device and backend.device.type != "cpu":
-        return
-    buffer = backend.allocate(layout.nbytes)
-    renewed: dict[int, torch.Tensor] = {}
-    for name, place, tensor in tensors_of(module):
-        if name not in layout.specs:
-            continue
-        view = layout.view(buffer, name)
-        layout.fill(buffer, [(name, tensor)])
-        if not tensor.is_inference():
-            tensor.data = view
-            continue
-        # An inference tensor takes no new data; a new object takes its place wherever it is held.
-        if place.is_parameter:
-            view = torch.nn.Parameter(view, requires_grad=tensor.requires_grad)
-        place.set(renewed.setdefault(id(tensor), view))
-
-
-def _restore(model: torch.nn.Module, scheduler: Scheduler) -> None:
-    """Take the scheduler off: streamed weights into memory, everything to where it came from."""
+def _take_off(model: torch.nn.Module, scheduler: Scheduler) -> None:
     scheduler.uninstall()
-    with torch.inference_mode(False), torch.no_grad():
-        for block in scheduler.blocks:
-            blob = memory.allocate(block.layout.nbytes)
-            blob.copy_(scheduler.backend.home(block.index))
-            block.restore(blob.to(scheduler.source_device))
-    if scheduler.source_device != scheduler.backend.device:
-        model.to(scheduler.source_device)
+    take_back(model, scheduler)
     scheduler.backend.close()
     del model.__dict__[_ATTRIBUTE]

@@ -9,6 +9,7 @@ import torch
 
 from bminf.errors import UnsupportedModelError
 from bminf.layout import FRESH_ALIGNMENT, Layout, TensorSpec
+from bminf.scheduler import memory
 from bminf.scheduler.blocks import ModuleBlock, owners_of, shared_names, tensors_of
 
 _KINDS = (torch.Tensor, torch.nn.Parameter, getattr(torch.nn, "Buffer", torch.nn.Parameter))
@@ -24,6 +25,10 @@ class Blobs:
 
     blocks: Mapping[str, Layout]
     outside: Layout
+
+    @property
+    def nbytes(self) -> int:
+        return self.outside.nbytes + sum(layout.nbytes for layout in self.blocks.values())
 
 
 def survey(
@@ -87,6 +92,13 @@ def specs_of(
             for name, _, tensor in tensors_of(stand_ins[module]):
                 specs[f"{prefix}.{name}" if prefix else name] = TensorSpec.of(tensor)
     return specs
+
+
+def unmapped_bytes(model: torch.nn.Module) -> int:
+    """Bytes of the model that occupy memory; a mapped file is the system's to take back."""
+    is_mapped = memory.mapped_files()
+    starts = {s.start: s.nbytes for s in specs_of(model, {}).values() if s.start is not None}
+    return sum(nbytes for start, nbytes in starts.items() if not is_mapped(start))
 
 
 def check_tensors(model: torch.nn.Module) -> torch.device:

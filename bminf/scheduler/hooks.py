@@ -24,11 +24,11 @@ from torch.utils._pytree import tree_map_only
 
 from bminf.errors import UnsupportedModelError
 from bminf.layout import Layout
-from bminf.lazy import LazyTensor
 from bminf.scheduler.backends.base import Backend
-from bminf.scheduler.blocks import TensorPlace, tensors_of
+from bminf.scheduler.blocks import tensors_of
 from bminf.scheduler.plan import Plan
 from bminf.scheduler.ring import Ring
+from bminf.scheduler.streamed_block import StreamedBlock
 
 logger = logging.getLogger("bminf")
 
@@ -48,126 +48,6 @@ class Stats:
     def link_gbps(self) -> float:
         """GB/s (1e9) while copying."""
         return self.bytes_copied / self.copied_s / 1e9 if self.copied_s else 0.0
-
-
-@dataclass
-class _Held:
-    """One tensor of a streamed block: where it belongs, and what stands there when."""
-
-    name: str
-    place: TensorPlace
-    away: LazyTensor
-    in_slot: list[torch.Tensor]
-    attributes: dict[str, Any]  # what python code hung on it
-
-    def is_ours(self) -> bool:
-        current = self.place.get()
-        return current is self.away or any(current is tensor for tensor in self.in_slot)
-
-    def kept(self, view: torch.Tensor) -> torch.Tensor:
-        """`view` as the kind of tensor that was there."""
-        if not self.place.is_parameter:
-            return view
-        parameter = torch.nn.Parameter(view, requires_grad=self.away.requires_grad)
-        parameter.__dict__.update(self.attributes)
-        return parameter
-
-
-class StreamedBlock:
-    """A block whose tensors are elsewhere until it is bound to a slot.
-
-    name, index: in the model, and in the ring.   layout: of its blob.   module: the block itself,
-    whose tensors are at home already and are let go here.   read: fetches one tensor from home.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        index: int,
-        module: torch.nn.Module,
-        layout: Layout,
-        backend: Backend,
-        read: Callable[[StreamedBlock, str], torch.Tensor],
-    ) -> None:
-        self.name, self.index, self.module, self.layout = name, index, module, layout
-        self.slot: int | None = None
-        self._begins = [slot.data_ptr() for slot in backend.slots]
-        self._versions = 0
-        self._held = [
-            self._hold(tensor_name, place, tensor, backend, read)
-            for tensor_name, place, tensor in tensors_of(module)
-            if tensor_name in layout.specs
-        ]
-        for held in self._held:
-            held.place.set(held.away)
-
-    def _hold(
-        self,
-        name: str,
-        place: TensorPlace,
-        tensor: torch.Tensor,
-        backend: Backend,
-        read: Callable[[StreamedBlock, str], torch.Tensor],
-    ) -> _Held:
-        fetch = functools.partial(read, self, name)
-        away = LazyTensor(fetch, tensor, backend.device, place.is_parameter)
-        held = _Held(name, place, away, [], dict(tensor.__dict__))
-        held.in_slot = [held.kept(self.layout.view(slot, name)) for slot in backend.slots]
-        for weight in held.in_slot:
-            if weight.requires_grad:
-                weight.register_hook(_refuse_gradient)
-        return held
-
-    def bind(self, slot: int) -> None:
-        """Put the tensors of a slot in place."""
-        self.slot = slot
-        for held in self._held:
-            held.place.set(held.in_slot[slot])
-        self._versions = self._count_versions(slot)
-
-    def unbind(self) -> None:
-        """Put the lazy tensors back, except where the model has set a tensor of its own."""
-        if self.slot is None:
-            return
-        for held in [held for held in self._held if not held.is_ours()]:
-            logger.warning(
-                "the model replaced %s.%s; it stays on the device from now on, beyond the plan",
-                self.name,
-                held.name,
-            )
-            self._held.remove(held)
-        for held in self._held:
-            held.place.set(held.away)
-        self.slot = None
-
-    def restore(self, blob: torch.Tensor) -> None:
-        """Give the module ordinary tensors again, views into `blob`: (layout.nbytes,) uint8."""
-        for held in self._held:
-            held.place.set(held.kept(self.layout.view(blob, held.name)))
-
-    def changed(self) -> bool:
-        """Whether anything wrote in place to a parameter or buffer since bind()."""
-        return self.slot is not None and self._count_versions(self.slot) != self._versions
-
-    def offset_in_slot(self, tensor: torch.Tensor) -> int | None:
-        """Where in the bound slot `tensor` begins, in bytes; None where it lies elsewhere."""
-        assert self.slot is not None
-        if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
-            return None
-        if tensor.layout != torch.strided or tensor.is_meta:
-            return None
-        offset = tensor.data_ptr() - self._begins[self.slot]
-        return offset if 0 <= offset < self.layout.nbytes else None
-
-    def _count_versions(self, slot: int) -> int:
-        return sum(held.in_slot[slot]._version for held in self._held)
-
-
-def _refuse_gradient(gradient: torch.Tensor) -> None:
-    raise UnsupportedModelError(
-        "a gradient reached a streamed weight, which cannot be trained; freeze the model's blocks "
-        "with requires_grad_(False) before wrapping, or call bminf.unwrap(model) to train them"
-    )
 
 
 class Scheduler:

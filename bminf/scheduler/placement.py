@@ -1,0 +1,105 @@
+"""Every tensor to the place that the plan gives it, block by block, and back again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from tqdm import tqdm
+
+from bminf.layers.quantize import quantize_children
+from bminf.layout import Layout
+from bminf.scheduler import memory
+from bminf.scheduler.backends.base import Backend
+from bminf.scheduler.blob import Blobs, unmapped_bytes
+from bminf.scheduler.blocks import tensors_of
+from bminf.scheduler.hooks import Scheduler
+
+
+def place(
+    model: torch.nn.Module,
+    blobs: Blobs,
+    stand_ins: Mapping[torch.nn.Module, torch.nn.Module],
+    scheduler: Scheduler,
+) -> None:
+    """Quantise, move and let go of one block after another, so that no two copies are held.
+
+    blobs: the layouts of all blocks, in module order.   stand_ins: the linears to quantise.
+    """
+    streamed = set(scheduler.plan.streamed)
+    # malloc keeps what it is given back in pieces; a mapped model gives it next to nothing.
+    is_trimmed = 8 * unmapped_bytes(model) > blobs.nbytes
+    with torch.inference_mode(False), torch.no_grad():
+        _settle(model, blobs.outside, scheduler.backend, scheduler.source_device)
+        for name, layout in _with_progress(blobs.blocks):
+            _quantize(model, name, stand_ins)
+            module = model.get_submodule(name)
+            if name in streamed:
+                _send_home(name, module, layout, scheduler)
+            else:
+                _settle(module, layout, scheduler.backend, scheduler.source_device)
+            if is_trimmed:
+                memory.trim()
+
+
+def take_back(model: torch.nn.Module, scheduler: Scheduler) -> None:
+    """Streamed weights into memory again, and everything to the device it came from."""
+    with torch.inference_mode(False), torch.no_grad():
+        for block in scheduler.blocks:
+            blob = memory.allocate(block.layout.nbytes)
+            blob.copy_(scheduler.backend.home(block.index))
+            block.restore(blob.to(scheduler.source_device))
+    if scheduler.source_device != scheduler.backend.device:
+        model.to(scheduler.source_device)
+
+
+def _with_progress(layouts: Mapping[str, Layout]) -> Iterator[tuple[str, Layout]]:
+    total = sum(layout.nbytes for layout in layouts.values())
+    with tqdm(total=total, desc="wrapping", unit="B", unit_scale=True, delay=1, leave=False) as bar:
+        for name, layout in layouts.items():
+            yield name, layout
+            bar.update(layout.nbytes)
+
+
+def _quantize(
+    model: torch.nn.Module, name: str, stand_ins: Mapping[torch.nn.Module, torch.nn.Module]
+) -> None:
+    """Quantise the linears of one block, the block itself included."""
+    parent, _, child = name.rpartition(".")
+    if model.get_submodule(name) in stand_ins:
+        holder = model.get_submodule(parent)
+        only = holder._modules[child]
+        list(quantize_children(holder, lambda module: module is only))
+    else:
+        list(quantize_children(model.get_submodule(name), stand_ins.__contains__))
+
+
+def _send_home(name: str, module: torch.nn.Module, layout: Layout, scheduler: Scheduler) -> None:
+    tensors = ((n, tensor) for n, _, tensor in tensors_of(module) if n in layout.specs)
+    scheduler.backend.put(len(scheduler.blocks), layout, tensors)
+    scheduler.add(name, module, layout)
+
+
+def _settle(
+    module: torch.nn.Module, layout: Layout, backend: Backend, source_device: torch.device
+) -> None:
+    """Bring the tensors of `layout`, which stay, to the device.
+
+    On the CPU they are copied too: into anonymous memory, so that a mapped checkpoint is let go.
+    """
+    if backend.device == source_device and backend.device.type != "cpu":
+        return
+    buffer = backend.allocate(layout.nbytes)
+    renewed: dict[int, torch.Tensor] = {}
+    for name, place, tensor in tensors_of(module):
+        if name not in layout.specs:
+            continue
+        view = layout.view(buffer, name)
+        layout.fill(buffer, [(name, tensor)])
+        if not tensor.is_inference():
+            tensor.data = view
+            continue
+        # An inference tensor takes no new data; a new object takes its place wherever it is held.
+        if place.is_parameter:
+            view = torch.nn.Parameter(view, requires_grad=tensor.requires_grad)
+        place.set(renewed.setdefault(id(tensor), view))
