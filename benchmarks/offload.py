@@ -22,7 +22,8 @@ import transformers
 import bminf
 from benchmarks.harness import Variant, Work
 from bminf.cli import models
-from bminf.cli.limits import half_limit, least_limit
+from bminf.cli.limits import half_limit
+from bminf.scheduler.plan import least_budget
 
 PROMPT = "Once upon a time, in a small village by the sea,"
 PROMPT_FILE = "prompt_ids.json"
@@ -83,7 +84,7 @@ def _setup(folder: Path, device: str, arguments: argparse.Namespace) -> Setup:
     whole = bminf.plan_of(model)
     bminf.unwrap(model)
     half = arguments.memory_limit or half_limit(whole)
-    return Setup(folder, device, dtype, arguments.tokens, half, least_limit(whole))
+    return Setup(folder, device, dtype, arguments.tokens, half, least_budget(whole))
 
 
 def variants(setup: Setup) -> list[Variant]:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bminf.cli import models
-from bminf.cli.limits import least_limit
 from bminf.cli.progress import spinner
 from bminf.errors import ArgumentError, CheckpointError
 from bminf.units import format_bytes, parse_bytes
@@ -49,6 +48,8 @@ def run(arguments: argparse.Namespace) -> int:
             "bytes are those of the type it names as dtype",
             file=sys.stderr,
         )
+    from bminf.scheduler.plan import least_budget
+
     with spinner("building the architecture"):
         model = build_on_meta(config)
     whole = _plan(model, arguments, None)
@@ -59,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
         "blocks": [_block_entry(block, whole) for block in whole.blocks],
         "outside_bytes": whole.outside_bytes,
         "total_bytes": whole.total_bytes,
-        "least_limit": least_limit(whole),
+        "least_limit": least_budget(whole),
     }
     plan = None
     if arguments.memory_limit is not None:

@@ -110,7 +110,7 @@ def _list_around(name: str, modules: Mapping[str, torch.nn.Module]) -> str:
     return ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorPlace:
     """Where a module holds a tensor: `module._parameters[key]` or `module._buffers[key]`."""
 

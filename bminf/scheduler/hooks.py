@@ -124,7 +124,7 @@ class Scheduler:
             block.bind(slot)
             with self._saved_by_autograd(block):
                 output = forward(*args, **kwargs)
-            return tree_map_only(torch.Tensor, functools.partial(_out_of_slot, block), output)
+            return _detached(block, output)
         finally:
             self._leave(block, slot)
 
@@ -206,9 +206,11 @@ class Scheduler:
         module.__dict__[name] = value
 
 
-def _out_of_slot(block: StreamedBlock, tensor: torch.Tensor) -> torch.Tensor:
+def _detached(block: StreamedBlock, output: Any) -> Any:
     """An output that is a view of a weight would change with the slot: copy it."""
-    return tensor if block.offset_in_slot(tensor) is None else tensor.clone()
+    if isinstance(output, torch.Tensor):  # most outputs are, and the tree walk is not free
+        return output if block.offset_in_slot(output) is None else output.clone()
+    return tree_map_only(torch.Tensor, functools.partial(_detached, block), output)
 
 
 def is_streaming(module: torch.nn.Module) -> bool:

@@ -217,6 +217,11 @@ def _uses_of(blocks: tuple[Block, ...], uses: Mapping[str, float]) -> dict[str, 
     return {block.name: uses.get(block.name, of_list[block.list_name]) for block in blocks}
 
 
+def least_budget(whole: Plan) -> int:
+    """The smallest budget, in bytes, that the blocks of `whole` can be planned for."""
+    return whole.outside_bytes + whole.reserved_bytes + min(_needs(whole.blocks))[0]
+
+
 def _check_room(blocks: tuple[Block, ...], budget: int, fixed: int) -> None:
     least, slot = min(_needs(blocks))
     if fixed + least <= budget:
@@ -229,7 +234,7 @@ def _check_room(blocks: tuple[Block, ...], budget: int, fixed: int) -> None:
     )
 
 
-def _needs(blocks: tuple[Block, ...]) -> Iterator[tuple[int, int]]:
+def _needs(blocks: Sequence[Block]) -> Iterator[tuple[int, int]]:
     """For each size of slot: (bytes of two and of the blocks too large for them, bytes of one)."""
     larger = 0
     for size, same in groupby(sorted((block.nbytes for block in blocks), reverse=True)):

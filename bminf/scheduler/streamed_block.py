@@ -98,7 +98,13 @@ class StreamedBlock:
         """Put the lazy tensors back, except where the model has set a tensor of its own."""
         if self.slot is None:
             return
-        for held in [held for held in self._held if not held.is_ours()]:
+        slot = self.slot
+        replaced = [
+            held
+            for held in self._held
+            if held.place.get() is not held.in_slot[slot] and not held.is_ours()
+        ]
+        for held in replaced:
             logger.warning(
                 "the model replaced %s.%s; it stays on the device from now on, beyond the plan",
                 self.name,

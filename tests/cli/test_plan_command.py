@@ -13,9 +13,9 @@ from hypothesis import given  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 from bminf.cli import main  # noqa: E402
-from bminf.cli.limits import half_limit, least_limit  # noqa: E402
+from bminf.cli.limits import half_limit  # noqa: E402
 from bminf.errors import BudgetError  # noqa: E402
-from bminf.scheduler.plan import Block, plan  # noqa: E402
+from bminf.scheduler.plan import Block, least_budget, plan  # noqa: E402
 
 LLAMA = {
     "hidden_size": 64,
@@ -111,7 +111,7 @@ def test_least_limit_can_be_kept(tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_least_limit_is_the_planners(sizes: list[int], outside: int) -> None:
     blocks = [Block(str(i), size, "list") for i, size in enumerate(sizes)]
     whole = plan(blocks, sum(sizes) + outside, outside_bytes=outside)
-    least = least_limit(whole)
+    least = least_budget(whole)
     plan(blocks, least, outside_bytes=outside)
     with pytest.raises(BudgetError):
         plan(blocks, least - 1, outside_bytes=outside)
@@ -121,8 +121,8 @@ def test_least_limit_is_the_planners(sizes: list[int], outside: int) -> None:
 def test_half_limit_streams_some(sizes: list[int], outside: int) -> None:
     blocks = [Block(str(i), size, "list") for i, size in enumerate(sizes)]
     whole = plan(blocks, sum(sizes) + outside, outside_bytes=outside)
-    limited = plan(blocks, max(half_limit(whole), least_limit(whole)), outside_bytes=outside)
-    assert limited.streamed or least_limit(whole) == whole.total_bytes
+    limited = plan(blocks, max(half_limit(whole), least_budget(whole)), outside_bytes=outside)
+    assert limited.streamed or least_budget(whole) == whole.total_bytes
 
 
 def test_half_limit_holds_half() -> None:
