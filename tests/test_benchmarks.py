@@ -8,9 +8,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("accelerate")
-pytest.importorskip("transformers")
-
 # Benchmarks are not installed; at the end of the path, so that an installed bminf is found first.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 

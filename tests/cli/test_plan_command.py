@@ -5,17 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
 
-transformers = pytest.importorskip("transformers")
-
-import torch  # noqa: E402
-from hypothesis import given  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
-
-from bminf.cli import main  # noqa: E402
-from bminf.cli.limits import half_limit  # noqa: E402
-from bminf.errors import BudgetError  # noqa: E402
-from bminf.scheduler.plan import Block, least_budget, plan  # noqa: E402
+from bminf.cli import main
+from bminf.cli.limits import half_limit
+from bminf.errors import BudgetError
+from bminf.scheduler.plan import Block, least_budget, plan
 
 LLAMA = {
     "hidden_size": 64,
