@@ -135,3 +135,11 @@ def test_unknown_case_is_wrong_usage() -> None:
     with pytest.raises(SystemExit) as exit:
         run.main(["onload"])
     assert exit.value.code == 2
+
+
+def test_the_tables_of_the_readme_are_those_of_the_json_files() -> None:
+    from benchmarks.table import ROOT, with_tables
+
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert with_tables(readme) == readme
+    assert with_tables("<!-- none -->") == "<!-- none -->"

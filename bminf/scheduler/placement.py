@@ -45,7 +45,7 @@ def place(
 def take_back(model: torch.nn.Module, scheduler: Scheduler) -> None:
     """Streamed weights into memory again, and everything to the device it came from."""
     with torch.inference_mode(False), torch.no_grad():
-        for block in scheduler.blocks:
+        for block in tqdm(scheduler.blocks, desc="unwrapping", delay=1, leave=False):
             blob = memory.allocate(block.layout.nbytes)
             blob.copy_(scheduler.backend.home(block.index))
             block.restore(blob.to(scheduler.source_device))
