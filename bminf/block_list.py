@@ -34,6 +34,8 @@ class TransformerBlockList(torch.nn.ModuleList):
         offload_dir: str | Path | None = None,
         reserve: int | float | str = 0,
     ) -> None:
+        if not isinstance(layers, Iterable):
+            raise ArgumentError(f"layers is a {type(layers).__name__}; give a list of modules")
         super().__init__(layers)
         wrapper(
             self,

@@ -58,24 +58,45 @@ class LazyTensor(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        for argument, value in zip(func._schema.arguments, args, strict=False):
-            if isinstance(value, cls) and argument.alias_info and argument.alias_info.is_write:
-                raise UnsupportedModelError(
-                    f"{func} writes to a weight that is streamed or quantised, where new values "
-                    "would be lost; call bminf.unwrap(model) first"
-                )
-        args, kwargs = tree_map_only(cls, lambda tensor: tensor._read(), (args, kwargs or {}))
-        return func(*args, **kwargs)
+        kwargs = kwargs or {}
+        given = {
+            argument: args[place] if place < len(args) else kwargs.get(argument.name)
+            for place, argument in enumerate(func._schema.arguments)
+        }
+        lazy = {a: value for a, value in given.items() if _holds_lazy(value)}
+        if any(argument.alias_info and argument.alias_info.is_write for argument in lazy):
+            raise UnsupportedModelError(
+                f"{func} writes to a weight that is streamed or quantised, where new values "
+                "would be lost; call bminf.unwrap(model) first"
+            )
+        if _returns_view(func):
+            return _lazy_views(func, args, kwargs)
+        return func(*_read_all(args), **_read_all(kwargs))
+
+    @property
+    def data(self) -> torch.Tensor:
+        return self.detach()
+
+    @data.setter
+    def data(self, value: torch.Tensor) -> None:
+        raise UnsupportedModelError(
+            "the data of a weight that is streamed or quantised cannot be set: the new values "
+            "would be lost; call bminf.unwrap(model) first"
+        )
+
+    def fetch(self) -> torch.Tensor:
+        """The values, as an ordinary tensor without a history."""
+        return self._read().detach()
 
     def numpy(self, *, force: bool = False) -> Any:
-        return self.detach().numpy(force=force)
+        return self.fetch().numpy(force=force)
 
     def tolist(self) -> Any:
-        return self.detach().tolist()
+        return self.fetch().tolist()
 
     def data_ptr(self) -> int:
         raise UnsupportedModelError(
-            "a weight that is streamed or quantised has no address; read it with .detach(), "
+            "a weight that is streamed or quantised has no address; read it with .clone(), "
             "or call bminf.unwrap(model) first"
         )
 
@@ -88,7 +109,36 @@ class LazyTensor(torch.Tensor):
         return self._real_copy().__reduce_ex__(protocol)
 
     def _real_copy(self) -> torch.Tensor:
-        real = self.detach().clone()
+        real = self.fetch().clone()
         if isinstance(self, torch.nn.Parameter):
             return torch.nn.Parameter(real, requires_grad=self.requires_grad)
         return real
+
+
+def _holds_lazy(value: Any) -> bool:
+    items = value if isinstance(value, list | tuple) else [value]
+    return any(isinstance(item, LazyTensor) for item in items)
+
+
+def _read_all(given: Any) -> Any:
+    return tree_map_only(LazyTensor, lambda tensor: tensor._read(), given)
+
+
+def _returns_view(func: Any) -> bool:
+    """Whether the operation returns other names for the memory of its arguments."""
+    return any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns)
+
+
+def _lazy_views(func: Any, args: Any, kwargs: Any) -> Any:
+    """What `func` returns, lazy again: a write to a view is a write to the weight."""
+
+    def compute() -> Any:
+        return func(*_read_all(args), **_read_all(kwargs))
+
+    result = compute()
+    if isinstance(result, torch.Tensor):
+        return LazyTensor(compute, result)
+    return type(result)(
+        LazyTensor(lambda number=number: compute()[number], item)
+        for number, item in enumerate(result)
+    )

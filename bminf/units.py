@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import operator
 import re
 
 from bminf.errors import ArgumentError
@@ -19,6 +19,7 @@ _FACTORS = {
     "gib": 2**30,
     "tib": 2**40,
 }
+_MOST_BYTES = 2**60
 _SIZE = re.compile(r"\s*([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*([a-z]*)\s*", re.IGNORECASE)
 
 
@@ -30,13 +31,17 @@ def parse_bytes(size: int | float | str, argument: str = "size") -> int:
     """
     if isinstance(size, str):
         size = _parse_text(size, argument)
-    elif isinstance(size, bool) or not isinstance(size, int | float):
+    elif hasattr(size, "__index__") and not isinstance(size, bool):
+        size = operator.index(size)  # numpy's integers, too
+    elif not isinstance(size, float):
         raise ArgumentError(
             f"{argument}={size!r} is of type {type(size).__name__}; "
             'give bytes as a number, or a string such as "6GB" or "5.5GiB"'
         )
-    if not math.isfinite(size) or size < 0:
-        raise ArgumentError(f"{argument}={size!r}; give a number of bytes of at least 0")
+    if not 0 <= size <= _MOST_BYTES:
+        raise ArgumentError(
+            f"{argument}={size!r}; give a number of bytes of at least 0 and at most 2**60"
+        )
     return int(size)
 
 

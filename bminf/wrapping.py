@@ -22,7 +22,7 @@ from bminf.scheduler.backends.cuda import CudaBackend
 from bminf.scheduler.backends.cuda import free_bytes as cuda_free_bytes
 from bminf.scheduler.blob import Blobs, check_tensors, survey, unmapped_bytes
 from bminf.scheduler.blocks import ModuleBlock, find_blocks, tensors_of
-from bminf.scheduler.hooks import Scheduler, Stats, is_streaming
+from bminf.scheduler.hooks import Scheduler, Stats, is_streaming, refuse_to_save
 from bminf.scheduler.placement import place, take_back
 from bminf.scheduler.plan import Block, Plan, plan
 from bminf.units import parse_bytes
@@ -63,7 +63,8 @@ def wrapper(
     uses: how often a block, or each block of a list, is used per request; by default 128 (once a
         token), and 1 for the encoder of an encoder-decoder model.
 
-    Raises ArgumentError, BudgetError, OffloadError or UnsupportedModelError, the model unchanged.
+    Raises ArgumentError, BudgetError, OffloadError or UnsupportedModelError, the model unchanged;
+    only if a disk or a memory fails midway, linears that are quantised by then stay quantised.
     """
     _check_keywords(unknown)
     _check_model(model)
@@ -87,7 +88,7 @@ def unwrap(model: Model) -> Model:
 
     Linears that were quantised stay quantised. Raises ArgumentError if it is not wrapped.
     """
-    scheduler = model.__dict__.get(_ATTRIBUTE)
+    scheduler = _scheduler_of(model)
     if scheduler is None:
         raise ArgumentError(f"this {type(model).__name__} is not wrapped")
     _take_off(model, scheduler)
@@ -96,14 +97,20 @@ def unwrap(model: Model) -> Model:
 
 def plan_of(model: torch.nn.Module) -> Plan | None:
     """What stays and what streams, as decided by wrapper(); None for a model not wrapped."""
-    scheduler = model.__dict__.get(_ATTRIBUTE)
+    scheduler = _scheduler_of(model)
     return None if scheduler is None else scheduler.plan
 
 
 def stats_of(model: torch.nn.Module) -> Stats | None:
     """What was copied since `model` was wrapped; None if it is not wrapped."""
-    scheduler = model.__dict__.get(_ATTRIBUTE)
+    scheduler = _scheduler_of(model)
     return None if scheduler is None else scheduler.stats()
+
+
+def _scheduler_of(model: torch.nn.Module) -> Scheduler | None:
+    if not isinstance(model, torch.nn.Module):
+        raise ArgumentError(f"model is a {type(model).__name__}; give a torch.nn.Module")
+    return model.__dict__.get(_ATTRIBUTE)
 
 
 def plan_for(
@@ -179,7 +186,7 @@ def _check_model(model: torch.nn.Module) -> None:
     if not isinstance(model, torch.nn.Module):
         raise ArgumentError(f"model is a {type(model).__name__}; give a torch.nn.Module")
     for name, module in model.named_modules():
-        if _ATTRIBUTE in module.__dict__:
+        if module.__dict__.get(_ATTRIBUTE) is not None:
             what = f"its part {name!r}" if name else "this model"
             raise UnsupportedModelError(f"{what} is wrapped already; call bminf.unwrap on it first")
         if is_streaming(module):
@@ -195,9 +202,9 @@ def _check_model(model: torch.nn.Module) -> None:
 
 
 def _is_quantized(quantization: bool | str | None) -> bool:
-    if quantization in (True, "int8"):
+    if quantization is True or (isinstance(quantization, str) and quantization == "int8"):
         return True
-    if quantization in (False, None):
+    if quantization is False or quantization is None:
         return False
     raise ArgumentError(f'quantization={quantization!r}; accepted: True or "int8", False or None')
 
@@ -216,7 +223,7 @@ def _backend(device: torch.device | str | int | None, offload_dir: str | Path | 
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         wanted = torch.device(device)
-    except (RuntimeError, TypeError) as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         raise ArgumentError(
             f'device={device!r}: {error}; accepted: "cpu", "cuda", "cuda:1"'
         ) from error
@@ -298,6 +305,8 @@ def _carry_out(
         place(model, request.blobs, request.stand_ins, scheduler)
         if streamed:
             scheduler.install(model)
+        if request.stand_ins:
+            refuse_to_save(model)
     except BaseException:
         _take_off(model, scheduler)
         raise
@@ -305,7 +314,6 @@ def _carry_out(
 
 
 def _take_off(model: torch.nn.Module, scheduler: Scheduler) -> None:
-    scheduler.uninstall()
     take_back(model, scheduler)
-    scheduler.backend.close()
     del model.__dict__[_ATTRIBUTE]
+    scheduler.backend.close()

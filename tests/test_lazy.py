@@ -36,7 +36,9 @@ def test_operations_see_the_values() -> None:
     y = torch.nn.functional.linear(x, tensor)
     assert torch.equal(y, torch.nn.functional.linear(x, real))
     assert torch.equal(torch.autograd.grad(y.sum(), x)[0], real.sum(0).expand(2, 4))
-    assert torch.equal(tensor.detach(), real) and type(tensor.detach()) is torch.Tensor
+    assert torch.equal(tensor.detach(), real) and torch.equal(tensor[1:, 2], real[1:, 2])
+    assert all(torch.equal(a, b) for a, b in zip(tensor.unbind(), real, strict=True))
+    assert type(tensor.clone()) is type(tensor.fetch()) is torch.Tensor
     assert tensor.tolist() == real.tolist() and (tensor.numpy() == real.numpy()).all()
     assert str(real[0, 0].item())[:4] in repr(tensor)
     assert len(reads) >= 5
@@ -45,9 +47,22 @@ def test_operations_see_the_values() -> None:
 def test_writing_is_refused_and_reading_from_it_is_not() -> None:
     real = torch.ones(3)
     tensor, _ = lazy(real)
-    for write in (lambda: tensor.add_(1), lambda: tensor.copy_(real), lambda: tensor.zero_()):
+    writes = [
+        lambda: tensor.add_(1),
+        lambda: tensor.copy_(real),
+        lambda: tensor.__setitem__(0, 3.0),
+        lambda: tensor[:2].zero_(),
+        lambda: tensor.detach().zero_(),
+        lambda: tensor.data.zero_(),
+        lambda: setattr(tensor, "data", real),
+        lambda: torch.add(real, 1, out=tensor),
+        lambda: torch._foreach_mul_([torch.ones(3), tensor], 2),
+        lambda: torch.nn.init.zeros_(tensor),
+    ]
+    for number, write in enumerate(writes):
         with pytest.raises(UnsupportedModelError, match="would be lost"):
             write()
+            pytest.fail(f"write {number} was accepted")
     with pytest.raises(UnsupportedModelError, match="no address"):
         tensor.data_ptr()
     assert torch.equal(torch.zeros(3).add_(tensor), real) and torch.equal(real, torch.ones(3))

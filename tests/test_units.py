@@ -33,6 +33,7 @@ def test_sizes_as_people_write_them(given: int | float | str, expected: int) -> 
         (-1, "at least 0"),
         ("-1GB", "not a size"),
         (math.nan, "at least 0"),
+        (10**400, "at most"),
         (math.inf, "at least 0"),
         ("6 parsecs", "unknown unit 'parsecs'"),
         ("", "not a size"),

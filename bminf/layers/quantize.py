@@ -18,8 +18,9 @@ def is_quantizable(module: torch.nn.Module) -> bool:
     """
     if not (type(module) is torch.nn.Linear or is_conv1d(module)):
         return False
-    weight = module.weight
-    return isinstance(weight, torch.Tensor) and weight.is_floating_point() and weight.dim() == 2
+    # Not an attribute that a hook computes anew from other parameters (weight_norm, pruning).
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.is_floating_point() and weight.dim() == 2
 
 
 def skeleton(linear: torch.nn.Module) -> QuantizedLinear:

@@ -11,6 +11,7 @@ from bminf.errors import ArgumentError, UnsupportedModelError
 from bminf.layout import TensorSpec, overlapping
 
 _LISTS = (torch.nn.ModuleList, torch.nn.Sequential)
+_UNCALLED = (torch.nn.ModuleList, torch.nn.ModuleDict)
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,21 @@ def find_blocks(model: torch.nn.Module, names: Iterable[str] | None = None) -> l
 def _repeated(model: torch.nn.Module, prefix: str = "") -> Iterator[ModuleBlock]:
     if isinstance(model, _LISTS) and _repeats(model):
         list_name = prefix.rstrip(".")
-        for name, child in model.named_children():
+        for name, child in _items(model, prefix):
             if _has_tensors(child):
-                yield ModuleBlock(prefix + name, list_name)
+                yield ModuleBlock(name, list_name)
         return
     for name, child in model.named_children():
         yield from _repeated(child, f"{prefix}{name}.")
+
+
+def _items(modules: torch.nn.Module, prefix: str) -> Iterator[tuple[str, torch.nn.Module]]:
+    """The children; those of a plain list or dict in its place, because that is never called."""
+    for name, child in modules.named_children():
+        if type(child) in _UNCALLED:
+            yield from _items(child, f"{prefix}{name}.")
+        else:
+            yield prefix + name, child
 
 
 def _repeats(items: torch.nn.Module) -> bool:
@@ -62,13 +72,15 @@ def _has_tensors(module: torch.nn.Module) -> bool:
 def _named(model: torch.nn.Module, names: Iterable[str]) -> list[ModuleBlock]:
     if isinstance(names, str):
         raise ArgumentError(f"blocks={names!r} is one string; give a list of module names")
+    if not isinstance(names, Iterable) or not (names := list(names)):
+        raise ArgumentError(f"blocks={names!r}; give at least one module name, or None")
     modules = dict(model.named_modules(remove_duplicate=False))
     wanted: dict[str, None] = {}
     for name in names:
-        if name not in modules or not name:
+        if not isinstance(name, str) or name not in modules or not name:
             raise ArgumentError(_unknown(name, modules))
-        is_list = type(modules[name]) in (torch.nn.ModuleList, torch.nn.ModuleDict)
-        items = [f"{name}.{child}" for child, _ in modules[name].named_children()]
+        is_list = type(modules[name]) in _UNCALLED
+        items = [item for item, _ in _items(modules[name], f"{name}.")]
         for block in items if is_list else [name]:
             if block in wanted:
                 raise ArgumentError(f"blocks names {block!r} twice")
@@ -127,6 +139,9 @@ class TensorPlace:
 
     def set(self, tensor: torch.Tensor) -> None:
         self.holder[self.key] = tensor
+        if isinstance(self.module, torch.nn.RNNBase):
+            # It computes with a list of its own beside its parameters, kept up by setattr.
+            setattr(self.module, self.key, tensor)
 
 
 def tensors_of(module: torch.nn.Module) -> Iterator[tuple[str, TensorPlace, torch.Tensor]]:

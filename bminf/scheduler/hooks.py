@@ -12,18 +12,20 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from bminf.errors import UnsupportedModelError
 from bminf.layout import Layout
+from bminf.lazy import LazyTensor
 from bminf.scheduler.backends.base import Backend
 from bminf.scheduler.blocks import tensors_of
 from bminf.scheduler.plan import Plan
@@ -58,12 +60,19 @@ class Scheduler:
         self.blocks: list[StreamedBlock] = []
         self.ring: Ring | None = None
         self._lock = threading.RLock()
+        self._process = os.getpid()
         self._inside = False  # somebody is in a guarded call; only read and set under the lock
         self._pass_counted = False
         self._num_passes = 0
         self._reads_host = False
         self._warned = False
-        self._overrides: list[tuple[torch.nn.Module, str, Any]] = []
+        self._overrides: list[tuple[torch.nn.Module, str, Any, Any]] = []
+
+    def __deepcopy__(self, memo: Any) -> None:
+        """A copy of a model that fits entirely is a model that is not wrapped."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
 
     def stats(self) -> Stats:
         counters = self.backend.counters()
@@ -72,7 +81,8 @@ class Scheduler:
     def add(self, name: str, module: torch.nn.Module, layout: Layout) -> None:
         """Take over a block whose blob is at home."""
         block = StreamedBlock(name, len(self.blocks), module, layout, self.backend, self._read)
-        self.blocks.append(block)
+        self.blocks.append(block)  # before it lets go: an interrupt finds it and takes it back
+        block.let_go()
 
     def install(self, model: torch.nn.Module) -> None:
         """Begin to stream: every block, and every module around one, is guarded from now on."""
@@ -83,23 +93,31 @@ class Scheduler:
             self._override(module, "forward", _Forward(self, module, blocks.get(module)))
             self._override(module, "state_dict", _StateDict(self, module.state_dict))
             self._override(module, "load_state_dict", _refuse_loading)
-        inside = [inner for block in blocks for inner in block.modules()]
-        for module in dict.fromkeys([*around, *inside]):
+        # Only modules that hold tensors: others, such as activations, may be shared by all models.
+        holders = [module for block in self.blocks for module in block.holders()]
+        for module in dict.fromkeys([*around, *holders]):
             self._override(module, "_apply", _Apply(module))
         self.ring.start()
 
     def uninstall(self) -> None:
         with self._lock:
             self._settle()
-            for module, name, before in reversed(self._overrides):
-                if before is None:
-                    del module.__dict__[name]
-                else:
-                    module.__dict__[name] = before
-            self._overrides = []
+            while self._overrides:  # one by one, so that an interrupted run can be repeated
+                module, name, ours, before = self._overrides[-1]
+                if module.__dict__.get(name) is ours:
+                    module.__dict__.pop(name)
+                    if before is not None:
+                        module.__dict__[name] = before
+                self._overrides.pop()
+            self.ring = None
 
     def call(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run `function` as the only thread in the model; calls may nest."""
+        if os.getpid() != self._process:
+            raise UnsupportedModelError(
+                "a model with streamed blocks cannot be used in a forked process, which has "
+                "neither its reader thread nor its streams; wrap the model in that process"
+            )
         with self._lock:
             # No call stands between `with` and `try`, nor in `finally` before the flag is set:
             # there is no point at which KeyboardInterrupt could leave it wrong.
@@ -119,22 +137,32 @@ class Scheduler:
             return forward(*args, **kwargs)
         assert self.ring is not None
         slot = self.ring.enter(block.index)
+        is_cached = torch.is_autocast_cache_enabled()
         try:
+            # Its cache would keep a copy of every weight that comes by.
+            torch.set_autocast_cache_enabled(False)
             self._count_pass()
             block.bind(slot)
             with self._saved_by_autograd(block):
                 output = forward(*args, **kwargs)
             return _detached(block, output)
         finally:
+            torch.set_autocast_cache_enabled(is_cached)
             self._leave(block, slot)
 
     def state_dict(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Run state_dict with streamed tensors read from home as they lie there, on the host."""
+        """Run state_dict, and give streamed tensors as they lie at home, on the host."""
+        weights = function(*args, **kwargs)
+        if kwargs.get("keep_vars", False):
+            return weights
         self._reads_host, before = True, self._reads_host
         try:
-            return function(*args, **kwargs)
+            for name, tensor in weights.items():
+                if isinstance(tensor, LazyTensor):
+                    weights[name] = tensor.fetch()
         finally:
             self._reads_host = before
+        return weights
 
     def _leave(self, block: StreamedBlock, slot: int) -> None:
         assert self.ring is not None
@@ -178,7 +206,8 @@ class Scheduler:
         def pack(tensor: torch.Tensor) -> Any:
             offset = block.offset_in_slot(tensor)
             if offset is None:
-                return tensor
+                # Without its history: an output that is saved would otherwise keep itself alive.
+                return tensor.detach()
             return offset, tensor.shape, tensor.stride(), tensor.dtype
 
         def unpack(saved: Any) -> torch.Tensor:
@@ -202,7 +231,7 @@ class Scheduler:
         return data.to(self.backend.device).view(dtype).as_strided(shape, stride)
 
     def _override(self, module: torch.nn.Module, name: str, value: Any) -> None:
-        self._overrides.append((module, name, module.__dict__.get(name)))
+        self._overrides.append((module, name, value, module.__dict__.get(name)))
         module.__dict__[name] = value
 
 
@@ -210,6 +239,15 @@ def _detached(block: StreamedBlock, output: Any) -> Any:
     """An output that is a view of a weight would change with the slot: copy it."""
     if isinstance(output, torch.Tensor):  # most outputs are, and the tree walk is not free
         return output if block.offset_in_slot(output) is None else output.clone()
+    if is_dataclass(output) and not isinstance(output, type | Mapping):
+        for field in fields(output):
+            value = getattr(output, field.name, None)
+            if (copied := _detached(block, value)) is not value:
+                object.__setattr__(output, field.name, copied)
+        return output
+    leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+    if all(block.offset_in_slot(leaf) is None for leaf in leaves):
+        return output  # the very object, as without streaming
     return tree_map_only(torch.Tensor, functools.partial(_detached, block), output)
 
 
@@ -255,7 +293,7 @@ class _Forward(_Override):
         return self._scheduler.call(self._inner, args, kwargs)
 
     def _inner(self, *args: Any, **kwargs: Any) -> Any:
-        if self._block is None:
+        if self._block is None or self._scheduler.ring is None:
             return self._forward(*args, **kwargs)
         return self._scheduler.run(self._block, self._forward, args, kwargs)
 
@@ -277,6 +315,20 @@ def _refuse_loading(*args: Any, **kwargs: Any) -> None:
     raise UnsupportedModelError(
         "weights cannot be loaded into a model with streamed blocks; load them before wrapping, "
         "or call bminf.unwrap(model) first"
+    )
+
+
+def refuse_to_save(model: torch.nn.Module) -> None:
+    """Let save_pretrained() of a quantised model say what from_pretrained() would make of it."""
+    if hasattr(model, "save_pretrained"):
+        model.__dict__["save_pretrained"] = _refuse_saving
+
+
+def _refuse_saving(*args: Any, **kwargs: Any) -> None:
+    raise UnsupportedModelError(
+        "from_pretrained() does not know the packed weights of a quantised model and would put "
+        "random ones in their place; save with torch.save(model.state_dict()), or wrap with "
+        "quantization=False"
     )
 
 

@@ -15,6 +15,9 @@ from pathlib import Path
 
 import torch
 
+from bminf.errors import BudgetError
+from bminf.units import format_bytes
+
 
 def allocate(nbytes: int) -> torch.Tensor:
     """(nbytes,) uint8 zeros on the CPU, page-aligned, in anonymous memory of their own."""
@@ -29,9 +32,12 @@ def allocate(nbytes: int) -> torch.Tensor:
 
 def _map_private(nbytes: int) -> mmap.mmap:
     # The default, a shared mapping, would be counted as shared memory and take no huge pages.
-    if sys.platform == "win32":
-        return mmap.mmap(-1, nbytes)
-    return mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        if sys.platform == "win32":
+            return mmap.mmap(-1, nbytes)
+        return mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, OverflowError) as error:
+        raise BudgetError(f"{format_bytes(nbytes)} of memory cannot be had: {error}") from error
 
 
 def trim() -> None:
@@ -48,7 +54,9 @@ def mapped_files() -> Callable[[int], bool]:
     if not maps.exists():
         return lambda address: False
     spans = []
-    for line in maps.read_text().splitlines():
+    for line in maps.read_bytes().decode(errors="replace").split("\n"):
+        if not line:
+            continue
         span, _, _, _, inode, *_ = line.split()
         if inode != "0":
             begin, end = span.split("-")

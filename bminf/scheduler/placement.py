@@ -43,11 +43,18 @@ def place(
 
 
 def take_back(model: torch.nn.Module, scheduler: Scheduler) -> None:
-    """Streamed weights into memory again, and everything to the device it came from."""
+    """End the streaming: all weights in memory again, on the device they came from.
+
+    What needs memory comes first; BudgetError leaves the model streaming. Done twice, after an
+    interrupt, it ends what it began.
+    """
     with torch.inference_mode(False), torch.no_grad():
-        for block in tqdm(scheduler.blocks, desc="unwrapping", delay=1, leave=False):
-            blob = memory.allocate(block.layout.nbytes)
-            blob.copy_(scheduler.backend.home(block.index))
+        blobs = [
+            memory.allocate(block.layout.nbytes).copy_(scheduler.backend.home(block.index))
+            for block in tqdm(scheduler.blocks, desc="unwrapping", delay=1, leave=False)
+        ]
+        scheduler.uninstall()
+        for block, blob in zip(scheduler.blocks, blobs, strict=True):
             block.restore(blob.to(scheduler.source_device))
     if scheduler.source_device != scheduler.backend.device:
         model.to(scheduler.source_device)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from bminf.errors import OffloadError
+from bminf.errors import ArgumentError, OffloadError
 from bminf.units import format_bytes
 
 _MEMORY_FILE_SYSTEMS = {"tmpfs", "ramfs"}
@@ -30,7 +30,14 @@ class FileStore:
     def __init__(self, blob_bytes: Sequence[int], offload_dir: str | Path | None = None) -> None:
         self._blob_bytes = list(blob_bytes)
         self._offsets, end = _offsets(blob_bytes)
-        folder = _folder(offload_dir)
+        if offload_dir is not None and not isinstance(offload_dir, str | os.PathLike):
+            raise ArgumentError(
+                f"offload_dir={offload_dir!r} is a {type(offload_dir).__name__}; give a path"
+            )
+        try:
+            folder = _folder(offload_dir)
+        except (OSError, ValueError, RuntimeError) as error:  # a loop of links, a NUL
+            raise OffloadError(f"offload_dir={offload_dir!r} is not a folder: {error}") from error
         self._file = _open(folder, end)
         self._descriptor = self._file.fileno()
         weakref.finalize(self, self._file.close)

@@ -30,8 +30,15 @@ class _Held:
     attributes: dict[str, Any]  # what python code hung on it
 
     def is_ours(self) -> bool:
+        """Whether nobody else has put a tensor in our place."""
         current = self.place.get()
         return current is self.away or any(current is tensor for tensor in self.in_slot)
+
+    def bind(self, slot: int) -> None:
+        weight = self.in_slot[slot]
+        if weight.requires_grad is not self.away.requires_grad:  # set since wrapping
+            weight.requires_grad_(self.away.requires_grad)
+        self.place.set(weight)
 
     def kept(self, view: torch.Tensor) -> torch.Tensor:
         """`view` as the kind of tensor that was there."""
@@ -62,13 +69,12 @@ class StreamedBlock:
         self.slot: int | None = None
         self._begins = [slot.data_ptr() for slot in backend.slots]
         self._versions = 0
+        self._warned = False
         self._held = [
             self._hold(tensor_name, place, tensor, backend, read)
             for tensor_name, place, tensor in tensors_of(module)
             if tensor_name in layout.specs
         ]
-        for held in self._held:
-            held.place.set(held.away)
 
     def _hold(
         self,
@@ -81,48 +87,62 @@ class StreamedBlock:
         fetch = functools.partial(read, self, name)
         away = LazyTensor(fetch, tensor, backend.device, place.is_parameter)
         held = _Held(name, place, away, [], dict(tensor.__dict__))
-        held.in_slot = [held.kept(self.layout.view(slot, name)) for slot in backend.slots]
-        for weight in held.in_slot:
-            if weight.requires_grad:
-                weight.register_hook(_refuse_gradient)
+        held.in_slot = [_guarded(held.kept(self.layout.view(slot, name))) for slot in backend.slots]
         return held
 
+    def let_go(self) -> None:
+        """Put the lazy tensors in place; the originals are free, if nobody else holds them."""
+        for held in self._held:
+            held.place.set(held.away)
+
+    def holders(self) -> set[torch.nn.Module]:
+        """The modules that hold a tensor of the block."""
+        return {held.place.module for held in self._held}
+
     def bind(self, slot: int) -> None:
-        """Put the tensors of a slot in place."""
+        """Put the tensors of a slot in place, except where somebody has set one of their own."""
         self.slot = slot
         for held in self._held:
-            held.place.set(held.in_slot[slot])
+            if held.is_ours():
+                held.bind(slot)
+            elif not self._warned:
+                self._warned = True
+                logger.warning(
+                    "%s.%s was set anew; that tensor is used, and stays there beyond the plan",
+                    self.name,
+                    held.name,
+                )
         self._versions = self._count_versions(slot)
 
     def unbind(self) -> None:
         """Put the lazy tensors back, except where the model has set a tensor of its own."""
         if self.slot is None:
             return
-        slot = self.slot
-        replaced = [
-            held
-            for held in self._held
-            if held.place.get() is not held.in_slot[slot] and not held.is_ours()
-        ]
-        for held in replaced:
-            logger.warning(
-                "the model replaced %s.%s; it stays on the device from now on, beyond the plan",
-                self.name,
-                held.name,
-            )
-            self._held.remove(held)
         for held in self._held:
-            held.place.set(held.away)
+            if held.is_ours():
+                held.place.set(held.away)
         self.slot = None
 
     def restore(self, blob: torch.Tensor) -> None:
         """Give the module ordinary tensors again, views into `blob`: (layout.nbytes,) uint8."""
         for held in self._held:
-            held.place.set(held.kept(self.layout.view(blob, held.name)))
+            weight = held.kept(self.layout.view(blob, held.name))
+            # Whoever still has the lazy tensor goes on reading the right values.
+            held.away._read = weight.detach
+            if held.is_ours():
+                held.place.set(weight)
 
     def changed(self) -> bool:
-        """Whether anything wrote in place to a parameter or buffer since bind()."""
-        return self.slot is not None and self._count_versions(self.slot) != self._versions
+        """Whether anything wrote in place to a parameter or buffer since bind().
+
+        In training, a block with buffers always counts as changed: fused operations update running
+        statistics without a trace.
+        """
+        if self.slot is None:
+            return False
+        if self.module.training and any(not held.place.is_parameter for held in self._held):
+            return True
+        return self._count_versions(self.slot) != self._versions
 
     def offset_in_slot(self, tensor: torch.Tensor) -> int | None:
         """Where in the bound slot `tensor` begins, in bytes; None where it lies elsewhere."""
@@ -131,11 +151,23 @@ class StreamedBlock:
             return None
         if tensor.layout != torch.strided or tensor.is_meta:
             return None
-        offset = tensor.data_ptr() - self._begins[self.slot]
+        try:
+            offset = tensor.data_ptr() - self._begins[self.slot]
+        except RuntimeError:  # inside torch.func transforms a tensor has no address
+            return None
         return offset if 0 <= offset < self.layout.nbytes else None
 
     def _count_versions(self, slot: int) -> int:
         return sum(held.in_slot[slot]._version for held in self._held)
+
+
+def _guarded(weight: torch.Tensor) -> torch.Tensor:
+    """`weight`, such that a gradient for it raises, also if it is asked for later."""
+    if isinstance(weight, torch.nn.Parameter) and weight.is_floating_point():
+        is_trainable = weight.requires_grad
+        weight.requires_grad_(True).register_hook(_refuse_gradient)
+        weight.requires_grad_(is_trainable)
+    return weight
 
 
 def _refuse_gradient(gradient: torch.Tensor) -> None:

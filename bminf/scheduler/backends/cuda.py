@@ -14,9 +14,11 @@ from pathlib import Path
 import torch
 
 from bminf.cuda.pinned import PinnedMemory
+from bminf.errors import BudgetError
 from bminf.layout import Layout
 from bminf.scheduler.backends.base import Counters
 from bminf.scheduler.ring import NUM_SLOTS
+from bminf.units import format_bytes
 
 _Interval = tuple[torch.cuda.Event, torch.cuda.Event]
 
@@ -37,8 +39,14 @@ class CudaBackend:
         self._waiting: deque[_Interval] = deque()  # asked for, and there
 
     def allocate(self, nbytes: int) -> torch.Tensor:
-        with torch.inference_mode(False):
-            return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+        try:
+            with torch.inference_mode(False):
+                return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+        except torch.cuda.OutOfMemoryError as error:
+            raise BudgetError(
+                f"{format_bytes(nbytes)} of memory cannot be had on {self.device}: other programs "
+                "or tensors hold it; lower memory_limit, or free some"
+            ) from error
 
     def open(self, blob_bytes: Sequence[int], offload_dir: str | Path | None) -> None:
         self._blob_bytes = list(blob_bytes)
