@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from bminf.errors import UnsupportedModelError
 
@@ -135,10 +135,18 @@ def _lazy_views(func: Any, args: Any, kwargs: Any) -> Any:
     def compute() -> Any:
         return func(*_read_all(args), **_read_all(kwargs))
 
-    result = compute()
-    if isinstance(result, torch.Tensor):
-        return LazyTensor(compute, result)
-    return type(result)(
-        LazyTensor(lambda number=number: compute()[number], item)
-        for number, item in enumerate(result)
+    # The shapes of views follow from shapes alone, so nothing is fetched for them.
+    shapes = func(
+        *tree_map_only(LazyTensor, _meta, args), **tree_map_only(LazyTensor, _meta, kwargs)
     )
+    device = next(item.device for item in tree_leaves((args, kwargs)) if _holds_lazy(item))
+    if isinstance(shapes, torch.Tensor):
+        return LazyTensor(compute, shapes, device)
+    return type(shapes)(
+        LazyTensor(lambda number=number: compute()[number], item, device)
+        for number, item in enumerate(shapes)
+    )
+
+
+def _meta(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")

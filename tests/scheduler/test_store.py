@@ -59,6 +59,9 @@ def test_a_mapped_blob_is_a_private_copy_and_outlives_the_store() -> None:
     check_round_trip(homes)
     mapped = homes.map(2)
     mapped[:10] = 0
+    given = memory.allocate(100_001)
+    homes.read_into(2, given)
+    assert torch.equal(given, blob(100_001, 2))
     homes.close()
     assert torch.equal(mapped[10:], blob(100_001, 2)[10:])
     check_round_trip(FileStore(SIZES))

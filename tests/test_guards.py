@@ -1,0 +1,350 @@
+"""Guards of the scheduler and the wrapper, each alone: taken out, its test here fails."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from streaming import Residual, Stack, make_stack, stream
+from test_pitfalls import raise_once
+from tiny_models import make
+
+import bminf
+from bminf.errors import OffloadError
+from bminf.scheduler import memory
+
+
+def test_9_unwrapping_waits_for_the_pass_of_another_thread() -> None:
+    model, x = make_stack(), torch.randn(3, 16)
+    expected = model(x)
+    stream(model)
+    thread = threading.Thread(target=lambda: bminf.unwrap(model))
+
+    def hook(*_: Any) -> None:
+        handle.remove()
+        thread.start()
+        thread.join(0.3)
+
+    handle = model.layers[4].up.register_forward_pre_hook(hook)
+    assert torch.equal(model(x), expected)
+    thread.join()
+    assert bminf.plan_of(model) is None and torch.equal(model(x), expected)
+
+
+def test_11_the_output_head_is_not_quantised_even_as_a_block() -> None:
+    model = make("llama")
+    stream(model, quantization=True, blocks=["model.layers", "lm_head"])
+    assert type(model.lm_head) is torch.nn.Linear
+    assert isinstance(model.model.layers[3].mlp.up_proj, bminf.QuantizedLinear)
+
+
+def test_11_a_module_that_stands_in_two_places_stays() -> None:
+    model, x = make_stack(), torch.randn(3, 16)
+    model.also = model.layers[5].up
+    up_bytes = sum(t.nbytes for t in model.also.state_dict().values())
+    head_bytes = sum(t.nbytes for t in model.head.state_dict().values())
+    expected = model(x)
+    stream(model)
+    assert "layers.5" in bminf.plan_of(model).streamed
+    assert bminf.plan_of(model).outside_bytes >= up_bytes + head_bytes
+    assert type(model.also.weight) is torch.nn.Parameter
+    assert torch.equal(model(x), expected)
+
+
+def test_a_forward_of_its_own_on_a_block_is_kept() -> None:
+    model, x = make_stack(), torch.randn(3, 16)
+    for layer in model.layers:
+        layer.forward = lambda x, original=layer.forward: original(x) + 1
+    own, expected = [layer.forward for layer in model.layers], model(x)
+    stream(model)
+    assert torch.equal(model(x), expected)
+    bminf.unwrap(model)
+    assert torch.equal(model(x), expected)
+    assert [layer.forward for layer in model.layers] == own
+
+
+def test_buffers_changed_by_a_block_that_then_fails_are_kept() -> None:
+    class Counting(Residual):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.shift.add_(1)
+            return super().forward(x)
+
+    def failed(model: Stack) -> dict[str, torch.Tensor]:
+        with torch.no_grad():
+            model(torch.ones(3, 16))
+            raise_once(model.layers[5].down, ValueError("inside"))
+            with pytest.raises(ValueError, match="inside"):
+                model(torch.ones(3, 16))
+        return model.state_dict()
+
+    model = make_stack(block=Counting)
+    stream(model)
+    assert "layers.5" in bminf.plan_of(model).streamed
+    for (name, given), right in zip(
+        failed(model).items(), failed(make_stack(block=Counting)).values(), strict=True
+    ):
+        assert torch.equal(given, right), name
+
+
+@pytest.mark.parametrize("error", [MemoryError("none left"), KeyboardInterrupt()])
+def test_an_interrupt_while_wrapping_puts_the_model_back_together(
+    error: BaseException, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from bminf.scheduler.hooks import Scheduler
+
+    model, x = make_stack(), torch.randn(3, 16)
+    expected, original = model(x), Scheduler.add
+
+    def add(self: Scheduler, name: str, *rest: Any) -> None:
+        original(self, name, *rest)
+        if len(self.blocks) == 4:
+            raise error
+
+    monkeypatch.setattr(Scheduler, "add", add)
+    with pytest.raises(type(error)):
+        stream(model, offload_dir=tmp_path)
+    assert bminf.plan_of(model) is None and torch.equal(model(x), expected)
+    assert all(type(p) is torch.nn.Parameter for p in model.parameters())
+
+
+def test_unwrapping_closes_the_file_and_ends_the_reader() -> None:
+    gc.collect()
+    open_files, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
+    model = stream(make_stack())
+    assert threading.active_count() == threads + 1
+    bminf.unwrap(model)
+    assert len(os.listdir("/proc/self/fd")) == open_files
+    assert threading.active_count() == threads
+
+
+def test_a_mapped_model_does_not_count_as_memory_to_come(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Without a limit: what is free, and what the model itself will let go of."""
+    monkeypatch.setattr(memory, "free_bytes", lambda: 10**6)
+    model, mapped = make_stack(width=64), make_stack(width=64)
+    nbytes = sum(t.nbytes for t in model.state_dict().values())
+    for number, parameter in enumerate(mapped.parameters()):
+        path = tmp_path / str(number)
+        path.write_bytes(parameter.detach().numpy().tobytes())
+        flat = torch.from_file(str(path), size=parameter.numel(), shared=True)
+        parameter.data = flat.view(parameter.shape)
+    bminf.wrapper(model, False, device="cpu")
+    bminf.wrapper(mapped, False, device="cpu")
+    buffer_bytes = sum(buffer.nbytes for buffer in mapped.buffers())
+    assert bminf.plan_of(model).budget == int(0.9 * (10**6 + nbytes))
+    assert bminf.plan_of(mapped).budget == int(0.9 * (10**6 + buffer_bytes))
+
+
+def test_resident_weights_leave_a_mapped_checkpoint(tmp_path: Path) -> None:
+    model = make_stack()
+    path = tmp_path / "head"
+    path.write_bytes(model.head.weight.detach().numpy().tobytes())
+    mapped = torch.from_file(str(path), size=model.head.weight.numel(), shared=True)
+    model.head.weight.data = mapped.view(model.head.weight.shape)
+    stream(model)
+    assert not memory.mapped_files()(model.head.weight.data_ptr())
+
+
+def test_5_activations_that_lie_behind_a_slot_are_not_taken_for_weights() -> None:
+    class Square(Residual):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(torch.sin(x))
+
+    model, below = make_stack(block=Square).requires_grad_(False), memory.allocate(2**16)
+    x = torch.randn(3, 16)
+    expected = torch.autograd.functional.jacobian(model, x)
+    stream(model)
+    above = memory.allocate(2**16)
+    for block in (below, above):
+        near = block.view(torch.float32)[:48].view(3, 16).copy_(x)
+        assert torch.equal(torch.autograd.functional.jacobian(model, near), expected)
+
+
+def test_a_block_may_hand_out_a_weight_of_another() -> None:
+    class Lending(Residual):
+        other: Any = None
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return super().forward(x), self.other and self.other[0].shift
+
+    model = make_stack(block=Lending)
+    model.layers[1].other = [model.layers[5]]
+    expected = model.layers[5].shift.clone()
+    stream(model)
+    assert torch.equal(model.layers[1](torch.randn(3, 16))[1], expected)
+
+
+def test_a_block_that_changes_its_buffers_may_follow_itself() -> None:
+    class Counting(Residual):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.shift.add_(1)
+            return super().forward(x)
+
+    class Repeating(Stack):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for _ in range(4):
+                x = self.layers[5](x)
+            return x
+
+    plain, model = (Repeating(block=Counting) for _ in range(2))
+    model.load_state_dict(plain.state_dict())
+    stream(model)
+    assert "layers.5" in bminf.plan_of(model).streamed
+    with torch.no_grad():
+        for _ in range(3):
+            x = torch.randn(3, 16)
+            assert torch.equal(model(x), plain(x))
+    assert torch.equal(model.layers[5].shift, plain.layers[5].shift)
+
+
+def test_a_read_that_failed_is_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x, failed = make_stack(), torch.randn(3, 16), []
+    expected = model.layers[5](x)
+    stream(model)
+    number = bminf.plan_of(model).streamed.index("layers.5")
+    store = model._bminf_scheduler.backend._store
+    original = store.read_into
+
+    def read_into(block: int, blob: torch.Tensor) -> None:
+        if block == number and not failed:
+            failed.append(block)
+            raise OffloadError("the disk is gone")
+        original(block, blob)
+
+    monkeypatch.setattr(store, "read_into", read_into)
+    with pytest.raises(OffloadError, match="gone"):
+        model(x)
+    assert torch.equal(model.layers[5](x), expected)
+
+
+def test_what_lies_in_a_slot_behind_the_blob_is_not_of_the_block() -> None:
+    class Uneven(Residual):
+        made = 0
+
+        def __init__(self, width: int) -> None:
+            super().__init__(width)
+            Uneven.made += 1
+            self.up.more = torch.nn.Parameter(torch.zeros(64 * (1 + Uneven.made % 2)))
+
+    scheduler = stream(make_stack(block=Uneven))._bminf_scheduler
+    block = min(scheduler.blocks, key=lambda block: block.layout.nbytes)
+    slot, nbytes = scheduler.backend.slots[0], block.layout.nbytes
+    block.bind(0)
+    assert nbytes < len(slot)
+    assert block.offset_in_slot(slot[nbytes - 4 :]) == nbytes - 4
+    assert block.offset_in_slot(slot[nbytes:]) is None
+    block.unbind()
+
+
+@pytest.mark.parametrize(
+    ("is_encoder_decoder", "encoder", "uses"),
+    [(True, "layers", 1), (False, "layers", 128), (True, "", 128)],
+)
+def test_only_the_encoder_of_two_parts_is_used_once(
+    is_encoder_decoder: bool, encoder: str, uses: int
+) -> None:
+    from types import SimpleNamespace
+
+    model = make_stack()
+    model.config = SimpleNamespace(is_encoder_decoder=is_encoder_decoder)
+    model.get_encoder = lambda: model.get_submodule(encoder)
+    stream(model)
+    assert bminf.plan_of(model).uses["layers.5"] == uses
+
+
+def test_a_copy_starts_as_soon_as_a_slot_is_free() -> None:
+    from bminf.scheduler.backends.simulated import SimulatedBackend
+    from bminf.scheduler.ring import Ring
+
+    backend = SimulatedBackend([1] * 5, 1.0)
+    ring = Ring(5, backend)
+    ring.start()
+    assert [copy.block for copy in backend.copies] == [0, 1]
+    for block, after in enumerate([[0, 1, 2], [0, 1, 2, 3], [0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 0]]):
+        ring.enter(block)
+        assert [copy.block for copy in backend.copies] == after[:-1]
+        ring.leave(block)
+        assert [copy.block for copy in backend.copies] == after
+
+
+def test_a_slow_read_that_is_not_wanted_any_more_spoils_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, x = make_stack(), torch.randn(3, 16)
+    expected = model.layers[1](x)
+    stream(model)
+    streamed = bminf.plan_of(model).streamed
+    slow = {streamed.index("layers.4"), streamed.index("layers.5")}
+    store = model._bminf_scheduler.backend._store
+    original = store.read_into
+
+    def read_into(block: int, blob: torch.Tensor) -> None:
+        if block in slow:
+            time.sleep(0.1)
+        original(block, blob)
+
+    monkeypatch.setattr(store, "read_into", read_into)
+    model.layers[1].up.register_forward_pre_hook(lambda *_: time.sleep(0.4))
+    model.layers[3](x)  # now 4 and 5 are read ahead
+    assert torch.equal(model.layers[1](x), expected)
+
+
+def test_short_reads_and_writes_are_continued(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A call may move less than was asked: 2 GiB at most on Linux."""
+    from bminf.scheduler import store
+
+    read, write = os.preadv, os.pwrite
+    monkeypatch.setattr(os, "preadv", lambda f, parts, at: read(f, [parts[0][:1000]], at))
+    monkeypatch.setattr(os, "pwrite", lambda f, data, at: write(f, data[:700], at))
+    homes = store.FileStore([5000, 2500], tmp_path)
+    for number, nbytes in ((1, 2500), (0, 5000)):
+        blob = torch.arange(nbytes).to(torch.uint8)
+        homes.write(number, blob)
+        given = memory.allocate(nbytes)
+        homes.read_into(number, given)
+        assert torch.equal(given, blob)
+
+
+def test_buffers_are_private_memory() -> None:
+    buffer = memory.allocate(4 << 20).fill_(1)
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    for line in lines:
+        span, access, *_ = line.split()
+        begin, end = (int(part, 16) for part in span.split("-"))
+        if begin <= buffer.data_ptr() < end:
+            assert access.endswith("p")
+
+
+def test_the_limit_of_the_container_bounds_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_system_free_bytes", lambda: 900)
+    monkeypatch.setattr(memory, "_container_free_bytes", lambda root: [700, 800])
+    assert memory.free_bytes() == 700
+
+
+def test_a_large_weight_is_packed_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bminf.layers import quantized_linear
+    from bminf.quantization.int8 import quantize_rows
+
+    rows = []
+
+    def counted(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        rows.append(len(weight))
+        return quantize_rows(weight)
+
+    monkeypatch.setattr(quantized_linear, "quantize_rows", counted)
+    linear = torch.nn.Linear(1024, 600)
+    packed = bminf.QuantizedLinear(linear)
+    assert rows == [256, 256, 88]
+    for given, right in zip(
+        (packed.qweight, packed.scale), quantize_rows(linear.weight.detach()), strict=True
+    ):
+        assert torch.equal(given, right)

@@ -1,0 +1,321 @@
+"""Uses of a wrapped model that once broke it."""
+
+from __future__ import annotations
+
+import copy
+import multiprocessing
+import os
+import pickle
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from streaming import Residual, Stack, make_stack, stream
+from tiny_models import make
+
+import bminf
+from bminf.errors import BudgetError, UnsupportedModelError
+from bminf.scheduler import memory
+
+
+def test_weights_set_anew_outside_a_forward_are_used() -> None:
+    plain, model, x = make_stack(), stream(make_stack()), torch.randn(3, 16)
+    weight, shift = torch.randn(32, 16), torch.randn(16)
+    for changed in (plain, model):
+        changed.layers[5].up.weight = torch.nn.Parameter(weight)
+        changed.layers[4].shift = shift
+    for _ in range(2):
+        assert torch.equal(model(x), plain(x))
+    bminf.unwrap(model)
+    assert torch.equal(model(x), plain(x)) and torch.equal(model.layers[5].up.weight, weight)
+
+
+def test_functional_call_computes_with_what_it_is_given() -> None:
+    plain, model, x = make_stack(), stream(make_stack()), torch.randn(3, 16)
+    given = {name: torch.randn_like(p) for name, p in plain.named_parameters()}
+    expected, usual = torch.func.functional_call(plain, given, (x,)), plain(x)
+    assert torch.equal(torch.func.functional_call(model, given, (x,)), expected)
+    assert torch.equal(model(x), usual)
+
+
+def test_freezing_after_wrapping_counts() -> None:
+    model, x = stream(make_stack()), torch.randn(3, 16, requires_grad=True)
+    model.requires_grad_(False)
+    expected = torch.autograd.grad(make_stack()(x).sum(), x)[0]
+    assert torch.equal(torch.autograd.grad(model(x).sum(), x)[0], expected)
+    model.requires_grad_(True)
+    with pytest.raises(UnsupportedModelError, match="freeze"):
+        model(x).sum().backward()
+
+
+def test_a_pass_with_grad_needs_no_memory_afterwards() -> None:
+    model, x = stream(make_stack(width=64)), torch.randn(20_000, 64)
+    model(x)
+    before = resident_bytes()
+    for _ in range(5):
+        model(x)
+    assert resident_bytes() - before < 20 * 2**20  # one pass saves about 100 MiB
+
+
+def resident_bytes() -> int:
+    memory.trim()
+    return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) * 1024
+
+
+class Nested(torch.nn.Module):
+    """The usual shape of a model written by hand: a list of [attention, feed-forward] lists."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        pairs = [[Residual(16), Residual(16)] for _ in range(5)]
+        self.layers = torch.nn.ModuleList([inner(pair) for pair in pairs])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for pair in self.layers:
+            items = pair.values() if isinstance(pair, torch.nn.ModuleDict) else pair
+            for part in items:
+                x = part(x)
+        return x
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [torch.nn.ModuleList, lambda pair: torch.nn.ModuleDict(dict(zip("ab", pair, strict=True)))],
+)
+def test_lists_of_lists_stream_by_their_items(inner: Any) -> None:
+    torch.manual_seed(0)
+    model, x = Nested(inner), torch.randn(3, 16)
+    expected = model(x)
+    stream(model)
+    plan = bminf.plan_of(model)
+    assert len(plan.blocks) == 10 and {b.list_name for b in plan.blocks} == {"layers"}
+    assert torch.equal(model(x), expected)
+    assert bminf.stats_of(model).copies >= len(plan.streamed) >= 8
+
+
+def test_recurrent_layers_compute_with_the_slot_and_let_their_weights_go() -> None:
+    class Recurrent(torch.nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.lstm = torch.nn.LSTM(width, width, batch_first=True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.lstm(x)[0]
+
+    model, x = make_stack(block=Recurrent, width=256), torch.randn(2, 5, 256)
+    expected = model(x).detach()  # its history would keep the weights
+    before = resident_bytes()
+    stream(model)
+    assert resident_bytes() < before - 3 * bminf.plan_of(model).blocks[0].nbytes
+    for _ in range(2):
+        assert torch.equal(model(x), expected)
+    bminf.unwrap(model)
+    assert torch.equal(model(x), expected)
+
+
+def test_autocast_keeps_no_copies_of_streamed_weights() -> None:
+    model, x = make_stack(num_blocks=12, width=512), torch.randn(3, 512)
+    model.requires_grad_(True)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(x)
+    stream(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.is_autocast_cache_enabled()
+        before = resident_bytes()
+        with torch.no_grad():
+            assert torch.equal(model(x), expected)
+        assert resident_bytes() - before < 6 * 2**20  # the copies would be 12 MiB
+        assert torch.is_autocast_cache_enabled()
+
+
+def test_statistics_that_a_fused_operation_updates_are_kept() -> None:
+    class Fused(Residual):
+        def __init__(self, width: int) -> None:
+            super().__init__(width)
+            self.register_buffer("mean", torch.zeros(width))
+            self.register_buffer("variance", torch.ones(width))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = super().forward(x)
+            return torch.nn.functional.batch_norm(x, self.mean, self.variance, training=True)
+
+    plain, model = (make_stack(block=Fused).train() for _ in range(2))
+    stream(model)
+    with torch.no_grad():
+        for _ in range(3):
+            x = torch.randn(8, 16)
+            assert torch.equal(model(x), plain(x))
+    right = plain.state_dict()
+    assert right["layers.5.mean"].abs().max() > 0
+    assert all(torch.equal(v, right[k]) for k, v in model.state_dict().items())
+
+
+@dataclass
+class Output:
+    table: torch.Tensor
+    rest: Any
+
+
+def test_outputs_of_any_make_do_not_change_with_the_slot() -> None:
+    class Table(torch.nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.table = torch.nn.Parameter(torch.randn(9, width))
+
+        def forward(self) -> Output:
+            return Output(self.table[:4], [self.table.T])
+
+    class Tables(Stack):
+        def forward(self) -> list[Output]:
+            return [layer() for layer in self.layers]
+
+    torch.manual_seed(0)
+    model = Tables(7, 16, Table)
+    expected = [layer.table.detach().clone() for layer in model.layers]
+    stream(model)
+    with torch.no_grad():
+        for given, right in zip(model(), expected, strict=True):
+            assert torch.equal(given.table, right[:4]) and torch.equal(given.rest[0], right.T)
+
+
+def test_an_output_without_weights_is_the_very_object() -> None:
+    class Dict(Residual):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.last = {"x": super().forward(x)}
+            return self.last
+
+    model = stream(make_stack(block=Dict))
+    assert model.layers[5](torch.randn(2, 16)) is model.layers[5].last
+
+
+def test_a_lazy_weight_that_outlives_the_wrapping_reads_on() -> None:
+    model = stream(make_stack())
+    weight = model.layers[5].up.weight
+    bminf.unwrap(model)
+    assert torch.equal(weight, make_stack().layers[5].up.weight)
+
+
+def test_unwrapping_can_be_interrupted_and_done_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bminf.scheduler.streamed_block import StreamedBlock
+
+    model, x = make_stack(), torch.randn(3, 16)
+    expected, original, calls = model(x), StreamedBlock.restore, []
+    stream(model)
+
+    def restore(self: StreamedBlock, blob: torch.Tensor) -> None:
+        original(self, blob)
+        calls.append(self)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(StreamedBlock, "restore", restore)
+    with pytest.raises(KeyboardInterrupt):
+        bminf.unwrap(model)
+    bminf.unwrap(model)
+    assert bminf.plan_of(model) is None and torch.equal(model(x), expected)
+    assert all(type(p) is torch.nn.Parameter for p in model.parameters())
+
+
+def test_unwrapping_without_the_memory_for_it_leaves_the_model_streaming(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, x = make_stack(), torch.randn(3, 16)
+    expected = model(x)
+    stream(model)
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(memory.mmap, "mmap", refuse)
+    with pytest.raises(BudgetError, match="cannot be had"):
+        memory.allocate(100)
+    monkeypatch.setattr(memory, "allocate", lambda nbytes: memory._map_private(nbytes))
+    with pytest.raises(BudgetError, match="cannot be had"):
+        bminf.unwrap(model)
+    monkeypatch.undo()
+    copies = bminf.stats_of(model).copies
+    assert torch.equal(model(x), expected) and bminf.stats_of(model).copies > copies
+    bminf.unwrap(model)
+
+
+def test_a_resident_model_can_be_copied_and_pickled() -> None:
+    model, x = make_stack(), torch.randn(3, 16)
+    bminf.wrapper(model, False, "1GB", device="cpu")
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(x), model(x)) and bminf.plan_of(other) is None
+        stream(other)
+        assert torch.equal(other(x), model(x))
+
+
+def test_an_activation_shared_by_all_models_belongs_to_none() -> None:
+    gelu = torch.nn.GELU()
+
+    class Shared(Residual):
+        def __init__(self, width: int) -> None:
+            super().__init__(width)
+            self.act = gelu
+
+    first, second = make_stack(block=Shared), make_stack(block=Shared)
+    stream(first)
+    assert "_apply" not in gelu.__dict__
+    copy.deepcopy(second)
+    stream(second)
+
+
+def test_quantised_weights_are_not_saved_in_a_form_nobody_reads(tmp_path: Path) -> None:
+    for limit in ("1GB", 60_000):
+        model = bminf.wrapper(make("llama"), memory_limit=limit, device="cpu")
+        with pytest.raises(UnsupportedModelError, match="state_dict"):
+            model.save_pretrained(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("norm", [torch.nn.utils.weight_norm, torch.nn.utils.spectral_norm])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*spectral_norm.*:FutureWarning")
+def test_linears_whose_weight_is_computed_by_a_hook_stay(norm: Any) -> None:
+    def normed() -> Stack:
+        model = make_stack()
+        for layer in model.layers:
+            norm(layer.up)
+        return model.eval()
+
+    model, x = normed(), torch.randn(3, 16)
+    stream(model, quantization=True)
+    assert type(model.layers[3].up) is torch.nn.Linear
+    assert isinstance(model.layers[3].down, bminf.QuantizedLinear)
+    expected = bminf.wrapper(normed(), memory_limit="1GB", device="cpu")(x)
+    assert torch.equal(model(x), expected)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_process_gets_an_error_and_does_not_hang() -> None:
+    model, x = stream(make_stack()), torch.randn(3, 16)
+    model(x)
+
+    def use(queue: Any) -> None:
+        signal.alarm(20)
+        try:
+            model(x)
+        except UnsupportedModelError as error:
+            queue.put(str(error))
+
+    context = multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+    process = context.Process(target=use, args=(queue,))
+    process.start()
+    process.join(30)
+    assert process.exitcode == 0 and "forked process" in queue.get()
+    model(x)
+
+
+def test_vmap_over_frozen_blocks_works() -> None:
+    model, x = make_stack().requires_grad_(False), torch.randn(4, 3, 16)
+    expected = torch.vmap(model)(x)
+    stream(model)
+    with torch.no_grad():
+        assert torch.equal(torch.vmap(model)(x), expected)
