@@ -36,7 +36,7 @@ def _of_file(name: str) -> str:
 
 
 def table(content: dict[str, Any]) -> str:
-    """A caption and a Markdown table of one run: the best sample of each variant, per token."""
+    """A caption and a Markdown table of one run: the median of each variant, per token."""
     plain = content["results"][0]
     rows = [_row(result, plain) for result in content["results"]]
     head = ["", "ms / token", "CPU ms / token", "CPU, plain = 1", "peak memory"]
@@ -46,8 +46,8 @@ def table(content: dict[str, Any]) -> str:
 
 def _row(result: dict[str, Any], plain: dict[str, Any]) -> list[str]:
     tokens = result["details"]["tokens"]
-    wall_s, cpu_s = (result[name]["min"] / tokens for name in ("wall_s", "cpu_s"))
-    ratio = result["cpu_s"]["min"] / plain["cpu_s"]["min"]
+    wall_s, cpu_s = (result[name]["median"] / tokens for name in ("wall_s", "cpu_s"))
+    ratio = result["cpu_s"]["median"] / plain["cpu_s"]["median"]
     peak = result["peak_cuda_bytes"] or result["peak_rss_anon_bytes"]
     return [
         result["name"],
@@ -64,7 +64,7 @@ def _caption(content: dict[str, Any]) -> str:
     return (
         f"{parameters['model']}, {parameters['dtype']}, {parameters['tokens']} tokens, "
         f"{parameters['threads']} torch thread(s), {device}, {hardware['cores']} cores; "
-        f"best of {len(content['results'][0]['samples'])} runs:"
+        f"median of {len(content['results'][0]['samples'])} runs:"
     )
 
 

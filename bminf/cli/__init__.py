@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -29,10 +30,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     _print_anything()
     arguments = _parser(argv).parse_args(argv)
     try:
-        return int(arguments.run(arguments))
+        code = int(arguments.run(arguments))
+        sys.stdout.flush()  # here, where an error can still be told
+        return code
     except ArgumentError as error:
         return _fail(error, 2)
-    except BMInfError as error:
+    except BrokenPipeError:  # whoever read the output has enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the last flush
+        return 1
+    except (BMInfError, OSError) as error:
         return _fail(error, 1)
     except KeyboardInterrupt:
         print("bminf: interrupted", file=sys.stderr)
@@ -62,7 +68,7 @@ def _print_anything() -> None:
             stream.reconfigure(errors="replace")
 
 
-def _fail(error: BMInfError, code: int) -> int:
+def _fail(error: Exception, code: int) -> int:
     """`code`, after the error was printed in one line."""
     print(f"bminf: error: {' '.join(str(error).split())}", file=sys.stderr)
     return code

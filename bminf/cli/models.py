@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -70,7 +71,7 @@ def load_model(model: str | Path, dtype: Any = "auto") -> Any:
 def _load_errors(model: str | Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, struct.error) as error:
         # transformers puts pages of advice below the line that names the cause.
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise CheckpointError(

@@ -40,6 +40,8 @@ def run(arguments: argparse.Namespace) -> int:
     """0, after the report was printed."""
     link = _bytes_per_s(arguments.link, "--link")
     memory_bandwidth = _bytes_per_s(arguments.memory_bandwidth, "--memory-bandwidth")
+    for option in ("memory_limit", "reserve"):
+        parse_bytes(getattr(arguments, option) or 0, f"--{option.replace('_', '-')}")
     config = _read_config(Path(arguments.model))
     models.require(["transformers"])
     if "quantization_config" in config:

@@ -102,3 +102,28 @@ def test_interrupt_leaves_no_traceback(
     monkeypatch.setattr(bminf.cli.plan, "run", raiser(KeyboardInterrupt()))
     assert main(["plan", "x"]) == 1
     assert capsys.readouterr().err == "bminf: interrupted\n"
+
+
+def test_a_reader_that_has_enough_is_no_error(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 32,'
+        ' "num_attention_heads": 4, "num_hidden_layers": 300, "vocab_size": 64}'
+    )
+    command = f"{sys.executable} -m bminf plan {tmp_path} --json | head -n 2"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert done.stdout.startswith("{") and "Traceback" not in done.stderr
+    full = f"{sys.executable} -m bminf plan {tmp_path} > /dev/full"
+    done = subprocess.run(full, shell=True, capture_output=True, text=True)
+    assert done.returncode == 1 and "No space left" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_damaged_gguf_file_is_an_error_of_ours(tmp_path: Path) -> None:
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF\x03\0\0\0\1")
+    done = subprocess.run(
+        [sys.executable, "-m", "bminf", "demo", str(tmp_path / "bad.gguf"), "--device", "cpu"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1 and "bminf: error:" in done.stderr
+    assert "Traceback" not in done.stderr
