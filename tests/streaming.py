@@ -57,3 +57,16 @@ def stream(model: torch.nn.Module, extra_bytes: int = 0, **arguments: Any) -> An
     bminf.wrapper(model, **settings)
     assert bminf.plan_of(model).streamed
     return model
+
+
+def raise_once(module: torch.nn.Module, error: BaseException) -> None:
+    """Let the next call of `module` raise from inside."""
+
+    def hook(*_: Any) -> None:
+        handle.remove()
+        raise error
+
+    handle = module.register_forward_pre_hook(hook)
+
+
+MODES = {"grad": torch.enable_grad, "no_grad": torch.no_grad, "inference": torch.inference_mode}

@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from streaming import Residual, Stack, make_stack, stream
-from test_pitfalls import raise_once
+from streaming import Residual, Stack, make_stack, raise_once, stream
 from tiny_models import make
 
 import bminf
