@@ -48,14 +48,16 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Layout:
-    """Offsets of named tensors in one blob of `nbytes` bytes (a multiple of 64).
+    """Offsets of named tensors in one blob, which must itself start at a multiple of 64.
 
-    The blob itself must start at a multiple of 64.
+    nbytes: of the tensors, overlaps once: what a plan counts.
+    extent: bytes from the beginning of the blob to its end, with the few that alignment costs.
     """
 
     specs: Mapping[str, TensorSpec]
     offsets: Mapping[str, int]
     nbytes: int
+    extent: int
 
     @classmethod
     def of(cls, specs: Mapping[str, TensorSpec], keep_addresses: bool = True) -> Layout:
@@ -65,7 +67,7 @@ class Layout:
         fresh tensor on another device would be.
         """
         offsets: dict[str, int] = {}
-        end = 0
+        nbytes = end = 0
         for start, names in _regions(specs):
             if keep_addresses and start is not None:
                 base = end + (start - end) % ADDRESS_MODULUS
@@ -74,10 +76,11 @@ class Layout:
             for name in names:
                 offsets[name] = base + (specs[name].start or 0) - (start or 0)
                 end = max(end, offsets[name] + specs[name].nbytes)
-        return cls(specs, offsets, -(-end // ADDRESS_MODULUS) * ADDRESS_MODULUS)
+            nbytes += end - base
+        return cls(specs, offsets, nbytes, end)
 
     def views(self, buffer: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Each tensor as a view into `buffer`: (at least nbytes,) uint8, any device."""
+        """Each tensor as a view into `buffer`: (at least extent,) uint8, any device."""
         return {name: self.view(buffer, name) for name in self.specs}
 
     def view(self, buffer: torch.Tensor, name: str) -> torch.Tensor:

@@ -298,8 +298,7 @@ def _carry_out(
     """Move everything to its place; on any error, put the model back together."""
     streamed = scheduler.plan.streamed
     if streamed:
-        sizes = [request.blobs.blocks[name].nbytes for name in streamed]
-        scheduler.backend.open(sizes, offload_dir)
+        scheduler.backend.open([request.blobs.blocks[name] for name in streamed], offload_dir)
     model.__dict__[_ATTRIBUTE] = scheduler
     try:
         place(model, request.blobs, request.stand_ins, scheduler)

@@ -233,8 +233,8 @@ def test_what_lies_in_a_slot_behind_the_blob_is_not_of_the_block() -> None:
             self.up.more = torch.nn.Parameter(torch.zeros(64 * (1 + Uneven.made % 2)))
 
     scheduler = stream(make_stack(block=Uneven))._bminf_scheduler
-    block = min(scheduler.blocks, key=lambda block: block.layout.nbytes)
-    slot, nbytes = scheduler.backend.slots[0], block.layout.nbytes
+    block = min(scheduler.blocks, key=lambda block: block.layout.extent)
+    slot, nbytes = scheduler.backend.slots[0], block.layout.extent
     block.bind(0)
     assert nbytes < len(slot)
     assert block.offset_in_slot(slot[nbytes - 4 :]) == nbytes - 4

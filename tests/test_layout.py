@@ -28,7 +28,7 @@ def awkward() -> dict[str, torch.Tensor]:
 
 def filled(tensors: dict[str, torch.Tensor], keep_addresses: bool) -> tuple[Layout, torch.Tensor]:
     layout = Layout.of({k: TensorSpec.of(t) for k, t in tensors.items()}, keep_addresses)
-    blob = allocate(layout.nbytes).fill_(0xA5)
+    blob = allocate(layout.extent).fill_(0xA5)
     layout.fill(blob, reversed(tensors.items()))
     return layout, blob
 
@@ -81,7 +81,7 @@ def test_distinct_bytes_stay_distinct(starts: list[int], sizes: list[int]) -> No
     }
     layout = Layout.of(specs)
     for name, spec in specs.items():
-        assert 0 <= layout.offsets[name] <= layout.nbytes - spec.nbytes
+        assert 0 <= layout.offsets[name] <= layout.extent - spec.nbytes
         assert spec.nbytes == 0 or (layout.offsets[name] - spec.start) % 64 == 0
         for other, spec2 in specs.items():
             apart = (

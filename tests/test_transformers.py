@@ -14,8 +14,7 @@ def stream(model: torch.nn.Module, blocks: list[str] | None = None) -> bminf.Pla
     """Wrap `model` so that fewer than half of its blocks stay; the plan."""
     whole = plan_for(model, quantization=False, blocks=blocks)
     sizes = sorted((block.nbytes for block in whole.blocks), reverse=True)
-    # Room for two slots and a sixth of the bytes; the slack is for other alignments on the CPU.
-    limit = whole.outside_bytes + 2 * sizes[0] + sum(sizes) // 6 + 256 * len(sizes)
+    limit = whole.outside_bytes + 2 * sizes[0] + sum(sizes) // 6
     bminf.wrapper(model, quantization=False, memory_limit=limit, device="cpu", blocks=blocks)
     plan = bminf.plan_of(model)
     assert plan is not None and plan.total_bytes <= limit

@@ -18,20 +18,24 @@ from bminf.wrapping import plan_for
 # The plan
 
 
-def test_the_plan_counts_every_byte() -> None:
-    model = make_stack()
+@pytest.mark.parametrize("width", [16, 15])
+@pytest.mark.parametrize("num_fitting", [2, 3, 6])
+def test_the_plan_counts_every_byte_and_no_other(width: int, num_fitting: int) -> None:
+    """Of the n blocks that fit beside the rest, n - 2 stay; alignment costs no residency."""
+    model = make_stack(width=width)
     block_bytes = sum(t.nbytes for t in model.layers[0].state_dict().values())
     head_bytes = sum(t.nbytes for t in model.head.state_dict().values())
-    limit = least_limit(model) + 2 * block_bytes
-    assert bminf.wrapper(model, False, limit + 1000, device="cpu", reserve=1000) is model
+    limit = head_bytes + num_fitting * block_bytes + 1000
+    assert bminf.wrapper(model, False, limit, device="cpu", reserve=1000) is model
     plan = bminf.plan_of(model)
-    assert len(plan.resident) == 2 and len(plan.streamed) == 5
+    assert len(plan.resident) == num_fitting - 2 and len(plan.streamed) == 9 - num_fitting
     assert set(plan.resident) | set(plan.streamed) == {f"layers.{i}" for i in range(7)}
-    assert plan.reserved_bytes == 1000
-    assert 2 * block_bytes <= plan.slot_bytes <= 2 * (block_bytes + 4 * 64)
-    resident_bytes = head_bytes + 2 * block_bytes
-    assert resident_bytes <= plan.resident_bytes <= resident_bytes + 11 * 64
-    assert plan.total_bytes == plan.resident_bytes + plan.slot_bytes + 1000 <= limit + 1000
+    assert plan.resident_bytes == head_bytes + (num_fitting - 2) * block_bytes
+    assert plan.slot_bytes == 2 * block_bytes and plan.reserved_bytes == 1000
+    assert plan.total_bytes == limit == plan.budget
+    model(torch.randn(3, width))
+    stats = bminf.stats_of(model)
+    assert stats.bytes_copied == stats.copies * block_bytes
 
 
 def test_equal_blocks_are_equal_to_the_planner_wherever_their_weights_lie() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -53,23 +53,7 @@ def survey(
         parts[owner][name[len(owner) :].lstrip(".")] = spec
     outside = Layout.of(parts.pop(""), keep_addresses)
     layouts = {name: Layout.of(part, keep_addresses) for name, part in parts.items()}
-    return Blobs(_evened(layouts), outside)
-
-
-def _evened(layouts: Mapping[str, Layout]) -> dict[str, Layout]:
-    """Blobs of blocks that are alike get one size, the largest.
-
-    Kept addresses may pad them differently by some bytes; to the planner they are equal.
-    """
-    largest: dict[Hashable, int] = {}
-    shapes = {name: _shape_of(layout) for name, layout in layouts.items()}
-    for name, layout in layouts.items():
-        largest[shapes[name]] = max(layout.nbytes, largest.get(shapes[name], 0))
-    return {name: replace(layouts[name], nbytes=largest[shapes[name]]) for name in layouts}
-
-
-def _shape_of(layout: Layout) -> Hashable:
-    return tuple((name, s.shape, s.stride, s.dtype) for name, s in layout.specs.items())
+    return Blobs(layouts, outside)
 
 
 def specs_of(

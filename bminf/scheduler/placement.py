@@ -50,7 +50,7 @@ def take_back(model: torch.nn.Module, scheduler: Scheduler) -> None:
     """
     with torch.inference_mode(False), torch.no_grad():
         blobs = [
-            memory.allocate(block.layout.nbytes).copy_(scheduler.backend.home(block.index))
+            memory.allocate(block.layout.extent).copy_(scheduler.backend.home(block.index))
             for block in tqdm(scheduler.blocks, desc="unwrapping", delay=1, leave=False)
         ]
         scheduler.uninstall()
@@ -83,7 +83,7 @@ def _quantize(
 
 def _send_home(name: str, module: torch.nn.Module, layout: Layout, scheduler: Scheduler) -> None:
     tensors = ((n, tensor) for n, _, tensor in tensors_of(module) if n in layout.specs)
-    scheduler.backend.put(len(scheduler.blocks), layout, tensors)
+    scheduler.backend.put(len(scheduler.blocks), tensors)
     scheduler.add(name, module, layout)
 
 
@@ -96,7 +96,7 @@ def _settle(
     """
     if backend.device == source_device and backend.device.type != "cpu":
         return
-    buffer = backend.allocate(layout.nbytes)
+    buffer = backend.allocate(layout.extent)
     renewed: dict[int, torch.Tensor] = {}
     for name, place, tensor in tensors_of(module):
         if name not in layout.specs:

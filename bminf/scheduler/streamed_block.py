@@ -124,7 +124,7 @@ class StreamedBlock:
         self.slot = None
 
     def restore(self, blob: torch.Tensor) -> None:
-        """Give the module ordinary tensors again, views into `blob`: (layout.nbytes,) uint8."""
+        """Give the module ordinary tensors again, views into `blob`: (layout.extent,) uint8."""
         for held in self._held:
             weight = held.kept(self.layout.view(blob, held.name))
             # Whoever still has the lazy tensor goes on reading the right values.
@@ -155,7 +155,7 @@ class StreamedBlock:
             offset = tensor.data_ptr() - self._begins[self.slot]
         except RuntimeError:  # inside torch.func transforms a tensor has no address
             return None
-        return offset if 0 <= offset < self.layout.nbytes else None
+        return offset if 0 <= offset < self.layout.extent else None
 
     def _count_versions(self, slot: int) -> int:
         return sum(held.in_slot[slot]._version for held in self._held)

@@ -33,14 +33,14 @@ class Backend(Protocol):
     def allocate(self, nbytes: int) -> torch.Tensor:
         """(nbytes,) uint8 on the device."""
 
-    def open(self, blob_bytes: Sequence[int], offload_dir: str | Path | None) -> None:
-        """Make homes for blobs of these sizes, and the slots. Raises OffloadError."""
+    def open(self, layouts: Sequence[Layout], offload_dir: str | Path | None) -> None:
+        """Make homes for these blobs, and the slots. Raises OffloadError or BudgetError."""
 
-    def put(self, block: int, layout: Layout, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    def put(self, block: int, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Write a block to its home, tensor by tensor."""
 
     def home(self, block: int) -> torch.Tensor:
-        """The blob at home: (bytes,) uint8 on the CPU. Writing to it is not defined."""
+        """The blob at home: (extent,) uint8 on the CPU. Writing to it is not defined."""
 
     def write_back(self, block: int, slot: int) -> None:
         """Bring what a block changed in its slot back to its home, before any other copy."""

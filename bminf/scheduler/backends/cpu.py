@@ -28,7 +28,7 @@ class CpuBackend:
 
     def __init__(self) -> None:
         self.slots: list[torch.Tensor] = []
-        self._blob_bytes: list[int] = []
+        self._layouts: list[Layout] = []
         self._counters = Counters()
         self._store: FileStore | None = None
         self._reader: ThreadPoolExecutor | None = None
@@ -36,15 +36,16 @@ class CpuBackend:
     def allocate(self, nbytes: int) -> torch.Tensor:
         return memory.allocate(nbytes)
 
-    def open(self, blob_bytes: Sequence[int], offload_dir: str | Path | None) -> None:
-        self._store = FileStore(blob_bytes, offload_dir)
-        self._blob_bytes = list(blob_bytes)
-        self.slots = [memory.allocate(max(blob_bytes)) for _ in range(NUM_SLOTS)]
+    def open(self, layouts: Sequence[Layout], offload_dir: str | Path | None) -> None:
+        extents = [layout.extent for layout in layouts]
+        self._store = FileStore(extents, offload_dir)
+        self._layouts = list(layouts)
+        self.slots = [memory.allocate(max(extents)) for _ in range(NUM_SLOTS)]
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="bminf-reader")
 
-    def put(self, block: int, layout: Layout, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    def put(self, block: int, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         blob = self._slot(block, 0)  # no slot is in use yet, so one can stage the blob
-        layout.fill(blob, tensors)
+        self._layouts[block].fill(blob, tensors)
         self._opened_store().write(block, blob)
 
     def home(self, block: int) -> torch.Tensor:
@@ -56,7 +57,7 @@ class CpuBackend:
     def copy(self, block: int, slot: int, after: None) -> Future[None]:
         assert self._reader is not None
         self._counters.copies += 1
-        self._counters.bytes_copied += self._blob_bytes[block]
+        self._counters.bytes_copied += self._layouts[block].nbytes
         return self._reader.submit(self._read, block, slot)
 
     def _read(self, block: int, slot: int) -> None:
@@ -86,7 +87,7 @@ class CpuBackend:
         self.slots = []
 
     def _slot(self, block: int, slot: int) -> torch.Tensor:
-        return self.slots[slot][: self._blob_bytes[block]]
+        return self.slots[slot][: self._layouts[block].extent]
 
     def _opened_store(self) -> FileStore:
         assert self._store is not None, "open() comes first"

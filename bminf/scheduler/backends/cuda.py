@@ -32,7 +32,7 @@ class CudaBackend:
         index = torch.cuda.current_device() if device.index is None else device.index
         self.device = torch.device("cuda", index)
         self.slots: list[torch.Tensor] = []
-        self._blob_bytes: list[int] = []
+        self._layouts: list[Layout] = []
         self._homes: dict[int, PinnedMemory] = {}
         self._counters = Counters()
         self._copying: deque[_Interval] = deque()  # begin and end of copies not yet counted
@@ -48,19 +48,20 @@ class CudaBackend:
                 "or tensors hold it; lower memory_limit, or free some"
             ) from error
 
-    def open(self, blob_bytes: Sequence[int], offload_dir: str | Path | None) -> None:
-        self._blob_bytes = list(blob_bytes)
+    def open(self, layouts: Sequence[Layout], offload_dir: str | Path | None) -> None:
+        self._layouts = list(layouts)
         self._stream = torch.cuda.Stream(self.device)
-        self.slots = [self.allocate(max(blob_bytes)) for _ in range(NUM_SLOTS)]
+        extent = max(layout.extent for layout in layouts)
+        self.slots = [self.allocate(extent) for _ in range(NUM_SLOTS)]
         for slot in self.slots:
             slot.record_stream(self._stream)
         # The memory of the slots may still be read by work queued before they were allocated.
         self._stream.wait_stream(self._compute_stream())
 
-    def put(self, block: int, layout: Layout, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        home = PinnedMemory(self._blob_bytes[block])
+    def put(self, block: int, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        home = PinnedMemory(self._layouts[block].extent)
         self._homes[block] = home
-        layout.fill(home.tensor, tensors)
+        self._layouts[block].fill(home.tensor, tensors)
 
     def home(self, block: int) -> torch.Tensor:
         return self._homes[block].tensor
@@ -78,7 +79,7 @@ class CudaBackend:
             self._slot(block, slot).copy_(self._homes[block].tensor, non_blocking=True)
             ended.record(self._stream)
         self._counters.copies += 1
-        self._counters.bytes_copied += self._blob_bytes[block]
+        self._counters.bytes_copied += self._layouts[block].nbytes
         self._copying.append((began, ended))
         self._count()
         return ended
@@ -124,7 +125,7 @@ class CudaBackend:
         return torch.cuda.current_stream(self.device)
 
     def _slot(self, block: int, slot: int) -> torch.Tensor:
-        return self.slots[slot][: self._blob_bytes[block]]
+        return self.slots[slot][: self._layouts[block].extent]
 
 
 def _ended(interval: _Interval) -> bool:
