@@ -87,7 +87,8 @@ def _source(model: str | Path) -> tuple[str, dict[str, str]]:
         if not path.is_file():
             raise CheckpointError(f"there is no file {path}; name a .gguf file that exists")
         return str(path.parent), {"gguf_file": path.name}
-    if (path.is_absolute() or path.parts[:1] in ((".",), ("..",), ("~",))) and not path.is_dir():
+    is_path = path.is_absolute() or str(model).startswith(("./", "../", "~"))
+    if is_path and not path.is_dir():
         # Not a hub id by its form, so the hub's rules for names would be no help.
         raise CheckpointError(f"there is no folder {path}; name one that exists, or a hub id")
     return str(model), {}
