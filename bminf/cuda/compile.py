@@ -1,0 +1,171 @@
+"""Source text to machine code with NVRTC, once for each text, set of options and device.
+
+No GPU is needed, no CUDA toolkit and no header: the kernels include nothing but their own common
+text. The machine code is kept on disk, in BMINF_CACHE_DIR or the user's cache folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from bminf.cuda.source import Kernel, source_of
+from bminf.errors import KernelError
+
+logger = logging.getLogger(__name__)
+
+LEAST_CAPABILITY = 61
+"""The first with dp4a, the 8-bit dot product."""
+
+_INSTALL_COMPILER = (
+    "install it with pip install nvidia-cuda-nvrtc-cu12 (12.9 is the last version that compiles "
+    "for compute capabilities below 7.5)"
+)
+
+
+def compile_kernel(kernel: Kernel, capability: int) -> bytes:
+    """The machine code (cubin) of `kernel` for devices of `capability` (61, 80, ...).
+
+    Taken from the disk where it was compiled before. Raises KernelError: no compiler, a device
+    too old for the kernels or unknown to the compiler, an error in the source.
+    """
+    if capability < LEAST_CAPABILITY:
+        raise KernelError(
+            f"a GPU of compute capability {_dotted(capability)} is too old for the kernels of "
+            f"bminf; they need {_dotted(LEAST_CAPABILITY)} (GTX 10 series) or later"
+        )
+    nvrtc = _nvrtc()
+    source, options = source_of(kernel), _options(capability)
+    file = _cache_file(source, options, nvrtc.getVersion())
+    code = _read(file)
+    if code is None:
+        code = _compile(nvrtc, kernel, source, options)
+        _write(file, code)
+    return code
+
+
+def compiler_log(kernel: Kernel, capability: int) -> str:
+    """What the compiler says of registers, shared memory and spills; compiles anew."""
+    program = _Program(_nvrtc(), source_of(kernel), kernel)
+    program.compile((*_options(capability), "--ptxas-options=-v"))
+    return program.log()
+
+
+def ptx_of(kernel: Kernel, capability: int) -> str:
+    """The kernel as PTX text, for a look at its instructions; compiles anew."""
+    program = _Program(_nvrtc(), source_of(kernel), kernel)
+    program.compile((f"-arch=compute_{capability}", *_options(capability)[1:]))
+    return program.ptx()
+
+
+def _options(capability: int) -> tuple[str, ...]:
+    return (f"-arch=sm_{capability}", "-std=c++17")
+
+
+def _dotted(capability: int) -> str:
+    return f"{capability // 10}.{capability % 10}"
+
+
+def _nvrtc() -> Any:
+    """CuPy's binding of NVRTC, with a compiler behind it."""
+    try:
+        from cupy_backends.cuda.libs import nvrtc
+    except ImportError as error:
+        raise KernelError(
+            f"CuPy cannot be imported ({error}); install it with pip install cupy-cuda12x "
+            "(or cupy-cuda13x, to match the driver)"
+        ) from error
+    try:
+        nvrtc.getVersion()
+    except Exception as error:  # CuPy's loader raises several types, none of them its own
+        raise KernelError(
+            f"the CUDA compiler library NVRTC is not found ({_first_line(error)}); "
+            f"{_INSTALL_COMPILER}"
+        ) from error
+    return nvrtc
+
+
+def _compile(nvrtc: Any, kernel: Kernel, source: str, options: tuple[str, ...]) -> bytes:
+    program = _Program(nvrtc, source, kernel)
+    program.compile(options)
+    return program.cubin()
+
+
+class _Program:
+    """One compilation; the handle is freed with the object."""
+
+    def __init__(self, nvrtc: Any, source: str, kernel: Kernel) -> None:
+        self._nvrtc = nvrtc
+        self._kernel = kernel
+        self._handle = nvrtc.createProgram(source, f"kernels/{kernel.file}", (), ())
+
+    def compile(self, options: tuple[str, ...]) -> None:
+        try:
+            self._nvrtc.compileProgram(self._handle, options)
+        except self._nvrtc.NVRTCError as error:
+            raise KernelError(self._failure(options[0], error)) from error
+
+    def log(self) -> str:
+        return str(self._nvrtc.getProgramLog(self._handle))
+
+    def cubin(self) -> bytes:
+        return bytes(self._nvrtc.getCUBIN(self._handle))
+
+    def ptx(self) -> str:
+        code = self._nvrtc.getPTX(self._handle)
+        return code.decode() if isinstance(code, bytes) else str(code)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_handle"):
+            self._nvrtc.destroyProgram(self._handle)
+
+    def _failure(self, architecture: str, error: Exception) -> str:
+        version = ".".join(map(str, self._nvrtc.getVersion()))
+        if "ARCHITECTURE" in str(error).upper() or "INVALID_OPTION" in str(error).upper():
+            return (
+                f"NVRTC {version} cannot compile for this GPU ({architecture}); {_INSTALL_COMPILER}"
+            )
+        return (
+            f"NVRTC {version} cannot compile {self._kernel} of kernels/{self._kernel.file} "
+            f"for {architecture}: {error}\n{self.log()}\n"
+            "The sources that come with bminf compile: install bminf anew if they were changed"
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+def _cache_file(source: str, options: tuple[str, ...], version: tuple[int, int]) -> Path:
+    key = hashlib.sha256("\0".join([source, *options, str(version)]).encode())
+    return _cache_folder() / f"{key.hexdigest()}.cubin"
+
+
+def _cache_folder() -> Path:
+    folder = os.environ.get("BMINF_CACHE_DIR")
+    if folder:
+        return Path(folder)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "bminf"
+
+
+def _read(file: Path) -> bytes | None:
+    try:
+        return file.read_bytes() or None
+    except OSError:
+        return None
+
+
+def _write(file: Path, code: bytes) -> None:
+    """Under another name first, so that no other process reads half a file."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as unfinished:
+            unfinished.write(code)
+        os.replace(unfinished.name, file)
+    except OSError as error:
+        logger.warning("compiled kernels are not kept: %s; set BMINF_CACHE_DIR", error)

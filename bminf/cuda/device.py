@@ -1,0 +1,98 @@
+"""Kernels on a GPU: loaded once a device, launched through CuPy on torch's current stream."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+
+from bminf.cuda.compile import compile_kernel
+from bminf.cuda.launcher import Argument, Grid
+from bminf.cuda.source import Kernel
+from bminf.errors import KernelError
+
+
+@cache
+def device_launcher(device: torch.device) -> DeviceLauncher:
+    """The launcher of a CUDA device."""
+    if device.index is None:
+        return device_launcher(torch.device("cuda", torch.cuda.current_device()))
+    return DeviceLauncher(device)
+
+
+class DeviceLauncher:
+    """See bminf.cuda.launcher.Launcher."""
+
+    def __init__(self, device: torch.device) -> None:
+        properties = torch.cuda.get_device_properties(device)
+        self.device = device
+        self.capability = 10 * properties.major + properties.minor
+        self.num_processors: int = properties.multi_processor_count
+        self._functions: dict[Kernel, Any] = {}
+
+    def launch(
+        self,
+        kernel: Kernel,
+        grid: Grid,
+        block: Grid,
+        arguments: Sequence[Argument],
+        shared_bytes: int = 0,
+    ) -> None:
+        with torch.cuda.device(self.device):
+            function = self._functions.get(kernel) or self._load(kernel)
+            values = tuple(map(_packed, arguments))
+            try:
+                function(grid, block, values, shared_bytes, _current_stream(self.device))
+            except Exception as error:  # CuPy's drivers' errors share no public base
+                raise KernelError(
+                    f"{kernel} cannot be launched on {self.device} with a grid of {grid} and "
+                    f"blocks of {block}: {error}"
+                ) from error
+
+    def _load(self, kernel: Kernel) -> Any:
+        from cupy.cuda.function import Module
+
+        module = Module()
+        try:
+            module.load(compile_kernel(kernel, self.capability))
+            function = module.get_function(kernel.name)
+        except KernelError:
+            raise
+        except Exception as error:
+            raise KernelError(f"{kernel} cannot be loaded on {self.device}: {error}") from error
+        self._functions[kernel] = function
+        return function
+
+
+def _packed(argument: Argument) -> Any:
+    if argument is None:
+        return np.uint64(0)
+    if isinstance(argument, torch.Tensor):
+        return np.uint64(argument.data_ptr())
+    return np.int32(argument) if isinstance(argument, int) else np.float32(argument)
+
+
+class _TorchStream:
+    """What CuPy asks of another library's stream; torch's own class answers since 2.7 only."""
+
+    def __init__(self, handle: int) -> None:
+        self._handle = handle
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self._handle
+
+
+def _current_stream(device: torch.device) -> Any:
+    return _cupy_stream(torch.cuda.current_stream(device).cuda_stream)
+
+
+@cache
+def _cupy_stream(handle: int) -> Any:
+    import cupy
+
+    if hasattr(cupy.cuda.Stream, "from_external"):
+        return cupy.cuda.Stream.from_external(_TorchStream(handle))
+    return cupy.cuda.ExternalStream(handle)

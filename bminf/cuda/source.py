@@ -1,0 +1,65 @@
+"""The text of a kernel as the compiler gets it: macros, common.cuh and the file, in one piece."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from bminf.errors import KernelError
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+_COMMON = "common.cuh"
+_INCLUDE = f'#include "{_COMMON}"\n'
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One entry function of a source file, as it is compiled.
+
+    file: name in kernels/.   name: the `extern "C"` function.
+    macros: (name, value) pairs, defined before the first line.
+    """
+
+    file: str
+    name: str
+    macros: tuple[tuple[str, str | int], ...] = ()
+
+    def __str__(self) -> str:
+        settings = ", ".join(f"{name}={value}" for name, value in self.macros)
+        return f"{self.name} ({settings})" if settings else self.name
+
+
+def kernel_folder() -> Path:
+    """Where the sources lie: inside the installed package, or beside it in a checkout."""
+    for folder in (_PACKAGE / "kernels", _PACKAGE.parent / "kernels"):
+        if (folder / _COMMON).is_file():
+            return folder
+    raise KernelError(
+        f"the CUDA sources are neither in {_PACKAGE / 'kernels'} nor in "
+        f"{_PACKAGE.parent / 'kernels'}; install bminf anew"
+    )
+
+
+def source_of(kernel: Kernel) -> str:
+    """The whole text: a cache keyed by it cannot miss an edit of the header.
+
+    Messages of the compiler name the files and lines of kernels/. Raises KernelError for a file
+    that is not there.
+    """
+    folder = kernel_folder()
+    try:
+        text = (folder / kernel.file).read_text(encoding="utf-8")
+        common = (folder / _COMMON).read_text(encoding="utf-8")
+    except OSError as error:
+        raise KernelError(f"a CUDA source cannot be read: {error}; install bminf anew") from error
+    before, include, after = text.partition(_INCLUDE)
+    assert include, f"{kernel.file} does not include {_COMMON}"
+    defines = "".join(f"#define {name} {value}\n" for name, value in kernel.macros)
+    return "".join(
+        [
+            defines,
+            f'#line 1 "kernels/{kernel.file}"\n{before}',
+            f'#line 1 "kernels/{_COMMON}"\n{common}',
+            f'#line {before.count(chr(10)) + 2} "kernels/{kernel.file}"\n{after}',
+        ]
+    )

@@ -1,0 +1,330 @@
+// What all kernels share: element types, conversions, reductions over a block, and the few
+// instructions that C++ has no word for. Its text is put in place of the #include before a kernel is
+// compiled, and it includes nothing itself: a compiler library without headers is enough.
+//
+// Letters: M rows of activations, N output features, K input features (columns of a weight).
+// A packed weight is (N, row_bytes), rows padded to 16 bytes; what lies in the padding is never used.
+
+#pragma once
+
+typedef signed char i8;
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+
+#define DEVICE __device__ __forceinline__
+
+#ifndef BMINF_HOST_SHIM
+#define DYNAMIC_SHARED(type, name) extern __shared__ __align__(16) type name[]
+#endif
+
+constexpr int WARP = 32;
+constexpr u32 ALL_LANES = 0xFFFFFFFFu;
+
+// ---- numbers -------------------------------------------------------------------------------------
+
+DEVICE float half_to_float(u16 bits) {
+#ifdef BMINF_HOST_SHIM
+    return shim_half_to_float(bits);
+#else
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+    return value;
+#endif
+}
+
+DEVICE u16 float_to_half(float value) {
+#ifdef BMINF_HOST_SHIM
+    return shim_float_to_half(value);
+#else
+    u16 bits;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+    return bits;
+#endif
+}
+
+DEVICE float bfloat16_to_float(u16 bits) { return __uint_as_float(u32(bits) << 16); }
+
+// To the nearest, ties to even; NaN stays NaN. In integers: the instruction begins at sm_80.
+DEVICE u16 float_to_bfloat16(float value) {
+    u32 bits = __float_as_uint(value);
+    if (value != value) return u16((bits >> 16) | 0x40);
+    return u16((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
+}
+
+// ELEMENT is the type of activations, bias and result: 16 for half, 17 for bfloat16, 32 for float.
+#ifdef ELEMENT
+#if ELEMENT == 32
+typedef float Element;
+DEVICE float to_float(Element value) { return value; }
+DEVICE Element from_float(float value) { return value; }
+#elif ELEMENT == 17
+typedef u16 Element;
+DEVICE float to_float(Element bits) { return bfloat16_to_float(bits); }
+DEVICE Element from_float(float value) { return float_to_bfloat16(value); }
+#else
+typedef u16 Element;
+DEVICE float to_float(Element bits) { return half_to_float(bits); }
+DEVICE Element from_float(float value) { return float_to_half(value); }
+#endif
+
+// 8 elements of a row from `column` on, as floats; zeros beyond its end. Rows of x are padded to 8
+// columns and begin at multiples of 16 bytes, which the caller sees to.
+DEVICE void load8(const Element* row, int column, int num_columns, float values[8]) {
+    if (column >= num_columns) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) values[i] = 0.0f;
+        return;
+    }
+#if ELEMENT == 32
+    const float4* wide = reinterpret_cast<const float4*>(row + column);
+    const float4 low = wide[0], high = wide[1];
+    values[0] = low.x, values[1] = low.y, values[2] = low.z, values[3] = low.w;
+    values[4] = high.x, values[5] = high.y, values[6] = high.z, values[7] = high.w;
+#else
+    const uint4 wide = *reinterpret_cast<const uint4*>(row + column);
+    const u32 words[4] = {wide.x, wide.y, wide.z, wide.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        values[2 * i] = to_float(u16(words[i]));
+        values[2 * i + 1] = to_float(u16(words[i] >> 16));
+    }
+#endif
+}
+
+// The inverse, for rows of any length: writes what lies inside the row.
+DEVICE void store8(Element* row, int column, int num_columns, const float values[8]) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        if (column + i < num_columns) row[column + i] = from_float(values[i]);
+    }
+}
+#endif  // ELEMENT
+
+// ---- packed weights ------------------------------------------------------------------------------
+
+// BITS is the width of a packed weight: 8, or 4 with the even column in the high half of a byte.
+// HAS_MINIMUM, of 4 bits only: codes are 0..15 and a group has a minimum beside its scale.
+#ifdef BITS
+constexpr int CHUNK_COLUMNS = 128 / BITS;  // columns in 16 bytes, which a thread reads at once
+constexpr int CHUNK_STEPS = CHUNK_COLUMNS / 8;
+
+// A small unsigned number at bit `shift` of `word`, as a float, without a conversion instruction
+// (a quarter of the rate of an addition, or less): it becomes the low digits of 2^(23 - shift).
+template <int shift>
+DEVICE float digits_at(u32 word, u32 mask, float offset) {
+    u32 exponent = u32(127 + 23 - shift) << 23;
+    return __uint_as_float((word & (mask << shift)) | exponent) - (float(1 << (23 - shift)) + offset);
+}
+
+// 8 packed weights, `step` of CHUNK_STEPS, as floats: -127..127, -8..7, or 0..15 with a minimum.
+DEVICE void unpack8(const u32 words[4], int step, float values[8]) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        float* four = values + 4 * half;
+#if BITS == 8
+        const u32 word = words[2 * step + half] ^ 0x80808080u;
+        four[0] = digits_at<0>(word, 0xFF, 128.0f);
+        four[1] = digits_at<8>(word, 0xFF, 128.0f);
+        four[2] = digits_at<0>(word >> 16, 0xFF, 128.0f);
+        four[3] = digits_at<8>(word >> 16, 0xFF, 128.0f);
+#else
+        const u32 word = (HAS_MINIMUM ? words[step] : words[step] ^ 0x88888888u) >> (16 * half);
+        const float offset = HAS_MINIMUM ? 0.0f : 8.0f;
+        four[0] = digits_at<4>(word, 0xF, offset);
+        four[1] = digits_at<0>(word, 0xF, offset);
+        four[2] = digits_at<12>(word, 0xF, offset);
+        four[3] = digits_at<8>(word, 0xF, offset);
+#endif
+    }
+}
+
+// What turns the codes of one group of columns into weights: code * scale + minimum.
+struct Scale {
+    float factor, minimum;
+};
+
+DEVICE Scale load_scale(const void* scale, const u16* minimum, size_t index) {
+#if BITS == 8
+    return {static_cast<const float*>(scale)[index], 0.0f};
+#else
+    return {half_to_float(static_cast<const u16*>(scale)[index]),
+            HAS_MINIMUM ? half_to_float(minimum[index]) : 0.0f};
+#endif
+}
+
+// Codes to weights with the scale of their own columns, for chunks that lie in several groups. The
+// width of a group is even, so two columns share a scale.
+DEVICE void scale_pairs(float values[8], int column, const void* scale, const u16* minimum,
+                        size_t first_group, int group_size, int num_groups) {
+#pragma unroll
+    for (int i = 0; i < 8; i += 2) {
+        const int group = min((column + i) / group_size, num_groups - 1);
+        const Scale own = load_scale(scale, minimum, first_group + group);
+        values[i] = values[i] * own.factor + own.minimum;
+        values[i + 1] = values[i + 1] * own.factor + own.minimum;
+    }
+}
+#endif  // BITS
+
+// The `index`-th 16 bytes of data that no thread writes.
+DEVICE uint4 load_once(const u8* data, size_t index) {
+    return __ldg(reinterpret_cast<const uint4*>(data) + index);
+}
+
+// ---- reductions ----------------------------------------------------------------------------------
+
+DEVICE float warp_sum(float value) {
+#pragma unroll
+    for (int distance = WARP / 2; distance > 0; distance /= 2) {
+        value += __shfl_xor_sync(ALL_LANES, value, distance);
+    }
+    return value;
+}
+
+// fmaxf drops a NaN, which must come through.
+DEVICE float max_or_nan(float a, float b) { return a > b || a != a ? a : b; }
+
+DEVICE float warp_max(float value) {
+#pragma unroll
+    for (int distance = WARP / 2; distance > 0; distance /= 2) {
+        value = max_or_nan(value, __shfl_xor_sync(ALL_LANES, value, distance));
+    }
+    return value;
+}
+
+// ---- 8-bit rows ----------------------------------------------------------------------------------
+
+// The scale of a row whose largest absolute value is `most`, and what its values are divided by:
+// a row of zeros has scale 0, and division by 1 keeps its codes at 0.
+DEVICE float scale_of(float most) { return most / 127.0f; }
+DEVICE float divisor_of(float scale) { return scale == 0.0f ? 1.0f : scale; }
+
+DEVICE u32 code_of(float value, float divisor) {
+    return u32(min(max(__float2int_rn(value / divisor), -127), 127)) & 0xFF;
+}
+
+// 8 values to 8 bytes, the first in the lowest.
+DEVICE uint2 codes_of(const float values[8], float divisor) {
+    u32 words[2] = {};
+#pragma unroll
+    for (int i = 0; i < 8; ++i) words[i / 4] |= code_of(values[i], divisor) << (8 * (i % 4));
+    return make_uint2(words[0], words[1]);
+}
+
+// ---- activations of a feed-forward ---------------------------------------------------------------
+
+// 0: GELU by tanh (Hendrycks & Gimpel 2016, arXiv:1606.08415, section 2), 1: GELU by erf, 2: SiLU.
+DEVICE float activate(float x, int kind) {
+    if (kind == 0) return 0.5f * x * (1.0f + tanhf(0.7978845608f * (x + 0.044715f * x * x * x)));
+    if (kind == 1) return 0.5f * x * (1.0f + erff(0.7071067812f * x));
+    return x / (1.0f + expf(-x));
+}
+
+// ---- tensor cores and asynchronous copies --------------------------------------------------------
+
+// Two floats rounded to the 16-bit Element, the first in the low half.
+#if defined(ELEMENT) && ELEMENT != 32
+DEVICE u32 pack2(float low, float high) {
+#if defined(BMINF_HOST_SHIM) || __CUDA_ARCH__ < 800
+    return u32(from_float(low)) | u32(from_float(high)) << 16;
+#else
+    u32 pair;
+#if ELEMENT == 17
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+#else
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+#endif
+    return pair;
+#endif
+}
+
+// sums (16, 8) += a (16, 16) b (16, 8), spread over a warp as PTX lays down for mma.m16n8k16.
+DEVICE void mma_16x8x16(float sums[4], const u32 a[4], const u32 b[2]) {
+#ifdef BMINF_HOST_SHIM
+#if ELEMENT == 17
+    shim_mma_m16n8k16_bf16(sums, a, b);
+#else
+    shim_mma_m16n8k16_f16(sums, a, b);
+#endif
+#elif __CUDA_ARCH__ >= 800
+#if ELEMENT == 17
+#define BMINF_TYPES "f32.bf16.bf16.f32"
+#else
+#define BMINF_TYPES "f32.f16.f16.f32"
+#endif
+    asm("mma.sync.aligned.m16n8k16.row.col." BMINF_TYPES
+        " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#undef BMINF_TYPES
+#endif
+}
+#endif  // 16-bit ELEMENT
+
+// sums (16, 8) += a (16, 32) b (32, 8), 8-bit integers: mma.m16n8k32, or four m8n8k16 before sm_80.
+// In k16 pieces, word 0 of a lane pairs with word 0 and so on, in both shapes alike.
+DEVICE void mma_16x8x32(int sums[4], const u32 a[4], const u32 b[2]) {
+#if __CUDA_ARCH__ >= 800
+#ifdef BMINF_HOST_SHIM
+    shim_mma_m16n8k32_s8(sums, a, b);
+#else
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32"
+        " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#endif
+#elif __CUDA_ARCH__ >= 750
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+#ifdef BMINF_HOST_SHIM
+            shim_mma_m8n8k16_s8(sums + 2 * half, a[2 * k + half], b[k]);
+#else
+            asm("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0, %1}, {%2}, {%3}, {%0, %1};"
+                : "+r"(sums[2 * half]), "+r"(sums[2 * half + 1])
+                : "r"(a[2 * k + half]), "r"(b[k]));
+#endif
+        }
+    }
+#endif
+}
+
+// 16 bytes from device to shared memory; of the source only `source_bytes`, the rest as zeros.
+// From sm_80 on in the background, until wait_for_copies.
+DEVICE void copy_16(void* shared, const void* global, int source_bytes) {
+#if __CUDA_ARCH__ < 800
+    uint4 value = make_uint4(0, 0, 0, 0);
+    if (source_bytes) value = *static_cast<const uint4*>(global);
+    *static_cast<uint4*>(shared) = value;
+#elif defined(BMINF_HOST_SHIM)
+    shim_cp_async_16(shared, global, source_bytes);
+#else
+    u32 address = u32(__cvta_generic_to_shared(shared));
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                 :: "r"(address), "l"(global), "r"(source_bytes) : "memory");
+#endif
+}
+
+DEVICE void commit_copies() {
+#if __CUDA_ARCH__ >= 800
+#ifdef BMINF_HOST_SHIM
+    shim_cp_async_commit();
+#else
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+#endif
+}
+
+// Until at most `num_pending` of the latest commits are under way.
+template <int num_pending>
+DEVICE void wait_for_copies() {
+#if __CUDA_ARCH__ >= 800
+#ifdef BMINF_HOST_SHIM
+    shim_cp_async_wait(num_pending);
+#else
+    asm volatile("cp.async.wait_group %0;" :: "n"(num_pending) : "memory");
+#endif
+#endif
+}

@@ -1,0 +1,29 @@
+// A packed weight back to numbers: y = code * scale (+ minimum), rounded once to Element.
+//
+// codes (N, row_bytes), rows padded to 16 bytes.   scale and minimum (N, num_groups): see
+// linear_few_rows.cu.   y (N, K) Element, row-major, any K.
+//
+// A thread writes 8 columns of a row; neighbours write neighbouring columns.
+// Bytes moved: BITS / 8 + sizeof(Element) a weight.
+
+#include "common.cuh"
+
+constexpr int THREADS = 256;
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+dequantize(const u8* codes, const void* scale, const u16* minimum, Element* y, int N, int K,
+           int group_size, int num_groups) {
+    const int steps = (K + 7) / 8;
+    const size_t index = size_t(blockIdx.x) * THREADS + threadIdx.x;
+    const size_t row = index / steps;
+    if (row >= N) return;
+    const int column = 8 * int(index % steps);
+
+    const size_t row_bytes = size_t(K + CHUNK_COLUMNS - 1) / CHUNK_COLUMNS * 16;
+    const u32* packed = reinterpret_cast<const u32*>(codes + row * row_bytes + column * BITS / 8);
+    const u32 words[4] = {packed[0], BITS == 8 ? packed[1] : 0};
+    float values[8];
+    unpack8(words, 0, values);
+    scale_pairs(values, column, scale, minimum, row * num_groups, group_size, num_groups);
+    store8(y + row * K, column, K, values);
+}

@@ -1,0 +1,135 @@
+// y = x W^T + bias for a few rows of x, W packed to 8 or 4 bits: the product of decoding.
+//
+// x (M, K) and y (M, N) Element, row-major, K a multiple of 8.   codes (N, row_bytes), rows padded to
+// 16 bytes.   scale and minimum (N, num_groups), one for group_size columns: float for 8 bits, half
+// for 4.   bias (N) or null.
+// GATED: a second weight of the same shape, and y = activate(x W^T + bias) * (x W2^T + bias2).
+//
+// A block of 128 threads computes ROWS_OF_W weight rows times ROWS_OF_X rows of x: all of them, as
+// launched, up to 16 in 16 bits and 4 in 32. Its threads walk along K, 16 bytes of each weight row at a
+// time: a warp reads 512 contiguous bytes of each row, and ROWS_OF_W loads are in flight a thread. x
+// comes from the caches, once for the ROWS_OF_W rows together.
+// Sums are in float; codes are summed over a chunk first and scaled then (WHOLE_CHUNKS: each chunk of
+// 16 bytes lies in one group; otherwise every two codes are scaled by themselves).
+//
+// Bytes moved: N * row_bytes and the scales, each once; x and y are small beside them. With one row of
+// x that is one multiplication a weight: the memory is the limit, from sm_61 to today.
+// There is no half-precision arithmetic: on sm_61 it runs at 1/64 of the rate of float.
+//
+// Source: the matrix-vector product of every textbook. Codes to floats by placing them among the
+// digits of a power of two: Kim et al. 2022, arXiv:2211.10017, section 3, there for half precision.
+
+#include "common.cuh"
+
+constexpr int THREADS = 128;
+constexpr int WARPS = THREADS / WARP;
+constexpr int SUMS = ROWS_OF_W * ROWS_OF_X;
+// Blocks a multiprocessor shall hold: the compiler may then take registers enough not to spill.
+constexpr int BLOCKS = ROWS_OF_X <= 2 ? 4 : ROWS_OF_X <= 8 ? 3 : 2;
+
+// Adds up each sum over the block; thread i gets the i-th total.
+DEVICE float block_totals(const float sums[SUMS]) {
+    __shared__ float of_warps[WARPS][SUMS];
+#pragma unroll
+    for (int i = 0; i < SUMS; ++i) {
+        const float sum = warp_sum(sums[i]);
+        if (threadIdx.x % WARP == 0) of_warps[threadIdx.x / WARP][i] = sum;
+    }
+    __syncthreads();
+    float total = 0.0f;
+    if (threadIdx.x < SUMS) {
+        for (int warp = 0; warp < WARPS; ++warp) total += of_warps[warp][threadIdx.x];
+    }
+    return total;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+linear_few_rows(const Element* x, const u8* codes, const void* scale, const u16* minimum,
+                const Element* bias, const u8* codes2, const void* scale2, const u16* minimum2,
+                const Element* bias2, Element* y, int M, int N, int K, int group_size,
+                int num_groups, int activation) {
+    constexpr int OUTPUTS = GATED ? ROWS_OF_W / 2 : ROWS_OF_W;
+    const int num_chunks = (K + CHUNK_COLUMNS - 1) / CHUNK_COLUMNS;
+    const int first_m = blockIdx.y * ROWS_OF_X;
+
+    // A row that is not there is replaced by the last one, and its result is not written.
+    int rows[ROWS_OF_W];
+#pragma unroll
+    for (int r = 0; r < ROWS_OF_W; ++r) rows[r] = min(int(blockIdx.x) * OUTPUTS + r % OUTPUTS, N - 1);
+
+    float sums[SUMS] = {};
+#pragma unroll 1
+    for (int chunk = threadIdx.x; chunk < num_chunks; chunk += THREADS) {
+        uint4 packed[ROWS_OF_W];
+        Scale scales[ROWS_OF_W];
+        const int group = num_groups == 1 ? 0 : chunk * CHUNK_COLUMNS / group_size;
+#pragma unroll
+        for (int r = 0; r < ROWS_OF_W; ++r) {
+            const bool is_second = r >= OUTPUTS;
+            packed[r] = load_once(is_second ? codes2 : codes, size_t(rows[r]) * num_chunks + chunk);
+            if (WHOLE_CHUNKS) {
+                scales[r] = load_scale(is_second ? scale2 : scale, is_second ? minimum2 : minimum,
+                                       size_t(rows[r]) * num_groups + group);
+            }
+        }
+
+        float partial[SUMS] = {};
+        float x_sums[ROWS_OF_X] = {};
+#pragma unroll
+        for (int step = 0; step < CHUNK_STEPS; ++step) {
+            const int column = chunk * CHUNK_COLUMNS + 8 * step;
+            float w[ROWS_OF_W][8];
+#pragma unroll
+            for (int r = 0; r < ROWS_OF_W; ++r) {
+                const u32 words[4] = {packed[r].x, packed[r].y, packed[r].z, packed[r].w};
+                unpack8(words, step, w[r]);
+#if !WHOLE_CHUNKS
+                const bool is_second = r >= OUTPUTS;
+                scale_pairs(w[r], column, is_second ? scale2 : scale,
+                            is_second ? minimum2 : minimum, size_t(rows[r]) * num_groups,
+                            group_size, num_groups);
+#endif
+            }
+#pragma unroll
+            for (int m = 0; m < ROWS_OF_X; ++m) {
+                float values[8];
+                load8(x + size_t(min(first_m + m, M - 1)) * K, column, K, values);
+#pragma unroll
+                for (int i = 0; i < 8; ++i) {
+#pragma unroll
+                    for (int r = 0; r < ROWS_OF_W; ++r) {
+                        partial[r * ROWS_OF_X + m] += w[r][i] * values[i];
+                    }
+                    if (HAS_MINIMUM && WHOLE_CHUNKS) x_sums[m] += values[i];
+                }
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < SUMS; ++i) {
+            if (WHOLE_CHUNKS) {
+                const Scale& own = scales[i / ROWS_OF_X];
+                sums[i] += own.factor * partial[i] + own.minimum * x_sums[i % ROWS_OF_X];
+            } else {
+                sums[i] += partial[i];
+            }
+        }
+    }
+    const float total = block_totals(sums);
+
+    const int m = first_m + threadIdx.x % ROWS_OF_X;
+    const int r = threadIdx.x / ROWS_OF_X;
+    const int n = blockIdx.x * OUTPUTS + r % OUTPUTS;
+    const Element* own_bias = r >= OUTPUTS ? bias2 : bias;
+    const bool is_there = threadIdx.x < SUMS && m < M && n < N;
+    const float value = is_there && own_bias ? total + to_float(own_bias[n]) : total;
+#if GATED
+    __shared__ float gates[SUMS / 2];
+    if (threadIdx.x < SUMS / 2) gates[threadIdx.x] = activate(value, activation);
+    __syncthreads();
+    if (is_there && r >= OUTPUTS) {
+        y[size_t(m) * N + n] = from_float(gates[threadIdx.x - SUMS / 2] * value);
+    }
+#else
+    if (is_there) y[size_t(m) * N + n] = from_float(value);
+#endif
+}
