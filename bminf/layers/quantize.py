@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 
+from bminf.errors import ArgumentError
 from bminf.layers.quantized_linear import QuantizedLinear, is_conv1d
-
-Predicate = Callable[[torch.nn.Module], bool]
+from bminf.ops.rows import ELEMENTS
+from bminf.quantization.packed import Format
 
 
 def is_quantizable(module: torch.nn.Module) -> bool:
@@ -20,10 +21,10 @@ def is_quantizable(module: torch.nn.Module) -> bool:
         return False
     # Not an attribute that a hook computes anew from other parameters (weight_norm, pruning).
     weight = module._parameters.get("weight")
-    return weight is not None and weight.is_floating_point() and weight.dim() == 2
+    return weight is not None and weight.dtype in ELEMENTS and weight.dim() == 2
 
 
-def skeleton(linear: torch.nn.Module) -> QuantizedLinear:
+def skeleton(linear: torch.nn.Module, form: Format) -> QuantizedLinear:
     """The QuantizedLinear that `linear` will become, on the meta device: shapes without bytes."""
     with torch.device("meta"):
         twin = torch.nn.Linear(1, 1, bias=linear.bias is not None)
@@ -32,23 +33,34 @@ def skeleton(linear: torch.nn.Module) -> QuantizedLinear:
         twin.bias = torch.nn.Parameter(_meta(linear.bias), requires_grad=False)
     if is_conv1d(linear):
         twin.weight = torch.nn.Parameter(twin.weight.t(), requires_grad=False)
-    return QuantizedLinear(twin)
+    return QuantizedLinear(twin, quantization=form)
 
 
-def quantize_children(root: torch.nn.Module, wanted: Predicate) -> Iterator[str]:
-    """Put a QuantizedLinear in place of each module below `root` that is `wanted`; yield its name.
+def quantize_children(
+    root: torch.nn.Module, stand_ins: Mapping[torch.nn.Module, QuantizedLinear]
+) -> Iterator[str]:
+    """Put a QuantizedLinear in place of each module below `root` that has a stand-in; yield names.
 
-    A module that is registered twice is exchanged in both places for the same new one.
+    stand_ins: module -> its skeleton. A module that is registered twice is exchanged in both places
+    for the same new one. Raises ArgumentError, with the name, for a weight that cannot be packed.
     """
     exchanged: dict[torch.nn.Module, QuantizedLinear] = {}
     for name, parent in list(root.named_modules(remove_duplicate=False)):
         for child_name, child in list(parent._modules.items()):
-            if child is None or not wanted(child):
+            if child is None or child not in stand_ins:
                 continue
+            full_name = f"{name}.{child_name}" if name else child_name
             if child not in exchanged:
-                exchanged[child] = QuantizedLinear(child)
+                exchanged[child] = _packed(child, stand_ins[child], full_name)
             parent._modules[child_name] = exchanged[child]
-            yield f"{name}.{child_name}" if name else child_name
+            yield full_name
+
+
+def _packed(linear: torch.nn.Module, stand_in: QuantizedLinear, name: str) -> QuantizedLinear:
+    try:
+        return QuantizedLinear(linear, stand_in.activations, stand_in.form)
+    except ArgumentError as error:
+        raise ArgumentError(f"{name!r} cannot be quantised: {error}") from error
 
 
 def _meta(tensor: torch.nn.Parameter | torch.Tensor | torch.nn.Module) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""QuantizedLinear: a drop-in for torch.nn.Linear with row-wise INT8 weights."""
+"""QuantizedLinear: a drop-in for torch.nn.Linear with weights in 8 or 4 bits."""
 
 from __future__ import annotations
 
@@ -9,13 +9,9 @@ import torch
 
 from bminf.errors import ArgumentError
 from bminf.lazy import LazyTensor
-from bminf.ops.linear_int8 import linear_w8a8, linear_w8a16
-from bminf.quantization.int8 import dequantize_rows, quantize_rows
-
-# "auto" is weight-only, the more exact of the two; 8-bit activations pay only with kernels.
-_FORWARD = {"auto": linear_w8a16, "float": linear_w8a16, "int8": linear_w8a8}
-
-_SLICE_ELEMENTS = 2**18
+from bminf.ops.dequantize import dequantize_weight
+from bminf.ops.linear import ACTIVATIONS, linear
+from bminf.quantization.packed import FORMATS, Format, PackedWeight, pack
 
 
 def is_conv1d(module: torch.nn.Module) -> bool:
@@ -24,32 +20,55 @@ def is_conv1d(module: torch.nn.Module) -> bool:
     return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
 
 
+def format_for(quantization: str | Format) -> Format:
+    """The format that `quantization` names. Raises ArgumentError for another word."""
+    if isinstance(quantization, Format):
+        return quantization
+    if not isinstance(quantization, str) or quantization not in FORMATS:
+        names = ", ".join(f'"{name}"' for name in FORMATS)
+        raise ArgumentError(
+            f"quantization={quantization!r}; accepted: {names}, or a "
+            "bminf.quantization.packed.Format"
+        )
+    return FORMATS[quantization]
+
+
 class QuantizedLinear(torch.nn.Module):
-    """The linear layer `linear`, its weight packed to INT8 with one scale a row.
+    """The linear layer `linear`, its weight packed to 8 or 4 bits.
 
     linear: torch.nn.Linear, or transformers' Conv1D; it is left as it is.
-    activations: "float" multiplies in the dtype of the input (W8A16); "int8" packs each token too
-    (W8A8); "auto" chooses, at present "float".
+    activations: "float" multiplies in the precision of the input (W8A16, W4A16); "int8" rounds each
+        token to 8 bits too (W8A8) and needs 8-bit weights with a scale a row; "auto" is "float"
+        but for many tokens at once on a GPU without fast half precision.
+    quantization: "int8", "int4", or a Format.
 
-    Buffers: qweight (out_features, in_features) int8, scale (out_features,) float32. The bias stays
-    in its dtype. `weight` answers as the dequantised weight would. Frozen: gradients flow to the
-    input only. Raises ArgumentError for another module or word.
+    Buffers: qweight, scale, minimum, code_sum: the fields of PackedWeight, those that the format
+    has. The bias stays in its dtype. `weight` answers as the dequantised weight would. Frozen:
+    gradients flow to the input only. Raises ArgumentError for another module or word, an odd number
+    of columns in 4 bits, or a weight that is not finite.
     """
 
     qweight: torch.Tensor
     scale: torch.Tensor
+    minimum: torch.Tensor | None
+    code_sum: torch.Tensor | None
 
-    def __init__(self, linear: torch.nn.Module, activations: str = "auto") -> None:
+    def __init__(
+        self,
+        linear: torch.nn.Module,
+        activations: str = "auto",
+        quantization: str | Format = "int8",
+    ) -> None:
         super().__init__()
-        if activations not in _FORWARD:
-            raise ArgumentError(f"activations={activations!r}; accepted: {', '.join(_FORWARD)}")
+        self.form = format_for(quantization)
+        _check_activations(activations, self.form)
         weight = _weight_of(linear)
         self.out_features, self.in_features = weight.shape
         self.activations = activations
         self.dtype = weight.dtype
-        qweight, scale = _pack(weight)
-        self.register_buffer("qweight", qweight)
-        self.register_buffer("scale", scale)
+        packed = pack(weight, self.form)
+        for name in ("qweight", "scale", "minimum", "code_sum"):
+            self.register_buffer(name, getattr(packed, name))
         self.bias: torch.nn.Parameter | None = None
         if linear.bias is not None:
             bias: Any = linear.bias
@@ -57,7 +76,18 @@ class QuantizedLinear(torch.nn.Module):
         self.train(linear.training)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return _FORWARD[self.activations](x, self.qweight, self.scale, self.bias)
+        return linear(x, self.packed, self.bias, self.activations)
+
+    @property
+    def packed(self) -> PackedWeight:
+        return PackedWeight(
+            self.qweight,
+            self.scale,
+            self.minimum,
+            self.in_features,
+            self.form.group_size,
+            self.code_sum,
+        )
 
     @property
     def weight(self) -> torch.Tensor:
@@ -65,39 +95,38 @@ class QuantizedLinear(torch.nn.Module):
 
         Reading its dtype, device or shape is free; reading its values dequantises it each time.
         """
-        like = torch.empty(self.qweight.shape, dtype=self.dtype, device="meta")
+        shape = (self.out_features, self.in_features)
+        like = torch.empty(shape, dtype=self.dtype, device="meta")
         return LazyTensor(self.dequantize, like, device=self.qweight.device)
 
     def dequantize(self) -> torch.Tensor:
-        return dequantize_rows(self.qweight, self.scale, self.dtype)
+        return dequantize_weight(self.packed, self.dtype)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> QuantizedLinear:
         """Follow moves between devices; a new dtype is for the activations, not for the scales."""
-        scale = self.scale
+        before = {name: getattr(self, name) for name in ("scale", "minimum")}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=scale.device)).dtype
-        if self.scale.dtype != torch.float32:
-            self.scale = scale.to(self.scale.device)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=before["scale"].device)).dtype
+        for name, tensor in before.items():
+            if tensor is not None and getattr(self, name).dtype != tensor.dtype:
+                setattr(self, name, tensor.to(self.qweight.device))
         return self
 
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, activations={self.activations!r}"
+            f"bias={self.bias is not None}, activations={self.activations!r}, {self.form}"
         )
 
 
-def _pack(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """quantize_rows in slices of rows: its temporaries are then small beside any block."""
-    qweight = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-    scale = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
-    if weight.is_meta:
-        return qweight, scale
-    num_rows = max(1, _SLICE_ELEMENTS // max(1, weight.shape[1]))
-    for start in range(0, weight.shape[0], num_rows):
-        rows = slice(start, start + num_rows)
-        qweight[rows], scale[rows] = quantize_rows(weight[rows])
-    return qweight, scale
+def _check_activations(activations: str, form: Format) -> None:
+    if activations not in ACTIVATIONS:
+        raise ArgumentError(f"activations={activations!r}; accepted: {', '.join(ACTIVATIONS)}")
+    if activations == "int8" and form != FORMATS["int8"]:
+        raise ArgumentError(
+            'activations="int8" needs quantization="int8", not '
+            f'{form}; with it, activations is "auto" or "float"'
+        )
 
 
 def _weight_of(linear: torch.nn.Module) -> torch.Tensor:

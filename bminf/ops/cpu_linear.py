@@ -1,0 +1,203 @@
+"""Products with packed weights on the CPU, by the fastest operation of torch that is right.
+
+8-bit codes are multiplied as integers, which is several times faster than float32 even in large
+products. For weight-only products the activations are written with two base-256 digits: 16 bits a
+token, finer than bfloat16. Small matrices times one row, where writing digits would take longer
+than the product, go through torch's bfloat16 operation. 4-bit codes become float32, a slice of
+rows at a time so that it stays in the cache.
+
+`torch._weight_int4pack_mm_for_cpu` is not used: it rounds scales to bfloat16, and wants the codes
+in an order of its own, which differs from CPU to CPU.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from bminf.quantization.int8 import quantize_rows
+from bminf.quantization.packed import PackedWeight, dequantize
+
+# int32 sums of products of two 8-bit numbers cannot overflow up to this many columns.
+MOST_COLUMNS = (2**31 - 1) // (255 * 128)
+
+_SMALL = 2**19  # codes of a matrix that is small
+_SLICE_BYTES = 2**20  # codes that stay in the second-level cache between two products
+_SLICE_ELEMENTS = 2**18  # float32 weights that do
+_LEAST = 1e-30  # in place of a maximum of 0, whose reciprocal would be infinite
+
+
+def weight_only_product(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
+    """x W^T. x: (M, K) floating point.   Returns (M, N) float32."""
+    x = x.detach().float()
+    if weight.bits == 4:
+        return _four_bit_product(x, weight)
+    if weight.group_size is not None or not _has_integer_product(weight):
+        return _dequantized_product(x, weight)
+    if x.shape[0] == 1 and _fits_bfloat16_product(weight):
+        return _bfloat16_product(x, weight)
+    if x.shape[0] == 1 and is_exact(torch.uint8):
+        return _one_row_as_digits(x, weight)
+    return _rows_as_digits(x, weight)
+
+
+def w8a8_product(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
+    """x W^T with each token rounded to 8 bits. x: (M, K).   Returns (M, N) float32."""
+    x = x.detach().float()
+    if _has_integer_product(weight) and x.shape[0] == 1 and is_exact(torch.uint8):
+        return _one_row_in_8_bits(x, weight)
+    codes, x_scale = quantize_rows(x)
+    if _has_integer_product(weight):
+        sums = torch._int_mm(_padded(codes, weight), weight.qweight.t()).float()
+    else:  # exact in float64, on any CPU
+        sums = (_padded(codes, weight).double() @ weight.qweight.double().t()).float()
+    return sums * x_scale.unsqueeze(-1) * weight.scale
+
+
+def _has_integer_product(weight: PackedWeight) -> bool:
+    return weight.in_features <= MOST_COLUMNS and is_exact(torch.int8)
+
+
+# ---- one row: arithmetic in NumPy, whose calls on short rows cost a third of torch's -------------
+
+
+def _fits_bfloat16_product(weight: PackedWeight) -> bool:
+    """Small, and of a width that the operation reads within bounds (it does not check)."""
+    return weight.qweight.numel() <= _SMALL and weight.in_features % 32 == 0
+
+
+def _bfloat16_product(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
+    """The float32 scales are applied to the result; the operation's own are ones."""
+    ones = torch.ones_like(weight.scale, dtype=torch.bfloat16)
+    return torch._weight_int8pack_mm(x.bfloat16(), weight.qweight, ones) * weight.scale
+
+
+def _one_row_as_digits(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
+    """x ~ (256 * high + low - 32768) * step: digits without a sign take the fastest product."""
+    row = x.numpy()
+    with np.errstate(all="ignore"):  # infinity and NaN come through in `most`
+        most = max(np.abs(row).max(), np.float32(_LEAST))
+        numbers = (row * (32767 / most) + np.float32(32768.5)).astype(np.uint16)
+    digits = np.zeros((2, weight.qweight.shape[1]), np.uint8)
+    digits[0, : row.shape[1]] = numbers >> 8
+    digits[1, : row.shape[1]] = numbers
+    high, low = _one_row_products(torch.from_numpy(digits), weight)
+    high = torch.sub(high, _code_sum(weight), alpha=128).float()
+    return torch.add(low, high, alpha=256).mul_(weight.scale).mul_(float(most) / 32767)
+
+
+def _one_row_in_8_bits(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
+    """As quantize_rows and an integer product, with codes moved by 128 to lose their sign."""
+    row = x.numpy()
+    with np.errstate(all="ignore"):
+        scale = np.abs(row).max() / np.float32(127)
+        codes = np.rint(row / (scale if scale != 0 else np.float32(1)))
+        codes = np.minimum(np.maximum(codes, np.float32(-127)), np.float32(127))
+        shifted = np.zeros((1, weight.qweight.shape[1]), np.uint8)
+        shifted[0, : row.shape[1]] = codes + np.float32(128)
+    (sums,) = _one_row_products(torch.from_numpy(shifted), weight)
+    sums = torch.sub(sums, _code_sum(weight), alpha=128)
+    return torch.mul(sums, weight.scale).mul_(float(scale))
+
+
+def _one_row_products(digits: torch.Tensor, weight: PackedWeight) -> list[torch.Tensor]:
+    """Each row of digits, (1, row_bytes) uint8, times the codes: (1, N) int32 each.
+
+    One row after the other, for a slice of the codes at a time, so that all but the first find it
+    in the cache; together they would go through a slower operation.
+    """
+    rows = digits.split(1) if len(digits) > 1 else [digits]
+    if len(rows) == 1 or weight.qweight.numel() <= _SLICE_BYTES:
+        return [torch._int_mm(row, weight.qweight.t()) for row in rows]
+    slices = weight.qweight.split(max(1, _SLICE_BYTES // digits.shape[1]))
+    products = [[torch._int_mm(row, codes.t()) for row in rows] for codes in slices]
+    return [torch.cat(parts, dim=1) for parts in zip(*products, strict=True)]
+
+
+def _code_sum(weight: PackedWeight) -> torch.Tensor:
+    if weight.code_sum is not None:
+        return weight.code_sum
+    ones = torch.ones((1, weight.qweight.shape[1]), dtype=torch.uint8)
+    return torch._int_mm(ones, weight.qweight.t())
+
+
+# ---- any number of rows --------------------------------------------------------------------------
+
+
+def _rows_as_digits(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
+    """x ~ (256 * high + low) * step with signed digits, all tokens' digits in one product."""
+    step = x.abs().amax(dim=-1, keepdim=True).clamp_min(_LEAST) / 32512
+    numbers = torch.round(x / step)
+    high = torch.round(numbers / 256)
+    digits = torch.cat([high, numbers - 256 * high]).clamp_(-128, 127).to(torch.int8)
+    sums = torch._int_mm(_padded(digits, weight), weight.qweight.t()).float()
+    high_sums, low_sums = sums.chunk(2)
+    return torch.add(low_sums, high_sums, alpha=256).mul_(step).mul_(weight.scale)
+
+
+def _padded(digits: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
+    """Digits with as many columns as the codes: zeros meet the padding."""
+    missing = weight.qweight.shape[1] - digits.shape[1]
+    return F.pad(digits, (0, missing)) if missing else digits
+
+
+def _four_bit_product(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
+    """The even columns, in the high halves of the bytes, and the odd ones are two products.
+
+    Codes without a sign are multiplied by their scales; what they count from, the minimum or -8
+    scales, meets the sums of x over each group.
+    """
+    half_size = (weight.group_size or weight.in_features) // 2
+    half_columns = weight.num_groups * half_size
+    if half_columns > weight.qweight.shape[1]:
+        return _dequantized_product(x, weight)  # a last group longer than the padded row
+    x = F.pad(x, (0, 2 * half_columns - x.shape[1]))
+    even, odd = x[:, ::2].contiguous(), x[:, 1::2].contiguous()
+    scale = weight.scale.view(-1, weight.num_groups).float()
+    offset = -8 * scale if weight.minimum is None else weight.minimum.view_as(scale).float()
+    group_sums = x.view(x.shape[0], weight.num_groups, -1).sum(-1)
+    y = F.linear(group_sums, offset)
+    num_rows = max(1, _SLICE_ELEMENTS // half_columns)
+    for start in range(0, weight.out_features, num_rows):
+        rows = slice(start, start + num_rows)
+        codes = weight.qweight[rows, :half_columns]
+        codes = codes if weight.minimum is not None else codes ^ 0x88
+        own_scale = scale[rows].unsqueeze(-1)
+        y[:, rows] += F.linear(even, _scaled(codes >> 4, own_scale))
+        y[:, rows] += F.linear(odd, _scaled(codes & 15, own_scale))
+    return y
+
+
+def _scaled(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """codes: (n, K) unsigned.   scale: (n, G, 1).   Returns (n, K) float32."""
+    return codes.float().view(*scale.shape[:2], -1).mul_(scale).flatten(1)
+
+
+def _dequantized_product(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
+    num_rows = max(1, _SLICE_ELEMENTS // weight.in_features)
+    return torch.cat(
+        [
+            F.linear(x, dequantize(weight.rows(slice(start, start + num_rows)), torch.float32))
+            for start in range(0, weight.out_features, num_rows)
+        ],
+        dim=1,
+    )
+
+
+@cache
+def is_exact(dtype: torch.dtype) -> bool:
+    """Whether this CPU sums products of `dtype` (int8, uint8) and int8 codes without loss.
+
+    Where 16-bit sums of pairs saturate (AVX2 and the first AVX-512), the largest numbers show it.
+    """
+    largest = torch.iinfo(dtype).max
+    x = torch.full((3, 64), largest, dtype=dtype)
+    codes = torch.full((32, 64), 127, dtype=torch.int8)
+    try:
+        sums = [torch._int_mm(rows, codes.t()) for rows in (x, x[:1])]
+    except RuntimeError:  # older versions of torch refuse uint8
+        return False
+    return all(bool((product == 64 * largest * 127).all()) for product in sums)

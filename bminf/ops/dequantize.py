@@ -1,0 +1,53 @@
+"""A packed weight back to numbers. Kernel: kernels/dequantize.cu."""
+
+from __future__ import annotations
+
+import torch
+
+from bminf.cuda.launcher import Launcher, launcher_for
+from bminf.cuda.source import Kernel
+from bminf.errors import ArgumentError
+from bminf.ops.rows import ELEMENTS, check_codes
+from bminf.quantization.packed import PackedWeight, dequantize
+
+_THREADS = 256
+
+
+def dequantize_weight(weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
+    """(out_features, in_features) in `dtype`: code * scale + minimum, rounded once from float32.
+
+    dtype: float16, bfloat16 or float32.   Raises ArgumentError.
+    """
+    if dtype not in ELEMENTS:
+        raise ArgumentError(f"dtype={dtype}; accepted: float32, float16, bfloat16")
+    launcher = launcher_for(weight.qweight.device)
+    if launcher is None or 0 in (weight.out_features, weight.in_features):
+        return dequantize(weight, dtype)
+    weight.check()
+    return _launch(launcher, weight, dtype)
+
+
+def kernel(dtype: torch.dtype, bits: int, has_minimum: bool) -> Kernel:
+    """The kernel for a weight of that kind."""
+    return Kernel(
+        "dequantize.cu",
+        "dequantize",
+        (("ELEMENT", ELEMENTS[dtype]), ("BITS", bits), ("HAS_MINIMUM", int(has_minimum))),
+    )
+
+
+def _launch(launcher: Launcher, weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
+    check_codes("qweight", weight.qweight)
+    rows, columns = weight.out_features, weight.in_features
+    y = torch.empty((rows, columns), dtype=dtype, device=weight.qweight.device)
+    num_threads = rows * -(-columns // 8)
+    launcher.launch(
+        kernel(dtype, weight.bits, weight.minimum is not None),
+        (-(-num_threads // _THREADS), 1, 1),
+        (_THREADS, 1, 1),
+        [
+            weight.qweight, weight.scale, weight.minimum, y, rows, columns,
+            weight.group_size or columns, weight.num_groups,
+        ],
+    )  # fmt: skip
+    return y

@@ -1,0 +1,117 @@
+"""The first half of a gated feed-forward: activation(x W_gate^T) * (x W_up^T).
+
+For few rows one kernel reads both weights once and writes the product; otherwise two linears.
+Kernel: kernels/linear_few_rows.cu with GATED.   Source: Shazeer 2020, arXiv:2002.05202.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from bminf.cuda.launcher import Launcher, launcher_for
+from bminf.errors import ArgumentError
+from bminf.ops.linear import linear
+from bminf.ops.linear_weight_only import (
+    MOST_FEW_ROWS,
+    few_rows_grid,
+    few_rows_kernel,
+    group_arguments,
+    uses_tensor_cores,
+    weight_arguments,
+)
+from bminf.ops.rows import as_rows, check_activations, check_codes, check_vector, kernel_rows
+from bminf.quantization.packed import PackedWeight
+
+ACTIVATION_FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu": F.gelu,
+    "silu": F.silu,
+}
+"""In the order of `activate` in kernels/common.cuh."""
+
+_THREADS = 128
+
+
+def gated_linear(
+    x: torch.Tensor,
+    gate: PackedWeight,
+    up: PackedWeight,
+    activation: str,
+    gate_bias: torch.Tensor | None = None,
+    up_bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """activation(x W_gate^T + gate_bias) * (x W_up^T + up_bias).
+
+    x: (..., K) float32, float16 or bfloat16.   gate, up: (N, K) packed in one format.
+    activation: "gelu_tanh", "gelu" or "silu".   Returns (..., N) in the dtype of x.
+    Raises ArgumentError.
+    """
+    if activation not in ACTIVATION_FUNCTIONS:
+        raise ArgumentError(
+            f"activation={activation!r}; accepted: {', '.join(ACTIVATION_FUNCTIONS)}"
+        )
+    _check_alike(gate, up)
+    check_activations(x, gate.in_features, gate.qweight.device)
+    launcher = launcher_for(x.device)
+    rows = as_rows(x.detach())
+    is_fused = launcher is not None and _is_fused(launcher, x, rows, gate)
+    if launcher is None or not is_fused:
+        function = ACTIVATION_FUNCTIONS[activation]
+        return function(linear(x, gate, gate_bias)) * linear(x, up, up_bias)
+    gate_bias, up_bias = (_checked(bias, gate, x.dtype) for bias in (gate_bias, up_bias))
+    y = _launch(launcher, rows, gate, up, activation, gate_bias, up_bias)
+    return y.view(*x.shape[:-1], gate.out_features)
+
+
+def _is_fused(launcher: Launcher, x: torch.Tensor, rows: torch.Tensor, gate: PackedWeight) -> bool:
+    return (
+        0 < len(rows) <= MOST_FEW_ROWS
+        and 0 not in (gate.in_features, gate.out_features)
+        and not uses_tensor_cores(launcher.capability, len(rows), x.dtype)
+        and not (torch.is_grad_enabled() and x.requires_grad)
+    )
+
+
+def _check_alike(gate: PackedWeight, up: PackedWeight) -> None:
+    gate.check()
+    up.check()
+    for name in ("form", "in_features", "out_features"):
+        ours, theirs = getattr(gate, name), getattr(up, name)
+        if ours != theirs:
+            raise ArgumentError(f"gate has {name} {ours}, up {theirs}; they must be alike")
+
+
+def _checked(
+    bias: torch.Tensor | None, gate: PackedWeight, dtype: torch.dtype
+) -> torch.Tensor | None:
+    check_vector("bias", bias, gate.out_features, gate.qweight.device)
+    return None if bias is None else bias.to(dtype)
+
+
+def _launch(
+    launcher: Launcher,
+    x: torch.Tensor,
+    gate: PackedWeight,
+    up: PackedWeight,
+    activation: str,
+    gate_bias: torch.Tensor | None,
+    up_bias: torch.Tensor | None,
+) -> torch.Tensor:
+    check_codes("gate", gate.qweight)
+    check_codes("up", up.qweight)
+    rows = kernel_rows(x)
+    y = torch.empty((x.shape[0], gate.out_features), dtype=x.dtype, device=x.device)
+    kernel = few_rows_kernel(x.dtype, gate, x.shape[0], is_gated=True)
+    launcher.launch(
+        kernel,
+        few_rows_grid(kernel, *y.shape),
+        (_THREADS, 1, 1),
+        [
+            rows, *weight_arguments(gate), gate_bias, *weight_arguments(up), up_bias, y, *y.shape,
+            rows.shape[1], *group_arguments(gate), list(ACTIVATION_FUNCTIONS).index(activation),
+        ],
+    )  # fmt: skip
+    return y

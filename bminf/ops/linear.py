@@ -1,0 +1,115 @@
+"""The linear layer with packed weights, as models call it: checked, differentiable, traceable."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from bminf.cuda.launcher import launcher_for
+from bminf.errors import ArgumentError
+from bminf.ops.dequantize import dequantize_weight
+from bminf.ops.linear_w8a8 import linear_w8a8
+from bminf.ops.linear_weight_only import MOST_FEW_ROWS, linear_weight_only
+from bminf.ops.rows import as_rows, check_activations, check_vector
+from bminf.quantization.packed import PackedWeight
+
+ACTIVATIONS = ("auto", "float", "int8")
+
+_NO_FAST_HALF = 61  # GTX 10 series: half precision at 1/64 of the rate of float, dp4a at four times
+
+
+def linear(
+    x: torch.Tensor,
+    weight: PackedWeight,
+    bias: torch.Tensor | None = None,
+    activations: str = "auto",
+) -> torch.Tensor:
+    """y = x W^T + bias, with W packed to 8 or 4 bits.
+
+    x: (..., K) float32, float16 or bfloat16.   weight: (N, K) packed.   bias: (N,) or None.
+    activations: "float" multiplies x as it is; "int8" rounds each token of x to 8 bits first, and
+        needs 8-bit weights with a scale a row; "auto" is "float", except for many tokens at once on
+        a GPU without fast half precision (compute capability 6.1).
+    Returns (..., N) in the dtype of x. Differentiable in x (through the rounding as if it were not
+    there); the weight is frozen. Raises ArgumentError before any work.
+    """
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
+        y: torch.Tensor = _traced_linear(
+            x, weight.qweight, weight.scale, weight.minimum, weight.code_sum, bias,
+            weight.in_features, weight.group_size, activations,
+        )  # fmt: skip
+        return y
+    return _linear(x, weight, bias, activations)
+
+
+def _linear(
+    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, activations: str
+) -> torch.Tensor:
+    weight.check()
+    device = weight.qweight.device
+    check_activations(x, weight.in_features, device)
+    check_vector("bias", bias, weight.out_features, device)
+    bias = None if bias is None else bias.to(x.dtype)
+    is_w8a8 = _rounds_activations(x, weight, activations)
+    shape = (*x.shape[:-1], weight.out_features)
+    if x.numel() == 0 or weight.out_features == 0:
+        return x.new_zeros(shape) if bias is None else bias.expand(shape).clone()
+    op = linear_w8a8 if is_w8a8 else linear_weight_only
+    return op(as_rows(x), weight, bias).view(shape)
+
+
+def _rounds_activations(x: torch.Tensor, weight: PackedWeight, activations: str) -> bool:
+    can_round = weight.bits == 8 and weight.group_size is None
+    if activations == "float":
+        return False
+    if activations == "int8":
+        if not can_round:
+            raise ArgumentError(
+                'activations="int8" needs 8-bit weights with one scale a row, not '
+                f'{weight.form}; use activations="float"'
+            )
+        return True
+    if activations != "auto":
+        raise ArgumentError(f"activations={activations!r}; accepted: {', '.join(ACTIVATIONS)}")
+    launcher = launcher_for(x.device)
+    has_fast_half = launcher is None or launcher.capability != _NO_FAST_HALF
+    return can_round and not has_fast_half and x.numel() > MOST_FEW_ROWS * x.shape[-1]
+
+
+# ---- for autograd and torch.compile: the same op, opaque to them ---------------------------------
+
+_traced_linear: Any = torch.library.custom_op(
+    "bminf::linear",
+    lambda x, qweight, scale, minimum, code_sum, bias, in_features, group_size, activations: (
+        _linear(
+            x,
+            PackedWeight(qweight, scale, minimum, in_features, group_size, code_sum),
+            bias,
+            activations,
+        )
+    ),
+    mutates_args=(),
+    schema=(
+        "(Tensor x, Tensor qweight, Tensor scale, Tensor? minimum, Tensor? code_sum, Tensor? bias, "
+        "int in_features, int? group_size, str activations) -> Tensor"
+    ),
+)
+
+
+def _shape_only(x: torch.Tensor, qweight: torch.Tensor, *_: Any) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], qweight.shape[0])
+
+
+def _keep_weight(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    _, qweight, scale, minimum, _, _, *ctx.sizes, _ = inputs
+    ctx.save_for_backward(qweight, scale, minimum)
+
+
+def _backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+    weight = PackedWeight(*ctx.saved_tensors, *ctx.sizes)
+    return grad @ dequantize_weight(weight, grad.dtype), *[None] * 8
+
+
+_traced_linear.register_fake(_shape_only)
+_traced_linear.register_autograd(_backward, setup_context=_keep_weight)

@@ -1,0 +1,144 @@
+"""A linear with 8-bit weights and 8-bit activations, exact in between: y = x W^T + bias (W8A8).
+
+On a GPU the activations are rounded by a kernel; then either torch's integer product and a kernel
+for the scales, or a kernel that does both, whichever is the faster one on the device.
+Kernels: kernels/quantize_rows.cu, kernels/gemm_w8a8_dp4a.cu, kernels/gemm_w8a8_tensor_core.cu,
+kernels/scale_int32.cu.   Source: Dettmers et al. 2022, arXiv:2208.07339, section 2.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from bminf.cuda.launcher import Grid, Launcher, launcher_for
+from bminf.cuda.source import Kernel
+from bminf.errors import ArgumentError
+from bminf.ops.cpu_linear import w8a8_product
+from bminf.ops.quantize_rows import quantize_rows
+from bminf.ops.rows import ELEMENTS, check_codes
+from bminf.quantization.packed import PackedWeight
+
+LEAST_LIBRARY_ROWS = 64
+"""From so many rows on torch's integer product is taken, where there are tensor cores for it."""
+
+_DP4A_TILE = 64
+_MOST_GRID_ROWS = 65535  # tiles along M in one launch
+
+
+def linear_w8a8(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+    """x: (M, K).   bias: (N,) in the dtype of x, or None.   Returns (M, N) in the dtype of x.
+
+    The arguments are taken to be right and not empty; bminf.ops.linear sees to that.
+    """
+    launcher = launcher_for(x.device)
+    if launcher is None:
+        return w8a8_reference(x, weight, bias)
+    codes, x_scale = quantize_rows(x)
+    return linear_of_codes(codes, x_scale, weight, bias, x.dtype)
+
+
+def linear_of_codes(
+    codes: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: PackedWeight,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """The product of activations that are 8-bit codes already, on a device that runs kernels.
+
+    codes: (M, row_bytes) int8, as quantize_rows and rms_norm_quantize give it.   x_scale: (M,).
+    Returns (M, N) in `dtype`.
+    """
+    launcher = launcher_for(codes.device)
+    assert launcher is not None
+    check_codes("qweight", weight.qweight)
+    if is_library_faster(launcher.capability, codes.shape[0]):
+        return library_product(launcher, codes, x_scale, weight, bias, dtype)
+    return kernel_product(launcher, codes, x_scale, weight, bias, dtype)
+
+
+def w8a8_reference(
+    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """In torch, on the CPU."""
+    y = w8a8_product(x, weight)
+    return (y if bias is None else y.add_(bias)).to(x.dtype)
+
+
+def is_library_faster(capability: int, num_rows: int) -> bool:
+    return capability >= 75 and num_rows >= LEAST_LIBRARY_ROWS
+
+
+def library_product(
+    launcher: Launcher,
+    codes: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: PackedWeight,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """torch._int_mm, which wants more than 16 rows and multiples of 8, and the scales after it."""
+    num_rows = codes.shape[0]
+    codes = F.pad(codes, (0, 0, 0, max(0, 17 - num_rows)))
+    missing = -weight.out_features % 8
+    columns = F.pad(weight.qweight, (0, 0, 0, missing)) if missing else weight.qweight
+    sums = torch._int_mm(codes, columns.t())
+    y = torch.empty((num_rows, weight.out_features), dtype=dtype, device=codes.device)
+    launcher.launch(
+        scale_int32_kernel(dtype),
+        (-(-y.numel() // 256), 1, 1),
+        (256, 1, 1),
+        [sums, x_scale, weight.scale, bias, y, *y.shape, sums.shape[1]],
+    )
+    return y
+
+
+def kernel_product(
+    launcher: Launcher,
+    codes: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: PackedWeight,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """One kernel from codes to results: dp4a, or tensor cores from compute capability 7.5 on."""
+    num_rows = codes.shape[0]
+    y = torch.empty((num_rows, weight.out_features), dtype=dtype, device=codes.device)
+    kernel, grid, threads = _product_launch(launcher.capability, dtype, *y.shape)
+    if grid[1] > _MOST_GRID_ROWS:
+        raise ArgumentError(f"x has {num_rows} rows; at most {_MOST_GRID_ROWS * 32} at once")
+    arguments = [codes, x_scale, weight.qweight, weight.scale, bias, y, *y.shape, codes.shape[1]]
+    launcher.launch(kernel, grid, (threads, 1, 1), arguments)
+    return y
+
+
+def scale_int32_kernel(dtype: torch.dtype) -> Kernel:
+    return Kernel("scale_int32.cu", "scale_int32", (("ELEMENT", ELEMENTS[dtype]),))
+
+
+def dp4a_kernel(dtype: torch.dtype) -> Kernel:
+    return Kernel("gemm_w8a8_dp4a.cu", "gemm_w8a8_dp4a", (("ELEMENT", ELEMENTS[dtype]),))
+
+
+def tensor_core_kernel(dtype: torch.dtype, is_large: bool) -> Kernel:
+    """Tiles of 128 x 128 and 8 warps, or of 32 x 64 and 4 warps."""
+    shape = (128, 128, 2, 4) if is_large else (32, 64, 1, 4)
+    names = ("TILE_M", "TILE_N", "WARPS_M", "WARPS_N")
+    return Kernel(
+        "gemm_w8a8_tensor_core.cu",
+        "gemm_w8a8_tensor_core",
+        (("ELEMENT", ELEMENTS[dtype]), *zip(names, shape, strict=True)),
+    )
+
+
+def _product_launch(
+    capability: int, dtype: torch.dtype, num_rows: int, out_features: int
+) -> tuple[Kernel, Grid, int]:
+    if capability < 75:
+        tiles_n, tiles_m = (-(-size // _DP4A_TILE) for size in (out_features, num_rows))
+        return dp4a_kernel(dtype), (tiles_n, tiles_m, 1), 256
+    kernel = tensor_core_kernel(dtype, is_large=num_rows > 64)
+    macros = {name: int(value) for name, value in kernel.macros}
+    grid = -(-out_features // macros["TILE_N"]), -(-num_rows // macros["TILE_M"]), 1
+    return kernel, grid, 32 * macros["WARPS_M"] * macros["WARPS_N"]

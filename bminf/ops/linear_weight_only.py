@@ -1,0 +1,188 @@
+"""A linear with packed weights and float activations: y = x W^T + bias (W8A16, W4A16).
+
+On a GPU: for few rows a kernel that reads the codes once, and tensor cores from 8 to 128 rows where
+there are some; above, the weight is dequantised, slice by slice, for the library's product.
+Kernels: kernels/linear_few_rows.cu, kernels/linear_tensor_core.cu, kernels/dequantize.cu.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from bminf.cuda.launcher import Launcher, launcher_for
+from bminf.cuda.source import Kernel
+from bminf.ops.cpu_linear import weight_only_product
+from bminf.ops.dequantize import dequantize_weight
+from bminf.ops.rows import ELEMENTS, check_codes, kernel_rows
+from bminf.quantization.packed import CHUNK_BYTES, PackedWeight
+
+MOST_FEW_ROWS = 16
+LEAST_TENSOR_CORE_ROWS = 8
+MOST_TENSOR_CORE_ROWS = 128
+
+_FEW_ROWS_THREADS = 128
+_TENSOR_CORE_THREADS = 128
+_TENSOR_CORE_ROWS_OF_W = 32
+_SLICE_ELEMENTS = 2**26  # of a dequantised weight at a time: 128 MiB in 16 bits
+
+
+def linear_weight_only(
+    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """x: (M, K).   bias: (N,) in the dtype of x, or None.   Returns (M, N) in the dtype of x.
+
+    The arguments are taken to be right and not empty; bminf.ops.linear sees to that.
+    """
+    launcher = launcher_for(x.device)
+    if launcher is None:
+        return weight_only_reference(x, weight, bias)
+    if uses_tensor_cores(launcher.capability, x.shape[0], x.dtype):
+        return _launch_tensor_cores(launcher, x, weight, bias)
+    if x.shape[0] <= MOST_FEW_ROWS:
+        return _launch_few_rows(launcher, x, weight, bias)
+    return _dequantized(x, weight, bias)
+
+
+def weight_only_reference(
+    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """In torch, on the CPU; sums in float32."""
+    y = weight_only_product(x, weight)
+    return (y if bias is None else y.add_(bias)).to(x.dtype)
+
+
+def uses_tensor_cores(capability: int, num_rows: int, dtype: torch.dtype) -> bool:
+    return (
+        capability >= 80
+        and dtype != torch.float32
+        and LEAST_TENSOR_CORE_ROWS <= num_rows <= MOST_TENSOR_CORE_ROWS
+    )
+
+
+def _dequantized(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+    """The library's product with the dequantised weight, some rows of it at a time."""
+    num_rows = max(1, _SLICE_ELEMENTS // max(1, weight.in_features))
+    if num_rows >= weight.out_features:
+        return F.linear(x, dequantize_weight(weight, x.dtype), bias)
+    y = torch.empty((x.shape[0], weight.out_features), dtype=x.dtype, device=x.device)
+    for start in range(0, weight.out_features, num_rows):
+        rows = slice(start, start + num_rows)
+        own_bias = None if bias is None else bias[rows]
+        y[:, rows] = F.linear(x, dequantize_weight(weight.rows(rows), x.dtype), own_bias)
+    return y
+
+
+# ---- few rows ------------------------------------------------------------------------------------
+
+
+def few_rows_kernel(
+    dtype: torch.dtype, weight: PackedWeight, num_rows: int, is_gated: bool = False
+) -> Kernel:
+    """The kernel for `num_rows` rows of activations and a weight of this kind."""
+    rows_of_x = rows_of_x_for(dtype, num_rows)
+    return Kernel(
+        "linear_few_rows.cu",
+        "linear_few_rows",
+        (
+            *_weight_macros(dtype, weight),
+            ("ROWS_OF_X", rows_of_x),
+            ("ROWS_OF_W", _rows_of_w(rows_of_x, has_whole_chunks(weight), is_gated)),
+            ("GATED", int(is_gated)),
+        ),
+    )
+
+
+def rows_of_x_for(dtype: torch.dtype, num_rows: int) -> int:
+    """Rows that a block takes together: the next power of two, up to what its registers hold."""
+    most = 4 if dtype == torch.float32 else MOST_FEW_ROWS
+    return min(most, 1 << (num_rows - 1).bit_length())
+
+
+def has_whole_chunks(weight: PackedWeight) -> bool:
+    """Whether no 16 bytes of codes lie in two groups."""
+    columns = 8 * CHUNK_BYTES // weight.bits
+    return weight.group_size is None or weight.num_groups == 1 or weight.group_size % columns == 0
+
+
+def few_rows_grid(kernel: Kernel, num_rows: int, out_features: int) -> tuple[int, int, int]:
+    macros = dict(kernel.macros)
+    outputs = int(macros["ROWS_OF_W"]) // (1 + int(macros["GATED"]))
+    return -(-out_features // outputs), -(-num_rows // int(macros["ROWS_OF_X"])), 1
+
+
+def _rows_of_w(rows_of_x: int, has_whole_chunks: bool, is_gated: bool) -> int:
+    """Weight rows of a block: as many as fit its registers beside the rows of activations."""
+    if rows_of_x <= 4 and has_whole_chunks:
+        return 4
+    return 1 if rows_of_x > 8 and not is_gated else 2
+
+
+def _weight_macros(dtype: torch.dtype, weight: PackedWeight) -> tuple[tuple[str, int], ...]:
+    return (
+        ("ELEMENT", ELEMENTS[dtype]),
+        ("BITS", weight.bits),
+        ("HAS_MINIMUM", int(weight.minimum is not None)),
+        ("WHOLE_CHUNKS", int(has_whole_chunks(weight))),
+    )
+
+
+def weight_arguments(weight: PackedWeight) -> list[torch.Tensor | None]:
+    return [weight.qweight, weight.scale, weight.minimum]
+
+
+def group_arguments(weight: PackedWeight) -> list[int]:
+    return [weight.group_size or weight.in_features, weight.num_groups]
+
+
+def _launch_few_rows(
+    launcher: Launcher, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None
+) -> torch.Tensor:
+    check_codes("qweight", weight.qweight)
+    rows = kernel_rows(x)
+    y = torch.empty((x.shape[0], weight.out_features), dtype=x.dtype, device=x.device)
+    kernel = few_rows_kernel(x.dtype, weight, x.shape[0])
+    no_second_weight = [None] * 4
+    launcher.launch(
+        kernel,
+        few_rows_grid(kernel, *y.shape),
+        (_FEW_ROWS_THREADS, 1, 1),
+        [
+            rows, *weight_arguments(weight), bias, *no_second_weight, y, *y.shape,
+            rows.shape[1], *group_arguments(weight), 0,
+        ],
+    )  # fmt: skip
+    return y
+
+
+# ---- tensor cores --------------------------------------------------------------------------------
+
+
+def tensor_core_kernel(dtype: torch.dtype, weight: PackedWeight, num_rows: int) -> Kernel:
+    """The kernel that takes the rows of activations in as few tiles of 8 to 64 as they fill."""
+    tiles = min(8, 1 << (-(-num_rows // 8) - 1).bit_length())
+    return Kernel(
+        "linear_tensor_core.cu",
+        "linear_tensor_core",
+        (*_weight_macros(dtype, weight), ("X_TILES", tiles)),
+    )
+
+
+def _launch_tensor_cores(
+    launcher: Launcher, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None
+) -> torch.Tensor:
+    check_codes("qweight", weight.qweight)
+    rows = kernel_rows(x)
+    y = torch.empty((x.shape[0], weight.out_features), dtype=x.dtype, device=x.device)
+    kernel = tensor_core_kernel(x.dtype, weight, x.shape[0])
+    rows_of_x = 8 * int(dict(kernel.macros)["X_TILES"])
+    launcher.launch(
+        kernel,
+        (-(-y.shape[1] // _TENSOR_CORE_ROWS_OF_W), -(-y.shape[0] // rows_of_x), 1),
+        (_TENSOR_CORE_THREADS, 1, 1),
+        [
+            rows, *weight_arguments(weight), bias, y, *y.shape, rows.shape[1],
+            *group_arguments(weight),
+        ],
+    )  # fmt: skip
+    return y
