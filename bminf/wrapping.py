@@ -14,17 +14,19 @@ from warnings import warn
 import torch
 
 from bminf.errors import ArgumentError, UnknownKeywordError, UnsupportedModelError
-from bminf.layers.quantize import is_quantizable, skeleton
+from bminf.layers.quantized_linear import format_for
+from bminf.quantization.packed import INT8, Format
 from bminf.scheduler import memory
 from bminf.scheduler.backends.base import Backend
 from bminf.scheduler.backends.cpu import CpuBackend
 from bminf.scheduler.backends.cuda import CudaBackend
 from bminf.scheduler.backends.cuda import free_bytes as cuda_free_bytes
 from bminf.scheduler.blob import Blobs, check_tensors, survey, unmapped_bytes
-from bminf.scheduler.blocks import ModuleBlock, find_blocks, tensors_of
+from bminf.scheduler.blocks import ModuleBlock, find_blocks
 from bminf.scheduler.hooks import Scheduler, Stats, is_streaming, refuse_to_save
 from bminf.scheduler.placement import place, take_back
 from bminf.scheduler.plan import Block, Plan, plan
+from bminf.scheduler.stand_ins import Predicate, StandIns, choose, warn_of_what_stays
 from bminf.units import parse_bytes
 
 Model = TypeVar("Model", bound=torch.nn.Module)
@@ -35,7 +37,7 @@ _FREE_FRACTION = 0.9  # of the free memory, where no limit is given; the rest is
 
 def wrapper(
     model: Model,
-    quantization: bool | str | None = True,
+    quantization: bool | str | Format | None = True,
     memory_limit: int | float | str | None = None,
     device: torch.device | str | int | None = None,
     offload_dir: str | Path | None = None,
@@ -43,6 +45,7 @@ def wrapper(
     *,
     blocks: Iterable[str] | None = None,
     uses: Mapping[str, float] | None = None,
+    quantize: Predicate | None = None,
     **unknown: Any,
 ) -> Model:
     """Make `model` run within `memory_limit`, and return it: the same object, with the same output.
@@ -51,8 +54,9 @@ def wrapper(
     (device "cpu", where the limit is RAM) and come through two slots just before they are needed.
     What fits entirely is only moved.
 
-    quantization: True or "int8" packs the linears of the blocks to 8 bits a row; False or None
-        leaves them. A quantised model gives the same output streamed as resident.
+    quantization: True or "int8" packs the linears of the blocks to 8 bits, with a scale a row;
+        "int4" packs them to 4 bits, 5 with the scales; False or None leaves them. A quantised model
+        gives the same output streamed as resident. A bminf.quantization.packed.Format is taken too.
     memory_limit: bytes, or "6GB", "5.5GiB": parameters + buffers + slots + reserve. None takes 90%
         of what is free on the device (in the container, where there is one).
     device: None is the GPU where there is one, else the CPU.
@@ -62,6 +66,8 @@ def wrapper(
         repeated modules.
     uses: how often a block, or each block of a list, is used per request; by default 128 (once a
         token), and 1 for the encoder of an encoder-decoder model.
+    quantize: a function of the name and the module of a linear (torch.nn.Linear, Conv1D) that says
+        whether it is packed; None packs those in the blocks but for the output head.
 
     Raises ArgumentError, BudgetError, OffloadError or UnsupportedModelError, the model unchanged;
     only if a disk or a memory fails midway, linears that are quantised by then stay quantised.
@@ -70,15 +76,13 @@ def wrapper(
     _check_model(model)
     source_device = check_tensors(model)
     backend = _backend(device, offload_dir)
-    request = _Request.of(model, quantization, blocks, uses, reserve, backend.keeps_addresses)
+    request = _Request.of(
+        model, quantization, blocks, uses, quantize, reserve, backend.keeps_addresses
+    )
     budget = _budget(memory_limit, model, backend.device, source_device)
     the_plan = request.plan(budget)
-    if _is_quantized(quantization) and not request.stand_ins:
-        warn(
-            f"nothing in the blocks of {type(model).__name__} could be quantised: they hold no "
-            "torch.nn.Linear or Conv1D; the weights stay as they are",
-            stacklevel=2,
-        )
+    if _format(quantization) is not None:
+        warn_of_what_stays(model, request.blocks, request.stand_ins, stacklevel=2)
     _carry_out(model, request, Scheduler(the_plan, backend, source_device), offload_dir)
     return model
 
@@ -115,17 +119,20 @@ def _scheduler_of(model: torch.nn.Module) -> Scheduler | None:
 
 def plan_for(
     model: torch.nn.Module,
-    quantization: bool | str | None = True,
+    quantization: bool | str | Format | None = True,
     memory_limit: int | float | str | None = None,
     reserve: int | float | str = 0,
     blocks: Iterable[str] | None = None,
     uses: Mapping[str, float] | None = None,
+    quantize: Predicate | None = None,
 ) -> Plan:
     """The plan that wrapper() would make on a GPU, for a model on any device, "meta" included.
 
     Nothing is moved. memory_limit: None is no limit. Raises as wrapper() does.
     """
-    request = _Request.of(model, quantization, blocks, uses, reserve, keep_addresses=False)
+    request = _Request.of(
+        model, quantization, blocks, uses, quantize, reserve, keep_addresses=False
+    )
     if memory_limit is None:
         return request.plan(request.reserved_bytes + request.blobs.nbytes)
     return request.plan(parse_bytes(memory_limit, "memory_limit"))
@@ -136,7 +143,7 @@ class _Request:
     """What was asked for, resolved against the model: nothing here has touched it yet."""
 
     blocks: list[ModuleBlock]
-    stand_ins: dict[torch.nn.Module, torch.nn.Module]  # linears to quantise -> their packed shape
+    stand_ins: StandIns
     blobs: Blobs
     uses: dict[str, float]
     reserved_bytes: int
@@ -145,15 +152,16 @@ class _Request:
     def of(
         cls,
         model: torch.nn.Module,
-        quantization: bool | str | None,
+        quantization: bool | str | Format | None,
         blocks: Iterable[str] | None,
         uses: Mapping[str, float] | None,
+        quantize: Predicate | None,
         reserve: int | float | str,
         keep_addresses: bool,
     ) -> _Request:
         reserved_bytes = parse_bytes(reserve, "reserve")
         found = find_blocks(model, blocks)
-        stand_ins = _stand_ins(model, found) if _is_quantized(quantization) else {}
+        stand_ins = choose(model, found, _format(quantization), quantize)
         blobs = survey(model, found, stand_ins, keep_addresses)
         all_uses = {**_encoder_uses(model, found), **_checked_uses(uses)}
         return cls(found, stand_ins, blobs, all_uses, reserved_bytes)
@@ -201,12 +209,16 @@ def _check_model(model: torch.nn.Module) -> None:
             )
 
 
-def _is_quantized(quantization: bool | str | None) -> bool:
-    if quantization is True or (isinstance(quantization, str) and quantization == "int8"):
-        return True
+def _format(quantization: bool | str | Format | None) -> Format | None:
     if quantization is False or quantization is None:
-        return False
-    raise ArgumentError(f'quantization={quantization!r}; accepted: True or "int8", False or None')
+        return None
+    try:
+        return INT8 if quantization is True else format_for(quantization)
+    except ArgumentError as error:
+        raise ArgumentError(
+            f'quantization={quantization!r}; accepted: True or "int8", "int4", '
+            "a bminf.quantization.packed.Format, False or None"
+        ) from error
 
 
 def _checked_uses(uses: Mapping[str, float] | None) -> dict[str, float]:
@@ -269,27 +281,6 @@ def _encoder_uses(model: torch.nn.Module, blocks: Iterable[ModuleBlock]) -> dict
     inside = set(encoder.modules())
     names = {b.list_name or b.name for b in blocks if model.get_submodule(b.name) in inside}
     return dict.fromkeys(names, 1)
-
-
-def _stand_ins(
-    model: torch.nn.Module, blocks: Iterable[ModuleBlock]
-) -> dict[torch.nn.Module, torch.nn.Module]:
-    """The linears in the blocks that can be quantised, each with its shape when packed.
-
-    The output head stays, and so does a weight that several modules share: packing one of them
-    would add bytes, not save any.
-    """
-    get_head = getattr(model, "get_output_embeddings", None)
-    head = get_head() if callable(get_head) else None
-    num_holders: dict[int, int] = {}
-    for _, _, tensor in tensors_of(model):
-        num_holders[id(tensor)] = num_holders.get(id(tensor), 0) + 1
-    return {
-        module: skeleton(module)
-        for block in blocks
-        for module in model.get_submodule(block.name).modules()
-        if module is not head and is_quantizable(module) and num_holders[id(module.weight)] == 1
-    }
 
 
 def _carry_out(

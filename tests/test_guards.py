@@ -330,20 +330,18 @@ def test_the_limit_of_the_container_bounds_what_is_free(monkeypatch: pytest.Monk
 
 
 def test_a_large_weight_is_packed_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
-    from bminf.layers import quantized_linear
-    from bminf.quantization.int8 import quantize_rows
+    from bminf.quantization import packed
 
     rows = []
 
-    def counted(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        rows.append(len(weight))
-        return quantize_rows(weight)
+    def counted(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        rows.append(len(x))
+        return quantize_rows(x)
 
-    monkeypatch.setattr(quantized_linear, "quantize_rows", counted)
+    quantize_rows = packed.quantize_rows
+    monkeypatch.setattr(packed, "quantize_rows", counted)
     linear = torch.nn.Linear(1024, 600)
-    packed = bminf.QuantizedLinear(linear)
+    given = bminf.QuantizedLinear(linear)
     assert rows == [256, 256, 88]
-    for given, right in zip(
-        (packed.qweight, packed.scale), quantize_rows(linear.weight.detach()), strict=True
-    ):
-        assert torch.equal(given, right)
+    codes, scale = quantize_rows(linear.weight.detach())
+    assert torch.equal(given.qweight, codes) and torch.equal(given.scale, scale)

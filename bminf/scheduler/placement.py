@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from tqdm import tqdm
@@ -14,22 +14,24 @@ from bminf.scheduler.backends.base import Backend
 from bminf.scheduler.blob import Blobs, unmapped_bytes
 from bminf.scheduler.blocks import tensors_of
 from bminf.scheduler.hooks import Scheduler
+from bminf.scheduler.stand_ins import StandIns
 
 
 def place(
     model: torch.nn.Module,
     blobs: Blobs,
-    stand_ins: Mapping[torch.nn.Module, torch.nn.Module],
+    stand_ins: StandIns,
     scheduler: Scheduler,
 ) -> None:
     """Quantise, move and let go of one block after another, so that no two copies are held.
 
-    blobs: the layouts of all blocks, in module order.   stand_ins: the linears to quantise.
+    blobs: the layouts of all blocks, in module order.
     """
     streamed = set(scheduler.plan.streamed)
     # malloc keeps what it is given back in pieces; a mapped model gives it next to nothing.
     is_trimmed = 8 * unmapped_bytes(model) > blobs.nbytes
     with torch.inference_mode(False), torch.no_grad():
+        _quantize_outside(model, blobs.blocks, stand_ins)
         _settle(model, blobs.outside, scheduler.backend, scheduler.source_device)
         for name, layout in _with_progress(blobs.blocks):
             _quantize(model, name, stand_ins)
@@ -68,17 +70,23 @@ def _with_progress(layouts: Mapping[str, Layout]) -> Iterator[tuple[str, Layout]
             bar.update(layout.nbytes)
 
 
-def _quantize(
-    model: torch.nn.Module, name: str, stand_ins: Mapping[torch.nn.Module, torch.nn.Module]
-) -> None:
+def _quantize(model: torch.nn.Module, name: str, stand_ins: StandIns) -> None:
     """Quantise the linears of one block, the block itself included."""
-    parent, _, child = name.rpartition(".")
-    if model.get_submodule(name) in stand_ins:
-        holder = model.get_submodule(parent)
-        only = holder._modules[child]
-        list(quantize_children(holder, lambda module: module is only))
+    parent = name.rpartition(".")[0]
+    block = model.get_submodule(name)
+    if block in stand_ins:
+        list(quantize_children(model.get_submodule(parent), {block: stand_ins[block]}))
     else:
-        list(quantize_children(model.get_submodule(name), stand_ins.__contains__))
+        list(quantize_children(block, stand_ins))
+
+
+def _quantize_outside(
+    model: torch.nn.Module, block_names: Iterable[str], stand_ins: StandIns
+) -> None:
+    """Quantise the linears that lie in no block."""
+    inside = {m for name in block_names for m in model.get_submodule(name).modules()}
+    outside = {module: stand_in for module, stand_in in stand_ins.items() if module not in inside}
+    list(quantize_children(model, outside))
 
 
 def _send_home(name: str, module: torch.nn.Module, layout: Layout, scheduler: Scheduler) -> None:

@@ -1,0 +1,45 @@
+"""What tests of quantised models share."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+
+import bminf
+from bminf.wrapping import plan_for
+
+
+def quantise(model: torch.nn.Module, quantization: str, memory_limit: Any = "1GB") -> Any:
+    """Wrap `model` on the CPU; stacked experts stay as they are without a word."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*three-dimensional parameters")
+        return bminf.wrapper(model, quantization, memory_limit, device="cpu")
+
+
+def quantise_and_stream(model: torch.nn.Module, quantization: str) -> Any:
+    """As quantise, with fewer than half of the blocks resident."""
+    whole = plan_for(model, quantization)
+    sizes = sorted((block.nbytes for block in whole.blocks), reverse=True)
+    quantise(model, quantization, whole.outside_bytes + 2 * sizes[0] + sum(sizes) // 6)
+    plan = bminf.plan_of(model)
+    assert len(plan.resident) < len(plan.blocks) / 2
+    return model
+
+
+def dequantise(model: torch.nn.Module) -> torch.nn.Module:
+    """Put an ordinary linear with the same weights in the place of each quantised one."""
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, bminf.QuantizedLinear):
+                linear = torch.nn.Linear(1, 1, bias=child.bias is not None)
+                linear.weight = torch.nn.Parameter(child.dequantize(), requires_grad=False)
+                linear.bias = child.bias
+                setattr(parent, name, linear)
+    return model
+
+
+def relative_error(given: torch.Tensor, expected: torch.Tensor) -> float:
+    given, expected = given.detach().double(), expected.detach().double()
+    return float((given - expected).norm() / expected.norm())

@@ -1,0 +1,58 @@
+"""The 21 architectures with their linears in 8 and 4 bits, on the CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from quantised import dequantise, quantise, quantise_and_stream, relative_error
+from tiny_models import TINY, greedy, inputs_of, make, output_of
+
+import bminf
+
+# Activations are rounded to 16 bits a token, or to bfloat16 in small products with one row.
+ROUNDING = {"int8": 5e-3, "int4": 1e-4}
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+@pytest.mark.parametrize("name", TINY)
+def test_streamed_equals_resident_and_agrees_with_the_dequantised_model(
+    name: str, quantization: str
+) -> None:
+    given = inputs_of(name)
+    resident = quantise(make(name), quantization)
+    expected = output_of(resident, given)
+    ids = greedy(resident, given) if TINY[name].generates else None
+    model = quantise_and_stream(make(name), quantization)
+    for _ in range(2):
+        assert torch.equal(output_of(model, given), expected)
+    if ids is not None:
+        assert torch.equal(greedy(model, given), ids)
+    linears = [m for m in model.modules() if isinstance(m, bminf.QuantizedLinear)]
+    assert linears and all(m.weight.dtype == torch.float32 for m in linears)
+    if TINY[name].inputs == "ids":
+        assert type(model.get_output_embeddings()) in (torch.nn.Linear, type(None))
+    plain = dequantise(bminf.unwrap(resident))
+    assert relative_error(expected, output_of(plain, given)) < ROUNDING[quantization]
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_t5_keeps_its_activations_as_they_are(quantization: str) -> None:
+    """T5 casts activations to the dtype of a weight: of packed bytes it would make integers."""
+    given = inputs_of("t5")
+    for model in (
+        quantise(make("t5"), quantization),
+        quantise_and_stream(make("t5"), quantization),
+    ):
+        assert relative_error(output_of(model, given), output_of(make("t5"), given)) < 0.2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_half_precision_models(quantization: str, dtype: torch.dtype) -> None:
+    given = inputs_of("llama")
+    resident = quantise(make("llama").to(dtype), quantization)
+    model = quantise_and_stream(make("llama").to(dtype), quantization)
+    expected = output_of(resident, given)
+    assert expected.dtype == dtype and torch.equal(output_of(model, given), expected)
+    assert model.model.layers[0].mlp.up_proj.weight.dtype == dtype
+    assert relative_error(expected, output_of(dequantise(bminf.unwrap(resident)), given)) < 0.03
