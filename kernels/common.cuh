@@ -5,14 +5,12 @@
 // Letters: M rows of activations, N output features, K input features (columns of a weight).
 // A packed weight is (N, row_bytes), rows padded to 16 bytes; what lies in the padding is never used.
 
-#pragma once
-
 typedef signed char i8;
 typedef unsigned char u8;
 typedef unsigned short u16;
 typedef unsigned int u32;
 
-#define DEVICE __device__ __forceinline__
+#define DEVICE static __device__ __forceinline__
 
 #ifndef BMINF_HOST_SHIM
 #define DYNAMIC_SHARED(type, name) extern __shared__ __align__(16) type name[]

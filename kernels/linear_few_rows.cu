@@ -27,14 +27,32 @@ constexpr int SUMS = ROWS_OF_W * ROWS_OF_X;
 // Blocks a multiprocessor shall hold: the compiler may then take registers enough not to spill.
 constexpr int BLOCKS = ROWS_OF_X <= 2 ? 4 : ROWS_OF_X <= 8 ? 3 : 2;
 
-// Adds up each sum over the block; thread i gets the i-th total.
-DEVICE float block_totals(const float sums[SUMS]) {
-    __shared__ float of_warps[WARPS][SUMS];
+// Adds up each sum over a warp. Partners share the work: at each step a lane keeps half of its sums and
+// hands the other half over, so that COUNT sums, a power of two up to 32, cost COUNT + a few shuffles
+// and not five each. Lane i ends with the total of sum i / (32 / COUNT), in sums[0].
+template <int COUNT, int DISTANCE>
+DEVICE void fold(float* sums, int lane) {
+    if constexpr (COUNT == 1) {
+        sums[0] += __shfl_xor_sync(ALL_LANES, sums[0], DISTANCE);
+    } else {
+        const bool keeps_upper = lane & DISTANCE;
 #pragma unroll
-    for (int i = 0; i < SUMS; ++i) {
-        const float sum = warp_sum(sums[i]);
-        if (threadIdx.x % WARP == 0) of_warps[threadIdx.x / WARP][i] = sum;
+        for (int i = 0; i < COUNT / 2; ++i) {
+            const float lower = sums[i], upper = sums[i + COUNT / 2];
+            const float given = __shfl_xor_sync(ALL_LANES, keeps_upper ? lower : upper, DISTANCE);
+            sums[i] = (keeps_upper ? upper : lower) + given;
+        }
     }
+    if constexpr (DISTANCE > 1) fold<COUNT == 1 ? 1 : COUNT / 2, DISTANCE / 2>(sums, lane);
+}
+
+// Adds up each sum over the block; thread i gets the i-th total.
+DEVICE float block_totals(float sums[SUMS]) {
+    __shared__ float of_warps[WARPS][SUMS];
+    constexpr int LANES = WARP / SUMS;
+    const int lane = threadIdx.x % WARP;
+    fold<SUMS, WARP / 2>(sums, lane);
+    if (lane % LANES == 0) of_warps[threadIdx.x / WARP][lane / LANES] = sums[0];
     __syncthreads();
     float total = 0.0f;
     if (threadIdx.x < SUMS) {

@@ -3,7 +3,7 @@
 // x (M, K) and y (M, N) Element of 16 bits, row-major, K a multiple of 8.   codes (N, row_bytes), rows
 // padded to 16 bytes.   scale and minimum (N, num_groups): see linear_few_rows.cu.   bias (N) or null.
 //
-// A block of 4 warps computes 32 weight rows times 8 * X_TILES rows of x; the warps take turns along K
+// A block of 4 warps computes 16 * W_TILES weight rows times 8 * X_TILES rows of x; the warps take turns along K
 // and add up at the end. In mma.m16n8k16 the weights are the (16, 16) matrix and x the (16, 8) one.
 // The sum over k may be taken in any order, so each lane reads 16 contiguous bytes of a weight row and
 // declares them to be the columns that the instruction wants from it; the same columns of x follow, 16
@@ -13,14 +13,13 @@
 // would be. 8-bit codes with one scale a row stay integers, exact in Element, and are scaled at the end.
 //
 // Bytes moved: N * row_bytes and the scales once for each 8 * X_TILES rows of x; x from the caches,
-// once for 32 weight rows.
+// once for the weight rows of a block.
 // Source: fragment layouts from the PTX ISA manual, "Matrix Fragments for mma.m16n8k16"; the permuted k
 // is a known freedom of matrix products (used alike by Frantar et al. 2024, arXiv:2408.11743, Marlin).
 
 #include "common.cuh"
 
 constexpr int WARPS = 4;
-constexpr int W_TILES = 2;  // of 16 weight rows
 constexpr int ROWS_OF_W = 16 * W_TILES;
 constexpr int ROWS_OF_X = 8 * X_TILES;
 constexpr int SEGMENT = 4;  // chunks of 16 bytes that the four lanes of a weight row read together

@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", metavar="MODEL", help="a folder with config.json, or a config.json")
     add("--memory-limit", metavar="SIZE", help='such as "6GB"; without it, bytes are shown only')
-    add("--quantization", choices=("int8", "none"), default="int8", help="default: int8")
+    add("--quantization", choices=("int8", "int4", "none"), default="int8", help="default: int8")
     add("--blocks", nargs="+", metavar="NAME", help="modules to move, instead of those found")
     add("--reserve", default="0", metavar="SIZE", help="set aside for activations and KV cache")
     add("--link", default="12GB", metavar="SIZE", help="bytes a second of the bus; default: 12GB")
@@ -148,7 +148,7 @@ def _plan(model: Any, arguments: argparse.Namespace, memory_limit: str | None) -
 
     return plan_for(
         model,
-        quantization=arguments.quantization == "int8",
+        quantization=None if arguments.quantization == "none" else arguments.quantization,
         memory_limit=memory_limit,
         reserve=arguments.reserve,
         blocks=arguments.blocks,
@@ -186,7 +186,8 @@ def _predict(plan: Plan, link: int, memory_bandwidth: int) -> Prediction:
 
 
 def _text(report: dict[str, Any], plan: Plan | None) -> str:
-    stored = "" if report["quantization"] == "none" else ", linear weights in INT8"
+    kind = report["quantization"]
+    stored = "" if kind == "none" else f", linear weights in {kind.upper()}"
     lines = [f"{report['model']}, {report['dtype']}{stored}"]
     lines += _group_lines(report["blocks"])
     lines.append(f"outside the blocks: {format_bytes(report['outside_bytes'])}")

@@ -23,7 +23,6 @@ MOST_TENSOR_CORE_ROWS = 128
 
 _FEW_ROWS_THREADS = 128
 _TENSOR_CORE_THREADS = 128
-_TENSOR_CORE_ROWS_OF_W = 32
 _SLICE_ELEMENTS = 2**26  # of a dequantised weight at a time: 128 MiB in 16 bits
 
 
@@ -161,10 +160,12 @@ def _launch_few_rows(
 def tensor_core_kernel(dtype: torch.dtype, weight: PackedWeight, num_rows: int) -> Kernel:
     """The kernel that takes the rows of activations in as few tiles of 8 to 64 as they fill."""
     tiles = min(8, 1 << (-(-num_rows // 8) - 1).bit_length())
+    # Fewer rows of the weight where more sums of activations are in registers.
+    macros = (("X_TILES", tiles), ("W_TILES", 1 if tiles == 8 else 2))
     return Kernel(
         "linear_tensor_core.cu",
         "linear_tensor_core",
-        (*_weight_macros(dtype, weight), ("X_TILES", tiles)),
+        (*_weight_macros(dtype, weight), *macros),
     )
 
 
@@ -175,10 +176,11 @@ def _launch_tensor_cores(
     rows = kernel_rows(x)
     y = torch.empty((x.shape[0], weight.out_features), dtype=x.dtype, device=x.device)
     kernel = tensor_core_kernel(x.dtype, weight, x.shape[0])
-    rows_of_x = 8 * int(dict(kernel.macros)["X_TILES"])
+    macros = dict(kernel.macros)
+    rows_of_x, rows_of_w = 8 * int(macros["X_TILES"]), 16 * int(macros["W_TILES"])
     launcher.launch(
         kernel,
-        (-(-y.shape[1] // _TENSOR_CORE_ROWS_OF_W), -(-y.shape[0] // rows_of_x), 1),
+        (-(-y.shape[1] // rows_of_w), -(-y.shape[0] // rows_of_x), 1),
         (_TENSOR_CORE_THREADS, 1, 1),
         [
             rows, *weight_arguments(weight), bias, y, *y.shape, rows.shape[1],

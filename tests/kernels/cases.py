@@ -1,0 +1,325 @@
+"""What every kernel must get right, whoever runs it: the host build in CI, or a real device.
+
+A case draws its inputs, calls the op that launches the kernel, and compares with plain torch in
+float64 on the CPU: dequantise, then multiply. Shapes are awkward on purpose: one, odd, no multiple
+of any tile, the longest rows and the most rows of the zoo's models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from bminf.cuda.launcher import launcher_for
+from bminf.ops import linear_w8a8
+from bminf.ops.dequantize import dequantize_weight
+from bminf.ops.gated_linear import ACTIVATION_FUNCTIONS, gated_linear
+from bminf.ops.linear import linear
+from bminf.ops.quantize_rows import quantize_rows, rms_norm_quantize, rms_norm_reference
+from bminf.quantization import int8
+from bminf.quantization.packed import INT4, INT8, Format, PackedWeight, dequantize, pack
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# The rounding of the result; float32 sums of some thousand products for float32 itself.
+BOUNDS = {torch.float16: 1e-3, torch.bfloat16: 6e-3, torch.float32: 2e-6}
+# Tensor cores take dequantised weights rounded to 16 bits, as the library's product does.
+ROUNDED = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 2e-6}
+
+# With whole chunks of 16 bytes in a group, and with chunks that lie in several.
+WHOLE = (INT8, Format(8, 32), INT4, Format(4, 64), Format(4))
+CUT = (Format(8, 34), Format(8, 6), Format(4, 6), Format(4, 34, True))
+MOST_COLUMNS, MOST_ROWS = 32768, 150528  # of GLM-130B: its feed-forward, its vocabulary
+
+
+@dataclass(frozen=True)
+class Case:
+    """name: what a report shows.   run: the check, for tensors on a device."""
+
+    name: str
+    run: Callable[[str], None] = field(repr=False)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def relative_error(given: torch.Tensor, expected: torch.Tensor) -> float:
+    given, expected = given.detach().double().cpu(), expected.double().cpu()
+    assert given.shape == expected.shape
+    return float((given - expected).norm() / expected.norm().clamp_min(1e-30))
+
+
+def weight_on(device: str, n: int, k: int, form: Format) -> tuple[PackedWeight, torch.Tensor]:
+    """A packed random weight, and its values in float64 on the CPU."""
+    packed = pack(torch.randn(n, k), form)
+    moved = [t.to(device) if isinstance(t, torch.Tensor) else t for t in packed]
+    return PackedWeight(*moved), dequantize(packed, torch.float64)
+
+
+def linear_case(
+    form: Format,
+    dtype: torch.dtype,
+    shape: tuple[int, int, int],
+    activations: str = "float",
+    has_bias: bool = True,
+) -> Case:
+    m, n, k = shape
+
+    def run(device: str) -> None:
+        x = torch.randn(m, k).to(dtype)
+        bias = torch.randn(n).to(dtype) if has_bias else None
+        weight, values = weight_on(device, n, k, form)
+        y = linear(x.to(device), weight, None if bias is None else bias.to(device), activations)
+        expected = _seen(x, activations) @ values.T
+        if bias is not None:
+            expected += bias.double()
+        assert y.dtype == dtype and y.device.type == device
+        assert relative_error(y, expected) < ROUNDED[dtype], shape
+
+    kind = f"{form.bits}bit-{form.group_size}-{'minimum' if form.has_minimum else 'symmetric'}"
+    bias = "" if has_bias else "-nobias"
+    return Case(f"linear-{kind}-{_name(dtype)}-{m}x{n}x{k}-{activations}{bias}", run)
+
+
+def _seen(x: torch.Tensor, activations: str) -> torch.Tensor:
+    """The activations as the product sees them, in float64."""
+    if activations == "float":
+        return x.double()
+    codes, scale = int8.quantize_rows(x)
+    return codes.double() * scale.double().unsqueeze(-1)
+
+
+def product_case(dtype: torch.dtype, shape: tuple[int, int, int], product: str) -> Case:
+    """The two ways of an 8-bit product: "kernel_product" and "library_product"."""
+    m, n, k = shape
+
+    def run(device: str) -> None:
+        x = torch.randn(m, k).to(dtype)
+        bias = torch.randn(n).to(dtype)
+        weight, values = weight_on(device, n, k, INT8)
+        launcher = launcher_for(torch.device(device))
+        codes, scale = quantize_rows(x.to(device))
+        call = getattr(linear_w8a8, product)
+        y = call(launcher, codes, scale, weight, bias.to(device), dtype)
+        expected = _seen(x, "int8") @ values.T + bias.double()
+        assert relative_error(y, expected) < BOUNDS[dtype], shape
+
+    return Case(f"{product}-{_name(dtype)}-{m}x{n}x{k}", run)
+
+
+def gated_case(
+    form: Format, dtype: torch.dtype, shape: tuple[int, int, int], activation: str, bias: bool
+) -> Case:
+    m, n, k = shape
+
+    def run(device: str) -> None:
+        x = torch.randn(m, k).to(dtype)
+        (gate, gate_values), (up, up_values) = (weight_on(device, n, k, form) for _ in range(2))
+        gate_bias, up_bias = (torch.randn(n).to(dtype) if bias else None for _ in range(2))
+        on_device = [b if b is None else b.to(device) for b in (gate_bias, up_bias)]
+        y = gated_linear(x.to(device), gate, up, activation, *on_device)
+        gates, ups = x.double() @ gate_values.T, x.double() @ up_values.T
+        if bias:
+            gates, ups = gates + gate_bias.double(), ups + up_bias.double()
+        expected = ACTIVATION_FUNCTIONS[activation](gates) * ups
+        assert relative_error(y, expected) < 2 * BOUNDS[dtype], shape
+
+    kind = f"{form.bits}bit-{form.group_size}"
+    return Case(f"gated-{kind}-{_name(dtype)}-{m}x{n}x{k}-{activation}", run)
+
+
+def dequantize_case(form: Format, dtype: torch.dtype, n: int, k: int) -> Case:
+    def run(device: str) -> None:
+        weight, values = weight_on(device, n, k, form)
+        given = dequantize_weight(weight, dtype).cpu()
+        # A multiplication and an addition, rounded once together or one by one.
+        assert torch.equal(given, values.float().to(dtype)) or (
+            form.has_minimum and relative_error(given, values) < BOUNDS[dtype]
+        )
+
+    kind = f"{form.bits}bit-{form.group_size}-{form.has_minimum}"
+    return Case(f"dequantize-{kind}-{_name(dtype)}-{n}x{k}", run)
+
+
+def quantize_case(dtype: torch.dtype, m: int, k: int) -> Case:
+    def run(device: str) -> None:
+        x = torch.randn(m, k).to(dtype)
+        x[0, k // 2] = 100
+        x[m // 2] = 0 if m > 1 else x[0]
+        codes, scale = (t.cpu() for t in quantize_rows(x.to(device)))
+        expected_codes, expected_scale = int8.quantize_rows(x)
+        assert torch.equal(scale, expected_scale)
+        assert torch.equal(codes[:, :k], expected_codes) and not codes[:, k:].any()
+
+    return Case(f"quantize_rows-{_name(dtype)}-{m}x{k}", run)
+
+
+def rms_norm_case(dtype: torch.dtype, m: int, k: int) -> Case:
+    def run(device: str) -> None:
+        x, weight = torch.randn(m, k).to(dtype), torch.randn(k).to(dtype)
+        codes, scale = (t.cpu() for t in rms_norm_quantize(x.to(device), weight.to(device), 1e-5))
+        normal = rms_norm_reference(x, weight, 1e-5)
+        assert torch.allclose(scale, normal.abs().amax(-1) / 127, rtol=1e-5)
+        # Where a number lies between two codes, sums in another order may take the other one.
+        error = codes[:, :k].float() * scale.unsqueeze(1) - normal
+        assert (error.abs() <= 0.501 * scale.unsqueeze(1)).all() and not codes[:, k:].any()
+
+    return Case(f"rms_norm_quantize-{_name(dtype)}-{m}x{k}", run)
+
+
+def bad_numbers_case(form: Format, m: int) -> Case:
+    """NaN and infinity in x stay in their row; zeros give zeros."""
+
+    def run(device: str) -> None:
+        weight, _ = weight_on(device, 9, 64, form)
+        x = torch.zeros(m, 64, device=device, dtype=torch.float16)
+        for activations in ("float", "int8") if form == INT8 else ("float",):
+            assert not linear(torch.zeros_like(x), weight, None, activations).any()
+            for bad in (float("nan"), float("inf")):
+                x[0, 3] = bad
+                y = linear(x, weight, None, activations)
+                assert not y[0].isfinite().any() and not y[1:].any()
+
+    return Case(f"bad_numbers-{form.bits}bit-{form.group_size}-{m}", run)
+
+
+def awkward_inputs_case(form: Format, m: int) -> Case:
+    """Strided, misaligned and empty activations give what ordinary ones give."""
+
+    def run(device: str) -> None:
+        weight, _ = weight_on(device, 9, 70, form)
+        wide = torch.randn(m, 141, device=device, dtype=torch.float16)
+        plain = wide[:, 1::2].contiguous()
+        assert torch.equal(linear(wide[:, 1::2], weight), linear(plain, weight))
+        shifted = torch.empty(m * 70 + 1, device=device, dtype=torch.float16)[1:].view(m, 70)
+        assert torch.equal(linear(shifted.copy_(plain), weight), linear(plain, weight))
+        assert linear(plain[:0], weight).shape == (0, 9)
+
+    return Case(f"awkward_inputs-{form.bits}bit-{form.group_size}-{m}", run)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# ---- the lists -----------------------------------------------------------------------------------
+
+
+def few_rows_cases() -> Iterator[Case]:
+    """kernels/linear_few_rows.cu: each type, format and number of rows, though not all together."""
+    for dtype in DTYPES:
+        for form in WHOLE + CUT:
+            yield linear_case(form, dtype, (1, 9, 70))
+        yield linear_case(INT4, dtype, (3, 33, 130))
+        yield linear_case(INT8, dtype, (3, 33, 130), has_bias=False)
+    for m in (2, 5, 7, 16):
+        yield linear_case(INT8, torch.float16, (m, 9, 200))
+        yield linear_case(Format(4, 34, True), torch.bfloat16, (m, 6, 70))
+    yield linear_case(INT4, torch.float32, (16, 7, 66))
+    yield linear_case(INT8, torch.float16, (1, 1, 1))
+    yield linear_case(INT4, torch.float16, (1, 3, MOST_COLUMNS))
+    yield linear_case(INT8, torch.bfloat16, (1, 3, MOST_COLUMNS))
+    for form in (INT8, INT4):
+        yield bad_numbers_case(form, 2)
+        yield awkward_inputs_case(form, 2)
+
+
+def gated_cases() -> Iterator[Case]:
+    """The same with GATED."""
+    for activation in ACTIVATION_FUNCTIONS:
+        yield gated_case(INT4, torch.float16, (1, 5, 70), activation, bias=True)
+    for dtype, form in zip(DTYPES, (INT8, Format(4, 64), Format(4, 6)), strict=True):
+        yield gated_case(form, dtype, (1, 9, 130), "silu", bias=False)
+    yield gated_case(INT4, torch.bfloat16, (4, 33, 64), "gelu", bias=True)
+    yield gated_case(INT8, torch.float16, (7, 5, 96), "gelu_tanh", bias=True)
+
+
+def tensor_core_cases() -> Iterator[Case]:
+    """kernels/linear_tensor_core.cu: 8 to 128 rows, from compute capability 8.0 on."""
+    for dtype in DTYPES[:2]:
+        for form in WHOLE + CUT:
+            yield linear_case(form, dtype, (9, 37, 200))
+    for m, form in ((8, INT4), (17, INT8), (40, INT4), (128, INT8), (100, Format(4, 6))):
+        yield linear_case(form, torch.float16, (m, 33, 136), has_bias=m != 8)
+    yield linear_case(INT4, torch.bfloat16, (8, 3, MOST_COLUMNS))
+    yield bad_numbers_case(INT8, 8)
+    yield awkward_inputs_case(INT4, 8)
+
+
+def w8a8_cases() -> Iterator[Case]:
+    """kernels/gemm_w8a8_*.cu and scale_int32.cu."""
+    for dtype in DTYPES:
+        yield product_case(dtype, (5, 70, 90), "kernel_product")
+        yield product_case(dtype, (18, 9, 33), "library_product")
+    for shape in ((1, 1, 1), (33, 65, 130), (70, 130, 200), (130, 30, 64)):
+        yield product_case(torch.float16, shape, "kernel_product")
+    yield product_case(torch.float16, (2, 3, MOST_COLUMNS), "kernel_product")
+    yield linear_case(INT8, torch.bfloat16, (3, 40, 96), "int8")
+    yield linear_case(INT8, torch.float16, (70, 21, 70), "int8", has_bias=False)
+    yield bad_numbers_case(INT8, 3)
+
+
+def other_cases() -> Iterator[Case]:
+    """kernels/quantize_rows.cu, rms_norm_quantize.cu, dequantize.cu; many rows with float ones."""
+    for dtype in DTYPES:
+        for m, k in ((1, 1), (3, 70), (2, 4100), (1, MOST_COLUMNS)):
+            yield quantize_case(dtype, m, k)
+        for m, k in ((1, 3), (3, 70), (2, 4100)):
+            yield rms_norm_case(dtype, m, k)
+        for form in WHOLE + CUT:
+            yield dequantize_case(form, dtype, 5, 70)
+    yield dequantize_case(INT8, torch.float16, 3, 33)
+    yield dequantize_case(INT4, torch.bfloat16, 2, MOST_COLUMNS)
+    yield linear_case(INT4, torch.float32, (40, 9, 70))
+    yield linear_case(INT8, torch.float32, (140, 9, 33))
+
+
+def largest_cases() -> Iterator[Case]:
+    """As many outputs as a vocabulary has: grids that no other case reaches."""
+    yield linear_case(INT4, torch.float16, (1, MOST_ROWS, 32), has_bias=False)
+    yield linear_case(INT8, torch.float16, (8, MOST_ROWS, 16), has_bias=False)
+    yield product_case(torch.float16, (1, MOST_ROWS, 16), "kernel_product")
+    yield dequantize_case(Format(4), torch.float16, MOST_ROWS, 32)
+
+
+# What to run for each compute capability: the branches of a source by architecture.
+CASES = {
+    61: [*few_rows_cases(), *gated_cases(), *w8a8_cases(), *other_cases()],
+    75: [*w8a8_cases()],
+    80: [*tensor_core_cases(), *w8a8_cases()],
+}
+LARGEST = list(largest_cases())
+
+
+def few_of_each() -> dict[int, list[Case]]:
+    """A small choice that reaches every line of every kernel: for sanitizers, which take long."""
+    half, bfloat16, single = DTYPES
+    return {
+        61: [
+            linear_case(INT8, half, (1, 5, 70)),
+            linear_case(INT4, bfloat16, (3, 5, 70)),
+            linear_case(Format(4, 34), single, (5, 3, 70), has_bias=False),
+            linear_case(Format(8, 34), half, (1, 5, 70)),
+            gated_case(INT4, half, (1, 3, 70), "gelu_tanh", bias=True),
+            gated_case(INT4, half, (1, 3, 70), "gelu", bias=False),
+            gated_case(INT4, half, (1, 3, 70), "silu", bias=True),
+            product_case(half, (5, 70, 90), "kernel_product"),
+            product_case(bfloat16, (18, 9, 33), "library_product"),
+            quantize_case(half, 2, 70),
+            quantize_case(single, 2, 2100),
+            rms_norm_case(bfloat16, 2, 70),
+            dequantize_case(INT4, half, 5, 70),
+            dequantize_case(Format(8, 34), bfloat16, 5, 70),
+            bad_numbers_case(INT8, 2),
+        ],
+        75: [product_case(half, (5, 70, 90), "kernel_product")],
+        80: [
+            linear_case(INT8, half, (9, 37, 200)),
+            linear_case(INT4, bfloat16, (9, 37, 200)),
+            linear_case(Format(4, 6), half, (40, 21, 136), has_bias=False),
+            linear_case(Format(8, 34), bfloat16, (8, 5, 70)),
+            product_case(half, (33, 70, 200), "kernel_product"),
+            product_case(single, (70, 30, 64), "kernel_product"),
+        ],
+    }

@@ -1,0 +1,134 @@
+"""The product's launcher, for CPU tensors: it runs each kernel's real text on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import host_memory
+import host_run
+import recording
+from host_build import Build, build
+
+if TYPE_CHECKING:
+    import torch
+
+    from bminf.cuda.source import Kernel
+
+
+class HostLauncher:
+    """Compiles a kernel at its first launch, and runs it on copies between guard pages.
+
+    capability: of the GPU to stand in for, which sets __CUDA_ARCH__: 61, 70, 75, 80, ...
+    order: "forward", "reverse", or the seed of a permutation, of threads and of blocks.
+    strict: threads that meet a barrier at different lines are an error.
+    guard: arguments are copied to memory that ends at a page which nobody may touch, and back;
+    what a kernel takes as const is read-only meanwhile.
+    sanitizer: None or "undefined"; the other two need a process that was started with their
+    library, see replay.py.   coverage: compiled for gcov.
+    record: a folder to which every launch is written, for replay.py.
+    source_of: the full text of a kernel; the product's unless told.
+    num_processors: what the launcher says of its device, for those who size grids by it.
+    """
+
+    def __init__(
+        self,
+        capability: int = 80,
+        order: str | int = "forward",
+        strict: bool = True,
+        guard: bool = True,
+        sanitizer: str | None = None,
+        coverage: bool = False,
+        record: Path | None = None,
+        source_of: Callable[[Kernel], str] | None = None,
+        num_processors: int = 2,
+    ) -> None:
+        self.capability = capability
+        self.num_processors = num_processors
+        self.schedule = host_run.Schedule(order, strict)
+        self.guard, self.sanitizer, self.coverage = guard, sanitizer, coverage
+        self.record = record
+        self.source_of = source_of or _source_of
+        self._libraries: dict[Kernel, host_run.Library] = {}
+
+    def launch(
+        self,
+        kernel: Kernel,
+        grid: host_run.Dim,
+        block: host_run.Dim,
+        arguments: Sequence[torch.Tensor | int | float | None],
+        shared_bytes: int = 0,
+    ) -> None:
+        """Runs `kernel` to its end. Raises HostKernelError, LaunchError or BuildError."""
+        memory, values = _marshal(arguments)
+        launch = host_run.Launch(kernel.name, grid, block, values, shared_bytes)
+        library = self._library(kernel)
+        before = None if self.record is None else recording.bytes_of(memory)
+        library.run(launch, memory, self.schedule, self.guard)
+        if self.record is not None and before is not None:
+            self._write(self.record, kernel, launch, memory, before)
+
+    def build_of(self, kernel: Kernel) -> Build:
+        """What g++ is given for `kernel`: for host_build.build_all, ahead of many launches."""
+        return Build(
+            source=self.source_of(kernel),
+            entries=(kernel.name,),
+            macros=kernel.macros,
+            capability=self.capability,
+            sanitizer=self.sanitizer,
+            coverage=self.coverage,
+        )
+
+    def _library(self, kernel: Kernel) -> host_run.Library:
+        if kernel not in self._libraries:
+            self._libraries[kernel] = host_run.load(build(self.build_of(kernel)))
+        return self._libraries[kernel]
+
+    def _write(
+        self,
+        folder: Path,
+        kernel: Kernel,
+        launch: host_run.Launch,
+        memory: Sequence[host_memory.Memory],
+        before: tuple[bytes, ...],
+    ) -> None:
+        modulo_16 = tuple(piece.address % 16 for piece in memory)
+        after = recording.bytes_of(memory)
+        record = recording.Record(
+            kernel.file, self.build_of(kernel), launch, modulo_16, before, after
+        )
+        recording.write(folder, record)
+
+
+def _source_of(kernel: Kernel) -> str:
+    from bminf.cuda.source import source_of
+
+    return source_of(kernel)
+
+
+def _marshal(
+    arguments: Sequence[torch.Tensor | int | float | None],
+) -> tuple[list[host_memory.Memory], tuple[host_run.Argument, ...]]:
+    """The memory under all tensors, and the arguments with pointers into it."""
+    values: list[host_memory.Memory | int | float | None] = [
+        argument if argument is None or isinstance(argument, (int, float)) else _memory(argument)
+        for argument in arguments
+    ]
+    memory, pointers = host_memory.merge(
+        [value for value in values if isinstance(value, host_memory.Memory)]
+    )
+    remaining = iter(pointers)
+    return memory, tuple(
+        next(remaining) if isinstance(value, host_memory.Memory) else value for value in values
+    )
+
+
+def _memory(tensor: torch.Tensor) -> host_memory.Memory:
+    """From the first element of `tensor` to the last that its strides reach."""
+    if tensor.device.type != "cpu":
+        raise ValueError(f"a tensor on {tensor.device}; the host launcher takes CPU tensors")
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    last = sum((size - 1) * stride for size, stride in steps)
+    num_elements = last + 1 if tensor.numel() else 0
+    return host_memory.Memory(tensor.data_ptr(), num_elements * tensor.element_size())

@@ -1,0 +1,103 @@
+"""Whole models whose linears run through the kernels, compiled for the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from host_launcher import HostLauncher
+from quantised import dequantise, quantise, quantise_and_stream, relative_error
+from tiny_models import TINY, greedy, inputs_of, make, output_of
+
+import bminf
+from bminf.cuda.launcher import Kernel, served_by
+
+# float32 activations: sums in another order, and on compute capability 6.1, where half precision
+# is slow, activations in 8 bits where many tokens come at once.
+ROUNDING = {61: 0.05, 80: 1e-4}
+
+
+def one_of_each_input(name: str) -> dict[str, torch.Tensor]:
+    return {key: tensor[:1] for key, tensor in inputs_of(name).items()}
+
+
+class Counting(HostLauncher):
+    """Notes which kernels run."""
+
+    names: set[str]
+
+    def launch(self, kernel: Kernel, *arguments: object, **more: object) -> None:
+        self.names.add(kernel.name)
+        super().launch(kernel, *arguments, **more)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def launchers() -> dict[int, Counting]:
+    return {capability: Counting(capability=capability) for capability in (61, 80)}
+
+
+@pytest.fixture
+def served(request: pytest.FixtureRequest, launchers: dict[int, Counting]) -> Iterator[Counting]:
+    launcher = launchers[request.param]
+    launcher.names = set()
+    with served_by(launcher):
+        yield launcher
+
+
+@pytest.mark.parametrize("served", [80], indirect=True)
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+@pytest.mark.parametrize("name", TINY)
+def test_streamed_equals_resident_through_the_kernels(
+    name: str, quantization: str, served: Counting
+) -> None:
+    given = one_of_each_input(name)
+    resident = quantise(make(name), quantization)
+    expected = output_of(resident, given)
+    model = quantise_and_stream(make(name), quantization)
+    for _ in range(2):
+        assert torch.equal(output_of(model, given), expected)
+    assert served.names
+    plain = dequantise(bminf.unwrap(resident))
+    assert relative_error(expected, output_of(plain, given)) < ROUNDING[served.capability]
+
+
+@pytest.mark.parametrize(
+    ("served", "quantization", "dtype"),
+    [(61, "int4", torch.float16), (80, "int8", torch.float16), (80, "int4", torch.bfloat16)],
+    indirect=["served"],
+)
+def test_a_model_in_half_precision_generates(
+    served: Counting, quantization: str, dtype: torch.dtype
+) -> None:
+    """The prompt and single tokens take different kernels; streamed and resident take the same."""
+    given = one_of_each_input("llama")
+    resident = quantise(make("llama").to(dtype), quantization)
+    model = quantise_and_stream(make("llama").to(dtype), quantization)
+    assert torch.equal(greedy(model, given), greedy(resident, given))
+    assert torch.equal(output_of(model, given), output_of(resident, given))
+    expected = output_of(dequantise(bminf.unwrap(resident)), given)
+    assert relative_error(output_of(model, given), expected) < 0.05
+    assert "linear_few_rows" in served.names
+
+
+@pytest.mark.parametrize("served", [61], indirect=True)
+def test_many_tokens_at_once_are_rounded_where_half_precision_is_slow(served: Counting) -> None:
+    linear = bminf.QuantizedLinear(torch.nn.Linear(64, 48))
+    x = torch.randn(40, 64).half()
+    with torch.no_grad():
+        assert relative_error(linear(x), x.float() @ linear.dequantize().T + linear.bias) < 0.02
+    assert served.names == {"quantize_rows", "gemm_w8a8_dp4a", "dequantize"}
+    served.names.clear()
+    with torch.no_grad():
+        linear(x[:1])
+    assert served.names == {"linear_few_rows"}
+
+
+@pytest.mark.parametrize("served", [80], indirect=True)
+def test_gradients_reach_the_input_through_the_kernels(served: Counting) -> None:
+    linear = bminf.QuantizedLinear(torch.nn.Linear(64, 48), quantization="int4")
+    x = torch.randn(3, 64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(linear(x).sum(), x)
+    assert relative_error(gradient, torch.ones(3, 48) @ linear.dequantize()) < 1e-5
+    assert "dequantize" in served.names

@@ -1,0 +1,207 @@
+"""Every kernel is compiled for every architecture, as the library does it; no device is needed."""
+
+from __future__ import annotations
+
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from variants import CAPABILITIES, variants, weight_of
+
+from bminf.cuda import compile as cuda_compile
+from bminf.cuda.compile import compile_kernel, compiler_log, ptx_of
+from bminf.cuda.source import Kernel, kernel_folder, source_of
+from bminf.errors import KernelError
+from bminf.ops import linear_w8a8, linear_weight_only
+from bminf.quantization.packed import INT4, INT8
+
+SCALE = linear_w8a8.scale_int32_kernel(torch.float16)
+
+
+@pytest.fixture(autouse=True)
+def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("BMINF_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def registers_allowed(kernel: Kernel) -> int:
+    """What leaves room for enough warps on a multiprocessor: 65536 registers are there."""
+    macros = dict(kernel.macros)
+    if kernel.name == "linear_few_rows":
+        return 128 if macros["ROWS_OF_X"] <= 2 else 168 if macros["ROWS_OF_X"] <= 8 else 255
+    if kernel.name == "linear_tensor_core":
+        return 128 if macros["X_TILES"] <= 2 else 168 if macros["X_TILES"] <= 4 else 255
+    return {"gemm_w8a8_tensor_core": 160, "gemm_w8a8_dp4a": 64}.get(kernel.name, 48)
+
+
+def check(kernel: Kernel, capability: int) -> str:
+    """What is wrong with the machine code of `kernel`; empty if nothing is."""
+    log = compiler_log(kernel, capability)
+    entries = re.findall(r"Compiling entry function '(\w+)'", log)
+    registers = [int(n) for n in re.findall(r"Used (\d+) registers", log)]
+    spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill", log))
+    frames = [int(n) for n in re.findall(r"(\d+) bytes stack frame", log)]
+    shared = [int(n) for n in re.findall(r"(\d+) bytes smem", log)]
+    warnings = [line for line in log.splitlines() if re.search("warning", line, re.IGNORECASE)]
+    complaints = {
+        f"entries {entries}": entries != [kernel.name],
+        f"registers {registers}": max(registers) > registers_allowed(kernel),
+        f"{spilled} bytes spilled": spilled > 0,
+        f"stack frames {frames}": max(frames) > 0,
+        f"shared memory {shared}": max(shared, default=0) > 48 * 1024,
+        f"warnings {warnings}": any("deprecated" not in line for line in warnings),
+    }
+    wrong = [text for text, is_wrong in complaints.items() if is_wrong]
+    return f"{kernel} for sm_{capability}: {', '.join(wrong)}" if wrong else ""
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_every_kernel_compiles_without_spills_and_within_its_budget(capability: int) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        found = pool.map(lambda kernel: check(kernel, capability), variants(capability))
+    assert not [complaint for complaint in found if complaint]
+
+
+def test_every_source_is_compiled() -> None:
+    compiled = {kernel.file for capability in (61, 80) for kernel in variants(capability)}
+    assert compiled == {path.name for path in kernel_folder().glob("*.cu")}
+
+
+# ---- instructions --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("capability", [61, 75, 90])
+@pytest.mark.parametrize("form", [INT8, INT4], ids=["int8", "int4"])
+def test_few_rows_read_16_bytes_at_a_time(form: object, capability: int) -> None:
+    kernel = linear_weight_only.few_rows_kernel(torch.float16, weight_of(form), 1)
+    text = ptx_of(kernel, capability)
+    assert text.count("ld.global.nc.v4") == dict(kernel.macros)["ROWS_OF_W"]
+    assert not re.search(r"ld\.global\.(nc\.)?[usb]8", text)
+
+
+def test_tensor_cores_where_they_are_promised() -> None:
+    kernel = linear_weight_only.tensor_core_kernel(torch.bfloat16, weight_of(INT4), 16)
+    text = ptx_of(kernel, 80)
+    assert "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32" in text
+    assert "ld.global.nc.v4" in text
+    kernel = linear_w8a8.tensor_core_kernel(torch.float16, is_large=True)
+    assert "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32" in ptx_of(kernel, 80)
+    assert "cp.async.cg.shared.global" in ptx_of(kernel, 80)
+    assert "mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32" in ptx_of(kernel, 75)
+
+
+def test_dp4a_where_there_are_no_tensor_cores_for_8_bits() -> None:
+    text = ptx_of(linear_w8a8.dp4a_kernel(torch.float16), 61)
+    products = re.findall(r"\bdp4a\.s32\.s32\b", text)
+    assert len(products) == 8 * 16 and "ld.global.nc.v4" in text
+
+
+def test_no_half_arithmetic_on_sm_61() -> None:
+    for kernel in variants(70):  # fewer, each source among them
+        arithmetic = r"\b(add|sub|mul|fma|neg|abs|max|min|setp\.\w+)(\.\w+)*\.(b?f16)(x2)?\b"
+        assert not re.search(arithmetic, ptx_of(kernel, 61)), kernel
+
+
+# ---- the compiler and its cache ------------------------------------------------------------------
+
+
+def test_machine_code_is_kept_and_found_again(
+    cache_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = compile_kernel(SCALE, 80)
+    assert code[:4] == b"\x7fELF" and len(list(cache_folder.iterdir())) == 1
+    assert compile_kernel(SCALE, 86) != code and len(list(cache_folder.iterdir())) == 2
+    monkeypatch.setattr(cuda_compile, "_compile", lambda *_: pytest.fail("compiled again"))
+    assert compile_kernel(SCALE, 80) == code
+
+
+def test_an_edit_of_the_header_is_seen(
+    cache_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compile_kernel(SCALE, 80)
+    folder = copy_of_sources(tmp_path, monkeypatch)
+    compile_kernel(SCALE, 80)
+    assert len(list(cache_folder.iterdir())) == 1
+    common = folder / "common.cuh"
+    common.write_text(common.read_text() + "// another text\n")
+    compile_kernel(SCALE, 80)
+    assert len(list(cache_folder.iterdir())) == 2
+
+
+def copy_of_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "kernels"
+    folder.mkdir()
+    for path in kernel_folder().glob("*.cu*"):
+        (folder / path.name).write_text(path.read_text())
+    monkeypatch.setattr("bminf.cuda.source.kernel_folder", lambda: folder)
+    return folder
+
+
+def test_an_error_names_file_line_and_architecture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copy_of_sources(tmp_path, monkeypatch)
+    source = folder / SCALE.file
+    lines = source.read_text().splitlines()
+    number = next(i for i, line in enumerate(lines, 1) if "if (m >= M) return" in line)
+    lines[number - 1] += " int n = nothing_of_that_name;"
+    source.write_text("\n".join(lines) + "\n")
+    with pytest.raises(KernelError) as caught:
+        compile_kernel(SCALE, 80)
+    message = str(caught.value)
+    assert f"kernels/scale_int32.cu({number}): error" in message and "sm_80" in message
+    assert "nothing_of_that_name" in message and "install bminf anew" in message
+    common = folder / "common.cuh"
+    common.write_text("// text\nthis is no C++\n")
+    with pytest.raises(KernelError, match=r"kernels/common\.cuh\(2\): error"):
+        compile_kernel(SCALE, 80)
+
+
+def test_devices_too_old_or_unknown_are_refused() -> None:
+    with pytest.raises(KernelError, match=r"5\.2 is too old .* need 6\.1 \(GTX 10 series\)"):
+        compile_kernel(SCALE, 52)
+    with pytest.raises(KernelError, match=r"cannot compile for this GPU \(-arch=sm_999\); install"):
+        compile_kernel(SCALE, 999)
+
+
+def test_a_missing_compiler_is_said_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cupy_backends.cuda.libs import nvrtc
+
+    def missing() -> tuple[int, int]:
+        raise RuntimeError("Failure finding libnvrtc.so\nand a long explanation")
+
+    monkeypatch.setattr(nvrtc, "getVersion", missing)
+    with pytest.raises(KernelError) as caught:
+        compile_kernel(SCALE, 80)
+    assert "pip install nvidia-cuda-nvrtc-cu12" in str(caught.value)
+    assert "Failure finding libnvrtc.so); install" in str(caught.value)
+
+
+def test_a_missing_cupy_is_said_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "cupy_backends.cuda.libs", None)
+    with pytest.raises(KernelError, match="pip install cupy-cuda12x"):
+        compile_kernel(SCALE, 80)
+
+
+def test_a_cache_that_cannot_be_written_is_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("BMINF_CACHE_DIR", str(tmp_path / "file" / "below"))
+    assert compile_kernel(SCALE, 80)
+    assert "set BMINF_CACHE_DIR" in caplog.text
+
+
+def test_missing_sources_are_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("bminf.cuda.source._PACKAGE", tmp_path / "bminf")
+    with pytest.raises(KernelError, match="install bminf anew"):
+        kernel_folder()
+    with pytest.raises(KernelError, match="install bminf anew"):
+        source_of(SCALE)
+
+
+def test_a_kernel_that_does_not_exist_is_said() -> None:
+    with pytest.raises(KernelError, match=r"no_such\.cu"):
+        source_of(Kernel("no_such.cu", "nothing"))

@@ -1,0 +1,47 @@
+"""Launches of every kernel, repeated under sanitizers, and the lines that they reach.
+
+What ran is recorded once, with its results. Each sanitizer has a process and a build of its own,
+where the results must be the same bit for bit. ThreadSanitizer sees races between the threads of a
+block, since the host build tells it of nothing but the kernels' own barriers.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import line_coverage
+import pytest
+import replay
+import torch
+from cases import few_of_each
+from host_launcher import HostLauncher
+
+from bminf.cuda.launcher import served_by
+from bminf.cuda.source import kernel_folder
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("launches")
+    torch.manual_seed(0)
+    for capability, cases in few_of_each().items():
+        with served_by(HostLauncher(capability=capability, record=folder)):
+            for case in cases:
+                case.run("cpu")
+    return folder
+
+
+@pytest.mark.parametrize("sanitizer", ["address", "undefined", "thread"])
+def test_kernels_are_clean_under(sanitizer: str, recorded: Path) -> None:
+    done = replay.run(recorded, "--sanitizer", sanitizer)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"[-8000:]
+    assert "0 wrong" in done.stdout
+
+
+def test_every_line_of_the_kernels_is_reached(recorded: Path, tmp_path: Path) -> None:
+    done = replay.run(recorded, "--coverage", str(tmp_path))
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"[-8000:]
+    lines = line_coverage.read(tmp_path)
+    files = {f"kernels/{path.name}" for path in kernel_folder().glob("*.cu*")}
+    assert set(lines) == files and all(reached.executable for reached in lines.values())
+    assert {name: reached.missed for name, reached in lines.items() if reached.missed} == {}

@@ -1,0 +1,84 @@
+"""Every kernel that the ops can ask for, and the compute capabilities it is for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from bminf.cuda.source import Kernel
+from bminf.ops import dequantize, linear_w8a8, linear_weight_only, quantize_rows
+from bminf.quantization.packed import INT4, INT8, Format, PackedWeight, empty
+
+CAPABILITIES = (61, 70, 75, 80, 86, 89, 90, 100, 120)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# One of each kind that the sources tell apart: bits, minimum, whole or cut chunks.
+FORMS = (INT8, INT4, Format(4, 32), Format(8, 34), Format(4, 34, True), Format(4, 34))
+
+
+def weight_of(form: Format) -> PackedWeight:
+    return empty(8, 256, form, "meta")
+
+
+def variants(capability: int) -> list[Kernel]:
+    """What is compiled for `capability`: all that macros tell apart where a branch of the sources
+    begins, and each kernel with its lightest and its heaviest macros on the others."""
+    chosen = _few_rows() if capability in (61, 80) else _few_rows_extremes()
+    found = [*chosen, *_others(DTYPES if capability in (61, 80) else DTYPES[:1])]
+    if capability < 75:
+        found += [linear_w8a8.dp4a_kernel(dtype) for dtype in DTYPES]
+    else:
+        found += [linear_w8a8.tensor_core_kernel(torch.bfloat16, large) for large in (False, True)]
+    if capability >= 80:
+        found += _tensor_core() if capability == 80 else _tensor_core_extremes()
+    return list(dict.fromkeys(found))
+
+
+def _few_rows() -> Iterator[Kernel]:
+    kernel = linear_weight_only.few_rows_kernel
+    for dtype in DTYPES:
+        for form in FORMS:
+            yield kernel(dtype, weight_of(form), 1)
+    for num_rows in (2, 4, 8, 16):
+        for form in (INT8, INT4):
+            yield kernel(torch.float16, weight_of(form), num_rows)
+        yield kernel(torch.bfloat16, weight_of(Format(4, 34, True)), num_rows)
+        yield kernel(torch.float32, weight_of(INT4), num_rows)
+    for num_rows in (1, 4, 8, 16):
+        for form in (INT8, INT4):
+            yield kernel(torch.bfloat16, weight_of(form), num_rows, is_gated=True)
+    yield kernel(torch.float32, weight_of(Format(4, 34)), 4, is_gated=True)
+
+
+def _few_rows_extremes() -> Iterator[Kernel]:
+    kernel = linear_weight_only.few_rows_kernel
+    for form in FORMS:
+        yield kernel(torch.float16, weight_of(form), 1)
+    for num_rows in (4, 8, 16):
+        yield kernel(torch.bfloat16, weight_of(INT4), num_rows, is_gated=True)
+    yield kernel(torch.float32, weight_of(INT4), 4)
+
+
+def _tensor_core() -> Iterator[Kernel]:
+    for dtype in DTYPES[:2]:
+        for form in FORMS:
+            yield linear_weight_only.tensor_core_kernel(dtype, weight_of(form), 16)
+        for num_rows in (8, 32, 64):
+            for form in (INT8, INT4):
+                yield linear_weight_only.tensor_core_kernel(dtype, weight_of(form), num_rows)
+
+
+def _tensor_core_extremes() -> Iterator[Kernel]:
+    kernel = linear_weight_only.tensor_core_kernel
+    for form in (INT8, INT4, Format(4, 34, True)):
+        for num_rows in (8, 64):
+            yield kernel(torch.float16, weight_of(form), num_rows)
+
+
+def _others(dtypes: tuple[torch.dtype, ...]) -> Iterator[Kernel]:
+    for dtype in dtypes:
+        yield quantize_rows.quantize_rows_kernel(dtype)
+        yield quantize_rows.rms_norm_quantize_kernel(dtype)
+        yield linear_w8a8.scale_int32_kernel(dtype)
+        for bits, has_minimum in ((8, False), (4, False), (4, True)):
+            yield dequantize.kernel(dtype, bits, has_minimum)
