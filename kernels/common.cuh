@@ -103,6 +103,8 @@ DEVICE void store8(Element* row, int column, int num_columns, const float values
 
 // BITS is the width of a packed weight: 8, or 4 with the even column in the high half of a byte.
 // HAS_MINIMUM, of 4 bits only: codes are 0..15 and a group has a minimum beside its scale.
+// SPAN: that many columns, from each multiple of it on, share a scale: a whole chunk or half of one;
+// 0 where groups begin anywhere.
 #ifdef BITS
 constexpr int CHUNK_COLUMNS = 128 / BITS;  // columns in 16 bytes, which a thread reads at once
 constexpr int CHUNK_STEPS = CHUNK_COLUMNS / 8;
@@ -150,6 +152,21 @@ DEVICE Scale load_scale(const void* scale, const u16* minimum, size_t index) {
             HAS_MINIMUM ? half_to_float(minimum[index]) : 0.0f};
 #endif
 }
+
+#ifdef SPAN
+constexpr int SPANS = SPAN ? CHUNK_COLUMNS / SPAN : 1;  // of a chunk
+
+// The scales of one chunk of a row, whose groups begin at `first_group`.
+DEVICE void load_scales(Scale scales[SPANS], const void* scale, const u16* minimum, int chunk,
+                        size_t first_group, int group_size, int num_groups) {
+#pragma unroll
+    for (int span = 0; span < SPANS; ++span) {
+        int group = chunk * SPANS + span;
+        if (group_size != SPAN) group = (chunk * CHUNK_COLUMNS + span * SPAN) / group_size;
+        scales[span] = load_scale(scale, minimum, first_group + min(group, num_groups - 1));
+    }
+}
+#endif
 
 // Codes to weights with the scale of their own columns, for chunks that lie in several groups. The
 // width of a group is even, so two columns share a scale.

@@ -9,8 +9,8 @@
 // launched, up to 16 in 16 bits and 4 in 32. Its threads walk along K, 16 bytes of each weight row at a
 // time: a warp reads 512 contiguous bytes of each row, and ROWS_OF_W loads are in flight a thread. x
 // comes from the caches, once for the ROWS_OF_W rows together.
-// Sums are in float; codes are summed over a chunk first and scaled then (WHOLE_CHUNKS: each chunk of
-// 16 bytes lies in one group; otherwise every two codes are scaled by themselves).
+// Sums are in float; codes are summed over a span of columns that share a scale first, and scaled then
+// (with SPAN 0, where groups begin anywhere, every two codes are scaled by themselves).
 //
 // Bytes moved: N * row_bytes and the scales, each once; x and y are small beside them. With one row of
 // x that is one multiplication a weight: the memory is the limit, from sm_61 to today.
@@ -79,56 +79,54 @@ linear_few_rows(const Element* x, const u8* codes, const void* scale, const u16*
 #pragma unroll 1
     for (int chunk = threadIdx.x; chunk < num_chunks; chunk += THREADS) {
         uint4 packed[ROWS_OF_W];
-        Scale scales[ROWS_OF_W];
-        const int group = num_groups == 1 ? 0 : chunk * CHUNK_COLUMNS / group_size;
+        Scale scales[ROWS_OF_W][SPANS];
 #pragma unroll
         for (int r = 0; r < ROWS_OF_W; ++r) {
             const bool is_second = r >= OUTPUTS;
             packed[r] = load_once(is_second ? codes2 : codes, size_t(rows[r]) * num_chunks + chunk);
-            if (WHOLE_CHUNKS) {
-                scales[r] = load_scale(is_second ? scale2 : scale, is_second ? minimum2 : minimum,
-                                       size_t(rows[r]) * num_groups + group);
+            if (SPAN) {
+                load_scales(scales[r], is_second ? scale2 : scale, is_second ? minimum2 : minimum,
+                            chunk, size_t(rows[r]) * num_groups, group_size, num_groups);
             }
         }
-
-        float partial[SUMS] = {};
-        float x_sums[ROWS_OF_X] = {};
 #pragma unroll
-        for (int step = 0; step < CHUNK_STEPS; ++step) {
-            const int column = chunk * CHUNK_COLUMNS + 8 * step;
-            float w[ROWS_OF_W][8];
+        for (int span = 0; span < SPANS; ++span) {
+            float partial[SUMS] = {};
+            float x_sums[ROWS_OF_X] = {};
 #pragma unroll
-            for (int r = 0; r < ROWS_OF_W; ++r) {
-                const u32 words[4] = {packed[r].x, packed[r].y, packed[r].z, packed[r].w};
-                unpack8(words, step, w[r]);
-#if !WHOLE_CHUNKS
-                const bool is_second = r >= OUTPUTS;
-                scale_pairs(w[r], column, is_second ? scale2 : scale,
-                            is_second ? minimum2 : minimum, size_t(rows[r]) * num_groups,
-                            group_size, num_groups);
-#endif
-            }
+            for (int i = 0; i < CHUNK_STEPS / SPANS; ++i) {
+                const int step = span * (CHUNK_STEPS / SPANS) + i;
+                const int column = chunk * CHUNK_COLUMNS + 8 * step;
+                float w[ROWS_OF_W][8];
 #pragma unroll
-            for (int m = 0; m < ROWS_OF_X; ++m) {
-                float values[8];
-                load8(x + size_t(min(first_m + m, M - 1)) * K, column, K, values);
-#pragma unroll
-                for (int i = 0; i < 8; ++i) {
-#pragma unroll
-                    for (int r = 0; r < ROWS_OF_W; ++r) {
-                        partial[r * ROWS_OF_X + m] += w[r][i] * values[i];
+                for (int r = 0; r < ROWS_OF_W; ++r) {
+                    const u32 words[4] = {packed[r].x, packed[r].y, packed[r].z, packed[r].w};
+                    unpack8(words, step, w[r]);
+                    if (!SPAN) {
+                        const bool is_second = r >= OUTPUTS;
+                        scale_pairs(w[r], column, is_second ? scale2 : scale,
+                                    is_second ? minimum2 : minimum, size_t(rows[r]) * num_groups,
+                                    group_size, num_groups);
                     }
-                    if (HAS_MINIMUM && WHOLE_CHUNKS) x_sums[m] += values[i];
+                }
+#pragma unroll
+                for (int m = 0; m < ROWS_OF_X; ++m) {
+                    float values[8];
+                    load8(x + size_t(min(first_m + m, M - 1)) * K, column, K, values);
+#pragma unroll
+                    for (int j = 0; j < 8; ++j) {
+#pragma unroll
+                        for (int r = 0; r < ROWS_OF_W; ++r) {
+                            partial[r * ROWS_OF_X + m] += w[r][j] * values[j];
+                        }
+                        if (HAS_MINIMUM && SPAN) x_sums[m] += values[j];
+                    }
                 }
             }
-        }
 #pragma unroll
-        for (int i = 0; i < SUMS; ++i) {
-            if (WHOLE_CHUNKS) {
-                const Scale& own = scales[i / ROWS_OF_X];
+            for (int i = 0; i < SUMS; ++i) {
+                const Scale own = SPAN ? scales[i / ROWS_OF_X][span] : Scale{1.0f, 0.0f};
                 sums[i] += own.factor * partial[i] + own.minimum * x_sums[i % ROWS_OF_X];
-            } else {
-                sums[i] += partial[i];
             }
         }
     }

@@ -65,14 +65,15 @@ linear_tensor_core(const Element* x, const u8* codes, const void* scale, const u
     for (int first = SEGMENT * warp; first < num_chunks; first += SEGMENT * WARPS) {
         uint4 next[2 * W_TILES];  // on its way while this segment is multiplied
         load_codes(next, codes, rows, chunk + SEGMENT * WARPS, num_chunks);
-        Scale scales[2 * W_TILES];
-        const int group =
-            num_groups == 1 ? 0 : min(chunk * CHUNK_COLUMNS / group_size, num_groups - 1);
+        Scale scales[2 * W_TILES][SPANS];
 #pragma unroll
         for (int r = 0; r < 2 * W_TILES; ++r) {
-            scales[r] = {1.0f, 0.0f};
-            if (WHOLE_CHUNKS && !scales_at_end) {
-                scales[r] = load_scale(scale, minimum, size_t(rows[r]) * num_groups + group);
+            if (SPAN && !scales_at_end) {
+                load_scales(scales[r], scale, minimum, chunk, size_t(rows[r]) * num_groups,
+                            group_size, num_groups);
+            } else {
+#pragma unroll
+                for (int span = 0; span < SPANS; ++span) scales[r][span] = {1.0f, 0.0f};
             }
         }
 #pragma unroll
@@ -84,14 +85,15 @@ linear_tensor_core(const Element* x, const u8* codes, const void* scale, const u
                 const u32 words[4] = {packed[r].x, packed[r].y, packed[r].z, packed[r].w};
                 float w[8];
                 unpack8(words, step, w);
-#if !WHOLE_CHUNKS
-                scale_pairs(w, column, scale, minimum, size_t(rows[r]) * num_groups, group_size,
-                            num_groups);
-#endif
+                if (!SPAN) {
+                    scale_pairs(w, column, scale, minimum, size_t(rows[r]) * num_groups, group_size,
+                                num_groups);
+                }
+                const Scale own = scales[r][step * SPANS / CHUNK_STEPS];
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
-                    a[r][i] = pack2(w[2 * i] * scales[r].factor + scales[r].minimum,
-                                    w[2 * i + 1] * scales[r].factor + scales[r].minimum);
+                    a[r][i] = pack2(w[2 * i] * own.factor + own.minimum,
+                                    w[2 * i + 1] * own.factor + own.minimum);
                 }
             }
 #pragma unroll

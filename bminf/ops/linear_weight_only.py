@@ -86,7 +86,7 @@ def few_rows_kernel(
         (
             *_weight_macros(dtype, weight),
             ("ROWS_OF_X", rows_of_x),
-            ("ROWS_OF_W", _rows_of_w(rows_of_x, has_whole_chunks(weight), is_gated)),
+            ("ROWS_OF_W", _rows_of_w(rows_of_x, span_of(weight), is_gated)),
             ("GATED", int(is_gated)),
         ),
     )
@@ -98,10 +98,14 @@ def rows_of_x_for(dtype: torch.dtype, num_rows: int) -> int:
     return min(most, 1 << (num_rows - 1).bit_length())
 
 
-def has_whole_chunks(weight: PackedWeight) -> bool:
-    """Whether no 16 bytes of codes lie in two groups."""
+def span_of(weight: PackedWeight) -> int:
+    """Columns that surely share a scale, counted from multiples of themselves: those of 16 bytes of
+    codes, or 16; 0 where groups begin anywhere."""
     columns = 8 * CHUNK_BYTES // weight.bits
-    return weight.group_size is None or weight.num_groups == 1 or weight.group_size % columns == 0
+    if weight.num_groups == 1:
+        return columns
+    assert weight.group_size is not None
+    return next((span for span in (columns, 16) if weight.group_size % span == 0), 0)
 
 
 def few_rows_grid(kernel: Kernel, num_rows: int, out_features: int) -> tuple[int, int, int]:
@@ -110,9 +114,9 @@ def few_rows_grid(kernel: Kernel, num_rows: int, out_features: int) -> tuple[int
     return -(-out_features // outputs), -(-num_rows // int(macros["ROWS_OF_X"])), 1
 
 
-def _rows_of_w(rows_of_x: int, has_whole_chunks: bool, is_gated: bool) -> int:
+def _rows_of_w(rows_of_x: int, span: int, is_gated: bool) -> int:
     """Weight rows of a block: as many as fit its registers beside the rows of activations."""
-    if rows_of_x <= 4 and has_whole_chunks:
+    if rows_of_x <= 4 and span:
         return 4
     return 1 if rows_of_x > 8 and not is_gated else 2
 
@@ -122,7 +126,7 @@ def _weight_macros(dtype: torch.dtype, weight: PackedWeight) -> tuple[tuple[str,
         ("ELEMENT", ELEMENTS[dtype]),
         ("BITS", weight.bits),
         ("HAS_MINIMUM", int(weight.minimum is not None)),
-        ("WHOLE_CHUNKS", int(has_whole_chunks(weight))),
+        ("SPAN", span_of(weight)),
     )
 
 

@@ -64,7 +64,7 @@ class Format:
 
 
 INT8 = Format(8)
-INT4 = Format(4, group_size=32, has_minimum=True)
+INT4 = Format(4, group_size=16)
 """The default in 4 bits; docs/quantization.md has the measurements that chose it."""
 
 FORMATS = {"int8": INT8, "int4": INT4}

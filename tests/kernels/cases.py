@@ -27,8 +27,9 @@ BOUNDS = {torch.float16: 1e-3, torch.bfloat16: 6e-3, torch.float32: 2e-6}
 # Tensor cores take dequantised weights rounded to 16 bits, as the library's product does.
 ROUNDED = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 2e-6}
 
-# With whole chunks of 16 bytes in a group, and with chunks that lie in several.
-WHOLE = (INT8, Format(8, 32), INT4, Format(4, 64), Format(4))
+# With 16 bytes of codes in one group or two, and in any number of them.
+MINIMUM = Format(4, 32, has_minimum=True)
+WHOLE = (INT8, Format(8, 32), INT4, MINIMUM, Format(4, 64), Format(4), Format(4, 48, True))
 CUT = (Format(8, 34), Format(8, 6), Format(4, 6), Format(4, 34, True))
 MOST_COLUMNS, MOST_ROWS = 32768, 150528  # of GLM-130B: its feed-forward, its vocabulary
 
@@ -211,7 +212,7 @@ def few_rows_cases() -> Iterator[Case]:
     for dtype in DTYPES:
         for form in WHOLE + CUT:
             yield linear_case(form, dtype, (1, 9, 70))
-        yield linear_case(INT4, dtype, (3, 33, 130))
+        yield linear_case(MINIMUM, dtype, (3, 33, 130))
         yield linear_case(INT8, dtype, (3, 33, 130), has_bias=False)
     for m in (2, 5, 7, 16):
         yield linear_case(INT8, torch.float16, (m, 9, 200))
@@ -299,6 +300,7 @@ def few_of_each() -> dict[int, list[Case]]:
         61: [
             linear_case(INT8, half, (1, 5, 70)),
             linear_case(INT4, bfloat16, (3, 5, 70)),
+            linear_case(MINIMUM, half, (2, 5, 70)),
             linear_case(Format(4, 34), single, (5, 3, 70), has_bias=False),
             linear_case(Format(8, 34), half, (1, 5, 70)),
             gated_case(INT4, half, (1, 3, 70), "gelu_tanh", bias=True),
@@ -317,6 +319,7 @@ def few_of_each() -> dict[int, list[Case]]:
         80: [
             linear_case(INT8, half, (9, 37, 200)),
             linear_case(INT4, bfloat16, (9, 37, 200)),
+            linear_case(MINIMUM, half, (9, 37, 200)),
             linear_case(Format(4, 6), half, (40, 21, 136), has_bias=False),
             linear_case(Format(8, 34), bfloat16, (8, 5, 70)),
             product_case(half, (33, 70, 200), "kernel_product"),

@@ -32,7 +32,7 @@ def registers_allowed(kernel: Kernel) -> int:
     if kernel.name == "linear_few_rows":
         return 128 if macros["ROWS_OF_X"] <= 2 else 168 if macros["ROWS_OF_X"] <= 8 else 255
     if kernel.name == "linear_tensor_core":
-        return 128 if macros["X_TILES"] <= 2 else 168 if macros["X_TILES"] <= 4 else 255
+        return 136 if macros["X_TILES"] <= 2 else 168 if macros["X_TILES"] <= 4 else 255
     return {"gemm_w8a8_tensor_core": 160, "gemm_w8a8_dp4a": 64}.get(kernel.name, 48)
 
 

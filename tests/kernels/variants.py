@@ -12,8 +12,12 @@ from bminf.quantization.packed import INT4, INT8, Format, PackedWeight, empty
 
 CAPABILITIES = (61, 70, 75, 80, 86, 89, 90, 100, 120)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-# One of each kind that the sources tell apart: bits, minimum, whole or cut chunks.
-FORMS = (INT8, INT4, Format(4, 32), Format(8, 34), Format(4, 34, True), Format(4, 34))
+# One of each kind that the sources tell apart: bits, minimum, chunks in one, two or any groups.
+MINIMUM = Format(4, 32, has_minimum=True)
+FORMS = (
+    INT8, INT4, MINIMUM, Format(4, 32), Format(4, 16, True), Format(8, 34), Format(4, 34, True),
+    Format(4, 34),
+)  # fmt: skip
 
 
 def weight_of(form: Format) -> PackedWeight:
@@ -40,7 +44,7 @@ def _few_rows() -> Iterator[Kernel]:
         for form in FORMS:
             yield kernel(dtype, weight_of(form), 1)
     for num_rows in (2, 4, 8, 16):
-        for form in (INT8, INT4):
+        for form in (INT8, INT4, MINIMUM):
             yield kernel(torch.float16, weight_of(form), num_rows)
         yield kernel(torch.bfloat16, weight_of(Format(4, 34, True)), num_rows)
         yield kernel(torch.float32, weight_of(INT4), num_rows)
@@ -64,13 +68,13 @@ def _tensor_core() -> Iterator[Kernel]:
         for form in FORMS:
             yield linear_weight_only.tensor_core_kernel(dtype, weight_of(form), 16)
         for num_rows in (8, 32, 64):
-            for form in (INT8, INT4):
+            for form in (INT8, INT4, MINIMUM):
                 yield linear_weight_only.tensor_core_kernel(dtype, weight_of(form), num_rows)
 
 
 def _tensor_core_extremes() -> Iterator[Kernel]:
     kernel = linear_weight_only.tensor_core_kernel
-    for form in (INT8, INT4, Format(4, 34, True)):
+    for form in (INT8, INT4, MINIMUM, Format(4, 34, True)):
         for num_rows in (8, 64):
             yield kernel(torch.float16, weight_of(form), num_rows)
 

@@ -25,7 +25,16 @@ SHAPES = [
     (2, 300, 1030),
 ]
 WIDE = [(1, 700, 1030), (1, 64, 70000), (2, 8, 70000)]  # several slices; sums beyond 32 bits
-FORMATS = [INT8, INT4, Format(4), Format(4, None, True), Format(4, 64), Format(4, 6), Format(8, 34)]
+FORMATS = [
+    INT8,
+    INT4,
+    Format(4, 32, True),
+    Format(4),
+    Format(4, None, True),
+    Format(4, 64),
+    Format(4, 6),
+    Format(8, 34),
+]
 # Sums are float32; int8 alone rounds activations, to 16 bits, or bfloat16 in small products with
 # one row. The rest is the rounding of the result.
 BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 6e-3, torch.float16: 1e-3}
