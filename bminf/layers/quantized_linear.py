@@ -10,7 +10,7 @@ import torch
 from bminf.errors import ArgumentError
 from bminf.lazy import LazyTensor
 from bminf.ops.dequantize import dequantize_weight
-from bminf.ops.linear import ACTIVATIONS, linear
+from bminf.ops.linear import ACTIVATIONS, linear_of_checked
 from bminf.quantization.packed import FORMATS, Format, PackedWeight, pack
 
 
@@ -76,17 +76,18 @@ class QuantizedLinear(torch.nn.Module):
         self.train(linear.training)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return linear(x, self.packed, self.bias, self.activations)
+        return linear_of_checked(x, self.packed, self.bias, self.activations)
 
     @property
     def packed(self) -> PackedWeight:
+        buffers: Any = self._buffers  # Module.__getattr__ would take five times as long
         return PackedWeight(
-            self.qweight,
-            self.scale,
-            self.minimum,
+            buffers["qweight"],
+            buffers["scale"],
+            buffers["minimum"],
             self.in_features,
             self.form.group_size,
-            self.code_sum,
+            buffers["code_sum"],
         )
 
     @property

@@ -39,18 +39,21 @@ def weight_only_product(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
         return _dequantized_product(x, weight)
     if x.shape[0] == 1 and _fits_bfloat16_product(weight):
         return _bfloat16_product(x, weight)
-    if x.shape[0] == 1 and is_exact(torch.uint8):
-        return _one_row_as_digits(x, weight)
+    ordinary = _ordinary_row(x)
+    if ordinary is not None:
+        return _one_row_as_digits(*ordinary, weight)
     return _rows_as_digits(x, weight)
 
 
 def w8a8_product(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
     """x W^T with each token rounded to 8 bits. x: (M, K).   Returns (M, N) float32."""
     x = x.detach().float()
-    if _has_integer_product(weight) and x.shape[0] == 1 and is_exact(torch.uint8):
-        return _one_row_in_8_bits(x, weight)
+    has_product = _has_integer_product(weight)
+    ordinary = _ordinary_row(x) if has_product else None
+    if ordinary is not None:
+        return _one_row_in_8_bits(*ordinary, weight)
     codes, x_scale = quantize_rows(x)
-    if _has_integer_product(weight):
+    if has_product:
         sums = torch._int_mm(_padded(codes, weight), weight.qweight.t()).float()
     else:  # exact in float64, on any CPU
         sums = (_padded(codes, weight).double() @ weight.qweight.double().t()).float()
@@ -75,32 +78,36 @@ def _bfloat16_product(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
     return torch._weight_int8pack_mm(x.bfloat16(), weight.qweight, ones) * weight.scale
 
 
-def _one_row_as_digits(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
-    """x ~ (256 * high + low - 32768) * step: digits without a sign take the fastest product."""
-    row = x.numpy()
-    with np.errstate(all="ignore"):  # infinity and NaN come through in `most`
-        most = max(np.abs(row).max(), np.float32(_LEAST))
-        numbers = (row * (32767 / most) + np.float32(32768.5)).astype(np.uint16)
+def _one_row_as_digits(row: np.ndarray, most: float, weight: PackedWeight) -> torch.Tensor:
+    """row ~ (256 * high + low - 32768) * step: digits without a sign take the fastest product."""
+    numbers = (row * np.float32(32767 / most) + np.float32(32768.5)).astype(np.uint16)
     digits = np.zeros((2, weight.qweight.shape[1]), np.uint8)
-    digits[0, : row.shape[1]] = numbers >> 8
-    digits[1, : row.shape[1]] = numbers
+    digits[0, : row.size] = numbers >> 8
+    digits[1, : row.size] = numbers
     high, low = _one_row_products(torch.from_numpy(digits), weight)
     high = torch.sub(high, _code_sum(weight), alpha=128).float()
-    return torch.add(low, high, alpha=256).mul_(weight.scale).mul_(float(most) / 32767)
+    return torch.add(low, high, alpha=256).mul_(weight.scale).mul_(most / 32767)
 
 
-def _one_row_in_8_bits(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
+def _one_row_in_8_bits(row: np.ndarray, most: float, weight: PackedWeight) -> torch.Tensor:
     """As quantize_rows and an integer product, with codes moved by 128 to lose their sign."""
-    row = x.numpy()
-    with np.errstate(all="ignore"):
-        scale = np.abs(row).max() / np.float32(127)
-        codes = np.rint(row / (scale if scale != 0 else np.float32(1)))
-        codes = np.minimum(np.maximum(codes, np.float32(-127)), np.float32(127))
-        shifted = np.zeros((1, weight.qweight.shape[1]), np.uint8)
-        shifted[0, : row.shape[1]] = codes + np.float32(128)
-    (sums,) = _one_row_products(torch.from_numpy(shifted), weight)
+    scale = np.float32(most) / np.float32(127)
+    digits = (np.rint(row / scale) + np.float32(128)).astype(np.uint8)
+    if row.size != weight.qweight.shape[1]:
+        digits = np.pad(digits, (0, weight.qweight.shape[1] - row.size))
+    (sums,) = _one_row_products(torch.from_numpy(digits).unsqueeze(0), weight)
     sums = torch.sub(sums, _code_sum(weight), alpha=128)
     return torch.mul(sums, weight.scale).mul_(float(scale))
+
+
+def _ordinary_row(x: torch.Tensor) -> tuple[np.ndarray, float] | None:
+    """The only row of `x` and its largest absolute value; None for more rows, for a row of zeros,
+    infinity or NaN, and where this CPU has no fast product for one row."""
+    if x.shape[0] != 1 or not is_exact(torch.uint8):
+        return None
+    row = x.numpy()[0]
+    most = float(np.abs(row).max())
+    return (row, most) if _LEAST < most < float("inf") else None
 
 
 def _one_row_products(digits: torch.Tensor, weight: PackedWeight) -> list[torch.Tensor]:

@@ -34,6 +34,14 @@ def linear(
     Returns (..., N) in the dtype of x. Differentiable in x (through the rounding as if it were not
     there); the weight is frozen. Raises ArgumentError before any work.
     """
+    weight.check()
+    return linear_of_checked(x, weight, bias, activations)
+
+
+def linear_of_checked(
+    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, activations: str
+) -> torch.Tensor:
+    """As linear, for a weight whose parts are known to go together, as in a layer of ours."""
     if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
         y: torch.Tensor = _traced_linear(
             x, weight.qweight, weight.scale, weight.minimum, weight.code_sum, bias,
@@ -46,7 +54,6 @@ def linear(
 def _linear(
     x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, activations: str
 ) -> torch.Tensor:
-    weight.check()
     device = weight.qweight.device
     check_activations(x, weight.in_features, device)
     check_vector("bias", bias, weight.out_features, device)

@@ -1,0 +1,100 @@
+"""The launcher of a kernel's device, on a driver of the test's own: what it loads and passes on."""
+
+from __future__ import annotations
+
+import contextlib
+import types
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from bminf.cuda import device
+from bminf.cuda.device import DeviceLauncher
+from bminf.cuda.source import Kernel
+from bminf.errors import KernelError
+from bminf.ops.linear_w8a8 import scale_int32_kernel
+
+KERNEL = scale_int32_kernel(torch.float16)
+
+
+class Driver:
+    """Notes what is loaded and launched."""
+
+    def __init__(self) -> None:
+        self.loaded: list[bytes] = []
+        self.launches: list[tuple[Any, ...]] = []
+        self.stream = 7
+        self.error: Exception | None = None
+
+    def module(self) -> Any:
+        return types.SimpleNamespace(load=self.loaded.append, get_function=lambda name: self.launch)
+
+    def launch(self, *arguments: Any) -> None:
+        if self.error is not None:
+            raise self.error
+        self.launches.append(arguments)
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Driver:
+    import cupy.cuda.function
+
+    driver = Driver()
+    properties = types.SimpleNamespace(major=8, minor=6, multi_processor_count=28)
+    monkeypatch.setenv("BMINF_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(
+        torch.cuda,
+        "current_stream",
+        lambda device: types.SimpleNamespace(cuda_stream=driver.stream),
+    )
+    monkeypatch.setattr(device, "_cupy_stream", lambda handle: ("stream", handle))
+    monkeypatch.setattr(cupy.cuda.function, "Module", driver.module)
+    return driver
+
+
+def test_a_kernel_is_loaded_once_and_launched_on_the_current_stream(driver: Driver) -> None:
+    launcher = DeviceLauncher(torch.device("cuda", 0))
+    assert (launcher.capability, launcher.num_processors) == (86, 28)
+    tensor = torch.zeros(4)
+    launcher.launch(KERNEL, (3, 1, 1), (256, 1, 1), [tensor, None, 5, 0.5], 64)
+    driver.stream = 9
+    launcher.launch(KERNEL, (3, 1, 1), (256, 1, 1), [tensor, None, 5, 0.5])
+    assert len(driver.loaded) == 1 and driver.loaded[0][:4] == b"\x7fELF"
+    (grid, block, values, shared_bytes, stream), second = driver.launches
+    assert (grid, block, shared_bytes, stream) == ((3, 1, 1), (256, 1, 1), 64, ("stream", 7))
+    assert second[3:] == (0, ("stream", 9))
+    assert values == (tensor.data_ptr(), 0, 5, 0.5)
+    assert [type(v) for v in values] == [np.uint64, np.uint64, np.int32, np.float32]
+
+
+def test_what_the_driver_refuses_is_said(driver: Driver) -> None:
+    launcher = DeviceLauncher(torch.device("cuda", 0))
+    driver.error = RuntimeError("CUDA_ERROR_INVALID_VALUE")
+    with pytest.raises(KernelError) as caught:
+        launcher.launch(KERNEL, (3, 1, 1), (256, 1, 1), [])
+    for part in ("scale_int32 (ELEMENT=16)", "cuda:0", "(3, 1, 1)", "CUDA_ERROR_INVALID_VALUE"):
+        assert part in str(caught.value)
+
+
+def test_code_that_cannot_be_loaded_is_said(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(code: bytes) -> None:
+        raise RuntimeError("CUDA_ERROR_NO_BINARY_FOR_GPU")
+
+    monkeypatch.setattr(driver, "loaded", types.SimpleNamespace(append=load))
+    launcher = DeviceLauncher(torch.device("cuda", 0))
+    with pytest.raises(KernelError, match="cannot be loaded on cuda:0: CUDA_ERROR_NO_BINARY"):
+        launcher.launch(KERNEL, (1, 1, 1), (256, 1, 1), [])
+    with pytest.raises(KernelError, match=r"no_such\.cu"):
+        launcher.launch(Kernel("no_such.cu", "nothing"), (1, 1, 1), (1, 1, 1), [])
+
+
+def test_torchs_stream_becomes_cupys() -> None:
+    stream = device._cupy_stream(0)
+    assert stream.ptr == 0
