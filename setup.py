@@ -28,9 +28,8 @@ RUNTIME = [
     "tqdm",
     "safetensors",
     f"cupy-cuda12x; {HAS_CUDA_WHEELS}",
-    # The compiler and its headers: a GPU works with no CUDA toolkit on the machine.
+    # The compiler: a GPU works with no CUDA toolkit on the machine. The kernels need no headers.
     f"nvidia-cuda-nvrtc-cu12; {HAS_CUDA_WHEELS}",
-    f"nvidia-cuda-runtime-cu12; {HAS_CUDA_WHEELS}",
 ]
 # transformers reads a GGUF file only where gguf and accelerate are there too.
 DEMO = ["transformers>=4.56", "gguf", "accelerate"]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bminf.block_list import TransformerBlockList
     from bminf.layers.quantized_linear import QuantizedLinear
+    from bminf.quantization.packed import Format
     from bminf.scheduler.hooks import Stats
     from bminf.scheduler.plan import Plan
     from bminf.wrapping import plan_of, stats_of, unwrap, wrapper
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 __version__ = "3.0.0.dev0"
 
 _HOMES = {
+    "Format": "bminf.quantization.packed",
     "Plan": "bminf.scheduler.plan",
     "QuantizedLinear": "bminf.layers.quantized_linear",
     "Stats": "bminf.scheduler.hooks",
@@ -29,6 +31,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Format",
     "Plan",
     "QuantizedLinear",
     "Stats",

@@ -56,7 +56,7 @@ def wrapper(
 
     quantization: True or "int8" packs the linears of the blocks to 8 bits, with a scale a row;
         "int4" packs them to 4 bits, 5 with the scales; False or None leaves them. A quantised model
-        gives the same output streamed as resident. A bminf.quantization.packed.Format is taken too.
+        gives the same output streamed as resident. A bminf.Format is taken too.
     memory_limit: bytes, or "6GB", "5.5GiB": parameters + buffers + slots + reserve. None takes 90%
         of what is free on the device (in the container, where there is one).
     device: None is the GPU where there is one, else the CPU.
@@ -217,7 +217,7 @@ def _format(quantization: bool | str | Format | None) -> Format | None:
     except ArgumentError as error:
         raise ArgumentError(
             f'quantization={quantization!r}; accepted: True or "int8", "int4", '
-            "a bminf.quantization.packed.Format, False or None"
+            "a bminf.Format, False or None"
         ) from error
 
 

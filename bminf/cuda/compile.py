@@ -22,8 +22,8 @@ LEAST_CAPABILITY = 61
 """The first with dp4a, the 8-bit dot product."""
 
 _INSTALL_COMPILER = (
-    "install it with pip install nvidia-cuda-nvrtc-cu12 (12.9 is the last version that compiles "
-    "for compute capabilities below 7.5)"
+    "install one with pip install nvidia-cuda-nvrtc-cu12: 12.9 is the last version that compiles "
+    "for compute capabilities below 7.5, and new GPUs need a new one (nvidia-cuda-nvrtc)"
 )
 
 

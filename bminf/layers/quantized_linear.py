@@ -28,7 +28,7 @@ def format_for(quantization: str | Format) -> Format:
         names = ", ".join(f'"{name}"' for name in FORMATS)
         raise ArgumentError(
             f"quantization={quantization!r}; accepted: {names}, or a "
-            "bminf.quantization.packed.Format"
+            "bminf.Format"
         )
     return FORMATS[quantization]
 
