@@ -46,6 +46,18 @@ def test_t5_keeps_its_activations_as_they_are(quantization: str) -> None:
         assert relative_error(output_of(model, given), output_of(make("t5"), given)) < 0.2
 
 
+@pytest.mark.parametrize("name", ["llama", "t5", "gpt2"])
+def test_a_resident_model_compiles_to_one_graph(name: str) -> None:
+    """T5 asks for the dtype of a weight, which must not break the graph."""
+    given = inputs_of(name)
+    model = quantise(make(name), "int4")
+    expected = output_of(model, given)
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert torch.equal(output_of(compiled, given), expected)
+    torch.compiler.reset()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
 def test_half_precision_models(quantization: str, dtype: torch.dtype) -> None:

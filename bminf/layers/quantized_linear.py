@@ -26,10 +26,7 @@ def format_for(quantization: str | Format) -> Format:
         return quantization
     if not isinstance(quantization, str) or quantization not in FORMATS:
         names = ", ".join(f'"{name}"' for name in FORMATS)
-        raise ArgumentError(
-            f"quantization={quantization!r}; accepted: {names}, or a "
-            "bminf.Format"
-        )
+        raise ArgumentError(f"quantization={quantization!r}; accepted: {names}, or a bminf.Format")
     return FORMATS[quantization]
 
 
@@ -96,6 +93,8 @@ class QuantizedLinear(torch.nn.Module):
 
         Reading its dtype, device or shape is free; reading its values dequantises it each time.
         """
+        if torch.compiler.is_compiling():
+            return self.dequantize()  # what is not used is left out of the graph
         shape = (self.out_features, self.in_features)
         like = torch.empty(shape, dtype=self.dtype, device="meta")
         return LazyTensor(self.dequantize, like, device=self.qweight.device)

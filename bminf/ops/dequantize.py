@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from bminf.cuda.launcher import Launcher, launcher_for
@@ -18,6 +20,12 @@ def dequantize_weight(weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
 
     dtype: float16, bfloat16 or float32.   Raises ArgumentError.
     """
+    if torch.compiler.is_compiling():
+        y: torch.Tensor = _traced_dequantize(
+            weight.qweight, weight.scale, weight.minimum, weight.in_features, weight.group_size,
+            dtype,
+        )  # fmt: skip
+        return y
     if dtype not in ELEMENTS:
         raise ArgumentError(f"dtype={dtype}; accepted: float32, float16, bfloat16")
     launcher = launcher_for(weight.qweight.device)
@@ -51,3 +59,22 @@ def _launch(launcher: Launcher, weight: PackedWeight, dtype: torch.dtype) -> tor
         ],
     )  # fmt: skip
     return y
+
+
+# For torch.compile: the same, opaque to it, and left out where only the shape is asked for.
+_traced_dequantize: Any = torch.library.custom_op(
+    "bminf::dequantize",
+    lambda qweight, scale, minimum, in_features, group_size, dtype: dequantize_weight(
+        PackedWeight(qweight, scale, minimum, in_features, group_size), dtype
+    ),
+    mutates_args=(),
+    schema=(
+        "(Tensor qweight, Tensor scale, Tensor? minimum, int in_features, int? group_size, "
+        "ScalarType dtype) -> Tensor"
+    ),
+)
+_traced_dequantize.register_fake(
+    lambda qweight, scale, minimum, in_features, group_size, dtype: qweight.new_empty(
+        (qweight.shape[0], in_features), dtype=dtype
+    )
+)
