@@ -2,12 +2,13 @@
 
 8-bit codes are multiplied as integers, which is several times faster than float32 even in large
 products. For weight-only products the activations are written with two base-256 digits: 16 bits a
-token, finer than bfloat16. Small matrices times one row, where writing digits would take longer
-than the product, go through torch's bfloat16 operation. 4-bit codes become float32, a slice of
-rows at a time so that it stays in the cache.
+token, finer than bfloat16. 4-bit codes become float32, a slice of rows at a time so that it stays
+in the cache.
 
-`torch._weight_int4pack_mm_for_cpu` is not used: it rounds scales to bfloat16, and wants the codes
-in an order of its own, which differs from CPU to CPU.
+`torch._weight_int8pack_mm` is not used: it is no faster, rounds activations and results to
+bfloat16, and reads out of bounds where K is no multiple of 16. `torch._weight_int4pack_mm_for_cpu`
+is not: it rounds scales to bfloat16, and wants the codes in an order of its own, another one on
+each kind of CPU.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from bminf.quantization.packed import PackedWeight, dequantize
 # int32 sums of products of two 8-bit numbers cannot overflow up to this many columns.
 MOST_COLUMNS = (2**31 - 1) // (255 * 128)
 
-_SMALL = 2**19  # codes of a matrix that is small
 _SLICE_BYTES = 2**20  # codes that stay in the second-level cache between two products
 _SLICE_ELEMENTS = 2**18  # float32 weights that do
 _LEAST = 1e-30  # in place of a maximum of 0, whose reciprocal would be infinite
@@ -32,13 +32,11 @@ _LEAST = 1e-30  # in place of a maximum of 0, whose reciprocal would be infinite
 
 def weight_only_product(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
     """x W^T. x: (M, K) floating point.   Returns (M, N) float32."""
-    x = x.detach().float()
-    if weight.bits == 4:
+    x = _float(x)
+    if weight.qweight.dtype == torch.uint8:
         return _four_bit_product(x, weight)
     if weight.group_size is not None or not _has_integer_product(weight):
         return _dequantized_product(x, weight)
-    if x.shape[0] == 1 and _fits_bfloat16_product(weight):
-        return _bfloat16_product(x, weight)
     ordinary = _ordinary_row(x)
     if ordinary is not None:
         return _one_row_as_digits(*ordinary, weight)
@@ -47,7 +45,7 @@ def weight_only_product(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
 
 def w8a8_product(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
     """x W^T with each token rounded to 8 bits. x: (M, K).   Returns (M, N) float32."""
-    x = x.detach().float()
+    x = _float(x)
     has_product = _has_integer_product(weight)
     ordinary = _ordinary_row(x) if has_product else None
     if ordinary is not None:
@@ -60,22 +58,17 @@ def w8a8_product(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
     return sums * x_scale.unsqueeze(-1) * weight.scale
 
 
+def _float(x: torch.Tensor) -> torch.Tensor:
+    """In float32, without a history. A call that changes nothing is a tenth of a small product."""
+    x = x.detach() if x.requires_grad else x
+    return x if x.dtype == torch.float32 else x.float()
+
+
 def _has_integer_product(weight: PackedWeight) -> bool:
     return weight.in_features <= MOST_COLUMNS and is_exact(torch.int8)
 
 
 # ---- one row: arithmetic in NumPy, whose calls on short rows cost a third of torch's -------------
-
-
-def _fits_bfloat16_product(weight: PackedWeight) -> bool:
-    """Small, and of a width that the operation reads within bounds (it does not check)."""
-    return weight.qweight.numel() <= _SMALL and weight.in_features % 32 == 0
-
-
-def _bfloat16_product(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
-    """The float32 scales are applied to the result; the operation's own are ones."""
-    ones = torch.ones_like(weight.scale, dtype=torch.bfloat16)
-    return torch._weight_int8pack_mm(x.bfloat16(), weight.qweight, ones) * weight.scale
 
 
 def _one_row_as_digits(row: np.ndarray, most: float, weight: PackedWeight) -> torch.Tensor:
@@ -84,20 +77,19 @@ def _one_row_as_digits(row: np.ndarray, most: float, weight: PackedWeight) -> to
     digits = np.zeros((2, weight.qweight.shape[1]), np.uint8)
     digits[0, : row.size] = numbers >> 8
     digits[1, : row.size] = numbers
-    high, low = _one_row_products(torch.from_numpy(digits), weight)
-    high = torch.sub(high, _code_sum(weight), alpha=128).float()
-    return torch.add(low, high, alpha=256).mul_(weight.scale).mul_(most / 32767)
+    high, low = _one_row_products(digits, weight)
+    y = (high - 128 * _code_sum(weight)) * 256.0 + low  # float64
+    return torch.from_numpy((y * (weight.scale.numpy() * (most / 32767))).astype(np.float32))
 
 
 def _one_row_in_8_bits(row: np.ndarray, most: float, weight: PackedWeight) -> torch.Tensor:
     """As quantize_rows and an integer product, with codes moved by 128 to lose their sign."""
     scale = np.float32(most) / np.float32(127)
-    digits = (np.rint(row / scale) + np.float32(128)).astype(np.uint8)
-    if row.size != weight.qweight.shape[1]:
-        digits = np.pad(digits, (0, weight.qweight.shape[1] - row.size))
-    (sums,) = _one_row_products(torch.from_numpy(digits).unsqueeze(0), weight)
-    sums = torch.sub(sums, _code_sum(weight), alpha=128)
-    return torch.mul(sums, weight.scale).mul_(float(scale))
+    digits = np.zeros((1, weight.qweight.shape[1]), np.uint8)
+    digits[0, : row.size] = np.rint(row / scale) + np.float32(128)
+    (sums,) = _one_row_products(digits, weight)
+    codes = (sums - 128 * _code_sum(weight)).astype(np.float32)
+    return torch.from_numpy(codes * scale * weight.scale.numpy())
 
 
 def _ordinary_row(x: torch.Tensor) -> tuple[np.ndarray, float] | None:
@@ -110,25 +102,27 @@ def _ordinary_row(x: torch.Tensor) -> tuple[np.ndarray, float] | None:
     return (row, most) if _LEAST < most < float("inf") else None
 
 
-def _one_row_products(digits: torch.Tensor, weight: PackedWeight) -> list[torch.Tensor]:
-    """Each row of digits, (1, row_bytes) uint8, times the codes: (1, N) int32 each.
+def _one_row_products(digits: np.ndarray, weight: PackedWeight) -> list[np.ndarray]:
+    """Each row of digits, (rows, row_bytes) uint8, times the codes: (1, N) int32 each.
 
     One row after the other, for a slice of the codes at a time, so that all but the first find it
     in the cache; together they would go through a slower operation.
     """
-    rows = digits.split(1) if len(digits) > 1 else [digits]
+    # Slices, not digits[i][None]: that has a stride of 0, which makes torch's product wrong.
+    rows = [torch.from_numpy(digits[i : i + 1]) for i in range(len(digits))]
     if len(rows) == 1 or weight.qweight.numel() <= _SLICE_BYTES:
-        return [torch._int_mm(row, weight.qweight.t()) for row in rows]
+        columns = weight.qweight.t()
+        return [torch._int_mm(row, columns).numpy() for row in rows]
     slices = weight.qweight.split(max(1, _SLICE_BYTES // digits.shape[1]))
-    products = [[torch._int_mm(row, codes.t()) for row in rows] for codes in slices]
-    return [torch.cat(parts, dim=1) for parts in zip(*products, strict=True)]
+    products = [[torch._int_mm(row, codes.t()).numpy() for row in rows] for codes in slices]
+    return [np.concatenate(parts, axis=1) for parts in zip(*products, strict=True)]
 
 
-def _code_sum(weight: PackedWeight) -> torch.Tensor:
+def _code_sum(weight: PackedWeight) -> np.ndarray:
     if weight.code_sum is not None:
-        return weight.code_sum
+        return weight.code_sum.numpy()
     ones = torch.ones((1, weight.qweight.shape[1]), dtype=torch.uint8)
-    return torch._int_mm(ones, weight.qweight.t())
+    return torch._int_mm(ones, weight.qweight.t()).numpy()
 
 
 # ---- any number of rows --------------------------------------------------------------------------

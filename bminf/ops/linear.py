@@ -59,11 +59,13 @@ def _linear(
     check_vector("bias", bias, weight.out_features, device)
     bias = None if bias is None else bias.to(x.dtype)
     is_w8a8 = _rounds_activations(x, weight, activations)
-    shape = (*x.shape[:-1], weight.out_features)
-    if x.numel() == 0 or weight.out_features == 0:
-        return x.new_zeros(shape) if bias is None else bias.expand(shape).clone()
     op = linear_w8a8 if is_w8a8 else linear_weight_only
-    return op(as_rows(x), weight, bias).view(shape)
+    if x.numel() == 0 or weight.out_features == 0:
+        shape = (*x.shape[:-1], weight.out_features)
+        return x.new_zeros(shape) if bias is None else bias.expand(shape).clone()
+    if x.dim() == 2:
+        return op(x, weight, bias)
+    return op(as_rows(x), weight, bias).view(*x.shape[:-1], weight.out_features)
 
 
 def _rounds_activations(x: torch.Tensor, weight: PackedWeight, activations: str) -> bool:

@@ -48,7 +48,8 @@ def weight_only_reference(
 ) -> torch.Tensor:
     """In torch, on the CPU; sums in float32."""
     y = weight_only_product(x, weight)
-    return (y if bias is None else y.add_(bias)).to(x.dtype)
+    y = y if bias is None else y.add_(bias)
+    return y if y.dtype == x.dtype else y.to(x.dtype)
 
 
 def uses_tensor_cores(capability: int, num_rows: int, dtype: torch.dtype) -> bool:
