@@ -158,6 +158,17 @@ def test_the_summaries_of_the_committed_results_are_those_of_their_samples() -> 
         assert ratio == pytest.approx(result["own_order"]["ratio"]["median"])
 
 
+def test_what_the_document_says_of_short_texts() -> None:
+    results = committed()
+    plain, int8 = (results[name]["samples"][0]["nll"] for name in ("fp32", "int8 row symmetric"))
+    differences = [after - before for after, before in zip(int8, plain, strict=True)]
+    runs = [math.exp(sum(differences[i : i + 8]) / 8) for i in range(len(differences) - 7)]
+    text = (table.ROOT / "docs" / "quantization.md").read_text(encoding="utf-8")
+    assert f"from {min(runs):.4f} to {max(runs):.4f} for eight windows" in text
+    ratio = results["int8 row symmetric"]["own_order"]["ratio"]["median"]
+    assert f"stands at {ratio:.4f} for" in " ".join(text.split())
+
+
 def test_the_defaults_keep_what_the_document_says() -> None:
     results = committed()
     int8, int4 = (results[perplexity.name_of(form)] for form in (INT8, INT4))
