@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from tqdm import tqdm
@@ -27,7 +27,10 @@ import bminf
 from bminf.cli.measure import PeakMemory, rss_anon_bytes
 
 SCHEMA_VERSION = 1
-PACKAGES = ("torch", "transformers", "accelerate", "numpy", "safetensors", "cupy-cuda12x")
+PACKAGES = (
+    "torch", "transformers", "accelerate", "numpy", "safetensors", "cupy-cuda12x", "cupy-cuda13x",
+    "bitsandbytes", "torchao",
+)  # fmt: skip
 
 
 class WrongResultError(Exception):
@@ -99,6 +102,12 @@ class Result:
         return asdict(self) | times
 
 
+class Measured(Protocol):
+    """A result of any kind: what it puts into the JSON file."""
+
+    def as_json(self) -> dict[str, Any]: ...
+
+
 def summary(values: Sequence[float]) -> dict[str, float]:
     """Least, median and most of `values`; spread: (most - least) / median."""
     least, median, most = min(values), statistics.median(values), max(values)
@@ -167,7 +176,7 @@ def _most(known: int | None, new: int | None) -> int | None:
 
 
 def document(
-    case: str, parameters: dict[str, Any], settings: Settings, results: Sequence[Result]
+    case: str, parameters: dict[str, Any], settings: Settings, results: Sequence[Measured]
 ) -> dict[str, Any]:
     """What goes into the JSON file of a run."""
     return {

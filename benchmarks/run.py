@@ -14,20 +14,24 @@ from bminf.units import format_bytes
 
 # A case is a module with add_arguments(parser) and prepare(arguments), a context manager that
 # gives the parameters for the JSON file and lists of variants; each list has its own reference.
-CASES = {"offload": "the wrapper against accelerate's offloading, on one model, under one limit"}
+# Where it has measure(list, settings) and table(results), these take the place of those here.
+CASES = {
+    "offload": "the wrapper against accelerate's offloading, on one model, under one limit",
+    "kernels": "products with packed weights against those of torch and others",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0, after the case was measured and its file written."""
+    """0, after the case was measured and its file written; 1 if a variant could not be measured."""
     arguments = _parser().parse_args(argv)
     settings = Settings(arguments.warmup, arguments.repeats, arguments.rounds)
     with arguments.prepare(arguments) as (parameters, groups):
-        results = [result for variants in groups for result in measure(variants, settings)]
+        results = [result for group in groups for result in arguments.measure(group, settings)]
     content = document(arguments.case, parameters, settings, results)
     if arguments.out is not None:
         arguments.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    print(table(results))
-    return 0
+    print(arguments.table(results))
+    return int(any(result.get("failure") for result in content["results"]))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -41,7 +45,8 @@ def _parser() -> argparse.ArgumentParser:
             case.add_argument(f"--{setting}", type=int, default=default, metavar="N")
         module = import_module(f"benchmarks.{name}")
         module.add_arguments(case)
-        case.set_defaults(prepare=module.prepare)
+        own = {"measure": measure, "table": table} | vars(module)
+        case.set_defaults(**{key: own[key] for key in ("prepare", "measure", "table")})
     return parser
 
 

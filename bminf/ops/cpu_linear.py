@@ -73,9 +73,10 @@ def _has_integer_product(weight: PackedWeight) -> bool:
 
 def _one_row_as_digits(row: np.ndarray, most: float, weight: PackedWeight) -> torch.Tensor:
     """row ~ (256 * high + low - 32768) * step: digits without a sign take the fastest product."""
-    numbers = (row * np.float32(32767 / most) + np.float32(32768.5)).astype(np.uint16)
+    numbers = np.empty(row.size, np.uint16)
+    np.add(row * np.float32(32767 / most), np.float32(32768.5), out=numbers, casting="unsafe")
     digits = np.zeros((2, weight.qweight.shape[1]), np.uint8)
-    digits[0, : row.size] = numbers >> 8
+    np.right_shift(numbers, 8, out=digits[0, : row.size], casting="unsafe")
     digits[1, : row.size] = numbers
     high, low = _one_row_products(digits, weight)
     y = (high - 128 * _code_sum(weight)) * 256.0 + low  # float64

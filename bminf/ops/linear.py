@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from bminf.cuda.launcher import launcher_for
+from bminf.cuda.launcher import Launcher, launcher_for
 from bminf.errors import ArgumentError
 from bminf.ops.dequantize import dequantize_weight
 from bminf.ops.linear_w8a8 import linear_w8a8
@@ -56,22 +56,26 @@ def _linear(
 ) -> torch.Tensor:
     device = weight.qweight.device
     check_activations(x, weight.in_features, device)
-    check_vector("bias", bias, weight.out_features, device)
-    bias = None if bias is None else bias.to(x.dtype)
-    is_w8a8 = _rounds_activations(x, weight, activations)
+    if bias is not None:
+        check_vector("bias", bias, weight.out_features, device)
+        bias = bias.to(x.dtype)
+    launcher = launcher_for(device)
+    is_w8a8 = _rounds_activations(x, weight, activations, launcher)
     op = linear_w8a8 if is_w8a8 else linear_weight_only
     if x.numel() == 0 or weight.out_features == 0:
         shape = (*x.shape[:-1], weight.out_features)
         return x.new_zeros(shape) if bias is None else bias.expand(shape).clone()
     if x.dim() == 2:
-        return op(x, weight, bias)
-    return op(as_rows(x), weight, bias).view(*x.shape[:-1], weight.out_features)
+        return op(x, weight, bias, launcher)
+    return op(as_rows(x), weight, bias, launcher).view(*x.shape[:-1], weight.out_features)
 
 
-def _rounds_activations(x: torch.Tensor, weight: PackedWeight, activations: str) -> bool:
-    can_round = weight.bits == 8 and weight.group_size is None
-    if activations == "float":
+def _rounds_activations(
+    x: torch.Tensor, weight: PackedWeight, activations: str, launcher: Launcher | None
+) -> bool:
+    if activations == "float" or (activations == "auto" and launcher is None):
         return False
+    can_round = weight.bits == 8 and weight.group_size is None
     if activations == "int8":
         if not can_round:
             raise ArgumentError(
@@ -81,7 +85,6 @@ def _rounds_activations(x: torch.Tensor, weight: PackedWeight, activations: str)
         return True
     if activations != "auto":
         raise ArgumentError(f"activations={activations!r}; accepted: {', '.join(ACTIVATIONS)}")
-    launcher = launcher_for(x.device)
     has_fast_half = launcher is None or launcher.capability != _NO_FAST_HALF
     return can_round and not has_fast_half and x.numel() > MOST_FEW_ROWS * x.shape[-1]
 

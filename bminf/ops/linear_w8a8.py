@@ -26,12 +26,15 @@ _DP4A_TILE = 64
 _MOST_GRID_ROWS = 65535  # tiles along M in one launch
 
 
-def linear_w8a8(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+def linear_w8a8(
+    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, launcher: Launcher | None
+) -> torch.Tensor:
     """x: (M, K).   bias: (N,) in the dtype of x, or None.   Returns (M, N) in the dtype of x.
+
+    launcher: of the device, None for a CPU.
 
     The arguments are taken to be right and not empty; bminf.ops.linear sees to that.
     """
-    launcher = launcher_for(x.device)
     if launcher is None:
         return w8a8_reference(x, weight, bias)
     codes, x_scale = quantize_rows(x)

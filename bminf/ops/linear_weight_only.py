@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from bminf.cuda.launcher import Launcher, launcher_for
+from bminf.cuda.launcher import Launcher
 from bminf.cuda.source import Kernel
 from bminf.ops.cpu_linear import weight_only_product
 from bminf.ops.dequantize import dequantize_weight
@@ -27,13 +27,14 @@ _SLICE_ELEMENTS = 2**26  # of a dequantised weight at a time: 128 MiB in 16 bits
 
 
 def linear_weight_only(
-    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None
+    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, launcher: Launcher | None
 ) -> torch.Tensor:
     """x: (M, K).   bias: (N,) in the dtype of x, or None.   Returns (M, N) in the dtype of x.
 
+    launcher: of the device, None for a CPU.
+
     The arguments are taken to be right and not empty; bminf.ops.linear sees to that.
     """
-    launcher = launcher_for(x.device)
     if launcher is None:
         return weight_only_reference(x, weight, bias)
     if uses_tensor_cores(launcher.capability, x.shape[0], x.dtype):

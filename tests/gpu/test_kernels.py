@@ -38,9 +38,8 @@ from bminf.quantization.packed import INT4, INT8, Format, PackedWeight, dequanti
 pytestmark = pytest.mark.gpu
 
 DEVICE = "cuda"
-SHAPES = ((1, 2), (5, 34), (33, 64), (130, 1000), (72, 4160))  # of weights
+SHAPES = ((40, 2), (37, 34), (33, 64), (130, 1000), (72, 4160))  # of weights
 ROWS = (1, 3, 8, 16, 40, 200)
-FORMS = (INT8, INT4, Format(4, 16), Format(4, 64), Format(4), *CUT)
 TARGET_GPUS = ("H100", "H200", "A100")
 MARGIN = 1.5  # of the targets: a test is to find what broke, not what the weather was
 
@@ -75,7 +74,7 @@ def test_case(case: Case) -> None:
 
 
 @pytest.mark.parametrize("dtype", ROUNDED, ids=str)
-@pytest.mark.parametrize("form", dict.fromkeys((*FORMS, *WHOLE)), ids=str)
+@pytest.mark.parametrize("form", (*WHOLE, *CUT), ids=str)
 @pytest.mark.parametrize("path", PATHS)
 def test_each_path_that_could_be_chosen(path: str, form: Format, dtype: torch.dtype) -> None:
     """Also those that the thresholds of the day keep out."""
