@@ -18,6 +18,7 @@ from benchmarks.kernels_other import others
 from bminf.cuda.launcher import Launcher, launcher_for
 from bminf.ops import gated_linear, linear_w8a8, linear_weight_only
 from bminf.ops.dequantize import dequantize_weight
+from bminf.ops.linear import linear_of_checked
 from bminf.ops.quantize_rows import quantize_rows, rms_norm_quantize, rms_norm_reference
 from bminf.quantization import int8
 from bminf.quantization.packed import PackedWeight
@@ -271,8 +272,7 @@ def _fused(x: torch.Tensor, packed: Packed, i: int) -> torch.Tensor:
 
 
 def _two_linears(x: torch.Tensor, packed: Packed, i: int) -> torch.Tensor:
-    linear = linear_weight_only.linear_weight_only
-    gate, up = (linear(x, weight, None) for weight in _gate_and_up(packed, i))
+    gate, up = (linear_of_checked(x, w, None, "float") for w in _gate_and_up(packed, i))
     return gated_linear.ACTIVATION_FUNCTIONS[_ACTIVATION](gate) * up
 
 

@@ -146,6 +146,8 @@ def test_every_kernel_is_checked_before_it_is_timed() -> None:
                 results += measure_calls(group.calls(), ONCE, CPU)
     timed = {result.details["variant"] for result in results if result.failure is None}
     assert timed == {"torch float16", "torch: quantize_rows", "torch: rms_norm_quantize"}
+    reasons = {result.failure.partition(":")[0] for result in results if result.failure}
+    assert reasons == {"ArithmeticError"}  # they ran, and what they gave was wrong
     assert launcher.launched == {
         "linear_few_rows",
         "linear_tensor_core",

@@ -40,7 +40,7 @@ def test_operations_see_the_values() -> None:
     assert all(torch.equal(a, b) for a, b in zip(tensor.unbind(), real, strict=True))
     assert type(tensor.clone()) is type(tensor.fetch()) is torch.Tensor
     assert tensor.tolist() == real.tolist() and (tensor.numpy() == real.numpy()).all()
-    assert str(real[0, 0].item())[:4] in repr(tensor)
+    assert repr(tensor).partition("(")[2].split() == repr(real).partition("(")[2].split()
     assert len(reads) >= 5
 
 
