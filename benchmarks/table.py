@@ -14,6 +14,7 @@ from typing import Any
 
 from benchmarks import kernels_table
 from benchmarks.kernels_table import markdown
+from benchmarks.kernels_targets import targets
 from bminf.units import format_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,7 +59,8 @@ def table(content: dict[str, Any]) -> str:
     if content["case"] == "perplexity":
         return _perplexity_table(content)
     if content["case"] == "kernels":
-        return kernels_table.table(content)
+        reached = "".join(f"- {target}\n" for target in targets(content))
+        return f"{kernels_table.table(content)}\nTargets:\n\n{reached}"
     return _times_table(content)
 
 
