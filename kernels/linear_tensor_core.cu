@@ -1,4 +1,4 @@
-// y = x W^T + bias for some rows of x (8 to 128) on tensor cores, W packed to 8 or 4 bits. sm_80 and up.
+// y = x W^T + bias for some rows of x (4 to 128) on tensor cores, W packed to 8 or 4 bits. sm_80 and up.
 //
 // x (M, K) and y (M, N) Element of 16 bits, row-major, K a multiple of 8.   codes (N, row_bytes), rows
 // padded to 16 bytes.   scale and minimum (N, num_groups): see linear_few_rows.cu.   bias (N) or null.

@@ -1,6 +1,6 @@
 """A linear with packed weights and float activations: y = x W^T + bias (W8A16, W4A16).
 
-On a GPU: for few rows a kernel that reads the codes once, and tensor cores from 8 to 128 rows where
+On a GPU: for few rows a kernel that reads the codes once, and tensor cores from 4 to 128 rows where
 there are some; above, the weight is dequantised, slice by slice, for the library's product.
 Kernels: kernels/linear_few_rows.cu, kernels/linear_tensor_core.cu, kernels/dequantize.cu.
 """
@@ -18,7 +18,9 @@ from bminf.ops.rows import ELEMENTS, check_codes, kernel_rows
 from bminf.quantization.packed import CHUNK_BYTES, PackedWeight
 
 MOST_FEW_ROWS = 16
-LEAST_TENSOR_CORE_ROWS = 8
+LEAST_TENSOR_CORE_ROWS = 4
+"""By count of instructions, not measured yet: with 4 rows the other kernel needs 7 to 8 for a
+weight, more than an H200 issues while its memory brings the next one; this one needs 4 to 5."""
 MOST_TENSOR_CORE_ROWS = 128
 
 _FEW_ROWS_THREADS = 128

@@ -237,11 +237,19 @@ def gated_cases() -> Iterator[Case]:
 
 
 def tensor_core_cases() -> Iterator[Case]:
-    """kernels/linear_tensor_core.cu: 8 to 128 rows, from compute capability 8.0 on."""
+    """kernels/linear_tensor_core.cu: 4 to 128 rows, from compute capability 8.0 on."""
     for dtype in DTYPES[:2]:
         for form in WHOLE + CUT:
             yield linear_case(form, dtype, (9, 37, 200))
-    for m, form in ((8, INT4), (17, INT8), (40, INT4), (128, INT8), (100, Format(4, 6))):
+    for m, form in (
+        (4, INT8),
+        (5, MINIMUM),
+        (8, INT4),
+        (17, INT8),
+        (40, INT4),
+        (128, INT8),
+        (100, Format(4, 6)),
+    ):
         yield linear_case(form, torch.float16, (m, 33, 136), has_bias=m != 8)
     yield linear_case(INT4, torch.bfloat16, (8, 3, MOST_COLUMNS))
     yield bad_numbers_case(INT8, 8)
