@@ -70,7 +70,8 @@ def wrapper(
         whether it is packed; None packs those in the blocks but for the output head.
 
     Raises ArgumentError, BudgetError, OffloadError or UnsupportedModelError, the model unchanged;
-    only if a disk or a memory fails midway, linears that are quantised by then stay quantised.
+    only if a disk or a memory fails midway, or a weight is not finite, linears that are quantised
+    by then stay quantised.
     """
     _check_keywords(unknown)
     _check_model(model)

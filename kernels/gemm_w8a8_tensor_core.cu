@@ -13,6 +13,10 @@
 
 #include "common.cuh"
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 750
+#error "the tensor cores that this kernel needs begin at sm_75"
+#endif
+
 constexpr int THREADS = WARP * WARPS_M * WARPS_N;
 constexpr int DEPTH = 64;                  // bytes of a row in a stage
 constexpr int CHUNKS = DEPTH / 16;

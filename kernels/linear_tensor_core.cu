@@ -19,6 +19,10 @@
 
 #include "common.cuh"
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#error "the tensor cores that this kernel needs begin at sm_80"
+#endif
+
 constexpr int WARPS = 4;
 constexpr int ROWS_OF_W = 16 * W_TILES;
 constexpr int ROWS_OF_X = 8 * X_TILES;

@@ -142,15 +142,21 @@ def _first_line(error: Exception) -> str:
 
 def _cache_file(source: str, options: tuple[str, ...], version: tuple[int, int]) -> Path:
     key = hashlib.sha256("\0".join([source, *options, str(version)]).encode())
-    return _cache_folder() / f"{key.hexdigest()}.cubin"
+    return cache_folder() / f"{key.hexdigest()}.cubin"
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
+    """Where machine code is kept. Raises KernelError where there is no such place."""
     folder = os.environ.get("BMINF_CACHE_DIR")
     if folder:
         return Path(folder)
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "bminf"
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "bminf"
+    except RuntimeError as error:
+        raise KernelError(
+            "there is no home folder to keep compiled kernels in; set BMINF_CACHE_DIR"
+        ) from error
 
 
 def _read(file: Path) -> bytes | None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bminf.cuda.compile import compile_kernel
+from bminf.cuda.compile import cache_folder, compile_kernel
 from bminf.cuda.launcher import Argument, Grid
 from bminf.cuda.source import Kernel
 from bminf.errors import KernelError
@@ -55,6 +55,11 @@ class DeviceLauncher:
     def _load(self, kernel: Kernel) -> Any:
         from cupy.cuda.function import Module
 
+        if torch.cuda.is_current_stream_capturing():
+            raise KernelError(
+                f"{kernel} is not loaded yet, which cannot be done while a CUDA graph is captured; "
+                "run the same shapes once before the capture"
+            )
         module = Module()
         try:
             module.load(compile_kernel(kernel, self.capability))
@@ -62,7 +67,10 @@ class DeviceLauncher:
         except KernelError:
             raise
         except Exception as error:
-            raise KernelError(f"{kernel} cannot be loaded on {self.device}: {error}") from error
+            raise KernelError(
+                f"{kernel} cannot be loaded on {self.device}: {error}; if its file in "
+                f"{cache_folder()} is damaged, remove it"
+            ) from error
         self._functions[kernel] = function
         return function
 

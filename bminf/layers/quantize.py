@@ -37,19 +37,22 @@ def skeleton(linear: torch.nn.Module, form: Format) -> QuantizedLinear:
 
 
 def quantize_children(
-    root: torch.nn.Module, stand_ins: Mapping[torch.nn.Module, QuantizedLinear]
+    root: torch.nn.Module,
+    stand_ins: Mapping[torch.nn.Module, QuantizedLinear],
+    prefix: str = "",
 ) -> Iterator[str]:
     """Put a QuantizedLinear in place of each module below `root` that has a stand-in; yield names.
 
-    stand_ins: module -> its skeleton. A module that is registered twice is exchanged in both places
-    for the same new one. Raises ArgumentError, with the name, for a weight that cannot be packed.
+    stand_ins: module -> its skeleton.   prefix: of the names, that of `root` with a dot.
+    A module that is registered twice is exchanged in both places for the same new one. Raises
+    ArgumentError, with the name, for a weight that cannot be packed.
     """
     exchanged: dict[torch.nn.Module, QuantizedLinear] = {}
     for name, parent in list(root.named_modules(remove_duplicate=False)):
         for child_name, child in list(parent._modules.items()):
             if child is None or child not in stand_ins:
                 continue
-            full_name = f"{name}.{child_name}" if name else child_name
+            full_name = prefix + (f"{name}.{child_name}" if name else child_name)
             if child not in exchanged:
                 exchanged[child] = _packed(child, stand_ins[child], full_name)
             parent._modules[child_name] = exchanged[child]

@@ -112,6 +112,11 @@ class QuantizedLinear(torch.nn.Module):
                 setattr(self, name, tensor.to(self.qweight.device))
         return self
 
+    def _load_from_state_dict(self, *arguments: Any, **more: Any) -> None:
+        """Kernels read these buffers unchecked at each call, so they are checked here."""
+        super()._load_from_state_dict(*arguments, **more)
+        self.packed.check()
+
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "

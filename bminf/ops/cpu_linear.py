@@ -96,11 +96,17 @@ def _one_row_in_8_bits(row: np.ndarray, most: float, weight: PackedWeight) -> to
 def _ordinary_row(x: torch.Tensor) -> tuple[np.ndarray, float] | None:
     """The only row of `x` and its largest absolute value; None for more rows, for a row of zeros,
     infinity or NaN, and where this CPU has no fast product for one row."""
-    if x.shape[0] != 1 or not is_exact(torch.uint8):
+    # NumPy sees the values only of an ordinary tensor, and no trace sees what NumPy does.
+    is_plain = type(x) is torch.Tensor and x.device.type == "cpu"
+    if x.shape[0] != 1 or not is_plain or not is_exact(torch.uint8) or _is_traced():
         return None
     row = x.numpy()[0]
     most = float(np.abs(row).max())
     return (row, most) if _LEAST < most < float("inf") else None
+
+
+def _is_traced() -> bool:
+    return bool(torch._C._get_tracing_state())
 
 
 def _one_row_products(digits: np.ndarray, weight: PackedWeight) -> list[np.ndarray]:
@@ -122,7 +128,7 @@ def _one_row_products(digits: np.ndarray, weight: PackedWeight) -> list[np.ndarr
 def _code_sum(weight: PackedWeight) -> np.ndarray:
     if weight.code_sum is not None:
         return weight.code_sum.numpy()
-    ones = torch.ones((1, weight.qweight.shape[1]), dtype=torch.uint8)
+    ones = torch.ones((1, weight.qweight.shape[1]), dtype=torch.uint8, device="cpu")
     return torch._int_mm(ones, weight.qweight.t()).numpy()
 
 
@@ -196,8 +202,8 @@ def is_exact(dtype: torch.dtype) -> bool:
     Where 16-bit sums of pairs saturate (AVX2 and the first AVX-512), the largest numbers show it.
     """
     largest = torch.iinfo(dtype).max
-    x = torch.full((3, 64), largest, dtype=dtype)
-    codes = torch.full((32, 64), 127, dtype=torch.int8)
+    x = torch.full((3, 64), largest, dtype=dtype, device="cpu")
+    codes = torch.full((32, 64), 127, dtype=torch.int8, device="cpu")
     try:
         sums = [torch._int_mm(rows, codes.t()) for rows in (x, x[:1])]
     except RuntimeError:  # older versions of torch refuse uint8

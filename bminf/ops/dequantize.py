@@ -55,7 +55,7 @@ def _launch(launcher: Launcher, weight: PackedWeight, dtype: torch.dtype) -> tor
         (_THREADS, 1, 1),
         [
             weight.qweight, weight.scale, weight.minimum, y, rows, columns,
-            weight.group_size or columns, weight.num_groups,
+            min(weight.group_size or columns, columns), weight.num_groups,
         ],
     )  # fmt: skip
     return y

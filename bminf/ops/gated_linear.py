@@ -82,13 +82,15 @@ def _check_alike(gate: PackedWeight, up: PackedWeight) -> None:
         ours, theirs = getattr(gate, name), getattr(up, name)
         if ours != theirs:
             raise ArgumentError(f"gate has {name} {ours}, up {theirs}; they must be alike")
+    if gate.qweight.device != up.qweight.device:
+        raise ArgumentError(f"gate is on {gate.qweight.device}, up on {up.qweight.device}")
 
 
 def _checked(
     bias: torch.Tensor | None, gate: PackedWeight, dtype: torch.dtype
 ) -> torch.Tensor | None:
     check_vector("bias", bias, gate.out_features, gate.qweight.device)
-    return None if bias is None else bias.to(dtype)
+    return None if bias is None else bias.to(dtype).contiguous()
 
 
 def _launch(

@@ -16,6 +16,9 @@ from bminf.quantization.packed import PackedWeight
 
 ACTIVATIONS = ("auto", "float", "int8")
 
+MOST_COLUMNS = (2**31 - 1) // 127**2
+"""Of 8-bit products whose sums are sure to fit into 32 bits."""
+
 _NO_FAST_HALF = 61  # GTX 10 series: half precision at 1/64 of the rate of float, dp4a at four times
 
 
@@ -55,10 +58,13 @@ def _linear(
     x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, activations: str
 ) -> torch.Tensor:
     device = weight.qweight.device
+    if torch.is_autocast_enabled(device.type):  # sums are not to be rounded on the way
+        with torch.autocast(device.type, enabled=False):
+            return _linear(x, weight, bias, activations)
     check_activations(x, weight.in_features, device)
     if bias is not None:
         check_vector("bias", bias, weight.out_features, device)
-        bias = bias.to(x.dtype)
+        bias = bias.to(x.dtype).contiguous()
     launcher = launcher_for(device)
     is_w8a8 = _rounds_activations(x, weight, activations, launcher)
     op = linear_w8a8 if is_w8a8 else linear_weight_only
@@ -82,10 +88,16 @@ def _rounds_activations(
                 'activations="int8" needs 8-bit weights with one scale a row, not '
                 f'{weight.form}; use activations="float"'
             )
+        if launcher is not None and weight.in_features > MOST_COLUMNS:
+            raise ArgumentError(
+                f"the weight has {weight.in_features} columns; sums of 8-bit products fit 32 bits "
+                f'up to {MOST_COLUMNS}; use activations="float"'
+            )
         return True
     if activations != "auto":
         raise ArgumentError(f"activations={activations!r}; accepted: {', '.join(ACTIVATIONS)}")
     has_fast_half = launcher is None or launcher.capability != _NO_FAST_HALF
+    can_round = can_round and weight.in_features <= MOST_COLUMNS
     return can_round and not has_fast_half and x.numel() > MOST_FEW_ROWS * x.shape[-1]
 
 

@@ -84,6 +84,8 @@ def few_rows_kernel(
 ) -> Kernel:
     """The kernel for `num_rows` rows of activations and a weight of this kind."""
     rows_of_x = rows_of_x_for(dtype, num_rows)
+    if is_gated and span_of(weight) == 0:
+        rows_of_x = min(rows_of_x, 8)  # more would not fit the registers
     return Kernel(
         "linear_few_rows.cu",
         "linear_few_rows",
@@ -139,7 +141,8 @@ def weight_arguments(weight: PackedWeight) -> list[torch.Tensor | None]:
 
 
 def group_arguments(weight: PackedWeight) -> list[int]:
-    return [weight.group_size or weight.in_features, weight.num_groups]
+    size = weight.in_features
+    return [min(weight.group_size or size, size), weight.num_groups]
 
 
 def _launch_few_rows(

@@ -75,9 +75,10 @@ def _quantize(model: torch.nn.Module, name: str, stand_ins: StandIns) -> None:
     parent = name.rpartition(".")[0]
     block = model.get_submodule(name)
     if block in stand_ins:
-        list(quantize_children(model.get_submodule(parent), {block: stand_ins[block]}))
+        holder = model.get_submodule(parent)
+        list(quantize_children(holder, {block: stand_ins[block]}, f"{parent}." if parent else ""))
     else:
-        list(quantize_children(block, stand_ins))
+        list(quantize_children(block, stand_ins, f"{name}."))
 
 
 def _quantize_outside(

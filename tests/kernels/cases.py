@@ -196,6 +196,13 @@ def awkward_inputs_case(form: Format, m: int) -> Case:
         shifted = torch.empty(m * 70 + 1, device=device, dtype=torch.float16)[1:].view(m, 70)
         assert torch.equal(linear(shifted.copy_(plain), weight), linear(plain, weight))
         assert linear(plain[:0], weight).shape == (0, 9)
+        whole, _ = weight_on(device, 9, 64, form)  # no padding that would copy it anyway
+        shifted = torch.empty(m * 64 + 1, device=device, dtype=torch.float16)[1:].view(m, 64)
+        assert torch.equal(
+            linear(shifted.copy_(plain[:, :64]), whole), linear(plain[:, :64], whole)
+        )
+        bias = torch.randn(18, device=device).half()[::2]
+        assert torch.equal(linear(plain, weight, bias), linear(plain, weight, bias.contiguous()))
 
     return Case(f"awkward_inputs-{form.bits}bit-{form.group_size}-{m}", run)
 
@@ -232,6 +239,8 @@ def gated_cases() -> Iterator[Case]:
         yield gated_case(INT4, torch.float16, (1, 5, 70), activation, bias=True)
     for dtype, form in zip(DTYPES, (INT8, Format(4, 64), Format(4, 6)), strict=True):
         yield gated_case(form, dtype, (1, 9, 130), "silu", bias=False)
+    yield gated_case(MINIMUM, torch.float16, (2, 5, 64), "silu", bias=True)
+    yield gated_case(Format(4, 34, True), torch.float16, (12, 5, 70), "gelu", bias=False)
     yield gated_case(INT4, torch.bfloat16, (4, 33, 64), "gelu", bias=True)
     yield gated_case(INT8, torch.float16, (7, 5, 96), "gelu_tanh", bias=True)
 

@@ -28,6 +28,7 @@ class Driver:
         self.launches: list[tuple[Any, ...]] = []
         self.stream = 7
         self.error: Exception | None = None
+        self.is_capturing = False
 
     def module(self) -> Any:
         return types.SimpleNamespace(load=self.loaded.append, get_function=lambda name: self.launch)
@@ -52,6 +53,7 @@ def driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Driver:
         "current_stream",
         lambda device: types.SimpleNamespace(cuda_stream=driver.stream),
     )
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: driver.is_capturing)
     monkeypatch.setattr(device, "_cupy_stream", lambda handle: ("stream", handle))
     monkeypatch.setattr(cupy.cuda.function, "Module", driver.module)
     return driver
@@ -70,6 +72,18 @@ def test_a_kernel_is_loaded_once_and_launched_on_the_current_stream(driver: Driv
     assert second[3:] == (0, ("stream", 9))
     assert values == (tensor.data_ptr(), 0, 5, 0.5)
     assert [type(v) for v in values] == [np.uint64, np.uint64, np.int32, np.float32]
+
+
+def test_a_kernel_is_not_loaded_while_a_graph_is_captured(driver: Driver) -> None:
+    launcher = DeviceLauncher(torch.device("cuda", 0))
+    driver.is_capturing = True
+    with pytest.raises(KernelError, match="run the same shapes once before the capture"):
+        launcher.launch(KERNEL, (1, 1, 1), (256, 1, 1), [])
+    driver.is_capturing = False
+    launcher.launch(KERNEL, (1, 1, 1), (256, 1, 1), [])
+    driver.is_capturing = True
+    launcher.launch(KERNEL, (1, 1, 1), (256, 1, 1), [])
+    assert len(driver.launches) == 2
 
 
 def test_what_the_driver_refuses_is_said(driver: Driver) -> None:

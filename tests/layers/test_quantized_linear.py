@@ -94,3 +94,11 @@ def test_bad_arguments_are_refused() -> None:
         bminf.QuantizedLinear(linear, quantization="int5")
     with pytest.raises(ArgumentError, match="3 columns cannot be packed to 4 bits"):
         bminf.QuantizedLinear(torch.nn.Linear(3, 2), quantization="int4")
+
+
+def test_buffers_that_do_not_fit_are_refused_when_loaded() -> None:
+    quantized = bminf.QuantizedLinear(torch.nn.Linear(64, 48))
+    state = quantized.state_dict()
+    state["scale"] = state["scale"].bfloat16()
+    with pytest.raises(ArgumentError, match=r"scale is torch\.bfloat16"):
+        quantized.load_state_dict(state, assign=True)

@@ -86,6 +86,22 @@ def test_codes_and_activations_at_their_limits(m: int, activations: str) -> None
 
 
 @pytest.mark.parametrize("activations", ["float", "int8"])
+@pytest.mark.parametrize("m", [1, 2])
+def test_sums_beyond_32_bits(m: int, activations: str) -> None:
+    weight, x = pack(torch.ones(2, 140_000), INT8), torch.ones(m, 140_000)
+    assert relative_error(linear(x, weight, None, activations), product(x, weight)) < 1e-4
+
+
+@pytest.mark.parametrize("form", FORMATS, ids=str)
+def test_autocast_does_not_round_the_sums(form: Format) -> None:
+    weight, x = pack(torch.randn(9, 512), form), 2 + torch.randn(3, 512)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(linear(x, weight), linear(x.clone(), weight))
+        given = linear(x, weight)
+    assert torch.equal(given, linear(x, weight))
+
+
+@pytest.mark.parametrize("activations", ["float", "int8"])
 @pytest.mark.parametrize("without", [torch.uint8, torch.int8])
 @pytest.mark.parametrize("m", [1, 3])
 def test_a_cpu_whose_integer_products_saturate(
