@@ -301,7 +301,7 @@ def _carry_out(
     except BaseException:
         _take_off(model, scheduler)
         raise
-    weakref.finalize(model, scheduler.backend.close)
+    weakref.finalize(model, scheduler.backend.release)
 
 
 def _take_off(model: torch.nn.Module, scheduler: Scheduler) -> None:

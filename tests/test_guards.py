@@ -6,6 +6,7 @@ import gc
 import os
 import threading
 import time
+from concurrent.futures import thread as executors
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,44 @@ def test_unwrapping_closes_the_file_and_ends_the_reader() -> None:
     bminf.unwrap(model)
     assert len(os.listdir("/proc/self/fd")) == open_files
     assert threading.active_count() == threads
+
+
+def test_a_model_may_die_while_a_thread_is_being_started() -> None:
+    """The collector may run inside Thread.start, whose locks a finalizer must not ask for."""
+
+    def collect() -> None:
+        with executors._global_shutdown_lock, threading._active_limbo_lock:
+            gc.collect()
+
+    gc.collect()
+    open_files, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
+    model = stream(make_stack())
+    model.itself = [model]  # only the collector can free it
+    del model
+    collector = threading.Thread(target=collect, daemon=True)
+    collector.start()
+    collector.join(20)
+    assert not collector.is_alive()
+    for _ in range(200):  # the reader ends by itself
+        if threading.active_count() == threads:
+            break
+        time.sleep(0.05)
+    assert threading.active_count() == threads
+    assert len(os.listdir("/proc/self/fd")) == open_files
+
+
+def test_a_copy_under_way_ends_before_its_model_is_given_back() -> None:
+    model, may_end = make_stack(), threading.Event()
+    backend = stream(model)._bminf_scheduler.backend
+    store = backend._store
+    backend._reader.submit(may_end.wait)
+    copied = backend.copy(0, 0, None)
+    backend.release()
+    assert not copied.done() and not store._file.closed
+    may_end.set()
+    copied.result(20)
+    backend._reader.join()
+    assert store._file.closed
 
 
 def test_a_mapped_model_does_not_count_as_memory_to_come(

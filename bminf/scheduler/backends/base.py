@@ -55,4 +55,10 @@ class Backend(Protocol):
         """The counts so far; times only of what has ended."""
 
     def close(self) -> None:
-        """Give back homes and slots."""
+        """Give back homes and slots, and wait until that is done."""
+
+    def release(self) -> None:
+        """Give back homes and slots without waiting for a lock or a thread.
+
+        For finalizers, which the garbage collector calls at any point of any thread.
+        """

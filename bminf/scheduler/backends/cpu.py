@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ import torch
 from bminf.layout import Layout
 from bminf.scheduler import memory
 from bminf.scheduler.backends.base import Counters
+from bminf.scheduler.backends.reader import Reader
 from bminf.scheduler.ring import NUM_SLOTS
 from bminf.scheduler.store import FileStore
 
@@ -31,7 +33,7 @@ class CpuBackend:
         self._layouts: list[Layout] = []
         self._counters = Counters()
         self._store: FileStore | None = None
-        self._reader: ThreadPoolExecutor | None = None
+        self._reader: Reader | None = None
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         return memory.allocate(nbytes)
@@ -41,7 +43,7 @@ class CpuBackend:
         self._store = FileStore(extents, offload_dir)
         self._layouts = list(layouts)
         self.slots = [memory.allocate(max(extents)) for _ in range(NUM_SLOTS)]
-        self._reader = ThreadPoolExecutor(1, thread_name_prefix="bminf-reader")
+        self._reader = Reader("bminf-reader")
 
     def put(self, block: int, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         blob = self._slot(block, 0)  # no slot is in use yet, so one can stage the blob
@@ -58,11 +60,12 @@ class CpuBackend:
         assert self._reader is not None
         self._counters.copies += 1
         self._counters.bytes_copied += self._layouts[block].nbytes
-        return self._reader.submit(self._read, block, slot)
+        read = partial(self._read, self._opened_store(), block, self._slot(block, slot))
+        return self._reader.submit(read)
 
-    def _read(self, block: int, slot: int) -> None:
+    def _read(self, store: FileStore, block: int, blob: torch.Tensor) -> None:
         began = time.perf_counter()
-        self._opened_store().read_into(block, self._slot(block, slot))
+        store.read_into(block, blob)
         self._counters.copied_s += time.perf_counter() - began
 
     def wait(self, copied: Future[None]) -> None:
@@ -80,11 +83,19 @@ class CpuBackend:
         return self._counters
 
     def close(self) -> None:
+        self.release()
         if self._reader is not None:
-            self._reader.shutdown()
-        if self._store is not None:
-            self._store.close()
-        self.slots = []
+            self._reader.join()
+
+    def release(self) -> None:
+        store, self._store, self.slots = self._store, None, []
+        if self._reader is None:
+            if store is not None:
+                store.close()
+            return
+        if store is not None:
+            self._reader.submit(store.close)  # after the copies under way
+        self._reader.stop()
 
     def _slot(self, block: int, slot: int) -> torch.Tensor:
         return self.slots[slot][: self._layouts[block].extent]

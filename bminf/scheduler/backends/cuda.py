@@ -106,6 +106,9 @@ class CudaBackend:
             home.close()
         self._homes, self.slots = {}, []
 
+    def release(self) -> None:
+        self.close()  # waits for the copy stream, never for a thread
+
     def _count(self) -> None:
         """Add the times of what has ended; what is still under way is counted later."""
         while self._copying and _ended(self._copying[0]):
