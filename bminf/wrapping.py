@@ -9,20 +9,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
-from warnings import warn
 
 import torch
 
 from bminf.errors import ArgumentError, UnknownKeywordError, UnsupportedModelError
 from bminf.layers.quantized_linear import format_for
 from bminf.quantization.packed import INT8, Format
-from bminf.scheduler import memory
-from bminf.scheduler.backends.base import Backend
-from bminf.scheduler.backends.cpu import CpuBackend
-from bminf.scheduler.backends.cuda import CudaBackend
-from bminf.scheduler.backends.cuda import free_bytes as cuda_free_bytes
 from bminf.scheduler.blob import Blobs, check_tensors, survey, unmapped_bytes
 from bminf.scheduler.blocks import ModuleBlock, find_blocks
+from bminf.scheduler.device import backend_for, free_budget
 from bminf.scheduler.hooks import Scheduler, Stats, is_streaming, refuse_to_save
 from bminf.scheduler.placement import place, take_back
 from bminf.scheduler.plan import Block, Plan, plan
@@ -32,7 +27,6 @@ from bminf.units import parse_bytes
 Model = TypeVar("Model", bound=torch.nn.Module)
 
 _ATTRIBUTE = "_bminf_scheduler"
-_FREE_FRACTION = 0.9  # of the free memory, where no limit is given; the rest is for activations
 
 
 def wrapper(
@@ -76,7 +70,7 @@ def wrapper(
     _check_keywords(unknown)
     _check_model(model)
     source_device = check_tensors(model)
-    backend = _backend(device, offload_dir)
+    backend = backend_for(device, offload_dir, stacklevel=2)
     request = _Request.of(
         model, quantization, blocks, uses, quantize, reserve, backend.keeps_addresses
     )
@@ -231,32 +225,6 @@ def _checked_uses(uses: Mapping[str, float] | None) -> dict[str, float]:
     return dict(uses or {})
 
 
-def _backend(device: torch.device | str | int | None, offload_dir: str | Path | None) -> Backend:
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        wanted = torch.device(device)
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise ArgumentError(
-            f'device={device!r}: {error}; accepted: "cpu", "cuda", "cuda:1"'
-        ) from error
-    if wanted.type == "cpu":
-        return CpuBackend()
-    if wanted.type != "cuda":
-        raise ArgumentError(f'device={device!r}; accepted: "cpu", "cuda", "cuda:1"')
-    if not torch.cuda.is_available() or (wanted.index or 0) >= torch.cuda.device_count():
-        raise ArgumentError(
-            f"device={device!r}, but torch {torch.__version__} sees "
-            f'{torch.cuda.device_count()} GPUs; accepted here: "cpu"'
-        )
-    if offload_dir is not None:
-        warn(
-            "offload_dir is for device='cpu'; on a GPU, streamed blocks wait in page-locked memory",
-            stacklevel=3,
-        )
-    return CudaBackend(wanted)
-
-
 def _budget(
     memory_limit: int | float | str | None,
     model: torch.nn.Module,
@@ -265,10 +233,8 @@ def _budget(
 ) -> int:
     if memory_limit is not None:
         return parse_bytes(memory_limit, "memory_limit")
-    free = memory.free_bytes() if device.type == "cpu" else cuda_free_bytes(device)
-    if device == source_device:
-        free += unmapped_bytes(model)  # let go as it is wrapped
-    return int(free * _FREE_FRACTION)
+    # What lies on the device already is let go as it is wrapped.
+    return free_budget(device, unmapped_bytes(model) if device == source_device else 0)
 
 
 def _encoder_uses(model: torch.nn.Module, blocks: Iterable[ModuleBlock]) -> dict[str, float]:
