@@ -2,8 +2,8 @@
 
 8-bit codes are multiplied as integers, which is several times faster than float32 even in large
 products. For weight-only products the activations are written with two base-256 digits: 16 bits a
-token, finer than bfloat16. 4-bit codes become float32, a slice of rows at a time so that it stays
-in the cache.
+token, finer than bfloat16. Small weights, where that saves nothing, and 4-bit codes become
+float32, a slice of rows at a time so that it stays in the cache.
 
 `torch._weight_int8pack_mm` is not used: it is no faster, rounds activations and results to
 bfloat16, and reads out of bounds where K is no multiple of 16. `torch._weight_int4pack_mm_for_cpu`
@@ -27,6 +27,7 @@ MOST_COLUMNS = (2**31 - 1) // (255 * 128)
 
 _SLICE_BYTES = 2**20  # codes that stay in the second-level cache between two products
 _SLICE_ELEMENTS = 2**18  # float32 weights that do
+_SMALL_ELEMENTS = 2**16  # of a weight whose products take about as long in float32
 _LEAST = 1e-30  # in place of a maximum of 0, whose reciprocal would be infinite
 
 
@@ -35,7 +36,7 @@ def weight_only_product(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
     x = _float(x)
     if weight.qweight.dtype == torch.uint8:
         return _four_bit_product(x, weight)
-    if weight.group_size is not None or not _has_integer_product(weight):
+    if weight.group_size is not None or not _has_integer_product(weight) or _is_small(weight):
         return _dequantized_product(x, weight)
     ordinary = _ordinary_row(x)
     if ordinary is not None:
@@ -62,6 +63,11 @@ def _float(x: torch.Tensor) -> torch.Tensor:
     """In float32, without a history. A call that changes nothing is a tenth of a small product."""
     x = x.detach() if x.requires_grad else x
     return x if x.dtype == torch.float32 else x.float()
+
+
+def _is_small(weight: PackedWeight) -> bool:
+    """Whether integers save less than their digits cost; then nothing need be rounded either."""
+    return weight.qweight.numel() <= _SMALL_ELEMENTS
 
 
 def _has_integer_product(weight: PackedWeight) -> bool:

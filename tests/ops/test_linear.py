@@ -259,3 +259,17 @@ def test_torch_compile_takes_it_in_one_graph(quantization: str) -> None:
     ours, theirs = (torch.autograd.grad(value.sum(), x)[0] for value in (y, expected))
     assert torch.allclose(ours, theirs)
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("num_rows", [1, 5])
+def test_small_weights_on_the_cpu_are_multiplied_in_float32(
+    num_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    weight = pack(torch.randn(48, 64), INT8)
+    x = torch.randn(num_rows, 64)
+    exact = x.double() @ dequantize(weight, torch.float64).t()
+    digits = linear(x, weight)
+    monkeypatch.undo()
+    small = linear(x, weight)
+    assert float((small - exact).abs().max()) < 1e-5 < float((digits - exact).abs().max())

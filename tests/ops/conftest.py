@@ -1,0 +1,11 @@
+from __future__ import annotations
+
+import pytest
+
+from bminf.ops import cpu_linear
+
+
+@pytest.fixture(autouse=True)
+def _integers_for_small_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights of these tests are small, and what they test is the way that large ones go."""
+    monkeypatch.setattr(cpu_linear, "_SMALL_ELEMENTS", 0)
