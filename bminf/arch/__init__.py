@@ -1,0 +1,1 @@
+"""One file an architecture: plain modules that read top to bottom."""

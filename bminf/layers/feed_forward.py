@@ -1,0 +1,51 @@
+"""The two feed-forward networks of the zoo: with a gate and without."""
+
+from __future__ import annotations
+
+import torch
+
+from bminf.layers.quantized_linear import QuantizedLinear
+from bminf.ops.gated_linear import ACTIVATION_FUNCTIONS, gated_linear
+from bminf.ops.linear_weight_only import MOST_FEW_ROWS
+
+
+class FeedForward(torch.nn.Module):
+    """down(activation(up(x))), with biases."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, activation: str) -> None:
+        super().__init__()
+        self.up = torch.nn.Linear(hidden_size, intermediate_size)
+        self.down = torch.nn.Linear(intermediate_size, hidden_size)
+        self.activation = activation
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(ACTIVATION_FUNCTIONS[self.activation](self.up(x)))
+
+
+class GatedFeedForward(torch.nn.Module):
+    """down(activation(gate(x)) * up(x)), without biases.
+
+    Source: Shazeer 2020, arXiv:2002.05202.
+    """
+
+    def __init__(self, hidden_size: int, intermediate_size: int, activation: str) -> None:
+        super().__init__()
+        self.gate: torch.nn.Module = torch.nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up: torch.nn.Module = torch.nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down = torch.nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.activation = activation
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(self._gated(x))
+
+    def _gated(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self.gate, self.up
+        if isinstance(gate, QuantizedLinear) and isinstance(up, QuantizedLinear):
+            if _is_fused(gate, x):
+                return gated_linear(x, gate.packed, up.packed, self.activation)
+        return ACTIVATION_FUNCTIONS[self.activation](gate(x)) * up(x)
+
+
+def _is_fused(gate: QuantizedLinear, x: torch.Tensor) -> bool:
+    """Whether one kernel reads both packed weights; it does not round activations."""
+    return gate.activations != "int8" and x.numel() <= MOST_FEW_ROWS * x.shape[-1]

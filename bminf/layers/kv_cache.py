@@ -1,0 +1,83 @@
+"""Keys and values of the tokens so far, in memory that is allocated once."""
+
+from __future__ import annotations
+
+import torch
+
+
+class KVCache:
+    """Room for the keys and values of `batch_size` rows of `max_length` tokens, in all layers.
+
+    It begins with zeros, so that no cell holds NaN. `length` tokens are in use, the same number in
+    each of the rows in use; a pass appends to every layer and then says advance().
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        batch_size: int,
+        num_heads: int,
+        max_length: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        shape = (num_layers, batch_size, num_heads, max_length, head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.length = 0
+
+    @property
+    def batch_size(self) -> int:
+        return self.keys.shape[1]
+
+    @property
+    def max_length(self) -> int:
+        return self.keys.shape[3]
+
+    def append(
+        self, layer: int, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write (B, H, T, D) behind what layer `layer` holds, and return all of it as views.
+
+        B may be less than batch_size. Returns two (B, H, length + T, D).
+        """
+        num_rows, _, num_tokens, _ = key.shape
+        end = self.length + num_tokens
+        self.keys[layer, :num_rows, :, self.length : end] = key
+        self.values[layer, :num_rows, :, self.length : end] = value
+        return self.read(layer, num_rows, end)
+
+    def read(self, layer: int, num_rows: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first `end` tokens of the first rows of a layer: two (num_rows, H, end, D) views."""
+        keys, values = self.keys[layer, :num_rows, :, :end], self.values[layer, :num_rows, :, :end]
+        return keys, values
+
+    def advance(self, num_tokens: int) -> None:
+        """All layers hold `num_tokens` more."""
+        self.length += num_tokens
+
+    def reset(self) -> None:
+        """Forget all tokens; the memory stays."""
+        self.length = 0
+
+    def select(self, rows: torch.Tensor) -> None:
+        """Row i becomes what row rows[i] was, in every layer. rows: (at most batch_size,) int64.
+
+        Layer by layer, so that a copy of one layer is all that it needs beside the cache.
+        """
+        for tensor in (self.keys, self.values):
+            for layer in tensor[:, :, :, : self.length]:
+                layer[: len(rows)] = layer.index_select(0, rows)
+
+
+def cache_bytes(
+    num_layers: int,
+    batch_size: int,
+    num_heads: int,
+    max_length: int,
+    head_dim: int,
+    dtype: torch.dtype,
+) -> int:
+    """Bytes that a KVCache of this size takes."""
+    return 2 * num_layers * batch_size * num_heads * max_length * head_dim * dtype.itemsize
