@@ -1,0 +1,226 @@
+"""Beam search: the sequences with the highest score, as far as `num_beams` a prompt can tell.
+
+The meaning is that of `generate(num_beams=...)` in Hugging Face transformers 5: what counts as a
+candidate, when a sequence is finished, and when a better one is thought impossible. Unlike there a
+beam that does not exist has no score at all, so results can be fewer but never made up.
+Source: transformers/generation/utils.py, `GenerationMixin._beam_search`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+
+from bminf.errors import ArgumentError
+from bminf.generation.arguments import (
+    check_banned,
+    check_ids,
+    check_positive,
+    check_start,
+    not_numbers,
+)
+from bminf.generation.loop import Decoder
+
+_LOST = -math.inf  # the score of what is banned, or does not exist
+_LARGEST_EXPONENT = 700.0  # of e, in float64
+
+EarlyStopping = bool | Literal["never"]
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """A finished sequence.
+
+    ids: what was generated, as `decode` yields it: with the stop token that ended it, if one did.
+    score: the sum of the log-probabilities of `ids`, over len(ids) ** length_penalty.
+    stopped: whether a stop token ended it; otherwise max_new_tokens did.
+    """
+
+    ids: tuple[int, ...]
+    score: float
+    stopped: bool
+
+
+@torch.no_grad()
+def beam_search(
+    decoder: Decoder,
+    start: torch.Tensor,
+    num_beams: int,
+    stop_ids: Collection[int],
+    max_new_tokens: int,
+    length_penalty: float = 1.0,
+    early_stopping: EarlyStopping = True,
+    banned_ids: Collection[int] = (),
+) -> list[list[Hypothesis]]:
+    """The best sequences for each prompt, best first: num_beams, or fewer where there are fewer.
+
+    decoder: has been fed nothing that `start` holds. It is called with `start`, (B, T) int64, once;
+    then each step begins with `select`, which makes num_beams rows of every prompt still searched.
+    length_penalty: above 0 long sequences gain by it, below 0 they lose.
+    early_stopping: a prompt is done when it has num_beams finished sequences (True); or else when
+    its best running one could not beat them at its present length (False), or at any length
+    ("never").   banned_ids: never chosen; the others' probabilities stay as they are.
+    Raises ArgumentError, UnsupportedModelError where logits are not finite numbers.
+    """
+    check_start(start)
+    check_positive("num_beams", num_beams)
+    check_positive("max_new_tokens", max_new_tokens)
+    _check_penalty(length_penalty, early_stopping, max_new_tokens)
+    rules = _Rules(num_beams, frozenset(stop_ids), max_new_tokens, length_penalty, early_stopping)
+    searches = [_Search(rules) for _ in range(len(start))]
+    _run(decoder, start, searches, rules, banned_ids)
+    return [search.finished for search in searches]
+
+
+class _Candidate(NamedTuple):
+    """A running sequence with one token more. score: the sum of log-probabilities, all included."""
+
+    score: float
+    beam: int
+    token: int
+
+
+class _Beam(NamedTuple):
+    """A running sequence. row: where its cache lies, among the rows of its prompt."""
+
+    score: float
+    row: int
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Rules:
+    num_beams: int
+    stop_ids: frozenset[int]
+    max_new_tokens: int
+    length_penalty: float
+    early_stopping: EarlyStopping
+
+    @property
+    def num_candidates(self) -> int:
+        """So many that num_beams of them go on even if every beam's likeliest tokens are stops."""
+        return max(2, 1 + len(self.stop_ids)) * self.num_beams
+
+    def score(self, log_probability: float, length: int) -> float:
+        return log_probability / math.pow(length, self.length_penalty)
+
+
+class _Search:
+    """The beams of one prompt."""
+
+    def __init__(self, rules: _Rules) -> None:
+        self._rules = rules
+        self.beams = [_Beam(0.0, 0, ())]
+        self.finished: list[Hypothesis] = []
+        self.is_done = False
+
+    def advance(self, candidates: list[_Candidate]) -> None:
+        """Take a step. candidates: best first, of all beams of this prompt."""
+        rules, running, ended = self._rules, [], []
+        for place, (score, beam, token) in enumerate(candidates):
+            ids, stopped = (*self.beams[beam].ids, token), token in rules.stop_ids
+            if not stopped and len(ids) < rules.max_new_tokens:
+                running.append(_Beam(score, beam, ids))
+            elif place < rules.num_beams:  # the others only stand by, to fill the beams
+                ended.append(Hypothesis(ids, rules.score(score, len(ids)), stopped))
+        self.beams = running[: rules.num_beams]
+        self.finished += ended
+        self.finished.sort(key=lambda hypothesis: hypothesis.score, reverse=True)
+        del self.finished[rules.num_beams :]
+        self.is_done = not self.beams or self._is_settled()
+
+    def _is_settled(self) -> bool:
+        rules = self._rules
+        if len(self.finished) < rules.num_beams:
+            return False
+        if rules.early_stopping is True:
+            return True
+        length = len(self.beams[0].ids)
+        if rules.early_stopping == "never" and rules.length_penalty > 0:
+            length = rules.max_new_tokens
+        return rules.score(self.beams[0].score, length) <= self.finished[-1].score
+
+    def padded_beams(self) -> list[_Beam]:
+        """num_beams of them: missing ones are doubles of the first with no chance."""
+        missing = self._rules.num_beams - len(self.beams)
+        return self.beams + [self.beams[0]._replace(score=_LOST)] * missing
+
+
+def _run(
+    decoder: Decoder,
+    start: torch.Tensor,
+    searches: list[_Search],
+    rules: _Rules,
+    banned_ids: Collection[int],
+) -> None:
+    logits = decoder(start)
+    check_ids("stop_ids", rules.stop_ids, logits.shape[1])
+    check_banned(banned_ids, logits.shape[1])
+    banned = torch.tensor(sorted(banned_ids), dtype=torch.int64, device=logits.device)
+    scores = torch.zeros(len(start), 1, device=logits.device)
+    while True:
+        candidates = _candidates(logits, scores, banned, rules.num_candidates)
+        for search, own in zip(searches, candidates, strict=True):
+            search.advance(own)
+        rows, last, chances = _next_rows(searches, beams_before=scores.shape[1])
+        if not rows:
+            return
+        searches = [search for search in searches if not search.is_done]
+        scores = torch.tensor(chances, device=logits.device)
+        decoder.select(torch.tensor(rows, device=logits.device))
+        logits = decoder(torch.tensor(last, device=start.device))
+
+
+def _next_rows(
+    searches: list[_Search], beams_before: int
+) -> tuple[list[int], list[list[int]], list[list[float]]]:
+    """Of the searches that go on: the row of each beam's cache, its last token, and its score."""
+    rows, last, scores = [], [], []
+    for number, search in enumerate(searches):
+        if not search.is_done:
+            beams = search.padded_beams()
+            rows += [number * beams_before + beam.row for beam in beams]
+            last += [[beam.ids[-1]] for beam in beams]
+            scores.append([beam.score for beam in beams])
+    return rows, last, scores
+
+
+def _candidates(
+    logits: torch.Tensor, scores: torch.Tensor, banned: torch.Tensor, limit: int
+) -> list[list[_Candidate]]:
+    """The `limit` best continuations of each prompt, best first; equals in the order of their beam
+    and id.   logits: (B * beams, V).   scores: (B, beams) float32."""
+    vocab_size = logits.shape[1]
+    steps = logits.float().log_softmax(-1).index_fill_(1, banned, _LOST)
+    sums = (steps.view(*scores.shape, vocab_size) + scores.unsqueeze(-1)).flatten(1)
+    values, places = sums.sort(dim=-1, descending=True, stable=True)
+    # float64 holds both exactly, and one transfer is one wait.
+    both = torch.stack([values[:, :limit].double(), places[:, :limit].double()], -1).tolist()
+    wrong = [prompt for prompt, own in enumerate(both) if math.isnan(own[0][0])]
+    if wrong:
+        raise not_numbers(wrong)
+    return [
+        [
+            _Candidate(value, *divmod(int(place), vocab_size))
+            for value, place in own
+            if value > _LOST
+        ]
+        for own in both
+    ]
+
+
+def _check_penalty(
+    length_penalty: float, early_stopping: EarlyStopping, max_new_tokens: int
+) -> None:
+    is_number = isinstance(length_penalty, int | float) and type(length_penalty) is not bool
+    if not is_number or not abs(length_penalty) * math.log(max_new_tokens) < _LARGEST_EXPONENT:
+        raise ArgumentError(
+            f"length_penalty={length_penalty!r}; accepted: a number, so small that "
+            f"{max_new_tokens} (max_new_tokens) to its power is one; usual are 0 to 2"
+        )
+    if type(early_stopping) is not bool and early_stopping != "never":
+        raise ArgumentError(f'early_stopping={early_stopping!r}; accepted: True, False, "never"')

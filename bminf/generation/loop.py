@@ -1,0 +1,94 @@
+"""The decode loop: passes and draws in turn, for decoder-only and encoder-decoder models alike."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Generator
+from typing import Protocol
+
+import torch
+
+from bminf.errors import ArgumentError
+from bminf.generation.arguments import check_ids, check_positive, check_start
+from bminf.generation.sampling import Sampler
+
+
+class Decoder(Protocol):
+    """One batch under way: a model, and the caches of what its rows have been fed."""
+
+    def __call__(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """The logits (B, V) after the last of `input_ids`, (B, T) int64; caches grow by T."""
+        ...
+
+    def select(self, rows: torch.Tensor) -> None:
+        """Go on with the caches of `rows`, (n,) int64, in this order.
+
+        A beam search names rows several times; the decode loop leaves out rows that have ended.
+        """
+        ...
+
+
+def decode(
+    decoder: Decoder,
+    start: torch.Tensor,
+    sampler: Sampler,
+    stop_ids: Collection[int],
+    max_new_tokens: int,
+) -> Generator[list[int | None], None, None]:
+    """The tokens of all rows, a step at a time.
+
+    decoder: has been fed nothing that `start` holds.   start: (B, T) int64, what it is fed first.
+    sampler: made for the B rows.   stop_ids: a row that draws one of them has ended.
+    Yields the token of each row, None for rows that have ended before. A stop token is yielded, as
+    the last of its row: it tells why the row ended. Ends when all rows have, or after
+    `max_new_tokens` steps. A step is one pass, and one wait for its device.
+    Raises ArgumentError, before the first pass; UnsupportedModelError (see Sampler.draw).
+
+    The next pass begins only when the next token is asked for. Begun ahead, it would hide the few
+    microseconds in which the host reads a token, but hold every token back for a pass on a CPU, and
+    run one pass for nothing at the end; streamed blocks are on their way during the draw anyhow.
+    So a caller that stops early leaves nothing running.
+    """
+    check_start(start)
+    check_positive("max_new_tokens", max_new_tokens)
+    check_ids("stop_ids", stop_ids, sampler.vocab_size)
+    if len(start) != sampler.num_rows:
+        raise ArgumentError(
+            f"start has {len(start)} rows, the sampler {sampler.num_rows}; give it one prompt a row"
+        )
+    return _steps(decoder, start, sampler, frozenset(stop_ids), max_new_tokens)
+
+
+def _steps(
+    decoder: Decoder,
+    input_ids: torch.Tensor,
+    sampler: Sampler,
+    stop_ids: frozenset[int],
+    max_new_tokens: int,
+) -> Generator[list[int | None], None, None]:
+    num_rows = len(input_ids)
+    under_way = list(range(num_rows))  # the row of `start` that each row of the caches belongs to
+    for _ in range(max_new_tokens):
+        tokens = _pass(decoder, input_ids, sampler)
+        drawn = tokens.tolist()
+        yield _spread(drawn, under_way, num_rows)
+        going_on = [i for i, token in enumerate(drawn) if token not in stop_ids]
+        if not going_on:
+            return
+        if len(going_on) < len(drawn):
+            rows = torch.tensor(going_on, device=tokens.device)
+            decoder.select(rows)
+            sampler.select(rows)
+            tokens, under_way = tokens[rows], [under_way[i] for i in going_on]
+        input_ids = tokens.unsqueeze(1)
+
+
+@torch.no_grad()  # here, and not around a yield: it would reach into the caller's code
+def _pass(decoder: Decoder, input_ids: torch.Tensor, sampler: Sampler) -> torch.Tensor:
+    return sampler.draw(decoder(input_ids))
+
+
+def _spread(drawn: list[int], under_way: list[int], num_rows: int) -> list[int | None]:
+    step: list[int | None] = [None] * num_rows
+    for row, token in zip(under_way, drawn, strict=True):
+        step[row] = token
+    return step

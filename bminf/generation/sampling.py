@@ -1,0 +1,297 @@
+"""One step of sampling: logits to probabilities, and the token drawn from them.
+
+Source: the sampler of BMInf 1.0.2, whose order of steps and filter rule the models CPM-1, CPM-2 and
+EVA are used with. Unlike there everything is float32, temperature 0 is greedy, and padding is not
+part of the prompt whose tokens are counted.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from bminf.errors import ArgumentError
+from bminf.generation.arguments import check_banned, check_ids, not_numbers
+
+Filter = Callable[[torch.Tensor, int | None, float | None], torch.Tensor]
+"""A filter rule: (probabilities (B, V) float32, top_k, top_p) -> the same, zero where dropped.
+
+What is kept need not sum to 1. At least one token of a row is kept.
+"""
+
+_MASS_BITS = 52  # the masses of a row sum to about 2**52: exact as int64 and as float64
+_TEMPERATURES = (1e-30, 1e30)  # beyond, float32 has neither the temperature nor its inverse
+
+
+def stricter_of_both(
+    probabilities: torch.Tensor, top_k: int | None, top_p: float | None
+) -> torch.Tensor:
+    """Keep the `top_k` likeliest tokens of each row, and of them the likeliest whose sum exceeds
+    `top_p`, with the token that crosses it: both measured on the whole distribution.
+
+    probabilities: (B, V) float32, rows sum to 1.   Among equals the lower id counts as likelier.
+    Returns (B, V) float32, zero where dropped.   Source: BMInf 1.0.2.
+    """
+    if top_k is None and (top_p is None or top_p == 1):
+        return probabilities
+    values, ids = probabilities.sort(dim=-1, descending=True, stable=True)
+    if top_k is not None:
+        values[:, top_k:] = 0
+    if top_p is not None and top_p < 1:
+        likelier = values.cumsum(-1, dtype=torch.float64).roll(1, -1)
+        likelier[:, 0] = 0
+        values[likelier > top_p] = 0
+    return torch.zeros_like(values).scatter_(-1, ids, values)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    temperature: logits are divided by it; 0 takes the likeliest token (greedy).
+    top_k: only this many of the likeliest tokens (None: all).
+    top_p: only the likeliest tokens that together exceed this probability (None: all).
+    frequency_penalty: taken off a token's logit for each time it occurred, in prompt and output.
+    presence_penalty: taken off once if it occurred at all.
+    banned_ids: never drawn.   unpenalized_ids: their occurrences are not counted.
+    seed: row i of a batch draws with seed + i; None for numbers that nobody can repeat.
+    filter: what top_k and top_p mean, a rule that belongs to the model family.
+    Raises ArgumentError for anything else.
+    """
+
+    temperature: float = 0.9
+    top_k: int | None = None
+    top_p: float | None = None
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    banned_ids: tuple[int, ...] = ()
+    unpenalized_ids: tuple[int, ...] = ()
+    seed: int | None = None
+    filter: Filter = stricter_of_both
+
+    def __post_init__(self) -> None:
+        if not _is_finite(self.temperature) or self.temperature < 0:
+            raise ArgumentError(
+                f"temperature={self.temperature!r}; accepted: a finite number from 0 on "
+                "(0 is greedy)"
+            )
+        if self.top_k is not None and (type(self.top_k) is not int or self.top_k < 1):
+            raise ArgumentError(
+                f"top_k={self.top_k!r}; accepted: an int of at least 1, or None for all tokens"
+            )
+        if self.top_p is not None and not (_is_finite(self.top_p) and 0 < self.top_p <= 1):
+            raise ArgumentError(
+                f"top_p={self.top_p!r}; accepted: a number above 0 and up to 1, or None"
+            )
+        self._check_penalties()
+        self._keep_ids("banned_ids")
+        self._keep_ids("unpenalized_ids")
+        if self.seed is not None and (type(self.seed) is not int or self.seed < 0):
+            raise ArgumentError(f"seed={self.seed!r}; accepted: an int from 0 on, or None")
+        if not callable(self.filter):
+            raise ArgumentError(f"filter={self.filter!r}; accepted: a function (see Filter)")
+
+    def check(self, vocab_size: int) -> None:
+        """Raise ArgumentError for what does not go together with a vocabulary of this size."""
+        if self.top_k is not None and self.top_k > vocab_size:
+            raise ArgumentError(
+                f"top_k={self.top_k} is more than the {vocab_size} tokens of the vocabulary; "
+                "accepted: at most that many, or None for all"
+            )
+        check_banned(self.banned_ids, vocab_size)
+        check_ids("unpenalized_ids", self.unpenalized_ids, vocab_size)
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0
+
+    @property
+    def has_penalties(self) -> bool:
+        return self.frequency_penalty != 0 or self.presence_penalty != 0
+
+    def _check_penalties(self) -> None:
+        for name in ("frequency_penalty", "presence_penalty"):
+            if not _is_finite(getattr(self, name)):
+                raise ArgumentError(f"{name}={getattr(self, name)!r}; accepted: a finite number")
+
+    def _keep_ids(self, name: str) -> None:
+        """Refuse what are no token ids; a list becomes a tuple, which nobody can change later."""
+        ids = getattr(self, name)
+        if not isinstance(ids, Sequence) or any(type(i) is not int or i < 0 for i in ids):
+            raise ArgumentError(f"{name}={ids!r}; accepted: a tuple of token ids, ints from 0 on")
+        object.__setattr__(self, name, tuple(ids))
+
+
+def probabilities(
+    logits: torch.Tensor, counts: torch.Tensor | None, sampling: Sampling
+) -> torch.Tensor:
+    """The distribution that the next token of each row is drawn from.
+
+    logits: (B, V) floating point.   counts: (B, V), how often each token occurred, or None.
+    logits / temperature - frequency_penalty * count - presence_penalty * (count > 0); banned ids
+    out; softmax; filter; to sum 1. At temperature 0 all is with the highest of the undivided
+    logits, the lowest id among equals.
+    Returns (B, V) float32 on the logits' device.
+    Raises ArgumentError (shapes, and what Sampling.check says), UnsupportedModelError where a row
+    of the logits holds NaN, +infinity, or nothing but -infinity.
+    """
+    _check_logits(logits, counts)
+    sampling.check(logits.shape[1])
+    scores = _scores(logits, counts, sampling)
+    _check_scores(scores)
+    if sampling.is_greedy:
+        return torch.zeros_like(scores).scatter_(1, scores.argmax(-1, keepdim=True), 1)
+    kept = _kept(scores, sampling)
+    return kept / kept.sum(-1, keepdim=True)
+
+
+class Sampler:
+    """Draws the tokens of a batch, one a row and step, and counts them for the penalties.
+
+    prompts: the token ids of each row's prompt, without padding; they are counted, too.
+    Each row has random numbers of its own, seeded seed + row: it draws what it would draw alone.
+    They are made on the CPU, and what is drawn with them comes from sums of integers: the same
+    probabilities give the same tokens on every device.
+    Raises ArgumentError (see Sampling.check; a prompt with ids outside the vocabulary).
+    """
+
+    def __init__(
+        self,
+        sampling: Sampling,
+        prompts: Sequence[Sequence[int]],
+        vocab_size: int,
+        device: torch.device | str,
+    ) -> None:
+        sampling.check(vocab_size)
+        if not prompts:
+            raise ArgumentError("prompts is empty; give the token ids of at least one prompt")
+        for row, prompt in enumerate(prompts):
+            check_ids(f"prompts[{row}]", prompt, vocab_size)
+        self.sampling, self.vocab_size = sampling, vocab_size
+        seed = random.SystemRandom().getrandbits(64) if sampling.seed is None else sampling.seed
+        self._random = [random.Random(seed + row) for row in range(len(prompts))]
+        self._counts: torch.Tensor | None = None
+        if sampling.has_penalties:
+            self._is_counted = torch.ones(vocab_size)
+            self._is_counted[list(sampling.unpenalized_ids)] = 0
+            counts = [torch.bincount(_ids(prompt), minlength=vocab_size) for prompt in prompts]
+            self._counts = (torch.stack(counts) * self._is_counted).to(device)
+            self._is_counted = self._is_counted.to(device)
+
+    @property
+    def num_rows(self) -> int:
+        return len(self._random)
+
+    def draw(self, logits: torch.Tensor) -> torch.Tensor:
+        """The next token of each row, which is then counted.
+
+        logits: (B, V) floating point, B and V as the sampler was made for.
+        Returns (B,) int64 on the logits' device. Waits for that device once, at the end.
+        Raises ArgumentError (shape), UnsupportedModelError (as `probabilities`; nothing counted).
+        """
+        if logits.shape != (self.num_rows, self.vocab_size) or not logits.is_floating_point():
+            raise ArgumentError(
+                f"logits are {logits.dtype} of shape {tuple(logits.shape)}; this sampler draws "
+                f"from floating-point ({self.num_rows}, {self.vocab_size})"
+            )
+        scores = _scores(logits, self._counts, self.sampling)
+        if self.sampling.is_greedy:
+            tokens = scores.argmax(-1)
+        else:
+            tokens = _inverse(_kept(scores, self.sampling), self._uniforms(logits.device))
+        _check_scores(scores)  # last, because it waits for all that was asked of the device
+        self._count(tokens)
+        return tokens
+
+    def select(self, rows: torch.Tensor) -> None:
+        """Go on with these rows, in this order, each with its random numbers and counts.
+
+        rows: (n,) int64, any device.   Raises ArgumentError where a row is missing or comes twice.
+        """
+        chosen = rows.tolist()
+        check_ids("rows", chosen, self.num_rows)
+        if len(set(chosen)) < len(chosen):
+            raise ArgumentError(f"rows={chosen} name a row twice; two rows cannot draw as one")
+        self._random = [self._random[row] for row in chosen]
+        if self._counts is not None:
+            self._counts = self._counts[rows.to(self._counts.device)]
+
+    def _uniforms(self, device: torch.device) -> torch.Tensor:
+        return _on(device, [own.random() for own in self._random], torch.float64)
+
+    def _count(self, tokens: torch.Tensor) -> None:
+        if self._counts is not None:
+            ones = self._is_counted[tokens].unsqueeze(1)
+            # Not in place: a sampler made in inference mode may draw outside it.
+            self._counts = self._counts.scatter_add(1, tokens.unsqueeze(1), ones)
+
+
+def _scores(logits: torch.Tensor, counts: torch.Tensor | None, sampling: Sampling) -> torch.Tensor:
+    """(B, V) float32 whose softmax, or at temperature 0 whose maximum, is to be taken."""
+    scores = logits.detach().float()
+    if not sampling.is_greedy:
+        # Of the differences, which are all that counts, no small temperature can make a NaN.
+        least, most = _TEMPERATURES
+        divisor = min(max(sampling.temperature, least), most)
+        scores = (scores - scores.amax(-1, keepdim=True)) / divisor
+    if counts is not None:
+        scores = scores - sampling.frequency_penalty * counts
+        scores = scores - sampling.presence_penalty * (counts > 0)
+    if sampling.banned_ids:
+        banned = _on(scores.device, sampling.banned_ids, torch.int64)
+        scores = scores.index_fill(1, banned, -math.inf)
+    return scores
+
+
+def _kept(scores: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """Probabilities after the filter, not yet to sum 1."""
+    return sampling.filter(scores.softmax(-1), sampling.top_k, sampling.top_p)
+
+
+def _inverse(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """The tokens (B,) at which the cumulative sums of `weights` pass the share `uniforms` of all.
+
+    weights: (B, V) from 0 to 1.   uniforms: (B,) float64 in [0, 1).
+    The sums are of integers, so that no order of adding can change them: a parallel sum of floats
+    differs between devices, and may even rise where a weight is zero.
+    """
+    masses = (weights.double() * 2.0**_MASS_BITS).round().long()
+    ends = masses.cumsum(-1)
+    shares = (uniforms * ends[:, -1]).long()
+    return torch.searchsorted(ends, shares.unsqueeze(1), right=True).squeeze(1)
+
+
+def _check_scores(scores: torch.Tensor) -> None:
+    is_finite = scores.amax(-1).isfinite()  # the maximum of a row with NaN is NaN
+    if not is_finite.all():
+        raise not_numbers((~is_finite).nonzero().flatten().tolist())
+
+
+def _check_logits(logits: torch.Tensor, counts: torch.Tensor | None) -> None:
+    if logits.dim() != 2 or not logits.is_floating_point():
+        raise ArgumentError(
+            f"logits are {logits.dtype} of shape {tuple(logits.shape)}; they must be (B, V), "
+            "floating point"
+        )
+    if counts is not None and counts.shape != logits.shape:
+        raise ArgumentError(
+            f"counts are of shape {tuple(counts.shape)}; they must be as the logits, "
+            f"{tuple(logits.shape)}"
+        )
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and type(value) is not bool and math.isfinite(value)
+
+
+def _ids(ids: Sequence[int]) -> torch.Tensor:
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def _on(device: torch.device, values: Sequence[float], dtype: torch.dtype) -> torch.Tensor:
+    """`values` on `device`, without waiting for what that is still computing."""
+    return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)

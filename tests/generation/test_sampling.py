@@ -1,0 +1,452 @@
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from bminf.errors import ArgumentError, UnsupportedModelError
+from bminf.generation.sampling import Sampler, Sampling, probabilities, stricter_of_both
+
+V = 40
+PLAIN = Sampling(temperature=1.0)
+
+
+def random_logits(rows: int = 5, vocab_size: int = V, seed: int = 0) -> torch.Tensor:
+    return 2 * torch.randn(rows, vocab_size, generator=torch.Generator().manual_seed(seed))
+
+
+def logits_of(*shares: float) -> torch.Tensor:
+    """One row whose softmax is `shares`: powers of two, so that their sums are exact."""
+    return torch.tensor([shares]).log()
+
+
+def sampler(sampling: Sampling, rows: int = 1, vocab_size: int = V) -> Sampler:
+    return Sampler(sampling, [[]] * rows, vocab_size, "cpu")
+
+
+def draws(own: Sampler, logits: torch.Tensor, steps: int) -> list[list[int]]:
+    return [own.draw(logits).tolist() for _ in range(steps)]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", -0.1),
+        ("temperature", math.nan),
+        ("temperature", math.inf),
+        ("temperature", "hot"),
+        ("temperature", True),
+        ("top_k", 0),
+        ("top_k", -3),
+        ("top_k", 2.0),
+        ("top_k", True),
+        ("top_p", 0.0),
+        ("top_p", 1.0001),
+        ("top_p", -0.5),
+        ("top_p", math.nan),
+        ("top_p", True),
+        ("frequency_penalty", math.nan),
+        ("frequency_penalty", math.inf),
+        ("frequency_penalty", None),
+        ("presence_penalty", -math.inf),
+        ("presence_penalty", False),
+        ("banned_ids", (-1,)),
+        ("banned_ids", (1.0,)),
+        ("banned_ids", (True,)),
+        ("banned_ids", 3),
+        ("unpenalized_ids", ("a",)),
+        ("seed", -1),
+        ("seed", 1.5),
+        ("seed", True),
+        ("filter", None),
+    ],
+)
+def test_arguments_that_mean_nothing_are_refused(name: str, value: Any) -> None:
+    with pytest.raises(ArgumentError, match=f"^{name}=.*accepted"):
+        Sampling(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("sampling", "message"),
+    [
+        (Sampling(top_k=V + 1), "top_k=41 is more than the 40 tokens"),
+        (Sampling(banned_ids=(3, V)), "banned_ids holds 40; accepted: ids of the vocabulary"),
+        (Sampling(banned_ids=tuple(range(V))), "banned_ids holds all 40"),
+        (Sampling(banned_ids=tuple(range(V, V + 7))), "40, 41, 42, 43, 44 and 2 more"),
+        (Sampling(unpenalized_ids=(V,)), "unpenalized_ids holds 40"),
+    ],
+)
+def test_what_does_not_fit_the_vocabulary_is_refused_everywhere(
+    sampling: Sampling, message: str
+) -> None:
+    for ask in (
+        lambda: sampling.check(V),
+        lambda: sampler(sampling),
+        lambda: probabilities(random_logits(), None, sampling),
+    ):
+        with pytest.raises(ArgumentError, match=message):
+            ask()
+
+
+def test_what_just_fits_the_vocabulary_is_accepted() -> None:
+    Sampling(top_k=V, banned_ids=tuple(range(1, V)), unpenalized_ids=(V - 1,)).check(V)
+
+
+def test_lists_of_ids_become_tuples() -> None:
+    given = [1, 2]
+    sampling = Sampling(banned_ids=given, unpenalized_ids=given)  # type: ignore[arg-type]
+    given.append(3)
+    assert sampling.banned_ids == (1, 2) == sampling.unpenalized_ids
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("top_k", [None, 1, 7, V])
+@pytest.mark.parametrize("top_p", [None, 1e-6, 0.5, 0.9, 1.0])
+def test_probabilities_sum_to_one(
+    dtype: torch.dtype, top_k: int | None, top_p: float | None
+) -> None:
+    sampling = Sampling(0.7, top_k, top_p, 0.3, 0.2, banned_ids=(4,))
+    given = probabilities(random_logits().to(dtype), torch.ones(5, V), sampling)
+    assert given.dtype == torch.float32 and given.shape == (5, V)
+    assert (given >= 0).all() and (given[:, 4] == 0).all()
+    torch.testing.assert_close(given.sum(-1), torch.ones(5))
+
+
+def test_logits_and_counts_are_left_as_they_were() -> None:
+    logits, counts = random_logits().requires_grad_(), torch.ones(5, V)
+    before = logits.detach().clone()
+    given = probabilities(logits, counts, Sampling(0.7, 3, 0.9, 1.0, 1.0, (0,)))
+    assert torch.equal(logits, before) and torch.equal(counts, torch.ones(5, V))
+    assert not given.requires_grad
+
+
+def test_penalties_are_taken_off_the_divided_logits() -> None:
+    logits = random_logits(seed=1)
+    counts = torch.randint(0, 4, (5, V), generator=torch.Generator().manual_seed(2))
+    expected = (logits.double() / 0.6 - 0.7 * counts - 0.4 * (counts > 0)).softmax(-1)
+    given = probabilities(logits, counts.float(), Sampling(0.6, None, None, 0.7, 0.4))
+    torch.testing.assert_close(given, expected.float())
+    assert torch.equal(given, probabilities(logits, counts, Sampling(0.6, None, None, 0.7, 0.4)))
+
+
+@pytest.mark.parametrize(("penalty", "ratio"), [("frequency", 3), ("presence", 1)])
+def test_one_penalty_alone(penalty: str, ratio: int) -> None:
+    sampling = Sampling(1.0, **{f"{penalty}_penalty": 0.5})
+    given = probabilities(torch.zeros(1, 2), torch.tensor([[3.0, 0.0]]), sampling)[0]
+    assert float(given[1] / given[0]) == pytest.approx(math.exp(0.5 * ratio))
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 5, 39, V])
+def test_top_k_keeps_exactly_k_of_equals_the_lowest_ids(top_k: int) -> None:
+    logits = random_logits().round()  # many equals
+    given = probabilities(logits, None, Sampling(1.0, top_k))
+    assert ((given > 0).sum(-1) == top_k).all()
+    for row, own in zip(logits.tolist(), given, strict=True):
+        best = sorted(range(V), key=lambda i: (-row[i], i))[:top_k]
+        assert sorted(best) == own.nonzero().flatten().tolist()
+
+
+@pytest.mark.parametrize(
+    ("top_p", "num_kept"),
+    [(1e-9, 1), (0.4999, 1), (0.5, 2), (0.7, 2), (0.75, 3), (0.8, 3), (0.875, 4), (1.0, 4)],
+)
+def test_top_p_keeps_the_token_with_which_the_sum_exceeds_it(top_p: float, num_kept: int) -> None:
+    given = probabilities(logits_of(0.125, 0.5, 0.125, 0.25), None, Sampling(1.0, None, top_p))
+    assert given.nonzero()[:, 1].tolist() == sorted([1, 3, 0, 2][:num_kept])
+
+
+def test_both_are_measured_on_the_whole_distribution() -> None:
+    """Measured on what top_k=2 leaves (2/3 and 1/3), top_p=0.6 would keep one token."""
+    given = probabilities(logits_of(0.5, 0.25, 0.125, 0.125), None, Sampling(1.0, 2, 0.6))
+    torch.testing.assert_close(given, torch.tensor([[2 / 3, 1 / 3, 0, 0]]))
+
+
+@pytest.mark.parametrize("top_k", [1, 3, 8, 20])
+@pytest.mark.parametrize("top_p", [0.1, 0.5, 0.8, 0.99])
+def test_the_stricter_of_both_holds(top_k: int, top_p: float) -> None:
+    logits = random_logits(rows=20, seed=3)
+    whole = probabilities(logits, None, PLAIN)
+    by_k, by_p, by_both = (
+        probabilities(logits, None, Sampling(1.0, k, p))
+        for k, p in [(top_k, None), (None, top_p), (top_k, top_p)]
+    )
+    assert torch.equal(by_both > 0, (by_k > 0) & (by_p > 0))
+    kept = whole * (by_both > 0)
+    torch.testing.assert_close(by_both, kept / kept.sum(-1, keepdim=True))
+
+
+def test_a_looser_filter_keeps_more() -> None:
+    logits = random_logits(rows=20, seed=4)
+    for looser in ([Sampling(1.0, k) for k in range(1, V + 1)],
+                   [Sampling(1.0, None, p / 50) for p in range(1, 51)]):  # fmt: skip
+        kept = [probabilities(logits, None, sampling) > 0 for sampling in looser]
+        for less, more in itertools.pairwise(kept):
+            assert (less <= more).all()
+        assert (kept[0].sum(-1) == 1).all() and kept[-1].all()
+
+
+def test_a_lower_temperature_favours_the_likeliest() -> None:
+    logits = random_logits(seed=5)
+    tops = [probabilities(logits, None, Sampling(t)).amax(-1) for t in (4, 1, 0.5, 0.1, 1e-45)]
+    assert all((less < more).all() for less, more in itertools.pairwise(tops))
+    assert torch.equal(tops[-1], torch.ones(5))
+
+
+def test_temperatures_beyond_float32_are_their_limits() -> None:
+    logits = torch.tensor([[1.0, -math.inf, 3.0, 3.0]])
+    cold, hot = (probabilities(logits, None, Sampling(t)) for t in (5e-324, 1e308))
+    torch.testing.assert_close(cold, torch.tensor([[0, 0, 0.5, 0.5]]))
+    torch.testing.assert_close(hot, torch.tensor([[1 / 3, 0, 1 / 3, 1 / 3]]))
+
+
+@pytest.mark.parametrize("temperature", [0, 0.0])
+def test_temperature_zero_is_the_highest_logit_after_penalties(temperature: float) -> None:
+    logits = torch.tensor([[5.0, 4.0, 4.0, 9.0], [1.0, 1.0, 1.0, 1.0]])
+    sampling = Sampling(temperature, None, None, 1.5, banned_ids=(3,))
+    counts = torch.tensor([[1, 0, 0, 0], [0, 0, 0, 0]])
+    given = probabilities(logits, counts, sampling)
+    assert given.tolist() == [[0, 1, 0, 0], [1, 0, 0, 0]]  # the lowest id of equals
+
+
+def test_a_rule_of_another_family_takes_its_place() -> None:
+    seen: list[Any] = []
+
+    def last_two(given: torch.Tensor, top_k: int | None, top_p: float | None) -> torch.Tensor:
+        seen.append((top_k, top_p))
+        return given * torch.tensor([0.0, 0.0, 1.0, 1.0])
+
+    sampling = Sampling(1.0, 2, 0.5, filter=last_two)
+    given = probabilities(logits_of(0.5, 0.25, 0.125, 0.125), None, sampling)
+    assert given.tolist() == [[0, 0, 0.5, 0.5]] and seen == [(2, 0.5)]
+    own = sampler(Sampling(1.0, 2, 0.5, seed=0, filter=last_two), 50, 4)
+    assert set(own.draw(logits_of(0.5, 0.25, 0.125, 0.125).expand(50, 4)).tolist()) == {2, 3}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_logits_that_are_not_numbers_are_refused(temperature: float, bad: float) -> None:
+    logits = random_logits()
+    logits[1, 7] = logits[3, 0] = bad
+    sampling = Sampling(temperature, seed=0)
+    with pytest.raises(UnsupportedModelError, match="not finite numbers in row 1, 3 of"):
+        probabilities(logits, None, sampling)
+    with pytest.raises(UnsupportedModelError, match="not finite numbers in row 1, 3 of"):
+        sampler(sampling, 5).draw(logits)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_row_with_nothing_left_is_refused(temperature: float) -> None:
+    logits = torch.full((1, 4), -math.inf)
+    logits[0, 2] = 1.0
+    assert probabilities(logits, None, Sampling(temperature)).tolist() == [[0, 0, 1, 0]]
+    with pytest.raises(UnsupportedModelError, match="row 0"):
+        probabilities(logits, None, Sampling(temperature, banned_ids=(2,)))
+
+
+@pytest.mark.parametrize(
+    ("logits", "counts"),
+    [
+        (torch.zeros(4), None),
+        (torch.zeros(1, 4, dtype=torch.int64), None),
+        (torch.zeros(1, 4), torch.zeros(1, 3)),
+    ],
+)
+def test_wrong_shapes_and_dtypes_are_refused(logits: torch.Tensor, counts: Any) -> None:
+    with pytest.raises(ArgumentError, match="must be"):
+        probabilities(logits, counts, PLAIN)
+
+
+def test_a_sampler_refuses_what_it_was_not_made_for() -> None:
+    own = sampler(PLAIN, 2)
+    for wrong in (torch.zeros(1, V), torch.zeros(2, V + 1), torch.zeros(2, V, dtype=torch.int64)):
+        with pytest.raises(ArgumentError, match=rf"this sampler draws from .*\(2, {V}\)"):
+            own.draw(wrong)
+    with pytest.raises(ArgumentError, match=r"prompts\[1\] holds 40, -1"):
+        Sampler(PLAIN, [[0], [1, V, -1]], V, "cpu")
+    with pytest.raises(ArgumentError, match="prompts is empty"):
+        Sampler(PLAIN, [], V, "cpu")
+
+
+def chi_square(tokens: list[int], expected: torch.Tensor) -> float:
+    counts = torch.bincount(torch.tensor(tokens), minlength=len(expected)).double()
+    assert (counts[expected == 0] == 0).all()
+    counts, expected = counts[expected > 0], expected[expected > 0].double() * len(tokens)
+    return float(((counts - expected) ** 2 / expected).sum())
+
+
+# With n degrees of freedom, chi-square exceeds n + 5 sqrt(2 n) + 10 once in 10**5 or less; here
+# the seeds are fixed, so it never does by chance.
+def bound(kept: int) -> float:
+    return (kept - 1) + 5 * math.sqrt(2 * (kept - 1)) + 10
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [Sampling(1.0, seed=0), Sampling(0.7, 5, seed=1), Sampling(1.5, None, 0.8, seed=2),
+     Sampling(1.0, 6, 0.9, banned_ids=(1, 2), seed=3)],
+)  # fmt: skip
+def test_draws_follow_the_probabilities(sampling: Sampling) -> None:
+    """20,000 rows: as many seeds in a row. And 5,000 steps of one row."""
+    logits = random_logits(1, 12, seed=6)
+    expected = probabilities(logits, None, sampling)[0]
+    kept = int((expected > 0).sum())
+    over_rows = sampler(sampling, 20_000, 12).draw(logits.expand(20_000, 12)).tolist()
+    assert chi_square(over_rows, expected) < bound(kept)
+    over_steps = [token for (token,) in draws(sampler(sampling, 1, 12), logits, 5_000)]
+    assert chi_square(over_steps, expected) < bound(kept)
+
+
+def test_neighbouring_rows_and_steps_are_independent() -> None:
+    logits = torch.zeros(20_000, 3)
+    first, second = draws(sampler(Sampling(1.0, seed=5), 20_000, 3), logits, 2)
+    uniform = torch.full((9,), 1 / 9)
+    assert chi_square([3 * a + b for a, b in zip(first, second, strict=True)], uniform) < bound(9)
+    pairs = zip(first[::2], first[1::2], strict=True)
+    assert chi_square([3 * a + b for a, b in pairs], uniform) < bound(9)
+
+
+class Fixed:
+    """In the place of a row's random numbers."""
+
+    def __init__(self, number: float) -> None:
+        self.number = number
+
+    def random(self) -> float:
+        return self.number
+
+
+@pytest.mark.parametrize(
+    ("uniform", "token"),
+    [(0.0, 1), (0.4999999, 1), (0.5, 3), (0.7499999, 3), (0.75, 4), (1 - 2**-53, 4)],
+)
+def test_a_token_with_no_probability_is_never_drawn(uniform: float, token: int) -> None:
+    own = sampler(PLAIN, 1, 6)
+    own._random = [Fixed(uniform)]  # type: ignore[list-item]
+    assert own.draw(logits_of(0, 0.5, 0, 0.25, 0.25, 0)).tolist() == [token]
+
+
+def test_the_last_token_is_in_reach_of_every_rounding() -> None:
+    logits = random_logits(200, 3001, seed=7)
+    own = sampler(PLAIN, 200, 3001)
+    own._random = [Fixed(1 - 2**-53)] * 200  # type: ignore[list-item]
+    assert (own.draw(logits) > 2990).all()
+
+
+def test_the_same_seed_draws_the_same_and_another_does_not() -> None:
+    logits = random_logits(1, 1000)
+    first, second, other = (
+        draws(sampler(Sampling(1.0, seed=seed), 1, 1000), logits, 30) for seed in (7, 7, 2**70)
+    )
+    assert first == second != other
+    unseeded = [draws(sampler(Sampling(1.0), 1, 1000), logits, 30) for _ in range(2)]
+    assert unseeded[0] != unseeded[1]
+
+
+def test_a_row_draws_what_it_would_draw_alone() -> None:
+    """Row i with the seed + i; neither the other rows nor their number matter."""
+    sampling = Sampling(0.8, 20, 0.95, 0.5, 0.5, seed=11)
+    logits, prompts = random_logits(4, 300, seed=8), [[1, 2], [], [5, 5, 5], [299]]
+    together = Sampler(sampling, prompts, 300, "cpu")
+    steps = draws(together, logits, 40)
+    for row in range(4):
+        seeded = Sampling(0.8, 20, 0.95, 0.5, 0.5, seed=11 + row)
+        alone = Sampler(seeded, [prompts[row]], 300, "cpu")
+        own = [token for (token,) in draws(alone, logits[row : row + 1], 40)]
+        assert own == [step[row] for step in steps]
+
+
+def test_rows_with_equal_logits_draw_differently() -> None:
+    steps = draws(sampler(Sampling(1.0, seed=0), 2, 1000), torch.zeros(2, 1000), 10)
+    assert [a for a, _ in steps] != [b for _, b in steps]
+
+
+def test_selected_rows_go_on_as_they_would_have() -> None:
+    sampling = Sampling(1.0, None, None, 1.0, seed=3)
+    logits, prompts = random_logits(4, 50, seed=9), [[1], [2, 2], [3], [4]]
+    whole, part = (Sampler(sampling, prompts, 50, "cpu") for _ in range(2))
+    assert draws(whole, logits, 5) == draws(part, logits, 5)
+    part.select(torch.tensor([3, 1]))
+    assert part.num_rows == 2
+    expected = [[step[3], step[1]] for step in draws(whole, logits, 30)]
+    assert draws(part, logits[[3, 1]], 30) == expected
+
+
+@pytest.mark.parametrize(("rows", "message"), [([0, 0], "twice"), ([2], "holds 2"), ([-1], "-1")])
+def test_a_selection_that_cannot_go_on_is_refused(rows: list[int], message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        sampler(PLAIN, 2).select(torch.tensor(rows))
+
+
+def counted_by_hand(
+    logits: list[float], prompt: list[int], steps: int, sampling: Sampling
+) -> list[int]:
+    counts, drawn = dict.fromkeys(range(len(logits)), 0), []
+    for token in [*prompt, *[None] * steps]:
+        if token is None:
+            scores = [
+                logit - sampling.frequency_penalty * n - sampling.presence_penalty * (n > 0)
+                for logit, n in zip(logits, counts.values(), strict=True)
+            ]
+            token = scores.index(max(scores))
+            drawn.append(token)
+        if token not in sampling.unpenalized_ids:
+            counts[token] += 1
+    return drawn
+
+
+@pytest.mark.parametrize("frequency", [0.0, 0.75, -0.25])
+@pytest.mark.parametrize("presence", [0.0, 1.5])
+@pytest.mark.parametrize("unpenalized", [(), (2,), (0, 1)])
+def test_prompt_and_output_are_counted(
+    frequency: float, presence: float, unpenalized: tuple[int, ...]
+) -> None:
+    sampling = Sampling(0.0, None, None, frequency, presence, unpenalized_ids=unpenalized)
+    logits = [[1.0, 2.5, 3.125, 0.5, 2.0625], [3.0, 1.0, 2.9375, 2.125, 0.0]]
+    prompts = [[2, 2, 4], [0, 3]]
+    own = Sampler(sampling, prompts, 5, "cpu")
+    steps = draws(own, torch.tensor(logits), 12)
+    for row in range(2):
+        expected = counted_by_hand(logits[row], prompts[row], 12, sampling)
+        assert [step[row] for step in steps] == expected
+
+
+def test_a_refused_step_counts_nothing() -> None:
+    own = sampler(Sampling(0.0, frequency_penalty=1.0), 1, 2)
+    with pytest.raises(UnsupportedModelError):
+        own.draw(torch.tensor([[0.0, math.nan]]))
+    assert draws(own, torch.tensor([[1.5, 1.0]]), 2) == [[0], [1]]
+
+
+def test_banned_ids_are_never_drawn() -> None:
+    logits = torch.zeros(1000, 6)
+    for temperature in (0.0, 1.0):
+        own = sampler(Sampling(temperature, banned_ids=(0, 3), seed=0), 1000, 6)
+        drawn = set(own.draw(logits).tolist())
+        assert drawn == ({1} if temperature == 0 else {1, 2, 4, 5})
+
+
+def test_sorting_is_only_for_filters(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("sorted")
+
+    monkeypatch.setattr(torch.Tensor, "sort", refuse)
+    for sampling in (Sampling(0.0, 5, 0.5), Sampling(1.0), Sampling(1.0, None, 1.0)):
+        sampler(sampling, 5).draw(random_logits())
+    with pytest.raises(AssertionError, match="sorted"):
+        sampler(Sampling(1.0, 5), 5).draw(random_logits())
+
+
+def test_a_sampler_made_in_inference_mode_draws_outside_it() -> None:
+    with torch.inference_mode():
+        own = sampler(Sampling(0.0, frequency_penalty=1.0), 1, 2)
+    assert draws(own, torch.tensor([[1.5, 1.0]]), 3) == [[0], [1], [0]]
+
+
+def test_the_rule_alone() -> None:
+    given = torch.tensor([[0.125, 0.5, 0.25, 0.125], [0.25, 0.25, 0.25, 0.25]])
+    assert stricter_of_both(given, None, None) is given
+    assert stricter_of_both(given, 2, 1.0).tolist() == [[0, 0.5, 0.25, 0], [0.25, 0.25, 0, 0]]
+    assert stricter_of_both(given, 3, 0.5).tolist() == [[0, 0.5, 0.25, 0], [0.25, 0.25, 0.25, 0]]
