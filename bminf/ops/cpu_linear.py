@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from bminf.quantization.int8 import quantize_rows
 from bminf.quantization.packed import PackedWeight, dequantize
 
-# int32 sums of products of two 8-bit numbers cannot overflow up to this many columns.
-MOST_COLUMNS = (2**31 - 1) // (255 * 128)
+MOST_DIGIT_COLUMNS = (2**31 - 1) // (255 * 128)
+"""Of products of codes with digits, 0 to 255 or -128 to 127: their sums are sure to fit 32 bits."""
 
 _SLICE_BYTES = 2**20  # codes that stay in the second-level cache between two products
 _SLICE_ELEMENTS = 2**18  # float32 weights that do
@@ -71,7 +71,7 @@ def _is_small(weight: PackedWeight) -> bool:
 
 
 def _has_integer_product(weight: PackedWeight) -> bool:
-    return weight.in_features <= MOST_COLUMNS and is_exact(torch.int8)
+    return weight.in_features <= MOST_DIGIT_COLUMNS and is_exact(torch.int8)
 
 
 # ---- one row: arithmetic in NumPy, whose calls on short rows cost a third of torch's -------------

@@ -9,15 +9,12 @@ import torch
 from bminf.cuda.launcher import Launcher, launcher_for
 from bminf.errors import ArgumentError
 from bminf.ops.dequantize import dequantize_weight
-from bminf.ops.linear_w8a8 import linear_w8a8
+from bminf.ops.linear_w8a8 import MOST_CODE_COLUMNS, check_columns, linear_w8a8
 from bminf.ops.linear_weight_only import MOST_FEW_ROWS, linear_weight_only
 from bminf.ops.rows import as_rows, check_activations, check_vector
 from bminf.quantization.packed import PackedWeight
 
 ACTIVATIONS = ("auto", "float", "int8")
-
-MOST_COLUMNS = (2**31 - 1) // 127**2
-"""Of 8-bit products whose sums are sure to fit into 32 bits."""
 
 _NO_FAST_HALF = 61  # GTX 10 series: half precision at 1/64 of the rate of float, dp4a at four times
 
@@ -88,16 +85,13 @@ def _rounds_activations(
                 'activations="int8" needs 8-bit weights with one scale a row, not '
                 f'{weight.form}; use activations="float"'
             )
-        if launcher is not None and weight.in_features > MOST_COLUMNS:
-            raise ArgumentError(
-                f"the weight has {weight.in_features} columns; sums of 8-bit products fit 32 bits "
-                f'up to {MOST_COLUMNS}; use activations="float"'
-            )
+        if launcher is not None:
+            check_columns(weight)
         return True
     if activations != "auto":
         raise ArgumentError(f"activations={activations!r}; accepted: {', '.join(ACTIVATIONS)}")
     has_fast_half = launcher is None or launcher.capability != _NO_FAST_HALF
-    can_round = can_round and weight.in_features <= MOST_COLUMNS
+    can_round = can_round and weight.in_features <= MOST_CODE_COLUMNS
     return can_round and not has_fast_half and x.numel() > MOST_FEW_ROWS * x.shape[-1]
 
 
