@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 LEAST_CAPABILITY = 61
 """The first with dp4a, the 8-bit dot product."""
 
+_DIGEST_BYTES = hashlib.sha256().digest_size
+
 _INSTALL_COMPILER = (
     "install one with pip install nvidia-cuda-nvrtc-cu12: 12.9 is the last version that compiles "
     "for compute capabilities below 7.5, and new GPUs need a new one (nvidia-cuda-nvrtc)"
@@ -30,8 +32,8 @@ _INSTALL_COMPILER = (
 def compile_kernel(kernel: Kernel, capability: int) -> bytes:
     """The machine code (cubin) of `kernel` for devices of `capability` (61, 80, ...).
 
-    Taken from the disk where it was compiled before. Raises KernelError: no compiler, a device
-    too old for the kernels or unknown to the compiler, an error in the source.
+    Taken from the disk where it was compiled before and is not damaged. Raises KernelError: no
+    compiler, a device too old for the kernels or unknown to the compiler, an error in the source.
     """
     if capability < LEAST_CAPABILITY:
         raise KernelError(
@@ -160,18 +162,23 @@ def cache_folder() -> Path:
 
 
 def _read(file: Path) -> bytes | None:
+    """The machine code in `file`; None where there is none or it is damaged."""
     try:
-        return file.read_bytes() or None
+        content = file.read_bytes()
     except OSError:
         return None
+    code, digest = content[:-_DIGEST_BYTES], content[-_DIGEST_BYTES:]
+    return code if digest == hashlib.sha256(code).digest() else None
 
 
 def _write(file: Path, code: bytes) -> None:
-    """Under another name first, so that no other process reads half a file."""
+    """The code, and its digest after it, where tools that read machine code do not mind it. Under
+    another name first, so that no other process reads half a file."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as unfinished:
-            unfinished.write(code)
-        os.replace(unfinished.name, file)
+        with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+            unfinished = Path(folder) / file.name
+            unfinished.write_bytes(code + hashlib.sha256(code).digest())
+            os.replace(unfinished, file)
     except OSError as error:
         logger.warning("compiled kernels are not kept: %s; set BMINF_CACHE_DIR", error)

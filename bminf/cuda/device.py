@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bminf.cuda.compile import cache_folder, compile_kernel
+from bminf.cuda.compile import compile_kernel
 from bminf.cuda.launcher import Argument, Grid
 from bminf.cuda.source import Kernel
 from bminf.errors import KernelError
@@ -68,8 +68,8 @@ class DeviceLauncher:
             raise
         except Exception as error:
             raise KernelError(
-                f"{kernel} cannot be loaded on {self.device}: {error}; if its file in "
-                f"{cache_folder()} is damaged, remove it"
+                f"{kernel} cannot be loaded on {self.device}: {error}; if the driver is older than "
+                "the compiler (NVRTC), update the driver"
             ) from error
         self._functions[kernel] = function
         return function

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import resource
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -117,6 +120,40 @@ def test_machine_code_is_kept_and_found_again(
     assert compile_kernel(SCALE, 80) == code
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: b"",
+        lambda content: content[:20],
+        lambda content: content[:-1],
+        lambda content: content[:-32],  # without a digest
+        lambda content: content[:1000] + bytes([content[1000] ^ 1]) + content[1001:],
+        lambda content: content[:-1] + bytes([content[-1] ^ 1]),
+        lambda content: bytes(len(content)),
+    ],
+)
+def test_damaged_machine_code_is_compiled_anew(
+    damage: Callable[[bytes], bytes], cache_folder: Path
+) -> None:
+    code = compile_kernel(SCALE, 80)
+    (file,) = cache_folder.iterdir()
+    content = file.read_bytes()
+    file.write_bytes(damage(content))
+    assert compile_kernel(SCALE, 80) == code
+    assert file.read_bytes() == content and list(cache_folder.iterdir()) == [file]
+
+
+def test_another_compiler_has_machine_code_of_its_own(
+    cache_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cupy_backends.cuda.libs import nvrtc
+
+    compile_kernel(SCALE, 80)
+    monkeypatch.setattr(nvrtc, "getVersion", lambda: (99, 1))
+    compile_kernel(SCALE, 80)
+    assert len(list(cache_folder.iterdir())) == 2
+
+
 def test_an_edit_of_the_header_is_seen(
     cache_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,6 +229,27 @@ def test_a_cache_that_cannot_be_written_is_no_failure(
     monkeypatch.setenv("BMINF_CACHE_DIR", str(tmp_path / "file" / "below"))
     assert compile_kernel(SCALE, 80)
     assert "set BMINF_CACHE_DIR" in caplog.text
+
+
+def test_nothing_is_left_where_writing_fails(
+    cache_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = cache_folder / "code.cubin"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:  # a disk that takes 64 KiB of a file
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, before[1]))
+        cuda_compile._write(file, bytes(2**17))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "set BMINF_CACHE_DIR" in caplog.text and not list(cache_folder.iterdir())
+    caplog.clear()
+
+    def refuse(*_: object) -> None:
+        raise PermissionError("not there")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    cuda_compile._write(file, bytes(10))
+    assert "not there; set BMINF_CACHE_DIR" in caplog.text and not list(cache_folder.iterdir())
 
 
 def test_missing_sources_are_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
