@@ -107,6 +107,12 @@ def test_no_half_arithmetic_on_sm_61() -> None:
         assert not re.search(arithmetic, ptx_of(kernel, 61)), kernel
 
 
+def test_denormals_are_numbers_as_in_the_host_build() -> None:
+    for kernel in variants(70):  # ex2 and rcp are parts of tanhf and expf
+        found = re.findall(r"\s(?!ex2|rcp)[a-z]\S*\.ftz", ptx_of(kernel, 80))
+        assert not found, (kernel, found)
+
+
 # ---- the compiler and its cache ------------------------------------------------------------------
 
 

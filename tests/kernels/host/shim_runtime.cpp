@@ -178,21 +178,6 @@ void run_blocks() {
 
 // ---- Launches ----
 
-// The GPU code is compiled with -ftz=true: denormal floats are zero.
-class FlushDenormals {
-#if defined(__x86_64__)
-public:
-    FlushDenormals() : previous_(__builtin_ia32_stmxcsr()) {
-        constexpr unsigned kFlushResults = 0x8000, kFlushOperands = 0x0040;
-        __builtin_ia32_ldmxcsr(previous_ | kFlushResults | kFlushOperands);
-    }
-    ~FlushDenormals() { __builtin_ia32_ldmxcsr(previous_); }
-
-private:
-    unsigned previous_;
-#endif
-};
-
 void begin_launch(const ShimLaunch* launch, const ShimProgram* program, void** arguments,
                   ShimFailure* failure) {
     machine.launch = launch;
@@ -225,7 +210,6 @@ extern "C" int shim_run(const ShimLaunch* launch, const ShimProgram* program, vo
     const std::lock_guard<std::mutex> lock(one_launch);
     begin_launch(launch, program, arguments, failure);
     const SignalGuard signals;
-    [[maybe_unused]] const FlushDenormals flush;
     run_blocks();
     return machine.failed;
 }
