@@ -169,12 +169,12 @@ def rms_norm_case(dtype: torch.dtype, m: int, k: int) -> Case:
     return Case(f"rms_norm_quantize-{_name(dtype)}-{m}x{k}", run)
 
 
-def bad_numbers_case(form: Format, m: int) -> Case:
+def bad_numbers_case(form: Format, m: int, dtype: torch.dtype = torch.float16) -> Case:
     """NaN and infinity in x stay in their row; zeros give zeros."""
 
     def run(device: str) -> None:
         weight, _ = weight_on(device, 9, 64, form)
-        x = torch.zeros(m, 64, device=device, dtype=torch.float16)
+        x = torch.zeros(m, 64, device=device, dtype=dtype)
         for activations in ("float", "int8") if form == INT8 else ("float",):
             assert not linear(torch.zeros_like(x), weight, None, activations).any()
             for bad in (float("nan"), float("inf")):
@@ -182,7 +182,88 @@ def bad_numbers_case(form: Format, m: int) -> Case:
                 y = linear(x, weight, None, activations)
                 assert not y[0].isfinite().any() and not y[1:].any()
 
-    return Case(f"bad_numbers-{form.bits}bit-{form.group_size}-{m}", run)
+    return Case(f"bad_numbers-{form.bits}bit-{form.group_size}-{_name(dtype)}-{m}", run)
+
+
+# Infinity, and NaN with the digits that a GPU gives it, which a careless rounding carries over.
+BAD_BITS = {torch.float16: (0x7C00, 0x7FFF), torch.float32: (0x7F800000, 0x7FFFFFFF)}
+
+
+def bad_weights(weight: PackedWeight) -> Iterator[PackedWeight]:
+    """`weight` with a bad scale in row 2, and with a bad minimum; in groups, that of the last."""
+    for name in ("scale", "minimum"):
+        values = getattr(weight, name)
+        for bits in () if values is None else BAD_BITS[values.dtype]:
+            words = values.view(torch.int16 if values.dtype == torch.float16 else torch.int32)
+            words = words.reshape(weight.out_features, -1).clone()
+            words[2, -1] = bits
+            yield weight._replace(**{name: words.view(values.dtype).view_as(values)})
+
+
+def bad_scales_case(
+    form: Format, m: int, dtype: torch.dtype = torch.float16, activations: str = "float"
+) -> Case:
+    """NaN and infinity in a scale or a minimum stay in their row of the weight."""
+
+    def run(device: str) -> None:
+        x = torch.randn(m, 70, device=device).to(dtype)
+        weight, _ = weight_on(device, 9, 70, form)
+        right = linear(x, weight, None, activations)
+        for bad in bad_weights(weight):
+            check_row_2(linear(x, bad, None, activations).t(), right.t())
+
+    return Case(
+        f"bad_scales-{form.bits}bit-{form.group_size}-{form.has_minimum}-{_name(dtype)}-{m}-"
+        f"{activations}",
+        run,
+    )
+
+
+def bad_gated_scales_case(form: Format, m: int) -> Case:
+    """The same in either weight of the first half of a gated feed-forward."""
+
+    def run(device: str) -> None:
+        x = torch.randn(m, 70, device=device, dtype=torch.float16)
+        gate, up = (weight_on(device, 9, 70, form)[0] for _ in range(2))
+        right = gated_linear(x, gate, up, "silu")
+        for bad in bad_weights(up):
+            check_row_2(gated_linear(x, gate, bad, "silu").t(), right.t())
+        for bad in bad_weights(gate):  # silu(-infinity) is -infinity / infinity
+            check_row_2(gated_linear(x, bad, up, "silu").t(), right.t())
+
+    return Case(f"bad_gated_scales-{form.bits}bit-{form.group_size}-{m}", run)
+
+
+def bad_dequantize_case(form: Format, dtype: torch.dtype) -> Case:
+    """The same in a weight that is dequantised, where other groups of the row are right, too."""
+
+    def run(device: str) -> None:
+        weight, _ = weight_on(device, 9, 70, form)
+        right = dequantize_weight(weight, dtype)
+        first = 0 if form.group_size is None else (weight.num_groups - 1) * form.group_size
+        for bad in bad_weights(weight):
+            y = dequantize_weight(bad, dtype)
+            check_row_2(y[:, first:], right[:, first:])
+            assert torch.equal(y[:, :first], right[:, :first])
+
+    return Case(f"bad_dequantize-{form.bits}bit-{form.group_size}-{_name(dtype)}", run)
+
+
+def check_row_2(given: torch.Tensor, right: torch.Tensor) -> None:
+    others = [0, 1, *range(3, len(right))]
+    assert not given[2].isfinite().any() and torch.equal(given[others], right[others])
+
+
+def tiny_numbers_case() -> Case:
+    """Where a scale has few digits itself, the largest numbers would be more than 127 of it."""
+
+    def run(device: str) -> None:
+        x = torch.tensor([[190.0, -190.0, 3.0], [-180.0, 90.0, 0.0], [50.0, -1.0, 2.0]]) * 2.0**-149
+        codes, scale = (t.cpu() for t in quantize_rows(x.to(device)))
+        assert torch.equal(scale, int8.quantize_rows(x)[1])
+        assert codes[:, :3].tolist() == [[127, -127, 3], [-127, 90, 0], [0, 0, 0]]
+
+    return Case("quantize_rows-tiny-numbers", run)
 
 
 def awkward_inputs_case(form: Format, m: int) -> Case:
@@ -230,7 +311,13 @@ def few_rows_cases() -> Iterator[Case]:
     yield linear_case(INT8, torch.bfloat16, (1, 3, MOST_COLUMNS))
     for form in (INT8, INT4):
         yield bad_numbers_case(form, 2)
+        yield bad_numbers_case(form, 2, torch.bfloat16)
         yield awkward_inputs_case(form, 2)
+    for dtype in DTYPES:
+        yield bad_scales_case(INT8, 2, dtype)
+        yield bad_scales_case(MINIMUM, 2, dtype)
+    for form in (Format(8, 32), Format(8, 34), INT4, Format(4), Format(4, 34, True)):
+        yield bad_scales_case(form, 2)
 
 
 def gated_cases() -> Iterator[Case]:
@@ -243,6 +330,8 @@ def gated_cases() -> Iterator[Case]:
     yield gated_case(Format(4, 34, True), torch.float16, (12, 5, 70), "gelu", bias=False)
     yield gated_case(INT4, torch.bfloat16, (4, 33, 64), "gelu", bias=True)
     yield gated_case(INT8, torch.float16, (7, 5, 96), "gelu_tanh", bias=True)
+    for form in (INT8, INT4):
+        yield bad_gated_scales_case(form, 2)
 
 
 def tensor_core_cases() -> Iterator[Case]:
@@ -262,7 +351,12 @@ def tensor_core_cases() -> Iterator[Case]:
         yield linear_case(form, torch.float16, (m, 33, 136), has_bias=m != 8)
     yield linear_case(INT4, torch.bfloat16, (8, 3, MOST_COLUMNS))
     yield bad_numbers_case(INT8, 8)
+    yield bad_numbers_case(INT4, 8, torch.bfloat16)
     yield awkward_inputs_case(INT4, 8)
+    for form in (INT8, Format(8, 32), Format(8, 34), INT4, Format(4), Format(4, 34, True)):
+        yield bad_scales_case(form, 8)
+    yield bad_scales_case(INT8, 8, torch.bfloat16)
+    yield bad_scales_case(MINIMUM, 8, torch.bfloat16)
 
 
 def w8a8_cases() -> Iterator[Case]:
@@ -276,6 +370,9 @@ def w8a8_cases() -> Iterator[Case]:
     yield linear_case(INT8, torch.bfloat16, (3, 40, 96), "int8")
     yield linear_case(INT8, torch.float16, (70, 21, 70), "int8", has_bias=False)
     yield bad_numbers_case(INT8, 3)
+    yield bad_numbers_case(INT8, 3, torch.bfloat16)
+    for m, dtype in ((3, torch.float16), (3, torch.bfloat16), (70, torch.bfloat16)):
+        yield bad_scales_case(INT8, m, dtype, "int8")
 
 
 def other_cases() -> Iterator[Case]:
@@ -287,10 +384,15 @@ def other_cases() -> Iterator[Case]:
             yield rms_norm_case(dtype, m, k)
         for form in WHOLE + CUT:
             yield dequantize_case(form, dtype, 5, 70)
+        for form in (INT8, Format(8, 34), MINIMUM, Format(4)):
+            yield bad_dequantize_case(form, dtype)
     yield dequantize_case(INT8, torch.float16, 3, 33)
     yield dequantize_case(INT4, torch.bfloat16, 2, MOST_COLUMNS)
     yield linear_case(INT4, torch.float32, (40, 9, 70))
     yield linear_case(INT8, torch.float32, (140, 9, 33))
+    yield bad_scales_case(INT8, 140)
+    yield bad_scales_case(INT4, 140)
+    yield tiny_numbers_case()
 
 
 def largest_cases() -> Iterator[Case]:

@@ -155,6 +155,29 @@ def test_zeros_infinity_and_nan_in_the_activations(m: int, form: Format) -> None
         assert not y[0].isfinite().any() and not y[1:].any()
 
 
+@pytest.mark.parametrize(
+    ("form", "name", "activations"),
+    [
+        *((form, "scale", "float") for form in FORMATS),
+        *((form, "minimum", "float") for form in FORMATS if form.has_minimum),
+        (INT8, "scale", "int8"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("m", [1, 3])
+def test_infinity_and_nan_in_a_scale_stay_in_their_row(
+    m: int, form: Format, name: str, activations: str
+) -> None:
+    x, weight = torch.randn(m, 70), pack(torch.randn(9, 70), form)
+    right = linear(x, weight, None, activations)
+    for bad in (float("nan"), float("inf"), float("-inf")):
+        values = getattr(weight, name).clone()
+        values.view(9, -1)[2, -1] = bad  # of the last group, whose columns are fewer
+        y = linear(x, weight._replace(**{name: values}), None, activations)
+        others = [0, 1, *range(3, 9)]
+        assert not y[:, 2].isfinite().any() and torch.equal(y[:, others], right[:, others])
+
+
 @pytest.mark.parametrize("form", FORMATS, ids=str)
 def test_empty_and_strided_inputs(form: Format) -> None:
     weight = pack(torch.randn(6, 64), form)
