@@ -35,10 +35,15 @@ FORMATS = [
     Format(4, 6),
     Format(8, 34),
 ]
-# Sums are float32; int8 alone rounds activations, to 16 bits, or bfloat16 in small products with
-# one row. The rest is the rounding of the result.
+# Sums are float32; int8 alone rounds activations, to 16 bits. The rest is the rounding of the
+# result.
 BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 6e-3, torch.float16: 1e-3}
-BFLOAT16 = 6e-3
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Or a product of few numbers would cancel out, once in a hundred runs or so."""
+    torch.manual_seed(0)
 
 
 def relative_error(given: torch.Tensor, expected: torch.Tensor) -> float:
@@ -58,9 +63,7 @@ def test_weight_only(m: int, n: int, k: int, form: Format, dtype: torch.dtype) -
     bias = torch.randn(n).to(dtype)
     y = linear(x, weight, bias, "float")
     assert y.dtype == dtype and y.shape == (m, n)
-    is_rounded = m == 1 and form == INT8 and k % 32 == 0
-    bound = max(BOUNDS[dtype], BFLOAT16 * is_rounded)
-    assert relative_error(y, product(x, weight) + bias.double()) < bound
+    assert relative_error(y, product(x, weight) + bias.double()) < BOUNDS[dtype]
     assert torch.equal(linear(x, weight, bias), y)
 
 
