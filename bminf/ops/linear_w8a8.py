@@ -166,8 +166,6 @@ def kernel_product(
     num_rows = codes.shape[0]
     y = torch.empty((num_rows, weight.out_features), dtype=dtype, device=codes.device)
     kernel, grid, threads = _product_launch(launcher.capability, dtype, *y.shape)
-    if grid[1] > _MOST_GRID_ROWS:
-        raise ArgumentError(f"x has {num_rows} rows; at most {_MOST_GRID_ROWS * 32} at once")
     arguments = [codes, x_scale, weight.qweight, weight.scale, bias, y, *y.shape, codes.shape[1]]
     launcher.launch(kernel, grid, (threads, 1, 1), arguments)
     return y
@@ -196,9 +194,15 @@ def _product_launch(
     capability: int, dtype: torch.dtype, num_rows: int, out_features: int
 ) -> tuple[Kernel, Grid, int]:
     if capability < 75:
-        tiles_n, tiles_m = (-(-size // _DP4A_TILE) for size in (out_features, num_rows))
-        return dp4a_kernel(dtype), (tiles_n, tiles_m, 1), 256
+        grid = _grid(num_rows, out_features, _DP4A_TILE, _DP4A_TILE)
+        return dp4a_kernel(dtype), grid, 256
     kernel = tensor_core_kernel(dtype, is_large=num_rows > 64)
     macros = {name: int(value) for name, value in kernel.macros}
-    grid = -(-out_features // macros["TILE_N"]), -(-num_rows // macros["TILE_M"]), 1
+    grid = _grid(num_rows, out_features, macros["TILE_M"], macros["TILE_N"])
     return kernel, grid, 32 * macros["WARPS_M"] * macros["WARPS_N"]
+
+
+def _grid(num_rows: int, out_features: int, tile_m: int, tile_n: int) -> Grid:
+    if num_rows > _MOST_GRID_ROWS * tile_m:
+        raise ArgumentError(f"x has {num_rows} rows; at most {_MOST_GRID_ROWS * tile_m} at once")
+    return -(-out_features // tile_n), -(-num_rows // tile_m), 1

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,24 @@ class Driver:
         self.stream = 7
         self.error: Exception | None = None
         self.is_capturing = False
+        self.current_device: torch.device | None = None
+        self.needed_device = torch.device("cuda", 0)
+
+    @contextmanager
+    def device(self, device: torch.device) -> Iterator[None]:
+        before, self.current_device = self.current_device, device
+        yield
+        self.current_device = before
 
     def module(self) -> Any:
-        return types.SimpleNamespace(load=self.loaded.append, get_function=lambda name: self.launch)
+        return types.SimpleNamespace(load=self.load, get_function=lambda name: self.launch)
+
+    def load(self, code: bytes) -> None:
+        assert self.current_device == self.needed_device
+        self.loaded.append(code)
 
     def launch(self, *arguments: Any) -> None:
+        assert self.current_device == self.needed_device
         if self.error is not None:
             raise self.error
         self.launches.append(arguments)
@@ -47,7 +61,7 @@ def driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Driver:
     properties = types.SimpleNamespace(major=8, minor=6, multi_processor_count=28)
     monkeypatch.setenv("BMINF_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "device", driver.device)
     monkeypatch.setattr(
         torch.cuda,
         "current_stream",
@@ -72,6 +86,16 @@ def test_a_kernel_is_loaded_once_and_launched_on_the_current_stream(driver: Driv
     assert second[3:] == (0, ("stream", 9))
     assert values == (tensor.data_ptr(), 0, 5, 0.5)
     assert [type(v) for v in values] == [np.uint64, np.uint64, np.int32, np.float32]
+
+
+def test_a_kernel_is_loaded_and_launched_on_its_own_device(driver: Driver) -> None:
+    """Which need not be the current one; that is left as it was."""
+    with driver.device(torch.device("cuda", 0)):
+        for index in (1, 0, 1):
+            driver.needed_device = torch.device("cuda", index)
+            DeviceLauncher(driver.needed_device).launch(KERNEL, (1, 1, 1), (256, 1, 1), [])
+            assert driver.current_device == torch.device("cuda", 0)
+    assert len(driver.loaded) == len(driver.launches) == 3
 
 
 def test_a_kernel_is_not_loaded_while_a_graph_is_captured(driver: Driver) -> None:

@@ -2,18 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
+from cases import relative_error, weight_on
+from host_launcher import HostLauncher
 
 from bminf.cuda.launcher import Grid, served_by
 from bminf.cuda.source import Kernel
 from bminf.errors import ArgumentError
+from bminf.ops import linear_weight_only
+from bminf.ops.dequantize import dequantize_weight
+from bminf.ops.gated_linear import gated_linear
 from bminf.ops.linear import linear
-from bminf.ops.linear_w8a8 import MOST_CODE_COLUMNS, linear_of_codes
-from bminf.quantization.packed import INT8, Format, empty, pack, row_bytes
+from bminf.ops.linear_w8a8 import (
+    MOST_CODE_COLUMNS,
+    kernel_product,
+    library_product,
+    linear_of_codes,
+)
+from bminf.ops.rows import check_codes, kernel_rows
+from bminf.quantization import int8
+from bminf.quantization.packed import (
+    INT4,
+    INT8,
+    Format,
+    PackedWeight,
+    dequantize,
+    empty,
+    pack,
+    row_bytes,
+)
 
 
 class Noting:
@@ -125,3 +146,161 @@ def test_activations_are_rounded_by_themselves_only_where_sums_fit_32_bits() -> 
             linear(torch.zeros(17, columns), empty(2, columns, INT8, "cpu"))
         names = {kernel.name for kernel, _, _ in launcher.launches}
         assert names == ({"quantize_rows", "gemm_w8a8_dp4a"} if is_rounded else {"dequantize"})
+
+
+def misaligned(weight: PackedWeight) -> PackedWeight:
+    """The same codes, one byte further on than a kernel could read them."""
+    codes = weight.qweight
+    moved = torch.empty(codes.numel() + 1, dtype=codes.dtype)[1:].view_as(codes)
+    return weight._replace(qweight=moved.copy_(codes))
+
+
+RIGHT = pack(torch.randn(9, 70), INT8)
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("qweight", lambda bad: linear(torch.randn(2, 70), bad)),
+        ("qweight", lambda bad: linear(torch.randn(8, 70).half(), bad)),
+        ("qweight", lambda bad: linear(torch.randn(140, 70).half(), bad)),
+        ("qweight", lambda bad: linear(torch.randn(2, 70), bad, None, "int8")),
+        ("qweight", lambda bad: linear(torch.randn(64, 70), bad, None, "int8")),
+        ("qweight", lambda bad: linear_of_codes(*codes_of_x(), bad, None, torch.float16)),
+        ("qweight", lambda bad: dequantize_weight(bad, torch.float16)),
+        ("gate", lambda bad: gated_linear(torch.randn(2, 70), bad, RIGHT, "silu")),
+        ("up", lambda bad: gated_linear(torch.randn(2, 70), RIGHT, bad, "silu")),
+    ],
+)
+def test_codes_that_begin_where_no_kernel_can_read_are_refused(
+    name: str, call: Callable[[PackedWeight], object], noting: Noting
+) -> None:
+    call(RIGHT)
+    assert noting.launches
+    noting.launches.clear()
+    with pytest.raises(ArgumentError, match=f"{name} begins at .* no multiple of 16 bytes"):
+        call(misaligned(RIGHT))
+    assert all(kernel.name == "quantize_rows" for kernel, _, _ in noting.launches)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda bad: linear(torch.randn(2, 70), bad),
+        lambda bad: gated_linear(torch.randn(2, 70), bad, RIGHT, "silu"),
+        lambda bad: gated_linear(torch.randn(2, 70), RIGHT, bad, "silu"),
+        lambda bad: dequantize_weight(bad, torch.float16),
+    ],
+)
+def test_a_weight_whose_parts_do_not_go_together_is_refused(
+    call: Callable[[PackedWeight], object], noting: Noting
+) -> None:
+    with pytest.raises(ArgumentError, match=r"scale is torch.float32 of shape \(8,\)"):
+        call(RIGHT._replace(scale=torch.ones(8)))
+    assert not noting.launches
+
+
+def test_sizes_that_kernels_cannot_count_are_refused() -> None:
+    for most, message in ((2**31 - 1, None), (2**31, "kernels count to 2147483647")):
+        for call in (
+            lambda size=most: kernel_rows(torch.empty(size, 8, device="meta")),
+            lambda size=most: check_codes(
+                "qweight", torch.empty(size, 16, dtype=torch.int8, device="meta")
+            ),
+        ):
+            if message is None:
+                call()
+                continue
+            with pytest.raises(ArgumentError, match=message):
+                call()
+
+
+@pytest.mark.parametrize(("capability", "tile"), [(61, 64), (80, 128)])
+def test_more_rows_than_a_grid_has_are_refused(capability: int, tile: int) -> None:
+    launcher, most = Noting(capability), 65535 * tile
+    weight = empty(9, 16, INT8, "meta")
+    for num_rows in (most, most + 1):
+        codes = torch.empty(num_rows, 16, dtype=torch.int8, device="meta")
+        x_scale = torch.empty(num_rows, device="meta")
+        arguments = (launcher, codes, x_scale, weight, None, torch.float16)
+        if num_rows == most:
+            kernel_product(*arguments)
+            continue
+        with pytest.raises(ArgumentError, match=f"x has {most + 1} rows; at most {most} at once"):
+            kernel_product(*arguments)
+    ((_, grid, _),) = launcher.launches
+    assert grid == (1, 65535, 1)
+
+
+# ---- how the work is cut -------------------------------------------------------------------------
+
+
+class Counting(HostLauncher):
+    """Runs the kernels, and notes their names."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.names: list[str] = []
+
+    def launch(self, kernel: Kernel, *arguments: Any, **more: Any) -> None:
+        self.names.append(kernel.name)
+        super().launch(kernel, *arguments, **more)
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("form", [INT8, INT4, Format(4, 32, True)], ids=str)
+@pytest.mark.parametrize(
+    ("elements", "num_slices"), [(10 * 70, 1), (9 * 70, 2), (5 * 70 - 1, 3), (3 * 70, 4), (1, 10)]
+)
+def test_a_weight_is_dequantised_some_rows_at_a_time(
+    elements: int, num_slices: int, form: Format, has_bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear_weight_only, "_SLICE_ELEMENTS", elements)
+    x, (weight, values) = torch.randn(20, 70), weight_on("cpu", 10, 70, form)
+    bias = torch.randn(10) if has_bias else None
+    launcher = Counting()
+    with served_by(launcher):
+        y = linear(x, weight, bias)
+    assert launcher.names == ["dequantize"] * num_slices
+    expected = x.double() @ values.T + (0 if bias is None else bias.double())
+    assert y.dtype == x.dtype and relative_error(y, expected) < 2e-6
+
+
+def test_a_gradient_goes_through_a_gated_linear() -> None:
+    x = torch.randn(2, 70, requires_grad=True)
+    gate, up = (pack(torch.randn(9, 70), INT4) for _ in range(2))
+    launcher = Counting()
+    with served_by(launcher):
+        y = gated_linear(x, gate, up, "silu")
+        assert launcher.names == ["linear_few_rows"] * 2
+        (gradient,) = torch.autograd.grad(y.sum(), x)
+        launcher.names.clear()
+        with torch.no_grad():
+            fused = gated_linear(x, gate, up, "silu")
+        assert launcher.names == ["linear_few_rows"]
+    again = x.detach().double().requires_grad_()
+    gates, ups = (again @ dequantize(weight, torch.float64).T for weight in (gate, up))
+    expected = torch.nn.functional.silu(gates) * ups
+    (right,) = torch.autograd.grad(expected.sum(), again)
+    assert relative_error(gradient, right) < 1e-5
+    assert relative_error(y, expected.detach()) < 1e-5 > relative_error(fused, expected.detach())
+
+
+@pytest.mark.parametrize("num_rows", [1, 16, 17, 20])
+@pytest.mark.parametrize("out_features", [1, 7, 8, 9])
+def test_the_library_is_given_the_sizes_that_it_takes(
+    num_rows: int, out_features: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    multiply = torch._int_mm
+
+    def as_on_a_gpu(codes: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        assert codes.shape[0] > 16 and codes.shape[1] % 8 == 0 and columns.shape[1] % 8 == 0
+        return multiply(codes, columns)
+
+    x, weight = torch.randn(num_rows, 33), pack(torch.randn(out_features, 33), INT8)
+    codes, x_scale = int8.quantize_rows(x)
+    expected = (codes.double() * x_scale.double()[:, None]) @ dequantize(weight, torch.float64).T
+    padded = torch.nn.functional.pad(codes, (0, weight.qweight.shape[1] - 33))
+    monkeypatch.setattr(torch, "_int_mm", as_on_a_gpu)
+    y = library_product(HostLauncher(), padded, x_scale, weight, None, torch.float32)
+    assert relative_error(y, expected) < 1e-6
