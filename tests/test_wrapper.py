@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -156,6 +157,25 @@ def test_stacked_experts_that_stay_are_said() -> None:
     nbytes = format_bytes(sum(p.nbytes for p in experts))
     with pytest.warns(UserWarning, match=f"{nbytes} in the blocks of MixtralForCausalLM are not"):
         bminf.wrapper(model, "int4", memory_limit="1GB", device="cpu")
+
+
+def test_convolutions_stay_without_a_word() -> None:
+    """They have three dimensions as well, but are no stacked experts."""
+
+    class Convolved(torch.nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.up = torch.nn.Linear(width, width)
+            self.across = torch.nn.Conv1d(width, width, 3, padding=1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.across(self.up(x).t()).t()
+
+    model = make_stack(block=Convolved)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        bminf.wrapper(model, memory_limit="1GB", device="cpu")
+    assert isinstance(model.layers[0].up, bminf.QuantizedLinear)
 
 
 def test_a_single_linear_may_be_a_block() -> None:

@@ -88,6 +88,17 @@ def test_codes_and_activations_at_their_limits(m: int, activations: str) -> None
     assert relative_error(linear(-x, weight, None, activations), product(-x, weight)) < 1e-4
 
 
+@pytest.mark.parametrize("m", [1, 3])
+def test_the_digits_of_activations_are_rounded_to_the_nearest(m: int) -> None:
+    """Cut off, they would all err in the same direction, and their errors add up."""
+    weight, some = pack(torch.ones(8, 4096), INT8), torch.rand(m, 4096)
+    for x in (some, -some, 2 * some - 1):
+        step = x.abs().amax(1, keepdim=True).double() / 32512
+        off = (linear(x, weight, None, "float").double() - product(x, weight)) / step
+        # The error of a sum of roundings: 0.29 * sqrt(4096) steps in the mean; cut off, 2048.
+        assert (off.abs() < 6 * 0.29 * 64).all()
+
+
 @pytest.mark.parametrize("activations", ["float", "int8"])
 @pytest.mark.parametrize("m", [1, 2])
 def test_sums_beyond_32_bits(m: int, activations: str) -> None:
@@ -256,6 +267,7 @@ def test_bad_arguments_are_refused_before_any_work() -> None:
         (lambda: linear(x.double(), weight), r"x is torch\.float64; accepted: float32"),
         (lambda: linear(x.to("meta"), weight), "x is on meta, the weight on cpu"),
         (lambda: linear(x, weight, torch.randn(3)), r"bias is torch.float32 of shape \(3,\)"),
+        (lambda: linear(x, weight._replace(scale=torch.ones(3))), r"scale is .* shape \(3,\)"),
         (lambda: linear(x, weight, None, "int4"), "accepted: auto, float, int8"),
         (lambda: linear(x, pack(torch.randn(4, 6), INT4), None, "int8"), "needs 8-bit weights"),
         (lambda: gated_linear(x, weight, weight, "relu"), "accepted: gelu_tanh, gelu, silu"),

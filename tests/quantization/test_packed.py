@@ -81,6 +81,72 @@ def test_rounding_costs_half_a_step_at_most(form: Format, n: int, pairs: int, se
     assert ((dequantize(packed, torch.float32) - weight).abs() <= slack * step + 1e-6).all()
 
 
+def scale_of_columns(values: torch.Tensor, packed: PackedWeight) -> torch.Tensor:
+    """A scale or minimum of each weight, in float64."""
+    width = packed.group_size or packed.in_features
+    columns = values.double().reshape(packed.out_features, -1).repeat_interleave(width, 1)
+    return columns[:, : packed.in_features]
+
+
+@pytest.mark.parametrize("offset", [0.0, 3.0, -100.0])
+@pytest.mark.parametrize("form", FORMATS, ids=str)
+def test_each_code_is_the_nearest_for_the_scale_and_minimum_that_are_stored(
+    form: Format, offset: float
+) -> None:
+    """They are rounded to half precision first; far from 0 that moves a minimum by many steps."""
+    weight = 0.01 * torch.randn(4, 70) + offset
+    packed = pack(weight, form)
+    least, most = (-127, 127) if form.bits == 8 else (0, 15) if form.has_minimum else (-8, 7)
+    scale = scale_of_columns(packed.scale, packed)
+    wanted = weight.double()
+    if packed.minimum is not None:
+        wanted -= scale_of_columns(packed.minimum, packed)
+    choices = torch.arange(least, most + 1).double() * scale.unsqueeze(-1)
+    nearest = (choices - wanted.unsqueeze(-1)).abs().amin(-1)
+    error = (codes_of(packed).double() * scale - wanted).abs()
+    assert (error <= nearest + 1e-4 * scale.abs()).all()
+
+
+@pytest.mark.parametrize("form", [f for f in FORMATS if f.group_size], ids=str)
+@pytest.mark.parametrize("k", [64, 70])
+def test_a_group_is_packed_as_if_it_stood_alone(form: Format, k: int) -> None:
+    """The last one too, where it is short: what fills it up must not count."""
+    weight = 5 + torch.rand(3, k)  # no zeros in sight
+    weight[:, 0] = 1000
+    weight[:, -3] = 5
+    packed = pack(weight, form)
+    assert form.group_size is not None
+    for group, start in enumerate(range(0, k, form.group_size)):
+        columns = slice(start, start + form.group_size)
+        alone = pack(weight[:, columns], Format(form.bits, None, form.has_minimum))
+        assert torch.equal(packed.scale[:, group], alone.scale)
+        assert torch.equal(codes_of(packed)[:, columns], codes_of(alone))
+        if packed.minimum is not None and alone.minimum is not None:
+            assert torch.equal(packed.minimum[:, group], alone.minimum)
+
+
+@pytest.mark.parametrize("form", [INT4, Format(4), Format(4, 34)], ids=str)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_largest_weight_gets_the_code_that_has_no_twin(sign: int, form: Format) -> None:
+    weight = torch.rand(3, 70) - 0.5
+    starts = list(range(0, 70, form.group_size or 70))
+    weight[:, starts] = 2.0 * sign
+    packed = pack(weight, form)
+    assert (codes_of(packed)[:, starts] == -8).all()
+    assert (packed.scale == -0.25 * sign).all()
+    assert (dequantize(packed, torch.float32)[:, starts] == 2.0 * sign).all()
+
+
+def test_a_minimum_is_the_smallest_weight_and_15_steps_end_at_the_largest() -> None:
+    weight = torch.rand(3, 70) + 1
+    weight[:, 5::32], weight[:, 3::32] = 0.5, 4.25
+    packed = pack(weight, MINIMUM)
+    assert packed.minimum is not None
+    assert (packed.minimum == 0.5).all() and (packed.scale == 0.25).all()
+    codes = codes_of(packed)
+    assert not codes[:, 5::32].any() and (codes[:, 3::32] == 15).all()
+
+
 @settings(max_examples=40, deadline=None)
 @given(form=formats(), n=st.integers(1, 4), pairs=st.integers(1, 40), seed=st.integers(0, 2**31))
 def test_codes_survive_being_stored(form: Format, n: int, pairs: int, seed: int) -> None:
