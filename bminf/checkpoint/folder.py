@@ -1,0 +1,128 @@
+"""A checkpoint of any layout: which one it is, and its tensors, not read yet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from bminf.checkpoint.binary_file import read_json
+from bminf.checkpoint.bminf1_file import read_bminf1
+from bminf.checkpoint.model_parallel import (
+    FILE_IN_RANK_FOLDER,
+    TRACKER,
+    cpm_split,
+    is_model_parallel,
+    rank_files,
+    read_model_parallel,
+)
+from bminf.checkpoint.names import listed
+from bminf.checkpoint.sharded import read_sharded, read_weights
+from bminf.checkpoint.stored import Stored
+from bminf.checkpoint.torch_file import is_torch_file
+from bminf.errors import CheckpointError
+
+Kind = Literal["bminf", "original", "bminf1", "modelcenter", "huggingface"]
+
+# In the order of preference where a folder holds several of one kind.
+_FILES: dict[str, Kind] = {
+    "model.safetensors": "huggingface",
+    "model.safetensors.index.json": "huggingface",
+    "pytorch_model.bin": "huggingface",
+    "pytorch_model.bin.index.json": "huggingface",
+    "pytorch_model.pt": "modelcenter",
+    "checkpoint.pt": "bminf1",
+}
+_CONFIG = "config.json"
+_LAYOUTS = (
+    "a folder of bminf convert (config.json, model.safetensors), "
+    f"of the original code ({TRACKER} or mp_rank_NN_model_states.pt), "
+    "of BMInf 1.x (checkpoint.pt), of ModelCenter (pytorch_model.pt), "
+    "of Hugging Face (model.safetensors, pytorch_model.bin, or their .index.json)"
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """kind: the layout.   path: the folder.   tensors: under the names of that layout."""
+
+    kind: Kind
+    path: Path
+    tensors: Mapping[str, Stored]
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint in a folder, or that of one file in it; nothing is read but what names it.
+
+    Where a folder holds both, safetensors come before pytorch_model.bin.
+    Raises CheckpointError where there is none, one of an unknown layout, several of different
+    layouts, or a file of it is damaged.
+    """
+    try:
+        if path.is_dir():
+            return _open_folder(path)
+        if path.is_file():
+            return _open_file(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    raise CheckpointError(f"{path} does not exist; accepted: {_LAYOUTS}")
+
+
+def _open_folder(folder: Path) -> Checkpoint:
+    if _is_ours(folder):
+        return _open_named(folder / "model.safetensors", "bminf")
+    kinds: dict[Kind, Path] = {}
+    for name, kind in _FILES.items():
+        if (folder / name).is_file():
+            kinds.setdefault(kind, folder / name)
+    if is_model_parallel(folder):
+        kinds["original"] = folder
+    if len(kinds) > 1:
+        raise CheckpointError(
+            f"{folder} holds checkpoints of several layouts ({', '.join(kinds)}); "
+            f"give the path of one file: {listed(path.name for path in kinds.values())}"
+        )
+    for kind, path in kinds.items():
+        return _open_named(path, kind)
+    names = sorted(path.name for path in folder.iterdir())
+    holds = f"holds no checkpoint, but {listed(names)}" if names else "is empty"
+    raise CheckpointError(f"{folder} {holds}; accepted: {_LAYOUTS}")
+
+
+def _open_file(path: Path) -> Checkpoint:
+    folder = path.parent
+    if path.name == _CONFIG:
+        return _open_folder(folder)
+    if path.name == FILE_IN_RANK_FOLDER:
+        return _open_named(folder.parent, "original")
+    if path.name == TRACKER or (is_model_parallel(folder) and path in rank_files(folder)):
+        return _open_named(folder, "original")
+    if path.name not in _FILES:
+        raise CheckpointError(f"{path} is not the file of a checkpoint; accepted: {_LAYOUTS}")
+    if path.name == "model.safetensors" and _is_ours(folder):
+        return _open_named(path, "bminf")
+    return _open_named(path, _FILES[path.name])
+
+
+def _is_ours(folder: Path) -> bool:
+    config = folder / _CONFIG
+    return config.is_file() and read_json(config).get("format") == "bminf"
+
+
+def _open_named(path: Path, kind: Kind) -> Checkpoint:
+    folder = path if kind == "original" else path.parent
+    return Checkpoint(kind, folder, _tensors(path, kind))
+
+
+def _tensors(path: Path, kind: Kind) -> Mapping[str, Stored]:
+    if kind == "original":
+        return read_model_parallel(path, cpm_split)
+    if kind == "bminf1":
+        if is_torch_file(path):
+            raise CheckpointError(
+                f"{path} was written by torch.save, not by BMInf 1.x; name it pytorch_model.bin "
+                "if its names are Hugging Face's, pytorch_model.pt if they are ModelCenter's"
+            )
+        return read_bminf1(path)
+    return read_sharded(path) if path.name.endswith(".index.json") else read_weights(path)

@@ -1,0 +1,343 @@
+"""safetensors files: a reader that maps, and the writer of our own folders.
+
+A file is the length of a header (uint64), the header (JSON: name -> dtype, shape and data_offsets),
+and the data, which has no holes. In our own files each block is one run of bytes, its blob as
+bminf/layout.py lays it out, that begins at a multiple of 256 in the file: one read brings it. What
+the alignment leaves open is filled with uint8 tensors named "padding.0", "padding.1", ...
+
+Source: the safetensors README, "Format"; its reader in Rust is as strict as this one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import os
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, TypeGuard
+
+import torch
+
+from bminf.checkpoint.binary_file import BinaryFile, parse_json
+from bminf.checkpoint.stored import InFile, contiguous
+from bminf.errors import ArgumentError, CheckpointError
+from bminf.layout import FRESH_ALIGNMENT, Layout, TensorSpec
+from bminf.units import format_bytes
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "C64": torch.complex64,
+}
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_MOST_HEADER_BYTES = 10**8
+_MOST_DIMENSIONS = 64
+_METADATA = "__metadata__"
+_PADDING = "padding."
+_PADDING_KEY = "bminf.padding"  # in the metadata: how the names of paddings begin
+
+
+def read_safetensors(path: Path) -> dict[str, InFile]:
+    """Name -> tensor, in the order of the header; paddings of our own files are left out.
+
+    Raises CheckpointError where the header is not valid or does not fit the file.
+    """
+    tensors, metadata = _read_header(path)
+    if metadata.get(_PADDING_KEY) != _PADDING:
+        return tensors
+    return {n: t for n, t in tensors.items() if not (n.startswith(_PADDING) and _is_bytes(t))}
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What the writer of the file noted in it.   Raises CheckpointError as read_safetensors."""
+    _, metadata = _read_header(path)
+    return {key: value for key, value in metadata.items() if key != _PADDING_KEY}
+
+
+def read_blobs(path: Path, layouts: Mapping[str, Layout]) -> dict[str, tuple[int, int]]:
+    """Block -> (offset in the file, bytes) of its blob, (0, 0) for a block with no tensors.
+
+    layouts: as for write_safetensors.
+    Raises CheckpointError where a tensor is missing or does not lie as its layout says.
+    """
+    tensors = read_safetensors(path)
+    return {block: _blob(path, tensors, block, layout) for block, layout in layouts.items()}
+
+
+def write_safetensors(
+    path: Path,
+    layouts: Mapping[str, Layout],
+    tensors: Callable[[str], Iterable[tuple[str, torch.Tensor]]],
+    metadata: Mapping[str, str],
+) -> None:
+    """Write a file in which each block is one contiguous, aligned run of bytes.
+
+    layouts: block -> layout made with keep_addresses=False, of contiguous tensors that do not
+        overlap; "" is what lies outside all blocks.
+    tensors: asked block by block, in that order, for (name, tensor) of each tensor of the layout,
+        in any order; each is let go of before the next is asked for.
+    The tensor t of block b is named "b.t", that of "" is named "t". The file has another name until
+    it is complete, and an error leaves nothing.
+    Raises ArgumentError where a layout cannot be written so, or other tensors come than it has;
+    CheckpointError where there is no room or no permission.
+    """
+    if _PADDING_KEY in metadata:
+        raise ArgumentError(f"metadata has the key {_PADDING_KEY!r}, which the writer needs")
+    plan = _Plan.of(layouts)
+    header = _header(plan.places, {**metadata, _PADDING_KEY: _PADDING})
+    partial = path.with_name(f"{path.name}.part")
+    try:
+        with open(partial, "wb+") as file:
+            _reserve(file, header, plan.nbytes)
+            _write_data(file, len(header), plan, layouts, tensors)
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be written ({format_bytes(plan.nbytes)}): {error}; "
+            "give a folder with room that you may write to"
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _is_bytes(tensor: InFile) -> bool:
+    return tensor.dtype == torch.uint8 and len(tensor.shape) == 1
+
+
+def _read_header(path: Path) -> tuple[dict[str, InFile], dict[str, str]]:
+    with BinaryFile(path) as file:
+        (header_bytes,) = struct.unpack("<Q", file.at(0, 8, "the length of the header"))
+        if header_bytes > _MOST_HEADER_BYTES:
+            raise CheckpointError(
+                f"{path} is no safetensors file, or is damaged: its header would have "
+                f"{header_bytes} bytes; at most {_MOST_HEADER_BYTES} are accepted"
+            )
+        where = f"the header of {path}"
+        entries = parse_json(file.at(8, header_bytes, "the header"), where)
+        metadata = _checked_metadata(entries.pop(_METADATA, {}), where)
+        begin = 8 + header_bytes
+        tensors = {name: _tensor(path, name, entry, begin) for name, entry in entries.items()}
+        _check_no_holes(tensors, begin, file.nbytes, path)
+    return tensors, metadata
+
+
+def _checked_metadata(metadata: Any, where: str) -> dict[str, str]:
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise CheckpointError(f"{where} has {_METADATA} that is not a map of texts")
+    return metadata
+
+
+def _tensor(path: Path, name: str, entry: Any, data_begin: int) -> InFile:
+    fields = entry if isinstance(entry, dict) else {}
+    dtype_name = fields.get("dtype")
+    dtype = _DTYPES.get(dtype_name) if isinstance(dtype_name, str) else None
+    shape, offsets = fields.get("shape"), fields.get("data_offsets")
+    if dtype is None or not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
+        raise CheckpointError(
+            f"{name!r} in {path} has no dtype, shape and two data_offsets that are known; dtypes: "
+            f"{', '.join(_DTYPES)}"
+        )
+    begin, end = offsets
+    tensor = contiguous(path, data_begin + begin, shape, dtype, name)
+    if tensor.num_elements * dtype.itemsize != end - begin:
+        raise CheckpointError(
+            f"{name!r} in {path} has the shape {tensor.shape} and dtype {dtype}, but "
+            f"{end - begin} bytes; the file is damaged"
+        )
+    return tensor
+
+
+def _are_sizes(values: object) -> TypeGuard[list[int]]:
+    if not isinstance(values, list) or len(values) > _MOST_DIMENSIONS:
+        return False
+    return all(type(value) is int and 0 <= value < 2**60 for value in values)
+
+
+def _check_no_holes(tensors: Mapping[str, InFile], begin: int, end: int, path: Path) -> None:
+    position = begin
+    for tensor in sorted(tensors.values(), key=lambda t: (t.offset, t.span_bytes)):
+        if tensor.offset != position:
+            raise CheckpointError(
+                f"{path} is damaged: {tensor.name!r} begins at byte {tensor.offset}, "
+                f"but what is before it ends at {position}"
+            )
+        position += tensor.span_bytes
+    if position != end:
+        raise CheckpointError(
+            f"{path} is damaged or truncated: its tensors end at byte {position}, "
+            f"but the file has {end}; fetch it again"
+        )
+
+
+def _blob(path: Path, tensors: Mapping[str, InFile], block: str, layout: Layout) -> tuple[int, int]:
+    begin: int | None = None
+    for name, spec in layout.specs.items():
+        full_name = _full_name(block, name)
+        tensor = tensors.get(full_name)
+        if tensor is None:
+            raise CheckpointError(f"{path} lacks the tensor {full_name!r}")
+        if begin is None:
+            begin = tensor.offset - layout.offsets[name]
+        is_alike = tensor.shape == spec.shape and tensor.dtype == spec.dtype
+        is_there = tensor.offset == begin + layout.offsets[name]
+        if not is_alike or not is_there or begin % FRESH_ALIGNMENT:
+            raise CheckpointError(
+                f"{full_name!r} in {path} ({tensor.dtype} {tensor.shape} at byte {tensor.offset}) "
+                f"does not lie as the model's layout says ({spec.dtype} {spec.shape} at "
+                f"{begin + layout.offsets[name]}); convert the original checkpoint again"
+            )
+    return (0, 0) if begin is None else (begin, layout.extent)
+
+
+def _full_name(block: str, name: str) -> str:
+    return f"{block}.{name}" if block else name
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor, or a padding, lies in the data."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """places: name -> place, without holes.   begins: block -> where its blob begins."""
+
+    places: Mapping[str, _Place]
+    begins: Mapping[str, int]
+    nbytes: int
+
+    @classmethod
+    def of(cls, layouts: Mapping[str, Layout]) -> _Plan:
+        begins: dict[str, int] = {}
+        places: dict[str, _Place] = {}
+        paddings: dict[str, _Place] = {}
+        end = 0
+        for block, layout in layouts.items():
+            begins[block] = -(-end // FRESH_ALIGNMENT) * FRESH_ALIGNMENT
+            for name, place in _block_places(block, layout, begins[block]):
+                if name in places or name == _METADATA or name.startswith(_PADDING):
+                    raise ArgumentError(f"the tensor name {name!r} is taken; rename the block")
+                if place.begin < end:
+                    raise ArgumentError(f"{name!r} overlaps another tensor; store it once")
+                if place.begin > end:
+                    gap = _Place(torch.uint8, (place.begin - end,), end, place.begin)
+                    paddings[f"{_PADDING}{len(paddings)}"] = gap
+                places[name] = place
+                end = place.end
+        return cls({**places, **paddings}, begins, end)
+
+
+def _block_places(block: str, layout: Layout, begin: int) -> Iterator[tuple[str, _Place]]:
+    """(full name, place) in the order of the bytes."""
+    by_offset = sorted(layout.specs, key=lambda n: (layout.offsets[n], layout.specs[n].nbytes))
+    for name in by_offset:
+        spec, offset, full_name = layout.specs[name], layout.offsets[name], _full_name(block, name)
+        if offset % FRESH_ALIGNMENT:
+            raise ArgumentError(
+                f"{full_name!r} lies at {offset} in its blob, no multiple of {FRESH_ALIGNMENT}; "
+                "make the layout with keep_addresses=False"
+            )
+        if not _is_contiguous(spec) or spec.dtype not in _DTYPE_NAMES:
+            raise ArgumentError(
+                f"{full_name!r} is {spec.dtype} of shape {spec.shape} and strides {spec.stride}; "
+                f"safetensors holds contiguous tensors of {', '.join(_DTYPES)}"
+            )
+        yield (
+            full_name,
+            _Place(spec.dtype, spec.shape, begin + offset, begin + offset + spec.nbytes),
+        )
+
+
+def _is_contiguous(spec: TensorSpec) -> bool:
+    if 0 in spec.shape:
+        return True
+    expected = [math.prod(spec.shape[axis + 1 :]) for axis in range(len(spec.shape))]
+    return all(
+        size == 1 or stride == right
+        for size, stride, right in zip(spec.shape, spec.stride, expected, strict=True)
+    )
+
+
+def _header(places: Mapping[str, _Place], metadata: Mapping[str, str]) -> bytes:
+    """The length and the header, filled with spaces so that the data begins aligned."""
+    entries: dict[str, Any] = {_METADATA: dict(metadata)}
+    for name, place in places.items():
+        entries[name] = {
+            "dtype": _DTYPE_NAMES[place.dtype],
+            "shape": list(place.shape),
+            "data_offsets": [place.begin, place.end],
+        }
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % FRESH_ALIGNMENT)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _reserve(file: BinaryIO, header: bytes, data_bytes: int) -> None:
+    """Write the header and take the room: to a map with no room behind it nothing can be written.
+
+    A process that tries is killed, so a full disk has to be found here.
+    """
+    file.write(header)
+    file.flush()
+    nbytes = len(header) + data_bytes
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, nbytes)
+    else:
+        os.ftruncate(file.fileno(), nbytes)
+
+
+def _write_data(
+    file: BinaryIO,
+    header_bytes: int,
+    plan: _Plan,
+    layouts: Mapping[str, Layout],
+    tensors: Callable[[str], Iterable[tuple[str, torch.Tensor]]],
+) -> None:
+    region = mmap.mmap(file.fileno(), header_bytes + plan.nbytes)
+    with torch.inference_mode(False):
+        data = torch.frombuffer(region, dtype=torch.uint8)[header_bytes:]
+    for block, layout in layouts.items():
+        begin = plan.begins[block]
+        _fill(block, layout, data[begin : begin + layout.extent], tensors(block))
+    region.flush()
+
+
+def _fill(
+    block: str, layout: Layout, blob: torch.Tensor, tensors: Iterable[tuple[str, torch.Tensor]]
+) -> None:
+    missing = set(layout.specs)
+    for name, tensor in tensors:
+        full_name = _full_name(block, name)
+        if name not in missing:
+            raise ArgumentError(f"{full_name!r} came twice, or is not in the layout")
+        spec = layout.specs[name]
+        if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.dtype:
+            raise ArgumentError(
+                f"{full_name!r} came as {tensor.dtype} {tuple(tensor.shape)}; "
+                f"its layout has {spec.dtype} {spec.shape}"
+            )
+        layout.fill(blob, [(name, tensor)])
+        missing.remove(name)
+        del tensor  # before the next one is made
+    if missing:
+        raise ArgumentError(f"{_full_name(block, min(missing))!r} did not come; give every tensor")

@@ -1,0 +1,219 @@
+"""What the names and persistent ids in a file of torch.save mean, and that all others mean nothing.
+
+Source: torch/_utils.py, torch/storage.py, torch/serialization.py.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeGuard
+
+import torch
+
+from bminf.checkpoint.binary_file import BinaryFile
+from bminf.checkpoint.pickled import Placeholder, Stream, key_of, unpickle
+from bminf.checkpoint.stored import InFile
+
+_STORAGE_DTYPES = {
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+    "ComplexDoubleStorage": torch.complex128,
+    "ComplexFloatStorage": torch.complex64,
+    "UntypedStorage": torch.uint8,
+}
+# Their sizes are needed to find what lies behind them; tensors of them are not read.
+_QUANTIZED_STORAGE_DTYPES = {
+    "QInt8Storage": torch.qint8,
+    "QUInt8Storage": torch.quint8,
+    "QInt32Storage": torch.qint32,
+    "QUInt4x2Storage": torch.quint4x2,
+    "QUInt2x4Storage": torch.quint2x4,
+}
+_DTYPES = {
+    f"torch.{name}": value for name, value in vars(torch).items() if isinstance(value, torch.dtype)
+}
+
+
+@dataclass(frozen=True)
+class StorageId:
+    """What a persistent id says of a storage; num_elements and view count elements of dtype.
+
+    view: (key, first element, number of elements) of a storage that is a part of this one.
+    """
+
+    storage_class: str
+    dtype: torch.dtype
+    key: str
+    num_elements: int
+    view: tuple[str, int, int] | None
+
+    @property
+    def nbytes(self) -> int:
+        return self.num_elements * self.dtype.itemsize
+
+
+@dataclass(frozen=True, eq=False)
+class _Storage(Placeholder):
+    """The bytes that one or several tensors lie in; met by itself it is no tensor."""
+
+    key: str
+    offset: int
+    nbytes: int
+    dtype: torch.dtype
+
+
+def load(file: BinaryFile, stream: Stream, offset_of: Callable[[StorageId], int]) -> object:
+    """The object of one pickle in `file`, an InFile in the place of each tensor.
+
+    offset_of: where the bytes of a storage begin in the file; it also checks that they are there.
+    Raises ValueError where the pickle, or a tensor in it, is damaged.
+    """
+    meaning = _Meaning(file, offset_of)
+    return unpickle(stream, _DTYPES, meaning.functions, meaning.storage)
+
+
+class _Meaning:
+    def __init__(self, file: BinaryFile, offset_of: Callable[[StorageId], int]) -> None:
+        self._file, self._offset_of = file, offset_of
+        self.functions = {
+            **_FUNCTIONS,
+            "torch._utils._rebuild_tensor": self._tensor,
+            "torch._utils._rebuild_tensor_v2": self._tensor,
+        }
+
+    def storage(self, persistent_id: object) -> Placeholder:
+        if type(persistent_id) is tuple and persistent_id[:1] == ("module",):
+            return Placeholder("a module saved whole")
+        found = _storage_id(persistent_id)
+        offset, name = self._offset_of(found), f"torch.{found.storage_class}()"
+        if found.view is None:
+            return _Storage(name, found.key, offset, found.nbytes, found.dtype)
+        key, first, num_elements = found.view
+        if first + num_elements > found.num_elements:
+            raise ValueError(f"the storage {key!r} reaches beyond {found.key!r}, a part of which")
+        itemsize = found.dtype.itemsize
+        return _Storage(name, key, offset + first * itemsize, num_elements * itemsize, found.dtype)
+
+    def _tensor(self, arguments: tuple[object, ...]) -> object:
+        """(storage, offset, shape, stride, requires_grad, hooks[, conjugate and negative bits])."""
+        storage, first, shape, stride = arguments[:4]
+        if not isinstance(storage, _Storage):
+            return Placeholder("a tensor with no storage in the file")
+        if len(arguments) > 6 and arguments[6]:
+            return Placeholder("a conjugate or negative tensor")
+        if storage.dtype in _QUANTIZED_STORAGE_DTYPES.values():
+            return Placeholder("a tensor of a quantized dtype")
+        if not (_is_size(first) and _are_sizes(shape) and _are_sizes(stride)):
+            raise ValueError("a tensor with an impossible shape, stride or offset")
+        begin = first * storage.dtype.itemsize
+        tensor = InFile(
+            self._file.path, storage.offset + begin, shape, stride, storage.dtype, storage.key
+        )
+        if begin + tensor.span_bytes > storage.nbytes:
+            raise ValueError(f"a tensor of shape {shape} reaches beyond its storage")
+        if tensor.num_elements * storage.dtype.itemsize > self._file.nbytes:
+            # Strides of 0 can make any size of a few bytes; no weight is saved so.
+            raise ValueError(f"a tensor of shape {shape}, larger than the whole file")
+        return tensor
+
+
+def _storage_id(persistent_id: object) -> StorageId:
+    if type(persistent_id) is not tuple or len(persistent_id) not in (5, 6):
+        raise ValueError("a persistent id that is no storage")
+    word, named, key, _, num_elements, view = (*persistent_id, None)[:6]
+    storage_class = named.name.rpartition(".")[2] if isinstance(named, Placeholder) else ""
+    dtype = {**_STORAGE_DTYPES, **_QUANTIZED_STORAGE_DTYPES}.get(storage_class)
+    if word != "storage" or dtype is None:
+        raise ValueError(f"a storage of the unknown class {storage_class!r}")
+    if type(key) is not str or not _is_size(num_elements):
+        raise ValueError("a storage with an impossible key or size")
+    return StorageId(storage_class, dtype, key, num_elements, _view(view))
+
+
+def _view(view: object) -> tuple[str, int, int] | None:
+    if view is None:
+        return None
+    if type(view) is tuple and len(view) == 3:
+        key, first, num_elements = view
+        if type(key) is str and _is_size(first) and _is_size(num_elements):
+            return key, first, num_elements
+    raise ValueError("a part of a storage that is not described")
+
+
+def _is_size(value: object) -> TypeGuard[int]:
+    return type(value) is int and 0 <= value < 2**60
+
+
+def _are_sizes(values: object) -> TypeGuard[tuple[int, ...]]:
+    return type(values) is tuple and all(_is_size(value) for value in values)
+
+
+def _first(arguments: tuple[object, ...]) -> object:
+    """A parameter is the tensor it holds; requires_grad, hooks and Python attributes go."""
+    if not arguments:
+        raise ValueError("a parameter with no tensor")
+    return arguments[0]
+
+
+def _ordered_dict(arguments: tuple[object, ...]) -> object:
+    made: OrderedDict[object, object] = OrderedDict()
+    for pair in _items(arguments):
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise ValueError("an OrderedDict of something else than pairs")
+        made[key_of(pair[0])] = pair[1]
+    return made
+
+
+def _device(arguments: tuple[object, ...]) -> object:
+    if any(type(argument) not in (str, int) for argument in arguments):
+        raise ValueError("a torch.device of something else than its name")
+    return ":".join(str(argument) for argument in arguments)
+
+
+def _encoded(arguments: tuple[object, ...]) -> object:
+    text, encoding = (*arguments, None, None)[:2]
+    if type(text) is not str or encoding not in ("latin1", "latin-1"):
+        raise ValueError("bytes that are not written as latin-1")
+    return text.encode("latin-1")
+
+
+def _items(arguments: tuple[object, ...]) -> list[object]:
+    """The items of the one list or tuple that is the argument; none is an empty one."""
+    if not arguments:
+        return []
+    if len(arguments) != 1 or not isinstance(arguments[0], list | tuple):
+        raise ValueError("a container made of something else than a list")
+    return list(arguments[0])
+
+
+def _set(arguments: tuple[object, ...]) -> object:
+    return {key_of(item) for item in _items(arguments)}
+
+
+def _frozenset(arguments: tuple[object, ...]) -> object:
+    return frozenset(key_of(item) for item in _items(arguments))
+
+
+_FUNCTIONS: dict[str, Callable[[tuple[object, ...]], object]] = {
+    "torch._utils._rebuild_parameter": _first,
+    "torch._utils._rebuild_parameter_with_state": _first,
+    "torch.Size": lambda arguments: tuple(_items(arguments)),
+    "torch.device": _device,
+    "collections.OrderedDict": _ordered_dict,
+    # Protocol 2, torch's default, has no instructions for bytes and sets; Python 2's names first.
+    "_codecs.encode": _encoded,
+    "__builtin__.set": _set,
+    "builtins.set": _set,
+    "__builtin__.frozenset": _frozenset,
+    "builtins.frozenset": _frozenset,
+}

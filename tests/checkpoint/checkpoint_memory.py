@@ -1,0 +1,58 @@
+"""Run as a program by test_checkpoint_memory.py: what reading and writing cost, printed as JSON.
+
+Arguments: what to do (zip, old, safetensors or write) and the file.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for smollm2_memory
+
+import torch
+from smollm2_memory import Peak, status_bytes
+
+from bminf.checkpoint.safetensors_file import read_safetensors, write_safetensors
+from bminf.checkpoint.torch_file import read_torch_file, weights_of
+from bminf.layout import Layout, TensorSpec
+
+NUM_TENSORS, TENSOR_BYTES = 50, 2**22
+
+
+def read(path: Path, is_torch: bool) -> int:
+    weights = weights_of(read_torch_file(path), path) if is_torch else read_safetensors(path)
+    total = 0
+    for stored in weights.values():
+        tensor = stored.read()
+        assert float(tensor.view(-1)[::512].float().sum()) != 0  # every page
+        total += tensor.nbytes
+    return total
+
+
+def write(path: Path) -> int:
+    spec = TensorSpec((TENSOR_BYTES,), (1,), torch.uint8)
+    names = [f"t{n}" for n in range(NUM_TENSORS // 2)]
+    layout = Layout.of(dict.fromkeys(names, spec), keep_addresses=False)
+
+    def tensors(block: str) -> Iterator[tuple[str, torch.Tensor]]:
+        for name in names:
+            yield name, torch.ones(TENSOR_BYTES, dtype=torch.uint8)
+
+    write_safetensors(path, {"a": layout, "b": layout}, tensors, {})
+    return NUM_TENSORS * TENSOR_BYTES
+
+
+def main(what: str, file: str) -> None:
+    torch.ones(10).sum()  # what torch sets up at its first operation
+    before = status_bytes("RssAnon")
+    with Peak() as peak:
+        path = Path(file)
+        total = write(path) if what == "write" else read(path, what != "safetensors")
+    print(json.dumps({"total_bytes": total, "peak_bytes": peak.nbytes - before}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,35 @@
+"""Reading tensor by tensor, and writing so, takes next to no memory of one's own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from checkpoint_memory import NUM_TENSORS, TENSOR_BYTES
+from saved_files import save
+
+MOST_BYTES = 20 * 2**20
+
+
+@pytest.mark.parametrize("what", ["zip", "old", "safetensors", "write"])
+def test_a_file_of_200_mb_takes_less_than_20(what: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.pt"
+    shared = torch.ones(TENSOR_BYTES // 2, dtype=torch.float16)
+    weights = {f"t{n}": shared.clone() for n in range(NUM_TENSORS)} if what != "write" else {}
+    if what in ("zip", "old"):
+        save(weights, path, what)
+    elif what == "safetensors":
+        safetensors.torch.save_file(weights, path)
+    program = Path(__file__).with_name("checkpoint_memory.py")
+    done = subprocess.run(
+        [sys.executable, str(program), what, str(path)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["total_bytes"] == NUM_TENSORS * TENSOR_BYTES > 200 * 10**6
+    assert report["peak_bytes"] < MOST_BYTES

@@ -1,0 +1,237 @@
+"""Folders of the original code: all ranks together are the whole, and mixed ranks are errors."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from saved_files import FORMS
+
+from bminf.checkpoint.model_parallel import (
+    COLUMNS,
+    REPLICATED,
+    ROWS,
+    STRIPED,
+    Split,
+    cpm_split,
+    read_model_parallel,
+)
+from bminf.errors import CheckpointError
+
+# The tables of the published checkpoints: names and how they are cut, for layer 1.
+CPM1 = {
+    "word_embeddings.weight": ROWS,
+    "position_embeddings.weight": REPLICATED,
+    "transformer.layers.1.input_layernorm.weight": REPLICATED,
+    "transformer.layers.1.input_layernorm.bias": REPLICATED,
+    "transformer.layers.1.post_attention_layernorm.weight": REPLICATED,
+    "transformer.layers.1.post_attention_layernorm.bias": REPLICATED,
+    "transformer.layers.1.attention.query_key_value.weight": STRIPED(3),
+    "transformer.layers.1.attention.query_key_value.bias": STRIPED(3),
+    "transformer.layers.1.attention.dense.weight": COLUMNS,
+    "transformer.layers.1.attention.dense.bias": REPLICATED,
+    "transformer.layers.1.mlp.dense_h_to_4h.weight": ROWS,
+    "transformer.layers.1.mlp.dense_h_to_4h.bias": ROWS,
+    "transformer.layers.1.mlp.dense_4h_to_h.weight": COLUMNS,
+    "transformer.layers.1.mlp.dense_4h_to_h.bias": REPLICATED,
+    "transformer.final_layernorm.weight": REPLICATED,
+    "transformer.final_layernorm.bias": REPLICATED,
+}
+T5 = {
+    "word_embeds.weight": ROWS,
+    "lm_head.weight": ROWS,
+    "role_embeds.weight": REPLICATED,
+    "encoder.word_embeds.weight": ROWS,
+    "decoder.word_embeds.weight": ROWS,
+    "encoder.role_embeds.weight": REPLICATED,
+    "encoder.prompt_embeds.weight": REPLICATED,
+    "encoder.final_layernorm.weight": REPLICATED,
+    "encoder.blocks.1.self_attn.layer_norm.weight": REPLICATED,
+    "encoder.blocks.1.self_attn.self_attn.project.weight": STRIPED(3),
+    "encoder.blocks.1.self_attn.self_attn.dense.weight": COLUMNS,
+    "encoder.blocks.0.self_attn.self_attn.relative_attention_bias.weight": COLUMNS,
+    "decoder.blocks.1.cross_attn.layer_norm.weight": REPLICATED,
+    "decoder.blocks.1.cross_attn.cross_attn.project_q.weight": ROWS,
+    "decoder.blocks.1.cross_attn.cross_attn.project_kv.weight": STRIPED(2),
+    "decoder.blocks.1.cross_attn.cross_attn.dense.weight": COLUMNS,
+    "decoder.blocks.1.ff.layer_norm.weight": REPLICATED,
+    "decoder.blocks.1.ff.dense_relu_dense.wi_0.weight": ROWS,
+    "decoder.blocks.1.ff.dense_relu_dense.wi_1.weight": ROWS,
+    "decoder.blocks.1.ff.dense_relu_dense.wo.weight": COLUMNS,
+}
+
+
+@pytest.mark.parametrize("table", [CPM1, T5], ids=["cpm1", "t5"])
+def test_the_tables_of_the_published_checkpoints(table: dict[str, Split]) -> None:
+    assert {name: cpm_split(name) for name in table} == table
+
+
+@pytest.mark.parametrize("name", ["transformer.mystery.weight", "weight", "lm_head.weights", ""])
+def test_a_name_of_another_model_is_an_error(name: str) -> None:
+    with pytest.raises(CheckpointError, match=f"{name!r}"):
+        cpm_split(name)
+
+
+def whole_weights() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    return {
+        name: torch.randn(24, 8) if name.endswith("weight") else torch.randn(24)
+        for name in [*CPM1, *T5]
+    }
+
+
+def part(tensor: torch.Tensor, split: Split, rank: int, num_ranks: int) -> torch.Tensor:
+    if split.axis is None:
+        return tensor
+    if split.axis == 1:
+        return tensor.chunk(num_ranks, 1)[rank].clone()
+    matrices = tensor.chunk(split.num_stripes)
+    return torch.cat([matrix.chunk(num_ranks)[rank] for matrix in matrices])
+
+
+def write_ranks(
+    folder: Path, num_ranks: int, form: str = "zip", tracker: str | None = "7", **extra: Any
+) -> Path:
+    """A folder of whole_weights(), cut for num_ranks."""
+    (folder / "7").mkdir(parents=True)
+    if tracker is not None:
+        (folder / "latest_checkpointed_iteration.txt").write_text(tracker)
+    for rank in range(num_ranks):
+        weights = {
+            name: part(tensor, cpm_split(name), rank, num_ranks)
+            for name, tensor in whole_weights().items()
+        }
+        saved = {"module": weights, "optimizer": None, "mp_world_size": num_ranks, **extra}
+        torch.save(
+            saved,
+            folder / "7" / f"mp_rank_{rank:02d}_model_states.pt",
+            _use_new_zipfile_serialization=form == "zip",
+        )
+    return folder
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+def test_the_ranks_together_are_the_whole(num_ranks: int, form: str, tmp_path: Path) -> None:
+    write_ranks(tmp_path, num_ranks, form)
+    for folder in (tmp_path, tmp_path / "7"):
+        found = read_model_parallel(folder, cpm_split)
+        assert list(found) == list(whole_weights())
+        for name, tensor in whole_weights().items():
+            assert found[name].shape == tuple(tensor.shape), name
+            assert torch.equal(found[name].read(), tensor), name
+
+
+def test_the_layout_without_deepspeed_is_read(tmp_path: Path) -> None:
+    write_ranks(tmp_path / "a", 2)
+    folder = tmp_path / "b" / "iter_0000007"
+    for rank in range(2):
+        (folder / f"mp_rank_{rank:02d}").mkdir(parents=True)
+        saved = torch.load(tmp_path / "a" / "7" / f"mp_rank_{rank:02d}_model_states.pt")
+        torch.save({"model": saved["module"]}, folder / f"mp_rank_{rank:02d}/model_optim_rng.pt")
+    (tmp_path / "b" / "latest_checkpointed_iteration.txt").write_text("7\n")
+    for place in (tmp_path / "b", folder):
+        found = read_model_parallel(place, cpm_split)
+        for name, tensor in whole_weights().items():
+            assert torch.equal(found[name].read(), tensor), name
+
+
+def test_one_rank_is_read_whatever_its_names_are(tmp_path: Path) -> None:
+    torch.save({"module": {"mystery": torch.ones(1)}}, tmp_path / "mp_rank_00_model_states.pt")
+    assert list(read_model_parallel(tmp_path, cpm_split)) == ["mystery"]
+
+
+def rank_file(folder: Path, rank: int) -> Path:
+    return folder / "7" / f"mp_rank_{rank:02d}_model_states.pt"
+
+
+def change(path: Path, **changes: Any) -> None:
+    torch.save({**torch.load(path, weights_only=False), **changes}, path)
+
+
+def change_weights(path: Path, **changes: Any) -> None:
+    weights = torch.load(path)["module"]
+    weights.update({name.replace("__", "."): value for name, value in changes.items()})
+    change(path, module={name: value for name, value in weights.items() if value is not None})
+
+
+def mix_degrees(folder: Path) -> None:
+    write_ranks(folder / "other", 4)
+    shutil.copy(rank_file(folder / "other", 1), rank_file(folder, 1))
+    for rank in range(2):
+        change(rank_file(folder, rank), mp_world_size=None)
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "rank 0 missing": (lambda f: rank_file(f, 0).unlink(), "lacks the file of rank 00"),
+    "rank 1 missing": (lambda f: rank_file(f, 1).unlink(), "mp_world_size"),
+    "a gap": (lambda f: rank_file(f, 1).rename(rank_file(f, 2)), "lacks the file of rank 01"),
+    "twice": (
+        lambda f: shutil.copy(rank_file(f, 1), f / "7" / "mp_rank_1_model_states.pt"),
+        "holds rank 01 twice",
+    ),
+    "degrees mixed": (mix_degrees, "ranks of different checkpoints, or degrees"),
+    "another degree": (
+        lambda f: change(rank_file(f, 1), mp_world_size=4),
+        r"mp_rank_01_model_states.pt is one of 4 ranks .* holds 2",
+    ),
+    "other names": (
+        lambda f: change_weights(rank_file(f, 1), extra=torch.ones(1)),
+        "do not hold the same tensors: 'extra' in one",
+    ),
+    "a tensor missing": (
+        lambda f: change_weights(rank_file(f, 0), lm_head__weight=None),
+        r"do not hold the same tensors: 'lm_head\.weight'",
+    ),
+    "another dtype": (
+        lambda f: change_weights(rank_file(f, 1), lm_head__weight=torch.ones(12, 8).half()),
+        r"'lm_head\.weight' in .*rank_00.*'lm_head\.weight' in .*rank_01",
+    ),
+    "a tensor that no rule cuts": (
+        lambda f: [change_weights(rank_file(f, r), mystery=torch.ones(1)) for r in (0, 1)],
+        "no model of the CPM family has a tensor 'mystery'",
+    ),
+    "no module": (lambda f: torch.save({"a": 1}, rank_file(f, 0)), "under the key 'module'.*'a'"),
+    "a list": (lambda f: torch.save([], rank_file(f, 0)), "under the key 'module'"),
+    "no weights": (lambda f: change(rank_file(f, 0), module={}), "it is empty"),
+    "None as weights": (lambda f: change(rank_file(f, 0), module=None), "holds None where"),
+    "None among the weights": (
+        lambda f: change(rank_file(f, 0), module={"w": None}), "holds None under the name 'w'"
+    ),
+    "no torch file": (lambda f: rank_file(f, 1).write_bytes(b"<html>"), "web page"),
+    "no iteration": (lambda f: (f / "7").rename(f / "8"), "names the iteration 7"),
+    "empty iteration": (
+        lambda f: [rank_file(f, r).unlink() for r in (0, 1)], "holds no mp_rank_00"
+    ),
+    "a bad tracker": (
+        lambda f: (f / "latest_checkpointed_iteration.txt").write_text("../7"),
+        "should be the number of an iteration",
+    ),
+    "an empty tracker": (
+        lambda f: (f / "latest_checkpointed_iteration.txt").write_text(""),
+        "should be the number of an iteration",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_ranks_that_do_not_go_together_are_errors(damage: str, tmp_path: Path) -> None:
+    do, message = DAMAGES[damage]
+    do(write_ranks(tmp_path, 2))
+    with pytest.raises(CheckpointError, match=message) as caught:
+        read_model_parallel(tmp_path, cpm_split)
+    assert str(tmp_path) in str(caught.value) or "CPM family" in message
+
+
+def test_replicated_tensors_that_differ_are_an_error_when_read(tmp_path: Path) -> None:
+    name = "transformer.final_layernorm.bias"
+    write_ranks(tmp_path, 2)
+    change_weights(rank_file(tmp_path, 1), **{name: torch.ones(24)})
+    found = read_model_parallel(tmp_path, cpm_split)
+    with pytest.raises(CheckpointError, match=r"rank_00.*rank_01.* should be the same, but differ"):
+        found[name].read()
+    assert torch.equal(found["lm_head.weight"].read(), whole_weights()["lm_head.weight"])

@@ -1,0 +1,320 @@
+"""safetensors: as strict a reader as the library's, and a writer of aligned, contiguous blocks."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+
+from bminf.checkpoint.safetensors_file import (
+    read_blobs,
+    read_metadata,
+    read_safetensors,
+    write_safetensors,
+)
+from bminf.errors import ArgumentError, CheckpointError
+from bminf.layout import Layout, TensorSpec
+
+DTYPES = [
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32,
+    torch.int16, torch.int8, torch.uint8, torch.bool, torch.float8_e4m3fn, torch.float8_e5m2,
+    torch.complex64,
+]  # fmt: skip
+
+Blocks = dict[str, dict[str, torch.Tensor]]
+
+
+def layouts_of(blocks: Blocks) -> dict[str, Layout]:
+    def spec(tensor: torch.Tensor) -> TensorSpec:
+        return TensorSpec(tuple(tensor.shape), tensor.stride(), tensor.dtype)
+
+    return {
+        block: Layout.of({name: spec(t) for name, t in tensors.items()}, keep_addresses=False)
+        for block, tensors in blocks.items()
+    }
+
+
+def giver(blocks: Blocks) -> Callable[[str], Iterator[tuple[str, torch.Tensor]]]:
+    """Tensors of a block, in another order than that of the layout."""
+    return lambda block: reversed(blocks[block].items())
+
+
+def make_blocks() -> Blocks:
+    def block(seed: int) -> dict[str, torch.Tensor]:
+        torch.manual_seed(seed)
+        return {
+            "qweight": torch.randint(-127, 128, (6, 48), dtype=torch.int8),
+            "scale": torch.rand(6),
+            "empty": torch.empty(0, 3, dtype=torch.float16),
+            "norm.weight": torch.randn(33).half(),
+            "number": torch.tensor(3),
+        }
+
+    return {"": {"head": torch.randn(5, 7)}, "layers.0": block(0), "none": {}, "layers.1": block(1)}
+
+
+def write(path: Path, blocks: Blocks, **metadata: str) -> Path:
+    write_safetensors(path, layouts_of(blocks), giver(blocks), metadata)
+    return path
+
+
+def named(blocks: Blocks) -> dict[str, torch.Tensor]:
+    return {
+        f"{block}.{name}" if block else name: tensor
+        for block, tensors in blocks.items()
+        for name, tensor in tensors.items()
+    }
+
+
+def test_what_was_written_is_read(tmp_path: Path) -> None:
+    blocks = make_blocks()
+    path = write(tmp_path / "model.safetensors", blocks, format="bminf", note="ä")
+    found = read_safetensors(path)
+    assert set(found) == set(named(blocks))
+    for name, tensor in named(blocks).items():
+        read = found[name].read()
+        assert read.dtype == tensor.dtype and torch.equal(read, tensor), name
+        assert found[name].offset % 256 == 0
+    assert read_metadata(path) == {"format": "bminf", "note": "ä"}
+    assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_the_library_reads_it_and_finds_no_hole(tmp_path: Path) -> None:
+    blocks = make_blocks()
+    path = write(tmp_path / "model.safetensors", blocks)
+    with safe_open(path, "pt") as file:
+        names = set(file.keys())
+        for name, tensor in named(blocks).items():
+            assert torch.equal(file.get_tensor(name), tensor), name
+    paddings = names - set(named(blocks))
+    assert paddings and all(name.startswith("padding.") for name in paddings)
+
+
+def test_each_block_is_one_read_of_its_blob(tmp_path: Path) -> None:
+    blocks = make_blocks()
+    layouts = layouts_of(blocks)
+    path = write(tmp_path / "model.safetensors", blocks)
+    content = path.read_bytes()
+    places = read_blobs(path, layouts)
+    assert list(places) == list(blocks) and places["none"] == (0, 0)
+    for block, (offset, nbytes) in places.items():
+        assert offset % 256 == 0 and nbytes == layouts[block].extent
+        blob = torch.frombuffer(
+            bytearray(content[offset : offset + nbytes] or b"\0"), dtype=torch.uint8
+        )
+        for name, view in layouts[block].views(blob).items():
+            assert torch.equal(view, blocks[block][name]), (block, name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_each_dtype_goes_there_and_back(dtype: torch.dtype, tmp_path: Path) -> None:
+    tensor = torch.arange(5).to(dtype)
+    path = write(tmp_path / "a.safetensors", {"b": {"t": tensor}})
+    for read in (read_safetensors(path)["b.t"].read(), safetensors.torch.load_file(path)["b.t"]):
+        assert read.dtype == dtype
+        assert torch.equal(read.view(torch.uint8), tensor.view(torch.uint8))
+
+
+def test_files_of_the_library_are_read(tmp_path: Path) -> None:
+    saved = {"a": torch.randn(3, 4), "b": torch.randn(5).half(), "c": torch.ones(3).bool()}
+    saved["padding.0"] = torch.zeros(3, dtype=torch.uint8)  # theirs: it is a tensor like any
+    path = tmp_path / "a.safetensors"
+    safetensors.torch.save_file(saved, path, metadata={"format": "pt"})
+    found = read_safetensors(path)
+    assert set(found) == set(saved) and read_metadata(path) == {"format": "pt"}
+    for name, tensor in saved.items():
+        assert torch.equal(found[name].read(), tensor)
+
+
+def raw(path: Path, header: Any, data: bytes = b"", length: int | None = None) -> Path:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
+    return path
+
+
+def entry(begin: Any, end: Any, shape: Any = None, dtype: Any = "U8") -> dict[str, Any]:
+    shape = [end - begin] if shape is None else shape
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+BAD = {
+    "overlap": ({"a": entry(0, 4), "b": entry(2, 6)}, 6, "begins at byte"),
+    "hole": ({"a": entry(0, 4), "b": entry(5, 6)}, 6, "begins at byte"),
+    "hole at the beginning": ({"a": entry(1, 4)}, 4, "begins at byte"),
+    "short file": ({"a": entry(0, 8)}, 7, "truncated"),
+    "long file": ({"a": entry(0, 4)}, 5, "truncated"),
+    "wrong size": ({"a": entry(0, 4, [3])}, 4, "but 4 bytes"),
+    "wrong size of the dtype": ({"a": entry(0, 4, [4], "F32")}, 4, "but 4 bytes"),
+    "backwards": ({"a": entry(4, 0, [4])}, 4, "but -4 bytes"),
+    "unknown dtype": ({"a": entry(0, 4, dtype="F5")}, 4, "no dtype"),
+    "dtype that is a list": ({"a": entry(0, 4, dtype=["U8"])}, 4, "no dtype"),
+    "negative shape": ({"a": entry(0, 4, [-4, -1])}, 4, "no dtype"),
+    "shape of floats": ({"a": entry(0, 4, [4.0])}, 4, "no dtype"),
+    "shape of bools": ({"a": entry(0, 1, [True])}, 1, "no dtype"),
+    "shape that is a number": ({"a": entry(0, 4, 4)}, 4, "no dtype"),
+    "many dimensions": ({"a": entry(0, 1, [1] * 65)}, 1, "no dtype"),
+    "huge shape": ({"a": entry(0, 4, [2**59] * 64)}, 4, "'a'"),
+    "huge offsets": ({"a": entry(2**63, 2**63 + 4, [4])}, 4, "no dtype"),
+    "three offsets": ({"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1, 1]}}, 1, "two"),
+    "entry that is a list": ({"a": [1]}, 0, "no dtype"),
+    "twice": (b'{"a":' + json.dumps(entry(0, 4)).encode() + b',"a":'
+              + json.dumps(entry(0, 4)).encode() + b"}", 4, "comes twice"),
+    "metadata of numbers": ({"__metadata__": {"a": 1}}, 0, "__metadata__"),
+    "metadata that is a list": ({"__metadata__": []}, 0, "__metadata__"),
+    "no JSON": (b"{nonsense", 0, "not valid JSON"),
+    "not UTF-8": (b'{"\xff": 1}', 0, "not valid JSON"),
+    "a list": ([], 0, "not a JSON object"),
+    "deep nest": (b'{"a":' + b"[" * 10**5, 0, "not valid JSON"),
+    "long number": (b'{"a":' + b"1" * 10**4 + b"}", 0, "not valid JSON|no dtype"),
+}  # fmt: skip
+
+
+WHERE_WE_ARE_STRICTER = {"twice", "many dimensions"}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_header_is_an_error(case: str, tmp_path: Path) -> None:
+    header, data_bytes, message = BAD[case]
+    path = raw(tmp_path / "a.safetensors", header, b"\0" * data_bytes)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        read_safetensors(path)
+    assert str(path) in str(caught.value)
+    if case not in WHERE_WE_ARE_STRICTER:
+        with pytest.raises((SafetensorError, TypeError)), safe_open(path, "pt"):
+            pass
+
+
+@pytest.mark.parametrize(
+    ("length", "message"), [(10**8 + 1, "at most"), (2**64 - 1, "at most"), (10**7, "truncated")]
+)
+def test_a_header_that_is_too_long_is_an_error(length: int, message: str, tmp_path: Path) -> None:
+    path = raw(tmp_path / "a.safetensors", {}, length=length)
+    with pytest.raises(CheckpointError, match=message):
+        read_safetensors(path)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "message"),
+    [
+        ({"a": {"b.c": torch.ones(1)}, "a.b": {"c": torch.ones(1)}}, "'a.b.c' is taken"),
+        ({"": {"padding.0": torch.ones(1)}}, "is taken"),
+        ({"": {"__metadata__": torch.ones(1)}}, "is taken"),
+        ({"a": {"t": torch.ones(3, 4).t()}}, r"'a.t' is .* strides \(1, 4\)"),
+        ({"a": {"t": torch.ones(1).expand(3)}}, r"strides \(0,\)"),
+        ({"a": {"t": torch.ones(1, dtype=torch.complex128)}}, "complex128"),
+    ],
+)
+def test_what_the_format_cannot_hold_is_refused(
+    blocks: Blocks, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        write(tmp_path / "a.safetensors", blocks)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_layouts_that_are_not_aligned_or_overlap_are_refused(tmp_path: Path) -> None:
+    two = {
+        name: TensorSpec((4,), (1,), torch.float32, start)
+        for name, start in zip("ab", (64, 80), strict=True)
+    }
+    with pytest.raises(ArgumentError, match="keep_addresses=False"):
+        write_safetensors(tmp_path / "a", {"": Layout.of(two)}, lambda _: [], {})
+    tied = {name: TensorSpec((4,), (1,), torch.float32, 64) for name in "ab"}
+    layout = Layout.of(tied, keep_addresses=False)
+    with pytest.raises(ArgumentError, match="overlaps"):
+        write_safetensors(tmp_path / "a", {"": layout}, lambda _: [], {})
+    with pytest.raises(ArgumentError, match=r"bminf\.padding"):
+        write_safetensors(tmp_path / "a", {}, lambda _: [], {"bminf.padding": "x"})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([("t", torch.ones(2, 3)), ("u", torch.ones(1))], "'b.u' came twice, or is not"),
+        ([("t", torch.ones(2, 3)), ("t", torch.ones(2, 3))], "'b.t' came twice"),
+        ([("t", torch.ones(3))], r"'b.t' came as torch.float32 \(3,\)"),
+        ([("t", torch.ones(2, 3).half())], "float16"),
+        ([], "'b.t' did not come"),
+    ],
+)
+def test_other_tensors_than_the_layout_has_are_refused(
+    given: list[tuple[str, torch.Tensor]], message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(b"what was there before")
+    layouts = layouts_of({"b": {"t": torch.ones(2, 3)}})
+    with pytest.raises(ArgumentError, match=message):
+        write_safetensors(path, layouts, lambda _: given, {})
+    assert path.read_bytes() == b"what was there before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_interrupted_write_leaves_nothing(tmp_path: Path) -> None:
+    def interrupted(block: str) -> Iterator[tuple[str, torch.Tensor]]:
+        yield "t", torch.ones(2, 3)
+        raise KeyboardInterrupt
+
+    layouts = layouts_of({"b": {"t": torch.ones(2, 3)}})
+    with pytest.raises(KeyboardInterrupt):
+        write_safetensors(tmp_path / "a.safetensors", layouts, interrupted, {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no_such_folder.* cannot be written"):
+        write(tmp_path / "no_such_folder" / "a.safetensors", make_blocks())
+
+
+def test_each_tensor_is_let_go_of_before_the_next_is_asked_for(tmp_path: Path) -> None:
+    import weakref
+
+    alive: list[weakref.ref[torch.Tensor]] = []
+
+    def one_at_a_time(block: str) -> Iterator[tuple[str, torch.Tensor]]:
+        for name in ("a", "b", "c"):
+            assert [ref for ref in alive if ref() is not None] == []
+            tensor = torch.ones(3)
+            alive.append(weakref.ref(tensor))
+            holder = [(name, tensor)]
+            del tensor
+            yield holder.pop()
+
+    blocks: Blocks = {"x": {name: torch.ones(3) for name in "abc"}}
+    write_safetensors(tmp_path / "a.safetensors", layouts_of(blocks), one_at_a_time, {})
+    assert len(alive) == 3
+
+
+def test_blobs_that_lie_otherwise_are_errors(tmp_path: Path) -> None:
+    blocks = make_blocks()
+    path = write(tmp_path / "a.safetensors", blocks)
+    other = {**blocks, "layers.1": {**blocks["layers.1"], "scale": torch.rand(100)}}
+    with pytest.raises(CheckpointError, match=r"'layers\.1\.scale' in .* does not lie as"):
+        read_blobs(path, layouts_of(other))
+    other = {**blocks, "layers.0": dict(reversed(blocks["layers.0"].items()))}
+    with pytest.raises(CheckpointError, match=r"does not lie as"):
+        read_blobs(path, layouts_of(other))
+    other = {**blocks, "layers.2": blocks["layers.0"]}
+    with pytest.raises(CheckpointError, match=r"lacks the tensor 'layers\.2\.qweight'"):
+        read_blobs(path, layouts_of(other))
+    safetensors.torch.save_file(named(blocks), path)
+    with pytest.raises(CheckpointError, match="does not lie as"):
+        read_blobs(path, layouts_of(blocks))
+
+
+def test_blobs_that_are_not_aligned_in_the_file_are_errors(tmp_path: Path) -> None:
+    blocks = make_blocks()
+    path = write(tmp_path / "a.safetensors", blocks)
+    content = path.read_bytes()
+    header_end = 8 + struct.unpack("<Q", content[:8])[0]
+    length = struct.pack("<Q", header_end - 8 + 64)
+    path.write_bytes(length + content[8:header_end] + b" " * 64 + content[header_end:])
+    assert set(read_safetensors(path)) == set(named(blocks))
+    with pytest.raises(CheckpointError, match="does not lie as"):
+        read_blobs(path, layouts_of(blocks))
