@@ -27,6 +27,10 @@ RUNTIME = [
     "numpy",
     "tqdm",
     "safetensors",
+    # The tokenizers of CPM and EVA, and hub ids. jieba's dictionary decides the ids of a text.
+    "jieba==0.42.1",
+    "sentencepiece",
+    "huggingface_hub",
     f"cupy-cuda12x; {HAS_CUDA_WHEELS}",
     # The compiler: a GPU works with no CUDA toolkit on the machine. The kernels need no headers.
     f"nvidia-cuda-nvrtc-cu12; {HAS_CUDA_WHEELS}",

@@ -1,0 +1,138 @@
+"""The tokenizer of a model's folder, by the files that are there."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import cast
+
+from bminf.errors import ArgumentError, CheckpointError
+from bminf.tokenizers.base import SentinelTokenizer, Tokenizer
+from bminf.tokenizers.cpm1 import CPM1Tokenizer
+from bminf.tokenizers.cpm1_word import CPM1WordTokenizer
+from bminf.tokenizers.cpm2 import CPM2Tokenizer
+from bminf.tokenizers.cpm2_bilingual import CPM2BilingualTokenizer
+from bminf.tokenizers.eva import EVATokenizer
+from bminf.tokenizers.vocabulary import Vocabulary
+
+_PIECE_MODELS = ("spiece.model", "chinese_vocab.model")
+_VOCABULARY = "vocab.txt"
+
+
+def find_tokenizer(model: str, folder: str | Path) -> Tokenizer:
+    """The tokenizer whose files lie in a folder or, where they do not, in its parent.
+
+    model: "cpm1" (spiece.model, chinese_vocab.model or the only *.model; with none in either
+    folder, vocab.txt and a warning), "cpm2" (vocab.txt; whether it is the Chinese or the bilingual
+    one is seen from its tokens) or "eva" (vocab.txt).
+    Raises CheckpointError where no file is found, or one is not what it should be.
+    """
+    _check_model(model)
+    folder = Path(folder).absolute()
+    folders = list(dict.fromkeys([folder, folder.parent]))
+    if model == "cpm1":
+        return _find_cpm1(folders)
+    vocab_file = _first(folders, _VOCABULARY)
+    if vocab_file is None:
+        raise CheckpointError(_not_found(model, _VOCABULARY, folders))
+    return _READERS[model](vocab_file)
+
+
+def tokenizer_from(model: str, path_or_object: object) -> Tokenizer:
+    """The tokenizer that is given: a file of it, a folder with one, or the tokenizer itself.
+
+    Raises ArgumentError for what is neither a path nor an object with all of Tokenizer (of
+    SentinelTokenizer, for "cpm2" and "eva"), CheckpointError for files, as find_tokenizer.
+    """
+    _check_model(model)
+    if not isinstance(path_or_object, str | os.PathLike):
+        return _checked(model, path_or_object)
+    path = Path(path_or_object)
+    if path.is_dir():
+        return find_tokenizer(model, path)
+    if not path.exists():
+        raise CheckpointError(f"tokenizer={str(path)!r}: there is no such file or folder")
+    return _READERS[model](path)
+
+
+def _cpm1(path: Path) -> Tokenizer:
+    return CPM1WordTokenizer(path) if path.suffix == ".txt" else CPM1Tokenizer(path)
+
+
+def _cpm2(path: Path) -> Tokenizer:
+    is_bilingual = "<go>" in Vocabulary.read(path).ids
+    return CPM2BilingualTokenizer(path) if is_bilingual else CPM2Tokenizer(path)
+
+
+_READERS: dict[str, Callable[[Path], Tokenizer]] = {
+    "cpm1": _cpm1,
+    "cpm2": _cpm2,
+    "eva": EVATokenizer,
+}
+
+
+def _find_cpm1(folders: list[Path]) -> Tokenizer:
+    for folder in folders:
+        piece_model = _piece_model(folder)
+        if piece_model is not None:
+            return CPM1Tokenizer(piece_model)
+    vocab_file = _first(folders, _VOCABULARY)
+    if vocab_file is None:
+        names = ", ".join([*_PIECE_MODELS, "*.model", _VOCABULARY])
+        raise CheckpointError(_not_found("cpm1", names, folders))
+    warnings.warn(
+        f"found no sentencepiece model ({', '.join(_PIECE_MODELS)}) in {_listed(folders)}, so "
+        f"text is cut by {vocab_file} as in BMInf 1.x: about a third of texts get other ids than "
+        "CPM-1 was trained with. Put CPM-1's chinese_vocab.model there",
+        stacklevel=3,
+    )
+    return CPM1WordTokenizer(vocab_file)
+
+
+def _piece_model(folder: Path) -> Path | None:
+    """The sentencepiece model of a folder: one of the known names, or the only one there is."""
+    for name in _PIECE_MODELS:
+        if (folder / name).is_file():
+            return folder / name
+    models = sorted(path for path in folder.glob("*.model") if path.is_file())
+    if len(models) > 1:
+        raise CheckpointError(
+            f"{folder} has {len(models)} files *.model ({', '.join(m.name for m in models)}) and "
+            f"none named {' or '.join(_PIECE_MODELS)}; say which one with tokenizer=PATH"
+        )
+    return models[0] if models else None
+
+
+def _first(folders: list[Path], name: str) -> Path | None:
+    return next((folder / name for folder in folders if (folder / name).is_file()), None)
+
+
+def _check_model(model: str) -> None:
+    if model not in _READERS:
+        raise ArgumentError(f"model={model!r}; accepted: {', '.join(map(repr, _READERS))}")
+
+
+def _checked(model: str, given: object) -> Tokenizer:
+    kind = Tokenizer if model == "cpm1" else SentinelTokenizer
+    names = sorted(name for base in kind.__mro__ for name in vars(base) if name[0] != "_")
+    missing = [name for name in names if not hasattr(given, name)]
+    if missing:
+        raise ArgumentError(
+            f"tokenizer={given!r} is a {type(given).__name__} without {', '.join(missing)}; give "
+            "a path, or an object that has all of bminf.tokenizers."
+            f"{kind.__name__}: {', '.join(names)}"
+        )
+    return cast(Tokenizer, given)
+
+
+def _not_found(model: str, names: str, folders: list[Path]) -> str:
+    return (
+        f"no tokenizer for {model}: looked for {names} in {_listed(folders)}; put the file there, "
+        "or give tokenizer=..., a path of a file or folder, or a tokenizer object"
+    )
+
+
+def _listed(folders: list[Path]) -> str:
+    return " and ".join(map(str, folders))

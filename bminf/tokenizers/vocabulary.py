@@ -1,0 +1,108 @@
+"""A vocabulary: tokens, numbered from 0 in the order of the file they were read from."""
+
+from __future__ import annotations
+
+import codecs
+import difflib
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from bminf.errors import ArgumentError, CheckpointError
+
+
+class Vocabulary:
+    """Tokens and their ids.
+
+    tokens: the token of each id; an empty one is an id that no text has and that spells nothing.
+    path: the file they came from, for messages.   entry: what that file calls one of them.
+    """
+
+    def __init__(self, tokens: Iterable[str], path: Path, entry: str = "line") -> None:
+        self.tokens = tuple(tokens)
+        self.path = path
+        self.ids = {token: number for number, token in enumerate(self.tokens) if token}
+        self._entry = entry
+
+    @classmethod
+    def read(cls, path: Path) -> Vocabulary:
+        """The vocabulary of a text file: UTF-8, one token a line; an empty line counts, too.
+
+        Line ends may be of any kind, and the last line may lack one. Spaces around a token are no
+        part of it. Raises CheckpointError, with file and line, for a file that cannot be read, a
+        line that is not UTF-8 and a token that stands twice.
+        """
+        lines = read_bytes(path).removeprefix(codecs.BOM_UTF8).splitlines()
+        vocabulary = cls((_token(line, at, path) for at, line in enumerate(lines, 1)), path)
+        vocabulary._check_unique()
+        return vocabulary
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def require(self, tokens: Mapping[str, int]) -> None:
+        """Raise CheckpointError where one of `tokens` (with their usual ids) is missing."""
+        for token, usual in tokens.items():
+            if token not in self.ids:
+                raise CheckpointError(
+                    f"{self.path}, {self._entry} {usual + 1}: {self._found(usual)} where "
+                    f"{token!r} is expected, and it stands nowhere else; is this the right file?"
+                )
+
+    def token_id(self, token: str) -> int:
+        """The id of exactly this token. Raises ArgumentError, naming near ones."""
+        if not isinstance(token, str):
+            raise ArgumentError(f"token={token!r} is a {type(token).__name__}; give a str")
+        if token not in self.ids:
+            near = difflib.get_close_matches(token, self.ids, n=4)
+            hint = f"; near ones: {', '.join(map(repr, near))}" if near else ""
+            raise ArgumentError(f"token={token!r} is not one of {self.path}{hint}")
+        return self.ids[token]
+
+    def check_id(self, number: int) -> int:
+        """The id as an int. Raises ArgumentError for what is none of this vocabulary."""
+        try:
+            index = operator.index(number)
+        except TypeError as error:
+            raise ArgumentError(
+                f"id {number!r} is a {type(number).__name__}; give integers"
+            ) from error
+        if not 0 <= index < len(self.tokens):
+            raise ArgumentError(
+                f"id {index} is not one of {self.path}; its ids are 0 to {len(self.tokens) - 1}"
+            )
+        return index
+
+    def check_ids(self, ids: Sequence[int]) -> list[int]:
+        if isinstance(ids, str | bytes) or not isinstance(ids, Iterable):
+            raise ArgumentError(f"ids={ids!r} is a {type(ids).__name__}; give a sequence of int")
+        return [self.check_id(number) for number in ids]
+
+    def _found(self, number: int) -> str:
+        return repr(self.tokens[number]) if number < len(self.tokens) else "nothing"
+
+    def _check_unique(self) -> None:
+        for number, token in enumerate(self.tokens):
+            if token and self.ids[token] != number:
+                raise CheckpointError(
+                    f"{self.path}, line {self.ids[token] + 1}: {token!r} stands in line "
+                    f"{number + 1} already; a token has one id, so it must stand once"
+                )
+
+
+def read_bytes(path: Path) -> bytes:
+    """All of a file. Raises CheckpointError where it cannot be read."""
+    try:
+        return path.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def _token(line: bytes, number: int, path: Path) -> str:
+    try:
+        return line.decode().strip()
+    except UnicodeDecodeError as error:
+        raise CheckpointError(
+            f"{path}, line {number}: not UTF-8 ({error.reason} at byte {error.start}); "
+            "save the file as UTF-8"
+        ) from error

@@ -1,0 +1,111 @@
+"""Ids and text of the authors' own tokenizers, with the published vocabularies.
+
+What a set does not hold makes no test here.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from golden_cases import (
+    GOLDEN,
+    VOCAB_FILES,
+    WRONG,
+    golden_set,
+    sha256_of,
+    sha256_recorded,
+    vocab_file,
+)
+
+from bminf.tokenizers import (
+    CPM1Tokenizer,
+    CPM1WordTokenizer,
+    TextStream,
+    Tokenizer,
+    tokenizer_from,
+)
+
+if not GOLDEN.is_dir():
+    pytest.skip(f"there is no folder {GOLDEN}", allow_module_level=True)
+
+SET = golden_set()
+RIGHT = {name: record for name, record in SET.items() if name in VOCAB_FILES and name != WRONG}
+CASES = [
+    pytest.param(name, case, id=f"{name}-{number}")
+    for name, record in RIGHT.items()
+    for number, case in enumerate(record["cases"])
+]
+DIGESTS = {name: digest for name in RIGHT if (digest := sha256_recorded(name, SET[name]))}
+META = GOLDEN / "meta.json"
+JIEBA = json.loads(META.read_text(encoding="utf-8")).get("jieba") if META.is_file() else None
+
+
+@functools.cache
+def tokenizer(name: str) -> Tokenizer:
+    path = vocab_file(name)
+    if not path.parent.is_dir():
+        pytest.skip(f"there is no folder {path.parent}")
+    if name == "cpm1_bminf1":
+        return lines_of(CPM1Tokenizer(path))
+    return tokenizer_from(name.split("_")[0], path)
+
+
+def lines_of(model: CPM1Tokenizer) -> CPM1WordTokenizer:
+    """The tokenizer of a vocab.txt with the pieces of a sentencepiece model."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "vocab.txt")
+        path.write_text("\n".join(model.tokens(range(model.vocab_size))), encoding="utf-8")
+        return CPM1WordTokenizer(path)
+
+
+def test_golden_tokenizers_of_the_set_are_all_known() -> None:
+    assert SET and set(SET) <= set(VOCAB_FILES)
+
+
+if CASES:
+
+    @pytest.mark.parametrize(("name", "case"), CASES)
+    def test_golden_tokenizer(name: str, case: dict[str, Any]) -> None:
+        ours = tokenizer(name)
+        assert ours.encode(case["text"]) == case["ids"]
+        assert ours.decode(case["ids"]) == case["decoded"]
+        stream = TextStream(ours)
+        assert "".join(map(stream.feed, case["ids"])) + stream.finish() == case["decoded"]
+
+
+if RIGHT:
+
+    @pytest.mark.parametrize("name", RIGHT)
+    def test_golden_tokenizer_has_the_recorded_number_of_ids(name: str) -> None:
+        assert tokenizer(name).vocab_size == SET[name]["vocab_size"]
+
+
+if DIGESTS:
+
+    @pytest.mark.parametrize("name", DIGESTS)
+    def test_golden_tokenizer_reads_the_recorded_vocabulary(name: str) -> None:
+        tokenizer(name)
+        assert sha256_of(vocab_file(name)) == DIGESTS[name]
+
+
+if JIEBA:
+
+    def test_golden_tokenizers_were_recorded_with_this_jieba() -> None:
+        assert importlib.metadata.version("jieba") == JIEBA
+
+
+if WRONG in SET:
+
+    def test_golden_tokenizer_of_eva_counts_the_empty_line() -> None:
+        """The record skips the empty ninth line: its ids from 8 on are one too small."""
+        ours, record = tokenizer(WRONG), SET[WRONG]
+        assert ours.vocab_size == record["vocab_size"] + 1
+        for case in record["cases"]:
+            if any(number >= 8 for number in case["ids"]):
+                assert ours.encode(case["text"]) != case["ids"], case["text"]
