@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from bminf import models as models
     from bminf.block_list import TransformerBlockList
     from bminf.layers.quantized_linear import QuantizedLinear
     from bminf.quantization.packed import Format
@@ -44,6 +45,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "models":  # bminf.models.CPM2 without another import; a room of its own
+        return import_module("bminf.models")
     if name not in _HOMES:
         raise AttributeError(f"module 'bminf' has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(_HOMES[name]), name)

@@ -18,15 +18,13 @@ from bminf.quantization.packed import INT8, Format
 from bminf.scheduler.blob import Blobs, check_tensors, survey, unmapped_bytes
 from bminf.scheduler.blocks import ModuleBlock, find_blocks
 from bminf.scheduler.device import backend_for, free_budget
-from bminf.scheduler.hooks import Scheduler, Stats, is_streaming, refuse_to_save
+from bminf.scheduler.hooks import ATTRIBUTE, Scheduler, Stats, is_streaming, refuse_to_save
 from bminf.scheduler.placement import place, take_back
 from bminf.scheduler.plan import Block, Plan, plan
 from bminf.scheduler.stand_ins import Predicate, StandIns, choose, warn_of_what_stays
 from bminf.units import parse_bytes
 
 Model = TypeVar("Model", bound=torch.nn.Module)
-
-_ATTRIBUTE = "_bminf_scheduler"
 
 
 def wrapper(
@@ -109,7 +107,7 @@ def stats_of(model: torch.nn.Module) -> Stats | None:
 def _scheduler_of(model: torch.nn.Module) -> Scheduler | None:
     if not isinstance(model, torch.nn.Module):
         raise ArgumentError(f"model is a {type(model).__name__}; give a torch.nn.Module")
-    return model.__dict__.get(_ATTRIBUTE)
+    return model.__dict__.get(ATTRIBUTE)
 
 
 def plan_for(
@@ -189,7 +187,7 @@ def _check_model(model: torch.nn.Module) -> None:
     if not isinstance(model, torch.nn.Module):
         raise ArgumentError(f"model is a {type(model).__name__}; give a torch.nn.Module")
     for name, module in model.named_modules():
-        if module.__dict__.get(_ATTRIBUTE) is not None:
+        if module.__dict__.get(ATTRIBUTE) is not None:
             what = f"its part {name!r}" if name else "this model"
             raise UnsupportedModelError(f"{what} is wrapped already; call bminf.unwrap on it first")
         if is_streaming(module):
@@ -257,7 +255,7 @@ def _carry_out(
     streamed = scheduler.plan.streamed
     if streamed:
         scheduler.backend.open([request.blobs.blocks[name] for name in streamed], offload_dir)
-    model.__dict__[_ATTRIBUTE] = scheduler
+    model.__dict__[ATTRIBUTE] = scheduler
     try:
         place(model, request.blobs, request.stand_ins, scheduler)
         if streamed:
@@ -272,5 +270,5 @@ def _carry_out(
 
 def _take_off(model: torch.nn.Module, scheduler: Scheduler) -> None:
     take_back(model, scheduler)
-    del model.__dict__[_ATTRIBUTE]
+    del model.__dict__[ATTRIBUTE]
     scheduler.backend.close()

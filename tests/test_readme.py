@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from tiny_zoo import write_cpm2
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -23,7 +24,9 @@ def code_blocks(language: str | None = None) -> list[str]:
     return [body for mark, body in blocks if language is None or mark == language]
 
 
-def test_python_blocks_run() -> None:
+def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_cpm2(tmp_path / "cpm2")
     blocks = code_blocks("python")
     assert blocks
     for block in blocks:

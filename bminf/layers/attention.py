@@ -36,10 +36,11 @@ def attention(
 def hide(is_hidden: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """A bias for attention() that hides the cells where `is_hidden` is true.
 
-    It is finite: a query that may see nothing gets some average, and never NaN.
+    It is finite, and stays so when a score is added to it in half precision: a query that may see
+    nothing gets some average, and never NaN, which would spread through its value to other rows.
     """
     bias = torch.zeros(is_hidden.shape, dtype=dtype, device=is_hidden.device)
-    return bias.masked_fill_(is_hidden, torch.finfo(dtype).min)
+    return bias.masked_fill_(is_hidden, torch.finfo(dtype).min / 2)
 
 
 def is_later(num_queries: int, num_keys: int, device: torch.device) -> torch.Tensor:

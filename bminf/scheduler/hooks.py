@@ -34,6 +34,9 @@ from bminf.scheduler.streamed_block import StreamedBlock
 
 logger = logging.getLogger("bminf")
 
+ATTRIBUTE = "_bminf_scheduler"
+"""Where a model holds its Scheduler."""
+
 
 @dataclass(frozen=True)
 class Stats:

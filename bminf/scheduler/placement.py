@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from tqdm import tqdm
@@ -44,6 +44,29 @@ def place(
                 memory.trim()
 
 
+def load(
+    model: torch.nn.Module,
+    blobs: Blobs,
+    scheduler: Scheduler,
+    read: Callable[[str], Iterable[tuple[str, torch.Tensor]]],
+) -> None:
+    """Fill a model that lies on the meta device, block by block, straight into the blobs.
+
+    read: the name of a block, "" for what lies outside all of them -> its tensors, one at a time,
+    with names relative to the block: all those of its layout.
+    """
+    streamed = set(scheduler.plan.streamed)
+    with torch.inference_mode(False), torch.no_grad():
+        _fill(model, blobs.outside, scheduler.backend, read(""))
+        for name, layout in _with_progress(blobs.blocks, "loading"):
+            module = model.get_submodule(name)
+            if name in streamed:
+                scheduler.backend.put(len(scheduler.blocks), read(name))
+                scheduler.add(name, module, layout)
+            else:
+                _fill(module, layout, scheduler.backend, read(name))
+
+
 def take_back(model: torch.nn.Module, scheduler: Scheduler) -> None:
     """End the streaming: all weights in memory again, on the device they came from.
 
@@ -62,9 +85,11 @@ def take_back(model: torch.nn.Module, scheduler: Scheduler) -> None:
         model.to(scheduler.source_device)
 
 
-def _with_progress(layouts: Mapping[str, Layout]) -> Iterator[tuple[str, Layout]]:
+def _with_progress(
+    layouts: Mapping[str, Layout], what: str = "wrapping"
+) -> Iterator[tuple[str, Layout]]:
     total = sum(layout.nbytes for layout in layouts.values())
-    with tqdm(total=total, desc="wrapping", unit="B", unit_scale=True, delay=1, leave=False) as bar:
+    with tqdm(total=total, desc=what, unit="B", unit_scale=True, delay=1, leave=False) as bar:
         for name, layout in layouts.items():
             yield name, layout
             bar.update(layout.nbytes)
@@ -119,3 +144,19 @@ def _settle(
         if place.is_parameter:
             view = torch.nn.Parameter(view, requires_grad=tensor.requires_grad)
         place.set(renewed.setdefault(id(tensor), view))
+
+
+def _fill(
+    module: torch.nn.Module,
+    layout: Layout,
+    backend: Backend,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+) -> None:
+    """Give the tensors of `layout`, which have no bytes yet, their place on the device."""
+    buffer = backend.allocate(layout.extent)
+    layout.fill(buffer, tensors)
+    for name, place, tensor in tensors_of(module):
+        if name in layout.specs:
+            view = layout.view(buffer, name)
+            is_trained = tensor.requires_grad
+            place.set(torch.nn.Parameter(view, is_trained) if place.is_parameter else view)

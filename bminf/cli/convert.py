@@ -1,0 +1,35 @@
+"""`bminf convert`: a checkpoint of any layout into a folder that loads without further work."""
+
+from __future__ import annotations
+
+import argparse
+
+from bminf.units import format_bytes
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the options of this verb."""
+    add = parser.add_argument
+    add("source", metavar="SRC", help="a folder with a checkpoint, or a hub id")
+    add("destination", metavar="DST", help="the folder to write; it must not exist yet")
+    add("--quantization", choices=("int8", "int4", "none"), default="int8", help="default: int8")
+    add("--model", choices=("cpm1", "cpm2", "eva"), help="where the files do not tell it")
+    add("--config", metavar="FILE", help="configuration, where it does not lie beside the weights")
+    add("--tokenizer", metavar="PATH", help="vocabulary, where it does not lie beside the weights")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """0, after the folder was written."""
+    from bminf.models.convert import WEIGHTS_FILE, convert
+
+    folder = convert(
+        arguments.source,
+        arguments.destination,
+        None if arguments.quantization == "none" else arguments.quantization,
+        model=arguments.model,
+        config=arguments.config,
+        tokenizer=arguments.tokenizer,
+    )
+    size = format_bytes((folder / WEIGHTS_FILE).stat().st_size)
+    print(f"{folder}: {size} of weights")
+    return 0

@@ -1,0 +1,262 @@
+"""Configurations in all the dialects that they are found in, and those of the published models.
+
+A configuration is a GPTConfig or T5Config, or a mapping: the authors' own fields, those of Hugging
+Face, ModelCenter's, or ours. The vocabulary is that of the tensors, whatever a file says.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from bminf.arch.gpt import GPTConfig
+from bminf.arch.t5 import T5Config
+from bminf.checkpoint.stored import Stored
+from bminf.errors import ArgumentError, CheckpointError
+
+CONFIG_FILES = ("config.json", "model_config.json")
+
+# What is in the files besides, and does not change what is computed at inference.
+_ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_tanh": "gelu_tanh"}
+
+PUBLISHED_GPT = {
+    "TsinghuaAI/CPM-Generate": GPTConfig(30000, 2560, 32, 32, 1024, 10240),
+    "mymusise/CPM-Generate-distill": GPTConfig(30000, 768, 12, 12, 1024, 3072),
+}
+PUBLISHED_CPM2 = {
+    "CPM-2 (Chinese), CPM-2.1": T5Config(26240, 4096, 10240, 64, 64, 24, 24),
+    "CPM-2 (Chinese and English)": T5Config(51968, 4096, 10240, 64, 64, 24, 24),
+}
+PUBLISHED_EVA = {
+    "thu-coai/EVA1.0": T5Config(30000, 2048, 5120, 32, 64, 24, 24),
+    "thu-coai/EVA2.0-xlarge": T5Config(30000, 2048, 5120, 32, 64, 24, 24, True),
+    "thu-coai/EVA2.0-large": T5Config(30000, 1024, 4096, 16, 64, 24, 24, True),
+    "thu-coai/EVA2.0-base": T5Config(30000, 768, 3072, 12, 64, 12, 12, True),
+}
+"""Sizes: the papers, and the files that were published."""
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.   Raises CheckpointError for anything else."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON ({error}); fetch it again") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} holds a {type(config).__name__}; a JSON object is needed")
+    return config
+
+
+def find_config(folder: Path) -> Path | None:
+    """The file of a configuration in the folder of a checkpoint, or in its parent."""
+    candidates = (at / name for at in (folder, folder.parent) for name in CONFIG_FILES)
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def gpt_config(source: Mapping[str, Any], tensors: Mapping[str, Stored], where: str) -> GPTConfig:
+    """The GPTConfig that `source` describes.
+
+    tensors: under our names, for what shapes tell.   where: for messages.
+    Raises CheckpointError where a field is missing, or is of a model that arch/gpt.py is not.
+    """
+    reader = _Reader(source, where)
+    own = reader.own(GPTConfig)
+    if own is not None:
+        return own
+    # Each of these would make another model of GPT-2's names.
+    for name in ("tie_word_embeddings", "scale_attn_weights"):
+        reader.must_be(name, None, True)
+    for name in ("scale_attn_by_inverse_layer_idx", "add_cross_attention"):
+        reader.must_be(name, None, False)
+    hidden_size = reader.integer("hidden_size", "n_embd")
+    intermediate_size = reader.optional("intermediate_size", "n_inner")
+    return reader.made(
+        GPTConfig,
+        vocab_size=_rows(tensors, "embed_tokens.weight", where),
+        hidden_size=hidden_size,
+        num_hidden_layers=reader.integer("num_hidden_layers", "num_layers", "n_layer"),
+        num_attention_heads=reader.integer("num_attention_heads", "n_head"),
+        max_position_embeddings=reader.integer("max_position_embeddings", "n_positions", "n_ctx"),
+        intermediate_size=4 * hidden_size if intermediate_size is None else intermediate_size,
+        layer_norm_eps=reader.number(
+            1e-5, "layer_norm_eps", "layernorm_epsilon", "layer_norm_epsilon"
+        ),
+        hidden_act=reader.activation("gelu_new", "hidden_act", "activation_function"),
+    )
+
+
+def t5_config(source: Mapping[str, Any], tensors: Mapping[str, Stored], where: str) -> T5Config:
+    """The T5Config that `source` describes; see gpt_config.
+
+    `feed_forward_proj` is not read: the authors' files say "relu" in it, and their code computes a
+    tanh GELU with a gate. A field hidden_act is.
+    """
+    reader = _Reader(source, where)
+    own = reader.own(T5Config)
+    if own is not None:
+        return own
+    if "dim_model" in source:
+        return _modelcenter_config(reader, tensors)
+    num_layers = reader.integer("num_encoder_layers", "num_layers")
+    return reader.made(
+        T5Config,
+        vocab_size=_rows(tensors, "embed_tokens.weight", where),
+        hidden_size=reader.integer("hidden_size", "d_model"),
+        intermediate_size=reader.integer("intermediate_size", "d_ff"),
+        num_attention_heads=reader.integer("num_attention_heads", "num_heads"),
+        head_dim=reader.integer("head_dim", "d_kv"),
+        num_encoder_layers=num_layers,
+        num_decoder_layers=_num_decoder_layers(reader, num_layers, tensors),
+        is_attention_scaled=reader.flag("is_attention_scaled", "attn_scale"),
+        hidden_act=reader.activation("gelu_new", "hidden_act"),
+        num_buckets=reader.optional("num_buckets", "relative_attention_num_buckets")
+        or _rows(tensors, "encoder.position_bias.weight", where),
+        max_distance=reader.optional("max_distance", "relative_attention_max_distance") or 128,
+        rms_norm_eps=reader.number(1e-6, "rms_norm_eps", "layer_norm_epsilon"),
+    )
+
+
+def num_layers_of(tensors: Mapping[str, Stored], list_name: str) -> int:
+    """How many layers `tensors` has in a list such as "decoder.layers"."""
+    pattern = re.compile(re.escape(list_name) + r"\.(\d+)\.")
+    found = (pattern.match(name) for name in tensors)
+    return 1 + max((int(match[1]) for match in found if match is not None), default=-1)
+
+
+def _modelcenter_config(reader: _Reader, tensors: Mapping[str, Stored]) -> T5Config:
+    # Each of these would compute something that arch/t5.py does not.
+    for name in ("norm_bias", "att_bias", "ffn_bias", "proj_bias", "post_layer_norm", "cls_head"):
+        reader.must_be(name, None, False)
+    for name in ("tied", "length_scale"):  # which models/source.py acts on
+        reader.must_be(name, None, False, True)
+    reader.must_be("pos_bias_type", None, "relative")
+    activation = reader.must_be("ffn_activate_fn", "gated_gelu", "gated_gelu_new")
+    return reader.made(
+        T5Config,
+        vocab_size=_rows(tensors, "embed_tokens.weight", reader.where),
+        hidden_size=reader.integer("dim_model"),
+        intermediate_size=reader.integer("dim_ff"),
+        num_attention_heads=reader.integer("num_heads"),
+        head_dim=reader.integer("dim_head"),
+        num_encoder_layers=reader.integer("num_encoder_layers"),
+        num_decoder_layers=reader.integer("num_decoder_layers"),
+        is_attention_scaled=reader.flag("attn_scale"),
+        hidden_act="gelu_tanh" if activation == "gated_gelu_new" else "gelu",
+        num_buckets=reader.integer("position_bias_num_buckets"),
+        max_distance=reader.integer("position_bias_max_distance"),
+        rms_norm_eps=reader.number(1e-6, "norm_eps"),
+    )
+
+
+def _num_decoder_layers(reader: _Reader, num_layers: int, tensors: Mapping[str, Stored]) -> int:
+    """CPM-2's code and EVA's Hugging Face form build both stacks with num_layers layers, EVA's own
+    code honours num_decoder_layers: of the two numbers, the one that the tensors confirm."""
+    named = reader.optional("num_decoder_layers")
+    if named is None or num_layers_of(tensors, "decoder.layers") == num_layers:
+        return num_layers
+    return named
+
+
+def _rows(tensors: Mapping[str, Stored], name: str, where: str) -> int:
+    if name not in tensors:
+        raise CheckpointError(f"the checkpoint that {where} is for has no {name!r}")
+    return tensors[name].shape[0]
+
+
+_Config = TypeVar("_Config", GPTConfig, T5Config)
+
+
+class _Reader:
+    """Reads fields of a configuration by any of their names, and says where one is wrong."""
+
+    def __init__(self, source: Mapping[str, Any], where: str) -> None:
+        self.source, self.where = source, where
+
+    def own(self, kind: type[_Config]) -> _Config | None:
+        """A configuration in our own dialect, every field of which is named; otherwise None."""
+        names = {field.name for field in fields(kind)}
+        return self.made(kind, **self.source) if set(self.source) == names else None
+
+    def made(self, kind: type[_Config], **values: Any) -> _Config:
+        try:
+            return kind(**values)
+        except ArgumentError as error:
+            raise CheckpointError(f"{self.where}: {error}") from error
+
+    def optional(self, *names: str) -> int | None:
+        """A whole number above 0; None where none of the names is there, or it is null."""
+        for name in names:
+            value = self.source.get(name)
+            if value is None:
+                continue
+            if type(value) is not int or value < 1:
+                raise CheckpointError(
+                    f"{self.where}: {name} is {value!r}; a whole number above 0 is needed"
+                )
+            return value
+        return None
+
+    def integer(self, *names: str) -> int:
+        value = self.optional(*names)
+        if value is None:
+            raise CheckpointError(
+                f"{self.where} has no {' or '.join(names)}; give the configuration of this model "
+                "as config=..."
+            )
+        return value
+
+    def number(self, default: float, *names: str) -> float:
+        for name in names:
+            value = self.source.get(name)
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
+                raise CheckpointError(
+                    f"{self.where}: {name} is {value!r}; a number between 0 and 1 is needed"
+                )
+            return float(value)
+        return default
+
+    def flag(self, *names: str) -> bool:
+        for name in names:
+            value = self.source.get(name)
+            if isinstance(value, bool):
+                return value
+            if value is not None:
+                raise CheckpointError(f"{self.where}: {name} is {value!r}; true or false is needed")
+        return False
+
+    def activation(self, default: str, *names: str) -> str:
+        named = {name: self.source[name] for name in names if self.source.get(name) is not None}
+        for name, value in named.items():
+            if value not in _ACTIVATIONS:
+                raise CheckpointError(
+                    f"{self.where}: {name} is {value!r}; accepted: {', '.join(_ACTIVATIONS)}"
+                )
+        return _ACTIVATIONS[next(iter(named.values()), default)]
+
+    def must_be(self, name: str, *accepted: Any) -> Any:
+        """The field's value. Raises CheckpointError for one that would need another model."""
+        value = self.source.get(name)
+        if value not in accepted:
+            raise CheckpointError(
+                f"{self.where}: {name} is {value!r}, which this library does not compute; "
+                f"accepted: {', '.join(repr(choice) for choice in accepted)}"
+            )
+        return value
+
+
+def as_mapping(config: Any) -> Mapping[str, Any] | None:
+    """A configuration object as a mapping of its fields; None where it is not one."""
+    if is_dataclass(config) and not isinstance(config, type):
+        return {field.name: getattr(config, field.name) for field in fields(config)}
+    if isinstance(config, Mapping):
+        return config
+    to_dict = getattr(config, "to_dict", None)  # transformers' configurations
+    return to_dict() if callable(to_dict) else None

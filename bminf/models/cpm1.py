@@ -1,0 +1,65 @@
+"""CPM-1: 2.6 billion parameters, continues a Chinese text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from bminf.arch.gpt import GPT
+from bminf.models import family
+from bminf.models.base import LanguageModel, Prompt, Text
+from bminf.models.options import Options
+
+
+class CPM1(LanguageModel):
+    __doc__ = f"""CPM-1, the authors' model of 2020 (also in Hugging Face's GPT-2 form).
+
+    {LanguageModel.__doc__}
+    """
+    _family = family.CPM1
+
+    def generate(
+        self,
+        text: str,
+        max_tokens: int = 128,
+        top_n: int | None = None,
+        top_p: float | None = None,
+        temperature: float = 0.9,
+        frequency_penalty: float = 0,
+        presence_penalty: float = 0,
+        stop_tokens: Sequence[str] | None = None,
+        **more: Any,
+    ) -> tuple[str, bool]:
+        """(continuation of `text`, stopped): whether `<eod>` or a stop token ended it, which is not
+        part of it, or max_tokens did.
+
+        Arguments and further keywords: see Options.   Raises ArgumentError, also where text and
+        max_tokens together exceed max_length; BMInf 1.x then cut the text off without a word.
+        """
+        settings = Options(
+            max_tokens, top_n, top_p, temperature, frequency_penalty, presence_penalty, stop_tokens
+        ).with_keywords(more)
+        return self._generate([text], settings)[0]
+
+    def logits(self, text: Text) -> torch.Tensor:
+        """The logits after each token of `text`: (T, V) float32 on the CPU.
+
+        text: a str or token ids, at most max_length.   Raises ArgumentError.
+        """
+        ids = self._ids(text, "text")
+        self._check_length(ids, "text")
+        with self._lock, torch.inference_mode():
+            self._begin()
+            assert isinstance(self.model, GPT)
+            self._cache.reset()
+            x = self.model(torch.tensor([ids], device=self.device), self._cache)
+            return self.model.head(x)[0].cpu()
+
+    def _prompt(self, text: Any) -> Prompt:
+        ids = self._encoded(text)
+        return Prompt(ids, ids)
+
+    def _end_ids(self) -> list[int]:
+        return [self.tokenizer.token_id("<eod>")]

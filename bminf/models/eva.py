@@ -1,0 +1,92 @@
+"""EVA 1.0 and 2.0: goes on with a Chinese dialogue."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from bminf.errors import ArgumentError
+from bminf.models import family
+from bminf.models.base import LanguageModel, Prompt
+from bminf.models.options import Options
+from bminf.models.t5_model import T5Model
+
+_TRUNCATION_LENGTH = 256
+
+
+class EVA(T5Model):
+    __doc__ = f"""EVA 1.0 (2.8 billion parameters) and EVA 2.0 (base, large, xLarge).
+
+    EVA 1.0 and EVA 2.0 xLarge have the same shapes, and only the second divides its attention by
+    the square root of the head size: which one it is must be told, by the configuration that came
+    with it. Positions are told apart up to a distance of 128, as in training (BMInf 1.x: 256).
+
+    {LanguageModel.__doc__}
+    """
+    _family = family.EVA
+    _defaults = Options(top_n=10, temperature=0.85)
+
+    def dialogue(
+        self,
+        context: Sequence[str],
+        max_tokens: int = 128,
+        top_n: int | None = 10,
+        top_p: float | None = None,
+        temperature: float = 0.85,
+        frequency_penalty: float = 0,
+        presence_penalty: float = 0,
+        truncation_length: int | None = _TRUNCATION_LENGTH,
+        **more: Any,
+    ) -> tuple[str, bool]:
+        """(answer, stopped): whether `<sep>` or a stop token ended it, or max_tokens did.
+
+        context: the utterances so far, the oldest first.   truncation_length: only the last of
+        their tokens are read, this many; None is all, which must fit max_length.
+        Arguments and further keywords: see Options.   Raises ArgumentError.
+        """
+        if isinstance(context, str):
+            raise ArgumentError("context is one str; give a list of utterances, the oldest first")
+        settings = replace(
+            self._defaults, max_tokens=max_tokens, top_n=top_n, top_p=top_p,
+            temperature=temperature, frequency_penalty=frequency_penalty,
+            presence_penalty=presence_penalty,
+        ).with_keywords(more)  # fmt: skip
+        return self._generate([_Dialogue(context, truncation_length)], settings)[0]
+
+    def generate(self, text: str | Sequence[str], **options: Any) -> tuple[str, bool]:
+        """dialogue() with one utterance, or with a list of them."""
+        return self._generate([text], self._defaults.with_keywords(options))[0]
+
+    def _prompt(self, text: Any) -> Prompt:
+        given = text if isinstance(text, _Dialogue) else _Dialogue(text, _TRUNCATION_LENGTH)
+        separator = self.tokenizer.token_id("<sep>")
+        ids: list[int] = []
+        for utterance in given.utterances:
+            ids += [*self._encoded(utterance, "an utterance"), separator]
+        ids += self._start_ids()
+        if given.truncation_length is not None:
+            ids = ids[-given.truncation_length :]
+        return Prompt(ids, self._start_ids())
+
+    def _start_ids(self) -> list[int]:
+        return [self.tokenizer.sentinel(0)]
+
+    def _end_ids(self) -> list[int]:
+        return [self.tokenizer.token_id("<sep>")]
+
+
+class _Dialogue:
+    """Utterances, and how many of their last tokens are read.   Raises ArgumentError."""
+
+    def __init__(self, context: str | Sequence[str], truncation_length: int | None) -> None:
+        self.utterances = [context] if isinstance(context, str) else list(context)
+        if not self.utterances:
+            raise ArgumentError("context is empty; give at least one utterance")
+        if truncation_length is not None and (
+            type(truncation_length) is not int or truncation_length < 1
+        ):
+            raise ArgumentError(
+                f"truncation_length={truncation_length!r}; accepted: an int of at least 1, or None"
+            )
+        self.truncation_length = truncation_length

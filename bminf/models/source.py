@@ -1,0 +1,254 @@
+"""What a model of the zoo is made from: weights, configuration and tokenizer, found and checked,
+with nothing but headers read so far."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bminf.checkpoint.folder import Checkpoint, open_checkpoint
+from bminf.checkpoint.stored import Scaled, Stored
+from bminf.errors import ArgumentError, CheckpointError
+from bminf.models import config as configs
+from bminf.models.family import FAMILIES, Config, Family
+from bminf.models.load import Weights, check_shapes
+from bminf.quantization.packed import Format
+from bminf.tokenizers.base import Tokenizer
+from bminf.tokenizers.find import find_tokenizer, tokenizer_from
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_FILES = ("*.json", "*.bin", "*.safetensors", "*.model", "*.txt")
+_ONLY_IN_CPM1 = {
+    "word_embeddings.weight",
+    "token_embedding.weight",
+    "transformer.wte.weight",
+    "wte.weight",
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """weights: under the names of the architecture.   dtype: that of the embedding, on disk."""
+
+    family: Family
+    weights: Weights
+    config: Config
+    tokenizer: Tokenizer
+    dtype: torch.dtype
+
+
+def open_source(
+    family: Family, checkpoint: str | Path | None, config: Any = None, tokenizer: Any = None
+) -> Source:
+    """Find everything that `family` needs in `checkpoint`, a folder or a hub id.
+
+    config, tokenizer: see LanguageModel.   Raises ArgumentError or CheckpointError.
+    """
+    opened = open_checkpoint(_folder(family, checkpoint))
+    if opened.kind == "bminf":
+        return _own(family, opened, config, tokenizer)
+    _check_family(family, opened)
+    renamed = family.tensors(opened)
+    parsed, source = _config(family, opened, renamed, config)
+    tensors = _as_configured(renamed, source)
+    weights = Weights(tensors, opened.path)
+    check_shapes(skeleton_of(family, parsed), weights)
+    found = _tokenizer(family, opened, tokenizer, parsed)
+    return Source(family, weights, parsed, found, tensors["embed_tokens.weight"].dtype)
+
+
+def family_of(opened: Checkpoint) -> Family | None:
+    """The family that the files themselves tell; None where CPM-2 and EVA look alike."""
+    if opened.kind == "bminf":
+        return FAMILIES.get(str(configs.read_config(opened.path / "config.json").get("model")))
+    names = opened.tensors.keys()
+    if names & _ONLY_IN_CPM1:
+        return FAMILIES["cpm1"]
+    if "position_bias_dec.relative_attention_bias" in names:  # ModelCenter's, which has no EVA
+        return FAMILIES["cpm2"]
+    if "role_embeds.weight" in names or _model_type(opened) == "eva":
+        return FAMILIES["eva"]
+    return None
+
+
+def skeleton_of(family: Family, config: Config) -> torch.nn.Module:
+    """The architecture on the meta device, in float32, with nothing packed."""
+    with torch.device("meta"):
+        return family.build(config)
+
+
+def _check_family(family: Family, opened: Checkpoint) -> None:
+    told = family_of(opened)
+    if told is not None and told.name != family.name:
+        raise CheckpointError(f"{opened.path} holds {told.title}, not {family.title}")
+
+
+def _model_type(opened: Checkpoint) -> Any:
+    """What a Hugging Face configuration says that it is of."""
+    path = configs.find_config(opened.path) if opened.kind == "huggingface" else None
+    return None if path is None else configs.read_config(path).get("model_type")
+
+
+def _folder(family: Family, checkpoint: str | Path | None) -> Path:
+    accepted = f"a folder with a {family.title} checkpoint" + "".join(
+        f', "{hub_id}"' for hub_id in family.hub_ids
+    )
+    if checkpoint is None:
+        raise ArgumentError(f"no checkpoint is given; accepted: {accepted}")
+    if not isinstance(checkpoint, str | Path):
+        raise ArgumentError(f"checkpoint is a {type(checkpoint).__name__}; accepted: {accepted}")
+    path = Path(checkpoint).expanduser()
+    if path.exists():
+        return path
+    if isinstance(checkpoint, str) and _HUB_ID.fullmatch(checkpoint):
+        return _download(checkpoint, accepted)
+    raise CheckpointError(f"there is no {str(checkpoint)!r}; accepted: {accepted}")
+
+
+def _download(hub_id: str, accepted: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=list(_HUB_FILES)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise CheckpointError(
+            f"there is no folder {hub_id!r}, and the hub does not give it: {reason}; "
+            f"accepted: {accepted}"
+        ) from error
+
+
+def _own(family: Family, opened: Checkpoint, config: Any, tokenizer: Any) -> Source:
+    """A folder that convert() wrote."""
+    path = opened.path / "config.json"
+    written = configs.read_config(path)
+    if written.get("model") != family.name:
+        other = FAMILIES.get(str(written.get("model")))
+        name = other.title if other is not None else repr(written.get("model"))
+        raise CheckpointError(f"{opened.path} holds {name}, not {family.title}")
+    fields = configs.as_mapping(config) if config is not None else written.get("config")
+    if not isinstance(fields, Mapping):
+        raise CheckpointError(f'{path} has no object "config"; convert the original anew')
+    parsed = family.parse(fields, opened.tensors, str(path))
+    weights = Weights(opened.tensors, opened.path, _form(written, path))
+    found = _tokenizer(family, opened, tokenizer, parsed)
+    return Source(family, weights, parsed, found, opened.tensors["embed_tokens.weight"].dtype)
+
+
+def _form(written: Mapping[str, Any], path: Path) -> Format | None:
+    packing = written.get("quantization")
+    if packing is None:
+        return None
+    try:
+        return Format(**packing)
+    except (TypeError, ArgumentError) as error:
+        raise CheckpointError(f"{path}: quantization is {packing!r}: {error}") from error
+
+
+def _config(
+    family: Family, opened: Checkpoint, tensors: Mapping[str, Stored], given: Any
+) -> tuple[Config, Mapping[str, Any]]:
+    """The configuration, and what it was read from."""
+    if given is not None:
+        source, where = _given_config(given)
+        return family.parse(source, tensors, where), source
+    path = configs.find_config(opened.path)
+    if path is not None:
+        source = configs.read_config(path)
+        return family.parse(source, tensors, str(path)), source
+    return _published(family, opened, tensors), {}
+
+
+def _given_config(given: Any) -> tuple[Mapping[str, Any], str]:
+    if isinstance(given, str | Path):
+        path = Path(given)
+        path = path / "config.json" if path.is_dir() else path
+        return configs.read_config(path), str(path)
+    source = configs.as_mapping(given)
+    if source is None:
+        raise ArgumentError(
+            f"config is a {type(given).__name__}; accepted: the path of a JSON file, a mapping, "
+            "a GPTConfig or T5Config"
+        )
+    return source, "config"
+
+
+def _published(family: Family, opened: Checkpoint, tensors: Mapping[str, Stored]) -> Config:
+    """The published model whose shapes all match, if there is exactly one."""
+    candidates = {
+        name: config
+        for name, config in family.published.items()
+        # BMInf 1.x never scaled attention, so its files are not of a model that needs it.
+        if not (opened.kind == "bminf1" and getattr(config, "is_attention_scaled", False))
+        and _fits(family, config, tensors, opened.path)
+    }
+    if len(candidates) == 1:
+        return next(iter(candidates.values()))
+    looked = " or ".join(configs.CONFIG_FILES)
+    if candidates:
+        raise CheckpointError(
+            f"{opened.path} has the shapes of {' and of '.join(candidates)}, which differ in "
+            f"attention scaling, and neither it nor its parent has a {looked}; say which it is: "
+            'config={..., "attn_scale": true or false}, or the configuration file that came with it'
+        )
+    raise CheckpointError(
+        f"neither {opened.path} nor its parent has a {looked}, and its shapes are of no published "
+        f"{family.title} ({', '.join(family.published)}); give config=..., a path or a mapping "
+        f"with {_needed(family)}"
+    )
+
+
+def _fits(family: Family, config: Config, tensors: Mapping[str, Stored], path: Path) -> bool:
+    try:
+        check_shapes(skeleton_of(family, config), Weights(tensors, path))
+    except CheckpointError:
+        return False
+    return True
+
+
+def _needed(family: Family) -> str:
+    if family.name == "cpm1":
+        return "hidden_size, num_layers, num_attention_heads, max_position_embeddings"
+    return "d_model, d_ff, d_kv, num_heads, num_layers, attn_scale"
+
+
+def _as_configured(
+    tensors: Mapping[str, Stored], source: Mapping[str, Any]
+) -> Mapping[str, Stored]:
+    """What a configuration says of the weights themselves (ModelCenter's).
+
+    tied: the head is the embedding.   length_scale: each product is divided by the square root of
+    its number of inputs, and the embedding by that of its width; here the weights are.
+    """
+    changed = dict(tensors)
+    if source.get("tied") is True:
+        changed["lm_head.weight"] = tensors["embed_tokens.weight"]
+    if source.get("length_scale") is True:
+        for name, stored in changed.items():
+            if len(stored.shape) == 2 and not name.endswith("position_bias.weight"):
+                changed[name] = Scaled(stored, stored.shape[1] ** -0.5)
+    return changed
+
+
+def _tokenizer(family: Family, opened: Checkpoint, given: Any, config: Config) -> Tokenizer:
+    if given is None:
+        found = find_tokenizer(family.name, opened.path)
+    else:
+        found = tokenizer_from(family.name, given)
+    if found.vocab_size != config.vocab_size:
+        raise CheckpointError(
+            f"the vocabulary has {found.vocab_size} tokens ({_origin(found)}), the embedding of "
+            f"{opened.path} {config.vocab_size} rows; take the vocabulary that came with it"
+        )
+    return found
+
+
+def _origin(tokenizer: Tokenizer) -> str:
+    files = getattr(tokenizer, "files", ())
+    return ", ".join(str(file) for file in files) or type(tokenizer).__name__

@@ -1,0 +1,22 @@
+"""Talks with EVA, until an empty line.
+
+python examples/dialogue.py thu-coai/EVA2.0-base
+"""
+
+import argparse
+
+import bminf
+
+parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+parser.add_argument("checkpoint", help="a folder with EVA, in any layout, or a hub id")
+parser.add_argument("--memory-limit", default=None, help='such as "4GB"; default: what is free')
+parser.add_argument("--seed", type=int, default=None)
+arguments = parser.parse_args()
+
+with bminf.models.EVA(arguments.checkpoint, arguments.memory_limit) as model:
+    context: list[str] = []
+    while utterance := input("> ").strip():
+        context.append(utterance)
+        answer, _ = model.dialogue(context, seed=arguments.seed)
+        context.append(answer or "。")
+        print(answer)

@@ -1,0 +1,114 @@
+"""Reference outputs of the models' own authors' code, and the checkpoints they were made with.
+
+They lie in a folder of their own, ../shared/golden unless BMINF_GOLDEN names another; any set with
+the same layout will do: nothing here or in the tests knows a size, a degree or a number of a step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import bminf
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / os.environ.get("BMINF_GOLDEN", "../shared/golden")
+CLASSES = {"cpm1": "CPM1", "cpm2": "CPM2", "eva": "EVA"}
+TOLERANCE = 2e-5  # of float32 against the authors' float32
+
+
+class GoldenSet:
+    """The folder of one model."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.path = name, FOLDER / name
+
+    @cached_property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All reference tensors, of every file."""
+        found: dict[str, torch.Tensor] = {}
+        for file in sorted(self.path.glob("golden*.safetensors")):
+            found |= load_file(file)
+        return found
+
+    @cached_property
+    def info(self) -> dict[str, Any]:
+        return json.loads((self.path / "info.json").read_text())
+
+    @cached_property
+    def bminf1(self) -> dict[str, Any]:
+        """What was recorded of BMInf 1.x."""
+        return json.loads((self.path / "bminf1_golden.json").read_text())
+
+    def layouts(self) -> list[str]:
+        """The checkpoints: folders that have files in them, somewhere."""
+        return sorted(p.name for p in self.path.iterdir() if p.is_dir() and any(p.rglob("*.*")))
+
+    def config(self, layout: str) -> Any:
+        """What is to be said about a layout; None where its folder or its parent says it."""
+        beside = [self.path / layout, self.path]
+        names = ("config.json", "model_config.json")
+        is_there = any((folder / name).is_file() for folder in beside for name in names)
+        return None if is_there else self.info["config"]
+
+    def load(self, layout: str, **arguments: Any) -> Any:
+        settings = {
+            "quantization": None, "device": "cpu", "dtype": torch.float32, "max_length": None,
+            "max_batch_size": 2, "config": self.config(layout), **arguments,
+        }  # fmt: skip
+        settings["max_length"] = settings["max_length"] or self.most_tokens()
+        return getattr(bminf.models, CLASSES[self.name])(self.path / layout, **settings)
+
+    def most_tokens(self) -> int:
+        """Of all that is fed to the models."""
+        if self.name == "cpm1":
+            return int(self.info["config"]["max_position_embeddings"])
+        ids = [t.shape[1] for name, t in self.tensors.items() if name.endswith("input_ids")]
+        return max([*ids, self.tensors["greedy_ids"].shape[1] + 1])
+
+
+def is_absent(name: str) -> bool:
+    return not (FOLDER / name).is_dir()
+
+
+@lru_cache
+def golden(name: str) -> GoldenSet:
+    return GoldenSet(name)
+
+
+def cases(names: Iterable[str], of: Callable[[GoldenSet], Iterable[Any]]) -> Iterator[Any]:
+    """pytest parameters for what each model's set holds; a skip only where its folder is absent."""
+    for name in names:
+        if is_absent(name):
+            reason = f"there is no golden folder {name!r}; BMINF_GOLDEN names where it is"
+            yield pytest.param(name, None, marks=pytest.mark.skip(reason=reason), id=name)
+            continue
+        for case in of(golden(name)):
+            yield pytest.param(name, case, id=f"{name}-{case}")
+
+
+def for_each(names: Iterable[str], of: Callable[[GoldenSet], Iterable[Any]]) -> Any:
+    """Make one test (name, case) of each; where there is nothing of the kind, no test at all."""
+    found = [*cases(names, of)]
+
+    def decorate(test: Any) -> Any:
+        if not found:
+            test.__test__ = False  # an empty parameter list would count as a skipped test
+            return test
+        return pytest.mark.parametrize(("name", "case"), found)(test)
+
+    return decorate
+
+
+def largest(given: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference."""
+    assert given.shape == expected.shape
+    return float((given.float() - expected.float()).abs().max())

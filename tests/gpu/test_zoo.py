@@ -1,0 +1,89 @@
+"""The zoo on a real GPU: as on the CPU to half precision, streamed as resident bit for bit."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_zoo import all_writers
+
+import bminf
+
+pytestmark = pytest.mark.gpu
+
+KINDS = {"cpm1": bminf.models.CPM1, "cpm2": bminf.models.CPM2, "eva": bminf.models.EVA}
+TEXT = "今天天气很好"
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("zoo")
+    return {name: write(root / name / "original") for name, write in all_writers()}
+
+
+def load(folders: dict[str, Path], name: str, device: str = "cuda", **arguments: Any) -> Any:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="there is no sentencepiece model")
+        return KINDS[name](folders[name], device=device, **arguments)
+
+
+def logits(model: Any) -> torch.Tensor:
+    return model.logits(TEXT) if isinstance(model, bminf.models.CPM1) else model.logits(TEXT, TEXT)
+
+
+def limit_for_slots(model: Any) -> int:
+    """What a model needs with every block streamed."""
+    plan = model.plan
+    largest = max(block.nbytes for block in plan.blocks)
+    return int(plan.outside_bytes + plan.reserved_bytes + 2 * largest)
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("quantization", [None, "int8", "int4"])
+def test_logits_are_those_of_the_cpu(
+    folders: dict[str, Path], name: str, quantization: str | None
+) -> None:
+    expected = logits(load(folders, name, "cpu", quantization=quantization))
+    for dtype, tolerance in ((torch.float32, 2e-3), (None, 2e-2)):
+        model = load(folders, name, quantization=quantization, dtype=dtype, activations="float")
+        assert model.model.embed_tokens.weight.dtype == (dtype or torch.float16)
+        error = (logits(model) - expected).norm() / expected.norm()
+        assert error < tolerance, (dtype, float(error))
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("quantization", [None, "int8", "int4"])
+def test_streamed_texts_are_the_resident_ones(
+    folders: dict[str, Path], name: str, quantization: str | None
+) -> None:
+    resident = load(folders, name, quantization=quantization, max_batch_size=2)
+    limit = limit_for_slots(resident)
+    streamed = load(folders, name, quantization=quantization, max_batch_size=2, memory_limit=limit)
+    assert streamed.plan.streamed and not resident.plan.streamed
+    assert torch.equal(logits(streamed), logits(resident))
+    for options in ({"seed": 3}, {"temperature": 0}, {"num_beams": 2}):
+        texts = [
+            model.generate_batch([TEXT], max_tokens=12, **options) for model in (resident, streamed)
+        ]
+        assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_memory_limit_is_kept(folders: dict[str, Path], name: str) -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    model = load(folders, name, max_batch_size=2, max_length=200)
+    text = TEXT * 12
+    model.generate_batch([text, TEXT], max_tokens=100, seed=1)
+    # torch rounds each tensor up to 512 bytes; a product of a library may take a workspace.
+    peak = torch.cuda.max_memory_allocated() - before
+    assert peak <= model.plan.total_bytes + 64 * 2**20
+    model.close()
+    gc.collect()
+    assert torch.cuda.memory_allocated() <= before + 2**20

@@ -1,0 +1,67 @@
+"""The golden models through the CUDA kernels, compiled for the host: as on the CPU, to the rounding
+of 16 bits, and the same bit for bit streamed as resident."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from golden import for_each, golden
+from host_launcher import HostLauncher
+from quantised import relative_error
+
+from bminf.cuda.launcher import served_by
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
+from test_golden_forward import MODELS, valid
+from test_golden_quantized import layouts, load
+
+HALF_ROUNDING = 2**-11  # of a number to float16; the sums here are of many, and stay well below
+NUM_STEPS = 3  # a launch on the host takes as long as a hundred on a GPU
+
+
+def few_outputs(name: str, model: Any) -> dict[str, torch.Tensor]:
+    """Prefill, and some steps of decoding."""
+    given = golden(name).tensors
+    found = {}
+    with torch.inference_mode():
+        if name == "cpm1":
+            ids = given["input_ids"][:, : NUM_STEPS + 4]
+            cache = model.model.new_cache(*ids.shape)
+        else:
+            prompts, ids = given["enc_input_ids"], given["dec_input_ids"][:, : NUM_STEPS + 4]
+            cache = model.model.new_cache(len(ids), prompts.shape[1], ids.shape[1])
+            encoded = model.model.encode(prompts, cache, given["enc_length"])
+            found["encoder_output"] = valid(encoded, given["enc_length"])
+        for begin, end in [(0, 4), *((4 + n, 5 + n) for n in range(NUM_STEPS))]:
+            found[f"logits {begin}"] = model.model.head(model.model(ids[:, begin:end], cache))
+    return found
+
+
+@for_each(MODELS, layouts)
+@pytest.mark.parametrize(
+    ("quantization", "activations"), [("int8", "float"), ("int8", "int8"), ("int4", "float")]
+)
+def test_golden_kernels_compute_what_the_cpu_does(
+    name: str, case: str, quantization: str, activations: str
+) -> None:
+    given = golden(name)
+    packing = {"quantization": quantization, "activations": activations}
+    with load(given, case, **packing) as model:
+        reference, plan = few_outputs(name, model), model.plan
+        launcher = HostLauncher(capability=61)
+        with served_by(launcher):
+            computed = few_outputs(name, model)
+    assert launcher._libraries  # it compiled, and ran, kernels
+    slots = 2 * max(block.nbytes for block in plan.blocks)
+    limit = plan.outside_bytes + plan.reserved_bytes + slots
+    with load(given, case, memory_limit=limit, **packing) as model:
+        assert model.plan.streamed
+        with served_by(HostLauncher(capability=61)):
+            streamed = few_outputs(name, model)
+    for key, x in computed.items():
+        assert relative_error(x, reference[key]) <= HALF_ROUNDING, key
+        assert torch.equal(streamed[key], x), key

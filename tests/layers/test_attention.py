@@ -1,0 +1,140 @@
+"""Masks, caches and position bias, against plain statements of what they mean."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bminf.layers.attention import attention, hide, is_later, is_padding, merge_heads, split_heads
+from bminf.layers.kv_cache import KVCache, cache_bytes
+from bminf.layers.norm import RMSNorm
+from bminf.layers.position_bias import RelativePositionBias, buckets
+
+
+def plain(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor, scale: float
+) -> torch.Tensor:
+    scores = scale * query.double() @ key.double().transpose(-1, -2) + bias.double()
+    return scores.softmax(-1) @ value.double()
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+@pytest.mark.parametrize(("num_queries", "num_keys"), [(1, 1), (1, 9), (5, 9), (9, 9)])
+def test_attention_is_softmax_of_scaled_scores_and_bias(
+    scale: float, num_queries: int, num_keys: int
+) -> None:
+    torch.manual_seed(0)
+    query = torch.randn(2, 3, num_queries, 16)
+    key, value = torch.randn(2, 3, num_keys, 16), torch.randn(2, 3, num_keys, 16)
+    bias = torch.randn(1, 3, num_queries, num_keys)
+    bias = bias + hide(is_later(num_queries, num_keys, query.device), bias.dtype)
+    given = attention(query, key, value, bias, scale)
+    assert torch.allclose(given.double(), plain(query, key, value, bias, scale), atol=1e-5)
+
+
+def test_later_keys_are_counted_from_the_last_query() -> None:
+    assert is_later(2, 4, torch.device("cpu")).tolist() == [
+        [False, False, False, True],
+        [False, False, False, False],
+    ]
+
+
+def test_padding_is_what_lies_at_or_behind_the_length() -> None:
+    assert is_padding(torch.tensor([2, 3]), 3).tolist() == [[False, False, True], [False] * 3]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_query_that_sees_nothing_is_no_nan(dtype: torch.dtype) -> None:
+    """Also where scores of ordinary size push the bias beyond the range of the type."""
+    query, key = (
+        torch.full((1, 1, 2, 16), -9.0, dtype=dtype),
+        torch.full((1, 1, 3, 16), 9.0, dtype=dtype),
+    )
+    bias = hide(torch.ones(1, 1, 2, 3, dtype=torch.bool), dtype)
+    assert (query @ key.transpose(-1, -2) + bias).isfinite().all()
+    assert attention(query, key, key, bias, 1.0).isfinite().all()
+
+
+def test_heads_are_split_part_by_part() -> None:
+    x = torch.arange(2 * 3 * 12.0).view(2, 3, 12)
+    first, second = split_heads(x, 2, 3)
+    assert first.shape == (2, 2, 3, 3)
+    assert torch.equal(merge_heads(first), x[:, :, :6])
+    assert torch.equal(merge_heads(second), x[:, :, 6:])
+
+
+def test_a_cache_gives_back_what_was_appended() -> None:
+    torch.manual_seed(0)
+    cache = KVCache(2, 3, 4, 10, 8, torch.float32, "cpu")
+    first, second = torch.randn(2, 3, 4, 5, 8), torch.randn(2, 3, 4, 1, 8)
+    for layer in range(2):
+        cache.append(layer, first[layer], first[layer] + 1)
+    cache.advance(5)
+    keys, values = cache.append(1, second[1], second[1] + 1)
+    assert torch.equal(keys, torch.cat([first[1], second[1]], 2))
+    assert torch.equal(values, keys + 1)
+    assert keys.data_ptr() == cache.keys[1].data_ptr()  # nothing is copied
+    assert cache.keys.nbytes + cache.values.nbytes == cache_bytes(2, 3, 4, 10, 8, torch.float32)
+
+
+def test_a_cache_holds_fewer_rows_than_it_has_room_for() -> None:
+    cache = KVCache(1, 3, 2, 4, 8, torch.float32, "cpu")
+    keys, _ = cache.append(0, torch.ones(2, 2, 1, 8), torch.ones(2, 2, 1, 8))
+    assert keys.shape == (2, 2, 1, 8)
+    assert not cache.keys[0, 2].any()
+
+
+def test_selecting_rows_repeats_and_reorders_them() -> None:
+    cache = KVCache(2, 4, 2, 6, 8, torch.float32, "cpu")
+    rows = torch.randn(3, 2, 5, 8)
+    for layer in range(2):
+        cache.append(layer, rows + layer, rows - layer)
+    cache.advance(5)
+    cache.select(torch.tensor([2, 0, 0, 1]))
+    for layer in range(2):
+        keys, values = cache.read(layer, 4, 5)
+        assert torch.equal(keys, rows[[2, 0, 0, 1]] + layer)
+        assert torch.equal(values, rows[[2, 0, 0, 1]] - layer)
+
+
+def test_a_reset_cache_begins_anew() -> None:
+    cache = KVCache(1, 1, 1, 3, 8, torch.float32, "cpu")
+    cache.append(0, torch.ones(1, 1, 3, 8), torch.ones(1, 1, 3, 8))
+    cache.advance(3)
+    cache.reset()
+    keys, _ = cache.append(0, torch.zeros(1, 1, 1, 8), torch.zeros(1, 1, 1, 8))
+    assert keys.shape[2] == 1 and not keys.any()
+
+
+@pytest.mark.parametrize("is_bidirectional", [True, False])
+@pytest.mark.parametrize(("num_buckets", "max_distance"), [(32, 128), (16, 40), (8, 100)])
+def test_buckets_are_those_of_transformers(
+    num_buckets: int, max_distance: int, is_bidirectional: bool
+) -> None:
+    from transformers.models.t5.modeling_t5 import T5Attention
+
+    distances = torch.arange(-300, 301)
+    expected = T5Attention._relative_position_bucket(
+        distances, is_bidirectional, num_buckets, max_distance
+    )
+    given = buckets(distances, num_buckets, max_distance, is_bidirectional)
+    assert torch.equal(given, expected)
+
+
+def test_the_bias_of_the_last_queries_is_the_end_of_the_whole() -> None:
+    bias = RelativePositionBias(32, 4, 128, is_bidirectional=False)
+    torch.nn.init.normal_(bias.weight)
+    whole = bias(20, 20)
+    assert torch.equal(bias(3, 20), whole[:, :, -3:])
+    assert torch.equal(whole[0, :, 19, 19], bias.weight[0])
+
+
+def test_rms_norm_rounds_before_it_scales() -> None:
+    norm = RMSNorm(64, 1e-6)
+    torch.nn.init.normal_(norm.weight)
+    x = torch.randn(3, 64)
+    exact = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    assert torch.allclose(norm(x).double(), exact * norm.weight.double(), atol=1e-6)
+    half = norm.half()(x.half())
+    normed = x.half().float() / (x.half().float().square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    assert torch.equal(half, normed.half() * norm.weight)

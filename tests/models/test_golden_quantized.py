@@ -1,0 +1,101 @@
+"""Every layout of every golden set with packed weights: what 8 bits mean, and what they cost."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from golden import TOLERANCE, GoldenSet, cases, for_each, golden, largest
+from quantised import dequantise
+from test_golden_forward import MODELS, all_outputs
+
+# Logits that BMInf 1.x' own 8 bits moved by so much, see bminf1_golden.json; ours may move them by
+# these factors of that, most and on average.
+MOST, MEAN = 1.5, 1.2
+
+
+def layouts(given: GoldenSet) -> list[str]:
+    return given.layouts()
+
+
+def layouts_with_bound(given: GoldenSet) -> list[str]:
+    """Those whose float logits are those of the authors."""
+    if "int8_logits_abs_diff_vs_fp32" not in given.bminf1:
+        return []
+    return [layout for layout in given.layouts() if layout != "modelcenter"]
+
+
+def load(given: GoldenSet, layout: str, **arguments: Any) -> Any:
+    """EVA as BMInf ran it, without scaling, where the weights are those of BMInf."""
+    if given.name == "eva" and layout == "bminf1":
+        arguments["config"] = {**given.info["config"], "attn_scale": False}
+    return given.load(layout, **arguments)
+
+
+def reference_logits(given: GoldenSet, layout: str) -> torch.Tensor:
+    is_flipped = layout == "bminf1" and given.info["config"].get("attn_scale") is True
+    return given.tensors["logits_attn_scale_flipped" if is_flipped else "logits"]
+
+
+@for_each(MODELS, layouts)
+def test_golden_int8_is_the_float_model_of_its_dequantised_weights(name: str, case: str) -> None:
+    given = golden(name)
+    with load(given, case, quantization="int8", activations="float") as model:
+        packed = all_outputs(name, model)
+        dequantise(model.model)
+        floats = all_outputs(name, model)
+    for key, x in packed.items():
+        assert largest(x, floats[key]) <= TOLERANCE, key
+
+
+@for_each(MODELS, layouts_with_bound)
+def test_golden_int8_activations_cost_what_bminf_paid(name: str, case: str) -> None:
+    given = golden(name)
+    bound = given.bminf1["int8_logits_abs_diff_vs_fp32"]
+    with load(given, case, quantization="int8", activations="int8") as model:
+        logits = all_outputs(name, model)["logits"]
+    difference = (logits - reference_logits(given, case)).abs()
+    assert float(difference.max()) <= MOST * bound["max"]
+    assert float(difference.mean()) <= MEAN * bound["mean"]
+
+
+@for_each(MODELS, layouts)
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_golden_packed_streamed_equals_resident(name: str, case: str, quantization: str) -> None:
+    given = golden(name)
+    with load(given, case, quantization=quantization) as model:
+        resident, plan = all_outputs(name, model), model.plan
+    slots = 2 * max(block.nbytes for block in plan.blocks)
+    limit = plan.outside_bytes + plan.reserved_bytes + slots
+    with load(given, case, quantization=quantization, memory_limit=limit) as model:
+        assert len(model.plan.streamed) > len(model.plan.resident)
+        streamed = all_outputs(name, model)
+    for key, x in resident.items():
+        assert torch.equal(streamed[key], x), key
+
+
+def bminf_layouts(given: GoldenSet) -> list[str]:
+    return ["bminf1"] if "bminf1" in given.layouts() else []
+
+
+@for_each(MODELS, bminf_layouts)
+def test_golden_bminf1_codes_are_taken_as_they_are(name: str, case: str) -> None:
+    from bminf.checkpoint.bminf1_file import read_bminf1
+
+    given = golden(name)
+    with load(given, case, quantization="int8") as model:
+        linears = {n: m for n, m in model.model.named_modules() if hasattr(m, "qweight")}
+        first = "layers.0" if name == "cpm1" else "encoder.layers.0"
+        codes = linears[f"{first}.feed_forward.down"].packed
+    tensors = read_bminf1(given.path / case / "checkpoint.pt")
+    theirs = "layers.0" if name == "cpm1" else "enc_layers.0"
+    width = codes.in_features
+    stored = tensors[f"{theirs}.ff.linear_out.weight"].read()
+    assert torch.equal(codes.qweight[:, :width], stored)
+    assert torch.equal(codes.scale, tensors[f"{theirs}.ff.linear_out.scale"].read().float())
+
+
+def test_golden_sets_have_layouts_to_pack() -> None:
+    for name in MODELS:
+        assert [*cases((name,), layouts)], name

@@ -1,0 +1,61 @@
+"""Each example runs as its first lines say, on a small checkpoint, and stays short."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_zoo import write_cpm2, write_eva
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+
+
+def run(name: str, *arguments: str | Path, text: str = "") -> str:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", EXAMPLES / name, *map(str, arguments)],
+        input=text, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def cpm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_cpm2(tmp_path_factory.mktemp("cpm2") / "original")
+
+
+@pytest.fixture(scope="module")
+def converted(cpm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("converted") / "cpm2-int4"
+    assert str(folder) in run("convert.py", "cpm2", cpm2, folder, "--quantization", "int4")
+    return folder
+
+
+def test_generate(cpm2: Path) -> None:
+    output = run("generate.py", "cpm2", cpm2, "今天天气", "--seed", "1", "--memory-limit", "1GB")
+    assert output.startswith("今天天气") and "tokens" in output.splitlines()[-1]
+
+
+def test_fill_blank_from_a_converted_folder(converted: Path) -> None:
+    output = run("fill_blank.py", converted, "今天<span>很好", "--seed", "2")
+    assert output.startswith("今天[") and output.endswith("]很好\n")
+
+
+def test_dialogue(tmp_path: Path) -> None:
+    eva = write_eva(tmp_path / "eva" / "original")
+    output = run("dialogue.py", eva, "--seed", "3", text="你是谁\n今天天气很好\n\n")
+    assert sum(line.startswith("> ") for line in output.splitlines()) == 3
+
+
+def test_hand_written_model() -> None:
+    assert run("hand_written_model.py")
+
+
+@pytest.mark.parametrize("example", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
+def test_examples_are_short_and_tested(example: Path) -> None:
+    if example.name != "hand_written_model.py":
+        assert len(example.read_text(encoding="utf-8").splitlines()) < 40
+    tests = "".join(path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("*.py"))
+    assert example.name in tests
