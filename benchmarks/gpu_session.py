@@ -22,12 +22,13 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from benchmarks import kernels_table
+from benchmarks import kernels_table, zoo_table
 from benchmarks.kernels_targets import targets
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNEL_TESTS = "tests/gpu/test_kernels.py"
 LOG = "session.log"
+ZOO = "zoo-cuda.json"
 SECONDS = 465.0
 
 _START_S = 15.0  # of a process, with torch, before it measures; and for its last group
@@ -63,17 +64,22 @@ def steps(folder: Path) -> list[Step]:
     offload = ("benchmarks.run", "offload", "--device", "cuda", "--dtype", "float16")
     model = ("--model", "random", "--hidden-size", "2048", "--layers", "8", "--tokens", "16")
     offload_out = ("--rounds", "1", "--repeats", "2", "--out", str(folder / "offload-cuda.json"))
+    # CPM-2 in full, streamed as on a small card and then resident; few steps, each as any other.
+    zoo = ("benchmarks.run", "zoo", "--device", "cuda", "--memory-limit", "6GB", "16GB")
+    zoo_runs = ("--steps", "24", "--warmup", "0", "--repeats", "2", "--seconds", "25")
+    zoo_out = ("--out", str(folder / ZOO))
     others = ("int4-g32-minimum", "int4-g64", "int4-g128", "int4-row", "int8-g128")
     formats = ("--formats", "int4", *others)
     return [
         Step("kernel tests", ("pytest", "-m", "gpu", KERNEL_TESTS), 130, tests=True),
-        kernels("weight-only", 110, "--ops", "weight-only"),
+        kernels("weight-only", 100, "--ops", "weight-only"),
         kernels("w8a8", 70, "--ops", "w8a8"),
         Step("other tests", ("pytest", "-m", "gpu", f"--ignore={KERNEL_TESTS}"), 90, tests=True),
-        kernels("others", 50, "--ops", "gated", "rows", "dequantize"),
-        kernels("bfloat16", 45, "--ops", "weight-only", "w8a8", "--dtype", "bfloat16", *large),
-        kernels("formats", 45, "--ops", "weight-only", *formats, *large),
-        Step("offload", (*offload, *model, *offload_out), 80),
+        Step("zoo", (*zoo, *zoo_runs, *zoo_out), 55),
+        kernels("others", 45, "--ops", "gated", "rows", "dequantize"),
+        kernels("bfloat16", 40, "--ops", "weight-only", "w8a8", "--dtype", "bfloat16", *large),
+        kernels("formats", 38, "--ops", "weight-only", *formats, *large),
+        Step("offload", (*offload, *model, *offload_out), 58),
     ]
 
 
@@ -228,6 +234,8 @@ def summary_of(folder: Path, outcomes: Sequence[Outcome]) -> str:
     parts = ["", "==== us by rows of activations; * what the op chooses"]
     for content in contents.values():
         parts += kernels_table.lines(content)
+    if (folder / ZOO).is_file():
+        parts += ["==== CPM-2", *zoo_table.lines(_read(folder / ZOO))]
     parts.append("==== steps")
     parts += map(str, outcomes)
     for name, content in contents.items():

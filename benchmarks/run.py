@@ -18,6 +18,7 @@ from bminf.units import format_bytes
 CASES = {
     "offload": "the wrapper against accelerate's offloading, on one model, under one limit",
     "kernels": "products with packed weights against those of torch and others",
+    "zoo": "CPM-2's encoder and decoder with random weights, and a prediction for a small card",
 }
 
 

@@ -12,13 +12,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import kernels_table
+from benchmarks import kernels_table, zoo_table
 from benchmarks.kernels_table import markdown
 from benchmarks.kernels_targets import targets
 from bminf.units import format_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = ("README.md", "docs/quantization.md", "docs/kernels.md")
+DOCUMENTS = ("README.md", "docs/quantization.md", "docs/kernels.md", "benchmarks/README.md")
 PLOTS = {"docs/kernels-cpu.svg": ("kernels-cpu.json", "linear rotated")}  # of which op
 _MARKED = re.compile(r"<!-- (\S+\.json) -->\n.*?<!-- end -->", re.DOTALL)
 
@@ -58,6 +58,8 @@ def table(content: dict[str, Any]) -> str:
     """A caption and a Markdown table of one run."""
     if content["case"] == "perplexity":
         return _perplexity_table(content)
+    if content["case"] == "zoo":
+        return zoo_table.table(content)
     if content["case"] == "kernels":
         reached = "".join(f"- {target}\n" for target in targets(content))
         return f"{kernels_table.table(content)}\nTargets:\n\n{reached}"

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bminf.errors import UnsupportedModelError
+from bminf.errors import ArgumentError, UnsupportedModelError
 from bminf.scheduler.backends.simulated import (
     SimulatedBackend,
     SimulationError,
@@ -225,3 +225,24 @@ def test_a_prediction_leaves_an_encoder_out_of_the_decode_pass() -> None:
     assert set(the_plan.streamed) <= {f"e.{i}" for i in range(6)}
     prediction = predict(the_plan, 1.0, 100.0)
     assert prediction.copy_s == 0 and prediction.pass_s == pytest.approx(6.0)
+
+
+def test_a_prediction_of_some_lists_is_of_their_blocks_alone() -> None:
+    blocks = [Block(f"{name}.{i}", 100, name) for name in "epd" for i in range(6)]
+    the_plan = plan(blocks, 1000 + 50, {"e": 1, "p": 1}, outside_bytes=50)
+    streamed = {name: sum(block[0] == name for block in the_plan.streamed) for name in "epd"}
+    assert sum(streamed.values()) == 10 and streamed["d"] == 0  # 8 blocks and two slots fit
+    for lists in ("d", "pd", "dp", "ep"):
+        prediction = predict(the_plan, 50.0, 100.0, lists)
+        copy_s = sum(streamed[name] for name in lists) * 100 / 50
+        assert prediction.copy_s == pytest.approx(copy_s)
+        assert prediction.compute_s == pytest.approx(6.0 * len(lists))  # nothing of the 50 bytes
+        assert prediction.pass_s >= max(copy_s, prediction.compute_s) * (1 - 1e-9)
+    whole = predict(the_plan, 50.0, 100.0)
+    assert whole.compute_s == pytest.approx(6.5)
+
+
+def test_a_list_that_a_plan_does_not_have_is_named() -> None:
+    the_plan = plan([Block("d.0", 100, "d")], 1000)
+    with pytest.raises(ArgumentError, match="'e'; the plan has 'd'"):
+        predict(the_plan, 1.0, 1.0, ["d", "e"])

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bminf.scheduler.plan import Plan
+from bminf.errors import ArgumentError
+from bminf.scheduler.plan import Block, Plan
 from bminf.scheduler.ring import Ring
 
 
@@ -129,21 +130,29 @@ class Prediction:
 _SETTLING_PASSES, _MEASURED_PASSES = 2, 4
 
 
-def predict(plan: Plan, link_bytes_per_s: float, memory_bytes_per_s: float) -> Prediction:
+def predict(
+    plan: Plan,
+    link_bytes_per_s: float,
+    memory_bytes_per_s: float,
+    lists: Sequence[str] | None = None,
+) -> Prediction:
     """The time of one decode pass (a token) under `plan`.
 
     A block computes as long as reading its bytes from device memory takes, which is what bounds
     decoding for one sequence. Blocks used less often than the others (an encoder) are left out.
     link_bytes_per_s: host to device; memory_bytes_per_s: device memory.
+    lists: names of the lists of blocks that a pass goes through, in this order, and nothing else:
+        no other list, and nothing of what lies outside all blocks.
+    Raises ArgumentError for a list that the plan does not have.
     """
-    most = max(plan.uses.values())
-    blocks = [block for block in plan.blocks if plan.uses[block.name] == most]
+    blocks = _used_most(plan) if lists is None else _blocks_of(plan, lists)
+    outside_bytes = plan.outside_bytes if lists is None else 0
     streamed_names = set(plan.streamed)
     streamed = [block for block in blocks if block.name in streamed_names]
     numbers = {block.name: number for number, block in enumerate(streamed)}
     steps = [
         Step(block.nbytes / memory_bytes_per_s, numbers.get(block.name)) for block in blocks
-    ] + [Step(plan.outside_bytes / memory_bytes_per_s)]
+    ] + [Step(outside_bytes / memory_bytes_per_s)]
     compute_s = sum(step.compute_s for step in steps)
     copy_s = sum(block.nbytes for block in streamed) / link_bytes_per_s
     if not streamed:
@@ -157,3 +166,18 @@ def predict(plan: Plan, link_bytes_per_s: float, memory_bytes_per_s: float) -> P
         run_pass(backend, ring, steps)
     pass_s = (backend.now_s - since_s) / _MEASURED_PASSES
     return Prediction(pass_s, compute_s, copy_s, backend.link_busy(since_s))
+
+
+def _used_most(plan: Plan) -> list[Block]:
+    most = max(plan.uses.values())
+    return [block for block in plan.blocks if plan.uses[block.name] == most]
+
+
+def _blocks_of(plan: Plan, lists: Sequence[str]) -> list[Block]:
+    known = {block.list_name for block in plan.blocks}
+    for name in lists:
+        if name not in known:
+            raise ArgumentError(
+                f"lists names {name!r}; the plan has {', '.join(map(repr, sorted(known)))}"
+            )
+    return [block for name in lists for block in plan.blocks if block.list_name == name]
