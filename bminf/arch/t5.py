@@ -216,7 +216,7 @@ class Decoder(torch.nn.Module):
 
 
 class T5(torch.nn.Module):
-    """encode() a prompt into a cache, then decode() token after token from it."""
+    """encode() a prompt into a cache, then call it with token after token."""
 
     def __init__(self, config: T5Config) -> None:
         super().__init__()

@@ -50,6 +50,8 @@ def rename(
     wanted: dict[str, list[str]] = {}  # ours -> theirs that it is made of
     unknown = []
     for name, stored in _with_scales(tensors).items():
+        if name.endswith(".inv_freq"):  # of rotary positions: numbers that code can compute
+            continue
         rule, number = _rule_for(name, table)
         if rule is None:
             unknown.append(name)

@@ -96,6 +96,6 @@ def test_golden_bminf1_codes_are_taken_as_they_are(name: str, case: str) -> None
     assert torch.equal(codes.scale, tensors[f"{theirs}.ff.linear_out.scale"].read().float())
 
 
-def test_golden_sets_have_layouts_to_pack() -> None:
-    for name in MODELS:
-        assert [*cases((name,), layouts)], name
+@pytest.mark.parametrize("name", MODELS)
+def test_golden_set_has_layouts_to_pack(name: str) -> None:
+    assert [*cases((name,), layouts)]
