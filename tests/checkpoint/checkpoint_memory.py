@@ -19,7 +19,7 @@ from bminf.checkpoint.safetensors_file import read_safetensors, write_safetensor
 from bminf.checkpoint.torch_file import read_torch_file, weights_of
 from bminf.layout import Layout, TensorSpec
 
-NUM_TENSORS, TENSOR_BYTES = 50, 2**22
+NUM_TENSORS, TENSOR_BYTES = 100, 2**21
 
 
 def read(path: Path, is_torch: bool) -> int:
@@ -46,7 +46,7 @@ def write(path: Path) -> int:
 
 
 def main(what: str, file: str) -> None:
-    torch.ones(10).sum()  # what torch sets up at its first operation
+    torch.ones(2**20).sum()  # what torch sets up at its first operation, threads included
     before = status_bytes("RssAnon")
     with Peak() as peak:
         path = Path(file)

@@ -53,7 +53,8 @@ def test_help_of_a_verb(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit:
         main([verb, "--help"])
     assert exit.value.code == 0
-    assert "--memory-limit" in capsys.readouterr().out
+    option = "--quantization" if verb == "convert" else "--memory-limit"
+    assert option in capsys.readouterr().out
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,7 +27,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def load(folders: dict[str, Path], name: str, device: str = "cuda", **arguments: Any) -> Any:
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="there is no sentencepiece model")
+        warnings.filterwarnings("ignore", message="found no sentencepiece model")
         return KINDS[name](folders[name], device=device, **arguments)
 
 

@@ -34,7 +34,7 @@ def load(folders: dict[str, Path]) -> Iterator[Loader]:
         settings = {"checkpoint": folders[name], "device": "cpu", "quantization": None, **arguments}
         with warnings.catch_warnings():
             # These CPM-1 folders have no sentencepiece model, and the library says so.
-            warnings.filterwarnings("ignore", message="there is no sentencepiece model")
+            warnings.filterwarnings("ignore", message="found no sentencepiece model")
             loaded.append(kind(**settings))
         return loaded[-1]
 

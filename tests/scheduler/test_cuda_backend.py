@@ -87,7 +87,7 @@ def streams(monkeypatch: pytest.MonkeyPatch) -> tuple[FakeStream, list[FakeStrea
     monkeypatch.setattr(cuda, "PinnedMemory", FakePinned)
     backend = cuda.CudaBackend(torch.device("cuda"))
     backend.device = torch.device("cpu")
-    monkeypatch.setattr(wrapping, "_backend", lambda device, offload_dir: backend)
+    monkeypatch.setattr(wrapping, "backend_for", lambda *_, **__: backend)
     return compute, made
 
 
