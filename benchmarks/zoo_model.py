@@ -49,15 +49,18 @@ class Sizes:
         return FORMATS[self.quantization]
 
 
-def planned(sizes: Sizes, limit: int) -> tuple[T5, Blobs, Plan]:
+def planned(sizes: Sizes, limit: int, device_type: str = "cpu") -> tuple[T5, Blobs, Plan]:
     """The model on the meta device, its blobs, and what stays within `limit` bytes.
 
+    device_type: "cpu" or "cuda", whose products hold different things on the way.
     Raises BudgetError, with numbers.
     """
     empty = cast(T5, skeleton_of(CPM2, sizes.config))
     model, blocks = skeleton(empty, sizes.dtype, sizes.form, sizes.activations)
     blobs = lay_out(model, blocks)
-    reserve = reserved_bytes(sizes.config, 1, sizes.max_length, sizes.dtype, sizes.form)
+    reserve = reserved_bytes(
+        sizes.config, 1, sizes.max_length, sizes.dtype, sizes.form, device_type
+    )
     return model, blobs, plan_for(blocks, blobs, limit, CPM2.uses, reserve)
 
 
@@ -75,7 +78,7 @@ def loaded(
     sizes: Sizes, limit: int, backend: Backend, offload_dir: Path | None = None
 ) -> Iterator[Loaded]:
     """The model with random weights, streaming as planned for `limit` bytes; let go at the end."""
-    model, blobs, plan = planned(sizes, limit)
+    model, blobs, plan = planned(sizes, limit, backend.device.type)
     scheduler = fill(model, blobs, plan, backend, random_weights(model), offload_dir)
     try:
         cache = model.new_cache(1, sizes.max_length, sizes.max_length)

@@ -47,7 +47,7 @@ class Run:
     def check(self) -> None:
         """Raise BudgetError, with numbers, before anything is made."""
         if self.limit is not None:
-            planned(self.sizes, self.limit)
+            planned(self.sizes, self.limit, self.device)
 
     def measure(self, settings: Settings) -> list[Result]:
         """A result for each phase. Both ways to decode have to give the same."""

@@ -48,4 +48,5 @@ class RelativePositionBias(torch.nn.Module):
         positions = torch.arange(num_keys, device=self.weight.device)
         distances = positions - positions[num_keys - num_queries :].unsqueeze(1)
         chosen = buckets(distances, self.weight.shape[0], self.max_distance, self.is_bidirectional)
-        return self.weight[chosen].permute(2, 0, 1).unsqueeze(0)
+        # In order: attention would copy it in every layer otherwise.
+        return self.weight[chosen].permute(2, 0, 1).unsqueeze(0).contiguous()

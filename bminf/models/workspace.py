@@ -1,19 +1,63 @@
 """Bytes that a model needs beside its weights: the KV cache, and what a pass holds at its peak.
 
 Both are bounded when a model is made, by max_length and max_batch_size, and are part of its
-memory_limit.
+memory_limit. The peak is the largest of a few moments: a product with what its operands become,
+the attention with its bias, and the logits. What a product holds is read off the operations in
+bminf/ops, and held against measurements by tests/models/test_zoo_memory.py.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 
 from bminf.arch.gpt import GPTConfig, gpt_cache_bytes
 from bminf.arch.t5 import T5Config, t5_cache_bytes
-from bminf.quantization.packed import Format
+from bminf.quantization.packed import INT8, Format
+
+LOGITS_AT_ONCE = 8  # positions of one text whose logits are computed together
 
 _SLICE_BYTES = 2**27  # a slice of a dequantised weight, see ops/linear_weight_only.py
-_VOCABULARY_BYTES = 64  # of an entry of the logits: in the model's type, and what drawing sorts
+_BUCKET_BYTES = 40  # of a cell: distances, their logarithms and buckets
+_DRAWN_BYTES = 64  # of an entry of the logits: in the model's type, and what drawing sorts
+# What stays with the allocators and libraries of a CPU after tensors are gone. Measured, not
+# derived: about as much again as a layer and half of the logits hold, and no more than this.
+_MOST_KEPT_BYTES = 7 * 2**25
+_LIBRARY_BYTES = 2**25  # on a GPU, where torch uses again what is gone: of cuBLAS
+_HOLES = 0.1  # of the peak, between what is still there
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """num_rows: of all matrices of activations.   itemsize: of one."""
+
+    num_rows: int
+    itemsize: int
+    form: Format | None
+    is_cpu: bool
+
+    def held(self, *columns: int) -> int:
+        """Activations of so many columns that are held at once."""
+        return self.num_rows * sum(columns) * self.itemsize
+
+    def product(self, inputs: int, outputs: int) -> int:
+        """The result of a product, and what is held on the way beside its input."""
+        per_row = outputs * self.itemsize
+        if self.form is None:
+            return self.num_rows * per_row
+        if not self.is_cpu:
+            weight = min(_SLICE_BYTES, inputs * outputs * self.itemsize)
+            rounded = inputs + 4 * outputs if self.form == INT8 else 0  # codes and their sums
+            return self.num_rows * (per_row + rounded) + weight
+        return self.num_rows * (per_row + self._on_cpu(inputs, outputs))
+
+    def _on_cpu(self, inputs: int, outputs: int) -> int:
+        """Bytes of a row, see ops/cpu_linear.py."""
+        wide = 0 if self.itemsize == 4 else 4 * (inputs + outputs)  # all is done in float32
+        if self.form == INT8:  # numbers, two digits of each, and the sums of both
+            return wide + max(20 * inputs, 10 * inputs + 16 * outputs)
+        return wide + 5 * inputs + 4 * outputs
 
 
 def reserved_bytes(
@@ -22,28 +66,47 @@ def reserved_bytes(
     max_length: int,
     dtype: torch.dtype,
     form: Format | None,
+    device_type: str = "cpu",
 ) -> int:
     """Cache and workspace together.
 
-    max_length: tokens of prompt and answer together in a GPT, of each in a T5.
+    max_length: tokens of prompt and answer together in a GPT, of each in a T5.   device_type: "cpu"
+    or "cuda"; their products hold different things on the way.
     """
+    num_rows, is_cpu = max_batch_size * max_length, device_type == "cpu"
     if isinstance(config, T5Config):
         cache = t5_cache_bytes(config, max_batch_size, max_length, max_length, dtype)
-        inner_size, intermediate_size = config.inner_size, 2 * config.intermediate_size
     else:
         cache = gpt_cache_bytes(config, max_batch_size, max_length, dtype)
-        inner_size, intermediate_size = config.hidden_size, config.intermediate_size
-    # The widest moment of a layer: residual stream, normed input, and what lies between the two
-    # products of attention or of the feed-forward.
-    width = 4 * config.hidden_size + max(5 * inner_size, 2 * intermediate_size)
-    tokens = max_batch_size * max_length
-    activations = tokens * width * max(dtype.itemsize, 4)
-    bias = config.num_attention_heads * max_length * max_length * dtype.itemsize * 2
-    logits = max_batch_size * config.vocab_size * _VOCABULARY_BYTES
-    packed = 0 if form is None else _dequantized_bytes(config, inner_size, dtype)
-    return cache + activations + max_batch_size * bias + logits + packed
+    bias = _bias_bytes(config, max_batch_size, max_length, dtype.itemsize)
+    layer = _layer_bytes(config, _Sizes(num_rows, dtype.itemsize, form, is_cpu))
+    # The last ones of each row while they are drawn from; logits() has fewer at a time.
+    head = config.vocab_size * max(LOGITS_AT_ONCE, max_batch_size) * _DRAWN_BYTES
+    making_bias = 2 * bias + _BUCKET_BYTES * max_length**2  # before the first layer
+    peak = max(making_bias, bias + layer, head)
+    kept = min(layer + head // 2, _MOST_KEPT_BYTES) if is_cpu else min(peak, _LIBRARY_BYTES)
+    return cache + peak + int(_HOLES * peak) + kept
 
 
-def _dequantized_bytes(config: GPTConfig | T5Config, inner_size: int, dtype: torch.dtype) -> int:
-    largest = config.hidden_size * max(3 * inner_size, config.intermediate_size)
-    return min(_SLICE_BYTES, largest * max(dtype.itemsize, 4))
+def _layer_bytes(config: GPTConfig | T5Config, sizes: _Sizes) -> int:
+    """The widest moment of a layer, but for its bias."""
+    size, wide = config.hidden_size, config.intermediate_size
+    inner = config.inner_size if isinstance(config, T5Config) else size
+    residual = sizes.held(size, size)  # and what its norm made of it
+    gated = wide if isinstance(config, T5Config) else 0
+    return residual + max(
+        sizes.product(size, 3 * inner),
+        sizes.held(3 * inner, inner, inner),
+        sizes.held(inner) + sizes.product(inner, size),
+        sizes.held(gated, wide) + sizes.product(size, wide),
+        sizes.held(wide) + sizes.product(wide, size),
+    )
+
+
+def _bias_bytes(
+    config: GPTConfig | T5Config, max_batch_size: int, max_length: int, itemsize: int
+) -> int:
+    """Of scores, by row and head where positions are learned by head."""
+    is_by_head = isinstance(config, T5Config)
+    cells = max_batch_size * max_length**2 * (config.num_attention_heads if is_by_head else 1)
+    return cells * itemsize

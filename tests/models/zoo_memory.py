@@ -1,0 +1,111 @@
+"""Run as a program by test_zoo_memory.py: memory of a process of its own, printed as JSON.
+
+Arguments: the name of a function below, and its arguments.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import re
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for smollm2_memory
+
+import torch
+from smollm2_memory import Peak, status_bytes
+
+import bminf
+from bminf.errors import BudgetError
+from bminf.scheduler import memory
+
+
+def settled() -> int:
+    """RssAnon after what can be given back was."""
+    gc.collect()
+    memory.trim()
+    return status_bytes("RssAnon")
+
+
+def checkpoint(source: str, destination: str) -> dict[str, int]:
+    """Convert a CPM-2, then load it from where it was, and from where it is now."""
+    report, before = {}, settled()
+    with Peak() as peak:
+        made = bminf.models.convert(source, destination, "int8", model="cpm2")
+    report["converting"] = peak.nbytes - before
+    report["packed"] = (made / "model.safetensors").stat().st_size
+    for name, folder in (("loading", source), ("loading_converted", destination)):
+        before = settled()
+        with Peak() as peak:
+            model = bminf.models.CPM2(
+                folder, device="cpu", dtype=torch.float16, max_length=8, memory_limit="8GB"
+            )
+            assert not model.plan.streamed
+        report[name] = peak.nbytes - before
+        model.close()
+        del model
+    return report
+
+
+def limit(name: str, tiny: str, folder: str, arguments: str) -> dict[str, int]:
+    """Generate with as many rows and tokens as a model was loaded for.
+
+    tiny: the folder of another model of the kind, for what this process needs once.
+    """
+    kind: Any = getattr(bminf.models, name.upper())
+    run(kind(tiny, device="cpu", max_batch_size=2, max_length=64))
+    given = json.loads(arguments)
+    if not given["memory_limit"][0].isdigit():
+        given["memory_limit"] = least_limit(kind, folder, given)
+    before = settled()
+    with Peak() as peak:
+        model = kind(folder, device="cpu", **given)
+        plan = model.plan
+        run(model)
+    return {
+        "used": peak.nbytes - before,
+        "limit": plan.budget,
+        "planned": plan.total_bytes,
+        "reserved": plan.reserved_bytes,
+        "weights": plan.resident_bytes + plan.slot_bytes,
+        "num_streamed": len(plan.streamed),
+    }
+
+
+def least_limit(kind: Any, folder: str, given: dict[str, Any]) -> int:
+    """What the error for a limit that is too small says."""
+    try:
+        kind(folder, device="cpu", **{**given, "memory_limit": 1})
+    except BudgetError as error:
+        found = re.search(r"\((\d+) bytes\)", str(error))
+        assert found is not None
+        return int(found[1])
+    raise AssertionError("a byte was enough")
+
+
+def run(model: Any) -> None:
+    """The longest prompts, the longest answers; rows of two lengths, so that padding is hidden."""
+    length = model.max_length - 8
+    num_tokens = 8  # the cache is all there from the beginning, and a prompt is the wider pass
+    tokenizer = model.tokenizer
+    count = length // len(tokenizer.encode("今天，"))
+    texts = ["今天，" * (count - row % 2) for row in range(model.max_batch_size)]
+    assert len(tokenizer.encode(texts[0])) > length - 8
+    ends = tokenizer.tokens(model._end_ids())
+    model.generate_batch(
+        texts, max_tokens=num_tokens, banned_tokens=ends, top_p=0.9, frequency_penalty=0.1, seed=1
+    )
+    ids = [11] * model.max_length
+    model.logits(*([ids] if isinstance(model, bminf.models.CPM1) else [ids, ids]))
+    model.close()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")  # no sentencepiece model
+    torch.ones(9, 9) @ torch.ones(9, 9)
+    function = {"checkpoint": checkpoint, "limit": limit}[sys.argv[1]]
+    print(json.dumps(function(*sys.argv[2:])))
