@@ -4,6 +4,7 @@ python examples/dialogue.py thu-coai/EVA2.0-base
 """
 
 import argparse
+import sys
 
 import bminf
 
@@ -15,8 +16,11 @@ arguments = parser.parse_args()
 
 with bminf.models.EVA(arguments.checkpoint, arguments.memory_limit) as model:
     context: list[str] = []
-    while utterance := input("> ").strip():
+    print("> ", end="", flush=True)
+    for line in sys.stdin:
+        if not (utterance := line.strip()):
+            break
         context.append(utterance)
         answer, _ = model.dialogue(context, seed=arguments.seed)
         context.append(answer or "。")
-        print(answer)
+        print(answer, "> ", sep="\n", end="", flush=True)

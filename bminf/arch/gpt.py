@@ -11,16 +11,19 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from bminf.arch.checks import check_eps, check_hidden_act, check_sizes
 from bminf.errors import ArgumentError
 from bminf.layers.attention import attention, hide, is_later, merge_heads, split_heads
 from bminf.layers.feed_forward import FeedForward
 from bminf.layers.kv_cache import KVCache, cache_bytes
-from bminf.ops.gated_linear import ACTIVATION_FUNCTIONS
 
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """Sizes of a GPT. hidden_act: "gelu_tanh" or "gelu" (the exact one)."""
+    """Sizes of a GPT.
+
+    hidden_act: "gelu_tanh", "gelu" (the exact one) or "silu".   Raises ArgumentError.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -32,22 +35,21 @@ class GPTConfig:
     hidden_act: str = "gelu_tanh"
 
     def __post_init__(self) -> None:
+        check_sizes(
+            self, "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+            "max_position_embeddings", "intermediate_size",
+        )  # fmt: skip
+        check_eps("layer_norm_eps", self.layer_norm_eps)
+        check_hidden_act(self.hidden_act)
         if self.hidden_size % self.num_attention_heads:
             raise ArgumentError(
                 f"hidden_size={self.hidden_size} is not a multiple of "
                 f"num_attention_heads={self.num_attention_heads}"
             )
-        check_activation(self.hidden_act)
 
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
-
-
-def check_activation(name: str) -> None:
-    """Raises ArgumentError for an activation that no kernel has."""
-    if name not in ACTIVATION_FUNCTIONS:
-        raise ArgumentError(f"hidden_act={name!r}; accepted: {', '.join(ACTIVATION_FUNCTIONS)}")
 
 
 class Attention(torch.nn.Module):

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
-from bminf.arch.gpt import check_activation
+from bminf.arch.checks import check_eps, check_hidden_act, check_sizes
+from bminf.errors import ArgumentError
 from bminf.layers.attention import (
     attention,
     hide,
@@ -34,7 +35,7 @@ class T5Config:
     """Sizes of a T5.
 
     is_attention_scaled: whether scores are divided by sqrt(head_dim); T5 and CPM-2 do not.
-    hidden_act: "gelu_tanh" or "gelu" (the exact one).
+    hidden_act: "gelu_tanh", "gelu" (the exact one) or "silu".   Raises ArgumentError.
     """
 
     vocab_size: int
@@ -51,7 +52,19 @@ class T5Config:
     rms_norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        check_activation(self.hidden_act)
+        check_sizes(
+            self, "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads",
+            "head_dim", "num_encoder_layers", "num_decoder_layers", "num_buckets", "max_distance",
+        )  # fmt: skip
+        check_eps("rms_norm_eps", self.rms_norm_eps)
+        check_hidden_act(self.hidden_act)
+        if type(self.is_attention_scaled) is not bool:
+            raise ArgumentError(f"is_attention_scaled={self.is_attention_scaled!r}; True or False")
+        if self.num_buckets % 4 or self.max_distance <= self.num_buckets // 2:
+            raise ArgumentError(
+                f"num_buckets={self.num_buckets} and max_distance={self.max_distance}; a multiple "
+                "of 4, and more than half as many, are needed"
+            )
 
     @property
     def inner_size(self) -> int:
@@ -69,6 +82,7 @@ class T5Cache:
     def __init__(self, own: KVCache, cross: KVCache) -> None:
         self.own, self.cross = own, cross
         self.cross_bias: torch.Tensor | None = None
+        self._prompt_of: list[int] = []  # of each row
 
     def reset(self) -> None:
         """Forget prompt and tokens; the memory stays."""
@@ -76,9 +90,22 @@ class T5Cache:
         self.cross.reset()
         self.cross_bias = None
 
+    def begin(self, num_prompts: int, cross_bias: torch.Tensor | None) -> None:
+        """The first rows are this many prompts. cross_bias: (B, 1, 1, S), or None."""
+        self._prompt_of = list(range(num_prompts))
+        self.cross_bias = cross_bias
+
     def select(self, rows: torch.Tensor) -> None:
-        """Row i becomes what row rows[i] was. rows: (B,) int64."""
+        """Row i becomes what row rows[i] was. rows: (B,) int64.
+
+        The beams of one prompt read the same keys and values of it, so those stay where they are
+        as long as no row turns to another prompt.
+        """
         self.own.select(rows)
+        prompt_of = [self._prompt_of[row] for row in rows.tolist()]
+        if prompt_of == self._prompt_of:
+            return
+        self._prompt_of = prompt_of
         self.cross.select(rows)
         if self.cross_bias is not None:
             self.cross_bias = self.cross_bias[rows]
@@ -236,10 +263,12 @@ class T5(torch.nn.Module):
         padding.   Returns the encoder's output, (B, S, C); beyond a row's length it means nothing.
         """
         x = self.embed_tokens(input_ids)
+        padding_bias = None
         if lengths is not None:
             padding = is_padding(lengths, input_ids.shape[1])
-            cache.cross_bias = hide(padding, x.dtype)[:, None, None]
-        x = self.encoder(x, cache.cross_bias)
+            padding_bias = hide(padding, x.dtype)[:, None, None]
+        cache.begin(len(input_ids), padding_bias)
+        x = self.encoder(x, padding_bias)
         self.cross_projections(x, cache.cross)
         return x
 

@@ -1,9 +1,10 @@
 """The zoo: text in, text out."""
 
-from bminf.models.base import LanguageModel, ModelStats
+from bminf.models.base import LanguageModel
 from bminf.models.convert import convert
 from bminf.models.cpm1 import CPM1
 from bminf.models.cpm2 import CPM2
 from bminf.models.eva import EVA
+from bminf.models.stats import ModelStats
 
 __all__ = ["CPM1", "CPM2", "EVA", "LanguageModel", "ModelStats", "convert"]

@@ -12,32 +12,34 @@ from typing import Any
 
 import torch
 
-from bminf.arch.gpt import GPT, GPTConfig
-from bminf.arch.t5 import T5
-from bminf.errors import ArgumentError, UnsupportedModelError
+from bminf.errors import ArgumentError, BudgetError, UnsupportedModelError
+from bminf.generation.arguments import check_banned, check_positive
 from bminf.generation.beam import beam_search
 from bminf.generation.loop import Decoder, decode
 from bminf.generation.sampling import Sampler, Sampling
 from bminf.layers.quantized_linear import format_for
-from bminf.models.decoders import GPTDecoder, T5Decoder, padded
+from bminf.models.arguments import (
+    Text,
+    dtype_for,
+    format_for_source,
+    ids_of,
+    ids_of_str,
+    max_length_for,
+    present_ids,
+)
 from bminf.models.family import Family
 from bminf.models.load import fill, lay_out, plan_for, skeleton
 from bminf.models.options import Options
-from bminf.models.source import Source, open_source, skeleton_of
-from bminf.models.workspace import reserved_bytes
+from bminf.models.source import open_source, skeleton_of
+from bminf.models.stats import ModelStats
+from bminf.models.workspace import LOGITS_AT_ONCE, reserved_bytes
 from bminf.quantization.packed import Format
 from bminf.scheduler.device import backend_for, free_budget
-from bminf.scheduler.hooks import Scheduler, Stats
+from bminf.scheduler.hooks import Scheduler
 from bminf.scheduler.plan import Plan
 from bminf.tokenizers.base import Tokenizer
 from bminf.tokenizers.stream import TextStream
 from bminf.units import parse_bytes
-
-Text = str | Sequence[int] | torch.Tensor
-"""A text, or its token ids: a sequence of ints or a tensor (T,)."""
-
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_DEFAULT_MAX_LENGTH = 512  # of models whose positions have no end
 
 
 @dataclass(frozen=True)
@@ -49,23 +51,6 @@ class Prompt:
     start_ids: list[int]
 
 
-@dataclass(frozen=True)
-class ModelStats(Stats):
-    """What the scheduler did, and how fast texts came. Bytes; times in seconds.
-
-    num_tokens, generated_s: tokens generated since loading, over all rows, and the time that took.
-    """
-
-    num_tokens: int = 0
-    generated_s: float = 0.0
-    resident_bytes: int = 0
-    streamed_bytes: int = 0
-
-    @property
-    def tokens_per_s(self) -> float:
-        return self.num_tokens / self.generated_s if self.generated_s else 0.0
-
-
 class LanguageModel:
     """A model of the zoo; made by its subclasses.
 
@@ -74,8 +59,9 @@ class LanguageModel:
         id, which is downloaded.
     memory_limit: bytes, or "6GB": weights + slots + KV cache + workspace. None takes 90% of what is
         free on the device.
-    quantization: "int8", "int4", a bminf.Format, or None; what is packed in the folder stays as it
-        is there, and "int8" then stands for that.
+    quantization: "int8", "int4", a bminf.Format, or None; what `bminf convert` has packed stays as
+        it is in the folder, and "int8" then stands for that. The 8 bits of a BMInf 1.x file are
+        taken as they are for "int8", and packed or unpacked for anything else.
     activations: see bminf.QuantizedLinear.
     dtype: of all that is not packed: torch.float32, float16 or bfloat16; None is float16 on a GPU
         and float32 on the CPU.   device: None is the GPU where there is one.
@@ -88,14 +74,15 @@ class LanguageModel:
         parent.
     offload_dir: folder for streamed blocks, device "cpu" only.
 
-    One text is generated at a time; an iterator that was left unfinished ends when the next one
-    begins. Use it as a context manager, or call close(), to give the memory back at once.
+    One text is generated at a time; an iterator that was left unfinished cannot go on once the next
+    text was begun. Use it as a context manager, or call close(), to give the memory back at once.
     Raises ArgumentError, CheckpointError, BudgetError or OffloadError, and nothing stays loaded.
     """
 
     _family: Family
     _defaults = Options()
     tokenizer: Tokenizer
+    model: Any  # the architecture
 
     def __init__(
         self,
@@ -111,28 +98,34 @@ class LanguageModel:
         tokenizer: Any = None,
         offload_dir: str | Path | None = None,
     ) -> None:
-        _check_count("max_batch_size", max_batch_size)
+        check_positive("max_batch_size", max_batch_size)
         if max_length is not None:
-            _check_count("max_length", max_length)
+            check_positive("max_length", max_length)
         form = None if quantization is None else format_for(quantization)
         limit = None if memory_limit is None else parse_bytes(memory_limit, "memory_limit")
         backend = backend_for(device, offload_dir, stacklevel=3)
-        dtype = _dtype(dtype, backend.device)
+        dtype = dtype_for(dtype, backend.device)
         source = open_source(self._family, checkpoint, config, tokenizer)
         self.config, self.tokenizer, self.device = source.config, source.tokenizer, backend.device
-        self.max_length = _max_length(max_length, source)
+        self.max_length = max_length_for(max_length, source)
         self.max_batch_size = max_batch_size
-        form = _format(form, source)
+        form = format_for_source(form, source)
         model = skeleton_of(self._family, source.config)
         self.model, blocks = skeleton(model, dtype, form, activations)
         blobs = lay_out(self.model, blocks)
-        reserve = reserved_bytes(source.config, max_batch_size, self.max_length, dtype, form)
+        reserve = reserved_bytes(
+            source.config, max_batch_size, self.max_length, dtype, form, backend.device.type
+        )
         budget = free_budget(backend.device) if limit is None else limit
         the_plan = plan_for(blocks, blobs, budget, self._family.uses, reserve)
-        self._scheduler: Scheduler | None = fill(
-            self.model, blobs, the_plan, backend, source.weights, offload_dir
-        )
-        self._cache = self._new_cache()
+        scheduler = fill(self.model, blobs, the_plan, backend, source.weights, offload_dir)
+        try:
+            self._cache = self._allocated_cache()
+        except BaseException:
+            scheduler.uninstall()
+            backend.close()
+            raise
+        self._scheduler: Scheduler | None = scheduler
         self._lock = threading.RLock()
         self._turn = 0  # which generation the cache belongs to
         self._num_tokens, self._generated_s = 0, 0.0
@@ -146,7 +139,7 @@ class LanguageModel:
         Raises ArgumentError before anything is generated; UnsupportedModelError when another text
         was begun on this model since.
         """
-        settings = self._defaults.with_keywords(options)
+        settings = self._settings(self._defaults, options)
         if settings.num_beams > 1:
             raise ArgumentError("a beam search knows its text only at the end; use generate()")
         prompts = [self._checked_prompt(text, settings)]
@@ -162,7 +155,7 @@ class LanguageModel:
         """
         if isinstance(texts, str) or not isinstance(texts, Sequence) or not texts:
             raise ArgumentError(f"texts={texts!r}; give a list with at least one text")
-        return self._generate(texts, self._defaults.with_keywords(options))
+        return self._generate(texts, self._settings(self._defaults, options))
 
     @property
     def plan(self) -> Plan:
@@ -184,12 +177,13 @@ class LanguageModel:
     def close(self) -> None:
         """Give back all memory. The model cannot be used afterwards; closing twice is no error."""
         with self._lock:
-            scheduler, self._scheduler = self._scheduler, None
             self._turn += 1
-            if scheduler is not None:
-                scheduler.uninstall()
-                scheduler.backend.close()
-                del self.model, self._cache
+            if self._scheduler is not None:  # until all is done: an interrupted run is repeated
+                self._scheduler.uninstall()
+                self._scheduler.backend.close()
+                self.__dict__.pop("model", None)
+                self.__dict__.pop("_cache", None)
+                self._scheduler = None
 
     def __enter__(self) -> Any:
         self._open()
@@ -203,6 +197,11 @@ class LanguageModel:
     ) -> None:
         self.close()
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise UnsupportedModelError(
+            f"a {type(self).__name__} cannot be copied or pickled; load another one from its folder"
+        )
+
     # ---- what subclasses say --------------------------------------------------------------------
 
     def _prompt(self, text: Any) -> Prompt:
@@ -213,6 +212,20 @@ class LanguageModel:
         """Tokens that end every answer."""
         raise NotImplementedError
 
+    def _new_cache(self) -> Any:
+        """A cache for max_batch_size and max_length."""
+        raise NotImplementedError
+
+    def _decoder(self, prompts: list[Prompt]) -> tuple[Decoder, torch.Tensor]:
+        """A batch under way, and what it is fed first."""
+        raise NotImplementedError
+
+    def _settings(self, options: Options, keywords: dict[str, Any]) -> Options:
+        """`options` but for `keywords`, for this model.   Raises ArgumentError."""
+        settings = options.with_keywords(keywords)
+        settings.check(self.config.vocab_size)
+        return settings
+
     # ---- generating -----------------------------------------------------------------------------
 
     def _generate(self, texts: Sequence[Any], settings: Options) -> list[tuple[str, bool]]:
@@ -222,11 +235,11 @@ class LanguageModel:
             answers = self._search(prompts, settings, stop_ids)
         else:
             answers = self._draw(prompts, self._sampler(prompts, settings), stop_ids, settings)
-        texts = []
-        for ids in answers:
-            stopped = bool(ids) and ids[-1] in stop_ids
-            texts.append((self.tokenizer.decode(ids[:-1] if stopped else ids), stopped))
-        return texts
+        return [self._answer(ids, stop_ids) for ids in answers]
+
+    def _answer(self, ids: list[int], stop_ids: frozenset[int]) -> tuple[str, bool]:
+        stopped = bool(ids) and ids[-1] in stop_ids
+        return self.tokenizer.decode(ids[:-1] if stopped else ids), stopped
 
     def _draw(
         self,
@@ -246,7 +259,8 @@ class LanguageModel:
     def _search(
         self, prompts: list[Prompt], settings: Options, stop_ids: frozenset[int]
     ) -> list[list[int]]:
-        banned = {*self._banned_ids(), *settings.banned_ids(self.tokenizer)}
+        banned = sorted({*self._banned_ids(), *settings.banned_ids(self.tokenizer)})
+        check_banned(banned, self.config.vocab_size)
         self._check_rows(len(prompts) * settings.num_beams)
         with self._lock, torch.inference_mode():
             self._begin()
@@ -254,7 +268,7 @@ class LanguageModel:
             decoder, start = self._decoder(prompts)
             found = beam_search(
                 decoder, start, settings.num_beams, stop_ids, settings.max_tokens,
-                settings.length_penalty, banned_ids=sorted(banned),
+                settings.length_penalty, banned_ids=banned,
             )  # fmt: skip
             answers = [list(hypotheses[0].ids) for hypotheses in found]
             self._count(sum(map(len, answers)), began)
@@ -289,7 +303,7 @@ class LanguageModel:
             began = time.perf_counter()
             decoder, start = self._decoder(prompts)
             steps = decode(decoder, start, sampler, stop_ids, max_tokens)
-        while True:
+        for _ in range(max_tokens):  # and not once more: the last token may come late in a turn
             with self._lock, torch.inference_mode():
                 self._check_turn(turn)
                 step = next(steps, None)
@@ -315,18 +329,6 @@ class LanguageModel:
         self._num_tokens += num_tokens
         self._generated_s += time.perf_counter() - began
 
-    def _decoder(self, prompts: list[Prompt]) -> tuple[Decoder, torch.Tensor]:
-        """A batch under way, and what it is fed first."""
-        starts = [prompt.start_ids for prompt in prompts]
-        start = padded(starts, self._pad_id, is_at_end=False, device=self.device)
-        if isinstance(self.model, GPT):
-            return GPTDecoder(self.model, self._cache, [len(ids) for ids in starts]), start
-        inputs = [prompt.input_ids for prompt in prompts]
-        input_ids = padded(inputs, self._pad_id, is_at_end=True, device=self.device)
-        assert isinstance(self.model, T5)
-        lengths = [len(ids) for ids in inputs]
-        return T5Decoder(self.model, self._cache, input_ids, lengths), start
-
     # ---- checks ---------------------------------------------------------------------------------
 
     def _checked_prompt(self, text: Any, settings: Options) -> Prompt:
@@ -336,7 +338,7 @@ class LanguageModel:
 
     def _check_room(self, prompt: Prompt, settings: Options) -> None:
         self._check_length(prompt.input_ids, "text")
-        num_tokens = len(prompt.start_ids) + settings.max_tokens
+        num_tokens = len(prompt.start_ids) + settings.max_tokens - 1  # the last one is not fed
         if num_tokens > self.max_length:
             raise ArgumentError(
                 f"{len(prompt.start_ids)} tokens to begin with and max_tokens="
@@ -384,32 +386,26 @@ class LanguageModel:
 
     def _unpenalized_ids(self) -> list[int]:
         """The bare word boundary of sentencepiece, as BMInf has it."""
-        return _present(self.tokenizer, ["\u2581"])
+        return present_ids(self.tokenizer, ["\u2581"])
+
+    def _tensor(self, rows: list[list[int]]) -> torch.Tensor:
+        """(B, T) int64 on the device."""
+        return torch.tensor(rows, device=self.device)
 
     @property
     def _pad_id(self) -> int:
         return self.tokenizer.token_id("<pad>")
 
     def _ids(self, text: Text, name: str) -> list[int]:
-        """The token ids of a text, or the checked ids themselves."""
-        if isinstance(text, str):
-            ids = self.tokenizer.encode(text)
-        elif isinstance(text, torch.Tensor):
-            ids = text.flatten().tolist()
-        else:
-            ids = list(text)
-        size = self.config.vocab_size
-        if not ids or any(type(i) is not int or not 0 <= i < size for i in ids):
-            raise ArgumentError(
-                f"{name} has {'no tokens' if not ids else 'ids outside the vocabulary'}; give a "
-                f"text that is not empty, or ids from 0 to {size - 1}"
-            )
-        return ids
+        return ids_of(text, name, self.tokenizer)
 
     def _encoded(self, text: Any, name: str = "text") -> list[int]:
-        if not isinstance(text, str):
-            raise ArgumentError(f"{name} is a {type(text).__name__}; give a str")
-        return self._ids(text, name)
+        return ids_of_str(text, name, self.tokenizer)
+
+    def _logits(self, x: torch.Tensor) -> torch.Tensor:
+        """Hidden states (T, C) -> (T, V) float32 on the CPU, a few at a time: a vocabulary is wide,
+        and the device has no room set aside for all of them."""
+        return torch.cat([self.model.head(part).cpu() for part in x.split(LOGITS_AT_ONCE)])
 
     def _open(self) -> Scheduler:
         if self._scheduler is None:
@@ -418,52 +414,11 @@ class LanguageModel:
             )
         return self._scheduler
 
-    def _new_cache(self) -> Any:
-        model, batch_size, length = self.model, self.max_batch_size, self.max_length
-        if isinstance(model, T5):
-            return model.new_cache(batch_size, length, length)
-        assert isinstance(model, GPT)
-        return model.new_cache(batch_size, length)
-
-
-def _present(tokenizer: Any, tokens: Sequence[str]) -> list[int]:
-    found = []
-    for token in tokens:
+    def _allocated_cache(self) -> Any:
         try:
-            found.append(tokenizer.token_id(token))
-        except ArgumentError:
-            continue
-    return found
-
-
-def _check_count(name: str, value: int) -> None:
-    if type(value) is not int or value < 1:
-        raise ArgumentError(f"{name}={value!r}; accepted: an int of at least 1")
-
-
-def _dtype(dtype: torch.dtype | None, device: torch.device) -> torch.dtype:
-    if dtype is None:
-        return torch.float32 if device.type == "cpu" else torch.float16
-    if dtype not in _DTYPES:
-        raise ArgumentError(f"dtype={dtype!r}; accepted: {', '.join(map(str, _DTYPES))}, or None")
-    return dtype
-
-
-def _max_length(max_length: int | None, source: Source) -> int:
-    if not isinstance(source.config, GPTConfig):
-        return _DEFAULT_MAX_LENGTH if max_length is None else max_length
-    positions = source.config.max_position_embeddings
-    if max_length is not None and max_length > positions:
-        raise ArgumentError(f"max_length={max_length}, but the model has {positions} positions")
-    return positions if max_length is None else max_length
-
-
-def _format(form: Format | None, source: Source) -> Format | None:
-    """How the linears will be packed: as in the folder, where they are."""
-    stored = source.weights.form
-    if stored is None or form == stored or form == format_for("int8"):
-        return form if stored is None else stored
-    raise ArgumentError(
-        f"quantization is {form}, but {source.weights.path} is packed as {stored}; leave "
-        "quantization out, or convert the original to what you want"
-    )
+            return self._new_cache()
+        except RuntimeError as error:  # torch's, of a CPU and of a GPU
+            raise BudgetError(
+                f"the KV cache of max_batch_size={self.max_batch_size} and "
+                f"max_length={self.max_length} cannot be had on {self.device}: lower one of them"
+            ) from error

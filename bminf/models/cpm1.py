@@ -8,8 +8,12 @@ from typing import Any
 import torch
 
 from bminf.arch.gpt import GPT
+from bminf.generation.loop import Decoder
+from bminf.layers.kv_cache import KVCache
 from bminf.models import family
-from bminf.models.base import LanguageModel, Prompt, Text
+from bminf.models.arguments import Text
+from bminf.models.base import LanguageModel, Prompt
+from bminf.models.decoders import GPTDecoder, padded
 from bminf.models.options import Options
 
 
@@ -19,6 +23,7 @@ class CPM1(LanguageModel):
     {LanguageModel.__doc__}
     """
     _family = family.CPM1
+    model: GPT
 
     def generate(
         self,
@@ -40,8 +45,8 @@ class CPM1(LanguageModel):
         """
         settings = Options(
             max_tokens, top_n, top_p, temperature, frequency_penalty, presence_penalty, stop_tokens
-        ).with_keywords(more)
-        return self._generate([text], settings)[0]
+        )
+        return self._generate([text], self._settings(settings, more))[0]
 
     def logits(self, text: Text) -> torch.Tensor:
         """The logits after each token of `text`: (T, V) float32 on the CPU.
@@ -52,10 +57,8 @@ class CPM1(LanguageModel):
         self._check_length(ids, "text")
         with self._lock, torch.inference_mode():
             self._begin()
-            assert isinstance(self.model, GPT)
             self._cache.reset()
-            x = self.model(torch.tensor([ids], device=self.device), self._cache)
-            return self.model.head(x)[0].cpu()
+            return self._logits(self.model(self._tensor([ids]), self._cache)[0])
 
     def _prompt(self, text: Any) -> Prompt:
         ids = self._encoded(text)
@@ -63,3 +66,11 @@ class CPM1(LanguageModel):
 
     def _end_ids(self) -> list[int]:
         return [self.tokenizer.token_id("<eod>")]
+
+    def _new_cache(self) -> KVCache:
+        return self.model.new_cache(self.max_batch_size, self.max_length)
+
+    def _decoder(self, prompts: list[Prompt]) -> tuple[Decoder, torch.Tensor]:
+        rows = [prompt.start_ids for prompt in prompts]
+        decoder = GPTDecoder(self.model, self._cache, [len(row) for row in rows])
+        return decoder, self._tensor(padded(rows, self._pad_id, is_at_end=False))

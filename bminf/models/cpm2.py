@@ -47,8 +47,8 @@ class CPM2(T5Model):
         """
         settings = Options(
             max_tokens, top_n, top_p, temperature, frequency_penalty, presence_penalty, stop_tokens
-        ).with_keywords(more)
-        return self._generate([text], settings)[0]
+        )
+        return self._generate([text], self._settings(settings, more))[0]
 
     def fill_blank(
         self,
@@ -77,7 +77,8 @@ class CPM2(T5Model):
         positions = _positions(text, spans_position)
         settings = Options(
             max_tokens, top_n, top_p, temperature, frequency_penalty, presence_penalty
-        ).with_keywords(more)
+        )
+        settings = self._settings(settings, more)
         if settings.num_beams > 1:
             raise ArgumentError("fill_blank() has no beam search; leave num_beams out")
         texts = self._fill(text, positions, settings)
@@ -91,11 +92,10 @@ class CPM2(T5Model):
         prompt = self._blanked(text, positions, sentinels)
         self._check_room(prompt, settings)
         # The sentinel behind the last blank ends it all; those in between are told apart below.
-        stop_ids = frozenset([sentinels[-1], self.tokenizer.token_id("<eod>")])
+        end_ids = [sentinels[-1], self.tokenizer.token_id("<eod>")]
+        stop_ids = frozenset([*end_ids, *settings.stop_ids(self.tokenizer)])
         sampler = self._sampler([prompt], settings)
-        answer = self._draw(
-            [prompt], sampler, stop_ids | set(settings.stop_ids(self.tokenizer)), settings
-        )[0]
+        (answer,) = self._draw([prompt], sampler, stop_ids, settings)
         return self._segments(answer, sentinels, stop_ids)
 
     def _segments(
@@ -134,9 +134,11 @@ class CPM2(T5Model):
 def _positions(text: str, given: Sequence[int] | None) -> list[int]:
     """Where the blanks begin.   Raises ArgumentError."""
     found = [match.start() for match in re.finditer(re.escape(SPAN), text)]
+    is_list = isinstance(given, Sequence) and not isinstance(given, str)
+    if given is not None and not (is_list and all(type(position) is int for position in given)):
+        raise ArgumentError(f"spans_position={given!r}; give a list of ints, or None")
     positions = found if given is None else sorted(given)
-    wrong = [position for position in positions if position not in found]
-    if wrong or len(set(positions)) < len(positions):
+    if not set(positions) <= set(found) or len(set(positions)) < len(positions):
         raise ArgumentError(
             f"spans_position={given!r}; accepted: places in the text where {SPAN!r} begins, each "
             f"once ({', '.join(map(str, found)) or 'there is none'})"

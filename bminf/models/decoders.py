@@ -59,13 +59,11 @@ class T5Decoder:
         self._cache.select(rows)
 
 
-def padded(
-    prompts: Sequence[Sequence[int]], pad_id: int, is_at_end: bool, device: torch.device
-) -> torch.Tensor:
-    """Prompts of any lengths as one (B, T) int64."""
+def padded(prompts: Sequence[Sequence[int]], pad_id: int, is_at_end: bool) -> list[list[int]]:
+    """Prompts of any lengths as rows of one."""
     longest = max(len(prompt) for prompt in prompts)
     rows = []
     for prompt in prompts:
         padding = [pad_id] * (longest - len(prompt))
         rows.append([*prompt, *padding] if is_at_end else [*padding, *prompt])
-    return torch.tensor(rows, device=device)
+    return rows

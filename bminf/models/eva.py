@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from bminf.errors import ArgumentError
@@ -47,16 +46,42 @@ class EVA(T5Model):
         """
         if isinstance(context, str):
             raise ArgumentError("context is one str; give a list of utterances, the oldest first")
-        settings = replace(
-            self._defaults, max_tokens=max_tokens, top_n=top_n, top_p=top_p,
-            temperature=temperature, frequency_penalty=frequency_penalty,
-            presence_penalty=presence_penalty,
-        ).with_keywords(more)  # fmt: skip
-        return self._generate([_Dialogue(context, truncation_length)], settings)[0]
+        settings = Options(
+            max_tokens, top_n, top_p, temperature, frequency_penalty, presence_penalty
+        )
+        dialogue = _Dialogue(context, truncation_length)
+        return self._generate([dialogue], self._settings(settings, more))[0]
 
-    def generate(self, text: str | Sequence[str], **options: Any) -> tuple[str, bool]:
-        """dialogue() with one utterance, or with a list of them."""
-        return self._generate([text], self._defaults.with_keywords(options))[0]
+    def generate(
+        self,
+        text: str | Sequence[str],
+        max_tokens: int = 128,
+        top_n: int | None = 10,
+        top_p: float | None = None,
+        temperature: float = 0.85,
+        frequency_penalty: float = 0,
+        presence_penalty: float = 0,
+        stop_tokens: Sequence[str] | None = None,
+        **more: Any,
+    ) -> tuple[str, bool]:
+        """dialogue() with one utterance, or with a list of them, of which it reads the last 256
+        tokens. top_n and temperature are other than in CPM-1 and CPM-2, as EVA's authors have them.
+        """
+        settings = Options(
+            max_tokens, top_n, top_p, temperature, frequency_penalty, presence_penalty, stop_tokens
+        )
+        return self._generate([text], self._settings(settings, more))[0]
+
+    def _settings(self, options: Options, keywords: dict[str, Any]) -> Options:
+        """top_n has a default here; it gives way to what it does not go together with."""
+        is_default = options.top_n == self._defaults.top_n and "top_n" not in keywords
+        is_search = keywords.get("num_beams", 1) != 1
+        if is_default and (is_search or keywords.get("top_k") is not None):
+            keywords = {**keywords, "top_n": None}
+        return super()._settings(options, keywords)
+
+    def _remedy(self) -> str:
+        return f"give a lower truncation_length, or {super()._remedy()}"
 
     def _prompt(self, text: Any) -> Prompt:
         given = text if isinstance(text, _Dialogue) else _Dialogue(text, _TRUNCATION_LENGTH)
@@ -80,6 +105,10 @@ class _Dialogue:
     """Utterances, and how many of their last tokens are read.   Raises ArgumentError."""
 
     def __init__(self, context: str | Sequence[str], truncation_length: int | None) -> None:
+        if not isinstance(context, str | Sequence):
+            raise ArgumentError(
+                f"context is a {type(context).__name__}; give a list of utterances, oldest first"
+            )
         self.utterances = [context] if isinstance(context, str) else list(context)
         if not self.utterances:
             raise ArgumentError("context is empty; give at least one utterance")

@@ -25,6 +25,9 @@ from bminf.scheduler.placement import load
 from bminf.scheduler.plan import Block, Plan, least_budget, plan
 from bminf.units import format_bytes
 
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+"""Of all that is not packed."""
+
 Model = TypeVar("Model", bound=torch.nn.Module)
 
 _PACKED_FIELDS = ("qweight", "scale", "minimum", "code_sum")
@@ -44,7 +47,7 @@ class Weights:
 
 
 def check_shapes(model: torch.nn.Module, weights: Weights) -> None:
-    """Raise CheckpointError where tensors are missing, unknown or of another shape.
+    """Raise CheckpointError where tensors are missing, unknown, or of another shape or kind.
 
     model: on the meta device, as it will be; nothing is read.
     """
@@ -59,13 +62,20 @@ def check_shapes(model: torch.nn.Module, weights: Weights) -> None:
             f"{type(model).__name__} of this configuration; see whether the configuration is that "
             "of the checkpoint, and whether the checkpoint is complete"
         )
-    for name, shape in expected.items():
-        stored = weights.tensors[name]
-        if tuple(stored.shape) != shape:
-            raise CheckpointError(
-                f"{stored.where} has the shape {tuple(stored.shape)}; the configuration asks for "
-                f"{shape}: it is of another model, or the configuration is"
-            )
+    for name, (shape, dtype) in expected.items():
+        _check_alike(weights.tensors[name], shape, dtype)
+
+
+def _check_alike(stored: Stored, shape: tuple[int, ...], dtype: torch.dtype | None) -> None:
+    if tuple(stored.shape) != shape:
+        raise CheckpointError(
+            f"{stored.where} has the shape {tuple(stored.shape)}; the configuration asks for "
+            f"{shape}: it is of another model, or the configuration is"
+        )
+    if stored.dtype != dtype if dtype is not None else not stored.dtype.is_floating_point:
+        raise CheckpointError(
+            f"{stored.where} is {stored.dtype}; it must be {dtype or 'floating point'}"
+        )
 
 
 def skeleton(
@@ -138,7 +148,10 @@ def fill(
     try:
         if the_plan.streamed:
             backend.open([blobs.blocks[name] for name in the_plan.streamed], offload_dir)
-        load(model, blobs, scheduler, lambda block: tensors_of_block(model, block, blobs, weights))
+        with torch.device("cpu"):  # where files are read to, whatever the caller's default is
+            load(
+                model, blobs, scheduler, lambda name: tensors_of_block(model, name, blobs, weights)
+            )
         if the_plan.streamed:
             scheduler.install(model)
     except BaseException:
@@ -191,15 +204,20 @@ def _pack(stored: Stored, form: Format) -> PackedWeight:
         raise CheckpointError(f"{stored.where} cannot be quantised: {error}") from error
 
 
-def _wanted(model: torch.nn.Module, weights: Weights) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """(name, shape) of each tensor that the checkpoint must have."""
+def _wanted(
+    model: torch.nn.Module, weights: Weights
+) -> Iterator[tuple[str, tuple[tuple[int, ...], torch.dtype | None]]]:
+    """(name, (shape, dtype)) of each tensor that the checkpoint must have; None is any that is
+    floating point."""
     for prefix, module in model.named_modules():
-        is_to_pack = isinstance(module, QuantizedLinear) and weights.form is None
-        if is_to_pack:
-            yield _joined(prefix, "weight"), (module.out_features, module.in_features)
+        is_packed = isinstance(module, QuantizedLinear)
+        if is_packed and weights.form is None:
+            yield _joined(prefix, "weight"), ((module.out_features, module.in_features), None)
         for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
-            if tensor is not None and not (is_to_pack and key in _PACKED_FIELDS):
-                yield _joined(prefix, key), tuple(tensor.shape)
+            is_code = is_packed and key in _PACKED_FIELDS
+            if tensor is not None and not (is_code and weights.form is None):
+                dtype = tensor.dtype if is_code else None
+                yield _joined(prefix, key), (tuple(tensor.shape), dtype)
 
 
 def _fields_of(linear: QuantizedLinear) -> Iterable[str]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from bminf.errors import ArgumentError, UnknownKeywordError
+from bminf.generation.arguments import check_positive
 from bminf.generation.sampling import Sampling
 from bminf.tokenizers.base import Tokenizer
 
@@ -40,18 +42,18 @@ class Options:
     length_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("max_tokens", "num_beams"):
+        for name in ("max_tokens", "num_beams", "top_n", "top_k"):
             value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise ArgumentError(f"{name}={value!r}; accepted: an int of at least 1")
+            if value is not None or name in ("max_tokens", "num_beams"):
+                check_positive(name, value)
         if self.top_n is not None and self.top_k is not None:
             raise ArgumentError("top_n and top_k are two names of one thing; give one of them")
         for name in ("stop_tokens", "banned_tokens"):
             value = getattr(self, name)
             if isinstance(value, str) or not isinstance(value, Collection | None):
                 raise ArgumentError(f"{name}={value!r}; give a list of tokens")
-        if self.num_beams > 1:
-            self._check_beams()
+        self.sampling((), ())  # which refuses what cannot be sampled with
+        self._check_beams()
 
     def with_keywords(self, keywords: dict[str, Any]) -> Options:
         """These options but for `keywords`. Raises UnknownKeywordError for one that is none."""
@@ -59,21 +61,25 @@ class Options:
         unknown = [name for name in keywords if name not in names]
         if unknown:
             raise UnknownKeywordError(f"{unknown[0]!r} is no option; accepted: {', '.join(names)}")
-        is_search = keywords.get("num_beams", 1) != 1
-        if (is_search or keywords.get("top_k") is not None) and "top_n" not in keywords:
-            keywords = {**keywords, "top_n": None}  # a default that does not go with what was asked
         return replace(self, **keywords)
 
+    def check(self, vocab_size: int) -> None:
+        """Raise ArgumentError for what does not go together with a vocabulary of this size."""
+        for name in ("top_n", "top_k"):
+            if (getattr(self, name) or 0) > vocab_size:
+                raise ArgumentError(
+                    f"{name}={getattr(self, name)} is more than the {vocab_size} tokens of the "
+                    "vocabulary; accepted: at most that many, or None for all"
+                )
+
     def stop_ids(self, tokenizer: Tokenizer) -> list[int]:
-        return [tokenizer.token_id(token) for token in self.stop_tokens or ()]
+        return _ids("stop_tokens", self.stop_tokens, tokenizer)
 
     def banned_ids(self, tokenizer: Tokenizer) -> list[int]:
-        return [tokenizer.token_id(token) for token in self.banned_tokens or ()]
+        return _ids("banned_tokens", self.banned_tokens, tokenizer)
 
     def sampling(self, banned_ids: Sequence[int], unpenalized_ids: Sequence[int]) -> Sampling:
         """As generation/ understands it.   Raises ArgumentError."""
-        if self.top_n is not None and (type(self.top_n) is not int or self.top_n < 1):
-            raise ArgumentError(f"top_n={self.top_n!r}; accepted: an int of at least 1, or None")
         return Sampling(
             temperature=self.temperature,
             top_k=self.top_k if self.top_n is None else self.top_n,
@@ -86,10 +92,25 @@ class Options:
         )
 
     def _check_beams(self) -> None:
-        sampled = ("top_n", "top_k", "top_p", "frequency_penalty", "presence_penalty", "seed")
-        given = [name for name in sampled if getattr(self, name) not in (None, 0)]
+        penalty = self.length_penalty
+        is_number = isinstance(penalty, int | float) and not isinstance(penalty, bool)
+        if not is_number or not math.isfinite(penalty):
+            raise ArgumentError(f"length_penalty={penalty!r}; accepted: a finite number")
+        if self.num_beams == 1:
+            if penalty != 1:
+                raise ArgumentError("length_penalty is for num_beams above 1; leave it out")
+            return
+        given = [n for n in ("top_n", "top_k", "top_p", "seed") if getattr(self, n) is not None]
+        given += [n for n in ("frequency_penalty", "presence_penalty") if getattr(self, n) != 0]
         if given:
             raise ArgumentError(
                 f"num_beams={self.num_beams} searches for the likeliest text, and {given[0]} is "
                 "for drawing one; leave one of them out"
             )
+
+
+def _ids(name: str, tokens: Collection[str] | None, tokenizer: Tokenizer) -> list[int]:
+    try:
+        return [tokenizer.token_id(token) for token in tokens or ()]
+    except ArgumentError as error:
+        raise ArgumentError(f"{name}={list(tokens or ())!r}: {error}") from error

@@ -16,10 +16,13 @@ from bminf.checkpoint.stored import Scaled, Stored
 from bminf.errors import ArgumentError, CheckpointError
 from bminf.models import config as configs
 from bminf.models.family import FAMILIES, Config, Family
-from bminf.models.load import Weights, check_shapes
+from bminf.models.load import Weights, check_shapes, skeleton
 from bminf.quantization.packed import Format
 from bminf.tokenizers.base import Tokenizer
 from bminf.tokenizers.find import find_tokenizer, tokenizer_from
+
+FORMAT_VERSION = 1
+"""Of the folders that convert() writes."""
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ("*.json", "*.bin", "*.safetensors", "*.model", "*.txt")
@@ -132,11 +135,18 @@ def _own(family: Family, opened: Checkpoint, config: Any, tokenizer: Any) -> Sou
         other = FAMILIES.get(str(written.get("model")))
         name = other.title if other is not None else repr(written.get("model"))
         raise CheckpointError(f"{opened.path} holds {name}, not {family.title}")
+    if written.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has the format_version {written.get('format_version')!r}; this library reads "
+            f"{FORMAT_VERSION}: take the one that wrote it, or convert the original anew"
+        )
     fields = configs.as_mapping(config) if config is not None else written.get("config")
     if not isinstance(fields, Mapping):
         raise CheckpointError(f'{path} has no object "config"; convert the original anew')
     parsed = family.parse(fields, opened.tensors, str(path))
     weights = Weights(opened.tensors, opened.path, _form(written, path))
+    model, _ = skeleton(skeleton_of(family, parsed), torch.float32, weights.form, "auto")
+    check_shapes(model, weights)
     found = _tokenizer(family, opened, tokenizer, parsed)
     return Source(family, weights, parsed, found, opened.tensors["embed_tokens.weight"].dtype)
 

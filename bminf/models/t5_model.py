@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import torch
 
-from bminf.arch.t5 import T5
-from bminf.models.base import LanguageModel, Text
+from bminf.arch.t5 import T5, T5Cache
+from bminf.generation.loop import Decoder
+from bminf.models.arguments import Text
+from bminf.models.base import LanguageModel, Prompt
+from bminf.models.decoders import T5Decoder, padded
 from bminf.tokenizers.base import SentinelTokenizer
 
 
 class T5Model(LanguageModel):
     """See LanguageModel."""
 
+    model: T5
     tokenizer: SentinelTokenizer
 
     def logits(self, text: Text, target: Text) -> torch.Tensor:
@@ -30,12 +34,20 @@ class T5Model(LanguageModel):
         self._check_length(target_ids, "target")
         with self._lock, torch.inference_mode():
             self._begin()
-            assert isinstance(self.model, T5)
             self._cache.reset()
-            self.model.encode(torch.tensor([input_ids], device=self.device), self._cache)
-            x = self.model(torch.tensor([target_ids], device=self.device), self._cache)
-            return self.model.head(x)[0].cpu()
+            self.model.encode(self._tensor([input_ids]), self._cache)
+            return self._logits(self.model(self._tensor([target_ids]), self._cache)[0])
 
     def _start_ids(self) -> list[int]:
         """What the decoder of generate() is fed first."""
         raise NotImplementedError
+
+    def _new_cache(self) -> T5Cache:
+        return self.model.new_cache(self.max_batch_size, self.max_length, self.max_length)
+
+    def _decoder(self, prompts: list[Prompt]) -> tuple[Decoder, torch.Tensor]:
+        rows = [prompt.input_ids for prompt in prompts]
+        input_ids = self._tensor(padded(rows, self._pad_id, is_at_end=True))
+        lengths = [len(row) for row in rows]
+        decoder = T5Decoder(self.model, self._cache, input_ids, lengths)
+        return decoder, self._tensor([prompt.start_ids for prompt in prompts])

@@ -35,6 +35,12 @@ ACTIVATION_FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 _THREADS = 128
 
 
+def check_activation(name: str) -> None:
+    """Raise ArgumentError for an activation that there is no function and no kernel for."""
+    if not isinstance(name, str) or name not in ACTIVATION_FUNCTIONS:
+        raise ArgumentError(f"activation {name!r}; accepted: {', '.join(ACTIVATION_FUNCTIONS)}")
+
+
 def gated_linear(
     x: torch.Tensor,
     gate: PackedWeight,
@@ -49,10 +55,7 @@ def gated_linear(
     activation: "gelu_tanh", "gelu" or "silu".   Returns (..., N) in the dtype of x.
     Raises ArgumentError.
     """
-    if activation not in ACTIVATION_FUNCTIONS:
-        raise ArgumentError(
-            f"activation={activation!r}; accepted: {', '.join(ACTIVATION_FUNCTIONS)}"
-        )
+    check_activation(activation)
     _check_alike(gate, up)
     check_activations(x, gate.in_features, gate.qweight.device)
     launcher = launcher_for(x.device)

@@ -5,16 +5,19 @@ The models' heads are replaced by a script, so that what is tested is what happe
 
 from __future__ import annotations
 
+import copy
 import itertools
+import pickle
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy
 import pytest
 import torch
 
 import bminf
-from bminf.errors import ArgumentError, UnsupportedModelError
+from bminf.errors import ArgumentError, BudgetError, UnsupportedModelError
 
 Loader = Callable[..., Any]
 
@@ -470,7 +473,8 @@ def test_logits_score_a_text(load: Loader) -> None:
     logits = model.logits("今天天气很好")
     assert logits.shape == (len(ids), model.config.vocab_size) and logits.dtype == torch.float32
     assert torch.equal(model.logits(ids), logits)
-    assert torch.equal(model.logits(torch.tensor(ids)), logits)
+    for same in (torch.tensor(ids), torch.tensor(ids, dtype=torch.int32), numpy.array(ids)):
+        assert torch.equal(model.logits(same), logits)
     greedy, _ = model.generate("今天天气很好", max_tokens=1, temperature=0)
     assert model.tokenizer.decode([int(logits[-1].argmax())]) == greedy
 
@@ -489,3 +493,91 @@ def test_half_precision_is_float32_to_its_rounding(load: Loader) -> None:
         assert torch.allclose(
             load("cpm2", dtype=dtype).logits("今天天气", "很好"), exact, atol=tolerance
         )
+
+
+def test_a_stop_token_is_no_part_of_a_blank(load: Loader) -> None:
+    model = load("cpm2")
+    say(model, ["天气", "。", "人"])
+    filled = model.fill_blank(BLANKS, temperature=0, stop_tokens=["。"])
+    assert [blank["text"] for blank in filled] == ["天气", ""]
+
+
+def test_an_iterator_at_its_end_does_not_mind_the_next_text(load: Loader) -> None:
+    model = load("cpm1")
+    say(model, ["今天", "天气", "很"])
+    pieces = model.generate_iter("我们", temperature=0, max_tokens=2)
+    assert [next(pieces), next(pieces)] == ["今天", "天气"]
+    model.generate("今天", max_tokens=1, seed=1)
+    assert list(pieces) == []
+
+
+@pytest.mark.parametrize("copy_of", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_model_is_not_copied(load: Loader, copy_of: Callable[[Any], Any]) -> None:
+    with pytest.raises(UnsupportedModelError, match="cannot be copied or pickled"):
+        copy_of(load("cpm1"))
+
+
+def test_closing_that_was_interrupted_can_be_repeated(
+    load: Loader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = threading.active_count()
+    model = load("cpm2", memory_limit=streaming_limit(load("cpm2")))
+    backend = model._scheduler.backend
+    with monkeypatch.context() as patch:
+        patch.setattr(backend, "close", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model.close()
+    model.close()
+    assert threading.active_count() == threads
+
+
+def test_a_cache_that_cannot_be_had_leaves_nothing(
+    load: Loader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def new_cache(*_: Any) -> None:
+        raise RuntimeError("can't allocate memory")
+
+    limit, threads = streaming_limit(load("cpm2")), threading.active_count()
+    monkeypatch.setattr("bminf.arch.t5.T5.new_cache", new_cache)
+    with pytest.raises(BudgetError, match="KV cache of max_batch_size=1"):
+        load("cpm2", memory_limit=limit)
+    assert threading.active_count() == threads
+
+
+def test_the_callers_default_device_changes_nothing(load: Loader) -> None:
+    expected = load("cpm2", quantization="int8").generate("今天", max_tokens=5, temperature=0)
+    with torch.device("meta"):
+        model = load("cpm2", quantization="int8")
+    assert model.generate("今天", max_tokens=5, temperature=0) == expected
+
+
+def test_beams_leave_keys_of_the_prompt_where_they_are(load: Loader) -> None:
+    """They are the same in all beams of a prompt; only another prompt moves them."""
+    model = load("cpm2", max_batch_size=4)
+    moved = []
+    cache = model._cache.cross
+    cache.select = lambda rows: moved.append(rows.tolist()) or type(cache).select(cache, rows)
+    options = {"num_beams": 2, "max_tokens": 6, "banned_tokens": ["<eod>"]}
+    model.generate_batch(["今天", "我们去公园"], **options)
+    assert moved[0] == [0, 0, 1, 1] and len(moved) <= 2
+
+
+def test_options_that_contradict_are_refused(load: Loader) -> None:
+    model = load("cpm1", max_batch_size=2)
+    for options in (
+        {"top_n": 5, "top_k": 3},
+        {"num_beams": 2, "seed": 0},
+        {"num_beams": 2, "top_p": 0},
+        {"num_beams": 2, "temperature": -1},
+        {"num_beams": 2, "length_penalty": "x"},
+        {"length_penalty": 2.0},
+        {"num_beams": 2, "top_n": 5},
+        {"temperature": "hot"},
+    ):
+        for generate in (model.generate, model.generate_iter):
+            with pytest.raises(ArgumentError):
+                generate("今天", max_tokens=3, **options)
+    eva = load("eva", max_batch_size=2)
+    with pytest.raises(ArgumentError, match="top_n is for drawing"):
+        eva.dialogue(["你"], 5, top_n=3, num_beams=2)
+    assert eva.generate("你", 5, top_k=3, seed=1) == eva.generate("你", 5, 3, seed=1)

@@ -1,0 +1,103 @@
+"""`bminf convert` on small checkpoints that the tests write."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_zoo import T5_CONFIG, tiny, write_cpm1
+
+import bminf
+from bminf.cli import main
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*no sentencepiece model")
+
+
+@pytest.fixture(scope="module")
+def cpm1(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_cpm1(tmp_path_factory.mktemp("cpm1") / "from")
+
+
+@pytest.mark.parametrize(
+    ("options", "packing"),
+    [
+        ([], {"bits": 8, "group_size": None, "has_minimum": False}),
+        (["--quantization", "int4"], {"bits": 4, "group_size": 16, "has_minimum": False}),
+        (["--quantization", "none"], None),
+    ],
+)
+def test_it_writes_a_folder_that_loads(
+    options: list[str],
+    packing: object,
+    cpm1: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    target = tmp_path / "to"
+    assert main(["convert", str(cpm1), str(target), *options]) == 0
+    printed = capsys.readouterr()
+    size = bminf.units.format_bytes((target / "model.safetensors").stat().st_size)
+    assert printed.out == f"{target}: {size} of weights\n"
+    assert json.loads((target / "config.json").read_text())["quantization"] == packing
+    with bminf.models.CPM1(target, device="cpu") as model:
+        assert model.logits([11, 12]).shape == (2, model.config.vocab_size)
+
+
+def test_what_does_not_lie_beside_the_weights_can_be_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = tiny("cpm2")
+    source = made.write_original(tmp_path / "in" / "from")
+    (source / "vocab.txt").rename(tmp_path / "words.txt")
+    (source / "model_config.json").rename(tmp_path / "sizes.json")
+    arguments = ["convert", str(source), str(tmp_path / "to")]
+    assert main(arguments) == 2
+    assert 'say model="cpm2" or model="eva"' in capsys.readouterr().err
+    arguments += ["--model", "cpm2"]
+    assert main(arguments) == 1
+    assert "has a config.json or model_config.json" in capsys.readouterr().err
+    arguments += ["--config", str(tmp_path / "sizes.json")]
+    assert main(arguments) == 1
+    assert "no tokenizer for cpm2" in capsys.readouterr().err
+    assert not (tmp_path / "to").exists()
+    assert main([*arguments, "--tokenizer", str(tmp_path / "words.txt")]) == 0
+    with bminf.models.CPM2(tmp_path / "to", device="cpu") as model:
+        assert model.config.num_decoder_layers == T5_CONFIG["num_decoder_layers"]
+        assert model.tokenizer.vocab_size == len(made.tokens)
+        assert torch.isfinite(model.logits([11], [12])).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["nowhere", "{to}"], 2, "there is no 'nowhere'"),
+        (["{cpm1}", "{cpm1}"], 2, "exists already; name a folder"),
+        (["{cpm1}", "{to}", "--model", "eva"], 1, "holds CPM-1, not EVA"),
+        (["{cpm1}", "{to}", "--config", "nowhere.json"], 1, "nowhere.json cannot be read"),
+        (["{cpm1}", "{to}", "--tokenizer", "nowhere"], 1, "there is no such file"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(
+    arguments: list[str],
+    code: int,
+    words: str,
+    cpm1: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    given = [argument.format(cpm1=cpm1, to=tmp_path / "to") for argument in arguments]
+    assert main(["convert", *given]) == code
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.startswith("bminf: error: ")
+    assert words in printed.err and printed.err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("arguments", [[], ["a"], ["a", "b", "--quantization", "int3"]])
+def test_a_wrong_command_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(["convert", *arguments])
+    assert exit.value.code == 2
+    assert "usage: bminf convert" in capsys.readouterr().err
