@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -35,6 +36,11 @@ class Stack(torch.nn.Module):
         for layer in self.layers:
             x = layer(x)
         return self.head(x)
+
+
+def num_readers() -> int:
+    """Reader threads that are alive; tqdm and others have threads, too."""
+    return sum(thread.name == "bminf-reader" for thread in threading.enumerate())
 
 
 def make_stack(**arguments: Any) -> Stack:

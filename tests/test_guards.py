@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from streaming import Residual, Stack, make_stack, raise_once, stream
+from streaming import Residual, Stack, make_stack, num_readers, raise_once, stream
 from tiny_models import make
 
 import bminf
@@ -115,12 +115,12 @@ def test_an_interrupt_while_wrapping_puts_the_model_back_together(
 
 def test_unwrapping_closes_the_file_and_ends_the_reader() -> None:
     gc.collect()
-    open_files, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
+    open_files, threads = len(os.listdir("/proc/self/fd")), num_readers()
     model = stream(make_stack())
-    assert threading.active_count() == threads + 1
+    assert num_readers() == threads + 1
     bminf.unwrap(model)
     assert len(os.listdir("/proc/self/fd")) == open_files
-    assert threading.active_count() == threads
+    assert num_readers() == threads
 
 
 def test_a_model_may_die_while_a_thread_is_being_started() -> None:
@@ -131,7 +131,7 @@ def test_a_model_may_die_while_a_thread_is_being_started() -> None:
             gc.collect()
 
     gc.collect()
-    open_files, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
+    open_files, threads = len(os.listdir("/proc/self/fd")), num_readers()
     model = stream(make_stack())
     model.itself = [model]  # only the collector can free it
     del model
@@ -140,10 +140,10 @@ def test_a_model_may_die_while_a_thread_is_being_started() -> None:
     collector.join(20)
     assert not collector.is_alive()
     for _ in range(200):  # the reader ends by itself
-        if threading.active_count() == threads:
+        if num_readers() == threads:
             break
         time.sleep(0.05)
-    assert threading.active_count() == threads
+    assert num_readers() == threads
     assert len(os.listdir("/proc/self/fd")) == open_files
 
 

@@ -110,25 +110,20 @@ class LanguageModel:
         self.max_length = max_length_for(max_length, source)
         self.max_batch_size = max_batch_size
         form = format_for_source(form, source)
-        model = skeleton_of(self._family, source.config)
-        self.model, blocks = skeleton(model, dtype, form, activations)
+        empty = skeleton_of(self._family, source.config)
+        self.model, blocks = skeleton(empty, dtype, form, activations)
         blobs = lay_out(self.model, blocks)
         reserve = reserved_bytes(
             source.config, max_batch_size, self.max_length, dtype, form, backend.device.type
         )
         budget = free_budget(backend.device) if limit is None else limit
         the_plan = plan_for(blocks, blobs, budget, self._family.uses, reserve)
-        scheduler = fill(self.model, blobs, the_plan, backend, source.weights, offload_dir)
-        try:
-            self._cache = self._allocated_cache()
-        except BaseException:
-            scheduler.uninstall()
-            backend.close()
-            raise
-        self._scheduler: Scheduler | None = scheduler
+        self._scheduler: Scheduler | None = None
         self._lock = threading.RLock()
         self._turn = 0  # which generation the cache belongs to
         self._num_tokens, self._generated_s = 0, 0.0
+        scheduler = fill(self.model, blobs, the_plan, backend, source.weights, offload_dir)
+        self._begin_with(scheduler)
 
     # ---- what users call ------------------------------------------------------------------------
 
@@ -414,11 +409,17 @@ class LanguageModel:
             )
         return self._scheduler
 
-    def _allocated_cache(self) -> Any:
+    def _begin_with(self, scheduler: Scheduler) -> None:
+        """Take over what is loaded; if there is no room for the cache, nothing stays loaded."""
+        self._scheduler = scheduler
         try:
-            return self._new_cache()
+            self._cache = self._new_cache()
         except RuntimeError as error:  # torch's, of a CPU and of a GPU
+            self.close()
             raise BudgetError(
                 f"the KV cache of max_batch_size={self.max_batch_size} and "
                 f"max_length={self.max_length} cannot be had on {self.device}: lower one of them"
             ) from error
+        except BaseException:
+            self.close()
+            raise
