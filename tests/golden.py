@@ -92,7 +92,8 @@ def cases(names: Iterable[str], of: Callable[[GoldenSet], Iterable[Any]]) -> Ite
             yield pytest.param(name, None, marks=pytest.mark.skip(reason=reason), id=name)
             continue
         for case in of(golden(name)):
-            yield pytest.param(name, case, id=f"{name}-{case}")
+            words = [case] if isinstance(case, str) else case
+            yield pytest.param(name, case, id="-".join([name, *words]))
 
 
 def for_each(names: Iterable[str], of: Callable[[GoldenSet], Iterable[Any]]) -> Any:
