@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from bminf.checkpoint.folder import Checkpoint
-from bminf.checkpoint.names import Rule, parts, rename
+from bminf.checkpoint.names import Rule, parts, rename, theirs_of
 from bminf.checkpoint.stored import Stored
 from bminf.errors import CheckpointError
 
@@ -28,6 +28,11 @@ def cpm1_tensors(checkpoint: Checkpoint) -> dict[str, Stored]:
         )
     rules = _RULES[checkpoint.kind]()
     return rename(checkpoint.tensors, rules, checkpoint.path, f"a CPM-1 ({checkpoint.kind})")
+
+
+def cpm1_name(kind: str, ours: str) -> str:
+    """What the layout `kind` calls a tensor that arch/gpt.py calls `ours`."""
+    return theirs_of(ours, _RULES[kind]())
 
 
 def _original() -> Iterator[Rule]:

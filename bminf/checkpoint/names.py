@@ -69,6 +69,17 @@ def rename(
     return {ours: _below_another(pieces) for ours, pieces in found.items()}
 
 
+def theirs_of(ours: str, rules: Iterable[Rule]) -> str:
+    """What a layout calls a tensor of ours, for messages: all its parts, joined by " + "."""
+    number = next(iter(_NUMBER.findall(ours)), "")
+    template = _NUMBER.sub("{n}", ours, count=1)
+    found: dict[int, str] = {}
+    for rule in rules:
+        if rule.ours in (ours, template):
+            found.setdefault(rule.part, rule.theirs.replace("{n}", number))
+    return " + ".join(found[part] for part in sorted(found)) or ours
+
+
 def listed(names: Iterable[str]) -> str:
     """The first of `names`, and how many more there are."""
     shown = list(names)

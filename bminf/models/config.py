@@ -78,7 +78,7 @@ def gpt_config(source: Mapping[str, Any], tensors: Mapping[str, Stored], where: 
     intermediate_size = reader.optional("intermediate_size", "n_inner")
     return reader.made(
         GPTConfig,
-        vocab_size=_rows(tensors, "embed_tokens.weight", where),
+        vocab_size=_rows(tensors, "embed_tokens.weight", 1),
         hidden_size=hidden_size,
         num_hidden_layers=reader.integer("num_hidden_layers", "num_layers", "n_layer"),
         num_attention_heads=reader.integer("num_attention_heads", "n_head"),
@@ -106,7 +106,7 @@ def t5_config(source: Mapping[str, Any], tensors: Mapping[str, Stored], where: s
     num_layers = reader.integer("num_encoder_layers", "num_layers")
     return reader.made(
         T5Config,
-        vocab_size=_rows(tensors, "embed_tokens.weight", where),
+        vocab_size=_rows(tensors, "embed_tokens.weight", 1),
         hidden_size=reader.integer("hidden_size", "d_model"),
         intermediate_size=reader.integer("intermediate_size", "d_ff"),
         num_attention_heads=reader.integer("num_attention_heads", "num_heads"),
@@ -116,7 +116,7 @@ def t5_config(source: Mapping[str, Any], tensors: Mapping[str, Stored], where: s
         is_attention_scaled=reader.flag("is_attention_scaled", "attn_scale"),
         hidden_act=reader.activation("gelu_new", "hidden_act"),
         num_buckets=reader.optional("num_buckets", "relative_attention_num_buckets")
-        or _rows(tensors, "encoder.position_bias.weight", where),
+        or _rows(tensors, "encoder.position_bias.weight", 32),
         max_distance=reader.optional("max_distance", "relative_attention_max_distance") or 128,
         rms_norm_eps=reader.number(1e-6, "rms_norm_eps", "layer_norm_epsilon"),
     )
@@ -139,7 +139,7 @@ def _modelcenter_config(reader: _Reader, tensors: Mapping[str, Stored]) -> T5Con
     activation = reader.must_be("ffn_activate_fn", "gated_gelu", "gated_gelu_new")
     return reader.made(
         T5Config,
-        vocab_size=_rows(tensors, "embed_tokens.weight", reader.where),
+        vocab_size=_rows(tensors, "embed_tokens.weight", 1),
         hidden_size=reader.integer("dim_model"),
         intermediate_size=reader.integer("dim_ff"),
         num_attention_heads=reader.integer("num_heads"),
@@ -163,10 +163,9 @@ def _num_decoder_layers(reader: _Reader, num_layers: int, tensors: Mapping[str, 
     return named
 
 
-def _rows(tensors: Mapping[str, Stored], name: str, where: str) -> int:
-    if name not in tensors:
-        raise CheckpointError(f"the checkpoint that {where} is for has no {name!r}")
-    return tensors[name].shape[0]
+def _rows(tensors: Mapping[str, Stored], name: str, default: int) -> int:
+    """Where the tensor is missing, `default`: that it is will be said with all that is missing."""
+    return tensors[name].shape[0] if name in tensors else default
 
 
 _Config = TypeVar("_Config", GPTConfig, T5Config)

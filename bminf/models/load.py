@@ -4,7 +4,7 @@ scheduler meet: tensors go from the files straight to where the plan wants them.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -38,12 +38,13 @@ class Weights:
     """Tensors that are not read yet, under the names of the architecture.
 
     form: how the linears in the blocks are packed there already (named as a QuantizedLinear's
-    buffers); None where they are not.
+    buffers); None where they are not.   original_name: what the files call a tensor.
     """
 
     tensors: Mapping[str, Stored]
     path: Path
     form: Format | None = None
+    original_name: Callable[[str], str] = str
 
 
 def check_shapes(model: torch.nn.Module, weights: Weights) -> None:
@@ -52,8 +53,9 @@ def check_shapes(model: torch.nn.Module, weights: Weights) -> None:
     model: on the meta device, as it will be; nothing is read.
     """
     expected = dict(_wanted(model, weights))
-    missing = [name for name in expected if name not in weights.tensors]
-    unknown = [name for name in weights.tensors if name not in expected]
+    call = weights.original_name
+    missing = [call(name) for name in expected if name not in weights.tensors]
+    unknown = [call(name) for name in weights.tensors if name not in expected]
     if missing or unknown:
         lacking = f"lacks {listed(missing)}" if missing else ""
         more = f"has {listed(unknown)} too many" if unknown else ""

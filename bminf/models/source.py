@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,8 @@ def open_source(
     renamed = family.tensors(opened)
     parsed, source = _config(family, opened, renamed, config)
     tensors = _as_configured(renamed, source)
-    weights = Weights(tensors, opened.path)
+    original_name = partial(family.original_name, opened.kind)
+    weights = Weights(tensors, opened.path, original_name=original_name)
     check_shapes(skeleton_of(family, parsed), weights)
     found = _tokenizer(family, opened, tokenizer, parsed)
     return Source(family, weights, parsed, found, tensors["embed_tokens.weight"].dtype)

@@ -133,29 +133,37 @@ def with_tensor(made: TinyModel, name: str, tensor: torch.Tensor) -> TinyModel:
 
 
 @pytest.mark.parametrize(
-    ("name", "missing", "ours"),
+    ("name", "missing"),
     [
-        ("cpm1", "transformer.layers.1.mlp.dense_h_to_4h.bias", "layers.1.feed_forward.up.bias"),
-        ("cpm1", "position_embeddings.weight", "embed_positions.weight"),
-        ("cpm2", "lm_head.weight", "lm_head.weight"),
-        (
-            "eva",
-            "decoder.blocks.2.cross_attn.cross_attn.project_kv.weight",
-            "cross_projections.layers.2.weight",
-        ),
+        ("cpm1", "transformer.layers.1.mlp.dense_h_to_4h.bias"),
+        ("cpm1", "position_embeddings.weight"),
+        ("cpm2", "lm_head.weight"),
+        ("eva", "decoder.blocks.2.cross_attn.cross_attn.project_kv.weight"),
+        ("eva", "encoder.blocks.0.self_attn.self_attn.relative_attention_bias.weight"),
     ],
 )
-def test_a_missing_tensor(
+def test_a_missing_tensor_is_named_as_in_the_file(
     name: str,
     missing: str,
-    ours: str,
     tinies: dict[str, TinyModel],
     refuse: Callable[..., None],
     tmp_path: Path,
 ) -> None:
     folder = without(tinies[name], missing).write_original(tmp_path / "a")
-    words = f"{re.escape(str(folder))} lacks '{re.escape(ours)}'"
+    words = f"{re.escape(str(folder))} lacks '{re.escape(missing)}'"
     refuse(name, folder, CheckpointError, words)
+
+
+def test_all_parts_of_a_missing_matrix_are_named(
+    tinies: dict[str, TinyModel], refuse: Callable[..., None], tmp_path: Path
+) -> None:
+    made = tinies["eva"]
+    made.write_beside(tmp_path / "a", made.huggingface_config())
+    attention = "encoder.block.1.layer.0.SelfAttention"
+    names = [f"{attention}.{part}.weight" for part in "qkv"]
+    tensors = {k: v for k, v in made.huggingface_tensors().items() if k not in names}
+    folder = write_huggingface(tmp_path / "a", tensors, "safetensors")
+    refuse("eva", folder, CheckpointError, f"lacks '{re.escape(' + '.join(names))}'")
 
 
 def test_a_missing_third_of_the_attention(
@@ -495,8 +503,8 @@ def test_a_limit_just_below_the_least_that_would_do(
 CONFIGS: list[tuple[str, dict[str, Any], str]] = [
     ("cpm1", {"num_layers": None}, "config has no num_hidden_layers or num_layers or n_layer"),
     ("cpm1", {"num_layers": 0}, "num_layers is 0; a whole number"),
-    ("cpm1", {"num_layers": 4}, r"lacks 'layers\.3\."),
-    ("cpm1", {"num_layers": 2}, r"has 'layers\.2\..* too many"),
+    ("cpm1", {"num_layers": 4}, r"lacks 'transformer\.layers\.3\."),
+    ("cpm1", {"num_layers": 2}, r"has 'transformer\.layers\.2\..* too many"),
     ("cpm1", {"num_attention_heads": "3"}, "num_attention_heads is '3'"),
     ("cpm1", {"num_attention_heads": 5}, "hidden_size=48 is not a multiple of num_attention_he"),
     ("cpm1", {"layernorm_epsilon": -1}, "layernorm_epsilon is -1"),
