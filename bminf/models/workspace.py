@@ -22,7 +22,8 @@ _SLICE_BYTES = 2**27  # a slice of a dequantised weight, see ops/linear_weight_o
 _BUCKET_BYTES = 40  # of a cell: distances, their logarithms and buckets
 _DRAWN_BYTES = 64  # of an entry of the logits: in the model's type, and what drawing sorts
 # What stays with the allocators and libraries of a CPU after tensors are gone. Measured, not
-# derived: about as much again as a layer and half of the logits hold, and no more than this.
+# derived: about as much again as a layer and half of the logits hold (with weights that are not
+# packed up to 7/4 of a layer), and no more than this.
 _MOST_KEPT_BYTES = 7 * 2**25
 _LIBRARY_BYTES = 2**25  # on a GPU, where torch uses again what is gone: of cuBLAS
 _HOLES = 0.1  # of the peak, between what is still there
@@ -83,8 +84,10 @@ def reserved_bytes(
     # The last ones of each row while they are drawn from; logits() has fewer at a time.
     head = config.vocab_size * max(LOGITS_AT_ONCE, max_batch_size) * _DRAWN_BYTES
     making_bias = 2 * bias + _BUCKET_BYTES * max_length**2  # before the first layer
-    peak = max(making_bias, bias + layer, head)
-    kept = min(layer + head // 2, _MOST_KEPT_BYTES) if is_cpu else min(peak, _LIBRARY_BYTES)
+    aligned = 0 if is_cpu else bias  # the copy that attention may make of it
+    peak = max(making_bias, bias + aligned + layer, head)
+    left = layer if form is not None else 7 * layer // 4
+    kept = min(left + head // 2, _MOST_KEPT_BYTES) if is_cpu else min(peak, _LIBRARY_BYTES)
     return cache + peak + int(_HOLES * peak) + kept
 
 
