@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from bminf.arch.checks import check_eps, check_hidden_act, check_sizes
 from bminf.errors import ArgumentError
 from bminf.layers.attention import attention, hide, is_later, merge_heads, split_heads
+from bminf.layers.embedding import embedding
 from bminf.layers.feed_forward import FeedForward
 from bminf.layers.kv_cache import KVCache, cache_bytes
 
@@ -94,8 +95,8 @@ class GPT(torch.nn.Module):
         super().__init__()
         size = config.hidden_size
         self.config = config
-        self.embed_tokens = torch.nn.Embedding(config.vocab_size, size)
-        self.embed_positions = torch.nn.Embedding(config.max_position_embeddings, size)
+        self.embed_tokens = embedding(config.vocab_size, size)
+        self.embed_positions = embedding(config.max_position_embeddings, size)
         self.layers = torch.nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = torch.nn.LayerNorm(size, config.layer_norm_eps)
 

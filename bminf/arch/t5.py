@@ -24,6 +24,7 @@ from bminf.layers.attention import (
     merge_heads,
     split_heads,
 )
+from bminf.layers.embedding import embedding
 from bminf.layers.feed_forward import GatedFeedForward
 from bminf.layers.kv_cache import KVCache, cache_bytes
 from bminf.layers.norm import RMSNorm
@@ -248,7 +249,7 @@ class T5(torch.nn.Module):
     def __init__(self, config: T5Config) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = torch.nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = embedding(config.vocab_size, config.hidden_size)
         self.encoder = Encoder(config)
         self.cross_projections = CrossProjections(config)
         self.decoder = Decoder(config)

@@ -80,6 +80,11 @@ def build_on_meta(config: dict[str, Any]) -> Any:
     models.quiet()
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
+        if config.get("format") == "bminf" or {"d_kv", "dim_model"} & config.keys():
+            raise CheckpointError(
+                "this is the configuration of a model that bminf builds itself; load it with "
+                "bminf.models and a memory_limit, and print its plan"
+            )
         raise CheckpointError(
             f"model_type {kind!r} is not known to transformers {transformers.__version__}; "
             "see whether a newer one knows it: pip install --upgrade transformers"

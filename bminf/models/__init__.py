@@ -5,6 +5,7 @@ from bminf.models.convert import convert
 from bminf.models.cpm1 import CPM1
 from bminf.models.cpm2 import CPM2
 from bminf.models.eva import EVA
+from bminf.models.options import Options
 from bminf.models.stats import ModelStats
 
-__all__ = ["CPM1", "CPM2", "EVA", "LanguageModel", "ModelStats", "convert"]
+__all__ = ["CPM1", "CPM2", "EVA", "LanguageModel", "ModelStats", "Options", "convert"]

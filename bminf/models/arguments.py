@@ -10,6 +10,7 @@ import torch
 
 from bminf.arch.gpt import GPTConfig
 from bminf.errors import ArgumentError
+from bminf.layers.quantized_linear import format_for
 from bminf.models.load import DTYPES
 from bminf.models.source import Source
 from bminf.quantization.packed import INT8, Format
@@ -18,16 +19,30 @@ from bminf.tokenizers.base import Tokenizer
 Text = str | Sequence[int] | torch.Tensor
 """A text, or its token ids: a sequence of ints or a tensor (T,)."""
 
+_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 _DEFAULT_MAX_LENGTH = 512  # of models whose positions have no end
 
 
-def dtype_for(dtype: torch.dtype | None, device: torch.device) -> torch.dtype:
+def dtype_for(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
     """`dtype`; None is float32 on the CPU, float16 elsewhere.   Raises ArgumentError."""
     if dtype is None:
         return torch.float32 if device.type == "cpu" else torch.float16
+    dtype = _NAMES.get(dtype, dtype) if isinstance(dtype, str) else dtype
     if dtype not in DTYPES:
         raise ArgumentError(f"dtype={dtype!r}; accepted: {', '.join(map(str, DTYPES))}, or None")
     return dtype
+
+
+def form_for(quantization: str | Format | bool | None) -> Format | None:
+    """The format that is asked for; None and False ask for none.   Raises ArgumentError."""
+    if quantization is None or quantization is False:
+        return None
+    try:
+        return format_for(quantization)  # type: ignore[arg-type]
+    except ArgumentError as error:
+        raise ArgumentError(
+            f'quantization={quantization!r}; accepted: "int8", "int4", a bminf.Format, or None'
+        ) from error
 
 
 def max_length_for(max_length: int | None, source: Source) -> int:

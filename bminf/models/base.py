@@ -17,10 +17,10 @@ from bminf.generation.arguments import check_banned, check_positive
 from bminf.generation.beam import beam_search
 from bminf.generation.loop import Decoder, decode
 from bminf.generation.sampling import Sampler, Sampling
-from bminf.layers.quantized_linear import format_for
 from bminf.models.arguments import (
     Text,
     dtype_for,
+    form_for,
     format_for_source,
     ids_of,
     ids_of_str,
@@ -81,6 +81,7 @@ class LanguageModel:
 
     _family: Family
     _defaults = Options()
+    _more_tokens = 0  # that the decoder is fed beyond max_length
     tokenizer: Tokenizer
     model: Any  # the architecture
 
@@ -101,11 +102,12 @@ class LanguageModel:
         check_positive("max_batch_size", max_batch_size)
         if max_length is not None:
             check_positive("max_length", max_length)
-        form = None if quantization is None else format_for(quantization)
+        form = form_for(quantization)
         limit = None if memory_limit is None else parse_bytes(memory_limit, "memory_limit")
         backend = backend_for(device, offload_dir, stacklevel=3)
         dtype = dtype_for(dtype, backend.device)
         source = open_source(self._family, checkpoint, config, tokenizer)
+        self.path = source.weights.path
         self.config, self.tokenizer, self.device = source.config, source.tokenizer, backend.device
         self.max_length = max_length_for(max_length, source)
         self.max_batch_size = max_batch_size
@@ -130,7 +132,7 @@ class LanguageModel:
     def generate_iter(self, text: Any, **options: Any) -> Iterator[str]:
         """The text as it comes, piece by piece; together, what generate() returns.
 
-        options: see Options. Stop early by leaving the loop; the model stays usable.
+        options: see bminf.models.Options. Stop early by leaving the loop; the model stays usable.
         Raises ArgumentError before anything is generated; UnsupportedModelError when another text
         was begun on this model since.
         """
@@ -191,6 +193,10 @@ class LanguageModel:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._scheduler is None else f"on {self.device}"
+        return f"<{type(self).__name__} from {str(self.path)!r}, {state}>"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise UnsupportedModelError(
@@ -334,7 +340,8 @@ class LanguageModel:
     def _check_room(self, prompt: Prompt, settings: Options) -> None:
         self._check_length(prompt.input_ids, "text")
         num_tokens = len(prompt.start_ids) + settings.max_tokens - 1  # the last one is not fed
-        if num_tokens > self.max_length:
+        most_tokens = self.max_length + self._more_tokens
+        if num_tokens > most_tokens or settings.max_tokens > self.max_length:
             raise ArgumentError(
                 f"{len(prompt.start_ids)} tokens to begin with and max_tokens="
                 f"{settings.max_tokens} are more than max_length={self.max_length}; lower "

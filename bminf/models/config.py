@@ -55,8 +55,16 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def find_config(folder: Path) -> Path | None:
     """The file of a configuration in the folder of a checkpoint, or in its parent."""
-    candidates = (at / name for at in (folder, folder.parent) for name in CONFIG_FILES)
-    return next((path for path in candidates if path.is_file()), None)
+    own = (folder / name for name in CONFIG_FILES)
+    beside = (folder.parent / name for name in CONFIG_FILES)
+    found = [path for path in own if path.is_file()]
+    found += [path for path in beside if path.is_file() and not _is_foreign(path)]
+    return next(iter(found), None)
+
+
+def _is_foreign(path: Path) -> bool:
+    """Whether a file in the parent is of a model that just happens to lie there."""
+    return read_config(path).get("model_type") not in (None, "gpt2", "eva")
 
 
 def gpt_config(source: Mapping[str, Any], tensors: Mapping[str, Stored], where: str) -> GPTConfig:

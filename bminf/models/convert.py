@@ -152,5 +152,5 @@ def _family(source: str | Path, model: str | None) -> Family:
         return family
     raise ArgumentError(
         f"{path} may hold CPM-2 or EVA, whose tensors have the same names; "
-        'say model="cpm2" or model="eva"'
+        'say model="cpm2" or model="eva" (bminf convert: --model)'
     )

@@ -40,7 +40,8 @@ class CPM1(LanguageModel):
         """(continuation of `text`, stopped): whether `<eod>` or a stop token ended it, which is not
         part of it, or max_tokens did.
 
-        Arguments and further keywords: see Options.   Raises ArgumentError, also where text and
+        Arguments and further keywords (seed, num_beams, ...): see
+        bminf.models.Options.   Raises ArgumentError, also where text and
         max_tokens together exceed max_length; BMInf 1.x then cut the text off without a word.
         """
         settings = Options(

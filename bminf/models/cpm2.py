@@ -43,7 +43,8 @@ class CPM2(T5Model):
         first token that it writes is the first of the answer. BMInf 1.x let the model write that
         sentinel and threw away the first token unseen, whatever it was: there max_tokens=12 gave
         11.
-        Arguments and further keywords: see Options.   Raises ArgumentError.
+        Arguments and further keywords (seed, num_beams, ...): see
+        bminf.models.Options.   Raises ArgumentError.
         """
         settings = Options(
             max_tokens, top_n, top_p, temperature, frequency_penalty, presence_penalty, stop_tokens
@@ -67,7 +68,8 @@ class CPM2(T5Model):
         spans_position: where in `text` the blanks are, for a text in which not every `<span>` is
         one; None is all of them. At least 1, at most 16.   max_tokens: of all blanks together; a
         blank that the model did not come to is "".
-        Arguments and further keywords: see Options; no beams.
+        Arguments and further keywords (seed, num_beams, ...): see
+        bminf.models.Options; no beams.
         Other than BMInf 1.x, the decoder is given the sentinel of the first blank, so an answer can
         not begin with another one ("Unexpected model output"); and `<eod>` ends it.
         Raises ArgumentError.

@@ -42,7 +42,8 @@ class EVA(T5Model):
 
         context: the utterances so far, the oldest first.   truncation_length: only the last of
         their tokens are read, this many; None is all, which must fit max_length.
-        Arguments and further keywords: see Options.   Raises ArgumentError.
+        Arguments and further keywords (seed, num_beams, ...): see
+        bminf.models.Options.   Raises ArgumentError.
         """
         if isinstance(context, str):
             raise ArgumentError("context is one str; give a list of utterances, the oldest first")

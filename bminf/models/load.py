@@ -124,14 +124,14 @@ def plan_for(
     fixed = {"outside_bytes": blobs.outside.nbytes, "reserved_bytes": reserved_bytes}
     try:
         return plan(given, budget, uses, **fixed)
-    except BudgetError as error:
+    except BudgetError:
         least = least_budget(plan(given, 2**60, uses, **fixed))
         raise BudgetError(
-            f"the limit of {format_bytes(budget)} is below the least that would do, "
-            f"{format_bytes(least)} ({least} bytes), of which {format_bytes(reserved_bytes)} are "
-            "for max_length and max_batch_size; raise memory_limit, lower those two, or take "
-            'quantization="int4"'
-        ) from error
+            f"the limit of {format_bytes(budget)} ({budget} bytes) is below the least that would "
+            f"do, {format_bytes(least)} ({least} bytes), of which {format_bytes(reserved_bytes)} "
+            "are for max_length and max_batch_size; raise memory_limit, lower those two, or pack "
+            "the weights to fewer bits"
+        ) from None
 
 
 def fill(

@@ -107,8 +107,8 @@ def _folder(family: Family, checkpoint: str | Path | None) -> Path:
         raise ArgumentError(f"no checkpoint is given; accepted: {accepted}")
     if not isinstance(checkpoint, str | Path):
         raise ArgumentError(f"checkpoint is a {type(checkpoint).__name__}; accepted: {accepted}")
-    path = Path(checkpoint).expanduser()
-    if path.exists():
+    path = Path(checkpoint).expanduser().absolute()
+    if str(checkpoint) and path.exists():
         return path
     if isinstance(checkpoint, str) and _HUB_ID.fullmatch(checkpoint):
         return _download(checkpoint, accepted)

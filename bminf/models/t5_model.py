@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from bminf.arch.t5 import T5, T5Cache
@@ -16,6 +18,7 @@ class T5Model(LanguageModel):
     """See LanguageModel."""
 
     model: T5
+    _more_tokens = 1  # two begin an answer, and its last one is not fed
     tokenizer: SentinelTokenizer
 
     def logits(self, text: Text, target: Text) -> torch.Tensor:
@@ -25,7 +28,8 @@ class T5Model(LanguageModel):
         are taken as they are.   target: for the decoder; before a str come the ids that
         generate() starts with, and they count in T.   Raises ArgumentError.
         """
-        prompt = self._prompt(text) if isinstance(text, str) else None
+        is_text = isinstance(text, str) or _are_texts(text)
+        prompt = self._prompt(text) if is_text else None
         input_ids = self._ids(text, "text") if prompt is None else prompt.input_ids
         target_ids = self._ids(target, "target")
         if isinstance(target, str):
@@ -43,7 +47,9 @@ class T5Model(LanguageModel):
         raise NotImplementedError
 
     def _new_cache(self) -> T5Cache:
-        return self.model.new_cache(self.max_batch_size, self.max_length, self.max_length)
+        return self.model.new_cache(
+            self.max_batch_size, self.max_length, self.max_length + self._more_tokens
+        )
 
     def _decoder(self, prompts: list[Prompt]) -> tuple[Decoder, torch.Tensor]:
         rows = [prompt.input_ids for prompt in prompts]
@@ -51,3 +57,9 @@ class T5Model(LanguageModel):
         lengths = [len(row) for row in rows]
         decoder = T5Decoder(self.model, self._cache, input_ids, lengths)
         return decoder, self._tensor([prompt.start_ids for prompt in prompts])
+
+
+def _are_texts(text: object) -> bool:
+    """Whether it is a dialogue."""
+    is_list = isinstance(text, Sequence) and len(text) > 0
+    return is_list and all(isinstance(utterance, str) for utterance in text)  # type: ignore[attr-defined]

@@ -76,7 +76,7 @@ def reserved_bytes(
     """
     num_rows, is_cpu = max_batch_size * max_length, device_type == "cpu"
     if isinstance(config, T5Config):
-        cache = t5_cache_bytes(config, max_batch_size, max_length, max_length, dtype)
+        cache = t5_cache_bytes(config, max_batch_size, max_length, max_length + 1, dtype)
     else:
         cache = gpt_cache_bytes(config, max_batch_size, max_length, dtype)
     bias = _bias_bytes(config, max_batch_size, max_length, dtype.itemsize)

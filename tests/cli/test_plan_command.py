@@ -211,3 +211,12 @@ def test_bad_size(tmp_path: Path, capsys: pytest.CaptureFixture[str], option: st
     argv = ["plan", str(write_llama(tmp_path)), "--memory-limit", "1GB", option, "6 bananas"]
     assert main(argv) == 2
     assert "bananas" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("config", [{"format": "bminf"}, {"d_kv": 64}, {"dim_model": 64}])
+def test_a_model_of_the_zoo_is_told_apart(
+    config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert main(["plan", str(tmp_path)]) == 1
+    assert "load it with bminf.models" in capsys.readouterr().err

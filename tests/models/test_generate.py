@@ -8,6 +8,8 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -582,3 +584,35 @@ def test_options_that_contradict_are_refused(load: Loader) -> None:
     with pytest.raises(ArgumentError, match="top_n is for drawing"):
         eva.dialogue(["你"], 5, top_n=3, num_beams=2)
     assert eva.generate("你", 5, top_k=3, seed=1) == eva.generate("你", 5, 3, seed=1)
+
+
+def test_an_answer_may_be_as_long_as_max_length(load: Loader) -> None:
+    """What the decoder begins with has room of its own."""
+    model = load("cpm2", max_length=16)
+    say(model, ["今天"] * 20)
+    assert model.generate("今天", max_tokens=16, temperature=0) == ("今天" * 16, False)
+    with pytest.raises(ArgumentError, match="max_tokens=17 are more than max_length=16"):
+        model.generate("今天", max_tokens=17)
+
+
+def test_a_dialogue_can_be_scored(load: Loader) -> None:
+    model = load("eva")
+    logits = model.logits(["今天", "天气"], "很好")
+    ids = model._prompt(["今天", "天气"]).input_ids
+    target = [*model._start_ids(), *model.tokenizer.encode("很好")]
+    assert torch.equal(logits, model.logits(ids, target))
+
+
+@pytest.mark.parametrize("name", ["cpm1", "cpm2"])
+def test_building_a_model_does_not_import_the_compiler_of_torch(name: str) -> None:
+    """It would take a second, and 70 MB, for nothing."""
+    program = (
+        "import sys; from bminf.models.family import FAMILIES as f; "
+        "from bminf.models.source import skeleton_of; "
+        f"skeleton_of(f[{name!r}], next(iter(f[{name!r}].published.values()))); "
+        "print('torch._dynamo' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "False\n", done.stderr
