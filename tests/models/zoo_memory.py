@@ -80,7 +80,7 @@ def least_limit(kind: Any, folder: str, given: dict[str, Any]) -> int:
     try:
         kind(folder, device="cpu", **{**given, "memory_limit": 1})
     except BudgetError as error:
-        found = re.search(r"\((\d+) bytes\)", str(error))
+        found = re.search(r"would do, .*? \((\d+) bytes\)", str(error))
         assert found is not None
         return int(found[1])
     raise AssertionError("a byte was enough")
