@@ -4,8 +4,15 @@ import os
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
+
+# The same examples in every run, so that a change that fails has caused it; HYPOTHESIS_PROFILE
+# set to "explore" looks for new ones.
+hypothesis.settings.register_profile("repeat", derandomize=True, deadline=None)
+hypothesis.settings.register_profile("explore", deadline=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeat"))
 
 # No test may reach for a network; transformers reads this when it is imported.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -181,8 +181,9 @@ def test_bilingual_text_of_known_characters_comes_back_but_for_spaces(text: str)
     ids = ours.encode(text)
     given = "".join(ours.decode(ids).split(" "))
     plain = "".join(text.split(" "))
-    # Newlines after other characters of a word have no token; a single token comes twice.
-    if "\n" not in text and len(ids) > 2:
+    # Newlines after other characters of a word have no token; a single token comes twice; and a
+    # text with ## reads as the mark of pieces inside a word, which the vocabulary spells so.
+    if "\n" not in text and len(ids) > 2 and "##" not in text:
         assert given == plain
 
 
