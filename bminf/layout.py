@@ -13,6 +13,10 @@ from dataclasses import dataclass
 
 import torch
 
+Filling = tuple[str, torch.Tensor] | tuple[str, torch.Tensor, int]
+"""A tensor by its name; or some rows of it, and the number of the first, so that no copy of the
+whole tensor is ever needed."""
+
 ADDRESS_MODULUS = 64  # what a kept address keeps: one cache line, the widest CPU vector
 FRESH_ALIGNMENT = 256  # where the address is ours to choose: what CUDA's allocator gives at least
 
@@ -92,13 +96,15 @@ class Layout:
             data = torch.frombuffer(data.numpy(), dtype=spec.dtype) if spec.nbytes else data
         return data.view(spec.dtype).as_strided(spec.shape, spec.stride)
 
-    def fill(self, buffer: torch.Tensor, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    def fill(self, buffer: torch.Tensor, tensors: Iterable[Filling]) -> None:
         """Copy named tensors, in any order and one at a time, to their places in `buffer`.
 
         Raises KeyError for a name that is not in the layout.
         """
-        for name, tensor in tensors:
+        for name, tensor, *first_row in tensors:
             target = self.view(buffer, name)
+            if first_row:
+                target = target.narrow(0, first_row[0], tensor.shape[0])
             if tensor.stride() == target.stride():
                 # Element by element as stored: also right for strides with gaps and of 0.
                 _stored(target).copy_(_stored(tensor))

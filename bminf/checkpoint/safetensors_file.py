@@ -25,7 +25,7 @@ import torch
 from bminf.checkpoint.binary_file import BinaryFile, parse_json
 from bminf.checkpoint.stored import InFile, contiguous
 from bminf.errors import ArgumentError, CheckpointError
-from bminf.layout import FRESH_ALIGNMENT, Layout, TensorSpec
+from bminf.layout import FRESH_ALIGNMENT, Filling, Layout, TensorSpec
 from bminf.units import format_bytes
 
 _DTYPES = {
@@ -81,7 +81,7 @@ def read_blobs(path: Path, layouts: Mapping[str, Layout]) -> dict[str, tuple[int
 def write_safetensors(
     path: Path,
     layouts: Mapping[str, Layout],
-    tensors: Callable[[str], Iterable[tuple[str, torch.Tensor]]],
+    tensors: Callable[[str], Iterable[Filling]],
     metadata: Mapping[str, str],
 ) -> None:
     """Write a file in which each block is one contiguous, aligned run of bytes.
@@ -311,7 +311,7 @@ def _write_data(
     header_bytes: int,
     plan: _Plan,
     layouts: Mapping[str, Layout],
-    tensors: Callable[[str], Iterable[tuple[str, torch.Tensor]]],
+    tensors: Callable[[str], Iterable[Filling]],
 ) -> None:
     region = mmap.mmap(file.fileno(), header_bytes + plan.nbytes)
     with torch.inference_mode(False):
@@ -322,22 +322,43 @@ def _write_data(
     region.flush()
 
 
-def _fill(
-    block: str, layout: Layout, blob: torch.Tensor, tensors: Iterable[tuple[str, torch.Tensor]]
-) -> None:
-    missing = set(layout.specs)
-    for name, tensor in tensors:
+def _fill(block: str, layout: Layout, blob: torch.Tensor, tensors: Iterable[Filling]) -> None:
+    num_rows = {name: _num_rows(spec.shape) for name, spec in layout.specs.items()}
+    missing = dict(num_rows)  # rows of each tensor that have not come yet
+    for name, tensor, *first_row in tensors:
         full_name = _full_name(block, name)
-        if name not in missing:
+        if not missing.get(name):
             raise ArgumentError(f"{full_name!r} came twice, or is not in the layout")
-        spec = layout.specs[name]
-        if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.dtype:
+        begin = first_row[0] if first_row else 0
+        if begin != num_rows[name] - missing[name]:
             raise ArgumentError(
-                f"{full_name!r} came as {tensor.dtype} {tuple(tensor.shape)}; "
-                f"its layout has {spec.dtype} {spec.shape}"
+                f"{full_name!r} came with the row {begin}, but {num_rows[name] - missing[name]} is "
+                "the next one; give the rows in order"
             )
-        layout.fill(blob, [(name, tensor)])
-        missing.remove(name)
+        _check_piece(full_name, tensor, layout.specs[name], missing[name] if first_row else None)
+        layout.fill(blob, [(name, tensor, begin) if first_row else (name, tensor)])
+        missing[name] -= _num_rows(tuple(tensor.shape))
         del tensor  # before the next one is made
-    if missing:
-        raise ArgumentError(f"{_full_name(block, min(missing))!r} did not come; give every tensor")
+    left = [name for name, rows in missing.items() if rows]
+    if left:
+        raise ArgumentError(f"{_full_name(block, min(left))!r} did not come; give every tensor")
+
+
+def _num_rows(shape: tuple[int, ...]) -> int:
+    """Rows that have to come; a tensor without axes, or without elements, comes as one."""
+    return shape[0] if shape and shape[0] else 1
+
+
+def _check_piece(
+    full_name: str, tensor: torch.Tensor, spec: TensorSpec, most_rows: int | None
+) -> None:
+    """most_rows: of a tensor that comes in pieces; None where it comes whole."""
+    shape = tuple(tensor.shape)
+    is_fitting = shape == spec.shape
+    if most_rows is not None:
+        is_fitting = shape[1:] == spec.shape[1:] and 0 < shape[0] <= most_rows
+    if not is_fitting or tensor.dtype != spec.dtype:
+        raise ArgumentError(
+            f"{full_name!r} came as {tensor.dtype} {shape}; its layout has {spec.dtype} "
+            f"{spec.shape}"
+        )

@@ -8,7 +8,7 @@ import torch
 from tqdm import tqdm
 
 from bminf.layers.quantize import quantize_children
-from bminf.layout import Layout
+from bminf.layout import Filling, Layout
 from bminf.scheduler import memory
 from bminf.scheduler.backends.base import Backend
 from bminf.scheduler.blob import Blobs, unmapped_bytes
@@ -48,7 +48,7 @@ def load(
     model: torch.nn.Module,
     blobs: Blobs,
     scheduler: Scheduler,
-    read: Callable[[str], Iterable[tuple[str, torch.Tensor]]],
+    read: Callable[[str], Iterable[Filling]],
 ) -> None:
     """Fill a model that lies on the meta device, block by block, straight into the blobs.
 
@@ -150,7 +150,7 @@ def _fill(
     module: torch.nn.Module,
     layout: Layout,
     backend: Backend,
-    tensors: Iterable[tuple[str, torch.Tensor]],
+    tensors: Iterable[Filling],
 ) -> None:
     """Give the tensors of `layout`, which have no bytes yet, their place on the device."""
     buffer = backend.allocate(layout.extent)

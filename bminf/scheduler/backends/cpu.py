@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from bminf.layout import Layout
+from bminf.layout import Filling, Layout
 from bminf.scheduler import memory
 from bminf.scheduler.backends.base import Counters
 from bminf.scheduler.backends.reader import Reader
@@ -38,14 +38,19 @@ class CpuBackend:
     def allocate(self, nbytes: int) -> torch.Tensor:
         return memory.allocate(nbytes)
 
-    def open(self, layouts: Sequence[Layout], offload_dir: str | Path | None) -> None:
+    def open(
+        self,
+        layouts: Sequence[Layout],
+        offload_dir: str | Path | None,
+        on_disk: Sequence[int] = (),  # all are
+    ) -> None:
         extents = [layout.extent for layout in layouts]
         self._store = FileStore(extents, offload_dir)
         self._layouts = list(layouts)
         self.slots = [memory.allocate(max(extents)) for _ in range(NUM_SLOTS)]
         self._reader = Reader("bminf-reader")
 
-    def put(self, block: int, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    def put(self, block: int, tensors: Iterable[Filling]) -> None:
         blob = self._slot(block, 0)  # no slot is in use yet, so one can stage the blob
         self._layouts[block].fill(blob, tensors)
         self._opened_store().write(block, blob)
