@@ -11,8 +11,8 @@ from bminf.checkpoint.binary_file import read_json
 from bminf.checkpoint.bminf1_file import read_bminf1
 from bminf.checkpoint.model_parallel import (
     FILE_IN_RANK_FOLDER,
-    TRACKER,
-    cpm_split,
+    TRACKERS,
+    has_tracker,
     is_model_parallel,
     rank_files,
     read_model_parallel,
@@ -37,7 +37,7 @@ _FILES: dict[str, Kind] = {
 _CONFIG = "config.json"
 _LAYOUTS = (
     "a folder of bminf convert (config.json, model.safetensors), "
-    f"of the original code ({TRACKER} or mp_rank_NN_model_states.pt), "
+    f"of the original code ({', '.join(TRACKERS)} or mp_rank_NN_model_states.pt), "
     "of BMInf 1.x (checkpoint.pt), of ModelCenter (pytorch_model.pt), "
     "of Hugging Face (model.safetensors, pytorch_model.bin, or their .index.json)"
 )
@@ -76,7 +76,7 @@ def _open_folder(folder: Path) -> Checkpoint:
     for name, kind in _FILES.items():
         if (folder / name).is_file():
             kinds.setdefault(kind, folder / name)
-    if is_model_parallel(folder):
+    if is_model_parallel(folder) or (not kinds and has_tracker(folder)):
         kinds["original"] = folder
     if len(kinds) > 1:
         raise CheckpointError(
@@ -96,7 +96,7 @@ def _open_file(path: Path) -> Checkpoint:
         return _open_folder(folder)
     if path.name == FILE_IN_RANK_FOLDER:
         return _open_named(folder.parent, "original")
-    if path.name == TRACKER or (is_model_parallel(folder) and path in rank_files(folder)):
+    if path.name in TRACKERS or (is_model_parallel(folder) and path in rank_files(folder)):
         return _open_named(folder, "original")
     if path.name not in _FILES:
         raise CheckpointError(f"{path} is not the file of a checkpoint; accepted: {_LAYOUTS}")
@@ -117,7 +117,7 @@ def _open_named(path: Path, kind: Kind) -> Checkpoint:
 
 def _tensors(path: Path, kind: Kind) -> Mapping[str, Stored]:
     if kind == "original":
-        return read_model_parallel(path, cpm_split)
+        return read_model_parallel(path)
     if kind == "bminf1":
         if is_torch_file(path):
             raise CheckpointError(

@@ -1,124 +1,75 @@
 """The folders of the original code: a file a rank, each with its slice of every matrix.
 
     <folder>/latest_checkpointed_iteration.txt, <folder>/<iteration>/mp_rank_NN_model_states.pt
+    <folder>/latest,                            <folder>/<iteration>/mp_rank_NN_model_states.pt
     <folder>/iter_XXXXXXX/mp_rank_NN/model_optim_rng.pt      where DeepSpeed was not used
 
-Source: CPM-1-Generate/change_mp.py and EVA/src/change_mp.py, which cut and join such files.
+The iteration is a number, or the word "release".
+Sources: change_mp.py of CPM-1-Generate, EVA and GLM, and tools/convert_tp.py of GLM-130B, which cut
+and join such files (splits.py says how).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from bminf.checkpoint.binary_file import BinaryFile
 from bminf.checkpoint.names import listed
-from bminf.checkpoint.stored import Columns, InFile, Replicated, Rows, Stored, Striped
+from bminf.checkpoint.splits import splits_of
+from bminf.checkpoint.stored import InFile, Stored
 from bminf.checkpoint.torch_file import read_torch_file, weights_of
 from bminf.errors import CheckpointError
 
-TRACKER = "latest_checkpointed_iteration.txt"
+TRACKER, DEEPSPEED_TRACKER = "latest_checkpointed_iteration.txt", "latest"
+TRACKERS = (TRACKER, DEEPSPEED_TRACKER)
+RELEASE = "release"
+"""What stands in the place of a number in trackers of some released checkpoints."""
+
 _MOST_TRACKER_BYTES = 64
 _RANK_FILE = re.compile(r"mp_rank_(\d+)_model_states\.pt")
 _RANK_FOLDER = re.compile(r"mp_rank_(\d+)")
 FILE_IN_RANK_FOLDER = "model_optim_rng.pt"
 
 
-@dataclass(frozen=True)
-class Split:
-    """How a tensor was cut for the ranks: along which axis, and how many matrices it holds.
-
-    axis: None where each rank has the whole.   num_stripes: matrices one below another, such as
-    Q, K and V, of each of which a rank has its slice.
-    """
-
-    axis: int | None
-    num_stripes: int = 1
-
-    def merge(self, parts: tuple[Stored, ...]) -> Stored:
-        """The whole tensor, from the ranks' parts in order.   Raises CheckpointError."""
-        if len(parts) == 1:
-            return parts[0]
-        if self.axis is None:
-            return Replicated(parts)
-        if self.axis == 1:
-            return Columns(parts)
-        return Rows(parts) if self.num_stripes == 1 else Striped(parts, self.num_stripes)
-
-
-REPLICATED, ROWS, COLUMNS = Split(None), Split(0), Split(1)
-
-
-def STRIPED(num_stripes: int) -> Split:
-    """Rows of several matrices, one below another."""
-    return Split(0, num_stripes)
-
-
-_SPLITS = {
-    # CPM-1
-    r"word_embeddings\.weight": ROWS,
-    r"position_embeddings\.weight": REPLICATED,
-    r".*layernorm\.(weight|bias)": REPLICATED,
-    r".*\.attention\.query_key_value\.(weight|bias)": STRIPED(3),
-    r".*\.attention\.dense\.weight": COLUMNS,
-    r".*\.attention\.dense\.bias": REPLICATED,
-    r".*\.mlp\.dense_h_to_4h\.(weight|bias)": ROWS,
-    r".*\.mlp\.dense_4h_to_h\.weight": COLUMNS,
-    r".*\.mlp\.dense_4h_to_h\.bias": REPLICATED,
-    # CPM-2 and EVA
-    r"(.*\.)?word_embeds\.weight": ROWS,
-    r"lm_head\.weight": ROWS,
-    r"(.*\.)?(role|prompt)_embeds\.weight": REPLICATED,
-    r".*\.layer_norm\.weight": REPLICATED,
-    r".*\.self_attn\.project\.weight": STRIPED(3),
-    r".*\.(self|cross)_attn\.dense\.weight": COLUMNS,
-    r".*\.self_attn\.relative_attention_bias\.weight": COLUMNS,
-    r".*\.cross_attn\.project_q\.weight": ROWS,
-    r".*\.cross_attn\.project_kv\.weight": STRIPED(2),
-    r".*\.dense_relu_dense\.wi_[01]\.weight": ROWS,
-    r".*\.dense_relu_dense\.wo\.weight": COLUMNS,
-}
-
-
-def cpm_split(name: str) -> Split:
-    """How the original code of CPM-1, CPM-2 and EVA cuts the tensor `name`.
-
-    Raises CheckpointError for a name that none of them has.
-    """
-    for pattern, split in _SPLITS.items():
-        if re.fullmatch(pattern, name):
-            return split
-    raise CheckpointError(
-        f"no model of the CPM family has a tensor {name!r}, so how it was cut for the ranks is not "
-        "known; see whether this is a checkpoint of another model"
-    )
-
-
-def read_model_parallel(folder: Path, split: Callable[[str], Split]) -> dict[str, Stored]:
+def read_model_parallel(folder: Path) -> dict[str, Stored]:
     """Name -> whole tensor, merged from all ranks as it is read.
 
-    folder: the one with latest_checkpointed_iteration.txt, or that of one iteration.
-    split: how a tensor was cut, by its name; asked where there are two ranks or more.
-    Raises CheckpointError where ranks are missing, do not agree, or hold no weights.
+    folder: the one with latest_checkpointed_iteration.txt or latest, or that of one iteration.
+    Raises CheckpointError where ranks are missing, do not agree, or hold no weights, and where
+    there are two or more of a model whose tensors were cut in an unknown way.
     """
     paths = rank_files(folder)
     ranks = [_read_rank(path, len(paths)) for path in paths]
     _check_agreement(paths, ranks)
     if len(ranks) == 1:
         return dict(ranks[0])
-    return {name: split(name).merge(tuple(rank[name] for rank in ranks)) for name in ranks[0]}
+    splits = splits_of(ranks[0].keys())
+    return {
+        name: split.merge(tuple(rank[name] for rank in ranks)) for name, split in splits.items()
+    }
 
 
 def is_model_parallel(folder: Path) -> bool:
-    """Whether the folder is one that read_model_parallel is for."""
-    return (folder / TRACKER).is_file() or bool(_numbered(folder))
+    """Whether the folder is one that read_model_parallel is for.
+
+    A file "latest" alone shows it only where it names an iteration: Hugging Face's trainers leave
+    one beside their weights, which names a folder of DeepSpeed's.
+    """
+    latest = folder / DEEPSPEED_TRACKER
+    if (folder / TRACKER).is_file() or _numbered(folder):
+        return True
+    return latest.is_file() and _is_iteration(_text(latest))
+
+
+def has_tracker(folder: Path) -> bool:
+    """Whether the folder has a file that should name an iteration."""
+    return bool(_trackers(folder))
 
 
 def rank_files(folder: Path) -> list[Path]:
     """The file of each rank, in order.   Raises CheckpointError where one is missing."""
-    if (folder / TRACKER).is_file() and not _numbered(folder):
+    if _trackers(folder) and not _numbered(folder):
         folder = _latest(folder)
     found = _numbered(folder)
     if not found:
@@ -149,22 +100,52 @@ def _numbered(folder: Path) -> list[tuple[int, Path]]:
     return found
 
 
+def _trackers(folder: Path) -> list[Path]:
+    return [folder / name for name in TRACKERS if (folder / name).is_file()]
+
+
 def _latest(folder: Path) -> Path:
-    """The folder of the iteration that the tracker file names."""
-    with BinaryFile(folder / TRACKER) as file:
-        text = file.at(0, min(file.nbytes, _MOST_TRACKER_BYTES), "the iteration").strip()
-    if not text.isdigit():
+    """The folder of the iteration that the tracker files name."""
+    trackers = _trackers(folder)
+    words = [_tracked(path) for path in trackers]
+    if len({_iteration(word) for word in words}) > 1:
         raise CheckpointError(
-            f"{folder / TRACKER} holds {text!r}; it should be the number of an iteration"
+            f"{trackers[0]} names the iteration {words[0]}, but {trackers[1].name} beside it "
+            f"{words[1]}; correct one of them, or give the folder of one iteration"
         )
-    iteration = int(text)
-    for name in (text.decode(), f"iter_{iteration:07d}"):
+    names = list(dict.fromkeys(words))
+    if names[0] != RELEASE:
+        names.append(f"iter_{int(names[0]):07d}")
+    for name in names:
         if (folder / name).is_dir():
             return folder / name
     raise CheckpointError(
-        f"{folder / TRACKER} names the iteration {iteration}, but the folder holds neither "
-        f"{text.decode()}/ nor iter_{iteration:07d}/; fetch it, or correct the number"
+        f"{trackers[0]} names the iteration {_iteration(words[0])}, but the folder holds no "
+        f"{'/ and no '.join(names)}/; fetch it, or correct the number"
     )
+
+
+def _tracked(tracker: Path) -> str:
+    """The iteration that one tracker file names, as it is written there."""
+    text = _text(tracker)
+    if not _is_iteration(text):
+        raise CheckpointError(
+            f"{tracker} holds {text!r}; it should be the number of an iteration, or {RELEASE!r}"
+        )
+    return text.decode()
+
+
+def _text(tracker: Path) -> bytes:
+    with BinaryFile(tracker) as file:
+        return file.at(0, min(file.nbytes, _MOST_TRACKER_BYTES), "the iteration").strip()
+
+
+def _is_iteration(text: bytes) -> bool:
+    return text.isdigit() or text == RELEASE.encode()
+
+
+def _iteration(word: str) -> int | str:
+    return word if word == RELEASE else int(word)
 
 
 def _read_rank(path: Path, num_ranks: int) -> dict[str, InFile]:

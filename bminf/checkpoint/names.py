@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from bminf.checkpoint.stored import QuantizedRows, Rows, Stored, Transposed, quantized_rows
+from bminf.checkpoint.quantized import Quantized, quantized_rows
+from bminf.checkpoint.stored import Rows, Stored, Transposed
 from bminf.errors import CheckpointError
 
 _MOST_NAMES = 5  # in a message
@@ -58,7 +59,13 @@ def rename(
         elif rule.ours is not None:
             ours = rule.ours.replace("{n}", number)
             piece = Transposed(stored) if rule.is_transposed else stored
-            found.setdefault(ours, {})[rule.part] = piece
+            made = found.setdefault(ours, {})
+            if rule.part in made:
+                raise CheckpointError(
+                    f"{path} holds {made[rule.part].where} and {stored.where}, which {layout} has "
+                    "once; take out the one that does not belong there"
+                )
+            made[rule.part] = piece
             wanted[ours] = [r.theirs.replace("{n}", number) for r in _siblings(rule, table)]
     if unknown:
         raise CheckpointError(
@@ -123,7 +130,7 @@ def _with_scales(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
         base, _, last = name.rpartition(".")
         scale = tensors.get(f"{base}.scale")
         if last == "weight" and scale is not None:
-            joined[name] = QuantizedRows(stored, scale)
+            joined[name] = Quantized(stored, scale)
         elif last != "scale" or f"{base}.weight" not in tensors:
             joined[name] = stored
     return joined
@@ -133,7 +140,7 @@ def _below_another(pieces: Mapping[int, Stored]) -> Stored:
     ordered = [pieces[part] for part in sorted(pieces)]
     if len(ordered) == 1:
         return ordered[0]
-    quantized = [piece for piece in ordered if isinstance(piece, QuantizedRows)]
+    quantized = [piece for piece in ordered if isinstance(piece, Quantized)]
     if len(quantized) == len(ordered):
         return quantized_rows(quantized)
     return Rows(tuple(ordered))

@@ -1,14 +1,15 @@
 """Tensors that are not read yet, and what is made of them: shapes first, bytes when asked for.
 
 Nothing here is read before `read()`, so that a whole checkpoint is checked before anything is
-loaded, and a loader holds one tensor at a time.
+loaded, and a loader holds one tensor at a time, or some rows of one.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Protocol
 
@@ -21,6 +22,7 @@ from bminf.layout import TensorSpec
 _MOST_ELEMENTS = 2**60
 _MOST_DIMENSIONS = 64  # torch's own kernels take no more
 _COMPARED_BYTES = 2**24  # of a replicated tensor on each rank; all but embeddings are below
+_PIECE_BYTES = 2**20
 
 
 class Stored(Protocol):
@@ -45,9 +47,52 @@ class Stored(Protocol):
         """
         ...
 
+    def rows(self, begin: int, end: int) -> Stored:
+        """Those from `begin` to before `end`, not read yet either.
+
+        Raises ArgumentError for a range that is not inside the tensor, or has no rows.
+        """
+        ...
+
+    def columns(self, begin: int, end: int) -> Stored:
+        """As rows(), along axis 1."""
+        ...
+
+
+def pieces(stored: Stored, most_bytes: int = _PIECE_BYTES) -> Iterator[tuple[int, torch.Tensor]]:
+    """(number of its first row, rows) of a tensor that is read some rows at a time, in order.
+
+    most_bytes: of a piece, which still is one row at least. A tensor without axes is one piece.
+    """
+    if not stored.shape:
+        yield 0, stored.read()
+        return
+    row_bytes = math.prod(stored.shape[1:]) * stored.dtype.itemsize
+    step = max(1, most_bytes // max(1, row_bytes))
+    for begin in range(0, stored.shape[0], step):
+        yield begin, stored.rows(begin, min(begin + step, stored.shape[0])).read()
+
+
+def slice_of(stored: Stored, axis: int, begin: int, end: int) -> Stored:
+    """Rows (axis 0) or columns (axis 1).   Raises ArgumentError for a range outside."""
+    return stored.rows(begin, end) if axis == 0 else stored.columns(begin, end)
+
+
+class Sliced(ABC):
+    """Rows and columns of what is cut alike along both axes."""
+
+    @abstractmethod
+    def _slice(self, axis: int, begin: int, end: int) -> Stored: ...
+
+    def rows(self, begin: int, end: int) -> Stored:
+        return self._slice(0, begin, end)
+
+    def columns(self, begin: int, end: int) -> Stored:
+        return self._slice(1, begin, end)
+
 
 @dataclass(frozen=True)
-class InFile:
+class InFile(Sliced):
     """A tensor whose bytes lie in a file, little-endian.
 
     offset: of its first byte in the file.   stride: in elements, as torch counts.
@@ -99,6 +144,12 @@ class InFile:
             data = take(self.offset, self.span_bytes)
         return data.view(self.dtype).as_strided(self.shape, self.stride)
 
+    def _slice(self, axis: int, begin: int, end: int) -> InFile:
+        check_range(self, axis, begin, end)
+        offset = self.offset + begin * self.stride[axis] * self.dtype.itemsize
+        shape = (*self.shape[:axis], end - begin, *self.shape[axis + 1 :])
+        return replace(self, offset=offset, shape=shape)
+
 
 def contiguous(
     path: Path, offset: int, shape: Sequence[int], dtype: torch.dtype, name: str
@@ -111,7 +162,7 @@ def contiguous(
 
 
 @dataclass(frozen=True)
-class _Parts:
+class _Parts(Sliced):
     parts: tuple[Stored, ...]
 
     _axis: ClassVar[int] = 0
@@ -129,8 +180,8 @@ class _Parts:
 
     @property
     def where(self) -> str:
-        more = f" and {len(self.parts) - 1} more" if len(self.parts) > 1 else ""
-        return self.parts[0].where + more
+        others = {part.where for part in self.parts} - {self.parts[0].where}
+        return self.parts[0].where + (f" and {len(others)} more" if others else "")
 
     def read(self) -> torch.Tensor:
         joined = torch.empty(self.shape, dtype=self.dtype)
@@ -140,6 +191,14 @@ class _Parts:
             joined.narrow(self._axis, begin, size).copy_(part.read())
             begin += size
         return joined
+
+    def _slice(self, axis: int, begin: int, end: int) -> Stored:
+        check_range(self, axis, begin, end)
+        if axis == self._axis:
+            parts = tuple(_overlapping(self.parts, axis, begin, end))
+        else:
+            parts = tuple(slice_of(part, axis, begin, end) for part in self.parts)
+        return parts[0] if len(parts) == 1 else replace(self, parts=parts)
 
 
 @dataclass(frozen=True)
@@ -160,37 +219,28 @@ class Columns(_Parts):
     _axis: ClassVar[int] = 1
 
 
-@dataclass(frozen=True)
-class Striped(_Parts):
+def striped(parts: Sequence[Stored], num_stripes: int) -> Rows:
     """Parts that each hold a piece of every one of num_stripes matrices, such as Q, K and V.
 
     Each part is cut along axis 0 into num_stripes equal pieces; all pieces 0 come first, in the
     order of the parts, then all pieces 1, and so on.
     Raises CheckpointError where the parts do not go together or cannot be cut so.
     """
-
-    num_stripes: int
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for part in self.parts:
-            if part.shape[0] % self.num_stripes:
-                raise CheckpointError(
-                    f"{part.where} has shape {part.shape}; its rows should be {self.num_stripes} "
-                    "equal pieces, so it is of another model or of another layout"
-                )
-
-    def read(self) -> torch.Tensor:
-        joined = torch.empty(self.shape, dtype=self.dtype)
-        stripes = joined.view(self.num_stripes, self.shape[0] // self.num_stripes, *self.shape[1:])
-        begin = 0
-        for part in self.parts:
-            num_rows = part.shape[0] // self.num_stripes
-            pieces = part.read().reshape(self.num_stripes, num_rows, *self.shape[1:])
-            stripes[:, begin : begin + num_rows].copy_(pieces)
-            del pieces  # before the next part is read
-            begin += num_rows
-        return joined
+    given = Rows(tuple(parts)).parts  # which checks that they go together
+    for part in given:
+        if part.shape[0] % num_stripes:
+            raise CheckpointError(
+                f"{part.where} has shape {part.shape}; its rows should be {num_stripes} "
+                "equal pieces, so it is of another model or of another layout"
+            )
+    sizes = [part.shape[0] // num_stripes for part in given]
+    return Rows(
+        tuple(
+            part.rows(stripe * size, (stripe + 1) * size)
+            for stripe in range(num_stripes)
+            for part, size in zip(given, sizes, strict=True)
+        )
+    )
 
 
 @dataclass(frozen=True)
@@ -220,9 +270,15 @@ class Replicated(_Parts):
                     )
         return first
 
+    def _slice(self, axis: int, begin: int, end: int) -> Stored:
+        check_range(self, axis, begin, end)
+        is_compared = math.prod(self.shape) * self.dtype.itemsize <= _COMPARED_BYTES
+        parts = self.parts if is_compared else self.parts[:1]
+        return Replicated(tuple(slice_of(part, axis, begin, end) for part in parts))
+
 
 @dataclass(frozen=True)
-class Transposed:
+class Transposed(Sliced):
     """A matrix with rows and columns exchanged; read() gives a view.
 
     Raises CheckpointError where the part is no matrix.
@@ -251,9 +307,13 @@ class Transposed:
     def read(self) -> torch.Tensor:
         return self.part.read().t()
 
+    def _slice(self, axis: int, begin: int, end: int) -> Stored:
+        check_range(self, axis, begin, end)
+        return Transposed(slice_of(self.part, 1 - axis, begin, end))
+
 
 @dataclass(frozen=True)
-class Scaled:
+class Scaled(Sliced):
     """A tensor times a number, in float32 at least: rounding is left to whoever loads it.
 
     Raises CheckpointError where the part is not of floating point.
@@ -283,49 +343,32 @@ class Scaled:
     def read(self) -> torch.Tensor:
         return self.part.read().to(self.dtype) * self.factor
 
-
-@dataclass(frozen=True)
-class QuantizedRows:
-    """A matrix stored as 8-bit codes with a scale a row, as BMInf 1.x does: codes * scale.
-
-    codes: (N, K) int8.   scale: (N,) floating point.   read() gives (N, K) float32; a loader that
-    wants 8 bits takes codes and scale as they are.
-    Raises CheckpointError where the two do not go together.
-    """
-
-    codes: Stored
-    scale: Stored
-
-    def __post_init__(self) -> None:
-        is_matrix = len(self.codes.shape) == 2 and self.codes.dtype == torch.int8
-        is_scale = self.scale.shape == self.codes.shape[:1] and self.scale.dtype.is_floating_point
-        if not (is_matrix and is_scale):
-            raise CheckpointError(
-                f"{self.codes.where} is {self.codes.dtype} of shape {self.codes.shape} and "
-                f"{self.scale.where} {self.scale.dtype} of shape {self.scale.shape}; they should "
-                "be int8 (N, K) and floating point (N,)"
-            )
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.codes.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.float32
-
-    @property
-    def where(self) -> str:
-        return self.codes.where
-
-    def read(self) -> torch.Tensor:
-        return self.codes.read().float().mul_(self.scale.read().float().unsqueeze(-1))
+    def _slice(self, axis: int, begin: int, end: int) -> Stored:
+        return Scaled(slice_of(self.part, axis, begin, end), self.factor)
 
 
-def quantized_rows(parts: Iterable[QuantizedRows]) -> QuantizedRows:
-    """Quantised matrices one below another, as one that still offers its codes and scales."""
-    given = tuple(parts)
-    return QuantizedRows(Rows(tuple(p.codes for p in given)), Rows(tuple(p.scale for p in given)))
+def check_range(stored: Stored, axis: int, begin: int, end: int) -> None:
+    """Raise ArgumentError where there is nothing from `begin` to `end` along the axis."""
+    what = ("rows", "columns")[axis]
+    if len(stored.shape) <= axis:
+        raise ArgumentError(f"{stored.where} has shape {stored.shape}, and so no {what}")
+    if not 0 <= begin < end <= stored.shape[axis]:
+        raise ArgumentError(
+            f"{what} {begin} to {end} of {stored.where}, which has {stored.shape[axis]}; "
+            "give one or more of them"
+        )
+
+
+def _overlapping(parts: tuple[Stored, ...], axis: int, begin: int, end: int) -> Iterator[Stored]:
+    """What lies between `begin` and `end` of each of the parts that have anything there."""
+    at = 0
+    for part in parts:
+        size = part.shape[axis]
+        first, last = max(begin - at, 0), min(end - at, size)
+        if first < last:
+            whole = (first, last) == (0, size)
+            yield part if whole else slice_of(part, axis, first, last)
+        at += size
 
 
 def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:

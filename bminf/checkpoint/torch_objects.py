@@ -16,7 +16,7 @@ from bminf.checkpoint.binary_file import BinaryFile
 from bminf.checkpoint.pickled import Placeholder, Stream, key_of, unpickle
 from bminf.checkpoint.stored import InFile
 
-_STORAGE_DTYPES = {
+STORAGE_DTYPES = {
     "DoubleStorage": torch.float64,
     "FloatStorage": torch.float32,
     "HalfStorage": torch.float16,
@@ -132,7 +132,7 @@ def _storage_id(persistent_id: object) -> StorageId:
         raise ValueError("a persistent id that is no storage")
     word, named, key, _, num_elements, view = (*persistent_id, None)[:6]
     storage_class = named.name.rpartition(".")[2] if isinstance(named, Placeholder) else ""
-    dtype = {**_STORAGE_DTYPES, **_QUANTIZED_STORAGE_DTYPES}.get(storage_class)
+    dtype = {**STORAGE_DTYPES, **_QUANTIZED_STORAGE_DTYPES}.get(storage_class)
     if word != "storage" or dtype is None:
         raise ValueError(f"a storage of the unknown class {storage_class!r}")
     if type(key) is not str or not _is_size(num_elements):

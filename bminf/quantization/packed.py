@@ -152,26 +152,6 @@ def pack(weight: torch.Tensor, form: Format) -> PackedWeight:
     return packed
 
 
-def of_codes(codes: torch.Tensor, scale: torch.Tensor) -> PackedWeight:
-    """A weight that is 8-bit codes and a scale a row already.
-
-    codes: (N, K) int8.   scale: (N,) floating point.   Raises ArgumentError for other dtypes or
-    shapes, and for scales that are not finite.
-    """
-    if codes.dtype != torch.int8 or codes.dim() != 2 or tuple(scale.shape) != codes.shape[:1]:
-        raise ArgumentError(
-            f"codes are {codes.dtype} {tuple(codes.shape)}, scales {tuple(scale.shape)}; "
-            "give (N, K) int8 and (N,)"
-        )
-    if not scale.isfinite().all():
-        raise ArgumentError("the scales hold NaN or infinity")
-    packed = empty(codes.shape[0], codes.shape[1], INT8, codes.device)
-    store_codes(codes, packed)
-    packed.scale.copy_(scale)
-    packed.code_sum.copy_(codes.sum(1, dtype=torch.int32))  # type: ignore[union-attr]
-    return packed
-
-
 def empty(
     out_features: int, in_features: int, form: Format, device: torch.device | str
 ) -> PackedWeight:

@@ -1,13 +1,14 @@
 """Run as a program by test_checkpoint_memory.py: what reading and writing cost, printed as JSON.
 
-Arguments: what to do (zip, old, safetensors or write) and the file.
+Arguments: what to do (zip, old, safetensors, write or ranks) and the file, or the
+folder of a GLM-130B.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for smollm2_memory
@@ -15,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for smollm2_memory
 import torch
 from smollm2_memory import Peak, status_bytes
 
+from bminf.checkpoint.reshard import reshard
 from bminf.checkpoint.safetensors_file import read_safetensors, write_safetensors
 from bminf.checkpoint.torch_file import read_torch_file, weights_of
 from bminf.layout import Layout, TensorSpec
@@ -45,12 +47,26 @@ def write(path: Path) -> int:
     return NUM_TENSORS * TENSOR_BYTES
 
 
+def cut_anew(folder: Path) -> int:
+    reshard(folder, folder.with_name("more"), 4)
+    reshard(folder, folder.with_name("quantised"), 1, 4)
+    return sum(path.stat().st_size for path in folder.glob("*/*.pt"))
+
+
+WAYS: dict[str, Callable[[Path], int]] = {
+    "zip": lambda path: read(path, is_torch=True),
+    "old": lambda path: read(path, is_torch=True),
+    "safetensors": lambda path: read(path, is_torch=False),
+    "write": write,
+    "ranks": cut_anew,
+}
+
+
 def main(what: str, file: str) -> None:
     torch.ones(2**20).sum()  # what torch sets up at its first operation, threads included
     before = status_bytes("RssAnon")
     with Peak() as peak:
-        path = Path(file)
-        total = write(path) if what == "write" else read(path, what != "safetensors")
+        total = WAYS[what](Path(file))
     print(json.dumps({"total_bytes": total, "peak_bytes": peak.nbytes - before}))
 
 

@@ -10,14 +10,46 @@ import pickle
 import struct
 import zipfile
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bminf.checkpoint.stored import InFile
+from bminf.checkpoint.stored import InFile, Sliced, Stored, check_range
 
 FORMS = ("zip", "old")
+
+
+@dataclass(frozen=True, eq=False)
+class Given(Sliced):
+    """A tensor in memory, in the place of one in a file."""
+
+    tensor: torch.Tensor
+    where: str = "'w' in a file"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensor.dtype
+
+    def read(self) -> torch.Tensor:
+        return self.tensor
+
+    def _slice(self, axis: int, begin: int, end: int) -> Stored:
+        check_range(self, axis, begin, end)
+        return replace(self, tensor=self.tensor.narrow(axis, begin, end - begin))
+
+
+def check(stored: Stored, expected: torch.Tensor) -> None:
+    """That it is what was announced, and has the values."""
+    read = stored.read()
+    assert stored.shape == tuple(expected.shape) == tuple(read.shape)
+    assert stored.dtype == expected.dtype == read.dtype
+    assert torch.equal(read, expected)
 
 
 def save(saved: object, path: Path, form: str) -> Path:

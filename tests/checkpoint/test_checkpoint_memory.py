@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import glm_files
 import pytest
 import safetensors.torch
 import torch
@@ -25,11 +26,25 @@ def test_a_file_of_200_mb_takes_less_than_20(what: str, tmp_path: Path) -> None:
         save(weights, path, what)
     elif what == "safetensors":
         safetensors.torch.save_file(weights, path)
+    report = run(what, path)
+    assert report["total_bytes"] == NUM_TENSORS * TENSOR_BYTES > 200 * 10**6
+    assert report["peak_bytes"] < MOST_BYTES
+
+
+def test_cutting_ranks_anew_takes_less_than_20_mb(tmp_path: Path) -> None:
+    sizes = glm_files.glm130b_sizes(num_layers=1, hidden=2**11, inner=2**13, rows=2**12)
+    weights = {name: torch.ones(size, dtype=torch.float16) for name, size in sizes.items()}
+    largest = max(tensor.nbytes for tensor in weights.values())
+    report = run("ranks", glm_files.write(tmp_path / "old", weights, 2))
+    assert report["total_bytes"] > 150 * 10**6 and largest > 3 * MOST_BYTES
+    assert report["peak_bytes"] < MOST_BYTES
+
+
+def run(what: str, path: Path) -> dict[str, int]:
     program = Path(__file__).with_name("checkpoint_memory.py")
     done = subprocess.run(
         [sys.executable, str(program), what, str(path)], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)
-    assert report["total_bytes"] == NUM_TENSORS * TENSOR_BYTES > 200 * 10**6
-    assert report["peak_bytes"] < MOST_BYTES
+    report: dict[str, int] = json.loads(done.stdout)
+    return report

@@ -2,55 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from saved_files import Given, check, save
 
 from bminf.checkpoint.stored import (
     Columns,
-    QuantizedRows,
     Replicated,
     Rows,
     Scaled,
     Stored,
-    Striped,
     Transposed,
-    quantized_rows,
+    pieces,
+    striped,
 )
+from bminf.checkpoint.torch_file import read_torch_file, weights_of
 from bminf.errors import ArgumentError, CheckpointError
-
-
-@dataclass(frozen=True, eq=False)
-class Given:
-    """A tensor in memory, in the place of one in a file."""
-
-    tensor: torch.Tensor
-    where: str = "'w' in a file"
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.tensor.shape)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.tensor.dtype
-
-    def read(self) -> torch.Tensor:
-        return self.tensor
 
 
 class Unread(Given):
     def read(self) -> torch.Tensor:
         raise AssertionError("read before it was asked for")
-
-
-def check(stored: Stored, expected: torch.Tensor) -> None:
-    read = stored.read()
-    assert stored.shape == tuple(expected.shape) == tuple(read.shape)
-    assert stored.dtype == expected.dtype == read.dtype
-    assert torch.equal(read, expected)
 
 
 def given(*shape: int, dtype: torch.dtype = torch.float32) -> Given:
@@ -78,7 +54,7 @@ def test_stripes_are_the_inverse_of_cutting(num_stripes: int, columns: tuple[int
         Given(torch.cat([matrix[rank * rows : (rank + 1) * rows] for matrix in matrices]))
         for rank in range(num_ranks)
     )
-    check(Striped(parts, num_stripes), whole)
+    check(striped(parts, num_stripes), whole)
 
 
 def test_a_transposed_matrix_is_a_view() -> None:
@@ -99,22 +75,6 @@ def test_a_transposed_matrix_is_a_view() -> None:
 def test_scaling_does_not_round_to_half_precision(dtype: torch.dtype, result: torch.dtype) -> None:
     part = given(3, 4, dtype=dtype)
     check(Scaled(part, 1 / 3), part.tensor.to(result) * (1 / 3))
-
-
-def quantized(num_rows: int) -> QuantizedRows:
-    codes = torch.randint(-127, 128, (num_rows, 4), dtype=torch.int8)
-    return QuantizedRows(Given(codes), Given(torch.rand(num_rows).half()))
-
-
-def test_quantized_rows_are_codes_times_scale_and_stay_both_when_joined() -> None:
-    a, b = quantized(2), quantized(3)
-    expected = [q.codes.read().float() * q.scale.read().float()[:, None] for q in (a, b)]
-    check(a, expected[0])
-    check(Rows((a, b)), torch.cat(expected))
-    joined = quantized_rows([a, b])
-    check(joined, torch.cat(expected))
-    check(joined.codes, torch.cat([a.codes.read(), b.codes.read()]))
-    check(joined.scale, torch.cat([a.scale.read(), b.scale.read()]))
 
 
 def test_replicated_tensors_are_compared() -> None:
@@ -143,17 +103,10 @@ OTHER: dict[str, Any] = {"where": "'v' in another file"}
         (lambda a: Rows((Unread(torch.tensor(1.0)),)), "1 dimensions or more"),
         (lambda a: Columns((a, Unread(torch.ones(3, 3), **OTHER))), "'v' in another file"),
         (lambda a: Columns((Unread(torch.ones(3)),)), "2 dimensions or more"),
-        (lambda a: Striped((a, a), 3), r"shape \(2, 3\); its rows should be 3 equal pieces"),
+        (lambda a: striped((a, a), 3), r"shape \(2, 3\); its rows should be 3 equal pieces"),
         (lambda a: Replicated((a, Unread(torch.ones(4, 3), **OTHER))), "'v' in another file"),
         (lambda a: Transposed(Unread(torch.ones(3))), "should be a matrix"),
         (lambda a: Scaled(Unread(torch.ones(3).int()), 2.0), "floating point"),
-        (lambda a: QuantizedRows(a, a), "should be int8"),
-        (
-            lambda a: QuantizedRows(
-                Unread(torch.ones(2, 3).to(torch.int8)), Unread(torch.ones(3), **OTHER)
-            ),
-            "'w' in a file.*'v' in another file",
-        ),
     ],
 )
 def test_shapes_that_do_not_fit_are_named_before_anything_is_read(make: Any, message: str) -> None:
@@ -164,3 +117,122 @@ def test_shapes_that_do_not_fit_are_named_before_anything_is_read(make: Any, mes
 def test_nothing_cannot_be_joined() -> None:
     with pytest.raises(ArgumentError, match="at least one"):
         Rows(())
+    with pytest.raises(ArgumentError, match="at least one"):
+        striped((), 2)
+
+
+def in_files(path: Path) -> dict[str, Stored]:
+    """Tensors of a file: in C order, transposed, with gaps, and not aligned (in the old form)."""
+    whole = torch.randn(8, 10)
+    saved = {"whole": whole, "transposed": whole.t(), "gaps": torch.randn(7, 6)[1::2, ::2]}
+    found: dict[str, Stored] = {}
+    for form, text in (("zip", ""), ("old", "x"), ("old", "xx")):
+        file = save({"text": text, "module": saved}, path / f"{form}{text}.pt", form)
+        read: Any = read_torch_file(file)
+        weights = weights_of(read["module"], file)
+        found |= {f"{name} {form}{text}": tensor for name, tensor in weights.items()}
+    return found
+
+
+MADE: dict[str, Callable[[], Stored]] = {
+    "rows": lambda: Rows((given(2, 4), given(1, 4), given(3, 4))),
+    "columns": lambda: Columns((given(4, 2), given(4, 1), given(4, 3))),
+    "columns of rows": lambda: Columns((Rows((given(2, 3), given(3, 3))), given(5, 2))),
+    "rows of columns": lambda: Rows((Columns((given(2, 3), given(2, 1))), given(3, 4))),
+    "striped": lambda: striped((given(4, 3), given(6, 3), given(2, 3)), 2),
+    "striped columns": lambda: Columns((striped((given(6, 2), given(6, 2)), 3), given(12, 1))),
+    "replicated": lambda: Replicated((given(5, 4),) * 2),
+    "transposed": lambda: Transposed(Rows((given(2, 4), given(3, 4)))),
+    "scaled": lambda: Scaled(Columns((given(4, 2), given(4, 3))), 1 / 3),
+    "vectors": lambda: Rows((given(3), given(4))),
+    "three axes": lambda: Rows((given(2, 3, 4), given(1, 3, 4))),
+}
+
+
+def check_slices(stored: Stored) -> None:
+    """Every range of rows and of columns, and some of both."""
+    whole = stored.read().clone()
+    num_rows, num_columns = (*whole.shape, 1)[:2]
+    for begin in range(num_rows):
+        for end in range(begin + 1, num_rows + 1):
+            check(stored.rows(begin, end), whole[begin:end])
+    if whole.dim() == 1:
+        return
+    for begin in range(num_columns):
+        for end in range(begin + 1, num_columns + 1):
+            check(stored.columns(begin, end), whole[:, begin:end])
+            both = stored.rows(1, num_rows).columns(begin, end)
+            check(both, whole[1:, begin:end])
+            check(stored.columns(begin, end).rows(1, num_rows), whole[1:, begin:end])
+            check(both.columns(0, 1), whole[1:, begin : begin + 1])
+
+
+@pytest.mark.parametrize("kind", MADE)
+def test_slices_of_what_is_made_of_tensors_are_slices_of_what_is_read(kind: str) -> None:
+    check_slices(MADE[kind]())
+
+
+def test_slices_of_tensors_in_files_are_slices_of_what_is_read(tmp_path: Path) -> None:
+    found = in_files(tmp_path)
+    assert len(found) == 9
+    for stored in found.values():
+        check_slices(stored)
+
+
+@pytest.mark.parametrize("kind", MADE)
+def test_nothing_is_read_where_a_slice_is_taken(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Given, "read", Unread.read)
+    assert MADE[kind]().rows(1, 2).shape[0] == 1
+
+
+@pytest.mark.parametrize("kind", MADE)
+@pytest.mark.parametrize("ends", [(0, 0), (-1, 1), (2, 1), (0, 10**9), (10**9, 10**9 + 1)])
+def test_a_range_outside_is_an_error(kind: str, ends: tuple[int, int]) -> None:
+    stored = MADE[kind]()
+    with pytest.raises(ArgumentError, match=rf"rows {ends[0]} to {ends[1]} of 'w' in a file"):
+        stored.rows(*ends)
+    if len(stored.shape) > 1:
+        with pytest.raises(ArgumentError, match=rf"columns {ends[0]} to {ends[1]} of 'w'"):
+            stored.columns(*ends)
+    else:
+        with pytest.raises(ArgumentError, match=r"shape \(7,\), and so no columns"):
+            stored.columns(*ends)
+
+
+def test_a_number_has_no_rows(tmp_path: Path) -> None:
+    path = save({"w": torch.tensor(1.5)}, tmp_path / "a.pt", "zip")
+    stored = weights_of(read_torch_file(path), path)["w"]
+    with pytest.raises(ArgumentError, match=r"shape \(\), and so no rows"):
+        stored.rows(0, 1)
+    assert [(first, float(piece)) for first, piece in pieces(stored)] == [(0, 1.5)]
+
+
+def test_a_slice_reads_only_the_parts_it_overlaps() -> None:
+    part = torch.randn(3, 2)
+    joined = Rows((Unread(part), Given(part), Unread(part)))
+    check(joined.rows(3, 6), part)
+    check(joined.rows(4, 5).columns(1, 2), part[1:2, 1:2])
+    check(Columns((Unread(part), Given(part))).columns(2, 3), part[:, :1])
+    check(striped((Unread(part[:2]), Given(part[:2])), 2).rows(1, 2), part[:1])
+
+
+def test_slices_of_replicated_tensors_are_compared_as_the_whole_is() -> None:
+    a, b = torch.zeros(4), torch.tensor([0.0, 0, 1, 0])
+    both = Replicated((Given(a), Given(b, "'w' in another file")))
+    check(both.rows(0, 2), a[:2])
+    with pytest.raises(CheckpointError, match=r"'w' in another file .* differ"):
+        both.rows(1, 3).read()
+    large = torch.zeros(2**22 + 1)
+    check(Replicated((Given(large), Unread(large))).rows(5, 7), large[5:7])
+
+
+@pytest.mark.parametrize("most_bytes", [1, 12, 13, 30, 10**6])
+def test_pieces_together_are_the_tensor(most_bytes: int) -> None:
+    stored = Rows((given(2, 3), given(5, 3)))
+    whole, at = stored.read(), 0
+    for first, piece in pieces(stored, most_bytes):
+        assert first == at and (piece.nbytes <= most_bytes or len(piece) == 1)
+        assert torch.equal(piece, whole[at : at + len(piece)])
+        at += len(piece)
+    assert at == 7
+    assert not [*pieces(Given(torch.empty(0, 3)))]

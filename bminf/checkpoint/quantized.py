@@ -1,0 +1,152 @@
+"""Matrices that files hold as integer codes and scales: BMInf 1.x's and GLM-130B's.
+
+Both are symmetric, code * scale, with a scale a row. In ranks that each hold some columns, each
+rank has scales of its own, so the whole has one for each group of columns, and they stay so: with
+one scale the codes would have to be rounded a second time.
+
+Sources: BMInf 1.0.2, bminf/quantization; GLM-130B, quantization/layers.py and kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import torch
+
+from bminf.checkpoint.stored import Rows, Sliced, Stored, check_range
+from bminf.errors import ArgumentError, CheckpointError
+from bminf.quantization.packed import Format, PackedWeight, empty
+
+_SLICE_ELEMENTS = 2**20
+
+
+@dataclass(frozen=True)
+class Quantized(Sliced):
+    """A matrix (N, K) stored as codes with a scale a row, or a scale a group of a row's columns.
+
+    codes: (N, K) int8 for 8 bits; for 4 (N, K/2) int8, two codes a byte in two's complement, the
+    even column in the high half.   scale: (N,), or (N, G) for G groups of equal width, floating
+    point; for 4 bits float16.
+    dtype: what read() gives, of code * scale in float32: rounded once for float16, as GLM-130B's
+    authors do. A loader that packs takes packed().
+    Raises CheckpointError where these do not go together.
+    """
+
+    codes: Stored
+    scale: Stored
+    bits: int = 8
+    dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        codes, scale = self.codes, self.scale
+        is_matrix = len(codes.shape) == 2 and codes.dtype == torch.int8
+        is_scale = len(scale.shape) in (1, 2) and scale.shape[:1] == codes.shape[:1]
+        is_held = scale.dtype == torch.float16 if self.bits == 4 else scale.dtype.is_floating_point
+        if not (is_matrix and is_scale and is_held):
+            kind = "float16" if self.bits == 4 else "floating point"
+            raise CheckpointError(
+                f"{codes.where} is {codes.dtype} of shape {codes.shape} and {scale.where} "
+                f"{scale.dtype} of shape {scale.shape}; they should be int8 (N, columns) and "
+                f"{kind} (N,) or (N, groups)"
+            )
+        if codes.shape[1] % self.num_groups:
+            raise CheckpointError(
+                f"{codes.where} has shape {codes.shape}, which the {self.num_groups} groups of "
+                f"{scale.where} do not divide; the files are not of one checkpoint"
+            )
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.codes.shape[0], self.codes.shape[1] * 8 // self.bits
+
+    @property
+    def where(self) -> str:
+        return self.codes.where
+
+    @property
+    def num_groups(self) -> int:
+        """Columns of scales."""
+        return self.scale.shape[1] if len(self.scale.shape) == 2 else 1
+
+    @property
+    def form(self) -> Format:
+        """What packed() is packed as.   Raises ArgumentError for groups of an odd width."""
+        group_size = self.shape[1] // self.num_groups
+        return Format(self.bits, None if self.num_groups == 1 else group_size)
+
+    def read(self) -> torch.Tensor:
+        """(N, K) in `dtype`."""
+        num_rows, num_columns = self.shape
+        out = torch.empty(
+            (num_rows, self.num_groups, num_columns // self.num_groups), dtype=self.dtype
+        )
+        for rows in self._row_slices():
+            part = self._rows(rows)
+            scale = part.scale.read().float().view(-1, self.num_groups, 1)
+            out[rows] = part._codes().view(-1, *out.shape[1:]).float().mul_(scale)
+        return out.view(num_rows, num_columns)
+
+    def packed(self) -> PackedWeight:
+        """The same codes and scales, in rows that are padded as packed.py says.
+
+        Raises CheckpointError for scales that are not finite, ArgumentError as `form`.
+        """
+        num_rows, num_columns = self.shape
+        packed = empty(num_rows, num_columns, self.form, "cpu")
+        scale = self.scale.read()
+        if not scale.isfinite().all():
+            raise CheckpointError(f"{self.scale.where} holds NaN or infinity; fetch it again")
+        packed.scale.copy_(scale.view_as(packed.scale))
+        num_bytes = self.codes.shape[1]
+        for rows in self._row_slices():
+            codes, target = self._rows(rows).codes.read(), packed.rows(rows)
+            target.qweight.view(torch.int8)[:, :num_bytes] = codes
+            if target.code_sum is not None:
+                target.code_sum.copy_(codes.sum(1, dtype=torch.int32))
+        return packed
+
+    def _slice(self, axis: int, begin: int, end: int) -> Stored:
+        check_range(self, axis, begin, end)
+        if axis == 0:
+            return self._rows(slice(begin, end))
+        width, per_byte = self.shape[1] // self.num_groups, 8 // self.bits
+        step = per_byte if self.num_groups == 1 else width
+        if begin % step or end % step:
+            raise ArgumentError(
+                f"columns {begin} to {end} of {self.where}, in which {step} go together (two codes "
+                "a byte, or one scale); give a multiple"
+            )
+        scale = self.scale
+        if self.num_groups > 1:
+            scale = scale.columns(begin // width, end // width)
+        codes = self.codes.columns(begin // per_byte, end // per_byte)
+        return replace(self, codes=codes, scale=scale)
+
+    def _rows(self, rows: slice) -> Quantized:
+        codes, scale = (x.rows(rows.start, rows.stop) for x in (self.codes, self.scale))
+        return replace(self, codes=codes, scale=scale)
+
+    def _row_slices(self) -> Iterable[slice]:
+        num_rows, num_columns = self.shape
+        step = max(1, _SLICE_ELEMENTS // max(1, num_columns))
+        for begin in range(0, num_rows, step):
+            yield slice(begin, min(begin + step, num_rows))
+
+    def _codes(self) -> torch.Tensor:
+        """The codes as numbers, (N, K) int8."""
+        codes = self.codes.read()
+        if self.bits == 8:
+            return codes
+        # Shifts of int8 keep the sign: the low half is first brought to the place of the high one.
+        return torch.stack([codes >> 4, (codes << 4) >> 4], dim=-1).flatten(1)
+
+
+def quantized_rows(parts: Iterable[Quantized]) -> Quantized:
+    """Quantised matrices one below another, as one that still offers its codes and scales.
+
+    Raises CheckpointError where they differ in anything but their rows.
+    """
+    given = tuple(parts)
+    codes, scale = Rows(tuple(p.codes for p in given)), Rows(tuple(p.scale for p in given))
+    return replace(given[0], codes=codes, scale=scale)

@@ -1,0 +1,286 @@
+"""GLM-130B's and GLM-10B's original folders at another degree of model parallelism.
+
+Sources: GLM-130B, tools/convert_tp.py; GLM, change_mp.py. As there, quantising comes after cutting,
+so that each rank has scales of its own columns. Unlike there, nothing is held as a whole: each
+tensor of each new file is put together from the old ones some rows at a time.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from bminf.checkpoint.appearing import appearing, free
+from bminf.checkpoint.folder import Checkpoint, open_checkpoint
+from bminf.checkpoint.glm130b import LINEARS, is_quantized
+from bminf.checkpoint.model_parallel import (
+    DEEPSPEED_TRACKER,
+    FILE_IN_RANK_FOLDER,
+    RELEASE,
+    TRACKERS,
+    rank_files,
+)
+from bminf.checkpoint.splits import Split, is_glm10b, is_glm130b, splits_of
+from bminf.checkpoint.stored import Sliced, Stored, check_range, pieces
+from bminf.checkpoint.torch_file import read_torch_file
+from bminf.checkpoint.torch_writer import Saved, nbytes_of, write_torch_file
+from bminf.errors import ArgumentError, CheckpointError
+from bminf.quantization.glm_rows import BITS, quantize_rows, row_scales
+
+_ITERATION = re.compile(r"(?:iter_0*)?(\d+)")
+_LINEAR = re.compile(rf"transformer\.layers\.\d+\.({'|'.join(map(re.escape, LINEARS))})\.weight")
+# Whose size along its cut is called what.
+_SIZES = {
+    "word_embeddings.weight": "vocabulary rows",
+    "attention.dense.weight": "hidden columns",
+    "mlp.dense_h_to_4h.weight": "inner columns of the feed-forward",
+}
+
+
+def reshard(
+    source: Path,
+    destination: Path,
+    degree: int,
+    bits: int | None = None,
+    num_attention_heads: int | None = None,
+) -> None:
+    """Write a checkpoint of GLM-130B or GLM-10B as its authors' own files, for `degree` ranks.
+
+    source: a folder of theirs, of any degree; of GLM-10B also a Hugging Face one.
+    destination: a folder that does not exist yet, or is empty.
+    bits: 8 or 4 to quantise the linears of GLM-130B, each rank by itself; None leaves them.
+    num_attention_heads: of the model; needed where `degree` does not divide the degree of the
+        source and the source has no inv_freq to tell it.
+    Names keep their order and dtypes are kept; the iteration is that of the source, "release" where
+    it has none. Of what lies beside the weights only GLM-10B's iteration and degree are written.
+    A piece of one tensor is in memory at a time. The folder appears when it is complete; a run that
+    is killed leaves at most a folder whose name ends in ".partial".
+    Raises ArgumentError, before anything is written, for a degree that does not divide the heads,
+    the hidden and inner sizes and the vocabulary rows, for 4 bits of an odd number of columns and
+    for bits of another model; CheckpointError for a source that is quantised already, incomplete,
+    damaged, or of another model.
+    """
+    for name, path in (("source", source), ("destination", destination)):
+        if not isinstance(path, str | Path):
+            raise ArgumentError(f"{name} is a {type(path).__name__}; give a path")
+    if bits not in (None, *BITS):
+        raise ArgumentError(f"bits={bits!r}; accepted: {', '.join(map(str, BITS))}, or None")
+    target = free(Path(destination).expanduser())
+    given = _open(Path(source).expanduser())
+    _check(given, degree, bits, num_attention_heads)
+    ranks = [dict(_rank_tensors(given, rank, degree, bits)) for rank in range(degree)]
+    total = sum(nbytes_of(stored) for rank in ranks for stored in rank.values())
+    try:
+        with (
+            appearing(target) as folder,
+            tqdm(total=total, desc="re-sharding", unit="B", unit_scale=True, delay=1) as bar,
+        ):
+            _write(given, folder, ranks, bar.update)
+    except OSError as error:
+        raise ArgumentError(
+            f"{target} cannot be written: {error}; name a folder on a disk with room for it"
+        ) from error
+
+
+@dataclass(frozen=True)
+class _Source:
+    """num_ranks: that its files were written for.   iteration: its folder's name.
+
+    number: the iteration as GLM-10B's files hold it, if anything tells it.
+    """
+
+    path: Path
+    tensors: Mapping[str, Stored]
+    num_ranks: int
+    iteration: str
+    number: int | None
+
+    @property
+    def splits(self) -> dict[str, Split]:
+        return splits_of(self.tensors.keys())
+
+    @property
+    def is_own_glm10b(self) -> bool:
+        """Whether it is GLM-10B by its own code, which has more in its files than the weights."""
+        return "word_embeddings.weight" in self.tensors
+
+
+def _open(path: Path) -> _Source:
+    opened = open_checkpoint(path)
+    tensors = {name.removeprefix("glm."): stored for name, stored in opened.tensors.items()}
+    is_known = is_glm10b(tensors) or (opened.kind == "original" and is_glm130b(tensors))
+    if not is_known or opened.kind not in ("original", "huggingface"):
+        raise CheckpointError(
+            f"{path} is no checkpoint of GLM-130B or GLM-10B in a layout of its authors "
+            f"(it is a {opened.kind} folder); only those have model-parallel files"
+        )
+    if is_quantized(tensors):
+        raise CheckpointError(
+            f"{path} is quantised, each rank with scales of its own, and cannot be cut anew; "
+            "give the float16 checkpoint that it was made from"
+        )
+    num_ranks, iteration, number = _ranks_and_iteration(opened)
+    return _Source(opened.path, tensors, num_ranks, iteration, number)
+
+
+def _ranks_and_iteration(opened: Checkpoint) -> tuple[int, str, int | None]:
+    if opened.kind != "original":
+        return 1, RELEASE, None
+    files = rank_files(opened.path)
+    folder = files[0].parent
+    if files[0].name == FILE_IN_RANK_FOLDER:
+        folder = folder.parent
+    saved = read_torch_file(files[0])
+    number = saved.get("iteration") if isinstance(saved, dict) else None
+    if match := _ITERATION.fullmatch(folder.resolve().name):
+        return len(files), match[1], int(match[1])
+    if type(number) is int and number >= 0 and folder.name != RELEASE:
+        return len(files), str(number), number
+    return len(files), RELEASE, number if type(number) is int else None
+
+
+def _check(given: _Source, degree: int, bits: int | None, heads: int | None) -> None:
+    if type(degree) is not int or degree < 1:
+        raise ArgumentError(f"degree={degree!r}; accepted: 1 or more ranks")
+    if bits is not None and not is_glm130b(given.tensors):
+        raise ArgumentError(
+            f"bits={bits}, but {given.path} holds GLM-10B, whose code has no quantised files; "
+            "leave bits out"
+        )
+    sizes = _sizes(given)
+    heads = _heads(given, heads, sizes["hidden columns"])
+    if heads is not None:
+        sizes["attention heads"] = heads
+    elif given.num_ranks % degree:  # otherwise whole ranks are joined, and all sizes are shared
+        raise ArgumentError(
+            f"{given.path} does not tell its number of heads, which degree={degree} has to "
+            "divide; give num_attention_heads"
+        )
+    wrong = [f"{size} {what}" for what, size in sizes.items() if size % degree]
+    if wrong:
+        common = math.gcd(*sizes.values())
+        accepted = [str(n) for n in range(1, common + 1) if common % n == 0]
+        raise ArgumentError(
+            f"degree={degree} does not divide the {' and the '.join(wrong)} of {given.path}; "
+            f"accepted: {', '.join(accepted)}"
+        )
+
+
+def _sizes(given: _Source) -> dict[str, int]:
+    """What is shared out among the ranks, and how much there is of it."""
+    splits, sizes = given.splits, dict[str, int]()
+    for name, stored in given.tensors.items():
+        what = next((word for ending, word in _SIZES.items() if name.endswith(ending)), None)
+        axis = splits[name].axis
+        if what is not None and axis is not None:
+            if len(stored.shape) != 2:
+                raise CheckpointError(
+                    f"{stored.where} has shape {stored.shape}; it should be a matrix"
+                )
+            sizes.setdefault(what, stored.shape[axis] // splits[name].num_stripes)
+    missing = [ending for ending, what in _SIZES.items() if what not in sizes]
+    if missing:
+        raise CheckpointError(f"{given.path} holds no {missing[0]!r}; fetch it again")
+    return sizes
+
+
+def _heads(given: _Source, heads: int | None, hidden_size: int) -> int | None:
+    """The number of heads, if it is given or told: inv_freq has half as many numbers as a head."""
+    told = None
+    for name, stored in given.tensors.items():
+        if name.endswith(".inv_freq") and len(stored.shape) == 1 and stored.shape[0]:
+            told = hidden_size // (2 * stored.shape[0]) or None
+    if heads is None:
+        return told
+    if type(heads) is not int or heads < 1 or hidden_size % heads or heads != (told or heads):
+        accepted = str(told) if told is not None else f"a divisor of {hidden_size}"
+        raise ArgumentError(
+            f"num_attention_heads={heads!r}; accepted for {given.path}: {accepted}, or None"
+        )
+    return heads
+
+
+def _rank_tensors(
+    given: _Source, rank: int, degree: int, bits: int | None
+) -> Iterator[tuple[str, Stored]]:
+    """(name, tensor) of all that the file of one rank will hold, none of them read."""
+    splits = given.splits
+    for name, whole in given.tensors.items():
+        part = splits[name].part(whole, rank, degree)
+        if bits is None or not _LINEAR.fullmatch(name):
+            yield name, part
+            continue
+        if bits == 4 and part.shape[1] % 2:
+            raise ArgumentError(
+                f"{name!r} has {part.shape[1]} columns a rank with degree={degree}, and in 4 bits "
+                "two columns share a byte; use another degree, or bits=8"
+            )
+        yield name, _OfRows(part, bits)
+        yield f"{name}_scale", _OfRows(part, bits, is_scale=True)
+
+
+def _write(
+    given: _Source,
+    folder: Path,
+    ranks: list[dict[str, Stored]],
+    progress: Callable[[int], object],
+) -> None:
+    beside: dict[str, int] = {}
+    if given.is_own_glm10b:
+        beside = {} if given.number is None else {"iteration": given.number}
+        beside["mp_world_size"] = len(ranks)
+    (folder / given.iteration).mkdir()
+    for number, tensors in enumerate(ranks):
+        module = {name: Saved(stored) for name, stored in tensors.items()}
+        path = folder / given.iteration / f"mp_rank_{number:02d}_model_states.pt"
+        write_torch_file(path, {"module": module, **beside}, progress)
+    for tracker in TRACKERS if given.is_own_glm10b else [DEEPSPEED_TRACKER]:
+        (folder / tracker).write_text(given.iteration)
+
+
+@dataclass(frozen=True)
+class _OfRows(Sliced):
+    """The codes, or the scales, of a matrix; it is quantised as it is read."""
+
+    part: Stored
+    bits: int
+    is_scale: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        num_rows, num_columns = self.part.shape
+        return (num_rows,) if self.is_scale else (num_rows, num_columns * self.bits // 8)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float16 if self.is_scale else torch.int8
+
+    @property
+    def where(self) -> str:
+        return self.part.where
+
+    def read(self) -> torch.Tensor:
+        out = torch.empty(self.shape, dtype=self.dtype)
+        make = row_scales if self.is_scale else _row_codes
+        try:
+            for begin, rows in pieces(self.part):
+                out[begin : begin + len(rows)] = make(rows, self.bits)
+        except ArgumentError as error:
+            raise CheckpointError(f"{self.where} cannot be quantised: {error}") from error
+        return out
+
+    def _slice(self, axis: int, begin: int, end: int) -> Stored:
+        check_range(self, axis, begin, end)
+        if axis != 0:
+            raise ArgumentError(f"{self.where} is quantised by rows; ask for rows")
+        return replace(self, part=self.part.rows(begin, end))
+
+
+def _row_codes(weight: torch.Tensor, bits: int) -> torch.Tensor:
+    return quantize_rows(weight, bits)[0]

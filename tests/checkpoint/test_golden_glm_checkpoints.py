@@ -1,0 +1,205 @@
+"""GLM-130B's and GLM-10B's own checkpoints: read, re-sharded and quantised as their authors do.
+
+What a set holds makes the tests: one for each folder, and for each direction between two of them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from glm_files import join, load
+from golden import GoldenSet, for_each, golden
+
+from bminf.checkpoint.folder import open_checkpoint
+from bminf.checkpoint.glm10b import glm10b_name, glm10b_tensors
+from bminf.checkpoint.glm130b import glm130b_name, glm130b_tensors
+from bminf.checkpoint.quantized import Quantized
+from bminf.checkpoint.reshard import reshard
+from bminf.errors import CheckpointError
+from bminf.quantization.packed import dequantize
+
+Weights = dict[str, torch.Tensor]
+MODELS = ("glm130b", "glm10b")
+TABLES = {
+    "glm130b": (glm130b_tensors, glm130b_name),
+    "glm10b": (glm10b_tensors, glm10b_name),
+}
+_SCALE = "_scale"
+
+
+def folders(given: GoldenSet) -> list[str]:
+    return sorted(path.name for path in given.path.glob("ckpt_*") if any(path.glob("*/*.pt")))
+
+
+@lru_cache
+def saved(folder: Path) -> list[dict[str, Any]]:
+    return load(folder)
+
+
+def bits_of(folder: Path) -> int | None:
+    """None of floating point; codes of 4 bits are half as many as the columns."""
+    module = saved(folder)[0]["module"]
+    for name, tensor in module.items():
+        if name.endswith("query_key_value.weight") and name + _SCALE in module:
+            return 8 * tensor.shape[1] // int(module[norm_of(name)].shape[0])
+    return None
+
+
+def norm_of(name: str) -> str:
+    return name.replace("attention.query_key_value", "input_layernorm")
+
+
+def floats(given: GoldenSet) -> list[str]:
+    return [name for name in folders(given) if bits_of(given.path / name) is None]
+
+
+def quantised(given: GoldenSet) -> list[str]:
+    return [name for name in folders(given) if bits_of(given.path / name) is not None]
+
+
+def directions(given: GoldenSet) -> Iterator[list[str]]:
+    for source in floats(given):
+        for target in folders(given):
+            if target != source:
+                yield [source, target]
+
+
+def round_trips(given: GoldenSet) -> Iterator[list[str]]:
+    for source in floats(given):
+        for over in floats(given):
+            if len(saved(given.path / over)) != len(saved(given.path / source)):
+                yield [source, over]
+
+
+def heads(given: GoldenSet) -> int:
+    config = json.loads((given.path / "config.json").read_text())
+    return int(config["model"]["num_attention_heads"])
+
+
+def convert(given: GoldenSet, source: Path, target: str, destination: Path) -> None:
+    """To what `target` is."""
+    folder = given.path / target
+    reshard(source, destination, len(saved(folder)), bits_of(folder), heads(given))
+
+
+def expect_same(found: Path, expected: Path, source: Path) -> None:
+    """The same files: names, keys in order, bytes; inv_freq where the source has it."""
+    ours, theirs = load(found), saved(expected)
+    assert len(ours) == len(theirs)
+    kept = frequencies(saved(source)[0]["module"])
+    for mine, their in zip(ours, theirs, strict=True):
+        assert set(mine) == set(their)
+        assert {k: v for k, v in mine.items() if k != "module"} == {
+            k: v for k, v in their.items() if k != "module"
+        }
+        assert frequencies(mine["module"]) == kept
+        known = kept & frequencies(their["module"])
+        expect_equal(without(mine["module"], known), without(their["module"], known))
+
+
+def expect_equal(ours: Weights, theirs: Weights) -> None:
+    assert list(ours) == list(theirs)
+    for name, tensor in theirs.items():
+        assert ours[name].dtype == tensor.dtype and ours[name].shape == tensor.shape, name
+        mine, their = (t.contiguous().view(-1).view(torch.uint8) for t in (ours[name], tensor))
+        assert torch.equal(mine, their), name
+
+
+def frequencies(module: Weights) -> set[str]:
+    return {name for name in module if name.endswith(".inv_freq")}
+
+
+def without(module: Weights, known: set[str]) -> Weights:
+    """All but the inv_freq that only one side has."""
+    return {n: t for n, t in module.items() if not n.endswith(".inv_freq") or n in known}
+
+
+@for_each(MODELS, directions)
+def test_golden_folders_are_resharded_to_each_other(
+    name: str, case: list[str], tmp_path: Path
+) -> None:
+    given, (source, target) = golden(name), case
+    convert(given, given.path / source, target, tmp_path / "new")
+    expect_same(tmp_path / "new", given.path / target, given.path / source)
+    for tracker in (given.path / target).glob("latest*"):
+        assert (tmp_path / "new" / tracker.name).read_text() == tracker.read_text().strip()
+
+
+@for_each(MODELS, round_trips)
+def test_golden_folders_survive_a_round_trip(name: str, case: list[str], tmp_path: Path) -> None:
+    given, (source, over) = golden(name), case
+    convert(given, given.path / source, over, tmp_path / "there")
+    convert(given, tmp_path / "there", source, tmp_path / "back")
+    expect_same(tmp_path / "back", given.path / source, given.path / source)
+
+
+@for_each(MODELS, floats)
+def test_golden_float_folders_are_read_as_one_model(name: str, case: str) -> None:
+    folder = golden(name).path / case
+    tensors, their_name = TABLES[name]
+    found = tensors(open_checkpoint(folder))
+    whole = without(join([rank["module"] for rank in saved(folder)]), set())
+    assert {their_name("original", ours) for ours in found} == set(whole)
+    for ours, stored in found.items():
+        expected = whole[their_name("original", ours)]
+        assert stored.shape == tuple(expected.shape) and stored.dtype == expected.dtype
+        assert torch.equal(stored.read(), expected), ours
+
+
+@for_each(MODELS, quantised)
+def test_golden_quantised_folders_are_codes_times_scale(name: str, case: str) -> None:
+    folder = golden(name).path / case
+    tensors, their_name = TABLES[name]
+    found = tensors(open_checkpoint(folder))
+    whole = join([values_of(rank["module"], bits_of(folder)) for rank in saved(folder)])
+    whole = without(whole, set())
+    assert {their_name("original", ours) for ours in found} == set(whole)
+    num_quantised = 0
+    for ours, stored in found.items():
+        expected = whole[their_name("original", ours)]
+        assert stored.shape == tuple(expected.shape)
+        assert torch.equal(stored.read(), expected), ours
+        if isinstance(stored, Quantized):
+            num_quantised += 1
+            assert stored.bits == bits_of(folder)
+            assert torch.equal(dequantize(stored.packed(), torch.float16), expected), ours
+    scales = [key for key in saved(folder)[0]["module"] if key.endswith(_SCALE)]
+    assert num_quantised == len(scales) > 0
+
+
+def values_of(module: Weights, bits: int | None) -> Weights:
+    """What the codes of one rank stand for: each times its scale, rounded to half precision."""
+    found: Weights = {}
+    for name, tensor in module.items():
+        if name.endswith(_SCALE):
+            continue
+        scale = module.get(name + _SCALE)
+        if scale is not None:
+            codes = tensor
+            if bits == 4:
+                pairs = [torch.div(tensor, 16, rounding_mode="floor"), (tensor & 15 ^ 8) - 8]
+                codes = torch.stack(pairs, -1).flatten(1)
+            tensor = (codes.double() * scale.double()[:, None]).half()
+        found[name] = tensor
+    return found
+
+
+@for_each(MODELS, folders)
+def test_golden_folders_are_recognised(name: str, case: str) -> None:
+    folder = golden(name).path / case
+    for path in (folder, *folder.glob("latest*"), *folder.glob("*/mp_rank_00_*")):
+        opened = open_checkpoint(path)
+        assert opened.kind == "original"
+        assert list(opened.tensors) == list(saved(folder)[0]["module"])
+
+
+@for_each(MODELS, quantised)
+def test_golden_quantised_folders_are_not_cut_anew(name: str, case: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="is quantised"):
+        reshard(golden(name).path / case, tmp_path / "new", 1)
