@@ -27,9 +27,10 @@ RUNTIME = [
     "numpy",
     "tqdm",
     "safetensors",
-    # The tokenizers of CPM and EVA, and hub ids. jieba's dictionary decides the ids of a text.
+    # The tokenizers of CPM, EVA and GLM, and hub ids. jieba's dictionary decides the ids of a text.
     "jieba==0.42.1",
     "sentencepiece",
+    "tokenizers",
     "huggingface_hub",
     f"cupy-cuda12x; {HAS_CUDA_WHEELS}",
     # The compiler: a GPU works with no CUDA toolkit on the machine. The kernels need no headers.
@@ -37,7 +38,10 @@ RUNTIME = [
 ]
 # transformers reads a GGUF file only where gguf and accelerate are there too.
 DEMO = ["transformers>=4.56", "gguf", "accelerate"]
-TEST = ["pytest", "hypothesis", "accelerate", "tokenizers", "transformers>=4.56", "ruff", "mypy"]
+# GLM-130B's tokenizer as the authors ship it; no hard need, because it asks for an old protobuf and
+# for torchvision. Our own reads the same file.
+ICETK = ["icetk"]
+TEST = ["pytest", "hypothesis", "accelerate", "transformers>=4.56", "ruff", "mypy"]
 
 setup(
     name="bminf",
@@ -49,7 +53,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     install_requires=RUNTIME,
-    extras_require={"demo": DEMO, "test": TEST},
+    extras_require={"demo": DEMO, "icetk": ICETK, "test": TEST},
     packages=[*find_packages(include=["bminf", "bminf.*"]), "bminf.kernels"],
     package_dir={"bminf.kernels": "kernels"},
     package_data={"bminf": ["py.typed"], "bminf.kernels": ["*.cu", "*.cuh"]},

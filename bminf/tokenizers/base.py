@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -54,6 +54,54 @@ class SentinelTokenizer(Tokenizer, Protocol):
 
     def sentinel(self, k: int) -> int:
         """The id of `<s_k>`. Raises ArgumentError where there is none."""
+        ...
+
+
+class GLMTokenizer(Tokenizer, Protocol):
+    """A tokenizer of the GLM family: it has masks, which stand for the blanks of a text.
+
+    `encode` finds no masks in a text: who fills blanks cuts the text at them first, and puts their
+    ids between the pieces.
+    """
+
+    @property
+    def masks(self) -> Mapping[str, int]:
+        """The ids of the masks that there are of "[MASK]", "[sMASK]", "[gMASK]", in this order."""
+        ...
+
+    @property
+    def sop_id(self) -> int:
+        """The id that begins the piece of text that fills a blank."""
+        ...
+
+    @property
+    def eop_id(self) -> int:
+        """The id that ends the piece of text that fills a blank."""
+        ...
+
+    @property
+    def eos_id(self) -> int:
+        """The id that ends a text."""
+        ...
+
+    @property
+    def pad_id(self) -> int:
+        """The id that fills up the shorter rows of a batch."""
+        ...
+
+    @property
+    def prefix_ids(self) -> tuple[int, ...]:
+        """The ids that every prompt begins with."""
+        ...
+
+    @property
+    def strips_before_masks(self) -> bool:
+        """Whether a mask swallows the blanks on its left."""
+        ...
+
+    @property
+    def unspoken_ids(self) -> tuple[int, ...]:
+        """The ids of the vocabulary that no answer may hold, ascending; never eop or eos."""
         ...
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +9,8 @@ from bminf.errors import CheckpointError
 from bminf.tokenizers.base import VocabularyTokenizer
 from bminf.tokenizers.characters import FROM_SYMBOLS, NEWLINE, SPACE, TO_SYMBOLS
 from bminf.tokenizers.joining import Concatenation, Joiner
-from bminf.tokenizers.vocabulary import Vocabulary, read_bytes
+from bminf.tokenizers.pieces import load_processor
+from bminf.tokenizers.vocabulary import Vocabulary
 from bminf.tokenizers.words import jieba_words
 
 
@@ -54,13 +53,7 @@ class CPM1Tokenizer(VocabularyTokenizer):
 
 
 def _load(path: Path) -> Any:
-    processor, content = _sentencepiece().SentencePieceProcessor(), read_bytes(path)
-    try:
-        processor.LoadFromSerializedProto(content)
-    except (RuntimeError, OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} is not a sentencepiece model, or damaged: {error}; get the file anew"
-        ) from error
+    processor = load_processor(path)
     for number in range(processor.get_piece_size()):
         if processor.is_byte(number):
             raise CheckpointError(
@@ -68,13 +61,3 @@ def _load(path: Path) -> Any:
                 "CPM-1's model has none, so this is the model of something else"
             )
     return processor
-
-
-@functools.cache
-def _sentencepiece() -> Any:
-    """sentencepiece, without the warnings that newer Pythons give of any module made by SWIG."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="builtin type (SwigPy|swigvar)")
-        import sentencepiece
-
-    return sentencepiece

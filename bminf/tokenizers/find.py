@@ -9,16 +9,24 @@ from pathlib import Path
 from typing import cast
 
 from bminf.errors import ArgumentError, CheckpointError
-from bminf.tokenizers.base import SentinelTokenizer, Tokenizer
+from bminf.tokenizers.base import GLMTokenizer, SentinelTokenizer, Tokenizer
+from bminf.tokenizers.cog_pretrain import CogPretrainTokenizer
 from bminf.tokenizers.cpm1 import CPM1Tokenizer
 from bminf.tokenizers.cpm1_word import CPM1WordTokenizer
 from bminf.tokenizers.cpm2 import CPM2Tokenizer
 from bminf.tokenizers.cpm2_bilingual import CPM2BilingualTokenizer
 from bminf.tokenizers.eva import EVATokenizer
+from bminf.tokenizers.gpt2 import GPT2Tokenizer, gpt2_files
+from bminf.tokenizers.icetk import IcetkPackageTokenizer, IceTokenizer
 from bminf.tokenizers.vocabulary import Vocabulary
 
 _PIECE_MODELS = ("spiece.model", "chinese_vocab.model")
 _VOCABULARY = "vocab.txt"
+_ICE_MODEL = "ice_text.model"
+_COG_MODEL = "cog-pretrain.model"
+_GPT2_PAIRS = "vocab.json and merges.txt, gpt2-vocab.json and gpt2-merges.txt"
+ICETK = "icetk"
+"""What asks for the installed package in the place of a path."""
 
 
 def find_tokenizer(model: str, folder: str | Path) -> Tokenizer:
@@ -26,7 +34,9 @@ def find_tokenizer(model: str, folder: str | Path) -> Tokenizer:
 
     model: "cpm1" (spiece.model, chinese_vocab.model or the only *.model; with none in either
     folder, vocab.txt and a warning), "cpm2" (vocab.txt; whether it is the Chinese or the bilingual
-    one is seen from its tokens) or "eva" (vocab.txt).
+    one is seen from its tokens), "eva" (vocab.txt), "glm130b" (ice_text.model or the only *.model)
+    or "glm10b" (vocab.json and merges.txt, or both with gpt2- before them, is the English one;
+    cog-pretrain.model, or the only *.model, the Chinese one).
     Raises CheckpointError where no file is found, or one is not what it should be.
     """
     _check_model(model)
@@ -34,6 +44,8 @@ def find_tokenizer(model: str, folder: str | Path) -> Tokenizer:
     folders = list(dict.fromkeys([folder, folder.parent]))
     if model == "cpm1":
         return _find_cpm1(folders)
+    if model in _GLM_FINDERS:
+        return _find_glm(model, folders)
     vocab_file = _first(folders, _VOCABULARY)
     if vocab_file is None:
         raise CheckpointError(_not_found(model, _VOCABULARY, folders))
@@ -43,12 +55,16 @@ def find_tokenizer(model: str, folder: str | Path) -> Tokenizer:
 def tokenizer_from(model: str, path_or_object: object) -> Tokenizer:
     """The tokenizer that is given: a file of it, a folder with one, or the tokenizer itself.
 
+    For "glm130b" the word "icetk" is the package of that name; a file called so is "./icetk".
     Raises ArgumentError for what is neither a path nor an object with all of Tokenizer (of
-    SentinelTokenizer, for "cpm2" and "eva"), CheckpointError for files, as find_tokenizer.
+    SentinelTokenizer, for "cpm2" and "eva", of GLMTokenizer, for "glm130b" and "glm10b"), and where
+    the package is missing; CheckpointError for files, as find_tokenizer.
     """
     _check_model(model)
     if not isinstance(path_or_object, str | os.PathLike):
         return _checked(model, path_or_object)
+    if model == "glm130b" and path_or_object == ICETK:
+        return IcetkPackageTokenizer()
     path = Path(path_or_object)
     if path.is_dir():
         return find_tokenizer(model, path)
@@ -66,16 +82,64 @@ def _cpm2(path: Path) -> Tokenizer:
     return CPM2BilingualTokenizer(path) if is_bilingual else CPM2Tokenizer(path)
 
 
+def _glm130b(path: Path) -> GLMTokenizer:
+    return IceTokenizer(path)
+
+
+def _glm10b(path: Path) -> GLMTokenizer:
+    return CogPretrainTokenizer(path) if path.suffix == ".model" else GPT2Tokenizer(path)
+
+
 _READERS: dict[str, Callable[[Path], Tokenizer]] = {
     "cpm1": _cpm1,
     "cpm2": _cpm2,
     "eva": EVATokenizer,
+    "glm130b": _glm130b,
+    "glm10b": _glm10b,
 }
+_KINDS: dict[str, type] = {
+    "cpm1": Tokenizer,
+    "cpm2": SentinelTokenizer,
+    "eva": SentinelTokenizer,
+    "glm130b": GLMTokenizer,
+    "glm10b": GLMTokenizer,
+}
+
+
+def _glm130b_file(folder: Path) -> Path | None:
+    return _piece_model(folder, (_ICE_MODEL,))
+
+
+def _glm10b_file(folder: Path) -> Path | None:
+    """A file of the English or of the Chinese tokenizer."""
+    pair = gpt2_files(folder)
+    if pair is None:
+        return _piece_model(folder, (_COG_MODEL,))
+    if (folder / _COG_MODEL).is_file():
+        raise CheckpointError(
+            f"{folder} has the English tokenizer of GLM-10B ({pair[0].name}) and the Chinese one "
+            f"({_COG_MODEL}); say which with tokenizer=PATH"
+        )
+    return pair[0]
+
+
+_GLM_FINDERS: dict[str, tuple[Callable[[Path], Path | None], str]] = {
+    "glm130b": (_glm130b_file, f"{_ICE_MODEL}, *.model"),
+    "glm10b": (_glm10b_file, f"{_GPT2_PAIRS}, {_COG_MODEL}, *.model"),
+}
+
+
+def _find_glm(model: str, folders: list[Path]) -> Tokenizer:
+    find, names = _GLM_FINDERS[model]
+    path = next(filter(None, map(find, folders)), None)
+    if path is None:
+        raise CheckpointError(_not_found(model, names, folders))
+    return _READERS[model](path)
 
 
 def _find_cpm1(folders: list[Path]) -> Tokenizer:
     for folder in folders:
-        piece_model = _piece_model(folder)
+        piece_model = _piece_model(folder, _PIECE_MODELS)
         if piece_model is not None:
             return CPM1Tokenizer(piece_model)
     vocab_file = _first(folders, _VOCABULARY)
@@ -91,16 +155,16 @@ def _find_cpm1(folders: list[Path]) -> Tokenizer:
     return CPM1WordTokenizer(vocab_file)
 
 
-def _piece_model(folder: Path) -> Path | None:
+def _piece_model(folder: Path, known: tuple[str, ...]) -> Path | None:
     """The sentencepiece model of a folder: one of the known names, or the only one there is."""
-    for name in _PIECE_MODELS:
+    for name in known:
         if (folder / name).is_file():
             return folder / name
     models = sorted(path for path in folder.glob("*.model") if path.is_file())
     if len(models) > 1:
         raise CheckpointError(
             f"{folder} has {len(models)} files *.model ({', '.join(m.name for m in models)}) and "
-            f"none named {' or '.join(_PIECE_MODELS)}; say which one with tokenizer=PATH"
+            f"none named {' or '.join(known)}; say which one with tokenizer=PATH"
         )
     return models[0] if models else None
 
@@ -115,7 +179,7 @@ def _check_model(model: str) -> None:
 
 
 def _checked(model: str, given: object) -> Tokenizer:
-    kind = Tokenizer if model == "cpm1" else SentinelTokenizer
+    kind = _KINDS[model]
     names = sorted(name for base in kind.__mro__ for name in vars(base) if name[0] != "_")
     missing = [name for name in names if not hasattr(given, name)]
     if missing:

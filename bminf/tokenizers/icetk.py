@@ -1,0 +1,147 @@
+"""The tokenizer of GLM-130B: the text half of icetk, and the special tokens behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bminf.errors import ArgumentError
+from bminf.tokenizers.base import VocabularyTokenizer
+from bminf.tokenizers.joining import Joiner
+from bminf.tokenizers.pieces import (
+    TEXTLESS,
+    PieceJoiner,
+    PieceModel,
+    Pieces,
+    PieceVocabulary,
+    require,
+)
+
+_SPECIALS = ("[MASK]", "[gMASK]", "[sMASK]", "eod", "sop", "eop", "ENC", "dBLOCK")
+_EOS = "</s>"
+_LINE_BREAK = "<n>"
+
+
+class _IceText(VocabularyTokenizer):
+    """What both forms of this tokenizer share. pieces: the model.   path: of its file."""
+
+    def __init__(
+        self, pieces: Pieces, path: Path, image_offset: int, ignore_linebreak: bool
+    ) -> None:
+        line_break = {} if ignore_linebreak else {_LINE_BREAK: 4}
+        require(pieces, path, {"<unk>": 0, _EOS: 2, "<pad>": 3, **line_break})
+        tokens = [*[""] * image_offset, *pieces.tokens, *_SPECIALS]
+        vocabulary = PieceVocabulary(tokens, path, range(image_offset), "an image token")
+        super().__init__(vocabulary)
+        self._pieces, self._image_offset = pieces, image_offset
+        self._ignores_linebreak = ignore_linebreak
+        self._name_ids(vocabulary)
+
+    def _name_ids(self, vocabulary: PieceVocabulary) -> None:
+        ids = vocabulary.ids
+        self.eos_id, self.pad_id = ids[_EOS], ids["<pad>"]
+        ids["eos"] = self.eos_id  # the authors' name of it, beside those of the other commands
+        self.sop_id, self.eop_id = ids["sop"], ids["eop"]
+        self.masks: Mapping[str, int] = {
+            name: ids[name] for name in ("[MASK]", "[sMASK]", "[gMASK]")
+        }
+        self.prefix_ids: tuple[int, ...] = ()
+        self.strips_before_masks = False
+        self._texts = {ids[name]: f"[{name}]" for name in (*_SPECIALS, _EOS)}
+        textless = {ids[name] for name in (*_SPECIALS, *TEXTLESS) if name in ids}
+        spoken = {self.eos_id, self.eop_id}
+        self.unspoken_ids = (*range(self._image_offset), *sorted(textless - spoken))
+
+    def joiner(self) -> Joiner:
+        return _LineBreaks(PieceJoiner(self._pieces, self._image_offset, self._texts))
+
+    def _cut(self, text: str) -> list[int]:
+        if not self._ignores_linebreak:
+            text = text.replace("\n", _LINE_BREAK)
+        return [number + self._image_offset for number in self._pieces.encode(text)]
+
+
+class IceTokenizer(_IceText):
+    """GLM-130B's tokenizer on a local file.
+
+    path: `ice_text.model`, a sentencepiece model.   image_offset: the number of image tokens, whose
+    ids come first; the pieces follow, and then eight special tokens.   ignore_linebreak: whether
+    a line break is a blank like others, as in GLM-130B; else it is the piece `<n>`.
+
+    Decoding writes a special token as its name in brackets: `[[MASK]]`, `[sop]`, `[</s>]`. A
+    special token is found by its name before a piece that is spelled alike; "eos" is `</s>`.
+
+    Raises CheckpointError for a file that is no such model, ArgumentError for a wrong offset.
+    Source: THUDM/icetk 0.0.7, and SwissArmyTransformer 0.2.12, tokenization/icetk_glm_130B.
+    """
+
+    def __init__(
+        self, path: str | Path, image_offset: int = 20000, ignore_linebreak: bool = True
+    ) -> None:
+        if type(image_offset) is not int or image_offset < 0:
+            raise ArgumentError(
+                f"image_offset={image_offset!r}; give the number of image tokens, an int from 0 on"
+            )
+        path = Path(path).absolute()
+        super().__init__(PieceModel(path), path, image_offset, ignore_linebreak)
+
+
+class IcetkPackageTokenizer(_IceText):
+    """GLM-130B's tokenizer on the package icetk, which fetches its model by itself.
+
+    Ids and text are those of IceTokenizer on the same model.
+    Raises ArgumentError where the package is not installed, or cannot be imported.
+    """
+
+    def __init__(self, ignore_linebreak: bool = True) -> None:
+        package = _import_icetk()
+        path = Path(package.path, "ice_text.model").absolute()
+        super().__init__(_PackagePieces(package), path, package.num_image_tokens, ignore_linebreak)
+
+
+class _PackagePieces:
+    """The package's text pieces, counted from 0 on."""
+
+    def __init__(self, package: Any) -> None:
+        self._package, self._first = package, package.num_image_tokens
+        self.tokens = [package[self._first + at] for at in range(package.num_text_tokens)]
+
+    def encode(self, text: str) -> list[int]:
+        return [number - self._first for number in self._package.encode(text)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        text: str = self._package.decode([number + self._first for number in ids])
+        return text
+
+
+class _LineBreaks:
+    """The text of a joiner, with line breaks for "<n>".
+
+    As the authors put them: into the text, so that "<", "n" and ">" make one, too. What may
+    become one is held back.
+    """
+
+    def __init__(self, joiner: Joiner) -> None:
+        self._joiner = joiner
+        self._held = ""
+
+    def add(self, number: int) -> str:
+        text = (self._held + self._joiner.add(number)).replace(_LINE_BREAK, "\n")
+        held = next((start for start in ("<n", "<") if text.endswith(start)), "")
+        self._held = held
+        return text.removesuffix(held)
+
+    def end(self) -> str:
+        return (self._held + self._joiner.end()).replace(_LINE_BREAK, "\n")
+
+
+def _import_icetk() -> Any:
+    try:
+        from icetk import icetk
+    except (ImportError, TypeError) as error:  # TypeError: a protobuf too new for its messages
+        raise ArgumentError(
+            f"tokenizer='icetk' asks for the package icetk, and importing it failed: {error}; "
+            'pip install "bminf[icetk]", or give the path of ice_text.model, which needs no package'
+        ) from error
+    return icetk

@@ -1,0 +1,143 @@
+"""Sentencepiece models, and their pieces back into text, one at a time."""
+
+from __future__ import annotations
+
+import functools
+import re
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from bminf.errors import ArgumentError, CheckpointError
+from bminf.tokenizers.vocabulary import Vocabulary, read_bytes
+
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
+
+TEXTLESS = ("<unk>", "<s>", "</s>", "<pad>")
+"""Pieces that are no text: sentencepiece's own names for them."""
+
+
+class Pieces(Protocol):
+    """A sentencepiece model; ids are from 0 on. tokens: the piece of each id."""
+
+    @property
+    def tokens(self) -> Sequence[str]: ...
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
+class PieceModel:
+    """The sentencepiece model of a file. Raises CheckpointError for a file that is none."""
+
+    def __init__(self, path: Path) -> None:
+        self._processor = load_processor(path)
+        count = self._processor.get_piece_size()
+        self.tokens: Sequence[str] = self._processor.id_to_piece(list(range(count)))
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = self._processor.encode(text)
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        text: str = self._processor.decode(list(ids))
+        return text
+
+
+class PieceVocabulary(Vocabulary):
+    """A vocabulary of pieces with ids that are no token.
+
+    tokens: of each id; where two are the same, `token_id` gives the later one.
+    gap, gap_name: the ids that are no token, and what they are instead.
+    """
+
+    def __init__(self, tokens: Iterable[str], path: Path, gap: range, gap_name: str) -> None:
+        super().__init__(tokens, path, entry="piece")
+        self._gap, self._gap_name = gap, gap_name
+
+    def check_id(self, number: int) -> int:
+        """The id as an int. Raises ArgumentError for what is none, and for one of the gap."""
+        index = super().check_id(number)
+        if index in self._gap:
+            raise ArgumentError(
+                f"id {index} of {self.path} is {self._gap_name} and has no text; leave it out"
+            )
+        return index
+
+
+class PieceJoiner:
+    """The joiner of pieces with special tokens between them.
+
+    pieces: the model.   offset: the id of its first piece.   specials: the text of each other id.
+
+    The model joins what stands between two special tokens by itself, so that the first word behind
+    one has no blank before it. A run of bytes waits for its end.
+    """
+
+    def __init__(self, pieces: Pieces, offset: int, specials: Mapping[int, str]) -> None:
+        self._pieces, self._offset, self._specials = pieces, offset, specials
+        self._visible = _visible(pieces)
+        self._before: list[int] = []
+        self._held: list[int] = []
+
+    def add(self, number: int) -> str:
+        if number in self._specials:
+            text = self._release()
+            self._before = []
+            return text + self._specials[number]
+        self._held.append(number - self._offset)
+        return "" if _is_byte(self._pieces.tokens[self._held[-1]]) else self._release()
+
+    def end(self) -> str:
+        return self._release()
+
+    def _release(self) -> str:
+        """The text of what is held, as it stands behind what came before it.
+
+        Behind any text a piece always reads alike, so one piece stands for all before it. Of pieces
+        without text (U+2581, `<s>`) it matters which there were, not how often.
+        """
+        ids = [*self._before, *self._held]
+        text = self._pieces.decode(ids)[len(self._pieces.decode(self._before)) :]
+        self._before = [self._visible] if text else [*dict.fromkeys(ids)]
+        self._held = []
+        return text
+
+
+def _visible(pieces: Pieces) -> int:
+    """The first piece that has text even alone: `<unk>`, as a rule."""
+    tokens = enumerate(pieces.tokens)
+    return next((at for at, token in tokens if not _is_byte(token) and pieces.decode([at])), 0)
+
+
+def _is_byte(token: str) -> bool:
+    return _BYTE.fullmatch(token) is not None
+
+
+def require(pieces: Pieces, path: Path, tokens: Mapping[str, int]) -> None:
+    """Raise CheckpointError where one of `tokens` (with their usual ids) is missing."""
+    Vocabulary(pieces.tokens, path, entry="piece").require(tokens)
+
+
+def load_processor(path: Path) -> Any:
+    """sentencepiece's own object of a file. Raises CheckpointError for a file that is no model."""
+    processor, content = sentencepiece().SentencePieceProcessor(), read_bytes(path)
+    try:
+        processor.LoadFromSerializedProto(content)
+    except (RuntimeError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is not a sentencepiece model, or damaged: {error}; get the file anew"
+        ) from error
+    return processor
+
+
+@functools.cache
+def sentencepiece() -> Any:
+    """sentencepiece, without the warnings that newer Pythons give of any module made by SWIG."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="builtin type (SwigPy|swigvar)")
+        import sentencepiece
+
+    return sentencepiece
