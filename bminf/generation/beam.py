@@ -3,15 +3,17 @@
 The meaning is that of `generate(num_beams=...)` in Hugging Face transformers 5: what counts as a
 candidate, when a sequence is finished, and when a better one is thought impossible. Unlike there a
 beam that does not exist has no score at all, so results can be fewer but never made up.
+What every beam search needs, whatever its rules, is public here: glm_beam.py is another one.
 Source: transformers/generation/utils.py, `GenerationMixin._beam_search`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 
@@ -25,8 +27,11 @@ from bminf.generation.arguments import (
 )
 from bminf.generation.loop import Decoder
 
-_LOST = -math.inf  # the score of what is banned, or does not exist
-_LARGEST_EXPONENT = 700.0  # of e, in float64
+LOST = -math.inf
+"""The score of what is banned, or does not exist."""
+
+LARGEST_EXPONENT = 700.0
+"""Of e, in float64."""
 
 EarlyStopping = bool | Literal["never"]
 
@@ -36,8 +41,10 @@ class Hypothesis:
     """A finished sequence.
 
     ids: what was generated, as `decode` yields it: with the stop token that ended it, if one did.
-    score: the sum of the log-probabilities of `ids`, over len(ids) ** length_penalty.
-    stopped: whether a stop token ended it; otherwise max_new_tokens did.
+    score: the sum of the log-probabilities of `ids`, over what the search makes of their length:
+    len(ids) ** length_penalty in `beam_search`.
+    stopped: whether a stop token ended it; otherwise max_new_tokens did, or, in
+    `glm_beam_search`, that no token was left.
     """
 
     ids: tuple[int, ...]
@@ -72,11 +79,21 @@ def beam_search(
     _check_penalty(length_penalty, early_stopping, max_new_tokens)
     rules = _Rules(num_beams, frozenset(stop_ids), max_new_tokens, length_penalty, early_stopping)
     searches = [_Search(rules) for _ in range(len(start))]
-    _run(decoder, start, searches, rules, banned_ids)
+    logits = decoder(start)
+    check_ids("stop_ids", rules.stop_ids, logits.shape[1])
+    check_banned(banned_ids, logits.shape[1])
+    banned = torch.tensor(sorted(banned_ids), dtype=torch.int64, device=logits.device)
+    run(
+        decoder,
+        logits,
+        start.device,
+        searches,
+        lambda logits, scores, _: _candidates(logits, scores, banned, rules.num_candidates),
+    )
     return [search.finished for search in searches]
 
 
-class _Candidate(NamedTuple):
+class Candidate(NamedTuple):
     """A running sequence with one token more. score: the sum of log-probabilities, all included."""
 
     score: float
@@ -84,12 +101,108 @@ class _Candidate(NamedTuple):
     token: int
 
 
-class _Beam(NamedTuple):
+class Beam(NamedTuple):
     """A running sequence. row: where its cache lies, among the rows of its prompt."""
 
     score: float
     row: int
     ids: tuple[int, ...]
+
+
+class Search(ABC):
+    """The beams of one prompt: at first one, with nothing generated.
+
+    beams: the running ones, best first.   finished: at most num_beams, best first.
+    """
+
+    def __init__(self, num_beams: int) -> None:
+        self.num_beams = num_beams
+        self.beams = [Beam(0.0, 0, ())]
+        self.finished: list[Hypothesis] = []
+        self.is_done = False
+
+    @abstractmethod
+    def advance(self, candidates: list[Candidate]) -> None:
+        """Take a step: set `beams` and `is_done`. candidates: best first, of all beams."""
+
+    def finish(self, ended: list[Hypothesis]) -> None:
+        """Keep the best of these and of those that had finished before."""
+        self.finished += ended
+        self.finished.sort(key=lambda hypothesis: hypothesis.score, reverse=True)
+        del self.finished[self.num_beams :]
+
+    def padded_beams(self) -> list[Beam]:
+        """num_beams of them: missing ones are doubles of the first with no chance."""
+        missing = self.num_beams - len(self.beams)
+        return self.beams + [self.beams[0]._replace(score=LOST)] * missing
+
+
+_AnySearch = TypeVar("_AnySearch", bound=Search)
+
+
+def run(
+    decoder: Decoder,
+    logits: torch.Tensor,
+    device: torch.device,
+    searches: Sequence[_AnySearch],
+    choose: Callable[[torch.Tensor, torch.Tensor, Sequence[_AnySearch]], Sequence[list[Candidate]]],
+) -> None:
+    """Pass after pass, until all searches are done.
+
+    logits: (B, V) of the first pass, a row for each search.   device: where ids are fed from.
+    choose: from logits (B * beams, V), scores (B, beams) float32 and the B searches that still go
+    on to the candidates of each, best first. `beams` is 1 in the first step, then num_beams.
+    """
+    scores = torch.zeros(len(searches), 1, device=logits.device)
+    while True:
+        for search, own in zip(searches, choose(logits, scores, searches), strict=True):
+            search.advance(own)
+        rows, last, chances = _next_rows(searches, beams_before=scores.shape[1])
+        if not rows:
+            return
+        searches = [search for search in searches if not search.is_done]
+        scores = torch.tensor(chances, device=logits.device)
+        decoder.select(torch.tensor(rows, device=logits.device))
+        logits = decoder(torch.tensor(last, device=device))
+
+
+def best_candidates(
+    steps: torch.Tensor, scores: torch.Tensor, limit: int, noise: torch.Tensor | None = None
+) -> list[list[Candidate]]:
+    """The `limit` best continuations of each prompt, best first; equals in the order of their beam
+    and id. Those without a score are left out.
+
+    steps: (B * beams, V) float32, the log-probability of each token.   scores: (B, beams) float32.
+    noise: (B, beams * V) float64; if given, they are ranked by their score and its noise together.
+    Raises UnsupportedModelError where log-probabilities are no numbers.
+    """
+    vocab_size = steps.shape[1]
+    sums = (steps.view(*scores.shape, vocab_size) + scores.unsqueeze(-1)).flatten(1)
+    keys = sums if noise is None else sums + noise
+    places = keys.argsort(dim=-1, descending=True, stable=True)[:, :limit]
+    # float64 holds both exactly, and one transfer is one wait.
+    both = torch.stack([sums.gather(1, places).double(), places.double()], -1).tolist()
+    wrong = [prompt for prompt, own in enumerate(both) if math.isnan(own[0][0])]
+    if wrong:
+        raise not_numbers(wrong)
+    return [
+        [Candidate(value, *divmod(int(place), vocab_size)) for value, place in own if value > LOST]
+        for own in both
+    ]
+
+
+def _next_rows(
+    searches: Sequence[Search], beams_before: int
+) -> tuple[list[int], list[list[int]], list[list[float]]]:
+    """Of the searches that go on: the row of each beam's cache, its last token, and its score."""
+    rows, last, scores = [], [], []
+    for number, search in enumerate(searches):
+        if not search.is_done:
+            beams = search.padded_beams()
+            rows += [number * beams_before + beam.row for beam in beams]
+            last += [[beam.ids[-1]] for beam in beams]
+            scores.append([beam.score for beam in beams])
+    return rows, last, scores
 
 
 @dataclass(frozen=True)
@@ -109,28 +222,21 @@ class _Rules:
         return log_probability / math.pow(length, self.length_penalty)
 
 
-class _Search:
-    """The beams of one prompt."""
-
+class _Search(Search):
     def __init__(self, rules: _Rules) -> None:
+        super().__init__(rules.num_beams)
         self._rules = rules
-        self.beams = [_Beam(0.0, 0, ())]
-        self.finished: list[Hypothesis] = []
-        self.is_done = False
 
-    def advance(self, candidates: list[_Candidate]) -> None:
-        """Take a step. candidates: best first, of all beams of this prompt."""
+    def advance(self, candidates: list[Candidate]) -> None:
         rules, running, ended = self._rules, [], []
         for place, (score, beam, token) in enumerate(candidates):
             ids, stopped = (*self.beams[beam].ids, token), token in rules.stop_ids
             if not stopped and len(ids) < rules.max_new_tokens:
-                running.append(_Beam(score, beam, ids))
+                running.append(Beam(score, beam, ids))
             elif place < rules.num_beams:  # the others only stand by, to fill the beams
                 ended.append(Hypothesis(ids, rules.score(score, len(ids)), stopped))
         self.beams = running[: rules.num_beams]
-        self.finished += ended
-        self.finished.sort(key=lambda hypothesis: hypothesis.score, reverse=True)
-        del self.finished[rules.num_beams :]
+        self.finish(ended)
         self.is_done = not self.beams or self._is_settled()
 
     def _is_settled(self) -> bool:
@@ -144,80 +250,20 @@ class _Search:
             length = rules.max_new_tokens
         return rules.score(self.beams[0].score, length) <= self.finished[-1].score
 
-    def padded_beams(self) -> list[_Beam]:
-        """num_beams of them: missing ones are doubles of the first with no chance."""
-        missing = self._rules.num_beams - len(self.beams)
-        return self.beams + [self.beams[0]._replace(score=_LOST)] * missing
-
-
-def _run(
-    decoder: Decoder,
-    start: torch.Tensor,
-    searches: list[_Search],
-    rules: _Rules,
-    banned_ids: Collection[int],
-) -> None:
-    logits = decoder(start)
-    check_ids("stop_ids", rules.stop_ids, logits.shape[1])
-    check_banned(banned_ids, logits.shape[1])
-    banned = torch.tensor(sorted(banned_ids), dtype=torch.int64, device=logits.device)
-    scores = torch.zeros(len(start), 1, device=logits.device)
-    while True:
-        candidates = _candidates(logits, scores, banned, rules.num_candidates)
-        for search, own in zip(searches, candidates, strict=True):
-            search.advance(own)
-        rows, last, chances = _next_rows(searches, beams_before=scores.shape[1])
-        if not rows:
-            return
-        searches = [search for search in searches if not search.is_done]
-        scores = torch.tensor(chances, device=logits.device)
-        decoder.select(torch.tensor(rows, device=logits.device))
-        logits = decoder(torch.tensor(last, device=start.device))
-
-
-def _next_rows(
-    searches: list[_Search], beams_before: int
-) -> tuple[list[int], list[list[int]], list[list[float]]]:
-    """Of the searches that go on: the row of each beam's cache, its last token, and its score."""
-    rows, last, scores = [], [], []
-    for number, search in enumerate(searches):
-        if not search.is_done:
-            beams = search.padded_beams()
-            rows += [number * beams_before + beam.row for beam in beams]
-            last += [[beam.ids[-1]] for beam in beams]
-            scores.append([beam.score for beam in beams])
-    return rows, last, scores
-
 
 def _candidates(
     logits: torch.Tensor, scores: torch.Tensor, banned: torch.Tensor, limit: int
-) -> list[list[_Candidate]]:
-    """The `limit` best continuations of each prompt, best first; equals in the order of their beam
-    and id.   logits: (B * beams, V).   scores: (B, beams) float32."""
-    vocab_size = logits.shape[1]
-    steps = logits.float().log_softmax(-1).index_fill_(1, banned, _LOST)
-    sums = (steps.view(*scores.shape, vocab_size) + scores.unsqueeze(-1)).flatten(1)
-    values, places = sums.sort(dim=-1, descending=True, stable=True)
-    # float64 holds both exactly, and one transfer is one wait.
-    both = torch.stack([values[:, :limit].double(), places[:, :limit].double()], -1).tolist()
-    wrong = [prompt for prompt, own in enumerate(both) if math.isnan(own[0][0])]
-    if wrong:
-        raise not_numbers(wrong)
-    return [
-        [
-            _Candidate(value, *divmod(int(place), vocab_size))
-            for value, place in own
-            if value > _LOST
-        ]
-        for own in both
-    ]
+) -> list[list[Candidate]]:
+    """logits: (B * beams, V).   scores: (B, beams) float32."""
+    steps = logits.float().log_softmax(-1).index_fill_(1, banned, LOST)
+    return best_candidates(steps, scores, limit)
 
 
 def _check_penalty(
     length_penalty: float, early_stopping: EarlyStopping, max_new_tokens: int
 ) -> None:
     is_number = isinstance(length_penalty, int | float) and type(length_penalty) is not bool
-    if not is_number or not abs(length_penalty) * math.log(max_new_tokens) < _LARGEST_EXPONENT:
+    if not is_number or not abs(length_penalty) * math.log(max_new_tokens) < LARGEST_EXPONENT:
         raise ArgumentError(
             f"length_penalty={length_penalty!r}; accepted: a number, so small that "
             f"{max_new_tokens} (max_new_tokens) to its power is one; usual are 0 to 2"

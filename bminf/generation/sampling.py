@@ -42,10 +42,35 @@ def stricter_of_both(
     if top_k is not None:
         values[:, top_k:] = 0
     if top_p is not None and top_p < 1:
-        likelier = values.cumsum(-1, dtype=torch.float64).roll(1, -1)
-        likelier[:, 0] = 0
-        values[likelier > top_p] = 0
+        values[_likelier(values) > top_p] = 0
     return torch.zeros_like(values).scatter_(-1, ids, values)
+
+
+def in_sequence(
+    probabilities: torch.Tensor, top_k: int | None, top_p: float | None
+) -> torch.Tensor:
+    """Keep the `top_k` likeliest tokens of each row, with all that tie with the last of them; then,
+    of what is left, the likeliest whose share of it exceeds `top_p`, with the token that crosses.
+
+    probabilities: (B, V) float32, rows sum to 1.   For `top_p`, among equals the lower id counts as
+    likelier.   Returns (B, V) float32, zero where dropped.   Source: the sampler of GLM-130B.
+    """
+    kept = probabilities
+    if top_k is not None:
+        kept = kept.masked_fill(kept < kept.topk(top_k).values[:, -1:], 0)
+    if top_p is None or top_p == 1:
+        return kept
+    values, ids = kept.sort(dim=-1, descending=True, stable=True)
+    whole = values.sum(-1, keepdim=True, dtype=torch.float64)
+    values[_likelier(values) > top_p * whole] = 0
+    return torch.zeros_like(values).scatter_(-1, ids, values)
+
+
+def _likelier(values: torch.Tensor) -> torch.Tensor:
+    """The sum of those before each of `values`, (B, V) float64."""
+    sums = values.cumsum(-1, dtype=torch.float64).roll(1, -1)
+    sums[:, 0] = 0
+    return sums
 
 
 @dataclass(frozen=True)

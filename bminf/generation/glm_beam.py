@@ -1,0 +1,277 @@
+"""The beam search of GLM-130B: its own candidates, its own penalty for length, its own end.
+
+It differs from beam.py in that candidates may be drawn by lot, that a length counts the context,
+that stop tokens far down the list still finish a sequence, and that beams which run out of steps
+rank with those that stopped. A beam that does not exist has no score, and a banned token is never
+taken: results can be fewer but never made up.
+Source: the rules of BeamSearchStrategy in THUDM/GLM-130B, with consider_end.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from bminf.errors import ArgumentError
+from bminf.generation.arguments import (
+    check_banned,
+    check_ids,
+    check_positive,
+    check_start,
+    not_numbers,
+)
+from bminf.generation.beam import (
+    LARGEST_EXPONENT,
+    LOST,
+    Beam,
+    Candidate,
+    Hypothesis,
+    Search,
+    best_candidates,
+    run,
+)
+from bminf.generation.loop import Decoder
+
+_REMOVED = -65504.0  # the logit of what is banned: the least that half precision holds
+_LEAST_UNIFORM = 2.0**-54  # half of the smallest above 0, in place of 0, which has no logarithm
+
+
+@torch.no_grad()
+def glm_beam_search(
+    decoder: Decoder,
+    start: torch.Tensor,
+    contexts: Sequence[Sequence[int]],
+    num_beams: int,
+    stop_ids: Collection[int],
+    max_new_tokens: int,
+    *,
+    length_penalty: float = 0.0,
+    no_repeat_ngram_size: int = 0,
+    min_length: int = 0,
+    is_deterministic: bool = False,
+    seed: int | None = None,
+    banned_ids: Collection[int] = (),
+) -> list[list[Hypothesis]]:
+    """The best sequences for each prompt, best first: num_beams, or fewer where there are fewer.
+
+    decoder: has been fed nothing that `start` holds. It is called with `start`, (B, T) int64, once;
+    then each step begins with `select`, which makes num_beams rows of every prompt still searched.
+    contexts: of each prompt all ids up to sop, which is one of them. In the authors' batches the
+    padding behind it counts, too: give it with its padding to get their scores.
+    length_penalty: a score is the sum of log-probabilities over ((5 + n) / 6) ** length_penalty,
+    where n counts the context, what was generated, and the stop token.
+    no_repeat_ngram_size: so many generated ids in a row come only once, the first of them perhaps
+    with their beginning in the context; 0 for no such rule. The authors' code fails at 1; here no
+    token is generated twice.   min_length: no stop token before so many others.
+    is_deterministic: the best continuations of all beams go on. Otherwise as many are drawn
+    without replacement, by their probability, and the best of these go on.
+    seed: prompt i draws with seed + i; None for numbers that nobody can repeat.
+    banned_ids: never chosen, and as in the authors' code the others share their probability; so it
+    is with all that is ruled out.
+
+    A prompt is done when num_beams sequences have finished and its best running one, at its present
+    length, is no better than the worst of them; or after max_new_tokens, or where no token is left
+    to go on with, and then the running ones rank with the finished.
+    Raises ArgumentError, UnsupportedModelError where logits are not finite numbers.
+    """
+    check_start(start)
+    _check_counts(num_beams, max_new_tokens, no_repeat_ngram_size, min_length)
+    _check_lot(is_deterministic, seed)
+    _check_contexts(contexts, len(start))
+    _check_penalty(length_penalty, max(map(len, contexts)) + max_new_tokens)
+    rules = _Rules(
+        num_beams, frozenset(stop_ids), max_new_tokens, length_penalty, no_repeat_ngram_size,
+        min_length, is_deterministic, frozenset(banned_ids),
+    )  # fmt: skip
+    lots = _lots(len(contexts), seed)
+    searches = [
+        _Search(rules, tuple(context), lot) for context, lot in zip(contexts, lots, strict=True)
+    ]
+    logits = decoder(start)
+    _check_vocabulary(rules, contexts, logits.shape[1])
+    run(decoder, logits, start.device, searches, partial(_candidates, rules))
+    return [search.finished for search in searches]
+
+
+@dataclass(frozen=True)
+class _Rules:
+    num_beams: int
+    stop_ids: frozenset[int]
+    max_new_tokens: int
+    length_penalty: float
+    no_repeat_ngram_size: int
+    min_length: int
+    is_deterministic: bool
+    banned_ids: frozenset[int]
+
+    @property
+    def num_candidates(self) -> int:
+        """So many that num_beams of them go on even if every beam's likeliest tokens are stops."""
+        return (max(1, len(self.stop_ids)) + 1) * self.num_beams
+
+    def score(self, log_probability: float, length: int) -> float:
+        return log_probability / math.pow((5 + length) / 6, self.length_penalty)
+
+    def ruled_out(self, num_generated: int) -> frozenset[int]:
+        """The ids that no beam may take after so many."""
+        if num_generated < self.min_length:
+            return self.banned_ids | self.stop_ids
+        return self.banned_ids
+
+
+class _Search(Search):
+    """lot: the random numbers of this prompt; on the CPU, so that all devices draw the same."""
+
+    def __init__(self, rules: _Rules, context: tuple[int, ...], lot: torch.Generator) -> None:
+        super().__init__(rules.num_beams)
+        self._rules, self._context, self.lot = rules, context, lot
+
+    def advance(self, candidates: list[Candidate]) -> None:
+        if candidates:
+            self.beams, ended = self._walk(candidates)
+            self.finish(ended)
+        self.is_done = not self.beams or self._is_settled()
+        if not self.is_done and (not candidates or self._is_at_its_end()):
+            self.finish([self._hypothesis(beam.score, beam.ids, False) for beam in self.beams])
+            self.is_done = True
+
+    def repeats(self, beam: Beam) -> set[int]:
+        """The ids that would end an n-gram whose end `beam` has generated before."""
+        size, whole = self._rules.no_repeat_ngram_size, (*self._context, *beam.ids)
+        if size == 0 or len(whole) <= size:
+            return set()
+        ends = range(max(len(self._context), size - 1), len(whole))
+        prefix = whole[len(whole) - size + 1 :]
+        return {whole[end] for end in ends if whole[end - size + 1 : end] == prefix}
+
+    def _walk(self, candidates: list[Candidate]) -> tuple[list[Beam], list[Hypothesis]]:
+        """What goes on and what has finished, down to the first that finds no place."""
+        running: list[Beam] = []
+        ended: list[Hypothesis] = []
+        for score, beam, token in candidates:
+            ids = (*self.beams[beam].ids, token)
+            if token in self._rules.stop_ids:
+                ended.append(self._hypothesis(score, ids, True))
+            elif len(running) < self.num_beams:
+                running.append(Beam(score, beam, ids))
+            else:
+                break
+        return running, ended
+
+    def _is_at_its_end(self) -> bool:
+        return len(self.beams[0].ids) == self._rules.max_new_tokens
+
+    def _is_settled(self) -> bool:
+        if len(self.finished) < self.num_beams:
+            return False
+        best = self._hypothesis(self.beams[0].score, self.beams[0].ids, False)
+        return self.finished[-1].score >= best.score
+
+    def _hypothesis(self, score: float, ids: tuple[int, ...], stopped: bool) -> Hypothesis:
+        length = len(self._context) + len(ids)
+        return Hypothesis(ids, self._rules.score(score, length), stopped)
+
+
+def _candidates(
+    rules: _Rules, logits: torch.Tensor, scores: torch.Tensor, searches: Sequence[_Search]
+) -> list[list[Candidate]]:
+    """logits: (B * beams, V).   scores: (B, beams) float32."""
+    _check_numbers(logits, len(searches))
+    is_out = _ruled_out(rules, logits, searches)
+    # Once before, for the others to share the probability, and once so that it is never taken.
+    steps = logits.float().masked_fill(is_out, _REMOVED).log_softmax(-1).masked_fill_(is_out, LOST)
+    noise = None
+    if not rules.is_deterministic:
+        noise = _noise(searches, scores.shape[1] * logits.shape[1]).to(logits.device)
+    drawn = best_candidates(steps, scores, rules.num_candidates, noise)
+    return [sorted(own, key=lambda candidate: -candidate.score) for own in drawn]
+
+
+def _ruled_out(rules: _Rules, logits: torch.Tensor, searches: Sequence[_Search]) -> torch.Tensor:
+    """(B * beams, V) bool."""
+    rows_each = len(logits) // len(searches)
+    repeated = [
+        (number * rows_each + place, token)
+        for number, search in enumerate(searches)
+        for place, beam in enumerate(search.beams)
+        for token in search.repeats(beam)
+    ]
+    is_out = torch.zeros_like(logits, dtype=torch.bool)
+    is_out[:, list(rules.ruled_out(len(searches[0].beams[0].ids)))] = True
+    if repeated:
+        rows, ids = torch.tensor(repeated, device=logits.device).T
+        is_out[rows, ids] = True
+    return is_out
+
+
+def _noise(searches: Sequence[_Search], size: int) -> torch.Tensor:
+    """(B, size) float64 of the Gumbel distribution: the largest sums of it and log-probabilities
+    are a sample without replacement (Kool et al. 2019, arXiv:1903.06059, section 2)."""
+    uniforms = [torch.rand(size, generator=own.lot, dtype=torch.float64) for own in searches]
+    return torch.stack(uniforms).clamp_min_(_LEAST_UNIFORM).log_().neg_().log_().neg_()
+
+
+def _lots(num_prompts: int, seed: int | None) -> list[torch.Generator]:
+    first = random.SystemRandom().getrandbits(64) if seed is None else seed
+    # torch's generator heeds 32 bits of its seed; these depend on all of ours.
+    seeds = [random.Random(first + prompt).getrandbits(32) for prompt in range(num_prompts)]
+    return [torch.Generator().manual_seed(own) for own in seeds]
+
+
+def _check_numbers(logits: torch.Tensor, num_prompts: int) -> None:
+    """Before anything is ruled out: beside that, a row of -infinity would look like a choice."""
+    is_finite = logits.amax(-1).isfinite().view(num_prompts, -1).all(-1)
+    if not is_finite.all():
+        raise not_numbers((~is_finite).nonzero().flatten().tolist())
+
+
+def _check_counts(num_beams: int, max_new_tokens: int, ngram_size: int, min_length: int) -> None:
+    check_positive("num_beams", num_beams)
+    check_positive("max_new_tokens", max_new_tokens)
+    for name, value in (("no_repeat_ngram_size", ngram_size), ("min_length", min_length)):
+        if type(value) is not int or value < 0:
+            raise ArgumentError(f"{name}={value!r}; accepted: an int from 0 on (0 is off)")
+
+
+def _check_lot(is_deterministic: bool, seed: int | None) -> None:
+    if type(is_deterministic) is not bool:
+        raise ArgumentError(f"is_deterministic={is_deterministic!r}; accepted: True, False")
+    if seed is not None and (type(seed) is not int or seed < 0):
+        raise ArgumentError(f"seed={seed!r}; accepted: an int from 0 on, or None")
+
+
+def _check_contexts(contexts: Sequence[Sequence[int]], num_prompts: int) -> None:
+    if len(contexts) != num_prompts:
+        raise ArgumentError(
+            f"contexts are {len(contexts)}, start has {num_prompts} rows; give one for each row"
+        )
+    for prompt, context in enumerate(contexts):
+        if len(context) == 0:
+            raise ArgumentError(f"contexts[{prompt}] is empty; it holds at least sop")
+
+
+def _check_penalty(length_penalty: float, longest: int) -> None:
+    is_number = isinstance(length_penalty, int | float) and type(length_penalty) is not bool
+    largest = (5 + longest) / 6
+    if not is_number or not abs(length_penalty) * math.log(largest) < LARGEST_EXPONENT:
+        raise ArgumentError(
+            f"length_penalty={length_penalty!r}; accepted: a number, so small that {largest:g} "
+            f"(for {longest} tokens, context included) to its power is one; usual are 0 to 1"
+        )
+
+
+def _check_vocabulary(rules: _Rules, contexts: Sequence[Sequence[int]], vocab_size: int) -> None:
+    check_ids("stop_ids", rules.stop_ids, vocab_size)
+    check_banned(rules.banned_ids, vocab_size)
+    for prompt, context in enumerate(contexts):
+        check_ids(f"contexts[{prompt}]", context, vocab_size)
+    if len(rules.ruled_out(0)) == vocab_size:
+        raise ArgumentError(
+            f"banned_ids and stop_ids hold all {vocab_size} ids of the vocabulary, and with "
+            f"min_length={rules.min_length} none can come first; leave one, or set it to 0"
+        )
