@@ -1,8 +1,9 @@
-"""The two feed-forward networks of the zoo: with a gate and without."""
+"""The feed-forward networks of the zoo: with a gate and without."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from bminf.layers.quantized_linear import QuantizedLinear
 from bminf.ops.gated_linear import ACTIVATION_FUNCTIONS, gated_linear
@@ -44,6 +45,23 @@ class GatedFeedForward(torch.nn.Module):
             if _is_fused(gate, x):
                 return gated_linear(x, gate.packed, up.packed, self.activation)
         return ACTIVATION_FUNCTIONS[self.activation](gate(x)) * up(x)
+
+
+class HalvedFeedForward(torch.nn.Module):
+    """down(value * gelu(gate)), with biases, where value and gate are the halves of up(x).
+
+    One matrix gives both, so it is packed, stored and streamed as one. GELU is the exact one.
+    Source: Shazeer 2020, arXiv:2002.05202 (GEGLU), as GLM-130B has it: the gate comes second.
+    """
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.up = torch.nn.Linear(hidden_size, 2 * intermediate_size)
+        self.down = torch.nn.Linear(intermediate_size, hidden_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        value, gate = self.up(x).chunk(2, dim=-1)
+        return self.down(value * F.gelu(gate))
 
 
 def _is_fused(gate: QuantizedLinear, x: torch.Tensor) -> bool:
