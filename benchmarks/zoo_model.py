@@ -16,7 +16,7 @@ from bminf.checkpoint.stored import Stored
 from bminf.layers.quantized_linear import QuantizedLinear
 from bminf.models.config import PUBLISHED_CPM2
 from bminf.models.family import CPM2
-from bminf.models.load import Weights, fill, lay_out, plan_for, skeleton
+from bminf.models.load import Packing, Weights, fill, lay_out, plan_for, skeleton
 from bminf.models.source import skeleton_of
 from bminf.models.workspace import reserved_bytes
 from bminf.quantization.packed import FORMATS, Format, PackedWeight
@@ -56,7 +56,7 @@ def planned(sizes: Sizes, limit: int, device_type: str = "cpu") -> tuple[T5, Blo
     Raises BudgetError, with numbers.
     """
     empty = cast(T5, skeleton_of(CPM2, sizes.config))
-    model, blocks = skeleton(empty, sizes.dtype, sizes.form, sizes.activations)
+    model, blocks = skeleton(empty, sizes.dtype, Packing(sizes.form), sizes.activations)
     blobs = lay_out(model, blocks)
     reserve = reserved_bytes(
         sizes.config, 1, sizes.max_length, sizes.dtype, sizes.form, device_type
@@ -113,7 +113,7 @@ def random_weights(model: torch.nn.Module) -> Weights:
         if name not in tensors:
             row = torch.rand(like.shape[-1], generator=generator) + 0.5
             tensors[name] = _InMemory(name, row.to(like.dtype).expand(like.shape))
-    return Weights(tensors, Path("random weights"), form)
+    return Weights(tensors, Path("random weights"), Packing(form))
 
 
 @dataclass(frozen=True)
@@ -133,6 +133,12 @@ class _InMemory:
 
     def read(self) -> torch.Tensor:
         return self.tensor
+
+    def rows(self, begin: int, end: int) -> Stored:
+        return _InMemory(self.where, self.tensor[begin:end])
+
+    def columns(self, begin: int, end: int) -> Stored:
+        return _InMemory(self.where, self.tensor[:, begin:end])
 
 
 def _random_codes(form: Format, nbytes: int) -> torch.Tensor:

@@ -80,11 +80,15 @@ def is_absent(name: str) -> bool:
 
 
 @lru_cache
-def golden(name: str) -> GoldenSet:
+def golden(name: str) -> Any:
+    if name.startswith("glm"):
+        from golden_glm import GLMSet
+
+        return GLMSet(name)
     return GoldenSet(name)
 
 
-def cases(names: Iterable[str], of: Callable[[GoldenSet], Iterable[Any]]) -> Iterator[Any]:
+def cases(names: Iterable[str], of: Callable[[Any], Iterable[Any]]) -> Iterator[Any]:
     """pytest parameters for what each model's set holds; a skip only where its folder is absent."""
     for name in names:
         if is_absent(name):
@@ -96,7 +100,7 @@ def cases(names: Iterable[str], of: Callable[[GoldenSet], Iterable[Any]]) -> Ite
             yield pytest.param(name, case, id="-".join([name, *words]))
 
 
-def for_each(names: Iterable[str], of: Callable[[GoldenSet], Iterable[Any]]) -> Any:
+def for_each(names: Iterable[str], of: Callable[[Any], Iterable[Any]]) -> Any:
     """Make one test (name, case) of each; where there is nothing of the kind, no test at all."""
     found = [*cases(names, of)]
 

@@ -12,8 +12,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("source", metavar="SRC", help="a folder with a checkpoint, or a hub id")
     add("destination", metavar="DST", help="the folder to write; it must not exist yet")
-    add("--quantization", choices=("int8", "int4", "none"), default="int8", help="default: int8")
-    add("--model", choices=("cpm1", "cpm2", "eva"), help="where the files do not tell it")
+    add(
+        "--quantization", choices=("auto", "int8", "int4", "int4-row", "none"), default="auto",
+        help="default: int8, of a GLM int4; what is packed already stays as it is",
+    )  # fmt: skip
+    add("--head-quantization", choices=("int8", "int4"), help="of a GLM: its output head, too")
+    add("--tp", type=int, metavar="N", help="of a GLM: the files of its authors, for N ranks")
+    add(
+        "--model", choices=("cpm1", "cpm2", "eva", "glm130b", "glm10b"),
+        help="where the files do not tell it",
+    )  # fmt: skip
     add("--config", metavar="FILE", help="configuration, where it does not lie beside the weights")
     add("--tokenizer", metavar="PATH", help="vocabulary, where it does not lie beside the weights")
 
@@ -29,7 +37,12 @@ def run(arguments: argparse.Namespace) -> int:
         model=arguments.model,
         config=arguments.config,
         tokenizer=arguments.tokenizer,
+        head_quantization=arguments.head_quantization,
+        tp=arguments.tp,
     )
+    if arguments.tp is not None:
+        print(f"{folder}: {arguments.tp} ranks")
+        return 0
     size = format_bytes((folder / WEIGHTS_FILE).stat().st_size)
     print(f"{folder}: {size} of weights")
     return 0

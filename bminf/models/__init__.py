@@ -5,7 +5,20 @@ from bminf.models.convert import convert
 from bminf.models.cpm1 import CPM1
 from bminf.models.cpm2 import CPM2
 from bminf.models.eva import EVA
+from bminf.models.glm import GLM, Candidate
+from bminf.models.glm_options import GLMOptions
 from bminf.models.options import Options
 from bminf.models.stats import ModelStats
 
-__all__ = ["CPM1", "CPM2", "EVA", "LanguageModel", "ModelStats", "Options", "convert"]
+__all__ = [
+    "CPM1",
+    "CPM2",
+    "EVA",
+    "GLM",
+    "Candidate",
+    "GLMOptions",
+    "LanguageModel",
+    "ModelStats",
+    "Options",
+    "convert",
+]

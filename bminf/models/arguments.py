@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from bminf.arch.gpt import GPTConfig
+from bminf.arch.t5 import T5Config
 from bminf.errors import ArgumentError
-from bminf.layers.quantized_linear import format_for
-from bminf.models.load import DTYPES
+from bminf.models.load import DTYPES, Packing
 from bminf.models.source import Source
-from bminf.quantization.packed import INT8, Format
+from bminf.quantization.packed import Format
 from bminf.tokenizers.base import Tokenizer
 
 Text = str | Sequence[int] | torch.Tensor
@@ -33,21 +32,25 @@ def dtype_for(dtype: torch.dtype | str | None, device: torch.device) -> torch.dt
     return dtype
 
 
-def form_for(quantization: str | Format | bool | None) -> Format | None:
+def form_for(
+    quantization: str | Format | bool | None,
+    formats: Mapping[str, Format],
+    argument: str = "quantization",
+) -> Format | None:
     """The format that is asked for; None and False ask for none.   Raises ArgumentError."""
     if quantization is None or quantization is False:
         return None
-    try:
-        return format_for(quantization)  # type: ignore[arg-type]
-    except ArgumentError as error:
-        raise ArgumentError(
-            f'quantization={quantization!r}; accepted: "int8", "int4", a bminf.Format, or None'
-        ) from error
+    if isinstance(quantization, Format):
+        return quantization
+    if isinstance(quantization, str) and quantization in formats:
+        return formats[quantization]
+    names = ", ".join(f'"{name}"' for name in formats)
+    raise ArgumentError(f"{argument}={quantization!r}; accepted: {names}, a bminf.Format, or None")
 
 
 def max_length_for(max_length: int | None, source: Source) -> int:
     """`max_length`; None is what the positions allow.   Raises ArgumentError for more."""
-    if not isinstance(source.config, GPTConfig):
+    if isinstance(source.config, T5Config):
         return _DEFAULT_MAX_LENGTH if max_length is None else max_length
     positions = source.config.max_position_embeddings
     if max_length is not None and max_length > positions:
@@ -55,15 +58,19 @@ def max_length_for(max_length: int | None, source: Source) -> int:
     return positions if max_length is None else max_length
 
 
-def format_for_source(form: Format | None, source: Source) -> Format | None:
-    """How the linears will be packed: as in the folder, where they are.   Raises ArgumentError."""
-    stored = source.weights.form
-    if stored is None or form == stored:
-        return form
-    if form == INT8:  # the default
+def packing_for(form: Format | None, source: Source, default: Format) -> Packing:
+    """How the linears will be packed: as in the folder, where they are.
+
+    default: what stands for the folder's own packing, because nobody may have asked for it.
+    Raises ArgumentError.
+    """
+    stored = source.weights.packing
+    if stored is None:
+        return Packing(form)
+    if form in (stored.form, default):
         return stored
     raise ArgumentError(
-        f"quantization is {form}, but {source.weights.path} is packed as {stored}; leave "
+        f"quantization is {form}, but {source.weights.path} is packed as {stored.form}; leave "
         "quantization out, or convert the original to what you want"
     )
 

@@ -4,51 +4,42 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from bminf.errors import ArgumentError, BudgetError, UnsupportedModelError
 from bminf.generation.arguments import check_banned, check_positive
-from bminf.generation.beam import beam_search
+from bminf.generation.beam import Hypothesis, beam_search
 from bminf.generation.loop import Decoder, decode
 from bminf.generation.sampling import Sampler, Sampling
 from bminf.models.arguments import (
     Text,
     dtype_for,
     form_for,
-    format_for_source,
     ids_of,
     ids_of_str,
     max_length_for,
+    packing_for,
     present_ids,
 )
 from bminf.models.family import Family
-from bminf.models.load import fill, lay_out, plan_for, skeleton
+from bminf.models.load import Packing, fill, lay_out, plan_for, skeleton
 from bminf.models.options import Options
-from bminf.models.source import open_source, skeleton_of
+from bminf.models.prompt import Prompt
+from bminf.models.source import Source, open_source, skeleton_of
 from bminf.models.stats import ModelStats
 from bminf.models.workspace import LOGITS_AT_ONCE, reserved_bytes
-from bminf.quantization.packed import Format
+from bminf.quantization.packed import FORMATS, INT8, Format
 from bminf.scheduler.device import backend_for, free_budget
 from bminf.scheduler.hooks import Scheduler
 from bminf.scheduler.plan import Plan
 from bminf.tokenizers.base import Tokenizer
 from bminf.tokenizers.stream import TextStream
 from bminf.units import parse_bytes
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """input_ids: what the model reads; for a T5, what its encoder does.   start_ids: what is fed
-    to the decoder first; for a GPT, input_ids."""
-
-    input_ids: list[int]
-    start_ids: list[int]
 
 
 class LanguageModel:
@@ -79,8 +70,10 @@ class LanguageModel:
     Raises ArgumentError, CheckpointError, BudgetError or OffloadError, and nothing stays loaded.
     """
 
-    _family: Family
-    _defaults = Options()
+    _families: Sequence[Family]  # that a checkpoint may be of
+    _formats: ClassVar[Mapping[str, Format]] = FORMATS
+    _default_format = INT8
+    _defaults: Options = Options()
     _more_tokens = 0  # that the decoder is fed beyond max_length
     tokenizer: Tokenizer
     model: Any  # the architecture
@@ -102,24 +95,25 @@ class LanguageModel:
         check_positive("max_batch_size", max_batch_size)
         if max_length is not None:
             check_positive("max_length", max_length)
-        form = form_for(quantization)
+        form = form_for(quantization, self._formats)
         limit = None if memory_limit is None else parse_bytes(memory_limit, "memory_limit")
         backend = backend_for(device, offload_dir, stacklevel=3)
         dtype = dtype_for(dtype, backend.device)
-        source = open_source(self._family, checkpoint, config, tokenizer)
+        source = open_source(self._families, checkpoint, config, tokenizer)
+        source, packing = self._adapted(source, form, dtype)
         self.path = source.weights.path
         self.config, self.tokenizer, self.device = source.config, source.tokenizer, backend.device
         self.max_length = max_length_for(max_length, source)
         self.max_batch_size = max_batch_size
-        form = format_for_source(form, source)
-        empty = skeleton_of(self._family, source.config)
-        self.model, blocks = skeleton(empty, dtype, form, activations)
+        empty = skeleton_of(source.family, source.config)
+        self.model, blocks = skeleton(empty, dtype, packing, activations)
         blobs = lay_out(self.model, blocks)
         reserve = reserved_bytes(
-            source.config, max_batch_size, self.max_length, dtype, form, backend.device.type
-        )
+            source.config, max_batch_size, self.max_length, dtype, packing.usual,
+            backend.device.type,
+        )  # fmt: skip
         budget = free_budget(backend.device) if limit is None else limit
-        the_plan = plan_for(blocks, blobs, budget, self._family.uses, reserve)
+        the_plan = plan_for(blocks, blobs, budget, source.family.uses, reserve)
         self._scheduler: Scheduler | None = None
         self._lock = threading.RLock()
         self._turn = 0  # which generation the cache belongs to
@@ -205,6 +199,12 @@ class LanguageModel:
 
     # ---- what subclasses say --------------------------------------------------------------------
 
+    def _adapted(
+        self, source: Source, form: Format | None, dtype: torch.dtype
+    ) -> tuple[Source, Packing]:
+        """What is loaded, and how it is packed.   form: what was asked for."""
+        return source, packing_for(form, source, self._default_format)
+
     def _prompt(self, text: Any) -> Prompt:
         """The ids for what a user gave.   Raises ArgumentError."""
         raise NotImplementedError
@@ -233,7 +233,8 @@ class LanguageModel:
         prompts = [self._checked_prompt(text, settings) for text in texts]
         stop_ids = self._stop_ids(settings)
         if settings.num_beams > 1:
-            answers = self._search(prompts, settings, stop_ids)
+            found = self._search(prompts, settings, stop_ids)
+            answers = [list(hypotheses[0].ids) for hypotheses in found]
         else:
             answers = self._draw(prompts, self._sampler(prompts, settings), stop_ids, settings)
         return [self._answer(ids, stop_ids) for ids in answers]
@@ -259,21 +260,32 @@ class LanguageModel:
 
     def _search(
         self, prompts: list[Prompt], settings: Options, stop_ids: frozenset[int]
-    ) -> list[list[int]]:
-        banned = sorted({*self._banned_ids(), *settings.banned_ids(self.tokenizer)})
+    ) -> list[list[Hypothesis]]:
+        """What a beam search finds for each prompt, best first."""
+        banned = sorted({*self._banned_ids(settings), *settings.banned_ids(self.tokenizer)})
         check_banned(banned, self.config.vocab_size)
         self._check_rows(len(prompts) * settings.num_beams)
         with self._lock, torch.inference_mode():
             self._begin()
             began = time.perf_counter()
             decoder, start = self._decoder(prompts)
-            found = beam_search(
-                decoder, start, settings.num_beams, stop_ids, settings.max_tokens,
-                settings.length_penalty, banned_ids=banned,
-            )  # fmt: skip
-            answers = [list(hypotheses[0].ids) for hypotheses in found]
-            self._count(sum(map(len, answers)), began)
-        return answers
+            found = self._searched(decoder, start, prompts, settings, stop_ids, banned)
+            self._count(sum(len(hypotheses[0].ids) for hypotheses in found), began)
+        return found
+
+    def _searched(
+        self,
+        decoder: Decoder,
+        start: torch.Tensor,
+        prompts: list[Prompt],
+        settings: Options,
+        stop_ids: frozenset[int],
+        banned_ids: Sequence[int],
+    ) -> list[list[Hypothesis]]:
+        return beam_search(
+            decoder, start, settings.num_beams, stop_ids, settings.max_tokens,
+            settings.length_penalty, banned_ids=banned_ids,
+        )  # fmt: skip
 
     def _pieces(
         self,
@@ -368,7 +380,7 @@ class LanguageModel:
         return Sampler(sampling, counted, self.config.vocab_size, self.device)
 
     def _sampling(self, settings: Options) -> Sampling:
-        banned = {*self._banned_ids(), *settings.banned_ids(self.tokenizer)}
+        banned = {*self._banned_ids(settings), *settings.banned_ids(self.tokenizer)}
         return settings.sampling(sorted(banned), self._unpenalized_ids())
 
     def _check_rows(self, num_rows: int) -> None:
@@ -382,7 +394,7 @@ class LanguageModel:
     def _stop_ids(self, settings: Options) -> frozenset[int]:
         return frozenset([*self._end_ids(), *settings.stop_ids(self.tokenizer)])
 
-    def _banned_ids(self) -> list[int]:
+    def _banned_ids(self, settings: Options) -> list[int]:
         """No text holds an unknown token."""
         return [self.tokenizer.token_id("<unk>")]
 

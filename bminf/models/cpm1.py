@@ -12,9 +12,10 @@ from bminf.generation.loop import Decoder
 from bminf.layers.kv_cache import KVCache
 from bminf.models import family
 from bminf.models.arguments import Text
-from bminf.models.base import LanguageModel, Prompt
+from bminf.models.base import LanguageModel
 from bminf.models.decoders import GPTDecoder, padded
 from bminf.models.options import Options
+from bminf.models.prompt import Prompt
 
 
 class CPM1(LanguageModel):
@@ -22,7 +23,7 @@ class CPM1(LanguageModel):
 
     {LanguageModel.__doc__}
     """
-    _family = family.CPM1
+    _families = (family.CPM1,)
     model: GPT
 
     def generate(

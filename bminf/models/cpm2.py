@@ -9,8 +9,9 @@ from typing import Any
 
 from bminf.errors import ArgumentError
 from bminf.models import family
-from bminf.models.base import LanguageModel, Prompt
+from bminf.models.base import LanguageModel
 from bminf.models.options import Options
+from bminf.models.prompt import Prompt
 from bminf.models.t5_model import T5Model
 
 SPAN = "<span>"
@@ -22,7 +23,7 @@ class CPM2(T5Model):
 
     {LanguageModel.__doc__}
     """
-    _family = family.CPM2
+    _families = (family.CPM2,)
 
     def generate(
         self,

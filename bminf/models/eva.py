@@ -7,8 +7,9 @@ from typing import Any
 
 from bminf.errors import ArgumentError
 from bminf.models import family
-from bminf.models.base import LanguageModel, Prompt
+from bminf.models.base import LanguageModel
 from bminf.models.options import Options
+from bminf.models.prompt import Prompt
 from bminf.models.t5_model import T5Model
 
 _TRUNCATION_LENGTH = 256
@@ -23,7 +24,7 @@ class EVA(T5Model):
 
     {LanguageModel.__doc__}
     """
-    _family = family.EVA
+    _families = (family.EVA,)
     _defaults = Options(top_n=10, temperature=0.85)
 
     def dialogue(

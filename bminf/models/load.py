@@ -5,18 +5,22 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 
+from bminf.arch.glm import GLM, matrices_of
 from bminf.checkpoint.names import listed
-from bminf.checkpoint.stored import QuantizedRows, Stored
+from bminf.checkpoint.quantized import Quantized
+from bminf.checkpoint.stored import Rows, Stored, pieces
 from bminf.errors import ArgumentError, BudgetError, CheckpointError
+from bminf.layers.host_embedding import HostEmbedding
 from bminf.layers.quantize import quantize_children
 from bminf.layers.quantized_linear import QuantizedLinear
-from bminf.quantization.packed import INT8, Format, PackedWeight, of_codes, pack
+from bminf.layout import Filling
+from bminf.quantization.packed import Format, PackedWeight, pack
 from bminf.scheduler.backends.base import Backend
 from bminf.scheduler.blob import Blobs, survey
 from bminf.scheduler.blocks import ModuleBlock, find_blocks
@@ -31,20 +35,43 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 Model = TypeVar("Model", bound=torch.nn.Module)
 
 _PACKED_FIELDS = ("qweight", "scale", "minimum", "code_sum")
+_ELEMENTS_AT_ONCE = 2**24  # of a matrix that are read and packed together
+
+
+@dataclass(frozen=True)
+class Packing:
+    """The formats of the linears in the blocks.
+
+    form: of all of them but `exceptions`, by name; None is not packed.
+    """
+
+    form: Format | None = None
+    exceptions: Mapping[str, Format | None] = field(default_factory=dict)
+
+    def of(self, name: str) -> Format | None:
+        return self.exceptions.get(name, self.form)
+
+    @property
+    def usual(self) -> Format | None:
+        """That of the layers: what a pass needs beside its weights is reckoned by it."""
+        return self.form or next(iter(self.exceptions.values()), None)
 
 
 @dataclass(frozen=True)
 class Weights:
     """Tensors that are not read yet, under the names of the architecture.
 
-    form: how the linears in the blocks are packed there already (named as a QuantizedLinear's
+    packing: how the linears in the blocks are packed there already (named as a QuantizedLinear's
     buffers); None where they are not.   original_name: what the files call a tensor.
+    table: of a HostEmbedding, if the model has one.   pack: of a weight that is not packed yet.
     """
 
     tensors: Mapping[str, Stored]
     path: Path
-    form: Format | None = None
+    packing: Packing | None = None
     original_name: Callable[[str], str] = str
+    table: Stored | None = None
+    pack: Callable[[torch.Tensor, Format], PackedWeight] = pack
 
 
 def check_shapes(model: torch.nn.Module, weights: Weights) -> None:
@@ -66,6 +93,9 @@ def check_shapes(model: torch.nn.Module, weights: Weights) -> None:
         )
     for name, (shape, dtype) in expected.items():
         _check_alike(weights.tensors[name], shape, dtype)
+    for module in model.modules():
+        if isinstance(module, HostEmbedding) and weights.table is not None:
+            _check_alike(weights.table, (module.num_rows, module.hidden_size), None)
 
 
 def _check_alike(stored: Stored, shape: tuple[int, ...], dtype: torch.dtype | None) -> None:
@@ -81,30 +111,35 @@ def _check_alike(stored: Stored, shape: tuple[int, ...], dtype: torch.dtype | No
 
 
 def skeleton(
-    model: Model, dtype: torch.dtype, form: Format | None, activations: str
+    model: Model, dtype: torch.dtype, packing: Packing, activations: str
 ) -> tuple[Model, list[ModuleBlock]]:
     """`model`, on the meta device, in `dtype`, the linears of its blocks packed; and the blocks.
 
     Raises ArgumentError for activations that do not go with the format.
     """
     model.to(dtype).eval().requires_grad_(False)
-    # By name, because a list of one layer is not seen to repeat.
-    lists = [n for n, module in model.named_modules() if isinstance(module, torch.nn.ModuleList)]
-    blocks = find_blocks(model, lists)
-    if form is not None:
-        inside = {module for b in blocks for module in model.get_submodule(b.name).modules()}
-        stand_ins: dict[torch.nn.Module, QuantizedLinear] = {
-            module: QuantizedLinear(module, activations, form)
-            for module in model.modules()
-            if type(module) is torch.nn.Linear and module in inside
-        }
-        list(quantize_children(model, stand_ins))
-    elif activations not in ("auto", "float"):
+    blocks = find_blocks(model, _names_of_blocks(model))
+    if packing == Packing() and activations not in ("auto", "float"):
         raise ArgumentError(
             f"activations={activations!r}, but quantization=None leaves the weights in floating "
             'point; accepted with it: "auto", "float"'
         )
+    inside = {module for b in blocks for module in model.get_submodule(b.name).modules()}
+    stand_ins: dict[torch.nn.Module, QuantizedLinear] = {}
+    for name, module in model.named_modules():
+        form = packing.of(name)
+        if type(module) is torch.nn.Linear and module in inside and form is not None:
+            stand_ins[module] = QuantizedLinear(module, activations, form)
+    list(quantize_children(model, stand_ins))
     return model, blocks
+
+
+def _names_of_blocks(model: torch.nn.Module) -> list[str]:
+    """The matrices of a GLM, whose layers are too large to move as one; elsewhere the lists, whose
+    items are layers: by name, because a list of one layer is not seen to repeat."""
+    if isinstance(model, GLM):
+        return matrices_of(model)
+    return [n for n, module in model.named_modules() if isinstance(module, torch.nn.ModuleList)]
 
 
 def lay_out(model: torch.nn.Module, blocks: list[ModuleBlock]) -> Blobs:
@@ -159,6 +194,10 @@ def fill(
     except BaseException:
         backend.close()
         raise
+    for module in model.modules():
+        if isinstance(module, HostEmbedding):
+            assert weights.table is not None
+            module.keep(_mapped(weights.table))
     model.__dict__[ATTRIBUTE] = scheduler
     weakref.finalize(model, backend.release)
     return scheduler
@@ -166,8 +205,8 @@ def fill(
 
 def tensors_of_block(
     model: torch.nn.Module, block: str, blobs: Blobs, weights: Weights
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name in the block, tensor) of all tensors of its layout, read and packed one at a time.
+) -> Iterator[Filling]:
+    """All tensors of a block's layout by their names in it, read and packed some rows at a time.
 
     block: "" for what lies outside all blocks.
     """
@@ -177,33 +216,53 @@ def tensors_of_block(
     for name, linear in packed.items():
         inner = f"{name}." if name else ""
         if f"{inner}qweight" in layout.specs:
-            for field, tensor in _packed(linear, _joined(block, name), weights):
-                yield inner + field, tensor
-    fields = {f"{name}.{field}".lstrip(".") for name in packed for field in _PACKED_FIELDS}
+            for key, tensor, first_row in _packed(linear, _joined(block, name), weights):
+                yield inner + key, tensor, first_row
+    keys = {f"{name}.{key}".lstrip(".") for name in packed for key in _PACKED_FIELDS}
     for name, spec in layout.specs.items():
-        if name not in fields:
-            yield name, _read(weights, _joined(block, name)).to(spec.dtype)
+        if name not in keys:
+            for first_row, tensor in pieces(weights.tensors[_joined(block, name)]):
+                yield name, tensor.to(spec.dtype), first_row
 
 
 def _packed(
     linear: QuantizedLinear, name: str, weights: Weights
-) -> Iterator[tuple[str, torch.Tensor]]:
-    if weights.form is not None:
-        for field in _fields_of(linear):
-            yield field, _read(weights, f"{name}.{field}")
+) -> Iterator[tuple[str, torch.Tensor, int]]:
+    if weights.packing is not None:
+        for key in _keys_of(linear):
+            for first_row, tensor in pieces(weights.tensors[f"{name}.{key}"]):
+                yield key, tensor, first_row
         return
-    packed = _pack(weights.tensors[f"{name}.weight"], linear.form)
-    for field in _fields_of(linear):
-        yield field, getattr(packed, field)
+    stored = weights.tensors[f"{name}.weight"]
+    for begin, end in _ranges(stored):
+        packed = _pack(stored.rows(begin, end), linear.form, weights.pack)
+        for key in _keys_of(linear):
+            yield key, getattr(packed, key), begin
 
 
-def _pack(stored: Stored, form: Format) -> PackedWeight:
+def _pack(
+    stored: Stored, form: Format, packer: Callable[[torch.Tensor, Format], PackedWeight]
+) -> PackedWeight:
     try:
-        if isinstance(stored, QuantizedRows) and form == INT8:
-            return of_codes(stored.codes.read(), stored.scale.read())
-        return pack(stored.read(), form)
+        if isinstance(stored, Quantized) and form == stored.form:
+            return stored.packed()
+        return packer(stored.read(), form)
     except ArgumentError as error:
         raise CheckpointError(f"{stored.where} cannot be quantised: {error}") from error
+
+
+def _ranges(stored: Stored) -> Iterator[tuple[int, int]]:
+    """Rows of a matrix that are packed together."""
+    num_rows, num_columns = stored.shape
+    at_once = max(1, _ELEMENTS_AT_ONCE // max(1, num_columns))
+    for begin in range(0, num_rows, at_once):
+        yield begin, min(begin + at_once, num_rows)
+
+
+def _mapped(stored: Stored) -> list[torch.Tensor]:
+    """A table as the tensors that it consists of, mapped from their files."""
+    parts = stored.parts if isinstance(stored, Rows) else (stored,)
+    return [part.read() for part in parts]
 
 
 def _wanted(
@@ -213,21 +272,17 @@ def _wanted(
     floating point."""
     for prefix, module in model.named_modules():
         is_packed = isinstance(module, QuantizedLinear)
-        if is_packed and weights.form is None:
+        if is_packed and weights.packing is None:
             yield _joined(prefix, "weight"), ((module.out_features, module.in_features), None)
         for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
             is_code = is_packed and key in _PACKED_FIELDS
-            if tensor is not None and not (is_code and weights.form is None):
+            if tensor is not None and not (is_code and weights.packing is None):
                 dtype = tensor.dtype if is_code else None
                 yield _joined(prefix, key), (tuple(tensor.shape), dtype)
 
 
-def _fields_of(linear: QuantizedLinear) -> Iterable[str]:
-    return [field for field in _PACKED_FIELDS if getattr(linear, field) is not None]
-
-
-def _read(weights: Weights, name: str) -> torch.Tensor:
-    return weights.tensors[name].read()
+def _keys_of(linear: QuantizedLinear) -> Iterable[str]:
+    return [key for key in _PACKED_FIELDS if getattr(linear, key) is not None]
 
 
 def _joined(prefix: str, name: str) -> str:

@@ -97,16 +97,25 @@ class Options:
         if not is_number or not math.isfinite(penalty):
             raise ArgumentError(f"length_penalty={penalty!r}; accepted: a finite number")
         if self.num_beams == 1:
-            if penalty != 1:
-                raise ArgumentError("length_penalty is for num_beams above 1; leave it out")
+            for name, default in self._only_for_beams().items():
+                if getattr(self, name) != default:
+                    raise ArgumentError(f"{name} is for num_beams above 1; leave it out")
             return
-        given = [n for n in ("top_n", "top_k", "top_p", "seed") if getattr(self, n) is not None]
-        given += [n for n in ("frequency_penalty", "presence_penalty") if getattr(self, n) != 0]
+        given = [n for n, none in self._only_without_beams().items() if getattr(self, n) != none]
         if given:
             raise ArgumentError(
                 f"num_beams={self.num_beams} searches for the likeliest text, and {given[0]} is "
                 "for drawing one; leave one of them out"
             )
+
+    def _only_for_beams(self) -> dict[str, Any]:
+        """Name -> the value that says nothing."""
+        defaults = {field.name: field.default for field in fields(self)}
+        return {"length_penalty": defaults["length_penalty"]}
+
+    def _only_without_beams(self) -> dict[str, Any]:
+        unset = dict.fromkeys(("top_n", "top_k", "top_p", "seed"))
+        return {**unset, "frequency_penalty": 0, "presence_penalty": 0}
 
 
 def _ids(name: str, tokens: Collection[str] | None, tokenizer: Tokenizer) -> list[int]:

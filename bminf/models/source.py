@@ -4,20 +4,21 @@ with nothing but headers read so far."""
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bminf.arch.glm import GLMConfig, head_rows
 from bminf.checkpoint.folder import Checkpoint, open_checkpoint
-from bminf.checkpoint.stored import Scaled, Stored
+from bminf.checkpoint.stored import Rows, Scaled, Stored
 from bminf.errors import ArgumentError, CheckpointError
 from bminf.models import config as configs
 from bminf.models.family import FAMILIES, Config, Family
-from bminf.models.load import Weights, check_shapes, skeleton
+from bminf.models.load import Packing, Weights, check_shapes, skeleton
 from bminf.quantization.packed import Format
 from bminf.tokenizers.base import Tokenizer
 from bminf.tokenizers.find import find_tokenizer, tokenizer_from
@@ -25,6 +26,7 @@ from bminf.tokenizers.find import find_tokenizer, tokenizer_from
 FORMAT_VERSION = 1
 """Of the folders that convert() writes."""
 
+_HEAD = "lm_head.parts."
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ("*.json", "*.bin", "*.safetensors", "*.model", "*.txt")
 _ONLY_IN_CPM1 = {
@@ -47,21 +49,31 @@ class Source:
 
 
 def open_source(
-    family: Family, checkpoint: str | Path | None, config: Any = None, tokenizer: Any = None
+    families: Sequence[Family],
+    checkpoint: str | Path | None,
+    config: Any = None,
+    tokenizer: Any = None,
 ) -> Source:
-    """Find everything that `family` needs in `checkpoint`, a folder or a hub id.
+    """Find everything that a model needs in `checkpoint`, a folder or a hub id.
 
-    config, tokenizer: see LanguageModel.   Raises ArgumentError or CheckpointError.
+    families: those that it may be of.   config, tokenizer: see LanguageModel.
+    Raises ArgumentError or CheckpointError.
     """
-    opened = open_checkpoint(_folder(family, checkpoint))
+    opened = open_checkpoint(_folder(families, checkpoint))
+    family = _told(families, opened)
     if opened.kind == "bminf":
         return _own(family, opened, config, tokenizer)
-    _check_family(family, opened)
     renamed = family.tensors(opened)
-    parsed, source = _config(family, opened, renamed, config)
+    parsed, source = config_of(family, opened, renamed, config)
     tensors = _as_configured(renamed, source)
-    original_name = partial(family.original_name, opened.kind)
-    weights = Weights(tensors, opened.path, original_name=original_name)
+    weights = Weights(
+        tensors,
+        opened.path,
+        original_name=partial(family.original_name, opened.kind),
+        pack=family.pack,
+    )
+    if isinstance(parsed, GLMConfig):
+        weights = _with_table(weights)
     check_shapes(skeleton_of(family, parsed), weights)
     found = _tokenizer(family, opened, tokenizer, parsed)
     return Source(family, weights, parsed, found, tensors["embed_tokens.weight"].dtype)
@@ -72,6 +84,10 @@ def family_of(opened: Checkpoint) -> Family | None:
     if opened.kind == "bminf":
         return FAMILIES.get(str(configs.read_config(opened.path / "config.json").get("model")))
     names = opened.tensors.keys()
+    if any(name.endswith("block_position_embeddings.weight") for name in names):
+        return FAMILIES["glm10b"]
+    if "transformer.word_embeddings.weight" in names:
+        return FAMILIES["glm130b"]
     if names & _ONLY_IN_CPM1:
         return FAMILIES["cpm1"]
     if "position_bias_dec.relative_attention_bias" in names:  # ModelCenter's, which has no EVA
@@ -81,16 +97,50 @@ def family_of(opened: Checkpoint) -> Family | None:
     return None
 
 
+def with_head_parts(source: Source, num_head_parts: int) -> Source:
+    """`source`, a GLM's, with its output head cut into so many parts."""
+    assert isinstance(source.config, GLMConfig) and source.weights.table is not None
+    config = replace(source.config, num_head_parts=num_head_parts)
+    tensors = {n: t for n, t in source.weights.tensors.items() if not n.startswith(_HEAD)}
+    for number, (begin, end) in enumerate(head_rows(config)):
+        tensors[f"{_HEAD}{number}.weight"] = source.weights.table.rows(begin, end)
+    return replace(source, config=config, weights=replace(source.weights, tensors=tensors))
+
+
 def skeleton_of(family: Family, config: Config) -> torch.nn.Module:
     """The architecture on the meta device, in float32, with nothing packed."""
     with torch.device("meta"):
         return family.build(config)
 
 
-def _check_family(family: Family, opened: Checkpoint) -> None:
+def _told(families: Sequence[Family], opened: Checkpoint) -> Family:
+    """The one of `families` that the checkpoint is of."""
     told = family_of(opened)
-    if told is not None and told.name != family.name:
-        raise CheckpointError(f"{opened.path} holds {told.title}, not {family.title}")
+    if told is None and opened.kind != "bminf" and len(families) == 1:
+        return families[0]
+    for family in families:
+        if told is not None and family.name == told.name:
+            return family
+    wanted = " or ".join(family.title for family in families)
+    if told is not None:
+        raise CheckpointError(f"{opened.path} holds {told.title}, not {wanted}")
+    if opened.kind == "bminf":
+        name = configs.read_config(opened.path / "config.json").get("model")
+        raise CheckpointError(f"{opened.path} holds {name!r}, not {wanted}")
+    raise CheckpointError(f"{opened.path} holds another model than {wanted}")
+
+
+def _with_table(weights: Weights) -> Weights:
+    """The embedding, which is gathered on the host, apart; the head has the same weights."""
+    tensors = dict(weights.tensors)
+    table = tensors.pop("embed_tokens.weight", None)
+    if table is not None:
+        tensors[f"{_HEAD}0.weight"] = table
+
+    def original_name(name: str) -> str:
+        return weights.original_name("embed_tokens.weight" if name.startswith(_HEAD) else name)
+
+    return replace(weights, tensors=tensors, table=table, original_name=original_name)
 
 
 def _model_type(opened: Checkpoint) -> Any:
@@ -99,9 +149,10 @@ def _model_type(opened: Checkpoint) -> Any:
     return None if path is None else configs.read_config(path).get("model_type")
 
 
-def _folder(family: Family, checkpoint: str | Path | None) -> Path:
-    accepted = f"a folder with a {family.title} checkpoint" + "".join(
-        f', "{hub_id}"' for hub_id in family.hub_ids
+def _folder(families: Sequence[Family], checkpoint: str | Path | None) -> Path:
+    titles = " or ".join(family.title for family in families)
+    accepted = f"a folder with a {titles} checkpoint" + "".join(
+        f', "{hub_id}"' for family in families for hub_id in family.hub_ids
     )
     if checkpoint is None:
         raise ArgumentError(f"no checkpoint is given; accepted: {accepted}")
@@ -133,10 +184,6 @@ def _own(family: Family, opened: Checkpoint, config: Any, tokenizer: Any) -> Sou
     """A folder that convert() wrote."""
     path = opened.path / "config.json"
     written = configs.read_config(path)
-    if written.get("model") != family.name:
-        other = FAMILIES.get(str(written.get("model")))
-        name = other.title if other is not None else repr(written.get("model"))
-        raise CheckpointError(f"{opened.path} holds {name}, not {family.title}")
     if written.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
             f"{path} has the format_version {written.get('format_version')!r}; this library reads "
@@ -146,27 +193,52 @@ def _own(family: Family, opened: Checkpoint, config: Any, tokenizer: Any) -> Sou
     if not isinstance(fields, Mapping):
         raise CheckpointError(f'{path} has no object "config"; convert the original anew')
     parsed = family.parse(fields, opened.tensors, str(path))
-    weights = Weights(opened.tensors, opened.path, _form(written, path))
-    model, _ = skeleton(skeleton_of(family, parsed), torch.float32, weights.form, "auto")
+    packing = _packing(written, path)
+    weights = Weights(opened.tensors, opened.path, packing, pack=family.pack)
+    if isinstance(parsed, GLMConfig):
+        weights = _with_own_table(weights, parsed)
+    model, _ = skeleton(skeleton_of(family, parsed), torch.float32, packing or Packing(), "auto")
     check_shapes(model, weights)
     found = _tokenizer(family, opened, tokenizer, parsed)
-    return Source(family, weights, parsed, found, opened.tensors["embed_tokens.weight"].dtype)
+    table = weights.table or weights.tensors["embed_tokens.weight"]
+    return Source(family, weights, parsed, found, table.dtype)
 
 
-def _form(written: Mapping[str, Any], path: Path) -> Format | None:
-    packing = written.get("quantization")
-    if packing is None:
+def _with_own_table(weights: Weights, config: GLMConfig) -> Weights:
+    """As _with_table: a head that is not packed stands for the embedding, too."""
+    tensors = dict(weights.tensors)
+    table = tensors.pop("embed_tokens.weight", None)
+    if table is None:
+        names = [f"{_HEAD}{number}.weight" for number in range(config.num_head_parts)]
+        lacking = [name for name in names if name not in tensors]
+        if lacking:
+            raise CheckpointError(f"{weights.path} lacks {lacking[0]!r}; convert the original anew")
+        table = Rows(tuple(tensors[name] for name in names))
+    return replace(weights, tensors=tensors, table=table)
+
+
+def _packing(written: Mapping[str, Any], path: Path) -> Packing | None:
+    own = {name: _format(given, path) for name, given in written.get("exceptions", {}).items()}
+    packing = Packing(_format(written.get("quantization"), path), own)
+    return None if packing == Packing() else packing
+
+
+def _format(given: Any, path: Path) -> Format | None:
+    if given is None:
         return None
     try:
-        return Format(**packing)
+        return Format(**given)
     except (TypeError, ArgumentError) as error:
-        raise CheckpointError(f"{path}: quantization is {packing!r}: {error}") from error
+        raise CheckpointError(f"{path}: quantization is {given!r}: {error}") from error
 
 
-def _config(
+def config_of(
     family: Family, opened: Checkpoint, tensors: Mapping[str, Stored], given: Any
 ) -> tuple[Config, Mapping[str, Any]]:
-    """The configuration, and what it was read from."""
+    """The configuration, and what it was read from.   given: see LanguageModel.
+
+    Raises ArgumentError or CheckpointError.
+    """
     if given is not None:
         source, where = _given_config(given)
         return family.parse(source, tensors, where), source
@@ -174,7 +246,9 @@ def _config(
     if path is not None:
         source = configs.read_config(path)
         return family.parse(source, tensors, str(path)), source
-    return _published(family, opened, tensors), {}
+    if family.published:
+        return _published(family, opened, tensors), {}
+    return family.parse({}, tensors, str(opened.path)), {}
 
 
 def _given_config(given: Any) -> tuple[Mapping[str, Any], str]:
@@ -253,7 +327,8 @@ def _tokenizer(family: Family, opened: Checkpoint, given: Any, config: Config) -
         found = find_tokenizer(family.name, opened.path)
     else:
         found = tokenizer_from(family.name, given)
-    if found.vocab_size != config.vocab_size:
+    num_unused = config.vocab_size - found.vocab_size
+    if num_unused < 0 or (num_unused > 0 and not isinstance(config, GLMConfig)):
         raise CheckpointError(
             f"the vocabulary has {found.vocab_size} tokens ({_origin(found)}), the embedding of "
             f"{opened.path} {config.vocab_size} rows; take the vocabulary that came with it"

@@ -9,8 +9,9 @@ import torch
 from bminf.arch.t5 import T5, T5Cache
 from bminf.generation.loop import Decoder
 from bminf.models.arguments import Text
-from bminf.models.base import LanguageModel, Prompt
+from bminf.models.base import LanguageModel
 from bminf.models.decoders import T5Decoder, padded
+from bminf.models.prompt import Prompt
 from bminf.tokenizers.base import SentinelTokenizer
 
 

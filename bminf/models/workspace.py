@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from bminf.arch.glm import GLMConfig, glm_cache_bytes
 from bminf.arch.gpt import GPTConfig, gpt_cache_bytes
 from bminf.arch.t5 import T5Config, t5_cache_bytes
 from bminf.quantization.packed import INT8, Format
@@ -62,7 +63,7 @@ class _Sizes:
 
 
 def reserved_bytes(
-    config: GPTConfig | T5Config,
+    config: GPTConfig | T5Config | GLMConfig,
     max_batch_size: int,
     max_length: int,
     dtype: torch.dtype,
@@ -77,6 +78,8 @@ def reserved_bytes(
     num_rows, is_cpu = max_batch_size * max_length, device_type == "cpu"
     if isinstance(config, T5Config):
         cache = t5_cache_bytes(config, max_batch_size, max_length, max_length + 1, dtype)
+    elif isinstance(config, GLMConfig):
+        cache = glm_cache_bytes(config, max_batch_size, max_length, dtype)
     else:
         cache = gpt_cache_bytes(config, max_batch_size, max_length, dtype)
     bias = _bias_bytes(config, max_batch_size, max_length, dtype.itemsize)
@@ -91,11 +94,18 @@ def reserved_bytes(
     return cache + peak + int(_HOLES * peak) + kept
 
 
-def _layer_bytes(config: GPTConfig | T5Config, sizes: _Sizes) -> int:
+def _layer_bytes(config: GPTConfig | T5Config | GLMConfig, sizes: _Sizes) -> int:
     """The widest moment of a layer, but for its bias."""
     size, wide = config.hidden_size, config.intermediate_size
     inner = config.inner_size if isinstance(config, T5Config) else size
     residual = sizes.held(size, size)  # and what its norm made of it
+    if isinstance(config, GLMConfig) and config.is_rotary:
+        return residual + max(
+            sizes.product(size, 2 * wide),
+            sizes.held(3 * size, 2 * size, 2 * size),  # queries and keys as they are turned
+            sizes.held(2 * wide, wide, wide),
+            sizes.held(3 * wide) + sizes.product(wide, size),
+        )
     gated = wide if isinstance(config, T5Config) else 0
     return residual + max(
         sizes.product(size, 3 * inner),
@@ -107,7 +117,7 @@ def _layer_bytes(config: GPTConfig | T5Config, sizes: _Sizes) -> int:
 
 
 def _bias_bytes(
-    config: GPTConfig | T5Config, max_batch_size: int, max_length: int, itemsize: int
+    config: GPTConfig | T5Config | GLMConfig, max_batch_size: int, max_length: int, itemsize: int
 ) -> int:
     """Of scores, by row and head where positions are learned by head."""
     is_by_head = isinstance(config, T5Config)

@@ -212,7 +212,7 @@ def greedy(name: str, model: Any, given: Tensors, row: int, num_tokens: int) -> 
     """The likeliest tokens, never stopped."""
     from bminf.generation.loop import decode
     from bminf.generation.sampling import Sampler, Sampling
-    from bminf.models.base import Prompt
+    from bminf.models.prompt import Prompt
 
     if name == "cpm1":
         ids = given["input_ids"][row, : int(given["greedy_prompt_len"][row])].tolist()

@@ -1,0 +1,532 @@
+"""GLM: GLM-130B, and GLM with 110 million to 10 billion parameters. They fill blanks in a text, and
+go on from its end."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from bminf.arch.glm import GLM as Network
+from bminf.arch.glm import GLMConfig
+from bminf.errors import ArgumentError
+from bminf.generation.beam import Hypothesis, beam_search
+from bminf.generation.glm_beam import glm_beam_search
+from bminf.generation.loop import Decoder
+from bminf.generation.sampling import Sampling, in_sequence
+from bminf.layers.kv_cache import KVCache
+from bminf.models import family
+from bminf.models.arguments import Text, form_for, packing_for
+from bminf.models.base import LanguageModel
+from bminf.models.blanks import (
+    MASKS,
+    Blank,
+    blank,
+    choices_behind,
+    is_ahead,
+    position_tensor,
+)
+from bminf.models.decoders import GLMDecoder, padded
+from bminf.models.glm_head import check_head, own_packing, with_head
+from bminf.models.glm_options import GLMOptions
+from bminf.models.load import Packing
+from bminf.models.options import Options
+from bminf.models.prompt import Prompt
+from bminf.models.source import Source
+from bminf.quantization.packed import FORMATS, INT4, Format
+from bminf.tokenizers.base import GLMTokenizer
+
+_MASK = re.compile("|".join(map(re.escape, MASKS)))
+_TEXT_MASK, _OPEN_MASK = "[MASK]", "[gMASK]"
+_SCORED_AT_ONCE = 32  # positions whose logits are held together: as many as drawing has room for
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One of the answers that a beam search found.   stopped: as generate() has it."""
+
+    text: str
+    stopped: bool
+    score: float
+
+
+@dataclass(frozen=True)
+class Masked:
+    """A text with blanks.   ids: as the model reads it.   places: of its masks, among the ids.
+    positions: of the masks in the text, in characters.   mask: the kind they all are of."""
+
+    ids: list[int]
+    places: list[int]
+    positions: list[int]
+    mask: str
+
+
+class GLM(LanguageModel):
+    __doc__ = f"""GLM-130B and GLM-10B (2B, ...); which of them is seen from the checkpoint.
+
+    quantization: "int4" (the library's default), "int4-row" (a scale a row, as GLM-130B's authors
+        pack), "int8", a bminf.Format, or None. A checkpoint that is packed already keeps its codes,
+        in groups of columns where it was cut for several GPUs; None unpacks them.
+    head_quantization: the same for the output head, which stays as it is by default, as its authors
+        leave it. "int8" takes half of its 3.7 GB, for a little rounding of the logits.
+    rotary_precision: of GLM-130B's positions, "float16" as in the code that it was published with,
+        or "float32", which is exact. None is what the configuration says, or "float16".
+    The embedding stays on the host. A block is one matrix.
+
+    {LanguageModel.__doc__}
+    """
+    _families = (family.GLM130B, family.GLM10B)
+    _formats: ClassVar[Mapping[str, Format]] = {**FORMATS, "int4-row": family.INT4_ROW}
+    _default_format = INT4
+    _defaults: Options = GLMOptions()
+    config: GLMConfig
+    tokenizer: GLMTokenizer
+    model: Network
+
+    def __init__(
+        self,
+        checkpoint: str | Path | None = None,
+        memory_limit: int | float | str | None = None,
+        quantization: str | Format | None = "int4",
+        activations: str = "auto",
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | int | None = None,
+        max_length: int | None = None,
+        max_batch_size: int = 1,
+        config: Any = None,
+        tokenizer: Any = None,
+        offload_dir: str | Path | None = None,
+        head_quantization: str | Format | None = None,
+        rotary_precision: str | None = None,
+    ) -> None:
+        self._head_form = form_for(head_quantization, self._formats, "head_quantization")
+        self._rotary_precision = rotary_precision
+        super().__init__(
+            checkpoint, memory_limit, quantization, activations, dtype, device, max_length,
+            max_batch_size, config, tokenizer, offload_dir,
+        )  # fmt: skip
+
+    # ---- what users call ------------------------------------------------------------------------
+
+    def generate(
+        self,
+        text: str,
+        max_tokens: int = 128,
+        top_n: int | None = None,
+        top_p: float | None = None,
+        temperature: float = 1.0,
+        frequency_penalty: float = 0,
+        presence_penalty: float = 0,
+        stop_tokens: Sequence[str] | None = None,
+        **more: Any,
+    ) -> Any:
+        """(answer, stopped): what goes on from `text`, or stands in its one blank; and whether an
+        end token ended it, which is not part of it, or max_tokens did.
+
+        A text without a mask is gone on from its end, as if it ended in [gMASK].
+        With num_return_sequences a list of Candidate, best first, in place of that.
+        Arguments and further keywords (num_beams, seed, ...): see bminf.models.GLMOptions.
+        Raises ArgumentError.
+        """
+        options = GLMOptions(
+            max_tokens, top_n, top_p, temperature, frequency_penalty, presence_penalty, stop_tokens
+        )
+        settings = self._settings(options, more)
+        if settings.num_return_sequences is None:
+            return self._generate([text], settings)[0]
+        prompt = self._one_blank(text)
+        settings = self._within(settings, prompt)
+        self._check_room(prompt, settings)
+        stop_ids = self._stop_ids(settings)
+        (found,) = self._search([prompt], settings, stop_ids)
+        return [
+            Candidate(*self._answer(list(one.ids), stop_ids), one.score)
+            for one in found[: settings.num_return_sequences]
+        ]
+
+    def fill_blank(self, text: str, max_tokens: int = 128, **more: Any) -> list[dict[str, Any]]:
+        """What stands in the blanks of `text`: {"position", "text"} for each mask, in order.
+
+        text: with masks of one kind, [MASK] (a word or a few), [sMASK] (a sentence) or [gMASK]
+        (from here on); without any, [gMASK] is added at its end.   max_tokens: of each blank.
+        The blanks are filled from left to right, and each answer is read for the next.
+        Arguments and further keywords: see bminf.models.GLMOptions; of beams, the best.
+        Raises ArgumentError.
+        """
+        settings = self._settings(GLMOptions(max_tokens), more)
+        masked = self._masked(text)
+        stop_ids = self._stop_ids(settings)
+        answers = self._fill(masked, settings, stop_ids)
+        return [
+            {"position": position, "text": self._answer(answer, stop_ids)[0]}
+            for position, answer in zip(masked.positions, answers, strict=True)
+        ]
+
+    def score(self, text: Text, choices: Sequence[Text], mask: str = _TEXT_MASK) -> list[float]:
+        """The log-probability of each choice in the blank of `text`: the largest is the answer.
+
+        text: a str or token ids, with one mask, or none; then `mask` is added at its end.
+        choices: texts or token ids. Their tokens' log-probabilities are added up, whatever their
+        number; all choices are read together, in one pass, and must fit max_length together.
+        Source: GLM-130B/evaluation, tasks of several choices.   Raises ArgumentError.
+        """
+        if isinstance(choices, str) or not isinstance(choices, Sequence) or not choices:
+            raise ArgumentError(f"choices={choices!r}; give a list with at least one choice")
+        ids = [self._ids(choice, f"choices[{n}]") for n, choice in enumerate(choices)]
+        one = self._scored_blank(text, mask)
+        tokens, positions, is_hidden, rows = choices_behind(one, ids)
+        self._check_length(tokens, "text with all choices")
+        wanted = sorted({row for own in rows for row in own})
+        with self._lock, torch.inference_mode():
+            self._begin()
+            x = self._hidden_states(tokens, positions, is_hidden)
+            logs = self._log_probabilities(x[wanted])
+        place = {row: number for number, row in enumerate(wanted)}
+        return [
+            float(sum(logs[place[row], token] for row, token in zip(own, choice, strict=True)))
+            for own, choice in zip(rows, ids, strict=True)
+        ]
+
+    def perplexity(
+        self, text: str, generation_length: int = 256, unidirectional: bool = False
+    ) -> float:
+        """exp of the mean loss of a text's words, which are what blanks separate.
+
+        The text is read in windows of max_length tokens, each generation_length further; the
+        tokens that are new in a window are predicted from those before, which are read as context
+        in both directions, or with `unidirectional` predicted again themselves.
+        At most exp(20), as the authors have it.   Source: GLM-130B/evaluation, language modelling.
+        Raises ArgumentError.
+        """
+        ids = self._encoded(text)
+        total = sum(self._window_losses(ids, generation_length, unidirectional))
+        return math.exp(min(20.0, total / len(text.strip().split(" "))))
+
+    def logits(self, text: str) -> torch.Tensor:
+        """The logits after each token of what generate() feeds the model: (T, V) float32, CPU.
+
+        text: with at most one mask. The last row is that of the first token of the answer.
+        Raises ArgumentError.
+        """
+        one = self._one_blank(text)
+        self._check_length(one.start_ids, "text")
+        num_tokens = len(one.start_ids)
+        is_hidden = is_ahead(num_tokens, num_tokens, len(one.input_ids))
+        with self._lock, torch.inference_mode():
+            self._begin()
+            return self._logits(self._hidden_states(one.start_ids, one.positions, is_hidden))
+
+    # ---- what is other than in other models -----------------------------------------------------
+
+    def _adapted(
+        self, source: Source, form: Format | None, dtype: torch.dtype
+    ) -> tuple[Source, Packing]:
+        if self._rotary_precision is not None:
+            config = replace(source.config, rotary_precision=self._rotary_precision)  # type: ignore[arg-type]
+            source = replace(source, config=config)
+        packing = packing_for(form, source, self._default_format)
+        if source.weights.packing is not None:
+            check_head(packing, self._head_form, source)
+            return source, packing
+        if form is not None:
+            packing = own_packing(source, form, self._default_format) or packing
+        return with_head(source, packing, self._head_form, dtype)
+
+    def _settings(self, options: Options, keywords: dict[str, Any]) -> Any:
+        settings = super()._settings(options, keywords)
+        assert isinstance(settings, GLMOptions)
+        special = (settings.min_length, settings.no_repeat_ngram_size, not settings.deterministic)
+        if not self.config.is_rotary and any(special):
+            raise ArgumentError(
+                "min_length, no_repeat_ngram_size and deterministic are for the beam search of "
+                "GLM-130B; leave them out for a GLM-10B"
+            )
+        return settings
+
+    def _generate(self, texts: Sequence[Any], settings: Any) -> list[tuple[str, bool]]:
+        if settings.num_return_sequences is not None:
+            raise ArgumentError("num_return_sequences is for generate(); leave it out")
+        if settings.out_seq_length is not None:
+            if len(texts) > 1:
+                raise ArgumentError("out_seq_length is for one text; give max_tokens for several")
+            settings = self._within(settings, self._one_blank(texts[0]))
+        return super()._generate(texts, settings)
+
+    def generate_iter(self, text: Any, **options: Any) -> Iterator[str]:
+        settings = self._settings(self._defaults, options)
+        if settings.out_seq_length is not None:
+            within = self._within(settings, self._one_blank(text))
+            options = {**options, "max_tokens": within.max_tokens}
+        return super().generate_iter(text, **options)
+
+    generate_iter.__doc__ = LanguageModel.generate_iter.__doc__
+
+    def _within(self, settings: GLMOptions, one: Blank) -> GLMOptions:
+        """Settings whose max_tokens is what out_seq_length, if given, leaves for an answer."""
+        if settings.out_seq_length is None:
+            return settings
+        room = settings.out_seq_length - len(one.start_ids)
+        if room < 1:
+            raise ArgumentError(
+                f"out_seq_length={settings.out_seq_length} counts the text, which has "
+                f"{len(one.start_ids)} tokens with its mask and what begins an answer; give more, "
+                "or max_tokens, which counts the answer alone"
+            )
+        return replace(settings, max_tokens=room)
+
+    def _searched(
+        self,
+        decoder: Decoder,
+        start: torch.Tensor,
+        prompts: list[Prompt],
+        settings: Any,
+        stop_ids: frozenset[int],
+        banned_ids: Sequence[int],
+    ) -> list[list[Hypothesis]]:
+        if not self.config.is_rotary:
+            return beam_search(
+                decoder, start, settings.num_beams, stop_ids, settings.max_tokens,
+                settings.length_penalty, banned_ids=banned_ids,
+            )  # fmt: skip
+        return glm_beam_search(
+            decoder, start, [prompt.start_ids for prompt in prompts], settings.num_beams,
+            stop_ids, settings.max_tokens, length_penalty=settings.length_penalty,
+            no_repeat_ngram_size=settings.no_repeat_ngram_size, min_length=settings.min_length,
+            is_deterministic=settings.deterministic, seed=settings.seed, banned_ids=banned_ids,
+        )  # fmt: skip
+
+    def _sampling(self, settings: Options) -> Sampling:
+        return replace(super()._sampling(settings), filter=in_sequence)
+
+    def _stop_ids(self, settings: Any) -> frozenset[int]:
+        ends = self._end_ids() if settings.end_tokens is None else settings.end_tokens
+        return frozenset([*ends, *settings.stop_ids(self.tokenizer)])
+
+    def _end_ids(self) -> list[int]:
+        return [self.tokenizer.eop_id, self.tokenizer.eos_id]
+
+    def _banned_ids(self, settings: Options) -> list[int]:
+        """What no text holds, and rows of the embedding that no token has."""
+        unused = range(self.tokenizer.vocab_size, self.config.vocab_size)
+        return sorted({*self.tokenizer.unspoken_ids, *unused} - self._stop_ids(settings))
+
+    @property
+    def _pad_id(self) -> int:
+        return self.tokenizer.pad_id
+
+    def _new_cache(self) -> KVCache:
+        return self.model.new_cache(self.max_batch_size, self.max_length)
+
+    def _decoder(self, prompts: list[Any]) -> tuple[Decoder, torch.Tensor]:
+        rows = [prompt.start_ids for prompt in prompts]
+        decoder = GLMDecoder(self.model, self._cache, prompts)
+        return decoder, self._tensor(padded(rows, self._pad_id, is_at_end=False))
+
+    # ---- texts with blanks ----------------------------------------------------------------------
+
+    def _prompt(self, text: Any) -> Prompt:
+        return self._one_blank(text)
+
+    def _one_blank(self, text: Any) -> Blank:
+        masked = self._masked(text)
+        if len(masked.places) > 1:
+            raise ArgumentError(
+                f"the text has {len(masked.places)} blanks; generate() takes one, fill_blank() any "
+                "number"
+            )
+        return self._blank(masked.ids, masked.places[0], masked.mask)
+
+    def _blank(
+        self,
+        ids: Sequence[int],
+        place: int,
+        mask: str,
+        earlier: Sequence[tuple[int, Sequence[int]]] = (),
+    ) -> Blank:
+        is_continued = self.config.is_rotary and mask == _OPEN_MASK
+        return blank(ids, place, self.tokenizer.sop_id, is_continued, earlier)
+
+    def _masked(self, text: Any) -> Masked:
+        """The ids of a text and its masks; one is added where there is none."""
+        if not isinstance(text, str):
+            raise ArgumentError(f"text is a {type(text).__name__}; give a str")
+        found = list(_MASK.finditer(text))
+        mask = self._kind([match[0] for match in found])
+        if not found:
+            if not text.strip():
+                raise ArgumentError("text is empty; give a text, with or without a mask")
+            return self._masked_ids([*self._pieces_of(text, [])], [len(text)], mask)
+        return self._masked_ids(self._pieces_of(text, found), [m.start() for m in found], mask)
+
+    def _kind(self, masks: list[str]) -> str:
+        """The one kind of mask; where there is none, the one that goes on from the end."""
+        known = self.tokenizer.masks
+        kinds = list(dict.fromkeys(masks)) or [_OPEN_MASK if _OPEN_MASK in known else _TEXT_MASK]
+        if len(kinds) > 1:
+            raise ArgumentError(
+                f"the text mixes {' and '.join(kinds)}; a text has masks of one kind, since "
+                "only those would be filled"
+            )
+        if kinds[0] not in known:
+            raise ArgumentError(f"this model has no {kinds[0]}; it has {', '.join(known)}")
+        return kinds[0]
+
+    def _pieces_of(self, text: str, found: Sequence[re.Match[str]]) -> list[list[int]]:
+        """The ids before each mask, and behind the last."""
+        begins = [0, *(match.end() for match in found)]
+        ends = [*(match.start() for match in found), len(text)]
+        pieces = [text[begin:end] for begin, end in zip(begins, ends, strict=True)]
+        if self.tokenizer.strips_before_masks:
+            last = pieces if not found else pieces[:-1]
+            pieces[: len(last)] = [piece.rstrip() for piece in last]
+        return [self.tokenizer.encode(piece) if piece else [] for piece in pieces]
+
+    def _masked_ids(self, pieces: list[list[int]], positions: list[int], mask: str) -> Masked:
+        ids, places = list(self.tokenizer.prefix_ids), []
+        for number in range(len(positions)):
+            ids += pieces[number]
+            places.append(len(ids))
+            ids.append(self.tokenizer.masks[mask])
+        rest = pieces[len(positions)] if len(pieces) > len(positions) else []
+        # GLM-10B reads an end after any mask but the one that is open to the right.
+        is_open = not rest and (self.config.is_rotary or mask == _OPEN_MASK)
+        return Masked(
+            [*ids, *rest, *([] if is_open else [self.tokenizer.eos_id])], places, positions, mask
+        )
+
+    # ---- filling several blanks -----------------------------------------------------------------
+
+    def _fill(self, masked: Masked, settings: Any, stop_ids: frozenset[int]) -> list[list[int]]:
+        """The answer for each blank, with its end token."""
+        self._check_all_room(masked, settings)
+        answers: list[list[int]] = []
+        for number in range(len(masked.places)):
+            one = self._next_blank(masked, answers, stop_ids)
+            if settings.out_seq_length is not None and number > 0:
+                if settings.out_seq_length <= len(one.start_ids):
+                    answers.append([])  # the blanks before have taken all
+                    continue
+            answers.append(self._filled(one, self._within(settings, one), stop_ids))
+        return answers
+
+    def _filled(self, one: Blank, settings: Any, stop_ids: frozenset[int]) -> list[int]:
+        if settings.num_beams > 1:
+            return list(self._search([one], settings, stop_ids)[0][0].ids)
+        return self._draw([one], self._sampler([one], settings), stop_ids, settings)[0]
+
+    def _next_blank(
+        self, masked: Masked, answers: Sequence[list[int]], stop_ids: frozenset[int]
+    ) -> Blank:
+        """The first blank that has no answer yet. GLM-130B reads the answers before it in their
+        places; GLM-10B behind the text."""
+        number = len(answers)
+        if not self.config.is_rotary:
+            earlier = list(zip(masked.places, answers, strict=False))
+            return self._blank(masked.ids, masked.places[number], masked.mask, earlier)
+        ids, shift = list(masked.ids), 0
+        for place, answer in zip(masked.places, answers, strict=False):
+            kept = answer[:-1] if answer and answer[-1] in stop_ids else answer
+            ids[place + shift : place + shift + 1] = kept
+            shift += len(kept) - 1
+        return self._blank(ids, masked.places[number] + shift, masked.mask)
+
+    def _check_all_room(self, masked: Masked, settings: Any) -> None:
+        one = self._blank(masked.ids, masked.places[0], masked.mask)
+        within = self._within(settings, one)
+        self._check_room(one, within)
+        most = len(one.start_ids) + len(masked.places) * (within.max_tokens + 1) - 2
+        if settings.out_seq_length is None and most > self.max_length:
+            raise ArgumentError(
+                f"{len(one.start_ids)} tokens to begin with and {len(masked.places)} blanks of "
+                f"max_tokens={within.max_tokens} are more than max_length={self.max_length}; lower "
+                f"max_tokens, shorten the text, or {self._remedy()}"
+            )
+
+    # ---- scores ---------------------------------------------------------------------------------
+
+    def _scored_blank(self, text: Text, mask: str) -> Blank:
+        known = self.tokenizer.masks
+        if mask not in known:
+            raise ArgumentError(f"mask={mask!r}; this model has {', '.join(known)}")
+        if not isinstance(text, str):
+            return self._blank_of_ids(self._ids(text, "text"), mask)
+        found = [match[0] for match in _MASK.finditer(text)]
+        if not found:
+            text, found = text + mask, [mask]
+        self._kind(found)
+        if len(found) > 1:
+            raise ArgumentError(f"the text has {len(found)} blanks; a choice is for one")
+        masked = self._masked(text)
+        ids = masked.ids
+        if self.config.is_rotary and ids[-1] == self.tokenizer.eos_id:
+            ids = ids[:-1]  # the authors' evaluation adds no end
+        return self._blank(ids, masked.places[0], masked.mask)
+
+    def _blank_of_ids(self, ids: list[int], mask: str) -> Blank:
+        kinds = {number: name for name, number in self.tokenizer.masks.items()}
+        places = [place for place, number in enumerate(ids) if number in kinds]
+        if len(places) > 1:
+            raise ArgumentError(f"the text has {len(places)} blanks; a choice is for one")
+        if not places:
+            places, ids = [len(ids)], [*ids, self.tokenizer.masks[mask]]
+        return self._blank(ids, places[0], kinds[ids[places[0]]])
+
+    def _window_losses(
+        self, ids: list[int], generation_length: int, unidirectional: bool
+    ) -> Iterator[float]:
+        """The summed losses of each window, see perplexity()."""
+        num_read = self.max_length - 1
+        if type(generation_length) is not int or not 0 < generation_length < num_read:
+            raise ArgumentError(
+                f"generation_length={generation_length!r}; accepted: 1 to {num_read - 1}, less "
+                f"than the tokens of a window, which are max_length={self.max_length} with a mask"
+            )
+        num_windows = 1 + -(-max(0, len(ids) - num_read) // generation_length)
+        for number in range(num_windows):
+            begin = number * generation_length
+            window = ids[begin : begin + num_read]
+            is_context = number > 0 and not unidirectional
+            yield self._window_loss(window, num_read - generation_length if is_context else 0)
+
+    def _window_loss(self, window: list[int], num_context: int) -> float:
+        """The summed loss of what comes after the first `num_context` tokens."""
+        mask = _OPEN_MASK if _OPEN_MASK in self.tokenizer.masks else _TEXT_MASK
+        context = [*window[:num_context], self.tokenizer.masks[mask]]
+        one, targets = self._blank(context, num_context, mask), window[num_context:]
+        tokens = [*one.start_ids, *targets[:-1]]
+        positions = [*one.positions, *(one.position(n) for n in range(1, len(targets)))]
+        is_hidden = is_ahead(len(tokens), len(tokens), len(context))
+        with self._lock, torch.inference_mode():
+            self._begin()
+            x = self._hidden_states(tokens, positions, is_hidden)[len(context) :]
+            logs = [
+                self._log_probabilities(x[at : at + _SCORED_AT_ONCE])
+                .gather(1, torch.tensor(targets[at : at + _SCORED_AT_ONCE]).unsqueeze(1))
+                .double()
+                .sum()
+                for at in range(0, len(targets), _SCORED_AT_ONCE)
+            ]
+        return -float(sum(logs))
+
+    def _hidden_states(
+        self, tokens: Sequence[int], positions: Sequence[tuple[int, int]], is_hidden: torch.Tensor
+    ) -> torch.Tensor:
+        """(T, C), of one text from its beginning."""
+        self._cache.reset()
+        x: torch.Tensor = self.model(
+            self._tensor([list(tokens)]),
+            position_tensor([positions], not self.config.is_rotary).to(self.device),
+            self._cache,
+            is_hidden.unsqueeze(0).to(self.device),
+        )
+        return x[0]
+
+    def _log_probabilities(self, x: torch.Tensor) -> torch.Tensor:
+        """(T, C) -> (T, V) float32 on the CPU."""
+        parts = [self.model.head(part).log_softmax(-1).cpu() for part in x.split(_SCORED_AT_ONCE)]
+        return torch.cat(parts)

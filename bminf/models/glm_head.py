@@ -1,0 +1,78 @@
+"""How a GLM's matrices are packed, and how its output head is cut into blocks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from bminf.arch.glm import GLM, GLMConfig
+from bminf.checkpoint.quantized import Quantized
+from bminf.errors import ArgumentError
+from bminf.models.family import Config
+from bminf.models.load import Packing, lay_out, skeleton
+from bminf.models.source import Source, with_head_parts
+from bminf.quantization.packed import Format
+
+_HEAD = "lm_head.parts."
+
+
+def own_packing(source: Source, form: Format, default: Format | None) -> Packing | None:
+    """That of a checkpoint whose authors packed it, a format a matrix; None where they did not.
+
+    form: what was asked for.   default: what stands for the checkpoint's own, if anything does.
+    Raises ArgumentError for another number of bits.
+    """
+    own = {
+        name.removesuffix(".weight"): stored.form
+        for name, stored in source.weights.tensors.items()
+        if isinstance(stored, Quantized)
+    }
+    if not own:
+        return None
+    bits = {packed.bits for packed in own.values()}
+    if form != default and form not in [Format(number) for number in bits]:
+        raise ArgumentError(
+            f"quantization is {form}, but {source.weights.path} holds codes of "
+            f"{' and '.join(map(str, sorted(bits)))} bits already; leave quantization out to take "
+            "them as they are, give None to unpack them, or take the checkpoint in half precision"
+        )
+    return Packing(None, own)
+
+
+def with_head(
+    source: Source, packing: Packing, head_form: Format | None, dtype: torch.dtype
+) -> tuple[Source, Packing]:
+    """A GLM whose head is packed in `head_form`, and cut as num_head_parts() says."""
+    num_parts = num_head_parts(source.config, packing, head_form, dtype)
+    return with_head_parts(source, num_parts), head_packing(packing, head_form, num_parts)
+
+
+def num_head_parts(
+    config: Config, packing: Packing, head_form: Format | None, dtype: torch.dtype
+) -> int:
+    """So many that no part of the head is larger than the largest matrix of a layer: then it needs
+    no larger slots to be streamed."""
+    assert isinstance(config, GLMConfig)
+    with torch.device("meta"):
+        whole = GLM(replace(config, num_head_parts=1))
+    model, blocks = skeleton(whole, dtype, head_packing(packing, head_form, 1), "auto")
+    sizes = {name: layout.nbytes for name, layout in lay_out(model, blocks).blocks.items()}
+    head_bytes = sizes.pop(f"{_HEAD}0")
+    return min(-(-head_bytes // max(sizes.values())), config.vocab_size)
+
+
+def head_packing(packing: Packing, head_form: Format | None, num_parts: int) -> Packing:
+    """`packing` of the layers, and this one of the head."""
+    heads = {f"{_HEAD}{number}": head_form for number in range(num_parts)}
+    return Packing(packing.form, {**packing.exceptions, **heads})
+
+
+def check_head(packing: Packing, head_form: Format | None, source: Source) -> None:
+    """Raise ArgumentError where a folder's head is not packed as it is asked for."""
+    own = packing.of(f"{_HEAD}0")
+    if head_form is not None and head_form != own:
+        raise ArgumentError(
+            f"head_quantization is {head_form}, but the head in {source.weights.path} is packed as "
+            f"{own}; leave head_quantization out, or convert the original to what you want"
+        )
