@@ -17,7 +17,7 @@ from bminf.layers.quantized_linear import format_for
 from bminf.quantization.packed import INT8, Format
 from bminf.scheduler.blob import Blobs, check_tensors, survey, unmapped_bytes
 from bminf.scheduler.blocks import ModuleBlock, find_blocks
-from bminf.scheduler.device import backend_for, free_budget
+from bminf.scheduler.device import backend_for, free_budget, host_budget
 from bminf.scheduler.hooks import ATTRIBUTE, Scheduler, Stats, is_streaming, refuse_to_save
 from bminf.scheduler.placement import place, take_back
 from bminf.scheduler.plan import Block, Plan, plan
@@ -44,7 +44,8 @@ def wrapper(
 
     Blocks that fit stay on the device; the others wait in host memory (device "cuda") or in a file
     (device "cpu", where the limit is RAM) and come through two slots just before they are needed.
-    What fits entirely is only moved.
+    What host memory has no room for waits in a file, too, and is read ahead. What fits entirely is
+    only moved.
 
     quantization: True or "int8" packs the linears of the blocks to 8 bits, with a scale a row;
         "int4" packs them to 4 bits, 5 with the scales; False or None leaves them. A quantised model
@@ -52,7 +53,7 @@ def wrapper(
     memory_limit: bytes, or "6GB", "5.5GiB": parameters + buffers + slots + reserve. None takes 90%
         of what is free on the device (in the container, where there is one).
     device: None is the GPU where there is one, else the CPU.
-    offload_dir: folder of the file, device "cpu" only; None is a temporary one on a disk.
+    offload_dir: folder of the file; None is a temporary one on a disk.
     reserve: bytes of the limit to set aside for activations and the KV cache.
     blocks: names of the modules that move as one; None takes the items of the outermost lists of
         repeated modules.
@@ -68,12 +69,13 @@ def wrapper(
     _check_keywords(unknown)
     _check_model(model)
     source_device = check_tensors(model)
-    backend = backend_for(device, offload_dir, stacklevel=2)
+    backend = backend_for(device)
     request = _Request.of(
         model, quantization, blocks, uses, quantize, reserve, backend.keeps_addresses
     )
     budget = _budget(memory_limit, model, backend.device, source_device)
-    the_plan = request.plan(budget)
+    own_bytes = unmapped_bytes(model) if source_device.type == "cpu" else 0
+    the_plan = request.plan(budget, host_budget(backend.device, own_bytes))
     if _format(quantization) is not None:
         warn_of_what_stays(model, request.blocks, request.stand_ins, stacklevel=2)
     _carry_out(model, request, Scheduler(the_plan, backend, source_device), offload_dir)
@@ -118,17 +120,21 @@ def plan_for(
     blocks: Iterable[str] | None = None,
     uses: Mapping[str, float] | None = None,
     quantize: Predicate | None = None,
+    host_memory: int | float | str | None = None,
 ) -> Plan:
     """The plan that wrapper() would make on a GPU, for a model on any device, "meta" included.
 
-    Nothing is moved. memory_limit: None is no limit. Raises as wrapper() does.
+    Nothing is moved. memory_limit: None is no limit.   host_memory: for the homes of streamed
+    blocks, bytes or "64GB"; those beyond are planned to wait on disk. None is no limit.
+    Raises as wrapper() does.
     """
     request = _Request.of(
         model, quantization, blocks, uses, quantize, reserve, keep_addresses=False
     )
     if memory_limit is None:
         return request.plan(request.reserved_bytes + request.blobs.nbytes)
-    return request.plan(parse_bytes(memory_limit, "memory_limit"))
+    host_bytes = None if host_memory is None else parse_bytes(host_memory, "host_memory")
+    return request.plan(parse_bytes(memory_limit, "memory_limit"), host_bytes)
 
 
 @dataclass(frozen=True)
@@ -159,13 +165,14 @@ class _Request:
         all_uses = {**_encoder_uses(model, found), **_checked_uses(uses)}
         return cls(found, stand_ins, blobs, all_uses, reserved_bytes)
 
-    def plan(self, budget: int) -> Plan:
+    def plan(self, budget: int, host_bytes: int | None = None) -> Plan:
         return plan(
             [Block(b.name, self.blobs.blocks[b.name].nbytes, b.list_name) for b in self.blocks],
             budget,
             self.uses,
             outside_bytes=self.blobs.outside.nbytes,
             reserved_bytes=self.reserved_bytes,
+            host_bytes=host_bytes,
         )
 
 
@@ -254,7 +261,8 @@ def _carry_out(
     """Move everything to its place; on any error, put the model back together."""
     streamed = scheduler.plan.streamed
     if streamed:
-        scheduler.backend.open([request.blobs.blocks[name] for name in streamed], offload_dir)
+        layouts = [request.blobs.blocks[name] for name in streamed]
+        scheduler.backend.open(layouts, offload_dir, scheduler.plan.disk_places)
     model.__dict__[ATTRIBUTE] = scheduler
     try:
         place(model, request.blobs, request.stand_ins, scheduler)

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bminf.cli import models
 from bminf.cli.progress import spinner
@@ -31,6 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--blocks", nargs="+", metavar="NAME", help="modules to move, instead of those found")
     add("--reserve", default="0", metavar="SIZE", help="set aside for activations and KV cache")
     add("--link", default="12GB", metavar="SIZE", help="bytes a second of the bus; default: 12GB")
+    add("--host-memory", metavar="SIZE",
+        help="for what does not stay; the rest waits on disk; default: enough for all")  # fmt: skip
+    add("--disk", default="2GB", metavar="SIZE", help="bytes a second of the disk; default: 2GB")
     add("--memory-bandwidth", default="150GB", metavar="SIZE",
         help="bytes a second that the device reads of its memory; default: 150GB")  # fmt: skip
     add("--json", action="store_true", help="print one JSON object")
@@ -38,9 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """0, after the report was printed."""
-    link = _bytes_per_s(arguments.link, "--link")
-    memory_bandwidth = _bytes_per_s(arguments.memory_bandwidth, "--memory-bandwidth")
-    for option in ("memory_limit", "reserve"):
+    speeds = _Speeds(
+        _bytes_per_s(arguments.link, "--link"),
+        _bytes_per_s(arguments.memory_bandwidth, "--memory-bandwidth"),
+        _bytes_per_s(arguments.disk, "--disk"),
+    )
+    for option in ("memory_limit", "reserve", "host_memory"):
         parse_bytes(getattr(arguments, option) or 0, f"--{option.replace('_', '-')}")
     config = _read_config(Path(arguments.model))
     models.require(["transformers"])
@@ -67,9 +73,17 @@ def run(arguments: argparse.Namespace) -> int:
     plan = None
     if arguments.memory_limit is not None:
         plan = _plan(model, arguments, arguments.memory_limit)
-        report |= _plan_entries(plan, link, memory_bandwidth)
+        report |= _plan_entries(plan, speeds)
     print(json.dumps(report, indent=2) if arguments.json else _text(report, plan))
     return 0
+
+
+class _Speeds(NamedTuple):
+    """Bytes a second."""
+
+    link: int
+    memory: int
+    disk: int
 
 
 def build_on_meta(config: dict[str, Any]) -> Any:
@@ -157,6 +171,7 @@ def _plan(model: Any, arguments: argparse.Namespace, memory_limit: str | None) -
         memory_limit=memory_limit,
         reserve=arguments.reserve,
         blocks=arguments.blocks,
+        host_memory=arguments.host_memory,
     )
 
 
@@ -165,29 +180,36 @@ def _block_entry(block: Block, whole: Plan) -> dict[str, Any]:
     return {"name": block.name, "list": block.list_name, "bytes": block.nbytes, "uses": uses}
 
 
-def _plan_entries(plan: Plan, link: int, memory_bandwidth: int) -> dict[str, Any]:
-    prediction = _predict(plan, link, memory_bandwidth)
+def _plan_entries(plan: Plan, speeds: _Speeds) -> dict[str, Any]:
+    prediction = _predict(plan, speeds)
     return {
         "memory_limit": plan.budget,
         "resident": list(plan.resident),
         "streamed": list(plan.streamed),
+        "on_disk": list(plan.on_disk),
         "resident_bytes": plan.resident_bytes,
         "slot_bytes": plan.slot_bytes,
         "streamed_bytes": plan.streamed_bytes,
+        "host_bytes": plan.host_bytes,
+        "disk_bytes": plan.disk_bytes,
         "planned_bytes": plan.total_bytes,
-        "link_bytes_per_s": link,
-        "memory_bytes_per_s": memory_bandwidth,
+        "link_bytes_per_s": speeds.link,
+        "memory_bytes_per_s": speeds.memory,
+        "disk_bytes_per_s": speeds.disk,
         "token_s": prediction.pass_s,
         "copy_s": prediction.copy_s,
         "compute_s": prediction.compute_s,
+        "disk_s": prediction.disk_s,
         "link_busy": prediction.link_busy,
+        "disk_busy": prediction.disk_busy,
+        "bound": prediction.bound,
     }
 
 
-def _predict(plan: Plan, link: int, memory_bandwidth: int) -> Prediction:
+def _predict(plan: Plan, speeds: _Speeds) -> Prediction:
     from bminf.scheduler.backends.simulated import predict
 
-    return predict(plan, link, memory_bandwidth)
+    return predict(plan, speeds.link, speeds.memory, disk_bytes_per_s=speeds.disk)
 
 
 def _text(report: dict[str, Any], plan: Plan | None) -> str:
@@ -201,6 +223,9 @@ def _text(report: dict[str, Any], plan: Plan | None) -> str:
     if plan is not None:
         lines += ["", str(plan), "", _time_line(report)]
     return "\n".join(lines)
+
+
+_BOUNDS = {"compute": "reading weights", "link": "the link", "disk": "the disk"}
 
 
 def _group_lines(blocks: Sequence[dict[str, Any]]) -> list[str]:
@@ -222,10 +247,20 @@ def _group_line(run: Sequence[dict[str, Any]]) -> str:
 
 
 def _time_line(report: dict[str, Any]) -> str:
+    disk, busy = "", f"link busy {report['link_busy']:.0%}"
+    if report["on_disk"]:
+        disk = (
+            f"reading the disk {report['disk_s'] * 1e3:.1f} ms at "
+            f"{report['disk_bytes_per_s'] / 1e9:g} GB/s, "
+        )
+        busy += f", disk busy {report['disk_busy']:.0%}"
+    link_gbps, memory_gbps = (
+        report[key] / 1e9 for key in ("link_bytes_per_s", "memory_bytes_per_s")
+    )
     return (
         f"predicted for a token: {report['token_s'] * 1e3:.1f} ms = "
         f"{1 / report['token_s']:.1f} tokens/s "
-        f"(copying {report['copy_s'] * 1e3:.1f} ms at {report['link_bytes_per_s'] / 1e9:g} GB/s, "
-        f"reading weights {report['compute_s'] * 1e3:.1f} ms at "
-        f"{report['memory_bytes_per_s'] / 1e9:g} GB/s; link busy {report['link_busy']:.0%})"
+        f"({disk}copying {report['copy_s'] * 1e3:.1f} ms at {link_gbps:g} GB/s, "
+        f"reading weights {report['compute_s'] * 1e3:.1f} ms at {memory_gbps:g} GB/s; {busy}); "
+        f"bound by {_BOUNDS[report['bound']]}"
     )

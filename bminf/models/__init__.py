@@ -8,6 +8,7 @@ from bminf.models.eva import EVA
 from bminf.models.glm import GLM, Candidate
 from bminf.models.glm_options import GLMOptions
 from bminf.models.options import Options
+from bminf.models.planning import plan_glm
 from bminf.models.stats import ModelStats
 
 __all__ = [
@@ -21,4 +22,5 @@ __all__ = [
     "ModelStats",
     "Options",
     "convert",
+    "plan_glm",
 ]

@@ -34,7 +34,7 @@ from bminf.models.source import Source, open_source, skeleton_of
 from bminf.models.stats import ModelStats
 from bminf.models.workspace import LOGITS_AT_ONCE, reserved_bytes
 from bminf.quantization.packed import FORMATS, INT8, Format
-from bminf.scheduler.device import backend_for, free_budget
+from bminf.scheduler.device import backend_for, free_budget, host_budget
 from bminf.scheduler.hooks import Scheduler
 from bminf.scheduler.plan import Plan
 from bminf.tokenizers.base import Tokenizer
@@ -63,7 +63,8 @@ class LanguageModel:
         published model whose shapes all match, if there is exactly one.
     tokenizer: a path or an object with encode() and decode(); None looks in the folder and its
         parent.
-    offload_dir: folder for streamed blocks, device "cpu" only.
+    offload_dir: folder for the streamed blocks that host memory has no room for; on the CPU, for
+        all of them.
 
     One text is generated at a time; an iterator that was left unfinished cannot go on once the next
     text was begun. Use it as a context manager, or call close(), to give the memory back at once.
@@ -97,7 +98,7 @@ class LanguageModel:
             check_positive("max_length", max_length)
         form = form_for(quantization, self._formats)
         limit = None if memory_limit is None else parse_bytes(memory_limit, "memory_limit")
-        backend = backend_for(device, offload_dir, stacklevel=3)
+        backend = backend_for(device)
         dtype = dtype_for(dtype, backend.device)
         source = open_source(self._families, checkpoint, config, tokenizer)
         source, packing = self._adapted(source, form, dtype)
@@ -113,7 +114,9 @@ class LanguageModel:
             backend.device.type,
         )  # fmt: skip
         budget = free_budget(backend.device) if limit is None else limit
-        the_plan = plan_for(blocks, blobs, budget, source.family.uses, reserve)
+        the_plan = plan_for(
+            blocks, blobs, budget, source.family.uses, reserve, host_budget(backend.device)
+        )
         self._scheduler: Scheduler | None = None
         self._lock = threading.RLock()
         self._turn = 0  # which generation the cache belongs to

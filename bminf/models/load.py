@@ -153,14 +153,17 @@ def plan_for(
     budget: int,
     uses: Mapping[str, float],
     reserved_bytes: int,
+    host_bytes: int | None = None,
 ) -> Plan:
     """See plan().   Raises BudgetError, with numbers."""
     given = [Block(b.name, blobs.blocks[b.name].nbytes, b.list_name) for b in blocks]
     fixed = {"outside_bytes": blobs.outside.nbytes, "reserved_bytes": reserved_bytes}
     try:
-        return plan(given, budget, uses, **fixed)
+        return plan(given, budget, uses, **fixed, host_bytes=host_bytes)
     except BudgetError:
         least = least_budget(plan(given, 2**60, uses, **fixed))
+        if least <= budget:  # host memory is what is missing
+            raise
         raise BudgetError(
             f"the limit of {format_bytes(budget)} ({budget} bytes) is below the least that would "
             f"do, {format_bytes(least)} ({least} bytes), of which {format_bytes(reserved_bytes)} "
@@ -184,7 +187,8 @@ def fill(
     scheduler = Scheduler(the_plan, backend, backend.device)
     try:
         if the_plan.streamed:
-            backend.open([blobs.blocks[name] for name in the_plan.streamed], offload_dir)
+            layouts = [blobs.blocks[name] for name in the_plan.streamed]
+            backend.open(layouts, offload_dir, the_plan.disk_places)
         with torch.device("cpu"):  # where files are read to, whatever the caller's default is
             load(
                 model, blobs, scheduler, lambda name: tensors_of_block(model, name, blobs, weights)

@@ -10,7 +10,7 @@ from bminf.arch.glm import GLM as Network
 from bminf.arch.glm import GLMConfig
 from bminf.errors import ArgumentError
 from bminf.generation.arguments import check_positive
-from bminf.models.arguments import form_for
+from bminf.models.arguments import dtype_for, form_for
 from bminf.models.config import PUBLISHED_GLM
 from bminf.models.family import INT4_ROW
 from bminf.models.glm_head import head_packing, num_head_parts
@@ -25,7 +25,7 @@ def plan_glm(
     model: str | GLMConfig,
     memory_limit: int | float | str,
     quantization: str | Format | None = "int4",
-    dtype: torch.dtype = torch.float16,
+    dtype: torch.dtype | None = None,
     max_length: int | None = None,
     max_batch_size: int = 1,
     head_quantization: str | Format | None = None,
@@ -41,11 +41,15 @@ def plan_glm(
     """
     formats = {**FORMATS, "int4-row": INT4_ROW}
     config = _config(model)
-    max_length = config.max_position_embeddings if max_length is None else max_length
+    positions = config.max_position_embeddings
+    max_length = positions if max_length is None else max_length
     check_positive("max_length", max_length)
+    if max_length > positions:
+        raise ArgumentError(f"max_length={max_length}, but the model has {positions} positions")
     check_positive("max_batch_size", max_batch_size)
     if device not in ("cuda", "cpu"):
         raise ArgumentError(f'device={device!r}; accepted: "cuda", "cpu"')
+    dtype = dtype_for(dtype, torch.device(device))
     packing = Packing(form_for(quantization, formats))
     head_form = form_for(head_quantization, formats, "head_quantization")
     num_parts = num_head_parts(config, packing, head_form, dtype)
@@ -55,12 +59,13 @@ def plan_glm(
     network, blocks = skeleton(network, dtype, packing, "auto")
     reserve = reserved_bytes(config, max_batch_size, max_length, dtype, packing.usual, device)
     limit = parse_bytes(memory_limit, "memory_limit")
-    return plan_for(blocks, lay_out(network, blocks), limit, {}, reserve)
+    host_bytes = None if host_memory is None else parse_bytes(host_memory, "host_memory")
+    return plan_for(blocks, lay_out(network, blocks), limit, {}, reserve, host_bytes)
 
 
 def _config(model: str | GLMConfig) -> GLMConfig:
     if isinstance(model, GLMConfig):
         return model
-    if model not in PUBLISHED_GLM:
+    if not isinstance(model, str) or model not in PUBLISHED_GLM:
         raise ArgumentError(f"model={model!r}; accepted: {', '.join(PUBLISHED_GLM)}, a GLMConfig")
     return PUBLISHED_GLM[model]

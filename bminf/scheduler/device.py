@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from warnings import warn
-
 import torch
 
 from bminf.errors import ArgumentError
@@ -16,14 +13,15 @@ from bminf.scheduler.backends.cuda import free_bytes as cuda_free_bytes
 
 _FREE_FRACTION = 0.9  # of the free memory, where no limit is given; the rest is for activations
 
+# Of the free host memory. What is page-locked cannot be swapped out, and the rest has to do for the
+# Python process, for one block that is being packed, and for the cache of the files being read.
+_LOCKED_FRACTION = 0.9
 
-def backend_for(
-    device: torch.device | str | int | None, offload_dir: str | Path | None, stacklevel: int
-) -> Backend:
+
+def backend_for(device: torch.device | str | int | None) -> Backend:
     """The backend of `device`; None is the GPU where there is one, else the CPU.
 
-    Raises ArgumentError for a device that is not there. stacklevel: of the warning for an
-    offload_dir that a GPU has no use for, counted from here.
+    Raises ArgumentError for a device that is not there.
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -42,11 +40,6 @@ def backend_for(
             f"device={device!r}, but torch {torch.__version__} sees "
             f'{torch.cuda.device_count()} GPUs; accepted here: "cpu"'
         )
-    if offload_dir is not None:
-        warn(
-            "offload_dir is for device='cpu'; on a GPU, streamed blocks wait in page-locked memory",
-            stacklevel=stacklevel + 1,
-        )
     return CudaBackend(wanted)
 
 
@@ -57,3 +50,14 @@ def free_budget(device: torch.device, own_bytes: int = 0) -> int:
     """
     free = memory.free_bytes() if device.type == "cpu" else cuda_free_bytes(device)
     return int((free + own_bytes) * _FREE_FRACTION)
+
+
+def host_budget(device: torch.device, own_bytes: int = 0) -> int | None:
+    """Bytes of host memory for the homes of streamed blocks, on this machine as it is now.
+
+    own_bytes: what the model takes there now, and lets go of as it is wrapped.
+    None, which is no limit, on the CPU: its homes lie in a file.
+    """
+    if device.type == "cpu":
+        return None
+    return int((memory.free_bytes() + own_bytes) * _LOCKED_FRACTION)

@@ -6,6 +6,9 @@ the fewest bytes x uses over the bus per request) and then which ones of equals 
 spread evenly round the pass, because a copy hides behind the blocks between it and the one before).
 With few blocks it looks at every choice instead, so that among equally cheap choices the best
 spaced one of all is found.
+
+Where host memory cannot hold all that streams, some blobs stay in a file and come through two
+staging buffers. That is the same choice once more, one floor down, and is made by the same means.
 """
 
 from __future__ import annotations
@@ -54,6 +57,8 @@ class Plan:
     resident, streamed: names of blocks, in order.   outside_bytes: what lies outside all blocks.
     resident_bytes: everything that stays, `outside_bytes` included.   slot_bytes: both slots.
     reserved_bytes: set aside for activations and KV cache.   budget: the limit planned for.
+    on_disk: names of the streamed blocks that wait in a file, in order, because host memory has no
+    room for them; the other streamed ones wait in host memory.
     """
 
     blocks: tuple[Block, ...]
@@ -65,6 +70,7 @@ class Plan:
     slot_bytes: int
     reserved_bytes: int
     budget: int
+    on_disk: tuple[str, ...] = ()
 
     @property
     def total_bytes(self) -> int:
@@ -74,16 +80,40 @@ class Plan:
     @property
     def streamed_bytes(self) -> int:
         """Bytes of all streamed blobs, each once."""
-        streamed = set(self.streamed)
-        return sum(block.nbytes for block in self.blocks if block.name in streamed)
+        return sum(block.nbytes for block in self._blocks_of(self.streamed))
 
     @property
     def streamed_bytes_per_request(self) -> int | float:
         """Bytes that come over the bus in one request: each streamed blob times its uses."""
-        streamed = set(self.streamed)
-        used = [
-            (block.nbytes, self.uses[block.name]) for block in self.blocks if block.name in streamed
-        ]
+        return self._bytes_per_request(self.streamed)
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes of all blobs that wait in a file, each once."""
+        return sum(block.nbytes for block in self._blocks_of(self.on_disk))
+
+    @property
+    def staging_bytes(self) -> int:
+        """Bytes of both staging buffers, in host memory, that blobs in a file come through."""
+        return 2 * max((block.nbytes for block in self._blocks_of(self.on_disk)), default=0)
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of host memory that streaming takes where homes lie there: blobs and staging."""
+        return self.streamed_bytes - self.disk_bytes + self.staging_bytes
+
+    @property
+    def disk_places(self) -> tuple[int, ...]:
+        """Which of `streamed` are `on_disk`, as places in it: what Backend.open takes."""
+        on_disk = set(self.on_disk)
+        return tuple(at for at, name in enumerate(self.streamed) if name in on_disk)
+
+    def _blocks_of(self, names: Sequence[str]) -> list[Block]:
+        wanted = set(names)
+        return [block for block in self.blocks if block.name in wanted]
+
+    def _bytes_per_request(self, names: Sequence[str]) -> int | float:
+        used = [(block.nbytes, self.uses[block.name]) for block in self._blocks_of(names)]
         if all(isinstance(uses, int) for _, uses in used):
             return sum(nbytes * uses for nbytes, uses in used)
         return math.fsum(nbytes * uses for nbytes, uses in used)
@@ -111,16 +141,37 @@ class Plan:
             f"streamed  {format_bytes(self.streamed_bytes):>10}   {len(self.streamed)} of "
             f"{len(self.blocks)} blocks, {per_request} per request"
         )
+        if self.on_disk:
+            yield from self._tiers()
+
+    def _tiers(self) -> Iterator[str]:
+        """Where streamed blocks wait, when that is not host memory for all."""
+        in_host = len(self.streamed) - len(self.on_disk)
+        stage, read = self.staging_bytes // 2, self._bytes_per_request(self.on_disk)
+        yield (
+            f"in host   {format_bytes(self.host_bytes):>10}   {in_host} streamed blocks, and two "
+            f"staging buffers of {format_bytes(stage)}"
+        )
+        yield (
+            f"on disk   {format_bytes(self.disk_bytes):>10}   {len(self.on_disk)} streamed blocks, "
+            f"{format_bytes(read)} read per request"
+        )
 
     def _picture(self) -> Iterator[str]:
-        streamed = set(self.streamed)
+        streamed, on_disk = set(self.streamed), set(self.on_disk)
         for list_name, order in _by_list(self.blocks).items():
             names = [self.blocks[at].name for at in order]
-            signs = "".join("." if name in streamed else "#" for name in names)
-            stay, stream = signs.count("#"), signs.count(".")
+            moves = "".join(":" if name in on_disk else "." for name in names)
+            signs = "".join(
+                sign if name in streamed else "#" for name, sign in zip(names, moves, strict=True)
+            )
+            stay, stream, read = (signs.count(sign) for sign in "#.:")
             uses = sorted({self.uses[name] for name in names})
             shown = f"{uses[0]:g}" if len(uses) == 1 else f"{uses[0]:g} to {uses[-1]:g}"
-            yield f"{list_name or 'blocks'}: {stay} stay (#), {stream} stream (.), uses {shown}"
+            disk = f", {read} from disk (:)" if on_disk else ""
+            yield (
+                f"{list_name or 'blocks'}: {stay} stay (#), {stream} stream (.){disk}, uses {shown}"
+            )
             yield from (f"  {signs[at : at + _ROW]}" for at in range(0, len(signs), _ROW))
 
 
@@ -135,6 +186,7 @@ def plan(
     *,
     outside_bytes: int = 0,
     reserved_bytes: int = 0,
+    host_bytes: int | None = None,
 ) -> Plan:
     """Choose the blocks that stay within `budget` bytes, for the fewest bytes streamed per request.
 
@@ -142,13 +194,16 @@ def plan(
     uses: name of a block or of a list -> uses per request, above 0; a block's own name wins, and
     what is not named has 128.
     outside_bytes: what stays in any case.   reserved_bytes: what the plan has to leave free.
+    host_bytes: of host memory for streamed blobs; those beyond wait in a file. None: all have room.
 
     If not all fits, two slots of the largest streamed blob are counted, and among equally cheap
     choices the streamed blocks are spaced evenly in each list. More budget never streams more.
     The cost is the least possible for up to 12 blocks, and for any number of up to 4 kinds (a kind:
     bytes and uses); beyond, it is within one block's bytes x uses of the least.
+    What is read from disk per request is chosen likewise among the streamed blocks, `host_bytes`
+    in the budget's place and two staging buffers of the largest blob on disk in that of the slots.
     Raises ArgumentError for names, sizes or uses that cannot be, and BudgetError, with the least
-    limit that would do, when not even two slots fit.
+    limit that would do, when not even two slots, or two staging buffers, fit.
     """
     blocks = tuple(blocks)
     _check_blocks(blocks)
@@ -156,6 +211,7 @@ def plan(
         ("budget", budget),
         ("outside_bytes", outside_bytes),
         ("reserved_bytes", reserved_bytes),
+        ("host_bytes", host_bytes or 0),
     ):
         _check_bytes(name, value)
     taken = _uses_of(blocks, uses or {})
@@ -164,7 +220,7 @@ def plan(
     if sum(block.nbytes for block in blocks) <= room:
         streamed: set[int] = set()
     else:
-        streamed = _choose(blocks, _as_integers([taken[block.name] for block in blocks]), room)
+        streamed = _choose(blocks, taken, room)
     stay = [block for at, block in enumerate(blocks) if at not in streamed]
     move = [block for at, block in enumerate(blocks) if at in streamed]
     return Plan(
@@ -177,7 +233,26 @@ def plan(
         slot_bytes=2 * max((block.nbytes for block in move), default=0),
         reserved_bytes=reserved_bytes,
         budget=budget,
+        on_disk=_on_disk(tuple(move), taken, host_bytes),
     )
+
+
+def _on_disk(
+    streamed: tuple[Block, ...], uses: Mapping[str, int | float], host_bytes: int | None
+) -> tuple[str, ...]:
+    """Names of the streamed blocks that `host_bytes` of host memory have no room for."""
+    if host_bytes is None or sum(block.nbytes for block in streamed) <= host_bytes:
+        return ()
+    least, stage = min(_needs(streamed))
+    if host_bytes < least:
+        raise BudgetError(
+            f"{format_bytes(host_bytes)} ({host_bytes} bytes) of host memory are below the least "
+            f"that would do for streaming, {format_bytes(least)} ({least} bytes: two staging "
+            f"buffers of {format_bytes(stage)}, for blocks that wait on disk); free host memory, "
+            "raise memory_limit, quantize, or cut finer blocks with blocks="
+        )
+    places = _choose(streamed, uses, host_bytes)
+    return tuple(block.name for at, block in enumerate(streamed) if at in places)
 
 
 def _check_blocks(blocks: tuple[Block, ...]) -> None:
@@ -250,8 +325,9 @@ def _as_integers(uses: list[int | float]) -> list[int]:
     return [int(value * factor) for value in exact]
 
 
-def _choose(blocks: tuple[Block, ...], uses: list[int], room: int) -> set[int]:
+def _choose(blocks: tuple[Block, ...], taken: Mapping[str, int | float], room: int) -> set[int]:
     """Places, in the order given, of the blocks that stream when `room` cannot hold all."""
+    uses = _as_integers([taken[block.name] for block in blocks])
     lists = list(_by_list(blocks).values())
     movable = [at for at, block in enumerate(blocks) if block.nbytes]
     if len(movable) <= _EXHAUSTIVE:

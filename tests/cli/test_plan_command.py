@@ -97,6 +97,41 @@ def test_limit_is_planned_and_timed(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert shown["link_busy"] > 0.95
 
 
+def test_three_tiers_are_planned_and_timed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = str(write_llama(tmp_path))
+    whole = report(capsys, folder)
+    size, least = whole["blocks"][0]["bytes"], str(whole["least_limit"])
+    limits = ("--memory-limit", least, "--host-memory", str(4 * size))
+    speeds = ("--link", "1GB/s", "--disk", "1MB/s")
+    shown = report(capsys, folder, *limits, *speeds)
+    assert len(shown["streamed"]) == 6
+    assert shown["on_disk"] == [f"model.layers.{at}" for at in (0, 1, 3, 4)]
+    assert shown["disk_bytes"] == shown["host_bytes"] == 4 * size
+    assert shown["disk_s"] == pytest.approx(4 * size / 1e6)
+    assert shown["token_s"] == pytest.approx(shown["disk_s"], rel=0.05)
+    assert shown["bound"] == "disk" and shown["disk_busy"] > 0.95
+    assert main(["plan", folder, *limits, *speeds]) == 0
+    out = capsys.readouterr().out
+    assert "on disk" in out and "reading the disk" in out and "bound by the disk" in out
+    in_host = report(capsys, folder, "--memory-limit", least, *speeds)
+    assert in_host["on_disk"] == [] and in_host["disk_bytes"] == in_host["disk_s"] == 0
+    assert in_host["bound"] == "link" and in_host["token_s"] < shown["token_s"]
+    assert main(["plan", folder, "--memory-limit", least, *speeds]) == 0
+    out = capsys.readouterr().out
+    assert "disk" not in out and "bound by the link" in out
+
+
+def test_too_little_host_memory_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = str(write_llama(tmp_path))
+    least = str(report(capsys, folder)["least_limit"])
+    assert main(["plan", folder, "--memory-limit", least, "--host-memory", "1KB"]) == 1
+    assert "two staging buffers" in capsys.readouterr().err
+
+
 def test_least_limit_can_be_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = str(write_llama(tmp_path))
     least = report(capsys, folder)["least_limit"]
@@ -195,7 +230,7 @@ def test_two_lists(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     }
 
 
-@pytest.mark.parametrize("option", ["--link", "--memory-bandwidth"])
+@pytest.mark.parametrize("option", ["--link", "--memory-bandwidth", "--disk"])
 def test_no_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str) -> None:
     assert main(["plan", str(write_llama(tmp_path)), option, "0GB/s"]) == 2
     assert "more than 0" in capsys.readouterr().err
@@ -206,7 +241,17 @@ def test_missing_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "cannot be read" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("option", ["--link", "--memory-bandwidth", "--memory-limit", "--reserve"])
+@pytest.mark.parametrize(
+    "option",
+    [
+        "--link",
+        "--memory-bandwidth",
+        "--disk",
+        "--memory-limit",
+        "--host-memory",
+        "--reserve",
+    ],
+)
 def test_bad_size(tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str) -> None:
     argv = ["plan", str(write_llama(tmp_path)), "--memory-limit", "1GB", option, "6 bananas"]
     assert main(argv) == 2

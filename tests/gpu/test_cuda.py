@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import gc
+import random
 import statistics
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from streaming import Residual, Stack, make_stack
+from streaming import Residual, Stack, make_stack, num_readers
 from tiny_models import TINY, greedy, inputs_of, make, output_of
 
 import bminf
+from bminf import wrapping
 from bminf.wrapping import plan_for
 
 pytestmark = pytest.mark.gpu
@@ -283,6 +286,91 @@ def test_without_a_limit_nothing_that_fits_is_streamed() -> None:
     assert model.head.weight.device.type == "cpu"
 
 
-def test_an_offload_dir_is_not_for_a_gpu(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="offload_dir"):
-        bminf.wrapper(make_stack(), False, "1GB", device="cuda", offload_dir=tmp_path)
+# Blobs that host memory has no room for
+
+
+def stream_with_half_on_disk(
+    monkeypatch: pytest.MonkeyPatch, model: torch.nn.Module, **arguments: Any
+) -> Any:
+    """Wrap `model` with two slots and nothing else; at least half of its blobs wait on disk."""
+    chosen = {"quantization": arguments.get("quantization", False)}
+    whole = plan_for(model, **chosen)
+    nbytes = max(block.nbytes for block in whole.blocks)
+    in_host = len(whole.blocks) // 2
+    monkeypatch.setattr(wrapping, "host_budget", lambda *_: (in_host + 2) * nbytes)
+    stream(model, **arguments)
+    assert len(bminf.plan_of(model).on_disk) >= len(whole.blocks) - in_host >= 3
+    return model
+
+
+@pytest.mark.parametrize("num_blocks", [6, 7, 12])
+def test_blocks_on_disk_give_the_same_values(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, num_blocks: int
+) -> None:
+    """Many passes, of which the host queues as much as it may; odd and even numbers of blocks."""
+    reference = make_stack(num_blocks=num_blocks, width=512).cuda()
+    model = make_stack(num_blocks=num_blocks, width=512)
+    stream_with_half_on_disk(monkeypatch, model, offload_dir=tmp_path)
+    xs = torch.randn(20, 4, 512, device="cuda")
+    with torch.no_grad():
+        expected = [reference(x) for x in xs]
+        given = [model(x) for x in xs]
+    assert all(torch.equal(a, b) for a, b in zip(given, expected, strict=True))
+    stats, plan = bminf.stats_of(model), bminf.plan_of(model)
+    assert stats.passes == 20 and stats.bytes_copied >= 20 * plan.streamed_bytes
+    right = make_stack(num_blocks=num_blocks, width=512).state_dict()
+    assert all(torch.equal(v.cpu(), right[k]) for k, v in model.state_dict().items())
+    bminf.unwrap(model)
+    assert all(torch.equal(v, right[k]) for k, v in model.state_dict().items())
+    assert list(tmp_path.iterdir()) == [] and num_readers() == 0
+
+
+def test_a_quantised_model_half_on_disk_gives_the_same_logits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given = on_gpu(inputs_of("llama"))
+    resident = bminf.wrapper(make("llama"), memory_limit="1GB", device="cuda")
+    expected, ids = output_of(resident, given), greedy(resident, given)
+    model = stream_with_half_on_disk(monkeypatch, make("llama"), quantization=True)
+    for _ in range(3):
+        assert torch.equal(output_of(model, given), expected)
+    assert torch.equal(greedy(model, given), ids)
+
+
+def test_blocks_on_disk_in_any_order_and_changed_give_the_same_values(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    reference = make_stack(num_blocks=9, width=256).cuda()
+    model = stream_with_half_on_disk(monkeypatch, make_stack(num_blocks=9, width=256))
+    order = random.Random(0)
+    x = torch.randn(4, 256, device="cuda")
+    for stack in (reference, model):
+        stack.layers[4].up.register_forward_hook(lambda module, *_: module.bias.add_(1))
+    with torch.no_grad():
+        for number in range(100):
+            block = order.randrange(9)
+            assert torch.equal(model.layers[block](x), reference.layers[block](x)), number
+    bias = model.state_dict()["layers.4.up.bias"]
+    assert torch.equal(bias.cpu(), reference.layers[4].up.bias.detach().cpu())
+
+
+def test_large_blobs_on_disk_keep_to_their_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies of 128 MiB, so that a buffer overwritten too early would be seen."""
+    torch.manual_seed(0)
+    model = Stack(8, 4096, Big)
+    model.head = torch.nn.Identity()
+    x = torch.randn(1, 4096, device="cuda", dtype=torch.float16)
+    with torch.no_grad():
+        expected = x
+        for layer in model.layers:
+            matrix = layer.weight.cuda()
+            expected = expected + (expected @ matrix.T)[:, : x.shape[1]]
+        stream_with_half_on_disk(monkeypatch, model)
+        for _ in range(4):
+            assert torch.equal(model(x), expected)
+    del model
+    gc.collect()
+    deadline = time.monotonic() + 30
+    while num_readers() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert num_readers() == 0

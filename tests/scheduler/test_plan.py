@@ -454,6 +454,87 @@ def test_picture_shows_every_block_and_its_numbers():
     assert max(map(len, rows)) <= 100
 
 
+# Blobs that host memory has no room for
+
+
+@given(problems(most=8), st.integers(0, 60), st.integers(0, 60))
+@settings(max_examples=200, deadline=None)
+def test_least_is_read_from_disk_and_spread_evenly(problem, budget, host_bytes):
+    """Against every choice there is: two staging buffers, and the rest, within `host_bytes`."""
+    blocks, uses = problem
+    everywhere = plan_or_none(blocks, budget, uses)
+    if everywhere is None:
+        return
+    streamed = [block for block in blocks if block.name in everywhere.streamed]
+    best = best_of_all(streamed, host_bytes, uses)
+    made = plan_or_none(blocks, budget, uses, host_bytes=host_bytes)
+    if best is None:
+        assert made is None
+        return
+    assert made.streamed == everywhere.streamed and made.resident == everywhere.resident
+    assert list(made.on_disk) == [name for name in made.streamed if name in made.on_disk]
+    assert made.host_bytes <= host_bytes
+    cost, spaced = best
+    assert cost_of(set(made.on_disk), blocks, uses) == cost
+    assert spaced is None or spacing_of(set(made.on_disk), streamed) == spaced
+    assert [made.streamed[at] for at in made.disk_places] == list(made.on_disk)
+
+
+@given(problems(most=40, size=9, kinds=3), st.integers(0, 200))
+@settings(max_examples=60, deadline=None)
+def test_more_host_memory_never_reads_more(problem, budget):
+    blocks, uses = problem
+    whole = plan_or_none(blocks, budget, uses)
+    if whole is None:
+        return
+    read = [
+        cost_of(set(made.on_disk), blocks, uses)
+        for host_bytes in range(0, whole.streamed_bytes + 2, 3)
+        if (made := plan_or_none(blocks, budget, uses, host_bytes=host_bytes)) is not None
+    ]
+    assert read == sorted(read, reverse=True)
+    enough = plan(blocks, budget, uses, host_bytes=whole.streamed_bytes)
+    assert enough == whole and enough.on_disk == () and enough.staging_bytes == 0
+
+
+def test_equal_blobs_on_disk_are_spread_among_the_streamed_ones():
+    made = plan(make([10] * 100), 20, host_bytes=10 * (75 + 2))
+    assert len(made.streamed) == 100 and len(made.on_disk) == 25
+    assert made.disk_places == tuple(range(0, 100, 4))
+    assert (made.disk_bytes, made.staging_bytes, made.host_bytes) == (250, 20, 770)
+
+
+def test_what_is_used_seldom_goes_to_disk_first():
+    made = plan(make([10] * 20, ["e"] * 10 + ["d"] * 10), 20, {"e": 1}, host_bytes=150)
+    assert len(made.on_disk) == 7 and all(name.startswith("e.") for name in made.on_disk)
+
+
+def test_picture_shows_three_tiers():
+    blocks = make([1 << 20] * 50, ["layers"] * 50)
+    made = plan(blocks, 22 << 20, host_bytes=20 << 20)
+    assert (len(made.resident), len(made.streamed), len(made.on_disk)) == (20, 30, 12)
+    rows = str(made).splitlines()
+    signs = "".join(row.strip() for row in rows if set(row.strip()) <= {"#", ".", ":"})
+    assert [signs.count(sign) for sign in "#.:"] == [20, 18, 12]
+    assert [name for name, sign in zip(made.uses, signs, strict=True) if sign == ":"] == list(
+        made.on_disk
+    )
+    text = " ".join(" ".join(rows).split())
+    assert "in host 20.0 MiB 18 streamed blocks, and two staging buffers of 1.0 MiB" in text
+    assert "on disk 12.0 MiB 12 streamed blocks, 1.5 GiB read per request" in text
+    assert "20 stay (#), 18 stream (.), 12 from disk (:)" in text
+    assert max(map(len, rows)) <= 100
+    assert pickle.loads(pickle.dumps(made)) == made
+    without = str(plan(blocks, 22 << 20))
+    assert "disk" not in without and ":" not in without.splitlines()[-1]
+
+
+def test_too_little_host_memory_is_refused_with_the_least_that_would_do():
+    with pytest.raises(BudgetError, match=r"\(19 bytes\) of host memory.*\(20 bytes: two staging"):
+        plan(make([10] * 9), 20, host_bytes=19)
+    assert len(plan(make([10] * 9), 20, host_bytes=20).on_disk) == 9
+
+
 BLOCKS = make([4, 5, 6])
 
 
@@ -470,6 +551,7 @@ BLOCKS = make([4, 5, 6])
         ((BLOCKS, 1.5), {}, "budget=1.5"),
         ((BLOCKS, 99), {"outside_bytes": -1}, "outside_bytes=-1"),
         ((BLOCKS, 99), {"reserved_bytes": -1}, "reserved_bytes=-1"),
+        ((BLOCKS, 99), {"host_bytes": -1}, "host_bytes=-1"),
         (([Block("a", -1)], 99), {}, "block 'a'=-1"),
         (([Block("a", 1), Block("a", 2)], 99), {}, "two blocks are named 'a'"),
         (([Block("a", 2**61)], 99), {}, "at most"),

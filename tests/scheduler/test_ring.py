@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,9 @@ from hypothesis import strategies as st
 
 from bminf.errors import ArgumentError, UnsupportedModelError
 from bminf.scheduler.backends.simulated import (
+    Access,
     SimulatedBackend,
+    SimulatedDisk,
     SimulationError,
     Step,
     predict,
@@ -95,7 +98,8 @@ def test_near_balance_the_time_is_that_of_the_optimum(num_streamed: int, ratio: 
 def test_any_order_of_blocks_reads_the_right_bytes(data: st.DataObject) -> None:
     """Unequal blocks, asked for in any order, a different one each pass, now and then cut short."""
     sizes = data.draw(st.lists(st.integers(1, 50), min_size=1, max_size=6))
-    backend = SimulatedBackend(sizes, 10.0)
+    on_disk = sorted(data.draw(st.sets(st.integers(0, len(sizes) - 1))))
+    backend = SimulatedBackend(sizes, 10.0, on_disk, data.draw(st.sampled_from([1.0, 10.0, 99.0])))
     ring = Ring(len(sizes), backend)
     if data.draw(st.booleans()):
         ring.start()
@@ -108,6 +112,10 @@ def test_any_order_of_blocks_reads_the_right_bytes(data: st.DataObject) -> None:
         else:
             ring.leave(block)
     backend.check()
+    for before, after in itertools.pairwise(backend.disk.fills):
+        assert before.ended_s <= after.began_s  # one read at a time
+    assert {fill.block for fill in backend.disk.fills} <= set(on_disk)
+    assert len(backend.disk.uses) == sum(copy.block in on_disk for copy in backend.copies)
 
 
 def test_a_known_order_is_waited_for_only_once_when_it_changes() -> None:
@@ -200,6 +208,112 @@ def test_a_seeded_fault_is_caught(fault: type[Ring], steps: list[Step], said: st
     run([10**6] * 5, steps, 3)
     with pytest.raises(SimulationError, match=said):
         run([10**6] * 5, steps, 3, fault)
+
+
+class StageInUse(SimulatedDisk):
+    """The fault of a read that does not wait for the last copy out of its staging buffer."""
+
+    def use(self, fill: Access, copy: Access) -> None:
+        super().use(fill, copy)
+        self._stage_free_s[fill.slot] = 0.0
+
+
+class NotYetRead(SimulatedDisk):
+    """The fault of a copy that does not wait for the read of its blob."""
+
+    def fetch(self, block: int, now_s: float) -> Access:
+        fill = super().fetch(block, now_s)
+        return replace(fill, ended_s=fill.began_s)
+
+
+class OneStage(SimulatedDisk):
+    """The fault of one staging buffer that is taken for two."""
+
+    def _read_next(self, waited_for: Any, now_s: float) -> bool:
+        is_read = super()._read_next(waited_for, now_s)
+        if is_read:
+            self.fills[-1] = replace(self.fills[-1], slot=0)
+        return is_read
+
+    def use(self, fill: Access, copy: Access) -> None:
+        super().use(fill, copy)
+        self.uses[-1] = replace(self.uses[-1], slot=0)
+
+
+def run_from_disk(disk_bytes_per_s: float, disk: type[SimulatedDisk]) -> SimulatedBackend:
+    size, on_disk = 10**6, range(0, 8, 2)
+    backend = SimulatedBackend([size] * 8, LINK, on_disk, disk_bytes_per_s)
+    backend.disk = disk({block: size / disk_bytes_per_s for block in on_disk})
+    ring = Ring(8, backend)
+    for _ in range(4):
+        run_pass(backend, ring, [Step(0.0001, number) for number in range(8)])
+    return backend
+
+
+@pytest.mark.parametrize("disk_bytes_per_s", [LINK / 5, LINK, 5 * LINK])
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (StageInUse, "staging buffer"),
+        (NotYetRead, "but its copy ends at"),
+        (OneStage, "staging buffer 0"),
+    ],
+)
+def test_a_seeded_fault_of_the_read_ahead_is_caught(
+    fault: type[SimulatedDisk], said: str, disk_bytes_per_s: float
+) -> None:
+    run_from_disk(disk_bytes_per_s, SimulatedDisk).check()
+    if fault is StageInUse and disk_bytes_per_s < LINK:
+        disk_bytes_per_s = 2 * LINK  # a slow disk fills no buffer that is still in use
+    with pytest.raises(SimulationError, match=said):
+        run_from_disk(disk_bytes_per_s, fault).check()
+
+
+@pytest.mark.parametrize(
+    ("link", "memory", "disk", "bound"),
+    [
+        (10e9, 1e15, 1e9, "disk"),  # 10 of 30 blobs at a tenth of the rate: 10/3 of the time
+        (10e9, 1e15, 2e9, "disk"),
+        (10e9, 1e15, 5e9, "link"),  # 2/3 of the time, hidden behind the copies between
+        (10e9, 1e9, 5e9, "compute"),
+        (1e15, 1e15, 5e9, "disk"),
+    ],
+)
+def test_a_prediction_names_what_binds_and_takes_as_long(
+    link: float, memory: float, disk: float, bound: str
+) -> None:
+    blocks = [Block(f"layers.{at}", 10**7, "layers") for at in range(30)]
+    the_plan = plan(blocks, 2 * 10**7, host_bytes=22 * 10**7)
+    assert len(the_plan.streamed) == 30 and len(the_plan.on_disk) == 10
+    prediction = predict(the_plan, link, memory, disk_bytes_per_s=disk)
+    assert prediction.disk_s == pytest.approx(10 * 10**7 / disk)
+    assert prediction.copy_s == pytest.approx(30 * 10**7 / link)
+    assert prediction.bound == bound
+    needs = {
+        "disk": prediction.disk_s,
+        "link": prediction.copy_s,
+        "compute": prediction.compute_s,
+    }
+    assert prediction.pass_s == pytest.approx(needs[bound], rel=0.04)
+    assert (prediction.disk_busy > 0.95) == (bound == "disk")
+    without = predict(plan(blocks, 2 * 10**7), link, memory)
+    assert without.disk_s == without.disk_busy == 0 and without.pass_s <= prediction.pass_s
+
+
+def test_a_prediction_with_blocks_on_disk_needs_its_rate() -> None:
+    blocks = [Block(f"layers.{at}", 100, "layers") for at in range(9)]
+    the_plan = plan(blocks, 200, host_bytes=500)
+    with pytest.raises(ArgumentError, match="disk_bytes_per_s is None, but 6 blocks"):
+        predict(the_plan, 1.0, 1.0)
+    slow = predict(the_plan, 1e9, 1e9, disk_bytes_per_s=1.0)
+    assert slow.bound == "disk" and slow.pass_s == pytest.approx(600)
+
+
+def test_what_binds_is_named_without_a_disk_too() -> None:
+    blocks = [Block(f"layers.{at}", 100, "layers") for at in range(9)]
+    assert predict(plan(blocks, 900), 1.0, 1.0).bound == "compute"
+    assert predict(plan(blocks, 400), 1.0, 100.0).bound == "link"
+    assert predict(plan(blocks, 400), 100.0, 1.0).bound == "compute"
 
 
 def test_a_prediction_is_that_of_the_larger_of_copying_and_computing() -> None:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
-from bminf.layout import Layout
+from bminf.layout import Filling, Layout
 
 
 @dataclass
@@ -33,10 +33,19 @@ class Backend(Protocol):
     def allocate(self, nbytes: int) -> torch.Tensor:
         """(nbytes,) uint8 on the device."""
 
-    def open(self, layouts: Sequence[Layout], offload_dir: str | Path | None) -> None:
-        """Make homes for these blobs, and the slots. Raises OffloadError or BudgetError."""
+    def open(
+        self,
+        layouts: Sequence[Layout],
+        offload_dir: str | Path | None,
+        on_disk: Sequence[int] = (),
+    ) -> None:
+        """Make homes for these blobs, and the slots. Raises OffloadError or BudgetError.
 
-    def put(self, block: int, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        offload_dir: folder for homes that lie in a file; None is a temporary one on a disk.
+        on_disk: the blobs, as places in `layouts`, whose homes are to lie in a file in any case.
+        """
+
+    def put(self, block: int, tensors: Iterable[Filling]) -> None:
         """Write a block to its home, tensor by tensor."""
 
     def home(self, block: int) -> torch.Tensor:
