@@ -26,6 +26,14 @@ def _quiet_transformers() -> None:
     transformers.logging.set_verbosity_error()
 
 
+@pytest.fixture(scope="session")
+def smollm2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The real model, unpacked from its GGUF file: once, because that takes 20 seconds."""
+    from smollm2 import save_as_safetensors
+
+    return save_as_safetensors(tmp_path_factory.mktemp("smollm2"))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from smollm2 import save_as_safetensors
 
 import bminf
 
@@ -18,8 +17,8 @@ PROMPT = "Once upon a time,"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_as_safetensors(tmp_path_factory.mktemp("smollm2"))
+def folder(smollm2_folder: Path) -> Path:
+    return smollm2_folder
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from smollm2 import save_as_safetensors
 
 import bminf
 from bminf.quantization.packed import Format, codes_of, dequantize, pack
@@ -25,8 +24,8 @@ NUM_WINDOWS = 4
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_as_safetensors(tmp_path_factory.mktemp("smollm2"))
+def folder(smollm2_folder: Path) -> Path:
+    return smollm2_folder
 
 
 def load(folder: Path) -> Any:
