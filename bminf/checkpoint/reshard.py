@@ -35,6 +35,7 @@ from bminf.quantization.glm_rows import BITS, quantize_rows, row_scales
 
 _ITERATION = re.compile(r"(?:iter_0*)?(\d+)")
 _LINEAR = re.compile(rf"transformer\.layers\.\d+\.({'|'.join(map(re.escape, LINEARS))})\.weight")
+_SQUARE = "attention.dense.weight"
 # Whose size along its cut is called what.
 _SIZES = {
     "word_embeddings.weight": "vocabulary rows",
@@ -182,6 +183,11 @@ def _sizes(given: _Source) -> dict[str, int]:
             if len(stored.shape) != 2:
                 raise CheckpointError(
                     f"{stored.where} has shape {stored.shape}; it should be a matrix"
+                )
+            if name.endswith(_SQUARE) and stored.shape[0] != stored.shape[1]:
+                raise CheckpointError(
+                    f"{stored.where} has shape {stored.shape} and should be square; see whether "
+                    f"the files of all ranks are there, which {given.num_ranks} were found of"
                 )
             sizes.setdefault(what, stored.shape[axis] // splits[name].num_stripes)
     missing = [ending for ending, what in _SIZES.items() if what not in sizes]

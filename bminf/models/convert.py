@@ -20,6 +20,7 @@ from bminf.checkpoint.reshard import reshard
 from bminf.checkpoint.safetensors_file import write_safetensors
 from bminf.checkpoint.stored import pieces
 from bminf.errors import ArgumentError, CheckpointError
+from bminf.generation.arguments import check_positive
 from bminf.layout import Filling, Layout, TensorSpec
 from bminf.models.arguments import form_for
 from bminf.models.family import FAMILIES, INT4_ROW, Family
@@ -76,7 +77,9 @@ def convert(
             raise ArgumentError(f"{name} is a {type(path).__name__}; give a path")
     target = free(Path(destination).expanduser())
     if tp is not None:
+        check_positive("tp", tp)
         _check_only_cut(dtype=dtype, tokenizer=tokenizer, head_quantization=head_quantization)
+        _check_model(source, model)
         reshard(Path(source), target, tp, _bits(form), _num_heads(source, config))
         return target
     opened = open_source([_family(source, model)], source, config, tokenizer)
@@ -166,6 +169,17 @@ def _check_only_cut(**given: Any) -> None:
     for name, value in given.items():
         if value is not None:
             raise ArgumentError(f"tp=... writes the files of a GLM's authors; leave {name} out")
+
+
+def _check_model(source: str | Path, model: str | None) -> None:
+    """Raise CheckpointError where it is another model than was said."""
+    if model is None:
+        return
+    wanted = _family(source, model)
+    told = family_of(open_checkpoint(Path(source).expanduser()))
+    if told is not wanted:
+        held = "another model" if told is None else told.title
+        raise CheckpointError(f"{source} holds {held}, not {wanted.title}")
 
 
 def _bits(form: Format | None) -> int | None:

@@ -21,7 +21,7 @@ from bminf.generation.loop import Decoder
 from bminf.generation.sampling import Sampling, in_sequence
 from bminf.layers.kv_cache import KVCache
 from bminf.models import family
-from bminf.models.arguments import Text, form_for, packing_for
+from bminf.models.arguments import Text, form_for
 from bminf.models.base import LanguageModel
 from bminf.models.blanks import (
     MASKS,
@@ -32,7 +32,7 @@ from bminf.models.blanks import (
     position_tensor,
 )
 from bminf.models.decoders import GLMDecoder, padded
-from bminf.models.glm_head import check_head, own_packing, with_head
+from bminf.models.glm_head import as_in_folder, own_packing, with_head
 from bminf.models.glm_options import GLMOptions
 from bminf.models.load import Packing
 from bminf.models.options import Options
@@ -159,6 +159,7 @@ class GLM(LanguageModel):
         Raises ArgumentError.
         """
         settings = self._settings(GLMOptions(max_tokens), more)
+        _check_one_answer(settings)
         masked = self._masked(text)
         stop_ids = self._stop_ids(settings)
         answers = self._fill(masked, settings, stop_ids)
@@ -203,6 +204,8 @@ class GLM(LanguageModel):
         At most exp(20), as the authors have it.   Source: GLM-130B/evaluation, language modelling.
         Raises ArgumentError.
         """
+        if type(unidirectional) is not bool:
+            raise ArgumentError(f"unidirectional={unidirectional!r}; accepted: True, False")
         ids = self._encoded(text)
         total = sum(self._window_losses(ids, generation_length, unidirectional))
         return math.exp(min(20.0, total / len(text.strip().split(" "))))
@@ -227,12 +230,16 @@ class GLM(LanguageModel):
         self, source: Source, form: Format | None, dtype: torch.dtype
     ) -> tuple[Source, Packing]:
         if self._rotary_precision is not None:
+            if not source.config.is_rotary:  # type: ignore[union-attr]
+                raise ArgumentError(
+                    "rotary_precision is for GLM-130B; a GLM-10B learned its positions, so leave "
+                    "it out"
+                )
             config = replace(source.config, rotary_precision=self._rotary_precision)  # type: ignore[arg-type]
             source = replace(source, config=config)
-        packing = packing_for(form, source, self._default_format)
         if source.weights.packing is not None:
-            check_head(packing, self._head_form, source)
-            return source, packing
+            return as_in_folder(source, form, self._default_format, self._head_form, dtype)
+        packing = Packing(form)
         if form is not None:
             packing = own_packing(source, form, self._default_format) or packing
         return with_head(source, packing, self._head_form, dtype)
@@ -249,8 +256,7 @@ class GLM(LanguageModel):
         return settings
 
     def _generate(self, texts: Sequence[Any], settings: Any) -> list[tuple[str, bool]]:
-        if settings.num_return_sequences is not None:
-            raise ArgumentError("num_return_sequences is for generate(); leave it out")
+        _check_one_answer(settings)
         if settings.out_seq_length is not None:
             if len(texts) > 1:
                 raise ArgumentError("out_seq_length is for one text; give max_tokens for several")
@@ -439,7 +445,10 @@ class GLM(LanguageModel):
         one = self._blank(masked.ids, masked.places[0], masked.mask)
         within = self._within(settings, one)
         self._check_room(one, within)
-        most = len(one.start_ids) + len(masked.places) * (within.max_tokens + 1) - 2
+        # Of each answer but the last, GLM-130B reads all tokens, and takes its mask away; GLM-10B
+        # reads all but one, and keeps the mask and a sop.
+        each = within.max_tokens - (1 if self.config.is_rotary else 0)
+        most = len(one.start_ids) + within.max_tokens - 1 + (len(masked.places) - 1) * each
         if settings.out_seq_length is None and most > self.max_length:
             raise ArgumentError(
                 f"{len(one.start_ids)} tokens to begin with and {len(masked.places)} blanks of "
@@ -451,7 +460,7 @@ class GLM(LanguageModel):
 
     def _scored_blank(self, text: Text, mask: str) -> Blank:
         known = self.tokenizer.masks
-        if mask not in known:
+        if not isinstance(mask, str) or mask not in known:
             raise ArgumentError(f"mask={mask!r}; this model has {', '.join(known)}")
         if not isinstance(text, str):
             return self._blank_of_ids(self._ids(text, "text"), mask)
@@ -530,3 +539,8 @@ class GLM(LanguageModel):
         """(T, C) -> (T, V) float32 on the CPU."""
         parts = [self.model.head(part).log_softmax(-1).cpu() for part in x.split(_SCORED_AT_ONCE)]
         return torch.cat(parts)
+
+
+def _check_one_answer(settings: GLMOptions) -> None:
+    if settings.num_return_sequences is not None:
+        raise ArgumentError("num_return_sequences is for generate(); leave it out")

@@ -8,7 +8,7 @@ import torch
 
 from bminf.arch.glm import GLM, GLMConfig
 from bminf.checkpoint.quantized import Quantized
-from bminf.errors import ArgumentError
+from bminf.errors import ArgumentError, CheckpointError
 from bminf.models.family import Config
 from bminf.models.load import Packing, lay_out, skeleton
 from bminf.models.source import Source, with_head_parts
@@ -24,7 +24,7 @@ def own_packing(source: Source, form: Format, default: Format | None) -> Packing
     Raises ArgumentError for another number of bits.
     """
     own = {
-        name.removesuffix(".weight"): stored.form
+        name.removesuffix(".weight"): _form_of(stored)
         for name, stored in source.weights.tensors.items()
         if isinstance(stored, Quantized)
     }
@@ -40,10 +40,45 @@ def own_packing(source: Source, form: Format, default: Format | None) -> Packing
     return Packing(None, own)
 
 
+def as_in_folder(
+    source: Source,
+    form: Format | None,
+    default: Format,
+    head_form: Format | None,
+    dtype: torch.dtype,
+) -> tuple[Source, Packing]:
+    """A GLM from a folder which convert() has packed, and its packing.
+
+    form, head_form: what was asked for.   default: what stands for the folder's own, if it is that.
+    A head that is not packed is cut anew, for what fits `dtype`.
+    Raises ArgumentError where the layers or the head are packed otherwise.
+    """
+    packing = source.weights.packing
+    assert packing is not None
+    layers = {n: own for n, own in packing.exceptions.items() if not n.startswith(_HEAD)}
+    own = set(layers.values()) or {packing.form}
+    # A scale a row of each rank, which are groups of columns together, if there are several.
+    of_ranks = {Format(one.bits) for one in layers.values() if one is not None}
+    if form != default and {form} not in (own, of_ranks):
+        raise ArgumentError(
+            f"quantization is {form}, but {source.weights.path} is packed as "
+            f"{' and '.join(sorted(map(str, own)))}; leave quantization out, or convert the "
+            "original to what you want"
+        )
+    _check_head(packing, head_form, source)
+    if packing.of(f"{_HEAD}0") is not None:
+        return source, packing
+    return with_head(source, Packing(packing.form, layers), None, dtype)
+
+
 def with_head(
     source: Source, packing: Packing, head_form: Format | None, dtype: torch.dtype
 ) -> tuple[Source, Packing]:
-    """A GLM whose head is packed in `head_form`, and cut as num_head_parts() says."""
+    """A GLM whose head is packed in `head_form`, and cut as num_head_parts() says.
+
+    Raises ArgumentError for 4 bits of an odd number of columns.
+    """
+    _check_columns(source, head_packing(packing, head_form, 1))
     num_parts = num_head_parts(source.config, packing, head_form, dtype)
     return with_head_parts(source, num_parts), head_packing(packing, head_form, num_parts)
 
@@ -64,11 +99,34 @@ def num_head_parts(
 
 def head_packing(packing: Packing, head_form: Format | None, num_parts: int) -> Packing:
     """`packing` of the layers, and this one of the head."""
+    if head_form == packing.form:
+        return packing
     heads = {f"{_HEAD}{number}": head_form for number in range(num_parts)}
     return Packing(packing.form, {**packing.exceptions, **heads})
 
 
-def check_head(packing: Packing, head_form: Format | None, source: Source) -> None:
+def _form_of(stored: Quantized) -> Format:
+    try:
+        return stored.form
+    except ArgumentError as error:
+        raise CheckpointError(
+            f"{stored.where} has scales for {stored.num_groups} groups of its {stored.shape[1]} "
+            f"columns, which cannot be packed so ({error}); unpack it with quantization=None"
+        ) from error
+
+
+def _check_columns(source: Source, packing: Packing) -> None:
+    for name, stored in source.weights.tensors.items():
+        form = packing.of(name.removesuffix(".weight")) if name.endswith(".weight") else None
+        is_matrix = len(stored.shape) == 2 and name.startswith(("layers.", _HEAD))
+        if is_matrix and form is not None and form.bits == 4 and stored.shape[1] % 2:
+            raise ArgumentError(
+                f"{stored.where} has {stored.shape[1]} columns, and in 4 bits two columns share a "
+                'byte; use "int8" for it, or None'
+            )
+
+
+def _check_head(packing: Packing, head_form: Format | None, source: Source) -> None:
     """Raise ArgumentError where a folder's head is not packed as it is asked for."""
     own = packing.of(f"{_HEAD}0")
     if head_form is not None and head_form != own:

@@ -73,6 +73,7 @@ def open_source(
         pack=family.pack,
     )
     if isinstance(parsed, GLMConfig):
+        parsed = replace(parsed, num_head_parts=1)  # that of another model's config is its own
         weights = _with_table(weights)
     check_shapes(skeleton_of(family, parsed), weights)
     found = _tokenizer(family, opened, tokenizer, parsed)
@@ -218,7 +219,10 @@ def _with_own_table(weights: Weights, config: GLMConfig) -> Weights:
 
 
 def _packing(written: Mapping[str, Any], path: Path) -> Packing | None:
-    own = {name: _format(given, path) for name, given in written.get("exceptions", {}).items()}
+    exceptions = written.get("exceptions", {})
+    if not isinstance(exceptions, Mapping):
+        raise CheckpointError(f"{path}: exceptions is {exceptions!r}; convert the original anew")
+    own = {name: _format(given, path) for name, given in exceptions.items()}
     packing = Packing(_format(written.get("quantization"), path), own)
     return None if packing == Packing() else packing
 
@@ -260,7 +264,7 @@ def _given_config(given: Any) -> tuple[Mapping[str, Any], str]:
     if source is None:
         raise ArgumentError(
             f"config is a {type(given).__name__}; accepted: the path of a JSON file, a mapping, "
-            "a GPTConfig or T5Config"
+            "a GPTConfig, T5Config or GLMConfig"
         )
     return source, "config"
 

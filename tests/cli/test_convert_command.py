@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_glm import quantized, tiny_glm10b, tiny_glm130b
 from tiny_zoo import T5_CONFIG, tiny, write_cpm1
 
 import bminf
@@ -101,3 +102,117 @@ def test_a_wrong_command_line(arguments: list[str], capsys: pytest.CaptureFixtur
         main(["convert", *arguments])
     assert exit.value.code == 2
     assert "usage: bminf convert" in capsys.readouterr().err
+
+
+# ---- GLM -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def glm10b(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_glm10b().write_original(tmp_path_factory.mktemp("glm10b") / "from", 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "packing", "head"),
+    [
+        ([], "int4", None),
+        (["--quantization", "int4-row", "--head-quantization", "int8"], "int4-row", "int8"),
+        (["--quantization", "none", "--head-quantization", "int4"], None, "int4"),
+    ],
+)
+def test_a_glm_and_its_head(
+    options: list[str],
+    packing: str | None,
+    head: str | None,
+    glm10b: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    target = tmp_path / "to"
+    assert main(["convert", str(glm10b), str(target), *options]) == 0
+    size = bminf.units.format_bytes((target / "model.safetensors").stat().st_size)
+    assert capsys.readouterr().out == f"{target}: {size} of weights\n"
+    packings = {"quantization": packing, "head_quantization": head}
+    with bminf.models.GLM(glm10b, device="cpu", **packings) as model:
+        expected = model.logits("the layer")
+    with bminf.models.GLM(target, device="cpu", **packings) as model:
+        assert torch.equal(model.logits("the layer"), expected)
+
+
+@pytest.mark.parametrize("degree", [1, 4])
+def test_the_files_of_the_authors(
+    degree: int, glm10b: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "to"
+    assert main(["convert", str(glm10b), str(target), "--tp", str(degree)]) == 0
+    assert capsys.readouterr().out == f"{target}: {degree} ranks\n"
+    files = sorted(target.glob("*/mp_rank_*_model_states.pt"))
+    assert len(files) == degree
+    for number, file in enumerate(files):
+        found, wanted = torch.load(file)["module"], tiny_glm10b().rank(number, degree)
+        assert list(found) == list(wanted)
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize(("form", "bits"), [("int8", 8), ("int4-row", 4)])
+def test_the_files_of_the_authors_quantised(form: str, bits: int, tmp_path: Path) -> None:
+    """The number of heads is not in the files, and comes from a configuration elsewhere."""
+    made = tiny_glm130b()
+    source = made.write_original(tmp_path / "inner" / "from")
+    (source / "config.json").rename(tmp_path / "sizes.json")
+    arguments = ["convert", str(source), str(tmp_path / "to"), "--tp", "2", "--quantization", form]
+    assert main(arguments) == 2
+    assert main([*arguments, "--config", str(tmp_path / "sizes.json"), "--model", "glm130b"]) == 0
+    for number, file in enumerate(sorted((tmp_path / "to").glob("*/mp_rank_*"))):
+        found, wanted = torch.load(file)["module"], quantized(made.rank(number, 2), bits)
+        assert list(found) == list(wanted)
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert number == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "words"),
+    [
+        (["--tp", "3"], 2, "degree=3 does not divide the 280 vocabulary rows"),
+        (["--tp", "0"], 2, "tp=0; accepted: an int of at least 1"),
+        (["--tp", "2", "--quantization", "int8"], 2, "GLM-10B, whose code has no quantised files"),
+        (["--tp", "2", "--quantization", "int4"], 2, "own code cannot read; accepted with tp"),
+        (["--tp", "2", "--head-quantization", "int8"], 2, "leave head_quantization out"),
+        (["--tp", "2", "--tokenizer", "nowhere"], 2, "leave tokenizer out"),
+        (["--tp", "2", "--model", "glm130b"], 1, "holds GLM-10B, not GLM-130B"),
+        (["--model", "glm130b"], 1, "holds GLM-10B, not GLM-130B"),
+    ],
+)
+def test_what_is_wrong_with_a_glm(
+    options: list[str],
+    code: int,
+    words: str,
+    glm10b: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["convert", str(glm10b), str(tmp_path / "to"), *options]) == code
+    printed = capsys.readouterr()
+    assert words in printed.err and printed.err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("options", [["--tp", "two"], ["--head-quantization", "int4-row"]])
+def test_a_wrong_command_line_for_a_glm(
+    options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(["convert", "a", "b", *options])
+    assert exit.value.code == 2
+    assert "usage: bminf convert" in capsys.readouterr().err
+
+
+def test_a_head_of_another_model(
+    cpm1: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    to = str(tmp_path / "to")
+    assert main(["convert", str(cpm1), to, "--head-quantization", "int8"]) == 2
+    assert "head_quantization is for a GLM; leave it out" in capsys.readouterr().err
+    assert main(["convert", str(cpm1), to, "--tp", "2"]) == 1
+    assert "only those have model-parallel files" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

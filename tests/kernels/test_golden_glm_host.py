@@ -1,5 +1,5 @@
-"""The golden GLMs through the CUDA kernels, compiled for the host: as on the CPU, to the rounding of
-16 bits, and the same bit for bit streamed as resident."""
+"""The golden GLMs through the CUDA kernels, compiled for the host: as on the CPU, to the rounding
+of 16 bits, and the same bit for bit streamed as resident."""
 
 from __future__ import annotations
 

@@ -1,16 +1,30 @@
 from __future__ import annotations
 
+import gc
+import os
+import tempfile
+import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_glm import ice_tokenizer, tiny_glm10b, tiny_glm130b
 from tiny_zoo import write_cpm1, write_cpm2, write_eva
 
 import bminf
+from bminf.models import LanguageModel
 
 Loader = Callable[..., Any]
+KINDS = {
+    "cpm1": bminf.models.CPM1,
+    "cpm2": bminf.models.CPM2,
+    "eva": bminf.models.EVA,
+    "glm130b": bminf.models.GLM,
+    "glm10b": bminf.models.GLM,
+}
 
 
 @pytest.fixture(scope="session")
@@ -21,6 +35,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "cpm1": write_cpm1(root / "cpm1" / "original"),
         "cpm2": write_cpm2(root / "cpm2" / "original"),
         "eva": write_eva(root / "eva" / "original"),
+        "glm130b": tiny_glm130b().write_original(root / "glm130b" / "original"),
+        "glm10b": tiny_glm10b().write_original(root / "glm10b" / "original"),
     }
 
 
@@ -30,14 +46,62 @@ def load(folders: dict[str, Path]) -> Iterator[Loader]:
     loaded = []
 
     def loader(name: str, **arguments: Any) -> Any:
-        kind = {"cpm1": bminf.models.CPM1, "cpm2": bminf.models.CPM2, "eva": bminf.models.EVA}[name]
         settings = {"checkpoint": folders[name], "device": "cpu", "quantization": None, **arguments}
+        if name == "glm130b":
+            settings.setdefault("tokenizer", ice_tokenizer())
         with warnings.catch_warnings():
             # These CPM-1 folders have no sentencepiece model, and the library says so.
             warnings.filterwarnings("ignore", message="found no sentencepiece model")
-            loaded.append(kind(**settings))
+            loaded.append(KINDS[name](**settings))
         return loaded[-1]
 
     yield loader
     for model in loaded:
         model.close()
+
+
+def own_threads() -> list[threading.Thread]:
+    """But for the one that tqdm begins with its first bar, and keeps."""
+    return [thread for thread in threading.enumerate() if thread.name != "tqdm_monitor"]
+
+
+def open_files() -> list[str]:
+    folder = Path("/proc/self/fd")
+    return sorted(os.readlink(path) for path in folder.iterdir() if path.is_symlink())
+
+
+def mapped(folder: Path) -> list[str]:
+    """Lines of the process's memory map that are files of the folder."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return [line for line in lines if str(folder) in line]
+
+
+@pytest.fixture
+def refuse(
+    load: Loader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., None]]:
+    """refuse("cpm1", folder, CheckpointError, "words"): loading fails, and leaves nothing."""
+    made: weakref.WeakSet[LanguageModel] = weakref.WeakSet()
+    original = LanguageModel.__init__
+
+    def begin(self: LanguageModel, *arguments: Any, **more: Any) -> None:
+        made.add(self)
+        original(self, *arguments, **more)
+        made.discard(self)
+
+    monkeypatch.setattr(LanguageModel, "__init__", begin)
+    home = tmp_path / "offload"
+    home.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(home))
+
+    def check(name: str, folder: Any, error: type[Exception], match: str, **arguments: Any) -> None:
+        threads, files = own_threads(), open_files()
+        with pytest.raises(error, match=match):
+            load(name, checkpoint=folder, **arguments)
+        assert own_threads() == threads and open_files() == files
+        assert [path for path in home.rglob("*") if path.is_file()] == []
+
+    yield check
+    gc.collect()
+    assert not made, "a model that was refused is still in memory"
+    assert mapped(tmp_path) == []

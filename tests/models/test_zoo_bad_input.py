@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import math
-import os
 import pickle
 import re
-import tempfile
-import threading
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +32,7 @@ from bminf.errors import (
     UnknownKeywordError,
     UnsupportedModelError,
 )
-from bminf.models import CPM1, CPM2, EVA, LanguageModel
+from bminf.models import CPM1, CPM2, EVA
 
 Loader = Callable[..., Any]
 TEXT = "今天天气"
@@ -46,48 +41,6 @@ TEXT = "今天天气"
 @pytest.fixture(scope="module")
 def tinies() -> dict[str, TinyModel]:
     return {name: tiny(name) for name in ("cpm1", "cpm2", "eva")}
-
-
-def open_files() -> list[str]:
-    folder = Path("/proc/self/fd")
-    return sorted(os.readlink(path) for path in folder.iterdir() if path.is_symlink())
-
-
-def mapped(folder: Path) -> list[str]:
-    """Lines of the process's memory map that are files of the folder."""
-    lines = Path("/proc/self/maps").read_text().splitlines()
-    return [line for line in lines if str(folder) in line]
-
-
-@pytest.fixture
-def refuse(
-    load: Loader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Callable[..., None]]:
-    """refuse("cpm1", folder, CheckpointError, "words"): loading fails, and leaves nothing."""
-    made: weakref.WeakSet[LanguageModel] = weakref.WeakSet()
-    original = LanguageModel.__init__
-
-    def begin(self: LanguageModel, *arguments: Any, **more: Any) -> None:
-        made.add(self)
-        original(self, *arguments, **more)
-        made.discard(self)
-
-    monkeypatch.setattr(LanguageModel, "__init__", begin)
-    home = tmp_path / "offload"
-    home.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(home))
-
-    def check(name: str, folder: Any, error: type[Exception], match: str, **arguments: Any) -> None:
-        threads, files = threading.enumerate(), open_files()
-        with pytest.raises(error, match=match):
-            load(name, checkpoint=folder, **arguments)
-        assert threading.enumerate() == threads and open_files() == files
-        assert [path for path in home.rglob("*") if path.is_file()] == []
-
-    yield check
-    gc.collect()
-    assert not made, "a model that was refused is still in memory"
-    assert mapped(tmp_path) == []
 
 
 # ---- files ---------------------------------------------------------------------------------------

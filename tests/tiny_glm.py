@@ -1,0 +1,236 @@
+"""Small checkpoints of GLM-130B and GLM-10B, written by the tests: random weights, every layout
+that they are found in, and vocabularies of a few hundred tokens."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny_zoo import write_huggingface, write_ranks
+
+from bminf.tokenizers.icetk import IceTokenizer
+
+sys.path.insert(0, str(Path(__file__).parent / "tokenizers"))
+
+from tiny_vocabularies import write_piece_model
+
+Weights = dict[str, torch.Tensor]
+
+_HOME = Path(tempfile.mkdtemp(prefix="bminf-tests-"))  # as long as the process lives
+atexit.register(shutil.rmtree, _HOME, True)
+
+IMAGE_OFFSET = 8
+"""Image tokens of the small GLM-130B, in place of 20000."""
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+PIECES = [
+    *["<unk>", "<s>", "</s>", "<pad>", "<n>", "\u2581", ",", ".", "?", "今天", "天气", "好"],
+    *LETTERS,
+    *(f"\u2581{letter}" for letter in LETTERS),
+    *["\u2581the", "\u2581of", "\u2581layer", "\u2581blocks", "\u2581wait", "\u2581host"],
+    *["th", "he", "in", "er", "an", "re", "on", "at", "en", "nd", "st", "or", "ing", "ed"],
+]
+"""Of both sentencepiece models."""
+
+NUM_UNUSED = 3  # rows of the embedding that no token has
+
+_BYTES = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_CHARACTERS = [*map(chr, _BYTES), *map(chr, range(256, 256 + 256 - len(_BYTES)))]
+_MERGES = ["t h", "th e", "\u0120 the", "i n", "\u0120 a", "e r"]
+ENTRIES = [*_CHARACTERS, *(merge.replace(" ", "") for merge in _MERGES), "<|endoftext|>"]
+"""Of GPT-2's vocabulary."""
+
+GLM130B_CONFIG = {
+    "num_layers": 2,
+    "hidden_size": 64,
+    "inner_hidden_size": 96,
+    "num_attention_heads": 4,
+    "max_sequence_length": 160,
+    "layernorm_epsilon": 1e-05,
+}
+GLM10B_CONFIG = {
+    "model_type": "glm",
+    "num_layers": 2,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "max_sequence_length": 160,
+    "block_position_encoding": True,
+    "attention_scale": 1.0,
+    "output_predict": True,
+}
+_COLUMNS = ("attention.dense.weight", "mlp.dense_4h_to_h.weight")
+_SAT_NAMES = {
+    "word_embeddings.weight": "transformer.word_embeddings.weight",
+    "transformer.block_position_embeddings.weight": (
+        "mixins.block_position_embedding.block_position_embeddings.weight"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class TinyGLM:
+    """One model of the tests.
+
+    config: as it is written to a config.json.   tensors: whole, under the authors' names.
+    is_chinese: of a GLM-10B, whether its vocabulary is GLM-10B-chinese's.
+    """
+
+    name: str
+    config: dict[str, Any]
+    tensors: Weights
+    is_chinese: bool = False
+
+    @property
+    def num_rows(self) -> int:
+        """Of the embedding."""
+        return next(iter(self.tensors.values())).shape[0]
+
+    def write_beside(self, folder: Path) -> Path:
+        """The vocabulary and the configuration."""
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.name == "glm130b":
+            write_piece_model(folder / "ice_text.model", PIECES)
+        elif self.is_chinese:
+            write_piece_model(folder / "cog-pretrain.model", PIECES)
+        else:
+            ids = {entry: number for number, entry in enumerate(ENTRIES)}
+            (folder / "vocab.json").write_text(json.dumps(ids), encoding="utf-8")
+            lines = "\n".join(["#version: 0.2", *_MERGES, ""])
+            (folder / "merges.txt").write_text(lines, encoding="utf-8")
+        (folder / "config.json").write_text(json.dumps(self.config))
+        return folder
+
+    def write_original(
+        self, folder: Path, degree: int = 1, bits: int | None = None, **how: Any
+    ) -> Path:
+        """The authors' layout.   bits: 8 or 4, of each rank's linears.   how: see write_ranks."""
+        ranks = [self.rank(number, degree) for number in range(degree)]
+        if bits is not None:
+            ranks = [quantized(rank, bits) for rank in ranks]
+        return write_ranks(self.write_beside(folder), ranks, **how)
+
+    def write_huggingface(self, folder: Path, form: str = "zip", prefix: str = "") -> Path:
+        """Of a GLM-10B. form: see tiny_zoo.write_huggingface.   prefix: "", or "glm."."""
+        named = {prefix + name: tensor for name, tensor in self.tensors.items()}
+        return write_huggingface(self.write_beside(folder), named, form)
+
+    def write_sat(self, folder: Path, degree: int = 1) -> Path:
+        """A GLM-10B as SwissArmyTransformer has it."""
+        named = {_SAT_NAMES.get(name, name): tensor for name, tensor in self.tensors.items()}
+        return replace(self, tensors=named).write_original(folder, degree)
+
+    def rank(self, number: int, degree: int) -> Weights:
+        """What one of the ranks has."""
+        found = {}
+        for name, tensor in self.tensors.items():
+            if name.endswith(_COLUMNS):
+                tensor = tensor.chunk(degree, 1)[number]
+            elif stripes := self._stripes(name):
+                parts = tensor.chunk(stripes)
+                tensor = torch.cat([part.chunk(degree)[number] for part in parts])
+            found[name] = tensor.clone()
+        return found
+
+    def _stripes(self, name: str) -> int:
+        """Matrices, one below another, of each of which a rank has some rows; 0: it has all."""
+        if "query_key_value" in name:
+            return 1 if self.name == "glm130b" else 3
+        if "dense_h_to_4h" in name:
+            return 2 if self.name == "glm130b" else 1
+        return int("word_embeddings" in name)
+
+
+def quantized(rank: Mapping[str, torch.Tensor], bits: int) -> Weights:
+    """The linears as codes and scales of their rows: scale = half(largest / most)."""
+    found, most = {}, 2 ** (bits - 1) - 1
+    for name, tensor in rank.items():
+        found[name] = tensor
+        if tensor.dim() == 2 and "word_embeddings" not in name:
+            scale = (tensor.abs().amax(1) / most).half()
+            codes = (tensor / scale.unsqueeze(1)).round().clamp(-most, most).to(torch.int8)
+            if bits == 4:
+                codes = (codes[:, ::2] << 4) | (codes[:, 1::2] & 15)
+            found[name], found[f"{name}_scale"] = codes, scale
+    return found
+
+
+def tiny_glm130b(
+    seed: int = 2, has_inv_freq: bool = False, image_offset: int = IMAGE_OFFSET, **changed: Any
+) -> TinyGLM:
+    """changed: fields of the configuration.   seed: 2 gives answers of many different tokens."""
+    config = {**GLM130B_CONFIG, **changed}
+    size, inner = config["hidden_size"], config["inner_hidden_size"]
+    num_tokens = image_offset + len(PIECES) + 8 + NUM_UNUSED
+    shapes = {"transformer.word_embeddings.weight": (-(-num_tokens // 8) * 8, size)}
+    made = _random(shapes, config["num_layers"], size, 2 * inner, inner, seed)
+    if has_inv_freq:
+        half = size // config["num_attention_heads"] // 2
+        for layer in range(config["num_layers"]):
+            made[f"transformer.layers.{layer}.attention.rotary_emb.inv_freq"] = torch.ones(half)
+    return TinyGLM("glm130b", config, made)
+
+
+def tiny_glm10b(seed: int = 10, is_chinese: bool = False, **changed: Any) -> TinyGLM:
+    """changed: fields of the configuration.   seed: as for tiny_glm130b."""
+    config = {**GLM10B_CONFIG, **changed}
+    size, num_positions = config["hidden_size"], config["max_sequence_length"] + 1
+    num_tokens = NUM_UNUSED + (len(PIECES) + 9 if is_chinese else len(ENTRIES) + 8)
+    shapes = {
+        "word_embeddings.weight": (-(-num_tokens // 8) * 8, size),
+        "transformer.position_embeddings.weight": (num_positions, size),
+        "transformer.block_position_embeddings.weight": (num_positions, size),
+    }
+    made = _random(shapes, config["num_layers"], size, 4 * size, 4 * size, seed)
+    return TinyGLM("glm10b", config, made, is_chinese)
+
+
+def tiny_glm(name: str, **changed: Any) -> TinyGLM:
+    return {"glm130b": tiny_glm130b, "glm10b": tiny_glm10b}[name](**changed)
+
+
+def _random(
+    shapes: Mapping[str, tuple[int, ...]], num_layers: int, size: int, up: int, down: int, seed: int
+) -> Weights:
+    """Half precision, as in the authors' files. The logits come out with a deviation of 2 to 3."""
+    numbers = torch.Generator().manual_seed(seed)
+    found = {
+        name: 0.3 * torch.randn(shape, generator=numbers).half().float()
+        for name, shape in shapes.items()
+    }
+
+    def norm(name: str) -> None:
+        found[f"{name}.weight"] = 1 + torch.randn(size, generator=numbers) / 8
+        found[f"{name}.bias"] = torch.randn(size, generator=numbers) / 8
+
+    def linear(name: str, rows: int, columns: int) -> None:
+        weight = torch.randn(rows, columns, generator=numbers)
+        found[f"{name}.weight"] = weight * 1.5 / columns**0.5
+        found[f"{name}.bias"] = torch.randn(rows, generator=numbers) / 4
+
+    for number in range(num_layers):
+        layer = f"transformer.layers.{number}"
+        norm(f"{layer}.input_layernorm")
+        linear(f"{layer}.attention.query_key_value", 3 * size, size)
+        linear(f"{layer}.attention.dense", size, size)
+        norm(f"{layer}.post_attention_layernorm")
+        linear(f"{layer}.mlp.dense_h_to_4h", up, size)
+        linear(f"{layer}.mlp.dense_4h_to_h", size, down)
+    norm("transformer.final_layernorm")
+    return {name: tensor.half() for name, tensor in found.items()}
+
+
+@lru_cache(maxsize=1)
+def ice_tokenizer() -> IceTokenizer:
+    """GLM-130B's tokenizer on the small model, with few image tokens."""
+    path = _HOME / "ice_text.model"
+    write_piece_model(path, PIECES)
+    return IceTokenizer(path, IMAGE_OFFSET)
