@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny_glm import tiny_glm10b
 from tiny_zoo import write_cpm2, write_eva
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -47,6 +48,29 @@ def test_dialogue(tmp_path: Path) -> None:
     eva = write_eva(tmp_path / "eva" / "original")
     output = run("dialogue.py", eva, "--seed", "3", text="你是谁\n今天天气很好\n\n")
     assert sum(line.startswith("> ") for line in output.splitlines()) == 3
+
+
+@pytest.fixture(scope="module")
+def glm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_glm10b().write_original(tmp_path_factory.mktemp("glm") / "original")
+
+
+def test_glm_generate(glm: Path) -> None:
+    output = run("glm_generate.py", glm, "the layer", "--max-tokens", "8", "--memory-limit", "1GB")
+    assert "tokens a second" in output.splitlines()[-1]
+    beams = run("glm_generate.py", glm, "the layer", "--max-tokens", "4", "--num-beams", "2")
+    scores = [float(line.split()[0]) for line in beams.splitlines() if line.startswith(" ")]
+    assert len(scores) == 2 and scores[0] >= scores[1]
+
+
+def test_glm_fill_blank(glm: Path) -> None:
+    output = run("glm_fill_blank.py", glm, "the [MASK] of a [MASK].", "--max-tokens", "3")
+    assert output.startswith("the [") and output.rstrip().endswith("].")
+
+
+def test_glm_24gb() -> None:
+    output = run("glm_24gb.py", "--host-memory", "30GB")
+    assert "on disk" in output and "tokens a second" in output.splitlines()[-1]
 
 
 def test_hand_written_model() -> None:

@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from tiny_glm import tiny_glm10b
 from tiny_zoo import write_cpm2
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,6 +28,7 @@ def code_blocks(language: str | None = None) -> list[str]:
 def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_cpm2(tmp_path / "cpm2")
+    tiny_glm10b().write_original(tmp_path / "glm-130b")  # its vocabulary needs fewer rows
     blocks = code_blocks("python")
     assert blocks
     for block in blocks:

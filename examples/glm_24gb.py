@@ -1,0 +1,28 @@
+"""What a card of 24 GB keeps of GLM-130B, and how fast the rest can come; no weights are needed.
+
+python examples/glm_24gb.py --memory-limit 21.6GiB --host-memory 64GB --link 25
+"""
+
+import argparse
+
+import bminf
+
+parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+parser.add_argument("--memory-limit", default="21.6GiB", help="default: 90 percent of 24 GiB")
+parser.add_argument("--host-memory", default=None, help="for what is streamed; default: all of it")
+parser.add_argument("--quantization", default="int4-row", choices=["int4-row", "int4", "int8"])
+parser.add_argument("--max-length", type=int, default=512, help="tokens of text and answer")
+parser.add_argument("--link", type=float, default=25, help="GB/s from host to card; PCIe 4: 25")
+arguments = parser.parse_args()
+
+plan = bminf.models.plan_glm(
+    "GLM-130B",
+    arguments.memory_limit,
+    arguments.quantization,
+    max_length=arguments.max_length,
+    head_quantization="int8",
+    host_memory=arguments.host_memory,
+)
+print(plan)
+seconds = plan.streamed_bytes / (arguments.link * 1e9)
+print(f"a token takes at least {seconds:.2f} s on the link: {1 / seconds:.2f} tokens a second")
