@@ -207,6 +207,7 @@ def _glm_config(
         layer_norm_eps=reader.number(
             1e-5, "layer_norm_eps", "layernorm_epsilon", "layer_norm_epsilon"
         ),
+        rotary_precision=reader.source.get("rotary_precision", "float16"),
     )
 
 

@@ -140,6 +140,8 @@ def _write(source: Source, folder: Path, packing: Packing, dtype: torch.dtype) -
         "quantization": _as_json(packing.form),
         "exceptions": {name: _as_json(form) for name, form in packing.exceptions.items()},
     }
+    if settings := getattr(source.tokenizer, "settings", None):
+        written["tokenizer"] = dict(settings)
     (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
 
 

@@ -200,7 +200,7 @@ def _own(family: Family, opened: Checkpoint, config: Any, tokenizer: Any) -> Sou
         weights = _with_own_table(weights, parsed)
     model, _ = skeleton(skeleton_of(family, parsed), torch.float32, packing or Packing(), "auto")
     check_shapes(model, weights)
-    found = _tokenizer(family, opened, tokenizer, parsed)
+    found = _tokenizer(family, opened, tokenizer, parsed, written.get("tokenizer"))
     table = weights.table or weights.tensors["embed_tokens.weight"]
     return Source(family, weights, parsed, found, table.dtype)
 
@@ -326,9 +326,15 @@ def _as_configured(
     return changed
 
 
-def _tokenizer(family: Family, opened: Checkpoint, given: Any, config: Config) -> Tokenizer:
+def _tokenizer(
+    family: Family, opened: Checkpoint, given: Any, config: Config, settings: Any = None
+) -> Tokenizer:
+    if settings is not None and not isinstance(settings, Mapping):
+        raise CheckpointError(
+            f"{opened.path}: tokenizer is {settings!r}; convert the original anew"
+        )
     if given is None:
-        found = find_tokenizer(family.name, opened.path)
+        found = find_tokenizer(family.name, opened.path, settings)
     else:
         found = tokenizer_from(family.name, given)
     num_unused = config.vocab_size - found.vocab_size

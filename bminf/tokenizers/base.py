@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from types import MappingProxyType
+from typing import Any, Protocol
 
 from bminf.errors import ArgumentError
 from bminf.tokenizers.joining import Joiner
@@ -109,7 +110,10 @@ class VocabularyTokenizer:
     """What the tokenizers here share. One of them says how a text is cut, and how ids are joined.
 
     Special tokens are never found in a text: `<eod>` typed by somebody is five characters.
+    settings: what it was made with beside its files, for a converted folder to carry.
     """
+
+    settings: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary

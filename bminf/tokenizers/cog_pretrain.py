@@ -39,6 +39,7 @@ class CogPretrainTokenizer(CommandTokenizer):
     # is an unspoken id, or lies beyond the vocabulary.
     def __init__(self, path: str | Path, fixed_commands: bool = False) -> None:
         path = Path(path).absolute()
+        self.settings = {"fixed_commands": fixed_commands}
         self._pieces = PieceModel(path)
         require(self._pieces, path, {"<unk>": 0})
         pieces = self._pieces.tokens

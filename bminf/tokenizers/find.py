@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from bminf.errors import ArgumentError, CheckpointError
 from bminf.tokenizers.base import GLMTokenizer, SentinelTokenizer, Tokenizer
@@ -29,7 +29,9 @@ ICETK = "icetk"
 """What asks for the installed package in the place of a path."""
 
 
-def find_tokenizer(model: str, folder: str | Path) -> Tokenizer:
+def find_tokenizer(
+    model: str, folder: str | Path, settings: Mapping[str, Any] | None = None
+) -> Tokenizer:
     """The tokenizer whose files lie in a folder or, where they do not, in its parent.
 
     model: "cpm1" (spiece.model, chinese_vocab.model or the only *.model; with none in either
@@ -37,7 +39,9 @@ def find_tokenizer(model: str, folder: str | Path) -> Tokenizer:
     one is seen from its tokens), "eva" (vocab.txt), "glm130b" (ice_text.model or the only *.model)
     or "glm10b" (vocab.json and merges.txt, or both with gpt2- before them, is the English one;
     cog-pretrain.model, or the only *.model, the Chinese one).
-    Raises CheckpointError where no file is found, or one is not what it should be.
+    settings: that a converted folder carries, see VocabularyTokenizer.
+    Raises CheckpointError where no file is found, or one is not what it should be, and for settings
+    that the tokenizer does not have.
     """
     _check_model(model)
     folder = Path(folder).absolute()
@@ -45,7 +49,11 @@ def find_tokenizer(model: str, folder: str | Path) -> Tokenizer:
     if model == "cpm1":
         return _find_cpm1(folders)
     if model in _GLM_FINDERS:
-        return _find_glm(model, folders)
+        return _find_glm(model, folders, settings or {})
+    if settings:
+        raise CheckpointError(
+            f"a tokenizer of {model} has no settings, but {folder} says {settings}"
+        )
     vocab_file = _first(folders, _VOCABULARY)
     if vocab_file is None:
         raise CheckpointError(_not_found(model, _VOCABULARY, folders))
@@ -82,19 +90,17 @@ def _cpm2(path: Path) -> Tokenizer:
     return CPM2BilingualTokenizer(path) if is_bilingual else CPM2Tokenizer(path)
 
 
-def _glm130b(path: Path) -> GLMTokenizer:
-    return IceTokenizer(path)
+def _glm10b(path: Path, **settings: Any) -> GLMTokenizer:
+    if path.suffix == ".model":
+        return CogPretrainTokenizer(path, **settings)
+    return GPT2Tokenizer(path, **settings)
 
 
-def _glm10b(path: Path) -> GLMTokenizer:
-    return CogPretrainTokenizer(path) if path.suffix == ".model" else GPT2Tokenizer(path)
-
-
-_READERS: dict[str, Callable[[Path], Tokenizer]] = {
+_READERS: dict[str, Callable[..., Tokenizer]] = {
     "cpm1": _cpm1,
     "cpm2": _cpm2,
     "eva": EVATokenizer,
-    "glm130b": _glm130b,
+    "glm130b": IceTokenizer,
     "glm10b": _glm10b,
 }
 _KINDS: dict[str, type] = {
@@ -129,12 +135,17 @@ _GLM_FINDERS: dict[str, tuple[Callable[[Path], Path | None], str]] = {
 }
 
 
-def _find_glm(model: str, folders: list[Path]) -> Tokenizer:
+def _find_glm(model: str, folders: list[Path], settings: Mapping[str, Any]) -> Tokenizer:
     find, names = _GLM_FINDERS[model]
     path = next(filter(None, map(find, folders)), None)
     if path is None:
         raise CheckpointError(_not_found(model, names, folders))
-    return _READERS[model](path)
+    try:
+        return _READERS[model](path, **settings)
+    except (TypeError, ArgumentError) as error:
+        raise CheckpointError(
+            f"{path} is to be read with the settings {settings!r}: {error}"
+        ) from error
 
 
 def _find_cpm1(folders: list[Path]) -> Tokenizer:

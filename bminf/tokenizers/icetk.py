@@ -36,6 +36,7 @@ class _IceText(VocabularyTokenizer):
         super().__init__(vocabulary)
         self._pieces, self._image_offset = pieces, image_offset
         self._ignores_linebreak = ignore_linebreak
+        self.settings = {"image_offset": image_offset, "ignore_linebreak": ignore_linebreak}
         self._name_ids(vocabulary)
 
     def _name_ids(self, vocabulary: PieceVocabulary) -> None:

@@ -18,6 +18,7 @@ from bminf.errors import ArgumentError, CheckpointError
 from bminf.models import GLM, convert
 from bminf.ops.dequantize import dequantize_weight
 from bminf.quantization.packed import INT4, INT8, Format
+from bminf.tokenizers.cog_pretrain import CogPretrainTokenizer
 
 Loader = Callable[..., Any]
 NAMES = ("glm130b", "glm10b")
@@ -223,6 +224,33 @@ def test_the_rotary_table_is_no_part_of_the_folder(
     assert not torch.equal(logits["float32"], logits["float16"])
     original = load("glm130b", rotary_precision="float32", **packed)
     assert torch.equal(logits["float32"], original.logits(text))
+
+
+def test_a_converted_folder_carries_the_settings_of_its_tokenizer(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    made = convert(folders["glm130b"], tmp_path / "b", tokenizer=ice_tokenizer())
+    with GLM(made, device="cpu") as model:  # other image tokens than in the published model
+        assert model.tokenizer.masks == ice_tokenizer().masks
+    chinese = tiny_glm10b(is_chinese=True).write_original(tmp_path / "c")
+    fixed = CogPretrainTokenizer(chinese / "cog-pretrain.model", fixed_commands=True)
+    made = convert(chinese, tmp_path / "d", tokenizer=fixed)
+    with GLM(made, device="cpu") as model:
+        assert model.tokenizer.masks == fixed.masks
+        assert model.tokenizer.masks["[gMASK]"] != model.tokenizer.eop_id
+    written = json.loads((made / "config.json").read_text())
+    for settings in ({"fixed_commands": True, "more": 1}, [1]):
+        (made / "config.json").write_text(json.dumps({**written, "tokenizer": settings}))
+        with pytest.raises(CheckpointError, match=r"settings|tokenizer is \[1\]"):
+            GLM(made, device="cpu")
+
+
+def test_a_configuration_may_say_how_exact_positions_are(
+    folders: dict[str, Path], load: Loader
+) -> None:
+    config = json.loads((folders["glm130b"] / "config.json").read_text())
+    model = load("glm130b", config={**config, "rotary_precision": "float32"})
+    assert model.config.rotary_precision == "float32"
 
 
 # ---- the authors' quantised folders --------------------------------------------------------------
