@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from benchmarks import kernels_table, zoo_table
+from benchmarks import glm_table, kernels_table, zoo_table
 from benchmarks.kernels_targets import targets
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNEL_TESTS = "tests/gpu/test_kernels.py"
 LOG = "session.log"
-ZOO = "zoo-cuda.json"
+ZOO, GLM = "zoo-cuda.json", "glm-cuda.json"
 SECONDS = 465.0
 
 _START_S = 15.0  # of a process, with torch, before it measures; and for its last group
@@ -68,18 +68,23 @@ def steps(folder: Path) -> list[Step]:
     zoo = ("benchmarks.run", "zoo", "--device", "cuda", "--memory-limit", "6GB", "16GB")
     zoo_runs = ("--steps", "24", "--warmup", "0", "--repeats", "2", "--seconds", "25")
     zoo_out = ("--out", str(folder / ZOO))
+    # Some layers of GLM-130B in full size, most of them streamed, and then resident.
+    glm = ("benchmarks.run", "glm", "--device", "cuda", "--layers", "6", "--seconds", "20")
+    glm_runs = ("--memory-limit", "4GB", "16GB", "--encode", "512", "--decode", "16")
+    glm_out = ("--out", str(folder / GLM))
     others = ("int4-g32-minimum", "int4-g64", "int4-g128", "int4-row", "int8-g128")
     formats = ("--formats", "int4", *others)
     return [
         Step("kernel tests", ("pytest", "-m", "gpu", KERNEL_TESTS), 130, tests=True),
-        kernels("weight-only", 100, "--ops", "weight-only"),
-        kernels("w8a8", 70, "--ops", "w8a8"),
-        Step("other tests", ("pytest", "-m", "gpu", f"--ignore={KERNEL_TESTS}"), 90, tests=True),
+        kernels("weight-only", 90, "--ops", "weight-only"),
+        kernels("w8a8", 62, "--ops", "w8a8"),
+        Step("other tests", ("pytest", "-m", "gpu", f"--ignore={KERNEL_TESTS}"), 80, tests=True),
         Step("zoo", (*zoo, *zoo_runs, *zoo_out), 55),
-        kernels("others", 45, "--ops", "gated", "rows", "dequantize"),
-        kernels("bfloat16", 40, "--ops", "weight-only", "w8a8", "--dtype", "bfloat16", *large),
-        kernels("formats", 38, "--ops", "weight-only", *formats, *large),
-        Step("offload", (*offload, *model, *offload_out), 58),
+        Step("glm", (*glm, *glm_runs, *glm_out), 48),
+        kernels("others", 43, "--ops", "gated", "rows", "dequantize"),
+        kernels("bfloat16", 35, "--ops", "weight-only", "w8a8", "--dtype", "bfloat16", *large),
+        kernels("formats", 32, "--ops", "weight-only", *formats, *large),
+        Step("offload", (*offload, *model, *offload_out), 50),
     ]
 
 
@@ -236,6 +241,8 @@ def summary_of(folder: Path, outcomes: Sequence[Outcome]) -> str:
         parts += kernels_table.lines(content)
     if (folder / ZOO).is_file():
         parts += ["==== CPM-2", *zoo_table.lines(_read(folder / ZOO))]
+    if (folder / GLM).is_file():
+        parts += ["==== GLM-130B", *glm_table.lines(_read(folder / GLM))]
     parts.append("==== steps")
     parts += map(str, outcomes)
     for name, content in contents.items():

@@ -19,6 +19,7 @@ CASES = {
     "offload": "the wrapper against accelerate's offloading, on one model, under one limit",
     "kernels": "products with packed weights against those of torch and others",
     "zoo": "CPM-2's encoder and decoder with random weights, and a prediction for a small card",
+    "glm": "GLM-130B's reading and writing with random weights, and a prediction for one card",
 }
 
 

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import kernels_table, zoo_table
+from benchmarks import glm_table, kernels_table, zoo_table
 from benchmarks.kernels_table import markdown
 from benchmarks.kernels_targets import targets
 from bminf.units import format_bytes
@@ -60,6 +60,8 @@ def table(content: dict[str, Any]) -> str:
         return _perplexity_table(content)
     if content["case"] == "zoo":
         return zoo_table.table(content)
+    if content["case"] == "glm":
+        return glm_table.table(content)
     if content["case"] == "kernels":
         reached = "".join(f"- {target}\n" for target in targets(content))
         return f"{kernels_table.table(content)}\nTargets:\n\n{reached}"

@@ -9,20 +9,10 @@ from typing import Any
 
 import torch
 
+from benchmarks.card import Card, plan_entries, streamed_bytes
 from benchmarks.zoo_model import PUBLISHED, TITLE, Sizes, planned
 from bminf.scheduler.backends.simulated import Prediction, predict
 from bminf.scheduler.plan import Plan
-
-
-@dataclass(frozen=True)
-class Card:
-    """A GPU. memory_limit: bytes.   link_bytes_per_s: from page-locked host memory to the card.
-    memory_bytes_per_s: that the card reads of its own memory."""
-
-    name: str
-    memory_limit: int
-    link_bytes_per_s: int
-    memory_bytes_per_s: int
 
 
 @dataclass(frozen=True)
@@ -112,22 +102,3 @@ def predictions(
 def of_phase(plan: Plan, card: Card, phase: Phase) -> Prediction:
     """One step of `phase` in steady state."""
     return predict(plan, card.link_bytes_per_s, card.memory_bytes_per_s, phase.lists)
-
-
-def plan_entries(plan: Plan) -> dict[str, Any]:
-    """The plan in numbers, for a JSON file."""
-    return {
-        "memory_limit": plan.budget,
-        "planned_bytes": plan.total_bytes,
-        "reserved_bytes": plan.reserved_bytes,
-        "resident": len(plan.resident),
-        "streamed": len(plan.streamed),
-        "resident_bytes": plan.resident_bytes,
-        "streamed_bytes": plan.streamed_bytes,
-    }
-
-
-def streamed_bytes(plan: Plan, lists: Sequence[str]) -> int:
-    """Bytes that come over the link in one pass through `lists`."""
-    streamed = set(plan.streamed)
-    return sum(b.nbytes for b in plan.blocks if b.name in streamed and b.list_name in lists)

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import gc
-import hashlib
-import statistics
-import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,11 +11,12 @@ from typing import Any
 
 import torch
 
-from benchmarks import harness
+from benchmarks import model_run
+from benchmarks.card import streamed_bytes
 from benchmarks.harness import Result, Settings, Variant, Work
+from benchmarks.model_run import Copies, Facts, digest
 from benchmarks.zoo_model import Loaded, Sizes, loaded, planned
-from benchmarks.zoo_prediction import ANEW, ENCODER, ONCE, Phase, plan_entries, streamed_bytes
-from bminf.cli.measure import PeakMemory, rss_anon_bytes
+from benchmarks.zoo_prediction import ANEW, ENCODER, ONCE, Phase
 from bminf.scheduler.device import backend_for, free_budget
 from bminf.units import format_bytes
 
@@ -51,73 +48,54 @@ class Run:
 
     def measure(self, settings: Settings) -> list[Result]:
         """A result for each phase. Both ways to decode have to give the same."""
-        gc.collect()
-        before, began = rss_anon_bytes(), time.perf_counter()
-        with ExitStack() as stack:
-            with PeakMemory(is_cuda=False, baseline_bytes=before) as peak:
-                opened = stack.enter_context(self._loaded())
-            facts = {
-                "load_s": time.perf_counter() - began,
-                "loading_peak_rss_anon_bytes": peak.peak_bytes,
-            } | plan_entries(opened.scheduler.plan)
-            held = rss_anon_bytes()
-            results = []
-            for phases in ((ENCODER,), (ANEW, ONCE)):
-                variants = [self._variant(opened, phase, facts) for phase in phases]
-                results += harness.measure(variants, settings)
-        for result in results:
-            wall_s = statistics.fmean(sample.wall_s for sample in result.samples)
-            result.details["tokens_per_s"] = result.details["tokens"] / wall_s
-            # The harness sees what a run adds to the weights, which were there before it.
-            if result.peak_rss_anon_bytes is not None and held is not None and before is not None:
-                result.peak_rss_anon_bytes += held - before
-        return results
+        return model_run.measure(self._loaded(), self._variants, settings)
+
+    def _variants(self, opened: Loaded, facts: Facts) -> Iterator[list[Variant]]:
+        for phases in ((ENCODER,), (ANEW, ONCE)):
+            yield [self._variant(opened, phase, facts) for phase in phases]
 
     @contextmanager
     def _loaded(self) -> Iterator[Loaded]:
-        backend = backend_for(self.device, self.offload_dir, stacklevel=1)
+        backend = backend_for(self.device)
         budget = free_budget(backend.device) if self.limit is None else self.limit
         with loaded(self.sizes, budget, backend, self.offload_dir) as opened:
             yield opened
 
-    def _variant(self, opened: Loaded, phase: Phase, facts: dict[str, Any]) -> Variant:
+    def _variant(self, opened: Loaded, phase: Phase, facts: Facts) -> Variant:
         open = partial(self._open, opened, phase, facts)
         return Variant(f"{self.name}: {phase.name}", open, self.device == "cuda")
 
     @contextmanager
-    def _open(self, opened: Loaded, phase: Phase, facts: dict[str, Any]) -> Iterator[Work]:
+    def _open(self, opened: Loaded, phase: Phase, facts: Facts) -> Iterator[Work]:
         num_steps = 1 if phase is ENCODER else self.num_steps
-        before, runs = opened.scheduler.stats(), list[str]()
+        copies, runs = Copies(opened.scheduler), list[str]()
 
         def run() -> str:
             runs.append(self._run(opened, phase))
             return runs[-1]
 
         def details() -> dict[str, Any]:
-            after = opened.scheduler.stats()
-            nbytes, seconds = (
-                getattr(after, name) - getattr(before, name)
-                for name in ("bytes_copied", "copied_s")
+            return (
+                facts
+                | copies.details(len(runs) * num_steps)
+                | {
+                    "phase": phase.name,
+                    "quantization": self.sizes.quantization,
+                    "activations": self.sizes.activations,
+                    "steps": num_steps,
+                    "tokens": self.prompt_length if phase is ENCODER else num_steps,
+                    "streamed_bytes_per_step": streamed_bytes(opened.scheduler.plan, phase.lists),
+                    "result_sha256": runs[-1],
+                }
             )
-            return facts | {
-                "phase": phase.name,
-                "quantization": self.sizes.quantization,
-                "activations": self.sizes.activations,
-                "steps": num_steps,
-                "tokens": self.prompt_length if phase is ENCODER else num_steps,
-                "streamed_bytes_per_step": streamed_bytes(opened.scheduler.plan, phase.lists),
-                "copied_bytes_per_step": nbytes / (len(runs) * num_steps),
-                "link_gbps": nbytes / seconds / 1e9 if nbytes and seconds else None,
-                "result_sha256": runs[-1],
-            }
 
         yield Work(run, details)
 
     def _run(self, opened: Loaded, phase: Phase) -> str:
         with torch.inference_mode():
             if phase is ENCODER:
-                return _digest(opened.model.encoder(self._hidden(opened, self.prompt_length)))
-            return _digest(self._decode(opened, phase))
+                return digest(opened.model.encoder(self._hidden(opened, self.prompt_length))[0, -1])
+            return digest(self._decode(opened, phase)[0, -1])
 
     def _decode(self, opened: Loaded, phase: Phase) -> torch.Tensor:
         """The same hidden state goes in at each step: nothing is embedded, scored or drawn."""
@@ -138,13 +116,3 @@ class Run:
         x = torch.randn(1, num_tokens, self.sizes.config.hidden_size, generator=generator)
         weight = opened.model.embed_tokens.weight
         return x.to(weight.device, weight.dtype)
-
-
-def _digest(x: torch.Tensor) -> str:
-    """Of the last token, all of which is computed when this returns."""
-    last = x[0, -1].float().cpu()
-    if not last.isfinite().all():
-        raise ArithmeticError(
-            "the random model gives NaN or infinity; its times would mean nothing"
-        )
-    return hashlib.sha256(last.numpy().tobytes()).hexdigest()

@@ -16,10 +16,12 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # as in test_benchmarks.py
 
 from benchmarks import gpu_session, run, zoo_table
+from benchmarks.card import Card
+from benchmarks.random_model import random_weights
 from benchmarks.table import DOCUMENTS, ROOT, with_tables
 from benchmarks.zoo import add_arguments, config_of, title
-from benchmarks.zoo_model import PUBLISHED, Sizes, planned, random_weights
-from benchmarks.zoo_prediction import ANEW, ENCODER, ONCE, Card, of_phase, predictions
+from benchmarks.zoo_model import PUBLISHED, Sizes, planned
+from benchmarks.zoo_prediction import ANEW, ENCODER, ONCE, of_phase, predictions
 from bminf.arch.t5 import T5Config
 from bminf.cli import plan as plan_command
 from bminf.cli.measure import rss_anon_bytes

@@ -21,6 +21,7 @@ LOGITS_AT_ONCE = 8  # positions of one text whose logits are computed together
 
 _SLICE_BYTES = 2**27  # a slice of a dequantised weight, see ops/linear_weight_only.py
 _BUCKET_BYTES = 40  # of a cell: distances, their logarithms and buckets
+_HIDDEN_BYTES = 4  # of a cell: what is ahead, what is padding, and both
 _DRAWN_BYTES = 64  # of an entry of the logits: in the model's type, and what drawing sorts
 # What stays with the allocators and libraries of a CPU after tensors are gone. Measured, not
 # derived: about as much again as a layer and half of the logits hold (with weights that are not
@@ -87,6 +88,8 @@ def reserved_bytes(
     # The last ones of each row while they are drawn from; logits() has fewer at a time.
     head = config.vocab_size * max(LOGITS_AT_ONCE, max_batch_size) * _DRAWN_BYTES
     making_bias = 2 * bias + _BUCKET_BYTES * max_length**2  # before the first layer
+    if isinstance(config, GLMConfig):  # whose positions are in no bias
+        making_bias = bias + _HIDDEN_BYTES * max_batch_size * max_length**2
     aligned = 0 if is_cpu else bias  # the copy that attention may make of it
     peak = max(making_bias, bias + aligned + layer, head)
     left = layer if form is not None else 7 * layer // 4

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import gc
+import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tiny_glm import tiny_glm10b
 from tiny_zoo import all_writers
 
 import bminf
+from bminf.scheduler.plan import least_budget
+
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # as in test_benchmarks.py
+
+from benchmarks.glm_model import PUBLISHED, Sizes, planned
+from benchmarks.glm_run import Run, Task
+from benchmarks.harness import Settings
 
 pytestmark = pytest.mark.gpu
 
@@ -87,3 +97,50 @@ def test_the_memory_limit_is_kept(folders: dict[str, Path], name: str) -> None:
     model.close()
     gc.collect()
     assert torch.cuda.memory_allocated() <= before + 2**20
+
+
+# ---- GLM -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("quantization", ["int4-row", "int4"])
+def test_full_size_layers_of_glm130b_at_a_limit(quantization: str) -> None:
+    """Random packed weights: what streams gives what stays does, within the limit."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    config = replace(PUBLISHED, num_hidden_layers=2, vocab_size=40000)
+    tasks = (Task("encode", 256), Task("decode", 8))
+    batches = tuple((task.rows, task.length) for task in tasks)
+    sizes = Sizes(config, torch.float16, quantization, "int8", batches=batches)
+    _, _, whole = planned(sizes, 2**40, "cuda")
+    before, digests = torch.cuda.memory_allocated(), []
+    for limit in (whole.total_bytes, least_budget(whole)):
+        results = Run(sizes, limit, "cuda", None, tasks).measure(Settings(0, 1, 1))
+        digests.append([result.details["result_sha256"] for result in results])
+        for result in results:
+            is_streamed = limit < whole.total_bytes
+            assert (result.details["copied_bytes_per_step"] > 0) is is_streamed
+            assert result.peak_cuda_bytes is not None
+            # torch rounds each tensor up to 512 bytes; a product of a library takes a workspace.
+            assert result.peak_cuda_bytes - before <= limit + 64 * 2**20
+    assert digests[0] == digests[1]
+
+
+@pytest.mark.parametrize("quantization", [None, "int8", "int4"])
+def test_a_streamed_glm10b_is_the_resident_one(tmp_path: Path, quantization: str | None) -> None:
+    folder = tiny_glm10b().write_original(tmp_path / "glm10b")
+    arguments = {"quantization": quantization, "head_quantization": quantization}
+    resident = bminf.models.GLM(folder, device="cuda", **arguments)
+    limit = limit_for_slots(resident)
+    streamed = bminf.models.GLM(folder, device="cuda", memory_limit=limit, **arguments)
+    assert streamed.plan.streamed and not resident.plan.streamed
+    text = "the blocks [MASK] on the host"
+    assert torch.equal(streamed.logits(text), resident.logits(text))
+    for options in ({"seed": 3}, {"temperature": 0}, {"num_beams": 1, "top_p": 0.9, "seed": 1}):
+        answers = [
+            model.fill_blank(text, max_tokens=12, **options) for model in (resident, streamed)
+        ]
+        assert answers[0] == answers[1]
+    on_cpu = bminf.models.GLM(folder, device="cpu", **arguments)
+    expected = on_cpu.logits(text)
+    error = (resident.logits(text) - expected).norm() / expected.norm()
+    assert error < 2e-2, float(error)
