@@ -13,6 +13,7 @@ parser.add_argument("--host-memory", default=None, help="for what is streamed; d
 parser.add_argument("--quantization", default="int4-row", choices=["int4-row", "int4", "int8"])
 parser.add_argument("--max-length", type=int, default=512, help="tokens of text and answer")
 parser.add_argument("--link", type=float, default=25, help="GB/s from host to card; PCIe 4: 25")
+parser.add_argument("--disk", type=float, default=3, help="GB/s, for what host memory cannot hold")
 arguments = parser.parse_args()
 
 plan = bminf.models.plan_glm(
@@ -24,5 +25,11 @@ plan = bminf.models.plan_glm(
     host_memory=arguments.host_memory,
 )
 print(plan)
-seconds = plan.streamed_bytes / (arguments.link * 1e9)
-print(f"a token takes at least {seconds:.2f} s on the link: {1 / seconds:.2f} tokens a second")
+seconds = {
+    "link": plan.streamed_bytes / (arguments.link * 1e9),
+    "disk": plan.disk_bytes / (arguments.disk * 1e9),
+}
+slowest = max(seconds, key=seconds.__getitem__)
+if plan.streamed:
+    speed = f"{1 / seconds[slowest]:.2f} tokens a second"
+    print(f"a token takes at least {seconds[slowest]:.2f} s on the {slowest}: {speed}")

@@ -216,7 +216,7 @@ def test_the_table_takes_no_room_of_its_own() -> None:
     assert rows.shape == (PUBLISHED.vocab_size, PUBLISHED.hidden_size)
     assert rows.untyped_storage().nbytes() < 2**24
     (embedding,) = (module for module in model.modules() if isinstance(module, HostEmbedding))
-    embedding.keep([rows])
+    embedding.keep([rows], rows.dtype)
     ids = torch.tensor([[0, 1, PUBLISHED.vocab_size - 1]])
     assert len(embedding(ids)[0].unique(dim=0)) == 3
 

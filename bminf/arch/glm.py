@@ -124,7 +124,8 @@ class Attention(torch.nn.Module):
         # GLM-130B's own code divides queries by the number of the layer and multiplies scores by
         # it in float32, against overflow: here scores are sums in float32 from the beginning.
         y = attention(query, key, value, bias, self.head_dim**-0.5)
-        return residual(x, normed, self.config) + self.out(merge_heads(y))
+        y = self.out(merge_heads(y))
+        return residual(x, normed, self.config) + y
 
     def _heads(self, x: torch.Tensor) -> list[torch.Tensor]:
         """(B, T, 3 C) -> queries, keys and values, (B, H, T, D) each."""
@@ -157,7 +158,8 @@ class Layer(torch.nn.Module):
     ) -> torch.Tensor:
         x = self.attention(x, bias, angles, layer, cache)
         normed = self.norm(x)
-        return residual(x, normed, self.config) + self.feed_forward(normed)
+        y = self.feed_forward(normed)
+        return residual(x, normed, self.config) + y  # in this order less is held at once
 
 
 def residual(x: torch.Tensor, normed: torch.Tensor, config: GLMConfig) -> torch.Tensor:

@@ -12,6 +12,7 @@ and join such files (splits.py says how).
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from bminf.checkpoint.binary_file import BinaryFile
@@ -43,11 +44,14 @@ def read_model_parallel(folder: Path) -> dict[str, Stored]:
     ranks = [_read_rank(path, len(paths)) for path in paths]
     _check_agreement(paths, ranks)
     if len(ranks) == 1:
+        _check_complete(ranks[0], 1)
         return dict(ranks[0])
     splits = splits_of(ranks[0].keys())
-    return {
+    merged = {
         name: split.merge(tuple(rank[name] for rank in ranks)) for name, split in splits.items()
     }
+    _check_complete(merged, len(ranks))
+    return merged
 
 
 def is_model_parallel(folder: Path) -> bool:
@@ -185,3 +189,21 @@ def _check_alike(first: InFile, other: InFile) -> None:
             f"{first.where} is {first.dtype} {first.shape}, but {other.where} is {other.dtype} "
             f"{other.shape}; ranks of different checkpoints, or degrees, cannot be merged"
         )
+
+
+def _check_complete(tensors: Mapping[str, Stored], num_ranks: int) -> None:
+    """Raise CheckpointError where the last ranks are missing, which no number of a file tells.
+
+    The output of attention has as many columns as the QKV matrix, whose own are never cut.
+    """
+    for name, dense in tensors.items():
+        layer = name.removesuffix("attention.dense.weight")
+        qkv = tensors.get(f"{layer}attention.query_key_value.weight")
+        if layer == name or qkv is None or {len(dense.shape), len(qkv.shape)} != {2}:
+            continue
+        if dense.shape[1] < qkv.shape[1]:
+            raise CheckpointError(
+                f"{dense.where} has {dense.shape[1]} columns in all, and should have "
+                f"{qkv.shape[1]}; see whether the files of all ranks are there, of which "
+                f"{num_ranks} were found"
+            )

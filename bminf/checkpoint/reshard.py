@@ -35,7 +35,6 @@ from bminf.quantization.glm_rows import BITS, quantize_rows, row_scales
 
 _ITERATION = re.compile(r"(?:iter_0*)?(\d+)")
 _LINEAR = re.compile(rf"transformer\.layers\.\d+\.({'|'.join(map(re.escape, LINEARS))})\.weight")
-_SQUARE = "attention.dense.weight"
 # Whose size along its cut is called what.
 _SIZES = {
     "word_embeddings.weight": "vocabulary rows",
@@ -152,7 +151,7 @@ def _check(given: _Source, degree: int, bits: int | None, heads: int | None) -> 
     if bits is not None and not is_glm130b(given.tensors):
         raise ArgumentError(
             f"bits={bits}, but {given.path} holds GLM-10B, whose code has no quantised files; "
-            "leave bits out"
+            "leave the quantization out"
         )
     sizes = _sizes(given)
     heads = _heads(given, heads, sizes["hidden columns"])
@@ -161,7 +160,7 @@ def _check(given: _Source, degree: int, bits: int | None, heads: int | None) -> 
     elif given.num_ranks % degree:  # otherwise whole ranks are joined, and all sizes are shared
         raise ArgumentError(
             f"{given.path} does not tell its number of heads, which degree={degree} has to "
-            "divide; give num_attention_heads"
+            "divide; give a configuration with num_attention_heads"
         )
     wrong = [f"{size} {what}" for what, size in sizes.items() if size % degree]
     if wrong:
@@ -183,11 +182,6 @@ def _sizes(given: _Source) -> dict[str, int]:
             if len(stored.shape) != 2:
                 raise CheckpointError(
                     f"{stored.where} has shape {stored.shape}; it should be a matrix"
-                )
-            if name.endswith(_SQUARE) and stored.shape[0] != stored.shape[1]:
-                raise CheckpointError(
-                    f"{stored.where} has shape {stored.shape} and should be square; see whether "
-                    f"the files of all ranks are there, which {given.num_ranks} were found of"
                 )
             sizes.setdefault(what, stored.shape[axis] // splits[name].num_stripes)
     missing = [ending for ending, what in _SIZES.items() if what not in sizes]
@@ -225,7 +219,7 @@ def _rank_tensors(
         if bits == 4 and part.shape[1] % 2:
             raise ArgumentError(
                 f"{name!r} has {part.shape[1]} columns a rank with degree={degree}, and in 4 bits "
-                "two columns share a byte; use another degree, or bits=8"
+                "two columns share a byte; use another degree, or 8 bits"
             )
         yield name, _OfRows(part, bits)
         yield f"{name}_scale", _OfRows(part, bits, is_scale=True)

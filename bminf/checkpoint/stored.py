@@ -134,6 +134,15 @@ class InFile(Sliced):
         """Bytes from the first to the last, the gaps of the strides included."""
         return TensorSpec(self.shape, self.stride, self.dtype).nbytes
 
+    def as_bytes(self) -> InFile:
+        """A matrix (N, K) whose rows have no gaps in them as (N, bytes of K) uint8."""
+        num_rows, num_columns = self.shape
+        size, (step, _) = self.dtype.itemsize, self.stride
+        return InFile(
+            self.path, self.offset, (num_rows, num_columns * size), (step * size, 1), torch.uint8,
+            self.name,
+        )  # fmt: skip
+
     def read(self) -> torch.Tensor:
         with BinaryFile(self.path) as file:
             file.check(self.offset, self.span_bytes, f"the tensor {self.name!r}")

@@ -212,7 +212,9 @@ def _ruled_out(rules: _Rules, logits: torch.Tensor, searches: Sequence[_Search])
 def _noise(searches: Sequence[_Search], size: int) -> torch.Tensor:
     """(B, size) float64 of the Gumbel distribution: the largest sums of it and log-probabilities
     are a sample without replacement (Kool et al. 2019, arXiv:1903.06059, section 2)."""
-    uniforms = [torch.rand(size, generator=own.lot, dtype=torch.float64) for own in searches]
+    uniforms = [
+        torch.rand(size, generator=own.lot, dtype=torch.float64, device="cpu") for own in searches
+    ]
     return torch.stack(uniforms).clamp_min_(_LEAST_UNIFORM).log_().neg_().log_().neg_()
 
 

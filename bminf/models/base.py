@@ -1,4 +1,4 @@
-"""What CPM-1, CPM-2 and EVA have in common as models for users: text in, text out."""
+"""What all models have in common for users: text in, text out."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ class LanguageModel:
     memory_limit: bytes, or "6GB": weights + slots + KV cache + workspace. None takes 90% of what is
         free on the device.
     quantization: "int8", "int4", a bminf.Format, or None; what `bminf convert` has packed stays as
-        it is in the folder, and "int8" then stands for that. The 8 bits of a BMInf 1.x file are
-        taken as they are for "int8", and packed or unpacked for anything else.
+        it is in the folder, and the default then stands for that. The 8 bits of a BMInf 1.x file
+        are taken as they are for "int8", and packed or unpacked for anything else.
     activations: see bminf.QuantizedLinear.
     dtype: of all that is not packed: torch.float32, float16 or bfloat16; None is float16 on a GPU
         and float32 on the CPU.   device: None is the GPU where there is one.
-    max_length: tokens of prompt and answer together (CPM-1), or of each (CPM-2, EVA); None is what
-        the positions allow, or 512.   max_batch_size: prompts, or beams, at once.
-    config: the path of a JSON file, a mapping, a GPTConfig or a T5Config; None looks for
+    max_length: tokens of prompt and answer together (CPM-1, GLM), or of each (CPM-2, EVA); None is
+        what the positions allow, or 512.   max_batch_size: prompts, or beams, at once.
+    config: the path of a JSON file, a mapping, a GPTConfig, T5Config or GLMConfig; None looks for
         config.json or model_config.json in the folder and its parent, and otherwise takes the
         published model whose shapes all match, if there is exactly one.
     tokenizer: a path or an object with encode() and decode(); None looks in the folder and its

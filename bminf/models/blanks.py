@@ -86,7 +86,7 @@ def choices_behind(
         ids += segment
         positions += [one.position(at) for at in range(len(segment))]
         owner += [number] * len(segment)
-    owners = torch.tensor(owner)
+    owners = torch.tensor(owner, device="cpu")
     is_other = (owners.unsqueeze(0) != owners.unsqueeze(1)) & (owners.unsqueeze(0) >= 0)
     is_hidden = is_other | is_ahead(len(ids), len(ids), num_context)
     return ids, positions, is_hidden, rows * len(choices) if are_single else rows
@@ -94,12 +94,12 @@ def choices_behind(
 
 def is_ahead(num_queries: int, num_keys: int, num_context: int) -> torch.Tensor:
     """(T, S) bool: tokens behind the text that come after the query; the last one sees all."""
-    queries = torch.arange(num_keys - num_queries, num_keys).unsqueeze(1)
-    keys = torch.arange(num_keys)
+    queries = torch.arange(num_keys - num_queries, num_keys, device="cpu").unsqueeze(1)
+    keys = torch.arange(num_keys, device="cpu")
     return (keys > queries) & (keys >= num_context)
 
 
 def position_tensor(positions: Sequence[Sequence[Position]], has_blocks: bool) -> torch.Tensor:
     """Positions of rows of equal length as arch/glm.py takes them: (B, T), or (B, 2, T)."""
-    both = torch.tensor(positions, dtype=torch.int64).view(len(positions), -1, 2)
+    both = torch.tensor(positions, dtype=torch.int64, device="cpu").view(len(positions), -1, 2)
     return both.transpose(1, 2).contiguous() if has_blocks else both[:, :, 0].contiguous()

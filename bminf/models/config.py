@@ -1,7 +1,8 @@
 """Configurations in all the dialects that they are found in, and those of the published models.
 
-A configuration is a GPTConfig or T5Config, or a mapping: the authors' own fields, those of Hugging
-Face, ModelCenter's, or ours. The vocabulary is that of the tensors, whatever a file says.
+A configuration is a GPTConfig, T5Config or GLMConfig, or a mapping: the authors' own fields, those
+of Hugging Face, ModelCenter's, or ours. The vocabulary is that of the tensors, whatever a file
+says.
 """
 
 from __future__ import annotations

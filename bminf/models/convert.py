@@ -23,22 +23,23 @@ from bminf.errors import ArgumentError, CheckpointError
 from bminf.generation.arguments import check_positive
 from bminf.layout import Filling, Layout, TensorSpec
 from bminf.models.arguments import form_for
-from bminf.models.family import FAMILIES, INT4_ROW, Family
+from bminf.models.config import find_config
+from bminf.models.family import FAMILIES, GLM_FORMATS, INT4_ROW, Family
 from bminf.models.glm_head import own_packing, with_head
 from bminf.models.load import DTYPES, Packing, lay_out, skeleton, tensors_of_block
 from bminf.models.source import (
     FORMAT_VERSION,
+    HEAD,
     Source,
     config_of,
     family_of,
     open_source,
     skeleton_of,
 )
-from bminf.quantization.packed import FORMATS, INT4, INT8, Format
+from bminf.quantization.packed import INT4, INT8, Format
 
 WEIGHTS_FILE = "model.safetensors"
 
-_FORMATS = {**FORMATS, "int4-row": INT4_ROW}
 _AUTO = "auto"
 _TABLE = "embed_tokens"
 
@@ -56,7 +57,8 @@ def convert(
 ) -> Path:
     """Write a checkpoint of any layout as a folder of ours, which loads without further work.
 
-    source: a folder, or a hub id.   destination: a folder that does not exist yet, or is empty.
+    source: a folder, or, without tp, a hub id.
+    destination: a folder that does not exist yet, or is empty.
     quantization: "int8", "int4", "int4-row" (see GLM), a bminf.Format, or None. "auto" keeps what
         is packed already as it is, and is "int4" for a GLM, "int8" for the others.
     model: one of "cpm1", "cpm2", "eva", "glm130b", "glm10b"; None tells it from the files, where
@@ -68,8 +70,8 @@ def convert(
     complete; a run that is killed leaves at most a folder whose name ends in ".partial".
     Returns the folder.   Raises ArgumentError or CheckpointError.
     """
-    form = form_for(None if quantization == _AUTO else quantization, _FORMATS)
-    head_form = form_for(head_quantization, _FORMATS, "head_quantization")
+    form = form_for(None if quantization == _AUTO else quantization, GLM_FORMATS)
+    head_form = form_for(head_quantization, GLM_FORMATS, "head_quantization")
     if dtype not in (None, *DTYPES):
         raise ArgumentError(f"dtype={dtype!r}; accepted: {', '.join(map(str, DTYPES))}, or None")
     for name, path in (("source", source), ("destination", destination)):
@@ -157,7 +159,7 @@ def _fillings(source: Source, model: torch.nn.Module, block: str, blobs: Any) ->
 def _layout_of_table(source: Source, packing: Packing) -> dict[str, Layout]:
     """That of an embedding beside a head that is packed; any other head stands for both."""
     table = source.weights.table
-    if table is None or packing.of("lm_head.parts.0") is None:
+    if table is None or packing.of(f"{HEAD}0") is None:
         return {}
     spec = TensorSpec(table.shape, (table.shape[1], 1), table.dtype)
     return {_TABLE: Layout.of({"weight": spec}, keep_addresses=False)}
@@ -200,10 +202,11 @@ def _num_heads(source: str | Path, config: Any) -> int | None:
     family = family_of(opened)
     if family is None or opened.kind == "bminf":
         return None
+    is_told = config is not None or find_config(opened.path) is not None
     try:
         parsed, _ = config_of(family, opened, family.tensors(opened), config)
     except CheckpointError:
-        if config is not None:
+        if is_told:
             raise
         return None
     return parsed.num_attention_heads

@@ -19,7 +19,7 @@ from bminf.checkpoint.stored import Stored
 from bminf.checkpoint.t5 import t5_name, t5_tensors
 from bminf.models import config
 from bminf.quantization import glm_rows
-from bminf.quantization.packed import Format, PackedWeight, pack
+from bminf.quantization.packed import FORMATS, Format, PackedWeight, pack
 
 Config = GPTConfig | T5Config | GLMConfig
 
@@ -55,7 +55,8 @@ def _pack_glm(weight: torch.Tensor, form: Format) -> PackedWeight:
 
 
 INT4_ROW = Format(4)
-"""The authors' format of GLM-130B."""
+GLM_FORMATS = {**FORMATS, "int4-row": INT4_ROW}
+"""By the names that users give; the last one is that of GLM-130B's authors."""
 
 _ONCE_A_PROMPT = {"encoder.layers": 1, "cross_projections.layers": 1}
 

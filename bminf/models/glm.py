@@ -1,5 +1,5 @@
-"""GLM: GLM-130B, and GLM with 110 million to 10 billion parameters. They fill blanks in a text, and
-go on from its end."""
+"""GLM: GLM-130B, and GLM with 2 to 10 billion parameters. They fill blanks in a text, and go on
+from its end."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from bminf.models.load import Packing
 from bminf.models.options import Options
 from bminf.models.prompt import Prompt
 from bminf.models.source import Source
-from bminf.quantization.packed import FORMATS, INT4, Format
+from bminf.quantization.packed import INT4, Format
 from bminf.tokenizers.base import GLMTokenizer
 
 _MASK = re.compile("|".join(map(re.escape, MASKS)))
@@ -71,7 +71,8 @@ class GLM(LanguageModel):
 
     quantization: "int4" (the library's default), "int4-row" (a scale a row, as GLM-130B's authors
         pack), "int8", a bminf.Format, or None. A checkpoint that is packed already keeps its codes,
-        in groups of columns where it was cut for several GPUs; None unpacks them.
+        in groups of columns where it was cut for several GPUs; of the authors' own folders None
+        unpacks them.
     head_quantization: the same for the output head, which stays as it is by default, as its authors
         leave it. "int8" takes half of its 3.7 GB, for a little rounding of the logits.
     rotary_precision: of GLM-130B's positions, "float16" as in the code that it was published with,
@@ -81,7 +82,7 @@ class GLM(LanguageModel):
     {LanguageModel.__doc__}
     """
     _families = (family.GLM130B, family.GLM10B)
-    _formats: ClassVar[Mapping[str, Format]] = {**FORMATS, "int4-row": family.INT4_ROW}
+    _formats: ClassVar[Mapping[str, Format]] = family.GLM_FORMATS
     _default_format = INT4
     _defaults: Options = GLMOptions()
     config: GLMConfig
@@ -154,7 +155,8 @@ class GLM(LanguageModel):
 
         text: with masks of one kind, [MASK] (a word or a few), [sMASK] (a sentence) or [gMASK]
         (from here on); without any, [gMASK] is added at its end.   max_tokens: of each blank.
-        The blanks are filled from left to right, and each answer is read for the next.
+        The blanks are filled from left to right, and each answer is read for the next; blank i
+        draws with seed + i.
         Arguments and further keywords: see bminf.models.GLMOptions; of beams, the best.
         Raises ArgumentError.
         """
@@ -182,16 +184,13 @@ class GLM(LanguageModel):
         one = self._scored_blank(text, mask)
         tokens, positions, is_hidden, rows = choices_behind(one, ids)
         self._check_length(tokens, "text with all choices")
-        wanted = sorted({row for own in rows for row in own})
         with self._lock, torch.inference_mode():
             self._begin()
             x = self._hidden_states(tokens, positions, is_hidden)
-            logs = self._log_probabilities(x[wanted])
-        place = {row: number for number, row in enumerate(wanted)}
-        return [
-            float(sum(logs[place[row], token] for row, token in zip(own, choice, strict=True)))
-            for own, choice in zip(rows, ids, strict=True)
-        ]
+            flat_rows = [row for own in rows for row in own]
+            flat_ids = [token for choice in ids for token in choice]
+            logs = self._log_probabilities(x[flat_rows], flat_ids)
+        return [float(own.sum()) for own in logs.split([len(choice) for choice in ids])]
 
     def perplexity(
         self, text: str, generation_length: int = 256, unidirectional: bool = False
@@ -366,8 +365,9 @@ class GLM(LanguageModel):
         if not found:
             if not text.strip():
                 raise ArgumentError("text is empty; give a text, with or without a mask")
-            return self._masked_ids([*self._pieces_of(text, [])], [len(text)], mask)
-        return self._masked_ids(self._pieces_of(text, found), [m.start() for m in found], mask)
+            return self._masked_ids(self._pieces_of(text, []), [len(text)], mask, True)
+        positions, ends_there = [m.start() for m in found], found[-1].end() == len(text)
+        return self._masked_ids(self._pieces_of(text, found), positions, mask, ends_there)
 
     def _kind(self, masks: list[str]) -> str:
         """The one kind of mask; where there is none, the one that goes on from the end."""
@@ -392,7 +392,10 @@ class GLM(LanguageModel):
             pieces[: len(last)] = [piece.rstrip() for piece in last]
         return [self.tokenizer.encode(piece) if piece else [] for piece in pieces]
 
-    def _masked_ids(self, pieces: list[list[int]], positions: list[int], mask: str) -> Masked:
+    def _masked_ids(
+        self, pieces: list[list[int]], positions: list[int], mask: str, ends_there: bool
+    ) -> Masked:
+        """ends_there: whether the text ends in a mask."""
         ids, places = list(self.tokenizer.prefix_ids), []
         for number in range(len(positions)):
             ids += pieces[number]
@@ -400,7 +403,7 @@ class GLM(LanguageModel):
             ids.append(self.tokenizer.masks[mask])
         rest = pieces[len(positions)] if len(pieces) > len(positions) else []
         # GLM-10B reads an end after any mask but the one that is open to the right.
-        is_open = not rest and (self.config.is_rotary or mask == _OPEN_MASK)
+        is_open = ends_there and (self.config.is_rotary or mask == _OPEN_MASK)
         return Masked(
             [*ids, *rest, *([] if is_open else [self.tokenizer.eos_id])], places, positions, mask
         )
@@ -417,7 +420,8 @@ class GLM(LanguageModel):
                 if settings.out_seq_length <= len(one.start_ids):
                     answers.append([])  # the blanks before have taken all
                     continue
-            answers.append(self._filled(one, self._within(settings, one), stop_ids))
+            own = settings if settings.seed is None else _with_seed(settings, number)
+            answers.append(self._filled(one, self._within(own, one), stop_ids))
         return answers
 
     def _filled(self, one: Blank, settings: Any, stop_ids: frozenset[int]) -> list[int]:
@@ -490,6 +494,11 @@ class GLM(LanguageModel):
     ) -> Iterator[float]:
         """The summed losses of each window, see perplexity()."""
         num_read = self.max_length - 1
+        if num_read < 2:
+            raise ArgumentError(
+                f"max_length={self.max_length} leaves no window; perplexity() needs a model that "
+                "was loaded with at least 3"
+            )
         if type(generation_length) is not int or not 0 < generation_length < num_read:
             raise ArgumentError(
                 f"generation_length={generation_length!r}; accepted: 1 to {num_read - 1}, less "
@@ -513,14 +522,7 @@ class GLM(LanguageModel):
         with self._lock, torch.inference_mode():
             self._begin()
             x = self._hidden_states(tokens, positions, is_hidden)[len(context) :]
-            logs = [
-                self._log_probabilities(x[at : at + _SCORED_AT_ONCE])
-                .gather(1, torch.tensor(targets[at : at + _SCORED_AT_ONCE]).unsqueeze(1))
-                .double()
-                .sum()
-                for at in range(0, len(targets), _SCORED_AT_ONCE)
-            ]
-        return -float(sum(logs))
+            return -float(self._log_probabilities(x, targets).sum())
 
     def _hidden_states(
         self, tokens: Sequence[int], positions: Sequence[tuple[int, int]], is_hidden: torch.Tensor
@@ -535,10 +537,20 @@ class GLM(LanguageModel):
         )
         return x[0]
 
-    def _log_probabilities(self, x: torch.Tensor) -> torch.Tensor:
-        """(T, C) -> (T, V) float32 on the CPU."""
-        parts = [self.model.head(part).log_softmax(-1).cpu() for part in x.split(_SCORED_AT_ONCE)]
-        return torch.cat(parts)
+    def _log_probabilities(self, x: torch.Tensor, ids: Sequence[int]) -> torch.Tensor:
+        """That of token ids[i] after the state x[i]: (T, C) -> (T,) float64 on the CPU.
+
+        Some rows at a time: a vocabulary is wide, and there is room for no more.
+        """
+        targets = self._tensor([list(ids)]).view(-1, 1)
+        parts = zip(x.split(_SCORED_AT_ONCE), targets.split(_SCORED_AT_ONCE), strict=True)
+        logs = [self.model.head(part).log_softmax(-1).gather(1, own) for part, own in parts]
+        return torch.cat(logs).view(-1).double().cpu()
+
+
+def _with_seed(settings: GLMOptions, number: int) -> GLMOptions:
+    assert settings.seed is not None
+    return replace(settings, seed=settings.seed + number)
 
 
 def _check_one_answer(settings: GLMOptions) -> None:

@@ -11,10 +11,8 @@ from bminf.checkpoint.quantized import Quantized
 from bminf.errors import ArgumentError, CheckpointError
 from bminf.models.family import Config
 from bminf.models.load import Packing, lay_out, skeleton
-from bminf.models.source import Source, with_head_parts
+from bminf.models.source import HEAD, Source, with_head_parts
 from bminf.quantization.packed import Format
-
-_HEAD = "lm_head.parts."
 
 
 def own_packing(source: Source, form: Format, default: Format | None) -> Packing | None:
@@ -55,8 +53,13 @@ def as_in_folder(
     """
     packing = source.weights.packing
     assert packing is not None
-    layers = {n: own for n, own in packing.exceptions.items() if not n.startswith(_HEAD)}
+    layers = {n: own for n, own in packing.exceptions.items() if not n.startswith(HEAD)}
     own = set(layers.values()) or {packing.form}
+    if own == {None} and form is not None:
+        raise ArgumentError(
+            f"{source.weights.path} has a packed head and layers that are not; give "
+            "quantization=None to load it so, or convert the original to what you want"
+        )
     # A scale a row of each rank, which are groups of columns together, if there are several.
     of_ranks = {Format(one.bits) for one in layers.values() if one is not None}
     if form != default and {form} not in (own, of_ranks):
@@ -66,7 +69,7 @@ def as_in_folder(
             "original to what you want"
         )
     _check_head(packing, head_form, source)
-    if packing.of(f"{_HEAD}0") is not None:
+    if packing.of(f"{HEAD}0") is not None:
         return source, packing
     return with_head(source, Packing(packing.form, layers), None, dtype)
 
@@ -93,7 +96,7 @@ def num_head_parts(
         whole = GLM(replace(config, num_head_parts=1))
     model, blocks = skeleton(whole, dtype, head_packing(packing, head_form, 1), "auto")
     sizes = {name: layout.nbytes for name, layout in lay_out(model, blocks).blocks.items()}
-    head_bytes = sizes.pop(f"{_HEAD}0")
+    head_bytes = sizes.pop(f"{HEAD}0")
     return min(-(-head_bytes // max(sizes.values())), config.vocab_size)
 
 
@@ -101,7 +104,7 @@ def head_packing(packing: Packing, head_form: Format | None, num_parts: int) -> 
     """`packing` of the layers, and this one of the head."""
     if head_form == packing.form:
         return packing
-    heads = {f"{_HEAD}{number}": head_form for number in range(num_parts)}
+    heads = {f"{HEAD}{number}": head_form for number in range(num_parts)}
     return Packing(packing.form, {**packing.exceptions, **heads})
 
 
@@ -118,7 +121,7 @@ def _form_of(stored: Quantized) -> Format:
 def _check_columns(source: Source, packing: Packing) -> None:
     for name, stored in source.weights.tensors.items():
         form = packing.of(name.removesuffix(".weight")) if name.endswith(".weight") else None
-        is_matrix = len(stored.shape) == 2 and name.startswith(("layers.", _HEAD))
+        is_matrix = len(stored.shape) == 2 and name.startswith(("layers.", HEAD))
         if is_matrix and form is not None and form.bits == 4 and stored.shape[1] % 2:
             raise ArgumentError(
                 f"{stored.where} has {stored.shape[1]} columns, and in 4 bits two columns share a "
@@ -128,7 +131,7 @@ def _check_columns(source: Source, packing: Packing) -> None:
 
 def _check_head(packing: Packing, head_form: Format | None, source: Source) -> None:
     """Raise ArgumentError where a folder's head is not packed as it is asked for."""
-    own = packing.of(f"{_HEAD}0")
+    own = packing.of(f"{HEAD}0")
     if head_form is not None and head_form != own:
         raise ArgumentError(
             f"head_quantization is {head_form}, but the head in {source.weights.path} is packed as "

@@ -7,14 +7,14 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeGuard, TypeVar
 
 import torch
 
 from bminf.arch.glm import GLM, matrices_of
 from bminf.checkpoint.names import listed
 from bminf.checkpoint.quantized import Quantized
-from bminf.checkpoint.stored import Rows, Stored, pieces
+from bminf.checkpoint.stored import InFile, Rows, Stored, pieces
 from bminf.errors import ArgumentError, BudgetError, CheckpointError
 from bminf.layers.host_embedding import HostEmbedding
 from bminf.layers.quantize import quantize_children
@@ -193,15 +193,14 @@ def fill(
             load(
                 model, blobs, scheduler, lambda name: tensors_of_block(model, name, blobs, weights)
             )
+        for module in model.modules():
+            if isinstance(module, HostEmbedding):
+                _keep_table(module, weights)
         if the_plan.streamed:
             scheduler.install(model)
     except BaseException:
         backend.close()
         raise
-    for module in model.modules():
-        if isinstance(module, HostEmbedding):
-            assert weights.table is not None
-            module.keep(_mapped(weights.table))
     model.__dict__[ATTRIBUTE] = scheduler
     weakref.finalize(model, backend.release)
     return scheduler
@@ -263,10 +262,21 @@ def _ranges(stored: Stored) -> Iterator[tuple[int, int]]:
         yield begin, min(begin + at_once, num_rows)
 
 
-def _mapped(stored: Stored) -> list[torch.Tensor]:
-    """A table as the tensors that it consists of, mapped from their files."""
-    parts = stored.parts if isinstance(stored, Rows) else (stored,)
-    return [part.read() for part in parts]
+def _keep_table(embedding: HostEmbedding, weights: Weights) -> None:
+    """Give an embedding its table as the tensors that it consists of, mapped from their files."""
+    table = weights.table
+    if table is None:
+        raise CheckpointError(f"{weights.path} has no embedding; fetch it again")
+    parts = table.parts if isinstance(table, Rows) else (table,)
+    mapped = [part.as_bytes().read() if _is_odd(part) else part.read() for part in parts]
+    embedding.keep(mapped, table.dtype)
+
+
+def _is_odd(part: Stored) -> TypeGuard[InFile]:
+    """Whether a part lies where no number may begin, and would be copied as a whole."""
+    if not isinstance(part, InFile) or part.stride[1] != 1:
+        return False
+    return part.offset % part.dtype.itemsize != 0
 
 
 def _wanted(

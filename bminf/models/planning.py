@@ -12,11 +12,11 @@ from bminf.errors import ArgumentError
 from bminf.generation.arguments import check_positive
 from bminf.models.arguments import dtype_for, form_for
 from bminf.models.config import PUBLISHED_GLM
-from bminf.models.family import INT4_ROW
+from bminf.models.family import GLM_FORMATS
 from bminf.models.glm_head import head_packing, num_head_parts
 from bminf.models.load import Packing, lay_out, plan_for, skeleton
 from bminf.models.workspace import reserved_bytes
-from bminf.quantization.packed import FORMATS, Format
+from bminf.quantization.packed import Format
 from bminf.scheduler.plan import Plan
 from bminf.units import parse_bytes
 
@@ -39,7 +39,6 @@ def plan_glm(
     host_memory: what may be page-locked for streamed blocks; the rest of them stays on the disk.
     None is as much as it takes.   Raises ArgumentError or BudgetError.
     """
-    formats = {**FORMATS, "int4-row": INT4_ROW}
     config = _config(model)
     positions = config.max_position_embeddings
     max_length = positions if max_length is None else max_length
@@ -50,8 +49,8 @@ def plan_glm(
     if device not in ("cuda", "cpu"):
         raise ArgumentError(f'device={device!r}; accepted: "cuda", "cpu"')
     dtype = dtype_for(dtype, torch.device(device))
-    packing = Packing(form_for(quantization, formats))
-    head_form = form_for(head_quantization, formats, "head_quantization")
+    packing = Packing(form_for(quantization, GLM_FORMATS))
+    head_form = form_for(head_quantization, GLM_FORMATS, "head_quantization")
     num_parts = num_head_parts(config, packing, head_form, dtype)
     packing = head_packing(packing, head_form, num_parts)
     with torch.device("meta"):

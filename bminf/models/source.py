@@ -26,7 +26,10 @@ from bminf.tokenizers.find import find_tokenizer, tokenizer_from
 FORMAT_VERSION = 1
 """Of the folders that convert() writes."""
 
-_HEAD = "lm_head.parts."
+HEAD = "lm_head.parts."
+"""What the parts of a GLM's output head are called before their number."""
+
+_LARGE_CHINESE = {"fixed_commands": True}
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ("*.json", "*.bin", "*.safetensors", "*.model", "*.txt")
 _ONLY_IN_CPM1 = {
@@ -102,9 +105,9 @@ def with_head_parts(source: Source, num_head_parts: int) -> Source:
     """`source`, a GLM's, with its output head cut into so many parts."""
     assert isinstance(source.config, GLMConfig) and source.weights.table is not None
     config = replace(source.config, num_head_parts=num_head_parts)
-    tensors = {n: t for n, t in source.weights.tensors.items() if not n.startswith(_HEAD)}
+    tensors = {n: t for n, t in source.weights.tensors.items() if not n.startswith(HEAD)}
     for number, (begin, end) in enumerate(head_rows(config)):
-        tensors[f"{_HEAD}{number}.weight"] = source.weights.table.rows(begin, end)
+        tensors[f"{HEAD}{number}.weight"] = source.weights.table.rows(begin, end)
     return replace(source, config=config, weights=replace(source.weights, tensors=tensors))
 
 
@@ -136,10 +139,10 @@ def _with_table(weights: Weights) -> Weights:
     tensors = dict(weights.tensors)
     table = tensors.pop("embed_tokens.weight", None)
     if table is not None:
-        tensors[f"{_HEAD}0.weight"] = table
+        tensors[f"{HEAD}0.weight"] = table
 
     def original_name(name: str) -> str:
-        return weights.original_name("embed_tokens.weight" if name.startswith(_HEAD) else name)
+        return weights.original_name("embed_tokens.weight" if name.startswith(HEAD) else name)
 
     return replace(weights, tensors=tensors, table=table, original_name=original_name)
 
@@ -210,7 +213,7 @@ def _with_own_table(weights: Weights, config: GLMConfig) -> Weights:
     tensors = dict(weights.tensors)
     table = tensors.pop("embed_tokens.weight", None)
     if table is None:
-        names = [f"{_HEAD}{number}.weight" for number in range(config.num_head_parts)]
+        names = [f"{HEAD}{number}.weight" for number in range(config.num_head_parts)]
         lacking = [name for name in names if name not in tensors]
         if lacking:
             raise CheckpointError(f"{weights.path} lacks {lacking[0]!r}; convert the original anew")
@@ -334,7 +337,8 @@ def _tokenizer(
             f"{opened.path}: tokenizer is {settings!r}; convert the original anew"
         )
     if given is None:
-        found = find_tokenizer(family.name, opened.path, settings)
+        own = _LARGE_CHINESE if _is_large_chinese(config) and settings is None else settings
+        found = find_tokenizer(family.name, opened.path, own)
     else:
         found = tokenizer_from(family.name, given)
     num_unused = config.vocab_size - found.vocab_size
@@ -344,6 +348,13 @@ def _tokenizer(
             f"{opened.path} {config.vocab_size} rows; take the vocabulary that came with it"
         )
     return found
+
+
+def _is_large_chinese(config: Config) -> bool:
+    """GLM-large-chinese, whose masks have other ids than those of GLM-10B-chinese, the only other
+    model with this vocabulary."""
+    is_cog = isinstance(config, GLMConfig) and config.vocab_size == 50048
+    return is_cog and config.hidden_size == 1024
 
 
 def _origin(tokenizer: Tokenizer) -> str:

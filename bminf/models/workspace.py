@@ -103,11 +103,16 @@ def _layer_bytes(config: GPTConfig | T5Config | GLMConfig, sizes: _Sizes) -> int
     inner = config.inner_size if isinstance(config, T5Config) else size
     residual = sizes.held(size, size)  # and what its norm made of it
     if isinstance(config, GLMConfig) and config.is_rotary:
-        return residual + max(
-            sizes.product(size, 2 * wide),
-            sizes.held(3 * size, 2 * size, 2 * size),  # queries and keys as they are turned
-            sizes.held(2 * wide, wide, wide),
-            sizes.held(3 * wide) + sizes.product(wide, size),
+        # The layer's own input too: its caller holds it until there is an output.
+        return (
+            residual
+            + sizes.held(size)
+            + max(
+                sizes.product(size, 2 * wide),
+                sizes.held(3 * size, 2 * size, 2 * size),  # queries and keys as they are turned
+                sizes.held(2 * wide, wide, wide),
+                sizes.held(3 * wide) + sizes.product(wide, size),
+            )
         )
     gated = wide if isinstance(config, T5Config) else 0
     return residual + max(

@@ -484,7 +484,9 @@ SHAPES: list[tuple[str, str, tuple[int, ...]]] = [
 def test_a_tensor_of_another_shape(refuse: Refuse, tmp_path: Path) -> None:
     for number, (name, tensor, shape) in enumerate(SHAPES):
         made = with_tensor(tiny_glm(name), tensor, torch.ones(shape).half())
-        words = rf"'{re.escape(tensor)}' in .*\.pt has the shape {re.escape(str(shape))}"
+        words = (
+            rf"'{re.escape(tensor)}' in .*\.pt has (the shape {re.escape(str(shape))}|62 columns)"
+        )
         folder = made.write_original(tmp_path / str(number))
         refuse(name, folder, CheckpointError, words)
 
@@ -504,11 +506,10 @@ def test_ranks_that_are_missing(name: str, refuse: Refuse, tmp_path: Path) -> No
         folder = made.write_original(tmp_path / str(gone), 4)
         next(folder.rglob(f"mp_rank_{gone:02d}_*.pt")).unlink()
         words = f"lacks the file of rank {gone:02d} .*fetch all ranks"
-        words = words if gone < 3 else r"has the shape \(.*it is of another model, or the config"
+        words = words if gone < 3 else r"48 columns in all.*files of all ranks .*3 were found"
         refuse(name, folder, CheckpointError, words)
         with pytest.raises(CheckpointError, match=words):
             convert(folder, tmp_path / "to", tokenizer=tokenizer_of(name))
-        words = words if gone < 3 else "should be square; see whether the files of all ranks are"
         for degree in (1, 2, 3):
             with pytest.raises(CheckpointError, match=words):
                 convert(folder, tmp_path / "to", tp=degree)
