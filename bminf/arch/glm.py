@@ -26,7 +26,7 @@ from bminf.layers.attention import attention, hide, merge_heads, split_heads
 from bminf.layers.embedding import embedding
 from bminf.layers.feed_forward import FeedForward, HalvedFeedForward
 from bminf.layers.host_embedding import HostEmbedding
-from bminf.layers.kv_cache import KVCache, cache_bytes
+from bminf.layers.kv_cache import KVCache, decoder_cache
 from bminf.layers.rotary import Rotary, rotate
 
 Architecture = Literal["glm-130b", "glm-10b"]
@@ -247,16 +247,7 @@ class GLM(torch.nn.Module):
 
     def new_cache(self, batch_size: int, max_length: int) -> KVCache:
         """An empty cache in the dtype and on the device of the last norm."""
-        config, weight = self.config, self.norm.weight
-        return KVCache(
-            config.num_hidden_layers,
-            batch_size,
-            config.num_attention_heads,
-            max_length,
-            config.head_dim,
-            weight.dtype,
-            weight.device,
-        )
+        return decoder_cache(self.config, batch_size, max_length, self.norm.weight)
 
 
 def matrices_of(model: GLM) -> list[str]:
@@ -266,15 +257,3 @@ def matrices_of(model: GLM) -> list[str]:
     more room for what stays than two slots of a layer.
     """
     return [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-
-
-def glm_cache_bytes(config: GLMConfig, batch_size: int, max_length: int, dtype: torch.dtype) -> int:
-    """Bytes of GLM.new_cache."""
-    return cache_bytes(
-        config.num_hidden_layers,
-        batch_size,
-        config.num_attention_heads,
-        max_length,
-        config.head_dim,
-        dtype,
-    )

@@ -16,7 +16,7 @@ from bminf.errors import ArgumentError
 from bminf.layers.attention import attention, hide, is_later, merge_heads, split_heads
 from bminf.layers.embedding import embedding
 from bminf.layers.feed_forward import FeedForward
-from bminf.layers.kv_cache import KVCache, cache_bytes
+from bminf.layers.kv_cache import KVCache, decoder_cache
 
 
 @dataclass(frozen=True)
@@ -125,16 +125,7 @@ class GPT(torch.nn.Module):
 
     def new_cache(self, batch_size: int, max_length: int) -> KVCache:
         """An empty cache in the dtype and on the device of the embedding."""
-        config, weight = self.config, self.embed_tokens.weight
-        return KVCache(
-            config.num_hidden_layers,
-            batch_size,
-            config.num_attention_heads,
-            max_length,
-            config.head_dim,
-            weight.dtype,
-            weight.device,
-        )
+        return decoder_cache(self.config, batch_size, max_length, self.embed_tokens.weight)
 
 
 def attention_bias(
@@ -148,15 +139,3 @@ def attention_bias(
     if is_hidden is None:
         return None
     return hide(is_hidden.view(-1, 1, num_queries, num_keys), x.dtype)
-
-
-def gpt_cache_bytes(config: GPTConfig, batch_size: int, max_length: int, dtype: torch.dtype) -> int:
-    """Bytes of GPT.new_cache."""
-    return cache_bytes(
-        config.num_hidden_layers,
-        batch_size,
-        config.num_attention_heads,
-        max_length,
-        config.head_dim,
-        dtype,
-    )

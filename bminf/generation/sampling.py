@@ -201,7 +201,7 @@ class Sampler:
         self._random = [random.Random(seed + row) for row in range(len(prompts))]
         self._counts: torch.Tensor | None = None
         if sampling.has_penalties:
-            self._is_counted = torch.ones(vocab_size)
+            self._is_counted = torch.ones(vocab_size, device="cpu")
             self._is_counted[list(sampling.unpenalized_ids)] = 0
             counts = [torch.bincount(_ids(prompt), minlength=vocab_size) for prompt in prompts]
             self._counts = (torch.stack(counts) * self._is_counted).to(device)
@@ -314,9 +314,9 @@ def _is_finite(value: object) -> bool:
 
 
 def _ids(ids: Sequence[int]) -> torch.Tensor:
-    return torch.tensor(ids, dtype=torch.int64)
+    return torch.tensor(ids, dtype=torch.int64, device="cpu")
 
 
 def _on(device: torch.device, values: Sequence[float], dtype: torch.dtype) -> torch.Tensor:
     """`values` on `device`, without waiting for what that is still computing."""
-    return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+    return torch.tensor(values, dtype=dtype, device="cpu").to(device, non_blocking=True)

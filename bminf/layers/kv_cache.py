@@ -2,7 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
+
+
+class CacheSizes(Protocol):
+    """What the configuration of a decoder-only model says of its cache."""
+
+    @property
+    def num_hidden_layers(self) -> int: ...
+
+    @property
+    def num_attention_heads(self) -> int: ...
+
+    @property
+    def head_dim(self) -> int: ...
 
 
 class KVCache:
@@ -81,3 +96,19 @@ def cache_bytes(
 ) -> int:
     """Bytes that a KVCache of this size takes."""
     return 2 * num_layers * batch_size * num_heads * max_length * head_dim * dtype.itemsize
+
+
+def decoder_cache(
+    config: CacheSizes, batch_size: int, max_length: int, like: torch.Tensor
+) -> KVCache:
+    """An empty cache of a decoder-only model, in the dtype and on the device of `like`."""
+    layers, heads = config.num_hidden_layers, config.num_attention_heads
+    return KVCache(layers, batch_size, heads, max_length, config.head_dim, like.dtype, like.device)
+
+
+def decoder_cache_bytes(
+    config: CacheSizes, batch_size: int, max_length: int, dtype: torch.dtype
+) -> int:
+    """Bytes of decoder_cache."""
+    layers, heads = config.num_hidden_layers, config.num_attention_heads
+    return cache_bytes(layers, batch_size, heads, max_length, config.head_dim, dtype)

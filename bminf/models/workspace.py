@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 import torch
 
-from bminf.arch.glm import GLMConfig, glm_cache_bytes
-from bminf.arch.gpt import GPTConfig, gpt_cache_bytes
+from bminf.arch.glm import GLMConfig
+from bminf.arch.gpt import GPTConfig
 from bminf.arch.t5 import T5Config, t5_cache_bytes
+from bminf.layers.kv_cache import decoder_cache_bytes
 from bminf.quantization.packed import INT8, Format
 
 LOGITS_AT_ONCE = 8  # positions of one text whose logits are computed together
@@ -79,10 +80,8 @@ def reserved_bytes(
     num_rows, is_cpu = max_batch_size * max_length, device_type == "cpu"
     if isinstance(config, T5Config):
         cache = t5_cache_bytes(config, max_batch_size, max_length, max_length + 1, dtype)
-    elif isinstance(config, GLMConfig):
-        cache = glm_cache_bytes(config, max_batch_size, max_length, dtype)
     else:
-        cache = gpt_cache_bytes(config, max_batch_size, max_length, dtype)
+        cache = decoder_cache_bytes(config, max_batch_size, max_length, dtype)
     bias = _bias_bytes(config, max_batch_size, max_length, dtype.itemsize)
     layer = _layer_bytes(config, _Sizes(num_rows, dtype.itemsize, form, is_cpu))
     # The last ones of each row while they are drawn from; logits() has fewer at a time.

@@ -935,3 +935,112 @@ def test_a_deeper_model_of_odd_sizes(tmp_path: Path, load: Loader) -> None:
     ids = greedy(model, context_of(model, MASKED), 6)
     assert model.generate(MASKED, max_tokens=6, temperature=0) == told(model, ids)
     model.close()
+
+
+# ---- what a review found -------------------------------------------------------------------------
+
+
+def test_a_text_that_ends_in_a_mask_and_a_blank_does_not_end_in_a_mask(load: Loader) -> None:
+    """Sentencepiece makes nothing of a blank, and the end is that of the text."""
+    model = load("glm130b")
+    eos = model.tokenizer.eos_id
+    assert model._one_blank("the layer [MASK]").input_ids[-1] != eos
+    assert model._one_blank("the layer [MASK] ").input_ids[-1] == eos
+
+
+@each_model
+def test_blank_i_draws_with_seed_plus_i(name: str, load: Loader) -> None:
+    model = load(name)
+    seeds = []
+    sampler = model._sampler
+    model._sampler = lambda prompts, settings: (
+        seeds.append(settings.seed) or sampler(prompts, settings)
+    )
+    model.fill_blank(SEVERAL, max_tokens=2, seed=5)
+    assert seeds == [5, 6, 7]
+
+
+@each_model
+def test_nothing_is_made_on_the_default_device(name: str, load: Loader) -> None:
+    """Where the caller's default is another one, here one that has no values."""
+    model = load(name, max_batch_size=2)
+    ways: list[Callable[[], Any]] = [
+        lambda: model.logits(TEXT).tolist(),
+        lambda: model.score(MASKED, ["the host", "a layer"]),
+        lambda: model.perplexity(TEXT, generation_length=2),
+        lambda: model.generate(TEXT, max_tokens=3, num_beams=2),
+        lambda: model.fill_blank(SEVERAL, max_tokens=2, temperature=0),
+    ]
+    if name == "glm130b":
+        lot = {"deterministic": False, "seed": 1}
+        ways.append(lambda: model.generate(TEXT, max_tokens=3, num_beams=2, **lot))
+    expected = [way() for way in ways]
+    with torch.device("meta"):
+        assert [way() for way in ways] == expected
+
+
+def test_perplexity_needs_a_window(load: Loader) -> None:
+    for max_length in (1, 2):
+        with pytest.raises(ArgumentError, match="loaded with at least 3"):
+            load("glm130b", max_length=max_length).perplexity("the blocks")
+
+
+@each_model
+def test_scores_are_taken_some_rows_at_a_time(
+    name: str, load: Loader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load(name)
+    choices = ["the host of a layer", "a", "wait on the blocks of the layer"]
+    whole, rows = model.score(MASKED, choices), []
+    head = model.model.head
+    monkeypatch.setattr("bminf.models.glm._SCORED_AT_ONCE", 2)
+    model.model.head = lambda x: rows.append(len(x)) or head(x)
+    assert model.score(MASKED, choices) == pytest.approx(whole, rel=1e-6)
+    assert max(rows) == 2 and sum(rows) > 6
+
+
+def test_an_embedding_at_an_odd_place_in_its_file_is_not_copied(
+    load: Loader, tmp_path: Path
+) -> None:
+    """In the older files of torch tensors begin anywhere; half of the time at an odd byte."""
+    expected = load("glm10b").logits(TEXT)
+    made, places = tiny_glm10b(), set()
+    for padding in range(2):
+        folder = made.write_original(tmp_path / str(padding), form="old", note="x" * padding)
+        model = load("glm10b", checkpoint=folder)
+        (part,) = model.model.embed_tokens._parts
+        places.add(part.dtype)
+        assert torch.equal(model.logits(TEXT), expected)
+    assert places == {torch.uint8, torch.float16}
+
+
+def test_nothing_stays_when_the_embedding_cannot_be_mapped(
+    load: Loader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import threading
+
+    from bminf.errors import CheckpointError
+    from bminf.layers.host_embedding import HostEmbedding
+
+    whole = load("glm130b").plan
+    slots = 2 * max(block.nbytes for block in whole.blocks)
+    limit = whole.outside_bytes + whole.reserved_bytes + slots
+
+    def gone(*arguments: Any) -> None:
+        raise CheckpointError("gone")
+
+    monkeypatch.setattr(HostEmbedding, "keep", gone)
+    before = {thread.name for thread in threading.enumerate()}
+    with pytest.raises(CheckpointError, match="gone"):
+        load("glm130b", memory_limit=limit)
+    assert "bminf-reader" not in {thread.name for thread in threading.enumerate()} - before
+
+
+def test_large_chinese_has_its_own_masks() -> None:
+    from bminf.models.source import _is_large_chinese
+
+    small, large = (
+        PUBLISHED_GLM["GLM-10B-chinese"],
+        GLMConfig("glm-10b", 50048, 1024, 24, 16, 4096, 1024),
+    )
+    assert _is_large_chinese(large) and not _is_large_chinese(small)

@@ -88,16 +88,22 @@ def least_limit(kind: Any, folder: str, given: dict[str, Any]) -> int:
 
 def run(model: Any) -> None:
     """The longest prompts, the longest answers; rows of two lengths, so that padding is hidden."""
-    length = model.max_length - 8
+    is_glm = isinstance(model, bminf.models.GLM)
+    length = model.max_length - (12 if is_glm else 8)  # a mask and sop stand behind it
     num_tokens = 8  # the cache is all there from the beginning, and a prompt is the wider pass
     tokenizer = model.tokenizer
-    count = length // len(tokenizer.encode("今天，"))
-    texts = ["今天，" * (count - row % 2) for row in range(model.max_batch_size)]
-    assert len(tokenizer.encode(texts[0])) > length - 8
+    word = "好" if is_glm else "今天，"
+    count = length // (len(tokenizer.encode(2 * word)) - len(tokenizer.encode(word))) - is_glm
+    texts = [word * (count - row % 2) for row in range(model.max_batch_size)]
+    assert length - 8 < len(tokenizer.encode(texts[0])) <= length
     ends = tokenizer.tokens(model._end_ids())
     model.generate_batch(
         texts, max_tokens=num_tokens, banned_tokens=ends, top_p=0.9, frequency_penalty=0.1, seed=1
     )
+    if is_glm:
+        model.logits(texts[0])
+        model.close()
+        return
     ids = [11] * model.max_length
     model.logits(*([ids] if isinstance(model, bminf.models.CPM1) else [ids, ids]))
     model.close()
