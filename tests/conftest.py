@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -32,6 +33,12 @@ def smollm2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from smollm2 import save_as_safetensors
 
     return save_as_safetensors(tmp_path_factory.mktemp("smollm2"))
+
+
+def pytest_collection_finish() -> None:
+    """Thousands of collected tests stay to the end: no collection of garbage looks at them again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -201,7 +201,8 @@ def _check_complete(tensors: Mapping[str, Stored], num_ranks: int) -> None:
         qkv = tensors.get(f"{layer}attention.query_key_value.weight")
         if layer == name or qkv is None or {len(dense.shape), len(qkv.shape)} != {2}:
             continue
-        if dense.shape[1] < qkv.shape[1]:
+        of_a_rank = max(1, dense.shape[1] // num_ranks)
+        if dense.shape[1] < qkv.shape[1] and qkv.shape[1] % of_a_rank == 0:
             raise CheckpointError(
                 f"{dense.where} has {dense.shape[1]} columns in all, and should have "
                 f"{qkv.shape[1]}; see whether the files of all ranks are there, of which "

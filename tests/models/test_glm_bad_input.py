@@ -484,9 +484,7 @@ SHAPES: list[tuple[str, str, tuple[int, ...]]] = [
 def test_a_tensor_of_another_shape(refuse: Refuse, tmp_path: Path) -> None:
     for number, (name, tensor, shape) in enumerate(SHAPES):
         made = with_tensor(tiny_glm(name), tensor, torch.ones(shape).half())
-        words = (
-            rf"'{re.escape(tensor)}' in .*\.pt has (the shape {re.escape(str(shape))}|62 columns)"
-        )
+        words = rf"'{re.escape(tensor)}' in .*\.pt has the shape {re.escape(str(shape))}"
         folder = made.write_original(tmp_path / str(number))
         refuse(name, folder, CheckpointError, words)
 
