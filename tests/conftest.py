@@ -36,7 +36,7 @@ def smollm2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pytest_collection_finish() -> None:
-    """Thousands of collected tests stay to the end: no collection of garbage looks at them again."""
+    """Thousands of tests stay to the end: no collection of garbage looks at them again."""
     gc.collect()
     gc.freeze()
 

@@ -105,14 +105,19 @@ def test_interrupt_leaves_no_traceback(
     assert capsys.readouterr().err == "bminf: interrupted\n"
 
 
-def test_a_reader_that_has_enough_is_no_error(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(
+def write_config(folder: Path, num_layers: int) -> None:
+    (folder / "config.json").write_text(
         '{"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 32,'
-        ' "num_attention_heads": 4, "num_hidden_layers": 300, "vocab_size": 64}'
+        f' "num_attention_heads": 4, "num_hidden_layers": {num_layers}, "vocab_size": 64}}'
     )
+
+
+def test_a_reader_that_has_enough_is_no_error(tmp_path: Path) -> None:
+    write_config(tmp_path, num_layers=300)
     command = f"{sys.executable} -m bminf plan {tmp_path} --json | head -n 2"
     done = subprocess.run(command, shell=True, capture_output=True, text=True)
     assert done.stdout.startswith("{") and "Traceback" not in done.stderr
+    write_config(tmp_path, num_layers=2)
     full = f"{sys.executable} -m bminf plan {tmp_path} > /dev/full"
     done = subprocess.run(full, shell=True, capture_output=True, text=True)
     assert done.returncode == 1 and "No space left" in done.stderr
