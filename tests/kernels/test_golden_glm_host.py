@@ -23,8 +23,11 @@ NUM_STEPS = 2  # a launch on the host takes as long as a hundred on a GPU
 
 def ways(given: GLMSet) -> Iterator[tuple[str, str]]:
     """Packed here, from the first folder that is not packed; and all that are."""
+    if not given.cases(FORWARD, "tokens"):
+        return
     formats = ("int4-row", "int8") if given.name == "glm130b" else ("int4",)
-    yield from ((given.folders(packed=False)[0], way) for way in formats)
+    for folder in given.folders(packed=False)[:1]:
+        yield from ((folder, way) for way in formats)
     yield from ((folder, "int4") for folder in given.folders(packed=True))
 
 
