@@ -19,6 +19,7 @@ from bminf.tokenizers.icetk import IceTokenizer
 
 TOLERANCE = 5e-5  # of float32 against the authors' float32
 HALF_TOLERANCE = 0.1  # of float16 against theirs
+LONG = "long_rope.safetensors"
 _FOLDER = re.compile(r"ckpt_(?:int(?P<bits>\d+)_)?(?:tp|mp)(?P<degree>\d+)")
 Tensors = dict[str, torch.Tensor]
 
@@ -67,10 +68,25 @@ class GLMSet(GoldenSet):
         found.unspoken_ids, found.vocab_size = (), self.config["model"]["vocab_size"]
         return found
 
+    @lru_cache  # noqa: B019
+    def most_tokens(self) -> int:
+        """Of all texts with their answers, but for the far positions, which load for themselves."""
+        files = [path.name for path in self.path.glob("*.safetensors") if path.name != LONG]
+        found = [t.shape[-1] for f in files for n, t in self.file(f).items() if "tokens" in n]
+        batches = self.json("generation_batch.json")
+        found += [max(found, default=0) + case["max_gen_length"] for case in batches]
+        found += [case["out_seq_length"] for case in self.json("generation_text.json")]
+        for case in self.json("generation.json"):
+            num_blanks = len(case["mask_positions"])
+            each = case["args"]["out_seq_length"] + 1
+            found.append(len(case["context"]) + num_blanks * each)
+        positions = int(self.config["model"]["max_sequence_length"])
+        return min(positions, max(found, default=positions))
+
     def load(self, layout: str, **arguments: Any) -> Any:
         settings = {
-            "quantization": None, "device": "cpu", "dtype": torch.float32, "max_batch_size": 4,
-            "max_length": 128, "tokenizer": self.tokenizer(), **arguments,
+            "quantization": None, "device": "cpu", "dtype": torch.float32, "max_batch_size": 16,
+            "max_length": self.most_tokens(), "tokenizer": self.tokenizer(), **arguments,
         }  # fmt: skip
         return bminf.models.GLM(self.path / layout, **settings)
 

@@ -12,6 +12,7 @@ import torch
 from golden import cases, for_each, golden, largest
 from golden_glm import (
     HALF_TOLERANCE,
+    LONG,
     TOLERANCE,
     GLMSet,
     at_context_end,
@@ -33,9 +34,7 @@ OWN_LINEARS = 0.03  # of logits, where the authors round dequantised weights to 
 BEAM_SCORES = 1e-4
 RELATIVE = 1e-5  # of sums of losses and of log-probabilities
 
-FORWARD, INCREMENTAL, LONG = (
-    f"{name}.safetensors" for name in ("forward", "incremental", "long_rope")
-)
+FORWARD, INCREMENTAL = "forward.safetensors", "incremental.safetensors"
 PRECISIONS = {"": "float16", "_rope32": "float32"}
 
 
@@ -323,7 +322,7 @@ def test_golden_glm130b_batch(name: str, case: tuple[str, str, str]) -> None:
     batch, forward = given.json("generation_batch.json")[int(number)], given.file(FORWARD)
     tokens = forward[f"{batch['name']}.tokens"]
     contexts = [tokens[row, :length].tolist() for row, length in rows(forward, batch["name"])]
-    model = loaded(name, folder, max_batch_size=8)
+    model = loaded(name, folder)
     blanks = [blank_of_ids(model, context) for context in contexts]
     stop_ids = frozenset(batch["end_tokens"])
     if batch["kind"] == "greedy":
