@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
         tp=arguments.tp,
     )
     if arguments.tp is not None:
-        print(f"{folder}: {arguments.tp} ranks")
+        print(f"{folder}: {arguments.tp} rank{'s' if arguments.tp > 1 else ''}")
         return 0
     size = format_bytes((folder / WEIGHTS_FILE).stat().st_size)
     print(f"{folder}: {size} of weights")

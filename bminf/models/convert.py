@@ -65,7 +65,7 @@ def convert(
         they do.   dtype: of what is not packed; None is that of the source.
     config, tokenizer: see bminf.models.LanguageModel.   head_quantization: see bminf.models.GLM.
     tp: writes the files of a GLM's own authors instead, for so many ranks; quantization is then
-        None (as "auto"), or "int8" or "int4-row", which are those of GLM-130B's code.
+        None (as "auto"), "int8" or "int4", and these are the formats of GLM-130B's code.
     Some rows of one tensor are in memory at a time. The folder appears under its name when it is
     complete; a run that is killed leaves at most a folder whose name ends in ".partial".
     Returns the folder.   Raises ArgumentError or CheckpointError.
@@ -187,12 +187,15 @@ def _check_model(source: str | Path, model: str | None) -> None:
 
 
 def _bits(form: Format | None) -> int | None:
-    """Of the authors' own formats, which have a scale a row.   Raises ArgumentError."""
-    if form is None or form in (INT8, INT4_ROW):
+    """Of the authors' own formats, which have a scale a row; "int4" can only mean theirs here.
+
+    Raises ArgumentError.
+    """
+    if form is None or form in (INT8, INT4, INT4_ROW):
         return None if form is None else form.bits
     raise ArgumentError(
         f"quantization is {form}, which GLM-130B's own code cannot read; accepted with tp: "
-        '"int8", "int4-row", or None'
+        '"int8", "int4" (theirs, a scale a row), or None'
     )
 
 

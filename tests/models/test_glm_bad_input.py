@@ -703,7 +703,7 @@ def test_arguments_of_convert(name: str, folders: dict[str, Path], tmp_path: Pat
         ({"dtype": torch.float16}, ArgumentError, "leave dtype out"),
         ({"tokenizer": "nowhere"}, ArgumentError, "leave tokenizer out"),
         ({"head_quantization": "int8"}, ArgumentError, "leave head_quantization out"),
-        ({"quantization": "int4"}, ArgumentError, "own code cannot read; accepted with tp"),
+        ({"quantization": Format(4, 32)}, ArgumentError, "own code cannot read; accepted with tp"),
         ({"quantization": Format(8, 32)}, ArgumentError, "own code cannot read"),
     ]
     if name == "glm10b":
