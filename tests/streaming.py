@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import time
 from typing import Any
 
 import torch
@@ -41,6 +43,19 @@ class Stack(torch.nn.Module):
 def num_readers() -> int:
     """Reader threads that are alive; tqdm and others have threads, too."""
     return sum(thread.name == "bminf-reader" for thread in threading.enumerate())
+
+
+def settled_readers() -> int:
+    """As num_readers, once the threads of models that nobody holds any more have ended.
+
+    Their finalizers wait for no thread, so a test that counts must.
+    """
+    gc.collect()
+    counts = [num_readers()]
+    while len(counts) < 5 or (len(set(counts[-5:])) > 1 and len(counts) < 200):
+        time.sleep(0.01)
+        counts.append(num_readers())
+    return counts[-1]
 
 
 def make_stack(**arguments: Any) -> Stack:

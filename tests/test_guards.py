@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from streaming import Residual, Stack, make_stack, num_readers, raise_once, stream
+from streaming import Residual, Stack, make_stack, num_readers, raise_once, settled_readers, stream
 from tiny_models import make
 
 import bminf
@@ -114,8 +114,8 @@ def test_an_interrupt_while_wrapping_puts_the_model_back_together(
 
 
 def test_unwrapping_closes_the_file_and_ends_the_reader() -> None:
-    gc.collect()
-    open_files, threads = len(os.listdir("/proc/self/fd")), num_readers()
+    threads = settled_readers()
+    open_files = len(os.listdir("/proc/self/fd"))
     model = stream(make_stack())
     assert num_readers() == threads + 1
     bminf.unwrap(model)
@@ -130,8 +130,8 @@ def test_a_model_may_die_while_a_thread_is_being_started() -> None:
         with executors._global_shutdown_lock, threading._active_limbo_lock:
             gc.collect()
 
-    gc.collect()
-    open_files, threads = len(os.listdir("/proc/self/fd")), num_readers()
+    threads = settled_readers()
+    open_files = len(os.listdir("/proc/self/fd"))
     model = stream(make_stack())
     model.itself = [model]  # only the collector can free it
     del model

@@ -17,7 +17,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from streaming import num_readers
+from streaming import num_readers, settled_readers
 
 import bminf
 from bminf.errors import ArgumentError, BudgetError, UnsupportedModelError
@@ -458,7 +458,7 @@ def test_stats_tell_what_was_done(load: Loader) -> None:
 
 
 def test_a_model_can_be_closed(load: Loader) -> None:
-    threads = num_readers()
+    threads = settled_readers()
     with load("cpm2", memory_limit=streaming_limit(load("cpm2"))) as model:
         pieces = model.generate_iter("今天", seed=1, max_tokens=9)
         next(pieces, None)
@@ -523,7 +523,7 @@ def test_a_model_is_not_copied(load: Loader, copy_of: Callable[[Any], Any]) -> N
 def test_closing_that_was_interrupted_can_be_repeated(
     load: Loader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    threads = num_readers()
+    threads = settled_readers()
     model = load("cpm2", memory_limit=streaming_limit(load("cpm2")))
     backend = model._scheduler.backend
     with monkeypatch.context() as patch:
@@ -540,7 +540,7 @@ def test_a_cache_that_cannot_be_had_leaves_nothing(
     def new_cache(*_: Any) -> None:
         raise RuntimeError("can't allocate memory")
 
-    limit, threads = streaming_limit(load("cpm2")), num_readers()
+    limit, threads = streaming_limit(load("cpm2")), settled_readers()
     monkeypatch.setattr("bminf.arch.t5.T5.new_cache", new_cache)
     with pytest.raises(BudgetError, match="KV cache of max_batch_size=1"):
         load("cpm2", memory_limit=limit)

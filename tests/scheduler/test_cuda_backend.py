@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 import torch
-from streaming import least_limit, make_stack, num_readers
+from streaming import least_limit, make_stack, num_readers, settled_readers
 
 import bminf
 from bminf import wrapping
@@ -218,7 +218,7 @@ def test_copies_are_queued_in_the_order_asked_for_also_from_disk(
     assert all(pinned.is_closed for pinned in FakePinned.made) and backend.slots == []
     assert torch.equal(model(x), expected)
     assert all(torch.equal(v, right[k]) for k, v in model.state_dict().items())
-    assert list(tmp_path.iterdir()) == [] and num_readers() == 0
+    assert list(tmp_path.iterdir()) == [] and settled_readers() == 0
 
 
 def test_what_a_block_on_disk_changes_is_written_to_the_file(
