@@ -69,6 +69,8 @@ def test_glm_fill_blank(glm: Path) -> None:
 
 
 def test_glm_24gb() -> None:
+    output = run("glm_24gb.py")
+    assert "on disk" not in output and "s on the link: 0.5" in output.splitlines()[-1]
     output = run("glm_24gb.py", "--host-memory", "30GB")
     assert "on disk" in output and "s on the disk" in output.splitlines()[-1]
     assert "fits entirely" in run("glm_24gb.py", "--memory-limit", "100GB")

@@ -97,7 +97,7 @@ def test_token_by_token_agrees_with_the_whole_window(
 ) -> None:
     """Single rows take other operations than many rows do."""
     model = bminf.wrapper(load(folder), "int8", memory_limit="4GB", device="cpu")
-    window = windows[1, :64]
+    window = windows[1, :128]
     whole = next(log_probs_of(model, window[None]))
     cache, rows = None, []
     with torch.inference_mode():
@@ -106,7 +106,7 @@ def test_token_by_token_agrees_with_the_whole_window(
             cache = out.past_key_values
             rows.append(out.logits[0, -1].log_softmax(-1))
     given = torch.stack(rows)
-    assert divergence(given, plain[1][:63].float()) <= 0.005
+    assert divergence(given, plain[1][:127].float()) <= 0.005
     ratio = perplexity([given], window[None]) / perplexity([whole], window[None])
     assert ratio == pytest.approx(1, abs=0.002)
 

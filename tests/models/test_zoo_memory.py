@@ -123,7 +123,7 @@ def test_a_model_keeps_to_its_limit(
     name: str, quantization: str | None, limit: str, sources: dict[str, Path]
 ) -> None:
     """With as many rows and tokens as it was loaded for, in RssAnon; and it asks for no more than
-    about half as much again as it needs."""
+    half as much again as it needs, a GLM for a little more."""
     arguments = {
         "quantization": quantization,
         "max_length": 512,
@@ -135,5 +135,5 @@ def test_a_model_keeps_to_its_limit(
     assert report["reserved"] > 150 * MB
     assert report["used"] <= report["planned"] <= report["limit"], report
     beside_weights = report["used"] - report["weights"]
-    # What allocators keep differs by some 10 MB from run to run.
-    assert report["reserved"] <= 1.6 * beside_weights, report
+    # A GLM leaves less behind than is reckoned for all models.
+    assert report["reserved"] <= (1.6 if name == "glm" else 1.5) * beside_weights, report
