@@ -5,7 +5,7 @@ from bminf.models.convert import convert
 from bminf.models.cpm1 import CPM1
 from bminf.models.cpm2 import CPM2
 from bminf.models.eva import EVA
-from bminf.models.glm import GLM, Candidate
+from bminf.models.glm import GLM, Answer
 from bminf.models.glm_options import GLMOptions
 from bminf.models.options import Options
 from bminf.models.planning import plan_glm
@@ -16,7 +16,7 @@ __all__ = [
     "CPM2",
     "EVA",
     "GLM",
-    "Candidate",
+    "Answer",
     "GLMOptions",
     "LanguageModel",
     "ModelStats",

@@ -16,8 +16,6 @@ import torch
 
 from bminf.models.prompt import Prompt
 
-MASKS = ("[MASK]", "[sMASK]", "[gMASK]")
-
 Position = tuple[int, int]
 """In the text, and in the blank (0 outside)."""
 

@@ -4,7 +4,6 @@ from its end."""
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +23,6 @@ from bminf.models import family
 from bminf.models.arguments import Text, form_for
 from bminf.models.base import LanguageModel
 from bminf.models.blanks import (
-    MASKS,
     Blank,
     blank,
     choices_behind,
@@ -35,35 +33,23 @@ from bminf.models.decoders import GLMDecoder, padded
 from bminf.models.glm_head import as_in_folder, own_packing, with_head
 from bminf.models.glm_options import GLMOptions
 from bminf.models.load import Packing
+from bminf.models.masked_text import OPEN_MASK, TEXT_MASK, Masked, has_mask, masked_text
 from bminf.models.options import Options
 from bminf.models.prompt import Prompt
 from bminf.models.source import Source
 from bminf.quantization.packed import INT4, Format
 from bminf.tokenizers.base import GLMTokenizer
 
-_MASK = re.compile("|".join(map(re.escape, MASKS)))
-_TEXT_MASK, _OPEN_MASK = "[MASK]", "[gMASK]"
 _SCORED_AT_ONCE = 32  # positions whose logits are held together: as many as drawing has room for
 
 
 @dataclass(frozen=True)
-class Candidate:
+class Answer:
     """One of the answers that a beam search found.   stopped: as generate() has it."""
 
     text: str
     stopped: bool
     score: float
-
-
-@dataclass(frozen=True)
-class Masked:
-    """A text with blanks.   ids: as the model reads it.   places: of its masks, among the ids.
-    positions: of the masks in the text, in characters.   mask: the kind they all are of."""
-
-    ids: list[int]
-    places: list[int]
-    positions: list[int]
-    mask: str
 
 
 class GLM(LanguageModel):
@@ -130,7 +116,7 @@ class GLM(LanguageModel):
         end token ended it, which is not part of it, or max_tokens did.
 
         A text without a mask is gone on from its end, as if it ended in [gMASK].
-        With num_return_sequences a list of Candidate, best first, in place of that.
+        With num_return_sequences a list of Answer, best first, in place of that.
         Arguments and further keywords (num_beams, seed, ...): see bminf.models.GLMOptions.
         Raises ArgumentError.
         """
@@ -146,7 +132,7 @@ class GLM(LanguageModel):
         stop_ids = self._stop_ids(settings)
         (found,) = self._search([prompt], settings, stop_ids)
         return [
-            Candidate(*self._answer(list(one.ids), stop_ids), one.score)
+            Answer(*self._answer(list(one.ids), stop_ids), one.score)
             for one in found[: settings.num_return_sequences]
         ]
 
@@ -170,7 +156,7 @@ class GLM(LanguageModel):
             for position, answer in zip(masked.positions, answers, strict=True)
         ]
 
-    def score(self, text: Text, choices: Sequence[Text], mask: str = _TEXT_MASK) -> list[float]:
+    def score(self, text: Text, choices: Sequence[Text], mask: str = TEXT_MASK) -> list[float]:
         """The log-probability of each choice in the blank of `text`: the largest is the answer.
 
         text: a str or token ids, with one mask, or none; then `mask` is added at its end.
@@ -353,60 +339,11 @@ class GLM(LanguageModel):
         mask: str,
         earlier: Sequence[tuple[int, Sequence[int]]] = (),
     ) -> Blank:
-        is_continued = self.config.is_rotary and mask == _OPEN_MASK
+        is_continued = self.config.is_rotary and mask == OPEN_MASK
         return blank(ids, place, self.tokenizer.sop_id, is_continued, earlier)
 
     def _masked(self, text: Any) -> Masked:
-        """The ids of a text and its masks; one is added where there is none."""
-        if not isinstance(text, str):
-            raise ArgumentError(f"text is a {type(text).__name__}; give a str")
-        found = list(_MASK.finditer(text))
-        mask = self._kind([match[0] for match in found])
-        if not found:
-            if not text.strip():
-                raise ArgumentError("text is empty; give a text, with or without a mask")
-            return self._masked_ids(self._pieces_of(text, []), [len(text)], mask, True)
-        positions, ends_there = [m.start() for m in found], found[-1].end() == len(text)
-        return self._masked_ids(self._pieces_of(text, found), positions, mask, ends_there)
-
-    def _kind(self, masks: list[str]) -> str:
-        """The one kind of mask; where there is none, the one that goes on from the end."""
-        known = self.tokenizer.masks
-        kinds = list(dict.fromkeys(masks)) or [_OPEN_MASK if _OPEN_MASK in known else _TEXT_MASK]
-        if len(kinds) > 1:
-            raise ArgumentError(
-                f"the text mixes {' and '.join(kinds)}; a text has masks of one kind, since "
-                "only those would be filled"
-            )
-        if kinds[0] not in known:
-            raise ArgumentError(f"this model has no {kinds[0]}; it has {', '.join(known)}")
-        return kinds[0]
-
-    def _pieces_of(self, text: str, found: Sequence[re.Match[str]]) -> list[list[int]]:
-        """The ids before each mask, and behind the last."""
-        begins = [0, *(match.end() for match in found)]
-        ends = [*(match.start() for match in found), len(text)]
-        pieces = [text[begin:end] for begin, end in zip(begins, ends, strict=True)]
-        if self.tokenizer.strips_before_masks:
-            last = pieces if not found else pieces[:-1]
-            pieces[: len(last)] = [piece.rstrip() for piece in last]
-        return [self.tokenizer.encode(piece) if piece else [] for piece in pieces]
-
-    def _masked_ids(
-        self, pieces: list[list[int]], positions: list[int], mask: str, ends_there: bool
-    ) -> Masked:
-        """ends_there: whether the text ends in a mask."""
-        ids, places = list(self.tokenizer.prefix_ids), []
-        for number in range(len(positions)):
-            ids += pieces[number]
-            places.append(len(ids))
-            ids.append(self.tokenizer.masks[mask])
-        rest = pieces[len(positions)] if len(pieces) > len(positions) else []
-        # GLM-10B reads an end after any mask but the one that is open to the right.
-        is_open = ends_there and (self.config.is_rotary or mask == _OPEN_MASK)
-        return Masked(
-            [*ids, *rest, *([] if is_open else [self.tokenizer.eos_id])], places, positions, mask
-        )
+        return masked_text(text, self.tokenizer, self.config.is_rotary)
 
     # ---- filling several blanks -----------------------------------------------------------------
 
@@ -468,13 +405,9 @@ class GLM(LanguageModel):
             raise ArgumentError(f"mask={mask!r}; this model has {', '.join(known)}")
         if not isinstance(text, str):
             return self._blank_of_ids(self._ids(text, "text"), mask)
-        found = [match[0] for match in _MASK.finditer(text)]
-        if not found:
-            text, found = text + mask, [mask]
-        self._kind(found)
-        if len(found) > 1:
-            raise ArgumentError(f"the text has {len(found)} blanks; a choice is for one")
-        masked = self._masked(text)
+        masked = self._masked(text if has_mask(text) else text + mask)
+        if len(masked.places) > 1:
+            raise ArgumentError(f"the text has {len(masked.places)} blanks; a choice is for one")
         ids = masked.ids
         if self.config.is_rotary and ids[-1] == self.tokenizer.eos_id:
             ids = ids[:-1]  # the authors' evaluation adds no end
@@ -513,7 +446,7 @@ class GLM(LanguageModel):
 
     def _window_loss(self, window: list[int], num_context: int) -> float:
         """The summed loss of what comes after the first `num_context` tokens."""
-        mask = _OPEN_MASK if _OPEN_MASK in self.tokenizer.masks else _TEXT_MASK
+        mask = OPEN_MASK if OPEN_MASK in self.tokenizer.masks else TEXT_MASK
         context = [*window[:num_context], self.tokenizer.masks[mask]]
         one, targets = self._blank(context, num_context, mask), window[num_context:]
         tokens = [*one.start_ids, *targets[:-1]]

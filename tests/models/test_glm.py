@@ -17,7 +17,7 @@ from tiny_glm import IMAGE_OFFSET, TinyGLM, tiny_glm, tiny_glm10b, tiny_glm130b
 import bminf
 from bminf.arch.glm import GLMConfig
 from bminf.errors import ArgumentError, UnsupportedModelError
-from bminf.models import GLM, Candidate, plan_glm
+from bminf.models import GLM, Answer, plan_glm
 from bminf.models.blanks import choices_behind
 from bminf.models.config import PUBLISHED_GLM, glm10b_config, glm130b_config
 from bminf.models.glm_options import GLMOptions
@@ -488,7 +488,7 @@ def test_candidates_come_best_first(load: Loader, name: str, length_penalty: flo
     model = load(name, max_batch_size=4)
     options = {"max_tokens": 6, "num_beams": 4, "length_penalty": length_penalty}
     found = model.generate(MASKED, num_return_sequences=4, **options)
-    assert all(isinstance(one, Candidate) for one in found) and len(found) == 4
+    assert all(isinstance(one, Answer) for one in found) and len(found) == 4
     assert len({one.text for one in found}) > 1
     assert [one.score for one in found] == sorted((one.score for one in found), reverse=True)
     assert model.generate(MASKED, **options) == (found[0].text, found[0].stopped)
