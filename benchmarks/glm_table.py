@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks import model_table
-from benchmarks.kernels_table import markdown
 from benchmarks.model_table import Result
 from bminf.units import format_bytes
 
@@ -39,32 +38,7 @@ _MEANING = (
 )
 
 
-def table(content: dict[str, Any]) -> str:
-    """Captions and Markdown tables of one run."""
-    measured, predicted = model_table.split(content["results"])
-    parts = []
-    if measured:
-        rows = [_measured_row(result, content) for result in measured]
-        parts += [_caption(content, measured), markdown(_MEASURED_HEAD, rows)]
-    rows = [_predicted_row(result) for result in predicted]
-    parts += [_predicted_caption(predicted), markdown(_PREDICTED_HEAD, rows)]
-    return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
-
-
-def lines(content: dict[str, Any]) -> list[str]:
-    """The same rows as lines of text."""
-    measured, predicted = model_table.split(content["results"])
-    found = []
-    if measured:
-        rows = [_measured_row(result, content) for result in measured]
-        found += model_table.aligned([_MEASURED_HEAD, *rows])
-    if predicted:
-        found += ["", _predicted_caption(predicted)]
-        found += model_table.aligned([_PREDICTED_HEAD, *map(_predicted_row, predicted)])
-    return found
-
-
-def _measured_row(result: Result, content: dict[str, Any]) -> list[str]:
+def _measured_row(result: Result) -> list[str]:
     details, seconds = result["details"], model_table.mean_s(result)
     fraction = details["fraction_of_bound"]
     return [
@@ -115,3 +89,9 @@ def _predicted_caption(predicted: Sequence[Result]) -> str:
         f"Predicted for all of {details['model']}, {details['max_length']} tokens of cache, on a "
         f"{model_table.card(details)}."
     )
+
+
+_TABLES = model_table.Tables(
+    _MEASURED_HEAD, _measured_row, _caption, _PREDICTED_HEAD, _predicted_row, _predicted_caption
+)
+table, lines = _TABLES.table, _TABLES.lines

@@ -3,12 +3,50 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.kernels_table import markdown
 from bminf.units import format_bytes
 
 Result = dict[str, Any]
+Content = dict[str, Any]
+"""Of a JSON file."""
+
+
+@dataclass(frozen=True)
+class Tables:
+    """The two tables of a benchmark: what was measured, and what is predicted."""
+
+    measured_head: list[str]
+    measured_row: Callable[[Result], list[str]]
+    caption: Callable[[Content, list[Result]], str]
+    predicted_head: list[str]
+    predicted_row: Callable[[Result], list[str]]
+    predicted_caption: Callable[[list[Result]], str]
+
+    def table(self, content: Content) -> str:
+        """Captions and Markdown tables of one run."""
+        measured, predicted = split(content["results"])
+        parts = []
+        if measured:
+            rows = [self.measured_row(result) for result in measured]
+            parts += [self.caption(content, measured), markdown(self.measured_head, rows)]
+        rows = [self.predicted_row(result) for result in predicted]
+        parts += [self.predicted_caption(predicted), markdown(self.predicted_head, rows)]
+        return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
+
+    def lines(self, content: Content) -> list[str]:
+        """The same rows as lines of text."""
+        measured, predicted = split(content["results"])
+        found = []
+        if measured:
+            found += aligned([self.measured_head, *map(self.measured_row, measured)])
+        if predicted:
+            found += ["", self.predicted_caption(predicted)]
+            found += aligned([self.predicted_head, *map(self.predicted_row, predicted)])
+        return found
 
 
 def split(results: Sequence[Result]) -> tuple[list[Result], list[Result]]:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks import model_table
-from benchmarks.kernels_table import markdown
 from benchmarks.model_table import Result
 from bminf.units import format_bytes
 
@@ -27,30 +26,6 @@ _AT_MOST = (
     '"At most": the weights alone cannot come and be read any faster; what it takes to multiply '
     "all rows of the prompt is not predicted, and bounds an encoder."
 )
-
-
-def table(content: dict[str, Any]) -> str:
-    """Captions and Markdown tables of one run."""
-    measured, predicted = model_table.split(content["results"])
-    parts = []
-    if measured:
-        rows = [_measured_row(result) for result in measured]
-        parts += [_caption(content, measured), markdown(_MEASURED_HEAD, rows)]
-    rows = [_predicted_row(result) for result in predicted]
-    parts += [_predicted_caption(predicted), markdown(_PREDICTED_HEAD, rows)]
-    return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
-
-
-def lines(content: dict[str, Any]) -> list[str]:
-    """The same rows as lines of text."""
-    measured, predicted = model_table.split(content["results"])
-    found = []
-    if measured:
-        found += model_table.aligned([_MEASURED_HEAD, *map(_measured_row, measured)])
-    if predicted:
-        found += ["", _predicted_caption(predicted)]
-        found += model_table.aligned([_PREDICTED_HEAD, *map(_predicted_row, predicted)])
-    return found
 
 
 def _measured_row(result: Result) -> list[str]:
@@ -96,3 +71,9 @@ def _predicted_caption(predicted: Sequence[Result]) -> str:
         f"Predicted for all of {details['model']} on a {model_table.card(details)}. "
         f"{_PUBLISHED} {_AT_MOST}"
     )
+
+
+_TABLES = model_table.Tables(
+    _MEASURED_HEAD, _measured_row, _caption, _PREDICTED_HEAD, _predicted_row, _predicted_caption
+)
+table, lines = _TABLES.table, _TABLES.lines
