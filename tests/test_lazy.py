@@ -3,7 +3,9 @@ from __future__ import annotations
 import copy
 import pickle
 
+import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 from bminf.errors import UnsupportedModelError
@@ -74,3 +76,43 @@ def test_copies_are_real_tensors() -> None:
         kind = torch.nn.Parameter if is_parameter else torch.Tensor
         for copied in (copy.deepcopy(tensor), pickle.loads(pickle.dumps(tensor))):
             assert type(copied) is kind and torch.equal(copied, tensor)
+
+
+def test_other_libraries_get_the_values() -> None:
+    for real in (torch.randn(2, 3), torch.arange(6).view(2, 3), torch.randn(4, 3)[1:, 1:]):
+        tensor, _ = lazy(real)
+        assert torch.equal(torch.from_dlpack(tensor), real)
+        assert np.array_equal(np.from_dlpack(tensor), real)
+        assert np.array_equal(np.asarray(tensor), real)
+        torch.from_dlpack(tensor).zero_()  # a copy: nobody else's memory
+        assert real.abs().sum() > 0
+        assert repr(tensor) == repr(real) and f"{tensor}" == f"{real}"
+    assert f"{lazy(torch.tensor(2.5))[0]:.2f}" == "2.50"
+
+
+def test_the_memory_itself_is_not_there() -> None:
+    tensor, _ = lazy(torch.randn(2, 3))
+    asks = [
+        lambda view: view.data_ptr(),
+        lambda view: view.untyped_storage(),
+        lambda view: view.storage(),
+        lambda view: view.share_memory_(),
+        lambda view: view.apply_(lambda value: value),
+        lambda view: view.__cuda_array_interface__,
+        lambda view: safetensors.torch.save({"weight": view}),
+    ]
+    for number, ask in enumerate(asks):
+        for view in (tensor, tensor[0], tensor.detach()):
+            with pytest.raises(UnsupportedModelError, match="no memory of its own"):
+                ask(view)
+                pytest.fail(f"{number} was answered")
+    assert not tensor.is_shared()
+    with pytest.raises(RuntimeError, match="data pointer"):  # C++, without our words
+        torch._C._to_dlpack(tensor)
+
+
+def test_an_operation_inside_another_is_taken_apart() -> None:
+    """Inside a dispatch, .to(dtype) arrives whole, and is no view of the weight."""
+    inner, _ = lazy(torch.arange(6.0))
+    outer = LazyTensor(lambda: inner.double().mul_(2), torch.empty(6, dtype=torch.double))
+    assert torch.equal(outer + 0, torch.arange(6.0).double() * 2)

@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.fx
 
 from bminf.cuda.launcher import Launcher, launcher_for
-from bminf.errors import ArgumentError
+from bminf.errors import ArgumentError, UnsupportedModelError
 from bminf.ops.dequantize import dequantize_weight
 from bminf.ops.linear_w8a8 import MOST_CODE_COLUMNS, check_columns, linear_w8a8
 from bminf.ops.linear_weight_only import MOST_FEW_ROWS, linear_weight_only
 from bminf.ops.rows import as_rows, check_activations, check_vector
 from bminf.quantization.packed import PackedWeight
+from bminf.tracing import tracer_at_work
 
 ACTIVATIONS = ("auto", "float", "int8")
 
@@ -42,13 +44,27 @@ def linear_of_checked(
     x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, activations: str
 ) -> torch.Tensor:
     """As linear, for a weight whose parts are known to go together, as in a layer of ours."""
-    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
-        y: torch.Tensor = _traced_linear(
-            x, weight.qweight, weight.scale, weight.minimum, weight.code_sum, bias,
-            weight.in_features, weight.group_size, activations,
-        )  # fmt: skip
-        return y
-    return _linear(x, weight, bias, activations)
+    if not _is_recorded(x):
+        return _linear(x, weight, bias, activations)
+    # Rows in, rows out: an output that is a view made inside could not be written to in place.
+    rows = x if x.dim() in (0, 2) else as_rows(x)
+    y: torch.Tensor = _traced_linear(
+        rows, weight.qweight, weight.scale, weight.minimum, weight.code_sum, bias,
+        weight.in_features, weight.group_size, activations,
+    )  # fmt: skip
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.out_features)
+
+
+def _is_recorded(x: torch.Tensor) -> bool:
+    """Whether autograd or a tracer takes down what is done to `x`: one op then, not its inside."""
+    if isinstance(x, torch.fx.Proxy):
+        raise UnsupportedModelError(
+            "torch.fx.symbolic_trace cannot look into a packed linear; use torch.export, make_fx, "
+            "or a Tracer whose is_leaf_module is true of bminf.QuantizedLinear"
+        )
+    if torch.compiler.is_compiling() or tracer_at_work() is not None:
+        return True
+    return torch.is_grad_enabled() and x.requires_grad
 
 
 def _linear(

@@ -31,8 +31,15 @@ from bminf.scheduler.blocks import tensors_of
 from bminf.scheduler.plan import Plan
 from bminf.scheduler.ring import Ring
 from bminf.scheduler.streamed_block import StreamedBlock
+from bminf.tracing import disable_compile, tracer_at_work
 
 logger = logging.getLogger("bminf")
+
+_NO_GRAPH = (
+    "cannot record a model with streamed blocks: a graph would keep the weights that happen to lie "
+    "in the two slots; record it before wrapping, or call bminf.unwrap(model) first (torch.compile "
+    "without fullgraph=True leaves the streamed blocks uncompiled)"
+)
 
 ATTRIBUTE = "_bminf_scheduler"
 """Where a model holds its Scheduler."""
@@ -96,6 +103,7 @@ class Scheduler:
             self._override(module, "forward", _Forward(self, module, blocks.get(module)))
             self._override(module, "state_dict", _StateDict(self, module.state_dict))
             self._override(module, "load_state_dict", _refuse_loading)
+            self._override(module, "__prepare_scriptable__", _refuse_scripting)
         # Only modules that hold tensors: others, such as activations, may be shared by all models.
         holders = [module for block in self.blocks for module in block.holders()]
         for module in dict.fromkeys([*around, *holders]):
@@ -116,6 +124,8 @@ class Scheduler:
 
     def call(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run `function` as the only thread in the model; calls may nest."""
+        if (tracer := tracer_at_work()) is not None:
+            raise UnsupportedModelError(f"{tracer} {_NO_GRAPH}")
         if os.getpid() != self._process:
             raise UnsupportedModelError(
                 "a model with streamed blocks cannot be used in a forked process, which has "
@@ -285,11 +295,20 @@ class _Forward(_Override):
         self._scheduler, self._forward, self._block = scheduler, module.forward, block
         self._uncompiled = self._call = self._run
 
+    def __getattr__(self, name: str) -> Any:
+        """What a function has (__code__, __defaults__), for those who look at one."""
+        if not name.startswith("__") or "_forward" not in self.__dict__:
+            raise AttributeError(name)
+        return getattr(self._forward, name)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # A compiled graph would keep the weights it was traced with, so streaming stays out of
         # torch.compile; that is only asked where its machinery is loaded at all.
         if self._call is self._uncompiled and "torch._dynamo" in sys.modules:
-            self._call = torch.compiler.disable(self._uncompiled)
+            reason = f"bminf: torch.compile {_NO_GRAPH}"
+            if torch.compiler.is_compiling():
+                torch._dynamo.graph_break(msg=reason)
+            self._call = disable_compile(self._uncompiled, reason)
         return self._call(*args, **kwargs)
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
@@ -314,24 +333,14 @@ class _StateDict(_Override):
         return self._scheduler.state_dict(self._state_dict, args, kwargs)
 
 
+def _refuse_scripting(*args: Any, **kwargs: Any) -> None:
+    raise UnsupportedModelError(f"torch.jit.script {_NO_GRAPH}")
+
+
 def _refuse_loading(*args: Any, **kwargs: Any) -> None:
     raise UnsupportedModelError(
         "weights cannot be loaded into a model with streamed blocks; load them before wrapping, "
         "or call bminf.unwrap(model) first"
-    )
-
-
-def refuse_to_save(model: torch.nn.Module) -> None:
-    """Let save_pretrained() of a quantised model say what from_pretrained() would make of it."""
-    if hasattr(model, "save_pretrained"):
-        model.__dict__["save_pretrained"] = _refuse_saving
-
-
-def _refuse_saving(*args: Any, **kwargs: Any) -> None:
-    raise UnsupportedModelError(
-        "from_pretrained() does not know the packed weights of a quantised model and would put "
-        "random ones in their place; save with torch.save(model.state_dict()), or wrap with "
-        "quantization=False"
     )
 
 
@@ -343,11 +352,20 @@ class _Apply(_Override):
 
     def __call__(self, fn: Callable[..., Any], recurse: bool = True) -> torch.nn.Module:
         for name, _, tensor in tensors_of(self._module):
-            probe = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-            if fn(probe) is not probe:
+            probe = _probe_like(tensor)
+            before = probe._version, probe.is_shared()
+            if fn(probe) is not probe or (probe._version, probe.is_shared()) != before:
                 raise UnsupportedModelError(
                     f"a model with streamed blocks cannot be moved or converted ({name!r} is "
-                    f"{tensor.dtype} on {tensor.device}); do it before wrapping, "
-                    "or call bminf.unwrap(model) first"
+                    f"{tensor.dtype} on {tensor.device}, strides {tensor.stride()}); do it before "
+                    "wrapping, or call bminf.unwrap(model) first"
                 )
         return self._module
+
+
+def _probe_like(tensor: torch.Tensor) -> torch.Tensor:
+    """A small tensor of the same dtype, device, number of dimensions and order of strides."""
+    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+    sizes = [min(size, 2) for size in tensor.shape]
+    dense = torch.zeros([sizes[at] for at in order], dtype=tensor.dtype, device=tensor.device)
+    return dense.permute([order.index(at) for at in range(tensor.dim())])

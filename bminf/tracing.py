@@ -1,0 +1,36 @@
+"""Whether somebody records the operations on tensors instead of only running them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.fx
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+
+def tracer_at_work() -> str | None:
+    """What takes down every operation of this thread at the moment; None for nothing.
+
+    torch.compile is not among them: it asks beforehand (torch.compiler.is_compiling).
+    """
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit.trace (or the ONNX export that uses it)"
+    if getattr(torch.compiler, "is_exporting", bool)():
+        return "torch.export"
+    # Most often the stack of modes is empty, which is quicker to ask than for one of them.
+    if torch._C._len_torch_dispatch_stack() and get_proxy_mode() is not None:
+        return "make_fx"
+    if torch.fx._symbolic_trace._is_fx_tracing_flag:
+        return "torch.fx.symbolic_trace"
+    return None
+
+
+def disable_compile(function: Callable[..., Any], reason: str) -> Callable[..., Any]:
+    """`function`, run as it is under torch.compile; fullgraph=True fails with the reason."""
+    disable: Callable[..., Callable[..., Any]] = torch.compiler.disable
+    try:
+        return disable(function, reason=reason)
+    except TypeError:  # torch before 2.7 takes no reason
+        return disable(function)
