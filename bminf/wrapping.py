@@ -9,19 +9,21 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+from warnings import warn
 
 import torch
 
 from bminf.errors import ArgumentError, UnknownKeywordError, UnsupportedModelError
 from bminf.layers.quantized_linear import format_for
+from bminf.layers.saving import refuse_to_save
 from bminf.quantization.packed import INT8, Format
 from bminf.scheduler.blob import Blobs, check_tensors, survey, unmapped_bytes
 from bminf.scheduler.blocks import ModuleBlock, find_blocks
 from bminf.scheduler.device import backend_for, free_budget, host_budget
-from bminf.scheduler.hooks import ATTRIBUTE, Scheduler, Stats, is_streaming, refuse_to_save
+from bminf.scheduler.hooks import ATTRIBUTE, Scheduler, Stats, is_streaming
 from bminf.scheduler.placement import place, take_back
 from bminf.scheduler.plan import Block, Plan, plan
-from bminf.scheduler.stand_ins import Predicate, StandIns, choose, warn_of_what_stays
+from bminf.scheduler.stand_ins import Choice, Predicate, choose, warn_of_what_stays
 from bminf.units import parse_bytes
 
 Model = TypeVar("Model", bound=torch.nn.Module)
@@ -77,8 +79,9 @@ def wrapper(
     own_bytes = unmapped_bytes(model) if source_device.type == "cpu" else 0
     the_plan = request.plan(budget, host_budget(backend.device, own_bytes))
     if _format(quantization) is not None:
-        warn_of_what_stays(model, request.blocks, request.stand_ins, stacklevel=2)
+        warn_of_what_stays(model, request.blocks, request.choice, stacklevel=2)
     _carry_out(model, request, Scheduler(the_plan, backend, source_device), offload_dir)
+    _warn_of_training(model, stacklevel=2)
     return model
 
 
@@ -142,7 +145,7 @@ class _Request:
     """What was asked for, resolved against the model: nothing here has touched it yet."""
 
     blocks: list[ModuleBlock]
-    stand_ins: StandIns
+    choice: Choice
     blobs: Blobs
     uses: dict[str, float]
     reserved_bytes: int
@@ -160,10 +163,10 @@ class _Request:
     ) -> _Request:
         reserved_bytes = parse_bytes(reserve, "reserve")
         found = find_blocks(model, blocks)
-        stand_ins = choose(model, found, _format(quantization), quantize)
-        blobs = survey(model, found, stand_ins, keep_addresses)
+        choice = choose(model, found, _format(quantization), quantize)
+        blobs = survey(model, found, choice.stand_ins, keep_addresses)
         all_uses = {**_encoder_uses(model, found), **_checked_uses(uses)}
-        return cls(found, stand_ins, blobs, all_uses, reserved_bytes)
+        return cls(found, choice, blobs, all_uses, reserved_bytes)
 
     def plan(self, budget: int, host_bytes: int | None = None) -> Plan:
         return plan(
@@ -265,15 +268,26 @@ def _carry_out(
         scheduler.backend.open(layouts, offload_dir, scheduler.plan.disk_places)
     model.__dict__[ATTRIBUTE] = scheduler
     try:
-        place(model, request.blobs, request.stand_ins, scheduler)
+        place(model, request.blobs, request.choice.stand_ins, scheduler)
         if streamed:
             scheduler.install(model)
-        if request.stand_ins:
+        if request.choice.stand_ins:
             refuse_to_save(model)
     except BaseException:
         _take_off(model, scheduler)
         raise
     weakref.finalize(model, scheduler.backend.release)
+
+
+def _warn_of_training(model: torch.nn.Module, stacklevel: int) -> None:
+    is_frozen = not any(parameter.requires_grad for parameter in model.parameters())
+    if model.training and is_frozen:
+        warn(
+            f"{type(model).__name__} is in training mode, and nothing in it can be trained: its "
+            "dropout is at work, and weights that are packed or frozen take no gradient; call "
+            "model.eval(), or train adapters beside them (peft.get_peft_model)",
+            stacklevel=stacklevel + 1,
+        )
 
 
 def _take_off(model: torch.nn.Module, scheduler: Scheduler) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -11,17 +12,70 @@ from bminf.layers.quantized_linear import QuantizedLinear, is_conv1d
 from bminf.ops.rows import ELEMENTS
 from bminf.quantization.packed import Format
 
+_PROBE = (64, 48)  # columns and rows
+
+# torch.nn.MultiheadAttention computes with the weight of its output projection, and never calls it.
+_READ_BY_PARENT = (torch.nn.modules.linear.NonDynamicallyQuantizableLinear,)
+
+
+def is_linear(module: torch.nn.Module) -> bool:
+    """Whether `module` is a linear that is not packed yet, of whatever class."""
+    return (isinstance(module, torch.nn.Linear) or is_conv1d(module)) and not isinstance(
+        module, QuantizedLinear
+    )
+
 
 def is_quantizable(module: torch.nn.Module) -> bool:
-    """Exactly nn.Linear or Conv1D: a subclass may read its weight in ways of its own.
+    """Whether a QuantizedLinear can stand in for `module`: nn.Linear, Conv1D, or a subclass of
+    nn.Linear that computes the same.
 
-    Lazy, parametrised and already packed linears are subclasses, and stay as they are.
+    A linear whose weight is computed anew by a hook (weight_norm, pruning) or a parametrization,
+    is not initialised yet, or is read by the module around it, stays as it is.
     """
-    if not (type(module) is torch.nn.Linear or is_conv1d(module)):
+    if not is_linear(module) or type(module) in _READ_BY_PARENT:
         return False
-    # Not an attribute that a hook computes anew from other parameters (weight_norm, pruning).
     weight = module._parameters.get("weight")
-    return weight is not None and weight.dtype in ELEMENTS and weight.dim() == 2
+    if weight is None or weight.dtype not in ELEMENTS or weight.dim() != 2:
+        return False
+    return is_conv1d(module) or computes_as_linear(module)
+
+
+def computes_as_linear(module: torch.nn.Module) -> bool:
+    """Whether `module`, of nn.Linear or a subclass, gives x W^T + b and has no other state.
+
+    A subclass with a forward of its own is tried on small random numbers, weights and inputs, in
+    float32. The module itself is not called.
+    """
+    names = {name for name, tensor in module._parameters.items() if tensor is not None}
+    if not names <= {"weight", "bias"} or module._buffers or module._modules:
+        return False
+    if "forward" in module.__dict__:  # somebody's own, on this instance
+        return False
+    if type(module).forward is torch.nn.Linear.forward:
+        return True
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        return _agrees_on_a_probe(module)
+
+
+def _agrees_on_a_probe(module: torch.nn.Module) -> bool:
+    twin = torch.nn.Linear(_PROBE[0], _PROBE[1], bias=module._parameters.get("bias") is not None)
+    probe = copy.copy(module)
+    probe.__dict__["_parameters"] = {"weight": twin.weight, "bias": twin.bias}
+    probe.__dict__["in_features"], probe.__dict__["out_features"] = _PROBE
+    rows = torch.randn(6, _PROBE[0])
+    # Large and small ones: a clamp, or a rounding of activations, shows.
+    for x in (rows, rows.view(2, 3, -1), 1e3 * rows, 1e-3 * rows):
+        try:
+            y = type(probe).forward(probe, x)
+        except Exception:  # whatever it wants instead, it is no linear
+            return False
+        expected = twin(x)
+        if not isinstance(y, torch.Tensor) or y.shape != expected.shape:
+            return False
+        if (y - expected).abs().max() > 1e-5 * expected.abs().max():
+            return False
+    return True
 
 
 def skeleton(linear: torch.nn.Module, form: Format) -> QuantizedLinear:

@@ -7,11 +7,17 @@ from typing import Any
 
 import torch
 
-from bminf.errors import ArgumentError
+from bminf.errors import ArgumentError, UnsupportedModelError
+from bminf.layers.saving import check_not_saved
 from bminf.lazy import LazyTensor
 from bminf.ops.dequantize import dequantize_weight
 from bminf.ops.linear import ACTIVATIONS, linear_of_checked
 from bminf.quantization.packed import FORMATS, Format, PackedWeight, pack
+
+_ADVICE = (
+    "a packed weight is frozen: change weights, or merge adapters, before wrapping "
+    "(merge_and_unload() of peft, then bminf.wrapper), or wrap with quantization=False"
+)
 
 
 def is_conv1d(module: torch.nn.Module) -> bool:
@@ -30,22 +36,24 @@ def format_for(quantization: str | Format) -> Format:
     return FORMATS[quantization]
 
 
-class QuantizedLinear(torch.nn.Module):
+class QuantizedLinear(torch.nn.Linear):
     """The linear layer `linear`, its weight packed to 8 or 4 bits.
 
-    linear: torch.nn.Linear, or transformers' Conv1D; it is left as it is.
+    It is a torch.nn.Linear to whoever asks for one, as libraries of adapters do.
+
+    linear: torch.nn.Linear, or transformers' Conv1D; it is left as it is. What code hung on it
+        (hooks, attributes) is carried over.
     activations: "float" multiplies in the precision of the input (W8A16, W4A16); "int8" rounds each
         token to 8 bits too (W8A8) and needs 8-bit weights with a scale a row; "auto" is "float"
         but for many tokens at once on a GPU without fast half precision.
     quantization: "int8", "int4", or a Format.
 
     Buffers: qweight, scale, minimum, code_sum: the fields of PackedWeight, those that the format
-    has. The bias stays in its dtype. `weight` answers as the dequantised weight would. Frozen:
-    gradients flow to the input only. Raises ArgumentError for another module or word, an odd number
-    of columns in 4 bits, or a weight that is not finite.
+    has; `packed` gives them together. The bias stays in its dtype. `weight` answers as the
+    dequantised weight would. Frozen: gradients flow to the input only. Raises ArgumentError for
+    another module or word, an odd number of columns in 4 bits, or a weight that is not finite.
     """
 
-    qweight: torch.Tensor
     scale: torch.Tensor
     minimum: torch.Tensor | None
     code_sum: torch.Tensor | None
@@ -56,7 +64,7 @@ class QuantizedLinear(torch.nn.Module):
         activations: str = "auto",
         quantization: str | Format = "int8",
     ) -> None:
-        super().__init__()
+        torch.nn.Module.__init__(self)  # Linear's own would make a weight
         self.form = format_for(quantization)
         _check_activations(activations, self.form)
         weight = _weight_of(linear)
@@ -66,14 +74,14 @@ class QuantizedLinear(torch.nn.Module):
         packed = pack(weight, self.form)
         for name in ("qweight", "scale", "minimum", "code_sum"):
             self.register_buffer(name, getattr(packed, name))
-        self.bias: torch.nn.Parameter | None = None
+        self.register_parameter("bias", None)
         if linear.bias is not None:
             bias: Any = linear.bias
             self.bias = torch.nn.Parameter(bias.detach().clone(), requires_grad=False)
-        self.train(linear.training)
+        _carry_over(linear, self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return linear_of_checked(x, self.packed, self.bias, self.activations)
+        return linear_of_checked(x, self.packed, self._parameters["bias"], self.activations)
 
     @property
     def packed(self) -> PackedWeight:
@@ -88,7 +96,7 @@ class QuantizedLinear(torch.nn.Module):
         )
 
     @property
-    def weight(self) -> torch.Tensor:
+    def weight(self) -> torch.Tensor:  # type: ignore[override]
         """The dequantised weight, (out_features, in_features) in the compute dtype.
 
         Reading its dtype, device or shape is free; reading its values dequantises it each time.
@@ -97,10 +105,34 @@ class QuantizedLinear(torch.nn.Module):
             return self.dequantize()  # what is not used is left out of the graph
         shape = (self.out_features, self.in_features)
         like = torch.empty(shape, dtype=self.dtype, device="meta")
-        return LazyTensor(self.dequantize, like, device=self.qweight.device)
+        return LazyTensor(self.dequantize, like, device=self.scale.device, advice=_ADVICE)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            self._set_weight(value)
+        else:
+            super().__setattr__(name, value)
+
+    def _set_weight(self, value: Any) -> None:
+        """Accept what is there already: adapters give a layer its own weight when taken off."""
+        if not (isinstance(value, LazyTensor) and value._read == self.dequantize):
+            raise UnsupportedModelError(f"the weight of a packed linear cannot be set; {_ADVICE}")
+
+    def __getattr__(self, name: str) -> Any:
+        # peft takes a layer with an attribute of this name for one of GPTQ's, and hands the codes
+        # to models that ask its adapters for the dtype of a weight.
+        if name == "qweight":
+            raise AttributeError("the codes of a QuantizedLinear are its packed.qweight")
+        return super().__getattr__(name)
 
     def dequantize(self) -> torch.Tensor:
         return dequantize_weight(self.packed, self.dtype)
+
+    def __prepare_scriptable__(self) -> None:
+        """torch.jit.script asks for what it is to compile in this module's place."""
+        raise UnsupportedModelError(
+            "torch.jit.script cannot compile a packed linear; use torch.jit.trace or torch.export"
+        )
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> QuantizedLinear:
         """Follow moves between devices; a new dtype is for the activations, not for the scales."""
@@ -109,8 +141,12 @@ class QuantizedLinear(torch.nn.Module):
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=before["scale"].device)).dtype
         for name, tensor in before.items():
             if tensor is not None and getattr(self, name).dtype != tensor.dtype:
-                setattr(self, name, tensor.to(self.qweight.device))
+                setattr(self, name, tensor.to(self.packed.qweight.device))
         return self
+
+    def _save_to_state_dict(self, *arguments: Any, **more: Any) -> None:
+        check_not_saved()
+        super()._save_to_state_dict(*arguments, **more)
 
     def _load_from_state_dict(self, *arguments: Any, **more: Any) -> None:
         """Kernels read these buffers unchecked at each call, so they are checked here."""
@@ -122,6 +158,18 @@ class QuantizedLinear(torch.nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, activations={self.activations!r}, {self.form}"
         )
+
+
+def _carry_over(linear: torch.nn.Module, packed: QuantizedLinear) -> None:
+    """Give `packed` the hooks of `linear`, and the attributes that code hung on it.
+
+    They are the very dicts, so that a handle which removes a hook goes on doing so.
+    """
+    for name, value in linear.__dict__.items():
+        is_hook = name.startswith(("_forward_", "_backward_", "_is_full_backward"))
+        if is_hook or name not in packed.__dict__:
+            packed.__dict__[name] = value
+    packed.train(linear.training)
 
 
 def _check_activations(activations: str, form: Format) -> None:
@@ -138,7 +186,7 @@ def _weight_of(linear: torch.nn.Module) -> torch.Tensor:
     """The weight as (out_features, in_features)."""
     if is_conv1d(linear):
         return linear.weight.detach().t()  # type: ignore[operator]
-    if isinstance(linear, torch.nn.Linear):
+    if isinstance(linear, torch.nn.Linear) and not isinstance(linear, QuantizedLinear):
         return linear.weight.detach()
     raise ArgumentError(
         "QuantizedLinear takes a torch.nn.Linear or transformers' Conv1D, "

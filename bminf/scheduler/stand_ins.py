@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from warnings import warn
 
 import torch
 
 from bminf.errors import ArgumentError
-from bminf.layers.quantize import is_quantizable, skeleton
+from bminf.layers.quantize import is_linear, is_quantizable, skeleton
 from bminf.layers.quantized_linear import QuantizedLinear
 from bminf.quantization.packed import Format
 from bminf.scheduler.blocks import ModuleBlock, tensors_of
@@ -19,18 +20,28 @@ StandIns = Mapping[torch.nn.Module, QuantizedLinear]
 
 Predicate = Callable[[str, torch.nn.Module], bool]
 
+Linear = tuple[str, torch.nn.Module]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """stand_ins: what is packed.   kept: why a linear stays that was wanted -> all of those."""
+
+    stand_ins: StandIns
+    kept: Mapping[str, Sequence[Linear]]
+
 
 def choose(
     model: torch.nn.Module,
     blocks: Iterable[ModuleBlock],
     form: Format | None,
     wanted: Predicate | None = None,
-) -> StandIns:
+) -> Choice:
     """The linears to quantise, as `form`; None is none.
 
-    wanted: says so by name and module; None takes the linears in the blocks but the output head. A
+    wanted: says so by name and module; None takes the linears in the blocks but output heads,
+    adapters, and those that a group of columns is too wide for. What cannot be packed is kept. A
     weight that several modules share stays: packing one of them would add bytes, not save any.
-    Raises ArgumentError, with the name, for a linear that cannot be packed that way.
     """
     if wanted is not None and not callable(wanted):
         raise ArgumentError(
@@ -40,34 +51,104 @@ def choose(
     if form is None:
         if wanted is not None:
             raise ArgumentError('quantize= chooses what quantization="int8" or "int4" packs')
-        return {}
-    wanted = wanted or _inside(model, blocks)
-    return {
-        module: _skeleton(module, form, name)
-        for name, module in _unshared_linears(model)
-        if wanted(name, module)
-    }
+        return Choice({}, {})
+    is_wanted = wanted or _inside(model, blocks)
+    linears = [linear for linear in _unshared_linears(model) if is_wanted(*linear)]
+    reasons = _Reasons.of(model, linears, form, is_default=wanted is None)
+    stand_ins: dict[torch.nn.Module, QuantizedLinear] = {}
+    kept: dict[str, list[Linear]] = {}
+    for name, module in linears:
+        reason = reasons.to_keep(module)
+        if reason is None:
+            stand_ins[module] = _skeleton(module, form, name)
+        else:
+            kept.setdefault(reason, []).append((name, module))
+    return Choice(stand_ins, kept)
+
+
+@dataclass(frozen=True)
+class _Reasons:
+    """Why a linear that was wanted stays as it is.
+
+    is_default: nobody chose it by name.   adapters: linears beside a frozen one, of peft.
+    is_mixed: some of the linears are frozen, so that those which are not are there to be trained.
+    """
+
+    form: Format
+    is_default: bool
+    adapters: set[torch.nn.Module]
+    is_mixed: bool
+
+    @classmethod
+    def of(
+        cls, model: torch.nn.Module, linears: Iterable[Linear], form: Format, is_default: bool
+    ) -> _Reasons:
+        trained = {_is_trained(module) for _, module in linears}
+        return cls(form, is_default, set(_adapters(model)), len(trained) == 2)
+
+    def to_keep(self, module: torch.nn.Module) -> str | None:
+        if not is_quantizable(module):
+            return f"of the class {type(module).__name__}, not computing as torch.nn.Linear does"
+        if self.is_default and (module in self.adapters or (self.is_mixed and _is_trained(module))):
+            return "trained beside frozen ones, or part of an adapter"
+        if self.form.bits == 4 and self._is_narrow(module):
+            return "with an odd number of columns, or fewer than share a scale"
+        return None
+
+    def _is_narrow(self, module: torch.nn.Module) -> bool:
+        """Whether 4 bits cannot take it (two columns share a byte), or save little."""
+        columns = skeleton(module, Format(8)).in_features
+        return bool(columns % 2) or (self.is_default and columns < (self.form.group_size or 0))
 
 
 def warn_of_what_stays(
-    model: torch.nn.Module, blocks: Iterable[ModuleBlock], stand_ins: StandIns, stacklevel: int
+    model: torch.nn.Module, blocks: Iterable[ModuleBlock], choice: Choice, stacklevel: int
 ) -> None:
-    """One warning, with the reason, where quantization leaves the bulk of the blocks as it is."""
+    """One warning, with bytes and reasons, where quantization leaves weights as they are.
+
+    None where the model is packed already: then it is wrapped again, under another limit.
+    """
     kind = type(model).__name__
-    if not stand_ins:
+    if any(isinstance(module, QuantizedLinear) for module in model.modules()):
+        return
+    parts = [*_kept_parts(choice), *_stacked_parts(model, blocks)]
+    if not choice.stand_ins and not choice.kept:
         warn(
             f"nothing in the blocks of {kind} could be quantised: they hold no "
             "torch.nn.Linear or Conv1D that was chosen; the weights stay as they are",
             stacklevel=stacklevel + 1,
         )
-        return
+    elif parts:
+        total = format_bytes(sum(nbytes for nbytes, _ in parts))
+        listed = "; ".join(text for _, text in parts)
+        warn(
+            f"{total} in the blocks of {kind} are not quantised: {listed}",
+            stacklevel=stacklevel + 1,
+        )
+
+
+def _kept_parts(choice: Choice) -> Iterator[tuple[int, str]]:
+    """(bytes, what they are) for each reason to keep linears."""
+    for reason, linears in choice.kept.items():
+        nbytes = sum(p.nbytes for _, module in linears for p in module.parameters())
+        names = ", ".join(name for name, _ in linears[:2])
+        more = ", ..." if len(linears) > 2 else ""
+        count = f"{len(linears)} linear{'s' if len(linears) > 1 else ''}"
+        yield nbytes, f"{format_bytes(nbytes)} in {count} {reason} ({names}{more})"
+
+
+def _stacked_parts(
+    model: torch.nn.Module, blocks: Iterable[ModuleBlock]
+) -> Iterator[tuple[int, str]]:
     stacked = {id(t): t for block in blocks for t in _stacked(model.get_submodule(block.name))}
     nbytes = sum(tensor.nbytes for tensor in stacked.values())
     if nbytes:
-        warn(
-            f"{format_bytes(nbytes)} in the blocks of {kind} are not quantised: they are "
-            f"{len(stacked)} three-dimensional parameters (stacked experts), not linears",
-            stacklevel=stacklevel + 1,
+        yield (
+            nbytes,
+            (
+                f"{format_bytes(nbytes)} in {len(stacked)} three-dimensional parameters "
+                "(stacked experts), not linears"
+            ),
         )
 
 
@@ -79,18 +160,53 @@ def _skeleton(module: torch.nn.Module, form: Format, name: str) -> QuantizedLine
 
 
 def _inside(model: torch.nn.Module, blocks: Iterable[ModuleBlock]) -> Predicate:
-    get_head = getattr(model, "get_output_embeddings", None)
-    head = get_head() if callable(get_head) else None
     inside = {m for block in blocks for m in model.get_submodule(block.name).modules()}
-    return lambda _, module: module in inside and module is not head
+    heads = {part for head in _heads(model, inside) for part in head.modules()}
+    return lambda _, module: module in inside and module not in heads
 
 
-def _unshared_linears(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
+def _heads(model: torch.nn.Module, inside: set[torch.nn.Module]) -> Iterator[torch.nn.Module]:
+    """The output heads of the model, and of the models in it: one, or a list of them.
+
+    inside: the modules in blocks.
+    """
+    for module in model.modules():
+        get_head = getattr(module, "get_output_embeddings", None)
+        head = get_head() if callable(get_head) else None
+        parts = head if isinstance(head, list | tuple) else [head]
+        yield from (part for part in parts if isinstance(part, torch.nn.Module))
+        for name, child in module.named_children():
+            if child not in inside and _is_list_of_heads(name, child):
+                yield child
+
+
+def _is_list_of_heads(name: str, child: torch.nn.Module) -> bool:
+    """Whether a model written by hand calls a list of bare linears its heads."""
+    is_list = isinstance(child, torch.nn.ModuleList | torch.nn.ModuleDict)
+    return is_list and name.endswith("heads") and all(is_linear(item) for item in child.children())
+
+
+def _adapters(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """What stands beside a layer that it adapts: peft calls that one `base_layer`."""
+    for module in model.modules():
+        if "base_layer" in module._modules:
+            for name, child in module.named_children():
+                if name != "base_layer":
+                    yield from child.modules()
+
+
+def _is_trained(module: torch.nn.Module) -> bool:
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.requires_grad
+
+
+def _unshared_linears(model: torch.nn.Module) -> Iterator[Linear]:
     num_holders: dict[int, int] = {}
     for _, _, tensor in tensors_of(model):
         num_holders[id(tensor)] = num_holders.get(id(tensor), 0) + 1
     for name, module in model.named_modules():
-        if is_quantizable(module) and num_holders[id(module.weight)] == 1:
+        # A weight that a hook computes (weight_norm, pruning) is no parameter, and stays.
+        if is_linear(module) and num_holders.get(id(module._parameters.get("weight"))) == 1:
             yield name, module
 
 

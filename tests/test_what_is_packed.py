@@ -1,0 +1,244 @@
+"""Which linears quantization packs, and what is said of those that stay."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from streaming import Stack, make_stack
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+import bminf
+from bminf.layers.quantize import computes_as_linear, is_quantizable
+
+
+class Multiplied(torch.nn.Linear):
+    """The same product, written out."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x @ self.weight.T
+        return y if self.bias is None else y + self.bias
+
+
+class Renamed(torch.nn.Linear):
+    """Another name, nothing else."""
+
+
+class Scaled(torch.nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, 2 * self.weight, self.bias)
+
+
+class Clamped(torch.nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x.clamp(-100, 100), self.weight, self.bias)
+
+
+class RoundedInputs(torch.nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scale = x.abs().amax() / 127
+        return F.linear((x / scale).round() * scale, self.weight, self.bias)
+
+
+class WithLora(torch.nn.Linear):
+    """A second product that begins at zero, so that a look at the output tells nothing."""
+
+    def __init__(self, *arguments: Any, **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        self.lora_b = torch.nn.Parameter(torch.zeros(self.out_features, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + x.sum(-1, keepdim=True) @ self.lora_b.T
+
+
+class Tuple(torch.nn.Linear):
+    def forward(self, x: torch.Tensor) -> Any:
+        return super().forward(x), None
+
+
+SAME, OTHER = (Multiplied, Renamed), (Scaled, Clamped, RoundedInputs, WithLora, Tuple)
+
+
+def with_linears(kind: type, bias: bool = True) -> type:
+    class Block(torch.nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.plain = torch.nn.Linear(width, width)
+            self.other = kind(width, width, bias=bias)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.other(self.plain(x))
+            return x + (y[0] if isinstance(y, tuple) else y)
+
+    return Block
+
+
+def packed_names(model: torch.nn.Module) -> list[str]:
+    return [n for n, m in model.named_modules() if isinstance(m, bminf.QuantizedLinear)]
+
+
+def wrap(model: Any, quantization: Any = "int8", **arguments: Any) -> list[str]:
+    """Wrap `model`, resident; what was said of what stays."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        bminf.wrapper(model, quantization, "1GB", device="cpu", **arguments)
+    return [str(warning.message) for warning in said]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", SAME)
+def test_a_subclass_that_computes_the_same_is_packed(kind: type, bias: bool) -> None:
+    model = make_stack(block=with_linears(kind, bias))
+    x = torch.randn(4, 16)
+    expected = model(x)
+    assert wrap(model) == []
+    assert len(packed_names(model)) == 14
+    assert (model(x) - expected).norm() < 0.05 * expected.norm()
+
+
+@pytest.mark.parametrize("wanted", [None, lambda name, module: "other" in name])
+@pytest.mark.parametrize("kind", OTHER)
+def test_any_other_subclass_stays_and_is_named(kind: type, wanted: Any) -> None:
+    model = make_stack(block=with_linears(kind))
+    others = [layer.other for layer in model.layers]
+    (said,) = wrap(model, quantize=wanted)
+    assert kind.__name__ in said and "layers.0.other" in said and "7 linears" in said
+    assert [layer.other for layer in model.layers] == others
+    assert len(packed_names(model)) == (7 if wanted is None else 0)
+
+
+def test_the_probe_leaves_the_module_and_the_random_numbers_alone() -> None:
+    calls = []
+    linear = Multiplied(6, 4)
+    linear.register_forward_hook(lambda *_: calls.append(1))
+    before, state = copy.deepcopy(linear.state_dict()), torch.get_rng_state()
+    assert computes_as_linear(linear)
+    assert calls == [] and torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(before[name], value) for name, value in linear.state_dict().items())
+    assert computes_as_linear(Multiplied(6, 4, device="meta"))
+
+
+def test_what_only_its_parent_reads_stays() -> None:
+    """torch.nn.MultiheadAttention never calls its output projection."""
+    assert not is_quantizable(NonDynamicallyQuantizableLinear(4, 4))
+    linear = torch.nn.Linear(4, 4)
+    linear.forward = lambda x: x
+    assert not is_quantizable(linear)
+
+
+def test_hooks_and_attributes_of_a_linear_go_along() -> None:
+    model, seen = make_stack(), []
+    up = model.layers[0].up
+    handle = up.register_forward_hook(lambda *_: seen.append("after"))
+    up.register_forward_pre_hook(lambda *_: seen.append("before"))
+    up.tag = "mine"
+    wrap(model)
+    model(torch.randn(2, 16))
+    assert seen == ["before", "after"] and model.layers[0].up.tag == "mine"
+    handle.remove()
+    model(torch.randn(2, 16))
+    assert seen == ["before", "after", "before"]
+
+
+def test_a_packed_linear_is_a_linear_and_is_not_packed_again() -> None:
+    packed = bminf.QuantizedLinear(torch.nn.Linear(8, 4))
+    assert isinstance(packed, torch.nn.Linear) and not is_quantizable(packed)
+    assert (packed.in_features, packed.out_features) == (8, 4)
+    with pytest.raises(bminf.errors.ArgumentError, match="not QuantizedLinear"):
+        bminf.QuantizedLinear(packed)
+    with pytest.raises(bminf.errors.UnsupportedModelError, match="merge adapters, before"):
+        packed.weight = torch.nn.Parameter(torch.zeros(4, 8))
+    packed.weight = packed.weight  # what adapters do that are taken off
+    with pytest.raises(bminf.errors.UnsupportedModelError, match="frozen"):
+        packed.reset_parameters()
+    assert not hasattr(packed, "qweight")  # the mark of GPTQ's layers
+
+
+def test_its_output_may_be_written_to() -> None:
+    """As that of a linear: models add to it in place, with gradients on."""
+    packed = bminf.QuantizedLinear(torch.nn.Linear(8, 4))
+    for shape in [(8,), (2, 8), (2, 3, 8)]:
+        x = torch.randn(shape, requires_grad=True)
+        y = packed(x)
+        y += 1
+        y.sum().backward()
+        assert x.grad is not None and y.shape == (*shape[:-1], 4)
+
+
+class Narrow(torch.nn.Module):
+    """A linear of one column, one of few, one of an odd number, and an ordinary one."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        for columns in (1, 8, 17):
+            self.add_module(f"of{columns}", torch.nn.Linear(columns, width))
+        self.up = torch.nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = torch.cat([x, x], -1)
+        return self.up(x) + self.of1(x[..., :1]) + self.of8(x[..., :8]) + self.of17(wide[..., :17])
+
+
+def test_narrow_linears_stay_in_4_bits_and_are_said_once() -> None:
+    model = make_stack(block=Narrow)
+    (said,) = wrap(model, "int4")
+    nbytes = 7 * 4 * (16 * (1 + 8 + 17) + 3 * 16)
+    assert f"{nbytes / 1024:.1f} KiB in 21 linears with an odd number of columns" in said
+    assert packed_names(model) == [f"layers.{i}.up" for i in range(7)]
+    assert wrap(make_stack(block=Narrow), "int8") == []
+
+
+def test_a_narrow_linear_that_was_chosen_is_packed_where_it_can_be() -> None:
+    model = make_stack(block=Narrow)
+    (said,) = wrap(model, "int4", quantize=lambda name, module: name.startswith("layers.0"))
+    assert packed_names(model) == ["layers.0.of8", "layers.0.up"]
+    assert "2 linears with an odd number" in said
+
+
+def test_what_is_trained_beside_frozen_linears_stays() -> None:
+    model = make_stack().requires_grad_(False)
+    model.layers[2].up.requires_grad_(True)
+    (said,) = wrap(model)
+    assert "1 linear trained beside frozen ones, or part of an adapter (layers.2.up)" in said
+    assert len(packed_names(model)) == 13 and model.layers[2].up.weight.requires_grad
+    model = make_stack().requires_grad_(False)
+    model.layers[2].up.requires_grad_(True)
+    assert wrap(model, quantize=lambda name, module: "layers.2" in name) == []
+    assert packed_names(model) == ["layers.2.up", "layers.2.down"]  # somebody chose it
+
+
+class Codebooks(Stack):
+    """Several output heads, in a list, as models of audio have them."""
+
+    def __init__(self, as_method: bool) -> None:
+        super().__init__()
+        name = "projections" if as_method else "code_heads"
+        self.add_module(name, torch.nn.ModuleList(torch.nn.Linear(16, 96) for _ in range(4)))
+        if as_method:
+            self.get_output_embeddings = lambda: list(self.projections)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        heads = self.projections if hasattr(self, "projections") else self.code_heads
+        return torch.cat([head(x) for head in heads], -1)
+
+
+@pytest.mark.parametrize("as_method", [True, False])
+def test_several_output_heads_stay_like_one(as_method: bool) -> None:
+    torch.manual_seed(0)
+    model = Codebooks(as_method).eval()
+    assert wrap(model) == []
+    assert all(".up" in name or ".down" in name for name in packed_names(model))
+    assert len(packed_names(model)) == 14
+
+
+def test_wrapping_again_says_nothing() -> None:
+    model = make_stack(block=with_linears(Scaled))
+    assert len(wrap(model)) == 1
+    bminf.unwrap(model)
+    assert wrap(model) == [] and len(packed_names(model)) == 7
