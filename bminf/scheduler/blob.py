@@ -44,6 +44,8 @@ def survey(
     """
     specs = specs_of(model, stand_ins)
     owners = owners_of(specs, blocks)
+    for name in trained_apart(model, blocks, stand_ins):
+        owners[name] = ""
     for name in shared_names({k: s for k, s in specs.items() if s.start is not None}, owners):
         owners[name] = ""
     parts: dict[str, dict[str, TensorSpec]] = {block.name: {} for block in blocks}
@@ -76,6 +78,26 @@ def specs_of(
             for name, _, tensor in tensors_of(stand_ins[module]):
                 specs[f"{prefix}.{name}" if prefix else name] = TensorSpec.of(tensor)
     return specs
+
+
+def trained_apart(
+    model: torch.nn.Module,
+    blocks: Sequence[ModuleBlock],
+    stand_ins: Mapping[torch.nn.Module, torch.nn.Module],
+) -> list[str]:
+    """Parameters in blocks whose bulk is frozen that are not: adapters, which have to stay.
+
+    A gradient needs them where they are, and they are small. Where most of the bytes are trainable,
+    as in a model that nobody froze, none is.
+    """
+    inside = {m for block in blocks for m in model.get_submodule(block.name).modules()}
+    parameters = [item for item in tensors_of(model) if item[1].is_parameter]
+    parameters = [item for item in parameters if item[1].module in inside]
+    trained = [item for item in parameters if item[2].requires_grad]
+    trained_bytes = sum(tensor.nbytes for *_, tensor in trained)
+    if 2 * trained_bytes > sum(tensor.nbytes for *_, tensor in parameters):
+        return []
+    return [name for name, place, _ in trained if place.module not in stand_ins]
 
 
 def unmapped_bytes(model: torch.nn.Module) -> int:

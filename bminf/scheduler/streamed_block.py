@@ -173,5 +173,6 @@ def _guarded(weight: torch.Tensor) -> torch.Tensor:
 def _refuse_gradient(gradient: torch.Tensor) -> None:
     raise UnsupportedModelError(
         "a gradient reached a streamed weight, which cannot be trained; freeze the model's blocks "
-        "with requires_grad_(False) before wrapping, or call bminf.unwrap(model) to train them"
+        "with requires_grad_(False) before wrapping and train adapters beside them, such as "
+        "peft.get_peft_model(model, LoraConfig(...)), or call bminf.unwrap(model) to train them"
     )
