@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -13,7 +11,8 @@ from warnings import warn
 
 import torch
 
-from bminf.errors import ArgumentError, UnknownKeywordError, UnsupportedModelError
+from bminf.errors import ArgumentError, UnsupportedModelError
+from bminf.keywords import check_keywords, keywords_of
 from bminf.layers.quantized_linear import format_for
 from bminf.layers.saving import refuse_to_save
 from bminf.quantization.packed import INT8, Format
@@ -68,7 +67,7 @@ def wrapper(
     only if a disk or a memory fails midway, or a weight is not finite, linears that are quantised
     by then stay quantised.
     """
-    _check_keywords(unknown)
+    check_keywords("wrapper", unknown, keywords_of(wrapper)[1:])  # a model comes without its name
     _check_model(model)
     source_device = check_tensors(model)
     backend = backend_for(device)
@@ -176,20 +175,6 @@ class _Request:
             outside_bytes=self.blobs.outside.nbytes,
             reserved_bytes=self.reserved_bytes,
             host_bytes=host_bytes,
-        )
-
-
-def _check_keywords(unknown: Mapping[str, Any]) -> None:
-    accepted = [
-        name
-        for name, parameter in inspect.signature(wrapper).parameters.items()
-        if name != "model" and parameter.kind is not parameter.VAR_KEYWORD
-    ]
-    for name in unknown:
-        near = difflib.get_close_matches(name, accepted, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise UnknownKeywordError(
-            f"wrapper() has no keyword {name!r}{hint} (accepted: {', '.join(accepted)})"
         )
 
 

@@ -16,6 +16,7 @@ from bminf.generation.arguments import check_banned, check_positive
 from bminf.generation.beam import Hypothesis, beam_search
 from bminf.generation.loop import Decoder, decode
 from bminf.generation.sampling import Sampler, Sampling
+from bminf.keywords import known_keywords
 from bminf.models.arguments import (
     Text,
     dtype_for,
@@ -26,6 +27,7 @@ from bminf.models.arguments import (
     packing_for,
     present_ids,
 )
+from bminf.models.calls import needs_open_model
 from bminf.models.family import Family
 from bminf.models.load import Packing, fill, lay_out, plan_for, skeleton
 from bminf.models.options import Options
@@ -79,6 +81,7 @@ class LanguageModel:
     tokenizer: Tokenizer
     model: Any  # the architecture
 
+    @known_keywords
     def __init__(
         self,
         checkpoint: str | Path | None = None,
@@ -126,6 +129,7 @@ class LanguageModel:
 
     # ---- what users call ------------------------------------------------------------------------
 
+    @needs_open_model
     def generate_iter(self, text: Any, **options: Any) -> Iterator[str]:
         """The text as it comes, piece by piece; together, what generate() returns.
 
@@ -141,6 +145,7 @@ class LanguageModel:
         stop_ids = self._stop_ids(settings)
         return self._pieces(prompts, sampler, stop_ids, settings.max_tokens)
 
+    @needs_open_model
     def generate_batch(self, texts: Sequence[Any], **options: Any) -> list[tuple[str, bool]]:
         """(text, stopped) for each of `texts`, which are generated together.
 

@@ -21,6 +21,7 @@ from bminf.checkpoint.safetensors_file import write_safetensors
 from bminf.checkpoint.stored import pieces
 from bminf.errors import ArgumentError, CheckpointError
 from bminf.generation.arguments import check_positive
+from bminf.keywords import known_keywords
 from bminf.layout import Filling, Layout, TensorSpec
 from bminf.models.arguments import form_for
 from bminf.models.config import find_config
@@ -44,6 +45,7 @@ _AUTO = "auto"
 _TABLE = "embed_tokens"
 
 
+@known_keywords
 def convert(
     source: str | Path,
     destination: str | Path,

@@ -13,6 +13,7 @@ from bminf.layers.kv_cache import KVCache
 from bminf.models import family
 from bminf.models.arguments import Text
 from bminf.models.base import LanguageModel
+from bminf.models.calls import needs_open_model
 from bminf.models.decoders import GPTDecoder, padded
 from bminf.models.options import Options
 from bminf.models.prompt import Prompt
@@ -26,6 +27,7 @@ class CPM1(LanguageModel):
     _families = (family.CPM1,)
     model: GPT
 
+    @needs_open_model
     def generate(
         self,
         text: str,
@@ -50,6 +52,7 @@ class CPM1(LanguageModel):
         )
         return self._generate([text], self._settings(settings, more))[0]
 
+    @needs_open_model
     def logits(self, text: Text) -> torch.Tensor:
         """The logits after each token of `text`: (T, V) float32 on the CPU.
 

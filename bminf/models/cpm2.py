@@ -10,6 +10,7 @@ from typing import Any
 from bminf.errors import ArgumentError
 from bminf.models import family
 from bminf.models.base import LanguageModel
+from bminf.models.calls import needs_open_model
 from bminf.models.options import Options
 from bminf.models.prompt import Prompt
 from bminf.models.t5_model import T5Model
@@ -25,6 +26,7 @@ class CPM2(T5Model):
     """
     _families = (family.CPM2,)
 
+    @needs_open_model
     def generate(
         self,
         text: str,
@@ -52,6 +54,7 @@ class CPM2(T5Model):
         )
         return self._generate([text], self._settings(settings, more))[0]
 
+    @needs_open_model
     def fill_blank(
         self,
         text: str,

@@ -8,6 +8,7 @@ from typing import Any
 from bminf.errors import ArgumentError
 from bminf.models import family
 from bminf.models.base import LanguageModel
+from bminf.models.calls import needs_open_model
 from bminf.models.options import Options
 from bminf.models.prompt import Prompt
 from bminf.models.t5_model import T5Model
@@ -27,6 +28,7 @@ class EVA(T5Model):
     _families = (family.EVA,)
     _defaults = Options(top_n=10, temperature=0.85)
 
+    @needs_open_model
     def dialogue(
         self,
         context: Sequence[str],
@@ -54,6 +56,7 @@ class EVA(T5Model):
         dialogue = _Dialogue(context, truncation_length)
         return self._generate([dialogue], self._settings(settings, more))[0]
 
+    @needs_open_model
     def generate(
         self,
         text: str | Sequence[str],

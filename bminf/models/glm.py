@@ -18,6 +18,7 @@ from bminf.generation.beam import Hypothesis, beam_search
 from bminf.generation.glm_beam import glm_beam_search
 from bminf.generation.loop import Decoder
 from bminf.generation.sampling import Sampling, in_sequence
+from bminf.keywords import known_keywords
 from bminf.layers.kv_cache import KVCache
 from bminf.models import family
 from bminf.models.arguments import Text, form_for
@@ -29,6 +30,7 @@ from bminf.models.blanks import (
     is_ahead,
     position_tensor,
 )
+from bminf.models.calls import needs_open_model
 from bminf.models.decoders import GLMDecoder, padded
 from bminf.models.glm_head import as_in_folder, own_packing, with_head
 from bminf.models.glm_options import GLMOptions
@@ -75,6 +77,7 @@ class GLM(LanguageModel):
     tokenizer: GLMTokenizer
     model: Network
 
+    @known_keywords
     def __init__(
         self,
         checkpoint: str | Path | None = None,
@@ -100,6 +103,7 @@ class GLM(LanguageModel):
 
     # ---- what users call ------------------------------------------------------------------------
 
+    @needs_open_model
     def generate(
         self,
         text: str,
@@ -136,6 +140,7 @@ class GLM(LanguageModel):
             for one in found[: settings.num_return_sequences]
         ]
 
+    @needs_open_model
     def fill_blank(self, text: str, max_tokens: int = 128, **more: Any) -> list[dict[str, Any]]:
         """What stands in the blanks of `text`: {"position", "text"} for each mask, in order.
 
@@ -156,6 +161,7 @@ class GLM(LanguageModel):
             for position, answer in zip(masked.positions, answers, strict=True)
         ]
 
+    @needs_open_model
     def score(self, text: Text, choices: Sequence[Text], mask: str = TEXT_MASK) -> list[float]:
         """The log-probability of each choice in the blank of `text`: the largest is the answer.
 
@@ -178,6 +184,7 @@ class GLM(LanguageModel):
             logs = self._log_probabilities(x[flat_rows], flat_ids)
         return [float(own.sum()) for own in logs.split([len(choice) for choice in ids])]
 
+    @needs_open_model
     def perplexity(
         self, text: str, generation_length: int = 256, unidirectional: bool = False
     ) -> float:
@@ -195,6 +202,7 @@ class GLM(LanguageModel):
         total = sum(self._window_losses(ids, generation_length, unidirectional))
         return math.exp(min(20.0, total / len(text.strip().split(" "))))
 
+    @needs_open_model
     def logits(self, text: str) -> torch.Tensor:
         """The logits after each token of what generate() feeds the model: (T, V) float32, CPU.
 
@@ -248,6 +256,7 @@ class GLM(LanguageModel):
             settings = self._within(settings, self._one_blank(texts[0]))
         return super()._generate(texts, settings)
 
+    @needs_open_model
     def generate_iter(self, text: Any, **options: Any) -> Iterator[str]:
         settings = self._settings(self._defaults, options)
         if settings.out_seq_length is not None:

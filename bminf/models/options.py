@@ -7,22 +7,28 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from bminf.errors import ArgumentError, UnknownKeywordError
+from bminf.errors import ArgumentError
 from bminf.generation.arguments import check_positive
 from bminf.generation.sampling import Sampling
+from bminf.keywords import check_keywords
 from bminf.tokenizers.base import Tokenizer
+
+OTHER_NAMES = {"max_new_tokens": "max_tokens", "stop": "stop_tokens"}
+"""What other libraries call an option -> its name here; all methods take both."""
 
 
 @dataclass(frozen=True)
 class Options:
     """The keywords of generate(), generate_iter() and generate_batch().
 
-    max_tokens: most tokens of the answer.   top_n: only this many of the likeliest tokens are drawn
-    from (also called top_k).   top_p: only the likeliest ones whose probabilities exceed it
-    together; of both, the stricter counts.   temperature: 0 always takes the likeliest.
+    max_tokens: most tokens of the answer (also called max_new_tokens).   top_n: only this many of
+    the likeliest tokens are drawn from (also called top_k).   top_p: only the likeliest ones whose
+    probabilities exceed it together; of both, the stricter counts.   temperature: 0 always takes
+    the likeliest.
     frequency_penalty, presence_penalty: taken off the logits of tokens that occurred, prompt
-    included, each time and once.   stop_tokens: tokens of the vocabulary that end the answer.
-    banned_tokens: tokens that are never drawn.   seed: the same seed, the same text.
+    included, each time and once.   stop_tokens: tokens of the vocabulary that end the answer (also
+    called stop).   banned_tokens: tokens that are never drawn.   seed: the same seed, the same
+    text.
     num_beams: more than 1 searches for the likeliest answer instead of drawing one; temperature
     then has no meaning.   length_penalty: beam scores are divided by length ** length_penalty.
     Raises ArgumentError.
@@ -57,11 +63,13 @@ class Options:
 
     def with_keywords(self, keywords: dict[str, Any]) -> Options:
         """These options but for `keywords`. Raises UnknownKeywordError for one that is none."""
-        names = [field.name for field in fields(self)]
-        unknown = [name for name in keywords if name not in names]
-        if unknown:
-            raise UnknownKeywordError(f"{unknown[0]!r} is no option; accepted: {', '.join(names)}")
+        check_keywords(type(self).__name__, keywords, self.names())
         return replace(self, **keywords)
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """Of the options, in order."""
+        return [field.name for field in fields(cls)]
 
     def check(self, vocab_size: int) -> None:
         """Raise ArgumentError for what does not go together with a vocabulary of this size."""

@@ -10,6 +10,7 @@ from bminf.arch.glm import GLM as Network
 from bminf.arch.glm import GLMConfig
 from bminf.errors import ArgumentError
 from bminf.generation.arguments import check_positive
+from bminf.keywords import known_keywords
 from bminf.models.arguments import dtype_for, form_for
 from bminf.models.config import PUBLISHED_GLM
 from bminf.models.family import GLM_FORMATS
@@ -21,6 +22,7 @@ from bminf.scheduler.plan import Plan
 from bminf.units import parse_bytes
 
 
+@known_keywords
 def plan_glm(
     model: str | GLMConfig,
     memory_limit: int | float | str,

@@ -10,6 +10,7 @@ from bminf.arch.t5 import T5, T5Cache
 from bminf.generation.loop import Decoder
 from bminf.models.arguments import Text
 from bminf.models.base import LanguageModel
+from bminf.models.calls import needs_open_model
 from bminf.models.decoders import T5Decoder, padded
 from bminf.models.prompt import Prompt
 from bminf.tokenizers.base import SentinelTokenizer
@@ -22,6 +23,7 @@ class T5Model(LanguageModel):
     _more_tokens = 1  # two begin an answer, and its last one is not fed
     tokenizer: SentinelTokenizer
 
+    @needs_open_model
     def logits(self, text: Text, target: Text) -> torch.Tensor:
         """The logits after each token of `target`: (T, V) float32 on the CPU.
 

@@ -210,7 +210,7 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"num_return_sequences": 0}, "num_return_sequences=0"),
     ({"num_beams": 0}, "num_beams=0"),
     ({"num_beams": 2.0}, r"num_beams=2\.0"),
-    ({"speed": 3}, "'speed' is no option; accepted: .*num_return_sequences"),
+    ({"speed": 3}, "has no keyword 'speed'; did you mean 'seed'.*accepted: .*num_return_sequences"),
 ]
 WITH_BEAMS: list[tuple[dict[str, Any], str]] = [
     ({"num_beams": 3}, "(3|6) rows at once .* max_batch_size is 2"),

@@ -564,7 +564,7 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"num_beams": 0}, "num_beams=0"),
     ({"num_beams": 2}, "2 rows at once .* max_batch_size is 1"),
     ({"num_beams": 2, "top_p": 0.5}, "num_beams=2 searches .* top_p"),
-    ({"speed": 3}, "'speed' is no option; accepted: max_tokens"),
+    ({"speed": 3}, "has no keyword 'speed'; did you mean 'seed'.*accepted: .*max_tokens"),
 ]
 
 

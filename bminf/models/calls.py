@@ -1,0 +1,66 @@
+"""What every public method of a model does with a call before it looks at the arguments."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar, cast
+
+from bminf.errors import ArgumentError
+from bminf.keywords import check_keywords, keywords_of
+from bminf.models.options import OTHER_NAMES
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def needs_open_model(method: Method) -> Method:
+    """A method of LanguageModel that is refused once the model was closed, whatever else is wrong.
+
+    Then its keywords are checked, those of Options among them where it has `**options`, and other
+    names of an option are replaced by the one that it has here.
+    Raises UnsupportedModelError, UnknownKeywordError, or ArgumentError for two names of one option
+    with different values.
+    """
+    parameters = inspect.signature(method).parameters
+    names = [name for name, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    has_options = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    own = keywords_of(method)
+
+    @functools.wraps(method)
+    def call(model: Any, *arguments: Any, **keywords: Any) -> Any:
+        model._open()
+        options = [*model._defaults.names(), *OTHER_NAMES] if has_options else []
+        called = f"{type(model).__name__}.{method.__name__}"
+        check_keywords(called, keywords, dict.fromkeys([*own, *options]))
+        if has_options:
+            positional = dict(zip(names[1:], arguments, strict=False))
+            keywords = _under_one_name(keywords, positional)
+        return method(model, *arguments, **keywords)
+
+    return cast(Method, call)
+
+
+def _under_one_name(keywords: Mapping[str, Any], positional: Mapping[str, Any]) -> dict[str, Any]:
+    """`keywords` under the names of Options; another name with None says nothing."""
+    kept = {name: value for name, value in keywords.items() if name not in OTHER_NAMES}
+    for other, name in OTHER_NAMES.items():
+        value = keywords.get(other)
+        if value is None:
+            continue
+        given = {**positional, **kept}
+        if name in given and not _are_same(given[name], value):
+            raise ArgumentError(
+                f"{other}={value!r} and {name}={given[name]!r} are two names of one thing; give "
+                "one of them"
+            )
+        if name not in given:
+            kept[name] = value
+    return kept
+
+
+def _are_same(one: Any, other: Any) -> bool:
+    """Whether they are equal, whatever kind of list they come as."""
+    if any(not isinstance(value, Iterable) or isinstance(value, str) for value in (one, other)):
+        return bool(one == other)
+    return list(one) == list(other)
