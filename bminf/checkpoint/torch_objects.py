@@ -1,6 +1,6 @@
 """What the names and persistent ids in a file of torch.save mean, and that all others mean nothing.
 
-Source: torch/_utils.py, torch/storage.py, torch/serialization.py.
+Source: torch/_utils.py, torch/_tensor.py, torch/storage.py, torch/serialization.py.
 """
 
 from __future__ import annotations
@@ -41,6 +41,14 @@ _QUANTIZED_STORAGE_DTYPES = {
 }
 _DTYPES = {
     f"torch.{name}": value for name, value in vars(torch).items() if isinstance(value, torch.dtype)
+}
+# Whose values are those of the tensor that they are made of, whatever attributes they carry. Those
+# of another subclass may be codes of its own.
+_TENSOR_CLASSES = {
+    "torch.Tensor",
+    "torch._tensor.Tensor",
+    "torch.nn.parameter.Parameter",
+    "torch.nn.parameter.Buffer",
 }
 
 
@@ -85,10 +93,16 @@ def load(file: BinaryFile, stream: Stream, offset_of: Callable[[StorageId], int]
 class _Meaning:
     def __init__(self, file: BinaryFile, offset_of: Callable[[StorageId], int]) -> None:
         self._file, self._offset_of = file, offset_of
-        self.functions = {
-            **_FUNCTIONS,
+        self._tensors: dict[str, Callable[[tuple[object, ...]], object]] = {
             "torch._utils._rebuild_tensor": self._tensor,
             "torch._utils._rebuild_tensor_v2": self._tensor,
+            "torch._utils._rebuild_tensor_v3": self._tensor_of_dtype,
+        }
+        self.functions = {
+            **_FUNCTIONS,
+            **self._tensors,
+            "torch._tensor._rebuild_from_type": self._with_attributes,
+            "torch._tensor._rebuild_from_type_v2": self._with_attributes,
         }
 
     def storage(self, persistent_id: object) -> Placeholder:
@@ -106,22 +120,43 @@ class _Meaning:
 
     def _tensor(self, arguments: tuple[object, ...]) -> object:
         """(storage, offset, shape, stride, requires_grad, hooks[, conjugate and negative bits])."""
+        dtype = arguments[0].dtype if isinstance(arguments[0], _Storage) else None
+        return self._in_storage(arguments, dtype, arguments[6:7])
+
+    def _tensor_of_dtype(self, arguments: tuple[object, ...]) -> object:
+        """(storage of bytes, and as above up to the hooks, dtype[, the same bits])."""
+        return self._in_storage(arguments, arguments[6], arguments[7:8])
+
+    def _with_attributes(self, arguments: tuple[object, ...]) -> object:
+        """(function, class, its arguments, attributes), the last of which go."""
+        function, kind, own = arguments[:3]
+        if not (isinstance(function, Placeholder) and isinstance(kind, Placeholder)):
+            raise ValueError("a tensor with attributes of no function or no class")
+        rebuild = self._tensors.get(function.name)  # which does not come back here, to any depth
+        if kind.name not in _TENSOR_CLASSES or rebuild is None or type(own) is not tuple:
+            return kind.made()
+        return rebuild(own)
+
+    def _in_storage(
+        self, arguments: tuple[object, ...], dtype: object, bits: tuple[object, ...]
+    ) -> object:
+        """arguments: (storage, first element, shape, stride, ...)."""
         storage, first, shape, stride = arguments[:4]
         if not isinstance(storage, _Storage):
             return Placeholder("a tensor with no storage in the file")
-        if len(arguments) > 6 and arguments[6]:
+        if any(bits):
             return Placeholder("a conjugate or negative tensor")
-        if storage.dtype in _QUANTIZED_STORAGE_DTYPES.values():
+        if not isinstance(dtype, torch.dtype):
+            return Placeholder("a tensor of a dtype that this torch does not have")
+        if dtype in _QUANTIZED_STORAGE_DTYPES.values():
             return Placeholder("a tensor of a quantized dtype")
         if not (_is_size(first) and _are_sizes(shape) and _are_sizes(stride)):
             raise ValueError("a tensor with an impossible shape, stride or offset")
-        begin = first * storage.dtype.itemsize
-        tensor = InFile(
-            self._file.path, storage.offset + begin, shape, stride, storage.dtype, storage.key
-        )
+        begin = first * dtype.itemsize
+        tensor = InFile(self._file.path, storage.offset + begin, shape, stride, dtype, storage.key)
         if begin + tensor.span_bytes > storage.nbytes:
             raise ValueError(f"a tensor of shape {shape} reaches beyond its storage")
-        if tensor.num_elements * storage.dtype.itemsize > self._file.nbytes:
+        if tensor.num_elements * dtype.itemsize > self._file.nbytes:
             # Strides of 0 can make any size of a few bytes; no weight is saved so.
             raise ValueError(f"a tensor of shape {shape}, larger than the whole file")
         return tensor

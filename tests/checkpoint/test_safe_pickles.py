@@ -81,6 +81,43 @@ def test_objects_of_torch_save_do_nothing(form: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("version", ["", "_v2"])
+def test_what_rebuilds_a_tensor_with_attributes_calls_nothing(
+    version: str, form: str, tmp_path: Path
+) -> None:
+    """torch would call any function, and the __setstate__ of any class."""
+    rebuild = getattr(torch._tensor, f"_rebuild_from_type{version}")
+
+    class Attack:
+        def __init__(self, *arguments: object) -> None:
+            self.arguments = arguments
+
+        def __reduce__(self) -> object:
+            return rebuild, self.arguments
+
+    created = str(tmp_path / "created")
+    nested = (create, torch.Tensor, (created,), {})
+    saved = {
+        "w": Attack(create, torch.Tensor, (created,), {}),
+        "nested": Attack(rebuild, torch.Tensor, nested, {}),
+        "kind": Attack(torch._utils._rebuild_tensor_v2, argparse.Namespace, (), {}),
+    }
+    found = read_torch_file(save(saved, tmp_path / "a.pt", form))
+    assert isinstance(found, dict) and all(isinstance(v, Placeholder) for v in found.values())
+    assert not (tmp_path / "created").exists()
+
+
+@pytest.mark.parametrize("arguments", [(), (1, 2, 3), (torch.ones(1), torch.Tensor, (), {})])
+def test_a_tensor_of_wrong_attributes_is_damage(arguments: object, tmp_path: Path) -> None:
+    class Attack:
+        def __reduce__(self) -> object:
+            return torch._tensor._rebuild_from_type_v2, arguments
+
+    with pytest.raises(CheckpointError, match="damaged"):
+        read_torch_file(save({"w": Attack()}, tmp_path / "a.pt", "zip"))
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_a_registered_extension_is_not_looked_up(form: str, tmp_path: Path) -> None:
     copyreg.add_extension("saved_files", "create", 240)
     try:
