@@ -35,14 +35,23 @@ _DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
     "C64": torch.complex64,
 }
+if hasattr(torch, "float8_e8m0fnu"):  # since 2.7
+    _DTYPES["F8_E8M0"] = torch.float8_e8m0fnu
+# Of types that no dtype has an element of; the bytes of such a tensor are known, and no more.
+_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E8M0": 8}
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MOST_HEADER_BYTES = 10**8
 _MOST_DIMENSIONS = 64
@@ -54,6 +63,7 @@ _PADDING_KEY = "bminf.padding"  # in the metadata: how the names of paddings beg
 def read_safetensors(path: Path) -> dict[str, InFile]:
     """Name -> tensor, in the order of the header; paddings of our own files are left out.
 
+    A tensor of a type that torch has no elements of is there, and any use of it an error.
     Raises CheckpointError where the header is not valid or does not fit the file.
     """
     tensors, metadata = _read_header(path)
@@ -145,21 +155,53 @@ def _checked_metadata(metadata: Any, where: str) -> dict[str, str]:
 def _tensor(path: Path, name: str, entry: Any, data_begin: int) -> InFile:
     fields = entry if isinstance(entry, dict) else {}
     dtype_name = fields.get("dtype")
-    dtype = _DTYPES.get(dtype_name) if isinstance(dtype_name, str) else None
+    bits = _bits_of(dtype_name) if isinstance(dtype_name, str) else None
     shape, offsets = fields.get("shape"), fields.get("data_offsets")
-    if dtype is None or not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
+    if bits is None or not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
         raise CheckpointError(
             f"{name!r} in {path} has no dtype, shape and two data_offsets that are known; dtypes: "
-            f"{', '.join(_DTYPES)}"
+            f"{', '.join({**_DTYPES, **_BITS})}"
         )
     begin, end = offsets
-    tensor = contiguous(path, data_begin + begin, shape, dtype, name)
-    if tensor.num_elements * dtype.itemsize != end - begin:
+    dtype = _DTYPES.get(dtype_name)
+    tensor = contiguous(path, data_begin + begin, shape, dtype or torch.bits8, name)
+    if tensor.num_elements * bits != 8 * (end - begin):
         raise CheckpointError(
-            f"{name!r} in {path} has the shape {tensor.shape} and dtype {dtype}, but "
+            f"{name!r} in {path} has the shape {tensor.shape} and dtype {dtype or dtype_name}, but "
             f"{end - begin} bytes; the file is damaged"
         )
-    return tensor
+    return tensor if dtype is not None else _Unread(**vars(tensor), kind=dtype_name, bits=bits)
+
+
+def _bits_of(dtype_name: str) -> int | None:
+    """Of an element."""
+    dtype = _DTYPES.get(dtype_name)
+    return _BITS.get(dtype_name) if dtype is None else 8 * dtype.itemsize
+
+
+@dataclass(frozen=True)
+class _Unread(InFile):
+    """A tensor of a type that torch has no elements of, beside those that a model needs.
+
+    kind: the type.   bits: of an element.
+    """
+
+    kind: str = ""
+    bits: int = 8
+
+    @property
+    def where(self) -> str:
+        return f"{self.name!r} (of the type {self.kind}, which cannot be read) in {self.path}"
+
+    @property
+    def span_bytes(self) -> int:
+        return self.num_elements * self.bits // 8
+
+    def read(self) -> torch.Tensor:
+        raise CheckpointError(f"{self.where} is needed; save it in another type")
+
+    def _slice(self, axis: int, begin: int, end: int) -> InFile:
+        raise CheckpointError(f"{self.where} is needed; save it in another type")
 
 
 def _are_sizes(values: object) -> TypeGuard[list[int]]:

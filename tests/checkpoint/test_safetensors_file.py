@@ -133,6 +133,58 @@ def test_files_of_the_library_are_read(tmp_path: Path) -> None:
         assert torch.equal(found[name].read(), tensor)
 
 
+@pytest.mark.parametrize(
+    "dtype",
+    (
+        "BOOL U8 I8 F8_E5M2 F8_E4M3 F8_E8M0 F8_E4M3FNUZ F8_E5M2FNUZ I16 U16 F16 BF16 I32 U32 F32 "
+        "C64 F64 I64 U64"
+    ).split(),
+)
+def test_each_type_of_the_format_has_the_values_that_the_library_reads(
+    dtype: str, tmp_path: Path
+) -> None:
+    data = bytes(range(1, 65)) if dtype != "BOOL" else bytes([0, 1] * 32)
+    header = {"a": entry(0, 64, dtype=dtype)}
+    for size in (1, 2, 4, 8):  # bytes of an element: one of them is right
+        header["a"]["shape"] = [2, 32 // size]
+        path = raw(tmp_path / f"{size}.safetensors", header, data)
+        try:
+            expected = safetensors.torch.load_file(path)["a"]
+        except SafetensorError:
+            continue
+        read = read_safetensors(path)["a"].read()
+        assert (read.dtype, read.shape) == (expected.dtype, expected.shape)
+        assert torch.equal(read.view(torch.uint8), expected.view(torch.uint8))
+        return
+    raise AssertionError("the library reads none")
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [("F4", 4), ("F6_E2M3", 6), ("F6_E3M2", 6)])
+def test_a_type_that_cannot_be_read_is_an_error_only_where_it_is_needed(
+    dtype: str, bits: int, tmp_path: Path
+) -> None:
+    header = {"a": entry(0, bits, [2, 4], dtype), "b": entry(bits, bits + 4, [4])}
+    path = raw(tmp_path / "a.safetensors", header, bytes(bits) + b"abcd")
+    with safe_open(path, "pt") as file:  # the library takes it, too
+        assert set(file.keys()) == {"a", "b"}
+    found = read_safetensors(path)
+    assert bytes(found["b"].read()) == b"abcd"
+    assert found["a"].shape == (2, 4) and not found["a"].dtype.is_floating_point
+    for use in (found["a"].read, lambda: found["a"].rows(0, 1), lambda: found["a"].columns(0, 1)):
+        with pytest.raises(CheckpointError, match=f"'a' .of the type {dtype}, which cannot"):
+            use()
+
+
+@pytest.mark.parametrize("dtype", ["F4", "F6_E2M3"])
+def test_elements_that_end_within_a_byte_are_refused(dtype: str, tmp_path: Path) -> None:
+    for nbytes in (1, 2, 3):
+        path = raw(tmp_path / "a.safetensors", {"a": entry(0, nbytes, [3], dtype)}, bytes(nbytes))
+        with pytest.raises(CheckpointError, match=f"dtype {dtype}, but {nbytes} bytes"):
+            read_safetensors(path)
+        with pytest.raises(SafetensorError), safe_open(path, "pt"):
+            pass
+
+
 def raw(path: Path, header: Any, data: bytes = b"", length: int | None = None) -> Path:
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
