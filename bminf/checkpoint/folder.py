@@ -21,6 +21,7 @@ from bminf.checkpoint.names import listed
 from bminf.checkpoint.sharded import read_sharded, read_weights
 from bminf.checkpoint.stored import Stored
 from bminf.checkpoint.torch_file import is_torch_file
+from bminf.checkpoint.wrappers import unwrapped
 from bminf.errors import CheckpointError
 
 Kind = Literal["bminf", "original", "bminf1", "modelcenter", "huggingface"]
@@ -45,7 +46,8 @@ _LAYOUTS = (
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """kind: the layout.   path: the folder.   tensors: under the names of that layout."""
+    """kind: the layout.   path: the folder.   tensors: under the names of that layout, without
+    what training code had wrapped around the model."""
 
     kind: Kind
     path: Path
@@ -125,4 +127,5 @@ def _tensors(path: Path, kind: Kind) -> Mapping[str, Stored]:
                 "if its names are Hugging Face's, pytorch_model.pt if they are ModelCenter's"
             )
         return read_bminf1(path)
-    return read_sharded(path) if path.name.endswith(".index.json") else read_weights(path)
+    tensors = read_sharded(path) if path.name.endswith(".index.json") else read_weights(path)
+    return tensors if kind == "bminf" else unwrapped(tensors)

@@ -11,6 +11,7 @@ and join such files (splits.py says how).
 
 from __future__ import annotations
 
+import codecs
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ from bminf.checkpoint.names import listed
 from bminf.checkpoint.splits import splits_of
 from bminf.checkpoint.stored import InFile, Stored
 from bminf.checkpoint.torch_file import read_torch_file, weights_of
+from bminf.checkpoint.wrappers import unwrapped
 from bminf.errors import CheckpointError
 
 TRACKER, DEEPSPEED_TRACKER = "latest_checkpointed_iteration.txt", "latest"
@@ -141,7 +143,8 @@ def _tracked(tracker: Path) -> str:
 
 def _text(tracker: Path) -> bytes:
     with BinaryFile(tracker) as file:
-        return file.at(0, min(file.nbytes, _MOST_TRACKER_BYTES), "the iteration").strip()
+        text = file.at(0, min(file.nbytes, _MOST_TRACKER_BYTES), "the iteration")
+    return text.removeprefix(codecs.BOM_UTF8).strip()
 
 
 def _is_iteration(text: bytes) -> bool:
@@ -167,7 +170,7 @@ def _read_rank(path: Path, num_ranks: int) -> dict[str, InFile]:
     weights = weights_of(saved[key], path)
     if not weights:
         raise CheckpointError(f"{path} holds no weights under the key {key!r}: it is empty")
-    return weights
+    return unwrapped(weights)
 
 
 def _check_agreement(paths: list[Path], ranks: list[dict[str, InFile]]) -> None:

@@ -55,9 +55,12 @@ _GLM_HEADS = {
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.   Raises CheckpointError for anything else."""
+    """The JSON object in a file, in any encoding of Unicode, with or without a byte-order mark.
+
+    Raises CheckpointError for anything else.
+    """
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_bytes())
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror})") from error
     except ValueError as error:

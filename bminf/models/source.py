@@ -193,7 +193,7 @@ def _own(family: Family, opened: Checkpoint, config: Any, tokenizer: Any) -> Sou
             f"{path} has the format_version {written.get('format_version')!r}; this library reads "
             f"{FORMAT_VERSION}: take the one that wrote it, or convert the original anew"
         )
-    fields = configs.as_mapping(config) if config is not None else written.get("config")
+    fields = written.get("config") if config is None else _given_config(config)[0]
     if not isinstance(fields, Mapping):
         raise CheckpointError(f'{path} has no object "config"; convert the original anew')
     parsed = family.parse(fields, opened.tensors, str(path))
@@ -262,7 +262,9 @@ def _given_config(given: Any) -> tuple[Mapping[str, Any], str]:
     if isinstance(given, str | Path):
         path = Path(given)
         path = path / "config.json" if path.is_dir() else path
-        return configs.read_config(path), str(path)
+        read = configs.read_config(path)
+        own = read.get("config") if read.get("format") == "bminf" else None  # what convert() wrote
+        return own if isinstance(own, Mapping) else read, str(path)
     source = configs.as_mapping(given)
     if source is None:
         raise ArgumentError(

@@ -150,7 +150,7 @@ def _spelled(entry: str, path: Path) -> bytes:
 
 def _read_merges(path: Path, entries: set[str]) -> list[tuple[str, str]]:
     try:
-        lines = read_bytes(path).decode().split("\n")
+        lines = read_bytes(path).decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{path} is not UTF-8, or damaged: {error}") from error
     merges = []
