@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from bminf.errors import BudgetError
+from bminf.scheduler.control_groups import free_below_limits
 from bminf.units import format_bytes
 
 
@@ -71,7 +72,7 @@ def mapped_files() -> Callable[[int], bool]:
 
 
 def free_bytes() -> int:
-    """Bytes of memory that can still be had, in the container where there is one."""
+    """Bytes of memory that can still be had, by this process and the groups that it is in."""
     return min([_system_free_bytes(), *_container_free_bytes(Path("/sys/fs/cgroup"))])
 
 
@@ -109,20 +110,5 @@ def _windows_free_bytes() -> int:
 
 
 def _container_free_bytes(root: Path) -> list[int]:
-    """Free bytes under each limit of the control group (version 2, then 1)."""
-    pairs = [
-        (root / "memory.max", root / "memory.current", root / "memory.stat", "inactive_file"),
-        (
-            root / "memory/memory.limit_in_bytes",
-            root / "memory/memory.usage_in_bytes",
-            root / "memory/memory.stat",
-            "total_inactive_file",
-        ),
-    ]
-    free = []
-    for limit, usage, stat, reclaimable in pairs:
-        if limit.exists() and usage.exists() and limit.read_text().strip() != "max":
-            counts = dict(line.split() for line in stat.read_text().splitlines())
-            used = int(usage.read_text()) - int(counts.get(reclaimable, 0))
-            free.append(max(0, int(limit.read_text()) - used))
-    return free
+    """Free bytes under each limit of the process's control groups (version 2, then 1)."""
+    return free_below_limits(root, Path("/proc/self"))
