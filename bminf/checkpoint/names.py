@@ -76,6 +76,12 @@ def rename(
     return {ours: _below_another(pieces) for ours, pieces in found.items()}
 
 
+def num_known(names: Iterable[str], rules: Iterable[Rule]) -> int:
+    """How many of `names` there is a rule for."""
+    table = {rule.theirs: rule for rule in rules}
+    return sum(_rule_for(name, table)[0] is not None for name in names)
+
+
 def theirs_of(ours: str, rules: Iterable[Rule]) -> str:
     """What a layout calls a tensor of ours, for messages: all its parts, joined by " + "."""
     number = next(iter(_NUMBER.findall(ours)), "")

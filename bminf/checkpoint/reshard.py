@@ -49,6 +49,7 @@ def reshard(
     degree: int,
     bits: int | None = None,
     num_attention_heads: int | None = None,
+    write_beside: Callable[[Path], object] = str,
 ) -> None:
     """Write a checkpoint of GLM-130B or GLM-10B as its authors' own files, for `degree` ranks.
 
@@ -57,6 +58,7 @@ def reshard(
     bits: 8 or 4 to quantise the linears of GLM-130B, each rank by itself; None leaves them.
     num_attention_heads: of the model; needed where `degree` does not divide the degree of the
         source and the source has no inv_freq to tell it.
+    write_beside: called with the folder before it appears, for what else belongs there.
     Names keep their order and dtypes are kept; the iteration is that of the source, "release" where
     it has none. Of what lies beside the weights only GLM-10B's iteration and degree are written.
     A piece of one tensor is in memory at a time. The folder appears when it is complete; a run that
@@ -82,6 +84,7 @@ def reshard(
             tqdm(total=total, desc="re-sharding", unit="B", unit_scale=True, delay=1) as bar,
         ):
             _write(given, folder, ranks, bar.update)
+            write_beside(folder)
     except OSError as error:
         raise ArgumentError(
             f"{target} cannot be written: {error}; name a folder on a disk with room for it"

@@ -154,8 +154,9 @@ def _checked_metadata(metadata: Any, where: str) -> dict[str, str]:
 
 def _tensor(path: Path, name: str, entry: Any, data_begin: int) -> InFile:
     fields = entry if isinstance(entry, dict) else {}
-    dtype_name = fields.get("dtype")
-    bits = _bits_of(dtype_name) if isinstance(dtype_name, str) else None
+    given = fields.get("dtype")
+    dtype_name = given if isinstance(given, str) else ""
+    bits = _bits_of(dtype_name)
     shape, offsets = fields.get("shape"), fields.get("data_offsets")
     if bits is None or not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
         raise CheckpointError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from bminf.checkpoint.folder import Checkpoint
-from bminf.checkpoint.names import Rule, parts, rename, theirs_of
+from bminf.checkpoint.names import Rule, num_known, parts, rename, theirs_of
 from bminf.checkpoint.stored import Stored
 from bminf.errors import CheckpointError
 
@@ -26,6 +26,14 @@ def t5_tensors(checkpoint: Checkpoint) -> dict[str, Stored]:
         )
     rules = _RULES[checkpoint.kind]()
     return rename(checkpoint.tensors, rules, checkpoint.path, f"a T5 ({checkpoint.kind})")
+
+
+def is_t5(checkpoint: Checkpoint) -> bool:
+    """Whether most of a checkpoint's tensors have names of CPM-2 and EVA in its layout."""
+    rules = _RULES.get(checkpoint.kind)
+    if rules is None:
+        return False
+    return 2 * num_known(checkpoint.tensors, rules()) > len(checkpoint.tensors)
 
 
 def t5_name(kind: str, ours: str) -> str:

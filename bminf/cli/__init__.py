@@ -16,7 +16,7 @@ from bminf import __version__
 from bminf.errors import ArgumentError, BMInfError
 
 VERBS = {
-    "convert": "pack a checkpoint of CPM-1, CPM-2 or EVA into a folder that loads at once",
+    "convert": "pack a checkpoint of CPM-1, CPM-2, EVA or GLM into a folder that loads at once",
     "demo": "generate with everything resident, then under a limit, and compare the texts",
     "plan": "show what a memory limit keeps and what a token will cost, without loading weights",
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,28 +15,19 @@ from tqdm import tqdm
 
 from bminf.arch.glm import GLMConfig
 from bminf.checkpoint.appearing import appearing, free
-from bminf.checkpoint.folder import open_checkpoint
-from bminf.checkpoint.reshard import reshard
 from bminf.checkpoint.safetensors_file import write_safetensors
 from bminf.checkpoint.stored import pieces
 from bminf.errors import ArgumentError, CheckpointError
-from bminf.generation.arguments import check_positive
 from bminf.keywords import known_keywords
 from bminf.layout import Filling, Layout, TensorSpec
 from bminf.models.arguments import form_for
-from bminf.models.config import find_config
-from bminf.models.family import FAMILIES, GLM_FORMATS, INT4_ROW, Family
+from bminf.models.cutting import cut
+from bminf.models.family import GLM_FORMATS
 from bminf.models.glm_head import own_packing, with_head
 from bminf.models.load import DTYPES, Packing, lay_out, skeleton, tensors_of_block
-from bminf.models.source import (
-    FORMAT_VERSION,
-    HEAD,
-    Source,
-    config_of,
-    family_of,
-    open_source,
-    skeleton_of,
-)
+from bminf.models.recognition import family_for
+from bminf.models.source import FORMAT_VERSION, HEAD, Source, open_source, skeleton_of
+from bminf.models.vocabulary_files import check_files, vocabulary_files
 from bminf.quantization.packed import INT4, INT8, Format
 
 WEIGHTS_FILE = "model.safetensors"
@@ -66,8 +57,9 @@ def convert(
     model: one of "cpm1", "cpm2", "eva", "glm130b", "glm10b"; None tells it from the files, where
         they do.   dtype: of what is not packed; None is that of the source.
     config, tokenizer: see bminf.models.LanguageModel.   head_quantization: see bminf.models.GLM.
-    tp: writes the files of a GLM's own authors instead, for so many ranks; quantization is then
-        None (as "auto"), "int8" or "int4", and these are the formats of GLM-130B's code.
+    tp: writes the files of a GLM's own authors instead, for so many ranks, with configuration and
+        vocabulary beside them; quantization is then None (as "auto"), "int8" or "int4", and these
+        are the formats of GLM-130B's code.
     Some rows of one tensor are in memory at a time. The folder appears under its name when it is
     complete; a run that is killed leaves at most a folder whose name ends in ".partial".
     Returns the folder.   Raises ArgumentError or CheckpointError.
@@ -81,18 +73,17 @@ def convert(
             raise ArgumentError(f"{name} is a {type(path).__name__}; give a path")
     target = free(Path(destination).expanduser())
     if tp is not None:
-        check_positive("tp", tp)
-        _check_only_cut(dtype=dtype, tokenizer=tokenizer, head_quantization=head_quantization)
-        _check_model(source, model)
-        reshard(Path(source), target, tp, _bits(form), _num_heads(source, config))
+        _check_only_cut(dtype=dtype, head_quantization=head_quantization)
+        cut(source, target, tp, form, model, config, tokenizer)
         return target
-    opened = open_source([_family(source, model)], source, config, tokenizer)
+    family = family_for(source, model, has_tokenizer=tokenizer is not None)
+    opened = open_source([family], source, config, tokenizer)
     if opened.weights.packing is not None:
         raise CheckpointError(
             f"{opened.weights.path} is packed already, as {opened.weights.packing.usual}; convert "
             "the checkpoint that it was made from"
         )
-    _check_vocabulary(opened)
+    check_files(opened.tokenizer)
     dtype = dtype or (opened.dtype if opened.dtype in DTYPES else torch.float32)
     opened, packing = _packed(opened, form, quantization == _AUTO, head_form, dtype)
     try:
@@ -134,7 +125,7 @@ def _write(source: Source, folder: Path, packing: Packing, dtype: torch.dtype) -
                 bar.update(filling[1].nbytes)
 
         write_safetensors(folder / WEIGHTS_FILE, layouts, tensors, {"format": "pt"})
-    for name, path in _vocabulary(source).items():
+    for name, path in vocabulary_files(source.family, source.tokenizer).items():
         shutil.copyfile(path, folder / name)
     written = {
         "format": "bminf",
@@ -175,93 +166,3 @@ def _check_only_cut(**given: Any) -> None:
     for name, value in given.items():
         if value is not None:
             raise ArgumentError(f"tp=... writes the files of a GLM's authors; leave {name} out")
-
-
-def _check_model(source: str | Path, model: str | None) -> None:
-    """Raise CheckpointError where it is another model than was said."""
-    if model is None:
-        return
-    wanted = _family(source, model)
-    told = family_of(open_checkpoint(Path(source).expanduser()))
-    if told is not wanted:
-        held = "another model" if told is None else told.title
-        raise CheckpointError(f"{source} holds {held}, not {wanted.title}")
-
-
-def _bits(form: Format | None) -> int | None:
-    """Of the authors' own formats, which have a scale a row; "int4" can only mean theirs here.
-
-    Raises ArgumentError.
-    """
-    if form is None or form in (INT8, INT4, INT4_ROW):
-        return None if form is None else form.bits
-    raise ArgumentError(
-        f"quantization is {form}, which GLM-130B's own code cannot read; accepted with tp: "
-        '"int8", "int4" (theirs, a scale a row), or None'
-    )
-
-
-def _num_heads(source: str | Path, config: Any) -> int | None:
-    """As a configuration tells it; None where there is none, and perhaps no need to know."""
-    opened = open_checkpoint(Path(source).expanduser())
-    family = family_of(opened)
-    if family is None or opened.kind == "bminf":
-        return None
-    is_told = config is not None or find_config(opened.path) is not None
-    try:
-        parsed, _ = config_of(family, opened, family.tensors(opened), config)
-    except CheckpointError:
-        if is_told:
-            raise
-        return None
-    return parsed.num_attention_heads
-
-
-def _check_vocabulary(source: Source) -> None:
-    """Raise ArgumentError for a tokenizer that was not made of files."""
-    if not source.tokenizer.files:
-        raise ArgumentError(
-            f"tokenizer is a {type(source.tokenizer).__name__} of no files, and the folder needs "
-            "them to load by itself; give the path of a vocabulary"
-        )
-
-
-def _vocabulary(source: Source) -> dict[str, Path]:
-    """The files of the tokenizer, by what find_tokenizer() looks for, whatever they are called
-    where they come from."""
-    files: Sequence[Path] = source.tokenizer.files
-    if len(files) == 2:
-        return dict(zip(("vocab.json", "merges.txt"), files, strict=True))
-    name = _VOCABULARIES.get(source.family.name, "vocab.txt")
-    if source.family.name == "cpm1" and files[0].suffix == ".txt":
-        name = "vocab.txt"
-    return {name: files[0]}
-
-
-_VOCABULARIES = {
-    "cpm1": "chinese_vocab.model",
-    "glm130b": "ice_text.model",
-    "glm10b": "cog-pretrain.model",
-}
-
-
-def _family(source: str | Path, model: str | None) -> Family:
-    """The family that is named, or the only one whose names, shapes and vocabulary go together."""
-    if model is not None:
-        if not isinstance(model, str) or model not in FAMILIES:
-            raise ArgumentError(f"model={model!r}; accepted: {', '.join(FAMILIES)}")
-        return FAMILIES[model]
-    known = {hub_id: family for family in FAMILIES.values() for hub_id in family.hub_ids}
-    if str(source) in known:
-        return known[str(source)]
-    path = Path(source).expanduser()
-    if not path.exists():
-        raise ArgumentError(f"there is no {str(source)!r}; for a hub id, say which model= it is")
-    opened = open_checkpoint(path)
-    family = family_of(opened)
-    if family is not None:
-        return family
-    raise ArgumentError(
-        f"{path} may hold CPM-2 or EVA, whose tensors have the same names; "
-        'say model="cpm2" or model="eva" (bminf convert: --model)'
-    )

@@ -79,7 +79,7 @@ def open_source(
         parsed = replace(parsed, num_head_parts=1)  # that of another model's config is its own
         weights = _with_table(weights)
     check_shapes(skeleton_of(family, parsed), weights)
-    found = _tokenizer(family, opened, tokenizer, parsed)
+    found = tokenizer_of(family, opened, tokenizer, parsed)
     return Source(family, weights, parsed, found, tensors["embed_tokens.weight"].dtype)
 
 
@@ -203,7 +203,7 @@ def _own(family: Family, opened: Checkpoint, config: Any, tokenizer: Any) -> Sou
         weights = _with_own_table(weights, parsed)
     model, _ = skeleton(skeleton_of(family, parsed), torch.float32, packing or Packing(), "auto")
     check_shapes(model, weights)
-    found = _tokenizer(family, opened, tokenizer, parsed, written.get("tokenizer"))
+    found = tokenizer_of(family, opened, tokenizer, parsed, written.get("tokenizer"))
     table = weights.table or weights.tensors["embed_tokens.weight"]
     return Source(family, weights, parsed, found, table.dtype)
 
@@ -331,9 +331,14 @@ def _as_configured(
     return changed
 
 
-def _tokenizer(
-    family: Family, opened: Checkpoint, given: Any, config: Config, settings: Any = None
+def tokenizer_of(
+    family: Family, opened: Checkpoint, given: Any, config: Config | None, settings: Any = None
 ) -> Tokenizer:
+    """The tokenizer that is given, or that of the folder.
+
+    config: which it has to go with; None where it is not known.   settings: see find_tokenizer().
+    Raises ArgumentError or CheckpointError.
+    """
     if settings is not None and not isinstance(settings, Mapping):
         raise CheckpointError(
             f"{opened.path}: tokenizer is {settings!r}; convert the original anew"
@@ -343,6 +348,8 @@ def _tokenizer(
         found = find_tokenizer(family.name, opened.path, own)
     else:
         found = tokenizer_from(family.name, given)
+    if config is None:
+        return found
     num_unused = config.vocab_size - found.vocab_size
     if num_unused < 0 or (num_unused > 0 and not isinstance(config, GLMConfig)):
         raise CheckpointError(
@@ -352,11 +359,12 @@ def _tokenizer(
     return found
 
 
-def _is_large_chinese(config: Config) -> bool:
+def _is_large_chinese(config: Config | None) -> bool:
     """GLM-large-chinese, whose masks have other ids than those of GLM-10B-chinese, the only other
     model with this vocabulary."""
-    is_cog = isinstance(config, GLMConfig) and config.vocab_size == 50048
-    return is_cog and config.hidden_size == 1024
+    if not isinstance(config, GLMConfig):
+        return False
+    return (config.vocab_size, config.hidden_size) == (50048, 1024)
 
 
 def _origin(tokenizer: Tokenizer) -> str:

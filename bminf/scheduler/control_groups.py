@@ -45,7 +45,7 @@ def free_below_limits(root: Path, process: Path) -> list[int]:
 
     root: where control groups are mounted, usually /sys/fs/cgroup.   process: /proc/self.
     """
-    free = []
+    free: list[int] = []
     for version in _VERSIONS:
         for folder in dict.fromkeys(_folders(version, root, process)):
             free += _free_below(version, folder)

@@ -1,0 +1,108 @@
+"""Which model of the zoo a folder holds that nobody has named, and what it is if none of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bminf.checkpoint.folder import Checkpoint, open_checkpoint
+from bminf.checkpoint.names import listed
+from bminf.checkpoint.t5 import is_t5
+from bminf.errors import ArgumentError, CheckpointError
+from bminf.models.config import find_config, read_config
+from bminf.models.family import FAMILIES, Family
+from bminf.models.source import family_of
+
+# What their Hugging Face configurations say, where the names of tensors do not tell enough.
+_MODEL_TYPES = {"cpm1": {"gpt2"}, "glm130b": set[str]()}
+_CPM1_VOCABULARIES = ("*.model", "vocab.txt")
+
+
+def family_for(source: str | Path, model: str | None, has_tokenizer: bool = False) -> Family:
+    """The family that is named, or the only one whose names, shapes and vocabulary go together.
+
+    source: a folder or hub id.   has_tokenizer: whether one is given that is not in the folder.
+    Raises ArgumentError where that has to be said, CheckpointError for another model than these.
+    """
+    if model is not None:
+        if not isinstance(model, str) or model not in FAMILIES:
+            raise ArgumentError(f"model={model!r}; accepted: {', '.join(FAMILIES)}")
+        return FAMILIES[model]
+    known = {hub_id: family for family in FAMILIES.values() for hub_id in family.hub_ids}
+    if str(source) in known:
+        return known[str(source)]
+    path = Path(source).expanduser()
+    if not path.exists():
+        raise ArgumentError(f"there is no {str(source)!r}; for a hub id, say which model= it is")
+    opened = open_checkpoint(path)
+    family = family_of(opened)
+    _check_in_zoo(opened, family)
+    if family is None:
+        raise ArgumentError(
+            f"{path} may hold CPM-2 or EVA, whose tensors have the same names; "
+            'say model="cpm2" or model="eva" (bminf convert: --model)'
+        )
+    if family.name == "cpm1" and opened.kind == "huggingface" and not has_tokenizer:
+        _check_vocabulary_of_cpm1(opened)
+    return family
+
+
+def _check_in_zoo(opened: Checkpoint, family: Family | None) -> None:
+    """Raise CheckpointError, saying what it is, for a model that the zoo does not have."""
+    titles = ", ".join(known.title for known in FAMILIES.values())
+    if opened.kind == "bminf":
+        if family is None:
+            name = read_config(opened.path / "config.json").get("model")
+            raise CheckpointError(
+                f"{opened.path} holds {name!r}, none of the models here ({titles})"
+            )
+        return
+    config = _config(opened)
+    model_type = config.get("model_type")
+    has_names = family is not None or is_t5(opened)
+    accepted = set[str]() if family is None else _MODEL_TYPES.get(family.name, {model_type})
+    if has_names and (model_type is None or model_type in accepted):
+        return
+    made = ""
+    if family is None and has_names:
+        made = '; if it was made from CPM-2 or EVA, say which: model="cpm2" or "eva"'
+    raise CheckpointError(
+        f"{opened.path} holds {_described(config, opened)}, which is none of the models here "
+        f"({titles}). {_ADVICE}{made}"
+    )
+
+
+_ADVICE = (
+    "A model of transformers needs no converting: load it with transformers, and "
+    "bminf.wrapper(model, memory_limit=...) runs it under a limit"
+)
+
+
+def _check_vocabulary_of_cpm1(opened: Checkpoint) -> None:
+    """Raise CheckpointError where nothing tells CPM-1 from any other GPT-2."""
+    folders = (opened.path, opened.path.parent)
+    if any(next(folder.glob(name), None) for folder in folders for name in _CPM1_VOCABULARIES):
+        return
+    raise CheckpointError(
+        f"{opened.path} holds {_described(_config(opened), opened)}, and there is no tokenizer for "
+        "cpm1: looked for spiece.model, chinese_vocab.model, *.model, vocab.txt in it and in its "
+        "parent. If it is CPM-1, put the file there, or give tokenizer=..., its path. If it is "
+        f"another GPT-2, it is none of the models here. {_ADVICE}"
+    )
+
+
+def _config(opened: Checkpoint) -> Mapping[str, Any]:
+    path = find_config(opened.path) if opened.kind == "huggingface" else None
+    return {} if path is None else read_config(path)
+
+
+def _described(config: Mapping[str, Any], opened: Checkpoint) -> str:
+    """The class and the model_type of a configuration; without any, what tensors are called."""
+    model_type, classes = config.get("model_type"), config.get("architectures")
+    name = classes[0] if isinstance(classes, list) and classes else config.get("_class_name")
+    if name is not None and model_type is not None:
+        return f"a {name} (model_type {model_type!r})"
+    if name is not None or model_type is not None:
+        return f"a {name}" if name is not None else f"a model of the model_type {model_type!r}"
+    return f"a model with tensors called {listed(opened.tensors)}"

@@ -1,0 +1,36 @@
+"""The files of a tokenizer, as they are called in a folder that loads by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from bminf.errors import ArgumentError
+from bminf.models.family import Family
+from bminf.tokenizers.base import Tokenizer
+
+_NAMES = {
+    "cpm1": "chinese_vocab.model",
+    "glm130b": "ice_text.model",
+    "glm10b": "cog-pretrain.model",
+}
+
+
+def check_files(tokenizer: Tokenizer) -> None:
+    """Raise ArgumentError for a tokenizer that was not made of files."""
+    if not tokenizer.files:
+        raise ArgumentError(
+            f"tokenizer is a {type(tokenizer).__name__} of no files, and the folder needs "
+            "them to load by itself; give the path of a vocabulary"
+        )
+
+
+def vocabulary_files(family: Family, tokenizer: Tokenizer) -> dict[str, Path]:
+    """By what find_tokenizer() looks for, whatever they are called where they come from."""
+    files: Sequence[Path] = tokenizer.files
+    if len(files) == 2:
+        return dict(zip(("vocab.json", "merges.txt"), files, strict=True))
+    name = _NAMES.get(family.name, "vocab.txt")
+    if family.name == "cpm1" and files[0].suffix == ".txt":
+        name = "vocab.txt"
+    return {name: files[0]}
