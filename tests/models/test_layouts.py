@@ -501,3 +501,24 @@ def test_a_file_may_be_named_instead_of_its_folder(
     with pytest.raises(CheckpointError, match="several layouts"):
         same("cpm1", folder)
     same("cpm1", folder / "pytorch_model.bin")
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_weights_in_float8_are_the_numbers_that_they_stand_for(
+    dtype: torch.dtype, quantization: str | None, load: Loader, tmp_path: Path
+) -> None:
+    made = tiny("cpm1")
+    found = []
+    for kept in (dtype, torch.float32):
+        folder = made.write_original(tmp_path / str(kept))
+        (file,) = folder.rglob("*.pt")
+        saved = torch.load(file)
+        for name, tensor in saved["module"].items():
+            if tensor.dim() == 2 and "embeddings" not in name:
+                saved["module"][name] = tensor.float().to(dtype).to(kept)
+                saved["module"][name].model_parallel = True
+        torch.save(saved, file)
+        model = load("cpm1", checkpoint=folder, quantization=quantization)
+        found.append(logits(model))
+    assert torch.equal(*found)
