@@ -200,6 +200,13 @@ def _first(arguments: tuple[object, ...]) -> object:
     return arguments[0]
 
 
+def _of_another_device(arguments: tuple[object, ...]) -> object:
+    """(tensor on the CPU, dtype, device, requires_grad), as devices without storages are saved."""
+    tensor, dtype = arguments[:2]
+    is_same = isinstance(tensor, InFile) and tensor.dtype == dtype
+    return tensor if is_same else Placeholder("a tensor that was on another device")
+
+
 def _ordered_dict(arguments: tuple[object, ...]) -> object:
     made: OrderedDict[object, object] = OrderedDict()
     for pair in _items(arguments):
@@ -242,6 +249,7 @@ def _frozenset(arguments: tuple[object, ...]) -> object:
 _FUNCTIONS: dict[str, Callable[[tuple[object, ...]], object]] = {
     "torch._utils._rebuild_parameter": _first,
     "torch._utils._rebuild_parameter_with_state": _first,
+    "torch._utils._rebuild_device_tensor_from_cpu_tensor": _of_another_device,
     "torch.Size": lambda arguments: tuple(_items(arguments)),
     "torch.device": _device,
     "collections.OrderedDict": _ordered_dict,

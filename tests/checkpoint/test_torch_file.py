@@ -116,6 +116,27 @@ def raw_values(tensor: torch.Tensor) -> list[bytes]:
 
 
 @pytest.mark.parametrize("form", FORMS)
+def test_a_tensor_of_a_device_without_storages_is_that_on_the_cpu(
+    form: str, tmp_path: Path
+) -> None:
+    """As torch saves what was on an XLA device."""
+
+    class Moved:
+        def __init__(self, dtype: torch.dtype) -> None:
+            self.dtype = dtype
+
+        def __reduce__(self) -> object:
+            rebuild = torch._utils._rebuild_device_tensor_from_cpu_tensor
+            return rebuild, (torch.arange(3.0), self.dtype, "xla:0", False)
+
+    path = save({"w": Moved(torch.float32)}, tmp_path / "a.pt", form)
+    assert weights_of(read_torch_file(path), path)["w"].read().tolist() == [0, 1, 2]
+    path = save({"w": Moved(torch.float16)}, tmp_path / "b.pt", form)
+    with pytest.raises(CheckpointError, match="another device"):
+        weights_of(read_torch_file(path), path)
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_attributes_of_a_tensor_are_left_out(form: str, tmp_path: Path) -> None:
     """A flag that training code left, a buffer's mark, or an object of any class at all."""
     saved = {name: torch.randn(2, 3) for name in ("flag", "object", "plain")}
