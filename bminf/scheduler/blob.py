@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -19,8 +20,8 @@ _KINDS = (torch.Tensor, torch.nn.Parameter, getattr(torch.nn, "Buffer", torch.nn
 class Blobs:
     """Layouts with names relative to the block; `outside` has names relative to the model.
 
-    A tensor that a block shares with anything outside it (tied weights, one module in two places)
-    lies outside: it stays, and is counted once.
+    A tensor that a block shares with anything outside it (tied weights, a part of two blocks) lies
+    outside: it stays, and is counted once. A block that stands in two places is one block.
     """
 
     blocks: Mapping[str, Layout]
@@ -43,16 +44,17 @@ def survey(
     keep_addresses: see Layout.of.
     """
     specs = specs_of(model, stand_ins)
-    owners = owners_of(specs, blocks)
+    places = owners_of(model, specs, blocks)
     for name in trained_apart(model, blocks, stand_ins):
-        owners[name] = ""
+        places[name] = "", name
+    owners = {name: owner for name, (owner, _) in places.items()}
     for name in shared_names({k: s for k, s in specs.items() if s.start is not None}, owners):
-        owners[name] = ""
+        places[name] = "", name
     parts: dict[str, dict[str, TensorSpec]] = {block.name: {} for block in blocks}
     parts[""] = {}
     for name, spec in specs.items():
-        owner = owners[name]
-        parts[owner][name[len(owner) :].lstrip(".")] = spec
+        owner, inner_name = places[name]
+        parts[owner][inner_name] = spec
     outside = Layout.of(parts.pop(""), keep_addresses)
     layouts = {name: Layout.of(part, keep_addresses) for name, part in parts.items()}
     return Blobs(layouts, outside)
@@ -61,23 +63,38 @@ def survey(
 def specs_of(
     model: torch.nn.Module, stand_ins: Mapping[torch.nn.Module, torch.nn.Module]
 ) -> dict[str, TensorSpec]:
-    """Every tensor as it will be, by name. A meta tensor gets an address of its own."""
+    """Every tensor as it will be, by name.
+
+    A tensor on the meta device gets an address of its own, by which it is known again elsewhere;
+    those of a stand-in get one if the module it replaces stands in several places.
+    """
     specs: dict[str, TensorSpec] = {}
-    addresses: dict[int, int] = {}
-    next_address = 0
+    addresses = _Addresses()
     for name, place, tensor in tensors_of(model):
-        if place.module in stand_ins:
-            continue
-        spec = TensorSpec.of(tensor)
-        if tensor.is_meta:
-            spec = replace(spec, start=addresses.setdefault(id(tensor), next_address))
-            next_address += -(-spec.nbytes // FRESH_ALIGNMENT) * FRESH_ALIGNMENT
-        specs[name] = spec
+        if place.module not in stand_ins:
+            specs[name] = addresses.spec_of(tensor) if tensor.is_meta else TensorSpec.of(tensor)
+    num_places = Counter(module for _, module in model.named_modules(remove_duplicate=False))
     for prefix, module in model.named_modules(remove_duplicate=False):
         if module in stand_ins:
+            spec_of = addresses.spec_of if num_places[module] > 1 else TensorSpec.of
             for name, _, tensor in tensors_of(stand_ins[module]):
-                specs[f"{prefix}.{name}" if prefix else name] = TensorSpec.of(tensor)
+                specs[f"{prefix}.{name}" if prefix else name] = spec_of(tensor)
     return specs
+
+
+class _Addresses:
+    """Gives tensors without bytes addresses, none of which overlap."""
+
+    def __init__(self) -> None:
+        self._starts: dict[int, int] = {}
+        self._next = FRESH_ALIGNMENT  # an empty tensor has the address 0
+
+    def spec_of(self, tensor: torch.Tensor) -> TensorSpec:
+        spec = TensorSpec.of(tensor)
+        if id(tensor) not in self._starts:
+            self._starts[id(tensor)] = self._next
+            self._next += -(-spec.nbytes // FRESH_ALIGNMENT) * FRESH_ALIGNMENT
+        return replace(spec, start=self._starts[id(tensor)])
 
 
 def trained_apart(

@@ -9,9 +9,7 @@ import torch
 
 from bminf.errors import ArgumentError, UnsupportedModelError
 from bminf.layout import TensorSpec, overlapping
-
-_LISTS = (torch.nn.ModuleList, torch.nn.Sequential)
-_UNCALLED = (torch.nn.ModuleList, torch.nn.ModuleDict)
+from bminf.scheduler.repeated import LISTS, UNCALLED, has_tensors, items_of, repeated_modules
 
 
 @dataclass(frozen=True)
@@ -23,50 +21,23 @@ class ModuleBlock:
 
 
 def find_blocks(model: torch.nn.Module, names: Iterable[str] | None = None) -> list[ModuleBlock]:
-    """The blocks of `model`, in module order.
+    """The blocks of `model`, in module order; none where nothing repeats.
 
     names: any modules by their dotted names; a list's name stands for its items. None takes the
-    items of the outermost lists of repeated modules.
+    items of the outermost lists of repeated modules, cut finer where they are large: see
+    repeated_modules(). A module that stands in several places is one block.
     Raises ArgumentError for a name that does not exist, is given twice, or lies inside another;
-    UnsupportedModelError where nothing repeats.
+    UnsupportedModelError where nothing that was named holds a tensor.
     """
-    blocks = list(_repeated(model)) if names is None else _named(model, names)
+    if names is None:
+        return [ModuleBlock(name, list_name) for name, _, list_name in repeated_modules(model)]
+    blocks = list(_named(model, names))
     if not blocks:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no list of repeated modules (torch.nn.ModuleList or "
-            "Sequential with two items of one class), so there are no blocks to stream; "
-            "name some modules with blocks=[...]"
+            f"none of the modules that blocks= names holds a tensor of {type(model).__name__}; "
+            "name modules with weights"
         )
     return blocks
-
-
-def _repeated(model: torch.nn.Module, prefix: str = "") -> Iterator[ModuleBlock]:
-    if isinstance(model, _LISTS) and _repeats(model):
-        list_name = prefix.rstrip(".")
-        for name, child in _items(model, prefix):
-            if _has_tensors(child):
-                yield ModuleBlock(name, list_name)
-        return
-    for name, child in model.named_children():
-        yield from _repeated(child, f"{prefix}{name}.")
-
-
-def _items(modules: torch.nn.Module, prefix: str) -> Iterator[tuple[str, torch.nn.Module]]:
-    """The children; those of a plain list or dict in its place, because that is never called."""
-    for name, child in modules.named_children():
-        if type(child) in _UNCALLED:
-            yield from _items(child, f"{prefix}{name}.")
-        else:
-            yield prefix + name, child
-
-
-def _repeats(items: torch.nn.Module) -> bool:
-    classes = [type(child) for child in items.children() if _has_tensors(child)]
-    return len(set(classes)) < len(classes)
-
-
-def _has_tensors(module: torch.nn.Module) -> bool:
-    return any(True for _ in tensors_of(module))
 
 
 def _named(model: torch.nn.Module, names: Iterable[str]) -> list[ModuleBlock]:
@@ -79,19 +50,19 @@ def _named(model: torch.nn.Module, names: Iterable[str]) -> list[ModuleBlock]:
     for name in names:
         if not isinstance(name, str) or name not in modules or not name:
             raise ArgumentError(_unknown(name, modules))
-        is_list = type(modules[name]) in _UNCALLED
-        items = [item for item, _ in _items(modules[name], f"{name}.")]
+        is_list = type(modules[name]) in UNCALLED
+        items = [item for item, _ in items_of(modules[name], f"{name}.")]
         for block in items if is_list else [name]:
             if block in wanted:
                 raise ArgumentError(f"blocks names {block!r} twice")
             wanted[block] = None
     for name in wanted:
         _check_not_inside(name, wanted)
-    return [
-        ModuleBlock(name, _list_around(name, modules))
-        for name, module in modules.items()
-        if name in wanted and _has_tensors(module)
-    ]
+    by_module: dict[torch.nn.Module, str] = {}
+    for name, module in modules.items():
+        if name in wanted and has_tensors(module):
+            by_module.setdefault(module, name)
+    return [ModuleBlock(name, _list_around(name, modules)) for name in by_module.values()]
 
 
 def _unknown(name: str, modules: Mapping[str, torch.nn.Module]) -> str:
@@ -117,7 +88,7 @@ def _list_around(name: str, modules: Mapping[str, torch.nn.Module]) -> str:
     parts = name.split(".")
     for end in range(1, len(parts)):
         outer = ".".join(parts[:end])
-        if isinstance(modules[outer], _LISTS):
+        if isinstance(modules[outer], LISTS):
             return outer
     return ""
 
@@ -159,16 +130,26 @@ def shared_names(specs: Mapping[str, TensorSpec], owners: Mapping[str, str]) -> 
     return {name for names in groups if len({owners[name] for name in names}) > 1 for name in names}
 
 
-def owners_of(names: Iterable[str], blocks: Sequence[ModuleBlock]) -> dict[str, str]:
-    """Tensor name -> name of the block it lies in, "" outside all blocks."""
-    block_names = {block.name for block in blocks}
-    return {name: _owner(name, block_names) for name in names}
+def owners_of(
+    model: torch.nn.Module, names: Iterable[str], blocks: Sequence[ModuleBlock]
+) -> dict[str, tuple[str, str]]:
+    """Tensor name -> (name of the block it lies in, "" outside all blocks; its name in there).
+
+    Also by the other names of a block that stands in several places.
+    """
+    of_module = {model.get_submodule(block.name): block.name for block in blocks}
+    paths = {
+        path: of_module[module]
+        for path, module in model.named_modules(remove_duplicate=False)
+        if module in of_module
+    }
+    return {name: _owner(name, paths) for name in names}
 
 
-def _owner(name: str, block_names: set[str]) -> str:
+def _owner(name: str, paths: Mapping[str, str]) -> tuple[str, str]:
+    """paths: to a block, by any of its names -> the name of that block."""
     parts = name.split(".")
     for end in range(1, len(parts)):
-        outer = ".".join(parts[:end])
-        if outer in block_names:
-            return outer
-    return ""
+        if (outer := ".".join(parts[:end])) in paths:
+            return paths[outer], ".".join(parts[end:])
+    return "", name

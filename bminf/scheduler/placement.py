@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
@@ -31,7 +32,7 @@ def place(
     # malloc keeps what it is given back in pieces; a mapped model gives it next to nothing.
     is_trimmed = 8 * unmapped_bytes(model) > blobs.nbytes
     with torch.inference_mode(False), torch.no_grad():
-        _quantize_outside(model, blobs.blocks, stand_ins)
+        _quantize_outside(model, blobs, stand_ins)
         _settle(model, blobs.outside, scheduler.backend, scheduler.source_device)
         for name, layout in _with_progress(blobs.blocks):
             _quantize(model, name, stand_ins)
@@ -106,12 +107,18 @@ def _quantize(model: torch.nn.Module, name: str, stand_ins: StandIns) -> None:
         list(quantize_children(block, stand_ins, f"{name}."))
 
 
-def _quantize_outside(
-    model: torch.nn.Module, block_names: Iterable[str], stand_ins: StandIns
-) -> None:
-    """Quantise the linears that lie in no block."""
-    inside = {m for name in block_names for m in model.get_submodule(name).modules()}
-    outside = {module: stand_in for module, stand_in in stand_ins.items() if module not in inside}
+def _quantize_outside(model: torch.nn.Module, blobs: Blobs, stand_ins: StandIns) -> None:
+    """Quantise the linears that lie in no block, or in several; and those that are a block which
+    stands in several places, all of which are only seen from here."""
+    paths = {name.rpartition(".")[0] for name in blobs.outside.specs}
+    named = list(model.named_modules(remove_duplicate=False))
+    num_places = Counter(module for _, module in named)
+    outside = {
+        module: stand_ins[module]
+        for path, module in named
+        if module in stand_ins
+        and (path in paths or (path in blobs.blocks and num_places[module] > 1))
+    }
     list(quantize_children(model, outside))
 
 

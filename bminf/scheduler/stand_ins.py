@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from warnings import warn
@@ -39,9 +40,10 @@ def choose(
 ) -> Choice:
     """The linears to quantise, as `form`; None is none.
 
-    wanted: says so by name and module; None takes the linears in the blocks but output heads,
-    adapters, and those that a group of columns is too wide for. What cannot be packed is kept. A
-    weight that several modules share stays: packing one of them would add bytes, not save any.
+    wanted: says so by name and module; None takes the linears in the blocks, or all where there are
+    no blocks, but output heads, adapters, and those that a group of columns is too wide for. What
+    cannot be packed is kept. A weight that several modules share stays: packing one of them would
+    add bytes, not save any.
     """
     if wanted is not None and not callable(wanted):
         raise ArgumentError(
@@ -140,7 +142,7 @@ def _kept_parts(choice: Choice) -> Iterator[tuple[int, str]]:
 def _stacked_parts(
     model: torch.nn.Module, blocks: Iterable[ModuleBlock]
 ) -> Iterator[tuple[int, str]]:
-    stacked = {id(t): t for block in blocks for t in _stacked(model.get_submodule(block.name))}
+    stacked = {id(t): t for part in _parts(model, blocks) for t in _stacked(part)}
     nbytes = sum(tensor.nbytes for tensor in stacked.values())
     if nbytes:
         yield (
@@ -160,7 +162,7 @@ def _skeleton(module: torch.nn.Module, form: Format, name: str) -> QuantizedLine
 
 
 def _inside(model: torch.nn.Module, blocks: Iterable[ModuleBlock]) -> Predicate:
-    inside = {m for block in blocks for m in model.get_submodule(block.name).modules()}
+    inside = {m for part in _parts(model, blocks) for m in part.modules()}
     heads = {part for head in _heads(model, inside) for part in head.modules()}
     return lambda _, module: module in inside and module not in heads
 
@@ -201,13 +203,19 @@ def _is_trained(module: torch.nn.Module) -> bool:
 
 
 def _unshared_linears(model: torch.nn.Module) -> Iterator[Linear]:
-    num_holders: dict[int, int] = {}
-    for _, _, tensor in tensors_of(model):
-        num_holders[id(tensor)] = num_holders.get(id(tensor), 0) + 1
+    places = {place: id(tensor) for _, place, tensor in tensors_of(model)}
+    num_holders = Counter(places.values())  # a module that stands in two places holds once
     for name, module in model.named_modules():
+        if module is model:
+            continue  # the object that wrapper() was given cannot be exchanged for another
         # A weight that a hook computes (weight_norm, pruning) is no parameter, and stays.
-        if is_linear(module) and num_holders.get(id(module._parameters.get("weight"))) == 1:
+        if is_linear(module) and num_holders[id(module._parameters.get("weight"))] == 1:
             yield name, module
+
+
+def _parts(model: torch.nn.Module, blocks: Iterable[ModuleBlock]) -> Iterable[torch.nn.Module]:
+    """The blocks; the whole model where it has none."""
+    return [model.get_submodule(block.name) for block in blocks] or [model]
 
 
 def _stacked(block: torch.nn.Module) -> Iterator[torch.Tensor]:

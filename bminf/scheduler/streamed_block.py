@@ -70,10 +70,15 @@ class StreamedBlock:
         self._begins = [slot.data_ptr() for slot in backend.slots]
         self._versions = 0
         self._warned = False
-        self._held = [
-            self._hold(tensor_name, place, tensor, backend, read)
+        # By place: a part that stands twice in the block holds its tensors once.
+        places = {
+            place: (tensor_name, tensor)
             for tensor_name, place, tensor in tensors_of(module)
             if tensor_name in layout.specs
+        }
+        self._held = [
+            self._hold(tensor_name, place, tensor, backend, read)
+            for place, (tensor_name, tensor) in places.items()
         ]
 
     def _hold(

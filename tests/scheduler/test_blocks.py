@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from streaming import Residual, Stack, make_stack
-from tiny_models import make
+from streaming import Residual, Stack, make_stack, stream
+from tiny_models import TINY, make
+from torch.nn.utils.parametrizations import weight_norm
 
 from bminf.errors import ArgumentError, UnsupportedModelError
 from bminf.scheduler.blocks import find_blocks
@@ -65,8 +66,66 @@ def test_bad_names_are_refused(wanted: list[str], said: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "model", [torch.nn.Linear(2, 2), torch.nn.Sequential(Residual(4)), Stack(1)]
+    "model", [torch.nn.Linear(2, 2), torch.nn.Sequential(Residual(4)), Stack(1), torch.nn.ReLU()]
 )
-def test_a_model_that_repeats_nothing_is_refused(model: torch.nn.Module) -> None:
-    with pytest.raises(UnsupportedModelError, match=r"no list of repeated modules.*blocks="):
-        find_blocks(model)
+def test_a_model_that_repeats_nothing_has_no_blocks(model: torch.nn.Module) -> None:
+    assert find_blocks(model) == []
+
+
+def test_names_of_modules_without_tensors_are_refused() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU())
+    with pytest.raises(UnsupportedModelError, match=r"none of the modules.*holds a tensor"):
+        find_blocks(model, ["1"])
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_layers_of_language_models_are_never_cut(name: str) -> None:
+    """Each is more than an eighth of all, and some hold lists (experts, parts of a layer)."""
+    assert all(name.rpartition(".")[2].isdigit() for name in names(make(name)))
+
+
+# Parametrised and wrapped items
+
+
+class Wrapped(torch.nn.Module):
+    def __init__(self, block: torch.nn.Module) -> None:
+        super().__init__()
+        self._checkpoint_wrapped_module = block
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._checkpoint_wrapped_module(x)
+
+
+def of_own_class(width: int) -> torch.nn.Module:
+    class Local(Residual):
+        pass
+
+    return Local(width)
+
+
+LISTS = {
+    "parametrised": lambda: [weight_norm(torch.nn.Linear(8, 8)) for _ in range(4)],
+    "one of them parametrised": lambda: [
+        weight_norm(torch.nn.Linear(8, 8)),
+        torch.nn.LayerNorm(8),
+        torch.nn.Linear(8, 8),
+    ],
+    "one of them wrapped": lambda: [Wrapped(Residual(8)), Residual(8)],
+    "compiled": lambda: [torch.compile(Residual(8), backend="eager"), Residual(8)],
+    "classes made in a function": lambda: [of_own_class(8) for _ in range(3)],
+}
+
+
+@pytest.mark.parametrize("case", LISTS)
+def test_items_are_alike_whatever_was_put_around_them(case: str) -> None:
+    items = LISTS[case]()
+    assert names(torch.nn.ModuleList(items)) == [str(at) for at in range(len(items))]
+
+
+def test_parametrised_items_stream() -> None:
+    def make_model() -> torch.nn.Module:
+        torch.manual_seed(0)
+        return torch.nn.Sequential(*(weight_norm(torch.nn.Linear(8, 8)) for _ in range(5))).eval()
+
+    x = torch.randn(2, 8)
+    assert torch.equal(stream(make_model())(x), make_model()(x))

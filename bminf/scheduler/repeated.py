@@ -1,0 +1,150 @@
+"""Where a model repeats itself: the modules that become its blocks when none are named.
+
+A model is a list of layers, or a list of stages, each with layers of its own. The items of the
+outermost lists are taken, and cut further where one of them is large against all of them together
+and holds a list itself. Only the model decides that, never the memory limit: the names of the
+blocks, the keys of `uses=` and the plans of two limits would otherwise not go together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+
+LISTS = (torch.nn.ModuleList, torch.nn.Sequential)
+UNCALLED = (torch.nn.ModuleList, torch.nn.ModuleDict)
+"""Containers that are never called, only what they hold is."""
+
+_COARSEST = 8  # a block of more than an eighth of all blocks' bytes is cut
+_FINEST = 1024  # what comes out of a cut with less than this part of them is not worth a copy
+
+# Wrappers put around one module, by the name under which they hold it: torch.compile,
+# activation checkpoints, FSDP, adapters.
+_WRAPPED = (
+    "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "base_layer",
+    "original_module",
+)  # fmt: skip
+
+
+class Repeated(NamedTuple):
+    """A module that can move as one. list_name: the outermost list it stands in."""
+
+    name: str
+    module: torch.nn.Module
+    list_name: str
+
+
+def repeated_modules(model: torch.nn.Module) -> list[Repeated]:
+    """The items of the outermost lists of repeated modules, the large ones cut; in module order.
+
+    An item with more than an eighth of all items' bytes that holds a list of repeated modules is
+    replaced by the items of that list, which are looked at likewise, and by the other modules
+    beside and around it, each for itself: they run one after another, so none of them may hold a
+    slot while another runs. What such an item holds as parameters of its own belongs to no block,
+    and neither do parts of less than a thousandth. A module that stands in several places comes
+    once, by the first of its names.
+    """
+    items = list(_once(_outermost(model, "")))
+    total = _nbytes(item.module for item in items)
+    return list(_once(part for item in items for part in _cut(item, total)))
+
+
+def items_of(modules: torch.nn.Module, prefix: str) -> Iterator[tuple[str, torch.nn.Module]]:
+    """The children; those of a plain list or dict in its place, because that is never called."""
+    for name, child in modules.named_children():
+        if type(child) in UNCALLED:
+            yield from items_of(child, f"{prefix}{name}.")
+        else:
+            yield prefix + name, child
+
+
+def has_tensors(module: torch.nn.Module) -> bool:
+    """Whether `module` holds a parameter or a buffer, itself or below."""
+    return any(True for _ in _tensors(module))
+
+
+def _outermost(module: torch.nn.Module, prefix: str) -> Iterator[Repeated]:
+    if isinstance(module, LISTS) and any(len(some) > 1 for some in _alike(module)):
+        for name, child in items_of(module, prefix):
+            if has_tensors(child):
+                yield Repeated(name, child, prefix.rstrip("."))
+        return
+    for name, child in module.named_children():
+        yield from _outermost(child, f"{prefix}{name}.")
+
+
+def _once(found: Iterable[Repeated]) -> Iterator[Repeated]:
+    seen: set[torch.nn.Module] = set()
+    for item in found:
+        if item.module not in seen:
+            seen.add(item.module)
+            yield item
+
+
+def _cut(item: Repeated, total_bytes: int) -> Iterator[Repeated]:
+    nbytes = _nbytes([item.module])
+    if nbytes * _COARSEST <= total_bytes or not _holds_layers(item.module):
+        yield item
+        return
+    for name, child in _parts(item.module, f"{item.name}."):
+        if _nbytes([child]) * _FINEST >= total_bytes:
+            yield from _cut(Repeated(name, child, item.list_name), total_bytes)
+
+
+def _parts(module: torch.nn.Module, prefix: str) -> Iterator[tuple[str, torch.nn.Module]]:
+    """The items of the outermost lists of layers below `module`, and what is called beside them."""
+    if _is_list_of_layers(module):
+        yield from items_of(module, prefix)
+        return
+    for name, child in module.named_children():
+        if _holds_layers(child) or type(child) in UNCALLED:
+            yield from _parts(child, f"{prefix}{name}.")
+        else:
+            yield prefix + name, child
+
+
+def _holds_layers(module: torch.nn.Module) -> bool:
+    return any(_is_list_of_layers(inner) for inner in module.modules())
+
+
+def _is_list_of_layers(module: torch.nn.Module) -> bool:
+    """Two items alike; three, where they are single operations: two linears with an activation
+    between them are a feed-forward part, which is no list of layers."""
+    if not isinstance(module, LISTS):
+        return False
+    return any(
+        len(some) > 2 or (len(some) == 2 and any(True for _ in some[0].children()))
+        for some in _alike(module)
+    )
+
+
+def _alike(modules: torch.nn.Module) -> list[list[torch.nn.Module]]:
+    """The items that hold tensors, those of one kind together."""
+    groups: dict[tuple[str, str], list[torch.nn.Module]] = {}
+    for child in modules.children():
+        if has_tensors(child):
+            groups.setdefault(_kind(child), []).append(child)
+    return list(groups.values())
+
+
+def _kind(module: torch.nn.Module) -> tuple[str, str]:
+    """By name: parametrised modules, and those of a class made in a function, have one each."""
+    for name in _WRAPPED:
+        if isinstance(inner := module._modules.get(name), torch.nn.Module):
+            return _kind(inner)
+    kind = torch.nn.utils.parametrize.type_before_parametrizations(module)
+    return kind.__module__, kind.__qualname__
+
+
+def _nbytes(modules: Iterable[torch.nn.Module]) -> int:
+    tensors = {id(tensor): tensor for module in modules for tensor in _tensors(module)}
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _tensors(module: torch.nn.Module) -> Iterator[torch.Tensor]:
+    for child in module.modules():
+        for tensor in [*child._parameters.values(), *child._buffers.values()]:
+            if tensor is not None:
+                yield tensor
