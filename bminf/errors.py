@@ -4,6 +4,7 @@ BMInfError
 ├── ArgumentError (ValueError)       an argument that cannot be accepted
 │   └── UnknownKeywordError (TypeError)
 ├── BudgetError                      the memory limit cannot be kept
+│   └── NothingToStreamError (UnsupportedModelError)
 ├── CheckpointError                  a file on disk that is not what it should be
 ├── KernelError                      a CUDA kernel that cannot be found, compiled or launched
 ├── OffloadError                     a home for streamed blocks that cannot be made, written or read
@@ -43,3 +44,7 @@ class OffloadError(BMInfError):
 
 class UnsupportedModelError(BMInfError):
     """The model, or what was asked of it, does not go together with streaming."""
+
+
+class NothingToStreamError(BudgetError, UnsupportedModelError):
+    """The memory limit is below the size of a model that has no blocks, so that all has to stay."""

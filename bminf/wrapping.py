@@ -11,7 +11,7 @@ from warnings import warn
 
 import torch
 
-from bminf.errors import ArgumentError, UnsupportedModelError
+from bminf.errors import ArgumentError, NothingToStreamError, UnsupportedModelError
 from bminf.keywords import check_keywords, keywords_of
 from bminf.layers.quantized_linear import format_for
 from bminf.layers.saving import refuse_to_save
@@ -23,7 +23,7 @@ from bminf.scheduler.hooks import ATTRIBUTE, Scheduler, Stats, is_streaming
 from bminf.scheduler.placement import place, take_back
 from bminf.scheduler.plan import Block, Plan, plan
 from bminf.scheduler.stand_ins import Choice, Predicate, choose, warn_of_what_stays
-from bminf.units import parse_bytes
+from bminf.units import format_bytes, parse_bytes
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
@@ -57,11 +57,15 @@ def wrapper(
     offload_dir: folder of the file; None is a temporary one on a disk.
     reserve: bytes of the limit to set aside for activations and the KV cache.
     blocks: names of the modules that move as one; None takes the items of the outermost lists of
-        repeated modules.
+        repeated modules, and in place of an item with more than an eighth of their bytes that holds
+        such a list itself (a stage) the items of that one and what is beside them. A model where
+        nothing repeats has none: it fits entirely, or is refused.
     uses: how often a block, or each block of a list, is used per request; by default 128 (once a
-        token), and 1 for the encoder of an encoder-decoder model.
+        token), and 1 for what a generating model of transformers runs once: the encoder, towers for
+        images, audio and video. A block that stands n times in its list is used n times as often.
     quantize: a function of the name and the module of a linear (torch.nn.Linear, Conv1D) that says
-        whether it is packed; None packs those in the blocks but for the output head.
+        whether it is packed; None packs those in the blocks, or all where there are no blocks, but
+        for the output head.
 
     Raises ArgumentError, BudgetError, OffloadError or UnsupportedModelError, the model unchanged;
     only if a disk or a memory fails midway, or a weight is not finite, linears that are quantised
@@ -148,6 +152,7 @@ class _Request:
     blobs: Blobs
     uses: dict[str, float]
     reserved_bytes: int
+    model_name: str
 
     @classmethod
     def of(
@@ -165,9 +170,11 @@ class _Request:
         choice = choose(model, found, _format(quantization), quantize)
         blobs = survey(model, found, choice.stand_ins, keep_addresses)
         all_uses = {**_encoder_uses(model, found), **_checked_uses(uses)}
-        return cls(found, choice, blobs, all_uses, reserved_bytes)
+        return cls(found, choice, blobs, all_uses, reserved_bytes, type(model).__name__)
 
     def plan(self, budget: int, host_bytes: int | None = None) -> Plan:
+        if not self.blocks:
+            self._check_that_all_fits(budget)
         return plan(
             [Block(b.name, self.blobs.blocks[b.name].nbytes, b.list_name) for b in self.blocks],
             budget,
@@ -176,6 +183,17 @@ class _Request:
             reserved_bytes=self.reserved_bytes,
             host_bytes=host_bytes,
         )
+
+    def _check_that_all_fits(self, budget: int) -> None:
+        least = self.blobs.outside.nbytes + self.reserved_bytes
+        if least > budget:
+            raise NothingToStreamError(
+                f"the limit of {format_bytes(budget)} ({budget} bytes) is below the least that "
+                f"would do, {format_bytes(least)} ({least} bytes): {self.model_name} has no list "
+                "of repeated modules (torch.nn.ModuleList or Sequential with two items of one "
+                "class), so there are no blocks to stream and all of it has to stay; raise "
+                "memory_limit, or name some modules with blocks=[...]"
+            )
 
 
 def _check_model(model: torch.nn.Module) -> None:

@@ -110,7 +110,6 @@ def test_a_limit_too_small_names_both_numbers() -> None:
 @pytest.mark.parametrize(
     ("make_model", "error", "said"),
     [
-        (lambda: torch.nn.Linear(3, 3), UnsupportedModelError, "no list of repeated modules"),
         (lambda: make_stack().to("meta"), UnsupportedModelError, "meta device"),
         (lambda: make_stack(block=Sparse), UnsupportedModelError, "'layers.0.graph' is.*sparse"),
         (lambda: make_stack(block=Subclass), UnsupportedModelError, "Packed4bit"),
