@@ -23,6 +23,7 @@ from bminf.scheduler.hooks import ATTRIBUTE, Scheduler, Stats, is_streaming
 from bminf.scheduler.placement import place, take_back
 from bminf.scheduler.plan import Block, Plan, plan
 from bminf.scheduler.stand_ins import Choice, Predicate, choose, warn_of_what_stays
+from bminf.scheduler.uses import uses_of
 from bminf.units import format_bytes, parse_bytes
 
 Model = TypeVar("Model", bound=torch.nn.Module)
@@ -169,7 +170,7 @@ class _Request:
         found = find_blocks(model, blocks)
         choice = choose(model, found, _format(quantization), quantize)
         blobs = survey(model, found, choice.stand_ins, keep_addresses)
-        all_uses = {**_encoder_uses(model, found), **_checked_uses(uses)}
+        all_uses = _merged_uses(model, found, _checked_uses(uses))
         return cls(found, choice, blobs, all_uses, reserved_bytes, type(model).__name__)
 
     def plan(self, budget: int, host_bytes: int | None = None) -> Plan:
@@ -248,17 +249,13 @@ def _budget(
     return free_budget(device, unmapped_bytes(model) if device == source_device else 0)
 
 
-def _encoder_uses(model: torch.nn.Module, blocks: Iterable[ModuleBlock]) -> dict[str, float]:
-    """1 for each list inside the encoder of an encoder-decoder model (transformers' words)."""
-    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return {}
-    get_encoder = getattr(model, "get_encoder", None)
-    encoder = get_encoder() if callable(get_encoder) else None
-    if not isinstance(encoder, torch.nn.Module) or encoder is model:
-        return {}
-    inside = set(encoder.modules())
-    names = {b.list_name or b.name for b in blocks if model.get_submodule(b.name) in inside}
-    return dict.fromkeys(names, 1)
+def _merged_uses(
+    model: torch.nn.Module, blocks: Iterable[ModuleBlock], given: Mapping[str, float]
+) -> dict[str, float]:
+    """What the model says, but for the blocks and lists that `given` names."""
+    lists = {block.name: block.list_name for block in blocks}
+    found = uses_of(model, blocks)
+    return {**{n: uses for n, uses in found.items() if lists[n] not in given}, **given}
 
 
 def _carry_out(

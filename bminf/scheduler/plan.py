@@ -34,6 +34,7 @@ DEFAULT_USES = 128
 _EXHAUSTIVE = 12  # blocks; 2**12 choices take milliseconds
 _MOST_BYTES = 2**60  # the search counts in int64
 _ROW = 64
+_TIMES: dict[float, str] = {1: "once", 2: "twice"}
 
 
 @dataclass(frozen=True)
@@ -167,12 +168,22 @@ class Plan:
             )
             stay, stream, read = (signs.count(sign) for sign in "#.:")
             uses = sorted({self.uses[name] for name in names})
-            shown = f"{uses[0]:g}" if len(uses) == 1 else f"{uses[0]:g} to {uses[-1]:g}"
+            ends = list(dict.fromkeys([uses[0], uses[-1]]))
+            shown = " to ".join(f"{end:g}" for end in ends)
+            words = " to ".join(uses_in_words(end) for end in ends)
             disk = f", {read} from disk (:)" if on_disk else ""
             yield (
-                f"{list_name or 'blocks'}: {stay} stay (#), {stream} stream (.){disk}, uses {shown}"
+                f"{list_name or 'blocks'}: {stay} stay (#), {stream} stream (.){disk}, "
+                f"uses {shown} ({words})"
             )
             yield from (f"  {signs[at : at + _ROW]}" for at in range(0, len(signs), _ROW))
+
+
+def uses_in_words(uses: float) -> str:
+    """Uses per request as they are spoken of: "once a token", "twice a request"."""
+    per_token, rest = divmod(uses, DEFAULT_USES)
+    times, what = (per_token, "token") if per_token and not rest else (uses, "request")
+    return f"{_TIMES.get(times, f'{times:g} times')} a {what}"
 
 
 def _rebuilt(values: dict[str, Any]) -> Plan:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from bminf.errors import ArgumentError
-from bminf.scheduler.plan import Block, Plan
+from bminf.scheduler.plan import DEFAULT_USES, Block, Plan
 from bminf.scheduler.read_ahead import NUM_STAGES, Staging
 from bminf.scheduler.ring import Ring
 
@@ -236,7 +236,8 @@ def predict(
     """The time of one decode pass (a token) under `plan`.
 
     A block computes as long as reading its bytes from device memory takes, which is what bounds
-    decoding for one sequence. Blocks used less often than the others (an encoder) are left out.
+    decoding for one sequence. Blocks used less often than the others (an encoder) are left out;
+    one that is used n times a token comes n times.
     link_bytes_per_s: host to device; memory_bytes_per_s: device memory.
     lists: names of the lists of blocks that a pass goes through, in this order, and nothing else:
         no other list, and nothing of what lies outside all blocks.
@@ -251,13 +252,14 @@ def predict(
     blocks = _used_most(plan) if lists is None else _blocks_of(plan, lists)
     outside_bytes = plan.outside_bytes if lists is None else 0
     streamed_names = set(plan.streamed)
-    streamed = [block for block in blocks if block.name in streamed_names]
+    passing = [block for block in blocks if block.name in streamed_names]
+    streamed = list(dict.fromkeys(passing))
     numbers = {block.name: number for number, block in enumerate(streamed)}
     steps = [
         Step(block.nbytes / memory_bytes_per_s, numbers.get(block.name)) for block in blocks
     ] + [Step(outside_bytes / memory_bytes_per_s)]
     compute_s = sum(step.compute_s for step in steps)
-    copy_s = sum(block.nbytes for block in streamed) / link_bytes_per_s
+    copy_s = sum(block.nbytes for block in passing) / link_bytes_per_s
     if not streamed:
         return Prediction(compute_s, compute_s, 0.0, 0.0)
     on_disk = [numbers[name] for name in plan.on_disk if name in numbers]
@@ -280,8 +282,11 @@ def predict(
 
 
 def _used_most(plan: Plan) -> list[Block]:
-    most = max(plan.uses.values())
-    return [block for block in plan.blocks if plan.uses[block.name] == most]
+    most = max(plan.uses.values(), default=DEFAULT_USES)
+    if most % DEFAULT_USES:
+        return [block for block in plan.blocks if plan.uses[block.name] == most]
+    rounds = range(DEFAULT_USES, int(most) + 1, DEFAULT_USES)
+    return [block for least in rounds for block in plan.blocks if plan.uses[block.name] >= least]
 
 
 def _blocks_of(plan: Plan, lists: Sequence[str]) -> list[Block]:
