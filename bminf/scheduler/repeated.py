@@ -8,6 +8,7 @@ blocks, the keys of `uses=` and the plans of two limits would otherwise not go t
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -47,8 +48,8 @@ def repeated_modules(model: torch.nn.Module) -> list[Repeated]:
     once, by the first of its names.
     """
     items = list(_once(_outermost(model, "")))
-    total = _nbytes(item.module for item in items)
-    return list(_once(part for item in items for part in _cut(item, total)))
+    sizes = _Sizes(item.module for item in items)
+    return list(_once(part for item in items for part in _cut(item, sizes)))
 
 
 def items_of(modules: torch.nn.Module, prefix: str) -> Iterator[tuple[str, torch.nn.Module]]:
@@ -83,30 +84,31 @@ def _once(found: Iterable[Repeated]) -> Iterator[Repeated]:
             yield item
 
 
-def _cut(item: Repeated, total_bytes: int) -> Iterator[Repeated]:
-    nbytes = _nbytes([item.module])
-    if nbytes * _COARSEST <= total_bytes or not _holds_layers(item.module):
+def _cut(item: Repeated, sizes: _Sizes) -> Iterator[Repeated]:
+    if sizes.of(item.module) * _COARSEST <= sizes.total or not _holds_layers(item.module, sizes):
         yield item
         return
-    for name, child in _parts(item.module, f"{item.name}."):
-        if _nbytes([child]) * _FINEST >= total_bytes:
-            yield from _cut(Repeated(name, child, item.list_name), total_bytes)
+    for name, child in _parts(item.module, f"{item.name}.", sizes):
+        if sizes.of(child) * _FINEST >= sizes.total:
+            yield from _cut(Repeated(name, child, item.list_name), sizes)
 
 
-def _parts(module: torch.nn.Module, prefix: str) -> Iterator[tuple[str, torch.nn.Module]]:
+def _parts(
+    module: torch.nn.Module, prefix: str, sizes: _Sizes
+) -> Iterator[tuple[str, torch.nn.Module]]:
     """The items of the outermost lists of layers below `module`, and what is called beside them."""
     if _is_list_of_layers(module):
         yield from items_of(module, prefix)
         return
     for name, child in module.named_children():
-        if _holds_layers(child) or type(child) in UNCALLED:
-            yield from _parts(child, f"{prefix}{name}.")
+        if _holds_layers(child, sizes) or type(child) in UNCALLED:
+            yield from _parts(child, f"{prefix}{name}.", sizes)
         else:
             yield prefix + name, child
 
 
-def _holds_layers(module: torch.nn.Module) -> bool:
-    return any(_is_list_of_layers(inner) for inner in module.modules())
+def _holds_layers(module: torch.nn.Module, sizes: _Sizes) -> bool:
+    return any(_is_list_of_layers(inner) and sizes.of(inner) > 0 for inner in module.modules())
 
 
 def _is_list_of_layers(module: torch.nn.Module) -> bool:
@@ -138,9 +140,18 @@ def _kind(module: torch.nn.Module) -> tuple[str, str]:
     return kind.__module__, kind.__qualname__
 
 
-def _nbytes(modules: Iterable[torch.nn.Module]) -> int:
-    tensors = {id(tensor): tensor for module in modules for tensor in _tensors(module)}
-    return sum(tensor.nbytes for tensor in tensors.values())
+class _Sizes:
+    """Bytes of modules, without those that several of `items` hold: they move with none of them."""
+
+    def __init__(self, items: Iterable[torch.nn.Module]) -> None:
+        items = list(items)
+        held = Counter(key for item in items for key in {id(t) for t in _tensors(item)})
+        self._shared = {key for key, count in held.items() if count > 1}
+        self.total = sum(self.of(item) for item in items)
+
+    def of(self, module: torch.nn.Module) -> int:
+        tensors = {id(tensor): tensor for tensor in _tensors(module)}
+        return sum(t.nbytes for key, t in tensors.items() if key not in self._shared)
 
 
 def _tensors(module: torch.nn.Module) -> Iterator[torch.Tensor]:

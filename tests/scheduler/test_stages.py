@@ -159,5 +159,14 @@ def test_experts_of_a_layer_are_blocks_only_where_layers_are_few() -> None:
     assert names(torch.nn.ModuleList([Layer(), Layer()]))[:2] == ["0.experts.0", "0.experts.1"]
 
 
+def test_a_part_that_layers_share_does_not_make_them_large() -> None:
+    shared = make_staged([1, 9])
+    for num_blocks in (5, 9):
+        model = make_stack(num_blocks=num_blocks)
+        for layer in model.layers[1:3]:
+            layer.shared = shared
+        assert names(model) == [f"layers.{at}" for at in range(num_blocks)]
+
+
 def test_a_stack_keeps_its_names() -> None:
     assert names(make_stack(num_blocks=3)) == [f"layers.{at}" for at in range(3)]
