@@ -96,6 +96,10 @@ class Layout:
             data = torch.frombuffer(data.numpy(), dtype=spec.dtype) if spec.nbytes else data
         return data.view(spec.dtype).as_strided(spec.shape, spec.stride)
 
+    def span(self, name: str) -> tuple[int, int]:
+        """Where the bytes of the tensor `name` begin and end."""
+        return self.offsets[name], self.offsets[name] + self.specs[name].nbytes
+
     def fill(self, buffer: torch.Tensor, tensors: Iterable[Filling]) -> None:
         """Copy named tensors, in any order and one at a time, to their places in `buffer`.
 

@@ -16,8 +16,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from bminf.errors import UnsupportedModelError
 from bminf.tracing import tracer_at_work
 
-UNWRAP_FIRST = (
-    "change weights, or merge adapters, before wrapping, or call bminf.unwrap(model) first"
+PACKED_IS_FROZEN = (
+    "a packed weight is frozen: change weights, or merge adapters, before wrapping (a model that "
+    "changes them in its first pass: run it once before), or wrap with quantization=False"
 )
 
 
@@ -27,15 +28,15 @@ class LazyTensor(torch.Tensor):
     read: returns the real tensor, of the same shape, dtype and device.
     like: any tensor with the metadata wanted (a meta tensor will do); device overrides its own.
     is_parameter: whether isinstance(tensor, torch.nn.Parameter) shall hold.
-    advice: what to do instead, for the errors.
+    write: keeps new values, of the same shape and dtype; None where that cannot be, as for a packed
+        weight. Writing in place, to the tensor or to a view of it, then raises.
 
-    Metadata (shape, dtype, device, numel, requires_grad) costs nothing. Writing raises
-    UnsupportedModelError, because the bytes written would be lost; so does asking for the memory
-    itself, because there is none.
+    Metadata (shape, dtype, device, numel, requires_grad) costs nothing. Asking for the memory
+    itself raises UnsupportedModelError, because there is none.
     """
 
     _read: Callable[[], torch.Tensor]
-    _advice: str
+    _write: Callable[[torch.Tensor], object] | None
 
     @staticmethod
     def __new__(
@@ -44,7 +45,7 @@ class LazyTensor(torch.Tensor):
         like: torch.Tensor,
         device: torch.device | None = None,
         is_parameter: bool = False,
-        advice: str = UNWRAP_FIRST,
+        write: Callable[[torch.Tensor], object] | None = None,
     ) -> LazyTensor:
         tensor: LazyTensor = torch.Tensor._make_wrapper_subclass(
             cls,
@@ -54,9 +55,8 @@ class LazyTensor(torch.Tensor):
             device=device or like.device,
             requires_grad=like.requires_grad,
         )
-        tensor._read = read
+        tensor._read, tensor._write = read, write
         tensor._is_param = is_parameter
-        tensor._advice = advice
         # C++ code that goes for the memory itself (DLPack, storages) would find a null pointer.
         torch._C._set_throw_on_mutable_data_ptr(tensor)
         return tensor
@@ -75,18 +75,17 @@ class LazyTensor(torch.Tensor):
             argument: args[place] if place < len(args) else kwargs.get(argument.name)
             for place, argument in enumerate(func._schema.arguments)
         }
-        lazy = {a: value for a, value in given.items() if _holds_lazy(value)}
-        for argument, value in lazy.items():
-            if argument.alias_info and argument.alias_info.is_write:
-                raise _first_lazy(value)._refused(
-                    f"{func} writes to a weight that is streamed or packed, where new values would "
-                    "be lost"
-                )
+        written = [v for a, v in given.items() if a.alias_info and a.alias_info.is_write]
+        if any(_holds_lazy(value) for value in written):
+            return _write_through(func, args, kwargs, written)
         if _returns_view(func):
             # Seen whole from inside another dispatch: such as .to(dtype), which returns a view only
             # where there is nothing to convert. Its parts tell.
             parts = func.decompose(*args, **kwargs)
-            return _lazy_views(func, args, kwargs) if parts is NotImplemented else parts
+            if parts is not NotImplemented:
+                return parts
+            with torch.inference_mode(False):  # an inference tensor could not be a view of ours
+                return _lazy_views(func, args, kwargs)
         return func(*_read_all(args), **_read_all(kwargs))
 
     @property
@@ -95,10 +94,15 @@ class LazyTensor(torch.Tensor):
 
     @data.setter
     def data(self, value: torch.Tensor) -> None:
-        raise self._refused(
-            "the data of a weight that is streamed or packed cannot be set: the new values would "
-            "be lost"
-        )
+        if self._write is None:
+            raise _not_kept("setting the data of a weight")
+        if (value.shape, value.dtype, value.device) != (self.shape, self.dtype, self.device):
+            raise UnsupportedModelError(
+                f"a streamed weight ({tuple(self.shape)}, {self.dtype}, on {self.device}) cannot "
+                f"become {tuple(value.shape)}, {value.dtype}, on {value.device}; "
+                "do that before wrapping, or call bminf.unwrap(model) first"
+            )
+        self._write(value.detach())
 
     def fetch(self) -> torch.Tensor:
         """The values, as an ordinary tensor without a history."""
@@ -151,14 +155,15 @@ class LazyTensor(torch.Tensor):
 
     def _no_memory(self) -> UnsupportedModelError:
         if (tracer := tracer_at_work()) is not None:
-            return self._refused(f"{tracer} cannot record a weight that is streamed or packed")
-        return self._refused(
+            return UnsupportedModelError(
+                f"{tracer} cannot record a weight that is streamed or packed; record the model "
+                "before wrapping, or call bminf.unwrap(model) first"
+            )
+        return UnsupportedModelError(
             "a weight that is streamed or packed has no memory of its own: no address, and no "
-            "storage that could be shared or exported; read it with .clone()"
+            "storage that could be shared or exported; read it with .clone(), or call "
+            "bminf.unwrap(model) first"
         )
-
-    def _refused(self, what: str) -> UnsupportedModelError:
-        return UnsupportedModelError(f"{what}; {self._advice}")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
         real = self._real_copy()
@@ -180,12 +185,47 @@ def _holds_lazy(value: Any) -> bool:
     return any(isinstance(item, LazyTensor) for item in items)
 
 
-def _first_lazy(given: Any) -> LazyTensor:
-    return next(item for item in tree_leaves(given) if isinstance(item, LazyTensor))
-
-
 def _read_all(given: Any) -> Any:
     return tree_map_only(LazyTensor, lambda tensor: tensor._read(), given)
+
+
+def _write_through(func: Any, args: Any, kwargs: Any, written: list[Any]) -> Any:
+    """Run `func` on copies of what it writes to, and have the new values kept."""
+    targets = {id(t): t for t in tree_leaves(written) if isinstance(t, LazyTensor)}
+    if any(target._write is None for target in targets.values()):
+        raise _not_kept(str(func))
+    copies = {key: _copy_of(target) for key, target in targets.items()}
+    shapes = {key: (copy.shape, copy.stride()) for key, copy in copies.items()}
+
+    def values(given: Any) -> Any:
+        return tree_map_only(LazyTensor, lambda t: copies.get(id(t), t._read()), given)
+
+    result = func(*values(args), **values(kwargs))
+    if any(shapes[key] != (copy.shape, copy.stride()) for key, copy in copies.items()):
+        raise UnsupportedModelError(
+            f"{func} changes the shape of a streamed weight; do that before wrapping, "
+            "or call bminf.unwrap(model) first"
+        )
+    for key, target in targets.items():
+        assert target._write is not None
+        target._write(copies[key])
+    lazy = {id(copy): targets[key] for key, copy in copies.items()}
+    return tree_map_only(torch.Tensor, lambda tensor: lazy.get(id(tensor), tensor), result)
+
+
+def _copy_of(tensor: LazyTensor) -> torch.Tensor:
+    """The values in memory of their own, with the very strides: clone() would close gaps."""
+    value = tensor.fetch()
+    return torch.empty_strided(
+        value.shape, value.stride(), dtype=value.dtype, device=value.device
+    ).copy_(value)
+
+
+def _not_kept(what: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{what} changes values that are computed from a quantised weight: they would be lost; "
+        f"{PACKED_IS_FROZEN}"
+    )
 
 
 def _returns_view(func: Any) -> bool:
@@ -203,13 +243,39 @@ def _lazy_views(func: Any, args: Any, kwargs: Any) -> Any:
     shapes = func(
         *tree_map_only(LazyTensor, _meta, args), **tree_map_only(LazyTensor, _meta, kwargs)
     )
-    base = _first_lazy((args, kwargs))
+    base = next(item for item in tree_leaves((args, kwargs)) if _holds_lazy(item))
     if isinstance(shapes, torch.Tensor):
-        return LazyTensor(compute, shapes, base.device, advice=base._advice)
+        write = _writer_of_view(base, func, args, kwargs)
+        return LazyTensor(compute, shapes, base.device, write=write)
     return type(shapes)(
-        LazyTensor(lambda number=number: compute()[number], item, base.device, advice=base._advice)
+        LazyTensor(
+            lambda number=number: compute()[number],
+            item,
+            base.device,
+            write=_writer_of_view(base, func, args, kwargs, number),
+        )
         for number, item in enumerate(shapes)
     )
+
+
+def _writer_of_view(
+    base: LazyTensor, func: Any, args: Any, kwargs: Any, number: int | None = None
+) -> Callable[[torch.Tensor], None] | None:
+    """What keeps new values of the view (of several: `number`) that `func` makes of `base`."""
+    if base._write is None:
+        return None
+
+    def write(value: torch.Tensor) -> None:
+        whole = _copy_of(base)
+        given = tree_map_only(
+            LazyTensor, lambda t: whole if t is base else t._read(), (args, kwargs)
+        )
+        views = func(*given[0], **given[1])
+        (views if number is None else views[number]).copy_(value)
+        assert base._write is not None
+        base._write(whole)
+
+    return write
 
 
 def _meta(tensor: torch.Tensor) -> torch.Tensor:

@@ -9,15 +9,10 @@ import torch
 
 from bminf.errors import ArgumentError, UnsupportedModelError
 from bminf.layers.saving import check_not_saved
-from bminf.lazy import LazyTensor
+from bminf.lazy import PACKED_IS_FROZEN, LazyTensor
 from bminf.ops.dequantize import dequantize_weight
 from bminf.ops.linear import ACTIVATIONS, linear_of_checked
 from bminf.quantization.packed import FORMATS, Format, PackedWeight, pack
-
-_ADVICE = (
-    "a packed weight is frozen: change weights, or merge adapters, before wrapping "
-    "(merge_and_unload() of peft, then bminf.wrapper), or wrap with quantization=False"
-)
 
 
 def is_conv1d(module: torch.nn.Module) -> bool:
@@ -105,7 +100,7 @@ class QuantizedLinear(torch.nn.Linear):
             return self.dequantize()  # what is not used is left out of the graph
         shape = (self.out_features, self.in_features)
         like = torch.empty(shape, dtype=self.dtype, device="meta")
-        return LazyTensor(self.dequantize, like, device=self.scale.device, advice=_ADVICE)
+        return LazyTensor(self.dequantize, like, device=self.scale.device)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
@@ -116,7 +111,9 @@ class QuantizedLinear(torch.nn.Linear):
     def _set_weight(self, value: Any) -> None:
         """Accept what is there already: adapters give a layer its own weight when taken off."""
         if not (isinstance(value, LazyTensor) and value._read == self.dequantize):
-            raise UnsupportedModelError(f"the weight of a packed linear cannot be set; {_ADVICE}")
+            raise UnsupportedModelError(
+                f"the weight of a packed linear cannot be set; {PACKED_IS_FROZEN}"
+            )
 
     def __getattr__(self, name: str) -> Any:
         # peft takes a layer with an attribute of this name for one of GPTQ's, and hands the codes

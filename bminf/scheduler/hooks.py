@@ -90,7 +90,9 @@ class Scheduler:
 
     def add(self, name: str, module: torch.nn.Module, layout: Layout) -> None:
         """Take over a block whose blob is at home."""
-        block = StreamedBlock(name, len(self.blocks), module, layout, self.backend, self._read)
+        block = StreamedBlock(
+            name, len(self.blocks), module, layout, self.backend, self._read, self._write
+        )
         self.blocks.append(block)  # before it lets go: an interrupt finds it and takes it back
         block.let_go()
 
@@ -210,6 +212,17 @@ class Scheduler:
             )
         view = block.layout.view(self.backend.home(block.index), name)
         return view if self._reads_host else view.to(self.backend.device)
+
+    def _write(self, block: StreamedBlock, name: str, value: torch.Tensor) -> None:
+        """Keep what was written to a tensor of a block outside the block's forward."""
+        self.call(self._write_inside, (block, name, value), {})
+
+    def _write_inside(self, block: StreamedBlock, name: str, value: torch.Tensor) -> None:
+        with torch.inference_mode(False), torch.no_grad():
+            block.overwrite(name, value)
+            self.backend.rewrite(block.index, name, value)
+        if self.ring is not None:
+            self.ring.changed(block.index)
 
     def _saved_by_autograd(self, block: StreamedBlock) -> AbstractContextManager[Any]:
         """Weights saved by autograd would be overwritten in the slot: save where they lie."""

@@ -137,13 +137,13 @@ class ReadAhead:
             self._give(order)
         return order.done
 
-    def write(self, blob: int, data: torch.Tensor) -> None:
-        """Keep new bytes of `blob` in the file. data: (bytes of the blob,) uint8, CPU.
+    def write(self, blob: int, data: torch.Tensor, begin: int = 0) -> None:
+        """Keep new bytes of `blob`, from byte `begin` on, in the file. data: (bytes,) uint8, CPU.
 
         Jobs that were given before may still see the old ones.
         """
         try:
-            self._store.write(blob, data)
+            self._store.write(blob, data, begin)
         finally:
             with self._lock:
                 self._staging.forget(blob)  # also if it is being read just now: see _end_read

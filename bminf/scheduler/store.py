@@ -42,9 +42,9 @@ class FileStore:
         self._descriptor = self._file.fileno()
         weakref.finalize(self, self._file.close)
 
-    def write(self, block: int, blob: torch.Tensor) -> None:
-        """Keep a blob. blob: (bytes of the block,) uint8, CPU."""
-        data, offset = _bytes_of(blob), self._offsets[block]
+    def write(self, block: int, blob: torch.Tensor, begin: int = 0) -> None:
+        """Keep a blob, or the part of one that begins at `begin`. blob: (bytes,) uint8, CPU."""
+        data, offset = _bytes_of(blob), self._offsets[block] + begin
         try:
             while data:
                 written = _write_at(self._file, data, offset)

@@ -53,7 +53,8 @@ class StreamedBlock:
     """A block whose tensors are elsewhere until it is bound to a slot.
 
     name, index: in the model, and in the ring.   layout: of its blob.   module: the block itself,
-    whose tensors are at home already and are let go here.   read: fetches one tensor from home.
+    whose tensors are at home already and are let go here.
+    read, write: fetch one tensor from home, and keep new values of one there.
     """
 
     def __init__(
@@ -64,7 +65,9 @@ class StreamedBlock:
         layout: Layout,
         backend: Backend,
         read: Callable[[StreamedBlock, str], torch.Tensor],
+        write: Callable[[StreamedBlock, str, torch.Tensor], None],
     ) -> None:
+        self._read, self._write = read, write
         self.name, self.index, self.module, self.layout = name, index, module, layout
         self.slot: int | None = None
         self._begins = [slot.data_ptr() for slot in backend.slots]
@@ -77,7 +80,7 @@ class StreamedBlock:
             if tensor_name in layout.specs
         }
         self._held = [
-            self._hold(tensor_name, place, tensor, backend, read)
+            self._hold(tensor_name, place, tensor, backend)
             for place, (tensor_name, tensor) in places.items()
         ]
 
@@ -87,10 +90,9 @@ class StreamedBlock:
         place: TensorPlace,
         tensor: torch.Tensor,
         backend: Backend,
-        read: Callable[[StreamedBlock, str], torch.Tensor],
     ) -> _Held:
-        fetch = functools.partial(read, self, name)
-        away = LazyTensor(fetch, tensor, backend.device, place.is_parameter)
+        fetch, keep = (functools.partial(do, self, name) for do in (self._read, self._write))
+        away = LazyTensor(fetch, tensor, backend.device, place.is_parameter, keep)
         held = _Held(name, place, away, [], dict(tensor.__dict__))
         held.in_slot = [_guarded(held.kept(self.layout.view(slot, name))) for slot in backend.slots]
         return held
@@ -133,9 +135,16 @@ class StreamedBlock:
         for held in self._held:
             weight = held.kept(self.layout.view(blob, held.name))
             # Whoever still has the lazy tensor goes on reading the right values.
-            held.away._read = weight.detach
+            held.away._read, held.away._write = weight.detach, weight.detach().copy_
             if held.is_ours():
                 held.place.set(weight)
+
+    def overwrite(self, name: str, value: torch.Tensor) -> None:
+        """Give the tensor `name` new values in the slot, if the block is bound to one."""
+        if self.slot is not None:
+            held = next(held for held in self._held if held.name == name)
+            with torch.no_grad():
+                held.in_slot[self.slot].copy_(value)
 
     def changed(self) -> bool:
         """Whether anything wrote in place to a parameter or buffer since bind().

@@ -54,6 +54,13 @@ class Backend(Protocol):
     def write_back(self, block: int, slot: int) -> None:
         """Bring what a block changed in its slot back to its home, before any other copy."""
 
+    def rewrite(self, block: int, name: str, tensor: torch.Tensor) -> None:
+        """Give one tensor of a block new values at home, before any other copy of it.
+
+        The tensor has the shape and dtype of the layout, on any device; what is copied at the same
+        time may get old bytes, new ones or a mixture.
+        """
+
     def copy(self, block: int, slot: int, after: Any) -> Any: ...
 
     def wait(self, copied: Any) -> None: ...

@@ -61,6 +61,13 @@ class CpuBackend:
     def write_back(self, block: int, slot: int) -> None:
         self._opened_store().write(block, self._slot(block, slot))
 
+    def rewrite(self, block: int, name: str, tensor: torch.Tensor) -> None:
+        store, layout = self._opened_store(), self._layouts[block]
+        blob = store.map(block)  # a private copy, of the pages that are touched
+        layout.fill(blob, [(name, tensor)])
+        begin, end = layout.span(name)
+        store.write(block, blob[begin:end], begin)
+
     def copy(self, block: int, slot: int, after: None) -> Future[None]:
         assert self._reader is not None
         self._counters.copies += 1

@@ -152,6 +152,15 @@ class CudaBackend:
             return
         self._homes[block].tensor.copy_(self._slot(block, slot))
 
+    def rewrite(self, block: int, name: str, tensor: torch.Tensor) -> None:
+        # Behind this, no copy that a computation waits for is under way; those ahead are given up.
+        self._compute_stream().synchronize()
+        layout, blob = self._layouts[block], self.home(block)
+        layout.fill(blob, [(name, tensor)])
+        if self._files is not None and block in self._files.numbers:
+            begin, end = layout.span(name)  # the blob is a private copy of the file
+            self._files.read_ahead.write(self._files.numbers[block], blob[begin:end], begin)
+
     def copy(self, block: int, slot: int, after: torch.cuda.Event | None) -> _Copy:
         copy = _Copy(self._event(), self._event())
         queue = partial(self._queue, copy, block, slot, after)
