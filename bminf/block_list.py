@@ -23,6 +23,9 @@ class TransformerBlockList(torch.nn.ModuleList):
     Iterate over it, index it, or call it: a call hands the output of each block to the next, and
     all further arguments to each. Of a tuple, the first item is handed on; the last block's whole
     output is returned. Raises as wrapper() does.
+
+    A slice, a copy (copy.copy) or a sum is a plain torch.nn.ModuleList of the same blocks, which go
+    on streaming under the one limit.
     """
 
     def __init__(
@@ -46,6 +49,17 @@ class TransformerBlockList(torch.nn.ModuleList):
             reserve=reserve,
             blocks=[name for name, _ in self.named_children()],
         )
+
+    def __getitem__(self, idx: int | slice) -> Any:
+        # A ModuleList makes a slice with its own class: it would be wrapped once more.
+        return (
+            torch.nn.ModuleList(list(self)[idx])
+            if isinstance(idx, slice)
+            else super().__getitem__(idx)
+        )
+
+    def __copy__(self) -> torch.nn.ModuleList:
+        return torch.nn.ModuleList(self)
 
     def forward(self, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
         output = hidden_states

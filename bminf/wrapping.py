@@ -17,7 +17,7 @@ from bminf.layers.quantized_linear import format_for
 from bminf.layers.saving import refuse_to_save
 from bminf.quantization.packed import INT8, Format
 from bminf.scheduler.blob import Blobs, check_tensors, survey, unmapped_bytes
-from bminf.scheduler.blocks import ModuleBlock, find_blocks
+from bminf.scheduler.blocks import ModuleBlock, find_blocks, tensors_of
 from bminf.scheduler.device import backend_for, free_budget, host_budget
 from bminf.scheduler.hooks import ATTRIBUTE, Scheduler, Stats, is_streaming
 from bminf.scheduler.placement import place, take_back
@@ -209,7 +209,7 @@ def _check_model(model: torch.nn.Module) -> None:
                 f"{name or 'this module'!r} is part of a model that is wrapped already; "
                 "call bminf.unwrap on that model first"
             )
-        if isinstance(module, torch.jit.ScriptModule):
+        if isinstance(module, torch.jit.ScriptModule) and any(True for _ in tensors_of(module)):
             raise UnsupportedModelError(
                 f"{name or 'the model'!r} is a TorchScript module, whose weights cannot be "
                 "exchanged; wrap the model it was made from"

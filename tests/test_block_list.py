@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -61,7 +63,7 @@ def test_a_block_list_hands_on_the_first_of_a_tuple() -> None:
 
     torch.manual_seed(0)
     layers = bminf.TransformerBlockList([Tuple(16) for _ in range(3)], memory_limit="1GB")
-    x = torch.randn(2, 16, device=next(layers.parameters()).device)
+    x = torch.randn(2, 16)
     expected = x
     for layer in layers:
         expected = layer(expected, add=2.0)[0]
@@ -72,3 +74,78 @@ def test_a_block_list_hands_on_the_first_of_a_tuple() -> None:
 def test_a_block_list_runs_on_one_gpu(gpus: Any) -> None:
     with pytest.raises(ArgumentError, match="one index"):
         bminf.TransformerBlockList([Residual(4) for _ in range(3)], gpus=gpus)
+
+
+def small_list(limit: int | str) -> tuple[bminf.TransformerBlockList, list[torch.nn.Module]]:
+    """A list under `limit`, "least" for one that streams, and equal blocks that are not wrapped."""
+    blocks = list(make_stack().layers)
+    size = sum(t.nbytes for t in blocks[0].state_dict().values())
+    limit = 3 * size if limit == "least" else limit
+    return bminf.TransformerBlockList(list(make_stack().layers), memory_limit=limit), blocks
+
+
+def run(blocks: Any, x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        for block in blocks:
+            x = block(x)
+    return x
+
+
+@pytest.mark.parametrize("limit", ["1GB", "least"])
+@pytest.mark.parametrize(
+    "part",
+    [
+        lambda layers: layers[:3],
+        lambda layers: layers[::-2],
+        lambda layers: layers[5:5],
+        copy.copy,
+        lambda layers: layers + layers[1:],
+        lambda layers: torch.nn.ModuleList(layers),
+    ],
+)
+def test_a_part_of_a_block_list_is_a_plain_list_of_the_same_blocks(
+    limit: str, part: Callable[[Any], Any]
+) -> None:
+    layers, plain = small_list(limit)
+    is_streamed = bool(bminf.plan_of(layers).streamed)
+    assert is_streamed is (limit == "least")
+    x = torch.randn(3, 16)
+    pieces = part(layers)
+    assert type(pieces) is torch.nn.ModuleList and bminf.plan_of(pieces) is None
+    expected = part(torch.nn.ModuleList(plain))
+    assert [list(layers).index(b) for b in pieces] == [plain.index(b) for b in expected]
+    before = bminf.stats_of(layers).bytes_copied
+    assert torch.equal(run(pieces, x), run(expected, x))
+    assert (bminf.stats_of(layers).bytes_copied > before) is (is_streamed and len(pieces) > 1)
+    del pieces
+    assert torch.equal(layers(x), run(plain, x)) and bminf.plan_of(layers) is not None
+
+
+@pytest.mark.parametrize("limit", ["1GB", "least"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layers, more: layers.append(more),
+        lambda layers, more: layers.extend([more, layers[1]]),
+        lambda layers, more: layers.insert(2, more),
+        lambda layers, more: layers.__setitem__(4, more),
+        lambda layers, more: layers.__delitem__(slice(1, 4)),
+        lambda layers, more: layers.pop(5),
+        lambda layers, more: layers.pop(slice(0, 2)),
+        lambda layers, more: layers.__iadd__([more]),
+    ],
+)
+def test_a_block_list_that_is_changed_runs_what_is_in_it(
+    limit: str, change: Callable[[Any, torch.nn.Module], Any]
+) -> None:
+    layers, plain = small_list(limit)
+    expected = torch.nn.ModuleList(plain)
+    more = Residual(16).eval()
+    x = torch.randn(3, 16)
+    for changed in (layers, expected):
+        change(changed, more)
+    assert len(layers) == len(expected)
+    for _ in range(2):
+        assert torch.equal(layers(x), run(expected, x))
+    bminf.unwrap(layers)
+    assert torch.equal(layers(x), run(expected, x))
