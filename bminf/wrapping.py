@@ -23,6 +23,12 @@ from bminf.scheduler.hooks import ATTRIBUTE, Scheduler, Stats, is_streaming
 from bminf.scheduler.placement import place, take_back
 from bminf.scheduler.plan import Block, Plan, plan
 from bminf.scheduler.stand_ins import Choice, Predicate, choose, warn_of_what_stays
+from bminf.scheduler.unregistered import (
+    Unregistered,
+    bytes_on,
+    find_unregistered,
+    warn_of_unregistered,
+)
 from bminf.scheduler.uses import uses_of
 from bminf.units import format_bytes, parse_bytes
 
@@ -81,7 +87,8 @@ def wrapper(
     )
     budget = _budget(memory_limit, model, backend.device, source_device)
     own_bytes = unmapped_bytes(model) if source_device.type == "cpu" else 0
-    the_plan = request.plan(budget, host_budget(backend.device, own_bytes))
+    the_plan = request.plan(budget, host_budget(backend.device, own_bytes), backend.device)
+    warn_of_unregistered(request.unregistered, request.blobs.nbytes, stacklevel=2)
     if _format(quantization) is not None:
         warn_of_what_stays(model, request.blocks, request.choice, stacklevel=2)
     _carry_out(model, request, Scheduler(the_plan, backend, source_device), offload_dir)
@@ -139,7 +146,8 @@ def plan_for(
         model, quantization, blocks, uses, quantize, reserve, keep_addresses=False
     )
     if memory_limit is None:
-        return request.plan(request.reserved_bytes + request.blobs.nbytes)
+        elsewhere_bytes = bytes_on(request.unregistered, None)
+        return request.plan(request.reserved_bytes + request.blobs.nbytes + elsewhere_bytes)
     host_bytes = None if host_memory is None else parse_bytes(host_memory, "host_memory")
     return request.plan(parse_bytes(memory_limit, "memory_limit"), host_bytes)
 
@@ -154,6 +162,7 @@ class _Request:
     uses: dict[str, float]
     reserved_bytes: int
     model_name: str
+    unregistered: list[Unregistered]
 
     @classmethod
     def of(
@@ -171,16 +180,20 @@ class _Request:
         choice = choose(model, found, _format(quantization), quantize)
         blobs = survey(model, found, choice.stand_ins, keep_addresses)
         all_uses = _merged_uses(model, found, _checked_uses(uses))
-        return cls(found, choice, blobs, all_uses, reserved_bytes, type(model).__name__)
+        name, elsewhere = type(model).__name__, find_unregistered(model)
+        return cls(found, choice, blobs, all_uses, reserved_bytes, name, elsewhere)
 
-    def plan(self, budget: int, host_bytes: int | None = None) -> Plan:
+    def plan(
+        self, budget: int, host_bytes: int | None = None, device: torch.device | None = None
+    ) -> Plan:
+        """device: what the budget is of; tensors that are not registered count where they lie."""
         if not self.blocks:
             self._check_that_all_fits(budget)
         return plan(
             [Block(b.name, self.blobs.blocks[b.name].nbytes, b.list_name) for b in self.blocks],
             budget,
             self.uses,
-            outside_bytes=self.blobs.outside.nbytes,
+            outside_bytes=self.blobs.outside.nbytes + bytes_on(self.unregistered, device),
             reserved_bytes=self.reserved_bytes,
             host_bytes=host_bytes,
         )
