@@ -30,7 +30,7 @@ from bminf.scheduler.backends.base import Backend
 from bminf.scheduler.blocks import tensors_of
 from bminf.scheduler.plan import Plan
 from bminf.scheduler.ring import Ring
-from bminf.scheduler.streamed_block import StreamedBlock
+from bminf.scheduler.streamed_block import StreamedBlock, not_convertible
 from bminf.tracing import disable_compile, tracer_at_work
 
 logger = logging.getLogger("bminf")
@@ -107,9 +107,10 @@ class Scheduler:
             self._override(module, "load_state_dict", _refuse_loading)
             self._override(module, "__prepare_scriptable__", _refuse_scripting)
         # Only modules that hold tensors: others, such as activations, may be shared by all models.
-        holders = [module for block in self.blocks for module in block.holders()]
+        holders = {module: block for block in self.blocks for module in block.holders()}
         for module in dict.fromkeys([*around, *holders]):
-            self._override(module, "_apply", _Apply(module))
+            block = blocks.get(module, holders.get(module))
+            self._override(module, "_apply", _Apply(module, block))
         self.ring.start()
 
     def uninstall(self) -> None:
@@ -358,21 +359,24 @@ def _refuse_loading(*args: Any, **kwargs: Any) -> None:
 
 
 class _Apply(_Override):
-    """Module._apply, which .to() and .half() call: accept what changes nothing, refuse the rest."""
+    """Module._apply, which .to() and .half() call: accept what changes nothing, refuse the rest.
 
-    def __init__(self, module: torch.nn.Module) -> None:
-        self._module = module
+    Within the forward of its block a part may be converted: hooks that keep weights in one dtype
+    and compute in another (layerwise casting) do so in each pass.
+    """
+
+    def __init__(self, module: torch.nn.Module, block: StreamedBlock | None) -> None:
+        self._module, self._block = module, block
 
     def __call__(self, fn: Callable[..., Any], recurse: bool = True) -> torch.nn.Module:
+        if self._block is not None and self._block.slot is not None:
+            self._block.convert(self._module, fn)
+            return self._module
         for name, _, tensor in tensors_of(self._module):
             probe = _probe_like(tensor)
             before = probe._version, probe.is_shared()
             if fn(probe) is not probe or (probe._version, probe.is_shared()) != before:
-                raise UnsupportedModelError(
-                    f"a model with streamed blocks cannot be moved or converted ({name!r} is "
-                    f"{tensor.dtype} on {tensor.device}, strides {tensor.stride()}); do it before "
-                    "wrapping, or call bminf.unwrap(model) first"
-                )
+                raise not_convertible(name, tensor)
         return self._module
 
 

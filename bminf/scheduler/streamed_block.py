@@ -28,17 +28,44 @@ class _Held:
     away: LazyTensor
     in_slot: list[torch.Tensor]
     attributes: dict[str, Any]  # what python code hung on it
+    cast: torch.Tensor | None = None  # what a hook made of it, for the time of a forward
+    cast_version: int = 0
 
     def is_ours(self) -> bool:
         """Whether nobody else has put a tensor in our place."""
         current = self.place.get()
-        return current is self.away or any(current is tensor for tensor in self.in_slot)
+        return any(current is tensor for tensor in (self.away, self.cast, *self.in_slot))
 
     def bind(self, slot: int) -> None:
         weight = self.in_slot[slot]
         if weight.requires_grad is not self.away.requires_grad:  # set since wrapping
             weight.requires_grad_(self.away.requires_grad)
         self.place.set(weight)
+
+    def convert(self, fn: Callable[[torch.Tensor], torch.Tensor], slot: int) -> None:
+        """Put `fn` of what stands there in its place; back in its own dtype it is in the slot."""
+        current, own = self.place.get(), self.in_slot[slot]
+        assert current is not None
+        converted = fn(current)
+        if converted is current:
+            return
+        if converted.device != own.device:
+            raise not_convertible(self.name, own)
+        if self.is_ours() and converted.dtype == own.dtype:
+            self.take_over(slot, converted)
+            self.place.set(own)
+            return
+        is_ours = self.is_ours()
+        converted = _guarded(self.kept(converted.detach()))
+        self.place.set(converted)
+        if is_ours:
+            self.cast, self.cast_version = converted, converted._version
+
+    def take_over(self, slot: int, converted: torch.Tensor | None = None) -> None:
+        """Bring what was written to the cast tensor, if anything was, into the slot."""
+        if self.cast is not None and self.cast._version != self.cast_version:
+            self.in_slot[slot].copy_(self.cast if converted is None else converted)
+        self.cast = None
 
     def kept(self, view: torch.Tensor) -> torch.Tensor:
         """`view` as the kind of tensor that was there."""
@@ -146,6 +173,15 @@ class StreamedBlock:
             with torch.no_grad():
                 held.in_slot[self.slot].copy_(value)
 
+    def convert(self, module: torch.nn.Module, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Module._apply for a part of the block that is bound: until the block is left."""
+        assert self.slot is not None
+        inside = set(module.modules())
+        with torch.no_grad():
+            for held in self._held:
+                if held.place.module in inside:
+                    held.convert(fn, self.slot)
+
     def changed(self) -> bool:
         """Whether anything wrote in place to a parameter or buffer since bind().
 
@@ -154,6 +190,9 @@ class StreamedBlock:
         """
         if self.slot is None:
             return False
+        with torch.no_grad():
+            for held in self._held:
+                held.take_over(self.slot)
         if self.module.training and any(not held.place.is_parameter for held in self._held):
             return True
         return self._count_versions(self.slot) != self._versions
@@ -182,6 +221,14 @@ def _guarded(weight: torch.Tensor) -> torch.Tensor:
         weight.requires_grad_(True).register_hook(_refuse_gradient)
         weight.requires_grad_(is_trainable)
     return weight
+
+
+def not_convertible(name: str, tensor: torch.Tensor) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"a model with streamed blocks cannot be moved or converted ({name!r} is "
+        f"{tensor.dtype} on {tensor.device}); do it before wrapping, "
+        "or call bminf.unwrap(model) first"
+    )
 
 
 def _refuse_gradient(gradient: torch.Tensor) -> None:
