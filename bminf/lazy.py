@@ -42,11 +42,15 @@ class LazyTensor(torch.Tensor):
     def __new__(
         cls,
         read: Callable[[], torch.Tensor],
-        like: torch.Tensor,
+        like: torch.Tensor | None = None,
         device: torch.device | None = None,
         is_parameter: bool = False,
         write: Callable[[torch.Tensor], object] | None = None,
-    ) -> LazyTensor:
+        requires_grad: bool = True,
+    ) -> Any:
+        if isinstance(read, torch.Tensor):  # type(parameter)(data, requires_grad), as others do
+            return torch.nn.Parameter(read, requires_grad if like is None else bool(like))
+        assert like is not None
         tensor: LazyTensor = torch.Tensor._make_wrapper_subclass(
             cls,
             like.shape,

@@ -20,6 +20,7 @@ from bminf.scheduler.blob import Blobs, check_tensors, survey, unmapped_bytes
 from bminf.scheduler.blocks import ModuleBlock, find_blocks, tensors_of
 from bminf.scheduler.device import backend_for, free_budget, host_budget
 from bminf.scheduler.hooks import ATTRIBUTE, Scheduler, Stats, is_streaming
+from bminf.scheduler.offloaded import fetch_offloaded
 from bminf.scheduler.placement import place, take_back
 from bminf.scheduler.plan import Block, Plan, plan
 from bminf.scheduler.stand_ins import Choice, Predicate, choose, warn_of_what_stays
@@ -74,14 +75,17 @@ def wrapper(
         whether it is packed; None packs those in the blocks, or all where there are no blocks, but
         for the output head.
 
+    A model that accelerate has offloaded is taken out of its store, and its hooks are removed.
+
     Raises ArgumentError, BudgetError, OffloadError or UnsupportedModelError, the model unchanged;
     only if a disk or a memory fails midway, or a weight is not finite, linears that are quantised
     by then stay quantised.
     """
     check_keywords("wrapper", unknown, keywords_of(wrapper)[1:])  # a model comes without its name
     _check_model(model)
-    source_device = check_tensors(model)
     backend = backend_for(device)
+    fetch_offloaded(model)
+    source_device = check_tensors(model)
     request = _Request.of(
         model, quantization, blocks, uses, quantize, reserve, backend.keeps_addresses
     )

@@ -70,6 +70,15 @@ def test_writing_is_refused_and_reading_from_it_is_not() -> None:
     assert torch.equal(torch.zeros(3).add_(tensor), real) and torch.equal(real, torch.ones(3))
 
 
+def test_a_parameter_made_of_its_class_is_an_ordinary_one() -> None:
+    tensor, _ = lazy(torch.nn.Parameter(torch.randn(3)), is_parameter=True)
+    for made in (
+        type(tensor)(torch.ones(2), requires_grad=False),
+        type(tensor)(torch.ones(2), False),
+    ):
+        assert type(made) is torch.nn.Parameter and not made.requires_grad and made.sum() == 2
+
+
 def test_copies_are_real_tensors() -> None:
     for is_parameter in (False, True):
         tensor, _ = lazy(torch.nn.Parameter(torch.randn(3)), is_parameter)

@@ -132,8 +132,11 @@ def check_tensors(model: torch.nn.Module) -> torch.device:
         devices.setdefault(tensor.device, name)
     if len(devices) > 1:
         where = ", ".join(f"{name!r} on {device}" for device, name in devices.items())
+        hooks = any("_hf_hook" in module.__dict__ for module in model.modules())
+        first = "remove accelerate's hooks (accelerate.hooks.remove_hook_from_module(model, "
         raise UnsupportedModelError(
-            f"the model lies on several devices ({where}); move it to one first"
+            f"the model lies on several devices ({where}); "
+            f"{first + 'recurse=True)) and ' if hooks else ''}move it to one first"
         )
     return next(iter(devices), torch.device("cpu"))
 

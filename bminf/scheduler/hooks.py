@@ -10,13 +10,16 @@ anything reads them; inside, views into the slot.
 
 from __future__ import annotations
 
+import copy
 import functools
+import inspect
 import logging
 import os
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
@@ -75,7 +78,7 @@ class Scheduler:
         self._pass_counted = False
         self._num_passes = 0
         self._reads_host = False
-        self._warned = False
+        self._warned = self._warned_of_removed = False
         self._overrides: list[tuple[torch.nn.Module, str, Any, Any]] = []
 
     def __deepcopy__(self, memo: Any) -> None:
@@ -122,6 +125,10 @@ class Scheduler:
                     module.__dict__.pop(name)
                     if before is not None:
                         module.__dict__[name] = before
+                elif isinstance(ours, _Forward):
+                    ours.leave_to(module)
+                if isinstance(ours, _Override):
+                    ours.is_over = True
                 self._overrides.pop()
             self.ring = None
 
@@ -203,7 +210,7 @@ class Scheduler:
 
     def _read(self, block: StreamedBlock, name: str) -> torch.Tensor:
         """One tensor of a block from its home, for whoever reads it outside the block's forward."""
-        if not self._reads_host and not self._warned:
+        if not self._reads_host and not self._warned and not self._warn_of_removed():
             self._warned = True
             logger.warning(
                 "%s of the streamed block %s is read outside the block's forward: it is fetched "
@@ -213,6 +220,22 @@ class Scheduler:
             )
         view = block.layout.view(self.backend.home(block.index), name)
         return view if self._reads_host else view.to(self.backend.device)
+
+    def _warn_of_removed(self) -> bool:
+        """Whether blocks have lost the forward that streams them; one warning says so."""
+        forwards = [ours for _, _, ours, _ in self._overrides if isinstance(ours, _Forward)]
+        lost = [ours.block_name for ours in forwards if ours.block_name and not ours.is_reached()]
+        if lost and not self._warned_of_removed:
+            self._warned_of_removed = True
+            warnings.warn(
+                f"the forward that streamed {', '.join(lost[:3])}"
+                f"{f' and {len(lost) - 3} more blocks' if len(lost) > 3 else ''} was removed or "
+                "replaced, so the streaming of that has ended: its weights are fetched one by one "
+                "when they are read, which is slow; call bminf.unwrap(model), put hooks of other "
+                "libraries on or take them off, and wrap it again",
+                stacklevel=2,
+            )
+        return bool(lost)
 
     def _write(self, block: StreamedBlock, name: str, value: torch.Tensor) -> None:
         """Keep what was written to a tensor of a block outside the block's forward."""
@@ -280,11 +303,14 @@ def _detached(block: StreamedBlock, output: Any) -> Any:
 
 def is_streaming(module: torch.nn.Module) -> bool:
     """Whether `module` is, holds or belongs to a model with streamed blocks."""
-    return any(isinstance(value, _Override) for value in module.__dict__.values())
+    values = module.__dict__.values()
+    return any(isinstance(value, _Override) and not value.is_over for value in values)
 
 
 class _Override:
     """Stands in a module's __dict__; a copy or a pickle of that would act on the wrong model."""
+
+    is_over = False  # the model is unwrapped, but somebody else has kept this
 
     def __deepcopy__(self, memo: Any) -> Any:
         raise UnsupportedModelError(
@@ -306,7 +332,8 @@ class _Forward(_Override):
         self, scheduler: Scheduler, module: torch.nn.Module, block: StreamedBlock | None
     ) -> None:
         functools.update_wrapper(self, module.forward)  # keeps the signature that generate() reads
-        self._scheduler, self._forward, self._block = scheduler, module.forward, block
+        self._module, self._scheduler, self._block = module, scheduler, block
+        self._forward = module.forward
         self._uncompiled = self._call = self._run
 
     def __getattr__(self, name: str) -> Any:
@@ -314,6 +341,11 @@ class _Forward(_Override):
         if not name.startswith("__") or "_forward" not in self.__dict__:
             raise AttributeError(name)
         return getattr(self._forward, name)
+
+    @property
+    def block_name(self) -> str:
+        """Of the block that it streams; "" for a module around blocks."""
+        return self._block.name if self._block is not None else ""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # A compiled graph would keep the weights it was traced with, so streaming stays out of
@@ -325,7 +357,37 @@ class _Forward(_Override):
             self._call = disable_compile(self._uncompiled, reason)
         return self._call(*args, **kwargs)
 
+    def __deepcopy__(self, memo: Any) -> Any:
+        return copy.deepcopy(self._forward, memo) if self.is_over else super().__deepcopy__(memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if self.is_over:
+            return self._forward.__reduce_ex__(protocol)
+        return super().__reduce_ex__(protocol)
+
+    def leave_to(self, module: torch.nn.Module) -> None:
+        """Give up the places where hooks of other libraries have put this."""
+        for name, value in list(module.__dict__.items()):
+            if value is self:
+                module.__dict__[name] = self._forward
+
+    def is_reached(self) -> bool:
+        """Whether a call of the module comes here, as far as that can be seen."""
+        if any(value is self for value in self._module.__dict__.values()):
+            return True
+        forward = self._module.__dict__.get("forward")
+        while forward is not None and forward is not self:
+            with suppress(TypeError, ValueError):  # no function; a variable without a value
+                if any(
+                    value is self for value in inspect.getclosurevars(forward).nonlocals.values()
+                ):
+                    return True
+            forward = getattr(forward, "__wrapped__", None)
+        return forward is self
+
     def _run(self, *args: Any, **kwargs: Any) -> Any:
+        if self.is_over:
+            return self._forward(*args, **kwargs)
         return self._scheduler.call(self._inner, args, kwargs)
 
     def _inner(self, *args: Any, **kwargs: Any) -> Any:

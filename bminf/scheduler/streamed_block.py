@@ -51,7 +51,8 @@ class _Held:
             return
         if converted.device != own.device:
             raise not_convertible(self.name, own)
-        if self.is_ours() and converted.dtype == own.dtype:
+        is_as_own = (converted.dtype, converted.stride()) == (own.dtype, own.stride())
+        if self.is_ours() and is_as_own:
             self.take_over(slot, converted)
             self.place.set(own)
             return
@@ -226,7 +227,7 @@ def _guarded(weight: torch.Tensor) -> torch.Tensor:
 def not_convertible(name: str, tensor: torch.Tensor) -> UnsupportedModelError:
     return UnsupportedModelError(
         f"a model with streamed blocks cannot be moved or converted ({name!r} is "
-        f"{tensor.dtype} on {tensor.device}); do it before wrapping, "
+        f"{tensor.dtype} on {tensor.device}, strides {tensor.stride()}); do it before wrapping, "
         "or call bminf.unwrap(model) first"
     )
 

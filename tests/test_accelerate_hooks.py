@@ -1,0 +1,183 @@
+"""accelerate's hooks around our own, put on and taken off in any order, and what it offloaded."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import pickle
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import accelerate
+import pytest
+import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+from streaming import Stack, make_stack, stream
+from tiny_models import LLAMA, inputs_of, make, output_of
+
+import bminf
+from bminf.errors import UnsupportedModelError
+
+
+def attach(model: Stack) -> None:
+    for layer in model.layers:
+        add_hook_to_module(layer, AlignDevicesHook(execution_device="cpu", io_same_device=True))
+
+
+def detach(model: Stack) -> None:
+    for layer in model.layers:
+        remove_hook_from_module(layer)
+
+
+STEPS: dict[str, Callable[[Stack], Any]] = {
+    "attach": attach,
+    "detach": detach,
+    "wrap": stream,
+    "unwrap": bminf.unwrap,
+}
+ORDERS = [
+    order
+    for order in itertools.permutations(STEPS)
+    if order.index("attach") < order.index("detach") and order.index("wrap") < order.index("unwrap")
+]
+
+
+@pytest.mark.parametrize("order", ORDERS, ids="-".join)
+def test_hooks_go_on_and_off_in_any_order(order: tuple[str, ...]) -> None:
+    model, x = make_stack(), torch.randn(3, 16)
+    expected = model(x)
+    ends_streaming = order == ("attach", "wrap", "detach", "unwrap")
+    for step in order:
+        STEPS[step](model)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                assert torch.equal(model(x), expected), step
+        ended = [str(w.message) for w in said]
+        assert len(ended) == (ends_streaming and step == "detach"), ended
+        assert all("layers.0, layers.1, layers.2 and 4 more" in text for text in ended)
+    assert not any(name.startswith("_old") for name in model.layers[5].__dict__)
+    assert torch.equal(copy.deepcopy(model)(x), expected)
+    assert torch.equal(pickle.loads(pickle.dumps(model))(x), expected)
+    stream(model)
+    copies = bminf.stats_of(model).copies
+    assert torch.equal(model(x), expected) and bminf.stats_of(model).copies == copies + 7
+
+
+def test_a_forward_that_is_removed_is_told_once_with_what_to_do() -> None:
+    model, x = make_stack(), torch.randn(3, 16)
+    expected = model(x)
+    stream(model)
+    del model.layers[5].forward
+    with pytest.warns(UserWarning, match=r"streamed layers\.5 was removed.*unwrap") as said:
+        for _ in range(3):
+            assert torch.equal(model(x), expected)
+    assert len(said) == 1
+    bminf.unwrap(model)
+    stream(model)
+    assert torch.equal(model(x), expected)
+
+
+def test_a_forward_wrapped_by_hand_goes_on_streaming() -> None:
+    model, x = make_stack(), torch.randn(3, 16)
+    expected = model(x)
+    stream(model)
+    layer = model.layers[5]
+    inner, layer.forward = layer.forward, lambda x: inner(x) + 0
+    assert torch.equal(model(x), expected)
+    assert layer.up.weight.sum() == make_stack().layers[5].up.weight.sum()  # read, and no warning
+    bminf.unwrap(model)
+    assert torch.equal(model(x), expected) and torch.equal(layer(x), make_stack().layers[5](x))
+
+
+def offload(model: torch.nn.Module, how: str, folder: Path) -> torch.nn.Module:
+    if how == "cpu":
+        return accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    if how == "cpu with buffers":
+        return accelerate.cpu_offload(
+            model, execution_device=torch.device("cpu"), offload_buffers=True
+        )
+    if how == "disk":
+        return accelerate.disk_offload(
+            model, folder, execution_device=torch.device("cpu"), offload_buffers=True
+        )
+    device_map = {name: "disk" for name, _ in model.named_children()}
+    *_, last = device_map
+    device_map[last] = "cpu"
+    return accelerate.dispatch_model(
+        model, device_map, main_device="cpu", offload_dir=folder, force_hooks=True
+    )
+
+
+@pytest.mark.parametrize("how", ["cpu", "cpu with buffers", "disk", "dispatched"])
+@pytest.mark.parametrize("name", ["stack", "llama", "gpt2"])
+def test_what_was_offloaded_is_fetched(how: str, name: str, tmp_path: Path) -> None:
+    def made() -> torch.nn.Module:
+        return make_stack().bfloat16() if name == "stack" else make(name)
+
+    x = torch.randn(3, 16).bfloat16()
+
+    def output(model: torch.nn.Module) -> torch.Tensor:
+        with torch.no_grad():
+            return model(x) if name == "stack" else output_of(model, inputs_of(name))
+
+    plain = made()
+    expected, right = output(plain), plain.state_dict()
+    model = offload(made(), how, tmp_path)
+    assert any(parameter.is_meta for parameter in model.parameters())
+    whole = bminf.wrapping.plan_for(plain, False)
+    limit = whole.outside_bytes + 2 * max(block.nbytes for block in whole.blocks)
+    bminf.wrapper(model, False, limit, device="cpu")
+    assert bminf.plan_of(model).streamed
+    assert bminf.plan_of(model).outside_bytes == whole.outside_bytes
+    shutil.rmtree(tmp_path)
+    for _ in range(2):
+        assert torch.equal(output(model), expected)
+    assert all(torch.equal(value, right[key]) for key, value in model.state_dict().items())
+    assert not any("_hf_hook" in module.__dict__ for module in model.modules())
+    assert not hasattr(model, "hf_device_map")
+    if name != "stack":
+        tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+        assert tied == plain.config.tie_word_embeddings
+    bminf.unwrap(model)
+    assert torch.equal(output(model), expected)
+
+
+def test_tied_weights_are_fetched_once(tmp_path: Path) -> None:
+    import transformers
+
+    config = transformers.LlamaConfig(**LLAMA, tie_word_embeddings=True)
+    for how in ("cpu", "disk"):
+        model = offload(transformers.LlamaForCausalLM(config).eval(), how, tmp_path / how)
+        bminf.wrapper(model, False, "1GB", device="cpu")
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_a_store_that_lacks_weights_is_told_by_name() -> None:
+    model = accelerate.cpu_offload(make_stack(), execution_device=torch.device("cpu"))
+    del model.layers[2].up._hf_hook.weights_map.dataset["layers.2.up.weight"]
+    with pytest.raises(UnsupportedModelError, match=r"layers\.2\.up\.weight.*remove_hook"):
+        bminf.wrapper(model, False, "1GB", device="cpu")
+    assert next(model.head.parameters()).is_meta and hasattr(model.head, "_hf_hook")
+
+
+def test_offloading_a_model_that_streams_keeps_it_right() -> None:
+    model, x = make_stack(), torch.randn(3, 16)
+    expected = model(x)
+    stream(model)
+    try:
+        accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    except UnsupportedModelError as error:
+        assert "unwrap" in str(error)
+    assert torch.equal(model(x), expected)
+
+
+def test_group_offloading_is_refused() -> None:
+    model = make_stack()
+    model.layers[2]._diffusers_hook = SimpleNamespace(hooks={"group_offloading": None})
+    with pytest.raises(UnsupportedModelError, match=r"layers\.2.*enable_group_offload"):
+        bminf.wrapper(model, False, "1GB", device="cpu")
