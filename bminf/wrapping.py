@@ -19,6 +19,7 @@ from bminf.quantization.packed import INT8, Format
 from bminf.scheduler.blob import Blobs, check_tensors, survey, unmapped_bytes
 from bminf.scheduler.blocks import ModuleBlock, find_blocks, tensors_of
 from bminf.scheduler.device import backend_for, free_budget, host_budget
+from bminf.scheduler.held import Originals, warn_of_held
 from bminf.scheduler.hooks import ATTRIBUTE, Scheduler, Stats, is_streaming
 from bminf.scheduler.offloaded import fetch_offloaded
 from bminf.scheduler.placement import place, take_back
@@ -95,8 +96,11 @@ def wrapper(
     warn_of_unregistered(request.unregistered, request.blobs.nbytes, stacklevel=2)
     if _format(quantization) is not None:
         warn_of_what_stays(model, request.blocks, request.choice, stacklevel=2)
+    originals = Originals(model)
     _carry_out(model, request, Scheduler(the_plan, backend, source_device), offload_dir)
     _warn_of_training(model, stacklevel=2)
+    del request  # it has the linears that were packed
+    warn_of_held(originals, model, backend.device == source_device, stacklevel=2)
     return model
 
 

@@ -82,6 +82,8 @@ def take_back(model: torch.nn.Module, scheduler: Scheduler) -> None:
         scheduler.uninstall()
         for block, blob in zip(scheduler.blocks, blobs, strict=True):
             block.restore(blob.to(scheduler.source_device))
+    while scheduler.blocks:
+        scheduler.blocks.pop().forget()
     if scheduler.source_device != scheduler.backend.device:
         model.to(scheduler.source_device)
 

@@ -167,6 +167,10 @@ class StreamedBlock:
             if held.is_ours():
                 held.place.set(weight)
 
+    def forget(self) -> None:
+        """Hold no tensor any more, in case somebody else holds the block."""
+        self._held.clear()
+
     def overwrite(self, name: str, value: torch.Tensor) -> None:
         """Give the tensor `name` new values in the slot, if the block is bound to one."""
         if self.slot is not None:
