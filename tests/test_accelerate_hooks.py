@@ -21,6 +21,7 @@ from tiny_models import LLAMA, inputs_of, make, output_of
 
 import bminf
 from bminf.errors import UnsupportedModelError
+from bminf.wrapping import plan_for
 
 
 def attach(model: Stack) -> None:
@@ -129,7 +130,8 @@ def test_what_was_offloaded_is_fetched(how: str, name: str, tmp_path: Path) -> N
     expected, right = output(plain), plain.state_dict()
     model = offload(made(), how, tmp_path)
     assert any(parameter.is_meta for parameter in model.parameters())
-    whole = bminf.wrapping.plan_for(plain, False)
+    whole = plan_for(plain, False)
+    assert plan_for(model, False).total_bytes >= whole.total_bytes  # of the offloaded one, too
     limit = whole.outside_bytes + 2 * max(block.nbytes for block in whole.blocks)
     bminf.wrapper(model, False, limit, device="cpu")
     assert bminf.plan_of(model).streamed

@@ -7,7 +7,7 @@ stays, and whoever wraps a model that has many is told.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, is_dataclass
 from typing import Any
 from warnings import warn
@@ -21,7 +21,9 @@ from bminf.units import format_bytes
 
 _OBJECT_DEPTH = 2  # objects inside objects; deeper lie trainers and data sets, not weights
 _SHARE_WORTH_A_WORD = 16  # rotary tables and masks are far smaller than a 16th of the model
-_OWN_ATTRIBUTES = frozenset(torch.nn.Module().__dict__)
+# torch's own, and hooks with the stores of what other libraries offloaded (see offloaded.py).
+_OTHERS = {"_hf_hook", "_diffusers_hook"}
+_NOT_LOOKED_AT = _OTHERS | set(torch.nn.Module().__dict__)
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ class _Search:
         if isinstance(value, torch.nn.Module):
             if all(inner is not self._model for inner in value.modules()):  # not one around us
                 yield from ((tensor, depth) for _, _, tensor in tensors_of(value))
-        elif isinstance(value, Mapping):
+        elif isinstance(value, dict):
             yield from ((inner, depth) for inner in list(value.values()))
         elif isinstance(value, list | tuple | set | frozenset):
             yield from ((inner, depth) for inner in list(value))
@@ -153,7 +155,7 @@ def _attributes(module: torch.nn.Module) -> Iterator[tuple[str, Any]]:
         yield from _attributes_of_script(module)
         return
     for name, value in list(module.__dict__.items()):
-        if name not in _OWN_ATTRIBUTES:
+        if name not in _NOT_LOOKED_AT:
             yield name, value
 
 
