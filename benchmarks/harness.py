@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from tqdm import tqdm
 
 import bminf
 from bminf.cli.measure import PeakMemory, rss_anon_bytes
+from bminf.progress import progress_bar
 
 SCHEMA_VERSION = 1
 PACKAGES = (
@@ -122,7 +122,7 @@ def measure(variants: Sequence[Variant], settings: Settings) -> list[Result]:
     """
     results = [Result(variant.name) for variant in variants]
     reference: Any = None
-    with tqdm(total=settings.rounds * len(variants)) as bar:
+    with progress_bar(total=settings.rounds * len(variants)) as bar:
         for number in range(settings.rounds):
             for variant, result in zip(variants, results, strict=True):
                 bar.set_description(f"round {number + 1}, {variant.name}")

@@ -15,13 +15,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from benchmarks import kernels_cpu, kernels_cuda
 from benchmarks.calls import Call, CallResult, measure_calls
 from benchmarks.harness import Settings
 from benchmarks.kernels_inputs import FORMATS, Group, Setup
 from benchmarks.kernels_targets import targets
+from bminf.progress import progress_bar
 from bminf.units import parse_bytes
 
 _SHAPES = {
@@ -136,7 +136,7 @@ def _groups(setup: Setup, parameters: dict[str, Any], end: float) -> Iterator[Gr
     """Each group begins with a copy, whose bandwidth the others are compared with."""
     copy = _copy(setup)
     for op in parameters["ops"]:
-        for group in tqdm(_OPS[setup.device.type][op](setup), desc=op):
+        for group in progress_bar(_OPS[setup.device.type][op](setup), desc=op):
             if time.monotonic() > end:
                 parameters["left_out"].append(group.name)
             else:

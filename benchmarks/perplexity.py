@@ -25,11 +25,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from benchmarks.harness import Settings, document, summary
 from benchmarks.table import table
 from bminf.cli import models
+from bminf.progress import progress_bar
 from bminf.quantization.packed import Format, dequantize, pack
 
 WINDOW = 512
@@ -171,7 +171,7 @@ def restored(linears: Sequence[torch.nn.Linear]) -> Iterator[None]:
 def measure(reader: Reader, forms: Sequence[Format], seeds: Sequence[int]) -> list[Result]:
     """A result for fp32, then one for each format."""
     results = [Result("fp32", None, 32.0, [reader.plain], reader.plain)]
-    for form in tqdm(forms):
+    for form in progress_bar(forms):
         # Where a whole row shares a scale, the order of its columns changes nothing.
         orders = [None] if form.group_size is None else [None, *seeds]
         samples = [reader.read(seed, partial(repacked, form=form)) for seed in orders]

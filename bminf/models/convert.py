@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from bminf.arch.glm import GLMConfig
 from bminf.checkpoint.appearing import appearing, free
@@ -28,6 +27,7 @@ from bminf.models.load import DTYPES, Packing, lay_out, skeleton, tensors_of_blo
 from bminf.models.recognition import family_for
 from bminf.models.source import FORMAT_VERSION, HEAD, Source, open_source, skeleton_of
 from bminf.models.vocabulary_files import check_files, vocabulary_files
+from bminf.progress import progress_bar
 from bminf.quantization.packed import INT4, INT8, Format
 
 WEIGHTS_FILE = "model.safetensors"
@@ -117,7 +117,7 @@ def _write(source: Source, folder: Path, packing: Packing, dtype: torch.dtype) -
     blobs = lay_out(model, blocks)
     layouts = {"": blobs.outside, **blobs.blocks, **_layout_of_table(source, packing)}
     total = sum(layout.nbytes for layout in layouts.values())
-    with tqdm(total=total, desc="converting", unit="B", unit_scale=True, delay=1) as bar:
+    with progress_bar(total=total, desc="converting", unit="B", unit_scale=True, delay=1) as bar:
 
         def tensors(block: str) -> Iterator[Filling]:
             for filling in _fillings(source, model, block, blobs):

@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
-from tqdm import tqdm
 
 from bminf.layers.quantize import quantize_children
 from bminf.layout import Filling, Layout
+from bminf.progress import progress_bar
 from bminf.scheduler import memory
 from bminf.scheduler.backends.base import Backend
 from bminf.scheduler.blob import Blobs, unmapped_bytes
@@ -77,7 +77,7 @@ def take_back(model: torch.nn.Module, scheduler: Scheduler) -> None:
     with torch.inference_mode(False), torch.no_grad():
         blobs = [
             memory.allocate(block.layout.extent).copy_(scheduler.backend.home(block.index))
-            for block in tqdm(scheduler.blocks, desc="unwrapping", delay=1, leave=False)
+            for block in progress_bar(scheduler.blocks, desc="unwrapping", delay=1, leave=False)
         ]
         scheduler.uninstall()
         for block, blob in zip(scheduler.blocks, blobs, strict=True):
@@ -92,7 +92,9 @@ def _with_progress(
     layouts: Mapping[str, Layout], what: str = "wrapping"
 ) -> Iterator[tuple[str, Layout]]:
     total = sum(layout.nbytes for layout in layouts.values())
-    with tqdm(total=total, desc=what, unit="B", unit_scale=True, delay=1, leave=False) as bar:
+    with progress_bar(
+        total=total, desc=what, unit="B", unit_scale=True, delay=1, leave=False
+    ) as bar:
         for name, layout in layouts.items():
             yield name, layout
             bar.update(layout.nbytes)
