@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 
 import pytest
 
 from bminf.errors import ArgumentError
-from bminf.units import format_bytes, parse_bytes
+from bminf.units import format_bytes, parse_bytes, parse_rate
 
 
 @pytest.mark.parametrize(
@@ -21,6 +23,11 @@ from bminf.units import format_bytes, parse_bytes
         (" .5 KiB ", 512),
         ("1e3MB", 10**9),
         ("2TiB", 2 * 2**40),
+        ("6G", 6_000_000_000),
+        ("6Gi", 6 * 2**30),
+        ("512m", 512_000_000),
+        ("2k", 2000),
+        ("1.5Ti", 3 * 2**39),
     ],
 )
 def test_sizes_as_people_write_them(given: int | float | str, expected: int) -> None:
@@ -54,3 +61,52 @@ def test_what_is_not_a_size_is_refused_by_name(given: object, said: str) -> None
 )
 def test_sizes_as_people_read_them(nbytes: int, text: str) -> None:
     assert format_bytes(nbytes) == text
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ("6GB", "6 GB"),
+        ("6 gb", "6 GB"),
+        ("6G", "6 GB"),
+        ("1.25GiB", "1.25 GiB"),
+        ("5.5GiB", "5.5 GiB"),
+        ("400KiB", "400.0 KiB"),
+        ("2048MiB", "2048 MiB"),
+        ("3000", "2.9 KiB"),
+        (3000, "2.9 KiB"),
+    ],
+)
+def test_a_limit_is_shown_in_the_unit_it_came_in(given: int | str, text: str) -> None:
+    size = parse_bytes(given)
+    assert format_bytes(size) == text
+    assert format_bytes(parse_bytes(size)) == text
+    for copied in (copy.deepcopy(size), pickle.loads(pickle.dumps(size))):
+        assert copied == size and format_bytes(copied) == text
+    assert format_bytes(size + 0) == format_bytes(int(size))
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [("12GB", 12 * 10**9), ("12GB/s", 12 * 10**9), (" 1.5 GiB/s ", 3 * 2**29), ("25G", 25 * 10**9)],
+)
+def test_speeds_as_people_write_them(given: str, expected: int) -> None:
+    assert parse_rate(given, "--link") == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("12", 'no unit.*write "12GB"'),
+        ("12/s", 'no unit.*write "12GB"'),
+        ("1e3", "no unit"),
+        ("0GB", "more than 0"),
+        ("fast", "not a size"),
+        ("", "not a size"),
+        ("12 bananas", "unknown unit"),
+        ("9999999TB", "at most"),
+    ],
+)
+def test_what_is_not_a_speed_is_refused_by_name(given: str, said: str) -> None:
+    with pytest.raises(ArgumentError, match=f"--link=.*{said}"):
+        parse_rate(given, "--link")

@@ -1,6 +1,7 @@
 """The command `bminf VERB ...`: one file a verb, imported only when its verb is chosen.
 
-Exit codes: 0 done; 1 it failed, or a comparison came out unequal; 2 the command line is wrong.
+Exit codes: 0 done; 1 it failed, or a comparison came out unequal; 2 the command line is wrong;
+130 it was interrupted (Ctrl-C).
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     _print_anything()
-    arguments = _parser(argv).parse_args(argv)
     try:
+        arguments = _parser(argv).parse_args(argv)
         code = int(arguments.run(arguments))
         sys.stdout.flush()  # here, where an error can still be told
         return code
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, 1)
     except KeyboardInterrupt:
         print("bminf: interrupted", file=sys.stderr)
-        return 1
+        return 130  # 128 + SIGINT, as a shell has it
 
 
 def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:

@@ -60,7 +60,7 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises CheckpointError for anything else.
     """
     try:
-        config = json.loads(path.read_bytes())
+        config = json.loads(path.read_bytes())  # which knows byte-order marks
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror})") from error
     except ValueError as error:

@@ -101,7 +101,7 @@ def test_interrupt_leaves_no_traceback(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(bminf.cli.plan, "run", raiser(KeyboardInterrupt()))
-    assert main(["plan", "x"]) == 1
+    assert main(["plan", "x"]) == 130
     assert capsys.readouterr().err == "bminf: interrupted\n"
 
 

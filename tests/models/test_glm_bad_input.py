@@ -345,7 +345,7 @@ ARGUMENTS: list[tuple[dict[str, Any], Any, str]] = [
     ({"dtype": torch.int8}, ArgumentError, r"dtype=torch\.int8; accepted: torch\.float32"),
     ({"dtype": "float15"}, ArgumentError, "dtype='float15'"),
     ({"device": "tpu"}, ArgumentError, "device='tpu'"),
-    ({"memory_limit": "10KB"}, BudgetError, r"limit of 9\.8 KiB .*least .*MiB \(\d+ bytes\)"),
+    ({"memory_limit": "10KB"}, BudgetError, r"limit of 10 KB .*least .*MiB \(\d+ bytes\)"),
     ({"memory_limit": -1}, ArgumentError, "memory_limit=-1"),
     ({"memory_limit": "lots"}, ArgumentError, "memory_limit='lots'"),
     ({"max_length": 161}, ArgumentError, "max_length=161, but the model has 160 positions"),

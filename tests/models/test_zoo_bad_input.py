@@ -414,7 +414,7 @@ ARGUMENTS: list[tuple[dict[str, Any], Any, str]] = [
     ({"dtype": "float15"}, ArgumentError, "dtype='float15'"),
     ({"device": "tpu"}, ArgumentError, "device='tpu'.*accepted"),
     ({"device": "meta"}, ArgumentError, "device='meta'; accepted"),
-    ({"memory_limit": "10KB"}, BudgetError, r"limit of 9\.8 KiB .*least .*MiB \(\d+ bytes\)"),
+    ({"memory_limit": "10KB"}, BudgetError, r"limit of 10 KB .*least .*MiB \(\d+ bytes\)"),
     ({"memory_limit": 0}, BudgetError, "raise memory_limit, lower those two"),
     ({"memory_limit": -1}, ArgumentError, "memory_limit=-1"),
     ({"memory_limit": "lots"}, ArgumentError, "memory_limit='lots'"),
