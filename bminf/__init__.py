@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from bminf.quantization.packed import Format
     from bminf.scheduler.hooks import Stats
     from bminf.scheduler.plan import Plan
-    from bminf.wrapping import plan_of, stats_of, unwrap, wrapper
+    from bminf.wrapping import plan_for, plan_of, stats_of, unwrap, wrapper
 
 __version__ = "3.0.0.dev0"
 
@@ -25,6 +25,7 @@ _HOMES = {
     "QuantizedLinear": "bminf.layers.quantized_linear",
     "Stats": "bminf.scheduler.hooks",
     "TransformerBlockList": "bminf.block_list",
+    "plan_for": "bminf.wrapping",
     "plan_of": "bminf.wrapping",
     "stats_of": "bminf.wrapping",
     "unwrap": "bminf.wrapping",
@@ -37,6 +38,7 @@ __all__ = [
     "QuantizedLinear",
     "Stats",
     "TransformerBlockList",
+    "plan_for",
     "plan_of",
     "stats_of",
     "unwrap",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 from warnings import warn
@@ -18,12 +19,14 @@ from bminf.layers.saving import refuse_to_save
 from bminf.quantization.packed import INT8, Format
 from bminf.scheduler.blob import Blobs, check_tensors, survey, unmapped_bytes
 from bminf.scheduler.blocks import ModuleBlock, find_blocks, tensors_of
+from bminf.scheduler.context import USUAL_LENGTH, Context, context_of, writes_text
 from bminf.scheduler.device import backend_for, free_budget, host_budget
 from bminf.scheduler.held import Originals, warn_of_held
 from bminf.scheduler.hooks import ATTRIBUTE, Scheduler, Stats, is_streaming
 from bminf.scheduler.offloaded import fetch_offloaded
 from bminf.scheduler.placement import place, take_back
-from bminf.scheduler.plan import Block, Plan, plan
+from bminf.scheduler.plan import Block, Plan, Remedy, plan
+from bminf.scheduler.remedies import remedies
 from bminf.scheduler.stand_ins import Choice, Predicate, choose, warn_of_what_stays
 from bminf.scheduler.unregistered import (
     Unregistered,
@@ -48,6 +51,8 @@ def wrapper(
     blocks: Iterable[str] | None = None,
     uses: Mapping[str, float] | None = None,
     quantize: Predicate | None = None,
+    max_length: int | None = None,
+    max_batch_size: int = 1,
     **unknown: Any,
 ) -> Model:
     """Make `model` run within `memory_limit`, and return it: the same object, with the same output.
@@ -64,7 +69,8 @@ def wrapper(
         of what is free on the device (in the container, where there is one).
     device: None is the GPU where there is one, else the CPU.
     offload_dir: folder of the file; None is a temporary one on a disk.
-    reserve: bytes of the limit to set aside for activations and the KV cache.
+    reserve: bytes of the limit to set aside for activations and the KV cache, beside what
+        max_length reserves.
     blocks: names of the modules that move as one; None takes the items of the outermost lists of
         repeated modules, and in place of an item with more than an eighth of their bytes that holds
         such a list itself (a stage) the items of that one and what is beside them. A model where
@@ -74,7 +80,12 @@ def wrapper(
         images, audio and video. A block that stands n times in its list is used n times as often.
     quantize: a function of the name and the module of a linear (torch.nn.Linear, Conv1D) that says
         whether it is packed; None packs those in the blocks, or all where there are no blocks, but
-        for the output head.
+        for the output head, adapters, and what is trained beside frozen linears.
+    max_length: tokens of prompt and answer together that the limit is to have room for: the KV
+        cache and a workspace for one pass, estimated from the model's configuration. For models of
+        transformers that generate text; others take reserve. None sets nothing aside, and the plan
+        says what 2,048 tokens would take.
+    max_batch_size: texts at once (with beams: all of them), each of max_length.
 
     A model that accelerate has offloaded is taken out of its store, and its hooks are removed.
 
@@ -88,8 +99,9 @@ def wrapper(
     fetch_offloaded(model)
     source_device = check_tensors(model)
     request = _Request.of(
-        model, quantization, blocks, uses, quantize, reserve, backend.keeps_addresses
-    )
+        model, quantization, blocks, uses, quantize, reserve, backend.keeps_addresses,
+        max_length, max_batch_size, is_cpu=backend.device.type == "cpu",
+    )  # fmt: skip
     budget = _budget(memory_limit, model, backend.device, source_device)
     own_bytes = unmapped_bytes(model) if source_device.type == "cpu" else 0
     the_plan = request.plan(budget, host_budget(backend.device, own_bytes), backend.device)
@@ -143,15 +155,19 @@ def plan_for(
     uses: Mapping[str, float] | None = None,
     quantize: Predicate | None = None,
     host_memory: int | float | str | None = None,
+    *,
+    max_length: int | None = None,
+    max_batch_size: int = 1,
 ) -> Plan:
     """The plan that wrapper() would make on a GPU, for a model on any device, "meta" included.
 
     Nothing is moved. memory_limit: None is no limit.   host_memory: for the homes of streamed
     blocks, bytes or "64GB"; those beyond are planned to wait on disk. None is no limit.
+    All else is as for wrapper(); `least_limit` of the plan is the smallest limit that would do.
     Raises as wrapper() does.
     """
     request = _Request.of(
-        model, quantization, blocks, uses, quantize, reserve, keep_addresses=False
+        model, quantization, blocks, uses, quantize, reserve, False, max_length, max_batch_size
     )
     if memory_limit is None:
         elsewhere_bytes = bytes_on(request.unregistered, None)
@@ -171,6 +187,9 @@ class _Request:
     reserved_bytes: int
     model_name: str
     unregistered: list[Unregistered]
+    context: Context | None
+    unreserved: Context | None
+    remedies: Callable[[], list[Remedy]]
 
     @classmethod
     def of(
@@ -182,32 +201,55 @@ class _Request:
         quantize: Predicate | None,
         reserve: int | float | str,
         keep_addresses: bool,
+        max_length: int | None = None,
+        max_batch_size: int = 1,
+        is_cpu: bool = False,
     ) -> _Request:
-        reserved_bytes = parse_bytes(reserve, "reserve")
+        reserved_bytes, form = int(parse_bytes(reserve, "reserve")), _format(quantization)
+        context = unreserved = None
+        if max_length is not None or max_batch_size != 1:
+            context = context_of(model, max_length, max_batch_size, form, is_cpu)
+            reserved_bytes += context.nbytes
+        elif not reserved_bytes and writes_text(model):
+            unreserved = _usual_context(model, form, is_cpu)
         found = find_blocks(model, blocks)
-        choice = choose(model, found, _format(quantization), quantize)
+        choice = choose(model, found, form, quantize)
         blobs = survey(model, found, choice.stand_ins, keep_addresses)
-        all_uses = _merged_uses(model, found, _checked_uses(uses))
-        name, elsewhere = type(model).__name__, find_unregistered(model)
-        return cls(found, choice, blobs, all_uses, reserved_bytes, name, elsewhere)
+        return cls(
+            blocks=found,
+            choice=choice,
+            blobs=blobs,
+            uses=_merged_uses(model, found, _checked_uses(uses)),
+            reserved_bytes=reserved_bytes,
+            model_name=type(model).__name__,
+            unregistered=find_unregistered(model),
+            context=context,
+            unreserved=unreserved,
+            remedies=partial(
+                remedies, model, found, blobs, form, reserved_bytes, context is not None
+            ),
+        )
 
     def plan(
         self, budget: int, host_bytes: int | None = None, device: torch.device | None = None
     ) -> Plan:
         """device: what the budget is of; tensors that are not registered count where they lie."""
+        outside_bytes = self.blobs.outside.nbytes + bytes_on(self.unregistered, device)
         if not self.blocks:
-            self._check_that_all_fits(budget)
-        return plan(
+            self._check_that_all_fits(outside_bytes, budget)
+        the_plan = plan(
             [Block(b.name, self.blobs.blocks[b.name].nbytes, b.list_name) for b in self.blocks],
             budget,
             self.uses,
-            outside_bytes=self.blobs.outside.nbytes + bytes_on(self.unregistered, device),
+            outside_bytes=outside_bytes,
             reserved_bytes=self.reserved_bytes,
             host_bytes=host_bytes,
+            remedies=self.remedies,
         )
+        return replace(the_plan, context=self.context, unreserved=self.unreserved)
 
-    def _check_that_all_fits(self, budget: int) -> None:
-        least = self.blobs.outside.nbytes + self.reserved_bytes
+    def _check_that_all_fits(self, outside_bytes: int, budget: int) -> None:
+        least = outside_bytes + self.reserved_bytes
         if least > budget:
             raise NothingToStreamError(
                 f"the limit of {format_bytes(budget)} ({budget} bytes) is below the least that "
@@ -216,6 +258,13 @@ class _Request:
                 "class), so there are no blocks to stream and all of it has to stay; raise "
                 "memory_limit, or name some modules with blocks=[...]"
             )
+
+
+def _usual_context(model: torch.nn.Module, form: Format | None, is_cpu: bool) -> Context | None:
+    try:
+        return context_of(model, USUAL_LENGTH, 1, form, is_cpu)
+    except ArgumentError:  # of a configuration that it cannot be counted from; nobody asked
+        return None
 
 
 def _check_model(model: torch.nn.Module) -> None:

@@ -107,7 +107,7 @@ def make_serializable(model: Any) -> None:
 
 def quiet() -> None:
     """Silences what transformers and its hub client log below an error, and the loading bars."""
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils.tqdm import disable_progress_bars
     from transformers import modeling_gguf_pytorch_utils
     from transformers.utils import logging as transformers_logging
 

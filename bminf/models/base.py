@@ -118,7 +118,13 @@ class LanguageModel:
         )  # fmt: skip
         budget = free_budget(backend.device) if limit is None else limit
         the_plan = plan_for(
-            blocks, blobs, budget, source.family.uses, reserve, host_budget(backend.device)
+            blocks,
+            blobs,
+            budget,
+            source.family.uses,
+            reserve,
+            host_budget(backend.device),
+            packing.usual,
         )
         self._scheduler: Scheduler | None = None
         self._lock = threading.RLock()

@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeGuard, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 
@@ -154,21 +154,25 @@ def plan_for(
     uses: Mapping[str, float],
     reserved_bytes: int,
     host_bytes: int | None = None,
+    form: Format | None = None,
 ) -> Plan:
-    """See plan().   Raises BudgetError, with numbers."""
+    """See plan().   form: how the weights are packed.   Raises BudgetError, with numbers."""
     given = [Block(b.name, blobs.blocks[b.name].nbytes, b.list_name) for b in blocks]
-    fixed = {"outside_bytes": blobs.outside.nbytes, "reserved_bytes": reserved_bytes}
+    fixed: dict[str, Any] = {
+        "outside_bytes": blobs.outside.nbytes,
+        "reserved_bytes": reserved_bytes,
+    }
     try:
         return plan(given, budget, uses, **fixed, host_bytes=host_bytes)
     except BudgetError:
         least = least_budget(plan(given, 2**60, uses, **fixed))
         if least <= budget:  # host memory is what is missing
             raise
+        fewer = ", or pack the weights to fewer bits" if form is None or form.bits > 4 else ""
         raise BudgetError(
             f"the limit of {format_bytes(budget)} ({budget} bytes) is below the least that would "
             f"do, {format_bytes(least)} ({least} bytes), of which {format_bytes(reserved_bytes)} "
-            "are for max_length and max_batch_size; raise memory_limit, lower those two, or pack "
-            "the weights to fewer bits"
+            f"are for max_length and max_batch_size; raise memory_limit, lower those two{fewer}"
         ) from None
 
 

@@ -61,7 +61,7 @@ def plan_glm(
     reserve = reserved_bytes(config, max_batch_size, max_length, dtype, packing.usual, device)
     limit = parse_bytes(memory_limit, "memory_limit")
     host_bytes = None if host_memory is None else parse_bytes(host_memory, "host_memory")
-    return plan_for(blocks, lay_out(network, blocks), limit, {}, reserve, host_bytes)
+    return plan_for(blocks, lay_out(network, blocks), limit, {}, reserve, host_bytes, packing.usual)
 
 
 def _config(model: str | GLMConfig) -> GLMConfig:

@@ -2,8 +2,8 @@
 
 Both are bounded when a model is made, by max_length and max_batch_size, and are part of its
 memory_limit. The peak is the largest of a few moments: a product with what its operands become,
-the attention with its bias, and the logits. What a product holds is read off the operations in
-bminf/ops, and held against measurements by tests/models/test_zoo_memory.py.
+the attention with its bias, and the logits. What a product holds is read off the operations (see
+ops/product_size.py), and held against measurements by tests/models/test_zoo_memory.py.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from bminf.arch.glm import GLMConfig
 from bminf.arch.gpt import GPTConfig
 from bminf.arch.t5 import T5Config, t5_cache_bytes
 from bminf.layers.kv_cache import decoder_cache_bytes
-from bminf.quantization.packed import INT8, Format
+from bminf.ops.product_size import product_bytes
+from bminf.quantization.packed import Format
 
 LOGITS_AT_ONCE = 8  # positions of one text whose logits are computed together
 
-_SLICE_BYTES = 2**27  # a slice of a dequantised weight, see ops/linear_weight_only.py
 _BUCKET_BYTES = 40  # of a cell: distances, their logarithms and buckets
 _HIDDEN_BYTES = 4  # of a cell: what is ahead, what is padding, and both
 _DRAWN_BYTES = 64  # of an entry of the logits: in the model's type, and what drawing sorts
@@ -47,21 +47,7 @@ class _Sizes:
 
     def product(self, inputs: int, outputs: int) -> int:
         """The result of a product, and what is held on the way beside its input."""
-        per_row = outputs * self.itemsize
-        if self.form is None:
-            return self.num_rows * per_row
-        if not self.is_cpu:
-            weight = min(_SLICE_BYTES, inputs * outputs * self.itemsize)
-            rounded = inputs + 4 * outputs if self.form == INT8 else 0  # codes and their sums
-            return self.num_rows * (per_row + rounded) + weight
-        return self.num_rows * (per_row + self._on_cpu(inputs, outputs))
-
-    def _on_cpu(self, inputs: int, outputs: int) -> int:
-        """Bytes of a row, see ops/cpu_linear.py."""
-        wide = 0 if self.itemsize == 4 else 4 * (inputs + outputs)  # all is done in float32
-        if self.form == INT8:  # numbers, two digits of each, and the sums of both
-            return wide + max(20 * inputs, 10 * inputs + 16 * outputs)
-        return wide + 5 * inputs + 4 * outputs
+        return product_bytes(self.num_rows, inputs, outputs, self.itemsize, self.form, self.is_cpu)
 
 
 def reserved_bytes(

@@ -15,18 +15,21 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from fractions import Fraction
 from itertools import groupby
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bminf.errors import ArgumentError, BudgetError
 from bminf.scheduler.knapsack import cheapest_sets, resident_counts
 from bminf.scheduler.meet import Kind
 from bminf.scheduler.spacing import STAYS, Spacing, spacing, spread
 from bminf.units import format_bytes
+
+if TYPE_CHECKING:
+    from bminf.scheduler.context import Context
 
 DEFAULT_USES = 128
 """Uses per request of a block that nothing was said about: once a token, for 128 tokens."""
@@ -50,6 +53,18 @@ class Block:
     list_name: str = ""
 
 
+class Remedy(NamedTuple):
+    """What a caller can do about a limit that is too small.
+
+    advice: in the words of its own arguments.   saved_bytes: by which the least limit falls.
+    is_of_blocks: whether the blocks become smaller, which helps where they wait, too.
+    """
+
+    advice: str
+    saved_bytes: int
+    is_of_blocks: bool
+
+
 @dataclass(frozen=True)
 class Plan:
     """Which blocks are resident, and what that will cost. All sizes in bytes.
@@ -60,6 +75,8 @@ class Plan:
     reserved_bytes: set aside for activations and KV cache.   budget: the limit planned for.
     on_disk: names of the streamed blocks that wait in a file, in order, because host memory has no
     room for them; the other streamed ones wait in host memory.
+    context: the texts that `reserved_bytes` is to hold, where max_length was given.
+    unreserved: what a text of usual length would take, where nothing was reserved for any.
     """
 
     blocks: tuple[Block, ...]
@@ -72,6 +89,13 @@ class Plan:
     reserved_bytes: int
     budget: int
     on_disk: tuple[str, ...] = ()
+    context: Context | None = None
+    unreserved: Context | None = None
+
+    @property
+    def least_limit(self) -> int:
+        """The smallest memory limit, in bytes, that these blocks can be planned for."""
+        return least_budget(self)
 
     @property
     def total_bytes(self) -> int:
@@ -133,7 +157,13 @@ class Plan:
         yield f"resident  {format_bytes(self.resident_bytes):>10}   {outside} outside all blocks"
         if self.streamed:
             yield f"two slots {format_bytes(self.slot_bytes):>10}"
-        yield f"reserved  {format_bytes(self.reserved_bytes):>10}"
+        yield f"reserved  {format_bytes(self.reserved_bytes):>10}{self._reserved_for()}"
+        if self.unreserved is not None:
+            length, more = self.unreserved.max_length, format_bytes(self.unreserved.nbytes)
+            yield (
+                f"a context of {length:,} tokens would take about {more} more; "
+                f"max_length={length} reserves it"
+            )
         if not self.streamed:
             yield "fits entirely: nothing is streamed"
             return
@@ -144,6 +174,18 @@ class Plan:
         )
         if self.on_disk:
             yield from self._tiers()
+
+    def _reserved_for(self) -> str:
+        if self.context is None:
+            return ""
+        texts, length = self.context.max_batch_size, self.context.max_length
+        cache, workspace = self.context.cache_bytes, self.context.workspace_bytes
+        beside = self.reserved_bytes - self.context.nbytes
+        return (
+            f"   estimated for {f'{texts} texts' if texts > 1 else 'one text'} of {length:,} "
+            f"tokens: KV cache {format_bytes(cache)}, workspace {format_bytes(workspace)}"
+            + (f"; and {format_bytes(beside)} of reserve" if beside else "")
+        )
 
     def _tiers(self) -> Iterator[str]:
         """Where streamed blocks wait, when that is not host memory for all."""
@@ -198,6 +240,7 @@ def plan(
     outside_bytes: int = 0,
     reserved_bytes: int = 0,
     host_bytes: int | None = None,
+    remedies: Callable[[], Sequence[Remedy]] = tuple,
 ) -> Plan:
     """Choose the blocks that stay within `budget` bytes, for the fewest bytes streamed per request.
 
@@ -213,6 +256,7 @@ def plan(
     bytes and uses); beyond, it is within one block's bytes x uses of the least.
     What is read from disk per request is chosen likewise among the streamed blocks, `host_bytes`
     in the budget's place and two staging buffers of the largest blob on disk in that of the slots.
+    remedies: what an error may advise beside a higher limit; asked only then.
     Raises ArgumentError for names, sizes or uses that cannot be, and BudgetError, with the least
     limit that would do, when not even two slots, or two staging buffers, fit.
     """
@@ -227,7 +271,7 @@ def plan(
         _check_bytes(name, value)
     taken = _uses_of(blocks, uses or {})
     room = budget - outside_bytes - reserved_bytes
-    _check_room(blocks, budget, outside_bytes + reserved_bytes)
+    _check_room(blocks, budget, outside_bytes, reserved_bytes, remedies)
     if sum(block.nbytes for block in blocks) <= room:
         streamed: set[int] = set()
     else:
@@ -244,23 +288,27 @@ def plan(
         slot_bytes=2 * max((block.nbytes for block in move), default=0),
         reserved_bytes=reserved_bytes,
         budget=budget,
-        on_disk=_on_disk(tuple(move), taken, host_bytes),
+        on_disk=_on_disk(tuple(move), taken, host_bytes, remedies),
     )
 
 
 def _on_disk(
-    streamed: tuple[Block, ...], uses: Mapping[str, int | float], host_bytes: int | None
+    streamed: tuple[Block, ...],
+    uses: Mapping[str, int | float],
+    host_bytes: int | None,
+    remedies: Callable[[], Sequence[Remedy]],
 ) -> tuple[str, ...]:
     """Names of the streamed blocks that `host_bytes` of host memory have no room for."""
     if host_bytes is None or sum(block.nbytes for block in streamed) <= host_bytes:
         return ()
     least, stage = min(_needs(streamed))
     if host_bytes < least:
+        helpful = [r for r in remedies() if r.is_of_blocks]
+        advice = _joined(["free host memory", "raise memory_limit"], helpful, least - host_bytes)
         raise BudgetError(
             f"{format_bytes(host_bytes)} ({host_bytes} bytes) of host memory are below the least "
             f"that would do for streaming, {format_bytes(least)} ({least} bytes: two staging "
-            f"buffers of {format_bytes(stage)}, for blocks that wait on disk); free host memory, "
-            "raise memory_limit, quantize, or cut finer blocks with blocks="
+            f"buffers of {format_bytes(stage)}, for blocks that wait on disk); {advice}"
         )
     places = _choose(streamed, uses, host_bytes)
     return tuple(block.name for at, block in enumerate(streamed) if at in places)
@@ -308,16 +356,39 @@ def least_budget(whole: Plan) -> int:
     return whole.outside_bytes + whole.reserved_bytes + min(_needs(whole.blocks))[0]
 
 
-def _check_room(blocks: tuple[Block, ...], budget: int, fixed: int) -> None:
-    least, slot = min(_needs(blocks))
-    if fixed + least <= budget:
+def _check_room(
+    blocks: tuple[Block, ...],
+    budget: int,
+    outside_bytes: int,
+    reserved_bytes: int,
+    remedies: Callable[[], Sequence[Remedy]],
+) -> None:
+    needed, slot = min(_needs(blocks))
+    least = needed + outside_bytes + reserved_bytes
+    if least <= budget:
         return
-    two_slots = f"two slots of {format_bytes(slot)}" if slot else "all blocks"
+    parts = {
+        f"two slots of {format_bytes(slot)}": 2 * slot,
+        f"{format_bytes(needed - 2 * slot)} of blocks that stay": needed - 2 * slot,
+        f"{format_bytes(outside_bytes)} outside all blocks": outside_bytes,
+        f"{format_bytes(reserved_bytes)} reserved": reserved_bytes,
+    }
     raise BudgetError(
-        f"the limit of {format_bytes(budget)} ({budget} bytes) is below the least that would do, "
-        f"{format_bytes(fixed + least)} ({fixed + least} bytes: {two_slots} and what has to stay); "
-        "raise memory_limit, quantize, cut finer blocks with blocks=, or lower reserve"
+        f"the limit of {format_bytes(budget)} ({budget} bytes) is below the least that would "
+        f"do, {format_bytes(least)} ({least} bytes: "
+        f"{' + '.join(part for part, nbytes in parts.items() if nbytes)}); "
+        f"{_joined(['raise memory_limit'], remedies(), least - budget)}"
     )
+
+
+def _joined(always: list[str], remedies: Sequence[Remedy], lack: int) -> str:
+    """Advice: each remedy that helps by itself; where none does, all of them if that helps."""
+    alone = [r.advice for r in remedies if r.saved_bytes >= lack]
+    helpful = [r for r in remedies if r.saved_bytes > 0]
+    if not alone and len(helpful) > 1 and sum(r.saved_bytes for r in helpful) >= lack:
+        alone = ["do all of these: " + " and ".join(r.advice for r in helpful)]
+    *first, last = [*always, *alone]
+    return f"{', '.join(first)}, or {last}" if first else last
 
 
 def _needs(blocks: Sequence[Block]) -> Iterator[tuple[int, int]]:
