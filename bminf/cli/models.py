@@ -107,13 +107,19 @@ def make_serializable(model: Any) -> None:
 
 def quiet() -> None:
     """Silences what transformers and its hub client log below an error, and the loading bars."""
-    from huggingface_hub.utils.tqdm import disable_progress_bars
     from transformers import modeling_gguf_pytorch_utils
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     modeling_gguf_pytorch_utils.tqdm = progress_bar  # which asks whether there is a terminal
+    quiet_hub()
+
+
+def quiet_hub() -> None:
+    """The same of the hub's client alone."""
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
     if not is_terminal():
         disable_progress_bars()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)

@@ -1,23 +1,28 @@
-"""What a limit would keep of a published GLM, before anything of it is on the disk."""
+"""What a limit would keep of a model of the zoo, before its weights are read, or are here."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from bminf.arch.glm import GLM as Network
 from bminf.arch.glm import GLMConfig
-from bminf.errors import ArgumentError
+from bminf.checkpoint.folder import open_checkpoint
+from bminf.errors import ArgumentError, CheckpointError
 from bminf.generation.arguments import check_positive
 from bminf.keywords import known_keywords
 from bminf.models.arguments import dtype_for, form_for
-from bminf.models.config import PUBLISHED_GLM
-from bminf.models.family import GLM_FORMATS
+from bminf.models.config import PUBLISHED_GLM, read_config
+from bminf.models.family import FAMILIES, GLM_FORMATS, Config, Family
 from bminf.models.glm_head import head_packing, num_head_parts
 from bminf.models.load import Packing, lay_out, plan_for, skeleton
+from bminf.models.source import config_of, family_of, packing_in
 from bminf.models.workspace import reserved_bytes
-from bminf.quantization.packed import Format
+from bminf.quantization.packed import FORMATS, Format
 from bminf.scheduler.plan import Plan
 from bminf.units import parse_bytes
 
@@ -55,13 +60,151 @@ def plan_glm(
     head_form = form_for(head_quantization, GLM_FORMATS, "head_quantization")
     num_parts = num_head_parts(config, packing, head_form, dtype)
     packing = head_packing(packing, head_form, num_parts)
+    config = replace(config, num_head_parts=num_parts)
+    return _planned(
+        FAMILIES[_GLM_FAMILIES[config.architecture]], config, packing, dtype, max_length,
+        max_batch_size, memory_limit, device, host_memory,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ZooModel:
+    """A model of the zoo without weights.   title: for people.
+
+    packing: that of a folder that convert() wrote; None elsewhere.
+    """
+
+    family: Family
+    config: Config
+    title: str
+    packing: Packing | None = None
+
+
+def published(name: str) -> ZooModel | None:
+    """The published model of this name or hub id, such as "glm-130b" or "CPM-2"; None is none."""
+    plain = _plain(name)
+    for family, title, config in _published():
+        names = {_plain(title), _plain(title.rpartition("/")[2])}
+        if plain in names or _ALIASES.get(plain) == title:
+            return ZooModel(family, config, title)
+    return None
+
+
+def zoo_in_folder(folder: Path) -> ZooModel:
+    """What a folder of any layout holds; headers are read.   Raises CheckpointError."""
+    opened = open_checkpoint(folder.expanduser().absolute())
+    family = family_of(opened) or FAMILIES["cpm2"]  # EVA is of the same shapes
+    if opened.kind != "bminf":
+        config, _ = config_of(family, opened, family.tensors(opened), None)
+        return ZooModel(family, config, family.title)
+    path = opened.path / "config.json"
+    written = read_config(path)
+    fields = written.get("config")
+    if not isinstance(fields, Mapping):
+        raise CheckpointError(f'{path} has no object "config"; convert the original anew')
+    config = family.parse(fields, opened.tensors, str(path))
+    return ZooModel(family, config, family.title, packing_in(written, path))
+
+
+def zoo_from_config(source: Mapping[str, Any], where: str) -> ZooModel:
+    """The same from a configuration alone.   Raises CheckpointError where it does not say all."""
+    family = FAMILIES["glm10b" if "block_position_encoding" in source else "cpm2"]
+    size = source.get("vocab_size")
+    if type(size) is not int or size < 1:
+        raise CheckpointError(f"{where} has no vocab_size")
+    config = replace(family.parse(source, {}, where), vocab_size=size)
+    return ZooModel(family, config, "EVA" if source.get("model_type") == "eva" else family.title)
+
+
+def plan_zoo(
+    model: ZooModel,
+    memory_limit: int | float | str | None,
+    quantization: str | Format | None = "auto",
+    max_length: int | None = None,
+    max_batch_size: int = 1,
+    host_memory: int | float | str | None = None,
+) -> Plan:
+    """The plan that loading `model` on a GPU would make.   memory_limit: None is no limit.
+
+    quantization: "auto" is that of the folder, or the one that the model is loaded with by default.
+    max_length: None is what the positions allow, or 512.   Raises ArgumentError or BudgetError.
+    """
+    limit = 2**60 if memory_limit is None else memory_limit
+    if model.packing is None and isinstance(model.config, GLMConfig):
+        form = "int4" if quantization == "auto" else quantization
+        return plan_glm(
+            model.config, limit, form, None, max_length, max_batch_size, host_memory=host_memory
+        )
+    check_positive("max_batch_size", max_batch_size)
+    positions = getattr(model.config, "max_position_embeddings", None)
+    length = (positions or 512) if max_length is None else max_length
+    check_positive("max_length", length)
+    if positions is not None and length > positions:
+        raise ArgumentError(f"max_length={length}, but the model has {positions} positions")
+    return _planned(
+        model.family, model.config, _packing(model, quantization), torch.float16, length,
+        max_batch_size, limit, "cuda", host_memory,
+    )  # fmt: skip
+
+
+def _packing(model: ZooModel, quantization: str | Format | None) -> Packing:
+    if model.packing is None:
+        return Packing(form_for("int8" if quantization == "auto" else quantization, FORMATS))
+    if quantization != "auto" and form_for(quantization, GLM_FORMATS) != model.packing.form:
+        raise ArgumentError(
+            f"quantization={quantization!r}, but the folder is packed as {model.packing.usual}; "
+            "leave it out, or plan the checkpoint that it was made from"
+        )
+    return model.packing
+
+
+def _planned(
+    family: Family,
+    config: Config,
+    packing: Packing,
+    dtype: torch.dtype,
+    max_length: int,
+    max_batch_size: int,
+    memory_limit: int | float | str,
+    device: str,
+    host_memory: int | float | str | None,
+) -> Plan:
     with torch.device("meta"):
-        network = Network(replace(config, num_head_parts=num_parts))
+        network = family.build(config)
     network, blocks = skeleton(network, dtype, packing, "auto")
     reserve = reserved_bytes(config, max_batch_size, max_length, dtype, packing.usual, device)
     limit = parse_bytes(memory_limit, "memory_limit")
     host_bytes = None if host_memory is None else parse_bytes(host_memory, "host_memory")
-    return plan_for(blocks, lay_out(network, blocks), limit, {}, reserve, host_bytes, packing.usual)
+    return plan_for(
+        blocks, lay_out(network, blocks), limit, family.uses, reserve, host_bytes, packing.usual
+    )
+
+
+_GLM_FAMILIES = {"glm-130b": "glm130b", "glm-10b": "glm10b"}
+_ALIASES = {
+    "cpm1": "TsinghuaAI/CPM-Generate",
+    "cpm2": "CPM-2 (Chinese), CPM-2.1",
+    "cpm21": "CPM-2 (Chinese), CPM-2.1",
+    "eva": "thu-coai/EVA2.0-xlarge",
+    "eva1": "thu-coai/EVA1.0",
+    "eva2": "thu-coai/EVA2.0-xlarge",
+}
+
+
+def _published() -> Iterator[tuple[Family, str, Config]]:
+    """(family, name, configuration) of each."""
+    for family in FAMILIES.values():
+        for name, config in family.published.items():
+            yield family, name, config
+    for name, glm in PUBLISHED_GLM.items():
+        family = FAMILIES[_GLM_FAMILIES[glm.architecture]]
+        yield family, name, glm
+        yield family, f"THUDM/{name}", glm
+
+
+def _plain(name: str) -> str:
+    """Of a name, its letters and digits; the owner of a hub id counts."""
+    return re.sub(r"[^a-z0-9/]", "", name.lower())
 
 
 def _config(model: str | GLMConfig) -> GLMConfig:

@@ -197,7 +197,7 @@ def _own(family: Family, opened: Checkpoint, config: Any, tokenizer: Any) -> Sou
     if not isinstance(fields, Mapping):
         raise CheckpointError(f'{path} has no object "config"; convert the original anew')
     parsed = family.parse(fields, opened.tensors, str(path))
-    packing = _packing(written, path)
+    packing = packing_in(written, path)
     weights = Weights(opened.tensors, opened.path, packing, pack=family.pack)
     if isinstance(parsed, GLMConfig):
         weights = _with_own_table(weights, parsed)
@@ -221,7 +221,8 @@ def _with_own_table(weights: Weights, config: GLMConfig) -> Weights:
     return replace(weights, tensors=tensors, table=table)
 
 
-def _packing(written: Mapping[str, Any], path: Path) -> Packing | None:
+def packing_in(written: Mapping[str, Any], path: Path) -> Packing | None:
+    """How a folder of ours is packed, by its configuration; None where it is not."""
     exceptions = written.get("exceptions", {})
     if not isinstance(exceptions, Mapping):
         raise CheckpointError(f"{path}: exceptions is {exceptions!r}; convert the original anew")

@@ -159,11 +159,7 @@ class Plan:
             yield f"two slots {format_bytes(self.slot_bytes):>10}"
         yield f"reserved  {format_bytes(self.reserved_bytes):>10}{self._reserved_for()}"
         if self.unreserved is not None:
-            length, more = self.unreserved.max_length, format_bytes(self.unreserved.nbytes)
-            yield (
-                f"a context of {length:,} tokens would take about {more} more; "
-                f"max_length={length} reserves it"
-            )
+            yield self.context_line
         if not self.streamed:
             yield "fits entirely: nothing is streamed"
             return
@@ -174,6 +170,17 @@ class Plan:
         )
         if self.on_disk:
             yield from self._tiers()
+
+    @property
+    def context_line(self) -> str:
+        """What a text of usual length would take; "" where room was made, or none is known of."""
+        if self.unreserved is None:
+            return ""
+        length, more = self.unreserved.max_length, format_bytes(self.unreserved.nbytes)
+        return (
+            f"a context of {length:,} tokens would take about {more} more; "
+            f"max_length={length} reserves it"
+        )
 
     def _reserved_for(self) -> str:
         if self.context is None:

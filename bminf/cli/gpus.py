@@ -1,0 +1,135 @@
+"""How fast cards read their memory, and how fast a slot brings bytes to them; or this machine's."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+from bminf.errors import ArgumentError
+
+THIS = "this"
+
+_LANE_GBPS = {3: 0.985, 4: 1.969, 5: 3.938}
+"""One lane in one direction. PCI Express Base Specification: 8, 16 and 32 GT/s, 128b/130b coded."""
+
+_REACHED = 0.8  # of the slot's rate, by large copies from page-locked memory
+
+_GB = 10**9
+_PROBE_BYTES = 2**27
+_ROUNDS = 5
+
+
+class Speeds(NamedTuple):
+    """Bytes a second."""
+
+    link: int
+    memory: int
+
+
+class _Card(NamedTuple):
+    memory_gbps: int
+    generation: int  # of PCI Express
+    lanes: int = 16
+
+
+# Memory bandwidth and bus of NVIDIA's own data sheets and product pages.
+_CARDS = {
+    # GeForce 10 series, "GeForce GTX 10-series specifications", nvidia.com/geforce
+    "GTX 1060": _Card(192, 3), "GTX 1070": _Card(256, 3), "GTX 1080": _Card(320, 3),
+    "GTX 1080 Ti": _Card(484, 3),
+    # Turing architecture whitepaper (WP-09183), appendices; GeForce RTX 2060 product page
+    "RTX 2060": _Card(336, 3), "RTX 2070": _Card(448, 3), "RTX 2080": _Card(448, 3),
+    "RTX 2080 Ti": _Card(616, 3),
+    # Ampere GA102 architecture whitepaper, table of GeForce cards; GeForce RTX 3060 product page
+    "RTX 3060": _Card(360, 4), "RTX 3070": _Card(448, 4), "RTX 3080": _Card(760, 4),
+    "RTX 3090": _Card(936, 4),
+    # Ada GPU architecture whitepaper, appendix A; GeForce RTX 4060 family product page
+    "RTX 4060": _Card(272, 4, 8), "RTX 4060 Ti": _Card(288, 4, 8), "RTX 4070": _Card(504, 4),
+    "RTX 4080": _Card(716, 4), "RTX 4090": _Card(1008, 4),
+    # RTX Blackwell GPU architecture whitepaper, table of GeForce cards
+    "RTX 5070": _Card(672, 5), "RTX 5080": _Card(960, 5), "RTX 5090": _Card(1792, 5),
+    # Data sheets: Tesla P40, Tesla P100 PCIe (16 GB), V100 PCIe, T4
+    "P40": _Card(346, 3), "P100": _Card(732, 3), "V100": _Card(900, 3), "T4": _Card(300, 3),
+    # Data sheets: A10, A30, A40, A100 PCIe 40 GB, A100 PCIe 80 GB, RTX A6000
+    "A10": _Card(600, 4), "A30": _Card(933, 4), "A40": _Card(696, 4),
+    "A100 40GB": _Card(1555, 4), "A100 80GB": _Card(1935, 4), "RTX A6000": _Card(768, 4),
+    # Data sheets: L4, L40, L40S, RTX 6000 Ada generation
+    "L4": _Card(300, 4), "L40": _Card(864, 4), "L40S": _Card(864, 4),
+    "RTX 6000 Ada": _Card(960, 4),
+    # Data sheets: H100 PCIe, H100 SXM, H200
+    "H100 PCIe": _Card(2000, 5), "H100": _Card(3350, 5), "H200": _Card(4800, 5),
+}  # fmt: skip
+
+
+def speeds_of(name: str) -> Speeds:
+    """Those of a card by its name, or measured where the name is "this".
+
+    Raises ArgumentError, with the names that are known.
+    """
+    if _plain(name) in (THIS, "thismachine"):
+        return _measured()
+    cards = {_plain(known): card for known, card in _CARDS.items()}
+    card = cards.get(_plain(name))
+    if card is None:
+        raise ArgumentError(
+            f'--gpu={name!r} is not known; accepted: "this" (measures this machine), '
+            f"{', '.join(_CARDS)}; of another one, give --memory-bandwidth and --link"
+        )
+    link = card.lanes * _LANE_GBPS[card.generation] * _REACHED
+    return Speeds(int(link * _GB), card.memory_gbps * _GB)
+
+
+def _plain(name: str) -> str:
+    """ "NVIDIA GeForce RTX 4090" and "rtx4090" are one."""
+    return re.sub(r"nvidia|geforce|tesla|[^a-z0-9]", "", name.lower())
+
+
+def _measured() -> Speeds:
+    """Of the GPU here; without one, of RAM and of a file, where the CPU's blocks come from."""
+    import torch
+
+    return _of_gpu() if torch.cuda.is_available() else _of_cpu()
+
+
+def _of_gpu() -> Speeds:
+    import torch
+
+    source = torch.empty(_PROBE_BYTES, dtype=torch.uint8, device="cuda")
+    target, home = torch.empty_like(source), torch.empty(_PROBE_BYTES, dtype=torch.uint8)
+    home = home.pin_memory()
+    copy_s = _least_s(lambda: target.copy_(source), torch.cuda.synchronize)
+    link_s = _least_s(lambda: target.copy_(home, non_blocking=True), torch.cuda.synchronize)
+    # A copy on the device reads and writes each byte.
+    return Speeds(int(_PROBE_BYTES / link_s), int(2 * _PROBE_BYTES / copy_s))
+
+
+def _of_cpu() -> Speeds:
+    import tempfile
+
+    import torch
+
+    numbers = torch.ones(_PROBE_BYTES // 4)
+    buffer = memoryview(bytearray(_PROBE_BYTES))
+    with tempfile.TemporaryFile(buffering=0) as file:
+        file.write(buffer)
+
+        def read() -> None:
+            file.seek(0)
+            file.readinto(buffer)
+
+        file_s = _least_s(read)
+    return Speeds(int(_PROBE_BYTES / file_s), int(_PROBE_BYTES / _least_s(numbers.sum)))
+
+
+def _least_s(work: Callable[[], object], wait: Callable[[], object] = lambda: None) -> float:
+    """Seconds of the fastest of some runs; whatever else the machine does only makes it slower."""
+    times = []
+    for _ in range(_ROUNDS):
+        wait()
+        begin_s = time.perf_counter()
+        work()
+        wait()
+        times.append(time.perf_counter() - begin_s)
+    return max(min(times), 1e-9)

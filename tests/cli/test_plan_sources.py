@@ -1,0 +1,335 @@
+"""What `bminf plan` takes for a model, and what it says of all else before it reads much."""
+
+from __future__ import annotations
+
+import builtins
+import json
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+import transformers
+from tiny_glm import tiny_glm10b
+from tiny_zoo import write_cpm1, write_cpm2, write_eva
+
+import bminf
+from bminf.cli import main
+from bminf.models.convert import convert
+
+LLAMA: dict[str, Any] = dict(
+    model_type="llama", architectures=["LlamaForCausalLM"], hidden_size=64, intermediate_size=128,
+    num_hidden_layers=4, num_attention_heads=4, vocab_size=100,
+)  # fmt: skip
+
+
+def report(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, Any]:
+    assert main(["plan", *argv, "--json"]) == 0
+    parsed: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return parsed
+
+
+def error(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """The one line that `bminf plan` fails with."""
+    assert main(["plan", *argv]) in (1, 2)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("bminf: error: ")
+    return line
+
+
+def write_llama(folder: Path, **changes: Any) -> Path:
+    (folder / "config.json").write_text(json.dumps(LLAMA | changes), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_a_byte_order_mark_is_read_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], encoding: str
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA), encoding=encoding)
+    assert len(report(capsys, str(tmp_path))["blocks"]) == 4
+
+
+@pytest.mark.parametrize("head", [b"GGUF", b"GGUF\x63\0\0\0", b"PK\3\4", b"\0" * 8, b"\x80\2"])
+@pytest.mark.parametrize("name", ["model.gguf", "model.bin", "config.json"])
+def test_a_large_file_is_not_read(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    head: bytes,
+    name: str,
+) -> None:
+    with open(tmp_path / name, "wb") as out:
+        out.write(head)
+        out.truncate(3 << 30)  # a file that takes no room
+    num_read = 0
+    opened = builtins.open
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        file = opened(*args, **kwargs)
+        if str(args[0]).startswith(str(tmp_path)):
+            read = file.read
+
+            class Counted:
+                def __enter__(self) -> Any:
+                    return self
+
+                def __exit__(self, *_: object) -> None:
+                    file.close()
+
+                def read(self, count: int) -> bytes:
+                    nonlocal num_read
+                    num_read += count
+                    data: bytes = read(count)
+                    return data
+
+            return Counted()
+        return file
+
+    monkeypatch.setattr(builtins, "open", counting)
+    said = error(capsys, str(tmp_path / name))
+    assert name in said and "give a folder with config.json" in said and "fetch" not in said
+    assert num_read < 2**25
+
+
+def test_a_file_of_safetensors_stands_for_its_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "model-00001-of-00002.safetensors"
+    file.write_bytes(b"not even opened")
+    assert "no config.json beside it" in error(capsys, str(file))
+    write_llama(tmp_path)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text("{}")
+    for name in (file, index):
+        assert len(report(capsys, str(name))["blocks"]) == 4
+
+
+def test_a_pointer_of_git_lfs_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 99\n"
+    (tmp_path / "config.json").write_text(pointer)
+    assert "git lfs pull" in error(capsys, str(tmp_path))
+
+
+def write_gguf(path: Path, architecture: str) -> Path:
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_context_length(64)
+    writer.add_embedding_length(64)
+    writer.add_feed_forward_length(128)
+    writer.add_block_count(4)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_vocab_size(100)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_dimension_count(16)
+    writer.add_name("tiny")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_the_header_of_a_gguf_file_is_enough(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = report(capsys, str(write_gguf(tmp_path / "a.gguf", "llama")), "--quantization", "none")
+    config = {name: value for name, value in LLAMA.items() if name != "architectures"}
+    (tmp_path / "b").mkdir()
+    written = write_llama(tmp_path / "b", num_key_value_heads=2, dtype="float16", **config)
+    same = report(capsys, str(written), "--quantization", "none")
+    assert shown["dtype"] == "float16"
+    assert [block["bytes"] for block in shown["blocks"]] == [b["bytes"] for b in same["blocks"]]
+    said = error(capsys, str(write_gguf(tmp_path / "c.gguf", "quokka")))
+    assert "quokka" in said and "give the folder with the config.json" in said
+    folder = tmp_path / "d"
+    folder.mkdir()
+    write_gguf(folder / "model.gguf", "llama")
+    assert "name one of model.gguf" in error(capsys, str(folder))
+
+
+def test_only_the_configuration_of_a_hub_id_is_fetched(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def download(repo_id: str, filename: str) -> str:
+        asked.append((repo_id, filename))
+        if repo_id == "some/closed":
+            raise OSError("401 Unauthorized\nand pages of advice")
+        return str(write_llama(tmp_path) / filename)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.chdir(tmp_path)
+    for name in ("some/model", "model"):
+        assert len(report(capsys, name)["blocks"]) == 4
+    assert asked == [("some/model", "config.json"), ("model", "config.json")]
+    said = error(capsys, "some/closed")
+    assert "'some/closed'" in said and "401 Unauthorized - give a folder" in said
+    assert "pages of advice" not in said
+
+
+@pytest.mark.parametrize("name", ["/no/such", "./none", "../none", "~/none", "a b", "x/y/z", ""])
+def test_what_cannot_be_a_hub_id_is_not_asked_for(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", None)
+    monkeypatch.chdir(tmp_path)
+    assert "give a folder with config.json" in error(capsys, name)
+
+
+@pytest.mark.parametrize(
+    ("name", "num_blocks", "bits"),
+    [
+        ("cpm2", 72, 8), ("CPM-2.1", 72, 8), ("cpm1", 32, 8), ("eva", 72, 8), ("EVA1.0", 72, 8),
+        ("TsinghuaAI/CPM-Generate", 32, 8), ("thu-coai/EVA2.0-base", 36, 8),
+        ("GLM-10B", 202, 4), ("thudm/glm-10b", 202, 4), ("glm-130b", 288, 4),
+    ],
+)  # fmt: skip
+def test_published_names_need_no_network(
+    name: str, num_blocks: int, bits: int, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", None)
+    shown = report(capsys, name)
+    assert len(shown["blocks"]) == num_blocks and shown["quantization"] == f"int{bits}"
+    assert shown["reserved_bytes"] > 0 and shown["least_limit"] > shown["reserved_bytes"]
+
+
+def loaded(kind: Any, folder: Path, **settings: Any) -> Any:
+    with kind(folder, device="cpu", dtype=torch.float16, **settings) as model:
+        return model.plan
+
+
+@pytest.mark.filterwarnings("ignore:found no sentencepiece model")
+def test_folders_of_the_zoo_are_planned_as_they_load(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_cpm1(tmp_path / "cpm1")
+    write_cpm2(tmp_path / "cpm2")
+    write_eva(tmp_path / "eva")
+    tiny_glm10b(max_sequence_length=512).write_original(tmp_path / "glm")
+    convert(tmp_path / "cpm2", tmp_path / "packed", "int4", model="cpm2")
+    for name, kind in (
+        ("cpm1", bminf.models.CPM1), ("cpm2", bminf.models.CPM2), ("eva", bminf.models.EVA),
+        ("glm", bminf.models.GLM), ("packed", bminf.models.CPM2),
+    ):  # fmt: skip
+        plan = loaded(kind, tmp_path / name)
+        shown = report(capsys, str(tmp_path / name))
+        assert [b["bytes"] for b in shown["blocks"]] == [b.nbytes for b in plan.blocks], name
+        assert shown["outside_bytes"] == plan.outside_bytes
+    limit = str(shown["least_limit"])
+    assert report(capsys, str(tmp_path / "packed"), "--memory-limit", limit)["resident"] == []
+
+
+def test_options_of_the_others_are_refused_for_the_zoo(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert "leave it out" in error(capsys, "cpm1", "--blocks", "a")
+    assert "leave it out" in error(capsys, "cpm1", "--reserve", "1GB")
+    assert "1024 positions" in error(capsys, "cpm1", "--max-length", "2048")
+    assert "accepted" in error(capsys, "cpm1", "--quantization", "int4-row")
+    longer = report(capsys, "cpm2", "--max-length", "64")["reserved_bytes"]
+    assert longer < report(capsys, "cpm2", "--max-length", "128")["reserved_bytes"]
+
+
+def test_a_configuration_alone_may_be_of_the_zoo(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = dict(model_type="eva", d_model=48, d_ff=80, d_kv=8, num_heads=4, num_layers=2,
+        num_decoder_layers=2, vocab_size=100)  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    shown = report(capsys, str(tmp_path))
+    assert shown["model"] == "EVA" and len(shown["blocks"]) == 6
+
+
+def test_packed_bytes_of_experts_are_not_promised(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = transformers.MixtralConfig(
+        vocab_size=100, hidden_size=64, intermediate_size=96, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, num_local_experts=4,
+    ).to_dict() | {"architectures": ["MixtralForCausalLM"], "dtype": "bfloat16"}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert main(["plan", str(tmp_path), "--quantization", "int4"]) == 0
+    out, err = capsys.readouterr()
+    assert "not quantised in the blocks: " in out
+    assert "stacked experts" in err and "Traceback" not in err
+    experts = 4 * 4 * 3 * 64 * 96 * 2
+    left = report(capsys, str(tmp_path), "--quantization", "int4")["not_quantized_bytes"]
+    assert experts <= left < 1.05 * experts  # and the routers
+    assert report(capsys, str(tmp_path), "--quantization", "none")["not_quantized_bytes"] == 0
+
+
+def test_max_length_is_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = str(write_llama(tmp_path))
+    bare, usual = report(capsys, folder), report(capsys, folder, "--max-length", "2048")
+    assert bare["context"] is None and bare["usual_context"] == usual["context"]
+    context = usual["context"]
+    assert context["cache_bytes"] == 2048 * 4 * 2 * 64 * 4
+    taken = context["cache_bytes"] + context["workspace_bytes"]
+    assert usual["reserved_bytes"] == taken == usual["least_limit"] - bare["least_limit"]
+    assert main(["plan", folder]) == 0
+    assert "a context of 2,048 tokens would take about" in capsys.readouterr().out
+    assert main(["plan", folder, "--memory-limit", "1MB"]) == 0
+    assert capsys.readouterr().out.count("2,048") == 1
+    assert "whole number above 0" in error(capsys, folder, "--max-length", "0")
+
+
+def test_the_speeds_of_a_card(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = str(write_llama(tmp_path))
+    limit = str(report(capsys, folder)["least_limit"])
+
+    def speeds(*options: str) -> tuple[float, float]:
+        shown = report(capsys, folder, "--memory-limit", limit, *options)
+        return shown["memory_bytes_per_s"] / 1e9, shown["link_bytes_per_s"] / 1e9
+
+    assert speeds() == (150, 12)
+    for name in ("RTX 4090", "rtx4090", "NVIDIA GeForce RTX 4090"):
+        memory, link = speeds("--gpu", name)
+        assert memory == 1008 and 24 < link < 26
+    assert speeds("--gpu", "RTX 4090", "--link", "10GB")[1] == 10
+    assert speeds("--gpu", "RTX 4060")[1] == pytest.approx(link / 2)
+    assert all(speed > 0.01 for speed in speeds("--gpu", "this"))
+    said = error(capsys, folder, "--gpu", "Voodoo 2")
+    assert "'Voodoo 2'" in said and "RTX 4090" in said and "--memory-bandwidth" in said
+
+
+@pytest.mark.parametrize("option", ["--link", "--disk", "--memory-bandwidth"])
+def test_a_speed_without_a_unit_is_refused(
+    option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = error(capsys, str(write_llama(tmp_path)), option, "12")
+    assert f"{option}='12' has no unit" in said and '"12GB"' in said
+
+
+def test_slow_tokens_are_told_in_seconds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = str(write_llama(tmp_path))
+    limit = str(report(capsys, folder)["least_limit"])
+    assert main(["plan", folder, "--memory-limit", limit, "--link", "1KB"]) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert "tokens/s" not in line and "a token: 1" in line and " s (" in line
+    assert main(["plan", folder, "--memory-limit", limit, "--link", "100KB"]) == 0
+    assert "tokens/s" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_a_limit_is_printed_as_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = str(write_llama(tmp_path))
+    for given, shown in (("6GB", "6 GB"), ("6G", "6 GB"), ("1.25GiB", "1.25 GiB")):
+        assert main(["plan", folder, "--memory-limit", given]) == 0
+        assert f" {shown}   planned" in capsys.readouterr().out
+    assert "the limit of 1 KB (1000 bytes)" in error(capsys, folder, "--memory-limit", "1KB")
+
+
+def test_a_model_that_writes_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = transformers.ViTConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2,
+        image_size=32,
+    ).to_dict()  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert report(capsys, str(tmp_path))["usual_context"] is None
+    assert "reserve=" in error(capsys, str(tmp_path), "--max-length", "64")
