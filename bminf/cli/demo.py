@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import gc
+import sys
 import time
 from contextlib import closing
 from dataclasses import dataclass
@@ -13,7 +15,7 @@ from bminf.cli import models
 from bminf.cli.limits import half_limit
 from bminf.cli.measure import PeakMemory, rss_anon_bytes
 from bminf.cli.progress import TokenBar, spinner
-from bminf.errors import ArgumentError
+from bminf.errors import ArgumentError, BudgetError
 from bminf.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
@@ -39,6 +41,13 @@ def _positive(text: str) -> int:
     return value
 
 
+def _check_prompt(prompt: str) -> None:
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ArgumentError(f"--prompt={prompt!r} is not UTF-8; give a text in UTF-8") from error
+
+
 @dataclass(frozen=True)
 class Round:
     """What one generation gave and cost."""
@@ -61,6 +70,7 @@ class Round:
 def run(arguments: argparse.Namespace) -> int:
     """0 if both texts are equal, otherwise 1."""
     limit = arguments.memory_limit and parse_bytes(arguments.memory_limit, "--memory-limit")
+    _check_prompt(arguments.prompt)
     demo = _Demo(arguments)
     resident = demo.round("everything resident", None)
     limited = demo.round("under a limit", limit or half_limit(resident.plan))
@@ -86,22 +96,20 @@ class _Demo:
         name = Path(source).name
         with spinner(f"loading the tokenizer of {name}"):
             self._tokenizer = models.load_tokenizer(source)
-        # What torch, transformers and the tokenizer hold is no memory of the model.
-        self._baseline_bytes = rss_anon_bytes()
+        self._prompt_ids = self._ids_of_prompt()
         with spinner(f"loading {name}"):
             self._model = models.load_model(source, _dtype(source, self._is_cuda))
+        if not self._is_cuda:  # the libraries' own buffers come with the first pass
+            with spinner("first pass"):
+                self._model.generate(self._prompt_ids, max_new_tokens=1, do_sample=False)
+        self._baseline_bytes = _other_bytes(self._model)
+        self._max_length = self._countable_length()
 
     def round(self, title: str, memory_limit: int | None) -> Round:
         """Wraps the model under `memory_limit`, shows the plan, generates, and unwraps again."""
         import bminf
 
-        bminf.wrapper(
-            self._model,
-            quantization=False,
-            memory_limit=memory_limit,
-            device="cuda" if self._is_cuda else "cpu",
-            offload_dir=self._arguments.offload_dir,
-        )
+        self._wrap(memory_limit)
         try:
             print(f"== {title}\n{bminf.plan_of(self._model)}\n", flush=True)
             result = self._measure(title)
@@ -109,6 +117,56 @@ class _Demo:
             bminf.unwrap(self._model)
         print(result, flush=True)
         return result
+
+    def _wrap(self, memory_limit: int | None) -> None:
+        """With room for the text; where the limit has none, without, which is said."""
+        import bminf
+
+        how: dict[str, Any] = {
+            "quantization": False,
+            "memory_limit": memory_limit,
+            "device": "cuda" if self._is_cuda else "cpu",
+            "offload_dir": self._arguments.offload_dir,
+        }
+        try:
+            bminf.wrapper(self._model, **how, max_length=self._max_length)
+        except BudgetError as error:
+            if self._max_length is None:
+                raise
+            try:
+                bminf.wrapper(self._model, **how)
+            except BudgetError:
+                raise error from None
+            print(
+                f"bminf: the limit of {format_bytes(memory_limit or 0)} has no room for a text of "
+                f"{self._max_length} tokens beside the weights; the peak will be above it",
+                file=sys.stderr,
+            )
+
+    def _ids_of_prompt(self) -> Any:
+        """(1, T) int64. Without any token the text begins with the tokenizer's first one."""
+        import torch
+
+        ids = self._tokenizer(self._arguments.prompt, return_tensors="pt")["input_ids"].long()
+        if ids.numel() or self._tokenizer.bos_token_id is None:
+            if not ids.numel():
+                raise ArgumentError(
+                    f"--prompt={self._arguments.prompt!r} has no tokens, and the tokenizer of this "
+                    "model names none to begin with; give a text"
+                )
+            return ids
+        return torch.tensor([[self._tokenizer.bos_token_id]])
+
+    def _countable_length(self) -> int | None:
+        """Tokens to set aside room for; None where the model's configuration does not tell it."""
+        from bminf.scheduler.context import context_of
+
+        length = self._prompt_ids.shape[1] + self._arguments.max_new_tokens
+        try:
+            context_of(self._model, length)
+        except ArgumentError:
+            return None
+        return int(length)
 
     def _measure(self, title: str) -> Round:
         import bminf
@@ -134,12 +192,11 @@ class _Demo:
 
     def _generate(self, max_new_tokens: int, title: str) -> list[int]:
         """The new token ids, chosen greedily."""
-        inputs = self._tokenizer(self._arguments.prompt, return_tensors="pt")
-        device = "cuda" if self._is_cuda else "cpu"
+        inputs = self._prompt_ids.to("cuda" if self._is_cuda else "cpu")
         with closing(TokenBar(max_new_tokens, title)) as bar:
             output = self._model.generate(
-                input_ids=inputs["input_ids"].to(device),
-                attention_mask=inputs["attention_mask"].to(device),
+                input_ids=inputs,
+                attention_mask=inputs.new_ones(inputs.shape),
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 num_beams=1,
@@ -147,6 +204,17 @@ class _Demo:
             )
         ids: list[int] = output[0].tolist()
         return ids[-bar.num_tokens :]
+
+
+def _other_bytes(model: Any) -> int | None:
+    """Anonymous memory that is not the model's: of torch, transformers, and what loading left."""
+    from bminf.scheduler import memory
+    from bminf.scheduler.blob import unmapped_bytes
+
+    gc.collect()
+    memory.trim()
+    held = rss_anon_bytes()
+    return None if held is None else held - unmapped_bytes(model)
 
 
 def _default_device() -> str:

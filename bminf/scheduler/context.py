@@ -32,6 +32,7 @@ USUAL_LENGTH = 2048
 
 _DRAWN_BYTES = 12  # of a logit beside its own: in float32, as processed, and its probability
 _MOST_KEPT_BYTES = 2**26  # by the allocators and libraries of a CPU; on a GPU a half of it
+_ARENAS_BYTES = 2**21  # by which the memory of a CPU process grows at the least, about
 _HOLES = 0.1  # of the workspace, between what is still there
 
 
@@ -145,8 +146,11 @@ def _workspace_bytes(
     logits: int = text.vocab_size * (num_drawn * sizes.itemsize + max_batch_size * _DRAWN_BYTES)
     layer = max(_layer_moments(text, max_length, max_batch_size, sizes))
     peak = max(layer, logits)
-    most_kept = _MOST_KEPT_BYTES if sizes.is_cpu else _MOST_KEPT_BYTES // 2
-    return peak + int(_HOLES * peak) + min(layer + logits // 2, most_kept)
+    if sizes.is_cpu:
+        kept = min(layer + logits + _ARENAS_BYTES, _MOST_KEPT_BYTES)
+    else:
+        kept = min(layer + logits // 2, _MOST_KEPT_BYTES // 2)
+    return peak + int(_HOLES * peak) + kept
 
 
 def _layer_moments(text: Any, max_length: int, max_batch_size: int, sizes: _Sizes) -> Iterator[int]:
