@@ -33,11 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--reserve", default="0", metavar="SIZE", help="set aside beside what --max-length takes")
     add("--gpu", metavar="NAME", help='a card, such as "RTX 4090", whose memory and bus are meant; '
         '"this" measures this machine')  # fmt: skip
-    add("--link", metavar="SPEED", help="bytes a second of the bus; default: 12GB")
+    add("--link", default="12GB", action=_Speed, metavar="SPEED",
+        help="bytes a second of the bus; default: 12GB")  # fmt: skip
     add("--host-memory", metavar="SIZE",
         help="for what does not stay; the rest waits on disk; default: enough for all")  # fmt: skip
     add("--disk", default="2GB", metavar="SPEED", help="bytes a second of the disk; default: 2GB")
-    add("--memory-bandwidth", metavar="SPEED",
+    add("--memory-bandwidth", default="150GB", action=_Speed, metavar="SPEED",
         help="bytes a second that the device reads of its memory; default: 150GB")  # fmt: skip
     add("--json", action="store_true", help="print one JSON object")
 
@@ -70,6 +71,16 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+class _Speed(argparse.Action):
+    """Stores a speed, and that it was told: it then wins over that of the card."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: Any
+    ) -> None:
+        setattr(namespace, self.dest, values)
+        namespace.told = {*getattr(namespace, "told", ()), self.dest}
+
+
 class _Speeds(NamedTuple):
     """Bytes a second."""
 
@@ -79,18 +90,18 @@ class _Speeds(NamedTuple):
 
 
 def _speeds(arguments: argparse.Namespace) -> _Speeds:
-    link, memory = arguments.link or "12GB", arguments.memory_bandwidth or "150GB"
     given = _Speeds(
-        parse_rate(link, "--link"),
-        parse_rate(memory, "--memory-bandwidth"),
+        parse_rate(arguments.link, "--link"),
+        parse_rate(arguments.memory_bandwidth, "--memory-bandwidth"),
         parse_rate(arguments.disk, "--disk"),
     )
     if arguments.gpu is None:
         return given
     card = speeds_of(arguments.gpu)
+    told = getattr(arguments, "told", ())
     return _Speeds(
-        given.link if arguments.link else card.link,
-        given.memory if arguments.memory_bandwidth else card.memory,
+        given.link if "link" in told else card.link,
+        given.memory if "memory_bandwidth" in told else card.memory,
         given.disk,
     )
 
