@@ -59,14 +59,15 @@ class Transformers:
         from bminf.scheduler.stand_ins import choose, warn_of_what_stays
 
         blocks = find_blocks(self._model, arguments.blocks)
-        stand_ins = choose(self._model, blocks, format_for(form))
+        choice = choose(self._model, blocks, format_for(form))
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            warn_of_what_stays(self._model, blocks, stand_ins, stacklevel=1)
+            warn_of_what_stays(self._model, blocks, choice, stacklevel=1)
         for warning in caught:
             print(f"bminf: {warning.message}", file=sys.stderr)
         modules = {m for b in blocks for m in self._model.get_submodule(b.name).modules()}
-        left = {id(p): p for m in modules if m not in stand_ins for p in m._parameters.values()}
+        modules -= choice.stand_ins.keys()
+        left = {id(p): p for m in modules for p in m._parameters.values()}
         return sum(p.nbytes for p in left.values() if p is not None and p.dim() > 1)
 
     def _format(self, arguments: argparse.Namespace) -> str | None:

@@ -300,7 +300,7 @@ def _wanted(
 
 
 def _keys_of(linear: QuantizedLinear) -> Iterable[str]:
-    return [key for key in _PACKED_FIELDS if getattr(linear, key) is not None]
+    return [key for key in _PACKED_FIELDS if getattr(linear.packed, key) is not None]
 
 
 def _joined(prefix: str, name: str) -> str:
