@@ -41,7 +41,7 @@ DEMO = ["transformers>=4.56", "gguf", "accelerate"]
 # GLM-130B's tokenizer as the authors ship it; no hard need, because it asks for an old protobuf and
 # for torchvision. Our own reads the same file.
 ICETK = ["icetk"]
-TEST = ["pytest", "hypothesis", "accelerate", "transformers>=4.56", "ruff", "mypy"]
+TEST = ["pytest", "hypothesis", "accelerate", "transformers>=4.56", "peft", "ruff", "mypy"]
 
 setup(
     name="bminf",
