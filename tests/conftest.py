@@ -11,8 +11,9 @@ import torch
 
 # The same examples in every run, so that a change that fails has caused it; HYPOTHESIS_PROFILE
 # set to "explore" looks for new ones.
-hypothesis.settings.register_profile("repeat", derandomize=True, deadline=None)
-hypothesis.settings.register_profile("explore", deadline=None)
+UNTIMED = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
+hypothesis.settings.register_profile("repeat", derandomize=True, **UNTIMED)
+hypothesis.settings.register_profile("explore", **UNTIMED)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeat"))
 
 # No test may reach for a network; transformers reads this when it is imported.

@@ -12,7 +12,17 @@ from typing import Any
 
 import pytest
 import torch
-from streaming import Residual, Stack, make_stack, num_readers, raise_once, settled_readers, stream
+from streaming import (
+    HANGS_S,
+    Residual,
+    Stack,
+    make_stack,
+    num_readers,
+    raise_once,
+    settled_readers,
+    stream,
+    until,
+)
 from tiny_models import make
 
 import bminf
@@ -137,13 +147,9 @@ def test_a_model_may_die_while_a_thread_is_being_started() -> None:
     del model
     collector = threading.Thread(target=collect, daemon=True)
     collector.start()
-    collector.join(20)
+    collector.join(HANGS_S)
     assert not collector.is_alive()
-    for _ in range(200):  # the reader ends by itself
-        if num_readers() == threads:
-            break
-        time.sleep(0.05)
-    assert num_readers() == threads
+    until(lambda: num_readers() == threads)  # the reader ends by itself
     assert len(os.listdir("/proc/self/fd")) == open_files
 
 
@@ -156,7 +162,7 @@ def test_a_copy_under_way_ends_before_its_model_is_given_back() -> None:
     backend.release()
     assert not copied.done() and not store._file.closed
     may_end.set()
-    copied.result(20)
+    copied.result(HANGS_S)
     backend._reader.join()
     assert store._file.closed
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from streaming import Residual, Stack, make_stack, stream
+from streaming import HANGS_S, Residual, Stack, make_stack, stream
 from tiny_models import make
 
 import bminf
@@ -298,7 +298,7 @@ def test_a_forked_process_gets_an_error_and_does_not_hang() -> None:
     model(x)
 
     def use(queue: Any) -> None:
-        signal.alarm(20)
+        signal.alarm(int(HANGS_S))
         try:
             model(x)
         except UnsupportedModelError as error:
@@ -308,7 +308,7 @@ def test_a_forked_process_gets_an_error_and_does_not_hang() -> None:
     queue = context.SimpleQueue()
     process = context.Process(target=use, args=(queue,))
     process.start()
-    process.join(30)
+    process.join(2 * HANGS_S)
     assert process.exitcode == 0 and "forked process" in queue.get()
     model(x)
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from streaming import MODES, Residual, Stack, make_stack, raise_once, stream
+from streaming import HANGS_S, MODES, Residual, Stack, make_stack, raise_once, stream
 from tiny_models import greedy, inputs_of, make, output_of
 
 import bminf
@@ -76,11 +76,11 @@ def test_1_an_interrupt_while_a_block_is_left_is_mended_by_the_next_pass(
 
 
 def locked_by_nobody(model: torch.nn.Module) -> bool:
-    """Whether another thread gets into the model at once."""
+    """Whether another thread gets into the model."""
     done = threading.Event()
     thread = threading.Thread(target=lambda: (model(torch.zeros(1, 16)), done.set()), daemon=True)
     thread.start()
-    return done.wait(10)
+    return done.wait(HANGS_S)
 
 
 # 2. Weights used outside the block's call

@@ -6,13 +6,13 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from streaming import until
 
 import bminf
 from bminf.cli import demo, main, models
@@ -255,7 +255,7 @@ def test_peak_memory_sees_a_peak() -> None:
     size = 64 * 2**20
     with PeakMemory(is_cuda=False, baseline_bytes=rss_anon_bytes()) as memory:
         held: Any = torch.ones(size, dtype=torch.uint8)
-        time.sleep(0.1)  # ten samples
+        until(lambda: memory.peak_bytes >= size)
         del held
     assert memory.peak_bytes is not None
     assert size <= memory.peak_bytes < 1.2 * size

@@ -5,13 +5,12 @@ from __future__ import annotations
 import gc
 import random
 import statistics
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from streaming import Residual, Stack, make_stack, num_readers
+from streaming import Residual, Stack, make_stack, num_readers, until
 from tiny_models import TINY, greedy, inputs_of, make, output_of
 
 import bminf
@@ -370,7 +369,4 @@ def test_large_blobs_on_disk_keep_to_their_buffers(monkeypatch: pytest.MonkeyPat
             assert torch.equal(model(x), expected)
     del model
     gc.collect()
-    deadline = time.monotonic() + 30
-    while num_readers() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert num_readers() == 0
+    until(lambda: num_readers() == 0)

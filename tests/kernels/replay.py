@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if failures or not results else 0
 
 
-def run(folder: Path, *options: str, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
+def run(folder: Path, *options: str, timeout_s: float = 1200) -> subprocess.CompletedProcess[str]:
     """This program over `folder`, as a process of its own."""
     command = [sys.executable, __file__, str(folder), *options]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)

@@ -259,7 +259,8 @@ stage = sys.argv[3]
 
 def stop(*_):
     print("half way", flush=True)
-    time.sleep(60)
+    while True:
+        time.sleep(60)
 
 if stage == "weights":
     original = module.tensors_of_block

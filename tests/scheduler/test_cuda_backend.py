@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 import torch
-from streaming import least_limit, make_stack, num_readers, settled_readers
+from streaming import HANGS_S, least_limit, make_stack, num_readers, settled_readers, until
 
 import bminf
 from bminf import wrapping
@@ -303,13 +303,6 @@ def test_a_model_that_nobody_holds_gives_its_memory_back(
     assert pinned and all(memory.is_closed for memory in pinned)
 
 
-def until(is_so: Callable[[], bool]) -> None:
-    ends_s = time.monotonic() + 20
-    while not is_so():
-        assert time.monotonic() < ends_s
-        time.sleep(0.01)
-
-
 # Copies that happen later
 
 
@@ -334,7 +327,7 @@ class LateEvent:
         return self.reached.is_set()
 
     def synchronize(self) -> None:
-        assert self.reached.wait(20)
+        assert self.reached.wait(HANGS_S)
 
     def elapsed_time(self, other: LateEvent) -> float:
         assert self.at_s and other.at_s
@@ -361,7 +354,7 @@ class LateStream:
 
     def wait_event(self, event: LateEvent) -> None:
         reached = event.reached  # as it is now
-        self.queue(lambda: reached.wait(20))
+        self.queue(lambda: reached.wait(HANGS_S))
 
     def wait_stream(self, stream: Any) -> None:
         pass
@@ -422,7 +415,7 @@ def late_stream(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     for stream in made:
         stream.work.put(None)
-        stream.thread.join(20)
+        stream.thread.join(HANGS_S)
 
 
 @pytest.mark.parametrize("num_blocks", [7, 8, 13])

@@ -24,7 +24,7 @@ from bminf.scheduler.read_ahead import NUM_STAGES, ReadAhead, Staging
 from bminf.scheduler.store import FileStore
 
 SIZES = [700, 4096, 1, 5000, 333]
-SOON_S = 20.0  # far more than anything here takes
+SOON_S = 120.0  # far more than anything here takes, also where all cores are busy
 
 
 def blob(number: int, version: int = 0) -> torch.Tensor:
@@ -344,12 +344,12 @@ from test_read_ahead import Bench
 bench = Bench()
 bench.store.may_read.clear()
 waiting = bench.fetch(0)
-assert bench.store.has_begun.wait(20) and "bminf-reader" in names()
+assert bench.store.has_begun.wait(120) and "bminf-reader" in names()
 threading.Timer(0.2, bench.store.may_read.set).start()
 """
     done = subprocess.run(
         [sys.executable, "-c", program, str(Path(__file__).parent)],
-        capture_output=True, text=True, check=True, timeout=120,
+        capture_output=True, text=True, check=True, timeout=300,
     )  # fmt: skip
     assert (done.stdout.strip(), done.stderr) == ("False", "")
 

@@ -132,7 +132,7 @@ def test_cutting_writes_no_file_logs_nothing_and_warns_of_nothing(tmp_path: Path
         capture_output=True,
         text=True,
         env=environment,
-        timeout=120,
+        timeout=300,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert not list(tmp_path.iterdir())
@@ -157,6 +157,6 @@ def test_the_warnings_of_jieba_s_import_are_silenced_and_no_others(tmp_path: Pat
     for extra, code in (([], 0), ([warning.format("something new", "UserWarning")], 1)):
         (package / "__init__.py").write_text("\n".join(lines + extra))
         command = [sys.executable, "-W", "error", "-c", program]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
         assert done.returncode == code, done.stderr
         assert ("something new" in done.stderr) == bool(extra)
