@@ -1,0 +1,164 @@
+"""The sweep over architectures sees what is wrong, and its parts do what they say."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from streaming import make_stack
+
+# Benchmarks are not installed; at the end of the path, so that an installed bminf is found first.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.sweep import __main__ as command
+from benchmarks.sweep.candidates import Candidate, candidates
+from benchmarks.sweep.check import NOT_BUILT, OK, REFUSED, RESIDENT, WRONG, check, prepare
+from benchmarks.sweep.shrink import LAYERS, VOCABULARY, Shrinker
+from benchmarks.sweep.table import table
+from benchmarks.sweep.tensors import difference, held_bytes
+
+ROOT = Path(__file__).resolve().parents[1]
+BROKEN = ("NotTheSame", "ForeignError", "EndsTheProcess", "Stateful")
+CHOSEN = {
+    "llama": "LlamaForCausalLM",
+    "t5": "T5ForConditionalGeneration",
+    "swin": "SwinModel",
+    "broken": " ".join(f"sweep_broken.{name}" for name in BROKEN),
+}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Of one run over CHOSEN, in one worker."""
+    chosen = [Candidate("transformers", f, n) for f, names in CHOSEN.items() for n in names.split()]
+    file = tmp_path_factory.mktemp("sweep") / "sweep.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}")
+        patch.setattr(command, "candidates", lambda libraries: chosen)
+        options = ["--workers", "1", "--timeout", "300", "--out", str(file)]
+        code = command.main(["--libraries", "transformers", *options])
+    assert code == 1  # some are wrong
+    document: dict[str, Any] = json.loads(file.read_text())
+    return document
+
+
+def outcome_of(results: dict[str, Any], family: str, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = results["results"][f"transformers:{family}:{name}"]
+    return found
+
+
+@pytest.mark.parametrize(("family", "generates"), [("llama", True), ("t5", True), ("swin", False)])
+def test_what_streams_is_ok(results: dict[str, Any], family: str, generates: bool) -> None:
+    outcome = outcome_of(results, family, CHOSEN[family])
+    assert (outcome["outcome"], outcome["reason"]) == (OK, "")
+    assert outcome["generates"] is generates
+    assert 0 < outcome["num_streamed"] <= outcome["num_blocks"]
+    assert outcome["bytes_copied"] > 0 and 0 < outcome["least_part"] < 1
+
+
+@pytest.mark.parametrize(
+    ("name", "outcome", "reason"),
+    [
+        ("NotTheSame", WRONG, "pass 1: output.last_hidden_state differs in 1 of"),
+        ("ForeignError", WRONG, "RuntimeError: no such luck"),
+        ("EndsTheProcess", WRONG, "the process ended with code 3"),
+        ("Stateful", REFUSED, "UnsupportedModelError: "),
+    ],
+)
+def test_what_is_wrong_is_seen(
+    results: dict[str, Any], name: str, outcome: str, reason: str
+) -> None:
+    found = outcome_of(results, "broken", f"sweep_broken.{name}")
+    assert found["outcome"] == outcome and reason in found["reason"]
+
+
+def test_the_page_lists_all_classes_and_reasons(results: dict[str, Any]) -> None:
+    page = table(results)
+    assert "| transformers | 3 | 0 | 1 | 3 | 0 |" in page
+    assert "| t5 | T5ForConditionalGeneration | yes |" in page
+    assert "| sweep_broken.ForeignError | RuntimeError: no such luck |" in page
+
+
+def outcome_with(model: torch.nn.Module, **given: Any) -> Any:
+    prepared = prepare([lambda: model], lambda _: [given])
+    return check(*prepared) if isinstance(prepared, tuple) else prepared
+
+
+def test_a_model_that_two_slots_hold_is_resident() -> None:
+    assert outcome_with(make_stack(num_blocks=2), x=torch.ones(3, 16)).outcome == RESIDENT
+
+
+def test_a_model_that_does_not_run_by_itself_is_not_built() -> None:
+    found = outcome_with(make_stack(), x=torch.ones(3, 15))
+    assert found.outcome == NOT_BUILT and "running: RuntimeError" in found.reason
+
+
+def test_weights_that_unwrap_gives_back_changed_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    import bminf
+
+    unwrap = bminf.unwrap
+
+    def spoil(model: torch.nn.Module) -> torch.nn.Module:
+        with torch.no_grad():
+            unwrap(model).layers[3].shift[0] += 1
+        return model
+
+    monkeypatch.setattr(bminf, "unwrap", spoil)
+    found = outcome_with(make_stack(), x=torch.ones(3, 16))
+    assert found.outcome == WRONG and "after unwrap, output.layers.3.shift" in found.reason
+
+
+def test_bytes_that_are_not_counted_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.sweep import check as module
+
+    monkeypatch.setattr(module, "held_bytes", lambda model: held_bytes(model) + 4)
+    found = outcome_with(make_stack(), x=torch.ones(3, 16))
+    assert found.outcome == WRONG and "the plan counts" in found.reason
+
+
+def test_held_bytes_count_shared_memory_once() -> None:
+    model = make_stack()
+    before = held_bytes(model)
+    model.tied = model.layers[0].up.weight
+    model.register_buffer("part", model.layers[1].up.weight.detach()[2:4])
+    assert held_bytes(model) == before == sum(t.nbytes for t in make_stack().state_dict().values())
+
+
+@pytest.mark.parametrize(
+    ("given", "expected", "what"),
+    [
+        ([torch.tensor([1.0, torch.nan])], [torch.tensor([1.0, torch.nan])], None),
+        ([torch.tensor([1.0, 2.0])], [torch.tensor([1.0, torch.nan])], "differs in 1 of 2"),
+        ({"a": torch.ones(2)}, {"a": torch.ones(2, dtype=torch.half)}, "is torch.float32"),
+        ({"a": torch.ones(2)}, {"b": torch.ones(2)}, "instead of"),
+    ],
+)
+def test_difference(given: Any, expected: Any, what: str | None) -> None:
+    found = difference(given, expected)
+    assert found is None if what is None else what in str(found)
+
+
+def test_shrinking_keeps_relations() -> None:
+    published = {
+        "hidden_size": 1024, "num_attention_heads": 16, "head_dim": 64, "num_hidden_layers": 24,
+        "layer_types": ["a", "b"] * 12, "vocab_size": 50000, "eos_token_id": 49999,
+        "pad_token_id": None, "vision_config": {"hidden_sizes": [64, 128], "depths": [2, 2, 18]},
+    }  # fmt: skip
+    narrow, few = (s.shrink(published) for s in Shrinker.all_for(published)[:2])
+    for small in (narrow, few):
+        assert small["hidden_size"] == small["num_attention_heads"] * small["head_dim"] == 128
+        assert small["num_hidden_layers"] == len(small["layer_types"]) == LAYERS
+        assert small["eos_token_id"] < small["vocab_size"] == VOCABULARY
+        assert small["vision_config"] == {"hidden_sizes": [8, 16], "depths": [2, 2, LAYERS]}
+    assert narrow["head_dim"] == 8 and few["head_dim"] == 64
+
+
+def test_every_class_of_transformers_is_a_candidate_once() -> None:
+    found = candidates(["transformers"])
+    names = [candidate.name for candidate in found]
+    assert len(names) == len(set(names)) > 300
+    assert {"LlamaForCausalLM", "T5EncoderModel", "CLIPModel", "WhisperModel"} <= set(names)
