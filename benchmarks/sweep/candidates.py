@@ -123,7 +123,7 @@ def _size_of_name(name: str) -> tuple[int, float, str]:
 
 
 def _build_timm(candidate: Candidate) -> tuple[list[Build], Inputs]:
-    import timm
+    timm: Any = importlib.import_module("timm")
 
     def inputs(model: torch.nn.Module) -> Iterator[dict[str, Any]]:
         shape = timm.data.resolve_model_data_config(model)["input_size"]

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 BATCH, LENGTH = 2, 8
-_IDS = ("input_ids", "decoder_input_ids")
 _MAIN = ("pixel_values", "pixel_values_videos", "input_features", "input_values", "input_ids")
 
 Inputs = dict[str, Any]
@@ -52,45 +51,56 @@ def _filled(model: torch.nn.Module, names: list[str]) -> Iterator[Inputs]:
 
 def _values(name: str, model: torch.nn.Module) -> list[Any]:
     """Possible values of one parameter; none for one that is not known."""
-    generator = torch.Generator().manual_seed(1)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    def integers(*shape: int, most: int = 96) -> torch.Tensor:
-        return torch.randint(3, most, shape, generator=generator)
-
     config = getattr(model, "config", None)
-    if name in _IDS or name.endswith("input_ids"):
-        codebooks = _first(config, ("num_codebooks", "num_vq", "n_q"), 0)
-        shapes = [(BATCH, LENGTH), (BATCH, 2, LENGTH)]  # the second for multiple choice
-        if codebooks:
-            shapes += [(BATCH, LENGTH, codebooks), (BATCH, codebooks, LENGTH)]
-        most = _first(config, ("vocab_size",), 96)
-        return [integers(*shape, most=min(96, most)) for shape in shapes]
+    if name.endswith("input_ids"):
+        return _ids(config)
     if "attention_mask" in name or name in ("padding_mask", "pixel_mask"):
         return [torch.ones(BATCH, LENGTH, dtype=torch.long)]
-    if name in ("pixel_values", "pixel_values_images"):
-        return [normal(BATCH, *shape) for shape in _image_shapes(config)]
-    if name == "pixel_values_videos" or name == "video":
-        frames = _first(config, ("num_frames", "frames_per_clip", "tubelet_frames"), 2)
-        return [normal(BATCH, frames, *shape) for shape in _image_shapes(config)]
-    if name == "input_features":
-        mel = _first(config, ("num_mel_bins", "feature_size", "input_feat_per_channel"), 80)
-        long = 2 * _first(config, ("max_source_positions",), 32)
-        return [normal(BATCH, mel, long), normal(BATCH, 64, mel), normal(BATCH, 1, 1001, 64)]
-    if name in ("input_values", "audio_values", "audio"):
-        mel, length = (
-            _first(config, (n,), d) for n, d in (("num_mel_bins", 80), ("max_length", 64))
-        )
-        return [normal(BATCH, 4000), normal(BATCH, length, mel), normal(BATCH, 1, 4000)]
     if name in ("hidden_states", "inputs_embeds", "encoder_hidden_states"):
-        return [normal(BATCH, LENGTH, _first(config, ("hidden_size", "d_model", "n_embd"), 32))]
-    if name in ("grid_thw", "image_grid_thw"):
-        return [torch.tensor([[1, 4, 4], [1, 4, 4]])]
+        return [_normal(BATCH, LENGTH, _first(config, ("hidden_size", "d_model", "n_embd"), 32))]
     if name == "bbox":
         return [torch.tensor([1, 2, 30, 40]).expand(BATCH, LENGTH, 4).contiguous()]
+    return _pictures(name, config) or _sounds(name, config)
+
+
+def _ids(config: Any) -> list[torch.Tensor]:
+    """Tokens; the second shape is that of multiple choice, those after it of audio codes."""
+    shapes: list[tuple[int, ...]] = [(BATCH, LENGTH), (BATCH, 2, LENGTH)]
+    if codebooks := _first(config, ("num_codebooks", "num_vq", "n_q"), 0):
+        shapes += [(BATCH, LENGTH, codebooks), (BATCH, codebooks, LENGTH)]
+    most = min(96, _first(config, ("vocab_size",), 96))
+    return [torch.randint(3, most, shape, generator=_generator()) for shape in shapes]
+
+
+def _pictures(name: str, config: Any) -> list[torch.Tensor]:
+    if name in ("pixel_values", "pixel_values_images"):
+        return [_normal(BATCH, *shape) for shape in _image_shapes(config)]
+    if name in ("pixel_values_videos", "video"):
+        frames = _first(config, ("num_frames", "frames_per_clip", "tubelet_frames"), 2)
+        return [_normal(BATCH, frames, *shape) for shape in _image_shapes(config)]
+    if name in ("grid_thw", "image_grid_thw"):
+        return [torch.tensor([[1, 4, 4], [1, 4, 4]])]
     return []
+
+
+def _sounds(name: str, config: Any) -> list[torch.Tensor]:
+    """Spectrograms, with time last or first, or waves."""
+    mel = _first(config, ("num_mel_bins", "feature_size", "input_feat_per_channel"), 80)
+    if name == "input_features":
+        length = 2 * _first(config, ("max_source_positions",), 32)
+        return [_normal(BATCH, mel, length), _normal(BATCH, 64, mel), _normal(BATCH, 1, 1001, 64)]
+    if name in ("input_values", "audio_values", "audio"):
+        length = _first(config, ("max_length",), 64)
+        return [_normal(BATCH, 4000), _normal(BATCH, length, mel), _normal(BATCH, 1, 4000)]
+    return []
+
+
+def _normal(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=_generator())
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(1)
 
 
 def _image_shapes(config: Any) -> list[tuple[int, int, int]]:

@@ -38,6 +38,7 @@ def merged(values: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]
     both = dict(values)
     for key, value in more.items():
         inner = both.get(key)
-        is_inner = isinstance(value, Mapping) and isinstance(inner, Mapping)
-        both[key] = merged(inner, value) if is_inner else value
+        if isinstance(value, Mapping) and isinstance(inner, Mapping):
+            value = merged(inner, value)
+        both[key] = value
     return both

@@ -15,6 +15,7 @@ from typing import Any
 from benchmarks.sweep.candidates import Candidate
 from benchmarks.sweep.check import NOT_BUILT, WRONG, Outcome
 
+START_S = 300.0  # to import torch and transformers, where all cores are busy
 PASSES_TO_COMPARE = 10  # and a little more; before that, one
 JOBS_A_WORKER = 60  # what libraries keep does not add up for ever
 
@@ -38,6 +39,8 @@ class Worker:
         """The outcome for a class; where the process gives none, that is the outcome."""
         assert self._process.stdin is not None
         self.num_jobs += 1
+        if self.num_jobs == 1:
+            self._is_ready()
         self._process.stdin.write(json.dumps(job) + "\n")
         self._process.stdin.flush()
         silent, waits_s = NOT_BUILT, timeout_s  # until the class has run without bminf
@@ -52,6 +55,11 @@ class Worker:
             reason = f"no answer in {waits_s:.0f} s"
         self.has_failed = True
         return Outcome(silent, reason).as_json()
+
+    def _is_ready(self) -> None:
+        """Wait for the first line, which comes when it has imported what all classes need."""
+        if not self._lines.get(timeout=START_S):
+            raise RuntimeError("no worker starts; see `python -m benchmarks.sweep.worker`")
 
     def stop(self) -> None:
         self._process.kill()

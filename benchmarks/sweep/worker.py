@@ -21,6 +21,9 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
+    _quiet()
+    answers.write("{}\n")  # ready
+    answers.flush()
     for line in sys.stdin:
         for answer in _answers(json.loads(line)):
             answers.write(json.dumps(answer) + "\n")
@@ -39,7 +42,6 @@ def _answers(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
     from benchmarks.sweep.candidates import Candidate, builders
     from benchmarks.sweep.check import NOT_BUILT, Outcome, check, prepare
 
-    _quiet()
     candidate = Candidate(**job["candidate"])
     try:
         builds, inputs = builders(candidate)
@@ -55,6 +57,7 @@ def _answers(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 def _quiet() -> None:
     import transformers
+    import transformers.modeling_utils  # most of what takes long to import
 
     transformers.logging.set_verbosity_error()
 
