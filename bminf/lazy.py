@@ -100,13 +100,14 @@ class LazyTensor(torch.Tensor):
     def data(self, value: torch.Tensor) -> None:
         if self._write is None:
             raise _not_kept("setting the data of a weight")
-        if (value.shape, value.dtype, value.device) != (self.shape, self.dtype, self.device):
+        if _kind_of(value) != _kind_of(self):
             raise UnsupportedModelError(
-                f"a streamed weight ({tuple(self.shape)}, {self.dtype}, on {self.device}) cannot "
-                f"become {tuple(value.shape)}, {value.dtype}, on {value.device}; "
+                f"a streamed weight ({tuple(self.shape)}, {self.dtype}, on {self.device}, strides "
+                f"{self.stride()}) cannot become {tuple(value.shape)}, {value.dtype}, on "
+                f"{value.device}, strides {value.stride()}; "
                 "do that before wrapping, or call bminf.unwrap(model) first"
             )
-        self._write(value.detach())
+        self._write(value.fetch() if isinstance(value, LazyTensor) else value.detach())
 
     def fetch(self) -> torch.Tensor:
         """The values, as an ordinary tensor without a history."""
@@ -121,7 +122,10 @@ class LazyTensor(torch.Tensor):
         return format(self.fetch(), spec)
 
     def numpy(self, *, force: bool = False) -> Any:
-        return self.fetch().numpy(force=force)
+        """Read-only: what is written to the array would not reach the weight."""
+        array = self.fetch().numpy(force=force)
+        array.flags.writeable = False
+        return array
 
     def tolist(self) -> Any:
         return self.fetch().tolist()
@@ -182,6 +186,14 @@ class LazyTensor(torch.Tensor):
         if isinstance(self, torch.nn.Parameter):
             return torch.nn.Parameter(real, requires_grad=self.requires_grad)
         return real
+
+
+def _kind_of(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """What new data of a weight has to have in common with the old."""
+    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.dim())
+    is_last = channels_last is not None and tensor.is_contiguous(memory_format=channels_last)
+    is_last = is_last and not tensor.is_contiguous()  # where a size is 1 it may be both
+    return tensor.shape, tensor.dtype, tensor.device, is_last
 
 
 def _holds_lazy(value: Any) -> bool:

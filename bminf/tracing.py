@@ -20,8 +20,11 @@ def tracer_at_work() -> str | None:
     if getattr(torch.compiler, "is_exporting", bool)():
         return "torch.export"
     # Most often the stack of modes is empty, which is quicker to ask than for one of them.
-    if torch._C._len_torch_dispatch_stack() and get_proxy_mode() is not None:
-        return "make_fx"
+    if torch._C._len_torch_dispatch_stack():
+        if get_proxy_mode() is not None:
+            return "make_fx"
+        if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
+            return "FakeTensorMode (AOTAutograd uses it)"
     if torch.fx._symbolic_trace._is_fx_tracing_flag:
         return "torch.fx.symbolic_trace"
     return None

@@ -58,3 +58,29 @@ def test_what_changes_nothing_is_accepted() -> None:
         assert torch.equal(model(x), expected)
         assert model.to(memory_format=LAST).float().to("cpu") is model
     assert all(p.is_contiguous(memory_format=LAST) for p in model.parameters() if p.dim() == 4)
+
+
+SOME_CHANGES: dict[str, Callable[[torch.nn.Module], object]] = {
+    "of large ones": lambda model: model._apply(lambda t: t.half() if t.numel() > 100 else t),
+    "of some values": lambda model: model._apply(lambda t: t.abs() if t.min() < -0.01 else t),
+    "through data": lambda model: model._apply(doubled),
+    "of the format, one by one": lambda model: torch.nn.utils.convert_conv2d_weight_memory_format(
+        model, LAST
+    ),
+}
+
+
+def doubled(tensor: torch.Tensor) -> torch.Tensor:
+    tensor.data.mul_(2)
+    return tensor
+
+
+@pytest.mark.parametrize("change", SOME_CHANGES)
+def test_a_change_of_some_tensors_is_refused(change: str) -> None:
+    """Whatever it depends on: size, values, number of dimensions."""
+    model = stream(torch.nn.Sequential(*convolutions()))
+    x = torch.randn(1, 4, 6, 6)
+    expected = model(x)
+    with pytest.raises(UnsupportedModelError, match=r"bminf\.unwrap"):
+        SOME_CHANGES[change](model)
+    assert torch.equal(model(x), expected)

@@ -125,3 +125,11 @@ def test_an_operation_inside_another_is_taken_apart() -> None:
     inner, _ = lazy(torch.arange(6.0))
     outer = LazyTensor(lambda: inner.double().mul_(2), torch.empty(6, dtype=torch.double))
     assert torch.equal(outer + 0, torch.arange(6.0).double() * 2)
+
+
+def test_an_array_of_it_is_read_only() -> None:
+    """A write would not reach the weight."""
+    tensor, _ = lazy(torch.randn(2, 3))
+    for array in (tensor.numpy(), np.asarray(tensor), tensor.detach().numpy()):
+        with pytest.raises(ValueError, match="read-only"):
+            array[0, 0] = 1

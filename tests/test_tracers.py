@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from streaming import Stack, make_stack, stream
+from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import bminf
@@ -95,3 +96,15 @@ def test_what_cannot_look_into_a_packed_linear_says_so(record: Any) -> None:
 def test_afterwards_it_is_recorded_again() -> None:
     model: Stack = bminf.unwrap(stream(make_stack().requires_grad_(False)))
     assert torch.equal(make_fx(lambda x: model(x))(X)(X), model(X))
+
+
+def test_fake_tensors_and_transforms_that_keep_weights_are_refused() -> None:
+    model, x = stream(make_stack()), torch.randn(2, 16)
+    expected = model(x)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        with pytest.raises(UnsupportedModelError, match="FakeTensorMode"):
+            model(mode.from_tensor(x))
+    for gradients in (torch.func.jacrev(model), torch.func.grad(lambda x: model(x).sum())):
+        with pytest.raises(UnsupportedModelError, match=r"torch\.func .*jacfwd"):
+            gradients(x[0])
+    assert torch.equal(model(x), expected)

@@ -128,3 +128,73 @@ def test_a_write_to_a_quantised_weight_says_what_works(limit: str | None) -> Non
         pytest.raises(UnsupportedModelError, match=r"before wrapping.*quantization=False"),
     ):
         model.layers[5].up.weight.div_(2)
+
+
+def exchange(up: torch.nn.Module, down: torch.nn.Module) -> None:
+    up.bias.data, down.bias.data = down.bias.data, up.bias.data
+
+
+def cast_twice(up: torch.nn.Module, down: torch.nn.Module) -> None:
+    up.bfloat16().float()
+
+
+INSIDE: dict[str, Callable[[Any, Any], Any]] = {
+    "data in place": lambda up, down: up.weight.data.div_(2),
+    "data copied to": lambda up, down: up.weight.data.copy_(up.weight.data * 3),
+    "data set": lambda up, down: setattr(up.weight, "data", up.weight.data * 3),
+    "data exchanged": exchange,
+    "rounded by a cast": cast_twice,
+    "swapped": lambda up, down: torch.utils.swap_tensors(
+        up.bias, torch.nn.Parameter(torch.ones(16))
+    ),
+}
+
+
+class Initial(torch.nn.Module):
+    """Changes its weights in its first pass, in a way that torch counts no versions of."""
+
+    write = "data in place"
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up, self.down = torch.nn.Linear(width, width), torch.nn.Linear(width, width)
+        self.is_first = True
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.is_first:
+            self.is_first = False
+            INSIDE[Initial.write](self.up, self.down)
+        return x + self.down(torch.relu(self.up(x)))
+
+
+@pytest.mark.parametrize("write", INSIDE)
+def test_a_write_inside_the_forward_is_kept(write: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Initial, "write", write)
+    plain, model = make_stack(block=Initial), stream(make_stack(block=Initial))
+    x = torch.randn(3, 16)
+    with torch.no_grad():
+        for _ in range(3):
+            assert torch.equal(model(x), plain(x))
+        right = plain.state_dict()
+        assert all(torch.equal(v, right[k]) for k, v in model.state_dict().items())
+        bminf.unwrap(model)
+        assert torch.equal(model(x), plain(x))
+
+
+def test_data_may_be_set_to_itself() -> None:
+    plain, model, x = make_stack(), stream(make_stack()), torch.randn(3, 16)
+    for stack in (plain, model):
+        for p in stack.parameters():
+            p.data = p.data.to("cpu").contiguous()
+        stack.layers[2].up.weight.data = stack.layers[3].up.weight.data
+    assert torch.equal(model(x), plain(x))
+
+
+def test_a_parameter_taken_away_stays_away() -> None:
+    plain, model, x = make_stack(), stream(make_stack()), torch.randn(3, 16)
+    for stack in (plain, model):
+        torch.manual_seed(0)
+        torch.nn.utils.spectral_norm(stack.layers[2].up)  # a hook computes its weight from now on
+        stack.eval().layers[3].up.bias = None
+    for _ in range(2):
+        assert torch.equal(model(x), plain(x))

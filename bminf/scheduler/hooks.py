@@ -252,6 +252,12 @@ class Scheduler:
         """Weights saved by autograd would be overwritten in the slot: save where they lie."""
         if not torch.is_grad_enabled():
             return nullcontext()
+        if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
+            raise UnsupportedModelError(
+                "gradients by torch.func (grad, vjp, jacrev, hessian) cannot be had of a model "
+                "with streamed blocks: they would keep the weights that happen to lie in the two "
+                "slots; use torch.autograd or torch.func.jacfwd, or call bminf.unwrap(model) first"
+            )
 
         def pack(tensor: torch.Tensor) -> Any:
             offset = block.offset_in_slot(tensor)
@@ -434,17 +440,23 @@ class _Apply(_Override):
         if self._block is not None and self._block.slot is not None:
             self._block.convert(self._module, fn)
             return self._module
-        for name, _, tensor in tensors_of(self._module):
-            probe = _probe_like(tensor)
-            before = probe._version, probe.is_shared()
-            if fn(probe) is not probe or (probe._version, probe.is_shared()) != before:
-                raise not_convertible(name, tensor)
+        with torch.no_grad():
+            for name, _, tensor in tensors_of(self._module):
+                if _changes(fn, tensor):
+                    raise not_convertible(name, tensor)
         return self._module
 
 
-def _probe_like(tensor: torch.Tensor) -> torch.Tensor:
-    """A small tensor of the same dtype, device, number of dimensions and order of strides."""
-    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
-    sizes = [min(size, 2) for size in tensor.shape]
-    dense = torch.zeros([sizes[at] for at in order], dtype=tensor.dtype, device=tensor.device)
-    return dense.permute([order.index(at) for at in range(tensor.dim())])
+def _changes(fn: Callable[..., Any], tensor: torch.Tensor) -> bool:
+    """Whether `fn` would give something else than `tensor`, or write to it.
+
+    It is asked with a tensor that has the very metadata and values, but keeps nothing.
+    """
+    written: list[torch.Tensor] = []
+    is_parameter = isinstance(tensor, torch.nn.Parameter)
+    read = tensor.fetch if isinstance(tensor, LazyTensor) else tensor.detach
+    probe = LazyTensor(read, tensor, is_parameter=is_parameter, write=written.append)
+    try:
+        return fn(probe) is not probe or bool(written)
+    except UnsupportedModelError:  # of the probe: it has no memory to share
+        return True

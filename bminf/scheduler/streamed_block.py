@@ -19,6 +19,35 @@ from bminf.scheduler.blocks import TensorPlace, tensors_of
 logger = logging.getLogger("bminf")
 
 
+class _InSlot(torch.Tensor):
+    """A tensor in a slot. What is written through its `data` is noticed like any other write: torch
+    gives `data` a count of versions of its own."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    is_elsewhere = False  # its data was set: it lies in other memory until the block is left
+
+    @property
+    def data(self) -> torch.Tensor:
+        return self.detach()
+
+    @data.setter
+    def data(self, value: torch.Tensor) -> None:
+        self.is_elsewhere = _is_alike(value, self)  # or it is the model's own, beyond the plan
+        torch.Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
+
+
+def _is_alike(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
+
+
+class _ParameterInSlot(_InSlot, torch.nn.Parameter):
+    """The same, of a parameter."""
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter, _InSlot, _ParameterInSlot)
+
+
 @dataclass
 class _Held:
     """One tensor of a streamed block: where it belongs, and what stands there when."""
@@ -27,6 +56,7 @@ class _Held:
     place: TensorPlace
     away: LazyTensor
     in_slot: list[torch.Tensor]
+    views: list[torch.Tensor]  # of the slots
     attributes: dict[str, Any]  # what python code hung on it
     cast: torch.Tensor | None = None  # what a hook made of it, for the time of a forward
     cast_version: int = 0
@@ -34,7 +64,9 @@ class _Held:
     def is_ours(self) -> bool:
         """Whether nobody else has put a tensor in our place."""
         current = self.place.get()
-        return any(current is tensor for tensor in (self.away, self.cast, *self.in_slot))
+        if current is self.away:  # torch.utils.swap_tensors gives it another tensor's values
+            return isinstance(current, LazyTensor)
+        return current is not None and any(current is t for t in (self.cast, *self.in_slot))
 
     def bind(self, slot: int) -> None:
         weight = self.in_slot[slot]
@@ -64,9 +96,29 @@ class _Held:
 
     def take_over(self, slot: int, converted: torch.Tensor | None = None) -> None:
         """Bring what was written to the cast tensor, if anything was, into the slot."""
-        if self.cast is not None and self.cast._version != self.cast_version:
-            self.in_slot[slot].copy_(self.cast if converted is None else converted)
+        own = self.in_slot[slot]
+        if converted is not None:  # from a wider dtype, what was not written to is as before
+            if self.cast is None or self._is_written() or self.cast.itemsize <= own.itemsize:
+                own.copy_(converted)
+        elif self.cast is not None and self._is_written():
+            own.copy_(self.cast)
         self.cast = None
+
+    def is_elsewhere(self, slot: int) -> bool:
+        """Whether the tensor of the slot lies in other memory: its data was set, or swapped."""
+        return getattr(self.in_slot[slot], "is_elsewhere", True)
+
+    def put_back(self, slot: int, value: torch.Tensor) -> None:
+        weight: Any = self.in_slot[slot]
+        self.views[slot].copy_(value)
+        torch.Tensor.data.__set__(weight, self.views[slot])  # type: ignore[attr-defined]
+        weight.__class__ = _ParameterInSlot if self.place.is_parameter else _InSlot
+        weight.is_elsewhere = False
+
+    def _is_written(self) -> bool:
+        if not self.place.is_parameter and self.place.module.training:
+            return True  # fused operations update running statistics without a trace
+        return self.cast is not None and self.cast._version != self.cast_version
 
     def kept(self, view: torch.Tensor) -> torch.Tensor:
         """`view` as the kind of tensor that was there."""
@@ -121,8 +173,12 @@ class StreamedBlock:
     ) -> _Held:
         fetch, keep = (functools.partial(do, self, name) for do in (self._read, self._write))
         away = LazyTensor(fetch, tensor, backend.device, place.is_parameter, keep)
-        held = _Held(name, place, away, [], dict(tensor.__dict__))
-        held.in_slot = [_guarded(held.kept(self.layout.view(slot, name))) for slot in backend.slots]
+        views = [self.layout.view(slot, name) for slot in backend.slots]
+        held = _Held(name, place, away, [], views, dict(tensor.__dict__))
+        for view in views:
+            weight: Any = _guarded(held.kept(view.detach()))
+            weight.__class__ = _ParameterInSlot if place.is_parameter else _InSlot
+            held.in_slot.append(weight)
         return held
 
     def let_go(self) -> None:
@@ -198,14 +254,24 @@ class StreamedBlock:
         with torch.no_grad():
             for held in self._held:
                 held.take_over(self.slot)
+            if self._put_back(self.slot):
+                return True
         if self.module.training and any(not held.place.is_parameter for held in self._held):
             return True
         return self._count_versions(self.slot) != self._versions
 
+    def _put_back(self, slot: int) -> bool:
+        """Bring what was set as the data of tensors into the slot; whether there was any."""
+        moved = [held for held in self._held if held.is_elsewhere(slot)]
+        values = [held.in_slot[slot].detach().clone() for held in moved]  # if they were exchanged
+        for held, value in zip(moved, values, strict=True):
+            held.put_back(slot, value)
+        return bool(moved)
+
     def offset_in_slot(self, tensor: torch.Tensor) -> int | None:
         """Where in the bound slot `tensor` begins, in bytes; None where it lies elsewhere."""
         assert self.slot is not None
-        if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+        if type(tensor) not in _PLAIN:
             return None
         if tensor.layout != torch.strided or tensor.is_meta:
             return None
