@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -30,6 +32,13 @@ class Holder:
         self.table = table
 
 
+class Slotted:
+    __slots__ = ("table",)
+
+    def __init__(self, table: Any) -> None:
+        self.table = table
+
+
 KEPT: dict[str, Callable[[torch.Tensor], Any]] = {
     "attribute": lambda table: table,
     "list": lambda table: [None, table[:20], table[20:]],
@@ -40,6 +49,12 @@ KEPT: dict[str, Callable[[torch.Tensor], Any]] = {
     "array": lambda table: table.numpy(),
     "unregistered module": lambda table: [torch.nn.Embedding.from_pretrained(table)],
     "sparse": lambda table: table.to_sparse(),
+    "deque": lambda table: collections.deque([table]),
+    "slots": lambda table: Slotted(table),
+    "partial": lambda table: functools.partial(torch.nn.functional.embedding, weight=table),
+    "closure": lambda table: lambda: table.sum(),
+    "method": lambda table: torch.nn.Embedding.from_pretrained(table).forward,
+    "storage": lambda table: table.untyped_storage(),
 }
 
 

@@ -6,9 +6,13 @@ stays, and whoever wraps a model that has many is told.
 
 from __future__ import annotations
 
+import functools
 import sys
+from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, is_dataclass
+from types import FunctionType, MethodType
 from typing import Any
 from warnings import warn
 
@@ -119,6 +123,8 @@ class _Search:
         self._seen[id(value)] = value
         if isinstance(value, torch.Tensor):
             yield from self._of_tensor(value)
+        elif isinstance(value, torch.UntypedStorage):
+            yield from self._of_tensor(torch.empty(0, dtype=torch.uint8).set_(value))
         elif isinstance(value, torch.ScriptObject):
             yield from _of_script_object(value)
         elif _is_array(value):
@@ -131,14 +137,20 @@ class _Search:
         if isinstance(value, torch.nn.Module):
             if all(inner is not self._model for inner in value.modules()):  # not one around us
                 yield from ((tensor, depth) for _, _, tensor in tensors_of(value))
+                for module in value.modules():  # torch's quantised ones pack weights elsewhere
+                    yield from ((inner, depth - 1) for _, inner in _attributes(module))
         elif isinstance(value, dict):
             yield from ((inner, depth) for inner in list(value.values()))
-        elif isinstance(value, list | tuple | set | frozenset):
+        elif isinstance(value, list | tuple | set | frozenset | deque):
             yield from ((inner, depth) for inner in list(value))
+        elif isinstance(value, functools.partial):
+            yield from ((inner, depth) for inner in (*value.args, *value.keywords.values()))
+        elif isinstance(value, MethodType):
+            yield value.__self__, depth
+        elif isinstance(value, FunctionType):
+            yield from ((inner, 0) for inner in _kept_by_function(value))
         elif not callable(value) and (depth > 0 or is_dataclass(value)):
-            yield from (
-                (inner, depth - 1) for inner in list(getattr(value, "__dict__", {}).values())
-            )
+            yield from ((inner, depth - 1) for inner in _kept_by_object(value))
 
     def _of_tensor(self, tensor: torch.Tensor) -> Iterator[_Piece]:
         if tensor.layout != torch.strided:
@@ -148,6 +160,23 @@ class _Search:
         if address is not None and address not in self._storages:
             self._storages.add(address)
             yield _Piece(tensor.device, tensor.untyped_storage().nbytes())
+
+
+def _kept_by_function(function: FunctionType) -> Iterator[Any]:
+    """What it has closed over, and its defaults."""
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):  # a variable that has no value yet
+            yield cell.cell_contents
+    yield from function.__defaults__ or ()
+    yield from (function.__kwdefaults__ or {}).values()
+
+
+def _kept_by_object(value: Any) -> Iterator[Any]:
+    yield from list(getattr(value, "__dict__", {}).values())
+    for kind in type(value).__mro__:
+        slots = kind.__dict__.get("__slots__", ())
+        for name in [slots] if isinstance(slots, str) else slots:
+            yield getattr(value, name, None)
 
 
 def _attributes(module: torch.nn.Module) -> Iterator[tuple[str, Any]]:
