@@ -242,3 +242,68 @@ def test_wrapping_again_says_nothing() -> None:
     assert len(wrap(model)) == 1
     bminf.unwrap(model)
     assert wrap(model) == [] and len(packed_names(model)) == 7
+
+
+class Around(torch.nn.Linear):
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return 3 * super().__call__(x)  # type: ignore[no-any-return]
+
+
+class Extended(torch.nn.Linear):
+    factor = 2
+
+    def doubled(self, x: torch.Tensor) -> torch.Tensor:
+        return self(x) * self.factor  # type: ignore[no-any-return]
+
+    @property
+    def norm(self) -> torch.Tensor:
+        return self.weight.norm()
+
+
+def test_what_is_around_a_forward_keeps_a_linear_as_it_is() -> None:
+    assert not is_quantizable(Around(16, 4)) and is_quantizable(Extended(16, 4))
+
+
+def test_a_packed_linear_has_the_methods_of_the_class_it_was() -> None:
+    packed, x = bminf.QuantizedLinear(Extended(16, 4)), torch.randn(2, 16)
+    assert torch.equal(packed.doubled(x), 2 * packed(x))
+    assert torch.equal(packed.norm, packed.dequantize().norm())
+    with pytest.raises(AttributeError, match="trebled"):
+        packed.trebled(x)
+
+
+def test_hooks_of_accelerate_go_along() -> None:
+    hooks = pytest.importorskip("accelerate.hooks")
+
+    class Noted(hooks.ModelHook):  # type: ignore[name-defined, misc]
+        def pre_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+            seen.append(type(module).__name__)
+            return args, kwargs
+
+    seen: list[str] = []
+    for is_removed in (False, True):
+        model = make_stack()
+        hooks.add_hook_to_module(model.layers[1].up, Noted())
+        if is_removed:
+            hooks.remove_hook_from_module(model, recurse=True)
+        bminf.wrapper(model, device="cpu")
+        assert type(model.layers[1].up) is bminf.QuantizedLinear
+        model(torch.randn(2, 16))
+    assert seen == ["QuantizedLinear"]
+
+
+def test_a_packed_model_can_be_offloaded_by_accelerate() -> None:
+    accelerate, x = pytest.importorskip("accelerate"), torch.randn(2, 16)
+    model = bminf.unwrap(bminf.wrapper(make_stack(), device="cpu"))
+    expected = model(x)
+    assert model.get_buffer("layers.0.up.qweight").dtype == torch.int8
+    accelerate.cpu_offload(model, execution_device="cpu")
+    assert torch.equal(model(x), expected)
+
+
+def test_other_reasons_to_stay_are_named() -> None:
+    model = make_stack()
+    model.layers[1].up.double()
+    model.layers[2].up.forward = lambda x: x
+    with pytest.warns(UserWarning, match=r"of the dtype torch\.float64.*whose forward was repl"):
+        bminf.wrapper(model, device="cpu")

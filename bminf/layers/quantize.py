@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from bminf.errors import ArgumentError
-from bminf.layers.quantized_linear import QuantizedLinear, is_conv1d
+from bminf.layers.quantized_linear import QuantizedLinear, is_conv1d, is_hooked
 from bminf.ops.rows import ELEMENTS
 from bminf.quantization.packed import Format
 
@@ -40,6 +40,18 @@ def is_quantizable(module: torch.nn.Module) -> bool:
     return is_conv1d(module) or computes_as_linear(module)
 
 
+def why_not_quantizable(module: torch.nn.Module) -> str:
+    """What to say of a linear that is_quantizable() is not true of."""
+    weight = module._parameters.get("weight")
+    if type(module) in _READ_BY_PARENT:
+        return f"of the class {type(module).__name__}, which the module around it reads"
+    if _has_forward_of_its_own(module):
+        return "whose forward was replaced on the instance"
+    if weight is not None and weight.dtype not in ELEMENTS:
+        return f"of the dtype {weight.dtype}"
+    return f"of the class {type(module).__name__}, not computing as torch.nn.Linear does"
+
+
 def computes_as_linear(module: torch.nn.Module) -> bool:
     """Whether `module`, of nn.Linear or a subclass, gives x W^T + b and has no other state.
 
@@ -49,13 +61,22 @@ def computes_as_linear(module: torch.nn.Module) -> bool:
     names = {name for name, tensor in module._parameters.items() if tensor is not None}
     if not names <= {"weight", "bias"} or module._buffers or module._modules:
         return False
-    if "forward" in module.__dict__:  # somebody's own, on this instance
+    if _has_forward_of_its_own(module):
+        return False
+    if type(module).__call__ is not torch.nn.Module.__call__:  # and around its forward, whatever
         return False
     if type(module).forward is torch.nn.Linear.forward:
         return True
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         return _agrees_on_a_probe(module)
+
+
+def _has_forward_of_its_own(module: torch.nn.Module) -> bool:
+    """Whether somebody has put another forward on this instance."""
+    forward = module.__dict__.get("_old_forward" if is_hooked(module) else "forward")
+    is_of_class = getattr(forward, "__func__", None) is type(module).forward
+    return forward is not None and not (is_of_class and forward.__self__ is module)
 
 
 def _agrees_on_a_probe(module: torch.nn.Module) -> bool:

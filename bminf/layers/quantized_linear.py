@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import torch
@@ -74,9 +78,12 @@ class QuantizedLinear(torch.nn.Linear):
             bias: Any = linear.bias
             self.bias = torch.nn.Parameter(bias.detach().clone(), requires_grad=False)
         _carry_over(linear, self)
+        self._packed_class = type(linear)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return linear_of_checked(x, self.packed, self._parameters["bias"], self.activations)
+        held = self._parameters  # Module.__getattr__ is slow; a bias may be computed by others
+        bias = held["bias"] if "bias" in held else self.bias
+        return linear_of_checked(x, self.packed, bias, self.activations)
 
     @property
     def packed(self) -> PackedWeight:
@@ -117,10 +124,15 @@ class QuantizedLinear(torch.nn.Linear):
 
     def __getattr__(self, name: str) -> Any:
         # peft takes a layer with an attribute of this name for one of GPTQ's, and hands the codes
-        # to models that ask its adapters for the dtype of a weight.
-        if name == "qweight":
+        # to models that ask its adapters for the dtype of a weight. Who goes through the buffers by
+        # their names (accelerate, torch) gets it.
+        if name == "qweight" and not _goes_through_buffers(sys._getframe(1)):
             raise AttributeError("the codes of a QuantizedLinear are its packed.qweight")
-        return super().__getattr__(name)
+        kind = self.__dict__.get("_packed_class", torch.nn.Linear)
+        if name.startswith("__") or not hasattr(kind, name):
+            return super().__getattr__(name)
+        member = inspect.getattr_static(kind, name)  # a method or property of the class it was
+        return member.__get__(self, kind) if hasattr(member, "__get__") else member
 
     def dequantize(self) -> torch.Tensor:
         return dequantize_weight(self.packed, self.dtype)
@@ -157,15 +169,34 @@ class QuantizedLinear(torch.nn.Linear):
         )
 
 
+def is_hooked(module: torch.nn.Module) -> bool:
+    """Whether a hook of accelerate stands around the forward of `module`."""
+    forward = module.__dict__.get("forward")
+    is_around = isinstance(forward, functools.partial) and forward.args == (module,)
+    return is_around and "_hf_hook" in module.__dict__ and "_old_forward" in module.__dict__
+
+
+def _goes_through_buffers(caller: FrameType) -> bool:
+    library = str(caller.f_globals.get("__name__", "")).partition(".")[0]
+    return library in ("torch", "accelerate")
+
+
 def _carry_over(linear: torch.nn.Module, packed: QuantizedLinear) -> None:
     """Give `packed` the hooks of `linear`, and the attributes that code hung on it.
 
     They are the very dicts, so that a handle which removes a hook goes on doing so.
     """
     for name, value in linear.__dict__.items():
+        if name in ("forward", "_old_forward"):  # accelerate leaves it there without a hook, too
+            continue
         is_hook = name.startswith(("_forward_", "_backward_", "_is_full_backward"))
         if is_hook or name not in packed.__dict__:
             packed.__dict__[name] = value
+    if is_hooked(linear):
+        hooked: Any = linear.__dict__["forward"]
+        packed._old_forward = packed.forward
+        around = functools.partial(hooked.func, packed)
+        packed.forward = functools.update_wrapper(around, packed._old_forward)  # type: ignore
     packed.train(linear.training)
 
 

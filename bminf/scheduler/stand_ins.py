@@ -10,7 +10,12 @@ from warnings import warn
 import torch
 
 from bminf.errors import ArgumentError
-from bminf.layers.quantize import is_linear, is_quantizable, skeleton
+from bminf.layers.quantize import (
+    is_linear,
+    is_quantizable,
+    skeleton,
+    why_not_quantizable,
+)
 from bminf.layers.quantized_linear import QuantizedLinear
 from bminf.quantization.packed import Format
 from bminf.scheduler.blocks import ModuleBlock, tensors_of
@@ -90,7 +95,7 @@ class _Reasons:
 
     def to_keep(self, module: torch.nn.Module) -> str | None:
         if not is_quantizable(module):
-            return f"of the class {type(module).__name__}, not computing as torch.nn.Linear does"
+            return why_not_quantizable(module)
         if self.is_default and (module in self.adapters or (self.is_mixed and _is_trained(module))):
             return "trained beside frozen ones, or part of an adapter"
         if self.form.bits == 4 and self._is_narrow(module):
