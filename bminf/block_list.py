@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from bminf.errors import ArgumentError
+from bminf.keywords import known_keywords
 from bminf.wrapping import wrapper
 
 
@@ -28,6 +29,7 @@ class TransformerBlockList(torch.nn.ModuleList):
     on streaming under the one limit.
     """
 
+    @known_keywords
     def __init__(
         self,
         layers: Iterable[torch.nn.Module],
@@ -37,9 +39,7 @@ class TransformerBlockList(torch.nn.ModuleList):
         offload_dir: str | Path | None = None,
         reserve: int | float | str = 0,
     ) -> None:
-        if not isinstance(layers, Iterable):
-            raise ArgumentError(f"layers is a {type(layers).__name__}; give a list of modules")
-        super().__init__(layers)
+        super().__init__(_checked(layers))
         wrapper(
             self,
             quantization=quantization,
@@ -67,6 +67,17 @@ class TransformerBlockList(torch.nn.ModuleList):
             output = block(hidden_states, *args, **kwargs)
             hidden_states = output[0] if isinstance(output, tuple) else output
         return output
+
+
+def _checked(layers: Any) -> list[torch.nn.Module]:
+    """The layers in a list: the iterable may be one that is read once."""
+    modules = list(layers) if isinstance(layers, Iterable) else [layers]
+    for module in modules:
+        if module is layers or not isinstance(module, torch.nn.Module):
+            what = f"a {type(layers).__name__}"
+            what += "" if module is layers else f" that holds a {type(module).__name__}"
+            raise ArgumentError(f"layers is {what}; give a list of modules")
+    return modules
 
 
 def _device(gpus: Sequence[int] | None) -> int | None:

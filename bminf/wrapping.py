@@ -13,14 +13,14 @@ from warnings import warn
 import torch
 
 from bminf.errors import ArgumentError, NothingToStreamError, UnsupportedModelError
-from bminf.keywords import check_keywords, keywords_of
+from bminf.keywords import check_keywords, keywords_of, known_keywords
 from bminf.layers.quantized_linear import format_for
 from bminf.layers.saving import refuse_to_save
 from bminf.quantization.packed import INT8, Format
 from bminf.scheduler.blob import Blobs, check_tensors, survey, unmapped_bytes
 from bminf.scheduler.blocks import ModuleBlock, find_blocks, tensors_of
 from bminf.scheduler.context import USUAL_LENGTH, Context, context_of, writes_text
-from bminf.scheduler.device import backend_for, free_budget, host_budget
+from bminf.scheduler.device import backend_for, device_for, free_budget, host_budget
 from bminf.scheduler.held import Originals, warn_of_held
 from bminf.scheduler.hooks import ATTRIBUTE, Scheduler, Stats, is_streaming
 from bminf.scheduler.offloaded import fetch_offloaded
@@ -116,6 +116,7 @@ def wrapper(
     return model
 
 
+@known_keywords
 def unwrap(model: Model) -> Model:
     """Undo wrapper(): all weights in memory again, on the device they came from; returns `model`.
 
@@ -128,12 +129,14 @@ def unwrap(model: Model) -> Model:
     return model
 
 
+@known_keywords
 def plan_of(model: torch.nn.Module) -> Plan | None:
     """What stays and what streams, as decided by wrapper(); None for a model not wrapped."""
     scheduler = _scheduler_of(model)
     return None if scheduler is None else scheduler.plan
 
 
+@known_keywords
 def stats_of(model: torch.nn.Module) -> Stats | None:
     """What was copied since `model` was wrapped; None if it is not wrapped."""
     scheduler = _scheduler_of(model)
@@ -141,11 +144,11 @@ def stats_of(model: torch.nn.Module) -> Stats | None:
 
 
 def _scheduler_of(model: torch.nn.Module) -> Scheduler | None:
-    if not isinstance(model, torch.nn.Module):
-        raise ArgumentError(f"model is a {type(model).__name__}; give a torch.nn.Module")
+    _check_is_module(model)
     return model.__dict__.get(ATTRIBUTE)
 
 
+@known_keywords
 def plan_for(
     model: torch.nn.Module,
     quantization: bool | str | Format | None = True,
@@ -158,17 +161,22 @@ def plan_for(
     *,
     max_length: int | None = None,
     max_batch_size: int = 1,
+    device: torch.device | str | int | None = None,
 ) -> Plan:
-    """The plan that wrapper() would make on a GPU, for a model on any device, "meta" included.
+    """The plan that wrapper() would make, for a model on any device, "meta" included.
 
     Nothing is moved. memory_limit: None is no limit.   host_memory: for the homes of streamed
     blocks, bytes or "64GB"; those beyond are planned to wait on disk. None is no limit.
+    device: where it would run, on which the workspace that max_length= reserves depends; one that
+    is not in this machine is accepted. None is the GPU where there is one, else the CPU.
     All else is as for wrapper(); `least_limit` of the plan is the smallest limit that would do.
     Raises as wrapper() does.
     """
+    _check_is_module(model)
     request = _Request.of(
-        model, quantization, blocks, uses, quantize, reserve, False, max_length, max_batch_size
-    )
+        model, quantization, blocks, uses, quantize, reserve, False, max_length, max_batch_size,
+        is_cpu=device_for(device).type == "cpu",
+    )  # fmt: skip
     if memory_limit is None:
         elsewhere_bytes = bytes_on(request.unregistered, None)
         return request.plan(request.reserved_bytes + request.blobs.nbytes + elsewhere_bytes)
@@ -267,9 +275,13 @@ def _usual_context(model: torch.nn.Module, form: Format | None, is_cpu: bool) ->
         return None
 
 
-def _check_model(model: torch.nn.Module) -> None:
+def _check_is_module(model: object) -> None:
     if not isinstance(model, torch.nn.Module):
         raise ArgumentError(f"model is a {type(model).__name__}; give a torch.nn.Module")
+
+
+def _check_model(model: torch.nn.Module) -> None:
+    _check_is_module(model)
     for name, module in model.named_modules():
         if module.__dict__.get(ATTRIBUTE) is not None:
             what = f"its part {name!r}" if name else "this model"

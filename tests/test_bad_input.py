@@ -177,3 +177,21 @@ def test_an_error_while_wrapping_puts_the_model_back_together(
     monkeypatch.undo()
     stream(model)
     assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [bminf.plan_for, bminf.plan_of, bminf.stats_of, bminf.unwrap, bminf.TransformerBlockList],
+)
+def test_every_function_names_the_keyword_that_was_meant(call: Any) -> None:
+    with pytest.raises(UnknownKeywordError, match=r"has no keyword 'modle'.*accepted: "):
+        call(modle=make_stack())
+
+
+def test_what_is_no_model_is_refused() -> None:
+    for call in (bminf.plan_for, bminf.plan_of, bminf.stats_of, bminf.unwrap):
+        with pytest.raises(ArgumentError, match=r"model is a str; give a torch\.nn\.Module"):
+            call("model")
+    for layers, words in (("ab", "a str that holds a str"), (5, "a int"), ([5], "holds a int")):
+        with pytest.raises(ArgumentError, match=rf"layers is .*{words}; give a list"):
+            bminf.TransformerBlockList(layers)  # type: ignore[arg-type]

@@ -47,6 +47,7 @@ class Transformers:
             host_memory=arguments.host_memory,
             max_length=arguments.max_length,
             max_batch_size=arguments.max_batch_size,
+            device="cuda",
         )
 
     def unquantized_bytes(self, arguments: argparse.Namespace) -> int:
@@ -134,6 +135,11 @@ def build_on_meta(config: dict[str, Any]) -> Any:
 
     models.quiet()
     kind = config.get("model_type")
+    if kind is None:
+        raise CheckpointError(
+            "this configuration has no model_type, so it does not say which model it is of; "
+            "give the config.json that belongs to the weights"
+        )
     if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
         raise CheckpointError(
             f"model_type {kind!r} is not known to transformers {transformers.__version__}; "

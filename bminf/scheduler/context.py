@@ -8,6 +8,7 @@ is read, and the logits while a token is drawn; and, on a CPU, what its allocato
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -78,16 +79,19 @@ def context_of(
     form: that its linears will be packed in.   is_cpu: or a GPU.
     Raises ArgumentError for numbers below 1, and for a model that does not generate text.
     """
-    for name, value in (("max_length", max_length), ("max_batch_size", max_batch_size)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ArgumentError(f"{name}={value!r}; give a whole number above 0")
+    max_batch_size = _whole_number("max_batch_size", max_batch_size)
+    if max_length is None:
+        raise ArgumentError(
+            f"max_batch_size={max_batch_size} sets nothing aside by itself; give max_length, too, "
+            "a whole number above 0"
+        )
+    max_length = _whole_number("max_length", max_length)
     if not writes_text(model):
         raise ArgumentError(
             f"max_length={max_length} needs a model that generates text and has a configuration "
             f"to count from, as transformers' have; for this {type(model).__name__}, set bytes "
             'aside with reserve=, for example reserve="1GB"'
         )
-    assert max_length is not None, "it is a number"
     try:
         return _counted(model, max_length, max_batch_size, form, is_cpu)
     # A configuration may lack any field, or hold anything in it.
@@ -97,6 +101,12 @@ def context_of(
             f"this {type(model).__name__} ({type(error).__name__}: {error}); set bytes aside with "
             'reserve=, for example reserve="1GB"'
         ) from error
+
+
+def _whole_number(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__") or operator.index(value) < 1:
+        raise ArgumentError(f"{name}={value!r}; give a whole number above 0")
+    return operator.index(value)
 
 
 def _counted(

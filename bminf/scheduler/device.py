@@ -18,10 +18,10 @@ _FREE_FRACTION = 0.9  # of the free memory, where no limit is given; the rest is
 _LOCKED_FRACTION = 0.9
 
 
-def backend_for(device: torch.device | str | int | None) -> Backend:
-    """The backend of `device`; None is the GPU where there is one, else the CPU.
+def device_for(device: torch.device | str | int | None) -> torch.device:
+    """`device`, whether it is there or not; None is the GPU where there is one, else the CPU.
 
-    Raises ArgumentError for a device that is not there.
+    Raises ArgumentError for one that is neither.
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -31,10 +31,19 @@ def backend_for(device: torch.device | str | int | None) -> Backend:
         raise ArgumentError(
             f'device={device!r}: {error}; accepted: "cpu", "cuda", "cuda:1"'
         ) from error
+    if wanted.type not in ("cpu", "cuda"):
+        raise ArgumentError(f'device={device!r}; accepted: "cpu", "cuda", "cuda:1"')
+    return wanted
+
+
+def backend_for(device: torch.device | str | int | None) -> Backend:
+    """The backend of `device`; None is the GPU where there is one, else the CPU.
+
+    Raises ArgumentError for a device that is not there.
+    """
+    wanted = device_for(device)
     if wanted.type == "cpu":
         return CpuBackend()
-    if wanted.type != "cuda":
-        raise ArgumentError(f'device={device!r}; accepted: "cpu", "cuda", "cuda:1"')
     if not torch.cuda.is_available() or (wanted.index or 0) >= torch.cuda.device_count():
         raise ArgumentError(
             f"device={device!r}, but torch {torch.__version__} sees "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy
 import pytest
 import torch
 import transformers
@@ -176,7 +177,8 @@ def test_max_length_is_set_aside() -> None:
     model = make("llama", GROUPED)
     bare = bminf.plan_for(model, False)
     plan = bminf.plan_for(model, False, reserve="1KB", max_length=64, max_batch_size=3)
-    assert plan.context == context_of(model, 64, 3)
+    is_cpu = not torch.cuda.is_available()  # as wrapper() has it
+    assert plan.context == context_of(model, 64, 3, is_cpu=is_cpu)
     assert plan.reserved_bytes == plan.context.nbytes + 1000
     assert plan.least_limit == bare.least_limit + plan.reserved_bytes
     assert "estimated for 3 texts of 64 tokens: KV cache" in str(plan)
@@ -193,10 +195,33 @@ def test_wrapping_sets_it_aside_and_says_so() -> None:
     assert plan.context.cache_bytes == cache_bytes(model.config, 1, 64, 4)
 
 
+@pytest.mark.parametrize("form", [False, "int8"])
+def test_the_least_limit_of_a_plan_is_enough_to_wrap_with(form: str | bool) -> None:
+    given: dict[str, Any] = {"max_length": 64, "max_batch_size": 2}
+    model = make("llama", GROUPED)
+    least = bminf.plan_for(model, form, device="cpu", **given).least_limit
+    bminf.wrapper(model, form, least, device="cpu", **given)
+    assert bminf.plan_for(make("llama", GROUPED), form, device="cuda", **given).least_limit < least
+    with pytest.raises(ArgumentError, match="device='tpu'"):
+        bminf.plan_for(model, device="tpu")
+
+
+def test_a_number_may_be_one_of_numpys() -> None:
+    model = make("llama", GROUPED)
+    given = bminf.plan_for(model, False, max_length=numpy.int64(64), max_batch_size=numpy.int32(2))
+    assert given.context == bminf.plan_for(model, False, max_length=64, max_batch_size=2).context
+
+
+def test_a_batch_without_a_length_is_told_what_lacks() -> None:
+    with pytest.raises(ArgumentError, match=r"max_batch_size=2 .*give max_length, too"):
+        bminf.plan_for(make("llama", GROUPED), max_batch_size=2)
+
+
 def test_without_max_length_the_plan_says_what_a_usual_text_takes() -> None:
     model = make("llama", GROUPED)
     plan = bminf.plan_for(model, False)
-    assert plan.unreserved == context_of(model, 2048) and plan.reserved_bytes == 0
+    is_cpu = not torch.cuda.is_available()
+    assert plan.unreserved == context_of(model, 2048, is_cpu=is_cpu) and plan.reserved_bytes == 0
     lines = [line for line in str(plan).splitlines() if "2,048" in line]
     assert len(lines) == 1 and "max_length=2048 reserves it" in lines[0]
     for given in ({"reserve": "1KB"}, {"max_length": 64}):
