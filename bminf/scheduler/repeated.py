@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
+from torch.nn.utils.parametrize import ParametrizationList
 
 LISTS = (torch.nn.ModuleList, torch.nn.Sequential)
 UNCALLED = (torch.nn.ModuleList, torch.nn.ModuleDict)
@@ -40,6 +41,7 @@ class Repeated(NamedTuple):
 def repeated_modules(model: torch.nn.Module) -> list[Repeated]:
     """The items of the outermost lists of repeated modules, the large ones cut; in module order.
 
+    A ModuleDict of layers is such a list, too.
     An item with more than an eighth of all items' bytes that holds a list of repeated modules is
     replaced by the items of that list, which are looked at likewise, and by the other modules
     beside and around it, each for itself: they run one after another, so none of them may hold a
@@ -67,7 +69,8 @@ def has_tensors(module: torch.nn.Module) -> bool:
 
 
 def _outermost(module: torch.nn.Module, prefix: str) -> Iterator[Repeated]:
-    if isinstance(module, LISTS) and any(len(some) > 1 for some in _alike(module)):
+    is_list = isinstance(module, LISTS) and any(len(some) > 1 for some in _alike(module))
+    if is_list or _is_dict_of_layers(module):
         for name, child in items_of(module, prefix):
             if has_tensors(child):
                 yield Repeated(name, child, prefix.rstrip("."))
@@ -114,8 +117,28 @@ def _holds_layers(module: torch.nn.Module, sizes: _Sizes) -> bool:
 def _is_list_of_layers(module: torch.nn.Module) -> bool:
     """Two items alike; three, where they are single operations: two linears with an activation
     between them are a feed-forward part, which is no list of layers."""
-    if not isinstance(module, LISTS):
+    return _is_dict_of_layers(module) or (isinstance(module, LISTS) and _has_layers(module))
+
+
+def _is_dict_of_layers(module: torch.nn.Module) -> bool:
+    """Layers in a ModuleDict: keyed by their numbers, or three without lists of layers in them.
+
+    Towers, heads, adapters, parametrisations and the parts of a model stand in dicts as well.
+    """
+    if not isinstance(module, torch.nn.ModuleDict) or not _has_layers(module):
         return False
+    if all(key.isdecimal() for key in module):
+        return True
+    if any(isinstance(child, ParametrizationList) for child in module.children()):
+        return False
+    inner = (part for child in module.children() for part in child.modules())
+    has_three = any(
+        len(some) > 2 and any(True for _ in some[0].children()) for some in _alike(module)
+    )
+    return has_three and not any(_is_list_of_layers(part) for part in inner)
+
+
+def _has_layers(module: torch.nn.Module) -> bool:
     return any(
         len(some) > 2 or (len(some) == 2 and any(True for _ in some[0].children()))
         for some in _alike(module)

@@ -63,6 +63,42 @@ def test_a_stage_of_an_eighth_is_left_whole() -> None:
     assert "stages.0.layers.0" in names(make_staged([2] * 7))
 
 
+class InDict(torch.nn.Module):
+    """Layers in a ModuleDict, which is never called, under the keys that are given."""
+
+    def __init__(self, keys: Sequence[str]) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleDict({key: Residual(16) for key in keys})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers.values():
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize("keys", ["012345", "abcdef"])
+def test_layers_in_a_dict_are_blocks(keys: str) -> None:
+    torch.manual_seed(0)
+    model, x = InDict(keys).eval(), torch.randn(2, 16)
+    assert names(model) == [f"layers.{key}" for key in keys]
+    expected = model(x)
+    assert torch.equal(stream(model)(x), expected)
+    in_stages = torch.nn.Sequential(InDict(keys[:2]), InDict(keys[:2]), InDict(keys))
+    assert names(in_stages)[-6:] == [f"2.layers.{key}" for key in keys]
+
+
+def test_towers_and_other_parts_in_a_dict_are_no_layers() -> None:
+    at_each = range(len(make_stack().layers))
+    towers = torch.nn.ModuleDict({key: make_stack() for key in "abc"})
+    assert names(towers) == [f"{key}.layers.{at}" for key in "abc" for at in at_each]
+    parts = {"wte": torch.nn.Embedding(4, 16), "wpe": torch.nn.Embedding(4, 16), "h": make_stack()}
+    assert names(torch.nn.ModuleDict(parts)) == [f"h.layers.{at}" for at in at_each]
+    heads = torch.nn.ModuleDict({"a": Residual(16), "b": Residual(16)})
+    assert names(torch.nn.ModuleDict({"h": make_stack(), "heads": heads})) == [
+        f"h.layers.{at}" for at in at_each
+    ]
+
+
 def test_names_that_are_given_win() -> None:
     assert names(make_staged([2, 9]), ["stages"]) == ["stages.0", "stages.1"]
 
