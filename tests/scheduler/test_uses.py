@@ -86,7 +86,16 @@ class OwnModel(torch.nn.Module):
         self.text = tf.LlamaForCausalLM(tf.LlamaConfig(**TEXT))
 
 
+class TowerByHand(tf.LlamaForCausalLM):
+    """A decoder of transformers with a tower in it that knows nothing of transformers."""
+
+    def __init__(self) -> None:
+        super().__init__(tf.LlamaConfig(**TEXT))
+        self.model.visual = torch.nn.Sequential(Residual(8), Residual(8))
+
+
 ONCE = {
+    TowerByHand: {"model.visual"},
     llava: {"model.vision_tower.encoder.layers"},
     qwen2_vl: {"model.visual.blocks", "model.visual.merger.mlp"},
     qwen2_audio: {"model.audio_tower.layers"},
@@ -96,6 +105,7 @@ ONCE = {
     OwnModel: {"audio_tower", "images.encoder.layers"},
 }
 OFTEN = {
+    TowerByHand: {"model.layers"},
     llava: {"model.language_model.layers"},
     qwen2_vl: {"model.language_model.layers"},
     qwen2_audio: {"model.language_model.layers"},
