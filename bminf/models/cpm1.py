@@ -37,7 +37,7 @@ class CPM1(LanguageModel):
         temperature: float = 0.9,
         frequency_penalty: float = 0,
         presence_penalty: float = 0,
-        stop_tokens: Sequence[str] | None = None,
+        stop_tokens: Sequence[str] | str | None = None,
         **more: Any,
     ) -> tuple[str, bool]:
         """(continuation of `text`, stopped): whether `<eod>` or a stop token ended it, which is not

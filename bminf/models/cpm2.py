@@ -36,7 +36,7 @@ class CPM2(T5Model):
         temperature: float = 0.9,
         frequency_penalty: float = 0,
         presence_penalty: float = 0,
-        stop_tokens: Sequence[str] | None = None,
+        stop_tokens: Sequence[str] | str | None = None,
         **more: Any,
     ) -> tuple[str, bool]:
         """(continuation of `text`, stopped): whether `<eod>`, a sentinel or a stop token ended it,

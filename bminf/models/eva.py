@@ -66,7 +66,7 @@ class EVA(T5Model):
         temperature: float = 0.85,
         frequency_penalty: float = 0,
         presence_penalty: float = 0,
-        stop_tokens: Sequence[str] | None = None,
+        stop_tokens: Sequence[str] | str | None = None,
         **more: Any,
     ) -> tuple[str, bool]:
         """dialogue() with one utterance, or with a list of them, of which it reads the last 256

@@ -113,7 +113,7 @@ class GLM(LanguageModel):
         temperature: float = 1.0,
         frequency_penalty: float = 0,
         presence_penalty: float = 0,
-        stop_tokens: Sequence[str] | None = None,
+        stop_tokens: Sequence[str] | str | None = None,
         **more: Any,
     ) -> Any:
         """(answer, stopped): what goes on from `text`, or stands in its one blank; and whether an

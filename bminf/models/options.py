@@ -26,9 +26,9 @@ class Options:
     probabilities exceed it together; of both, the stricter counts.   temperature: 0 always takes
     the likeliest.
     frequency_penalty, presence_penalty: taken off the logits of tokens that occurred, prompt
-    included, each time and once.   stop_tokens: tokens of the vocabulary that end the answer (also
-    called stop).   banned_tokens: tokens that are never drawn.   seed: the same seed, the same
-    text.
+    included, each time and once.   stop_tokens: tokens of the vocabulary that end the answer, or
+    one of them (also called stop).   banned_tokens: tokens that are never drawn.   seed: the same
+    seed, the same text.
     num_beams: more than 1 searches for the likeliest answer instead of drawing one; temperature
     then has no meaning.   length_penalty: beam scores are divided by length ** length_penalty.
     Raises ArgumentError.
@@ -40,7 +40,7 @@ class Options:
     temperature: float = 0.9
     frequency_penalty: float = 0
     presence_penalty: float = 0
-    stop_tokens: Sequence[str] | None = None
+    stop_tokens: Sequence[str] | str | None = None
     top_k: int | None = None
     banned_tokens: Sequence[str] | None = None
     seed: int | None = None
@@ -54,6 +54,8 @@ class Options:
                 check_positive(name, value)
         if self.top_n is not None and self.top_k is not None:
             raise ArgumentError("top_n and top_k are two names of one thing; give one of them")
+        if isinstance(self.stop_tokens, str):  # as other libraries take it: one token
+            object.__setattr__(self, "stop_tokens", [self.stop_tokens])
         for name in ("stop_tokens", "banned_tokens"):
             value = getattr(self, name)
             if isinstance(value, str) or not isinstance(value, Collection | None):

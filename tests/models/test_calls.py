@@ -40,6 +40,7 @@ def test_max_new_tokens_and_stop_are_max_tokens_and_stop_tokens(load: Loader, na
     stop = [next(token for token in CANDIDATES if present_ids(model.tokenizer, [token]))]
     ours = uses(model, max_tokens=3, stop_tokens=stop, **STEPS)
     assert uses(model, max_new_tokens=3, stop=tuple(stop), **STEPS) == ours
+    assert uses(model, max_tokens=3, stop=stop[0], **STEPS) == ours
     both = {"max_tokens": 3, "max_new_tokens": 3, "stop": stop, "stop_tokens": stop}
     assert uses(model, **both, **STEPS) == ours
     nothing = {"max_tokens": 3, "max_new_tokens": None, "stop_tokens": stop, "stop": None}
