@@ -69,11 +69,15 @@ class Round:
 
 def run(arguments: argparse.Namespace) -> int:
     """0 if both texts are equal, otherwise 1."""
-    limit = arguments.memory_limit and parse_bytes(arguments.memory_limit, "--memory-limit")
+    limit = None
+    if arguments.memory_limit is not None:
+        limit = parse_bytes(arguments.memory_limit, "--memory-limit")
     _check_prompt(arguments.prompt)
     demo = _Demo(arguments)
+    if limit is not None:
+        demo.check(limit)
     resident = demo.round("everything resident", None)
-    limited = demo.round("under a limit", limit or half_limit(resident.plan))
+    limited = demo.round("under a limit", half_limit(resident.plan) if limit is None else limit)
     is_equal = resident.token_ids == limited.token_ids
     print(f"texts equal: {'yes' if is_equal else 'no'}")
     return 0 if is_equal else 1
@@ -104,6 +108,13 @@ class _Demo:
                 self._model.generate(self._prompt_ids, max_new_tokens=1, do_sample=False)
         self._baseline_bytes = _other_bytes(self._model)
         self._max_length = self._countable_length()
+
+    def check(self, memory_limit: int) -> None:
+        """Raise BudgetError, before anything is generated, where not even the weights get by."""
+        import bminf
+
+        device = "cuda" if self._is_cuda else "cpu"
+        bminf.plan_for(self._model, False, memory_limit, device=device)
 
     def round(self, title: str, memory_limit: int | None) -> Round:
         """Wraps the model under `memory_limit`, shows the plan, generates, and unwraps again."""

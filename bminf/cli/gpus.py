@@ -60,6 +60,18 @@ _CARDS = {
     "RTX 6000 Ada": _Card(960, 4),
     # Data sheets: H100 PCIe, H100 SXM, H200
     "H100 PCIe": _Card(2000, 5), "H100": _Card(3350, 5), "H200": _Card(4800, 5),
+    # Data sheet of the A100: the SXM module of 80 GB; that of 40 GB reads as fast as the PCIe card
+    "A100 SXM4 80GB": _Card(2039, 4),
+}  # fmt: skip
+
+# As the driver (nvidia-smi) prints the names of cards that are sold in several forms.
+_PRINTED = {
+    "A100-PCIE-40GB": "A100 40GB", "A100-SXM4-40GB": "A100 40GB", "A100 80GB PCIe": "A100 80GB",
+    "H100 80GB HBM3": "H100", "H100 SXM": "H100", "H100 SXM5": "H100",
+    "P100-PCIE-16GB": "P100", "P100-SXM2-16GB": "P100",
+    "V100-PCIE-16GB": "V100", "V100-PCIE-32GB": "V100", "V100-SXM2-16GB": "V100",
+    "V100-SXM2-32GB": "V100", "GTX 1060 6GB": "GTX 1060", "RTX 3060 12GB": "RTX 3060",
+    "RTX 6000 Ada Generation": "RTX 6000 Ada",
 }  # fmt: skip
 
 
@@ -71,6 +83,7 @@ def speeds_of(name: str) -> Speeds:
     if _plain(name) in (THIS, "thismachine"):
         return _measured()
     cards = {_plain(known): card for known, card in _CARDS.items()}
+    cards |= {_plain(printed): _CARDS[known] for printed, known in _PRINTED.items()}
     card = cards.get(_plain(name))
     if card is None:
         raise ArgumentError(

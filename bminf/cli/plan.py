@@ -47,7 +47,8 @@ def run(arguments: argparse.Namespace) -> int:
     """0, after the report was printed."""
     speeds = _speeds(arguments)
     for option in ("memory_limit", "reserve", "host_memory"):
-        parse_bytes(getattr(arguments, option) or 0, f"--{option.replace('_', '-')}")
+        given = getattr(arguments, option)
+        parse_bytes(0 if given is None else given, f"--{option.replace('_', '-')}")
     subject = subject_of(sources.find(arguments.model))
     whole = subject.plan(arguments, None)
     report: dict[str, Any] = {

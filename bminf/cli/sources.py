@@ -24,6 +24,7 @@ HELP = (
 
 _MOST_CONFIG_BYTES = 2**24
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_POINTER = b"version https://git-lfs"
 _GGUF_VERSIONS = (2, 3)
 _GGUF_DTYPE = "float16"  # what the weights of such a file are unpacked to on a GPU
 _ZOO_KEYS = {"d_kv", "dim_model", "block_position_encoding"}
@@ -63,8 +64,7 @@ def read_config(file: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file} cannot be read ({error.strerror}); {ACCEPTED}") from error
     if len(content) > _MOST_CONFIG_BYTES or _is_binary(content):
         raise CheckpointError(f"{file} is no configuration but other data; {ACCEPTED}")
-    if content.startswith(b"version https://git-lfs"):
-        raise CheckpointError(f"{file} is a pointer of git-lfs, not the file; run: git lfs pull")
+    _check_is_no_pointer(file, content)
     try:
         config = json.loads(content)
     except (ValueError, RecursionError) as error:
@@ -72,6 +72,11 @@ def read_config(file: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise CheckpointError(f"{file} holds a {type(config).__name__}; a JSON object is needed")
     return config
+
+
+def _check_is_no_pointer(file: Path, head: bytes) -> None:
+    if head.startswith(_POINTER):
+        raise CheckpointError(f"{file} is a pointer of git-lfs, not the file; run: git lfs pull")
 
 
 def _is_binary(content: bytes) -> bool:
@@ -114,7 +119,8 @@ def _holds_checkpoint(folder: Path) -> bool:
 
 def _in_file(file: Path) -> dict[str, Any] | ZooModel:
     with open(file, "rb") as opened:
-        head = opened.read(8)
+        head = opened.read(len(_POINTER))
+    _check_is_no_pointer(file, head)
     if head.startswith(b"GGUF") or file.suffix == ".gguf":
         return _of_gguf(file, head)
     beside = file.with_name("config.json")
@@ -157,7 +163,7 @@ def _of_gguf(file: Path, head: bytes) -> dict[str, Any]:
     version = int.from_bytes(head[4:8], "little")
     if not head.startswith(b"GGUF") or version not in _GGUF_VERSIONS:
         raise CheckpointError(
-            f"{file} is no GGUF file of version 2 or 3 (it begins with {head!r}); {ACCEPTED}"
+            f"{file} is no GGUF file of version 2 or 3 (it begins with {head[:8]!r}); {ACCEPTED}"
         )
     from bminf.cli import models
 

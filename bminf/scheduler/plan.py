@@ -58,11 +58,13 @@ class Remedy(NamedTuple):
 
     advice: in the words of its own arguments.   saved_bytes: by which the least limit falls.
     is_of_blocks: whether the blocks become smaller, which helps where they wait, too.
+    argument: of remedies that set the same one, only one can be carried out.
     """
 
     advice: str
     saved_bytes: int
     is_of_blocks: bool
+    argument: str = ""
 
 
 @dataclass(frozen=True)
@@ -391,11 +393,20 @@ def _check_room(
 def _joined(always: list[str], remedies: Sequence[Remedy], lack: int) -> str:
     """Advice: each remedy that helps by itself; where none does, all of them if that helps."""
     alone = [r.advice for r in remedies if r.saved_bytes >= lack]
-    helpful = [r for r in remedies if r.saved_bytes > 0]
+    helpful = _compatible([r for r in remedies if r.saved_bytes > 0])
     if not alone and len(helpful) > 1 and sum(r.saved_bytes for r in helpful) >= lack:
         alone = ["do all of these: " + " and ".join(r.advice for r in helpful)]
     *first, last = [*always, *alone]
     return f"{', '.join(first)}, or {last}" if first else last
+
+
+def _compatible(remedies: Sequence[Remedy]) -> list[Remedy]:
+    """Those that can be carried out together: of each argument the one that saves most."""
+    best: dict[str, Remedy] = {}
+    for remedy in remedies:
+        key = remedy.argument or remedy.advice
+        best[key] = max(best.get(key, remedy), remedy, key=lambda one: one.saved_bytes)
+    return list(best.values())
 
 
 def _needs(blocks: Sequence[Block]) -> Iterator[tuple[int, int]]:

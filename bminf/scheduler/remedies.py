@@ -33,7 +33,9 @@ def remedies(
             stand_ins = choose(model, blocks, packed).stand_ins
             smaller = survey(model, blocks, stand_ins, keep_addresses=False)
             saved = least - _least_of(smaller)
-            found.append(Remedy(f'quantize with quantization="{name}"', saved, True))
+            found.append(
+                Remedy(f'quantize with quantization="{name}"', saved, True, "quantization")
+            )
     if blobs.blocks:
         finer = least - blobs.outside.nbytes - 2 * _largest_part(blobs)
         found.append(Remedy("cut finer blocks with blocks=", finer, True))

@@ -199,6 +199,15 @@ def test_limit_too_small(folder: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "bminf: error:" in capsys.readouterr().err
 
 
+def test_a_limit_below_the_weights_is_told_before_anything_is_generated(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for limit in ("0", "1KB"):
+        assert run_here(folder, "--memory-limit", limit) == 1
+        shown = capsys.readouterr()
+        assert "below the least that would do" in shown.err and shown.out == ""
+
+
 def test_bad_limit_is_seen_before_loading(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,6 +16,8 @@ from tiny_zoo import write_cpm1, write_cpm2, write_eva
 
 import bminf
 from bminf.cli import main
+from bminf.cli.gpus import speeds_of
+from bminf.errors import ArgumentError
 from bminf.models.convert import convert
 
 LLAMA: dict[str, Any] = dict(
@@ -295,6 +297,30 @@ def test_the_speeds_of_a_card(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert all(speed > 0.01 for speed in speeds("--gpu", "this"))
     said = error(capsys, folder, "--gpu", "Voodoo 2")
     assert "'Voodoo 2'" in said and "RTX 4090" in said and "--memory-bandwidth" in said
+
+
+def test_cards_go_by_the_names_that_the_driver_prints() -> None:
+    for printed, name in {
+        "NVIDIA H100 80GB HBM3": "H100",
+        "NVIDIA A100-SXM4-40GB": "A100 40GB",
+        "Tesla V100-SXM2-32GB": "V100",
+        "NVIDIA GeForce RTX 3060 12GB": "rtx3060",
+    }.items():
+        assert speeds_of(printed) == speeds_of(name)
+    assert speeds_of("NVIDIA A100-SXM4-80GB").memory == 2039 * 10**9
+    with pytest.raises(ArgumentError, match="is not known"):
+        speeds_of("RTX 3080 12GB")  # which reads its memory faster than the one of 10 GB
+
+
+def test_files_that_hold_something_else_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    for name in ("model.gguf", "model.safetensors", "pytorch_model.bin"):
+        (tmp_path / name).write_text(pointer)
+        assert "pointer of git-lfs" in error(capsys, str(tmp_path / name))
+    (tmp_path / "config.json").write_text("{}")
+    assert "has no model_type" in error(capsys, str(tmp_path / "config.json"))
 
 
 @pytest.mark.parametrize("option", ["--link", "--disk", "--memory-bandwidth"])

@@ -83,3 +83,12 @@ def test_host_memory_is_not_saved_by_a_lower_reserve() -> None:
     some = [Remedy("one", 100, True), Remedy("two", 100, False)]
     with pytest.raises(BudgetError, match=r"free host memory, raise memory_limit, or one$"):
         plan(blocks, 110, host_bytes=60, remedies=lambda: some)
+
+
+def test_of_one_argument_only_the_best_value_is_named() -> None:
+    blocks = [Block("a", 50), Block("b", 50), Block("c", 50)]
+    some = [Remedy("one", 20, True, "x"), Remedy("two", 30, True, "x"), Remedy("three", 40, False)]
+    with pytest.raises(BudgetError, match=r"or do all of these: two and three$"):
+        plan(blocks, 40, remedies=lambda: some)
+    with pytest.raises(BudgetError, match=r"\); raise memory_limit$"):
+        plan(blocks, 15, remedies=lambda: some)  # 90 would only be saved by both values of x
