@@ -10,8 +10,10 @@ import argparse
 import io
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
+from typing import Any
 
 from bminf import __version__
 from bminf.errors import ArgumentError, BMInfError
@@ -30,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     _print_anything()
+    shown, warnings.formatwarning = warnings.formatwarning, _one_line
     try:
         arguments = _parser(argv).parse_args(argv)
         code = int(arguments.run(arguments))
@@ -45,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("bminf: interrupted", file=sys.stderr)
         return 130  # 128 + SIGINT, as a shell has it
+    finally:
+        warnings.formatwarning = shown
 
 
 def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
@@ -68,6 +73,11 @@ def _print_anything() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+
+
+def _one_line(message: Warning | str, *_: Any, **__: Any) -> str:
+    """A warning as the command line shows it: where in the code it came up is of no use there."""
+    return f"bminf: {' '.join(str(message).split())}\n"
 
 
 def _fail(error: Exception, code: int) -> int:

@@ -4,6 +4,7 @@ import argparse
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -92,6 +93,23 @@ def test_error_is_one_line(
     monkeypatch.setattr(bminf.cli.plan, "run", raiser(error))
     assert main(["plan", "x"]) == code
     assert capsys.readouterr() == ("", "bminf: error: a b\n")
+
+
+def test_a_warning_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(_: argparse.Namespace) -> int:
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            shown = warnings.formatwarning("two\nlines", UserWarning, "file.py", 1)
+        print(shown, end="", file=sys.stderr)
+        return 0
+
+    before = warnings.formatwarning
+    monkeypatch.setattr(bminf.cli.plan, "run", run)
+    assert main(["plan", "model"]) == 0
+    assert capsys.readouterr().err == "bminf: two lines\n"
+    assert warnings.formatwarning is before
 
 
 def test_interrupt_leaves_no_traceback(
