@@ -27,6 +27,7 @@ from bminf.scheduler.offloaded import fetch_offloaded
 from bminf.scheduler.placement import place, take_back
 from bminf.scheduler.plan import Block, Plan, Remedy, plan
 from bminf.scheduler.remedies import remedies
+from bminf.scheduler.repeated import has_tensors
 from bminf.scheduler.stand_ins import Choice, Predicate, choose, warn_of_what_stays
 from bminf.scheduler.unregistered import (
     Unregistered,
@@ -363,7 +364,7 @@ def _carry_out(
 
 def _warn_of_training(model: torch.nn.Module, stacklevel: int) -> None:
     is_frozen = not any(parameter.requires_grad for parameter in model.parameters())
-    if model.training and is_frozen:
+    if model.training and is_frozen and has_tensors(model):
         warn(
             f"{type(model).__name__} is in training mode, and nothing in it can be trained: its "
             "dropout is at work, and weights that are packed or frozen take no gradient; call "

@@ -12,9 +12,10 @@ from bminf.wrapping import plan_for
 
 
 def quantise(model: torch.nn.Module, quantization: str, memory_limit: Any = "1GB") -> Any:
-    """Wrap `model` on the CPU; stacked experts stay as they are without a word."""
+    """Wrap `model` on the CPU; stacked experts and narrow linears stay without a word."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*three-dimensional parameters")
+        warnings.filterwarnings("ignore", message=".*fewer than share a scale")
         return bminf.wrapper(model, quantization, memory_limit, device="cpu")
 
 

@@ -389,4 +389,4 @@ def test_a_large_weight_is_packed_in_slices(monkeypatch: pytest.MonkeyPatch) -> 
     given = bminf.QuantizedLinear(linear)
     assert rows == [256, 256, 88]
     codes, scale = quantize_rows(linear.weight.detach())
-    assert torch.equal(given.packed.qweight, codes) and torch.equal(given.scale, scale)
+    assert torch.equal(given.qweight, codes) and torch.equal(given.scale, scale)

@@ -10,7 +10,7 @@ import transformers as tf
 from streaming import Residual, Stack
 
 import bminf
-from bminf.cli import plan as cli_plan
+from bminf.cli.subjects import build_on_meta
 from bminf.errors import ArgumentError, BudgetError, NothingToStreamError, UnsupportedModelError
 from bminf.layers.quantized_linear import QuantizedLinear
 from bminf.scheduler.backends.simulated import predict
@@ -110,5 +110,5 @@ def test_uses_of_a_block_that_is_none_are_refused() -> None:
 def test_the_time_of_a_token_is_that_of_all_weights() -> None:
     plan = plan_for(albert(), False)
     assert predict(plan, 1e9, 1e9).pass_s == pytest.approx(plan.total_bytes / 1e9)
-    built = cli_plan.build_on_meta({"model_type": "albert", **ALBERT})
+    built = build_on_meta({"model_type": "albert", **ALBERT})
     assert plan_for(built, False).blocks == ()

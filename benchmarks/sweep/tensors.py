@@ -52,8 +52,8 @@ def _differs(given: torch.Tensor, expected: torch.Tensor) -> str | None:
 
 
 def held_bytes(model: torch.nn.Module) -> int:
-    """Bytes of all parameters and buffers, and of tensors in attributes, lists and dicts of modules;
-    those that lie in the same memory count once."""
+    """Bytes of parameters, buffers, and tensors in attributes, lists and dicts of modules; those
+    that lie in the same memory count once."""
     attributes = [vars(module) for module in model.modules()]
     kept = [t for some in attributes for name, t in tensors_in(some)]
     spans = sorted(

@@ -53,6 +53,7 @@ class QuantizedLinear(torch.nn.Linear):
     another module or word, an odd number of columns in 4 bits, or a weight that is not finite.
     """
 
+    qweight: torch.Tensor
     scale: torch.Tensor
     minimum: torch.Tensor | None
     code_sum: torch.Tensor | None
@@ -124,10 +125,9 @@ class QuantizedLinear(torch.nn.Linear):
 
     def __getattr__(self, name: str) -> Any:
         # peft takes a layer with an attribute of this name for one of GPTQ's, and hands the codes
-        # to models that ask its adapters for the dtype of a weight. Who goes through the buffers by
-        # their names (accelerate, torch) gets it.
-        if name == "qweight" and not _goes_through_buffers(sys._getframe(1)):
-            raise AttributeError("the codes of a QuantizedLinear are its packed.qweight")
+        # to models that ask its adapters for the dtype of a weight.
+        if name == "qweight" and _is_of_peft(sys._getframe(1)):
+            raise AttributeError("no layer of GPTQ's")
         kind = self.__dict__.get("_packed_class", torch.nn.Linear)
         if name.startswith("__") or not hasattr(kind, name):
             return super().__getattr__(name)
@@ -150,7 +150,7 @@ class QuantizedLinear(torch.nn.Linear):
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=before["scale"].device)).dtype
         for name, tensor in before.items():
             if tensor is not None and getattr(self, name).dtype != tensor.dtype:
-                setattr(self, name, tensor.to(self.packed.qweight.device))
+                setattr(self, name, tensor.to(self.qweight.device))
         return self
 
     def _save_to_state_dict(self, *arguments: Any, **more: Any) -> None:
@@ -176,9 +176,8 @@ def is_hooked(module: torch.nn.Module) -> bool:
     return is_around and "_hf_hook" in module.__dict__ and "_old_forward" in module.__dict__
 
 
-def _goes_through_buffers(caller: FrameType) -> bool:
-    library = str(caller.f_globals.get("__name__", "")).partition(".")[0]
-    return library in ("torch", "accelerate")
+def _is_of_peft(caller: FrameType) -> bool:
+    return str(caller.f_globals.get("__name__", "")).partition(".")[0] == "peft"
 
 
 def _carry_over(linear: torch.nn.Module, packed: QuantizedLinear) -> None:

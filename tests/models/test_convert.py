@@ -213,7 +213,7 @@ def test_progress_is_shown_of_what_takes_time(
         def update(self, count: int) -> None:
             seen["done"] += count
 
-    monkeypatch.setattr(sys.modules["bminf.models.convert"], "tqdm", Bar)
+    monkeypatch.setattr(sys.modules["bminf.models.convert"], "progress_bar", Bar)
     convert(folders["cpm1"], tmp_path / "to")
     assert seen["unit"] == "B" and 0 < seen["done"] <= seen["total"] < 1.2 * seen["done"]
 

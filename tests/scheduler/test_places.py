@@ -31,7 +31,7 @@ class Chain(torch.nn.Module):
 
 def residuals(count: int) -> list[torch.nn.Module]:
     torch.manual_seed(0)
-    return [Residual(8) for _ in range(count)]
+    return [Residual(16) for _ in range(count)]
 
 
 def looped() -> torch.nn.Module:
@@ -46,7 +46,7 @@ def in_two_lists() -> torch.nn.Module:
 
 def linears() -> torch.nn.Module:
     torch.manual_seed(0)
-    blocks = [torch.nn.Linear(8, 8) for _ in range(4)]
+    blocks = [torch.nn.Linear(16, 16) for _ in range(4)]
     return Chain(blocks, blocks).eval()
 
 
@@ -61,7 +61,7 @@ MODELS = {"looped": looped, "two lists": in_two_lists, "linears": linears, "some
 @pytest.mark.parametrize("case", MODELS)
 @pytest.mark.parametrize("quantization", [False, True, "int4"])
 def test_it_is_streamed_and_packed_with_the_same_output(case: str, quantization: bool) -> None:
-    x = torch.randn(3, 8)
+    x = torch.randn(3, 16)
     resident = bminf.wrapper(MODELS[case](), quantization, memory_limit="1GB", device="cpu")
     streaming = stream(MODELS[case](), quantization=quantization)
     for _ in range(3):
