@@ -137,7 +137,8 @@ def build_on_meta(config: dict[str, Any]) -> Any:
     kind = config.get("model_type")
     if kind is None:
         raise CheckpointError(
-            "this configuration has no model_type, so it does not say which model it is of; "
+            "model_type None is not known: this configuration has no model_type, so it does not "
+            "say which model it is of; "
             "give the config.json that belongs to the weights"
         )
     if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
