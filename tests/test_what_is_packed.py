@@ -192,6 +192,12 @@ def test_narrow_linears_stay_in_4_bits_and_are_said_once() -> None:
     assert wrap(make_stack(block=Narrow), "int8") == []
 
 
+def test_where_all_are_narrow_the_format_was_meant_so() -> None:
+    model = make_stack()
+    form = bminf.Format(4, group_size=64)
+    assert wrap(model, form) == [] and len(packed_names(model)) == 14
+
+
 def test_a_narrow_linear_that_was_chosen_is_packed_where_it_can_be() -> None:
     model = make_stack(block=Narrow)
     (said,) = wrap(model, "int4", quantize=lambda name, module: name.startswith("layers.0"))

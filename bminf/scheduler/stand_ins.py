@@ -16,7 +16,7 @@ from bminf.layers.quantize import (
     skeleton,
     why_not_quantizable,
 )
-from bminf.layers.quantized_linear import QuantizedLinear
+from bminf.layers.quantized_linear import QuantizedLinear, is_conv1d
 from bminf.quantization.packed import Format
 from bminf.scheduler.blocks import ModuleBlock, tensors_of
 from bminf.units import format_bytes
@@ -79,19 +79,23 @@ class _Reasons:
 
     is_default: nobody chose it by name.   adapters: linears beside a frozen one, of peft.
     is_mixed: some of the linears are frozen, so that those which are not are there to be trained.
+    has_wide: some have as many columns as share a scale; where none has, the format was meant so.
     """
 
     form: Format
     is_default: bool
     adapters: set[torch.nn.Module]
     is_mixed: bool
+    has_wide: bool
 
     @classmethod
     def of(
-        cls, model: torch.nn.Module, linears: Iterable[Linear], form: Format, is_default: bool
+        cls, model: torch.nn.Module, linears: Sequence[Linear], form: Format, is_default: bool
     ) -> _Reasons:
         trained = {_is_trained(module) for _, module in linears}
-        return cls(form, is_default, set(_adapters(model)), len(trained) == 2)
+        widest = max((_num_columns(module) for _, module in linears), default=0)
+        has_wide = widest >= (form.group_size or 0)
+        return cls(form, is_default, set(_adapters(model)), len(trained) == 2, has_wide)
 
     def to_keep(self, module: torch.nn.Module) -> str | None:
         if not is_quantizable(module):
@@ -104,8 +108,9 @@ class _Reasons:
 
     def _is_narrow(self, module: torch.nn.Module) -> bool:
         """Whether 4 bits cannot take it (two columns share a byte), or save little."""
-        columns = skeleton(module, Format(8)).in_features
-        return bool(columns % 2) or (self.is_default and columns < (self.form.group_size or 0))
+        columns = _num_columns(module)
+        is_judged = self.is_default and self.has_wide
+        return bool(columns % 2) or (is_judged and columns < (self.form.group_size or 0))
 
 
 def warn_of_what_stays(
@@ -200,6 +205,13 @@ def _adapters(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
             for name, child in module.named_children():
                 if name != "base_layer":
                     yield from child.modules()
+
+
+def _num_columns(linear: torch.nn.Module) -> int:
+    weight = linear._parameters.get("weight")
+    if weight is None or weight.dim() != 2:
+        return 0
+    return weight.shape[0 if is_conv1d(linear) else 1]
 
 
 def _is_trained(module: torch.nn.Module) -> bool:
