@@ -73,7 +73,7 @@ def card_of(arguments: argparse.Namespace) -> Card:
     options = ("--card-limit", "--link", "--memory-bandwidth")
     texts = (arguments.card_limit, arguments.link, arguments.memory_bandwidth)
     limit, link, memory = map(parse_bytes, texts, options)
-    return Card(arguments.card, limit, link, memory)
+    return Card(arguments.card, int(limit), int(link), int(memory))  # as results say it again
 
 
 def limits_of(arguments: argparse.Namespace) -> list[int | None]:
