@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from bminf.layers.attention import attention, hide, is_later, is_padding, merge_heads, split_heads
+from bminf.layers import attention as module
+from bminf.layers.attention import (
+    Gpu, Operator, attention, hide, is_later, is_padding, merge_heads, operator_for, split_heads,
+)  # fmt: skip
 from bminf.layers.kv_cache import KVCache, cache_bytes
 from bminf.layers.norm import RMSNorm
 from bminf.layers.position_bias import RelativePositionBias, buckets
@@ -30,6 +38,133 @@ def test_attention_is_softmax_of_scaled_scores_and_bias(
     bias = bias + hide(is_later(num_queries, num_keys, query.device), bias.dtype)
     given = attention(query, key, value, bias, scale)
     assert torch.allclose(given.double(), plain(query, key, value, bias, scale), atol=1e-5)
+
+
+HALF, BFLOAT, FULL, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "has_bias", "gpu", "expected"),
+    [
+        (HALF, 64, False, Gpu(90), "flash"),
+        (BFLOAT, 128, False, Gpu(120), "flash"),
+        (HALF, 256, False, Gpu(80), "flash"),
+        (HALF, 64, True, Gpu(90), "efficient"),  # flash attention takes no bias
+        (HALF, 264, False, Gpu(90), "efficient"),
+        (HALF, 64, False, Gpu(90, has_flash=False), "efficient"),
+        (HALF, 64, False, Gpu(75), "efficient"),
+        (HALF, 80, True, Gpu(61), "efficient"),
+        (HALF, 5, True, Gpu(61), "efficient"),
+        (FULL, 64, False, Gpu(90), "efficient"),
+        (FULL, 20, True, Gpu(86), "efficient"),
+        (FULL, 5, True, Gpu(75), "efficient"),
+        (FULL, 18, True, Gpu(86), "math"),
+        (HALF, 20, False, Gpu(90), "math"),
+        (HALF, 20, True, Gpu(70), "math"),
+        (BFLOAT, 64, True, Gpu(75), "math"),
+        (BFLOAT, 64, True, Gpu(61), "math"),
+        (DOUBLE, 64, False, Gpu(90), "math"),
+        (HALF, 64, True, Gpu(90, has_efficient=False), "math"),
+    ],
+)
+def test_a_gpu_has_an_operator_for_each_kind_of_tensors(
+    dtype: torch.dtype, head_dim: int, has_bias: bool, gpu: Gpu, expected: Operator
+) -> None:
+    assert operator_for(dtype, head_dim, has_bias, gpu) == expected
+
+
+class Recorded(TorchDispatchMode):
+    """The operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def refuse(*_: Any, **__: Any) -> torch.Tensor:
+    raise AssertionError("torch chooses an operator by itself")
+
+
+# Of reading, of reading in chunks, and of writing; as the models make them.
+BIASES: list[tuple[int, ...] | None] = [
+    None, (1, 1, 5, 21), (1, 3, 5, 21), (2, 1, 5, 21), (2, 1, 1, 21), (2, 3, 5, 1), (5, 21),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("num_queries", [1, 5, 21])
+@pytest.mark.parametrize("bias_shape", BIASES)
+@pytest.mark.parametrize("dtype", [HALF, BFLOAT, FULL])
+@pytest.mark.parametrize("gpu", [Gpu(61), Gpu(90), Gpu(100, has_flash=False), Gpu(90, False, False)])
+def test_on_a_gpu_torch_is_not_asked_to_choose(
+    monkeypatch: pytest.MonkeyPatch,
+    num_queries: int,
+    bias_shape: tuple[int, ...] | None,
+    dtype: torch.dtype,
+    gpu: Gpu,
+) -> None:
+    """On tensors that have a device and no bytes; the keys are views of a cache."""
+    monkeypatch.setattr(F, "scaled_dot_product_attention", refuse)
+    monkeypatch.setattr(module, "_gpu", lambda device: gpu)
+    with FakeTensorMode(), Recorded() as recorded:
+        query = torch.empty(2, num_queries, 3, 64, dtype=dtype, device="cuda").transpose(1, 2)
+        cache = torch.empty(2, 3, 40, 64, dtype=dtype, device="cuda").narrow(2, 0, 21)
+        bias = None
+        if bias_shape is not None:
+            shape = [num_queries if size == 5 else size for size in bias_shape]
+            bias = torch.empty(shape, dtype=dtype, device="cuda")
+        y = attention(query, cache, cache, bias, 0.125)
+    assert y.shape == (2, 3, num_queries, 64) and y.device.type == "cuda" and y.dtype == dtype
+    operator = operator_for(dtype, 64, bias is not None, gpu)
+    assert any(operator in name or operator == "math" for name in recorded.names)
+    assert not any("cudnn" in name for name in recorded.names)
+
+
+def test_a_gpu_that_is_not_there_is_answered_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(F, "scaled_dot_product_attention", refuse)
+    with FakeTensorMode(), Recorded() as recorded:
+        query = torch.empty(1, 2, 3, 64, dtype=HALF, device="cuda")
+        assert attention(query, query, query, None, 1.0).shape == query.shape
+    assert not any("cudnn" in name for name in recorded.names)
+
+
+def test_what_is_switched_off_in_torch_is_not_used() -> None:
+    flags = torch.backends.cuda
+    before = flags.mem_efficient_sdp_enabled()
+    device = torch.device("cuda", 0)
+    try:
+        flags.enable_mem_efficient_sdp(True)
+        assert module._gpu(device).has_efficient
+        flags.enable_mem_efficient_sdp(False)
+        assert not module._gpu(device).has_efficient
+    finally:
+        flags.enable_mem_efficient_sdp(before)
+
+
+@pytest.mark.parametrize("num_queries", [1, 5, 21])
+@pytest.mark.parametrize("bias_shape", BIASES[1:])
+def test_the_operators_get_the_same_bias_in_rows_that_are_aligned(
+    num_queries: int, bias_shape: tuple[int, ...]
+) -> None:
+    torch.manual_seed(0)
+    query, key = torch.randn(2, 3, num_queries, 16), torch.randn(2, 3, 21, 16)
+    shape = [num_queries if size == 5 else size for size in bias_shape]
+    whole = torch.randn(*shape[:-1], shape[-1] + 1)
+    for bias in (whole[..., 1:], whole[..., 1:].clone(), whole.mT.contiguous().mT[..., 1:]):
+        given = module._aligned(bias, query, key)
+        assert torch.equal(given, bias.expand(2, 3, num_queries, 21))
+        assert given.stride(-1) == 1 and given.storage_offset() % 8 == 0
+        assert all(stride % 8 == 0 for stride in given.stride()[:-1])
+        y = module._on_gpu("math", query, key, key, bias, 0.25)
+        assert torch.allclose(y.double(), plain(query, key, key, bias, 0.25), atol=1e-5)
+
+
+def test_rows_that_are_aligned_are_not_copied() -> None:
+    query, key, bias = torch.randn(2, 3, 4, 16), torch.randn(2, 3, 24, 16), torch.randn(1, 1, 4, 24)
+    assert module._aligned(bias, query, key).data_ptr() == bias.data_ptr()
 
 
 def test_later_keys_are_counted_from_the_last_query() -> None:
