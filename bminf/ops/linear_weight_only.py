@@ -171,8 +171,10 @@ def _launch_few_rows(
 def tensor_core_kernel(dtype: torch.dtype, weight: PackedWeight, num_rows: int) -> Kernel:
     """The kernel that takes the rows of activations in as few tiles of 8 to 64 as they fill."""
     tiles = min(8, 1 << (-(-num_rows // 8) - 1).bit_length())
-    # Fewer rows of the weight where more sums of activations are in registers.
-    macros = (("X_TILES", tiles), ("W_TILES", 1 if tiles == 8 else 2))
+    # Fewer rows of the weight where more sums of activations are in registers; and for one tile of
+    # groups that begin anywhere, of which NVRTC 12.9 would spill some for sm_86 and sm_89.
+    is_narrow = tiles == 8 or (tiles == 1 and span_of(weight) == 0)
+    macros = (("X_TILES", tiles), ("W_TILES", 1 if is_narrow else 2))
     return Kernel(
         "linear_tensor_core.cu",
         "linear_tensor_core",

@@ -74,6 +74,8 @@ def _tensor_core() -> Iterator[Kernel]:
 
 def _tensor_core_extremes() -> Iterator[Kernel]:
     kernel = linear_weight_only.tensor_core_kernel
+    for num_rows in (8, 16, 64):  # some compilers spill here what they do not elsewhere
+        yield kernel(torch.bfloat16, weight_of(Format(4, 34)), num_rows)
     for form in (INT8, INT4, MINIMUM, Format(4, 34, True)):
         for num_rows in (8, 64):
             yield kernel(torch.float16, weight_of(form), num_rows)
