@@ -14,8 +14,9 @@ from bminf.scheduler.backends.cuda import free_bytes as cuda_free_bytes
 _FREE_FRACTION = 0.9  # of the free memory, where no limit is given; the rest is for activations
 
 # Of the free host memory. What is page-locked cannot be swapped out, and the rest has to do for the
-# Python process, for one block that is being packed, and for the cache of the files being read.
-_LOCKED_FRACTION = 0.9
+# Python process, for one block that is being packed, and for the cache of the files being read; in
+# a control group whose limit is reached the system ends the process rather than refuse a page.
+_LOCKED_FRACTION = 0.8
 
 
 def device_for(device: torch.device | str | int | None) -> torch.device:

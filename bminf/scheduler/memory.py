@@ -1,13 +1,8 @@
-"""Host memory in exact sizes, and how much of it is free.
-
-Buffers are mapped one by one: letting go of one gives its memory back to the system at once, which
-malloc does not promise.
-"""
+"""Host memory in exact sizes, and how much of it is free."""
 
 from __future__ import annotations
 
 import ctypes
-import mmap
 import sys
 from bisect import bisect_right
 from collections.abc import Callable
@@ -16,6 +11,7 @@ from pathlib import Path
 import torch
 
 from bminf.errors import BudgetError
+from bminf.pages import private_pages
 from bminf.scheduler.control_groups import free_below_limits
 from bminf.units import format_bytes
 
@@ -25,20 +21,11 @@ def allocate(nbytes: int) -> torch.Tensor:
     with torch.inference_mode(False):
         if nbytes == 0:
             return torch.empty(0, dtype=torch.uint8)
-        region = _map_private(nbytes)
-        if hasattr(mmap, "MADV_HUGEPAGE") and nbytes >= 2**21:
-            region.madvise(mmap.MADV_HUGEPAGE)  # fewer TLB misses for weights read once a token
+        try:
+            region = private_pages(nbytes)
+        except (OSError, OverflowError) as error:
+            raise BudgetError(f"{format_bytes(nbytes)} of memory cannot be had: {error}") from error
         return torch.frombuffer(region, dtype=torch.uint8)
-
-
-def _map_private(nbytes: int) -> mmap.mmap:
-    # The default, a shared mapping, would be counted as shared memory and take no huge pages.
-    try:
-        if sys.platform == "win32":
-            return mmap.mmap(-1, nbytes)
-        return mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except (OSError, OverflowError) as error:
-        raise BudgetError(f"{format_bytes(nbytes)} of memory cannot be had: {error}") from error
 
 
 def trim() -> None:
