@@ -30,6 +30,13 @@ def tracer_at_work() -> str | None:
     return None
 
 
+def capture_at_work() -> str | None:
+    """The CUDA graph that the current stream is captured into; None for none."""
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        return "a CUDA graph"
+    return None
+
+
 def disable_compile(function: Callable[..., Any], reason: str) -> Callable[..., Any]:
     """`function`, run as it is under torch.compile; fullgraph=True fails with the reason."""
     disable: Callable[..., Callable[..., Any]] = torch.compiler.disable

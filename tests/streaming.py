@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import bminf
+from bminf.scheduler.ring import NUM_SLOTS
 from bminf.wrapping import plan_for
 
 HANGS_S = 120.0  # what is waited for takes milliseconds, also where all cores are busy seconds
@@ -70,6 +71,16 @@ def settled_readers() -> int:
             arguments[0].put((answered.set, Future()))
             until(lambda t=thread, a=answered: a.is_set() or not t.is_alive())
     return num_readers()
+
+
+def timed_copy_bytes(plan: bminf.Plan, num_passes: int) -> int:
+    """Bytes of the copies that begin and are waited for between two events around some passes.
+
+    The first blob for each slot was copied before the clock started, and what is copied ahead for
+    the pass behind them is not waited for.
+    """
+    sizes = {block.name: block.nbytes for block in plan.blocks}
+    return num_passes * plan.streamed_bytes - sum(sizes[n] for n in plan.streamed[:NUM_SLOTS])
 
 
 def make_stack(**arguments: Any) -> Stack:

@@ -34,7 +34,7 @@ from bminf.scheduler.blocks import tensors_of
 from bminf.scheduler.plan import Plan
 from bminf.scheduler.ring import Ring
 from bminf.scheduler.streamed_block import StreamedBlock, not_convertible
-from bminf.tracing import disable_compile, tracer_at_work
+from bminf.tracing import capture_at_work, disable_compile, tracer_at_work
 
 logger = logging.getLogger("bminf")
 
@@ -134,7 +134,7 @@ class Scheduler:
 
     def call(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run `function` as the only thread in the model; calls may nest."""
-        if (tracer := tracer_at_work()) is not None:
+        if (tracer := tracer_at_work() or capture_at_work()) is not None:
             raise UnsupportedModelError(f"{tracer} {_NO_GRAPH}")
         if os.getpid() != self._process:
             raise UnsupportedModelError(

@@ -12,7 +12,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bminf.layers import attention as module
 from bminf.layers.attention import (
-    Gpu, Operator, attention, hide, is_later, is_padding, merge_heads, operator_for, split_heads,
+    Gpu,
+    Operator,
+    attention,
+    hide,
+    is_later,
+    is_padding,
+    merge_heads,
+    operator_for,
+    split_heads,
 )  # fmt: skip
 from bminf.layers.kv_cache import KVCache, cache_bytes
 from bminf.layers.norm import RMSNorm
@@ -98,7 +106,9 @@ BIASES: list[tuple[int, ...] | None] = [
 @pytest.mark.parametrize("num_queries", [1, 5, 21])
 @pytest.mark.parametrize("bias_shape", BIASES)
 @pytest.mark.parametrize("dtype", [HALF, BFLOAT, FULL])
-@pytest.mark.parametrize("gpu", [Gpu(61), Gpu(90), Gpu(100, has_flash=False), Gpu(90, False, False)])
+@pytest.mark.parametrize(
+    "gpu", [Gpu(61), Gpu(90), Gpu(100, has_flash=False), Gpu(90, False, False)]
+)
 def test_on_a_gpu_torch_is_not_asked_to_choose(
     monkeypatch: pytest.MonkeyPatch,
     num_queries: int,

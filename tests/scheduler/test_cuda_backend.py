@@ -14,7 +14,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
@@ -22,11 +22,19 @@ from typing import Any
 
 import pytest
 import torch
-from streaming import HANGS_S, least_limit, make_stack, num_readers, settled_readers, until
+from streaming import (
+    HANGS_S,
+    least_limit,
+    make_stack,
+    num_readers,
+    settled_readers,
+    timed_copy_bytes,
+    until,
+)
 
 import bminf
 from bminf import wrapping
-from bminf.errors import OffloadError
+from bminf.errors import OffloadError, UnsupportedModelError
 from bminf.scheduler import memory
 from bminf.scheduler.backends import cuda
 from bminf.scheduler.store import FileStore
@@ -83,16 +91,24 @@ class FakePinned:
         self.is_closed = True
 
 
+RECORDED: list[tuple[int, Any]] = []
+"""Address and stream: under which streams memory was said to be used."""
+
+
 def put_fakes_in_place(
     monkeypatch: pytest.MonkeyPatch, compute: Any, make_stream: Any, use: Any, event: type
 ) -> None:
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: compute)
     monkeypatch.setattr(torch.cuda, "Stream", make_stream)
     monkeypatch.setattr(torch.cuda, "Event", event)
     monkeypatch.setattr(torch.cuda, "stream", use)
-    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
+    RECORDED.clear()
+    monkeypatch.setattr(
+        torch.Tensor, "record_stream", lambda t, stream: RECORDED.append((t.data_ptr(), stream))
+    )
     monkeypatch.setattr(cuda, "PinnedMemory", FakePinned)
     monkeypatch.setattr(FakePinned, "made", [], raising=False)
 
@@ -151,6 +167,59 @@ def test_every_hand_over_of_a_slot_is_an_event(
     assert [home.tensor.numel() for home in homes] >= [plan.blocks[0].nbytes] * 7
     bminf.unwrap(model)
     assert all(home.is_closed for home in homes) and torch.equal(model(x), expected)
+
+
+def test_slots_are_not_let_go_before_each_stream_that_used_them_is_done(
+    streams: tuple[FakeStream, list[FakeStream]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compute, made = streams
+    model, x, other = make_stack(), torch.randn(3, 16), FakeStream()
+    bminf.wrapper(model, False, least_limit(model))
+    slots = [slot.data_ptr() for slot in backend_of(model).slots]
+    model(x)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: other)
+    model(x)
+    model(x)
+    expected = [(slot, stream) for stream in (*made, compute, other) for slot in slots]
+    assert expected == RECORDED  # once for each: it is asked for in every pass
+
+
+def test_the_copies_of_timed_passes_are_counted_as_they_come(
+    streams: tuple[FakeStream, list[FakeStream]],
+) -> None:
+    """What is copied and waited for between two events around some passes."""
+    compute, made = streams
+    model, x = make_stack(), torch.randn(3, 16)
+    bminf.wrapper(model, False, least_limit(model))
+    plan = bminf.plan_of(model)
+    model(x)
+    before = len(compute.log), len(made[0].log)
+    for _ in range(6):
+        model(x)
+    begun = {event for kind, event in made[0].log[before[1] :] if kind == "record"}
+    awaited = [event for kind, event in compute.log[before[0] :] if kind == "wait"]
+    timed = [event for event in awaited if event in begun]
+    assert len(awaited) == 6 * 7 and len(timed) < len(awaited)
+    assert timed_copy_bytes(plan, 6) == len(timed) * plan.blocks[0].nbytes
+
+
+def test_a_streamed_model_is_not_captured_into_a_graph(
+    streams: tuple[FakeStream, list[FakeStream]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compute, made = streams
+    model, x = make_stack(), torch.randn(3, 16)
+    expected = model(x)
+    bminf.wrapper(model, False, least_limit(model))
+    model(x)
+    before = list(compute.log), list(made[0].log)
+    with monkeypatch.context() as capture:
+        capture.setattr(torch.cuda, "is_initialized", lambda: True)
+        capture.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        for part in (model, model.layers[3]):
+            with pytest.raises(UnsupportedModelError, match=r"CUDA graph.*bminf\.unwrap"):
+                part(x[:, :16])
+    assert (compute.log, made[0].log) == before  # refused before anything was queued
+    assert torch.equal(model(x), expected)
 
 
 def zero_the_bias(module: torch.nn.Linear, *_: Any) -> None:
@@ -489,6 +558,6 @@ def test_host_memory_is_what_is_free_and_what_is_let_go(monkeypatch: pytest.Monk
     from bminf.scheduler.device import host_budget
 
     monkeypatch.setattr(memory, "free_bytes", lambda: 1000)
-    assert host_budget(torch.device("cuda"), 500) == 1350
-    assert host_budget(torch.device("cuda")) == 900
+    assert host_budget(torch.device("cuda"), 500) == 1200
+    assert host_budget(torch.device("cuda")) == 800
     assert host_budget(torch.device("cpu"), 500) is None  # its homes lie in a file anyway

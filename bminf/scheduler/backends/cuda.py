@@ -65,6 +65,7 @@ class CudaBackend:
         self._layouts: list[Layout] = []
         self._homes: dict[int, PinnedMemory] = {}
         self._files: _Files | None = None
+        self._computing: set[torch.cuda.Stream] = set()  # that have used a slot
         self._counters = Counters()
         self._copying: deque[_Interval] = deque()  # begin and end of copies not yet counted
         self._waiting: deque[_Interval] = deque()  # asked for, and there
@@ -100,7 +101,7 @@ class CudaBackend:
         stages: dict[int, PinnedMemory] = {}
         try:
             for number in range(NUM_STAGES):
-                stages[number] = PinnedMemory(max(extents))
+                stages[number] = self._pinned(max(extents))
             reader = Reader("bminf-reader")
         except BaseException:
             _close_all(stages)
@@ -135,7 +136,7 @@ class CudaBackend:
             self._layouts[block].fill(blob, tensors)
             self._files.read_ahead.write(self._files.numbers[block], blob)
             return
-        home = PinnedMemory(self._layouts[block].extent)
+        home = self._pinned(self._layouts[block].extent)
         self._homes[block] = home
         self._layouts[block].fill(home.tensor, tensors)
 
@@ -208,8 +209,12 @@ class CudaBackend:
         self._waiting.append((asked, copied.ended))
 
     def mark(self) -> torch.cuda.Event:
-        event = torch.cuda.Event()
-        event.record(self._compute_stream())
+        stream, event = self._compute_stream(), torch.cuda.Event()
+        event.record(stream)
+        if stream not in self._computing:
+            self._computing.add(stream)
+            for slot in self.slots:  # or, let go of, it could be used anew under that stream's feet
+                slot.record_stream(stream)
         return event
 
     def counters(self) -> Counters:
@@ -247,6 +252,11 @@ class CudaBackend:
             if waited_s > 0:
                 self._counters.waits += 1
                 self._counters.waited_s += waited_s
+
+    def _pinned(self, nbytes: int) -> PinnedMemory:
+        # With no GPU in use CuPy would take the first one, and memory there.
+        with torch.cuda.device(self.device):
+            return PinnedMemory(nbytes)
 
     def _event(self) -> torch.cuda.Event:
         return torch.cuda.Event(enable_timing=True, blocking=True)  # who waits shall not spin
