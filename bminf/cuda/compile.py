@@ -127,13 +127,19 @@ class _Program:
 
     def _failure(self, architecture: str, error: Exception) -> str:
         version = ".".join(map(str, self._nvrtc.getVersion()))
+        if "libnvrtc-builtins" in (log := self.log()):
+            return (
+                f"NVRTC {version} does not find a library of its own ({_first_line(log)}): update "
+                "what loads it, pip install -U cuda-pathfinder, or put its folder, "
+                "nvidia/*/lib among the installed packages, into LD_LIBRARY_PATH"
+            )
         if "ARCHITECTURE" in str(error).upper() or "INVALID_OPTION" in str(error).upper():
             return (
                 f"NVRTC {version} cannot compile for this GPU ({architecture}); {_INSTALL_COMPILER}"
             )
         return (
             f"NVRTC {version} cannot compile {self._kernel} of kernels/{self._kernel.file} "
-            f"for {architecture}: {error}\n{self.log()}\n"
+            f"for {architecture}: {error}\n{log}\n"
             "The sources that come with bminf compile: install bminf anew if they were changed"
         )
 

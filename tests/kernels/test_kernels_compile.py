@@ -222,6 +222,38 @@ def test_a_missing_compiler_is_said_with_the_remedy(monkeypatch: pytest.MonkeyPa
     assert "Failure finding libnvrtc.so); install" in str(caught.value)
 
 
+def test_a_compiler_without_its_own_library_is_said_with_the_remedy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As the wheel of 13.0 is without cuda-pathfinder 1.9: nothing there says where it lies."""
+
+    class Nvrtc:
+        class NVRTCError(Exception):
+            pass
+
+        def getVersion(self) -> tuple[int, int]:
+            return 13, 0
+
+        def createProgram(self, *_: object) -> int:
+            return 1
+
+        def compileProgram(self, *_: object) -> None:
+            raise self.NVRTCError("NVRTC_ERROR_BUILTIN_OPERATION_FAILURE (7)")
+
+        def getProgramLog(self, _: int) -> str:
+            return "nvrtc: error: failed to open libnvrtc-builtins.so.13.0.\n  Make sure ...\n"
+
+        def destroyProgram(self, _: int) -> None:
+            pass
+
+    monkeypatch.setattr(cuda_compile, "_nvrtc", Nvrtc)
+    with pytest.raises(KernelError) as caught:
+        compile_kernel(SCALE, 90)
+    assert "failed to open libnvrtc-builtins.so.13.0" in str(caught.value)
+    assert "pip install -U cuda-pathfinder" in str(caught.value)
+    assert "bminf anew" not in str(caught.value)
+
+
 def test_a_missing_cupy_is_said_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "cupy_backends.cuda.libs", None)
     with pytest.raises(KernelError, match="pip install cupy-cuda12x"):
