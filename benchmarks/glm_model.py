@@ -74,7 +74,7 @@ def planned(
         reserved_bytes(sizes.config, rows, length, sizes.dtype, packing.usual, device_type)
         for rows, length in sizes.batches
     )
-    return model, blobs, plan_for(blocks, blobs, limit, {}, reserve, host_bytes)
+    return model, blobs, plan_for(blocks, blobs, limit, {}, reserve, device_type, host_bytes)
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ def planned(sizes: Sizes, limit: int, device_type: str = "cpu") -> tuple[T5, Blo
     reserve = reserved_bytes(
         sizes.config, 1, sizes.max_length, sizes.dtype, sizes.form, device_type
     )
-    return model, blobs, plan_for(blocks, blobs, limit, CPM2.uses, reserve)
+    return model, blobs, plan_for(blocks, blobs, limit, CPM2.uses, reserve, device_type)
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,12 @@ from bminf.errors import ArgumentError, NothingToStreamError, UnsupportedModelEr
 from bminf.keywords import check_keywords, keywords_of, known_keywords
 from bminf.layers.quantized_linear import format_for
 from bminf.layers.saving import refuse_to_save
+from bminf.layout import Layout
 from bminf.quantization.packed import INT8, Format
 from bminf.scheduler.blob import Blobs, check_tensors, survey, unmapped_bytes
 from bminf.scheduler.blocks import ModuleBlock, find_blocks, tensors_of
 from bminf.scheduler.context import USUAL_LENGTH, Context, context_of, writes_text
-from bminf.scheduler.device import backend_for, device_for, free_budget, host_budget
+from bminf.scheduler.device import backend_for, device_for, free_budget, host_budget, taken_bytes
 from bminf.scheduler.held import Originals, warn_of_held
 from bminf.scheduler.hooks import ATTRIBUTE, Scheduler, Stats, is_streaming
 from bminf.scheduler.offloaded import fetch_offloaded
@@ -101,7 +102,7 @@ def wrapper(
     source_device = check_tensors(model)
     request = _Request.of(
         model, quantization, blocks, uses, quantize, reserve, backend.keeps_addresses,
-        max_length, max_batch_size, is_cpu=backend.device.type == "cpu",
+        max_length, max_batch_size, backend.device.type,
     )  # fmt: skip
     budget = _budget(memory_limit, model, backend.device, source_device)
     own_bytes = unmapped_bytes(model) if source_device.type == "cpu" else 0
@@ -176,11 +177,11 @@ def plan_for(
     _check_is_module(model)
     request = _Request.of(
         model, quantization, blocks, uses, quantize, reserve, False, max_length, max_batch_size,
-        is_cpu=device_for(device).type == "cpu",
+        device_for(device).type,
     )  # fmt: skip
     if memory_limit is None:
         elsewhere_bytes = bytes_on(request.unregistered, None)
-        return request.plan(request.reserved_bytes + request.blobs.nbytes + elsewhere_bytes)
+        return request.plan(request.reserved_bytes + request.taken_bytes + elsewhere_bytes)
     host_bytes = None if host_memory is None else parse_bytes(host_memory, "host_memory")
     return request.plan(parse_bytes(memory_limit, "memory_limit"), host_bytes)
 
@@ -199,6 +200,7 @@ class _Request:
     context: Context | None
     unreserved: Context | None
     remedies: Callable[[], list[Remedy]]
+    device_type: str
 
     @classmethod
     def of(
@@ -210,12 +212,13 @@ class _Request:
         quantize: Predicate | None,
         reserve: int | float | str,
         keep_addresses: bool,
-        max_length: int | None = None,
-        max_batch_size: int = 1,
-        is_cpu: bool = False,
+        max_length: int | None,
+        max_batch_size: int,
+        device_type: str,
     ) -> _Request:
         reserved_bytes, form = int(parse_bytes(reserve, "reserve")), _format(quantization)
         context = unreserved = None
+        is_cpu = device_type == "cpu"
         if max_length is not None or max_batch_size != 1:
             context = context_of(model, max_length, max_batch_size, form, is_cpu)
             reserved_bytes += context.nbytes
@@ -235,19 +238,38 @@ class _Request:
             context=context,
             unreserved=unreserved,
             remedies=partial(
-                remedies, model, found, blobs, form, reserved_bytes, context is not None
+                remedies,
+                model,
+                found,
+                blobs,
+                form,
+                reserved_bytes,
+                context is not None,
+                device_type,
             ),
+            device_type=device_type,
         )
+
+    @property
+    def taken_bytes(self) -> int:
+        """Bytes of the device that the whole model takes."""
+        return sum(map(self._taken, [self.blobs.outside, *self.blobs.blocks.values()]))
+
+    def _taken(self, layout: Layout) -> int:
+        return taken_bytes(layout.nbytes, self.device_type)
 
     def plan(
         self, budget: int, host_bytes: int | None = None, device: torch.device | None = None
     ) -> Plan:
         """device: what the budget is of; tensors that are not registered count where they lie."""
-        outside_bytes = self.blobs.outside.nbytes + bytes_on(self.unregistered, device)
+        outside_bytes = self._taken(self.blobs.outside) + bytes_on(self.unregistered, device)
         if not self.blocks:
             self._check_that_all_fits(outside_bytes, budget)
         the_plan = plan(
-            [Block(b.name, self.blobs.blocks[b.name].nbytes, b.list_name) for b in self.blocks],
+            [
+                Block(b.name, self._taken(self.blobs.blocks[b.name]), b.list_name)
+                for b in self.blocks
+            ],
             budget,
             self.uses,
             outside_bytes=outside_bytes,

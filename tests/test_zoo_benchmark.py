@@ -27,6 +27,7 @@ from bminf.cli import plan as plan_command
 from bminf.cli.measure import rss_anon_bytes
 from bminf.models.family import CPM2
 from bminf.quantization.packed import FORMATS, Format, PackedWeight, codes_of, dequantize
+from bminf.scheduler.device import taken_bytes
 from bminf.scheduler.plan import least_budget, plan
 
 TINY = (
@@ -251,6 +252,9 @@ def test_prediction_by_hand(quantization: str, bits: int) -> None:
     encoder_layer = attention + feed_forward + 2 * norm
     decoder_layer = encoder_layer + cross + norm
     projection = linear_bytes(2 * inner, hidden, bits)
+    encoder_layer, decoder_layer, projection = (
+        taken_bytes(nbytes, "cuda") for nbytes in (encoder_layer, decoder_layer, projection)
+    )
     encoder, anew, once = predictions(CARD, [quantization])
     assert {block.nbytes for block in once.plan.blocks if block.list_name == "decoder.layers"} == {
         decoder_layer

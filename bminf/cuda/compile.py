@@ -129,8 +129,8 @@ class _Program:
         version = ".".join(map(str, self._nvrtc.getVersion()))
         if "libnvrtc-builtins" in (log := self.log()):
             return (
-                f"NVRTC {version} does not find a library of its own ({_first_line(log)}): update "
-                "what loads it, pip install -U cuda-pathfinder, or put its folder, "
+                f"NVRTC {version} does not find a library of its own ({_first_line(log)}): "
+                "update what loads it, pip install -U cuda-pathfinder, or put its folder, "
                 "nvidia/*/lib among the installed packages, into LD_LIBRARY_PATH"
             )
         if "ARCHITECTURE" in str(error).upper() or "INVALID_OPTION" in str(error).upper():
@@ -144,8 +144,8 @@ class _Program:
         )
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
+def _first_line(text: object) -> str:
+    return str(text).strip().partition("\n")[0]
 
 
 def _cache_file(source: str, options: tuple[str, ...], version: tuple[int, int]) -> Path:

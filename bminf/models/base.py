@@ -123,6 +123,7 @@ class LanguageModel:
             budget,
             source.family.uses,
             reserve,
+            backend.device.type,
             host_budget(backend.device),
             packing.usual,
         )

@@ -24,6 +24,7 @@ from bminf.quantization.packed import Format, PackedWeight, pack
 from bminf.scheduler.backends.base import Backend
 from bminf.scheduler.blob import Blobs, survey
 from bminf.scheduler.blocks import ModuleBlock, find_blocks
+from bminf.scheduler.device import taken_bytes
 from bminf.scheduler.hooks import ATTRIBUTE, Scheduler
 from bminf.scheduler.placement import load
 from bminf.scheduler.plan import Block, Plan, least_budget, plan
@@ -153,13 +154,16 @@ def plan_for(
     budget: int,
     uses: Mapping[str, float],
     reserved_bytes: int,
+    device_type: str,
     host_bytes: int | None = None,
     form: Format | None = None,
 ) -> Plan:
-    """See plan().   form: how the weights are packed.   Raises BudgetError, with numbers."""
-    given = [Block(b.name, blobs.blocks[b.name].nbytes, b.list_name) for b in blocks]
+    """See plan().   device_type: "cpu" or "cuda", what the budget is of.   form: how the weights
+    are packed.   Raises BudgetError, with numbers."""
+    sizes = {name: taken_bytes(x.nbytes, device_type) for name, x in blobs.blocks.items()}
+    given = [Block(b.name, sizes[b.name], b.list_name) for b in blocks]
     fixed: dict[str, Any] = {
-        "outside_bytes": blobs.outside.nbytes,
+        "outside_bytes": taken_bytes(blobs.outside.nbytes, device_type),
         "reserved_bytes": reserved_bytes,
     }
     try:

@@ -176,8 +176,9 @@ def _planned(
     limit = parse_bytes(memory_limit, "memory_limit")
     host_bytes = None if host_memory is None else parse_bytes(host_memory, "host_memory")
     return plan_for(
-        blocks, lay_out(network, blocks), limit, family.uses, reserve, host_bytes, packing.usual
-    )
+        blocks, lay_out(network, blocks), limit, family.uses, reserve, device, host_bytes,
+        packing.usual,
+    )  # fmt: skip
 
 
 _GLM_FAMILIES = {"glm-130b": "glm130b", "glm-10b": "glm10b"}

@@ -10,6 +10,7 @@ from bminf.scheduler.backends.base import Backend
 from bminf.scheduler.backends.cpu import CpuBackend
 from bminf.scheduler.backends.cuda import CudaBackend
 from bminf.scheduler.backends.cuda import free_bytes as cuda_free_bytes
+from bminf.scheduler.backends.cuda import taken_bytes as cuda_taken_bytes
 
 _FREE_FRACTION = 0.9  # of the free memory, where no limit is given; the rest is for activations
 
@@ -51,6 +52,11 @@ def backend_for(device: torch.device | str | int | None) -> Backend:
             f'{torch.cuda.device_count()} GPUs; accepted here: "cpu"'
         )
     return CudaBackend(wanted)
+
+
+def taken_bytes(nbytes: int, device_type: str) -> int:
+    """Bytes of a device of this type, "cpu" or "cuda", that one buffer of `nbytes` takes."""
+    return cuda_taken_bytes(nbytes) if device_type == "cuda" else nbytes
 
 
 def free_budget(device: torch.device, own_bytes: int = 0) -> int:

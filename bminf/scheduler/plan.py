@@ -44,7 +44,8 @@ _TIMES: dict[float, str] = {1: "once", 2: "twice"}
 class Block:
     """What the planner knows of a block.
 
-    name: for example "model.layers.3".   nbytes: bytes of its blob, at least 0.
+    name: for example "model.layers.3".   nbytes: bytes of its blob, at least 0; for a GPU
+    those that its allocator takes.
     list_name: the list it belongs to, for example "model.layers"; ordered there as given.
     """
 

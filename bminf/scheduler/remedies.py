@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import starmap
 
 import torch
 
 from bminf.quantization.packed import FORMATS, Format
 from bminf.scheduler.blob import Blobs, survey
 from bminf.scheduler.blocks import ModuleBlock
+from bminf.scheduler.device import taken_bytes
 from bminf.scheduler.plan import Block, Remedy, least_budget, plan
 from bminf.scheduler.stand_ins import choose
 
@@ -21,23 +23,25 @@ def remedies(
     form: Format | None,
     reserved_bytes: int,
     has_context: bool,
+    device_type: str,
 ) -> list[Remedy]:
     """In the words of wrapper().   blobs: as they will be, packed in `form`.
 
     reserved_bytes: in all.   has_context: whether max_length is a reason of them.
+    device_type: "cpu" or "cuda", where the model is to run.
     """
-    least = _least_of(blobs)
+    least = _least_of(blobs, device_type)
     found = []
     for name, packed in FORMATS.items():
         if form is None or packed.bits < form.bits:
             stand_ins = choose(model, blocks, packed).stand_ins
             smaller = survey(model, blocks, stand_ins, keep_addresses=False)
-            saved = least - _least_of(smaller)
+            saved = least - _least_of(smaller, device_type)
             found.append(
                 Remedy(f'quantize with quantization="{name}"', saved, True, "quantization")
             )
     if blobs.blocks:
-        finer = least - blobs.outside.nbytes - 2 * _largest_part(blobs)
+        finer = least - taken_bytes(blobs.outside.nbytes, device_type) - 2 * _largest_part(blobs)
         found.append(Remedy("cut finer blocks with blocks=", finer, True))
     if reserved_bytes:
         advice = "lower max_length or max_batch_size" if has_context else "lower reserve"
@@ -45,9 +49,16 @@ def remedies(
     return found
 
 
-def _least_of(blobs: Blobs) -> int:
-    blocks = [Block(name, layout.nbytes) for name, layout in blobs.blocks.items()]
-    return least_budget(plan(blocks, blobs.nbytes, outside_bytes=blobs.outside.nbytes))
+def _least_of(blobs: Blobs, device_type: str) -> int:
+    taken = {name: taken_bytes(x.nbytes, device_type) for name, x in blobs.blocks.items()}
+    outside = taken_bytes(blobs.outside.nbytes, device_type)
+    return least_budget(
+        plan(
+            list(starmap(Block, taken.items())),
+            outside + sum(taken.values()),
+            outside_bytes=outside,
+        )
+    )
 
 
 def _largest_part(blobs: Blobs) -> int:

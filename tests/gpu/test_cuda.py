@@ -15,6 +15,7 @@ from tiny_models import TINY, greedy, inputs_of, make, output_of
 
 import bminf
 from bminf import wrapping
+from bminf.errors import UnsupportedModelError
 from bminf.wrapping import plan_for
 
 pytestmark = pytest.mark.gpu
@@ -229,9 +230,22 @@ def test_the_bus_is_used_to_95_percent_over_whole_passes(num_blocks: int) -> Non
     assert stats.waits > 0 and 0 < stats.waited_s and stats.link_gbps > 1
 
 
-def test_device_memory_keeps_to_the_limit() -> None:
+class Odd(torch.nn.Module):
+    """A block of 11.3 MiB, for which torch's allocator keeps 12."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.empty(2887, 1024, dtype=torch.float32))
+        torch.nn.init.normal_(self.weight, std=0.01)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + (x[:, :1024].float() @ self.weight.T)[:, : x.shape[1]].to(x.dtype)
+
+
+@pytest.mark.parametrize(("num_blocks", "block"), [(6, Big), (48, Odd)])
+def test_device_memory_keeps_to_the_limit(num_blocks: int, block: type) -> None:
     torch.manual_seed(0)
-    model = Stack(6, 2048, Big)
+    model = Stack(num_blocks, 2048, block)
     x = torch.randn(64, 2048, device="cuda", dtype=torch.float16)
     model.head = torch.nn.Identity()
 
@@ -250,7 +264,7 @@ def test_device_memory_keeps_to_the_limit() -> None:
     gc.collect()
     torch.cuda.reset_peak_memory_stats()
     at_start = torch.cuda.memory_allocated()
-    stream(model, num_resident=1)
+    stream(model, num_resident=num_blocks - 4)
     limit = bminf.plan_of(model).budget
     assert torch.cuda.max_memory_allocated() - at_start <= limit  # while wrapping, too
     run()
@@ -273,6 +287,32 @@ def test_page_locked_memory_is_of_exact_size() -> None:
         home.close()
     del homes, home
     assert anonymous_bytes() - before <= 2 * MIB
+
+
+def test_a_refused_lock_leaves_no_error_for_the_next_kernel() -> None:
+    from cupy.cuda import runtime
+
+    from bminf.cuda.pinned import PinnedMemory
+
+    home = PinnedMemory(MIB)
+    with pytest.raises(runtime.CUDARuntimeError):
+        runtime.hostRegister(home.tensor.data_ptr(), MIB, 1)  # it is locked already
+    assert torch.ones(3, device="cuda").sum().item() == 3
+    assert home.tensor.is_pinned()
+    home.close()
+
+
+def test_a_capture_into_a_graph_is_refused() -> None:
+    model = stream(make_stack())
+    x = torch.randn(3, 16, device="cuda")
+    with torch.no_grad():
+        expected = model(x)
+        with (
+            pytest.raises(UnsupportedModelError, match="CUDA graph"),
+            torch.cuda.graph(torch.cuda.CUDAGraph()),
+        ):
+            model(x)
+        assert torch.equal(model(x), expected)
 
 
 def test_without_a_limit_nothing_that_fits_is_streamed() -> None:

@@ -33,7 +33,7 @@ from bminf.ops.gated_linear import gated_linear
 from bminf.ops.linear import linear
 from bminf.ops.quantize_rows import quantize_rows, rms_norm_quantize
 from bminf.quantization import int8
-from bminf.quantization.packed import INT4, INT8, Format, PackedWeight, dequantize, row_bytes
+from bminf.quantization.packed import INT4, INT8, Format, PackedWeight, dequantize, pack, row_bytes
 
 pytestmark = pytest.mark.gpu
 
@@ -145,6 +145,22 @@ def test_as_many_activations_as_32_bits_do_not_count() -> None:
             back = codes[row].double() * scale[row].double()
             direction = x[row].double() / x[row].double().norm() * back.norm()
             assert relative_error(back, direction) < 2e-2, row
+
+
+@pytest.mark.parametrize("m", [200, 2048])
+def test_long_sums_of_half_precision_are_kept_in_float32(m: int) -> None:
+    """Of the library's product, of as many columns as GLM-130B's widest. Each half of a sum is too
+    large for half precision; torch lets partial sums be rounded to it, unless it is told not to.
+    """
+    columns = 32768
+    packed = pack(torch.rand(256, columns) + 0.5, INT4)
+    parts = [part.to(DEVICE) if isinstance(part, torch.Tensor) else part for part in packed]
+    weight = PackedWeight(*parts)
+    x = 8 * torch.rand(m, columns, device=DEVICE)
+    x[:, columns // 2 :] *= -1
+    x = x.half()
+    exact = x.double() @ dequantize_weight(weight, torch.float16).double().T
+    assert relative_error(linear(x, weight), exact) < 2e-3
 
 
 # ---- the launch ----------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ import pytest
 import torch
 from streaming import (
     HANGS_S,
+    Stack,
     least_limit,
     make_stack,
     num_readers,
@@ -34,11 +35,14 @@ from streaming import (
 
 import bminf
 from bminf import wrapping
-from bminf.errors import OffloadError, UnsupportedModelError
+from bminf.errors import BudgetError, OffloadError, UnsupportedModelError
 from bminf.scheduler import memory
 from bminf.scheduler.backends import cuda
+from bminf.scheduler.device import taken_bytes
 from bminf.scheduler.store import FileStore
 from bminf.wrapping import plan_for
+
+MIB = 2**20
 
 
 class FakeStream:
@@ -552,6 +556,50 @@ def test_late_copies_of_blocks_that_change_give_the_right_values(
             assert torch.equal(given, expected), (number, block)
     bminf.unwrap(model)
     assert all(torch.equal(v, reference.state_dict()[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "taken"),
+    [
+        (0, 0),
+        (1, 512),
+        (9 * MIB + 1, 9 * MIB + 512),
+        (10 * MIB - 512, 10 * MIB - 512),
+        (10 * MIB, 10 * MIB),
+        (10 * MIB + 1, 10 * MIB + 512),  # 2 MiB less 512 bytes are left: enough for another buffer
+        (11 * MIB - 512, 11 * MIB - 512),
+        (11 * MIB, 12 * MIB),
+        (11 * MIB + 1, 12 * MIB),
+        (100 * MIB - 1, 100 * MIB),
+    ],
+)
+def test_a_buffer_takes_what_torchs_allocator_keeps_for_it(nbytes: int, taken: int) -> None:
+    assert cuda.taken_bytes(nbytes) == taken
+    assert taken_bytes(nbytes, "cuda") == taken and taken_bytes(nbytes, "cpu") == nbytes
+
+
+class OneMatrix(torch.nn.Module):
+    """A block of 11.3 MiB."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.empty(2887, 1024))
+
+
+def test_the_plan_of_a_gpu_counts_what_its_allocator_takes() -> None:
+    with torch.device("meta"):
+        model = Stack(6, 16, OneMatrix)
+    on_cpu = bminf.plan_for(model, False, device="cpu")
+    on_gpu = bminf.plan_for(model, False, device="cuda")
+    assert {block.nbytes for block in on_cpu.blocks} == {2887 * 4096}
+    assert {block.nbytes for block in on_gpu.blocks} == {12 * MIB}
+    assert on_gpu.resident_bytes == 6 * 12 * MIB + 512 and on_gpu.streamed == ()
+    limit = on_gpu.total_bytes - 1
+    assert bminf.plan_for(model, False, limit, device="cuda").streamed
+    assert not bminf.plan_for(model, False, limit, device="cpu").streamed
+    assert on_gpu.least_limit == 2 * 12 * MIB + 512
+    with pytest.raises(BudgetError, match=str(on_gpu.least_limit)):
+        bminf.plan_for(model, False, on_gpu.least_limit - 1, device="cuda")
 
 
 def test_host_memory_is_what_is_free_and_what_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
