@@ -10,8 +10,7 @@ import numpy as np
 import torch
 
 from bminf.cuda.compile import compile_kernel
-from bminf.cuda.launcher import Argument, Grid
-from bminf.cuda.source import Kernel
+from bminf.cuda.source import Argument, Grid, Kernel
 from bminf.errors import KernelError
 
 

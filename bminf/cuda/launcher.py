@@ -12,11 +12,8 @@ from typing import Protocol
 
 import torch
 
-from bminf.cuda.source import Kernel
-
-# A tensor is passed as its address, None as a null pointer, numbers as 32 bits.
-Argument = torch.Tensor | int | float | None
-Grid = tuple[int, int, int]
+from bminf.cuda.device import device_launcher
+from bminf.cuda.source import Argument, Grid, Kernel
 
 
 class Launcher(Protocol):
@@ -52,8 +49,6 @@ def launcher_for(device: torch.device) -> Launcher | None:
     stand_in = _stand_ins.get(device.type)
     if stand_in is not None or device.type != "cuda":
         return stand_in
-    from bminf.cuda.device import device_launcher  # imports CuPy
-
     return device_launcher(device)
 
 

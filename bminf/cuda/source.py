@@ -5,7 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from bminf.errors import KernelError
+
+# A tensor is passed as its address, None as a null pointer, numbers as 32 bits.
+Argument = torch.Tensor | int | float | None
+Grid = tuple[int, int, int]
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _COMMON = "common.cuh"

@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from bminf.cuda.launcher import Grid, Launcher, launcher_for
-from bminf.cuda.source import Kernel
+from bminf.cuda.launcher import Launcher, launcher_for
+from bminf.cuda.source import Grid, Kernel
 from bminf.errors import ArgumentError
 from bminf.ops.cpu_linear import w8a8_product
 from bminf.ops.quantize_rows import quantize_rows

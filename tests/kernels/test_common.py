@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from host_launcher import HostLauncher
 
-from bminf.cuda.launcher import Argument
-from bminf.cuda.source import Kernel, kernel_folder
+from bminf.cuda.source import Argument, Kernel, kernel_folder
 
 
 def run(body: str, *arguments: Argument, parameters: str, num_threads: int) -> None:

@@ -10,8 +10,8 @@ import torch
 from cases import relative_error, weight_on
 from host_launcher import HostLauncher
 
-from bminf.cuda.launcher import Grid, served_by
-from bminf.cuda.source import Kernel
+from bminf.cuda.launcher import served_by
+from bminf.cuda.source import Grid, Kernel
 from bminf.errors import ArgumentError
 from bminf.ops import linear_weight_only
 from bminf.ops.dequantize import dequantize_weight
