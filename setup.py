@@ -26,7 +26,6 @@ RUNTIME = [
     "torch>=2.4",
     "numpy",
     "tqdm",
-    "safetensors",
     # The tokenizers of CPM, EVA and GLM, and hub ids. jieba's dictionary decides the ids of a text.
     "jieba==0.42.1",
     "sentencepiece",
@@ -37,11 +36,11 @@ RUNTIME = [
     f"nvidia-cuda-nvrtc-cu12; {HAS_CUDA_WHEELS}",
 ]
 # transformers reads a GGUF file only where gguf and accelerate are there too.
-DEMO = ["transformers>=4.56", "gguf", "accelerate"]
+DEMO = ["transformers>=4.56", "safetensors", "gguf", "accelerate"]
 # GLM-130B's tokenizer as the authors ship it; no hard need, because it asks for an old protobuf and
 # for torchvision. Our own reads the same file.
 ICETK = ["icetk"]
-TEST = ["pytest", "hypothesis", "accelerate", "transformers>=4.56", "peft", "ruff", "mypy"]
+TEST = ["pytest", "hypothesis", "ruff", "mypy", "accelerate", "peft", *DEMO[:2]]
 
 setup(
     name="bminf",
