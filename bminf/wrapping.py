@@ -14,10 +14,9 @@ import torch
 
 from bminf.errors import ArgumentError, NothingToStreamError, UnsupportedModelError
 from bminf.keywords import check_keywords, keywords_of, known_keywords
-from bminf.layers.quantized_linear import format_for
 from bminf.layers.saving import refuse_to_save
 from bminf.layout import Layout
-from bminf.quantization.packed import INT8, Format
+from bminf.quantization.packed import INT8, Format, parse_format
 from bminf.scheduler.blob import Blobs, check_tensors, survey, unmapped_bytes
 from bminf.scheduler.blocks import ModuleBlock, find_blocks, tensors_of
 from bminf.scheduler.context import USUAL_LENGTH, Context, context_of, writes_text
@@ -108,7 +107,7 @@ def wrapper(
     own_bytes = unmapped_bytes(model) if source_device.type == "cpu" else 0
     the_plan = request.plan(budget, host_budget(backend.device, own_bytes), backend.device)
     warn_of_unregistered(request.unregistered, request.blobs.nbytes, stacklevel=2)
-    if _format(quantization) is not None:
+    if parse_format(quantization, default=INT8) is not None:
         warn_of_what_stays(model, request.blocks, request.choice, stacklevel=2)
     originals = Originals(model)
     _carry_out(model, request, Scheduler(the_plan, backend, source_device), offload_dir)
@@ -216,7 +215,8 @@ class _Request:
         max_batch_size: int,
         device_type: str,
     ) -> _Request:
-        reserved_bytes, form = int(parse_bytes(reserve, "reserve")), _format(quantization)
+        reserved_bytes = int(parse_bytes(reserve, "reserve"))
+        form = parse_format(quantization, default=INT8)
         context = unreserved = None
         is_cpu = device_type == "cpu"
         if max_length is not None or max_batch_size != 1:
@@ -319,18 +319,6 @@ def _check_model(model: torch.nn.Module) -> None:
                 f"{name or 'the model'!r} is a TorchScript module, whose weights cannot be "
                 "exchanged; wrap the model it was made from"
             )
-
-
-def _format(quantization: bool | str | Format | None) -> Format | None:
-    if quantization is False or quantization is None:
-        return None
-    try:
-        return INT8 if quantization is True else format_for(quantization)
-    except ArgumentError as error:
-        raise ArgumentError(
-            f'quantization={quantization!r}; accepted: True or "int8", "int4", '
-            "a bminf.Format, False or None"
-        ) from error
 
 
 def _checked_uses(uses: Mapping[str, float] | None) -> dict[str, float]:

@@ -16,7 +16,8 @@ PACKAGE = Path(bminf.__file__).parent
 # The room of a module is the longest of these that it begins with.
 FLOORS = {
     "bminf.errors": 0, "bminf.units": 0, "bminf.layout": 0, "bminf.lazy": 0,
-    "bminf.tracing": 0, "bminf.keywords": 0, "bminf.progress": 0, "bminf.pages": 0,
+    "bminf.tracing": 0, "bminf.keywords": 0, "bminf.progress": 0,
+    "bminf.pages": 0, "bminf.checks": 0,
     "bminf.quantization": 0, "bminf.cuda": 0, "bminf.kernels": 0,
     "bminf.ops": 1, "bminf.checkpoint": 1, "bminf.tokenizers": 1,
     "bminf.layers": 2,
@@ -31,7 +32,7 @@ FLOORS = {
 # Importable by all.
 GROUND = {
     *("bminf.errors", "bminf.units", "bminf.layout", "bminf.lazy", "bminf.tracing"),
-    *("bminf.keywords", "bminf.progress", "bminf.pages"),
+    *("bminf.keywords", "bminf.progress", "bminf.pages", "bminf.checks"),
 }
 MODULES = {
     ".".join(["bminf", *path.relative_to(PACKAGE).with_suffix("").parts]).removesuffix(

@@ -20,7 +20,7 @@ from typing import Literal
 
 import torch
 
-from bminf.arch.checks import check_eps, check_sizes
+from bminf.checks import check_eps, check_sizes
 from bminf.errors import ArgumentError
 from bminf.layers.attention import attention, hide, merge_heads, split_heads
 from bminf.layers.embedding import embedding

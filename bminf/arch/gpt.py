@@ -11,12 +11,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from bminf.arch.checks import check_eps, check_hidden_act, check_sizes
+from bminf.checks import check_eps, check_sizes
 from bminf.errors import ArgumentError
 from bminf.layers.attention import attention, hide, is_later, merge_heads, split_heads
 from bminf.layers.embedding import embedding
 from bminf.layers.feed_forward import FeedForward
 from bminf.layers.kv_cache import KVCache, decoder_cache
+from bminf.ops.gated_linear import check_activation
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class GPTConfig:
             "max_position_embeddings", "intermediate_size",
         )  # fmt: skip
         check_eps("layer_norm_eps", self.layer_norm_eps)
-        check_hidden_act(self.hidden_act)
+        check_activation(self.hidden_act, "hidden_act: ")
         if self.hidden_size % self.num_attention_heads:
             raise ArgumentError(
                 f"hidden_size={self.hidden_size} is not a multiple of "

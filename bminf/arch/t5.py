@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bminf.arch.checks import check_eps, check_hidden_act, check_sizes
+from bminf.checks import check_eps, check_sizes
 from bminf.errors import ArgumentError
 from bminf.layers.attention import (
     attention,
@@ -29,6 +29,7 @@ from bminf.layers.feed_forward import GatedFeedForward
 from bminf.layers.kv_cache import KVCache, cache_bytes
 from bminf.layers.norm import RMSNorm
 from bminf.layers.position_bias import RelativePositionBias
+from bminf.ops.gated_linear import check_activation
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class T5Config:
             "head_dim", "num_encoder_layers", "num_decoder_layers", "num_buckets", "max_distance",
         )  # fmt: skip
         check_eps("rms_norm_eps", self.rms_norm_eps)
-        check_hidden_act(self.hidden_act)
+        check_activation(self.hidden_act, "hidden_act: ")
         if type(self.is_attention_scaled) is not bool:
             raise ArgumentError(f"is_attention_scaled={self.is_attention_scaled!r}; True or False")
         if self.num_buckets % 4 or self.max_distance <= self.num_buckets // 2:

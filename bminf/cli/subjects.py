@@ -55,12 +55,12 @@ class Transformers:
         form = self._format(arguments)
         if form is None:
             return 0
-        from bminf.layers.quantized_linear import format_for
+        from bminf.quantization.packed import parse_format
         from bminf.scheduler.blocks import find_blocks
         from bminf.scheduler.stand_ins import choose, warn_of_what_stays
 
         blocks = find_blocks(self._model, arguments.blocks)
-        choice = choose(self._model, blocks, format_for(form))
+        choice = choose(self._model, blocks, parse_format(form))
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             warn_of_what_stays(self._model, blocks, choice, stacklevel=1)

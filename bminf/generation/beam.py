@@ -17,14 +17,15 @@ from typing import Literal, NamedTuple, TypeVar
 
 import torch
 
-from bminf.errors import ArgumentError
-from bminf.generation.arguments import (
+from bminf.checks import (
     check_banned,
     check_ids,
     check_positive,
     check_start,
+    is_number,
     not_numbers,
 )
+from bminf.errors import ArgumentError
 from bminf.generation.loop import Decoder
 
 LOST = -math.inf
@@ -262,8 +263,8 @@ def _candidates(
 def _check_penalty(
     length_penalty: float, early_stopping: EarlyStopping, max_new_tokens: int
 ) -> None:
-    is_number = isinstance(length_penalty, int | float) and type(length_penalty) is not bool
-    if not is_number or not abs(length_penalty) * math.log(max_new_tokens) < LARGEST_EXPONENT:
+    exponent = abs(length_penalty) if is_number(length_penalty) else math.inf
+    if not exponent * math.log(max_new_tokens) < LARGEST_EXPONENT:
         raise ArgumentError(
             f"length_penalty={length_penalty!r}; accepted: a number, so small that "
             f"{max_new_tokens} (max_new_tokens) to its power is one; usual are 0 to 2"

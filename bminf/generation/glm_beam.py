@@ -17,14 +17,18 @@ from functools import partial
 
 import torch
 
-from bminf.errors import ArgumentError
-from bminf.generation.arguments import (
+from bminf.checks import (
     check_banned,
+    check_bool,
+    check_count,
     check_ids,
     check_positive,
+    check_seed,
     check_start,
+    is_number,
     not_numbers,
 )
+from bminf.errors import ArgumentError
 from bminf.generation.beam import (
     LARGEST_EXPONENT,
     LOST,
@@ -81,7 +85,8 @@ def glm_beam_search(
     """
     check_start(start)
     _check_counts(num_beams, max_new_tokens, no_repeat_ngram_size, min_length)
-    _check_lot(is_deterministic, seed)
+    check_bool("is_deterministic", is_deterministic)
+    check_seed(seed)
     _check_contexts(contexts, len(start))
     _check_penalty(length_penalty, max(map(len, contexts)) + max_new_tokens)
     rules = _Rules(
@@ -235,16 +240,8 @@ def _check_numbers(logits: torch.Tensor, num_prompts: int) -> None:
 def _check_counts(num_beams: int, max_new_tokens: int, ngram_size: int, min_length: int) -> None:
     check_positive("num_beams", num_beams)
     check_positive("max_new_tokens", max_new_tokens)
-    for name, value in (("no_repeat_ngram_size", ngram_size), ("min_length", min_length)):
-        if type(value) is not int or value < 0:
-            raise ArgumentError(f"{name}={value!r}; accepted: an int from 0 on (0 is off)")
-
-
-def _check_lot(is_deterministic: bool, seed: int | None) -> None:
-    if type(is_deterministic) is not bool:
-        raise ArgumentError(f"is_deterministic={is_deterministic!r}; accepted: True, False")
-    if seed is not None and (type(seed) is not int or seed < 0):
-        raise ArgumentError(f"seed={seed!r}; accepted: an int from 0 on, or None")
+    check_count("no_repeat_ngram_size", ngram_size, zero="off")
+    check_count("min_length", min_length, zero="off")
 
 
 def _check_contexts(contexts: Sequence[Sequence[int]], num_prompts: int) -> None:
@@ -258,9 +255,9 @@ def _check_contexts(contexts: Sequence[Sequence[int]], num_prompts: int) -> None
 
 
 def _check_penalty(length_penalty: float, longest: int) -> None:
-    is_number = isinstance(length_penalty, int | float) and type(length_penalty) is not bool
     largest = (5 + longest) / 6
-    if not is_number or not abs(length_penalty) * math.log(largest) < LARGEST_EXPONENT:
+    exponent = abs(length_penalty) if is_number(length_penalty) else math.inf
+    if not exponent * math.log(largest) < LARGEST_EXPONENT:
         raise ArgumentError(
             f"length_penalty={length_penalty!r}; accepted: a number, so small that {largest:g} "
             f"(for {longest} tokens, context included) to its power is one; usual are 0 to 1"

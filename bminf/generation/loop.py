@@ -7,8 +7,8 @@ from typing import Protocol
 
 import torch
 
+from bminf.checks import check_ids, check_positive, check_start
 from bminf.errors import ArgumentError
-from bminf.generation.arguments import check_ids, check_positive, check_start
 from bminf.generation.sampling import Sampler
 
 

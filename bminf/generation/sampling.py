@@ -14,8 +14,15 @@ from dataclasses import dataclass
 
 import torch
 
+from bminf.checks import (
+    check_banned,
+    check_ids,
+    check_positive,
+    check_seed,
+    is_number,
+    not_numbers,
+)
 from bminf.errors import ArgumentError
-from bminf.generation.arguments import check_banned, check_ids, not_numbers
 
 Filter = Callable[[torch.Tensor, int | None, float | None], torch.Tensor]
 """A filter rule: (probabilities (B, V) float32, top_k, top_p) -> the same, zero where dropped.
@@ -99,24 +106,20 @@ class Sampling:
     filter: Filter = stricter_of_both
 
     def __post_init__(self) -> None:
-        if not _is_finite(self.temperature) or self.temperature < 0:
+        if not is_number(self.temperature) or self.temperature < 0:
             raise ArgumentError(
                 f"temperature={self.temperature!r}; accepted: a finite number from 0 on "
                 "(0 is greedy)"
             )
-        if self.top_k is not None and (type(self.top_k) is not int or self.top_k < 1):
-            raise ArgumentError(
-                f"top_k={self.top_k!r}; accepted: an int of at least 1, or None for all tokens"
-            )
-        if self.top_p is not None and not (_is_finite(self.top_p) and 0 < self.top_p <= 1):
+        check_positive("top_k", self.top_k, none="None for all tokens")
+        if self.top_p is not None and not (is_number(self.top_p) and 0 < self.top_p <= 1):
             raise ArgumentError(
                 f"top_p={self.top_p!r}; accepted: a number above 0 and up to 1, or None"
             )
         self._check_penalties()
         self._keep_ids("banned_ids")
         self._keep_ids("unpenalized_ids")
-        if self.seed is not None and (type(self.seed) is not int or self.seed < 0):
-            raise ArgumentError(f"seed={self.seed!r}; accepted: an int from 0 on, or None")
+        check_seed(self.seed)
         if not callable(self.filter):
             raise ArgumentError(f"filter={self.filter!r}; accepted: a function (see Filter)")
 
@@ -140,7 +143,7 @@ class Sampling:
 
     def _check_penalties(self) -> None:
         for name in ("frequency_penalty", "presence_penalty"):
-            if not _is_finite(getattr(self, name)):
+            if not is_number(getattr(self, name)):
                 raise ArgumentError(f"{name}={getattr(self, name)!r}; accepted: a finite number")
 
     def _keep_ids(self, name: str) -> None:
@@ -307,10 +310,6 @@ def _check_logits(logits: torch.Tensor, counts: torch.Tensor | None) -> None:
             f"counts are of shape {tuple(counts.shape)}; they must be as the logits, "
             f"{tuple(logits.shape)}"
         )
-
-
-def _is_finite(value: object) -> bool:
-    return isinstance(value, int | float) and type(value) is not bool and math.isfinite(value)
 
 
 def _ids(ids: Sequence[int]) -> torch.Tensor:

@@ -16,23 +16,13 @@ from bminf.layers.saving import check_not_saved
 from bminf.lazy import PACKED_IS_FROZEN, LazyTensor
 from bminf.ops.dequantize import dequantize_weight
 from bminf.ops.linear import ACTIVATIONS, linear_of_checked
-from bminf.quantization.packed import FORMATS, Format, PackedWeight, pack
+from bminf.quantization.packed import INT8, Format, PackedWeight, pack, parse_format
 
 
 def is_conv1d(module: torch.nn.Module) -> bool:
     """Whether `module` is transformers' Conv1D (GPT-2): a linear whose weight is stored (K, N)."""
     kind = type(module)
     return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
-
-
-def format_for(quantization: str | Format) -> Format:
-    """The format that `quantization` names. Raises ArgumentError for another word."""
-    if isinstance(quantization, Format):
-        return quantization
-    if not isinstance(quantization, str) or quantization not in FORMATS:
-        names = ", ".join(f'"{name}"' for name in FORMATS)
-        raise ArgumentError(f"quantization={quantization!r}; accepted: {names}, or a bminf.Format")
-    return FORMATS[quantization]
 
 
 class QuantizedLinear(torch.nn.Linear):
@@ -65,7 +55,9 @@ class QuantizedLinear(torch.nn.Linear):
         quantization: str | Format = "int8",
     ) -> None:
         torch.nn.Module.__init__(self)  # Linear's own would make a weight
-        self.form = format_for(quantization)
+        form = parse_format(quantization, is_optional=False)
+        assert form is not None  # or it was an error
+        self.form = form
         _check_activations(activations, self.form)
         weight = _weight_of(linear)
         self.out_features, self.in_features = weight.shape
@@ -202,7 +194,7 @@ def _carry_over(linear: torch.nn.Module, packed: QuantizedLinear) -> None:
 def _check_activations(activations: str, form: Format) -> None:
     if activations not in ACTIVATIONS:
         raise ArgumentError(f"activations={activations!r}; accepted: {', '.join(ACTIVATIONS)}")
-    if activations == "int8" and form != FORMATS["int8"]:
+    if activations == "int8" and form != INT8:
         raise ArgumentError(
             'activations="int8" needs quantization="int8", not '
             f'{form}; with it, activations is "auto" or "float"'

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -30,22 +30,6 @@ def dtype_for(dtype: torch.dtype | str | None, device: torch.device) -> torch.dt
     if dtype not in DTYPES:
         raise ArgumentError(f"dtype={dtype!r}; accepted: {', '.join(map(str, DTYPES))}, or None")
     return dtype
-
-
-def form_for(
-    quantization: str | Format | bool | None,
-    formats: Mapping[str, Format],
-    argument: str = "quantization",
-) -> Format | None:
-    """The format that is asked for; None and False ask for none.   Raises ArgumentError."""
-    if quantization is None or quantization is False:
-        return None
-    if isinstance(quantization, Format):
-        return quantization
-    if isinstance(quantization, str) and quantization in formats:
-        return formats[quantization]
-    names = ", ".join(f'"{name}"' for name in formats)
-    raise ArgumentError(f"{argument}={quantization!r}; accepted: {names}, a bminf.Format, or None")
 
 
 def max_length_for(max_length: int | None, source: Source) -> int:

@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 
 import torch
 
+from bminf.checks import check_banned, check_positive
 from bminf.errors import ArgumentError, BudgetError, UnsupportedModelError
-from bminf.generation.arguments import check_banned, check_positive
 from bminf.generation.beam import Hypothesis, beam_search
 from bminf.generation.loop import Decoder, decode
 from bminf.generation.sampling import Sampler, Sampling
@@ -20,7 +20,6 @@ from bminf.keywords import known_keywords
 from bminf.models.arguments import (
     Text,
     dtype_for,
-    form_for,
     ids_of,
     ids_of_str,
     max_length_for,
@@ -35,7 +34,7 @@ from bminf.models.prompt import Prompt
 from bminf.models.source import Source, open_source, skeleton_of
 from bminf.models.stats import ModelStats
 from bminf.models.workspace import LOGITS_AT_ONCE, reserved_bytes
-from bminf.quantization.packed import FORMATS, INT8, Format
+from bminf.quantization.packed import FORMATS, INT8, Format, parse_format
 from bminf.scheduler.device import backend_for, free_budget, host_budget
 from bminf.scheduler.hooks import Scheduler
 from bminf.scheduler.plan import Plan
@@ -99,7 +98,7 @@ class LanguageModel:
         check_positive("max_batch_size", max_batch_size)
         if max_length is not None:
             check_positive("max_length", max_length)
-        form = form_for(quantization, self._formats)
+        form = parse_format(quantization, formats=self._formats)
         limit = None if memory_limit is None else parse_bytes(memory_limit, "memory_limit")
         backend = backend_for(device)
         dtype = dtype_for(dtype, backend.device)

@@ -19,7 +19,6 @@ from bminf.checkpoint.stored import pieces
 from bminf.errors import ArgumentError, CheckpointError
 from bminf.keywords import known_keywords
 from bminf.layout import Filling, Layout, TensorSpec
-from bminf.models.arguments import form_for
 from bminf.models.cutting import cut
 from bminf.models.family import GLM_FORMATS
 from bminf.models.glm_head import own_packing, with_head
@@ -28,7 +27,7 @@ from bminf.models.recognition import family_for
 from bminf.models.source import FORMAT_VERSION, HEAD, Source, open_source, skeleton_of
 from bminf.models.vocabulary_files import check_files, vocabulary_files
 from bminf.progress import progress_bar
-from bminf.quantization.packed import INT4, INT8, Format
+from bminf.quantization.packed import INT4, INT8, Format, parse_format
 
 WEIGHTS_FILE = "model.safetensors"
 
@@ -64,8 +63,8 @@ def convert(
     complete; a run that is killed leaves at most a folder whose name ends in ".partial".
     Returns the folder.   Raises ArgumentError or CheckpointError.
     """
-    form = form_for(None if quantization == _AUTO else quantization, GLM_FORMATS)
-    head_form = form_for(head_quantization, GLM_FORMATS, "head_quantization")
+    form = parse_format(None if quantization == _AUTO else quantization, formats=GLM_FORMATS)
+    head_form = parse_format(head_quantization, "head_quantization", GLM_FORMATS)
     if dtype not in (None, *DTYPES):
         raise ArgumentError(f"dtype={dtype!r}; accepted: {', '.join(map(str, DTYPES))}, or None")
     for name, path in (("source", source), ("destination", destination)):

@@ -13,8 +13,8 @@ from typing import Any
 
 from bminf.checkpoint.folder import Checkpoint, open_checkpoint
 from bminf.checkpoint.reshard import reshard
+from bminf.checks import check_positive
 from bminf.errors import ArgumentError, CheckpointError
-from bminf.generation.arguments import check_positive
 from bminf.models.config import CONFIG_FILES, find_config
 from bminf.models.family import INT4_ROW, Config, Family
 from bminf.models.recognition import family_for

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from bminf.checks import check_positive
 from bminf.errors import ArgumentError
 from bminf.models import family
 from bminf.models.base import LanguageModel
@@ -117,10 +118,5 @@ class _Dialogue:
         self.utterances = [context] if isinstance(context, str) else list(context)
         if not self.utterances:
             raise ArgumentError("context is empty; give at least one utterance")
-        if truncation_length is not None and (
-            type(truncation_length) is not int or truncation_length < 1
-        ):
-            raise ArgumentError(
-                f"truncation_length={truncation_length!r}; accepted: an int of at least 1, or None"
-            )
+        check_positive("truncation_length", truncation_length, none="None")
         self.truncation_length = truncation_length

@@ -21,7 +21,7 @@ from bminf.generation.sampling import Sampling, in_sequence
 from bminf.keywords import known_keywords
 from bminf.layers.kv_cache import KVCache
 from bminf.models import family
-from bminf.models.arguments import Text, form_for
+from bminf.models.arguments import Text
 from bminf.models.base import LanguageModel
 from bminf.models.blanks import (
     Blank,
@@ -39,7 +39,7 @@ from bminf.models.masked_text import OPEN_MASK, TEXT_MASK, Masked, has_mask, mas
 from bminf.models.options import Options
 from bminf.models.prompt import Prompt
 from bminf.models.source import Source
-from bminf.quantization.packed import INT4, Format
+from bminf.quantization.packed import INT4, Format, parse_format
 from bminf.tokenizers.base import GLMTokenizer
 
 _SCORED_AT_ONCE = 32  # positions whose logits are held together: as many as drawing has room for
@@ -94,7 +94,7 @@ class GLM(LanguageModel):
         head_quantization: str | Format | None = None,
         rotary_precision: str | None = None,
     ) -> None:
-        self._head_form = form_for(head_quantization, self._formats, "head_quantization")
+        self._head_form = parse_format(head_quantization, "head_quantization", self._formats)
         self._rotary_precision = rotary_precision
         super().__init__(
             checkpoint, memory_limit, quantization, activations, dtype, device, max_length,

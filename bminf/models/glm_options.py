@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from bminf.checks import check_bool, check_count, check_ids, check_positive
 from bminf.errors import ArgumentError
-from bminf.generation.arguments import check_ids, check_positive
 from bminf.models.options import Options
 
 
@@ -41,11 +41,8 @@ class GLMOptions(Options):
             if getattr(self, name) is not None:
                 check_positive(name, getattr(self, name))
         for name in ("min_length", "no_repeat_ngram_size"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 0:
-                raise ArgumentError(f"{name}={value!r}; accepted: an int from 0 on")
-        if type(self.deterministic) is not bool:
-            raise ArgumentError(f"deterministic={self.deterministic!r}; accepted: True, False")
+            check_count(name, getattr(self, name))
+        check_bool("deterministic", self.deterministic)
         super().__post_init__()
 
     def check(self, vocab_size: int) -> None:

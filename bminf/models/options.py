@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from bminf.checks import check_positive, is_number
 from bminf.errors import ArgumentError
-from bminf.generation.arguments import check_positive
 from bminf.generation.sampling import Sampling
 from bminf.keywords import check_keywords
 from bminf.tokenizers.base import Tokenizer
@@ -102,10 +101,10 @@ class Options:
         )
 
     def _check_beams(self) -> None:
-        penalty = self.length_penalty
-        is_number = isinstance(penalty, int | float) and not isinstance(penalty, bool)
-        if not is_number or not math.isfinite(penalty):
-            raise ArgumentError(f"length_penalty={penalty!r}; accepted: a finite number")
+        if not is_number(self.length_penalty):
+            raise ArgumentError(
+                f"length_penalty={self.length_penalty!r}; accepted: a finite number"
+            )
         if self.num_beams == 1:
             for name, default in self._only_for_beams().items():
                 if getattr(self, name) != default:

@@ -12,17 +12,17 @@ import torch
 
 from bminf.arch.glm import GLMConfig
 from bminf.checkpoint.folder import open_checkpoint
+from bminf.checks import check_positive
 from bminf.errors import ArgumentError, CheckpointError
-from bminf.generation.arguments import check_positive
 from bminf.keywords import known_keywords
-from bminf.models.arguments import dtype_for, form_for
+from bminf.models.arguments import dtype_for
 from bminf.models.config import PUBLISHED_GLM, read_config
 from bminf.models.family import FAMILIES, GLM_FORMATS, Config, Family
 from bminf.models.glm_head import head_packing, num_head_parts
 from bminf.models.load import Packing, lay_out, plan_for, skeleton
 from bminf.models.source import config_of, family_of, packing_in
 from bminf.models.workspace import reserved_bytes
-from bminf.quantization.packed import FORMATS, Format
+from bminf.quantization.packed import Format, parse_format
 from bminf.scheduler.plan import Plan
 from bminf.units import parse_bytes
 
@@ -56,8 +56,8 @@ def plan_glm(
     if device not in ("cuda", "cpu"):
         raise ArgumentError(f'device={device!r}; accepted: "cuda", "cpu"')
     dtype = dtype_for(dtype, torch.device(device))
-    packing = Packing(form_for(quantization, GLM_FORMATS))
-    head_form = form_for(head_quantization, GLM_FORMATS, "head_quantization")
+    packing = Packing(parse_format(quantization, formats=GLM_FORMATS))
+    head_form = parse_format(head_quantization, "head_quantization", GLM_FORMATS)
     num_parts = num_head_parts(config, packing, head_form, dtype)
     packing = head_packing(packing, head_form, num_parts)
     config = replace(config, num_head_parts=num_parts)
@@ -149,8 +149,10 @@ def plan_zoo(
 
 def _packing(model: ZooModel, quantization: str | Format | None) -> Packing:
     if model.packing is None:
-        return Packing(form_for("int8" if quantization == "auto" else quantization, FORMATS))
-    if quantization != "auto" and form_for(quantization, GLM_FORMATS) != model.packing.form:
+        return Packing(parse_format("int8" if quantization == "auto" else quantization))
+    if quantization == "auto":
+        return model.packing
+    if parse_format(quantization, formats=GLM_FORMATS) != model.packing.form:
         raise ArgumentError(
             f"quantization={quantization!r}, but the folder is packed as {model.packing.usual}; "
             "leave it out, or plan the checkpoint that it was made from"

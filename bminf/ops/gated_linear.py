@@ -35,10 +35,14 @@ ACTIVATION_FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 _THREADS = 128
 
 
-def check_activation(name: str) -> None:
-    """Raise ArgumentError for an activation that there is no function and no kernel for."""
+def check_activation(name: str, where: str = "") -> None:
+    """Raise ArgumentError for an activation that there is no function and no kernel for.
+
+    where: what the message begins with.
+    """
     if not isinstance(name, str) or name not in ACTIVATION_FUNCTIONS:
-        raise ArgumentError(f"activation {name!r}; accepted: {', '.join(ACTIVATION_FUNCTIONS)}")
+        known = ", ".join(ACTIVATION_FUNCTIONS)
+        raise ArgumentError(f"{where}activation {name!r}; accepted: {known}")
 
 
 def gated_linear(

@@ -16,6 +16,7 @@ for a group, the Q4_1 blocks of the GGUF file format.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -68,6 +69,32 @@ INT4 = Format(4, group_size=16)
 """The default in 4 bits; docs/quantization.md has the measurements that chose it."""
 
 FORMATS = {"int8": INT8, "int4": INT4}
+
+
+def parse_format(
+    given: str | Format | bool | None,
+    argument: str = "quantization",
+    formats: Mapping[str, Format] = FORMATS,
+    default: Format | None = None,
+    is_optional: bool = True,
+) -> Format | None:
+    """The format that a user asks for: one of `formats` by its name, or a Format.
+
+    None and False ask for none, where that is allowed (is_optional); True asks for `default`, where
+    there is one. Raises ArgumentError for anything else, in the name of `argument`.
+    """
+    if is_optional and (given is None or given is False):
+        return None
+    if default is not None and given is True:
+        return default
+    if isinstance(given, Format):
+        return given
+    if isinstance(given, str) and given in formats:
+        return formats[given]
+    names = [f'True or "{n}"' if f == default else f'"{n}"' for n, f in formats.items()]
+    choices = [*names, "a bminf.Format", "None"] if is_optional else [*names, "a bminf.Format"]
+    known = f"{', '.join(choices[:-1])}, or {choices[-1]}"
+    raise ArgumentError(f"{argument}={given!r}; accepted: {known}")
 
 
 class PackedWeight(NamedTuple):

@@ -1,0 +1,98 @@
+"""Checks of numbers and token ids that users give, before any work starts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from typing import TypeGuard
+
+import torch
+
+from bminf.errors import ArgumentError, UnsupportedModelError
+
+_SHOWN = 5  # of the wrong ids: a message is no place for a whole vocabulary
+
+
+def check_ids(name: str, ids: Collection[int], vocab_size: int) -> None:
+    """Raise ArgumentError where one of `ids` is not an id of the vocabulary."""
+    wrong = [i for i in ids if type(i) is not int or not 0 <= i < vocab_size]
+    if wrong:
+        more = f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
+        raise ArgumentError(
+            f"{name} holds {', '.join(map(repr, wrong[:_SHOWN]))}{more}; accepted: ids of the "
+            f"vocabulary, 0 to {vocab_size - 1}"
+        )
+
+
+def check_banned(ids: Collection[int], vocab_size: int) -> None:
+    """Raise ArgumentError where `ids` are not in the vocabulary, or leave nothing of it."""
+    check_ids("banned_ids", ids, vocab_size)
+    if len(set(ids)) == vocab_size:
+        raise ArgumentError(
+            f"banned_ids holds all {vocab_size} ids of the vocabulary; leave at least one"
+        )
+
+
+def check_positive(name: str, value: int | None, none: str = "") -> None:
+    """Raise ArgumentError for anything but an int from 1 on.   none: what None is, if accepted."""
+    if none and value is None:
+        return
+    if type(value) is not int or value < 1:
+        also = f", or {none}" if none else ""
+        raise ArgumentError(f"{name}={value!r}; accepted: an int of at least 1{also}")
+
+
+def check_count(name: str, value: int, zero: str = "") -> None:
+    """Raise ArgumentError for anything but an int from 0 on.   zero: what 0 does."""
+    if type(value) is not int or value < 0:
+        what = f" (0 is {zero})" if zero else ""
+        raise ArgumentError(f"{name}={value!r}; accepted: an int from 0 on{what}")
+
+
+def check_bool(name: str, value: bool) -> None:
+    """Raise ArgumentError for anything but True and False."""
+    if type(value) is not bool:
+        raise ArgumentError(f"{name}={value!r}; accepted: True, False")
+
+
+def check_seed(seed: int | None) -> None:
+    """Raise ArgumentError for anything but an int from 0 on, or None."""
+    if seed is not None and (type(seed) is not int or seed < 0):
+        raise ArgumentError(f"seed={seed!r}; accepted: an int from 0 on, or None")
+
+
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Whether `value` is an int or a float, and finite; a bool is none."""
+    return isinstance(value, int | float) and type(value) is not bool and math.isfinite(value)
+
+
+def check_sizes(config: object, *names: str) -> None:
+    """Raise ArgumentError for a field of a configuration that is not a whole number above 0."""
+    for name in names:
+        value = getattr(config, name)
+        if type(value) is not int or value < 1:
+            raise ArgumentError(f"{name}={value!r}; a whole number above 0 is needed")
+
+
+def check_eps(name: str, value: float) -> None:
+    """Raise ArgumentError for what is not a number between 0 and 1."""
+    if not is_number(value) or not 0 < value < 1:
+        raise ArgumentError(f"{name}={value!r}; a number between 0 and 1 is needed")
+
+
+def check_start(start: torch.Tensor) -> None:
+    """Raise ArgumentError for anything but token ids (B, T) int64 with something in them."""
+    if start.dim() != 2 or start.dtype != torch.int64 or start.numel() == 0:
+        raise ArgumentError(
+            f"start is {start.dtype} of shape {tuple(start.shape)}; it must be token ids (B, T), "
+            "torch.int64, with at least one row and one token"
+        )
+
+
+def not_numbers(rows: Collection[int]) -> UnsupportedModelError:
+    """The error for logits from which nothing can be chosen."""
+    return UnsupportedModelError(
+        f"the model's logits are not finite numbers in row {', '.join(map(str, rows))} of this "
+        "step, so no token can be chosen: half precision overflowed, or the weights are damaged; "
+        "try dtype=torch.float32 or torch.bfloat16, or load the checkpoint anew"
+    )
