@@ -8,22 +8,26 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).parent / "snapshots"
+Entries = Mapping[str, Any]
 REWRITE = "BMINF_REWRITE_SNAPSHOTS"
 
 
-def check(name: str, now: Mapping[str, Any]) -> None:
-    """Fail where the entries `now` are not those of the file `name`, and say which they are."""
+def check(name: str, now: Entries, compared: Callable[[Entries], Entries] = dict) -> None:
+    """Fail where the entries `now` are not those of the file `name`, and say which they are.
+
+    compared: what of the entries is looked at; all, unless it is given.
+    """
     before = recorded(name, now)
-    found = list(differences(before, json.loads(json.dumps(now))))
+    found = list(differences(compared(before), compared(json.loads(json.dumps(now)))))
     assert not found, "\n".join([f"{name}: set {REWRITE}=1 where this is meant", *found])
 
 
-def recorded(name: str, now: Mapping[str, Any]) -> dict[str, Any]:
+def recorded(name: str, now: Entries) -> dict[str, Any]:
     """The entries of the file, which are `now` where it was asked to be written anew."""
     path = FOLDER / name
     if os.environ.get(REWRITE) == "1":
@@ -32,7 +36,7 @@ def recorded(name: str, now: Mapping[str, Any]) -> dict[str, Any]:
     return entries
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+def differences(before: Entries, now: Entries) -> Iterator[str]:
     """A line for each entry that went, came or changed."""
     yield from (f"went     {key}: {before[key]}" for key in before if key not in now)
     yield from (f"came     {key}: {now[key]}" for key in now if key not in before)
@@ -41,7 +45,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[s
             yield f"changed  {key}: {value}\n      to {' ' * len(key)}  {now[key]}"
 
 
-def as_text(entries: Mapping[str, Any]) -> str:
+def as_text(entries: Entries) -> str:
     """JSON with a line for each entry, so that a diff shows what changed and no more."""
     lines = (
         f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}"
