@@ -78,14 +78,14 @@ class Run:
 
     def measure(self, settings: Settings) -> list[Result]:
         """A result for each task."""
-        results = model_run.measure(self._loaded(), self._variants, settings)
-        for result in results:
-            details, nbytes = result.details, result.details["streamed_bytes_per_step"]
-            if details["link_gbps"]:
-                step_s = details["tokens"] / details["tokens_per_s"] / details["steps"]
-                details["bound_s_per_step"] = nbytes / details["link_gbps"] / 1e9
-                details["fraction_of_bound"] = details["bound_s_per_step"] / step_s
-        return results
+        return [result for part in self.parts(settings) for result in part]
+
+    def parts(self, settings: Settings) -> Iterator[list[Result]]:
+        """The same, task by task as they are measured."""
+        for results in model_run.parts(self._loaded(), self._variants, settings):
+            for result in results:
+                result.details |= _bound(result.details)
+            yield results
 
     def _variants(self, opened: Loaded, facts: Facts) -> Iterator[list[Variant]]:
         for task in self.tasks:
@@ -184,3 +184,12 @@ def _read(
     hidden = None if is_hidden is None else is_hidden.to(device)
     x: torch.Tensor = opened.model(ids.to(device), positions.to(device), cache, hidden)
     return x
+
+
+def _bound(details: dict[str, Any]) -> dict[str, float]:
+    """What the streamed bytes take at the speed of the link, and that over the time of a step."""
+    if not details["link_gbps"]:
+        return {}
+    bound_s = details["streamed_bytes_per_step"] / details["link_gbps"] / 1e9
+    step_s = details["tokens"] / details["tokens_per_s"] / details["steps"]
+    return {"bound_s_per_step": bound_s, "fraction_of_bound": bound_s / step_s}

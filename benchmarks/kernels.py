@@ -85,6 +85,7 @@ def prepare(arguments: argparse.Namespace) -> Iterator[tuple[dict[str, Any], Ite
     unknown = set(parameters["ops"]) - set(_OPS[kind])
     if unknown:
         raise SystemExit(f"--ops {' '.join(sorted(unknown))}: not on {kind}")
+    parameters["left_out"] = _names(setup, parameters["ops"])
     threads = torch.get_num_threads()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
@@ -133,14 +134,19 @@ def _rotate_bytes(kind: str) -> int:
 
 
 def _groups(setup: Setup, parameters: dict[str, Any], end: float) -> Iterator[Group]:
-    """Each group begins with a copy, whose bandwidth the others are compared with."""
+    """Each group begins with a copy, whose bandwidth the others are compared with. Those that would
+    begin after `end`, a time of time.monotonic(), stay in "left_out"."""
     copy = _copy(setup)
     for op in parameters["ops"]:
         for group in progress_bar(_OPS[setup.device.type][op](setup), desc=op):
-            if time.monotonic() > end:
-                parameters["left_out"].append(group.name)
-            else:
+            if time.monotonic() <= end:
                 yield replace(group, calls=partial(_with_copy, copy, group))
+                parameters["left_out"].remove(group.name)
+
+
+def _names(setup: Setup, ops: Sequence[str]) -> list[str]:
+    """Of all groups. They are made anew for it, which costs nothing before their inputs are."""
+    return [group.name for op in ops for group in _OPS[setup.device.type][op](setup)]
 
 
 def _with_copy(copy: Call, group: Group) -> list[Call]:

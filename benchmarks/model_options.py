@@ -16,8 +16,8 @@ from bminf.errors import ArgumentError, BudgetError
 from bminf.ops.linear import ACTIVATIONS
 from bminf.units import parse_bytes
 
-Group = Callable[[Settings], Sequence[Measured]]
-"""What is measured together: one model, or predictions."""
+Group = Callable[[Settings], Iterator[Sequence[Measured]]]
+"""What is measured together, one model, or predictions: gives results as they come."""
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:

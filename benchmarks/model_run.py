@@ -33,12 +33,12 @@ Model = TypeVar("Model", bound=Opened)
 Facts = dict[str, Any]
 
 
-def measure(
+def parts(
     opening: AbstractContextManager[Model],
     variants: Callable[[Model, Facts], Iterable[list[Variant]]],
     settings: Settings,
-) -> list[Result]:
-    """A result for each variant of a model.
+) -> Iterator[list[Result]]:
+    """A result for each variant of a model, group by group as they are measured.
 
     variants: the model, and what was found while it was loaded -> what is to be done with it, in
     groups that have to give the same.
@@ -52,16 +52,24 @@ def measure(
             "load_s": time.perf_counter() - began,
             "loading_peak_rss_anon_bytes": peak.peak_bytes,
         } | plan_entries(opened.scheduler.plan)
-        held = rss_anon_bytes()
-        groups = variants(opened, facts)
-        results = [result for group in groups for result in harness.measure(group, settings)]
-    for result in results:
-        wall_s = statistics.fmean(sample.wall_s for sample in result.samples)
-        result.details["tokens_per_s"] = result.details["tokens"] / wall_s
-        # The harness sees what a run adds to the weights, which were there before it.
-        if result.peak_rss_anon_bytes is not None and held is not None and before is not None:
-            result.peak_rss_anon_bytes += held - before
-    return results
+        held = _difference(rss_anon_bytes(), before)
+        for group in variants(opened, facts):
+            results = harness.measure(group, settings)
+            for result in results:
+                _complete(result, held)
+            yield results
+
+
+def _complete(result: Result, held_bytes: int | None) -> None:
+    """The speed, and the weights' memory: the harness sees what a run adds to them."""
+    wall_s = statistics.fmean(sample.wall_s for sample in result.samples)
+    result.details["tokens_per_s"] = result.details["tokens"] / wall_s
+    if result.peak_rss_anon_bytes is not None and held_bytes is not None:
+        result.peak_rss_anon_bytes += held_bytes
+
+
+def _difference(after: int | None, before: int | None) -> int | None:
+    return None if after is None or before is None else after - before
 
 
 class Copies:
@@ -95,17 +103,23 @@ class Run(Protocol):
     @property
     def name(self) -> str: ...
 
-    def measure(self, settings: Settings) -> Sequence[Measured]: ...
+    def parts(self, settings: Settings) -> Iterator[Sequence[Measured]]: ...
 
 
 def groups(
     predicted: Sequence[Measured], runs: Sequence[Run], left_out: list[str], end: float
 ) -> Iterator[Group]:
-    """The predictions, and then each model; the names of those that would begin after `end`, a time
-    of time.monotonic(), go to `left_out`."""
-    yield lambda _: predicted
+    """The predictions, and then each model. `left_out` gets the names of all, and keeps those that
+    would begin after `end`, a time of time.monotonic(), or that a stopped run does not come to."""
+    left_out += [run.name for run in runs]
+    return _in_time(predicted, runs, left_out, end)
+
+
+def _in_time(
+    predicted: Sequence[Measured], runs: Sequence[Run], left_out: list[str], end: float
+) -> Iterator[Group]:
+    yield lambda _: iter([predicted])
     for run in runs:
-        if time.monotonic() > end:
-            left_out.append(run.name)
-        else:
-            yield run.measure
+        if time.monotonic() <= end:
+            yield run.parts
+            left_out.remove(run.name)

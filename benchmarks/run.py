@@ -1,19 +1,27 @@
-"""`python -m benchmarks.run CASE --out FILE.json`: measures a case and writes one JSON file."""
+"""`python -m benchmarks.run CASE --out FILE.json`: measures a case and writes one JSON file.
+
+The file is written before the first group of measurements and after each of them, so that a run
+that is stopped, killed or fails leaves all that it had measured until then.
+"""
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
-from benchmarks.harness import Result, Settings, document, measure, summary
+from benchmarks.harness import Measured, Result, Settings, document, measure, summary
+from benchmarks.whole_file import write_json
 from bminf.units import format_bytes
 
 # A case is a module with add_arguments(parser) and prepare(arguments), a context manager that
 # gives the parameters for the JSON file and lists of variants; each list has its own reference.
+# "left_out" among the parameters names what is not in the file: a case whose groups have names
+# begins with all of them and takes each out as it yields it.
 # Where it has measure(list, settings) and table(results), these take the place of those here.
 CASES = {
     "offload": "the wrapper against accelerate's offloading, on one model, under one limit",
@@ -28,12 +36,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     settings = Settings(arguments.warmup, arguments.repeats, arguments.rounds)
     with arguments.prepare(arguments) as (parameters, groups):
-        results = [result for group in groups for result in arguments.measure(group, settings)]
-    content = document(arguments.case, parameters, settings, results)
-    if arguments.out is not None:
-        arguments.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        content = document(arguments.case, parameters, settings, [])
+        results = _measured(arguments, settings, groups, content)
     print(arguments.table(results))
     return int(any(result.get("failure") for result in content["results"]))
+
+
+def _measured(
+    arguments: argparse.Namespace,
+    settings: Settings,
+    groups: Iterable[Any],
+    content: dict[str, Any],
+) -> list[Measured]:
+    """The results of all groups; puts them into `content` and its file as they come."""
+    results: list[Measured] = []
+    for group in groups:
+        _write(arguments.out, content)
+        for part in arguments.parts(group, settings):
+            results += part
+            content["results"] += [result.as_json() for result in part]
+            _write(arguments.out, content)
+    _write(arguments.out, content)
+    return results
+
+
+def _write(file: Path | None, content: dict[str, Any]) -> None:
+    if file is not None:
+        write_json(file, content)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -48,8 +77,15 @@ def _parser() -> argparse.ArgumentParser:
         module = import_module(f"benchmarks.{name}")
         module.add_arguments(case)
         own = {"measure": measure, "table": table} | vars(module)
-        case.set_defaults(**{key: own[key] for key in ("prepare", "measure", "table")})
+        parts = own.get("parts", partial(_one_part, own["measure"]))
+        case.set_defaults(prepare=own["prepare"], parts=parts, table=own["table"])
     return parser
+
+
+def _one_part(
+    measure: Callable[[Any, Settings], Sequence[Measured]], group: Any, settings: Settings
+) -> Iterator[Sequence[Measured]]:
+    yield measure(group, settings)
 
 
 def table(results: Sequence[Result]) -> str:

@@ -82,8 +82,8 @@ def prepare(arguments: argparse.Namespace) -> Iterator[tuple[dict[str, Any], Ite
         yield parameters, groups(predicted, runs, parameters["left_out"], end)
 
 
-def measure(group: Group, settings: Settings) -> Sequence[Measured]:
-    """The results of one model, or the predictions."""
+def parts(group: Group, settings: Settings) -> Iterator[Sequence[Measured]]:
+    """The results of one model, as they come, or the predictions."""
     return group(settings)
 
 

@@ -46,9 +46,9 @@ class Run:
         if self.limit is not None:
             planned(self.sizes, self.limit, self.device)
 
-    def measure(self, settings: Settings) -> list[Result]:
+    def parts(self, settings: Settings) -> Iterator[list[Result]]:
         """A result for each phase. Both ways to decode have to give the same."""
-        return model_run.measure(self._loaded(), self._variants, settings)
+        return model_run.parts(self._loaded(), self._variants, settings)
 
     def _variants(self, opened: Loaded, facts: Facts) -> Iterator[list[Variant]]:
         for phases in ((ENCODER,), (ANEW, ONCE)):

@@ -21,6 +21,7 @@ from benchmarks.harness import (
     measure,
     summary,
 )
+from benchmarks.whole_file import write_json
 
 TINY = ("--model", "random", "--hidden-size", "64", "--layers", "6", "--vocabulary", "64")
 QUICK = ("--warmup", "0", "--repeats", "2", "--rounds", "1", "--tokens", "4", "--device", "cpu")
@@ -129,6 +130,21 @@ def test_offload_case_on_a_gpu(tmp_path: Path) -> None:
     results = json.loads(file.read_text())["results"]
     assert [result["name"] for result in results][2] == "cuda: accelerate half on cpu"
     assert all(result["peak_cuda_bytes"] for result in results)
+
+
+def test_a_file_is_whole_while_another_takes_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "content.json"
+    write_json(file, {"n": 1})
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("benchmarks.whole_file.os.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_json(file, {"n": 2})
+    assert json.loads(file.read_text()) == {"n": 1}
 
 
 def test_unknown_case_is_wrong_usage() -> None:

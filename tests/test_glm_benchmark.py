@@ -138,7 +138,7 @@ def test_models_are_left_out_when_the_time_is_over(tmp_path: Path) -> None:
 def test_wrong_usage_ends_before_anything_is_made(
     options: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("benchmarks.glm_run.Run.measure", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr("benchmarks.glm_run.Run.parts", lambda *_: pytest.fail("measured"))
     with pytest.raises(SystemExit) as exit:
         run.main(["glm", *TINY, *options])
     assert message in str(exit.value)
@@ -252,7 +252,7 @@ def test_glm130b_on_a_24_gb_card() -> None:
 def test_the_prediction_alone_needs_no_weights(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("benchmarks.glm_run.Run.measure", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr("benchmarks.glm_run.Run.parts", lambda *_: pytest.fail("measured"))
     file = tmp_path / "glm.json"
     assert run.main(["glm", "--predict-only", "--out", str(file)]) == 0
     _, measured, (predicted,) = results_of(file)

@@ -17,7 +17,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # as in test_benchmar
 from benchmarks import gpu_session, kernels_cuda, kernels_table, run
 from benchmarks.calls import Call, CallResult, measure_calls, num_sets, relative_error
 from benchmarks.harness import Settings
-from benchmarks.kernels_inputs import Setup
+from benchmarks.kernels_inputs import Group, Setup
 from benchmarks.kernels_targets import Target, targets
 from benchmarks.table import DOCUMENTS, PLOTS, ROOT, plot_of, with_tables
 from bminf.cuda.launcher import served_by
@@ -116,6 +116,27 @@ def test_groups_are_left_out_when_the_time_is_over(tmp_path: Path) -> None:
     content = json.loads(file.read_text())
     assert content["results"] == []
     assert content["parameters"]["left_out"][0] == "linear 64x64 M=1"
+
+
+@pytest.mark.parametrize("num_groups", [0, 1, 3])
+def test_a_stopped_run_leaves_what_it_measured_and_names_the_rest(
+    num_groups: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, measured = tmp_path / "kernels.json", list[str]()
+
+    def stopped_later(group: Group, settings: Settings) -> list[CallResult]:
+        if len(measured) == num_groups:
+            raise KeyboardInterrupt
+        measured.append(group.name)
+        return [CallResult(f"{group.name}: toy", {"op": "linear"})]
+
+    monkeypatch.setattr("benchmarks.kernels.measure", stopped_later)
+    with pytest.raises(KeyboardInterrupt):
+        run.main(["kernels", *QUICK, *SMALL, "--out", str(file)])
+    content = json.loads(file.read_text())
+    assert [result["name"] for result in content["results"]] == [f"{n}: toy" for n in measured]
+    names = [f"linear {n}x64 M={m}" for n in (64, 40) for m in (1, 3)]
+    assert measured + content["parameters"]["left_out"] == names
 
 
 @pytest.mark.parametrize("arguments", [("--shapes", "64"), ("--ops", "gated"), ("--rows", "x")])

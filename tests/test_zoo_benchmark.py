@@ -17,6 +17,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # as in test_benchmar
 
 from benchmarks import gpu_session, run, zoo_table
 from benchmarks.card import Card
+from benchmarks.harness import Result, Sample, Settings, Variant
 from benchmarks.random_model import random_weights
 from benchmarks.table import DOCUMENTS, ROOT, with_tables
 from benchmarks.zoo import add_arguments, config_of, title
@@ -117,6 +118,30 @@ def test_models_are_left_out_when_the_time_is_over(tmp_path: Path) -> None:
     assert torch.get_num_threads() == threads
 
 
+@pytest.mark.parametrize("num_phases", [0, 1, 3, 4])
+def test_a_stopped_run_leaves_the_phases_it_measured(
+    num_phases: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Phases are measured in groups of one and two; the model that is not done is left out."""
+    file, measured = tmp_path / "zoo.json", list[str]()
+
+    def stopped_later(variants: list[Variant], settings: Settings) -> list[Result]:
+        if len(measured) == num_phases:
+            raise KeyboardInterrupt
+        measured.extend(variant.name for variant in variants)
+        details = {"tokens": 1, "is_bound": False}
+        return [Result(v.name, [Sample(0, 1.0, 1.0)], details=dict(details)) for v in variants]
+
+    monkeypatch.setattr("benchmarks.model_run.harness.measure", stopped_later)
+    limits = ("--memory-limit", "1GB", "300KB")
+    with pytest.raises(KeyboardInterrupt):
+        run.main(["zoo", *TINY, *QUICK, *limits, "--out", str(file)])
+    content, results, predicted = results_of(file)
+    assert [result["name"] for result in results] == measured and predicted
+    names = ["cpu int8 1 GB", "cpu int8 300 KB"]
+    assert content["parameters"]["left_out"] == names[num_phases // 3 :]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -132,7 +157,7 @@ def test_models_are_left_out_when_the_time_is_over(tmp_path: Path) -> None:
 def test_wrong_usage_ends_before_anything_is_made(
     options: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("benchmarks.zoo_run.Run.measure", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr("benchmarks.zoo_run.Run.parts", lambda *_: pytest.fail("measured"))
     with pytest.raises(SystemExit) as exit:
         run.main(["zoo", *TINY, *options])
     assert message in str(exit.value)
@@ -309,7 +334,7 @@ def test_more_memory_is_never_slower_and_projecting_anew_never_faster() -> None:
 def test_the_prediction_alone_needs_no_weights(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("benchmarks.zoo_run.Run.measure", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr("benchmarks.zoo_run.Run.parts", lambda *_: pytest.fail("measured"))
     file = tmp_path / gpu_session.ZOO
     assert run.main(["zoo", "--predict-only", "--out", str(file)]) == 0
     _, measured, predicted = results_of(file)
