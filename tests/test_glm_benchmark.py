@@ -14,10 +14,12 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # as in test_benchmarks.py
 
-from benchmarks import glm_table, gpu_session, run
+from benchmarks import glm_table, run
 from benchmarks.glm import add_arguments, config_of, tasks_of, title
 from benchmarks.glm_model import PUBLISHED, Sizes, planned
 from benchmarks.glm_run import Task
+from benchmarks.gpu_session.steps import GLM
+from benchmarks.gpu_session.summary import summary_of
 from benchmarks.random_model import random_weights
 from benchmarks.table import DOCUMENTS, ROOT, with_tables
 from bminf.errors import ArgumentError
@@ -53,7 +55,7 @@ def results_of(file: Path) -> tuple[dict[str, Any], list[Any], list[Any]]:
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The file of a run with everything in it."""
-    file = tmp_path_factory.mktemp("glm") / gpu_session.GLM
+    file = tmp_path_factory.mktemp("glm") / GLM
     sizes = Sizes(TINY_CONFIG, torch.float32, "int4-row", "none", batches=((3, 8), (1, 12)))
     _, _, whole = planned(sizes, 10**9)
     limit = whole.outside_bytes + whole.reserved_bytes + 3 * max(b.nbytes for b in whole.blocks)
@@ -103,7 +105,7 @@ def test_the_tables_show_what_is_in_the_file(written: Path) -> None:
     for result in [*measured, *predicted]:
         assert f"| {result['name']} |" in text and result["name"] in printed
     assert f"{predicted[0]['prediction']['tokens_per_s']:.3f}" in text
-    assert printed.strip() in gpu_session.summary_of(written.parent, [])
+    assert printed.strip() in summary_of(written.parent, [])
 
 
 def test_published_times_stand_beside_those_of_the_same_length() -> None:

@@ -14,7 +14,7 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # as in test_benchmarks.py
 
-from benchmarks import gpu_session, kernels_cuda, kernels_table, run
+from benchmarks import kernels_cuda, kernels_table, run
 from benchmarks.calls import Call, CallResult, measure_calls, num_sets, relative_error
 from benchmarks.harness import Settings
 from benchmarks.kernels_inputs import Group, Setup
@@ -265,53 +265,3 @@ def test_the_documents_show_what_is_in_the_json_files() -> None:
     assert with_tables(page) == page
     for name in PLOTS:
         assert (ROOT / name).read_text(encoding="utf-8") == plot_of(name)
-
-
-# ---- the session on a machine with a GPU ---------------------------------------------------------
-
-
-def test_a_session_goes_on_after_failures_and_within_its_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    steps = [
-        gpu_session.Step("good", ("json.tool", "--help"), 60),
-        gpu_session.Step("bad", ("timeit", "-n1", "no_such_name"), 60),
-        gpu_session.Step("slow", ("http.server", "0"), 0.5),
-    ]
-    monkeypatch.setattr(gpu_session, "steps", lambda folder: steps)
-    monkeypatch.setattr(gpu_session, "_LEAST_S", 0.1)
-    assert gpu_session.main([str(tmp_path / "out")]) == 1
-    printed = capsys.readouterr().out
-    assert "good: exit status 0" in printed and "bad: exit status 1" in printed
-    assert "slow: stopped or not begun" in printed
-    log = (tmp_path / "out" / gpu_session.LOG).read_text()
-    assert "usage:" in log and "==== slow: http.server 0" in log
-
-
-def test_tests_behind_a_broken_context_get_a_process_of_their_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "test_toy.py").write_text(
-        "broken = []\n"
-        "def use(breaks=False):\n"
-        "    broken.extend([1] * breaks)\n"
-        "    assert not broken, 'an illegal memory access was encountered'\n"
-        "def test_a(): assert not 'plainly wrong'\n"
-        "def test_b(): use(breaks=True)\n"
-        "def test_c(): use()\n"
-        "def test_d(): use(breaks=True)\n"
-    )
-    monkeypatch.setattr(gpu_session, "ROOT", tmp_path)
-    step = gpu_session.Step("toy", ("pytest", "test_toy.py"), 60, tests=True)
-    with (tmp_path / "log").open("w") as log:
-        outcome = gpu_session.run_tests(step, log.fileno(), float("inf"))
-    assert outcome.code == 1
-    failed = [note.split(": ")[0] for note in outcome.notes]
-    right = [f"test_toy.py::test_{name}" for name in "abd"]
-    assert failed == right, (tmp_path / "log").read_text()
-
-
-def test_the_session_fits_its_time() -> None:
-    steps = gpu_session.steps(Path())
-    assert gpu_session.SECONDS + 15 <= 8 * 60
-    assert sum(step.seconds for step in steps) < 1.35 * gpu_session.SECONDS

@@ -15,8 +15,10 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # as in test_benchmarks.py
 
-from benchmarks import gpu_session, run, zoo_table
+from benchmarks import run, zoo_table
 from benchmarks.card import Card
+from benchmarks.gpu_session.steps import ZOO
+from benchmarks.gpu_session.summary import summary_of
 from benchmarks.harness import Result, Sample, Settings, Variant
 from benchmarks.random_model import random_weights
 from benchmarks.table import DOCUMENTS, ROOT, with_tables
@@ -335,7 +337,7 @@ def test_the_prediction_alone_needs_no_weights(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("benchmarks.zoo_run.Run.parts", lambda *_: pytest.fail("measured"))
-    file = tmp_path / gpu_session.ZOO
+    file = tmp_path / ZOO
     assert run.main(["zoo", "--predict-only", "--out", str(file)]) == 0
     _, measured, predicted = results_of(file)
     assert not measured and len(predicted) == len(FORMATS) * len(PHASES)
@@ -346,7 +348,7 @@ def test_the_prediction_alone_needs_no_weights(
     printed = capsys.readouterr().out
     assert "4.4 (BMInf" in printed and "GTX 1060 6 GB" in printed and "at most" in printed
     assert f"{once['prediction']['tokens_per_s']:.1f}" in printed
-    assert printed.strip() in gpu_session.summary_of(tmp_path, [])
+    assert printed.strip() in summary_of(tmp_path, [])
 
 
 def test_the_card_has_the_speeds_that_bminf_plan_assumes() -> None:
