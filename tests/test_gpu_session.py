@@ -9,12 +9,14 @@ import subprocess
 import sys
 import tarfile
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jieba
 import pytest
 import torch
 
@@ -30,6 +32,7 @@ from benchmarks.gpu_session import (
     __main__,
     brought,
     machine_code,
+    preparation,
     probe,
     process,
     session,
@@ -448,7 +451,101 @@ def test_tests_behind_a_broken_context_get_a_process_of_their_own(
 # ---- what is brought along -----------------------------------------------------------------------
 
 
+def jieba_wheel(folder: Path) -> Path:
+    """Of the package as it is installed here."""
+    wheel, package = folder / "jieba-0.42.1-py3-none-any.whl", Path(jieba.__file__).parent
+    with zipfile.ZipFile(wheel, "w") as content:
+        for file in package.rglob("*"):
+            if file.is_file() and file.suffix != ".pyc":
+                content.write(file, Path("jieba") / file.relative_to(package))
+    return wheel
+
+
 PREPARED = machine_code.kernels(90)[:2]
+
+# A machine with neither: no package is found but what the session names, and nothing compiles.
+FINDS = """
+import sys, types
+nvrtc = types.ModuleType("cupy_backends.cuda.libs.nvrtc")
+nvrtc.getVersion = lambda: VERSION
+class NVRTCError(Exception): pass
+nvrtc.NVRTCError = NVRTCError
+def createProgram(*_): raise OSError("there is no compiler")
+nvrtc.createProgram = createProgram
+libs = types.ModuleType("cupy_backends.cuda.libs")
+libs.nvrtc = nvrtc
+for name in ("cupy_backends", "cupy_backends.cuda"): sys.modules[name] = types.ModuleType(name)
+sys.modules["cupy_backends.cuda.libs"] = libs
+from bminf.cuda.compile import compile_kernel
+from bminf.cuda.source import Kernel
+for kernel in PREPARED: assert compile_kernel(kernel, 90)[:4] == b"\\x7fELF"
+try: compile_kernel(OTHER, 90)
+except OSError as error: assert "there is no compiler" in str(error)
+else: raise AssertionError("it was compiled")
+import jieba
+assert "/packages/jieba" in jieba.__file__.replace("\\\\", "/"), jieba.__file__
+assert jieba.lcut("今天天气很好") == ["今天天气", "很", "好"]
+"""
+
+
+def finding(folder: Path) -> Step:
+    """A step on such a machine."""
+    other = machine_code.kernels(90)[2]
+    names = {"VERSION": _nvrtc().getVersion(), "PREPARED": PREPARED, "OTHER": other}
+    script = folder / "finds.py"
+    script.write_text(
+        FINDS.replace("import jieba\n", "import jieba\njieba.setLogLevel(60)\n", 1)
+        .replace("VERSION", repr(names["VERSION"]))
+        .replace("PREPARED", repr(names["PREPARED"]))
+        .replace("OTHER", repr(names["OTHER"]))
+    )
+    home = folder / "home"
+    home.mkdir()
+    own = (("HOME", str(home)), ("XDG_CACHE_HOME", ""), ("TMPDIR", str(home)))
+    return Step("finding", (), 120, tool=(sys.executable, "-S", str(script)), environment=own)
+
+
+@pytest.fixture
+def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(machine_code, "kernels", lambda capability: PREPARED)
+    wheel = jieba_wheel(tmp_path)
+    arguments = [str(tmp_path / "prepared"), "--nvrtc", "installed", "--jieba", str(wheel)]
+    assert __main__.main(["prepare", *arguments]) == 0
+    return tmp_path / "prepared"
+
+
+def test_what_was_prepared_is_found_where_nothing_else_is(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()  # the real list of kernels, of which two were prepared
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    step = finding(tmp_path)
+    with_it, without = (brought.environment(each) for each in (prepared, tmp_path / "none"))
+    one = Session(tmp_path / "out", tmp_path / "out" / ARCHIVE, with_it)
+    assert one.run([step], 1000) == 0, (tmp_path / "out" / LOG).read_text()
+    one = Session(tmp_path / "other", tmp_path / "other" / ARCHIVE, without)
+    assert one.run([step], 1000) == 1
+    assert "there is no compiler" in (tmp_path / "other" / LOG).read_text()
+
+
+def test_prepare_says_what_it_made_and_leaves_other_files_alone(
+    prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (prepared / brought.CODE / "of-an-old-source.cubin").touch()
+    wheel = next(tmp_path.glob("*.whl"))
+    text = preparation.prepare(prepared, [90], "installed", wheel)
+    files = [file for file in prepared.rglob("*") if file.is_file()]
+    assert len(list((prepared / brought.CODE).glob("*.cubin"))) == len(PREPARED)
+    assert (prepared / brought.PACKAGES / "jieba" / "dict.txt").is_file()
+    assert not (prepared / brought.PACKAGES / "jieba" / "lac_small").exists()
+    assert f"2 kernels by NVRTC {'.'.join(map(str, _nvrtc().getVersion()))}; " in text
+    assert sum(file.stat().st_size for file in files) < 32 * 2**20
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "file").touch()
+    assert __main__.main(["prepare", str(mine), "--nvrtc", "installed"]) == 1
+    assert "has files that prepare did not make" in capsys.readouterr().err
+    assert [file.name for file in mine.iterdir()] == ["file"]
 
 
 def test_kernels_that_were_not_brought_are_named(
@@ -462,6 +559,12 @@ def test_kernels_that_were_not_brought_are_named(
     assert machine_code.missing(PREPARED, 80, version) == PREPARED
     monkeypatch.setattr(machine_code, "source_of", lambda kernel: f"changed {kernel}")
     assert machine_code.missing(PREPARED, 90, version) == PREPARED
+
+
+def test_a_kernel_that_does_not_compile_ends_the_preparation(tmp_path: Path) -> None:
+    broken = Kernel("quantize_rows.cu", "quantize_rows", (("float", "no_such_type"),))
+    with pytest.raises(preparation.PreparationError, match="no_such_type"):
+        preparation.compile_all([(broken, 90)], tmp_path)
 
 
 class _Recorder:
@@ -538,3 +641,19 @@ def test_the_probe_keeps_what_it_finds_where_parts_of_it_fail(
     assert len(attention["first time, ms"]) == len(attention["again, ms"]) == 20
     text = summary.summary_of(tmp_path, [])
     assert "FAILED: gpu: MissingError" in text and f"versions, torch: {torch.__version__}" in text
+
+
+def test_the_probe_misses_jieba_and_kernels_in_words(
+    prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probe, "_capability", lambda: 90)
+    monkeypatch.setenv("BMINF_CACHE_DIR", str(prepared / brought.CODE))
+    assert probe.brought() == {"kernels": 2, "kernels to compile": 0}
+    monkeypatch.setattr(machine_code, "source_of", lambda kernel: f"changed {kernel}")
+    with pytest.raises(probe.MissingError, match="2 of 2 kernels are not among those brought"):
+        probe.brought()
+    monkeypatch.setenv("BMINF_CACHE_DIR", str(prepared / "elsewhere" / "code"))
+    assert probe.brought() == {"kernels": 2, "kernels to compile": 2}
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(probe.MissingError, match="jieba is not there"):
+        probe.brought()

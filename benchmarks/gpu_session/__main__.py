@@ -3,6 +3,8 @@
 Tests marked gpu and the benchmarks, each in a process of its own with a time limit; a step that
 fails does not keep the next from running. FOLDER gets the JSON files, session.log with all that was
 printed, summary.txt, and session.tgz with all of them, written anew after each step.
+
+`python -m benchmarks.gpu_session prepare`, before and without a GPU: what has to be brought along.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 # Imported when asked for: the session itself needs no torch, and should not wait for it.
-COMMANDS: dict[str, str] = {}
+COMMANDS = {"prepare": "preparation"}
 
 
 def main(argv: Sequence[str]) -> int:
