@@ -31,6 +31,8 @@ from benchmarks import kernels, kernels_cuda, run
 from benchmarks.gpu_session import (
     __main__,
     brought,
+    few_cases,
+    inspection,
     machine_code,
     preparation,
     probe,
@@ -94,6 +96,7 @@ def test_the_limits_of_all_steps_are_less_than_eight_minutes() -> None:
     assert needed_s <= plan.SECONDS  # nothing is cut for another step's sake
     assert plan.SECONDS + 2 * process._PATIENCE_S < 8 * 60
     assert all(step.seconds >= 12 for step in STEPS)  # else it would never be begun
+    assert sum(step.seconds for step in inspection.steps(Path())) <= inspection.SECONDS == 90
 
 
 @pytest.mark.parametrize("step", [s for s in STEPS if not s.is_tests and s.files], ids=str)
@@ -657,3 +660,46 @@ def test_the_probe_misses_jieba_and_kernels_in_words(
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(probe.MissingError, match="jieba is not there"):
         probe.brought()
+
+
+def test_a_tool_that_is_not_there_is_a_failure_in_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert __main__.main(["inspect", str(tmp_path / "out")]) == 1
+    text = packed(tmp_path / "out")[SUMMARY].decode()
+    for name, tool in (("memcheck", "compute-sanitizer"), ("ncu", "ncu")):
+        assert f"{name}: FAILED, exit status 127" in text
+        assert f"{tool} is not on the PATH of this machine" in text
+
+
+def test_tools_get_python_after_their_options(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("compute-sanitizer", "ncu"):
+        (tmp_path / name).write_text(
+            '#!/bin/sh\necho "$0 $*" "[$PYTORCH_NO_CUDA_MEMORY_CACHING]"\n'
+        )
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert __main__.main(["inspect", str(tmp_path / "out")]) == 0
+    log = (tmp_path / "out" / LOG).read_text()
+    ran = f"{sys.executable} -m benchmarks.gpu_session"
+    for tool in ("memcheck", "racecheck"):
+        assert f"--tool {tool} --error-exitcode 86 {ran}.few_cases [1]" in log
+    assert "--clock-control none --set full --profile-from-start off" in log
+    assert f"{ran}.three_products []" in log and "--import" in log
+
+
+def test_wrong_cases_fail_and_do_not_keep_others_from_running(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(_: str) -> None:
+        raise AssertionError("wrong")
+
+    found = {61: [cases.Case("a", wrong), cases.Case("b", lambda _: None)]}
+    monkeypatch.setattr(cases, "few_of_each", lambda: found)
+    assert few_cases.main("cpu") == 1
+    assert "2 cases, 1 wrong: a" in capsys.readouterr().out
+    found[61] = found[61][1:]
+    assert few_cases.main("cpu") == 0

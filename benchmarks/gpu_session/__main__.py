@@ -5,6 +5,7 @@ fails does not keep the next from running. FOLDER gets the JSON files, session.l
 printed, summary.txt, and session.tgz with all of them, written anew after each step.
 
 `python -m benchmarks.gpu_session prepare`, before and without a GPU: what has to be brought along.
+`python -m benchmarks.gpu_session inspect FOLDER`: the kernels under compute-sanitizer and ncu.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 # Imported when asked for: the session itself needs no torch, and should not wait for it.
-COMMANDS = {"prepare": "preparation"}
+COMMANDS = {"prepare": "preparation", "inspect": "inspection"}
 
 
 def main(argv: Sequence[str]) -> int:
