@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 
@@ -67,11 +68,11 @@ def _others() -> Iterator[Kernel]:
             yield dequantize.kernel(dtype, weight.bits, has_minimum)
 
 
+def file_of(kernel: Kernel, capability: int, version: tuple[int, int]) -> Path:
+    """Where the folder of BMINF_CACHE_DIR has its machine code by NVRTC `version`."""
+    return compile._cache_file(source_of(kernel), compile._options(capability), version)
+
+
 def missing(chosen: Sequence[Kernel], capability: int, version: tuple[int, int]) -> list[Kernel]:
-    """Those of which the folder of BMINF_CACHE_DIR has no machine code by NVRTC `version`."""
-    options = compile._options(capability)
-    return [
-        kernel
-        for kernel in chosen
-        if compile._read(compile._cache_file(source_of(kernel), options, version)) is None
-    ]
+    """Those that are not there, or damaged."""
+    return [k for k in chosen if compile._read(file_of(k, capability, version)) is None]

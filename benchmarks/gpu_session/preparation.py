@@ -67,8 +67,11 @@ class PreparationError(Exception):
 def prepare(
     folder: Path, capabilities: Sequence[int], nvrtc: str, wheel: Path | None = None
 ) -> str:
-    """Fills `folder` anew, and says with what. Raises PreparationError, CalledProcessError."""
-    _clear(folder)
+    """Fills `folder`, and says with what; what it has of an earlier call is not compiled again.
+
+    Raises PreparationError, CalledProcessError.
+    """
+    _claim(folder)
     with tempfile.TemporaryDirectory(prefix="bminf-prepare-") as text:
         temporary = Path(text)
         _unpack(wheel or _jieba_wheel(temporary), folder / brought.PACKAGES)
@@ -82,14 +85,12 @@ def prepare(
     return f"{folder}: jieba, {len(jobs)} kernels by NVRTC {nvrtc}; {len(files)} files, {size}"
 
 
-def _clear(folder: Path) -> None:
-    """Removes what an earlier call made, and nothing else."""
+def _claim(folder: Path) -> None:
+    """A folder of ours, or an empty one."""
     if folder.exists() and any(folder.iterdir()) and not (folder / brought.MARK).is_file():
         raise PreparationError(f"{folder} has files that prepare did not make; name another folder")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / brought.MARK, {})
-    for name in (brought.PACKAGES, brought.CODE):
-        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def _jieba_wheel(folder: Path) -> Path:
@@ -99,7 +100,8 @@ def _jieba_wheel(folder: Path) -> Path:
 
 
 def _unpack(wheel: Path, folder: Path) -> None:
-    """An import path out of a wheel of plain Python."""
+    """An import path out of a wheel of plain Python, in place of what was there."""
+    shutil.rmtree(folder, ignore_errors=True)
     with zipfile.ZipFile(wheel) as content:
         names = [name for name in content.namelist() if not name.startswith(_UNUSED)]
         content.extractall(folder, names)
@@ -136,7 +138,10 @@ def _pip(python: str, *arguments: str) -> None:
 def compile_all(
     jobs: Sequence[tuple[Kernel, int]], folder: Path, python: str = sys.executable
 ) -> dict[str, Any]:
-    """Fills `folder` with machine code; says by which compiler. Raises PreparationError."""
+    """Fills `folder` with this machine code and no other; says by which compiler.
+
+    Raises PreparationError.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "BMINF_CACHE_DIR": str(folder), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
@@ -150,4 +155,9 @@ def compile_all(
     if done.returncode != 0:
         raise PreparationError(f"kernels could not be compiled:\n{done.stderr.strip()[-4000:]}")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    version = (found["nvrtc"][0], found["nvrtc"][1])
+    wanted = {machine_code.file_of(kernel, each, version).name for kernel, each in jobs}
+    for file in folder.iterdir():
+        if file.name not in wanted:  # of sources that have changed, or another compiler
+            file.unlink()
     return found
