@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -40,6 +41,7 @@ from benchmarks.gpu_session import (
     session,
     stand_in,
     summary,
+    three_products,
 )
 from benchmarks.gpu_session import steps as plan
 from benchmarks.gpu_session.archive import ARCHIVE
@@ -85,6 +87,7 @@ def test_what_matters_most_comes_first() -> None:
     ]  # fmt: skip
     assert [step.name for step in STEPS if step.is_spare] == [
         "offload", "kernels formats", "compiled layers", "speed", "kernels rows",
+        "benchmark tests",
     ]  # fmt: skip
     assert [step.is_spare for step in STEPS] == sorted(step.is_spare for step in STEPS)
     names = [name for step in STEPS for name in (*step.files, step.reports)]
@@ -120,8 +123,12 @@ def test_resident_models_are_measured_before_streamed_ones() -> None:
 def test_tests_are_named_by_file_and_each_once() -> None:
     chosen = {step.name: step.arguments for step in STEPS if step.is_tests}
     files = sorted({argument for a in chosen.values() for argument in a if "/" in argument})
-    folder = process.ROOT / "tests" / "gpu"
-    assert files == sorted(f"tests/gpu/{file.name}" for file in folder.glob("test_*.py"))
+    marked = [
+        str(file.relative_to(process.ROOT))
+        for file in (process.ROOT / "tests").rglob("test_*.py")
+        if re.search(r"^(@|pytestmark = )pytest\.mark\.gpu", file.read_text(), re.MULTILINE)
+    ]
+    assert files == sorted(marked)
     text = (process.ROOT / plan.KERNEL_TESTS).read_text(encoding="utf-8")
     for name, own in ((plan.COMPILED, "compiled layers"), (plan.SPEED, "speed")):
         assert f"def {name}" in text and chosen[own][4:6] == ("-k", name)
@@ -534,9 +541,11 @@ def test_what_was_prepared_is_found_where_nothing_else_is(
 def test_prepare_says_what_it_made_and_leaves_other_files_alone(
     prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    codes = {file: file.stat().st_mtime_ns for file in (prepared / brought.CODE).iterdir()}
     (prepared / brought.CODE / "of-an-old-source.cubin").touch()
     wheel = next(tmp_path.glob("*.whl"))
     text = preparation.prepare(prepared, [90], "installed", wheel)
+    assert codes == {f: f.stat().st_mtime_ns for f in (prepared / brought.CODE).iterdir()}
     files = [file for file in prepared.rglob("*") if file.is_file()]
     assert len(list((prepared / brought.CODE).glob("*.cubin"))) == len(PREPARED)
     assert (prepared / brought.PACKAGES / "jieba" / "dict.txt").is_file()
@@ -646,6 +655,36 @@ def test_the_probe_keeps_what_it_finds_where_parts_of_it_fail(
     assert "FAILED: gpu: MissingError" in text and f"versions, torch: {torch.__version__}" in text
 
 
+@pytest.mark.parametrize("code", [0, 2])
+def test_the_probe_locks_pages_and_lets_go_of_them(
+    code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log: list[str] = []
+
+    class Runtime:
+        def cudaHostRegister(self, address: int, nbytes: int, _: int) -> int:
+            log.append(f"lock {nbytes}")
+            return code
+
+        def cudaHostUnregister(self, address: int) -> None:
+            log.append("unlock")
+
+    monkeypatch.setattr(torch.cuda, "cudart", Runtime)
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda _: log[-1].startswith("lock"))
+    monkeypatch.setattr(probe, "_COPY_BYTES", 2**20)
+    monkeypatch.setattr(probe, "_copy_s", lambda host: len(host) / 1e9)
+    if code:
+        with pytest.raises(OSError, match="CUDA error 2"):
+            probe.pinned()
+        return
+    found = probe.pinned()
+    assert list(found) == ["shared", "private, huge pages"]
+    for each in found.values():
+        assert each["torch calls it pinned"] and each["copying, GB/s"] == 1.0
+        assert each["locking, GB/s"] > 0
+    assert log == ["lock 1048576", "unlock"] * 2
+
+
 def test_the_probe_misses_jieba_and_kernels_in_words(
     prepared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -689,6 +728,21 @@ def test_tools_get_python_after_their_options(
         assert f"--tool {tool} --error-exitcode 86 {ran}.few_cases [1]" in log
     assert "--clock-control none --set full --profile-from-start off" in log
     assert f"{ran}.three_products []" in log and "--import" in log
+
+
+def test_the_profiler_sees_each_product_once_and_no_warm_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    log: list[str] = []
+    for name in ("start", "stop"):
+        monkeypatch.setattr(torch.cuda.profiler, name, lambda name=name: log.append(name))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(
+        three_products, "linear", lambda x, weight: log.append(f"{len(x)} x {weight.bits}")
+    )
+    assert three_products.main("cpu", (32, 64)) == 0
+    products = ["1 x 8", "1 x 4", "16 x 4"]
+    assert log == [*products, "start", *products, "stop"]
 
 
 def test_wrong_cases_fail_and_do_not_keep_others_from_running(

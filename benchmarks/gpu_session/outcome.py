@@ -34,6 +34,7 @@ class Report:
     outcome: str
     reason: str = ""
     text: str = ""
+    seconds: float = 0.0
 
     @property
     def breaks_the_context(self) -> bool:

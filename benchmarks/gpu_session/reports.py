@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -38,7 +39,8 @@ class _Reports:
             self._write(report)
 
     def _write(self, report: pytest.TestReport | pytest.CollectReport) -> None:
-        line = {"test": report.nodeid, "outcome": report.outcome} | _texts(report)
+        line: dict[str, Any] = {"test": report.nodeid, "outcome": report.outcome, **_texts(report)}
+        line["seconds"] = round(getattr(report, "duration", 0.0), 3)  # none of a collection
         with self._file.open("a", encoding="utf-8") as file:
             file.write(f"{json.dumps(line)}\n")
 

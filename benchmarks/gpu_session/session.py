@@ -97,7 +97,8 @@ class Session:
                     self._run_one(step, log.fileno(), end)
             except process.Stopped as stop:
                 stopped_by = str(stop)
-            print(self._keep(stopped_by))
+            finally:
+                print(self._keep(stopped_by))
         return int(stopped_by is not None or not all(each.is_good for each in self.outcomes))
 
     def _run_one(self, step: Step, log: int, end: float) -> None:
@@ -158,7 +159,7 @@ class Session:
         if outcome.step.is_tests:
             outcome.reports = one_a_test(read_reports(self.folder / outcome.step.reports))
             outcome.problems += problems_of(outcome.reports, self.allowed_skips)
-        if not outcome.is_good and not outcome.problems:
+        if outcome.was_begun and not outcome.is_good and not outcome.problems:
             printed = (self.folder / LOG).read_bytes()[begin:].decode(errors="replace").split("\n")
             outcome.problems.append(f"its last words: {[*filter(str.strip, printed)][-1]}")
 

@@ -75,6 +75,7 @@ def steps(folder: Path) -> list[Step]:
 
 
 KERNEL_TESTS = "tests/gpu/test_kernels.py"
+BENCHMARK_TESTS = "tests/test_benchmarks.py tests/test_zoo_benchmark.py tests/test_glm_benchmark.py"
 # Of them these take long and tell least; they are steps of their own, the last ones.
 COMPILED, SPEED = "test_a_compiled_layer", "test_the_targets"
 
@@ -97,13 +98,14 @@ def _spare(folder: Path) -> list[Step]:
         _tests("compiled layers", KERNEL_TESTS, 45, COMPILED, is_spare=True),
         _tests("speed", KERNEL_TESTS, 40, SPEED, is_spare=True),
         _kernels(folder, "rows", 45, "--ops", "weight-only", *_OTHER_ROWS, is_spare=True),
+        _tests("benchmark tests", BENCHMARK_TESTS, 40, is_spare=True),
     ]
 
 
-def _tests(name: str, file: str, seconds: float, chosen: str = "", is_spare: bool = False) -> Step:
+def _tests(name: str, files: str, seconds: float, chosen: str = "", is_spare: bool = False) -> Step:
     """-vv, as pyproject.toml has a -q: a name for each test, also where pytest is killed."""
     choice = ("-k", chosen) if chosen else ()
-    arguments = ("pytest", "-m", "gpu", file, *choice, "-vv", "--durations=15")
+    arguments = ("pytest", "-m", "gpu", *files.split(), *choice, "-vv", "--durations=15")
     return Step(name, arguments, seconds, is_tests=True, is_spare=is_spare)
 
 
