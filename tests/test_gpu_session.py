@@ -45,7 +45,7 @@ from benchmarks.gpu_session import (
 )
 from benchmarks.gpu_session import steps as plan
 from benchmarks.gpu_session.archive import ARCHIVE
-from benchmarks.gpu_session.outcome import Report, problems_of
+from benchmarks.gpu_session.outcome import LEGITIMATE_SKIPS, Report, problems_of
 from benchmarks.gpu_session.session import LOG, SUMMARY, Session
 from benchmarks.gpu_session.steps import Step
 from benchmarks.kernels_cuda import PATHS, has_path, run_path
@@ -54,7 +54,9 @@ from bminf.cuda.launcher import served_by
 from bminf.cuda.source import Kernel
 
 STEPS = plan.steps(Path("/results"))
-CPU = torch.device("cpu")
+TEST_FILES = {argument for step in STEPS if step.is_tests for argument in step.arguments[3:]} & {
+    str(file.relative_to(process.ROOT)) for file in (process.ROOT / "tests").rglob("test_*.py")
+}
 
 
 def packed(folder: Path) -> dict[str, bytes]:
@@ -122,13 +124,12 @@ def test_resident_models_are_measured_before_streamed_ones() -> None:
 
 def test_tests_are_named_by_file_and_each_once() -> None:
     chosen = {step.name: step.arguments for step in STEPS if step.is_tests}
-    files = sorted({argument for a in chosen.values() for argument in a if "/" in argument})
-    marked = [
+    marked = {
         str(file.relative_to(process.ROOT))
         for file in (process.ROOT / "tests").rglob("test_*.py")
         if re.search(r"^(@|pytestmark = )pytest\.mark\.gpu", file.read_text(), re.MULTILINE)
-    ]
-    assert files == sorted(marked)
+    }
+    assert marked == TEST_FILES
     text = (process.ROOT / plan.KERNEL_TESTS).read_text(encoding="utf-8")
     for name, own in ((plan.COMPILED, "compiled layers"), (plan.SPEED, "speed")):
         assert f"def {name}" in text and chosen[own][4:6] == ("-k", name)
@@ -224,8 +225,7 @@ def begin(folder: Path, number: int) -> tuple[subprocess.Popen[str], int]:
     )
     name = STEPS[number].files[0]
     until(lambda: (folder / ARCHIVE).is_file() and name in packed(folder))
-    children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text()
-    return running, int(children)
+    return running, int(re.findall(r"^process (\d+)", (folder / LOG).read_text(), re.MULTILINE)[-1])
 
 
 def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
@@ -419,6 +419,12 @@ def test_skips_have_to_be_declared(reports: list[Report], problems: list[str]) -
     assert problems_of(reports, ["needs a printer"]) == problems
 
 
+def test_the_declared_skips_are_those_of_the_tests() -> None:
+    texts = [(process.ROOT / file).read_text() for file in sorted(TEST_FILES)]
+    for reason in LEGITIMATE_SKIPS:
+        assert any(re.search(rf"pytest\.skip\(f?['\"]{reason}", text) for text in texts), reason
+
+
 def test_killed_tests_leave_what_they_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -551,7 +557,7 @@ def test_prepare_says_what_it_made_and_leaves_other_files_alone(
     assert (prepared / brought.PACKAGES / "jieba" / "dict.txt").is_file()
     assert not (prepared / brought.PACKAGES / "jieba" / "lac_small").exists()
     assert f"2 kernels by NVRTC {'.'.join(map(str, _nvrtc().getVersion()))}; " in text
-    assert sum(file.stat().st_size for file in files) < 32 * 2**20
+    assert sum(file.stat().st_size for file in files) < 16 * 2**20
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "file").touch()

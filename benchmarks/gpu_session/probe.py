@@ -82,9 +82,13 @@ def versions() -> Found:
             found[package] = version(package)
     found["CUDA of torch"] = torch.version.cuda
     found["cuDNN"] = torch.backends.cudnn.version()
-    found["NVRTC"] = ".".join(map(str, _nvrtc_version()))
     found["driver"] = _driver()
     return found
+
+
+def compiler() -> Found:
+    """Of the kernels. Raises KernelError where there is none."""
+    return {"NVRTC": ".".join(map(str, _nvrtc_version()))}
 
 
 def _driver() -> str | None:
@@ -225,6 +229,7 @@ def _taken_bytes(device: str) -> int:
 PARTS: dict[str, Callable[[], Found]] = {
     "gpu": gpu,
     "versions": versions,
+    "compiler": compiler,
     "brought": brought,
     "pinned": pinned,
     "attention": attention,

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -36,6 +37,7 @@ def main(argv: Sequence[str]) -> int:
     add("--hang-after", type=int, metavar="N", help="so many groups")
     add("--exit", type=int, default=0, metavar="STATUS")
     arguments, _ = parser.parse_known_args(argv)  # the others are pytest's
+    print(f"process {os.getpid()}", flush=True)
     for number in range(NUM_GROUPS):
         if number == arguments.hang_after:
             time.sleep(600)
