@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from bminf.cuda.compile import _nvrtc, compile_kernel
+from bminf.cuda.compile import compile_kernel, compiler_version
 from bminf.cuda.source import Kernel
 
 
@@ -25,7 +25,7 @@ def main() -> int:
     for file, name, macros, capability in jobs:
         kernel = Kernel(file, name, tuple((name, value) for name, value in macros))
         compile_kernel(kernel, capability)
-    print(json.dumps({"nvrtc": list(_nvrtc().getVersion())}))
+    print(json.dumps({"nvrtc": list(compiler_version())}))
     return 0
 
 

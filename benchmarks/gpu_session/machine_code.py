@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import torch
 
-from bminf.cuda import compile
-from bminf.cuda.source import Kernel, source_of
+from bminf.cuda.compile import kept_file, read_kept
+from bminf.cuda.source import Kernel
 from bminf.ops import dequantize, linear_w8a8, linear_weight_only, quantize_rows
 from bminf.quantization.packed import Format, PackedWeight, empty
 
@@ -68,11 +67,6 @@ def _others() -> Iterator[Kernel]:
             yield dequantize.kernel(dtype, weight.bits, has_minimum)
 
 
-def file_of(kernel: Kernel, capability: int, version: tuple[int, int]) -> Path:
-    """Where the folder of BMINF_CACHE_DIR has its machine code by NVRTC `version`."""
-    return compile._cache_file(source_of(kernel), compile._options(capability), version)
-
-
 def missing(chosen: Sequence[Kernel], capability: int, version: tuple[int, int]) -> list[Kernel]:
     """Those that are not there, or damaged."""
-    return [k for k in chosen if compile._read(file_of(k, capability, version)) is None]
+    return [k for k in chosen if read_kept(kept_file(k, capability, version)) is None]

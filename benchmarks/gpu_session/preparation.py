@@ -25,6 +25,7 @@ from benchmarks.gpu_session import brought, machine_code
 from benchmarks.gpu_session.compiling import as_json
 from benchmarks.gpu_session.process import ROOT
 from benchmarks.whole_file import write_json
+from bminf.cuda.compile import kept_file
 from bminf.cuda.source import Kernel
 from bminf.units import format_bytes
 
@@ -157,7 +158,7 @@ def compile_all(
         raise PreparationError(f"kernels could not be compiled:\n{done.stderr.strip()[-4000:]}")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     version = (found["nvrtc"][0], found["nvrtc"][1])
-    wanted = {machine_code.file_of(kernel, each, version).name for kernel, each in jobs}
+    wanted = {kept_file(kernel, each, version).name for kernel, each in jobs}
     for file in folder.iterdir():
         if file.name not in wanted:  # of sources that have changed, or another compiler
             file.unlink()

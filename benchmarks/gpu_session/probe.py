@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from benchmarks.gpu_session import machine_code
 from benchmarks.gpu_session.brought import MARK
 from benchmarks.whole_file import write_json
-from bminf.cuda.compile import _nvrtc, cache_folder
+from bminf.cuda.compile import cache_folder, compiler_version
 
 _COPY_BYTES = 2**29
 _NUM_COPIES = 8
@@ -88,7 +88,7 @@ def versions() -> Found:
 
 def compiler() -> Found:
     """Of the kernels. Raises KernelError where there is none."""
-    return {"NVRTC": ".".join(map(str, _nvrtc_version()))}
+    return {"NVRTC": ".".join(map(str, compiler_version()))}
 
 
 def _driver() -> str | None:
@@ -99,21 +99,16 @@ def _driver() -> str | None:
         return None
 
 
-def _nvrtc_version() -> tuple[int, int]:
-    found: tuple[int, int] = _nvrtc().getVersion()
-    return found
-
-
 def brought() -> Found:
     """Raises MissingError where jieba is not there, or the kernels have changed since prepare."""
     if importlib.util.find_spec("jieba") is None:
         raise MissingError(f"jieba is not there, models of Chinese text cannot run; {_REMEDY}")
     kernels = machine_code.kernels(_capability())
-    missing = machine_code.missing(kernels, _capability(), _nvrtc_version())
+    missing = machine_code.missing(kernels, _capability(), compiler_version())
     if missing and (cache_folder().parent / MARK).is_file():
         raise MissingError(
             f"{len(missing)} of {len(kernels)} kernels are not among those brought for "
-            f"{_capability()} and NVRTC {_nvrtc_version()}, such as {missing[0]}; {_REMEDY}"
+            f"{_capability()} and NVRTC {compiler_version()}, such as {missing[0]}; {_REMEDY}"
         )
     return {"kernels": len(kernels), "kernels to compile": len(missing)}
 

@@ -21,7 +21,7 @@ from benchmarks.gpu_session.outcome import (
     read_reports,
 )
 from benchmarks.gpu_session.stand_in import stand_in
-from benchmarks.gpu_session.steps import SECONDS, Step, steps
+from benchmarks.gpu_session.steps import SECONDS, Step, spare_steps, steps
 from benchmarks.gpu_session.summary import summary_of
 from benchmarks.whole_file import write_bytes
 
@@ -40,7 +40,8 @@ def main(argv: Sequence[str]) -> int:
     """0 if every step that was to be run ended well, otherwise 1."""
     arguments = _parser().parse_args(argv)
     folder: Path = arguments.folder.resolve()
-    chosen = [s for s in steps(folder) if not arguments.only or s.name in arguments.only]
+    all_steps = [*steps(folder), *spare_steps(folder)]
+    chosen = [step for step in all_steps if not arguments.only or step.name in arguments.only]
     if arguments.dry_run:
         chosen = [stand_in(step, folder) for step in chosen]
     environment, archive = brought.environment(arguments.brought), archive_of(arguments)
@@ -49,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    names = [step.name for step in steps(Path())]
+    names = [step.name for step in [*steps(Path()), *spare_steps(Path())]]
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_session")
     add = parser.add_argument
     add_folders(parser)

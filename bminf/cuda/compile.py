@@ -32,22 +32,34 @@ _INSTALL_COMPILER = (
 def compile_kernel(kernel: Kernel, capability: int) -> bytes:
     """The machine code (cubin) of `kernel` for devices of `capability` (61, 80, ...).
 
-    Taken from the disk where it was compiled before and is not damaged. Raises KernelError: no
-    compiler, a device too old for the kernels or unknown to the compiler, an error in the source.
+    Taken from the disk where it was compiled before and is not damaged; where there is no compiler,
+    whichever compiled it. Raises KernelError: no compiler and nothing on the disk, a device too old
+    for the kernels or unknown to the compiler, an error in the source.
     """
     if capability < LEAST_CAPABILITY:
         raise KernelError(
             f"a GPU of compute capability {_dotted(capability)} is too old for the kernels of "
             f"bminf; they need {_dotted(LEAST_CAPABILITY)} (GTX 10 series) or later"
         )
-    nvrtc = _nvrtc()
-    source, options = source_of(kernel), _options(capability)
-    file = _cache_file(source, options, nvrtc.getVersion())
-    code = _read(file)
+    try:
+        nvrtc = _nvrtc()
+    except KernelError:
+        for file in kept_files(kernel, capability):
+            if (code := read_kept(file)) is not None:
+                return code
+        raise
+    file = kept_file(kernel, capability, nvrtc.getVersion())
+    code = read_kept(file)
     if code is None:
-        code = _compile(nvrtc, kernel, source, options)
+        code = _compile(nvrtc, kernel, source_of(kernel), _options(capability))
         _write(file, code)
     return code
+
+
+def compiler_version() -> tuple[int, int]:
+    """Of NVRTC, such as (12, 9).   Raises KernelError where it is not found."""
+    version: tuple[int, int] = _nvrtc().getVersion()
+    return version
 
 
 def compiler_log(kernel: Kernel, capability: int) -> str:
@@ -148,9 +160,20 @@ def _first_line(text: object) -> str:
     return str(text).strip().partition("\n")[0]
 
 
-def _cache_file(source: str, options: tuple[str, ...], version: tuple[int, int]) -> Path:
-    key = hashlib.sha256("\0".join([source, *options, str(version)]).encode())
-    return cache_folder() / f"{key.hexdigest()}.cubin"
+def kept_file(kernel: Kernel, capability: int, version: tuple[int, int]) -> Path:
+    """Where the machine code by NVRTC `version` is kept."""
+    major, minor = version
+    return cache_folder() / f"{_key(kernel, capability)}-{major}.{minor}.cubin"
+
+
+def kept_files(kernel: Kernel, capability: int) -> list[Path]:
+    """Those that are there, whichever NVRTC has made them."""
+    return sorted(cache_folder().glob(f"{_key(kernel, capability)}-*.cubin"))
+
+
+def _key(kernel: Kernel, capability: int) -> str:
+    text = "\0".join([source_of(kernel), *_options(capability)])
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def cache_folder() -> Path:
@@ -167,7 +190,7 @@ def cache_folder() -> Path:
         ) from error
 
 
-def _read(file: Path) -> bytes | None:
+def read_kept(file: Path) -> bytes | None:
     """The machine code in `file`; None where there is none or it is damaged."""
     try:
         content = file.read_bytes()

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING, TypeAlias
 
 from bminf.errors import KernelError
 
-# A tensor is passed as its address, None as a null pointer, numbers as 32 bits.
-Argument = torch.Tensor | int | float | None
+if TYPE_CHECKING:  # sources are compiled where there is no torch, too
+    import torch
+
+Argument: TypeAlias = "torch.Tensor | int | float | None"
+"""A tensor is passed as its address, None as a null pointer, numbers as 32 bits."""
+
 Grid = tuple[int, int, int]
 
 _PACKAGE = Path(__file__).resolve().parents[1]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import resource
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -301,3 +303,29 @@ def test_missing_sources_are_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 def test_a_kernel_that_does_not_exist_is_said() -> None:
     with pytest.raises(KernelError, match=r"no_such\.cu"):
         source_of(Kernel("no_such.cu", "nothing"))
+
+
+def test_kept_machine_code_needs_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    code = compile_kernel(SCALE, 90)
+
+    def missing() -> object:
+        raise KernelError("there is none")
+
+    monkeypatch.setattr(cuda_compile, "_nvrtc", missing)
+    assert compile_kernel(SCALE, 90) == code
+    with pytest.raises(KernelError, match="there is none"):
+        compile_kernel(SCALE, 80)
+    (file,) = cuda_compile.kept_files(SCALE, 90)
+    file.write_bytes(b"damaged")
+    with pytest.raises(KernelError, match="there is none"):
+        compile_kernel(SCALE, 90)
+
+
+def test_sources_are_compiled_where_there_is_no_torch(cache_folder: Path) -> None:
+    program = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from bminf.cuda.compile import compile_kernel\nfrom bminf.cuda.source import Kernel\n"
+        f"compile_kernel({SCALE!r}, 90)\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+    assert len(list(cache_folder.glob("*.cubin"))) == 1
