@@ -227,6 +227,9 @@ class _Request:
         found = find_blocks(model, blocks)
         choice = choose(model, found, form, quantize)
         blobs = survey(model, found, choice.stand_ins, keep_addresses)
+        advice = partial(
+            remedies, model, found, blobs, form, reserved_bytes, context is not None, device_type
+        )
         return cls(
             blocks=found,
             choice=choice,
@@ -237,16 +240,7 @@ class _Request:
             unregistered=find_unregistered(model),
             context=context,
             unreserved=unreserved,
-            remedies=partial(
-                remedies,
-                model,
-                found,
-                blobs,
-                form,
-                reserved_bytes,
-                context is not None,
-                device_type,
-            ),
+            remedies=advice,
             device_type=device_type,
         )
 
