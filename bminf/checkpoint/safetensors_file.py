@@ -23,7 +23,7 @@ from typing import Any, BinaryIO, TypeGuard
 import torch
 
 from bminf.checkpoint.binary_file import BinaryFile, parse_json
-from bminf.checkpoint.stored import InFile, contiguous
+from bminf.checkpoint.stored import InFile, Stored, contiguous
 from bminf.errors import ArgumentError, CheckpointError
 from bminf.layout import FRESH_ALIGNMENT, Filling, Layout, TensorSpec
 from bminf.units import format_bytes
@@ -72,20 +72,30 @@ def read_safetensors(path: Path) -> dict[str, InFile]:
     return {n: t for n, t in tensors.items() if not (n.startswith(_PADDING) and _is_bytes(t))}
 
 
-def read_metadata(path: Path) -> dict[str, str]:
-    """What the writer of the file noted in it.   Raises CheckpointError as read_safetensors."""
-    _, metadata = _read_header(path)
-    return {key: value for key, value in metadata.items() if key != _PADDING_KEY}
+def run_of(tensors: Mapping[str, Stored], block: str, layout: Layout) -> InFile | None:
+    """The bytes of a block (extent,) uint8, where its tensors lie in one file as `layout` says.
 
-
-def read_blobs(path: Path, layouts: Mapping[str, Layout]) -> dict[str, tuple[int, int]]:
-    """Block -> (offset in the file, bytes) of its blob, (0, 0) for a block with no tensors.
-
-    layouts: as for write_safetensors.
-    Raises CheckpointError where a tensor is missing or does not lie as its layout says.
+    tensors: by their names in the file, not read yet.   block, layout: as for write_safetensors.
+    None where they lie otherwise, or are of other types or shapes, and have to be read one by one.
     """
-    tensors = read_safetensors(path)
-    return {block: _blob(path, tensors, block, layout) for block, layout in layouts.items()}
+    found = {name: tensors.get(_full_name(block, name)) for name in layout.specs}
+    runs = {_begin(stored, layout, name) for name, stored in found.items()}
+    run = runs.pop() if len(runs) == 1 else None
+    if run is None:
+        return None
+    path, begin = run
+    return contiguous(path, begin, [layout.extent], torch.uint8, block)
+
+
+def _begin(stored: Stored | None, layout: Layout, name: str) -> tuple[Path, int] | None:
+    """Where the run would begin of which `stored` is the tensor `name`; None where it is not."""
+    spec = layout.specs[name]
+    if type(stored) is not InFile or (stored.shape, stored.dtype) != (spec.shape, spec.dtype):
+        return None
+    plain = contiguous(stored.path, stored.offset, stored.shape, stored.dtype, stored.name)
+    if stored != plain or not _is_contiguous(spec):
+        return None
+    return stored.path, stored.offset - layout.offsets[name]
 
 
 def write_safetensors(
@@ -225,26 +235,6 @@ def _check_no_holes(tensors: Mapping[str, InFile], begin: int, end: int, path: P
             f"{path} is damaged or truncated: its tensors end at byte {position}, "
             f"but the file has {end}; fetch it again"
         )
-
-
-def _blob(path: Path, tensors: Mapping[str, InFile], block: str, layout: Layout) -> tuple[int, int]:
-    begin: int | None = None
-    for name, spec in layout.specs.items():
-        full_name = _full_name(block, name)
-        tensor = tensors.get(full_name)
-        if tensor is None:
-            raise CheckpointError(f"{path} lacks the tensor {full_name!r}")
-        if begin is None:
-            begin = tensor.offset - layout.offsets[name]
-        is_alike = tensor.shape == spec.shape and tensor.dtype == spec.dtype
-        is_there = tensor.offset == begin + layout.offsets[name]
-        if not is_alike or not is_there or begin % FRESH_ALIGNMENT:
-            raise CheckpointError(
-                f"{full_name!r} in {path} ({tensor.dtype} {tensor.shape} at byte {tensor.offset}) "
-                f"does not lie as the model's layout says ({spec.dtype} {spec.shape} at "
-                f"{begin + layout.offsets[name]}); convert the original checkpoint again"
-            )
-    return (0, 0) if begin is None else (begin, layout.extent)
 
 
 def _full_name(block: str, name: str) -> str:

@@ -14,12 +14,13 @@ import torch
 from bminf.arch.glm import GLM, matrices_of
 from bminf.checkpoint.names import listed
 from bminf.checkpoint.quantized import Quantized
+from bminf.checkpoint.safetensors_file import run_of
 from bminf.checkpoint.stored import InFile, Rows, Stored, pieces
 from bminf.errors import ArgumentError, BudgetError, CheckpointError
 from bminf.layers.host_embedding import HostEmbedding
 from bminf.layers.quantize import quantize_children
 from bminf.layers.quantized_linear import QuantizedLinear
-from bminf.layout import Filling
+from bminf.layout import WHOLE, Filling
 from bminf.quantization.packed import Format, PackedWeight, pack
 from bminf.scheduler.backends.base import Backend
 from bminf.scheduler.blob import Blobs, survey
@@ -198,9 +199,7 @@ def fill(
             layouts = [blobs.blocks[name] for name in the_plan.streamed]
             backend.open(layouts, offload_dir, the_plan.disk_places)
         with torch.device("cpu"):  # where files are read to, whatever the caller's default is
-            load(
-                model, blobs, scheduler, lambda name: tensors_of_block(model, name, blobs, weights)
-            )
+            load(model, blobs, scheduler, lambda name: _fillings(model, name, blobs, weights))
         for module in model.modules():
             if isinstance(module, HostEmbedding):
                 _keep_table(module, weights)
@@ -212,6 +211,17 @@ def fill(
     model.__dict__[ATTRIBUTE] = scheduler
     weakref.finalize(model, backend.release)
     return scheduler
+
+
+def _fillings(
+    model: torch.nn.Module, block: str, blobs: Blobs, weights: Weights
+) -> Iterable[Filling]:
+    """All bytes of a block in one read, where they lie in a file as its layout says, as in a folder
+    of ours; otherwise its tensors."""
+    run = run_of(weights.tensors, block, blobs.blocks[block] if block else blobs.outside)
+    if run is not None:
+        return [(WHOLE, run.read())]
+    return tensors_of_block(model, block, blobs, weights)
 
 
 def tensors_of_block(

@@ -19,8 +19,10 @@ from safetensors.torch import load_file, save_file
 from tiny_zoo import CPM1_CONFIG, T5_CONFIG, TinyModel, tiny, write_cpm1
 
 import bminf
+from bminf.checkpoint.stored import InFile
 from bminf.errors import ArgumentError, CheckpointError
 from bminf.models import convert
+from bminf.models import load as models_load
 from bminf.quantization.packed import Format
 
 Loader = Callable[..., Any]
@@ -182,6 +184,29 @@ def test_each_block_is_one_aligned_run_of_bytes(
         for n, tensor in model.model.state_dict().items():
             ours = opened.get_tensor(n)
             assert torch.equal(ours.to(tensor.dtype), tensor)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_each_block_of_a_folder_is_read_at_once(
+    dtype: torch.dtype, load: Loader, folders: dict[str, Path], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Where it is loaded in the dtype that it has; else its norms come one by one."""
+    made = convert(folders["cpm2"], tmp_path / "made", "int8", model="cpm2", dtype=torch.float16)
+    reads, read = [], InFile.read
+
+    def counting(stored: InFile) -> torch.Tensor:
+        reads.append(stored.shape)
+        return read(stored)
+
+    monkeypatch.setattr(InFile, "read", counting)
+    given = logits(model := load("cpm2", checkpoint=made, quantization="int8", dtype=dtype))
+    num_runs = 1 + len(model.plan.blocks)
+    assert len(reads) == num_runs if dtype == torch.float16 else len(reads) > 2 * num_runs
+    monkeypatch.setattr(models_load, "run_of", lambda *_: None)
+    assert torch.equal(
+        logits(load("cpm2", checkpoint=made, quantization="int8", dtype=dtype)), given
+    )
 
 
 def test_config_json_tells_it_all(folders: dict[str, Path], tmp_path: Path) -> None:
