@@ -1,0 +1,351 @@
+"""Which blocks stream: the fewest bytes x uses over the bus per request, then evenly spaced.
+
+A kind is all blocks of the same bytes and uses; within one it does not matter for the cost which of
+them stream, so how many do is chosen first. They have to free what is missing, and two slots of the
+largest of them besides. What sets are looked at does not depend on the limit: a larger limit allows
+all that a smaller one does, so it never streams more. They are
+
+* of the smaller kinds all ways to stream some that no other way beats in bytes and cost, each with
+  each way to stream some of the larger kinds. These are taken from the largest on, so that the
+  slots are known from the first block, and count as bytes that are not freed. Where the largest
+  blocks all stay, the same again without them;
+* for each size of slots the blocks up to it by rising uses, then rising bytes, until it is enough.
+  That costs less than one block more than if blocks could be cut, of however many kinds.
+
+The first hold the optimum. Where they are too many they are thinned: of each small range of cost
+the way that frees most is kept.
+Sources: Nemhauser and Ullmann 1969, "Discrete dynamic programming and capital allocation" (what no
+other way beats); Horowitz and Sahni 1974, "Computing partitions with applications to the knapsack
+problem" (two halves); Ibarra and Kim 1975, "Fast approximation algorithms for the knapsack and sum
+of subset problems" (thinning).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from fractions import Fraction
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+_Array = npt.NDArray[Any]
+
+_EXACT_CHOICES = 10**6  # combinations of counts up to which nothing is thinned
+_MOST_WAYS = 1 << 16  # of some kinds to stream, beyond
+_MOST_STEPS = 1 << 19  # ways times kinds, beyond
+_MOST_KINDS = 500  # above, only the last sort of set is looked at: one block hardly counts then
+_SHIFTS = 32  # of a pattern, that are tried
+_ROUNDING = 1e-12  # more than all sums of floats here are off, in proportion
+
+
+class Kind(NamedTuple):
+    """Blocks of the same bytes and uses (here an integer, whatever its unit)."""
+
+    nbytes: int
+    uses: int
+
+    @property
+    def cost(self) -> int:
+        return self.nbytes * self.uses
+
+
+def choose(
+    sizes: Sequence[int], uses: Sequence[float], lists: Sequence[Sequence[int]], room: int
+) -> set[int]:
+    """Places of the blocks that stream when `room` bytes cannot hold all.
+
+    sizes, uses: of each block.   lists: the places of the blocks of each list, in order.
+    room: for the resident blocks and two slots of the largest streamed one, in bytes; enough for
+    some choice.
+    """
+    kind_of = [Kind(*pair) for pair in zip(sizes, _as_integers(uses), strict=True)]
+    members = Counter(kind for kind in kind_of if kind.nbytes)
+    kinds = sorted(members)
+    counts = streamed_counts(kinds, [members[kind] for kind in kinds], sum(sizes) - room)
+    streams = dict(zip(kinds, counts, strict=True))
+    places = spread([[kind_of[at] for at in order] for order in lists], streams)
+    return {order[at] for order, some in zip(lists, places, strict=True) for at in some}
+
+
+def _as_integers(uses: Sequence[float]) -> list[int]:
+    """The uses times one common factor, so that equal costs compare equal, exactly."""
+    exact = {value: Fraction(value) for value in set(uses)}
+    factor = math.lcm(*(value.denominator for value in exact.values()))
+    whole = {value: int(fraction * factor) for value, fraction in exact.items()}
+    common = math.gcd(*whole.values())
+    return [whole[value] // common for value in uses]
+
+
+def streamed_counts(kinds: Sequence[Kind], counts: Sequence[int], missing: int) -> list[int]:
+    """How many blocks of each kind stream, for the least cost.
+
+    kinds: by rising bytes.   counts: blocks of each.
+    missing: bytes, above 0, that they have to free beside two slots of the largest of them.
+    """
+    best = _prefix(kinds, counts, missing)
+    if len(kinds) <= _MOST_KINDS:
+        best = _Meeting(kinds, counts, missing).best(best)
+    return best
+
+
+def _cost_of(kinds: Sequence[Kind], counts: Sequence[int]) -> int:
+    return sum(kind.cost * n for kind, n in zip(kinds, counts, strict=True))
+
+
+def _dtype(kinds: Sequence[Kind], counts: Sequence[int]) -> np.dtype[Any]:
+    """Of sums of costs: Python's integers, which have no end, where 64 bits are too few."""
+    return np.dtype(np.int64 if _cost_of(kinds, counts) < 2**62 else object)
+
+
+def _prefix(kinds: Sequence[Kind], counts: Sequence[int], missing: int) -> list[int]:
+    """The best of the last sort of set, as counts."""
+    order = sorted(range(len(kinds)), key=lambda at: (kinds[at].uses, at))
+    sizes = np.array([kind.nbytes for kind in kinds], np.int64)
+    ends = np.searchsorted(sizes, sizes, side="right")  # kinds up to each size
+    possible = np.cumsum(sizes * counts)[ends - 1] >= missing + 2 * sizes
+    ends, left = ends[possible], missing + 2 * sizes[possible]
+    first, left, spent = _first_enough(kinds, counts, np.array(order), ends, left)
+    cut = np.array(order)[first]
+    times = -(-left // sizes[cut])
+    spent = spent + times * np.array([kind.cost for kind in kinds], spent.dtype)[cut]
+    best = int(spent.argmin())
+    streams = [0] * len(kinds)
+    for at in order[: first[best]]:
+        streams[at] = counts[at] if at < ends[best] else 0
+    streams[int(cut[best])] = int(times[best])
+    return streams
+
+
+def _first_enough(
+    kinds: Sequence[Kind], counts: Sequence[int], order: _Array, ends: _Array, left: _Array
+) -> tuple[_Array, _Array, _Array]:
+    """For each slot size the place in `order` of the kind with which it is enough; what is left for
+    that kind to free; and the cost of those before.
+
+    order: numbers of the kinds.   ends: kinds that may stream.   left: bytes to free.
+    All go down a binary tree over the order at once: where the first half of a node is not enough,
+    it streams whole, and the second is looked at.
+    """
+    num, dtype = len(kinds), _dtype(kinds, counts)
+    freed = np.array([kind.nbytes * n for kind, n in zip(kinds, counts, strict=True)], np.int64)
+    cost = np.array([kind.cost * n for kind, n in zip(kinds, counts, strict=True)], dtype)
+    first, spent = np.zeros(len(left), np.int64), np.zeros(len(left), dtype)
+    width, rank = 1 << (num - 1).bit_length(), np.argsort(order)
+    while width := width // 2:
+        keys = rank // width * num + np.arange(num)
+        by_key = np.argsort(keys)
+        node = first // width * num
+        start, stop = (np.searchsorted(keys[by_key], node + end) for end in (0, ends))
+        freed_by, cost_by = (
+            np.concatenate([np.zeros_like(own[:1]), np.cumsum(own[by_key])])
+            for own in (freed, cost)
+        )
+        whole = freed_by[stop] - freed_by[start] < left
+        left = left - whole * (freed_by[stop] - freed_by[start])
+        spent = spent + whole * (cost_by[stop] - cost_by[start])
+        first = first + whole * width
+    return first, left, spent
+
+
+class _Ways:
+    """Ways to stream some blocks, by rising bytes and so by rising cost; the first: none of them.
+
+    nbytes: what each frees.   cost: of each.   Both as of after any number of steps.
+    """
+
+    def __init__(self, dtype: np.dtype[Any], most: int, falling: bool = False) -> None:
+        """falling: whether kinds are added by falling bytes.   most: ways, if they are thinned."""
+        self.nbytes: list[_Array] = [np.zeros(1, np.int64)]
+        self.cost: list[_Array] = [np.zeros(1, dtype)]
+        self._most = most
+        self._falling = falling
+        self._steps: list[tuple[int, _Array, _Array]] = []
+
+    def add(self, at: int, nbytes: int, cost: float, count: int, floor: float) -> None:
+        """Let up to `count` blocks of kind number `at` stream as well, in pieces of 1, 4, 16, ...
+
+        floor: what every set costs in which these ways are used.
+        """
+        times = 1
+        while count:
+            times = min(times, count)
+            copies = min(3, count // times)
+            taken = times * np.arange(copies + 1)
+            # Of ways that free and cost the same the last is kept: it is to have fewer blocks.
+            self._step(at, taken[::-1] if self._falling else taken, nbytes, cost, floor)
+            count, times = count - times * copies, 4 * times
+
+    def _step(self, at: int, taken: _Array, nbytes: int, cost: float, floor: float) -> None:
+        all_nbytes = np.add.outer(taken * nbytes, self.nbytes[-1]).ravel()
+        all_cost = np.add.outer(taken.astype(self.cost[0].dtype) * cost, self.cost[-1]).ravel()
+        order = all_nbytes.argsort(kind="stable")  # sorted runs: a merge
+        ordered = all_cost[order]
+        least = np.minimum.accumulate(ordered[::-1])[::-1]
+        order = order[np.append(ordered[:-1] < least[1:], True)]
+        if len(order) > self._most:
+            order = order[_thinned(all_cost[order] + floor, self._most)]
+        self._steps.append((at, taken, order))
+        self.nbytes.append(all_nbytes[order])
+        self.cost.append(all_cost[order])
+
+    @property
+    def steps(self) -> int:
+        return len(self._steps)
+
+    def counts(self, ways: _Array, steps: int) -> dict[int, _Array]:
+        """Number of a kind -> how many of its blocks stream in each of the ways after `steps`."""
+        counts: dict[int, _Array] = {}
+        for number in range(steps)[::-1]:
+            at, taken, order = self._steps[number]
+            place, ways = np.divmod(order[ways], len(self.nbytes[number]))
+            counts[at] = counts.get(at, 0) + taken[place]
+        return counts
+
+
+def _thinned(costs: _Array, most: int) -> _Array:
+    """Which of rising costs to keep: the first, and of `most` ranges of one ratio the last each."""
+    ratios = np.log(costs)
+    places = ((ratios - ratios[0]) * (most / (ratios[-1] - ratios[0]))).astype(np.int64)
+    return np.concatenate([[True], places[2:] > places[1:-1], [True]])
+
+
+class _Meeting:
+    """The first sort of set: ways of smaller kinds met with ways of larger ones."""
+
+    def __init__(self, kinds: Sequence[Kind], counts: Sequence[int], missing: int) -> None:
+        self._kinds, self._counts, self._missing = kinds, counts, missing
+        choices = math.prod(n + 1 for n in counts)
+        self._most, self._dtype = choices, _dtype(kinds, counts)
+        self._costs: list[float] = [kind.cost for kind in kinds]
+        if choices > _EXACT_CHOICES:
+            self._most = min(_MOST_WAYS, _MOST_STEPS // len(kinds))
+            if self._dtype.hasobject:  # too slow for so many
+                top = max(self._costs)
+                self._dtype = np.dtype(np.float64)
+                self._costs = [max(kind.cost / top, 1e-300) for kind in kinds]
+        self._price = min(c / kind.nbytes for c, kind in zip(self._costs, kinds, strict=True))
+
+    def best(self, to_beat: list[int]) -> list[int]:
+        """The counts of the cheapest set, or `to_beat`; of equals, of the one of fewest blocks."""
+        levels = list(self._levels(_cost_of(self._kinds, to_beat)))
+        small, steps = _Ways(self._dtype, self._most), [0]
+        for at in range(max((start for start, _ in levels), default=0)):
+            self._add(small, at)
+            steps.append(small.steps)
+        found = (self._met(small, steps[start], self._large(start, end)) for start, end in levels)
+        return min(
+            [to_beat, *filter(None, found)],
+            key=lambda each: (_cost_of(self._kinds, each), sum(each)),
+        )
+
+    def _levels(self, to_beat: int) -> Iterator[tuple[int, int]]:
+        """Kinds from `start` to before `end`, of which the largest streamed block is to be; those
+        without a set that costs at most `to_beat` are left out."""
+        kinds, end = self._kinds, len(self._kinds)
+        freed = list(accumulate(k.nbytes * n for k, n in zip(kinds, self._counts, strict=True)))
+        least_uses = min(kind.uses for kind in kinds)
+        while end:
+            start = _half(self._counts[:end], self._most)
+            left = self._missing + 2 * kinds[start].nbytes
+            if freed[end - 1] >= left and left * least_uses <= to_beat:
+                yield start, end
+            end = start
+
+    def _add(self, ways: _Ways, at: int) -> None:
+        nbytes = self._kinds[at].nbytes
+        ways.add(at, nbytes, self._costs[at], self._counts[at], nbytes * self._price)
+
+    def _large(self, start: int, end: int) -> _Ways:
+        """Ways of the kinds from `start` to before `end`; what they free is less the slots."""
+        large = _Ways(self._dtype, self._most, falling=True)
+        for at in range(start, end)[::-1]:
+            large.nbytes[-1][0] = -2 * self._kinds[at].nbytes  # if no larger block streams
+            self._add(large, at)
+        return large
+
+    def _met(self, small: _Ways, steps: int, large: _Ways) -> list[int] | None:
+        """The cheapest of the ways after `steps` with one of `large` each; None if none frees
+        enough."""
+        nbytes, cost = small.nbytes[steps], small.cost[steps]
+        partner = np.searchsorted(nbytes, self._missing - large.nbytes[-1])
+        enough = np.flatnonzero(partner < len(nbytes))
+        if not len(enough):
+            return None
+        total = large.cost[-1][enough] + cost[partner[enough]]
+        rounding = total.min() * _ROUNDING if total.dtype == np.float64 else 0
+        near = enough[total <= total.min() + rounding]
+        return self._cheapest(small.counts(partner[near], steps), large.counts(near, large.steps))
+
+    def _cheapest(self, small: Mapping[int, _Array], large: Mapping[int, _Array]) -> list[int]:
+        """Counts of the exactly cheapest of some sets; of equals, of the one of fewest blocks."""
+        counts = {**small, **large}
+        costs = np.sum(
+            [self._kinds[at].cost * n.astype(object) for at, n in counts.items()], axis=0
+        )
+        equal = np.flatnonzero(costs == costs.min())
+        best = equal[np.sum(list(counts.values()), axis=0)[equal].argmin()]
+        return [int(counts[at][best]) if at in counts else 0 for at in range(len(self._kinds))]
+
+
+def _half(counts: Sequence[int], most: int) -> int:
+    """Where to cut the kinds, so that neither half has more choices than need be.
+
+    The larger kinds get `most` choices at most: thinned, they would leave gaps too wide to fill.
+    """
+    logs = [math.log(n + 1) for n in counts]
+    below, above = [0.0, *accumulate(logs)], list(accumulate(logs[::-1]))[::-1]
+    last = len(counts) - 1
+    cuts = (at for at in range(len(counts)) if at == last or above[at] <= math.log(most))
+    return min(cuts, key=lambda at: max(above[at], below[at]))
+
+
+def spread(lists: Sequence[Sequence[Kind]], streams: Mapping[Kind, int]) -> list[list[int]]:
+    """Places of the streamed blocks in each list, ascending.
+
+    Each list streams its part of every kind, spread evenly over its own blocks of that kind.
+    streams: blocks of each kind over all lists.
+    """
+    members = Counter(kind for order in lists for kind in order)
+    before = Counter[Kind]()
+    places = []
+    for order in lists:
+        shares: dict[Kind, int] = {}
+        for kind, n in Counter(order).items():
+            out, start = streams.get(kind, 0), before[kind]
+            before[kind] += n
+            shares[kind] = before[kind] * out // members[kind] - start * out // members[kind]
+        places.append(_spread_in(order, shares))
+    return places
+
+
+def _spread_in(order: Sequence[Kind], shares: Mapping[Kind, int]) -> list[int]:
+    """Places of one list to stream. Of each kind in turn, from that which frees most, the even
+    pattern is shifted to where what streams by then keeps best in step with the computation."""
+    own: dict[Kind, list[int]] = {}
+    for at, kind in enumerate(order):
+        own.setdefault(kind, []).append(at)
+    nbytes = np.array([kind.nbytes for kind in order], np.float64)
+    done = np.cumsum(nbytes) - nbytes / 2
+    streams = np.zeros(len(order), np.bool_)
+    streams[[at for kind, its in own.items() if len(its) == shares[kind] for at in its]] = True
+    in_part = [kind for kind, its in own.items() if 0 < shares[kind] < len(its)]
+    for kind in sorted(in_part, key=lambda kind: -kind.nbytes * shares[kind]):
+        its, share = np.array(own[kind]), shares[kind]
+        shifts = range(0, len(its) if streams.any() else 1, -(-len(its) // _SHIFTS))
+        even = np.arange(share) * len(its) // share
+        shifted = [its[(even + shift) % len(its)] for shift in shifts]
+        best = min(shifted, key=lambda places: _lag(nbytes, done, streams, places))
+        streams[best] = True
+    return [int(at) for at in np.flatnonzero(streams)]
+
+
+def _lag(nbytes: _Array, done: _Array, streams: _Array, places: _Array) -> float:
+    """How far copying strays from keeping in step with the computation; both go by the bytes."""
+    moved = np.where(streams, nbytes, 0.0)
+    moved[places] = nbytes[places]
+    copied = np.cumsum(moved)
+    return float(np.var((copied - moved / 2) / copied[-1] - done / done[-1]))
