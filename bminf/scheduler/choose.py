@@ -221,13 +221,16 @@ class _Meeting:
         choices = math.prod(n + 1 for n in counts)
         self._most, self._dtype = choices, _dtype(kinds, counts)
         self._costs: list[float] = [kind.cost for kind in kinds]
+        self._price = 0.0  # the least of a byte; for thinning
+        self._least = math.inf  # cost of what was found so far
         if choices > _EXACT_CHOICES:
             self._most = min(_MOST_WAYS, _MOST_STEPS // len(kinds))
             if self._dtype.hasobject:  # too slow for so many
                 top = max(self._costs)
                 self._dtype = np.dtype(np.float64)
                 self._costs = [max(kind.cost / top, 1e-300) for kind in kinds]
-        self._price = min(c / kind.nbytes for c, kind in zip(self._costs, kinds, strict=True))
+            costs = zip(self._costs, kinds, strict=True)
+            self._price = min(cost / kind.nbytes for cost, kind in costs)
 
     def best(self, to_beat: list[int]) -> list[int]:
         """The counts of the cheapest set, or `to_beat`; of equals, of the one of fewest blocks."""
@@ -248,8 +251,9 @@ class _Meeting:
         kinds, end = self._kinds, len(self._kinds)
         freed = list(accumulate(k.nbytes * n for k, n in zip(kinds, self._counts, strict=True)))
         least_uses = min(kind.uses for kind in kinds)
+        below = np.cumsum([0.0, *(math.log(n + 1) for n in self._counts)])
         while end:
-            start = _half(self._counts[:end], self._most)
+            start = _half(below, end, self._most)
             left = self._missing + 2 * kinds[start].nbytes
             if freed[end - 1] >= left and left * least_uses <= to_beat:
                 yield start, end
@@ -269,7 +273,7 @@ class _Meeting:
 
     def _met(self, small: _Ways, steps: int, large: _Ways) -> list[int] | None:
         """The cheapest of the ways after `steps` with one of `large` each; None if none frees
-        enough."""
+        enough, or an earlier one costs less."""
         nbytes, cost = small.nbytes[steps], small.cost[steps]
         partner = np.searchsorted(nbytes, self._missing - large.nbytes[-1])
         enough = np.flatnonzero(partner < len(nbytes))
@@ -277,6 +281,9 @@ class _Meeting:
             return None
         total = large.cost[-1][enough] + cost[partner[enough]]
         rounding = total.min() * _ROUNDING if total.dtype == np.float64 else 0
+        if total.min() - 2 * rounding > self._least:
+            return None
+        self._least = min(self._least, total.min())
         near = enough[total <= total.min() + rounding]
         return self._cheapest(small.counts(partner[near], steps), large.counts(near, large.steps))
 
@@ -291,16 +298,16 @@ class _Meeting:
         return [int(counts[at][best]) if at in counts else 0 for at in range(len(self._kinds))]
 
 
-def _half(counts: Sequence[int], most: int) -> int:
-    """Where to cut the kinds, so that neither half has more choices than need be.
+def _half(below: _Array, end: int, most: int) -> int:
+    """Where to cut the kinds before `end`, so that neither half has more choices than need be.
 
+    below: the logarithm of the choices of the first kinds, for each number of them.
     The larger kinds get `most` choices at most: thinned, they would leave gaps too wide to fill.
     """
-    logs = [math.log(n + 1) for n in counts]
-    below, above = [0.0, *accumulate(logs)], list(accumulate(logs[::-1]))[::-1]
-    last = len(counts) - 1
-    cuts = (at for at in range(len(counts)) if at == last or above[at] <= math.log(most))
-    return min(cuts, key=lambda at: max(above[at], below[at]))
+    above = below[end] - below[:end]
+    halves = np.maximum(above, below[:end])
+    halves[:-1][above[:-1] > math.log(most) + _ROUNDING] = math.inf
+    return int(halves.argmin())
 
 
 def spread(lists: Sequence[Sequence[Kind]], streams: Mapping[Kind, int]) -> list[list[int]]:

@@ -1,11 +1,8 @@
 """Which blocks stay on the device, decided before a byte is moved: a pure function.
 
-Blocks of the same bytes and the same uses are of one kind, and within a kind it does not matter for
-the cost which of them stream. So the planner first decides how many of each kind stay (knapsack.py:
-the fewest bytes x uses over the bus per request) and then which ones of equals stream (spacing.py:
-spread evenly round the pass, because a copy hides behind the blocks between it and the one before).
-With few blocks it looks at every choice instead, so that among equally cheap choices the best
-spaced one of all is found.
+The fewest bytes x uses over the bus per request decide, and which of equal blocks stream is spread
+evenly round the pass, because a copy hides behind the blocks between it and the one before
+(choose.py).
 
 Where host memory cannot hold all that streams, some blobs stay in a file and come through two
 staging buffers. That is the same choice once more, one floor down, and is made by the same means.
@@ -14,18 +11,14 @@ staging buffers. That is the same choice once more, one floor down, and is made 
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from fractions import Fraction
 from itertools import groupby
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bminf.errors import ArgumentError, BudgetError
-from bminf.scheduler.knapsack import cheapest_sets, resident_counts
-from bminf.scheduler.meet import Kind
-from bminf.scheduler.spacing import STAYS, Spacing, spacing, spread
+from bminf.scheduler.choose import choose
 from bminf.units import format_bytes
 
 if TYPE_CHECKING:
@@ -34,7 +27,6 @@ if TYPE_CHECKING:
 DEFAULT_USES = 128
 """Uses per request of a block that nothing was said about: once a token, for 128 tokens."""
 
-_EXHAUSTIVE = 12  # blocks; 2**12 choices take milliseconds
 _MOST_BYTES = 2**60  # the search counts in int64
 _ROW = 64
 _TIMES: dict[float, str] = {1: "once", 2: "twice"}
@@ -260,10 +252,11 @@ def plan(
     outside_bytes: what stays in any case.   reserved_bytes: what the plan has to leave free.
     host_bytes: of host memory for streamed blobs; those beyond wait in a file. None: all have room.
 
-    If not all fits, two slots of the largest streamed blob are counted, and among equally cheap
-    choices the streamed blocks are spaced evenly in each list. More budget never streams more.
-    The cost is the least possible for up to 12 blocks, and for any number of up to 4 kinds (a kind:
-    bytes and uses); beyond, it is within one block's bytes x uses of the least.
+    If not all fits, two slots of the largest streamed blob are counted. More budget never streams
+    more. The cost is the least possible where the counts of each kind (a kind: bytes and uses) have
+    at most a million combinations, as those of 12 blocks have, and of any number of blocks of one
+    kind; beyond, it is within one block's bytes x uses of the least. Each list streams its part of
+    every kind, spread evenly over its own blocks of that kind.
     What is read from disk per request is chosen likewise among the streamed blocks, `host_bytes`
     in the budget's place and two staging buffers of the largest blob on disk in that of the slots.
     remedies: what an error may advise beside a higher limit; asked only then.
@@ -419,39 +412,10 @@ def _needs(blocks: Sequence[Block]) -> Iterator[tuple[int, int]]:
     yield larger, 0
 
 
-def _as_integers(uses: list[int | float]) -> list[int]:
-    """The uses times one common factor, so that equal costs compare equal, exactly."""
-    exact = [Fraction(value) for value in uses]
-    factor = math.lcm(*(value.denominator for value in exact))
-    return [int(value * factor) for value in exact]
-
-
 def _choose(blocks: tuple[Block, ...], taken: Mapping[str, int | float], room: int) -> set[int]:
     """Places, in the order given, of the blocks that stream when `room` cannot hold all."""
-    uses = _as_integers([taken[block.name] for block in blocks])
-    lists = list(_by_list(blocks).values())
-    movable = [at for at, block in enumerate(blocks) if block.nbytes]
-    if len(movable) <= _EXHAUSTIVE:
-        sets = cheapest_sets(
-            [blocks[at].nbytes for at in movable], [uses[at] for at in movable], room
-        )
-        choices = ({movable[at] for at in chosen} for chosen in sets)
-        return min(choices, key=lambda chosen: _spacing_of(chosen, lists))
-    kinds = Counter(Kind(blocks[at].nbytes, uses[at]) for at in movable)
-    ordered = sorted(kinds, key=lambda kind: (-kind.uses, -kind.nbytes))
-    counts = [kinds[kind] for kind in ordered]
-    stay = resident_counts(ordered, counts, room)
-    number = {kind: at for at, kind in enumerate(ordered)}
-    kind_lists = [
-        [number.get(Kind(blocks[at].nbytes, uses[at]), STAYS) for at in order] for order in lists
-    ]
-    places = spread(kind_lists, [count - kept for count, kept in zip(counts, stay, strict=True)])
-    return {order[at] for order, some in zip(lists, places, strict=True) for at in some}
-
-
-def _spacing_of(streamed: set[int], lists: list[list[int]]) -> Spacing:
-    places = [[at for at, block in enumerate(order) if block in streamed] for order in lists]
-    return spacing(places, [len(order) for order in lists])
+    sizes, uses = [block.nbytes for block in blocks], [taken[block.name] for block in blocks]
+    return choose(sizes, uses, list(_by_list(blocks).values()), room)
 
 
 def _by_list(blocks: tuple[Block, ...]) -> dict[str, list[int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import pickle
 import random
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from work import CountingNumpy, executed_lines
 
 from bminf.errors import ArgumentError, BudgetError
-from bminf.scheduler import knapsack, meet, spacing
+from bminf.scheduler import choose
 from bminf.scheduler.plan import DEFAULT_USES, Block, Plan, plan
 
 
@@ -42,20 +43,36 @@ def cost_of(names, blocks, uses):
     )
 
 
-def spacing_of(names, blocks):
-    """(minus the smallest gap, sum of squared gaps), straight from the definition."""
-    lists = defaultdict(list)
-    for block in blocks:
-        lists[block.list_name].append(block.name in names)
+def spacing_of(streams):
+    """(minus the smallest gap, sum of squared gaps) of the true ones, taken in a circle."""
     gaps = []
-    for streams in lists.values():
-        places = [at for at, moves in enumerate(streams) if moves]
-        for place in places:
-            gap = 1
-            while not streams[(place + gap) % len(streams)]:
-                gap += 1
-            gaps.append(gap)
-    return -min(gaps), sum(gap * gap for gap in gaps)
+    for place in (at for at, moves in enumerate(streams) if moves):
+        gap = 1
+        while not streams[(place + gap) % len(streams)]:
+            gap += 1
+        gaps.append(gap)
+    return -min(gaps, default=0), sum(gap * gap for gap in gaps)
+
+
+def assert_spread(names, blocks, uses):
+    """Each list streams its part of every kind, spaced as well as any choice among its own."""
+    lists, kinds = defaultdict(lambda: defaultdict(list)), defaultdict(list)
+    for block in blocks:
+        used = uses.get(block.name, uses.get(block.list_name, DEFAULT_USES))
+        lists[block.list_name][block.nbytes, used].append(block.name in names)
+        kinds[block.nbytes, used].append(block.name in names)
+    for own in lists.values():
+        for kind, streams in own.items():
+            part = Fraction(sum(kinds[kind]), len(kinds[kind])) * len(streams)
+            assert abs(sum(streams) - part) < 1
+            assert spacing_of(streams) == best_spacing(len(streams), sum(streams))
+
+
+@functools.cache
+def best_spacing(length, count):
+    """The best of all choices of so many."""
+    choices = (set(places) for places in itertools.combinations(range(length), count))
+    return min(spacing_of([at in places for at in range(length)]) for places in choices)
 
 
 def fits(names, blocks, budget):
@@ -71,18 +88,9 @@ def subsets(blocks):
 
 
 def best_of_all(blocks, budget, uses):
-    """(cost, spacing) of the best of all subsets; None if there is none."""
-    cheapest, best = None, []
-    for names in subsets(blocks):
-        if fits(names, blocks, budget):
-            cost = cost_of(names, blocks, uses)
-            if cheapest is None or cost < cheapest:
-                cheapest, best = cost, []
-            if cost == cheapest:
-                best.append(names)
-    if cheapest is None:
-        return None
-    return cheapest, min(spacing_of(names, blocks) for names in best) if best[0] else None
+    """The cost of the best of all subsets; None if there is none."""
+    fitting = (names for names in subsets(blocks) if fits(names, blocks, budget))
+    return min((cost_of(names, blocks, uses) for names in fitting), default=None)
 
 
 def assert_sound(made: Plan, blocks, uses):
@@ -128,9 +136,8 @@ def test_few_blocks_equal_brute_force(problem, budget):
     if made is None:
         return
     assert_sound(made, blocks, uses)
-    assert made.streamed_bytes_per_request == expected[0]
-    if made.streamed:
-        assert spacing_of(set(made.streamed), blocks) == expected[1]
+    assert made.streamed_bytes_per_request == expected
+    assert_spread(set(made.streamed), blocks, uses)
 
 
 @given(problems(most=6, size=4), st.integers(0, 20), st.integers(0, 20))
@@ -268,41 +275,22 @@ def test_many_kinds_stay_within_one_block_of_the_fractional_bound(seed):
             previous = made.streamed_bytes_per_request
 
 
-@pytest.mark.parametrize("seed", range(30))
-def test_searching_near_first_finds_what_searching_everything_finds(seed, monkeypatch):
-    rng = random.Random(seed)
-    common = rng.choice([1, 6])
-    drawn = [
-        knapsack.Kind(common * size * rng.choice([1, 2, 3]), rng.choice([7, 7, 8, 30]))
-        for size in rng.sample(range(20, 400), 4)
-    ]
-    kinds = sorted(drawn, key=lambda kind: (-kind.uses, -kind.nbytes))
-    counts = [rng.randrange(3, 30) for _ in kinds]
-    total = sum(kind.nbytes * n for kind, n in zip(kinds, counts, strict=True))
-    for _ in range(10):
-        room = rng.randrange(2 * max(kind.nbytes for kind in kinds), total)
-        found = []
-        for radii in [(), (0, 1, 3)]:
-            monkeypatch.setattr(knapsack, "_RADII", radii)
-            stay = knapsack.resident_counts(kinds, counts, room)
-            found.append(sum(kind.cost * n for kind, n in zip(kinds, stay, strict=True)))
-        assert found[0] == found[1]
-
-
 @pytest.mark.parametrize("seed", range(12))
-def test_windows_never_stream_more_for_more(seed, monkeypatch):
-    monkeypatch.setattr(knapsack, "_EXACT_SUMS", 0)
-    monkeypatch.setattr(knapsack, "_WINDOW_SUMS", seed % 3 * 10)
+def test_thinned_ways_never_stream_more_for_more(seed, monkeypatch):
+    monkeypatch.setattr(choose, "_EXACT_CHOICES", 0)
+    monkeypatch.setattr(choose, "_MOST_WAYS", [2, 5, 20, 100][seed % 4])
     rng = random.Random(seed)
     sizes = rng.choices(range(1, 20), k=30)
     blocks = make(sizes)
-    uses = {block.name: rng.choice([1, 2, 2.5, 9]) for block in blocks}
+    values = [1, 2, 2.5, 9] if seed % 2 else [0.1, 0.3, 2.3, 128.7]
+    uses = {block.name: rng.choice(values) for block in blocks}
     previous = None
     for budget in range(2 * max(sizes), sum(sizes) + 1):
         made = plan(blocks, budget, uses)
         assert made.total_bytes <= budget
-        assert previous is None or made.streamed_bytes_per_request <= previous
-        previous = made.streamed_bytes_per_request
+        cost = cost_of(set(made.streamed), blocks, uses)
+        assert previous is None or cost <= previous
+        previous = cost
 
 
 def gaps_of(places, length):
@@ -324,43 +312,41 @@ def test_equal_blocks_are_spaced_by_floor_or_ceil(length):
 
 
 @pytest.mark.parametrize("lengths", [(12, 12), (24, 12), (7, 30), (5, 9, 14), (1, 1, 40)])
-def test_equal_blocks_of_several_lists_are_shared_out_for_spacing(lengths):
-    def squares(length, share):
-        gaps = gaps_of([at * length // share for at in range(share)], length) if share else []
-        return min(gaps, default=99), sum(gap * gap for gap in gaps)
-
+def test_equal_blocks_of_several_lists_stream_in_proportion(lengths):
     names = [name for name, length in zip("abc", lengths, strict=False) for _ in range(length)]
     blocks = make([10] * len(names), names)
     for resident in range(len(names) - 2):
-        made = plan(blocks, 20 + 10 * resident)
-        streams = len(names) - resident
-        expected = min(
-            (-min(gap for gap, _ in parts), sum(square for _, square in parts))
-            for shares in itertools.product(*(range(length + 1) for length in lengths))
-            if sum(shares) == streams
-            for parts in [[squares(n, share) for n, share in zip(lengths, shares, strict=True)]]
-        )
-        assert len(made.streamed) == streams
-        assert spacing_of(set(made.streamed), blocks) == expected
+        streamed = plan(blocks, 20 + 10 * resident).streamed
+        shares = Counter(name.split(".")[0] for name in streamed)
+        assert sum(shares.values()) == len(names) - resident
+        for name, length in zip("abc", lengths, strict=False):
+            assert abs(shares[name] - Fraction(length * len(streamed), len(names))) < 1
+            first = names.index(name)
+            places = [int(n.split(".")[1]) - first for n in streamed if n.split(".")[0] == name]
+            even = {length // len(places), -(-length // len(places))} if places else set()
+            assert not places or set(gaps_of(places, length)) <= even
 
 
 @pytest.mark.parametrize("seed", range(25))
-def test_mixed_kinds_are_spaced_as_well_as_any_choice_of_the_same_counts(seed):
+def test_mixed_kinds_are_each_spread_over_their_own(seed):
     rng = random.Random(seed)
     count = rng.choice([13, 13, 14])
     lists = rng.choice(["a" * count, "ab" * count, "aab" * count])[:count]
     blocks = make([rng.choice([10, 10, 15, 33]) for _ in range(count)], lists)
     made = plan_or_none(blocks, rng.randrange(66, sum(block.nbytes for block in blocks)))
-    if made is None:
-        return
-    size = {block.name: block.nbytes for block in blocks}
-    wanted = Counter(size[name] for name in made.streamed)
-    expected = min(
-        spacing_of(names, blocks)
-        for names in map(set, itertools.combinations(size, len(made.streamed)))
-        if Counter(size[name] for name in names) == wanted
-    )
-    assert spacing_of(set(made.streamed), blocks) == expected
+    if made is not None:
+        assert_spread(set(made.streamed), blocks, {})
+
+
+def test_two_kinds_in_turn_do_not_stream_side_by_side():
+    """Half of each: spread alike, they would stream in pairs."""
+    blocks = make([10 if at % 2 else 11 for at in range(80)])
+    places = choose.spread([[choose.Kind(b.nbytes, 1) for b in blocks]], SHARES)[0]
+    assert len(places) == 40
+    assert max(gaps_of(places, 80)) <= 3
+
+
+SHARES = {choose.Kind(10, 1): 20, choose.Kind(11, 1): 20}
 
 
 def test_long_lists_of_mixed_kinds_keep_their_streamed_blocks_apart():
@@ -369,7 +355,7 @@ def test_long_lists_of_mixed_kinds_keep_their_streamed_blocks_apart():
     made = plan(blocks, sum(block.nbytes for block in blocks) - 980, uses)
     assert {blocks[int(name.split(".")[1])].nbytes for name in made.streamed} == {10}
     assert len(made.streamed) == 100
-    assert spacing_of(set(made.streamed), blocks) == (-4, 1600)
+    assert spacing_of([block.name in made.streamed for block in blocks]) == (-4, 1600)
 
 
 @given(problems(most=7, size=6))
@@ -400,8 +386,7 @@ def test_ten_thousand_blocks_are_planned_in_few_steps(case, part, monkeypatch):
     are less than a second."""
     blocks, numpy = MANY[case], CountingNumpy()
     budget = int(part * sum(block.nbytes for block in blocks))
-    monkeypatch.setattr(meet, "np", numpy)
-    monkeypatch.setattr(spacing, "np", numpy)
+    monkeypatch.setattr(choose, "np", numpy)
     results = []
     assert executed_lines(lambda: results.append(plan(blocks, budget))) < 4e6
     assert numpy.num_elements < 5e7
@@ -474,9 +459,8 @@ def test_least_is_read_from_disk_and_spread_evenly(problem, budget, host_bytes):
     assert made.streamed == everywhere.streamed and made.resident == everywhere.resident
     assert list(made.on_disk) == [name for name in made.streamed if name in made.on_disk]
     assert made.host_bytes <= host_bytes
-    cost, spaced = best
-    assert cost_of(set(made.on_disk), blocks, uses) == cost
-    assert spaced is None or spacing_of(set(made.on_disk), streamed) == spaced
+    assert cost_of(set(made.on_disk), blocks, uses) == best
+    assert_spread(set(made.on_disk), streamed, uses)
     assert [made.streamed[at] for at in made.disk_places] == list(made.on_disk)
 
 
