@@ -23,8 +23,6 @@ from bminf.models.planning import plan_zoo, published
 from bminf.scheduler.plan import Plan, plan
 
 NUM_LIMITS = 40
-FEWER_LIMITS = {"GLM-10B": 20, "GLM-10B-chinese": 5, "GLM-2B": 5}
-"""A search among their six kinds of blocks takes 50 ms, and they differ in sizes only."""
 
 COMPARED = ("cost", "streamed", "total_bytes")
 """Of each plan. The choice of blocks is not compared, only what it comes to. A planner that makes
@@ -100,7 +98,7 @@ def replanned(whole: Plan, limit: int) -> Plan:
 
 @lru_cache
 def zoo() -> dict[str, Planned]:
-    return {n: planned(plan_of_zoo(n), FEWER_LIMITS.get(n, NUM_LIMITS)) for n in ZOO}
+    return {n: planned(plan_of_zoo(n)) for n in ZOO}
 
 
 def plan_of_zoo(name: str, limit: int | None = None) -> Plan:
