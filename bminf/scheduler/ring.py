@@ -18,6 +18,8 @@ from bminf.errors import UnsupportedModelError
 
 NUM_SLOTS = 2
 
+_SLOTS = frozenset(range(NUM_SLOTS))
+
 
 class Transfers(Protocol):
     """What the ring asks of a backend. Marks and copies are opaque to the ring."""
@@ -57,18 +59,19 @@ class Ring:
 
     def enter(self, block: int) -> int:
         """The slot that holds `block`, ready for computation; it is held until leave(block)."""
-        if not any(copy.block == block for copy in self._ahead):
+        ahead = self._ahead
+        while ahead and ahead[0].block != block:
+            ahead.popleft()
+        if not ahead:
             self._restart_at(block)
-        while self._ahead[0].block != block:
-            self._ahead.popleft()
-        slot = self._ahead[0].slot
+        slot = ahead[0].slot
         try:
-            self._transfers.wait(self._ahead[0].copied)
+            self._transfers.wait(ahead[0].copied)
         except Exception:
-            self._ahead.clear()  # a failed copy is not kept; the next try makes a new one
+            ahead.clear()  # a failed copy is not kept; the next try makes a new one
             raise
         self._in_use[block] = slot
-        self._ahead.popleft()
+        ahead.popleft()
         self._learn(block)
         self._copy_ahead()
         return slot
@@ -90,8 +93,7 @@ class Ring:
             self.leave(block)
 
     def _restart_at(self, block: int) -> None:
-        self._ahead.clear()
-        if not self._free_slots():
+        if not self._has_room():
             raise UnsupportedModelError(
                 f"{NUM_SLOTS} streamed blocks are running and call a third one from inside, "
                 "but there is no third slot; name the blocks so that they do not call each other "
@@ -100,18 +102,18 @@ class Ring:
         self._copy(block)
 
     def _copy_ahead(self) -> None:
-        while self._free_slots():
+        while self._has_room():
             self._copy(self._follows[self._last_copied])
 
     def _copy(self, block: int) -> None:
-        slot = self._free_slots()[0]
+        slot = min(_SLOTS.difference(self._in_use.values(), [copy.slot for copy in self._ahead]))
         copied = self._transfers.copy(block, slot, self._last_use[slot])
         self._ahead.append(_Copy(block, slot, copied))
         self._last_copied = block
 
-    def _free_slots(self) -> list[int]:
-        taken = {copy.slot for copy in self._ahead} | set(self._in_use.values())
-        return [slot for slot in range(NUM_SLOTS) if slot not in taken]
+    def _has_room(self) -> bool:
+        # By their number: this is asked several times a block, and the slots all differ.
+        return len(self._ahead) + len(self._in_use) < NUM_SLOTS
 
     def _learn(self, block: int) -> None:
         if self._last_entered is not None:
