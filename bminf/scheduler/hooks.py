@@ -19,7 +19,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
@@ -132,7 +132,7 @@ class Scheduler:
                 self._overrides.pop()
             self.ring = None
 
-    def call(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def call(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Run `function` as the only thread in the model; calls may nest."""
         if (tracer := tracer_at_work() or capture_at_work()) is not None:
             raise UnsupportedModelError(f"{tracer} {_NO_GRAPH}")
@@ -154,18 +154,23 @@ class Scheduler:
                 if outermost:
                     self._inside = False
 
-    def run(self, block: StreamedBlock, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def run(
+        self, block: StreamedBlock, forward: Callable[..., Any], /, *args: Any, **kwargs: Any
+    ) -> Any:
         """Run the forward of a block with its tensors in a slot. Only inside call()."""
-        if block.slot is not None:  # it calls itself
+        if block.slot is not None or self.ring is None:  # it calls itself, or was unwrapped
             return forward(*args, **kwargs)
-        assert self.ring is not None
         slot = self.ring.enter(block.index)
         is_cached = torch.is_autocast_cache_enabled()
         try:
             # Its cache would keep a copy of every weight that comes by.
             torch.set_autocast_cache_enabled(False)
-            self._count_pass()
+            if not self._pass_counted:
+                self._pass_counted = True
+                self._num_passes += 1
             block.bind(slot)
+            if not torch.is_grad_enabled():
+                return _detached(block, forward(*args, **kwargs))
             with self._saved_by_autograd(block):
                 output = forward(*args, **kwargs)
             return _detached(block, output)
@@ -173,7 +178,7 @@ class Scheduler:
             torch.set_autocast_cache_enabled(is_cached)
             self._leave(block, slot)
 
-    def state_dict(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def state_dict(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Run state_dict, and give streamed tensors as they lie at home, on the host."""
         weights = function(*args, **kwargs)
         if kwargs.get("keep_vars", False):
@@ -202,11 +207,6 @@ class Scheduler:
             block.unbind()
         if self.ring is not None:
             self.ring.settle()
-
-    def _count_pass(self) -> None:
-        if not self._pass_counted:
-            self._pass_counted = True
-            self._num_passes += 1
 
     def _read(self, block: StreamedBlock, name: str) -> torch.Tensor:
         """One tensor of a block from its home, for whoever reads it outside the block's forward."""
@@ -239,7 +239,7 @@ class Scheduler:
 
     def _write(self, block: StreamedBlock, name: str, value: torch.Tensor) -> None:
         """Keep what was written to a tensor of a block outside the block's forward."""
-        self.call(self._write_inside, (block, name, value), {})
+        self.call(self._write_inside, block, name, value)
 
     def _write_inside(self, block: StreamedBlock, name: str, value: torch.Tensor) -> None:
         with torch.inference_mode(False), torch.no_grad():
@@ -250,8 +250,6 @@ class Scheduler:
 
     def _saved_by_autograd(self, block: StreamedBlock) -> AbstractContextManager[Any]:
         """Weights saved by autograd would be overwritten in the slot: save where they lie."""
-        if not torch.is_grad_enabled():
-            return nullcontext()
         if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
             raise UnsupportedModelError(
                 "gradients by torch.func (grad, vjp, jacrev, hessian) cannot be had of a model "
@@ -338,9 +336,15 @@ class _Forward(_Override):
         self, scheduler: Scheduler, module: torch.nn.Module, block: StreamedBlock | None
     ) -> None:
         functools.update_wrapper(self, module.forward)  # keeps the signature that generate() reads
-        self._module, self._scheduler, self._block = module, scheduler, block
-        self._forward = module.forward
-        self._uncompiled = self._call = self._run
+        self._module, self._block, self._forward = module, block, module.forward
+        run = (
+            self._forward
+            if block is None
+            else functools.partial(scheduler.run, block, self._forward)
+        )
+        self._uncompiled = functools.partial(scheduler.call, run)
+        self._call: Callable[..., Any] = self._uncompiled
+        self._is_kept_from_compile = False
 
     def __getattr__(self, name: str) -> Any:
         """What a function has (__code__, __defaults__), for those who look at one."""
@@ -354,13 +358,16 @@ class _Forward(_Override):
         return self._block.name if self._block is not None else ""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.is_over:
+            return self._forward(*args, **kwargs)
         # A compiled graph would keep the weights it was traced with, so streaming stays out of
         # torch.compile; that is only asked where its machinery is loaded at all.
-        if self._call is self._uncompiled and "torch._dynamo" in sys.modules:
+        if not self._is_kept_from_compile and "torch._dynamo" in sys.modules:
             reason = f"bminf: torch.compile {_NO_GRAPH}"
             if torch.compiler.is_compiling():
                 torch._dynamo.graph_break(msg=reason)
             self._call = disable_compile(self._uncompiled, reason)
+            self._is_kept_from_compile = True
         return self._call(*args, **kwargs)
 
     def __deepcopy__(self, memo: Any) -> Any:
@@ -391,16 +398,6 @@ class _Forward(_Override):
             forward = getattr(forward, "__wrapped__", None)
         return forward is self
 
-    def _run(self, *args: Any, **kwargs: Any) -> Any:
-        if self.is_over:
-            return self._forward(*args, **kwargs)
-        return self._scheduler.call(self._inner, args, kwargs)
-
-    def _inner(self, *args: Any, **kwargs: Any) -> Any:
-        if self._block is None or self._scheduler.ring is None:
-            return self._forward(*args, **kwargs)
-        return self._scheduler.run(self._block, self._forward, args, kwargs)
-
 
 class _StateDict(_Override):
     """state_dict with the real weights of streamed blocks, mapped from their home."""
@@ -409,10 +406,7 @@ class _StateDict(_Override):
         self._scheduler, self._state_dict = scheduler, state_dict
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._scheduler.call(self._inner, args, kwargs)
-
-    def _inner(self, *args: Any, **kwargs: Any) -> Any:
-        return self._scheduler.state_dict(self._state_dict, args, kwargs)
+        return self._scheduler.call(self._scheduler.state_dict, self._state_dict, *args, **kwargs)
 
 
 def _refuse_scripting(*args: Any, **kwargs: Any) -> None:
