@@ -105,14 +105,18 @@ class TensorPlace:
     def holder(self) -> dict[str, torch.Tensor | None]:
         return self.module._parameters if self.is_parameter else self.module._buffers  # type: ignore[return-value]
 
+    @property
+    def is_listed(self) -> bool:
+        """Whether the module computes with a list of its own beside its parameters."""
+        return isinstance(self.module, torch.nn.RNNBase)
+
     def get(self) -> torch.Tensor | None:
         return self.holder.get(self.key)
 
     def set(self, tensor: torch.Tensor) -> None:
         self.holder[self.key] = tensor
-        if isinstance(self.module, torch.nn.RNNBase):
-            # It computes with a list of its own beside its parameters, kept up by setattr.
-            setattr(self.module, self.key, tensor)
+        if self.is_listed:
+            setattr(self.module, self.key, tensor)  # this keeps the list up
 
 
 def tensors_of(module: torch.nn.Module) -> Iterator[tuple[str, TensorPlace, torch.Tensor]]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from bminf.layout import Layout
 from bminf.lazy import LazyTensor
 from bminf.scheduler.backends.base import Backend
 from bminf.scheduler.blocks import TensorPlace, tensors_of
+from bminf.scheduler.ring import NUM_SLOTS
 
 logger = logging.getLogger("bminf")
 
@@ -45,7 +47,10 @@ class _ParameterInSlot(_InSlot, torch.nn.Parameter):
     """The same, of a parameter."""
 
 
+_OURS = (_ParameterInSlot, LazyTensor, _InSlot)
 _PLAIN = (torch.Tensor, torch.nn.Parameter, _InSlot, _ParameterInSlot)
+
+_requires_grad, _version = map(operator.attrgetter, ("requires_grad", "_version"))
 
 
 @dataclass
@@ -61,18 +66,15 @@ class _Held:
     cast: torch.Tensor | None = None  # what a hook made of it, for the time of a forward
     cast_version: int = 0
 
+    def __post_init__(self) -> None:
+        self.is_listed = self.place.is_listed
+
     def is_ours(self) -> bool:
         """Whether nobody else has put a tensor in our place."""
         current = self.place.get()
         if current is self.away:  # torch.utils.swap_tensors gives it another tensor's values
             return isinstance(current, LazyTensor)
         return current is not None and any(current is t for t in (self.cast, *self.in_slot))
-
-    def bind(self, slot: int) -> None:
-        weight = self.in_slot[slot]
-        if weight.requires_grad is not self.away.requires_grad:  # set since wrapping
-            weight.requires_grad_(self.away.requires_grad)
-        self.place.set(weight)
 
     def convert(self, fn: Callable[[torch.Tensor], torch.Tensor], slot: int) -> None:
         """Put `fn` of what stands there in its place; back in its own dtype it is in the slot."""
@@ -94,6 +96,7 @@ class _Held:
         if is_ours:
             self.cast, self.cast_version = converted, converted._version
 
+    @torch.no_grad()
     def take_over(self, slot: int, converted: torch.Tensor | None = None) -> None:
         """Bring what was written to the cast tensor, if anything was, into the slot."""
         own = self.in_slot[slot]
@@ -104,10 +107,7 @@ class _Held:
             own.copy_(self.cast)
         self.cast = None
 
-    def is_elsewhere(self, slot: int) -> bool:
-        """Whether the tensor of the slot lies in other memory: its data was set, or swapped."""
-        return getattr(self.in_slot[slot], "is_elsewhere", True)
-
+    @torch.no_grad()
     def put_back(self, slot: int, value: torch.Tensor) -> None:
         weight: Any = self.in_slot[slot]
         self.views[slot].copy_(value)
@@ -163,6 +163,10 @@ class StreamedBlock:
             self._hold(tensor_name, place, tensor, backend)
             for place, (tensor_name, tensor) in places.items()
         ]
+        # As in _held, by what stands in place at a time: they are exchanged together.
+        self._away = [held.away for held in self._held]
+        self._in_slot = [[h.in_slot[slot] for h in self._held] for slot in range(NUM_SLOTS)]
+        self._has_buffers = any(not held.place.is_parameter for held in self._held)
 
     def _hold(
         self,
@@ -192,10 +196,11 @@ class StreamedBlock:
 
     def bind(self, slot: int) -> None:
         """Put the tensors of a slot in place, except where somebody has set one of their own."""
-        self.slot = slot
-        for held in self._held:
+        self.slot, weights = slot, self._in_slot[slot]
+        self._require_grad_as_away(weights)
+        for held, weight in self._exchange(self._away, weights):
             if held.is_ours():
-                held.bind(slot)
+                held.place.set(weight)
             elif not self._warned:
                 self._warned = True
                 logger.warning(
@@ -203,16 +208,42 @@ class StreamedBlock:
                     self.name,
                     held.name,
                 )
-        self._versions = self._count_versions(slot)
+        self._versions = _num_writes(weights)
 
     def unbind(self) -> None:
         """Put the lazy tensors back, except where the model has set a tensor of its own."""
         if self.slot is None:
             return
-        for held in self._held:
+        for held, away in self._exchange(self._in_slot[self.slot], self._away):
             if held.is_ours():
-                held.place.set(held.away)
+                held.place.set(away)
         self.slot = None
+
+    def _exchange(
+        self, before: Sequence[torch.Tensor], after: Sequence[torch.Tensor]
+    ) -> list[tuple[_Held, torch.Tensor]]:
+        """Put `after` where `before` stands; what is left to be looked at one by one is returned.
+
+        Without a call for a tensor: both directions are taken in every pass of every block.
+        """
+        left = []
+        for held, old, new in zip(self._held, before, after, strict=True):
+            place = held.place
+            module, key = place.module, place.key
+            holder: Any = module._parameters if place.is_parameter else module._buffers
+            if holder.get(key) is old and type(old) in _OURS and not held.is_listed:
+                holder[key] = new
+            else:
+                left.append((held, new))
+        return left
+
+    def _require_grad_as_away(self, weights: Sequence[torch.Tensor]) -> None:
+        """Pass on whether gradients are wanted, where that was set since wrapping."""
+        if _are_trained(self._away) == _are_trained(weights):
+            return
+        for held, weight in zip(self._held, weights, strict=True):
+            if held.is_ours() and weight.requires_grad is not held.away.requires_grad:
+                weight.requires_grad_(held.away.requires_grad)
 
     def restore(self, blob: torch.Tensor) -> None:
         """Give the module ordinary tensors again, views into `blob`: (layout.extent,) uint8."""
@@ -225,7 +256,8 @@ class StreamedBlock:
 
     def forget(self) -> None:
         """Hold no tensor any more, in case somebody else holds the block."""
-        self._held.clear()
+        for tensors in (self._held, self._away, self._in_slot):
+            tensors.clear()
 
     def overwrite(self, name: str, value: torch.Tensor) -> None:
         """Give the tensor `name` new values in the slot, if the block is bound to one."""
@@ -251,22 +283,26 @@ class StreamedBlock:
         """
         if self.slot is None:
             return False
-        with torch.no_grad():
-            for held in self._held:
+        for held in self._held:
+            if held.cast is not None:
                 held.take_over(self.slot)
-            if self._put_back(self.slot):
-                return True
-        if self.module.training and any(not held.place.is_parameter for held in self._held):
+        if self._put_back(self.slot) or (self._has_buffers and self.module.training):
             return True
-        return self._count_versions(self.slot) != self._versions
+        return _num_writes(self._in_slot[self.slot]) != self._versions
 
     def _put_back(self, slot: int) -> bool:
         """Bring what was set as the data of tensors into the slot; whether there was any."""
-        moved = [held for held in self._held if held.is_elsewhere(slot)]
+        moved = [
+            held
+            for held, weight in zip(self._held, self._in_slot[slot], strict=True)
+            if getattr(weight, "is_elsewhere", True)  # without: swapped with a tensor not of ours
+        ]
+        if not moved:
+            return False
         values = [held.in_slot[slot].detach().clone() for held in moved]  # if they were exchanged
         for held, value in zip(moved, values, strict=True):
             held.put_back(slot, value)
-        return bool(moved)
+        return True
 
     def offset_in_slot(self, tensor: torch.Tensor) -> int | None:
         """Where in the bound slot `tensor` begins, in bytes; None where it lies elsewhere."""
@@ -281,8 +317,16 @@ class StreamedBlock:
             return None
         return offset if 0 <= offset < self.layout.extent else None
 
-    def _count_versions(self, slot: int) -> int:
-        return sum(held.in_slot[slot]._version for held in self._held)
+
+def _num_writes(tensors: Sequence[torch.Tensor]) -> int:
+    # Of a subclass torch looks for a __torch_function__ first, which would take most of the time.
+    with torch._C.DisableTorchFunctionSubclass():
+        return sum(map(_version, tensors))
+
+
+def _are_trained(tensors: Sequence[torch.Tensor]) -> list[bool]:
+    with torch._C.DisableTorchFunctionSubclass():
+        return list(map(_requires_grad, tensors))
 
 
 def _guarded(weight: torch.Tensor) -> torch.Tensor:
