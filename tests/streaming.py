@@ -6,12 +6,12 @@ import gc
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
 from typing import Any
 
 import torch
 
 import bminf
+from bminf.scheduler.backends.reader import Outcome
 from bminf.scheduler.ring import NUM_SLOTS
 from bminf.wrapping import plan_for
 
@@ -68,7 +68,7 @@ def settled_readers() -> int:
     for thread in threading.enumerate():
         if thread.name == "bminf-reader" and (arguments := getattr(thread, "_args", None)):
             answered = threading.Event()
-            arguments[0].put((answered.set, Future()))
+            arguments[0].put((answered.set, Outcome()))
             until(lambda t=thread, a=answered: a.is_set() or not t.is_alive())
     return num_readers()
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from bminf.errors import OffloadError
-from bminf.scheduler.backends.reader import Reader
+from bminf.scheduler.backends.reader import Outcome, Reader
 from bminf.scheduler.store import FileStore
 
 NUM_STAGES = 2
@@ -155,7 +155,7 @@ class ReadAhead:
         if finished.done():  # not where this was done before: the thread has ended
             finished.result()
 
-    def release(self, finish: Callable[[], None]) -> Future[None]:
+    def release(self, finish: Callable[[], None]) -> Outcome:
         """Do no more jobs, then call finish() in the reader's thread; neither is waited for.
 
         For finalizers: it takes no lock. The file is closed, what waits gets an OffloadError. An

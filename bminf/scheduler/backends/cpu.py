@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import torch
 from bminf.layout import Filling, Layout
 from bminf.scheduler import memory
 from bminf.scheduler.backends.base import Counters
-from bminf.scheduler.backends.reader import Reader
+from bminf.scheduler.backends.reader import Outcome, Reader
 from bminf.scheduler.ring import NUM_SLOTS
 from bminf.scheduler.store import FileStore
 
@@ -31,6 +30,7 @@ class CpuBackend:
     def __init__(self) -> None:
         self.slots: list[torch.Tensor] = []
         self._layouts: list[Layout] = []
+        self._in_slots: list[list[torch.Tensor]] = []  # block -> its bytes in each slot
         self._counters = Counters()
         self._store: FileStore | None = None
         self._reader: Reader | None = None
@@ -48,10 +48,11 @@ class CpuBackend:
         self._store = FileStore(extents, offload_dir)
         self._layouts = list(layouts)
         self.slots = [memory.allocate(max(extents)) for _ in range(NUM_SLOTS)]
+        self._in_slots = [[slot[:extent] for slot in self.slots] for extent in extents]
         self._reader = Reader("bminf-reader")
 
     def put(self, block: int, tensors: Iterable[Filling]) -> None:
-        blob = self._slot(block, 0)  # no slot is in use yet, so one can stage the blob
+        blob = self._in_slots[block][0]  # no slot is in use yet, so one can stage the blob
         self._layouts[block].fill(blob, tensors)
         self._opened_store().write(block, blob)
 
@@ -59,7 +60,7 @@ class CpuBackend:
         return self._opened_store().map(block)
 
     def write_back(self, block: int, slot: int) -> None:
-        self._opened_store().write(block, self._slot(block, slot))
+        self._opened_store().write(block, self._in_slots[block][slot])
 
     def rewrite(self, block: int, name: str, tensor: torch.Tensor) -> None:
         store, layout = self._opened_store(), self._layouts[block]
@@ -68,22 +69,22 @@ class CpuBackend:
         begin, end = layout.span(name)
         store.write(block, blob[begin:end], begin)
 
-    def copy(self, block: int, slot: int, after: None) -> Future[None]:
-        assert self._reader is not None
+    def copy(self, block: int, slot: int, after: None) -> Outcome:
+        assert self._reader is not None and self._store is not None
         self._counters.copies += 1
         self._counters.bytes_copied += self._layouts[block].nbytes
-        read = partial(self._read, self._opened_store(), block, self._slot(block, slot))
-        return self._reader.submit(read)
+        blob = self._in_slots[block][slot]
+        return self._reader.submit(partial(self._read, self._store, block, blob))
 
     def _read(self, store: FileStore, block: int, blob: torch.Tensor) -> None:
         began = time.perf_counter()
         store.read_into(block, blob)
         self._counters.copied_s += time.perf_counter() - began
 
-    def wait(self, copied: Future[None]) -> None:
+    def wait(self, copied: Outcome) -> None:
         if not copied.done():
             began = time.perf_counter()
-            copied.exception()
+            copied.wait()
             self._counters.waits += 1
             self._counters.waited_s += time.perf_counter() - began
         copied.result()
@@ -100,7 +101,7 @@ class CpuBackend:
             self._reader.join()
 
     def release(self) -> None:
-        store, self._store, self.slots = self._store, None, []
+        store, self._store, self.slots, self._in_slots = self._store, None, [], []
         if self._reader is None:
             if store is not None:
                 store.close()
@@ -108,9 +109,6 @@ class CpuBackend:
         if store is not None:
             self._reader.submit(store.close)  # after the copies under way
         self._reader.stop()
-
-    def _slot(self, block: int, slot: int) -> torch.Tensor:
-        return self.slots[slot][: self._layouts[block].extent]
 
     def _opened_store(self) -> FileStore:
         assert self._store is not None, "open() comes first"
