@@ -6,8 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.fx
+from torch.fx import _symbolic_trace
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", bool)  # or of old torch
 
 
 def tracer_at_work() -> str | None:
@@ -17,7 +19,7 @@ def tracer_at_work() -> str | None:
     """
     if torch._C._get_tracing_state() is not None:
         return "torch.jit.trace (or the ONNX export that uses it)"
-    if getattr(torch.compiler, "is_exporting", bool)():
+    if _is_exporting():
         return "torch.export"
     # Most often the stack of modes is empty, which is quicker to ask than for one of them.
     if torch._C._len_torch_dispatch_stack():
@@ -25,7 +27,7 @@ def tracer_at_work() -> str | None:
             return "make_fx"
         if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
             return "FakeTensorMode (AOTAutograd uses it)"
-    if torch.fx._symbolic_trace._is_fx_tracing_flag:
+    if _symbolic_trace._is_fx_tracing_flag:
         return "torch.fx.symbolic_trace"
     return None
 
