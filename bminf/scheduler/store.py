@@ -44,7 +44,7 @@ class FileStore:
 
     def write(self, block: int, blob: torch.Tensor, begin: int = 0) -> None:
         """Keep a blob, or the part of one that begins at `begin`. blob: (bytes,) uint8, CPU."""
-        data, offset = _bytes_of(blob), self._offsets[block] + begin
+        data, offset = bytes_of(blob), self._offsets[block] + begin
         try:
             while data:
                 written = _write_at(self._file, data, offset)
@@ -52,9 +52,10 @@ class FileStore:
         except OSError as error:
             raise OffloadError(f"writing a streamed block failed: {error}") from error
 
-    def read_into(self, block: int, blob: torch.Tensor) -> None:
+    def read_into(self, block: int, blob: torch.Tensor | memoryview) -> None:
         """Fetch a blob. blob: (bytes of the block,) uint8, CPU; it is overwritten."""
-        data, offset = _bytes_of(blob), self._offsets[block]
+        data = bytes_of(blob) if isinstance(blob, torch.Tensor) else blob
+        offset = self._offsets[block]
         try:
             while data:
                 count = _read_at(self._file, data, offset)
@@ -146,7 +147,8 @@ def _file_system(folder: Path) -> str:
     return kind
 
 
-def _bytes_of(blob: torch.Tensor) -> memoryview:
+def bytes_of(blob: torch.Tensor) -> memoryview:
+    """The memory of `blob`: (bytes,) uint8, CPU."""
     return memoryview(blob.numpy())  # type: ignore[arg-type]
 
 

@@ -18,7 +18,7 @@ from bminf.scheduler import memory
 from bminf.scheduler.backends.base import Counters
 from bminf.scheduler.backends.reader import Outcome, Reader
 from bminf.scheduler.ring import NUM_SLOTS
-from bminf.scheduler.store import FileStore
+from bminf.scheduler.store import FileStore, bytes_of
 
 
 class CpuBackend:
@@ -30,7 +30,7 @@ class CpuBackend:
     def __init__(self) -> None:
         self.slots: list[torch.Tensor] = []
         self._layouts: list[Layout] = []
-        self._in_slots: list[list[torch.Tensor]] = []  # block -> its bytes in each slot
+        self._slot_bytes: list[memoryview] = []
         self._counters = Counters()
         self._store: FileStore | None = None
         self._reader: Reader | None = None
@@ -48,11 +48,11 @@ class CpuBackend:
         self._store = FileStore(extents, offload_dir)
         self._layouts = list(layouts)
         self.slots = [memory.allocate(max(extents)) for _ in range(NUM_SLOTS)]
-        self._in_slots = [[slot[:extent] for slot in self.slots] for extent in extents]
+        self._slot_bytes = [bytes_of(slot) for slot in self.slots]
         self._reader = Reader("bminf-reader")
 
     def put(self, block: int, tensors: Iterable[Filling]) -> None:
-        blob = self._in_slots[block][0]  # no slot is in use yet, so one can stage the blob
+        blob = self._slot(block, 0)  # no slot is in use yet, so one can stage the blob
         self._layouts[block].fill(blob, tensors)
         self._opened_store().write(block, blob)
 
@@ -60,7 +60,7 @@ class CpuBackend:
         return self._opened_store().map(block)
 
     def write_back(self, block: int, slot: int) -> None:
-        self._opened_store().write(block, self._in_slots[block][slot])
+        self._opened_store().write(block, self._slot(block, slot))
 
     def rewrite(self, block: int, name: str, tensor: torch.Tensor) -> None:
         store, layout = self._opened_store(), self._layouts[block]
@@ -73,10 +73,11 @@ class CpuBackend:
         assert self._reader is not None and self._store is not None
         self._counters.copies += 1
         self._counters.bytes_copied += self._layouts[block].nbytes
-        blob = self._in_slots[block][slot]
+        # All that can be made ready is made here: the reader takes the interpreter from us.
+        blob = self._slot_bytes[slot][: self._layouts[block].extent]
         return self._reader.submit(partial(self._read, self._store, block, blob))
 
-    def _read(self, store: FileStore, block: int, blob: torch.Tensor) -> None:
+    def _read(self, store: FileStore, block: int, blob: memoryview) -> None:
         began = time.perf_counter()
         store.read_into(block, blob)
         self._counters.copied_s += time.perf_counter() - began
@@ -101,7 +102,7 @@ class CpuBackend:
             self._reader.join()
 
     def release(self) -> None:
-        store, self._store, self.slots, self._in_slots = self._store, None, [], []
+        store, self._store, self.slots, self._slot_bytes = self._store, None, [], []
         if self._reader is None:
             if store is not None:
                 store.close()
@@ -109,6 +110,9 @@ class CpuBackend:
         if store is not None:
             self._reader.submit(store.close)  # after the copies under way
         self._reader.stop()
+
+    def _slot(self, block: int, slot: int) -> torch.Tensor:
+        return self.slots[slot][: self._layouts[block].extent]
 
     def _opened_store(self) -> FileStore:
         assert self._store is not None, "open() comes first"
