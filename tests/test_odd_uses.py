@@ -229,10 +229,9 @@ def test_unwrapping_without_the_memory_for_it_leaves_the_model_streaming(
     def refuse(*_: Any, **__: Any) -> Any:
         raise OSError(12, "Cannot allocate memory")
 
-    monkeypatch.setattr(memory.mmap, "mmap", refuse)
+    monkeypatch.setattr(memory, "private_pages", refuse)
     with pytest.raises(BudgetError, match="cannot be had"):
         memory.allocate(100)
-    monkeypatch.setattr(memory, "allocate", lambda nbytes: memory._map_private(nbytes))
     with pytest.raises(BudgetError, match="cannot be had"):
         bminf.unwrap(model)
     monkeypatch.undo()
