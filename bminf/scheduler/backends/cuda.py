@@ -33,7 +33,6 @@ from bminf.units import format_bytes
 logger = logging.getLogger("bminf")
 
 # Of torch's allocator, see taken_bytes().
-_ROUNDED_TO = 512
 _LEAST_SEGMENT = 10 * 2**20
 _SEGMENT_MULTIPLE = 2 * 2**20
 _LEAST_SPLIT = 2**20
@@ -284,15 +283,14 @@ def _ended(interval: _Interval) -> bool:
 
 
 def taken_bytes(nbytes: int) -> int:
-    """Bytes that torch's allocator takes for one buffer of `nbytes`.
+    """Bytes that torch's allocator takes for one buffer of `nbytes`, to within 512.
 
     Large ones get a segment of their own, a multiple of 2 MiB, whose end is given to nobody else
     unless it has more than 1 MiB. Source: c10/cuda/CUDACachingAllocator, the defaults of torch 2.4
     to 2.13.
     """
-    taken = -(-nbytes // _ROUNDED_TO) * _ROUNDED_TO
-    rest = -taken % _SEGMENT_MULTIPLE
-    return taken + rest if taken >= _LEAST_SEGMENT and rest <= _LEAST_SPLIT else taken
+    rest = -nbytes % _SEGMENT_MULTIPLE
+    return nbytes + rest if nbytes >= _LEAST_SEGMENT and rest <= _LEAST_SPLIT else nbytes
 
 
 def free_bytes(device: torch.device) -> int:
