@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from bminf.checkpoint.folder import Checkpoint, open_checkpoint
-from bminf.checkpoint.reshard import reshard
 from bminf.checks import check_positive
 from bminf.errors import ArgumentError, CheckpointError
 from bminf.models.config import CONFIG_FILES, find_config
 from bminf.models.family import INT4_ROW, Config, Family
 from bminf.models.recognition import family_for
+from bminf.models.reshard import reshard
 from bminf.models.source import config_of, family_of, tokenizer_of
 from bminf.models.vocabulary_files import check_files, vocabulary_files
 from bminf.quantization.packed import INT4, INT8, Format

@@ -16,10 +16,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for smollm2_memory
 import torch
 from smollm2_memory import Peak, status_bytes
 
-from bminf.checkpoint.reshard import reshard
 from bminf.checkpoint.safetensors_file import read_safetensors, write_safetensors
 from bminf.checkpoint.torch_file import read_torch_file, weights_of
 from bminf.layout import Layout, TensorSpec
+from bminf.models.reshard import reshard
 
 NUM_TENSORS, TENSOR_BYTES = 100, 2**21
 

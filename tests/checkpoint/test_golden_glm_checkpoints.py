@@ -20,8 +20,8 @@ from bminf.checkpoint.folder import open_checkpoint
 from bminf.checkpoint.glm10b import glm10b_name, glm10b_tensors
 from bminf.checkpoint.glm130b import glm130b_name, glm130b_tensors
 from bminf.checkpoint.quantized import Quantized
-from bminf.checkpoint.reshard import reshard
 from bminf.errors import CheckpointError
+from bminf.models.reshard import reshard
 from bminf.quantization.packed import dequantize
 
 Weights = dict[str, torch.Tensor]
