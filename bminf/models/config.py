@@ -7,23 +7,15 @@ says.
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from bminf.arch.glm import Architecture, GLMConfig
 from bminf.arch.gpt import GPTConfig
 from bminf.arch.t5 import T5Config
+from bminf.checkpoint.config import ConfigReader, num_layers_of, rows_of
 from bminf.checkpoint.stored import Stored
-from bminf.errors import ArgumentError, CheckpointError
-
-CONFIG_FILES = ("config.json", "model_config.json")
-
-# What is in the files besides, and does not change what is computed at inference.
-_ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_tanh": "gelu_tanh"}
+from bminf.errors import CheckpointError
 
 PUBLISHED_GPT = {
     "TsinghuaAI/CPM-Generate": GPTConfig(30000, 2560, 32, 32, 1024, 10240),
@@ -54,43 +46,13 @@ _GLM_HEADS = {
 """Hidden size -> heads of the published models: all that their shapes do not tell."""
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """The JSON object in a file, in any encoding of Unicode, with or without a byte-order mark.
-
-    Raises CheckpointError for anything else.
-    """
-    try:
-        config = json.loads(path.read_bytes())  # which knows byte-order marks
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON ({error}); fetch it again") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} holds a {type(config).__name__}; a JSON object is needed")
-    return config
-
-
-def find_config(folder: Path) -> Path | None:
-    """The file of a configuration in the folder of a checkpoint, or in its parent."""
-    own = (folder / name for name in CONFIG_FILES)
-    beside = (folder.parent / name for name in CONFIG_FILES)
-    found = [path for path in own if path.is_file()]
-    found += [path for path in beside if path.is_file() and not _is_foreign(path)]
-    return next(iter(found), None)
-
-
-def _is_foreign(path: Path) -> bool:
-    """Whether a file in the parent is of a model that just happens to lie there."""
-    return read_config(path).get("model_type") not in (None, "gpt2", "eva", "glm")
-
-
 def gpt_config(source: Mapping[str, Any], tensors: Mapping[str, Stored], where: str) -> GPTConfig:
     """The GPTConfig that `source` describes.
 
     tensors: under our names, for what shapes tell.   where: for messages.
     Raises CheckpointError where a field is missing, or is of a model that arch/gpt.py is not.
     """
-    reader = _Reader(source, where)
+    reader = ConfigReader(source, where)
     own = reader.own(GPTConfig)
     if own is not None:
         return own
@@ -103,7 +65,7 @@ def gpt_config(source: Mapping[str, Any], tensors: Mapping[str, Stored], where: 
     intermediate_size = reader.optional("intermediate_size", "n_inner")
     return reader.made(
         GPTConfig,
-        vocab_size=_rows(tensors, "embed_tokens.weight", 1),
+        vocab_size=rows_of(tensors, "embed_tokens.weight", 1),
         hidden_size=hidden_size,
         num_hidden_layers=reader.integer("num_hidden_layers", "num_layers", "n_layer"),
         num_attention_heads=reader.integer("num_attention_heads", "n_head"),
@@ -122,7 +84,7 @@ def t5_config(source: Mapping[str, Any], tensors: Mapping[str, Stored], where: s
     `feed_forward_proj` is not read: the authors' files say "relu" in it, and their code computes a
     tanh GELU with a gate. A field hidden_act is.
     """
-    reader = _Reader(source, where)
+    reader = ConfigReader(source, where)
     own = reader.own(T5Config)
     if own is not None:
         return own
@@ -131,7 +93,7 @@ def t5_config(source: Mapping[str, Any], tensors: Mapping[str, Stored], where: s
     num_layers = reader.integer("num_encoder_layers", "num_layers")
     return reader.made(
         T5Config,
-        vocab_size=_rows(tensors, "embed_tokens.weight", 1),
+        vocab_size=rows_of(tensors, "embed_tokens.weight", 1),
         hidden_size=reader.integer("hidden_size", "d_model"),
         intermediate_size=reader.integer("intermediate_size", "d_ff"),
         num_attention_heads=reader.integer("num_attention_heads", "num_heads"),
@@ -141,7 +103,7 @@ def t5_config(source: Mapping[str, Any], tensors: Mapping[str, Stored], where: s
         is_attention_scaled=reader.flag("is_attention_scaled", "attn_scale"),
         hidden_act=reader.activation("gelu_new", "hidden_act"),
         num_buckets=reader.optional("num_buckets", "relative_attention_num_buckets")
-        or _rows(tensors, "encoder.position_bias.weight", 32),
+        or rows_of(tensors, "encoder.position_bias.weight", 32),
         max_distance=reader.optional("max_distance", "relative_attention_max_distance") or 128,
         rms_norm_eps=reader.number(1e-6, "rms_norm_eps", "layer_norm_epsilon"),
     )
@@ -151,7 +113,7 @@ def glm130b_config(
     source: Mapping[str, Any], tensors: Mapping[str, Stored], where: str
 ) -> GLMConfig:
     """The GLMConfig that `source` describes; see gpt_config. What it does not say the shapes do."""
-    reader = _Reader(_inner(source), where)
+    reader = ConfigReader(_inner(source), where)
     reader.must_be("layernorm_order", None, "post")
     reader.must_be("rotary_base", None, 10000)
     config = reader.own(GLMConfig) or _glm_config(reader, "glm-130b", tensors)
@@ -168,7 +130,7 @@ def glm10b_config(
     source: Mapping[str, Any], tensors: Mapping[str, Stored], where: str
 ) -> GLMConfig:
     """As glm130b_config, for GLM with 110 million to 10 billion parameters."""
-    reader = _Reader(_inner(source), where)
+    reader = ConfigReader(_inner(source), where)
     # Each of these would compute something that arch/glm.py does not.
     reader.must_be("block_position_encoding", None, True)
     reader.must_be("attention_scale", None, 1.0)
@@ -184,9 +146,9 @@ def _inner(source: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _glm_config(
-    reader: _Reader, architecture: Architecture, tensors: Mapping[str, Stored]
+    reader: ConfigReader, architecture: Architecture, tensors: Mapping[str, Stored]
 ) -> GLMConfig:
-    hidden_size = reader.optional("hidden_size") or _rows(tensors, "norm.weight", 1)
+    hidden_size = reader.optional("hidden_size") or rows_of(tensors, "norm.weight", 1)
     num_heads = reader.optional("num_attention_heads") or _GLM_HEADS[architecture].get(hidden_size)
     if num_heads is None:
         raise CheckpointError(
@@ -200,7 +162,7 @@ def _glm_config(
     return reader.made(
         GLMConfig,
         architecture=architecture,
-        vocab_size=_rows(tensors, "embed_tokens.weight", 1),
+        vocab_size=rows_of(tensors, "embed_tokens.weight", 1),
         hidden_size=hidden_size,
         num_hidden_layers=reader.optional("num_hidden_layers", "num_layers")
         or max(1, num_layers_of(tensors, "layers")),
@@ -215,14 +177,7 @@ def _glm_config(
     )
 
 
-def num_layers_of(tensors: Mapping[str, Stored], list_name: str) -> int:
-    """How many layers `tensors` has in a list such as "decoder.layers"."""
-    pattern = re.compile(re.escape(list_name) + r"\.(\d+)\.")
-    found = (pattern.match(name) for name in tensors)
-    return 1 + max((int(match[1]) for match in found if match is not None), default=-1)
-
-
-def _modelcenter_config(reader: _Reader, tensors: Mapping[str, Stored]) -> T5Config:
+def _modelcenter_config(reader: ConfigReader, tensors: Mapping[str, Stored]) -> T5Config:
     # Each of these would compute something that arch/t5.py does not.
     for name in ("norm_bias", "att_bias", "ffn_bias", "proj_bias", "post_layer_norm", "cls_head"):
         reader.must_be(name, None, False)
@@ -232,7 +187,7 @@ def _modelcenter_config(reader: _Reader, tensors: Mapping[str, Stored]) -> T5Con
     activation = reader.must_be("ffn_activate_fn", "gated_gelu", "gated_gelu_new")
     return reader.made(
         T5Config,
-        vocab_size=_rows(tensors, "embed_tokens.weight", 1),
+        vocab_size=rows_of(tensors, "embed_tokens.weight", 1),
         hidden_size=reader.integer("dim_model"),
         intermediate_size=reader.integer("dim_ff"),
         num_attention_heads=reader.integer("num_heads"),
@@ -247,108 +202,12 @@ def _modelcenter_config(reader: _Reader, tensors: Mapping[str, Stored]) -> T5Con
     )
 
 
-def _num_decoder_layers(reader: _Reader, num_layers: int, tensors: Mapping[str, Stored]) -> int:
+def _num_decoder_layers(
+    reader: ConfigReader, num_layers: int, tensors: Mapping[str, Stored]
+) -> int:
     """CPM-2's code and EVA's Hugging Face form build both stacks with num_layers layers, EVA's own
     code honours num_decoder_layers: of the two numbers, the one that the tensors confirm."""
     named = reader.optional("num_decoder_layers")
     if named is None or num_layers_of(tensors, "decoder.layers") == num_layers:
         return num_layers
     return named
-
-
-def _rows(tensors: Mapping[str, Stored], name: str, default: int) -> int:
-    """Where the tensor is missing, `default`: that it is will be said with all that is missing."""
-    return tensors[name].shape[0] if name in tensors else default
-
-
-_Config = TypeVar("_Config", GPTConfig, T5Config, GLMConfig)
-
-
-class _Reader:
-    """Reads fields of a configuration by any of their names, and says where one is wrong."""
-
-    def __init__(self, source: Mapping[str, Any], where: str) -> None:
-        self.source, self.where = source, where
-
-    def own(self, kind: type[_Config]) -> _Config | None:
-        """A configuration in our own dialect, every field of which is named; otherwise None."""
-        names = {field.name for field in fields(kind)}
-        return self.made(kind, **self.source) if set(self.source) == names else None
-
-    def made(self, kind: type[_Config], **values: Any) -> _Config:
-        try:
-            return kind(**values)
-        except ArgumentError as error:
-            raise CheckpointError(f"{self.where}: {error}") from error
-
-    def optional(self, *names: str) -> int | None:
-        """A whole number above 0; None where none of the names is there, or it is null."""
-        for name in names:
-            value = self.source.get(name)
-            if value is None:
-                continue
-            if type(value) is not int or value < 1:
-                raise CheckpointError(
-                    f"{self.where}: {name} is {value!r}; a whole number above 0 is needed"
-                )
-            return value
-        return None
-
-    def integer(self, *names: str) -> int:
-        value = self.optional(*names)
-        if value is None:
-            raise CheckpointError(
-                f"{self.where} has no {' or '.join(names)}; give the configuration of this model "
-                "as config=..."
-            )
-        return value
-
-    def number(self, default: float, *names: str) -> float:
-        for name in names:
-            value = self.source.get(name)
-            if value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
-                raise CheckpointError(
-                    f"{self.where}: {name} is {value!r}; a number between 0 and 1 is needed"
-                )
-            return float(value)
-        return default
-
-    def flag(self, *names: str) -> bool:
-        for name in names:
-            value = self.source.get(name)
-            if isinstance(value, bool):
-                return value
-            if value is not None:
-                raise CheckpointError(f"{self.where}: {name} is {value!r}; true or false is needed")
-        return False
-
-    def activation(self, default: str, *names: str) -> str:
-        named = {name: self.source[name] for name in names if self.source.get(name) is not None}
-        for name, value in named.items():
-            if value not in _ACTIVATIONS:
-                raise CheckpointError(
-                    f"{self.where}: {name} is {value!r}; accepted: {', '.join(_ACTIVATIONS)}"
-                )
-        return _ACTIVATIONS[next(iter(named.values()), default)]
-
-    def must_be(self, name: str, *accepted: Any) -> Any:
-        """The field's value. Raises CheckpointError for one that would need another model."""
-        value = self.source.get(name)
-        if value not in accepted:
-            raise CheckpointError(
-                f"{self.where}: {name} is {value!r}, which this library does not compute; "
-                f"accepted: {', '.join(repr(choice) for choice in accepted)}"
-            )
-        return value
-
-
-def as_mapping(config: Any) -> Mapping[str, Any] | None:
-    """A configuration object as a mapping of its fields; None where it is not one."""
-    if is_dataclass(config) and not isinstance(config, type):
-        return {field.name: getattr(config, field.name) for field in fields(config)}
-    if isinstance(config, Mapping):
-        return config
-    to_dict = getattr(config, "to_dict", None)  # transformers' configurations
-    return to_dict() if callable(to_dict) else None

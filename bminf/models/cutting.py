@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from bminf.checkpoint.config import CONFIG_FILES, find_config
 from bminf.checkpoint.folder import Checkpoint, open_checkpoint
 from bminf.checks import check_positive
 from bminf.errors import ArgumentError, CheckpointError
-from bminf.models.config import CONFIG_FILES, find_config
 from bminf.models.family import INT4_ROW, Config, Family
 from bminf.models.recognition import family_for
 from bminf.models.reshard import reshard

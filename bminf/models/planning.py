@@ -11,12 +11,13 @@ from typing import Any
 import torch
 
 from bminf.arch.glm import GLMConfig
+from bminf.checkpoint.config import read_config
 from bminf.checkpoint.folder import open_checkpoint
 from bminf.checks import check_positive
 from bminf.errors import ArgumentError, CheckpointError
 from bminf.keywords import known_keywords
 from bminf.models.arguments import dtype_for
-from bminf.models.config import PUBLISHED_GLM, read_config
+from bminf.models.config import PUBLISHED_GLM
 from bminf.models.family import FAMILIES, GLM_FORMATS, Config, Family
 from bminf.models.glm_head import head_packing, num_head_parts
 from bminf.models.load import Packing, lay_out, plan_for, skeleton

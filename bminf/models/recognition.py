@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from bminf.checkpoint.config import find_config, read_config
 from bminf.checkpoint.folder import Checkpoint, open_checkpoint
 from bminf.checkpoint.names import listed
 from bminf.checkpoint.t5 import is_t5
 from bminf.errors import ArgumentError, CheckpointError
-from bminf.models.config import find_config, read_config
 from bminf.models.family import FAMILIES, Family
 from bminf.models.source import family_of
 

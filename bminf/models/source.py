@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from bminf.arch.glm import GLMConfig, head_rows
+from bminf.checkpoint.config import CONFIG_FILES, as_mapping, find_config, read_config
 from bminf.checkpoint.folder import Checkpoint, open_checkpoint
 from bminf.checkpoint.stored import Rows, Scaled, Stored
 from bminf.errors import ArgumentError, CheckpointError
-from bminf.models import config as configs
 from bminf.models.family import FAMILIES, Config, Family
 from bminf.models.load import Packing, Weights, check_shapes, skeleton
 from bminf.quantization.packed import Format
@@ -86,7 +86,7 @@ def open_source(
 def family_of(opened: Checkpoint) -> Family | None:
     """The family that the files themselves tell; None where CPM-2 and EVA look alike."""
     if opened.kind == "bminf":
-        return FAMILIES.get(str(configs.read_config(opened.path / "config.json").get("model")))
+        return FAMILIES.get(str(read_config(opened.path / "config.json").get("model")))
     names = opened.tensors.keys()
     if any(name.endswith("block_position_embeddings.weight") for name in names):
         return FAMILIES["glm10b"]
@@ -129,7 +129,7 @@ def _told(families: Sequence[Family], opened: Checkpoint) -> Family:
     if told is not None:
         raise CheckpointError(f"{opened.path} holds {told.title}, not {wanted}")
     if opened.kind == "bminf":
-        name = configs.read_config(opened.path / "config.json").get("model")
+        name = read_config(opened.path / "config.json").get("model")
         raise CheckpointError(f"{opened.path} holds {name!r}, not {wanted}")
     raise CheckpointError(f"{opened.path} holds another model than {wanted}")
 
@@ -149,8 +149,8 @@ def _with_table(weights: Weights) -> Weights:
 
 def _model_type(opened: Checkpoint) -> Any:
     """What a Hugging Face configuration says that it is of."""
-    path = configs.find_config(opened.path) if opened.kind == "huggingface" else None
-    return None if path is None else configs.read_config(path).get("model_type")
+    path = find_config(opened.path) if opened.kind == "huggingface" else None
+    return None if path is None else read_config(path).get("model_type")
 
 
 def _folder(families: Sequence[Family], checkpoint: str | Path | None) -> Path:
@@ -187,7 +187,7 @@ def _download(hub_id: str, accepted: str) -> Path:
 def _own(family: Family, opened: Checkpoint, config: Any, tokenizer: Any) -> Source:
     """A folder that convert() wrote."""
     path = opened.path / "config.json"
-    written = configs.read_config(path)
+    written = read_config(path)
     if written.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
             f"{path} has the format_version {written.get('format_version')!r}; this library reads "
@@ -250,9 +250,9 @@ def config_of(
     if given is not None:
         source, where = _given_config(given)
         return family.parse(source, tensors, where), source
-    path = configs.find_config(opened.path)
+    path = find_config(opened.path)
     if path is not None:
-        source = configs.read_config(path)
+        source = read_config(path)
         return family.parse(source, tensors, str(path)), source
     if family.published:
         return _published(family, opened, tensors), {}
@@ -263,10 +263,10 @@ def _given_config(given: Any) -> tuple[Mapping[str, Any], str]:
     if isinstance(given, str | Path):
         path = Path(given)
         path = path / "config.json" if path.is_dir() else path
-        read = configs.read_config(path)
+        read = read_config(path)
         own = read.get("config") if read.get("format") == "bminf" else None  # what convert() wrote
         return own if isinstance(own, Mapping) else read, str(path)
-    source = configs.as_mapping(given)
+    source = as_mapping(given)
     if source is None:
         raise ArgumentError(
             f"config is a {type(given).__name__}; accepted: the path of a JSON file, a mapping, "
@@ -286,7 +286,7 @@ def _published(family: Family, opened: Checkpoint, tensors: Mapping[str, Stored]
     }
     if len(candidates) == 1:
         return next(iter(candidates.values()))
-    looked = " or ".join(configs.CONFIG_FILES)
+    looked = " or ".join(CONFIG_FILES)
     if candidates:
         raise CheckpointError(
             f"{opened.path} has the shapes of {' and of '.join(candidates)}, which differ in "

@@ -1,0 +1,155 @@
+"""Configurations beside the weights: where they are found, and their fields, read and checked."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from bminf.checkpoint.stored import Stored
+from bminf.errors import ArgumentError, CheckpointError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+CONFIG_FILES = ("config.json", "model_config.json")
+
+_ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_tanh": "gelu_tanh"}
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The JSON object in a file, in any encoding of Unicode, with or without a byte-order mark.
+
+    Raises CheckpointError for anything else.
+    """
+    try:
+        config = json.loads(path.read_bytes())  # which knows byte-order marks
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON ({error}); fetch it again") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} holds a {type(config).__name__}; a JSON object is needed")
+    return config
+
+
+def find_config(folder: Path) -> Path | None:
+    """The file of a configuration in the folder of a checkpoint, or in its parent."""
+    own = (folder / name for name in CONFIG_FILES)
+    beside = (folder.parent / name for name in CONFIG_FILES)
+    found = [path for path in own if path.is_file()]
+    found += [path for path in beside if path.is_file() and not _is_foreign(path)]
+    return next(iter(found), None)
+
+
+def _is_foreign(path: Path) -> bool:
+    """Whether a file in the parent is of a model that just happens to lie there."""
+    return read_config(path).get("model_type") not in (None, "gpt2", "eva", "glm")
+
+
+def as_mapping(config: Any) -> Mapping[str, Any] | None:
+    """A configuration object as a mapping of its fields; None where it is not one."""
+    if is_dataclass(config) and not isinstance(config, type):
+        return {field.name: getattr(config, field.name) for field in fields(config)}
+    if isinstance(config, Mapping):
+        return config
+    to_dict = getattr(config, "to_dict", None)  # transformers' configurations
+    return to_dict() if callable(to_dict) else None
+
+
+_Config = TypeVar("_Config", bound="DataclassInstance")
+
+
+class ConfigReader:
+    """Reads fields of a configuration by any of their names, and says where one is wrong."""
+
+    def __init__(self, source: Mapping[str, Any], where: str) -> None:
+        self.source, self.where = source, where
+
+    def own(self, kind: type[_Config]) -> _Config | None:
+        """A configuration in our own dialect, every field of which is named; otherwise None."""
+        names = {field.name for field in fields(kind)}
+        return self.made(kind, **self.source) if set(self.source) == names else None
+
+    def made(self, kind: type[_Config], **values: Any) -> _Config:
+        try:
+            return kind(**values)
+        except ArgumentError as error:
+            raise CheckpointError(f"{self.where}: {error}") from error
+
+    def optional(self, *names: str) -> int | None:
+        """A whole number above 0; None where none of the names is there, or it is null."""
+        for name in names:
+            value = self.source.get(name)
+            if value is None:
+                continue
+            if type(value) is not int or value < 1:
+                raise CheckpointError(
+                    f"{self.where}: {name} is {value!r}; a whole number above 0 is needed"
+                )
+            return value
+        return None
+
+    def integer(self, *names: str) -> int:
+        value = self.optional(*names)
+        if value is None:
+            raise CheckpointError(
+                f"{self.where} has no {' or '.join(names)}; give the configuration of this model "
+                "as config=..."
+            )
+        return value
+
+    def number(self, default: float, *names: str) -> float:
+        for name in names:
+            value = self.source.get(name)
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
+                raise CheckpointError(
+                    f"{self.where}: {name} is {value!r}; a number between 0 and 1 is needed"
+                )
+            return float(value)
+        return default
+
+    def flag(self, *names: str) -> bool:
+        for name in names:
+            value = self.source.get(name)
+            if isinstance(value, bool):
+                return value
+            if value is not None:
+                raise CheckpointError(f"{self.where}: {name} is {value!r}; true or false is needed")
+        return False
+
+    def activation(self, default: str, *names: str) -> str:
+        named = {name: self.source[name] for name in names if self.source.get(name) is not None}
+        for name, value in named.items():
+            if value not in _ACTIVATIONS:
+                raise CheckpointError(
+                    f"{self.where}: {name} is {value!r}; accepted: {', '.join(_ACTIVATIONS)}"
+                )
+        return _ACTIVATIONS[next(iter(named.values()), default)]
+
+    def must_be(self, name: str, *accepted: Any) -> Any:
+        """The field's value. Raises CheckpointError for one that would need another model."""
+        value = self.source.get(name)
+        if value not in accepted:
+            raise CheckpointError(
+                f"{self.where}: {name} is {value!r}, which this library does not compute; "
+                f"accepted: {', '.join(repr(choice) for choice in accepted)}"
+            )
+        return value
+
+
+def num_layers_of(tensors: Mapping[str, Stored], list_name: str) -> int:
+    """How many layers `tensors` has in a list such as "decoder.layers"."""
+    pattern = re.compile(re.escape(list_name) + r"\.(\d+)\.")
+    found = (pattern.match(name) for name in tensors)
+    return 1 + max((int(match[1]) for match in found if match is not None), default=-1)
+
+
+def rows_of(tensors: Mapping[str, Stored], name: str, default: int) -> int:
+    """Where the tensor is missing, `default`: that it is will be said with all that is missing."""
+    return tensors[name].shape[0] if name in tensors else default
