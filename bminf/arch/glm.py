@@ -13,13 +13,24 @@ Sources: Du et al. 2022, arXiv:2103.10360; Zeng et al. 2022, arXiv:2210.02414.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
 import torch
 
+from bminf.checkpoint.splits import (
+    COLUMNS,
+    MEGATRON_LAYER,
+    MEGATRON_WIDTHS,
+    OWN,
+    REPLICATED,
+    ROWS,
+    STRIPED,
+    SplitTable,
+)
 from bminf.checks import check_eps, check_sizes
 from bminf.errors import ArgumentError
 from bminf.layers.attention import attention, hide, merge_heads, split_heads
@@ -257,3 +268,59 @@ def matrices_of(model: GLM) -> list[str]:
     more room for what stays than two slots of a layer.
     """
     return [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+
+
+# ---- ranks ---------------------------------------------------------------------------------------
+
+_BLOCK_POSITIONS = (
+    "transformer.block_position_embeddings.weight",
+    "mixins.block_position_embedding.block_position_embeddings.weight",  # in SwissArmyTransformer
+)
+_EMBEDDING_OF_GLM130B = "transformer.word_embeddings.weight"
+
+
+def is_glm10b(names: Collection[str]) -> bool:
+    """Whether these are names of GLM-10B: it has a second table of positions."""
+    return any(name in names for name in _BLOCK_POSITIONS)
+
+
+def is_glm130b(names: Collection[str]) -> bool:
+    """Whether these are names of GLM-130B."""
+    return _EMBEDDING_OF_GLM130B in names and not is_glm10b(names)
+
+
+SPLITS_OF_GLM130B = SplitTable(
+    "GLM-130B's kind",
+    {
+        re.escape(_EMBEDDING_OF_GLM130B): ROWS,
+        r".*layernorm\.(weight|bias)": REPLICATED,
+        # A head's rows of Q, K and V stand together, so a rank has the rows of whole heads.
+        r".*\.attention\.query_key_value\.(weight|weight_scale|bias)": ROWS,
+        r".*\.attention\.dense\.weight": COLUMNS,
+        r".*\.attention\.dense\.weight_scale": OWN,
+        r".*\.attention\.dense\.bias": REPLICATED,
+        # What is gated, and below it the gate.
+        r".*\.mlp\.dense_h_to_4h\.(weight|weight_scale|bias)": STRIPED(2),
+        r".*\.mlp\.dense_4h_to_h\.weight": COLUMNS,
+        r".*\.mlp\.dense_4h_to_h\.weight_scale": OWN,
+        r".*\.mlp\.dense_4h_to_h\.bias": REPLICATED,
+        r"transformer\.layers\.\d+\.attention\.rotary_emb\.inv_freq": REPLICATED,
+        r"mixins\.rotary-embedding\.rotary_emb\.inv_freq": REPLICATED,
+    },
+    is_glm130b,
+    MEGATRON_WIDTHS,
+)
+"""Source: tools/convert_tp.py of GLM-130B."""
+
+SPLITS_OF_GLM10B = SplitTable(
+    "GLM-10B's kind",
+    {
+        r"(transformer\.)?word_embeddings\.weight": ROWS,
+        r"transformer\.position_embeddings\.weight": REPLICATED,
+        **{re.escape(name): REPLICATED for name in _BLOCK_POSITIONS},
+        **MEGATRON_LAYER,
+    },
+    is_glm10b,
+    MEGATRON_WIDTHS,
+)
+"""Source: change_mp.py of GLM."""

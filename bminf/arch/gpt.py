@@ -11,6 +11,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from bminf.checkpoint.splits import (
+    MEGATRON_LAYER,
+    MEGATRON_WIDTHS,
+    REPLICATED,
+    ROWS,
+    SplitTable,
+)
 from bminf.checks import check_eps, check_sizes
 from bminf.errors import ArgumentError
 from bminf.layers.attention import attention, hide, is_later, merge_heads, split_heads
@@ -140,3 +147,18 @@ def attention_bias(
     if is_hidden is None:
         return None
     return hide(is_hidden.view(-1, 1, num_queries, num_keys), x.dtype)
+
+
+# ---- ranks ---------------------------------------------------------------------------------------
+
+SPLITS = SplitTable(
+    "the CPM family",
+    {
+        r"word_embeddings\.weight": ROWS,
+        r"position_embeddings\.weight": REPLICATED,
+        **MEGATRON_LAYER,
+    },
+    is_for=lambda names: True,  # what is of no other model
+    widths=MEGATRON_WIDTHS,
+)
+"""CPM-1.   Source: change_mp.py of CPM-1-Generate."""

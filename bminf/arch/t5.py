@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from bminf.checkpoint.splits import COLUMNS, REPLICATED, ROWS, STRIPED, SplitTable
 from bminf.checks import check_eps, check_sizes
 from bminf.errors import ArgumentError
 from bminf.layers.attention import (
@@ -312,3 +313,26 @@ def t5_cache_bytes(
         config.head_dim,
         dtype,
     )
+
+
+# ---- ranks ---------------------------------------------------------------------------------------
+
+SPLITS = SplitTable(
+    "the CPM family",
+    {
+        r"(.*\.)?word_embeds\.weight": ROWS,
+        r"lm_head\.weight": ROWS,
+        r"(.*\.)?(role|prompt)_embeds\.weight": REPLICATED,
+        r".*\.final_layernorm\.weight": REPLICATED,
+        r".*\.layer_norm\.weight": REPLICATED,
+        r".*\.self_attn\.project\.weight": STRIPED(3),
+        r".*\.(self|cross)_attn\.dense\.weight": COLUMNS,
+        r".*\.self_attn\.relative_attention_bias\.weight": COLUMNS,
+        r".*\.cross_attn\.project_q\.weight": ROWS,
+        r".*\.cross_attn\.project_kv\.weight": STRIPED(2),
+        r".*\.dense_relu_dense\.wi_[01]\.weight": ROWS,
+        r".*\.dense_relu_dense\.wo\.weight": COLUMNS,
+    },
+    is_for=lambda names: True,  # what is of no other model
+)
+"""CPM-2 and EVA.   Source: change_mp.py of EVA."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,6 +19,7 @@ from bminf.checkpoint.model_parallel import (
 )
 from bminf.checkpoint.names import listed
 from bminf.checkpoint.sharded import read_sharded, read_weights
+from bminf.checkpoint.splits import SplitTable
 from bminf.checkpoint.stored import Stored
 from bminf.checkpoint.torch_file import is_torch_file
 from bminf.checkpoint.wrappers import unwrapped
@@ -54,26 +55,27 @@ class Checkpoint:
     tensors: Mapping[str, Stored]
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
+def open_checkpoint(path: Path, tables: Sequence[SplitTable]) -> Checkpoint:
     """The checkpoint in a folder, or that of one file in it; nothing is read but what names it.
 
+    tables: how tensors were cut for ranks, in all models that it may be of.
     Where a folder holds both, safetensors come before pytorch_model.bin.
     Raises CheckpointError where there is none, one of an unknown layout, several of different
     layouts, or a file of it is damaged.
     """
     try:
         if path.is_dir():
-            return _open_folder(path)
+            return _open_folder(path, tables)
         if path.is_file():
-            return _open_file(path)
+            return _open_file(path, tables)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     raise CheckpointError(f"{path} does not exist; accepted: {_LAYOUTS}")
 
 
-def _open_folder(folder: Path) -> Checkpoint:
+def _open_folder(folder: Path, tables: Sequence[SplitTable]) -> Checkpoint:
     if _is_ours(folder):
-        return _open_named(folder / "model.safetensors", "bminf")
+        return _open_named(folder / "model.safetensors", "bminf", tables)
     kinds: dict[Kind, Path] = {}
     for name, kind in _FILES.items():
         if (folder / name).is_file():
@@ -86,25 +88,25 @@ def _open_folder(folder: Path) -> Checkpoint:
             f"give the path of one file: {listed(path.name for path in kinds.values())}"
         )
     for kind, path in kinds.items():
-        return _open_named(path, kind)
+        return _open_named(path, kind, tables)
     names = sorted(path.name for path in folder.iterdir())
     holds = f"holds no checkpoint, but {listed(names)}" if names else "is empty"
     raise CheckpointError(f"{folder} {holds}; accepted: {_LAYOUTS}")
 
 
-def _open_file(path: Path) -> Checkpoint:
+def _open_file(path: Path, tables: Sequence[SplitTable]) -> Checkpoint:
     folder = path.parent
     if path.name == _CONFIG:
-        return _open_folder(folder)
+        return _open_folder(folder, tables)
     if path.name == FILE_IN_RANK_FOLDER:
-        return _open_named(folder.parent, "original")
+        return _open_named(folder.parent, "original", tables)
     if path.name in TRACKERS or (is_model_parallel(folder) and path in rank_files(folder)):
-        return _open_named(folder, "original")
+        return _open_named(folder, "original", tables)
     if path.name not in _FILES:
         raise CheckpointError(f"{path} is not the file of a checkpoint; accepted: {_LAYOUTS}")
     if path.name == "model.safetensors" and _is_ours(folder):
-        return _open_named(path, "bminf")
-    return _open_named(path, _FILES[path.name])
+        return _open_named(path, "bminf", tables)
+    return _open_named(path, _FILES[path.name], tables)
 
 
 def _is_ours(folder: Path) -> bool:
@@ -112,14 +114,14 @@ def _is_ours(folder: Path) -> bool:
     return config.is_file() and read_json(config).get("format") == "bminf"
 
 
-def _open_named(path: Path, kind: Kind) -> Checkpoint:
+def _open_named(path: Path, kind: Kind, tables: Sequence[SplitTable]) -> Checkpoint:
     folder = path if kind == "original" else path.parent
-    return Checkpoint(kind, folder, _tensors(path, kind))
+    return Checkpoint(kind, folder, _tensors(path, kind, tables))
 
 
-def _tensors(path: Path, kind: Kind) -> Mapping[str, Stored]:
+def _tensors(path: Path, kind: Kind, tables: Sequence[SplitTable]) -> Mapping[str, Stored]:
     if kind == "original":
-        return read_model_parallel(path)
+        return read_model_parallel(path, tables)
     if kind == "bminf1":
         if is_torch_file(path):
             raise CheckpointError(

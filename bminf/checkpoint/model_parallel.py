@@ -5,20 +5,19 @@
     <folder>/iter_XXXXXXX/mp_rank_NN/model_optim_rng.pt      where DeepSpeed was not used
 
 The iteration is a number, or the word "release".
-Sources: change_mp.py of CPM-1-Generate, EVA and GLM, and tools/convert_tp.py of GLM-130B, which cut
-and join such files (splits.py says how).
+Megatron-LM made this layout; what its users cut and join such files with says how (splits.py).
 """
 
 from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bminf.checkpoint.binary_file import BinaryFile
 from bminf.checkpoint.names import listed
-from bminf.checkpoint.splits import splits_of
+from bminf.checkpoint.splits import SplitTable, table_for
 from bminf.checkpoint.stored import InFile, Stored
 from bminf.checkpoint.torch_file import read_torch_file, weights_of
 from bminf.checkpoint.wrappers import unwrapped
@@ -35,24 +34,26 @@ _RANK_FOLDER = re.compile(r"mp_rank_(\d+)")
 FILE_IN_RANK_FOLDER = "model_optim_rng.pt"
 
 
-def read_model_parallel(folder: Path) -> dict[str, Stored]:
+def read_model_parallel(folder: Path, tables: Sequence[SplitTable]) -> dict[str, Stored]:
     """Name -> whole tensor, merged from all ranks as it is read.
 
     folder: the one with latest_checkpointed_iteration.txt or latest, or that of one iteration.
+    tables: how tensors were cut for the ranks, in all models that it may be of.
     Raises CheckpointError where ranks are missing, do not agree, or hold no weights, and where
     there are two or more of a model whose tensors were cut in an unknown way.
     """
     paths = rank_files(folder)
     ranks = [_read_rank(path, len(paths)) for path in paths]
     _check_agreement(paths, ranks)
+    table = table_for(ranks[0].keys(), tables)
     if len(ranks) == 1:
-        _check_complete(ranks[0], 1)
+        _check_complete(ranks[0], 1, table)
         return dict(ranks[0])
-    splits = splits_of(ranks[0].keys())
+    splits = {name: table.split(name) for name in ranks[0]}
     merged = {
         name: split.merge(tuple(rank[name] for rank in ranks)) for name, split in splits.items()
     }
-    _check_complete(merged, len(ranks))
+    _check_complete(merged, len(ranks), table)
     return merged
 
 
@@ -194,20 +195,22 @@ def _check_alike(first: InFile, other: InFile) -> None:
         )
 
 
-def _check_complete(tensors: Mapping[str, Stored], num_ranks: int) -> None:
-    """Raise CheckpointError where the last ranks are missing, which no number of a file tells.
+def _check_complete(tensors: Mapping[str, Stored], num_ranks: int, table: SplitTable) -> None:
+    """Raise CheckpointError where the last ranks are missing, which no number of a file tells."""
+    for end, other in table.widths.items():
+        for name, shared in tensors.items():
+            whole = tensors.get(name.removesuffix(end) + other)
+            if not name.endswith(end) or whole is None:
+                continue
+            if {len(shared.shape), len(whole.shape)} == {2}:
+                _check_width(shared, whole.shape[1], num_ranks)
 
-    The output of attention has as many columns as the QKV matrix, whose own are never cut.
-    """
-    for name, dense in tensors.items():
-        layer = name.removesuffix("attention.dense.weight")
-        qkv = tensors.get(f"{layer}attention.query_key_value.weight")
-        if layer == name or qkv is None or {len(dense.shape), len(qkv.shape)} != {2}:
-            continue
-        of_a_rank = max(1, dense.shape[1] // num_ranks)
-        if dense.shape[1] < qkv.shape[1] and qkv.shape[1] % of_a_rank == 0:
-            raise CheckpointError(
-                f"{dense.where} has {dense.shape[1]} columns in all, and should have "
-                f"{qkv.shape[1]}; see whether the files of all ranks are there, of which "
-                f"{num_ranks} were found"
-            )
+
+def _check_width(shared: Stored, wanted: int, num_ranks: int) -> None:
+    """shared: a matrix whose columns the ranks share, which should be `wanted` in all."""
+    num_columns = shared.shape[1]
+    if num_columns < wanted and wanted % max(1, num_columns // num_ranks) == 0:
+        raise CheckpointError(
+            f"{shared.where} has {num_columns} columns in all, and should have {wanted}; see "
+            f"whether the files of all ranks are there, of which {num_ranks} were found"
+        )

@@ -1,14 +1,15 @@
-"""How the authors of each model cut its tensors for the ranks of model parallelism: tables by name.
+"""How a tensor is cut for the ranks of model parallelism, and tables that say so by its name.
 
-Sources: change_mp.py of CPM-1-Generate, EVA and GLM; tools/convert_tp.py of GLM-130B.
+Each architecture brings the table of its authors.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
+from bminf.checkpoint.names import listed
 from bminf.checkpoint.stored import (
     Columns,
     InFile,
@@ -87,7 +88,7 @@ def STRIPED(num_stripes: int) -> Split:
     return Split(0, num_stripes)
 
 
-_LAYER_OF_CPM1 = {
+MEGATRON_LAYER = {
     r".*layernorm\.(weight|bias)": REPLICATED,
     r".*\.attention\.query_key_value\.(weight|bias)": STRIPED(3),
     r".*\.attention\.dense\.weight": COLUMNS,
@@ -96,82 +97,50 @@ _LAYER_OF_CPM1 = {
     r".*\.mlp\.dense_4h_to_h\.weight": COLUMNS,
     r".*\.mlp\.dense_4h_to_h\.bias": REPLICATED,
 }
-_CPM = {
-    # CPM-1
-    r"word_embeddings\.weight": ROWS,
-    r"position_embeddings\.weight": REPLICATED,
-    **_LAYER_OF_CPM1,
-    # CPM-2 and EVA
-    r"(.*\.)?word_embeds\.weight": ROWS,
-    r"lm_head\.weight": ROWS,
-    r"(.*\.)?(role|prompt)_embeds\.weight": REPLICATED,
-    r".*\.layer_norm\.weight": REPLICATED,
-    r".*\.self_attn\.project\.weight": STRIPED(3),
-    r".*\.(self|cross)_attn\.dense\.weight": COLUMNS,
-    r".*\.self_attn\.relative_attention_bias\.weight": COLUMNS,
-    r".*\.cross_attn\.project_q\.weight": ROWS,
-    r".*\.cross_attn\.project_kv\.weight": STRIPED(2),
-    r".*\.dense_relu_dense\.wi_[01]\.weight": ROWS,
-    r".*\.dense_relu_dense\.wo\.weight": COLUMNS,
-}
-_GLM10B_BLOCK_POSITIONS = (
-    "transformer.block_position_embeddings.weight",
-    "mixins.block_position_embedding.block_position_embeddings.weight",  # in SwissArmyTransformer
-)
-_GLM10B = {
-    r"(transformer\.)?word_embeddings\.weight": ROWS,
-    r"transformer\.position_embeddings\.weight": REPLICATED,
-    **{re.escape(name): REPLICATED for name in _GLM10B_BLOCK_POSITIONS},
-    **_LAYER_OF_CPM1,
-}
-_GLM130B_EMBEDDING = "transformer.word_embeddings.weight"
-_GLM130B = {
-    re.escape(_GLM130B_EMBEDDING): ROWS,
-    r".*layernorm\.(weight|bias)": REPLICATED,
-    # A head's rows of Q, K and V stand together, so a rank has the rows of whole heads.
-    r".*\.attention\.query_key_value\.(weight|weight_scale|bias)": ROWS,
-    r".*\.attention\.dense\.weight": COLUMNS,
-    r".*\.attention\.dense\.weight_scale": OWN,
-    r".*\.attention\.dense\.bias": REPLICATED,
-    # What is gated, and below it the gate.
-    r".*\.mlp\.dense_h_to_4h\.(weight|weight_scale|bias)": STRIPED(2),
-    r".*\.mlp\.dense_4h_to_h\.weight": COLUMNS,
-    r".*\.mlp\.dense_4h_to_h\.weight_scale": OWN,
-    r".*\.mlp\.dense_4h_to_h\.bias": REPLICATED,
-    r"transformer\.layers\.\d+\.attention\.rotary_emb\.inv_freq": REPLICATED,
-    r"mixins\.rotary-embedding\.rotary_emb\.inv_freq": REPLICATED,
-}
+"""A layer of Megatron-LM, which several models were trained with."""
+
+MEGATRON_WIDTHS = {"attention.dense.weight": "attention.query_key_value.weight"}
+"""Of the same; see SplitTable.widths."""
 
 
-def is_glm10b(names: Collection[str]) -> bool:
-    """Whether these are names of GLM-10B: it has a second table of positions."""
-    return any(name in names for name in _GLM10B_BLOCK_POSITIONS)
+@dataclass(frozen=True)
+class SplitTable:
+    """How the original code of one model cuts its tensors.
 
-
-def is_glm130b(names: Collection[str]) -> bool:
-    """Whether these are names of GLM-130B."""
-    return _GLM130B_EMBEDDING in names and not is_glm10b(names)
-
-
-def splits_of(names: Collection[str]) -> dict[str, Split]:
-    """How the original code of the model that has tensors of these names cuts each of them.
-
-    CPM-1, CPM-2, EVA, GLM-130B and GLM-10B are told by their names.
-    Raises CheckpointError for a name that the model does not have.
+    title: of its authors' models, for messages; tables of one title are read as one.
+    splits: pattern of names -> split.   is_for: whether tensors of these names are of this model.
+    widths: end of a name -> end of another in the same place: the first one's columns are shared
+    by the ranks, and together are as many as those of the second, which each rank has whole.
     """
-    title, table = "the CPM family", _CPM
-    if is_glm10b(names):
-        title, table = "GLM-10B's kind", _GLM10B
-    elif is_glm130b(names):
-        title, table = "GLM-130B's kind", _GLM130B
-    return {name: _split(name, table, title) for name in names}
+
+    title: str
+    splits: Mapping[str, Split]
+    is_for: Callable[[Collection[str]], bool]
+    widths: Mapping[str, str] = field(default_factory=dict)
+
+    def split(self, name: str) -> Split:
+        """How the tensor of a name is cut.   Raises CheckpointError for one that is not there."""
+        for pattern, split in self.splits.items():
+            if re.fullmatch(pattern, name):
+                return split
+        raise CheckpointError(
+            f"no model of {self.title} has a tensor {name!r}, so how it was cut for the ranks is "
+            "not known; see whether this is a checkpoint of another model"
+        )
 
 
-def _split(name: str, table: Mapping[str, Split], title: str) -> Split:
-    for pattern, split in table.items():
-        if re.fullmatch(pattern, name):
-            return split
-    raise CheckpointError(
-        f"no model of {title} has a tensor {name!r}, so how it was cut for the ranks is not "
-        "known; see whether this is a checkpoint of another model"
-    )
+def table_for(names: Collection[str], tables: Sequence[SplitTable]) -> SplitTable:
+    """The table for tensors of these names: of several that are for them, the last.
+
+    Raises CheckpointError where there is none.
+    """
+    titles = [table.title for table in tables if table.is_for(names)]
+    if not titles:
+        raise CheckpointError(
+            f"no model that is known has the tensors {listed(names)}, so how they were cut for the "
+            "ranks is not known; see whether this is a checkpoint of another model"
+        )
+    alike = [table for table in tables if table.title == titles[-1]]
+    splits = {pattern: split for table in alike for pattern, split in table.splits.items()}
+    widths = {end: other for table in alike for end, other in table.widths.items()}
+    return SplitTable(titles[-1], splits, alike[-1].is_for, widths)

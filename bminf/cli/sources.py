@@ -109,10 +109,10 @@ def _in_folder(folder: Path) -> dict[str, Any] | ZooModel:
 
 
 def _holds_checkpoint(folder: Path) -> bool:
-    from bminf.checkpoint.folder import open_checkpoint
+    from bminf.arch.registry import checkpoint_in
 
     try:
-        return bool(open_checkpoint(folder).tensors)
+        return bool(checkpoint_in(folder).tensors)
     except CheckpointError:
         return any(folder.rglob("mp_rank_*"))  # damaged, which the next one to open it will say
 

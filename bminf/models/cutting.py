@@ -11,8 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from bminf.arch.registry import checkpoint_in
 from bminf.checkpoint.config import CONFIG_FILES, find_config
-from bminf.checkpoint.folder import Checkpoint, open_checkpoint
+from bminf.checkpoint.folder import Checkpoint
 from bminf.checks import check_positive
 from bminf.errors import ArgumentError, CheckpointError
 from bminf.models.family import INT4_ROW, Config, Family
@@ -43,7 +44,7 @@ def cut(
     check_positive("tp", tp)
     _check_model(source, model)
     bits = _bits(form)
-    beside = _Beside.of(open_checkpoint(Path(source).expanduser()), config, tokenizer)
+    beside = _Beside.of(checkpoint_in(Path(source).expanduser()), config, tokenizer)
     heads = None if beside.config is None else beside.config.num_attention_heads
     reshard(Path(source), target, tp, bits, heads, beside.write)
     beside.warn_of_what_lacks(target)
@@ -119,7 +120,7 @@ def _check_model(source: str | Path, model: str | None) -> None:
     if model is None:
         return
     wanted = family_for(source, model)
-    told = family_of(open_checkpoint(Path(source).expanduser()))
+    told = family_of(checkpoint_in(Path(source).expanduser()))
     if told is not wanted:
         held = "another model" if told is None else told.title
         raise CheckpointError(f"{source} holds {held}, not {wanted.title}")

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from bminf.arch.glm import GLMConfig
+from bminf.arch.registry import checkpoint_in
 from bminf.checkpoint.config import read_config
-from bminf.checkpoint.folder import open_checkpoint
 from bminf.checks import check_positive
 from bminf.errors import ArgumentError, CheckpointError
 from bminf.keywords import known_keywords
@@ -93,7 +93,7 @@ def published(name: str) -> ZooModel | None:
 
 def zoo_in_folder(folder: Path) -> ZooModel:
     """What a folder of any layout holds; headers are read.   Raises CheckpointError."""
-    opened = open_checkpoint(folder.expanduser().absolute())
+    opened = checkpoint_in(folder.expanduser().absolute())
     family = family_of(opened) or FAMILIES["cpm2"]  # EVA is of the same shapes
     if opened.kind != "bminf":
         config, _ = config_of(family, opened, family.tensors(opened), None)

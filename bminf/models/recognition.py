@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from bminf.arch.registry import checkpoint_in
 from bminf.checkpoint.config import find_config, read_config
-from bminf.checkpoint.folder import Checkpoint, open_checkpoint
+from bminf.checkpoint.folder import Checkpoint
 from bminf.checkpoint.names import listed
 from bminf.checkpoint.t5 import is_t5
 from bminf.errors import ArgumentError, CheckpointError
@@ -35,7 +36,7 @@ def family_for(source: str | Path, model: str | None, has_tokenizer: bool = Fals
     path = Path(source).expanduser()
     if not path.exists():
         raise ArgumentError(f"there is no {str(source)!r}; for a hub id, say which model= it is")
-    opened = open_checkpoint(path)
+    opened = checkpoint_in(path)
     family = family_of(opened)
     _check_in_zoo(opened, family)
     if family is None:

@@ -15,8 +15,10 @@ from pathlib import Path
 
 import torch
 
+from bminf.arch.glm import is_glm10b, is_glm130b
+from bminf.arch.registry import SPLIT_TABLES, checkpoint_in
 from bminf.checkpoint.appearing import appearing, free
-from bminf.checkpoint.folder import Checkpoint, open_checkpoint
+from bminf.checkpoint.folder import Checkpoint
 from bminf.checkpoint.glm130b import LINEARS, is_quantized
 from bminf.checkpoint.model_parallel import (
     DEEPSPEED_TRACKER,
@@ -25,7 +27,7 @@ from bminf.checkpoint.model_parallel import (
     TRACKERS,
     rank_files,
 )
-from bminf.checkpoint.splits import Split, is_glm10b, is_glm130b, splits_of
+from bminf.checkpoint.splits import Split, table_for
 from bminf.checkpoint.stored import Sliced, Stored, check_range, pieces
 from bminf.checkpoint.torch_file import read_torch_file
 from bminf.checkpoint.torch_writer import Saved, nbytes_of, write_torch_file
@@ -108,7 +110,8 @@ class _Source:
 
     @property
     def splits(self) -> dict[str, Split]:
-        return splits_of(self.tensors.keys())
+        table = table_for(self.tensors.keys(), SPLIT_TABLES)
+        return {name: table.split(name) for name in self.tensors}
 
     @property
     def is_own_glm10b(self) -> bool:
@@ -117,7 +120,7 @@ class _Source:
 
 
 def _open(path: Path) -> _Source:
-    opened = open_checkpoint(path)
+    opened = checkpoint_in(path)
     tensors = {name.removeprefix("glm."): stored for name, stored in opened.tensors.items()}
     is_known = is_glm10b(tensors) or (opened.kind == "original" and is_glm130b(tensors))
     if not is_known or opened.kind not in ("original", "huggingface"):

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from bminf.arch.glm import GLMConfig, head_rows
+from bminf.arch.registry import checkpoint_in
 from bminf.checkpoint.config import CONFIG_FILES, as_mapping, find_config, read_config
-from bminf.checkpoint.folder import Checkpoint, open_checkpoint
+from bminf.checkpoint.folder import Checkpoint
 from bminf.checkpoint.stored import Rows, Scaled, Stored
 from bminf.errors import ArgumentError, CheckpointError
 from bminf.models.family import FAMILIES, Config, Family
@@ -62,7 +63,7 @@ def open_source(
     families: those that it may be of.   config, tokenizer: see LanguageModel.
     Raises ArgumentError or CheckpointError.
     """
-    opened = open_checkpoint(_folder(families, checkpoint))
+    opened = checkpoint_in(_folder(families, checkpoint))
     family = _told(families, opened)
     if opened.kind == "bminf":
         return _own(family, opened, config, tokenizer)

@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 from saved_files import FORMS, bminf1_bytes, save
 
-from bminf.checkpoint.folder import open_checkpoint
+from bminf.arch.registry import checkpoint_in
 from bminf.errors import CheckpointError
 
 WEIGHTS = {"a.weight": torch.arange(6.0).view(2, 3), "b.weight": torch.ones(4)}
@@ -103,7 +103,7 @@ def test_each_layout_is_recognised(
     (tmp_path / "vocab.txt").write_text("a\n")
     make(tmp_path)
     for path in (tmp_path, *(tmp_path / name for name in files)):
-        checkpoint = open_checkpoint(path)
+        checkpoint = checkpoint_in(path)
         assert (checkpoint.kind, checkpoint.path) == (kind, tmp_path)
         assert list(checkpoint.tensors) == list(WEIGHTS)
         for name, tensor in WEIGHTS.items():
@@ -114,36 +114,36 @@ def test_each_layout_is_recognised(
 
 def test_the_file_of_a_rank_stands_for_all(tmp_path: Path) -> None:
     original(tmp_path)
-    checkpoint = open_checkpoint(tmp_path / "12" / "mp_rank_00_model_states.pt")
+    checkpoint = checkpoint_in(tmp_path / "12" / "mp_rank_00_model_states.pt")
     assert (checkpoint.kind, checkpoint.path) == ("original", tmp_path / "12")
     save({"module": WEIGHTS}, tmp_path / "12" / "mp_rank_02_model_states.pt", "zip")
     with pytest.raises(CheckpointError, match="lacks the file of rank 01"):
-        open_checkpoint(tmp_path / "12" / "mp_rank_00_model_states.pt")
+        checkpoint_in(tmp_path / "12" / "mp_rank_00_model_states.pt")
 
 
 def test_safetensors_come_before_bin(tmp_path: Path) -> None:
     huggingface_safetensors(tmp_path)
     save({"other": torch.ones(1)}, tmp_path / "pytorch_model.bin", "zip")
-    assert list(open_checkpoint(tmp_path).tensors) == list(WEIGHTS)
-    assert list(open_checkpoint(tmp_path / "pytorch_model.bin").tensors) == ["other"]
+    assert list(checkpoint_in(tmp_path).tensors) == list(WEIGHTS)
+    assert list(checkpoint_in(tmp_path / "pytorch_model.bin").tensors) == ["other"]
 
 
 def test_two_layouts_in_one_folder_are_an_error_that_a_file_resolves(tmp_path: Path) -> None:
     bminf1(tmp_path)
     huggingface_bin(tmp_path)
     with pytest.raises(CheckpointError, match=r"'pytorch_model\.bin', 'checkpoint\.pt'"):
-        open_checkpoint(tmp_path)
-    assert open_checkpoint(tmp_path / "checkpoint.pt").kind == "bminf1"
-    assert open_checkpoint(tmp_path / "pytorch_model.bin").kind == "huggingface"
+        checkpoint_in(tmp_path)
+    assert checkpoint_in(tmp_path / "checkpoint.pt").kind == "bminf1"
+    assert checkpoint_in(tmp_path / "pytorch_model.bin").kind == "huggingface"
 
 
 def test_our_own_folder_is_known_by_its_config(tmp_path: Path) -> None:
     bminf(tmp_path)
     bminf1(tmp_path)
-    assert open_checkpoint(tmp_path).kind == "bminf"
+    assert checkpoint_in(tmp_path).kind == "bminf"
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be opened: no such"):
-        open_checkpoint(tmp_path)
+        checkpoint_in(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -166,16 +166,16 @@ def test_what_is_no_checkpoint_says_what_is_there(
 ) -> None:
     make(tmp_path)
     with pytest.raises(CheckpointError, match=message) as caught:
-        open_checkpoint(tmp_path)
+        checkpoint_in(tmp_path)
     assert str(tmp_path) in str(caught.value)
 
 
 def test_a_path_to_nothing_and_to_another_file_are_errors(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="does not exist; accepted"):
-        open_checkpoint(tmp_path / "nothing")
+        checkpoint_in(tmp_path / "nothing")
     (tmp_path / "vocab.txt").touch()
     with pytest.raises(CheckpointError, match=r"vocab\.txt is not the file of a checkpoint"):
-        open_checkpoint(tmp_path / "vocab.txt")
+        checkpoint_in(tmp_path / "vocab.txt")
 
 
 @pytest.mark.parametrize("make", [sharded_safetensors, sharded_bin])
@@ -184,7 +184,7 @@ def test_a_missing_shard_is_named(make: Callable[[Path], None], tmp_path: Path) 
     shard = next(path for path in tmp_path.iterdir() if "-1." in path.name)
     shard.unlink()
     with pytest.raises(CheckpointError, match=f"{shard.name} is missing"):
-        open_checkpoint(tmp_path)
+        checkpoint_in(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -215,4 +215,4 @@ def test_an_index_that_is_wrong_is_an_error(
         safetensors.torch.save_file(both, tmp_path / "model-0.safetensors")
     write_index(tmp_path, "model.safetensors.index.json", weight_map)
     with pytest.raises(CheckpointError, match=message):
-        open_checkpoint(tmp_path)
+        checkpoint_in(tmp_path)

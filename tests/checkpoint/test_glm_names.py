@@ -12,11 +12,12 @@ import safetensors.torch
 import torch
 from glm_files import Weights, glm10b, glm130b, rank_file, write
 
-from bminf.checkpoint.folder import Checkpoint, open_checkpoint
+from bminf.arch.registry import SPLIT_TABLES, checkpoint_in
+from bminf.checkpoint.folder import Checkpoint
 from bminf.checkpoint.glm10b import glm10b_name, glm10b_tensors
 from bminf.checkpoint.glm130b import glm130b_name, glm130b_tensors
 from bminf.checkpoint.quantized import Quantized
-from bminf.checkpoint.splits import COLUMNS, OWN, REPLICATED, ROWS, STRIPED, Split, splits_of
+from bminf.checkpoint.splits import COLUMNS, OWN, REPLICATED, ROWS, STRIPED, Split, table_for
 from bminf.checkpoint.stored import Stored
 from bminf.errors import ArgumentError, CheckpointError
 from bminf.quantization.glm_rows import quantize_rows
@@ -72,7 +73,7 @@ def test_ranks_together_are_the_model(kind: str, degree: int, tmp_path: Path) ->
     make, tensors = KINDS[kind]
     weights = make()
     write(tmp_path, weights, degree)
-    opened = open_checkpoint(tmp_path)
+    opened = checkpoint_in(tmp_path)
     assert opened.kind == "original" and list(opened.tensors) == list(weights)
     expect(tensors(opened), weights)
 
@@ -93,7 +94,7 @@ def test_hugging_face_has_the_inner_names(prefix: str, form: str, tmp_path: Path
             torch.save(part, tmp_path / file)
         index = str({"weight_map": places}).replace("'", '"')
         (tmp_path / "pytorch_model.bin.index.json").write_text(index)
-    found = glm10b_tensors(open_checkpoint(tmp_path))
+    found = glm10b_tensors(checkpoint_in(tmp_path))
     assert set(found) == {ours_of(name) for name in weights}
     for name, tensor in weights.items():
         assert torch.equal(found[str(ours_of(name))].read(), tensor), name
@@ -116,7 +117,7 @@ def test_a_tensor_of_another_model_is_named(kind: str, tmp_path: Path) -> None:
     for degree in (1, 2):
         folder = write(tmp_path / str(degree), {**make(), "mystery.weight": torch.ones(2)}, degree)
         with pytest.raises(CheckpointError, match=r"'mystery\.weight'"):
-            tensors(open_checkpoint(folder))
+            tensors(checkpoint_in(folder))
 
 
 def test_two_names_for_one_tensor_are_an_error(tmp_path: Path) -> None:
@@ -124,16 +125,16 @@ def test_two_names_for_one_tensor_are_an_error(tmp_path: Path) -> None:
     weights["transformer.word_embeddings.weight"] = torch.ones(24, 32)
     write(tmp_path, weights)
     with pytest.raises(CheckpointError, match=r"'word_embeddings\.weight' in .* once"):
-        glm10b_tensors(open_checkpoint(tmp_path))
+        glm10b_tensors(checkpoint_in(tmp_path))
 
 
 def test_another_layout_is_an_error(tmp_path: Path) -> None:
     torch.save(glm130b(), tmp_path / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match="huggingface folder, a layout that GLM-130B"):
-        glm130b_tensors(open_checkpoint(tmp_path))
+        glm130b_tensors(checkpoint_in(tmp_path))
     (tmp_path / "pytorch_model.bin").rename(tmp_path / "pytorch_model.pt")
     with pytest.raises(CheckpointError, match="modelcenter folder, a layout that GLM-10B"):
-        glm10b_tensors(open_checkpoint(tmp_path))
+        glm10b_tensors(checkpoint_in(tmp_path))
 
 
 # ---- how tensors are cut -------------------------------------------------------------------------
@@ -165,13 +166,14 @@ def test_the_tables_of_cuts_depend_on_the_model() -> None:
         f"{layer}.mlp.dense_h_to_4h.bias": ROWS,
     }
     for own in (of_glm130b, of_glm10b):
-        assert splits_of([*same, *own]) == {**same, **own}
+        table = table_for([*same, *own], SPLIT_TABLES)
+        assert {name: table.split(name) for name in [*same, *own]} == {**same, **own}
 
 
 @pytest.mark.parametrize("split", [REPLICATED, ROWS, COLUMNS, STRIPED(2), STRIPED(3)])
 def test_parts_are_the_inverse_of_merging(split: Split, tmp_path: Path) -> None:
     write(tmp_path, {"w": torch.randn(24, 12)})
-    whole: Any = open_checkpoint(tmp_path).tensors["w"]
+    whole: Any = checkpoint_in(tmp_path).tensors["w"]
     for degree in (1, 2, 4):
         parts = tuple(split.part(whole, rank, degree) for rank in range(degree))
         assert torch.equal(split.merge(parts).read(), whole.read())
@@ -182,7 +184,7 @@ def test_parts_are_the_inverse_of_merging(split: Split, tmp_path: Path) -> None:
 
 def test_what_cannot_be_cut_is_named(tmp_path: Path) -> None:
     write(tmp_path, {"w": torch.randn(24)})
-    vector: Any = open_checkpoint(tmp_path).tensors["w"]
+    vector: Any = checkpoint_in(tmp_path).tensors["w"]
     with pytest.raises(CheckpointError, match=r"'w' in .* should have 2 dimensions"):
         COLUMNS.part(vector, 0, 2)
     with pytest.raises(ArgumentError, match="ranks it was made for"):
@@ -214,7 +216,7 @@ def numbers_of(codes: torch.Tensor, bits: int) -> torch.Tensor:
 def test_quantised_ranks_keep_their_own_scales(bits: int, degree: int, tmp_path: Path) -> None:
     write(tmp_path, glm130b(), degree)
     quantize_folder(tmp_path, bits)
-    found = glm130b_tensors(open_checkpoint(tmp_path))
+    found = glm130b_tensors(checkpoint_in(tmp_path))
     whole: list[Weights] = []
     for rank in glm_files.modules(tmp_path):
         values = {name: t for name, t in rank.items() if not name.endswith("_scale")}
@@ -272,7 +274,7 @@ def test_codes_that_are_none_are_named(damage: str, tmp_path: Path) -> None:
     quantize_folder(tmp_path, 8)
     reshape(rank_file(tmp_path, 0), **change)
     with pytest.raises(CheckpointError, match=message):
-        glm130b_tensors(open_checkpoint(tmp_path))
+        glm130b_tensors(checkpoint_in(tmp_path))
 
 
 # ---- trackers ------------------------------------------------------------------------------------
@@ -286,13 +288,13 @@ def test_either_tracker_names_a_number_or_release(
     weights = glm130b()
     write(tmp_path, weights, 2, iteration, tracker)
     for path in (tmp_path, tmp_path / tracker, tmp_path / iteration):
-        expect(glm130b_tensors(open_checkpoint(path)), weights)
+        expect(glm130b_tensors(checkpoint_in(path)), weights)
 
 
 def test_two_trackers_that_agree_are_one(tmp_path: Path) -> None:
     write(tmp_path, glm130b())
     (tmp_path / "latest_checkpointed_iteration.txt").write_text(" 0300\n")
-    assert open_checkpoint(tmp_path).kind == "original"
+    assert checkpoint_in(tmp_path).kind == "original"
 
 
 @pytest.mark.parametrize(
@@ -313,7 +315,7 @@ def test_trackers_that_lead_nowhere_say_so(
     for name, text in texts.items():
         (tmp_path / name).write_text(text)
     with pytest.raises(CheckpointError, match=message):
-        open_checkpoint(tmp_path)
+        checkpoint_in(tmp_path)
 
 
 def test_what_a_trainer_leaves_beside_other_weights_is_no_checkpoint_of_ours(
@@ -321,14 +323,14 @@ def test_what_a_trainer_leaves_beside_other_weights_is_no_checkpoint_of_ours(
 ) -> None:
     torch.save(glm10b(), tmp_path / "pytorch_model.bin")
     (tmp_path / "latest").write_text("global_step300")
-    assert open_checkpoint(tmp_path).kind == "huggingface"
+    assert checkpoint_in(tmp_path).kind == "huggingface"
     (tmp_path / "latest").write_text("300")
     with pytest.raises(CheckpointError, match="several layouts"):
-        open_checkpoint(tmp_path)
+        checkpoint_in(tmp_path)
 
 
 def test_a_missing_rank_is_named(tmp_path: Path) -> None:
     write(tmp_path, glm130b(), 4)
     rank_file(tmp_path, 2).unlink()
     with pytest.raises(CheckpointError, match="lacks the file of rank 02"):
-        open_checkpoint(tmp_path)
+        checkpoint_in(tmp_path)

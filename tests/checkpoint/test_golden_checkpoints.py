@@ -16,7 +16,7 @@ import pytest
 import torch
 from saved_files import same, save
 
-from bminf.checkpoint.folder import open_checkpoint
+from bminf.arch.registry import checkpoint_in
 from bminf.checkpoint.model_parallel import rank_files
 from bminf.checkpoint.torch_file import read_torch_file
 
@@ -86,7 +86,7 @@ def listed_in(path: Path) -> dict[str, tuple[tuple[int, ...], str | None]]:
 
 @golden("folder", [path for path in [*originals(), *others()] if keys_of(path).is_file()])
 def test_golden_checkpoints_hold_the_listed_tensors(folder: Path) -> None:
-    tensors, expected = open_checkpoint(folder).tensors, listed_in(keys_of(folder))
+    tensors, expected = checkpoint_in(folder).tensors, listed_in(keys_of(folder))
     assert set(tensors) == set(expected)
     for name, (shape, dtype) in expected.items():
         assert tensors[name].shape == shape == tuple(tensors[name].read().shape), name
@@ -98,7 +98,7 @@ def test_golden_checkpoints_hold_the_listed_tensors(folder: Path) -> None:
     "folder", [path for path in originals() if path != one_rank(path) and one_rank(path).is_dir()]
 )
 def test_golden_ranks_merge_to_the_values_of_one_rank(folder: Path) -> None:
-    whole, merged = open_checkpoint(one_rank(folder)).tensors, open_checkpoint(folder).tensors
+    whole, merged = checkpoint_in(one_rank(folder)).tensors, checkpoint_in(folder).tensors
     assert set(merged) == set(whole)
     for name, stored in merged.items():
         assert torch.equal(stored.read(), whole[name].read()), name
@@ -108,7 +108,7 @@ def test_golden_ranks_merge_to_the_values_of_one_rank(folder: Path) -> None:
 def test_golden_layouts_are_recognised(folder: Path) -> None:
     kind = LAYOUTS.get(folder.name, "original")
     for path in (folder, *folder.glob("checkpoint.pt"), *folder.glob("pytorch_model.*")):
-        checkpoint = open_checkpoint(path)
+        checkpoint = checkpoint_in(path)
         assert (checkpoint.kind, checkpoint.path) == (kind, folder)
         assert checkpoint.tensors
 

@@ -16,7 +16,7 @@ import torch
 from glm_files import join, load
 from golden import GoldenSet, for_each, golden
 
-from bminf.checkpoint.folder import open_checkpoint
+from bminf.arch.registry import checkpoint_in
 from bminf.checkpoint.glm10b import glm10b_name, glm10b_tensors
 from bminf.checkpoint.glm130b import glm130b_name, glm130b_tensors
 from bminf.checkpoint.quantized import Quantized
@@ -143,7 +143,7 @@ def test_golden_folders_survive_a_round_trip(name: str, case: list[str], tmp_pat
 def test_golden_float_folders_are_read_as_one_model(name: str, case: str) -> None:
     folder = golden(name).path / case
     tensors, their_name = TABLES[name]
-    found = tensors(open_checkpoint(folder))
+    found = tensors(checkpoint_in(folder))
     whole = without(join([rank["module"] for rank in saved(folder)]), set())
     assert {their_name("original", ours) for ours in found} == set(whole)
     for ours, stored in found.items():
@@ -156,7 +156,7 @@ def test_golden_float_folders_are_read_as_one_model(name: str, case: str) -> Non
 def test_golden_quantised_folders_are_codes_times_scale(name: str, case: str) -> None:
     folder = golden(name).path / case
     tensors, their_name = TABLES[name]
-    found = tensors(open_checkpoint(folder))
+    found = tensors(checkpoint_in(folder))
     whole = join([values_of(rank["module"], bits_of(folder)) for rank in saved(folder)])
     whole = without(whole, set())
     assert {their_name("original", ours) for ours in found} == set(whole)
@@ -194,7 +194,7 @@ def values_of(module: Weights, bits: int | None) -> Weights:
 def test_golden_folders_are_recognised(name: str, case: str) -> None:
     folder = golden(name).path / case
     for path in (folder, *folder.glob("latest*"), *folder.glob("*/mp_rank_00_*")):
-        opened = open_checkpoint(path)
+        opened = checkpoint_in(path)
         assert opened.kind == "original"
         assert list(opened.tensors) == list(saved(folder)[0]["module"])
 

@@ -12,7 +12,7 @@ import torch
 from tiny_glm import tiny_glm10b
 from tiny_zoo import save, tiny, write_huggingface
 
-from bminf.checkpoint.folder import open_checkpoint
+from bminf.arch.registry import checkpoint_in
 from bminf.checkpoint.wrappers import unwrapped
 
 Renaming = Callable[[str], str]
@@ -49,10 +49,10 @@ def wrap(tensors: Mapping[str, torch.Tensor], how: str) -> dict[str, torch.Tenso
 @pytest.mark.parametrize("how", WRAPPED)
 @pytest.mark.parametrize("form", ["zip", "safetensors", "sharded"])
 def test_hugging_faces_files(how: str, form: str, tmp_path: Path) -> None:
-    plain = open_checkpoint(tiny("cpm1").write_huggingface(tmp_path / "plain", form)).tensors
+    plain = checkpoint_in(tiny("cpm1").write_huggingface(tmp_path / "plain", form)).tensors
     tensors = {name: stored.read().clone() for name, stored in plain.items()}
     (tmp_path / "wrapped").mkdir()
-    found = open_checkpoint(write_huggingface(tmp_path / "wrapped", wrap(tensors, how), form))
+    found = checkpoint_in(write_huggingface(tmp_path / "wrapped", wrap(tensors, how), form))
     assert found.tensors.keys() == plain.keys()
     assert all(torch.equal(found.tensors[name].read(), t) for name, t in tensors.items())
 
@@ -64,19 +64,19 @@ def test_the_authors_files(how: str, degree: int, name: str, tmp_path: Path) -> 
     """How ranks are cut is told by the names, too."""
     made = tiny_glm10b() if name == "glm10b" else tiny(name)
     folder = made.write_original(tmp_path, degree)
-    whole = open_checkpoint(folder).tensors
+    whole = checkpoint_in(folder).tensors
     plain = {name: stored.read().clone() for name, stored in whole.items()}
     for path in folder.rglob("*.pt"):
         saved = torch.load(path)
         save({**saved, "module": wrap(saved["module"], how)}, path)
-    found = open_checkpoint(folder).tensors
+    found = checkpoint_in(folder).tensors
     assert found.keys() == plain.keys()
     assert all(torch.equal(found[name].read(), tensor) for name, tensor in plain.items())
 
 
 def test_modelcenters_file(tmp_path: Path) -> None:
     save(wrap({"input_embedding.weight": torch.ones(2)}, "both"), tmp_path / "pytorch_model.pt")
-    assert list(open_checkpoint(tmp_path).tensors) == ["input_embedding.weight"]
+    assert list(checkpoint_in(tmp_path).tensors) == ["input_embedding.weight"]
 
 
 def test_an_index_and_a_tracker_with_a_byte_order_mark(tmp_path: Path) -> None:
@@ -84,8 +84,8 @@ def test_an_index_and_a_tracker_with_a_byte_order_mark(tmp_path: Path) -> None:
     index = folder / "model.safetensors.index.json"
     for encoding in ("utf-8-sig", "utf-16"):
         index.write_bytes(json.dumps(json.loads(index.read_bytes())).encode(encoding))
-        assert set(open_checkpoint(folder).tensors) == {"a", "b"}
+        assert set(checkpoint_in(folder).tensors) == {"a", "b"}
     original = tiny("cpm1").write_original(tmp_path / "original")
     tracker = original / "latest_checkpointed_iteration.txt"
     tracker.write_bytes(codecs.BOM_UTF8 + tracker.read_bytes())
-    assert open_checkpoint(original).kind == "original"
+    assert checkpoint_in(original).kind == "original"

@@ -13,7 +13,7 @@ import pytest
 import torch
 from tiny_glm import TinyGLM, Weights, ice_tokenizer, quantized, tiny_glm, tiny_glm10b, tiny_glm130b
 
-import bminf
+from bminf.arch.registry import checkpoint_in
 from bminf.errors import ArgumentError, CheckpointError
 from bminf.models import GLM, convert
 from bminf.ops.dequantize import dequantize_weight
@@ -178,7 +178,7 @@ def test_a_head_that_is_packed_leaves_the_embedding_as_it_is(
     for head in (None, "int8"):
         to = tmp_path / str(head)
         made = convert(folders[name], to, tokenizer=tokenizer_of(name), head_quantization=head)
-        files[head] = set(bminf.checkpoint.folder.open_checkpoint(made).tensors)
+        files[head] = set(checkpoint_in(made).tensors)
     assert "embed_tokens.weight" in files["int8"] and "lm_head.parts.0.qweight" in files["int8"]
     assert "embed_tokens.weight" not in files[None] and "lm_head.parts.0.weight" in files[None]
     with pytest.raises(ArgumentError, match=r"is .*bits=4.*, but the head .*bits=8"):
@@ -206,7 +206,7 @@ def test_the_folder_alone_is_enough(kind: str, tmp_path: Path) -> None:
 def test_what_is_not_packed_keeps_its_dtype(folders: dict[str, Path], tmp_path: Path) -> None:
     for dtype, kept in ((None, torch.float16), (torch.bfloat16, torch.bfloat16)):
         made = convert(folders["glm10b"], tmp_path / str(dtype), dtype=dtype)
-        tensors = bminf.checkpoint.folder.open_checkpoint(made).tensors
+        tensors = checkpoint_in(made).tensors
         assert tensors["lm_head.parts.0.weight"].dtype == kept == tensors["norm.bias"].dtype
 
 
