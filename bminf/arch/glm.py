@@ -40,7 +40,7 @@ from bminf.layers.host_embedding import HostEmbedding
 from bminf.layers.kv_cache import KVCache, decoder_cache
 from bminf.layers.rotary import Rotary, rotate
 
-Architecture = Literal["glm-130b", "glm-10b"]
+GLMKind = Literal["glm-130b", "glm-10b"]
 _PRECISIONS = {"float16": torch.float16, "float32": torch.float32}
 
 
@@ -53,7 +53,7 @@ class GLMConfig:
     num_head_parts: matrices that the output head is cut into.   Raises ArgumentError.
     """
 
-    architecture: Architecture
+    architecture: GLMKind
     vocab_size: int
     hidden_size: int
     num_hidden_layers: int

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from bminf.arch.architecture import Architecture
 from bminf.checks import check_banned, check_positive
 from bminf.errors import ArgumentError, BudgetError, UnsupportedModelError
 from bminf.generation.beam import Hypothesis, beam_search
@@ -27,7 +28,6 @@ from bminf.models.arguments import (
     present_ids,
 )
 from bminf.models.calls import needs_open_model
-from bminf.models.family import Family
 from bminf.models.load import Packing, fill, lay_out, plan_for, skeleton
 from bminf.models.options import Options
 from bminf.models.prompt import Prompt
@@ -72,7 +72,7 @@ class LanguageModel:
     Raises ArgumentError, CheckpointError, BudgetError or OffloadError, and nothing stays loaded.
     """
 
-    _families: Sequence[Family]  # that a checkpoint may be of
+    _architectures: Sequence[Architecture]  # that a checkpoint may be of
     _formats: ClassVar[Mapping[str, Format]] = FORMATS
     _default_format = INT8
     _defaults: Options = Options()
@@ -102,13 +102,13 @@ class LanguageModel:
         limit = None if memory_limit is None else parse_bytes(memory_limit, "memory_limit")
         backend = backend_for(device)
         dtype = dtype_for(dtype, backend.device)
-        source = open_source(self._families, checkpoint, config, tokenizer)
+        source = open_source(self._architectures, checkpoint, config, tokenizer)
         source, packing = self._adapted(source, form, dtype)
         self.path = source.weights.path
         self.config, self.tokenizer, self.device = source.config, source.tokenizer, backend.device
         self.max_length = max_length_for(max_length, source)
         self.max_batch_size = max_batch_size
-        empty = skeleton_of(source.family, source.config)
+        empty = skeleton_of(source.architecture, source.config)
         self.model, blocks = skeleton(empty, dtype, packing, activations)
         blobs = lay_out(self.model, blocks)
         reserve = reserved_bytes(
@@ -120,7 +120,7 @@ class LanguageModel:
             blocks,
             blobs,
             budget,
-            source.family.uses,
+            source.architecture.uses,
             reserve,
             backend.device.type,
             host_budget(backend.device),

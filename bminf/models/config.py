@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from bminf.arch.glm import Architecture, GLMConfig
+from bminf.arch.glm import GLMConfig, GLMKind
 from bminf.arch.gpt import GPTConfig
 from bminf.arch.t5 import T5Config
 from bminf.checkpoint.config import ConfigReader, num_layers_of, rows_of
@@ -146,7 +146,7 @@ def _inner(source: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _glm_config(
-    reader: ConfigReader, architecture: Architecture, tensors: Mapping[str, Stored]
+    reader: ConfigReader, architecture: GLMKind, tensors: Mapping[str, Stored]
 ) -> GLMConfig:
     hidden_size = reader.optional("hidden_size") or rows_of(tensors, "norm.weight", 1)
     num_heads = reader.optional("num_attention_heads") or _GLM_HEADS[architecture].get(hidden_size)

@@ -23,7 +23,7 @@ from bminf.models.cutting import cut
 from bminf.models.family import GLM_FORMATS
 from bminf.models.glm_head import own_packing, with_head
 from bminf.models.load import DTYPES, Packing, lay_out, skeleton, tensors_of_block
-from bminf.models.recognition import family_for
+from bminf.models.recognition import architecture_for
 from bminf.models.source import FORMAT_VERSION, HEAD, Source, open_source, skeleton_of
 from bminf.models.vocabulary_files import check_files, vocabulary_files
 from bminf.progress import progress_bar
@@ -75,8 +75,8 @@ def convert(
         _check_only_cut(dtype=dtype, head_quantization=head_quantization)
         cut(source, target, tp, form, model, config, tokenizer)
         return target
-    family = family_for(source, model, has_tokenizer=tokenizer is not None)
-    opened = open_source([family], source, config, tokenizer)
+    architecture = architecture_for(source, model, has_tokenizer=tokenizer is not None)
+    opened = open_source([architecture], source, config, tokenizer)
     if opened.weights.packing is not None:
         raise CheckpointError(
             f"{opened.weights.path} is packed already, as {opened.weights.packing.usual}; convert "
@@ -112,7 +112,9 @@ def _packed(
 
 
 def _write(source: Source, folder: Path, packing: Packing, dtype: torch.dtype) -> None:
-    model, blocks = skeleton(skeleton_of(source.family, source.config), dtype, packing, "auto")
+    model, blocks = skeleton(
+        skeleton_of(source.architecture, source.config), dtype, packing, "auto"
+    )
     blobs = lay_out(model, blocks)
     layouts = {"": blobs.outside, **blobs.blocks, **_layout_of_table(source, packing)}
     total = sum(layout.nbytes for layout in layouts.values())
@@ -124,12 +126,12 @@ def _write(source: Source, folder: Path, packing: Packing, dtype: torch.dtype) -
                 bar.update(filling[1].nbytes)
 
         write_safetensors(folder / WEIGHTS_FILE, layouts, tensors, {"format": "pt"})
-    for name, path in vocabulary_files(source.family, source.tokenizer).items():
+    for name, path in vocabulary_files(source.architecture, source.tokenizer).items():
         shutil.copyfile(path, folder / name)
     written = {
         "format": "bminf",
         "format_version": FORMAT_VERSION,
-        "model": source.family.name,
+        "model": source.architecture.name,
         "config": asdict(source.config),
         "quantization": _as_json(packing.form),
         "exceptions": {name: _as_json(form) for name, form in packing.exceptions.items()},

@@ -24,7 +24,7 @@ class CPM1(LanguageModel):
 
     {LanguageModel.__doc__}
     """
-    _families = (family.CPM1,)
+    _architectures = (family.CPM1,)
     model: GPT
 
     @needs_open_model

@@ -24,7 +24,7 @@ class CPM2(T5Model):
 
     {LanguageModel.__doc__}
     """
-    _families = (family.CPM2,)
+    _architectures = (family.CPM2,)
 
     @needs_open_model
     def generate(

@@ -11,15 +11,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from bminf.arch.architecture import Architecture
 from bminf.arch.registry import checkpoint_in
 from bminf.checkpoint.config import CONFIG_FILES, find_config
 from bminf.checkpoint.folder import Checkpoint
 from bminf.checks import check_positive
 from bminf.errors import ArgumentError, CheckpointError
-from bminf.models.family import INT4_ROW, Config, Family
-from bminf.models.recognition import family_for
+from bminf.models.family import INT4_ROW, Config
+from bminf.models.recognition import architecture_for
 from bminf.models.reshard import reshard
-from bminf.models.source import config_of, family_of, tokenizer_of
+from bminf.models.source import architecture_of, config_of, tokenizer_of
 from bminf.models.vocabulary_files import check_files, vocabulary_files
 from bminf.quantization.packed import INT4, INT8, Format
 from bminf.tokenizers.base import Tokenizer
@@ -63,23 +64,23 @@ class _Beside:
 
     @classmethod
     def of(cls, opened: Checkpoint, config: Any, tokenizer: Any) -> _Beside:
-        family = family_of(opened)
-        if family is None or opened.kind == "bminf":
+        architecture = architecture_of(opened)
+        if architecture is None or opened.kind == "bminf":
             return cls({}, None)
-        parsed = _config(family, opened, config)
+        parsed = _config(architecture, opened, config)
         files = {}
         found = find_config(opened.path) if config is None else None
         if found is not None:
             files[CONFIG_FILES[0]] = found
-        if not family.name.startswith("glm"):
+        if not architecture.name.startswith("glm"):
             return cls(files, parsed)
         try:
-            made = _tokenizer(family, opened, tokenizer, parsed)
+            made = _tokenizer(architecture, opened, tokenizer, parsed)
         except CheckpointError as error:
             if tokenizer is not None:
                 raise
             return cls(files, parsed, str(error))
-        return cls({**files, **vocabulary_files(family, made)}, parsed)
+        return cls({**files, **vocabulary_files(architecture, made)}, parsed)
 
     def write(self, folder: Path) -> None:
         for name, path in self.files.items():
@@ -102,15 +103,17 @@ class _Beside:
             )
 
 
-def _tokenizer(family: Family, opened: Checkpoint, given: Any, config: Config | None) -> Tokenizer:
+def _tokenizer(
+    architecture: Architecture, opened: Checkpoint, given: Any, config: Config | None
+) -> Tokenizer:
     if given is None:  # as it lies there; whether it is the right one is for whoever loads it
-        return tokenizer_of(family, opened, None, None)
+        return tokenizer_of(architecture, opened, None, None)
     if isinstance(given, str | Path) and given != ICETK and not Path(given).exists():
         raise ArgumentError(
             f"tokenizer={str(given)!r}: there is no such file or folder; give one that there is, "
             "or leave tokenizer out, so that the vocabulary beside the weights goes along"
         )
-    made = tokenizer_of(family, opened, given, config)
+    made = tokenizer_of(architecture, opened, given, config)
     check_files(made)
     return made
 
@@ -119,8 +122,8 @@ def _check_model(source: str | Path, model: str | None) -> None:
     """Raise CheckpointError where it is another model than was said."""
     if model is None:
         return
-    wanted = family_for(source, model)
-    told = family_of(checkpoint_in(Path(source).expanduser()))
+    wanted = architecture_for(source, model)
+    told = architecture_of(checkpoint_in(Path(source).expanduser()))
     if told is not wanted:
         held = "another model" if told is None else told.title
         raise CheckpointError(f"{source} holds {held}, not {wanted.title}")
@@ -139,12 +142,12 @@ def _bits(form: Format | None) -> int | None:
     )
 
 
-def _config(family: Family, opened: Checkpoint, given: Any) -> Config | None:
+def _config(architecture: Architecture, opened: Checkpoint, given: Any) -> Config | None:
     """As a configuration tells it, or the shapes do; None where there is none, and perhaps no need
     to know."""
     is_told = given is not None or find_config(opened.path) is not None
     try:
-        parsed, _ = config_of(family, opened, family.tensors(opened), given)
+        parsed, _ = config_of(architecture, opened, architecture.tensors(opened), given)
     except CheckpointError:
         if is_told:
             raise

@@ -26,7 +26,7 @@ class EVA(T5Model):
 
     {LanguageModel.__doc__}
     """
-    _families = (family.EVA,)
+    _architectures = (family.EVA,)
     _defaults = Options(top_n=10, temperature=0.85)
 
     @needs_open_model

@@ -69,7 +69,7 @@ class GLM(LanguageModel):
 
     {LanguageModel.__doc__}
     """
-    _families = (family.GLM130B, family.GLM10B)
+    _architectures = (family.GLM130B, family.GLM10B)
     _formats: ClassVar[Mapping[str, Format]] = family.GLM_FORMATS
     _default_format = INT4
     _defaults: Options = GLMOptions()

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from bminf.arch.architecture import Architecture
 from bminf.arch.glm import GLMConfig
 from bminf.arch.registry import checkpoint_in
 from bminf.checkpoint.config import read_config
@@ -18,10 +19,10 @@ from bminf.errors import ArgumentError, CheckpointError
 from bminf.keywords import known_keywords
 from bminf.models.arguments import dtype_for
 from bminf.models.config import PUBLISHED_GLM
-from bminf.models.family import FAMILIES, GLM_FORMATS, Config, Family
+from bminf.models.family import FAMILIES, GLM_FORMATS, Config
 from bminf.models.glm_head import head_packing, num_head_parts
 from bminf.models.load import Packing, lay_out, plan_for, skeleton
-from bminf.models.source import config_of, family_of, packing_in
+from bminf.models.source import architecture_of, config_of, packing_in
 from bminf.models.workspace import reserved_bytes
 from bminf.quantization.packed import Format, parse_format
 from bminf.scheduler.plan import Plan
@@ -75,7 +76,7 @@ class ZooModel:
     packing: that of a folder that convert() wrote; None elsewhere.
     """
 
-    family: Family
+    architecture: Architecture
     config: Config
     title: str
     packing: Packing | None = None
@@ -84,37 +85,39 @@ class ZooModel:
 def published(name: str) -> ZooModel | None:
     """The published model of this name or hub id, such as "glm-130b" or "CPM-2"; None is none."""
     plain = _plain(name)
-    for family, title, config in _published():
+    for architecture, title, config in _published():
         names = {_plain(title), _plain(title.rpartition("/")[2])}
         if plain in names or _ALIASES.get(plain) == title:
-            return ZooModel(family, config, title)
+            return ZooModel(architecture, config, title)
     return None
 
 
 def zoo_in_folder(folder: Path) -> ZooModel:
     """What a folder of any layout holds; headers are read.   Raises CheckpointError."""
     opened = checkpoint_in(folder.expanduser().absolute())
-    family = family_of(opened) or FAMILIES["cpm2"]  # EVA is of the same shapes
+    architecture = architecture_of(opened) or FAMILIES["cpm2"]  # EVA is of the same shapes
     if opened.kind != "bminf":
-        config, _ = config_of(family, opened, family.tensors(opened), None)
-        return ZooModel(family, config, family.title)
+        config, _ = config_of(architecture, opened, architecture.tensors(opened), None)
+        return ZooModel(architecture, config, architecture.title)
     path = opened.path / "config.json"
     written = read_config(path)
     fields = written.get("config")
     if not isinstance(fields, Mapping):
         raise CheckpointError(f'{path} has no object "config"; convert the original anew')
-    config = family.parse(fields, opened.tensors, str(path))
-    return ZooModel(family, config, family.title, packing_in(written, path))
+    config = architecture.parse(fields, opened.tensors, str(path))
+    return ZooModel(architecture, config, architecture.title, packing_in(written, path))
 
 
 def zoo_from_config(source: Mapping[str, Any], where: str) -> ZooModel:
     """The same from a configuration alone.   Raises CheckpointError where it does not say all."""
-    family = FAMILIES["glm10b" if "block_position_encoding" in source else "cpm2"]
+    architecture = FAMILIES["glm10b" if "block_position_encoding" in source else "cpm2"]
     size = source.get("vocab_size")
     if type(size) is not int or size < 1:
         raise CheckpointError(f"{where} has no vocab_size")
-    config = replace(family.parse(source, {}, where), vocab_size=size)
-    return ZooModel(family, config, "EVA" if source.get("model_type") == "eva" else family.title)
+    config = replace(architecture.parse(source, {}, where), vocab_size=size)
+    return ZooModel(
+        architecture, config, "EVA" if source.get("model_type") == "eva" else architecture.title
+    )
 
 
 def plan_zoo(
@@ -143,7 +146,7 @@ def plan_zoo(
     if positions is not None and length > positions:
         raise ArgumentError(f"max_length={length}, but the model has {positions} positions")
     return _planned(
-        model.family, model.config, _packing(model, quantization), torch.float16, length,
+        model.architecture, model.config, _packing(model, quantization), torch.float16, length,
         max_batch_size, limit, "cuda", host_memory,
     )  # fmt: skip
 
@@ -162,7 +165,7 @@ def _packing(model: ZooModel, quantization: str | Format | None) -> Packing:
 
 
 def _planned(
-    family: Family,
+    architecture: Architecture,
     config: Config,
     packing: Packing,
     dtype: torch.dtype,
@@ -173,13 +176,13 @@ def _planned(
     host_memory: int | float | str | None,
 ) -> Plan:
     with torch.device("meta"):
-        network = family.build(config)
+        network = architecture.build(config)
     network, blocks = skeleton(network, dtype, packing, "auto")
     reserve = reserved_bytes(config, max_batch_size, max_length, dtype, packing.usual, device)
     limit = parse_bytes(memory_limit, "memory_limit")
     host_bytes = None if host_memory is None else parse_bytes(host_memory, "host_memory")
     return plan_for(
-        blocks, lay_out(network, blocks), limit, family.uses, reserve, device, host_bytes,
+        blocks, lay_out(network, blocks), limit, architecture.uses, reserve, device, host_bytes,
         packing.usual,
     )  # fmt: skip
 
@@ -195,15 +198,15 @@ _ALIASES = {
 }
 
 
-def _published() -> Iterator[tuple[Family, str, Config]]:
-    """(family, name, configuration) of each."""
-    for family in FAMILIES.values():
-        for name, config in family.published.items():
-            yield family, name, config
+def _published() -> Iterator[tuple[Architecture, str, Config]]:
+    """(architecture, name, configuration) of each."""
+    for architecture in FAMILIES.values():
+        for name, config in architecture.published.items():
+            yield architecture, name, config
     for name, glm in PUBLISHED_GLM.items():
-        family = FAMILIES[_GLM_FAMILIES[glm.architecture]]
-        yield family, name, glm
-        yield family, f"THUDM/{name}", glm
+        architecture = FAMILIES[_GLM_FAMILIES[glm.architecture]]
+        yield architecture, name, glm
+        yield architecture, f"THUDM/{name}", glm
 
 
 def _plain(name: str) -> str:

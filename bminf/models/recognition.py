@@ -6,22 +6,25 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from bminf.arch.architecture import Architecture
 from bminf.arch.registry import checkpoint_in
 from bminf.checkpoint.config import find_config, read_config
 from bminf.checkpoint.folder import Checkpoint
 from bminf.checkpoint.names import listed
 from bminf.checkpoint.t5 import is_t5
 from bminf.errors import ArgumentError, CheckpointError
-from bminf.models.family import FAMILIES, Family
-from bminf.models.source import family_of
+from bminf.models.family import FAMILIES
+from bminf.models.source import architecture_of
 
 # What their Hugging Face configurations say, where the names of tensors do not tell enough.
 _MODEL_TYPES = {"cpm1": {"gpt2"}, "glm130b": set[str]()}
 _CPM1_VOCABULARIES = ("*.model", "vocab.txt")
 
 
-def family_for(source: str | Path, model: str | None, has_tokenizer: bool = False) -> Family:
-    """The family that is named, or the only one whose names, shapes and vocabulary go together.
+def architecture_for(
+    source: str | Path, model: str | None, has_tokenizer: bool = False
+) -> Architecture:
+    """The one that is named, or the only one whose names, shapes and vocabulary go together.
 
     source: a folder or hub id.   has_tokenizer: whether one is given that is not in the folder.
     Raises ArgumentError where that has to be said, CheckpointError for another model than these.
@@ -30,30 +33,34 @@ def family_for(source: str | Path, model: str | None, has_tokenizer: bool = Fals
         if not isinstance(model, str) or model not in FAMILIES:
             raise ArgumentError(f"model={model!r}; accepted: {', '.join(FAMILIES)}")
         return FAMILIES[model]
-    known = {hub_id: family for family in FAMILIES.values() for hub_id in family.hub_ids}
+    known = {
+        hub_id: architecture
+        for architecture in FAMILIES.values()
+        for hub_id in architecture.hub_ids
+    }
     if str(source) in known:
         return known[str(source)]
     path = Path(source).expanduser()
     if not path.exists():
         raise ArgumentError(f"there is no {str(source)!r}; for a hub id, say which model= it is")
     opened = checkpoint_in(path)
-    family = family_of(opened)
-    _check_in_zoo(opened, family)
-    if family is None:
+    architecture = architecture_of(opened)
+    _check_in_zoo(opened, architecture)
+    if architecture is None:
         raise ArgumentError(
             f"{path} may hold CPM-2 or EVA, whose tensors have the same names; "
             'say model="cpm2" or model="eva" (bminf convert: --model)'
         )
-    if family.name == "cpm1" and opened.kind == "huggingface" and not has_tokenizer:
+    if architecture.name == "cpm1" and opened.kind == "huggingface" and not has_tokenizer:
         _check_vocabulary_of_cpm1(opened)
-    return family
+    return architecture
 
 
-def _check_in_zoo(opened: Checkpoint, family: Family | None) -> None:
+def _check_in_zoo(opened: Checkpoint, architecture: Architecture | None) -> None:
     """Raise CheckpointError, saying what it is, for a model that the zoo does not have."""
     titles = ", ".join(known.title for known in FAMILIES.values())
     if opened.kind == "bminf":
-        if family is None:
+        if architecture is None:
             name = read_config(opened.path / "config.json").get("model")
             raise CheckpointError(
                 f"{opened.path} holds {name!r}, none of the models here ({titles})"
@@ -61,12 +68,14 @@ def _check_in_zoo(opened: Checkpoint, family: Family | None) -> None:
         return
     config = _config(opened)
     model_type = config.get("model_type")
-    has_names = family is not None or is_t5(opened)
-    accepted = set[str]() if family is None else _MODEL_TYPES.get(family.name, {model_type})
+    has_names = architecture is not None or is_t5(opened)
+    accepted = (
+        set[str]() if architecture is None else _MODEL_TYPES.get(architecture.name, {model_type})
+    )
     if has_names and (model_type is None or model_type in accepted):
         return
     made = ""
-    if family is None and has_names:
+    if architecture is None and has_names:
         made = '; if it was made from CPM-2 or EVA, say which: model="cpm2" or "eva"'
     raise CheckpointError(
         f"{opened.path} holds {_described(config, opened)}, which is none of the models here "

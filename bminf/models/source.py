@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 
+from bminf.arch.architecture import Architecture
 from bminf.arch.glm import GLMConfig, head_rows
 from bminf.arch.registry import checkpoint_in
 from bminf.checkpoint.config import CONFIG_FILES, as_mapping, find_config, read_config
 from bminf.checkpoint.folder import Checkpoint
 from bminf.checkpoint.stored import Rows, Scaled, Stored
 from bminf.errors import ArgumentError, CheckpointError
-from bminf.models.family import FAMILIES, Config, Family
+from bminf.models.family import FAMILIES, Config
 from bminf.models.load import Packing, Weights, check_shapes, skeleton
 from bminf.quantization.packed import Format
 from bminf.tokenizers.base import Tokenizer
@@ -45,7 +46,7 @@ _ONLY_IN_CPM1 = {
 class Source:
     """weights: under the names of the architecture.   dtype: that of the embedding, on disk."""
 
-    family: Family
+    architecture: Architecture
     weights: Weights
     config: Config
     tokenizer: Tokenizer
@@ -53,39 +54,39 @@ class Source:
 
 
 def open_source(
-    families: Sequence[Family],
+    architectures: Sequence[Architecture],
     checkpoint: str | Path | None,
     config: Any = None,
     tokenizer: Any = None,
 ) -> Source:
     """Find everything that a model needs in `checkpoint`, a folder or a hub id.
 
-    families: those that it may be of.   config, tokenizer: see LanguageModel.
+    architectures: those that it may be of.   config, tokenizer: see LanguageModel.
     Raises ArgumentError or CheckpointError.
     """
-    opened = checkpoint_in(_folder(families, checkpoint))
-    family = _told(families, opened)
+    opened = checkpoint_in(_folder(architectures, checkpoint))
+    architecture = _told(architectures, opened)
     if opened.kind == "bminf":
-        return _own(family, opened, config, tokenizer)
-    renamed = family.tensors(opened)
-    parsed, source = config_of(family, opened, renamed, config)
+        return _own(architecture, opened, config, tokenizer)
+    renamed = architecture.tensors(opened)
+    parsed, source = config_of(architecture, opened, renamed, config)
     tensors = _as_configured(renamed, source)
     weights = Weights(
         tensors,
         opened.path,
-        original_name=partial(family.original_name, opened.kind),
-        pack=family.pack,
+        original_name=partial(architecture.original_name, opened.kind),
+        pack=architecture.pack,
     )
     if isinstance(parsed, GLMConfig):
         parsed = replace(parsed, num_head_parts=1)  # that of another model's config is its own
         weights = _with_table(weights)
-    check_shapes(skeleton_of(family, parsed), weights)
-    found = tokenizer_of(family, opened, tokenizer, parsed)
-    return Source(family, weights, parsed, found, tensors["embed_tokens.weight"].dtype)
+    check_shapes(skeleton_of(architecture, parsed), weights)
+    found = tokenizer_of(architecture, opened, tokenizer, parsed)
+    return Source(architecture, weights, parsed, found, tensors["embed_tokens.weight"].dtype)
 
 
-def family_of(opened: Checkpoint) -> Family | None:
-    """The family that the files themselves tell; None where CPM-2 and EVA look alike."""
+def architecture_of(opened: Checkpoint) -> Architecture | None:
+    """The architecture that the files themselves tell; None where CPM-2 and EVA look alike."""
     if opened.kind == "bminf":
         return FAMILIES.get(str(read_config(opened.path / "config.json").get("model")))
     names = opened.tensors.keys()
@@ -112,21 +113,21 @@ def with_head_parts(source: Source, num_head_parts: int) -> Source:
     return replace(source, config=config, weights=replace(source.weights, tensors=tensors))
 
 
-def skeleton_of(family: Family, config: Config) -> torch.nn.Module:
+def skeleton_of(architecture: Architecture, config: Config) -> torch.nn.Module:
     """The architecture on the meta device, in float32, with nothing packed."""
     with torch.device("meta"):
-        return family.build(config)
+        return architecture.build(config)
 
 
-def _told(families: Sequence[Family], opened: Checkpoint) -> Family:
-    """The one of `families` that the checkpoint is of."""
-    told = family_of(opened)
-    if told is None and opened.kind != "bminf" and len(families) == 1:
-        return families[0]
-    for family in families:
-        if told is not None and family.name == told.name:
-            return family
-    wanted = " or ".join(family.title for family in families)
+def _told(architectures: Sequence[Architecture], opened: Checkpoint) -> Architecture:
+    """The one of `architectures` that the checkpoint is of."""
+    told = architecture_of(opened)
+    if told is None and opened.kind != "bminf" and len(architectures) == 1:
+        return architectures[0]
+    for architecture in architectures:
+        if told is not None and architecture.name == told.name:
+            return architecture
+    wanted = " or ".join(architecture.title for architecture in architectures)
     if told is not None:
         raise CheckpointError(f"{opened.path} holds {told.title}, not {wanted}")
     if opened.kind == "bminf":
@@ -154,10 +155,10 @@ def _model_type(opened: Checkpoint) -> Any:
     return None if path is None else read_config(path).get("model_type")
 
 
-def _folder(families: Sequence[Family], checkpoint: str | Path | None) -> Path:
-    titles = " or ".join(family.title for family in families)
+def _folder(architectures: Sequence[Architecture], checkpoint: str | Path | None) -> Path:
+    titles = " or ".join(architecture.title for architecture in architectures)
     accepted = f"a folder with a {titles} checkpoint" + "".join(
-        f', "{hub_id}"' for family in families for hub_id in family.hub_ids
+        f', "{hub_id}"' for architecture in architectures for hub_id in architecture.hub_ids
     )
     if checkpoint is None:
         raise ArgumentError(f"no checkpoint is given; accepted: {accepted}")
@@ -185,7 +186,7 @@ def _download(hub_id: str, accepted: str) -> Path:
         ) from error
 
 
-def _own(family: Family, opened: Checkpoint, config: Any, tokenizer: Any) -> Source:
+def _own(architecture: Architecture, opened: Checkpoint, config: Any, tokenizer: Any) -> Source:
     """A folder that convert() wrote."""
     path = opened.path / "config.json"
     written = read_config(path)
@@ -197,16 +198,18 @@ def _own(family: Family, opened: Checkpoint, config: Any, tokenizer: Any) -> Sou
     fields = written.get("config") if config is None else _given_config(config)[0]
     if not isinstance(fields, Mapping):
         raise CheckpointError(f'{path} has no object "config"; convert the original anew')
-    parsed = family.parse(fields, opened.tensors, str(path))
+    parsed = architecture.parse(fields, opened.tensors, str(path))
     packing = packing_in(written, path)
-    weights = Weights(opened.tensors, opened.path, packing, pack=family.pack)
+    weights = Weights(opened.tensors, opened.path, packing, pack=architecture.pack)
     if isinstance(parsed, GLMConfig):
         weights = _with_own_table(weights, parsed)
-    model, _ = skeleton(skeleton_of(family, parsed), torch.float32, packing or Packing(), "auto")
+    model, _ = skeleton(
+        skeleton_of(architecture, parsed), torch.float32, packing or Packing(), "auto"
+    )
     check_shapes(model, weights)
-    found = tokenizer_of(family, opened, tokenizer, parsed, written.get("tokenizer"))
+    found = tokenizer_of(architecture, opened, tokenizer, parsed, written.get("tokenizer"))
     table = weights.table or weights.tensors["embed_tokens.weight"]
-    return Source(family, weights, parsed, found, table.dtype)
+    return Source(architecture, weights, parsed, found, table.dtype)
 
 
 def _with_own_table(weights: Weights, config: GLMConfig) -> Weights:
@@ -242,7 +245,7 @@ def _format(given: Any, path: Path) -> Format | None:
 
 
 def config_of(
-    family: Family, opened: Checkpoint, tensors: Mapping[str, Stored], given: Any
+    architecture: Architecture, opened: Checkpoint, tensors: Mapping[str, Stored], given: Any
 ) -> tuple[Config, Mapping[str, Any]]:
     """The configuration, and what it was read from.   given: see LanguageModel.
 
@@ -250,14 +253,14 @@ def config_of(
     """
     if given is not None:
         source, where = _given_config(given)
-        return family.parse(source, tensors, where), source
+        return architecture.parse(source, tensors, where), source
     path = find_config(opened.path)
     if path is not None:
         source = read_config(path)
-        return family.parse(source, tensors, str(path)), source
-    if family.published:
-        return _published(family, opened, tensors), {}
-    return family.parse({}, tensors, str(opened.path)), {}
+        return architecture.parse(source, tensors, str(path)), source
+    if architecture.published:
+        return _published(architecture, opened, tensors), {}
+    return architecture.parse({}, tensors, str(opened.path)), {}
 
 
 def _given_config(given: Any) -> tuple[Mapping[str, Any], str]:
@@ -276,17 +279,20 @@ def _given_config(given: Any) -> tuple[Mapping[str, Any], str]:
     return source, "config"
 
 
-def _published(family: Family, opened: Checkpoint, tensors: Mapping[str, Stored]) -> Config:
+def _published(
+    architecture: Architecture, opened: Checkpoint, tensors: Mapping[str, Stored]
+) -> Config:
     """The published model whose shapes all match, if there is exactly one."""
     candidates = {
         name: config
-        for name, config in family.published.items()
+        for name, config in architecture.published.items()
         # BMInf 1.x never scaled attention, so its files are not of a model that needs it.
         if not (opened.kind == "bminf1" and getattr(config, "is_attention_scaled", False))
-        and _fits(family, config, tensors, opened.path)
+        and _fits(architecture, config, tensors, opened.path)
     }
     if len(candidates) == 1:
-        return next(iter(candidates.values()))
+        (config,) = candidates.values()
+        return config  # type: ignore[no-any-return]
     looked = " or ".join(CONFIG_FILES)
     if candidates:
         raise CheckpointError(
@@ -296,21 +302,23 @@ def _published(family: Family, opened: Checkpoint, tensors: Mapping[str, Stored]
         )
     raise CheckpointError(
         f"neither {opened.path} nor its parent has a {looked}, and its shapes are of no published "
-        f"{family.title} ({', '.join(family.published)}); give config=..., a path or a mapping "
-        f"with {_needed(family)}"
+        f"{architecture.title} ({', '.join(architecture.published)}); give config=..., a path or a "
+        f"mapping with {_needed(architecture)}"
     )
 
 
-def _fits(family: Family, config: Config, tensors: Mapping[str, Stored], path: Path) -> bool:
+def _fits(
+    architecture: Architecture, config: Config, tensors: Mapping[str, Stored], path: Path
+) -> bool:
     try:
-        check_shapes(skeleton_of(family, config), Weights(tensors, path))
+        check_shapes(skeleton_of(architecture, config), Weights(tensors, path))
     except CheckpointError:
         return False
     return True
 
 
-def _needed(family: Family) -> str:
-    if family.name == "cpm1":
+def _needed(architecture: Architecture) -> str:
+    if architecture.name == "cpm1":
         return "hidden_size, num_layers, num_attention_heads, max_position_embeddings"
     return "d_model, d_ff, d_kv, num_heads, num_layers, attn_scale"
 
@@ -334,7 +342,11 @@ def _as_configured(
 
 
 def tokenizer_of(
-    family: Family, opened: Checkpoint, given: Any, config: Config | None, settings: Any = None
+    architecture: Architecture,
+    opened: Checkpoint,
+    given: Any,
+    config: Config | None,
+    settings: Any = None,
 ) -> Tokenizer:
     """The tokenizer that is given, or that of the folder.
 
@@ -347,9 +359,9 @@ def tokenizer_of(
         )
     if given is None:
         own = _LARGE_CHINESE if _is_large_chinese(config) and settings is None else settings
-        found = find_tokenizer(family.name, opened.path, own)
+        found = find_tokenizer(architecture.name, opened.path, own)
     else:
-        found = tokenizer_from(family.name, given)
+        found = tokenizer_from(architecture.name, given)
     if config is None:
         return found
     num_unused = config.vocab_size - found.vocab_size

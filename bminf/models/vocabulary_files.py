@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from bminf.arch.architecture import Architecture
 from bminf.errors import ArgumentError
-from bminf.models.family import Family
 from bminf.tokenizers.base import Tokenizer
 
 _NAMES = {
@@ -25,12 +25,12 @@ def check_files(tokenizer: Tokenizer) -> None:
         )
 
 
-def vocabulary_files(family: Family, tokenizer: Tokenizer) -> dict[str, Path]:
+def vocabulary_files(architecture: Architecture, tokenizer: Tokenizer) -> dict[str, Path]:
     """By what find_tokenizer() looks for, whatever they are called where they come from."""
     files: Sequence[Path] = tokenizer.files
     if len(files) == 2:
         return dict(zip(("vocab.json", "merges.txt"), files, strict=True))
-    name = _NAMES.get(family.name, "vocab.txt")
-    if family.name == "cpm1" and files[0].suffix == ".txt":
+    name = _NAMES.get(architecture.name, "vocab.txt")
+    if architecture.name == "cpm1" and files[0].suffix == ".txt":
         name = "vocab.txt"
     return {name: files[0]}

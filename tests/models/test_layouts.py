@@ -401,8 +401,8 @@ def test_the_vocabulary_may_lie_in_the_parent(
 
 
 def publish(monkeypatch: pytest.MonkeyPatch, kind: Any, published: dict[str, Any]) -> None:
-    (of,) = kind._families
-    monkeypatch.setattr(kind, "_families", (replace(of, published=published),))
+    (of,) = kind._architectures
+    monkeypatch.setattr(kind, "_architectures", (replace(of, published=published),))
 
 
 @pytest.fixture
@@ -487,7 +487,7 @@ def test_the_published_sizes_are_those_of_the_papers() -> None:
         (EVA, "thu-coai/EVA2.0-base"): 300_932_352,
     }
     for (kind, name), count in counts.items():
-        model = skeleton_of(kind._families[0], kind._families[0].published[name])
+        model = skeleton_of(kind._architectures[0], kind._architectures[0].published[name])
         assert sum(parameter.numel() for parameter in model.parameters()) == count
     scaled = [n for n, c in family.EVA.published.items() if c.is_attention_scaled]
     assert scaled == [f"thu-coai/EVA2.0-{size}" for size in ("xlarge", "large", "base")]
