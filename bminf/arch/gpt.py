@@ -1,16 +1,24 @@
 """GPT-2 as CPM-1 has it: learned positions, LayerNorm before each part, biases, a tied head.
 
+Top to bottom: configuration, modules, names on disk, ranks, and the models there are.
+
 Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"; Zhang et al.
 2020, arXiv:2012.00413 (CPM).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from bminf.arch.architecture import Architecture
+from bminf.checkpoint.config import ConfigReader, rows_of
+from bminf.checkpoint.folder import Checkpoint
+from bminf.checkpoint.names import Rule, parts, rename, theirs_of
 from bminf.checkpoint.splits import (
     MEGATRON_LAYER,
     MEGATRON_WIDTHS,
@@ -18,13 +26,16 @@ from bminf.checkpoint.splits import (
     ROWS,
     SplitTable,
 )
+from bminf.checkpoint.stored import Stored
 from bminf.checks import check_eps, check_sizes
-from bminf.errors import ArgumentError
+from bminf.errors import ArgumentError, CheckpointError
 from bminf.layers.attention import attention, hide, is_later, merge_heads, split_heads
 from bminf.layers.embedding import embedding
 from bminf.layers.feed_forward import FeedForward
 from bminf.layers.kv_cache import KVCache, decoder_cache
 from bminf.ops.gated_linear import check_activation
+
+# ---- configuration -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -59,6 +70,41 @@ class GPTConfig:
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
+
+
+def gpt_config(source: Mapping[str, Any], tensors: Mapping[str, Stored], where: str) -> GPTConfig:
+    """The GPTConfig that `source` describes.
+
+    tensors: under our names, for what shapes tell.   where: for messages.
+    Raises CheckpointError where a field is missing, or is of a model that this is not.
+    """
+    reader = ConfigReader(source, where)
+    own = reader.own(GPTConfig)
+    if own is not None:
+        return own
+    # Each of these would make another model of GPT-2's names.
+    for name in ("tie_word_embeddings", "scale_attn_weights"):
+        reader.must_be(name, None, True)
+    for name in ("scale_attn_by_inverse_layer_idx", "add_cross_attention"):
+        reader.must_be(name, None, False)
+    hidden_size = reader.integer("hidden_size", "n_embd")
+    intermediate_size = reader.optional("intermediate_size", "n_inner")
+    return reader.made(
+        GPTConfig,
+        vocab_size=rows_of(tensors, "embed_tokens.weight", 1),
+        hidden_size=hidden_size,
+        num_hidden_layers=reader.integer("num_hidden_layers", "num_layers", "n_layer"),
+        num_attention_heads=reader.integer("num_attention_heads", "n_head"),
+        max_position_embeddings=reader.integer("max_position_embeddings", "n_positions", "n_ctx"),
+        intermediate_size=4 * hidden_size if intermediate_size is None else intermediate_size,
+        layer_norm_eps=reader.number(
+            1e-5, "layer_norm_eps", "layernorm_epsilon", "layer_norm_epsilon"
+        ),
+        hidden_act=reader.activation("gelu_new", "hidden_act", "activation_function"),
+    )
+
+
+# ---- modules -------------------------------------------------------------------------------------
 
 
 class Attention(torch.nn.Module):
@@ -149,6 +195,98 @@ def attention_bias(
     return hide(is_hidden.view(-1, 1, num_queries, num_keys), x.dtype)
 
 
+# ---- names on disk -------------------------------------------------------------------------------
+
+_KINDS = ("weight", "bias")
+
+
+def cpm1_tensors(checkpoint: Checkpoint) -> dict[str, Stored]:
+    """The tensors of a checkpoint under the names of GPT.
+
+    Raises CheckpointError for names of another model, and for parts that are missing.
+    """
+    if checkpoint.kind not in _RULES:
+        raise CheckpointError(
+            f"{checkpoint.path} is a {checkpoint.kind} folder, a layout that CPM-1 is not found in"
+            + (
+                ": ModelCenter's CPM1 is another architecture (relative positions, RMSNorm)"
+                if checkpoint.kind == "modelcenter"
+                else ""
+            )
+        )
+    rules = _RULES[checkpoint.kind]()
+    return rename(checkpoint.tensors, rules, checkpoint.path, f"a CPM-1 ({checkpoint.kind})")
+
+
+def cpm1_name(kind: str, ours: str) -> str:
+    """What the layout `kind` calls a tensor that GPT calls `ours`."""
+    return theirs_of(ours, _RULES[kind]())
+
+
+def _original() -> Iterator[Rule]:
+    yield Rule("word_embeddings.weight", "embed_tokens.weight")
+    yield Rule("position_embeddings.weight", "embed_positions.weight")
+    layer = "transformer.layers.{n}"
+    for kind in _KINDS:
+        yield Rule(f"{layer}.input_layernorm.{kind}", f"layers.{{n}}.attention.norm.{kind}")
+        yield Rule(
+            f"{layer}.attention.query_key_value.{kind}", f"layers.{{n}}.attention.qkv.{kind}"
+        )
+        yield Rule(f"{layer}.attention.dense.{kind}", f"layers.{{n}}.attention.out.{kind}")
+        yield Rule(f"{layer}.post_attention_layernorm.{kind}", f"layers.{{n}}.norm.{kind}")
+        yield Rule(f"{layer}.mlp.dense_h_to_4h.{kind}", f"layers.{{n}}.feed_forward.up.{kind}")
+        yield Rule(f"{layer}.mlp.dense_4h_to_h.{kind}", f"layers.{{n}}.feed_forward.down.{kind}")
+        yield Rule(f"transformer.final_layernorm.{kind}", f"norm.{kind}")
+
+
+def _huggingface() -> Iterator[Rule]:
+    """GPT2LMHeadModel, and GPT2Model, which has no prefix; their linears are stored transposed."""
+    yield Rule("lm_head.weight", None)  # tied
+    for prefix in ("transformer.", ""):
+        yield Rule(f"{prefix}wte.weight", "embed_tokens.weight")
+        yield Rule(f"{prefix}wpe.weight", "embed_positions.weight")
+        layer = f"{prefix}h.{{n}}"
+        yield Rule(f"{layer}.attn.bias", None)  # the causal mask, in old files
+        yield Rule(f"{layer}.attn.masked_bias", None)
+        for kind in _KINDS:
+            yield Rule(f"{layer}.ln_1.{kind}", f"layers.{{n}}.attention.norm.{kind}")
+            yield Rule(f"{layer}.ln_2.{kind}", f"layers.{{n}}.norm.{kind}")
+            yield Rule(f"{prefix}ln_f.{kind}", f"norm.{kind}")
+            for theirs, ours in (
+                ("attn.c_attn", "attention.qkv"),
+                ("attn.c_proj", "attention.out"),
+                ("mlp.c_fc", "feed_forward.up"),
+                ("mlp.c_proj", "feed_forward.down"),
+            ):
+                yield Rule(
+                    f"{layer}.{theirs}.{kind}",
+                    f"layers.{{n}}.{ours}.{kind}",
+                    is_transposed=kind == "weight",
+                )
+
+
+def _bminf1() -> Iterator[Rule]:
+    yield Rule("token_embedding.weight", "embed_tokens.weight")
+    yield Rule("position_embedding.weight", "embed_positions.weight")
+    for kind in _KINDS:
+        yield Rule(f"layernorm.{kind}", f"norm.{kind}")
+        yield Rule(f"layers.{{n}}.ln_attn.{kind}", f"layers.{{n}}.attention.norm.{kind}")
+        yield Rule(f"layers.{{n}}.ln_ff.{kind}", f"layers.{{n}}.norm.{kind}")
+        yield from parts(
+            [f"layers.{{n}}.self_attn.project_{x}.{kind}" for x in "qkv"],
+            f"layers.{{n}}.attention.qkv.{kind}",
+        )
+        for theirs, ours in (
+            ("self_attn.linear_out", "attention.out"),
+            ("ff.linear_in", "feed_forward.up"),
+            ("ff.linear_out", "feed_forward.down"),
+        ):
+            yield Rule(f"layers.{{n}}.{theirs}.{kind}", f"layers.{{n}}.{ours}.{kind}")
+
+
+_RULES = {"original": _original, "huggingface": _huggingface, "bminf1": _bminf1}
+
+
 # ---- ranks ---------------------------------------------------------------------------------------
 
 SPLITS = SplitTable(
@@ -162,3 +300,16 @@ SPLITS = SplitTable(
     widths=MEGATRON_WIDTHS,
 )
 """CPM-1.   Source: change_mp.py of CPM-1-Generate."""
+
+
+# ---- what there is -------------------------------------------------------------------------------
+
+PUBLISHED_GPT = {
+    "TsinghuaAI/CPM-Generate": GPTConfig(30000, 2560, 32, 32, 1024, 10240),
+    "mymusise/CPM-Generate-distill": GPTConfig(30000, 768, 12, 12, 1024, 3072),
+}
+
+CPM1 = Architecture(
+    "cpm1", "CPM-1", GPTConfig, GPT, cpm1_tensors, cpm1_name, gpt_config, PUBLISHED_GPT,
+    ("TsinghuaAI/CPM-Generate", "mymusise/CPM-Generate-distill"),
+)  # fmt: skip

@@ -11,16 +11,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from bminf.arch.glm import GLMConfig, GLMKind
-from bminf.arch.gpt import GPTConfig
 from bminf.arch.t5 import T5Config
 from bminf.checkpoint.config import ConfigReader, num_layers_of, rows_of
 from bminf.checkpoint.stored import Stored
 from bminf.errors import CheckpointError
 
-PUBLISHED_GPT = {
-    "TsinghuaAI/CPM-Generate": GPTConfig(30000, 2560, 32, 32, 1024, 10240),
-    "mymusise/CPM-Generate-distill": GPTConfig(30000, 768, 12, 12, 1024, 3072),
-}
 PUBLISHED_CPM2 = {
     "CPM-2 (Chinese), CPM-2.1": T5Config(26240, 4096, 10240, 64, 64, 24, 24),
     "CPM-2 (Chinese and English)": T5Config(51968, 4096, 10240, 64, 64, 24, 24),
@@ -44,38 +39,6 @@ _GLM_HEADS = {
     "glm-10b": {4096: 64, 2048: 32, 1152: 18, 1024: 16, 768: 12},
 }
 """Hidden size -> heads of the published models: all that their shapes do not tell."""
-
-
-def gpt_config(source: Mapping[str, Any], tensors: Mapping[str, Stored], where: str) -> GPTConfig:
-    """The GPTConfig that `source` describes.
-
-    tensors: under our names, for what shapes tell.   where: for messages.
-    Raises CheckpointError where a field is missing, or is of a model that arch/gpt.py is not.
-    """
-    reader = ConfigReader(source, where)
-    own = reader.own(GPTConfig)
-    if own is not None:
-        return own
-    # Each of these would make another model of GPT-2's names.
-    for name in ("tie_word_embeddings", "scale_attn_weights"):
-        reader.must_be(name, None, True)
-    for name in ("scale_attn_by_inverse_layer_idx", "add_cross_attention"):
-        reader.must_be(name, None, False)
-    hidden_size = reader.integer("hidden_size", "n_embd")
-    intermediate_size = reader.optional("intermediate_size", "n_inner")
-    return reader.made(
-        GPTConfig,
-        vocab_size=rows_of(tensors, "embed_tokens.weight", 1),
-        hidden_size=hidden_size,
-        num_hidden_layers=reader.integer("num_hidden_layers", "num_layers", "n_layer"),
-        num_attention_heads=reader.integer("num_attention_heads", "n_head"),
-        max_position_embeddings=reader.integer("max_position_embeddings", "n_positions", "n_ctx"),
-        intermediate_size=4 * hidden_size if intermediate_size is None else intermediate_size,
-        layer_norm_eps=reader.number(
-            1e-5, "layer_norm_eps", "layernorm_epsilon", "layer_norm_epsilon"
-        ),
-        hidden_act=reader.activation("gelu_new", "hidden_act", "activation_function"),
-    )
 
 
 def t5_config(source: Mapping[str, Any], tensors: Mapping[str, Stored], where: str) -> T5Config:

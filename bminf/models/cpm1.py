@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
+from bminf.arch import gpt
 from bminf.arch.gpt import GPT
 from bminf.generation.loop import Decoder
 from bminf.layers.kv_cache import KVCache
-from bminf.models import family
 from bminf.models.arguments import Text
 from bminf.models.base import LanguageModel
 from bminf.models.calls import needs_open_model
@@ -24,7 +24,7 @@ class CPM1(LanguageModel):
 
     {LanguageModel.__doc__}
     """
-    _architectures = (family.CPM1,)
+    _architectures = (gpt.CPM1,)
     model: GPT
 
     @needs_open_model

@@ -6,9 +6,8 @@ import torch
 
 from bminf.arch.architecture import Architecture
 from bminf.arch.glm import GLM, GLMConfig
-from bminf.arch.gpt import GPT, GPTConfig
+from bminf.arch.gpt import CPM1, GPTConfig
 from bminf.arch.t5 import T5, T5Config
-from bminf.checkpoint.cpm1 import cpm1_name, cpm1_tensors
 from bminf.checkpoint.glm10b import glm10b_name, glm10b_tensors
 from bminf.checkpoint.glm130b import glm130b_name, glm130b_tensors
 from bminf.checkpoint.t5 import t5_name, t5_tensors
@@ -30,10 +29,6 @@ GLM_FORMATS = {**FORMATS, "int4-row": INT4_ROW}
 
 _ONCE_A_PROMPT = {"encoder.layers": 1, "cross_projections.layers": 1}
 
-CPM1 = Architecture(
-    "cpm1", "CPM-1", GPTConfig, GPT, cpm1_tensors, cpm1_name, config.gpt_config,
-    config.PUBLISHED_GPT, ("TsinghuaAI/CPM-Generate", "mymusise/CPM-Generate-distill"), {},
-)  # fmt: skip
 CPM2 = Architecture(
     "cpm2", "CPM-2", T5Config, T5, t5_tensors, t5_name, config.t5_config, config.PUBLISHED_CPM2,
     (), _ONCE_A_PROMPT,
