@@ -11,9 +11,7 @@ from typing import cast
 import torch
 
 from benchmarks.random_model import filled
-from bminf.arch.t5 import T5, T5Cache, T5Config
-from bminf.models.config import PUBLISHED_CPM2
-from bminf.models.family import CPM2
+from bminf.arch.t5 import CPM2, PUBLISHED_CPM2, T5, T5Cache, T5Config
 from bminf.models.load import Packing, lay_out, plan_for, skeleton
 from bminf.models.source import skeleton_of
 from bminf.models.workspace import reserved_bytes

@@ -25,10 +25,9 @@ from benchmarks.table import DOCUMENTS, ROOT, with_tables
 from benchmarks.zoo import add_arguments, config_of, title
 from benchmarks.zoo_model import PUBLISHED, Sizes, planned
 from benchmarks.zoo_prediction import ANEW, ENCODER, ONCE, of_phase, predictions
-from bminf.arch.t5 import T5Config
+from bminf.arch.t5 import CPM2, T5Config
 from bminf.cli import plan as plan_command
 from bminf.cli.measure import rss_anon_bytes
-from bminf.models.family import CPM2
 from bminf.quantization.packed import FORMATS, Format, PackedWeight, codes_of, dequantize
 from bminf.scheduler.device import taken_bytes
 from bminf.scheduler.plan import least_budget, plan

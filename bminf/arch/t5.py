@@ -4,19 +4,28 @@ What differs within the family (attention scaling, GELU, sizes) is configuration
 the cross-attention are computed once a prompt by modules of their own, so that their weights are
 not touched while decoding.
 
+Top to bottom: configuration, modules, names on disk, ranks, and the models there are.
+
 Source: Raffel et al. 2020, arXiv:1910.10683; Zhang et al. 2021, arXiv:2106.10715 (CPM-2); Zhou et
 al. 2021, arXiv:2108.01547 (EVA).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from bminf.arch.architecture import Architecture
+from bminf.checkpoint.config import ConfigReader, num_layers_of, rows_of
+from bminf.checkpoint.folder import Checkpoint
+from bminf.checkpoint.names import Rule, num_known, parts, rename, theirs_of
 from bminf.checkpoint.splits import COLUMNS, REPLICATED, ROWS, STRIPED, SplitTable
+from bminf.checkpoint.stored import Stored
 from bminf.checks import check_eps, check_sizes
-from bminf.errors import ArgumentError
+from bminf.errors import ArgumentError, CheckpointError
 from bminf.layers.attention import (
     attention,
     hide,
@@ -31,6 +40,8 @@ from bminf.layers.kv_cache import KVCache, cache_bytes
 from bminf.layers.norm import RMSNorm
 from bminf.layers.position_bias import RelativePositionBias
 from bminf.ops.gated_linear import check_activation
+
+# ---- configuration -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -76,6 +87,76 @@ class T5Config:
     @property
     def attention_scale(self) -> float:
         return self.head_dim**-0.5 if self.is_attention_scaled else 1.0
+
+
+def t5_config(source: Mapping[str, Any], tensors: Mapping[str, Stored], where: str) -> T5Config:
+    """The T5Config that `source` describes; see Architecture.parse.
+
+    `feed_forward_proj` is not read: the authors' files say "relu" in it, and their code computes a
+    tanh GELU with a gate. A field hidden_act is.
+    """
+    reader = ConfigReader(source, where)
+    own = reader.own(T5Config)
+    if own is not None:
+        return own
+    if "dim_model" in source:
+        return _modelcenter_config(reader, tensors)
+    num_layers = reader.integer("num_encoder_layers", "num_layers")
+    return reader.made(
+        T5Config,
+        vocab_size=rows_of(tensors, "embed_tokens.weight", 1),
+        hidden_size=reader.integer("hidden_size", "d_model"),
+        intermediate_size=reader.integer("intermediate_size", "d_ff"),
+        num_attention_heads=reader.integer("num_attention_heads", "num_heads"),
+        head_dim=reader.integer("head_dim", "d_kv"),
+        num_encoder_layers=num_layers,
+        num_decoder_layers=_num_decoder_layers(reader, num_layers, tensors),
+        is_attention_scaled=reader.flag("is_attention_scaled", "attn_scale"),
+        hidden_act=reader.activation("gelu_new", "hidden_act"),
+        num_buckets=reader.optional("num_buckets", "relative_attention_num_buckets")
+        or rows_of(tensors, "encoder.position_bias.weight", 32),
+        max_distance=reader.optional("max_distance", "relative_attention_max_distance") or 128,
+        rms_norm_eps=reader.number(1e-6, "rms_norm_eps", "layer_norm_epsilon"),
+    )
+
+
+def _modelcenter_config(reader: ConfigReader, tensors: Mapping[str, Stored]) -> T5Config:
+    # Each of these would compute something that this does not.
+    for name in ("norm_bias", "att_bias", "ffn_bias", "proj_bias", "post_layer_norm", "cls_head"):
+        reader.must_be(name, None, False)
+    for name in ("tied", "length_scale"):  # which models/source.py acts on
+        reader.must_be(name, None, False, True)
+    reader.must_be("pos_bias_type", None, "relative")
+    activation = reader.must_be("ffn_activate_fn", "gated_gelu", "gated_gelu_new")
+    return reader.made(
+        T5Config,
+        vocab_size=rows_of(tensors, "embed_tokens.weight", 1),
+        hidden_size=reader.integer("dim_model"),
+        intermediate_size=reader.integer("dim_ff"),
+        num_attention_heads=reader.integer("num_heads"),
+        head_dim=reader.integer("dim_head"),
+        num_encoder_layers=reader.integer("num_encoder_layers"),
+        num_decoder_layers=reader.integer("num_decoder_layers"),
+        is_attention_scaled=reader.flag("attn_scale"),
+        hidden_act="gelu_tanh" if activation == "gated_gelu_new" else "gelu",
+        num_buckets=reader.integer("position_bias_num_buckets"),
+        max_distance=reader.integer("position_bias_max_distance"),
+        rms_norm_eps=reader.number(1e-6, "norm_eps"),
+    )
+
+
+def _num_decoder_layers(
+    reader: ConfigReader, num_layers: int, tensors: Mapping[str, Stored]
+) -> int:
+    """CPM-2's code and EVA's Hugging Face form build both stacks with num_layers layers, EVA's own
+    code honours num_decoder_layers: of the two numbers, the one that the tensors confirm."""
+    named = reader.optional("num_decoder_layers")
+    if named is None or num_layers_of(tensors, "decoder.layers") == num_layers:
+        return num_layers
+    return named
+
+
+# ---- modules -------------------------------------------------------------------------------------
 
 
 class T5Cache:
@@ -315,6 +396,171 @@ def t5_cache_bytes(
     )
 
 
+# ---- names on disk -------------------------------------------------------------------------------
+
+_STACKS = ("encoder", "decoder")
+
+
+def t5_tensors(checkpoint: Checkpoint) -> dict[str, Stored]:
+    """The tensors of a checkpoint under the names of T5.
+
+    Raises CheckpointError for names of another model, for parts that are missing, and for the
+    prompts of a prompt-tuned model, which generate() has no use for.
+    """
+    prompts = [name for name in checkpoint.tensors if name.endswith("prompt_embeds.weight")]
+    if prompts:
+        raise CheckpointError(
+            f"{checkpoint.path} holds {prompts[0]!r}: it is prompt-tuned for one task, and without "
+            "those prompts it would answer wrongly; take the checkpoint it was tuned from"
+        )
+    rules = _RULES[checkpoint.kind]()
+    return rename(checkpoint.tensors, rules, checkpoint.path, f"a T5 ({checkpoint.kind})")
+
+
+def is_t5(checkpoint: Checkpoint) -> bool:
+    """Whether most of a checkpoint's tensors have names of CPM-2 and EVA in its layout."""
+    rules = _RULES.get(checkpoint.kind)
+    if rules is None:
+        return False
+    return 2 * num_known(checkpoint.tensors, rules()) > len(checkpoint.tensors)
+
+
+def t5_name(kind: str, ours: str) -> str:
+    """What the layout `kind` calls a tensor that T5 calls `ours`."""
+    return theirs_of(ours, _RULES[kind]())
+
+
+def _original() -> Iterator[Rule]:
+    yield Rule("word_embeds.weight", "embed_tokens.weight")
+    yield Rule("lm_head.weight", "lm_head.weight")
+    yield Rule("role_embeds.weight", None)  # EVA's, not used after its training
+    for stack in _STACKS:
+        yield Rule(f"{stack}.word_embeds.weight", None)  # the shared embedding again
+        yield Rule(f"{stack}.role_embeds.weight", None)
+        yield Rule(f"{stack}.final_layernorm.weight", f"{stack}.norm.weight")
+        theirs, ours = f"{stack}.blocks.{{n}}", f"{stack}.layers.{{n}}"
+        yield Rule(f"{theirs}.self_attn.layer_norm.weight", f"{ours}.attention.norm.weight")
+        attention = f"{theirs}.self_attn.self_attn"
+        yield Rule(f"{attention}.project.weight", f"{ours}.attention.qkv.weight")
+        yield Rule(f"{attention}.dense.weight", f"{ours}.attention.out.weight")
+        yield Rule(
+            f"{stack}.blocks.0.self_attn.self_attn.relative_attention_bias.weight",
+            f"{stack}.position_bias.weight",
+        )
+        yield Rule(f"{theirs}.ff.layer_norm.weight", f"{ours}.norm.weight")
+        dense = f"{theirs}.ff.dense_relu_dense"
+        yield Rule(f"{dense}.wi_0.weight", f"{ours}.feed_forward.gate.weight")
+        yield Rule(f"{dense}.wi_1.weight", f"{ours}.feed_forward.up.weight")
+        yield Rule(f"{dense}.wo.weight", f"{ours}.feed_forward.down.weight")
+    theirs, ours = "decoder.blocks.{n}.cross_attn", "decoder.layers.{n}.cross_attention"
+    yield Rule(f"{theirs}.layer_norm.weight", f"{ours}.norm.weight")
+    yield Rule(f"{theirs}.cross_attn.project_q.weight", f"{ours}.query.weight")
+    yield Rule(f"{theirs}.cross_attn.dense.weight", f"{ours}.out.weight")
+    yield Rule(f"{theirs}.cross_attn.project_kv.weight", "cross_projections.layers.{n}.weight")
+
+
+def _huggingface() -> Iterator[Rule]:
+    yield Rule("shared.weight", "embed_tokens.weight")
+    yield Rule("lm_head.weight", "lm_head.weight")
+    yield Rule("role_embeds.weight", None)
+    for stack, feed_forward in zip(_STACKS, ("layer.1", "layer.2"), strict=True):
+        yield Rule(f"{stack}.embed_tokens.weight", None)
+        yield Rule(f"{stack}.role_embeds.weight", None)
+        yield Rule(f"{stack}.final_layer_norm.weight", f"{stack}.norm.weight")
+        theirs, ours = f"{stack}.block.{{n}}", f"{stack}.layers.{{n}}"
+        yield Rule(f"{theirs}.layer.0.layer_norm.weight", f"{ours}.attention.norm.weight")
+        attention = f"{theirs}.layer.0.SelfAttention"
+        yield from parts([f"{attention}.{x}.weight" for x in "qkv"], f"{ours}.attention.qkv.weight")
+        yield Rule(f"{attention}.o.weight", f"{ours}.attention.out.weight")
+        yield Rule(
+            f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+            f"{stack}.position_bias.weight",
+        )
+        yield Rule(f"{theirs}.{feed_forward}.layer_norm.weight", f"{ours}.norm.weight")
+        dense = f"{theirs}.{feed_forward}.DenseReluDense"
+        yield Rule(f"{dense}.wi_0.weight", f"{ours}.feed_forward.gate.weight")
+        yield Rule(f"{dense}.wi_1.weight", f"{ours}.feed_forward.up.weight")
+        yield Rule(f"{dense}.wo.weight", f"{ours}.feed_forward.down.weight")
+    theirs, ours = "decoder.block.{n}.layer.1", "decoder.layers.{n}.cross_attention"
+    yield Rule(f"{theirs}.layer_norm.weight", f"{ours}.norm.weight")
+    yield Rule(f"{theirs}.EncDecAttention.q.weight", f"{ours}.query.weight")
+    yield Rule(f"{theirs}.EncDecAttention.o.weight", f"{ours}.out.weight")
+    yield from parts(
+        [f"{theirs}.EncDecAttention.{x}.weight" for x in "kv"],
+        "cross_projections.layers.{n}.weight",
+    )
+
+
+def _modelcenter() -> Iterator[Rule]:
+    yield Rule("input_embedding.weight", "embed_tokens.weight")
+    yield Rule("output_projection.weight", "lm_head.weight")
+    for stack in _STACKS:
+        yield Rule(
+            f"position_bias_{stack[:3]}.relative_attention_bias", f"{stack}.position_bias.weight"
+        )
+        yield Rule(f"{stack}.output_layernorm.weight", f"{stack}.norm.weight")
+        theirs, ours = f"{stack}.layers.{{n}}", f"{stack}.layers.{{n}}"
+        yield Rule(
+            f"{theirs}.self_att.layernorm_before_attention.weight", f"{ours}.attention.norm.weight"
+        )
+        attention = f"{theirs}.self_att.self_attention"
+        yield from parts(
+            [f"{attention}.project_{x}.weight" for x in "qkv"], f"{ours}.attention.qkv.weight"
+        )
+        yield Rule(f"{attention}.attention_out.weight", f"{ours}.attention.out.weight")
+        yield Rule(f"{theirs}.ffn.layernorm_before_ffn.weight", f"{ours}.norm.weight")
+        dense = f"{theirs}.ffn.ffn"
+        yield Rule(f"{dense}.w_in.w_0.weight", f"{ours}.feed_forward.gate.weight")
+        yield Rule(f"{dense}.w_in.w_1.weight", f"{ours}.feed_forward.up.weight")
+        yield Rule(f"{dense}.w_out.weight", f"{ours}.feed_forward.down.weight")
+    theirs, ours = "decoder.layers.{n}.cross_att", "decoder.layers.{n}.cross_attention"
+    yield Rule(f"{theirs}.layernorm_before_attention.weight", f"{ours}.norm.weight")
+    attention = f"{theirs}.self_attention"  # so they call it
+    yield Rule(f"{attention}.project_q.weight", f"{ours}.query.weight")
+    yield Rule(f"{attention}.attention_out.weight", f"{ours}.out.weight")
+    yield from parts(
+        [f"{attention}.project_{x}.weight" for x in "kv"], "cross_projections.layers.{n}.weight"
+    )
+
+
+def _bminf1() -> Iterator[Rule]:
+    yield Rule("input_embedding.weight", "embed_tokens.weight")
+    yield Rule("output_embedding.weight", "lm_head.weight")
+    for stack in _STACKS:
+        short = stack[:3]
+        yield Rule(f"ln_{short}.weight", f"{stack}.norm.weight")
+        yield Rule(
+            f"position_bias_{short}.weight", f"{stack}.position_bias.weight", is_transposed=True
+        )
+        theirs, ours = f"{short}_layers.{{n}}", f"{stack}.layers.{{n}}"
+        yield Rule(f"{theirs}.ln_attn.weight", f"{ours}.attention.norm.weight")
+        yield from parts(
+            [f"{theirs}.self_attn.project_{x}.weight" for x in "qkv"],
+            f"{ours}.attention.qkv.weight",
+        )
+        yield Rule(f"{theirs}.self_attn.linear_out.weight", f"{ours}.attention.out.weight")
+        yield Rule(f"{theirs}.ln_ff.weight", f"{ours}.norm.weight")
+        yield Rule(f"{theirs}.ff.linear_in.weight", f"{ours}.feed_forward.gate.weight")
+        yield Rule(f"{theirs}.ff.linear_gated.weight", f"{ours}.feed_forward.up.weight")
+        yield Rule(f"{theirs}.ff.linear_out.weight", f"{ours}.feed_forward.down.weight")
+    theirs, ours = "dec_layers.{n}", "decoder.layers.{n}.cross_attention"
+    yield Rule(f"{theirs}.ln_cross_attn.weight", f"{ours}.norm.weight")
+    yield Rule(f"{theirs}.cross_attn.project_q.weight", f"{ours}.query.weight")
+    yield Rule(f"{theirs}.cross_attn.linear_out.weight", f"{ours}.out.weight")
+    yield from parts(
+        [f"{theirs}.cross_attn.project_{x}.weight" for x in "kv"],
+        "cross_projections.layers.{n}.weight",
+    )
+
+
+_RULES = {
+    "original": _original,
+    "huggingface": _huggingface,
+    "modelcenter": _modelcenter,
+    "bminf1": _bminf1,
+}
+
+
 # ---- ranks ---------------------------------------------------------------------------------------
 
 SPLITS = SplitTable(
@@ -336,3 +582,28 @@ SPLITS = SplitTable(
     is_for=lambda names: True,  # what is of no other model
 )
 """CPM-2 and EVA.   Source: change_mp.py of EVA."""
+
+
+# ---- what there is -------------------------------------------------------------------------------
+
+PUBLISHED_CPM2 = {
+    "CPM-2 (Chinese), CPM-2.1": T5Config(26240, 4096, 10240, 64, 64, 24, 24),
+    "CPM-2 (Chinese and English)": T5Config(51968, 4096, 10240, 64, 64, 24, 24),
+}
+PUBLISHED_EVA = {
+    "thu-coai/EVA1.0": T5Config(30000, 2048, 5120, 32, 64, 24, 24),
+    "thu-coai/EVA2.0-xlarge": T5Config(30000, 2048, 5120, 32, 64, 24, 24, True),
+    "thu-coai/EVA2.0-large": T5Config(30000, 1024, 4096, 16, 64, 24, 24, True),
+    "thu-coai/EVA2.0-base": T5Config(30000, 768, 3072, 12, 64, 12, 12, True),
+}
+_ONCE_A_PROMPT = {"encoder.layers": 1, "cross_projections.layers": 1}
+
+CPM2 = Architecture(
+    "cpm2", "CPM-2", T5Config, T5, t5_tensors, t5_name, t5_config, PUBLISHED_CPM2, (),
+    _ONCE_A_PROMPT,
+)  # fmt: skip
+EVA = Architecture(
+    "eva", "EVA", T5Config, T5, t5_tensors, t5_name, t5_config, PUBLISHED_EVA,
+    ("thu-coai/EVA1.0", "thu-coai/EVA2.0-base", "thu-coai/EVA2.0-large", "thu-coai/EVA2.0-xlarge"),
+    _ONCE_A_PROMPT,
+)  # fmt: skip

@@ -11,21 +11,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from bminf.arch.glm import GLMConfig, GLMKind
-from bminf.arch.t5 import T5Config
 from bminf.checkpoint.config import ConfigReader, num_layers_of, rows_of
 from bminf.checkpoint.stored import Stored
 from bminf.errors import CheckpointError
 
-PUBLISHED_CPM2 = {
-    "CPM-2 (Chinese), CPM-2.1": T5Config(26240, 4096, 10240, 64, 64, 24, 24),
-    "CPM-2 (Chinese and English)": T5Config(51968, 4096, 10240, 64, 64, 24, 24),
-}
-PUBLISHED_EVA = {
-    "thu-coai/EVA1.0": T5Config(30000, 2048, 5120, 32, 64, 24, 24),
-    "thu-coai/EVA2.0-xlarge": T5Config(30000, 2048, 5120, 32, 64, 24, 24, True),
-    "thu-coai/EVA2.0-large": T5Config(30000, 1024, 4096, 16, 64, 24, 24, True),
-    "thu-coai/EVA2.0-base": T5Config(30000, 768, 3072, 12, 64, 12, 12, True),
-}
 PUBLISHED_GLM = {
     "GLM-130B": GLMConfig("glm-130b", 150528, 12288, 70, 96, 32768, 2048),
     "GLM-10B": GLMConfig("glm-10b", 50304, 4096, 48, 64, 16384, 1024),
@@ -39,37 +28,6 @@ _GLM_HEADS = {
     "glm-10b": {4096: 64, 2048: 32, 1152: 18, 1024: 16, 768: 12},
 }
 """Hidden size -> heads of the published models: all that their shapes do not tell."""
-
-
-def t5_config(source: Mapping[str, Any], tensors: Mapping[str, Stored], where: str) -> T5Config:
-    """The T5Config that `source` describes; see gpt_config.
-
-    `feed_forward_proj` is not read: the authors' files say "relu" in it, and their code computes a
-    tanh GELU with a gate. A field hidden_act is.
-    """
-    reader = ConfigReader(source, where)
-    own = reader.own(T5Config)
-    if own is not None:
-        return own
-    if "dim_model" in source:
-        return _modelcenter_config(reader, tensors)
-    num_layers = reader.integer("num_encoder_layers", "num_layers")
-    return reader.made(
-        T5Config,
-        vocab_size=rows_of(tensors, "embed_tokens.weight", 1),
-        hidden_size=reader.integer("hidden_size", "d_model"),
-        intermediate_size=reader.integer("intermediate_size", "d_ff"),
-        num_attention_heads=reader.integer("num_attention_heads", "num_heads"),
-        head_dim=reader.integer("head_dim", "d_kv"),
-        num_encoder_layers=num_layers,
-        num_decoder_layers=_num_decoder_layers(reader, num_layers, tensors),
-        is_attention_scaled=reader.flag("is_attention_scaled", "attn_scale"),
-        hidden_act=reader.activation("gelu_new", "hidden_act"),
-        num_buckets=reader.optional("num_buckets", "relative_attention_num_buckets")
-        or rows_of(tensors, "encoder.position_bias.weight", 32),
-        max_distance=reader.optional("max_distance", "relative_attention_max_distance") or 128,
-        rms_norm_eps=reader.number(1e-6, "rms_norm_eps", "layer_norm_epsilon"),
-    )
 
 
 def glm130b_config(
@@ -138,39 +96,3 @@ def _glm_config(
         ),
         rotary_precision=reader.source.get("rotary_precision", "float16"),
     )
-
-
-def _modelcenter_config(reader: ConfigReader, tensors: Mapping[str, Stored]) -> T5Config:
-    # Each of these would compute something that arch/t5.py does not.
-    for name in ("norm_bias", "att_bias", "ffn_bias", "proj_bias", "post_layer_norm", "cls_head"):
-        reader.must_be(name, None, False)
-    for name in ("tied", "length_scale"):  # which models/source.py acts on
-        reader.must_be(name, None, False, True)
-    reader.must_be("pos_bias_type", None, "relative")
-    activation = reader.must_be("ffn_activate_fn", "gated_gelu", "gated_gelu_new")
-    return reader.made(
-        T5Config,
-        vocab_size=rows_of(tensors, "embed_tokens.weight", 1),
-        hidden_size=reader.integer("dim_model"),
-        intermediate_size=reader.integer("dim_ff"),
-        num_attention_heads=reader.integer("num_heads"),
-        head_dim=reader.integer("dim_head"),
-        num_encoder_layers=reader.integer("num_encoder_layers"),
-        num_decoder_layers=reader.integer("num_decoder_layers"),
-        is_attention_scaled=reader.flag("attn_scale"),
-        hidden_act="gelu_tanh" if activation == "gated_gelu_new" else "gelu",
-        num_buckets=reader.integer("position_bias_num_buckets"),
-        max_distance=reader.integer("position_bias_max_distance"),
-        rms_norm_eps=reader.number(1e-6, "norm_eps"),
-    )
-
-
-def _num_decoder_layers(
-    reader: ConfigReader, num_layers: int, tensors: Mapping[str, Stored]
-) -> int:
-    """CPM-2's code and EVA's Hugging Face form build both stacks with num_layers layers, EVA's own
-    code honours num_decoder_layers: of the two numbers, the one that the tensors confirm."""
-    named = reader.optional("num_decoder_layers")
-    if named is None or num_layers_of(tensors, "decoder.layers") == num_layers:
-        return num_layers
-    return named

@@ -7,8 +7,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from bminf.arch import t5
 from bminf.errors import ArgumentError
-from bminf.models import family
 from bminf.models.base import LanguageModel
 from bminf.models.calls import needs_open_model
 from bminf.models.options import Options
@@ -24,7 +24,7 @@ class CPM2(T5Model):
 
     {LanguageModel.__doc__}
     """
-    _architectures = (family.CPM2,)
+    _architectures = (t5.CPM2,)
 
     @needs_open_model
     def generate(

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from bminf.arch import t5
 from bminf.checks import check_positive
 from bminf.errors import ArgumentError
-from bminf.models import family
 from bminf.models.base import LanguageModel
 from bminf.models.calls import needs_open_model
 from bminf.models.options import Options
@@ -26,7 +26,7 @@ class EVA(T5Model):
 
     {LanguageModel.__doc__}
     """
-    _architectures = (family.EVA,)
+    _architectures = (t5.EVA,)
     _defaults = Options(top_n=10, temperature=0.85)
 
     @needs_open_model

@@ -7,10 +7,9 @@ import torch
 from bminf.arch.architecture import Architecture
 from bminf.arch.glm import GLM, GLMConfig
 from bminf.arch.gpt import CPM1, GPTConfig
-from bminf.arch.t5 import T5, T5Config
+from bminf.arch.t5 import CPM2, EVA, T5Config
 from bminf.checkpoint.glm10b import glm10b_name, glm10b_tensors
 from bminf.checkpoint.glm130b import glm130b_name, glm130b_tensors
-from bminf.checkpoint.t5 import t5_name, t5_tensors
 from bminf.models import config
 from bminf.quantization import glm_rows
 from bminf.quantization.packed import FORMATS, Format, PackedWeight, pack
@@ -26,18 +25,6 @@ def _pack_glm(weight: torch.Tensor, form: Format) -> PackedWeight:
 INT4_ROW = Format(4)
 GLM_FORMATS = {**FORMATS, "int4-row": INT4_ROW}
 """By the names that users give; the last one is that of GLM-130B's authors."""
-
-_ONCE_A_PROMPT = {"encoder.layers": 1, "cross_projections.layers": 1}
-
-CPM2 = Architecture(
-    "cpm2", "CPM-2", T5Config, T5, t5_tensors, t5_name, config.t5_config, config.PUBLISHED_CPM2,
-    (), _ONCE_A_PROMPT,
-)  # fmt: skip
-EVA = Architecture(
-    "eva", "EVA", T5Config, T5, t5_tensors, t5_name, config.t5_config, config.PUBLISHED_EVA,
-    ("thu-coai/EVA1.0", "thu-coai/EVA2.0-base", "thu-coai/EVA2.0-large", "thu-coai/EVA2.0-xlarge"),
-    _ONCE_A_PROMPT,
-)  # fmt: skip
 
 GLM130B = Architecture(
     "glm130b", "GLM-130B", GLMConfig, GLM, glm130b_tensors, glm130b_name, config.glm130b_config,

@@ -8,10 +8,10 @@ from typing import Any
 
 from bminf.arch.architecture import Architecture
 from bminf.arch.registry import checkpoint_in
+from bminf.arch.t5 import is_t5
 from bminf.checkpoint.config import find_config, read_config
 from bminf.checkpoint.folder import Checkpoint
 from bminf.checkpoint.names import listed
-from bminf.checkpoint.t5 import is_t5
 from bminf.errors import ArgumentError, CheckpointError
 from bminf.models.family import FAMILIES
 from bminf.models.source import architecture_of
