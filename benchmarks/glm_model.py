@@ -11,10 +11,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.random_model import filled
-from bminf.arch.glm import GLM, GLMConfig
+from bminf.arch.glm import GLM, INT4_ROW, PUBLISHED_GLM, GLMConfig
 from bminf.checkpoint.stored import Stored
-from bminf.models.config import PUBLISHED_GLM
-from bminf.models.family import INT4_ROW
 from bminf.models.glm_head import head_packing, num_head_parts
 from bminf.models.load import Packing, lay_out, plan_for, skeleton
 from bminf.models.workspace import reserved_bytes

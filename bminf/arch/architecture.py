@@ -4,13 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import torch
 
 from bminf.checkpoint.folder import Checkpoint
 from bminf.checkpoint.stored import Stored
 from bminf.quantization.packed import Format, PackedWeight, pack
+
+
+class Config(Protocol):
+    """What the configuration of any architecture says; a frozen dataclass.
+
+    max_position_embeddings: tokens in all; None where positions have no end.
+    """
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def max_position_embeddings(self) -> int | None: ...
 
 
 @dataclass(frozen=True)
@@ -31,8 +46,8 @@ class Architecture:
     build: Callable[[Any], torch.nn.Module]
     tensors: Callable[[Checkpoint], dict[str, Stored]]
     original_name: Callable[[str, str], str]
-    parse: Callable[[Mapping[str, Any], Mapping[str, Stored], str], Any]
-    published: Mapping[str, Any]
+    parse: Callable[[Mapping[str, Any], Mapping[str, Stored], str], Config]
+    published: Mapping[str, Config]
     hub_ids: tuple[str, ...]
     uses: Mapping[str, float] = field(default_factory=dict)
     pack: Callable[[torch.Tensor, Format], PackedWeight] = pack

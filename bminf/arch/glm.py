@@ -7,20 +7,29 @@ Two architectures share the idea, and little else:
 The embedding is gathered on the host, and the output head, which has the same weights, is cut into
 parts that can be streamed like any other matrix.
 
-Sources: Du et al. 2022, arXiv:2103.10360; Zeng et al. 2022, arXiv:2210.02414.
+Top to bottom: configuration, modules, blocks, names on disk, ranks, and the models there are.
+
+Sources: Du et al. 2022, arXiv:2103.10360; Zeng et al. 2022, arXiv:2210.02414. Of the names on disk:
+GLM-130B, tools/convert_tp.py and quantization/layers.py; GLM, change_mp.py and
+model/modeling_glm.py; SwissArmyTransformer, examples/glm.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
+from bminf.arch.architecture import Architecture
+from bminf.checkpoint.config import ConfigReader, num_layers_of, rows_of
+from bminf.checkpoint.folder import Checkpoint
+from bminf.checkpoint.names import Rule, rename, theirs_of
+from bminf.checkpoint.quantized import Quantized
 from bminf.checkpoint.splits import (
     COLUMNS,
     MEGATRON_LAYER,
@@ -31,14 +40,19 @@ from bminf.checkpoint.splits import (
     STRIPED,
     SplitTable,
 )
+from bminf.checkpoint.stored import Stored
 from bminf.checks import check_eps, check_sizes
-from bminf.errors import ArgumentError
+from bminf.errors import ArgumentError, CheckpointError
 from bminf.layers.attention import attention, hide, merge_heads, split_heads
 from bminf.layers.embedding import embedding
 from bminf.layers.feed_forward import FeedForward, HalvedFeedForward
 from bminf.layers.host_embedding import HostEmbedding
 from bminf.layers.kv_cache import KVCache, decoder_cache
 from bminf.layers.rotary import Rotary, rotate
+from bminf.quantization import glm_rows
+from bminf.quantization.packed import FORMATS, Format, PackedWeight, pack
+
+# ---- configuration -------------------------------------------------------------------------------
 
 GLMKind = Literal["glm-130b", "glm-10b"]
 _PRECISIONS = {"float16": torch.float16, "float32": torch.float32}
@@ -103,6 +117,86 @@ class GLMConfig:
         """DeepNorm's alpha."""
         return math.sqrt(2 * self.num_hidden_layers)
 
+
+_GLM_HEADS = {
+    "glm-130b": {12288: 96},
+    "glm-10b": {4096: 64, 2048: 32, 1152: 18, 1024: 16, 768: 12},
+}
+"""Hidden size -> heads of the published models: all that their shapes do not tell."""
+
+
+def glm130b_config(
+    source: Mapping[str, Any], tensors: Mapping[str, Stored], where: str
+) -> GLMConfig:
+    """The GLMConfig that `source` describes; see Architecture.parse.
+
+    What it does not say the shapes do.
+    """
+    reader = ConfigReader(_inner(source), where)
+    reader.must_be("layernorm_order", None, "post")
+    reader.must_be("rotary_base", None, 10000)
+    config = reader.own(GLMConfig) or _glm_config(reader, "glm-130b", tensors)
+    alpha = reader.source.get("deepnorm_alpha", config.residual_scale)
+    if not isinstance(alpha, int | float) or abs(alpha - config.residual_scale) > 1e-3:
+        raise CheckpointError(
+            f"{where}: deepnorm_alpha is {alpha!r}; with {config.num_hidden_layers} layers it is "
+            f"{config.residual_scale}"
+        )
+    return config
+
+
+def glm10b_config(
+    source: Mapping[str, Any], tensors: Mapping[str, Stored], where: str
+) -> GLMConfig:
+    """As glm130b_config, for GLM with 110 million to 10 billion parameters."""
+    reader = ConfigReader(_inner(source), where)
+    # Each of these would compute something that this does not.
+    reader.must_be("block_position_encoding", None, True)
+    reader.must_be("attention_scale", None, 1.0)
+    reader.must_be("layernorm", None, "pre")
+    reader.must_be("activation", None, "gelu_tanh")
+    return reader.own(GLMConfig) or _glm_config(reader, "glm-10b", tensors)
+
+
+def _inner(source: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A configuration may stand beside that of the tokenizer."""
+    inner = source.get("model")
+    return inner if isinstance(inner, Mapping) else source
+
+
+def _glm_config(
+    reader: ConfigReader, architecture: GLMKind, tensors: Mapping[str, Stored]
+) -> GLMConfig:
+    hidden_size = reader.optional("hidden_size") or rows_of(tensors, "norm.weight", 1)
+    num_heads = reader.optional("num_attention_heads") or _GLM_HEADS[architecture].get(hidden_size)
+    if num_heads is None:
+        raise CheckpointError(
+            f"{reader.where} does not say num_attention_heads, and hidden_size={hidden_size} is of "
+            "no published GLM; give config=..., a path or a mapping with num_attention_heads"
+        )
+    positions = reader.optional("max_position_embeddings", "max_sequence_length") or 2048
+    if "embed_positions.weight" in tensors:
+        positions = tensors["embed_positions.weight"].shape[0] - 1
+    wide = tensors.get("layers.0.feed_forward.down.weight")
+    return reader.made(
+        GLMConfig,
+        architecture=architecture,
+        vocab_size=rows_of(tensors, "embed_tokens.weight", 1),
+        hidden_size=hidden_size,
+        num_hidden_layers=reader.optional("num_hidden_layers", "num_layers")
+        or max(1, num_layers_of(tensors, "layers")),
+        num_attention_heads=num_heads,
+        intermediate_size=reader.optional("intermediate_size", "inner_hidden_size")
+        or (4 * hidden_size if wide is None else wide.shape[1]),
+        max_position_embeddings=positions,
+        layer_norm_eps=reader.number(
+            1e-5, "layer_norm_eps", "layernorm_epsilon", "layer_norm_epsilon"
+        ),
+        rotary_precision=reader.source.get("rotary_precision", "float16"),
+    )
+
+
+# ---- modules -------------------------------------------------------------------------------------
 
 Angles = tuple[torch.Tensor, torch.Tensor]
 """Cosines and sines, see Rotary."""
@@ -261,6 +355,9 @@ class GLM(torch.nn.Module):
         return decoder_cache(self.config, batch_size, max_length, self.norm.weight)
 
 
+# ---- blocks --------------------------------------------------------------------------------------
+
+
 def matrices_of(model: GLM) -> list[str]:
     """The names of all matrices of the layers and the head, in the order of a pass: blocks.
 
@@ -268,6 +365,157 @@ def matrices_of(model: GLM) -> list[str]:
     more room for what stays than two slots of a layer.
     """
     return [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+
+
+# ---- names on disk -------------------------------------------------------------------------------
+
+_KINDS = ("weight", "bias")
+_SCALE = "_scale"  # behind the name of a quantised weight
+_QKV = re.compile(r"(transformer\.layers\.\d+)\.attention\.query_key_value\.weight")
+LINEARS = {
+    "attention.query_key_value": "attention.qkv",
+    "attention.dense": "attention.out",
+    "mlp.dense_h_to_4h": "feed_forward.up",
+    "mlp.dense_4h_to_h": "feed_forward.down",
+}
+"""Of a layer, theirs -> ours: those that may be quantised."""
+
+
+def glm130b_tensors(checkpoint: Checkpoint) -> dict[str, Stored]:
+    """The tensors of a checkpoint under the names of GLM, a quantised weight as one.
+
+    Raises CheckpointError for names of another model or layout, and for weights that are neither
+    floating point nor codes of 8 or 4 bits.
+    """
+    if checkpoint.kind != "original":
+        raise CheckpointError(
+            f"{checkpoint.path} is a {checkpoint.kind} folder, a layout that GLM-130B is not found "
+            "in; give a folder of the original code (latest, mp_rank_NN_model_states.pt)"
+        )
+    tensors = _with_scales(checkpoint.tensors)
+    return rename(tensors, _glm130b(), checkpoint.path, f"a GLM-130B ({checkpoint.kind})")
+
+
+def glm130b_name(kind: str, ours: str) -> str:
+    """What the layout `kind` calls a tensor that GLM calls `ours`."""
+    return theirs_of(ours, _glm130b())
+
+
+def is_quantized(tensors: Mapping[str, Stored]) -> bool:
+    """Whether there are codes and scales among the tensors, which have the original names."""
+    return any(n.endswith(_SCALE) or not t.dtype.is_floating_point for n, t in tensors.items())
+
+
+def _glm130b() -> Iterator[Rule]:
+    yield Rule("transformer.word_embeddings.weight", "embed_tokens.weight")
+    layer = "transformer.layers.{n}"
+    for kind in _KINDS:
+        yield Rule(f"{layer}.input_layernorm.{kind}", f"layers.{{n}}.attention.norm.{kind}")
+        yield Rule(f"{layer}.post_attention_layernorm.{kind}", f"layers.{{n}}.norm.{kind}")
+        yield Rule(f"transformer.final_layernorm.{kind}", f"norm.{kind}")
+        for theirs, ours in LINEARS.items():
+            yield Rule(f"{layer}.{theirs}.{kind}", f"layers.{{n}}.{ours}.{kind}")
+
+
+def _with_scales(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
+    """Each matrix of codes together with its scales, as one."""
+    bits = _bits(tensors)
+    joined: dict[str, Stored] = {}
+    for name, stored in tensors.items():
+        scale = tensors.get(name + _SCALE)
+        if scale is not None:
+            joined[name] = Quantized(stored, scale, bits, torch.float16)
+        elif name.removesuffix(_SCALE) not in tensors or not name.endswith(_SCALE):
+            joined[name] = stored
+    return joined
+
+
+def _bits(tensors: Mapping[str, Stored]) -> int:
+    """Of the codes, which nothing but their shapes tells: 8 where there are none."""
+    found: dict[int, Stored] = {}
+    for name, stored in tensors.items():
+        match = _QKV.fullmatch(name)
+        if match and name + _SCALE in tensors:
+            found[_bits_of(stored, tensors.get(f"{match[1]}.input_layernorm.weight"))] = stored
+    if len(found) > 1:
+        one, other = found.values()
+        raise CheckpointError(
+            f"{one.where} and {other.where} are of {' and '.join(map(str, found))} bits; "
+            "the files are not of one checkpoint"
+        )
+    return next(iter(found), 8)
+
+
+def _bits_of(codes: Stored, norm: Stored | None) -> int:
+    width = norm.shape[0] if norm is not None and len(norm.shape) == 1 else None
+    columns = codes.shape[1] if len(codes.shape) == 2 else None
+    if width is not None and columns is not None:
+        if columns == width:
+            return 8
+        if 2 * columns == width:
+            return 4
+    raise CheckpointError(
+        f"{codes.where} has shape {codes.shape} beside a LayerNorm of "
+        f"{'no known width' if width is None else width}; codes of 8 bits are as many columns, "
+        "of 4 bits half as many: this is damaged, or of another model"
+    )
+
+
+def glm10b_tensors(checkpoint: Checkpoint) -> dict[str, Stored]:
+    """The tensors of a checkpoint under the names of GLM.
+
+    Raises CheckpointError for names of another model, and for another layout.
+    """
+    if checkpoint.kind not in _GLM10B_RULES:
+        raise CheckpointError(
+            f"{checkpoint.path} is a {checkpoint.kind} folder, a layout that GLM-10B is not found "
+            f"in; accepted: {', '.join(_GLM10B_RULES)}"
+        )
+    rules = _GLM10B_RULES[checkpoint.kind]()
+    return rename(checkpoint.tensors, rules, checkpoint.path, f"a GLM-10B ({checkpoint.kind})")
+
+
+def glm10b_name(kind: str, ours: str) -> str:
+    """What the layout `kind` calls a tensor that GLM calls `ours`."""
+    return theirs_of(ours, _GLM10B_RULES[kind]())
+
+
+def _glm10b(prefix: str) -> Iterator[Rule]:
+    """The names inside the model, which its own code and Hugging Face's share."""
+    yield Rule(f"{prefix}word_embeddings.weight", "embed_tokens.weight")
+    inner = f"{prefix}transformer"
+    yield Rule(f"{inner}.position_embeddings.weight", "embed_positions.weight")
+    yield Rule(f"{inner}.block_position_embeddings.weight", "embed_block_positions.weight")
+    layer = f"{inner}.layers.{{n}}"
+    for kind in _KINDS:
+        yield Rule(f"{layer}.input_layernorm.{kind}", f"layers.{{n}}.attention.norm.{kind}")
+        yield Rule(f"{layer}.post_attention_layernorm.{kind}", f"layers.{{n}}.norm.{kind}")
+        yield Rule(f"{inner}.final_layernorm.{kind}", f"norm.{kind}")
+        for theirs, ours in (
+            ("attention.query_key_value", "attention.qkv"),
+            ("attention.dense", "attention.out"),
+            ("mlp.dense_h_to_4h", "feed_forward.up"),
+            ("mlp.dense_4h_to_h", "feed_forward.down"),
+        ):
+            yield Rule(f"{layer}.{theirs}.{kind}", f"layers.{{n}}.{ours}.{kind}")
+
+
+def _glm10b_original() -> Iterator[Rule]:
+    yield from _glm10b("")
+    # SwissArmyTransformer's, where the second table is an addition to its base model.
+    yield Rule("transformer.word_embeddings.weight", "embed_tokens.weight")
+    yield Rule(
+        "mixins.block_position_embedding.block_position_embeddings.weight",
+        "embed_block_positions.weight",
+    )
+
+
+def _glm10b_huggingface() -> Iterator[Rule]:
+    yield from _glm10b("")
+    yield from _glm10b("glm.")  # of the classes around the model
+
+
+_GLM10B_RULES = {"original": _glm10b_original, "huggingface": _glm10b_huggingface}
 
 
 # ---- ranks ---------------------------------------------------------------------------------------
@@ -324,3 +572,33 @@ SPLITS_OF_GLM10B = SplitTable(
     MEGATRON_WIDTHS,
 )
 """Source: change_mp.py of GLM."""
+
+
+# ---- what there is -------------------------------------------------------------------------------
+
+PUBLISHED_GLM = {
+    "GLM-130B": GLMConfig("glm-130b", 150528, 12288, 70, 96, 32768, 2048),
+    "GLM-10B": GLMConfig("glm-10b", 50304, 4096, 48, 64, 16384, 1024),
+    "GLM-10B-chinese": GLMConfig("glm-10b", 50048, 4096, 48, 64, 16384, 1024),
+    "GLM-2B": GLMConfig("glm-10b", 50304, 2048, 36, 32, 8192, 1024),
+}
+"""Sizes: the papers, and the files that were published."""
+
+INT4_ROW = Format(4)
+GLM_FORMATS = {**FORMATS, "int4-row": INT4_ROW}
+"""By the names that users give; the last one is that of GLM-130B's authors."""
+
+
+def _pack(weight: torch.Tensor, form: Format) -> PackedWeight:
+    """Four bits and a scale a row as GLM-130B's own code packs them; all else as everywhere."""
+    return glm_rows.pack_rows(weight, 4) if form == INT4_ROW else pack(weight, form)
+
+
+GLM130B = Architecture(
+    "glm130b", "GLM-130B", GLMConfig, GLM, glm130b_tensors, glm130b_name, glm130b_config,
+    {}, (), pack=_pack,
+)  # fmt: skip
+GLM10B = Architecture(
+    "glm10b", "GLM-10B", GLMConfig, GLM, glm10b_tensors, glm10b_name, glm10b_config,
+    {}, ("THUDM/glm-10b", "THUDM/glm-2b", "THUDM/glm-10b-chinese"), pack=_pack,
+)  # fmt: skip

@@ -85,6 +85,10 @@ class T5Config:
         return self.num_attention_heads * self.head_dim
 
     @property
+    def max_position_embeddings(self) -> None:
+        """Positions are relative, and have no end."""
+
+    @property
     def attention_scale(self) -> float:
         return self.head_dim**-0.5 if self.is_attention_scaled else 1.0
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from bminf.arch.t5 import T5Config
 from bminf.errors import ArgumentError
 from bminf.models.load import DTYPES, Packing
 from bminf.models.source import Source
@@ -34,9 +33,9 @@ def dtype_for(dtype: torch.dtype | str | None, device: torch.device) -> torch.dt
 
 def max_length_for(max_length: int | None, source: Source) -> int:
     """`max_length`; None is what the positions allow.   Raises ArgumentError for more."""
-    if isinstance(source.config, T5Config):
+    positions: int | None = source.config.max_position_embeddings
+    if positions is None:
         return _DEFAULT_MAX_LENGTH if max_length is None else max_length
-    positions = source.config.max_position_embeddings
     if max_length is not None and max_length > positions:
         raise ArgumentError(f"max_length={max_length}, but the model has {positions} positions")
     return positions if max_length is None else max_length

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from bminf.arch.glm import GLMConfig
+from bminf.arch.glm import GLM_FORMATS, GLMConfig
 from bminf.checkpoint.appearing import appearing, free
 from bminf.checkpoint.safetensors_file import write_safetensors
 from bminf.checkpoint.stored import pieces
@@ -20,7 +20,6 @@ from bminf.errors import ArgumentError, CheckpointError
 from bminf.keywords import known_keywords
 from bminf.layout import Filling, Layout, TensorSpec
 from bminf.models.cutting import cut
-from bminf.models.family import GLM_FORMATS
 from bminf.models.glm_head import own_packing, with_head
 from bminf.models.load import DTYPES, Packing, lay_out, skeleton, tensors_of_block
 from bminf.models.recognition import architecture_for

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from bminf.arch.architecture import Architecture
+from bminf.arch.glm import INT4_ROW
 from bminf.arch.registry import checkpoint_in
 from bminf.checkpoint.config import CONFIG_FILES, find_config
 from bminf.checkpoint.folder import Checkpoint
 from bminf.checks import check_positive
 from bminf.errors import ArgumentError, CheckpointError
-from bminf.models.family import INT4_ROW, Config
 from bminf.models.recognition import architecture_for
 from bminf.models.reshard import reshard
 from bminf.models.source import architecture_of, config_of, tokenizer_of
@@ -59,7 +59,7 @@ class _Beside:
     """
 
     files: Mapping[str, Path]
-    config: Config | None
+    config: Any
     lacks_vocabulary: str = ""
 
     @classmethod
@@ -104,7 +104,7 @@ class _Beside:
 
 
 def _tokenizer(
-    architecture: Architecture, opened: Checkpoint, given: Any, config: Config | None
+    architecture: Architecture, opened: Checkpoint, given: Any, config: Any
 ) -> Tokenizer:
     if given is None:  # as it lies there; whether it is the right one is for whoever loads it
         return tokenizer_of(architecture, opened, None, None)
@@ -142,7 +142,7 @@ def _bits(form: Format | None) -> int | None:
     )
 
 
-def _config(architecture: Architecture, opened: Checkpoint, given: Any) -> Config | None:
+def _config(architecture: Architecture, opened: Checkpoint, given: Any) -> Any:
     """As a configuration tells it, or the shapes do; None where there is none, and perhaps no need
     to know."""
     is_told = given is not None or find_config(opened.path) is not None

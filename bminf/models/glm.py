@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from bminf.arch import glm
 from bminf.arch.glm import GLM as Network
 from bminf.arch.glm import GLMConfig
 from bminf.errors import ArgumentError
@@ -20,7 +21,6 @@ from bminf.generation.loop import Decoder
 from bminf.generation.sampling import Sampling, in_sequence
 from bminf.keywords import known_keywords
 from bminf.layers.kv_cache import KVCache
-from bminf.models import family
 from bminf.models.arguments import Text
 from bminf.models.base import LanguageModel
 from bminf.models.blanks import (
@@ -69,8 +69,8 @@ class GLM(LanguageModel):
 
     {LanguageModel.__doc__}
     """
-    _architectures = (family.GLM130B, family.GLM10B)
-    _formats: ClassVar[Mapping[str, Format]] = family.GLM_FORMATS
+    _architectures = (glm.GLM130B, glm.GLM10B)
+    _formats: ClassVar[Mapping[str, Format]] = glm.GLM_FORMATS
     _default_format = INT4
     _defaults: Options = GLMOptions()
     config: GLMConfig
@@ -223,12 +223,12 @@ class GLM(LanguageModel):
         self, source: Source, form: Format | None, dtype: torch.dtype
     ) -> tuple[Source, Packing]:
         if self._rotary_precision is not None:
-            if not source.config.is_rotary:  # type: ignore[union-attr]
+            if not source.config.is_rotary:
                 raise ArgumentError(
                     "rotary_precision is for GLM-130B; a GLM-10B learned its positions, so leave "
                     "it out"
                 )
-            config = replace(source.config, rotary_precision=self._rotary_precision)  # type: ignore[arg-type]
+            config = replace(source.config, rotary_precision=self._rotary_precision)
             source = replace(source, config=config)
         if source.weights.packing is not None:
             return as_in_folder(source, form, self._default_format, self._head_form, dtype)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from bminf.arch.glm import GLM, GLMConfig
 from bminf.checkpoint.quantized import Quantized
 from bminf.errors import ArgumentError, CheckpointError
-from bminf.models.family import Config
 from bminf.models.load import Packing, lay_out, skeleton
 from bminf.models.source import HEAD, Source, with_head_parts
 from bminf.quantization.packed import Format
@@ -87,7 +87,7 @@ def with_head(
 
 
 def num_head_parts(
-    config: Config, packing: Packing, head_form: Format | None, dtype: torch.dtype
+    config: Any, packing: Packing, head_form: Format | None, dtype: torch.dtype
 ) -> int:
     """So many that no part of the head is larger than the largest matrix of a layer: then it needs
     no larger slots to be streamed."""

@@ -10,16 +10,15 @@ from typing import Any
 
 import torch
 
-from bminf.arch.architecture import Architecture
-from bminf.arch.glm import GLMConfig
-from bminf.arch.registry import checkpoint_in
+from bminf.arch.architecture import Architecture, Config
+from bminf.arch.glm import GLM10B, GLM130B, GLM_FORMATS, PUBLISHED_GLM, GLMConfig
+from bminf.arch.registry import ARCHITECTURES, checkpoint_in
+from bminf.arch.t5 import CPM2
 from bminf.checkpoint.config import read_config
 from bminf.checks import check_positive
 from bminf.errors import ArgumentError, CheckpointError
 from bminf.keywords import known_keywords
 from bminf.models.arguments import dtype_for
-from bminf.models.config import PUBLISHED_GLM
-from bminf.models.family import FAMILIES, GLM_FORMATS, Config
 from bminf.models.glm_head import head_packing, num_head_parts
 from bminf.models.load import Packing, lay_out, plan_for, skeleton
 from bminf.models.source import architecture_of, config_of, packing_in
@@ -64,7 +63,7 @@ def plan_glm(
     packing = head_packing(packing, head_form, num_parts)
     config = replace(config, num_head_parts=num_parts)
     return _planned(
-        FAMILIES[_GLM_FAMILIES[config.architecture]], config, packing, dtype, max_length,
+        _GLMS[config.architecture], config, packing, dtype, max_length,
         max_batch_size, memory_limit, device, host_memory,
     )  # fmt: skip
 
@@ -95,7 +94,7 @@ def published(name: str) -> ZooModel | None:
 def zoo_in_folder(folder: Path) -> ZooModel:
     """What a folder of any layout holds; headers are read.   Raises CheckpointError."""
     opened = checkpoint_in(folder.expanduser().absolute())
-    architecture = architecture_of(opened) or FAMILIES["cpm2"]  # EVA is of the same shapes
+    architecture = architecture_of(opened) or CPM2  # EVA is of the same shapes
     if opened.kind != "bminf":
         config, _ = config_of(architecture, opened, architecture.tensors(opened), None)
         return ZooModel(architecture, config, architecture.title)
@@ -110,7 +109,7 @@ def zoo_in_folder(folder: Path) -> ZooModel:
 
 def zoo_from_config(source: Mapping[str, Any], where: str) -> ZooModel:
     """The same from a configuration alone.   Raises CheckpointError where it does not say all."""
-    architecture = FAMILIES["glm10b" if "block_position_encoding" in source else "cpm2"]
+    architecture = GLM10B if "block_position_encoding" in source else CPM2
     size = source.get("vocab_size")
     if type(size) is not int or size < 1:
         raise CheckpointError(f"{where} has no vocab_size")
@@ -187,7 +186,7 @@ def _planned(
     )  # fmt: skip
 
 
-_GLM_FAMILIES = {"glm-130b": "glm130b", "glm-10b": "glm10b"}
+_GLMS = {"glm-130b": GLM130B, "glm-10b": GLM10B}
 _ALIASES = {
     "cpm1": "TsinghuaAI/CPM-Generate",
     "cpm2": "CPM-2 (Chinese), CPM-2.1",
@@ -200,11 +199,11 @@ _ALIASES = {
 
 def _published() -> Iterator[tuple[Architecture, str, Config]]:
     """(architecture, name, configuration) of each."""
-    for architecture in FAMILIES.values():
+    for architecture in ARCHITECTURES:
         for name, config in architecture.published.items():
             yield architecture, name, config
     for name, glm in PUBLISHED_GLM.items():
-        architecture = FAMILIES[_GLM_FAMILIES[glm.architecture]]
+        architecture = _GLMS[glm.architecture]
         yield architecture, name, glm
         yield architecture, f"THUDM/{name}", glm
 

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from bminf.arch.architecture import Architecture
-from bminf.arch.registry import checkpoint_in
+from bminf.arch.registry import ARCHITECTURES, checkpoint_in, named
 from bminf.arch.t5 import is_t5
 from bminf.checkpoint.config import find_config, read_config
 from bminf.checkpoint.folder import Checkpoint
 from bminf.checkpoint.names import listed
 from bminf.errors import ArgumentError, CheckpointError
-from bminf.models.family import FAMILIES
 from bminf.models.source import architecture_of
 
 # What their Hugging Face configurations say, where the names of tensors do not tell enough.
@@ -30,13 +29,13 @@ def architecture_for(
     Raises ArgumentError where that has to be said, CheckpointError for another model than these.
     """
     if model is not None:
-        if not isinstance(model, str) or model not in FAMILIES:
-            raise ArgumentError(f"model={model!r}; accepted: {', '.join(FAMILIES)}")
-        return FAMILIES[model]
+        found = named(model)
+        if found is None:
+            names = ", ".join(one.name for one in ARCHITECTURES)
+            raise ArgumentError(f"model={model!r}; accepted: {names}")
+        return found
     known = {
-        hub_id: architecture
-        for architecture in FAMILIES.values()
-        for hub_id in architecture.hub_ids
+        hub_id: architecture for architecture in ARCHITECTURES for hub_id in architecture.hub_ids
     }
     if str(source) in known:
         return known[str(source)]
@@ -58,7 +57,7 @@ def architecture_for(
 
 def _check_in_zoo(opened: Checkpoint, architecture: Architecture | None) -> None:
     """Raise CheckpointError, saying what it is, for a model that the zoo does not have."""
-    titles = ", ".join(known.title for known in FAMILIES.values())
+    titles = ", ".join(known.title for known in ARCHITECTURES)
     if opened.kind == "bminf":
         if architecture is None:
             name = read_config(opened.path / "config.json").get("model")

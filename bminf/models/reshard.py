@@ -15,11 +15,10 @@ from pathlib import Path
 
 import torch
 
-from bminf.arch.glm import is_glm10b, is_glm130b
+from bminf.arch.glm import LINEARS, is_glm10b, is_glm130b, is_quantized
 from bminf.arch.registry import SPLIT_TABLES, checkpoint_in
 from bminf.checkpoint.appearing import appearing, free
 from bminf.checkpoint.folder import Checkpoint
-from bminf.checkpoint.glm130b import LINEARS, is_quantized
 from bminf.checkpoint.model_parallel import (
     DEEPSPEED_TRACKER,
     FILE_IN_RANK_FOLDER,

@@ -12,14 +12,13 @@ from typing import Any
 
 import torch
 
-from bminf.arch.architecture import Architecture
+from bminf.arch.architecture import Architecture, Config
 from bminf.arch.glm import GLMConfig, head_rows
-from bminf.arch.registry import checkpoint_in
+from bminf.arch.registry import checkpoint_in, named
 from bminf.checkpoint.config import CONFIG_FILES, as_mapping, find_config, read_config
 from bminf.checkpoint.folder import Checkpoint
 from bminf.checkpoint.stored import Rows, Scaled, Stored
 from bminf.errors import ArgumentError, CheckpointError
-from bminf.models.family import FAMILIES, Config
 from bminf.models.load import Packing, Weights, check_shapes, skeleton
 from bminf.quantization.packed import Format
 from bminf.tokenizers.base import Tokenizer
@@ -44,11 +43,14 @@ _ONLY_IN_CPM1 = {
 
 @dataclass(frozen=True)
 class Source:
-    """weights: under the names of the architecture.   dtype: that of the embedding, on disk."""
+    """weights: under the names of the architecture.   config: one of its config_class.
+
+    dtype: that of the embedding, on disk.
+    """
 
     architecture: Architecture
     weights: Weights
-    config: Config
+    config: Any
     tokenizer: Tokenizer
     dtype: torch.dtype
 
@@ -88,18 +90,18 @@ def open_source(
 def architecture_of(opened: Checkpoint) -> Architecture | None:
     """The architecture that the files themselves tell; None where CPM-2 and EVA look alike."""
     if opened.kind == "bminf":
-        return FAMILIES.get(str(read_config(opened.path / "config.json").get("model")))
+        return named(str(read_config(opened.path / "config.json").get("model")))
     names = opened.tensors.keys()
     if any(name.endswith("block_position_embeddings.weight") for name in names):
-        return FAMILIES["glm10b"]
+        return named("glm10b")
     if "transformer.word_embeddings.weight" in names:
-        return FAMILIES["glm130b"]
+        return named("glm130b")
     if names & _ONLY_IN_CPM1:
-        return FAMILIES["cpm1"]
+        return named("cpm1")
     if "position_bias_dec.relative_attention_bias" in names:  # ModelCenter's, which has no EVA
-        return FAMILIES["cpm2"]
+        return named("cpm2")
     if "role_embeds.weight" in names or _model_type(opened) == "eva":
-        return FAMILIES["eva"]
+        return named("eva")
     return None
 
 
@@ -291,8 +293,7 @@ def _published(
         and _fits(architecture, config, tensors, opened.path)
     }
     if len(candidates) == 1:
-        (config,) = candidates.values()
-        return config  # type: ignore[no-any-return]
+        return next(iter(candidates.values()))
     looked = " or ".join(CONFIG_FILES)
     if candidates:
         raise CheckpointError(

@@ -9,11 +9,11 @@ ops/product_size.py), and held against measurements by tests/models/test_zoo_mem
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from bminf.arch.glm import GLMConfig
-from bminf.arch.gpt import GPTConfig
 from bminf.arch.t5 import T5Config, t5_cache_bytes
 from bminf.layers.kv_cache import decoder_cache_bytes
 from bminf.ops.product_size import product_bytes
@@ -51,7 +51,7 @@ class _Sizes:
 
 
 def reserved_bytes(
-    config: GPTConfig | T5Config | GLMConfig,
+    config: Any,
     max_batch_size: int,
     max_length: int,
     dtype: torch.dtype,
@@ -71,7 +71,8 @@ def reserved_bytes(
     bias = _bias_bytes(config, max_batch_size, max_length, dtype.itemsize)
     layer = _layer_bytes(config, _Sizes(num_rows, dtype.itemsize, form, is_cpu))
     # The last ones of each row while they are drawn from; logits() has fewer at a time.
-    head = config.vocab_size * max(LOGITS_AT_ONCE, max_batch_size) * _DRAWN_BYTES
+    vocab_size: int = config.vocab_size
+    head = vocab_size * max(LOGITS_AT_ONCE, max_batch_size) * _DRAWN_BYTES
     making_bias = 2 * bias + _BUCKET_BYTES * max_length**2  # before the first layer
     if isinstance(config, GLMConfig):  # whose positions are in no bias
         making_bias = bias + _HIDDEN_BYTES * max_batch_size * max_length**2
@@ -82,7 +83,7 @@ def reserved_bytes(
     return cache + peak + int(_HOLES * peak) + kept
 
 
-def _layer_bytes(config: GPTConfig | T5Config | GLMConfig, sizes: _Sizes) -> int:
+def _layer_bytes(config: Any, sizes: _Sizes) -> int:
     """The widest moment of a layer, but for its bias."""
     size, wide = config.hidden_size, config.intermediate_size
     inner = config.inner_size if isinstance(config, T5Config) else size
@@ -109,10 +110,9 @@ def _layer_bytes(config: GPTConfig | T5Config | GLMConfig, sizes: _Sizes) -> int
     )
 
 
-def _bias_bytes(
-    config: GPTConfig | T5Config | GLMConfig, max_batch_size: int, max_length: int, itemsize: int
-) -> int:
+def _bias_bytes(config: Any, max_batch_size: int, max_length: int, itemsize: int) -> int:
     """Of scores, by row and head where positions are learned by head."""
     is_by_head = isinstance(config, T5Config)
-    cells = max_batch_size * max_length**2 * (config.num_attention_heads if is_by_head else 1)
+    heads: int = config.num_attention_heads if is_by_head else 1
+    cells = max_batch_size * max_length**2 * heads
     return cells * itemsize

@@ -12,10 +12,9 @@ import safetensors.torch
 import torch
 from glm_files import Weights, glm10b, glm130b, rank_file, write
 
+from bminf.arch.glm import glm10b_name, glm10b_tensors, glm130b_name, glm130b_tensors
 from bminf.arch.registry import SPLIT_TABLES, checkpoint_in
 from bminf.checkpoint.folder import Checkpoint
-from bminf.checkpoint.glm10b import glm10b_name, glm10b_tensors
-from bminf.checkpoint.glm130b import glm130b_name, glm130b_tensors
 from bminf.checkpoint.quantized import Quantized
 from bminf.checkpoint.splits import COLUMNS, OWN, REPLICATED, ROWS, STRIPED, Split, table_for
 from bminf.checkpoint.stored import Stored

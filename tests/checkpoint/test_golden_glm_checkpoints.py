@@ -16,9 +16,8 @@ import torch
 from glm_files import join, load
 from golden import GoldenSet, for_each, golden
 
+from bminf.arch.glm import glm10b_name, glm10b_tensors, glm130b_name, glm130b_tensors
 from bminf.arch.registry import checkpoint_in
-from bminf.checkpoint.glm10b import glm10b_name, glm10b_tensors
-from bminf.checkpoint.glm130b import glm130b_name, glm130b_tensors
 from bminf.checkpoint.quantized import Quantized
 from bminf.errors import CheckpointError
 from bminf.models.reshard import reshard

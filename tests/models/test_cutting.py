@@ -66,9 +66,9 @@ def test_what_lies_in_the_parent_goes_along(load: Loader, tmp_path: Path) -> Non
 def test_sizes_that_only_the_shapes_tell_are_written(
     load: Loader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from bminf.models import config
+    from bminf.arch import glm
 
-    monkeypatch.setitem(config._GLM_HEADS, "glm-10b", {64: 4})
+    monkeypatch.setitem(glm._GLM_HEADS, "glm-10b", {64: 4})
     made = tiny_glm10b()
     source = made.write_original(tmp_path / "a" / "from")
     wanted = load("glm10b", checkpoint=source).config

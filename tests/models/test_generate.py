@@ -607,9 +607,9 @@ def test_a_dialogue_can_be_scored(load: Loader) -> None:
 def test_building_a_model_does_not_import_the_compiler_of_torch(name: str) -> None:
     """It would take a second, and 70 MB, for nothing."""
     program = (
-        "import sys; from bminf.models.family import FAMILIES as f; "
+        "import sys; from bminf.arch.registry import named; "
         "from bminf.models.source import skeleton_of; "
-        f"skeleton_of(f[{name!r}], next(iter(f[{name!r}].published.values()))); "
+        f"skeleton_of(named({name!r}), next(iter(named({name!r}).published.values()))); "
         "print('torch._dynamo' in sys.modules)"
     )
     done = subprocess.run(

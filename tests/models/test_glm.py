@@ -15,11 +15,10 @@ import torch
 from tiny_glm import IMAGE_OFFSET, TinyGLM, tiny_glm, tiny_glm10b, tiny_glm130b
 
 import bminf
-from bminf.arch.glm import GLMConfig
+from bminf.arch.glm import PUBLISHED_GLM, GLMConfig, glm10b_config, glm130b_config
 from bminf.errors import ArgumentError, UnsupportedModelError
 from bminf.models import GLM, Answer, plan_glm
 from bminf.models.blanks import choices_behind
-from bminf.models.config import PUBLISHED_GLM, glm10b_config, glm130b_config
 from bminf.models.glm_options import GLMOptions
 from bminf.quantization.packed import Format
 
@@ -847,14 +846,14 @@ def test_published_models_need_no_configuration(title: str) -> None:
 
 
 def test_the_published_sizes_are_those_of_the_papers() -> None:
-    from bminf.models.family import FAMILIES
+    from bminf.arch.glm import GLM10B, GLM130B
     from bminf.models.source import skeleton_of
 
     counts = {"GLM-130B": 128_697_794_560, "GLM-10B": 9_880_682_496, "GLM-2B": 1_920_122_880}
     counts["GLM-10B-chinese"] = 9_879_633_920
     for title, count in counts.items():
         config = PUBLISHED_GLM[title]
-        family = FAMILIES["glm130b" if config.is_rotary else "glm10b"]
+        family = GLM130B if config.is_rotary else GLM10B
         model = skeleton_of(family, config)
         assert sum(parameter.numel() for parameter in model.parameters()) == count
 

@@ -24,10 +24,11 @@ from tiny_zoo import (
     write_vocabulary,
 )
 
+from bminf.arch import t5
 from bminf.arch.gpt import GPTConfig
 from bminf.arch.t5 import T5Config
 from bminf.errors import CheckpointError
-from bminf.models import CPM1, CPM2, EVA, family
+from bminf.models import CPM1, CPM2, EVA
 
 Loader = Callable[..., Any]
 MODELS = ("cpm1", "cpm2", "eva")
@@ -489,7 +490,7 @@ def test_the_published_sizes_are_those_of_the_papers() -> None:
     for (kind, name), count in counts.items():
         model = skeleton_of(kind._architectures[0], kind._architectures[0].published[name])
         assert sum(parameter.numel() for parameter in model.parameters()) == count
-    scaled = [n for n, c in family.EVA.published.items() if c.is_attention_scaled]
+    scaled = [n for n, c in t5.EVA.published.items() if c.is_attention_scaled]
     assert scaled == [f"thu-coai/EVA2.0-{size}" for size in ("xlarge", "large", "base")]
 
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from bminf.arch.glm import PUBLISHED_GLM
 from bminf.errors import ArgumentError, BudgetError
 from bminf.models import plan_glm
-from bminf.models.config import PUBLISHED_GLM
 
 GIB = 2**30
 
