@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.random_model import filled
-from bminf.arch.glm import GLM, INT4_ROW, PUBLISHED_GLM, GLMConfig
+from bminf.arch.glm import GLM, GLM130B, INT4_ROW, PUBLISHED_GLM, GLMConfig
 from bminf.checkpoint.stored import Stored
 from bminf.models.glm_head import head_packing, num_head_parts
 from bminf.models.load import Packing, lay_out, plan_for, skeleton
@@ -69,7 +69,7 @@ def planned(
     model, blocks = skeleton(empty, sizes.dtype, packing, sizes.activations)
     blobs = lay_out(model, blocks)
     reserve = max(
-        reserved_bytes(sizes.config, rows, length, sizes.dtype, packing.usual, device_type)
+        reserved_bytes(GLM130B, sizes.config, rows, length, sizes.dtype, packing.usual, device_type)
         for rows, length in sizes.batches
     )
     return model, blobs, plan_for(blocks, blobs, limit, {}, reserve, device_type, host_bytes)

@@ -54,7 +54,7 @@ def planned(sizes: Sizes, limit: int, device_type: str = "cpu") -> tuple[T5, Blo
     model, blocks = skeleton(empty, sizes.dtype, Packing(sizes.form), sizes.activations)
     blobs = lay_out(model, blocks)
     reserve = reserved_bytes(
-        sizes.config, 1, sizes.max_length, sizes.dtype, sizes.form, device_type
+        CPM2, sizes.config, 1, sizes.max_length, sizes.dtype, sizes.form, device_type
     )
     return model, blobs, plan_for(blocks, blobs, limit, CPM2.uses, reserve, device_type)
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 
+from bminf.arch.sizes import Pass, Sizes
 from bminf.checkpoint.folder import Checkpoint
 from bminf.checkpoint.stored import Stored
 from bminf.quantization.packed import Format, PackedWeight, pack
@@ -36,6 +37,7 @@ class Architecture:
     original_name: kind of a checkpoint, name in the architecture -> name in such a checkpoint.
     parse: a mapping of any dialect, tensors and a place for messages -> a configuration.
     published: models whose shapes are known; none where parse() can do with the shapes alone.
+    sizes: a configuration and a pass -> what that holds beside the weights.
     hub_ids: those that can be downloaded.
     uses: of lists of blocks that are not used once a token.   pack: a weight, in a format.
     """
@@ -48,6 +50,7 @@ class Architecture:
     original_name: Callable[[str, str], str]
     parse: Callable[[Mapping[str, Any], Mapping[str, Stored], str], Config]
     published: Mapping[str, Config]
+    sizes: Callable[[Any, Pass], Sizes]
     hub_ids: tuple[str, ...]
     uses: Mapping[str, float] = field(default_factory=dict)
     pack: Callable[[torch.Tensor, Format], PackedWeight] = pack

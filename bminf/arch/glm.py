@@ -26,6 +26,7 @@ from typing import Any, Literal
 import torch
 
 from bminf.arch.architecture import Architecture
+from bminf.arch.sizes import HIDDEN_BYTES, Pass, Sizes, layer_bytes
 from bminf.checkpoint.config import ConfigReader, num_layers_of, rows_of
 from bminf.checkpoint.folder import Checkpoint
 from bminf.checkpoint.names import Rule, rename, theirs_of
@@ -47,7 +48,7 @@ from bminf.layers.attention import attention, hide, merge_heads, split_heads
 from bminf.layers.embedding import embedding
 from bminf.layers.feed_forward import FeedForward, HalvedFeedForward
 from bminf.layers.host_embedding import HostEmbedding
-from bminf.layers.kv_cache import KVCache, decoder_cache
+from bminf.layers.kv_cache import KVCache, decoder_cache, decoder_cache_bytes
 from bminf.layers.rotary import Rotary, rotate
 from bminf.quantization import glm_rows
 from bminf.quantization.packed import FORMATS, Format, PackedWeight, pack
@@ -574,6 +575,34 @@ SPLITS_OF_GLM10B = SplitTable(
 """Source: change_mp.py of GLM."""
 
 
+# ---- sizes ---------------------------------------------------------------------------------------
+
+
+def glm_sizes(config: GLMConfig, given: Pass) -> Sizes:
+    """Bytes of a pass."""
+    size, wide = config.hidden_size, config.intermediate_size
+    bias = given.scores()
+    cells = given.batch_size * given.length**2
+    return Sizes(
+        decoder_cache_bytes(config, given.batch_size, given.length, given.dtype),
+        _rotary_bytes(config, given) if config.is_rotary else layer_bytes(given, size, size, wide),
+        bias,
+        bias + HIDDEN_BYTES * cells,  # positions are in no bias
+    )
+
+
+def _rotary_bytes(config: GLMConfig, given: Pass) -> int:
+    """The widest moment of a layer of a "glm-130b", but for its bias."""
+    size, wide = config.hidden_size, config.intermediate_size
+    # The layer's own input too: its caller holds it until there is an output.
+    return given.held(size, size, size) + max(
+        given.product(size, 2 * wide),
+        given.held(3 * size, 2 * size, 2 * size),  # queries and keys as they are turned
+        given.held(2 * wide, wide, wide),
+        given.held(3 * wide) + given.product(wide, size),
+    )
+
+
 # ---- what there is -------------------------------------------------------------------------------
 
 PUBLISHED_GLM = {
@@ -596,9 +625,9 @@ def _pack(weight: torch.Tensor, form: Format) -> PackedWeight:
 
 GLM130B = Architecture(
     "glm130b", "GLM-130B", GLMConfig, GLM, glm130b_tensors, glm130b_name, glm130b_config,
-    {}, (), pack=_pack,
+    {}, glm_sizes, (), pack=_pack,
 )  # fmt: skip
 GLM10B = Architecture(
     "glm10b", "GLM-10B", GLMConfig, GLM, glm10b_tensors, glm10b_name, glm10b_config,
-    {}, ("THUDM/glm-10b", "THUDM/glm-2b", "THUDM/glm-10b-chinese"), pack=_pack,
+    {}, glm_sizes, ("THUDM/glm-10b", "THUDM/glm-2b", "THUDM/glm-10b-chinese"), pack=_pack,
 )  # fmt: skip

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from bminf.arch.architecture import Architecture
+from bminf.arch.sizes import BUCKET_BYTES, Pass, Sizes, layer_bytes
 from bminf.checkpoint.config import ConfigReader, rows_of
 from bminf.checkpoint.folder import Checkpoint
 from bminf.checkpoint.names import Rule, parts, rename, theirs_of
@@ -32,7 +33,7 @@ from bminf.errors import ArgumentError, CheckpointError
 from bminf.layers.attention import attention, hide, is_later, merge_heads, split_heads
 from bminf.layers.embedding import embedding
 from bminf.layers.feed_forward import FeedForward
-from bminf.layers.kv_cache import KVCache, decoder_cache
+from bminf.layers.kv_cache import KVCache, decoder_cache, decoder_cache_bytes
 from bminf.ops.gated_linear import check_activation
 
 # ---- configuration -------------------------------------------------------------------------------
@@ -302,6 +303,20 @@ SPLITS = SplitTable(
 """CPM-1.   Source: change_mp.py of CPM-1-Generate."""
 
 
+# ---- sizes ---------------------------------------------------------------------------------------
+
+
+def gpt_sizes(config: GPTConfig, given: Pass) -> Sizes:
+    """Bytes of a pass."""
+    size, bias = config.hidden_size, given.scores()
+    return Sizes(
+        decoder_cache_bytes(config, given.batch_size, given.length, given.dtype),
+        layer_bytes(given, size, size, config.intermediate_size),
+        bias,
+        2 * bias + BUCKET_BYTES * given.length**2,  # more than it takes: it has no buckets
+    )
+
+
 # ---- what there is -------------------------------------------------------------------------------
 
 PUBLISHED_GPT = {
@@ -311,5 +326,5 @@ PUBLISHED_GPT = {
 
 CPM1 = Architecture(
     "cpm1", "CPM-1", GPTConfig, GPT, cpm1_tensors, cpm1_name, gpt_config, PUBLISHED_GPT,
-    ("TsinghuaAI/CPM-Generate", "mymusise/CPM-Generate-distill"),
+    gpt_sizes, ("TsinghuaAI/CPM-Generate", "mymusise/CPM-Generate-distill"),
 )  # fmt: skip

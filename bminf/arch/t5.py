@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from bminf.arch.architecture import Architecture
+from bminf.arch.sizes import BUCKET_BYTES, Pass, Sizes, layer_bytes
 from bminf.checkpoint.config import ConfigReader, num_layers_of, rows_of
 from bminf.checkpoint.folder import Checkpoint
 from bminf.checkpoint.names import Rule, num_known, parts, rename, theirs_of
@@ -588,6 +589,21 @@ SPLITS = SplitTable(
 """CPM-2 and EVA.   Source: change_mp.py of EVA."""
 
 
+# ---- sizes ---------------------------------------------------------------------------------------
+
+
+def t5_sizes(config: T5Config, given: Pass) -> Sizes:
+    """Bytes of a pass, of a prompt and an answer of this length each."""
+    wide = config.intermediate_size
+    bias = given.scores(config.num_attention_heads)
+    return Sizes(
+        t5_cache_bytes(config, given.batch_size, given.length, given.length + 1, given.dtype),
+        layer_bytes(given, config.hidden_size, config.inner_size, wide, gated=wide),
+        bias,
+        2 * bias + BUCKET_BYTES * given.length**2,
+    )
+
+
 # ---- what there is -------------------------------------------------------------------------------
 
 PUBLISHED_CPM2 = {
@@ -603,11 +619,11 @@ PUBLISHED_EVA = {
 _ONCE_A_PROMPT = {"encoder.layers": 1, "cross_projections.layers": 1}
 
 CPM2 = Architecture(
-    "cpm2", "CPM-2", T5Config, T5, t5_tensors, t5_name, t5_config, PUBLISHED_CPM2, (),
-    _ONCE_A_PROMPT,
+    "cpm2", "CPM-2", T5Config, T5, t5_tensors, t5_name, t5_config, PUBLISHED_CPM2,
+    t5_sizes, (), _ONCE_A_PROMPT,
 )  # fmt: skip
 EVA = Architecture(
-    "eva", "EVA", T5Config, T5, t5_tensors, t5_name, t5_config, PUBLISHED_EVA,
+    "eva", "EVA", T5Config, T5, t5_tensors, t5_name, t5_config, PUBLISHED_EVA, t5_sizes,
     ("thu-coai/EVA1.0", "thu-coai/EVA2.0-base", "thu-coai/EVA2.0-large", "thu-coai/EVA2.0-xlarge"),
     _ONCE_A_PROMPT,
 )  # fmt: skip

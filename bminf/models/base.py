@@ -112,8 +112,8 @@ class LanguageModel:
         self.model, blocks = skeleton(empty, dtype, packing, activations)
         blobs = lay_out(self.model, blocks)
         reserve = reserved_bytes(
-            source.config, max_batch_size, self.max_length, dtype, packing.usual,
-            backend.device.type,
+            source.architecture, source.config, max_batch_size, self.max_length, dtype,
+            packing.usual, backend.device.type,
         )  # fmt: skip
         budget = free_budget(backend.device) if limit is None else limit
         the_plan = plan_for(

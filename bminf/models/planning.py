@@ -177,7 +177,9 @@ def _planned(
     with torch.device("meta"):
         network = architecture.build(config)
     network, blocks = skeleton(network, dtype, packing, "auto")
-    reserve = reserved_bytes(config, max_batch_size, max_length, dtype, packing.usual, device)
+    reserve = reserved_bytes(
+        architecture, config, max_batch_size, max_length, dtype, packing.usual, device
+    )
     limit = parse_bytes(memory_limit, "memory_limit")
     host_bytes = None if host_memory is None else parse_bytes(host_memory, "host_memory")
     return plan_for(
