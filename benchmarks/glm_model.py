@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -64,15 +65,18 @@ def planned(
     """
     num_parts = num_head_parts(sizes.config, sizes.packing, sizes.head_form, sizes.dtype)
     packing = head_packing(sizes.packing, sizes.head_form, num_parts)
-    with torch.device("meta"):
-        empty = GLM(replace(sizes.config, num_head_parts=num_parts))
-    model, blocks = skeleton(empty, sizes.dtype, packing, sizes.activations)
+    config = replace(sizes.config, num_head_parts=num_parts)
+    model, blocks = skeleton(GLM130B, config, sizes.dtype, packing, sizes.activations)
     blobs = lay_out(model, blocks)
     reserve = max(
         reserved_bytes(GLM130B, sizes.config, rows, length, sizes.dtype, packing.usual, device_type)
         for rows, length in sizes.batches
     )
-    return model, blobs, plan_for(blocks, blobs, limit, {}, reserve, device_type, host_bytes)
+    return (
+        cast(GLM, model),
+        blobs,
+        plan_for(blocks, blobs, limit, {}, reserve, device_type, host_bytes),
+    )
 
 
 @dataclass(frozen=True)

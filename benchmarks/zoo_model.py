@@ -13,7 +13,6 @@ import torch
 from benchmarks.random_model import filled
 from bminf.arch.t5 import CPM2, PUBLISHED_CPM2, T5, T5Cache, T5Config
 from bminf.models.load import Packing, lay_out, plan_for, skeleton
-from bminf.models.source import skeleton_of
 from bminf.models.workspace import reserved_bytes
 from bminf.quantization.packed import FORMATS, Format
 from bminf.scheduler.backends.base import Backend
@@ -50,13 +49,14 @@ def planned(sizes: Sizes, limit: int, device_type: str = "cpu") -> tuple[T5, Blo
     device_type: "cpu" or "cuda", whose products hold different things on the way.
     Raises BudgetError, with numbers.
     """
-    empty = cast(T5, skeleton_of(CPM2, sizes.config))
-    model, blocks = skeleton(empty, sizes.dtype, Packing(sizes.form), sizes.activations)
+    model, blocks = skeleton(
+        CPM2, sizes.config, sizes.dtype, Packing(sizes.form), sizes.activations
+    )
     blobs = lay_out(model, blocks)
     reserve = reserved_bytes(
         CPM2, sizes.config, 1, sizes.max_length, sizes.dtype, sizes.form, device_type
     )
-    return model, blobs, plan_for(blocks, blobs, limit, CPM2.uses, reserve, device_type)
+    return cast(T5, model), blobs, plan_for(blocks, blobs, limit, CPM2.uses, reserve, device_type)
 
 
 @dataclass(frozen=True)

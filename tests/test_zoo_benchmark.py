@@ -193,10 +193,9 @@ def test_zoo_case_on_a_gpu(tmp_path: Path) -> None:
 @pytest.mark.parametrize("form", [*FORMATS.values(), Format(4, 32, has_minimum=True)])
 def test_random_weights_are_packed_weights_of_the_right_size(form: Format) -> None:
     from bminf.models.load import Packing, check_shapes, skeleton
-    from bminf.models.source import skeleton_of
 
     config = replace(TINY_CONFIG, hidden_size=200, intermediate_size=328)  # rows with padding
-    model, _ = skeleton(skeleton_of(CPM2, config), torch.float32, Packing(form), "auto")
+    model, _ = skeleton(CPM2, config, torch.float32, Packing(form), "auto")
     weights = random_weights(model)
     check_shapes(model, weights)
     down = "decoder.layers.3.feed_forward.down"

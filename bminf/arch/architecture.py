@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
 
 from bminf.arch.sizes import Pass, Sizes
 from bminf.checkpoint.folder import Checkpoint
+from bminf.checkpoint.splits import SplitTable
 from bminf.checkpoint.stored import Stored
-from bminf.quantization.packed import Format, PackedWeight, pack
+from bminf.quantization.packed import FORMATS, INT8, Format, PackedWeight, pack
 
 
 class Config(Protocol):
@@ -29,28 +31,72 @@ class Config(Protocol):
     def max_position_embeddings(self) -> int | None: ...
 
 
+def lists_of(model: torch.nn.Module) -> list[str]:
+    """The names of its lists, whose items are layers: by name, because a list of one layer is not
+    seen to repeat."""
+    return [n for n, module in model.named_modules() if isinstance(module, torch.nn.ModuleList)]
+
+
 @dataclass(frozen=True)
 class Architecture:
     """name: in files and on the command line.   title: in messages.
 
-    build: a configuration -> the architecture.   tensors: a checkpoint -> tensors under its names.
-    original_name: kind of a checkpoint, name in the architecture -> name in such a checkpoint.
-    parse: a mapping of any dialect, tensors and a place for messages -> a configuration.
-    published: models whose shapes are known; none where parse() can do with the shapes alone.
+    Of the network
+    build: a configuration -> the network.   blocks: a network -> names of its blocks, or of lists
+    of them.   uses: of lists of blocks that are not used once a token.
     sizes: a configuration and a pass -> what that holds beside the weights.
-    hub_ids: those that can be downloaded.
-    uses: of lists of blocks that are not used once a token.   pack: a weight, in a format.
+
+    Of files
+    parse: a mapping of any dialect, tensors and a place for messages -> a configuration.
+    is_told_by: whether a checkpoint is of it; of several that say so, the last in the list.
+    tensors: a checkpoint -> tensors under the names of the network.   original_name: kind of a
+    checkpoint, name in the network -> name in such a checkpoint.
+    splits: how its authors cut it for ranks.
     """
 
     name: str
     title: str
     config_class: type[Any]
     build: Callable[[Any], torch.nn.Module]
+    sizes: Callable[[Any, Pass], Sizes]
+    parse: Callable[[Mapping[str, Any], Mapping[str, Stored], str], Config]
+    is_told_by: Callable[[Checkpoint], bool]
     tensors: Callable[[Checkpoint], dict[str, Stored]]
     original_name: Callable[[str, str], str]
-    parse: Callable[[Mapping[str, Any], Mapping[str, Stored], str], Config]
-    published: Mapping[str, Config]
-    sizes: Callable[[Any, Pass], Sizes]
-    hub_ids: tuple[str, ...]
+    splits: SplitTable
+    blocks: Callable[[torch.nn.Module], list[str]] = lists_of
     uses: Mapping[str, float] = field(default_factory=dict)
+
+    published: Mapping[str, Config] = field(default_factory=dict)
+    """By name: models whose shapes are known."""
+    is_told_by_shapes: bool = False
+    """Whether parse() can do with shapes alone; otherwise what is told by none of its files has to
+    be a published model."""
+    needed_fields: str = ""
+    """What parse() needs where shapes are of no published model, for messages."""
+    hub_ids: tuple[str, ...] = ()
+    """Those that can be downloaded."""
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """Other names of published models, in small letters and digits."""
+
+    model_type: str | None = None
+    """What a configuration of Hugging Face says."""
+    has_common_names: bool = False
+    """Whether models that are none of these have the same names: their model_type tells."""
+    is_described_by: Callable[[Mapping[str, Any]], bool] = lambda source: False
+    """Whether a configuration without weights is of it; of several, the last in the list."""
+
+    formats: Mapping[str, Format] = field(default_factory=lambda: FORMATS)
+    """Of linears, by the names that users give."""
+    default_format: Format = INT8
     pack: Callable[[torch.Tensor, Format], PackedWeight] = pack
+    is_head_cut: bool = False
+    """Whether its embedding stays on the host, and the head, which has the same weights, is cut
+    into config.num_head_parts blocks."""
+
+    vocabulary_name: Callable[[Path], str] = lambda path: "vocab.txt"
+    """What a file of the tokenizer is called in a folder that loads by itself."""
+    tokenizer_settings: Callable[[Any], Mapping[str, Any] | None] = lambda config: None
+    """What a configuration says of the tokenizer."""
+    has_spare_rows: bool = False
+    """Whether the embedding may have more rows than the vocabulary has tokens."""

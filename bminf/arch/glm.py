@@ -51,7 +51,7 @@ from bminf.layers.host_embedding import HostEmbedding
 from bminf.layers.kv_cache import KVCache, decoder_cache, decoder_cache_bytes
 from bminf.layers.rotary import Rotary, rotate
 from bminf.quantization import glm_rows
-from bminf.quantization.packed import FORMATS, Format, PackedWeight, pack
+from bminf.quantization.packed import FORMATS, INT4, Format, PackedWeight, pack
 
 # ---- configuration -------------------------------------------------------------------------------
 
@@ -359,7 +359,7 @@ class GLM(torch.nn.Module):
 # ---- blocks --------------------------------------------------------------------------------------
 
 
-def matrices_of(model: GLM) -> list[str]:
+def matrices_of(model: torch.nn.Module) -> list[str]:
     """The names of all matrices of the layers and the head, in the order of a pass: blocks.
 
     A layer of 130 billion parameters is large beside a small card: two slots of one matrix leave
@@ -623,11 +623,67 @@ def _pack(weight: torch.Tensor, form: Format) -> PackedWeight:
     return glm_rows.pack_rows(weight, 4) if form == INT4_ROW else pack(weight, form)
 
 
+def _is_glm130b(checkpoint: Checkpoint) -> bool:
+    return _EMBEDDING_OF_GLM130B in checkpoint.tensors
+
+
+def _is_glm10b(checkpoint: Checkpoint) -> bool:
+    """With any prefix: classes around the model put one before its names."""
+    return any(name.endswith("block_position_embeddings.weight") for name in checkpoint.tensors)
+
+
+def _tokenizer_settings(config: GLMConfig) -> Mapping[str, Any] | None:
+    """GLM-large-chinese has masks of other ids than GLM-10B-chinese, the only other model with its
+    vocabulary."""
+    is_large_chinese = (config.vocab_size, config.hidden_size) == (50048, 1024)
+    return {"fixed_commands": True} if is_large_chinese else None
+
+
 GLM130B = Architecture(
-    "glm130b", "GLM-130B", GLMConfig, GLM, glm130b_tensors, glm130b_name, glm130b_config,
-    {}, glm_sizes, (), pack=_pack,
-)  # fmt: skip
+    "glm130b",
+    "GLM-130B",
+    GLMConfig,
+    GLM,
+    glm_sizes,
+    glm130b_config,
+    _is_glm130b,
+    glm130b_tensors,
+    glm130b_name,
+    SPLITS_OF_GLM130B,
+    matrices_of,
+    published={"GLM-130B": PUBLISHED_GLM["GLM-130B"], "THUDM/GLM-130B": PUBLISHED_GLM["GLM-130B"]},
+    is_told_by_shapes=True,
+    has_common_names=True,
+    formats=GLM_FORMATS,
+    default_format=INT4,
+    pack=_pack,
+    is_head_cut=True,
+    vocabulary_name=lambda path: "ice_text.model",
+    has_spare_rows=True,
+)
+_SMALL = {name: sizes for name, sizes in PUBLISHED_GLM.items() if not sizes.is_rotary}
 GLM10B = Architecture(
-    "glm10b", "GLM-10B", GLMConfig, GLM, glm10b_tensors, glm10b_name, glm10b_config,
-    {}, glm_sizes, ("THUDM/glm-10b", "THUDM/glm-2b", "THUDM/glm-10b-chinese"), pack=_pack,
-)  # fmt: skip
+    "glm10b",
+    "GLM-10B",
+    GLMConfig,
+    GLM,
+    glm_sizes,
+    glm10b_config,
+    _is_glm10b,
+    glm10b_tensors,
+    glm10b_name,
+    SPLITS_OF_GLM10B,
+    matrices_of,
+    published={**_SMALL, **{f"THUDM/{name}": sizes for name, sizes in _SMALL.items()}},
+    is_told_by_shapes=True,
+    hub_ids=("THUDM/glm-10b", "THUDM/glm-2b", "THUDM/glm-10b-chinese"),
+    model_type="glm",
+    is_described_by=lambda source: "block_position_encoding" in source,
+    formats=GLM_FORMATS,
+    default_format=INT4,
+    pack=_pack,
+    is_head_cut=True,
+    vocabulary_name=lambda path: "cog-pretrain.model",
+    tokenizer_settings=_tokenizer_settings,
+    has_spare_rows=True,
+)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -199,6 +200,12 @@ def attention_bias(
 # ---- names on disk -------------------------------------------------------------------------------
 
 _KINDS = ("weight", "bias")
+_EMBEDDINGS = {  # of each layout
+    "word_embeddings.weight",
+    "token_embedding.weight",
+    "transformer.wte.weight",
+    "wte.weight",
+}
 
 
 def cpm1_tensors(checkpoint: Checkpoint) -> dict[str, Stored]:
@@ -222,6 +229,11 @@ def cpm1_tensors(checkpoint: Checkpoint) -> dict[str, Stored]:
 def cpm1_name(kind: str, ours: str) -> str:
     """What the layout `kind` calls a tensor that GPT calls `ours`."""
     return theirs_of(ours, _RULES[kind]())
+
+
+def is_cpm1(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint has a name that of the models here no other has, but for GLM-10B."""
+    return bool(checkpoint.tensors.keys() & _EMBEDDINGS)
 
 
 def _original() -> Iterator[Rule]:
@@ -324,7 +336,28 @@ PUBLISHED_GPT = {
     "mymusise/CPM-Generate-distill": GPTConfig(30000, 768, 12, 12, 1024, 3072),
 }
 
+
+def _vocabulary_name(path: Path) -> str:
+    """Of a sentencepiece model, or of the words that BMInf 1.x cut texts by."""
+    return "vocab.txt" if path.suffix == ".txt" else "chinese_vocab.model"
+
+
 CPM1 = Architecture(
-    "cpm1", "CPM-1", GPTConfig, GPT, cpm1_tensors, cpm1_name, gpt_config, PUBLISHED_GPT,
-    gpt_sizes, ("TsinghuaAI/CPM-Generate", "mymusise/CPM-Generate-distill"),
-)  # fmt: skip
+    "cpm1",
+    "CPM-1",
+    GPTConfig,
+    GPT,
+    gpt_sizes,
+    gpt_config,
+    is_cpm1,
+    cpm1_tensors,
+    cpm1_name,
+    SPLITS,
+    published=PUBLISHED_GPT,
+    needed_fields="hidden_size, num_layers, num_attention_heads, max_position_embeddings",
+    hub_ids=("TsinghuaAI/CPM-Generate", "mymusise/CPM-Generate-distill"),
+    aliases={"cpm1": "TsinghuaAI/CPM-Generate"},
+    model_type="gpt2",
+    has_common_names=True,
+    vocabulary_name=_vocabulary_name,
+)

@@ -1,23 +1,58 @@
-"""The architectures, and how files tell which of them they hold."""
+"""The architectures, and how files tell which of them they hold.
+
+One more is a file beside this one and a line in ARCHITECTURES.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from bminf.arch import glm, gpt, t5
 from bminf.arch.architecture import Architecture
+from bminf.arch.glm import GLM10B, GLM130B
+from bminf.arch.gpt import CPM1
+from bminf.arch.t5 import CPM2, EVA
+from bminf.checkpoint.config import find_config, read_config
 from bminf.checkpoint.folder import Checkpoint, open_checkpoint
+from bminf.checkpoint.splits import SplitTable
+from bminf.quantization.packed import Format
 
-ARCHITECTURES = (gpt.CPM1, t5.CPM2, t5.EVA, glm.GLM130B, glm.GLM10B)
-
-SPLIT_TABLES = (gpt.SPLITS, t5.SPLITS, glm.SPLITS_OF_GLM130B, glm.SPLITS_OF_GLM10B)
+ARCHITECTURES: tuple[Architecture, ...] = (CPM1, CPM2, EVA, GLM130B, GLM10B)
+"""What two of them claim belongs to the later one: GLM-10B has the names of CPM-1, and more."""
 
 
 def named(name: object) -> Architecture | None:
-    """The one of this name, if there is one."""
+    """The architecture of this name, if there is one."""
     return next((one for one in ARCHITECTURES if one.name == name), None)
+
+
+def all_formats() -> dict[str, Format]:
+    """Of linears, in any architecture, by the names that users give."""
+    return {name: form for one in ARCHITECTURES for name, form in one.formats.items()}
+
+
+def split_tables() -> list[SplitTable]:
+    return [one.splits for one in ARCHITECTURES]
 
 
 def checkpoint_in(path: Path) -> Checkpoint:
     """The checkpoint in a folder, whichever architecture it is of; see open_checkpoint()."""
-    return open_checkpoint(path, SPLIT_TABLES)
+    return open_checkpoint(path, split_tables())
+
+
+def config_in(folder: Path) -> Path | None:
+    """The configuration of the checkpoint in a folder; see find_config()."""
+    return find_config(folder, [one.model_type for one in ARCHITECTURES])
+
+
+def told_by(opened: Checkpoint) -> Architecture | None:
+    """The architecture that the files themselves tell; None where CPM-2 and EVA look alike."""
+    if opened.kind == "bminf":
+        return named(read_config(opened.path / "config.json").get("model"))
+    return next((one for one in reversed(ARCHITECTURES) if one.is_told_by(opened)), None)
+
+
+def described_by(source: Mapping[str, Any]) -> Architecture:
+    """The architecture of a configuration without weights; CPM-2 where it says nothing else."""
+    return next(one for one in reversed(ARCHITECTURES) if one.is_described_by(source))

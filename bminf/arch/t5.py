@@ -20,7 +20,7 @@ import torch
 
 from bminf.arch.architecture import Architecture
 from bminf.arch.sizes import BUCKET_BYTES, Pass, Sizes, layer_bytes
-from bminf.checkpoint.config import ConfigReader, num_layers_of, rows_of
+from bminf.checkpoint.config import ConfigReader, find_config, num_layers_of, read_config, rows_of
 from bminf.checkpoint.folder import Checkpoint
 from bminf.checkpoint.names import Rule, num_known, parts, rename, theirs_of
 from bminf.checkpoint.splits import COLUMNS, REPLICATED, ROWS, STRIPED, SplitTable
@@ -404,6 +404,7 @@ def t5_cache_bytes(
 # ---- names on disk -------------------------------------------------------------------------------
 
 _STACKS = ("encoder", "decoder")
+_IN_MODELCENTER = "position_bias_dec.relative_attention_bias"
 
 
 def t5_tensors(checkpoint: Checkpoint) -> dict[str, Stored]:
@@ -428,6 +429,23 @@ def is_t5(checkpoint: Checkpoint) -> bool:
     if rules is None:
         return False
     return 2 * num_known(checkpoint.tensors, rules()) > len(checkpoint.tensors)
+
+
+def is_cpm2(checkpoint: Checkpoint) -> bool:
+    """Whether nothing but CPM-2 can have these names: EVA was not published in this layout."""
+    return _IN_MODELCENTER in checkpoint.tensors
+
+
+def is_eva(checkpoint: Checkpoint) -> bool:
+    """Whether names or the configuration tell EVA from CPM-2, of which all else is the same."""
+    names = checkpoint.tensors.keys()
+    if is_cpm2(checkpoint):
+        return False
+    if "role_embeds.weight" in names:
+        return True
+    is_huggingface = checkpoint.kind == "huggingface" and "shared.weight" in names
+    path = find_config(checkpoint.path, (None, "eva")) if is_huggingface else None
+    return path is not None and read_config(path).get("model_type") == "eva"
 
 
 def t5_name(kind: str, ours: str) -> str:
@@ -618,12 +636,50 @@ PUBLISHED_EVA = {
 }
 _ONCE_A_PROMPT = {"encoder.layers": 1, "cross_projections.layers": 1}
 
+_NEEDED_FIELDS = "d_model, d_ff, d_kv, num_heads, num_layers, attn_scale"
+
 CPM2 = Architecture(
-    "cpm2", "CPM-2", T5Config, T5, t5_tensors, t5_name, t5_config, PUBLISHED_CPM2,
-    t5_sizes, (), _ONCE_A_PROMPT,
-)  # fmt: skip
+    "cpm2",
+    "CPM-2",
+    T5Config,
+    T5,
+    t5_sizes,
+    t5_config,
+    is_cpm2,
+    t5_tensors,
+    t5_name,
+    SPLITS,
+    uses=_ONCE_A_PROMPT,
+    published=PUBLISHED_CPM2,
+    needed_fields=_NEEDED_FIELDS,
+    aliases={name: "CPM-2 (Chinese), CPM-2.1" for name in ("cpm2", "cpm21")},
+    is_described_by=lambda source: True,  # what is of no other model
+)
 EVA = Architecture(
-    "eva", "EVA", T5Config, T5, t5_tensors, t5_name, t5_config, PUBLISHED_EVA, t5_sizes,
-    ("thu-coai/EVA1.0", "thu-coai/EVA2.0-base", "thu-coai/EVA2.0-large", "thu-coai/EVA2.0-xlarge"),
-    _ONCE_A_PROMPT,
-)  # fmt: skip
+    "eva",
+    "EVA",
+    T5Config,
+    T5,
+    t5_sizes,
+    t5_config,
+    is_eva,
+    t5_tensors,
+    t5_name,
+    SPLITS,
+    uses=_ONCE_A_PROMPT,
+    published=PUBLISHED_EVA,
+    needed_fields=_NEEDED_FIELDS,
+    hub_ids=(
+        "thu-coai/EVA1.0",
+        "thu-coai/EVA2.0-base",
+        "thu-coai/EVA2.0-large",
+        "thu-coai/EVA2.0-xlarge",
+    ),
+    aliases={
+        "eva": "thu-coai/EVA2.0-xlarge",
+        "eva1": "thu-coai/EVA1.0",
+        "eva2": "thu-coai/EVA2.0-xlarge",
+    },
+    model_type="eva",
+    is_described_by=lambda source: source.get("model_type") == "eva",
+)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -36,18 +36,22 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def find_config(folder: Path) -> Path | None:
-    """The file of a configuration in the folder of a checkpoint, or in its parent."""
+def find_config(folder: Path, model_types: Collection[str | None]) -> Path | None:
+    """The file of a configuration in the folder of a checkpoint, or in its parent.
+
+    model_types: of models that it may be of; one of another model in the parent just happens to lie
+    there.
+    """
     own = (folder / name for name in CONFIG_FILES)
     beside = (folder.parent / name for name in CONFIG_FILES)
     found = [path for path in own if path.is_file()]
-    found += [path for path in beside if path.is_file() and not _is_foreign(path)]
+    found += [path for path in beside if path.is_file() and _is_one_of(path, model_types)]
     return next(iter(found), None)
 
 
-def _is_foreign(path: Path) -> bool:
-    """Whether a file in the parent is of a model that just happens to lie there."""
-    return read_config(path).get("model_type") not in (None, "gpt2", "eva", "glm")
+def _is_one_of(path: Path, model_types: Collection[str | None]) -> bool:
+    model_type = read_config(path).get("model_type")
+    return model_type is None or model_type in model_types
 
 
 def as_mapping(config: Any) -> Mapping[str, Any] | None:

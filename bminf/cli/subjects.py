@@ -94,7 +94,7 @@ class Zoo:
             return str(arguments.quantization)
         if self._model.packing is not None:
             return "as stored"
-        return "int4" if self._model.architecture.name.startswith("glm") else "int8"
+        return f"int{self._model.architecture.default_format.bits}"
 
     def plan(self, arguments: argparse.Namespace, memory_limit: str | None) -> Plan:
         from bminf.models.planning import plan_zoo

@@ -41,16 +41,16 @@ def max_length_for(max_length: int | None, source: Source) -> int:
     return positions if max_length is None else max_length
 
 
-def packing_for(form: Format | None, source: Source, default: Format) -> Packing:
+def packing_for(form: Format | None, source: Source) -> Packing:
     """How the linears will be packed: as in the folder, where they are.
 
-    default: what stands for the folder's own packing, because nobody may have asked for it.
+    The default format stands for the folder's own packing, because nobody may have asked for it.
     Raises ArgumentError.
     """
     stored = source.weights.packing
     if stored is None:
         return Packing(form)
-    if form in (stored.form, default):
+    if form in (stored.form, source.architecture.default_format):
         return stored
     raise ArgumentError(
         f"quantization is {form}, but {source.weights.path} is packed as {stored.form}; leave "

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -31,10 +31,10 @@ from bminf.models.calls import needs_open_model
 from bminf.models.load import Packing, fill, lay_out, plan_for, skeleton
 from bminf.models.options import Options
 from bminf.models.prompt import Prompt
-from bminf.models.source import Source, open_source, skeleton_of
+from bminf.models.source import Source, open_source
 from bminf.models.stats import ModelStats
 from bminf.models.workspace import LOGITS_AT_ONCE, reserved_bytes
-from bminf.quantization.packed import FORMATS, INT8, Format, parse_format
+from bminf.quantization.packed import Format, parse_format
 from bminf.scheduler.device import backend_for, free_budget, host_budget
 from bminf.scheduler.hooks import Scheduler
 from bminf.scheduler.plan import Plan
@@ -73,8 +73,6 @@ class LanguageModel:
     """
 
     _architectures: Sequence[Architecture]  # that a checkpoint may be of
-    _formats: ClassVar[Mapping[str, Format]] = FORMATS
-    _default_format = INT8
     _defaults: Options = Options()
     _more_tokens = 0  # that the decoder is fed beyond max_length
     tokenizer: Tokenizer
@@ -98,7 +96,7 @@ class LanguageModel:
         check_positive("max_batch_size", max_batch_size)
         if max_length is not None:
             check_positive("max_length", max_length)
-        form = parse_format(quantization, formats=self._formats)
+        form = parse_format(quantization, formats=self._architectures[0].formats)
         limit = None if memory_limit is None else parse_bytes(memory_limit, "memory_limit")
         backend = backend_for(device)
         dtype = dtype_for(dtype, backend.device)
@@ -108,8 +106,9 @@ class LanguageModel:
         self.config, self.tokenizer, self.device = source.config, source.tokenizer, backend.device
         self.max_length = max_length_for(max_length, source)
         self.max_batch_size = max_batch_size
-        empty = skeleton_of(source.architecture, source.config)
-        self.model, blocks = skeleton(empty, dtype, packing, activations)
+        self.model, blocks = skeleton(
+            source.architecture, source.config, dtype, packing, activations
+        )
         blobs = lay_out(self.model, blocks)
         reserve = reserved_bytes(
             source.architecture, source.config, max_batch_size, self.max_length, dtype,
@@ -217,7 +216,7 @@ class LanguageModel:
         self, source: Source, form: Format | None, dtype: torch.dtype
     ) -> tuple[Source, Packing]:
         """What is loaded, and how it is packed.   form: what was asked for."""
-        return source, packing_for(form, source, self._default_format)
+        return source, packing_for(form, source)
 
     def _prompt(self, text: Any) -> Prompt:
         """The ids for what a user gave.   Raises ArgumentError."""

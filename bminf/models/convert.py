@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from bminf.arch.glm import GLM_FORMATS, GLMConfig
+from bminf.arch.registry import all_formats
 from bminf.checkpoint.appearing import appearing, free
 from bminf.checkpoint.safetensors_file import write_safetensors
 from bminf.checkpoint.stored import pieces
@@ -23,10 +23,10 @@ from bminf.models.cutting import cut
 from bminf.models.glm_head import own_packing, with_head
 from bminf.models.load import DTYPES, Packing, lay_out, skeleton, tensors_of_block
 from bminf.models.recognition import architecture_for
-from bminf.models.source import FORMAT_VERSION, HEAD, Source, open_source, skeleton_of
+from bminf.models.source import FORMAT_VERSION, HEAD, Source, open_source
 from bminf.models.vocabulary_files import check_files, vocabulary_files
 from bminf.progress import progress_bar
-from bminf.quantization.packed import INT4, INT8, Format, parse_format
+from bminf.quantization.packed import Format, parse_format
 
 WEIGHTS_FILE = "model.safetensors"
 
@@ -62,8 +62,8 @@ def convert(
     complete; a run that is killed leaves at most a folder whose name ends in ".partial".
     Returns the folder.   Raises ArgumentError or CheckpointError.
     """
-    form = parse_format(None if quantization == _AUTO else quantization, formats=GLM_FORMATS)
-    head_form = parse_format(head_quantization, "head_quantization", GLM_FORMATS)
+    form = parse_format(None if quantization == _AUTO else quantization, formats=all_formats())
+    head_form = parse_format(head_quantization, "head_quantization", all_formats())
     if dtype not in (None, *DTYPES):
         raise ArgumentError(f"dtype={dtype!r}; accepted: {', '.join(map(str, DTYPES))}, or None")
     for name, path in (("source", source), ("destination", destination)):
@@ -101,19 +101,18 @@ def _packed(
     head_form: Format | None,
     dtype: torch.dtype,
 ) -> tuple[Source, Packing]:
-    if not isinstance(source.config, GLMConfig):
+    default = source.architecture.default_format
+    if not source.architecture.is_head_cut:
         if head_form is not None:
             raise ArgumentError("head_quantization is for a GLM; leave it out")
-        return source, Packing(INT8 if is_auto else form)
-    wanted = INT4 if is_auto else form
-    own = None if wanted is None else own_packing(source, wanted, INT4 if is_auto else None)
+        return source, Packing(default if is_auto else form)
+    wanted = default if is_auto else form
+    own = None if wanted is None else own_packing(source, wanted, default if is_auto else None)
     return with_head(source, own or Packing(wanted), head_form, dtype)
 
 
 def _write(source: Source, folder: Path, packing: Packing, dtype: torch.dtype) -> None:
-    model, blocks = skeleton(
-        skeleton_of(source.architecture, source.config), dtype, packing, "auto"
-    )
+    model, blocks = skeleton(source.architecture, source.config, dtype, packing, "auto")
     blobs = lay_out(model, blocks)
     layouts = {"": blobs.outside, **blobs.blocks, **_layout_of_table(source, packing)}
     total = sum(layout.nbytes for layout in layouts.values())

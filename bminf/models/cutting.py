@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from bminf.arch.architecture import Architecture
-from bminf.arch.glm import INT4_ROW
-from bminf.arch.registry import checkpoint_in
-from bminf.checkpoint.config import CONFIG_FILES, find_config
+from bminf.arch.glm import GLM10B, GLM130B, INT4_ROW
+from bminf.arch.registry import checkpoint_in, config_in, told_by
+from bminf.checkpoint.config import CONFIG_FILES
 from bminf.checkpoint.folder import Checkpoint
 from bminf.checks import check_positive
 from bminf.errors import ArgumentError, CheckpointError
 from bminf.models.recognition import architecture_for
 from bminf.models.reshard import reshard
-from bminf.models.source import architecture_of, config_of, tokenizer_of
+from bminf.models.source import config_of, tokenizer_of
 from bminf.models.vocabulary_files import check_files, vocabulary_files
 from bminf.quantization.packed import INT4, INT8, Format
 from bminf.tokenizers.base import Tokenizer
@@ -64,15 +64,15 @@ class _Beside:
 
     @classmethod
     def of(cls, opened: Checkpoint, config: Any, tokenizer: Any) -> _Beside:
-        architecture = architecture_of(opened)
+        architecture = told_by(opened)
         if architecture is None or opened.kind == "bminf":
             return cls({}, None)
         parsed = _config(architecture, opened, config)
         files = {}
-        found = find_config(opened.path) if config is None else None
+        found = config_in(opened.path) if config is None else None
         if found is not None:
             files[CONFIG_FILES[0]] = found
-        if not architecture.name.startswith("glm"):
+        if architecture not in (GLM130B, GLM10B):
             return cls(files, parsed)
         try:
             made = _tokenizer(architecture, opened, tokenizer, parsed)
@@ -123,7 +123,7 @@ def _check_model(source: str | Path, model: str | None) -> None:
     if model is None:
         return
     wanted = architecture_for(source, model)
-    told = architecture_of(checkpoint_in(Path(source).expanduser()))
+    told = told_by(checkpoint_in(Path(source).expanduser()))
     if told is not wanted:
         held = "another model" if told is None else told.title
         raise CheckpointError(f"{source} holds {held}, not {wanted.title}")
@@ -145,7 +145,7 @@ def _bits(form: Format | None) -> int | None:
 def _config(architecture: Architecture, opened: Checkpoint, given: Any) -> Any:
     """As a configuration tells it, or the shapes do; None where there is none, and perhaps no need
     to know."""
-    is_told = given is not None or find_config(opened.path) is not None
+    is_told = given is not None or config_in(opened.path) is not None
     try:
         parsed, _ = config_of(architecture, opened, architecture.tensors(opened), given)
     except CheckpointError:

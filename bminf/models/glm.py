@@ -4,10 +4,10 @@ from its end."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -39,7 +39,7 @@ from bminf.models.masked_text import OPEN_MASK, TEXT_MASK, Masked, has_mask, mas
 from bminf.models.options import Options
 from bminf.models.prompt import Prompt
 from bminf.models.source import Source
-from bminf.quantization.packed import INT4, Format, parse_format
+from bminf.quantization.packed import Format, parse_format
 from bminf.tokenizers.base import GLMTokenizer
 
 _SCORED_AT_ONCE = 32  # positions whose logits are held together: as many as drawing has room for
@@ -70,8 +70,6 @@ class GLM(LanguageModel):
     {LanguageModel.__doc__}
     """
     _architectures = (glm.GLM130B, glm.GLM10B)
-    _formats: ClassVar[Mapping[str, Format]] = glm.GLM_FORMATS
-    _default_format = INT4
     _defaults: Options = GLMOptions()
     config: GLMConfig
     tokenizer: GLMTokenizer
@@ -94,7 +92,7 @@ class GLM(LanguageModel):
         head_quantization: str | Format | None = None,
         rotary_precision: str | None = None,
     ) -> None:
-        self._head_form = parse_format(head_quantization, "head_quantization", self._formats)
+        self._head_form = parse_format(head_quantization, "head_quantization", glm.GLM_FORMATS)
         self._rotary_precision = rotary_precision
         super().__init__(
             checkpoint, memory_limit, quantization, activations, dtype, device, max_length,
@@ -231,10 +229,10 @@ class GLM(LanguageModel):
             config = replace(source.config, rotary_precision=self._rotary_precision)
             source = replace(source, config=config)
         if source.weights.packing is not None:
-            return as_in_folder(source, form, self._default_format, self._head_form, dtype)
+            return as_in_folder(source, form, self._head_form, dtype)
         packing = Packing(form)
         if form is not None:
-            packing = own_packing(source, form, self._default_format) or packing
+            packing = own_packing(source, form, source.architecture.default_format) or packing
         return with_head(source, packing, self._head_form, dtype)
 
     def _settings(self, options: Options, keywords: dict[str, Any]) -> Any:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 
-from bminf.arch.glm import GLM, GLMConfig
+from bminf.arch.glm import GLM130B, GLMConfig, head_rows
 from bminf.checkpoint.quantized import Quantized
 from bminf.errors import ArgumentError, CheckpointError
 from bminf.models.load import Packing, lay_out, skeleton
-from bminf.models.source import HEAD, Source, with_head_parts
+from bminf.models.source import HEAD, Source
 from bminf.quantization.packed import Format
 
 
@@ -41,13 +40,12 @@ def own_packing(source: Source, form: Format, default: Format | None) -> Packing
 def as_in_folder(
     source: Source,
     form: Format | None,
-    default: Format,
     head_form: Format | None,
     dtype: torch.dtype,
 ) -> tuple[Source, Packing]:
     """A GLM from a folder which convert() has packed, and its packing.
 
-    form, head_form: what was asked for.   default: what stands for the folder's own, if it is that.
+    form, head_form: what was asked for; the default format stands for the folder's own.
     A head that is not packed is cut anew, for what fits `dtype`.
     Raises ArgumentError where the layers or the head are packed otherwise.
     """
@@ -62,7 +60,7 @@ def as_in_folder(
         )
     # A scale a row of each rank, which are groups of columns together, if there are several.
     of_ranks = {Format(one.bits) for one in layers.values() if one is not None}
-    if form != default and {form} not in (own, of_ranks):
+    if form != source.architecture.default_format and {form} not in (own, of_ranks):
         raise ArgumentError(
             f"quantization is {form}, but {source.weights.path} is packed as "
             f"{' and '.join(sorted(map(str, own)))}; leave quantization out, or convert the "
@@ -86,15 +84,23 @@ def with_head(
     return with_head_parts(source, num_parts), head_packing(packing, head_form, num_parts)
 
 
+def with_head_parts(source: Source, num_head_parts: int) -> Source:
+    """`source` with its output head cut into so many parts."""
+    assert source.weights.table is not None
+    config = replace(source.config, num_head_parts=num_head_parts)
+    tensors = {n: t for n, t in source.weights.tensors.items() if not n.startswith(HEAD)}
+    for number, (begin, end) in enumerate(head_rows(config)):
+        tensors[f"{HEAD}{number}.weight"] = source.weights.table.rows(begin, end)
+    return replace(source, config=config, weights=replace(source.weights, tensors=tensors))
+
+
 def num_head_parts(
-    config: Any, packing: Packing, head_form: Format | None, dtype: torch.dtype
+    config: GLMConfig, packing: Packing, head_form: Format | None, dtype: torch.dtype
 ) -> int:
     """So many that no part of the head is larger than the largest matrix of a layer: then it needs
     no larger slots to be streamed."""
-    assert isinstance(config, GLMConfig)
-    with torch.device("meta"):
-        whole = GLM(replace(config, num_head_parts=1))
-    model, blocks = skeleton(whole, dtype, head_packing(packing, head_form, 1), "auto")
+    whole = replace(config, num_head_parts=1)  # which also tells the two architectures apart
+    model, blocks = skeleton(GLM130B, whole, dtype, head_packing(packing, head_form, 1), "auto")
     sizes = {name: layout.nbytes for name, layout in lay_out(model, blocks).blocks.items()}
     head_bytes = sizes.pop(f"{HEAD}0")
     return min(-(-head_bytes // max(sizes.values())), config.vocab_size)

@@ -7,11 +7,11 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, TypeGuard
 
 import torch
 
-from bminf.arch.glm import GLM, matrices_of
+from bminf.arch.architecture import Architecture, Config
 from bminf.checkpoint.names import listed
 from bminf.checkpoint.quantized import Quantized
 from bminf.checkpoint.safetensors_file import run_of
@@ -33,8 +33,6 @@ from bminf.units import format_bytes
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """Of all that is not packed."""
-
-Model = TypeVar("Model", bound=torch.nn.Module)
 
 _PACKED_FIELDS = ("qweight", "scale", "minimum", "code_sum")
 _ELEMENTS_AT_ONCE = 2**24  # of a matrix that are read and packed together
@@ -112,15 +110,26 @@ def _check_alike(stored: Stored, shape: tuple[int, ...], dtype: torch.dtype | No
         )
 
 
+def skeleton_of(architecture: Architecture, config: Config) -> torch.nn.Module:
+    """The network on the meta device, in float32, with nothing packed."""
+    with torch.device("meta"):
+        return architecture.build(config)
+
+
 def skeleton(
-    model: Model, dtype: torch.dtype, packing: Packing, activations: str
-) -> tuple[Model, list[ModuleBlock]]:
-    """`model`, on the meta device, in `dtype`, the linears of its blocks packed; and the blocks.
+    architecture: Architecture,
+    config: Config,
+    dtype: torch.dtype,
+    packing: Packing,
+    activations: str,
+) -> tuple[torch.nn.Module, list[ModuleBlock]]:
+    """The network on the meta device, in `dtype`, the linears of its blocks packed; and the blocks.
 
     Raises ArgumentError for activations that do not go with the format.
     """
+    model = skeleton_of(architecture, config)
     model.to(dtype).eval().requires_grad_(False)
-    blocks = find_blocks(model, _names_of_blocks(model))
+    blocks = find_blocks(model, architecture.blocks(model))
     if packing == Packing() and activations not in ("auto", "float"):
         raise ArgumentError(
             f"activations={activations!r}, but quantization=None leaves the weights in floating "
@@ -134,14 +143,6 @@ def skeleton(
             stand_ins[module] = QuantizedLinear(module, activations, form)
     list(quantize_children(model, stand_ins))
     return model, blocks
-
-
-def _names_of_blocks(model: torch.nn.Module) -> list[str]:
-    """The matrices of a GLM, whose layers are too large to move as one; elsewhere the lists, whose
-    items are layers: by name, because a list of one layer is not seen to repeat."""
-    if isinstance(model, GLM):
-        return matrices_of(model)
-    return [n for n, module in model.named_modules() if isinstance(module, torch.nn.ModuleList)]
 
 
 def lay_out(model: torch.nn.Module, blocks: list[ModuleBlock]) -> Blobs:

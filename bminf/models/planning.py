@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bminf.arch import registry
 from bminf.arch.architecture import Architecture, Config
 from bminf.arch.glm import GLM10B, GLM130B, GLM_FORMATS, PUBLISHED_GLM, GLMConfig
-from bminf.arch.registry import ARCHITECTURES, checkpoint_in
 from bminf.arch.t5 import CPM2
 from bminf.checkpoint.config import read_config
 from bminf.checks import check_positive
@@ -21,7 +21,7 @@ from bminf.keywords import known_keywords
 from bminf.models.arguments import dtype_for
 from bminf.models.glm_head import head_packing, num_head_parts
 from bminf.models.load import Packing, lay_out, plan_for, skeleton
-from bminf.models.source import architecture_of, config_of, packing_in
+from bminf.models.source import config_of, packing_in
 from bminf.models.workspace import reserved_bytes
 from bminf.quantization.packed import Format, parse_format
 from bminf.scheduler.plan import Plan
@@ -70,13 +70,13 @@ def plan_glm(
 
 @dataclass(frozen=True)
 class ZooModel:
-    """A model of the zoo without weights.   title: for people.
+    """A model of the zoo without weights.   config: one of its config_class.   title: for people.
 
     packing: that of a folder that convert() wrote; None elsewhere.
     """
 
     architecture: Architecture
-    config: Config
+    config: Any
     title: str
     packing: Packing | None = None
 
@@ -84,17 +84,18 @@ class ZooModel:
 def published(name: str) -> ZooModel | None:
     """The published model of this name or hub id, such as "glm-130b" or "CPM-2"; None is none."""
     plain = _plain(name)
-    for architecture, title, config in _published():
-        names = {_plain(title), _plain(title.rpartition("/")[2])}
-        if plain in names or _ALIASES.get(plain) == title:
-            return ZooModel(architecture, config, title)
+    for architecture in registry.ARCHITECTURES:
+        for title, config in architecture.published.items():
+            names = {_plain(title), _plain(title.rpartition("/")[2])}
+            if plain in names or architecture.aliases.get(plain) == title:
+                return ZooModel(architecture, config, title)
     return None
 
 
 def zoo_in_folder(folder: Path) -> ZooModel:
     """What a folder of any layout holds; headers are read.   Raises CheckpointError."""
-    opened = checkpoint_in(folder.expanduser().absolute())
-    architecture = architecture_of(opened) or CPM2  # EVA is of the same shapes
+    opened = registry.checkpoint_in(folder.expanduser().absolute())
+    architecture = registry.told_by(opened) or CPM2  # EVA is of the same shapes
     if opened.kind != "bminf":
         config, _ = config_of(architecture, opened, architecture.tensors(opened), None)
         return ZooModel(architecture, config, architecture.title)
@@ -109,14 +110,12 @@ def zoo_in_folder(folder: Path) -> ZooModel:
 
 def zoo_from_config(source: Mapping[str, Any], where: str) -> ZooModel:
     """The same from a configuration alone.   Raises CheckpointError where it does not say all."""
-    architecture = GLM10B if "block_position_encoding" in source else CPM2
+    architecture = registry.described_by(source)
     size = source.get("vocab_size")
     if type(size) is not int or size < 1:
         raise CheckpointError(f"{where} has no vocab_size")
     config = replace(architecture.parse(source, {}, where), vocab_size=size)
-    return ZooModel(
-        architecture, config, "EVA" if source.get("model_type") == "eva" else architecture.title
-    )
+    return ZooModel(architecture, config, architecture.title)
 
 
 def plan_zoo(
@@ -133,13 +132,13 @@ def plan_zoo(
     max_length: None is what the positions allow, or 512.   Raises ArgumentError or BudgetError.
     """
     limit = 2**60 if memory_limit is None else memory_limit
-    if model.packing is None and isinstance(model.config, GLMConfig):
+    if model.packing is None and model.architecture.is_head_cut:
         form = "int4" if quantization == "auto" else quantization
         return plan_glm(
             model.config, limit, form, None, max_length, max_batch_size, host_memory=host_memory
         )
     check_positive("max_batch_size", max_batch_size)
-    positions = getattr(model.config, "max_position_embeddings", None)
+    positions = model.config.max_position_embeddings
     length = (positions or 512) if max_length is None else max_length
     check_positive("max_length", length)
     if positions is not None and length > positions:
@@ -152,10 +151,11 @@ def plan_zoo(
 
 def _packing(model: ZooModel, quantization: str | Format | None) -> Packing:
     if model.packing is None:
-        return Packing(parse_format("int8" if quantization == "auto" else quantization))
+        default = model.architecture.default_format
+        return Packing(default if quantization == "auto" else parse_format(quantization))
     if quantization == "auto":
         return model.packing
-    if parse_format(quantization, formats=GLM_FORMATS) != model.packing.form:
+    if parse_format(quantization, formats=registry.all_formats()) != model.packing.form:
         raise ArgumentError(
             f"quantization={quantization!r}, but the folder is packed as {model.packing.usual}; "
             "leave it out, or plan the checkpoint that it was made from"
@@ -174,9 +174,7 @@ def _planned(
     device: str,
     host_memory: int | float | str | None,
 ) -> Plan:
-    with torch.device("meta"):
-        network = architecture.build(config)
-    network, blocks = skeleton(network, dtype, packing, "auto")
+    network, blocks = skeleton(architecture, config, dtype, packing, "auto")
     reserve = reserved_bytes(
         architecture, config, max_batch_size, max_length, dtype, packing.usual, device
     )
@@ -189,25 +187,6 @@ def _planned(
 
 
 _GLMS = {"glm-130b": GLM130B, "glm-10b": GLM10B}
-_ALIASES = {
-    "cpm1": "TsinghuaAI/CPM-Generate",
-    "cpm2": "CPM-2 (Chinese), CPM-2.1",
-    "cpm21": "CPM-2 (Chinese), CPM-2.1",
-    "eva": "thu-coai/EVA2.0-xlarge",
-    "eva1": "thu-coai/EVA1.0",
-    "eva2": "thu-coai/EVA2.0-xlarge",
-}
-
-
-def _published() -> Iterator[tuple[Architecture, str, Config]]:
-    """(architecture, name, configuration) of each."""
-    for architecture in ARCHITECTURES:
-        for name, config in architecture.published.items():
-            yield architecture, name, config
-    for name, glm in PUBLISHED_GLM.items():
-        architecture = _GLMS[glm.architecture]
-        yield architecture, name, glm
-        yield architecture, f"THUDM/{name}", glm
 
 
 def _plain(name: str) -> str:

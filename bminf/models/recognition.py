@@ -6,17 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from bminf.arch import registry
 from bminf.arch.architecture import Architecture
-from bminf.arch.registry import ARCHITECTURES, checkpoint_in, named
+from bminf.arch.gpt import CPM1
 from bminf.arch.t5 import is_t5
-from bminf.checkpoint.config import find_config, read_config
+from bminf.checkpoint.config import read_config
 from bminf.checkpoint.folder import Checkpoint
 from bminf.checkpoint.names import listed
 from bminf.errors import ArgumentError, CheckpointError
-from bminf.models.source import architecture_of
 
-# What their Hugging Face configurations say, where the names of tensors do not tell enough.
-_MODEL_TYPES = {"cpm1": {"gpt2"}, "glm130b": set[str]()}
 _CPM1_VOCABULARIES = ("*.model", "vocab.txt")
 
 
@@ -29,35 +27,37 @@ def architecture_for(
     Raises ArgumentError where that has to be said, CheckpointError for another model than these.
     """
     if model is not None:
-        found = named(model)
+        found = registry.named(model)
         if found is None:
-            names = ", ".join(one.name for one in ARCHITECTURES)
+            names = ", ".join(one.name for one in registry.ARCHITECTURES)
             raise ArgumentError(f"model={model!r}; accepted: {names}")
         return found
     known = {
-        hub_id: architecture for architecture in ARCHITECTURES for hub_id in architecture.hub_ids
+        hub_id: architecture
+        for architecture in registry.ARCHITECTURES
+        for hub_id in architecture.hub_ids
     }
     if str(source) in known:
         return known[str(source)]
     path = Path(source).expanduser()
     if not path.exists():
         raise ArgumentError(f"there is no {str(source)!r}; for a hub id, say which model= it is")
-    opened = checkpoint_in(path)
-    architecture = architecture_of(opened)
+    opened = registry.checkpoint_in(path)
+    architecture = registry.told_by(opened)
     _check_in_zoo(opened, architecture)
     if architecture is None:
         raise ArgumentError(
             f"{path} may hold CPM-2 or EVA, whose tensors have the same names; "
             'say model="cpm2" or model="eva" (bminf convert: --model)'
         )
-    if architecture.name == "cpm1" and opened.kind == "huggingface" and not has_tokenizer:
+    if architecture is CPM1 and opened.kind == "huggingface" and not has_tokenizer:
         _check_vocabulary_of_cpm1(opened)
     return architecture
 
 
 def _check_in_zoo(opened: Checkpoint, architecture: Architecture | None) -> None:
     """Raise CheckpointError, saying what it is, for a model that the zoo does not have."""
-    titles = ", ".join(known.title for known in ARCHITECTURES)
+    titles = ", ".join(known.title for known in registry.ARCHITECTURES)
     if opened.kind == "bminf":
         if architecture is None:
             name = read_config(opened.path / "config.json").get("model")
@@ -68,10 +68,7 @@ def _check_in_zoo(opened: Checkpoint, architecture: Architecture | None) -> None
     config = _config(opened)
     model_type = config.get("model_type")
     has_names = architecture is not None or is_t5(opened)
-    accepted = (
-        set[str]() if architecture is None else _MODEL_TYPES.get(architecture.name, {model_type})
-    )
-    if has_names and (model_type is None or model_type in accepted):
+    if has_names and (model_type is None or _goes_with(model_type, architecture)):
         return
     made = ""
     if architecture is None and has_names:
@@ -80,6 +77,12 @@ def _check_in_zoo(opened: Checkpoint, architecture: Architecture | None) -> None
         f"{opened.path} holds {_described(config, opened)}, which is none of the models here "
         f"({titles}). {_ADVICE}{made}"
     )
+
+
+def _goes_with(model_type: Any, architecture: Architecture | None) -> bool:
+    if architecture is None:
+        return False
+    return not architecture.has_common_names or model_type == architecture.model_type
 
 
 _ADVICE = (
@@ -102,7 +105,7 @@ def _check_vocabulary_of_cpm1(opened: Checkpoint) -> None:
 
 
 def _config(opened: Checkpoint) -> Mapping[str, Any]:
-    path = find_config(opened.path) if opened.kind == "huggingface" else None
+    path = registry.config_in(opened.path) if opened.kind == "huggingface" else None
     return {} if path is None else read_config(path)
 
 

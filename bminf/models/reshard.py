@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from bminf.arch.glm import LINEARS, is_glm10b, is_glm130b, is_quantized
-from bminf.arch.registry import SPLIT_TABLES, checkpoint_in
+from bminf.arch.registry import checkpoint_in, split_tables
 from bminf.checkpoint.appearing import appearing, free
 from bminf.checkpoint.folder import Checkpoint
 from bminf.checkpoint.model_parallel import (
@@ -109,7 +109,7 @@ class _Source:
 
     @property
     def splits(self) -> dict[str, Split]:
-        table = table_for(self.tensors.keys(), SPLIT_TABLES)
+        table = table_for(self.tensors.keys(), split_tables())
         return {name: table.split(name) for name in self.tensors}
 
     @property

@@ -13,13 +13,12 @@ from typing import Any
 import torch
 
 from bminf.arch.architecture import Architecture, Config
-from bminf.arch.glm import GLMConfig, head_rows
-from bminf.arch.registry import checkpoint_in, named
-from bminf.checkpoint.config import CONFIG_FILES, as_mapping, find_config, read_config
+from bminf.arch.registry import checkpoint_in, config_in, told_by
+from bminf.checkpoint.config import CONFIG_FILES, as_mapping, read_config
 from bminf.checkpoint.folder import Checkpoint
 from bminf.checkpoint.stored import Rows, Scaled, Stored
 from bminf.errors import ArgumentError, CheckpointError
-from bminf.models.load import Packing, Weights, check_shapes, skeleton
+from bminf.models.load import Packing, Weights, check_shapes, skeleton, skeleton_of
 from bminf.quantization.packed import Format
 from bminf.tokenizers.base import Tokenizer
 from bminf.tokenizers.find import find_tokenizer, tokenizer_from
@@ -28,17 +27,10 @@ FORMAT_VERSION = 1
 """Of the folders that convert() writes."""
 
 HEAD = "lm_head.parts."
-"""What the parts of a GLM's output head are called before their number."""
+"""What the parts of an output head that is cut are called before their number."""
 
-_LARGE_CHINESE = {"fixed_commands": True}
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ("*.json", "*.bin", "*.safetensors", "*.model", "*.txt")
-_ONLY_IN_CPM1 = {
-    "word_embeddings.weight",
-    "token_embedding.weight",
-    "transformer.wte.weight",
-    "wte.weight",
-}
 
 
 @dataclass(frozen=True)
@@ -79,7 +71,7 @@ def open_source(
         original_name=partial(architecture.original_name, opened.kind),
         pack=architecture.pack,
     )
-    if isinstance(parsed, GLMConfig):
+    if architecture.is_head_cut:
         parsed = replace(parsed, num_head_parts=1)  # that of another model's config is its own
         weights = _with_table(weights)
     check_shapes(skeleton_of(architecture, parsed), weights)
@@ -87,43 +79,9 @@ def open_source(
     return Source(architecture, weights, parsed, found, tensors["embed_tokens.weight"].dtype)
 
 
-def architecture_of(opened: Checkpoint) -> Architecture | None:
-    """The architecture that the files themselves tell; None where CPM-2 and EVA look alike."""
-    if opened.kind == "bminf":
-        return named(str(read_config(opened.path / "config.json").get("model")))
-    names = opened.tensors.keys()
-    if any(name.endswith("block_position_embeddings.weight") for name in names):
-        return named("glm10b")
-    if "transformer.word_embeddings.weight" in names:
-        return named("glm130b")
-    if names & _ONLY_IN_CPM1:
-        return named("cpm1")
-    if "position_bias_dec.relative_attention_bias" in names:  # ModelCenter's, which has no EVA
-        return named("cpm2")
-    if "role_embeds.weight" in names or _model_type(opened) == "eva":
-        return named("eva")
-    return None
-
-
-def with_head_parts(source: Source, num_head_parts: int) -> Source:
-    """`source`, a GLM's, with its output head cut into so many parts."""
-    assert isinstance(source.config, GLMConfig) and source.weights.table is not None
-    config = replace(source.config, num_head_parts=num_head_parts)
-    tensors = {n: t for n, t in source.weights.tensors.items() if not n.startswith(HEAD)}
-    for number, (begin, end) in enumerate(head_rows(config)):
-        tensors[f"{HEAD}{number}.weight"] = source.weights.table.rows(begin, end)
-    return replace(source, config=config, weights=replace(source.weights, tensors=tensors))
-
-
-def skeleton_of(architecture: Architecture, config: Config) -> torch.nn.Module:
-    """The architecture on the meta device, in float32, with nothing packed."""
-    with torch.device("meta"):
-        return architecture.build(config)
-
-
 def _told(architectures: Sequence[Architecture], opened: Checkpoint) -> Architecture:
     """The one of `architectures` that the checkpoint is of."""
-    told = architecture_of(opened)
+    told = told_by(opened)
     if told is None and opened.kind != "bminf" and len(architectures) == 1:
         return architectures[0]
     for architecture in architectures:
@@ -149,12 +107,6 @@ def _with_table(weights: Weights) -> Weights:
         return weights.original_name("embed_tokens.weight" if name.startswith(HEAD) else name)
 
     return replace(weights, tensors=tensors, table=table, original_name=original_name)
-
-
-def _model_type(opened: Checkpoint) -> Any:
-    """What a Hugging Face configuration says that it is of."""
-    path = find_config(opened.path) if opened.kind == "huggingface" else None
-    return None if path is None else read_config(path).get("model_type")
 
 
 def _folder(architectures: Sequence[Architecture], checkpoint: str | Path | None) -> Path:
@@ -203,18 +155,16 @@ def _own(architecture: Architecture, opened: Checkpoint, config: Any, tokenizer:
     parsed = architecture.parse(fields, opened.tensors, str(path))
     packing = packing_in(written, path)
     weights = Weights(opened.tensors, opened.path, packing, pack=architecture.pack)
-    if isinstance(parsed, GLMConfig):
+    if architecture.is_head_cut:
         weights = _with_own_table(weights, parsed)
-    model, _ = skeleton(
-        skeleton_of(architecture, parsed), torch.float32, packing or Packing(), "auto"
-    )
+    model, _ = skeleton(architecture, parsed, torch.float32, packing or Packing(), "auto")
     check_shapes(model, weights)
     found = tokenizer_of(architecture, opened, tokenizer, parsed, written.get("tokenizer"))
     table = weights.table or weights.tensors["embed_tokens.weight"]
     return Source(architecture, weights, parsed, found, table.dtype)
 
 
-def _with_own_table(weights: Weights, config: GLMConfig) -> Weights:
+def _with_own_table(weights: Weights, config: Any) -> Weights:
     """As _with_table: a head that is not packed stands for the embedding, too."""
     tensors = dict(weights.tensors)
     table = tensors.pop("embed_tokens.weight", None)
@@ -256,13 +206,13 @@ def config_of(
     if given is not None:
         source, where = _given_config(given)
         return architecture.parse(source, tensors, where), source
-    path = find_config(opened.path)
+    path = config_in(opened.path)
     if path is not None:
         source = read_config(path)
         return architecture.parse(source, tensors, str(path)), source
-    if architecture.published:
-        return _published(architecture, opened, tensors), {}
-    return architecture.parse({}, tensors, str(opened.path)), {}
+    if architecture.is_told_by_shapes:
+        return architecture.parse({}, tensors, str(opened.path)), {}
+    return _published(architecture, opened, tensors), {}
 
 
 def _given_config(given: Any) -> tuple[Mapping[str, Any], str]:
@@ -304,7 +254,7 @@ def _published(
     raise CheckpointError(
         f"neither {opened.path} nor its parent has a {looked}, and its shapes are of no published "
         f"{architecture.title} ({', '.join(architecture.published)}); give config=..., a path or a "
-        f"mapping with {_needed(architecture)}"
+        f"mapping with {architecture.needed_fields}"
     )
 
 
@@ -316,12 +266,6 @@ def _fits(
     except CheckpointError:
         return False
     return True
-
-
-def _needed(architecture: Architecture) -> str:
-    if architecture.name == "cpm1":
-        return "hidden_size, num_layers, num_attention_heads, max_position_embeddings"
-    return "d_model, d_ff, d_kv, num_heads, num_layers, attn_scale"
 
 
 def _as_configured(
@@ -359,27 +303,21 @@ def tokenizer_of(
             f"{opened.path}: tokenizer is {settings!r}; convert the original anew"
         )
     if given is None:
-        own = _LARGE_CHINESE if _is_large_chinese(config) and settings is None else settings
+        own = settings
+        if config is not None and settings is None:
+            own = architecture.tokenizer_settings(config)
         found = find_tokenizer(architecture.name, opened.path, own)
     else:
         found = tokenizer_from(architecture.name, given)
     if config is None:
         return found
     num_unused = config.vocab_size - found.vocab_size
-    if num_unused < 0 or (num_unused > 0 and not isinstance(config, GLMConfig)):
+    if num_unused < 0 or (num_unused > 0 and not architecture.has_spare_rows):
         raise CheckpointError(
             f"the vocabulary has {found.vocab_size} tokens ({_origin(found)}), the embedding of "
             f"{opened.path} {config.vocab_size} rows; take the vocabulary that came with it"
         )
     return found
-
-
-def _is_large_chinese(config: Config | None) -> bool:
-    """GLM-large-chinese, whose masks have other ids than those of GLM-10B-chinese, the only other
-    model with this vocabulary."""
-    if not isinstance(config, GLMConfig):
-        return False
-    return (config.vocab_size, config.hidden_size) == (50048, 1024)
 
 
 def _origin(tokenizer: Tokenizer) -> str:

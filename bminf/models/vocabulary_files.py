@@ -9,12 +9,6 @@ from bminf.arch.architecture import Architecture
 from bminf.errors import ArgumentError
 from bminf.tokenizers.base import Tokenizer
 
-_NAMES = {
-    "cpm1": "chinese_vocab.model",
-    "glm130b": "ice_text.model",
-    "glm10b": "cog-pretrain.model",
-}
-
 
 def check_files(tokenizer: Tokenizer) -> None:
     """Raise ArgumentError for a tokenizer that was not made of files."""
@@ -30,7 +24,4 @@ def vocabulary_files(architecture: Architecture, tokenizer: Tokenizer) -> dict[s
     files: Sequence[Path] = tokenizer.files
     if len(files) == 2:
         return dict(zip(("vocab.json", "merges.txt"), files, strict=True))
-    name = _NAMES.get(architecture.name, "vocab.txt")
-    if architecture.name == "cpm1" and files[0].suffix == ".txt":
-        name = "vocab.txt"
-    return {name: files[0]}
+    return {architecture.vocabulary_name(files[0]): files[0]}

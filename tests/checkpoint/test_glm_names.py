@@ -13,7 +13,7 @@ import torch
 from glm_files import Weights, glm10b, glm130b, rank_file, write
 
 from bminf.arch.glm import glm10b_name, glm10b_tensors, glm130b_name, glm130b_tensors
-from bminf.arch.registry import SPLIT_TABLES, checkpoint_in
+from bminf.arch.registry import checkpoint_in, split_tables
 from bminf.checkpoint.folder import Checkpoint
 from bminf.checkpoint.quantized import Quantized
 from bminf.checkpoint.splits import COLUMNS, OWN, REPLICATED, ROWS, STRIPED, Split, table_for
@@ -165,7 +165,7 @@ def test_the_tables_of_cuts_depend_on_the_model() -> None:
         f"{layer}.mlp.dense_h_to_4h.bias": ROWS,
     }
     for own in (of_glm130b, of_glm10b):
-        table = table_for([*same, *own], SPLIT_TABLES)
+        table = table_for([*same, *own], split_tables())
         assert {name: table.split(name) for name in [*same, *own]} == {**same, **own}
 
 

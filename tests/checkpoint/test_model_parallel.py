@@ -11,7 +11,7 @@ import pytest
 import torch
 from saved_files import FORMS
 
-from bminf.arch.registry import SPLIT_TABLES
+from bminf.arch.registry import split_tables
 from bminf.checkpoint.model_parallel import read_model_parallel
 from bminf.checkpoint.splits import COLUMNS, REPLICATED, ROWS, STRIPED, Split, SplitTable, table_for
 from bminf.errors import CheckpointError
@@ -61,21 +61,21 @@ T5 = {
 
 @pytest.mark.parametrize("table", [CPM1, T5], ids=["cpm1", "t5"])
 def test_the_tables_of_the_published_checkpoints(table: dict[str, Split]) -> None:
-    cuts = table_for(table, SPLIT_TABLES)
+    cuts = table_for(table, split_tables())
     assert {name: cuts.split(name) for name in table} == table
 
 
 @pytest.mark.parametrize("name", ["transformer.mystery.weight", "weight", "lm_head.weights", ""])
 def test_a_name_of_another_model_is_an_error(name: str) -> None:
     with pytest.raises(CheckpointError, match=f"{name!r}"):
-        table_for([*CPM1, name], SPLIT_TABLES).split(name)
+        table_for([*CPM1, name], split_tables()).split(name)
 
 
 def test_of_several_tables_the_last_one_that_is_for_the_names_counts() -> None:
     toy = SplitTable("a toy's kind", {"w": COLUMNS}, lambda names: "w" in names)
-    assert table_for(["w"], (*SPLIT_TABLES, toy)).split("w") == COLUMNS
+    assert table_for(["w"], (*split_tables(), toy)).split("w") == COLUMNS
     with pytest.raises(CheckpointError, match="no model of the CPM family has a tensor 'v'"):
-        table_for(["v"], (*SPLIT_TABLES, toy)).split("v")
+        table_for(["v"], (*split_tables(), toy)).split("v")
     with pytest.raises(CheckpointError, match="no model that is known has the tensors 'v'"):
         table_for(["v"], [toy])
 
@@ -123,7 +123,7 @@ def write_ranks(
 def test_the_ranks_together_are_the_whole(num_ranks: int, form: str, tmp_path: Path) -> None:
     write_ranks(tmp_path, num_ranks, form)
     for folder in (tmp_path, tmp_path / "7"):
-        found = read_model_parallel(folder, SPLIT_TABLES)
+        found = read_model_parallel(folder, split_tables())
         assert list(found) == list(whole_weights())
         for name, tensor in whole_weights().items():
             assert found[name].shape == tuple(tensor.shape), name
@@ -139,14 +139,14 @@ def test_the_layout_without_deepspeed_is_read(tmp_path: Path) -> None:
         torch.save({"model": saved["module"]}, folder / f"mp_rank_{rank:02d}/model_optim_rng.pt")
     (tmp_path / "b" / "latest_checkpointed_iteration.txt").write_text("7\n")
     for place in (tmp_path / "b", folder):
-        found = read_model_parallel(place, SPLIT_TABLES)
+        found = read_model_parallel(place, split_tables())
         for name, tensor in whole_weights().items():
             assert torch.equal(found[name].read(), tensor), name
 
 
 def test_one_rank_is_read_whatever_its_names_are(tmp_path: Path) -> None:
     torch.save({"module": {"mystery": torch.ones(1)}}, tmp_path / "mp_rank_00_model_states.pt")
-    assert list(read_model_parallel(tmp_path, SPLIT_TABLES)) == ["mystery"]
+    assert list(read_model_parallel(tmp_path, split_tables())) == ["mystery"]
 
 
 def rank_file(folder: Path, rank: int) -> Path:
@@ -227,7 +227,7 @@ def test_ranks_that_do_not_go_together_are_errors(damage: str, tmp_path: Path) -
     do, message = DAMAGES[damage]
     do(write_ranks(tmp_path, 2))
     with pytest.raises(CheckpointError, match=message) as caught:
-        read_model_parallel(tmp_path, SPLIT_TABLES)
+        read_model_parallel(tmp_path, split_tables())
     assert str(tmp_path) in str(caught.value) or "CPM family" in message
 
 
@@ -235,7 +235,7 @@ def test_replicated_tensors_that_differ_are_an_error_when_read(tmp_path: Path) -
     name = "transformer.final_layernorm.bias"
     write_ranks(tmp_path, 2)
     change_weights(rank_file(tmp_path, 1), **{name: torch.ones(24)})
-    found = read_model_parallel(tmp_path, SPLIT_TABLES)
+    found = read_model_parallel(tmp_path, split_tables())
     with pytest.raises(CheckpointError, match=r"rank_00.*rank_01.* should be the same, but differ"):
         found[name].read()
     assert torch.equal(found["lm_head.weight"].read(), whole_weights()["lm_head.weight"])

@@ -15,7 +15,7 @@ import torch
 from tiny_glm import IMAGE_OFFSET, TinyGLM, tiny_glm, tiny_glm10b, tiny_glm130b
 
 import bminf
-from bminf.arch.glm import PUBLISHED_GLM, GLMConfig, glm10b_config, glm130b_config
+from bminf.arch.glm import GLM10B, GLM130B, PUBLISHED_GLM, GLMConfig, glm10b_config, glm130b_config
 from bminf.errors import ArgumentError, UnsupportedModelError
 from bminf.models import GLM, Answer, plan_glm
 from bminf.models.blanks import choices_behind
@@ -846,8 +846,7 @@ def test_published_models_need_no_configuration(title: str) -> None:
 
 
 def test_the_published_sizes_are_those_of_the_papers() -> None:
-    from bminf.arch.glm import GLM10B, GLM130B
-    from bminf.models.source import skeleton_of
+    from bminf.models.load import skeleton_of
 
     counts = {"GLM-130B": 128_697_794_560, "GLM-10B": 9_880_682_496, "GLM-2B": 1_920_122_880}
     counts["GLM-10B-chinese"] = 9_879_633_920
@@ -1036,10 +1035,9 @@ def test_nothing_stays_when_the_embedding_cannot_be_mapped(
 
 
 def test_large_chinese_has_its_own_masks() -> None:
-    from bminf.models.source import _is_large_chinese
-
     small, large = (
         PUBLISHED_GLM["GLM-10B-chinese"],
         GLMConfig("glm-10b", 50048, 1024, 24, 16, 4096, 1024),
     )
-    assert _is_large_chinese(large) and not _is_large_chinese(small)
+    assert GLM10B.tokenizer_settings(large) == {"fixed_commands": True}
+    assert GLM10B.tokenizer_settings(small) is None

@@ -476,7 +476,7 @@ def test_the_other_models_are_told_by_their_shapes_too(
 
 def test_the_published_sizes_are_those_of_the_papers() -> None:
     """Parameters, counted from the architectures: facts that no tiny model knows."""
-    from bminf.models.source import skeleton_of
+    from bminf.models.load import skeleton_of
 
     counts = {
         (CPM1, "TsinghuaAI/CPM-Generate"): 2_597_073_920,
