@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -77,6 +78,29 @@ def test_a_room_imports_only_rooms_below_it(module: str) -> None:
 def test_only_the_cuda_room_imports_cupy(module: str) -> None:
     named = {name.split(".")[0] for name in imports_of(MODULES[module])}
     assert room_of(module) == "bminf.cuda" or not named & {"cupy", "cupyx", "cupy_backends"}
+
+
+def words_of(path: Path) -> set[str]:
+    """Names and strings in the code of a file, without its documentation."""
+    tree = ast.parse(path.read_text())
+    words = set(imports_of(path))
+    documentation = {
+        id(node.value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    }
+    for node in ast.walk(tree):
+        if id(node) not in documentation:
+            words |= {value for _, value in ast.iter_fields(node) if isinstance(value, str)}
+    return words
+
+
+@pytest.mark.parametrize(
+    "module", [name for name in MODULES if room_of(name) == "bminf.checkpoint"]
+)
+def test_checkpoints_know_no_model(module: str) -> None:
+    named = re.compile(r"(?<![a-z])(cpm|glm|gpt|t5|eva(?![a-z]))", re.IGNORECASE)
+    assert not {word for word in {module, *words_of(MODULES[module])} if named.search(word)}
 
 
 def test_only_the_command_line_prints() -> None:
