@@ -94,6 +94,8 @@ class Architecture:
     """Whether its embedding stays on the host, and the head, which has the same weights, is cut
     into config.num_head_parts blocks."""
 
+    tokenizer: str = ""
+    """What tokenizers/find.py calls its tokenizer; "" is as itself."""
     vocabulary_name: Callable[[Path], str] = lambda path: "vocab.txt"
     """What a file of the tokenizer is called in a folder that loads by itself."""
     tokenizer_settings: Callable[[Any], Mapping[str, Any] | None] = lambda config: None

@@ -232,7 +232,7 @@ def cpm1_name(kind: str, ours: str) -> str:
 
 
 def is_cpm1(checkpoint: Checkpoint) -> bool:
-    """Whether a checkpoint has a name that of the models here no other has, but for GLM-10B."""
+    """Whether a checkpoint has its embedding, under the name that it has in one of the layouts."""
     return bool(checkpoint.tensors.keys() & _EMBEDDINGS)
 
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from bminf.arch import registry
 from bminf.arch.architecture import Architecture, Config
-from bminf.arch.registry import checkpoint_in, config_in, told_by
 from bminf.checkpoint.config import CONFIG_FILES, as_mapping, read_config
 from bminf.checkpoint.folder import Checkpoint
 from bminf.checkpoint.stored import Rows, Scaled, Stored
@@ -58,7 +58,7 @@ def open_source(
     architectures: those that it may be of.   config, tokenizer: see LanguageModel.
     Raises ArgumentError or CheckpointError.
     """
-    opened = checkpoint_in(_folder(architectures, checkpoint))
+    opened = registry.checkpoint_in(_folder(architectures, checkpoint))
     architecture = _told(architectures, opened)
     if opened.kind == "bminf":
         return _own(architecture, opened, config, tokenizer)
@@ -81,7 +81,7 @@ def open_source(
 
 def _told(architectures: Sequence[Architecture], opened: Checkpoint) -> Architecture:
     """The one of `architectures` that the checkpoint is of."""
-    told = told_by(opened)
+    told = registry.told_by(opened)
     if told is None and opened.kind != "bminf" and len(architectures) == 1:
         return architectures[0]
     for architecture in architectures:
@@ -206,7 +206,7 @@ def config_of(
     if given is not None:
         source, where = _given_config(given)
         return architecture.parse(source, tensors, where), source
-    path = config_in(opened.path)
+    path = registry.config_in(opened.path)
     if path is not None:
         source = read_config(path)
         return architecture.parse(source, tensors, str(path)), source
@@ -224,9 +224,10 @@ def _given_config(given: Any) -> tuple[Mapping[str, Any], str]:
         return own if isinstance(own, Mapping) else read, str(path)
     source = as_mapping(given)
     if source is None:
+        classes = list(dict.fromkeys(one.config_class.__name__ for one in registry.ARCHITECTURES))
         raise ArgumentError(
             f"config is a {type(given).__name__}; accepted: the path of a JSON file, a mapping, "
-            "a GPTConfig, T5Config or GLMConfig"
+            f"a {', '.join(classes[:-1])} or {classes[-1]}"
         )
     return source, "config"
 
@@ -302,13 +303,14 @@ def tokenizer_of(
         raise CheckpointError(
             f"{opened.path}: tokenizer is {settings!r}; convert the original anew"
         )
+    kind = architecture.tokenizer or architecture.name
     if given is None:
         own = settings
         if config is not None and settings is None:
             own = architecture.tokenizer_settings(config)
-        found = find_tokenizer(architecture.name, opened.path, own)
+        found = find_tokenizer(kind, opened.path, own)
     else:
-        found = tokenizer_from(architecture.name, given)
+        found = tokenizer_from(kind, given)
     if config is None:
         return found
     num_unused = config.vocab_size - found.vocab_size
