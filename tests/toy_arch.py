@@ -132,16 +132,16 @@ def toy_sizes(config: ToyConfig, given: Pass) -> Sizes:
 
 
 TOY = Architecture(
-    "toy",
-    "Toy",
-    ToyConfig,
-    Toy,
-    toy_sizes,
-    toy_config,
-    lambda checkpoint: "toy_table.w" in checkpoint.tensors,
-    toy_tensors,
-    lambda kind, ours: theirs_of(ours, _rules()),
-    SplitTable(
+    name="toy",
+    title="Toy",
+    config_class=ToyConfig,
+    build=Toy,
+    sizes=toy_sizes,
+    parse=toy_config,
+    is_told_by=lambda checkpoint: "toy_table.w" in checkpoint.tensors,
+    tensors=toy_tensors,
+    original_name=lambda kind, ours: theirs_of(ours, _rules()),
+    splits=SplitTable(
         "toys",
         {
             r".*ln.*": REPLICATED,

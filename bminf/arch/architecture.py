@@ -37,7 +37,7 @@ def lists_of(model: torch.nn.Module) -> list[str]:
     return [n for n, module in model.named_modules() if isinstance(module, torch.nn.ModuleList)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Architecture:
     """name: in files and on the command line.   title: in messages.
 

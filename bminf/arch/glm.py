@@ -7,7 +7,7 @@ Two architectures share the idea, and little else:
 The embedding is gathered on the host, and the output head, which has the same weights, is cut into
 parts that can be streamed like any other matrix.
 
-Top to bottom: configuration, modules, blocks, names on disk, ranks, and the models there are.
+Top to bottom: configuration, modules, blocks, names on disk, ranks, sizes, the models there are.
 
 Sources: Du et al. 2022, arXiv:2103.10360; Zeng et al. 2022, arXiv:2210.02414. Of the names on disk:
 GLM-130B, tools/convert_tp.py and quantization/layers.py; GLM, change_mp.py and
@@ -623,10 +623,6 @@ def _pack(weight: torch.Tensor, form: Format) -> PackedWeight:
     return glm_rows.pack_rows(weight, 4) if form == INT4_ROW else pack(weight, form)
 
 
-def _is_glm130b(checkpoint: Checkpoint) -> bool:
-    return _EMBEDDING_OF_GLM130B in checkpoint.tensors
-
-
 def _is_glm10b(checkpoint: Checkpoint) -> bool:
     """With any prefix: classes around the model put one before its names."""
     return any(name.endswith("block_position_embeddings.weight") for name in checkpoint.tensors)
@@ -640,17 +636,17 @@ def _tokenizer_settings(config: GLMConfig) -> Mapping[str, Any] | None:
 
 
 GLM130B = Architecture(
-    "glm130b",
-    "GLM-130B",
-    GLMConfig,
-    GLM,
-    glm_sizes,
-    glm130b_config,
-    _is_glm130b,
-    glm130b_tensors,
-    glm130b_name,
-    SPLITS_OF_GLM130B,
-    matrices_of,
+    name="glm130b",
+    title="GLM-130B",
+    config_class=GLMConfig,
+    build=GLM,
+    sizes=glm_sizes,
+    parse=glm130b_config,
+    is_told_by=lambda checkpoint: is_glm130b(checkpoint.tensors.keys()),
+    tensors=glm130b_tensors,
+    original_name=glm130b_name,
+    splits=SPLITS_OF_GLM130B,
+    blocks=matrices_of,
     published={"GLM-130B": PUBLISHED_GLM["GLM-130B"], "THUDM/GLM-130B": PUBLISHED_GLM["GLM-130B"]},
     is_told_by_shapes=True,
     has_common_names=True,
@@ -663,17 +659,17 @@ GLM130B = Architecture(
 )
 _SMALL = {name: sizes for name, sizes in PUBLISHED_GLM.items() if not sizes.is_rotary}
 GLM10B = Architecture(
-    "glm10b",
-    "GLM-10B",
-    GLMConfig,
-    GLM,
-    glm_sizes,
-    glm10b_config,
-    _is_glm10b,
-    glm10b_tensors,
-    glm10b_name,
-    SPLITS_OF_GLM10B,
-    matrices_of,
+    name="glm10b",
+    title="GLM-10B",
+    config_class=GLMConfig,
+    build=GLM,
+    sizes=glm_sizes,
+    parse=glm10b_config,
+    is_told_by=_is_glm10b,
+    tensors=glm10b_tensors,
+    original_name=glm10b_name,
+    splits=SPLITS_OF_GLM10B,
+    blocks=matrices_of,
     published={**_SMALL, **{f"THUDM/{name}": sizes for name, sizes in _SMALL.items()}},
     is_told_by_shapes=True,
     hub_ids=("THUDM/glm-10b", "THUDM/glm-2b", "THUDM/glm-10b-chinese"),

@@ -1,6 +1,6 @@
 """GPT-2 as CPM-1 has it: learned positions, LayerNorm before each part, biases, a tied head.
 
-Top to bottom: configuration, modules, names on disk, ranks, and the models there are.
+Top to bottom: configuration, modules, names on disk, ranks, sizes, and the models there are.
 
 Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"; Zhang et al.
 2020, arXiv:2012.00413 (CPM).
@@ -343,16 +343,16 @@ def _vocabulary_name(path: Path) -> str:
 
 
 CPM1 = Architecture(
-    "cpm1",
-    "CPM-1",
-    GPTConfig,
-    GPT,
-    gpt_sizes,
-    gpt_config,
-    is_cpm1,
-    cpm1_tensors,
-    cpm1_name,
-    SPLITS,
+    name="cpm1",
+    title="CPM-1",
+    config_class=GPTConfig,
+    build=GPT,
+    sizes=gpt_sizes,
+    parse=gpt_config,
+    is_told_by=is_cpm1,
+    tensors=cpm1_tensors,
+    original_name=cpm1_name,
+    splits=SPLITS,
     published=PUBLISHED_GPT,
     needed_fields="hidden_size, num_layers, num_attention_heads, max_position_embeddings",
     hub_ids=("TsinghuaAI/CPM-Generate", "mymusise/CPM-Generate-distill"),

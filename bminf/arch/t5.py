@@ -4,7 +4,7 @@ What differs within the family (attention scaling, GELU, sizes) is configuration
 the cross-attention are computed once a prompt by modules of their own, so that their weights are
 not touched while decoding.
 
-Top to bottom: configuration, modules, names on disk, ranks, and the models there are.
+Top to bottom: configuration, modules, names on disk, ranks, sizes, and the models there are.
 
 Source: Raffel et al. 2020, arXiv:1910.10683; Zhang et al. 2021, arXiv:2106.10715 (CPM-2); Zhou et
 al. 2021, arXiv:2108.01547 (EVA).
@@ -639,16 +639,16 @@ _ONCE_A_PROMPT = {"encoder.layers": 1, "cross_projections.layers": 1}
 _NEEDED_FIELDS = "d_model, d_ff, d_kv, num_heads, num_layers, attn_scale"
 
 CPM2 = Architecture(
-    "cpm2",
-    "CPM-2",
-    T5Config,
-    T5,
-    t5_sizes,
-    t5_config,
-    is_cpm2,
-    t5_tensors,
-    t5_name,
-    SPLITS,
+    name="cpm2",
+    title="CPM-2",
+    config_class=T5Config,
+    build=T5,
+    sizes=t5_sizes,
+    parse=t5_config,
+    is_told_by=is_cpm2,
+    tensors=t5_tensors,
+    original_name=t5_name,
+    splits=SPLITS,
     uses=_ONCE_A_PROMPT,
     published=PUBLISHED_CPM2,
     needed_fields=_NEEDED_FIELDS,
@@ -656,16 +656,16 @@ CPM2 = Architecture(
     is_described_by=lambda source: True,  # what is of no other model
 )
 EVA = Architecture(
-    "eva",
-    "EVA",
-    T5Config,
-    T5,
-    t5_sizes,
-    t5_config,
-    is_eva,
-    t5_tensors,
-    t5_name,
-    SPLITS,
+    name="eva",
+    title="EVA",
+    config_class=T5Config,
+    build=T5,
+    sizes=t5_sizes,
+    parse=t5_config,
+    is_told_by=is_eva,
+    tensors=t5_tensors,
+    original_name=t5_name,
+    splits=SPLITS,
     uses=_ONCE_A_PROMPT,
     published=PUBLISHED_EVA,
     needed_fields=_NEEDED_FIELDS,
