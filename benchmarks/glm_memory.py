@@ -31,9 +31,9 @@ from bminf.cli.measure import PeakMemory, rss_anon_bytes
 from bminf.generation.loop import decode
 from bminf.generation.sampling import Sampler, Sampling, in_sequence
 from bminf.layers.kv_cache import KVCache
-from bminf.models.blanks import Blank, blank
 from bminf.models.convert import WEIGHTS_FILE, convert
 from bminf.models.decoders import GLMDecoder, padded
+from bminf.models.glm_text import Blank, blank
 from bminf.scheduler import memory
 from bminf.scheduler.backends.cpu import CpuBackend
 from bminf.tokenizers.icetk import IceTokenizer

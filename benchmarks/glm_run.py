@@ -17,7 +17,7 @@ from benchmarks.glm_model import Loaded, Sizes, loaded, planned
 from benchmarks.harness import Result, Settings, Variant, Work
 from benchmarks.model_run import Copies, Facts, digest
 from bminf.layers.kv_cache import KVCache
-from bminf.models.blanks import blank, choices_behind, position_tensor
+from bminf.models.glm_text import blank, choices_behind, position_tensor
 from bminf.scheduler.device import backend_for, free_budget
 from bminf.units import format_bytes
 

@@ -14,7 +14,7 @@ from golden import GoldenSet
 from safetensors.torch import load_file
 
 import bminf
-from bminf.models.blanks import Blank, blank
+from bminf.models.glm_text import Blank, blank
 from bminf.tokenizers.icetk import IceTokenizer
 
 TOLERANCE = 5e-5  # of float32 against the authors' float32

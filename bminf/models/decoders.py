@@ -10,7 +10,7 @@ from bminf.arch.glm import GLM
 from bminf.arch.gpt import GPT
 from bminf.arch.t5 import T5, T5Cache
 from bminf.layers.kv_cache import KVCache
-from bminf.models.blanks import Blank, is_ahead, position_tensor
+from bminf.models.glm_text import Blank, is_ahead, position_tensor
 
 
 class GPTDecoder:

@@ -23,17 +23,17 @@ from bminf.keywords import known_keywords
 from bminf.layers.kv_cache import KVCache
 from bminf.models.arguments import Text
 from bminf.models.base import LanguageModel
-from bminf.models.blanks import (
+from bminf.models.calls import needs_open_model
+from bminf.models.decoders import GLMDecoder, padded
+from bminf.models.glm_head import as_in_folder, own_packing, with_head
+from bminf.models.glm_options import GLMOptions
+from bminf.models.glm_text import (
     Blank,
     blank,
     choices_behind,
     is_ahead,
     position_tensor,
 )
-from bminf.models.calls import needs_open_model
-from bminf.models.decoders import GLMDecoder, padded
-from bminf.models.glm_head import as_in_folder, own_packing, with_head
-from bminf.models.glm_options import GLMOptions
 from bminf.models.load import Packing
 from bminf.models.masked_text import OPEN_MASK, TEXT_MASK, Masked, has_mask, masked_text
 from bminf.models.options import Options

@@ -13,7 +13,7 @@ from host_launcher import HostLauncher
 from quantised import relative_error
 
 from bminf.cuda.launcher import served_by
-from bminf.models.blanks import is_ahead
+from bminf.models.glm_text import is_ahead
 
 NAMES = ("glm130b", "glm10b")
 FORWARD = "forward.safetensors"
