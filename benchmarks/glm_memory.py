@@ -32,8 +32,8 @@ from bminf.generation.loop import decode
 from bminf.generation.sampling import Sampler, Sampling, in_sequence
 from bminf.layers.kv_cache import KVCache
 from bminf.models.convert import WEIGHTS_FILE, convert
-from bminf.models.decoders import GLMDecoder, padded
-from bminf.models.glm_text import Blank, blank
+from bminf.models.decoders import padded
+from bminf.models.glm_text import Blank, GLMDecoder, blank
 from bminf.scheduler import memory
 from bminf.scheduler.backends.cpu import CpuBackend
 from bminf.tokenizers.icetk import IceTokenizer

@@ -24,18 +24,23 @@ from bminf.layers.kv_cache import KVCache
 from bminf.models.arguments import Text
 from bminf.models.base import LanguageModel
 from bminf.models.calls import needs_open_model
-from bminf.models.decoders import GLMDecoder, padded
+from bminf.models.decoders import padded
 from bminf.models.glm_head import as_in_folder, own_packing, with_head
 from bminf.models.glm_options import GLMOptions
 from bminf.models.glm_text import (
+    OPEN_MASK,
+    TEXT_MASK,
     Blank,
+    GLMDecoder,
+    Masked,
     blank,
     choices_behind,
+    has_mask,
     is_ahead,
+    masked_text,
     position_tensor,
 )
 from bminf.models.load import Packing
-from bminf.models.masked_text import OPEN_MASK, TEXT_MASK, Masked, has_mask, masked_text
 from bminf.models.options import Options
 from bminf.models.prompt import Prompt
 from bminf.models.source import Source

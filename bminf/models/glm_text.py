@@ -1,4 +1,5 @@
-"""Blanks of a GLM as ids, positions and masks: what it reads, and what may see what.
+"""Texts of a GLM: their masks, the blanks in their places as ids, positions and what is hidden, and
+a batch of blanks as the decode loop sees it.
 
 A text is read whole; behind it come `sop` and the answer, which see the text and what stands before
 them. Where an answer stands is told by positions: GLM-130B's are the mask's own for every token of
@@ -9,12 +10,96 @@ Sources: GLM-130B/generate.py, evaluation/dataset.py; GLM/generate_samples.py.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from bminf.arch.glm import GLM
+from bminf.errors import ArgumentError
+from bminf.layers.kv_cache import KVCache
 from bminf.models.prompt import Prompt
+from bminf.tokenizers.base import GLMTokenizer
+
+# ---- masks ---------------------------------------------------------------------------------------
+
+TEXT_MASK, OPEN_MASK = "[MASK]", "[gMASK]"
+"""For a word or a few; and for all that follows."""
+
+_MASK = re.compile(r"\[s?MASK\]|\[gMASK\]")
+
+
+@dataclass(frozen=True)
+class Masked:
+    """A text with blanks.   ids: as the model reads it.   places: of its masks, among the ids.
+    positions: of the masks in the text, in characters.   mask: the kind they all are of."""
+
+    ids: list[int]
+    places: list[int]
+    positions: list[int]
+    mask: str
+
+
+def has_mask(text: str) -> bool:
+    """Whether there is a mask of any kind in the text."""
+    return _MASK.search(text) is not None
+
+
+def masked_text(text: Any, tokenizer: GLMTokenizer, masks_end_texts: bool) -> Masked:
+    """The ids of a text and its masks; one is added at the end where there is none.
+
+    masks_end_texts: whether a text that ends in a mask of any kind has no end token behind it, as
+    in GLM-130B; in GLM-10B only [gMASK] does without.
+    Raises ArgumentError for what is no text or an empty one, for several kinds of masks, and for a
+    kind that the vocabulary does not have.
+    """
+    if not isinstance(text, str):
+        raise ArgumentError(f"text is a {type(text).__name__}; give a str")
+    found = list(_MASK.finditer(text))
+    if not found and not text.strip():
+        raise ArgumentError("text is empty; give a text, with or without a mask")
+    mask = _kind([match[0] for match in found], tokenizer)
+    pieces = _pieces(text, found, tokenizer)
+    positions = [match.start() for match in found] or [len(text)]
+    is_open = not found or found[-1].end() == len(text)  # by the text: a blank may have no ids
+    is_open = is_open and (masks_end_texts or mask == OPEN_MASK)
+    ids, places = list(tokenizer.prefix_ids), []
+    for piece in pieces[: len(positions)]:
+        ids += piece
+        places.append(len(ids))
+        ids.append(tokenizer.masks[mask])
+    rest = [number for piece in pieces[len(positions) :] for number in piece]
+    return Masked([*ids, *rest, *([] if is_open else [tokenizer.eos_id])], places, positions, mask)
+
+
+def _kind(masks: list[str], tokenizer: GLMTokenizer) -> str:
+    """The one kind of mask; where there is none, the one that goes on from the end."""
+    known = tokenizer.masks
+    kinds = list(dict.fromkeys(masks)) or [OPEN_MASK if OPEN_MASK in known else TEXT_MASK]
+    if len(kinds) > 1:
+        raise ArgumentError(
+            f"the text mixes {' and '.join(kinds)}; a text has masks of one kind, since only those "
+            "would be filled"
+        )
+    if kinds[0] not in known:
+        raise ArgumentError(f"this model has no {kinds[0]}; it has {', '.join(known)}")
+    return kinds[0]
+
+
+def _pieces(text: str, found: Sequence[re.Match[str]], tokenizer: GLMTokenizer) -> list[list[int]]:
+    """The ids before each mask, and behind the last; a mask that is added stands behind all."""
+    begins = [0, *(match.end() for match in found)]
+    ends = [*(match.start() for match in found), len(text)]
+    pieces = [text[begin:end] for begin, end in zip(begins, ends, strict=True)]
+    if tokenizer.strips_before_masks:
+        num_before = max(1, len(found))
+        pieces[:num_before] = [piece.rstrip() for piece in pieces[:num_before]]
+    return [tokenizer.encode(piece) if piece else [] for piece in pieces]
+
+
+# ---- blanks --------------------------------------------------------------------------------------
 
 Position = tuple[int, int]
 """In the text, and in the blank (0 outside)."""
@@ -101,3 +186,63 @@ def position_tensor(positions: Sequence[Sequence[Position]], has_blocks: bool) -
     """Positions of rows of equal length as arch/glm.py takes them: (B, T), or (B, 2, T)."""
     both = torch.tensor(positions, dtype=torch.int64, device="cpu").view(len(positions), -1, 2)
     return both.transpose(1, 2).contiguous() if has_blocks else both[:, :, 0].contiguous()
+
+
+# ---- batches -------------------------------------------------------------------------------------
+
+
+class GLMDecoder:
+    """A batch of blanks. Shorter texts are padded at their beginning, as in a GPTDecoder; the text
+    is seen whole by itself, the answers behind it only by what comes after.
+    """
+
+    def __init__(self, model: GLM, cache: KVCache, blanks: Sequence[Blank]) -> None:
+        cache.reset()
+        self._model, self._cache, self._blanks = model, cache, list(blanks)
+        self._longest = max(len(blank.start_ids) for blank in blanks)
+        self._num_padding = torch.tensor(
+            [self._longest - len(blank.start_ids) for blank in blanks], device=cache.keys.device
+        )
+
+    def __call__(self, input_ids: torch.Tensor) -> torch.Tensor:
+        begin, num_tokens = self._cache.length, input_ids.shape[1]
+        x = self._model(
+            input_ids,
+            self._positions(begin).to(input_ids.device),
+            self._cache,
+            self._hidden(begin + num_tokens) if begin == 0 or self._is_padded else None,
+        )
+        return self._model.head(x[:, -1])
+
+    def select(self, rows: torch.Tensor) -> None:
+        self._cache.select(rows)
+        self._blanks = [self._blanks[row] for row in rows.tolist()]
+        self._num_padding = self._num_padding[rows]
+
+    @property
+    def _is_padded(self) -> bool:
+        return any(len(blank.start_ids) < self._longest for blank in self._blanks)
+
+    def _positions(self, begin: int) -> torch.Tensor:
+        """Of the whole beginning, or of the one token that comes behind `begin`."""
+        has_blocks = not self._model.config.is_rotary
+        if begin:
+            number = begin - self._longest + 1  # counted from sop
+            return position_tensor([[blank.position(number)] for blank in self._blanks], has_blocks)
+        rows = [
+            [(0, 0)] * (self._longest - len(blank.positions)) + list(blank.positions)
+            for blank in self._blanks
+        ]
+        return position_tensor(rows, has_blocks)
+
+    def _hidden(self, num_keys: int) -> torch.Tensor:
+        """(B, T, S): padding, and in the beginning what comes after a text."""
+        device = self._num_padding.device
+        is_padding = torch.arange(num_keys, device=device) < self._num_padding.unsqueeze(1)
+        if num_keys > self._longest:
+            return is_padding.unsqueeze(1)
+        later = [
+            is_ahead(num_keys, num_keys, num_keys - len(b.start_ids) + len(b.input_ids))
+            for b in self._blanks
+        ]
+        return is_padding.unsqueeze(1) | torch.stack(later).to(device)

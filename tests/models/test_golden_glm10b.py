@@ -12,8 +12,7 @@ from golden import cases, for_each, golden, largest
 from golden_glm import TOLERANCE, GLMSet, head, run
 
 from bminf.models.glm_options import GLMOptions
-from bminf.models.glm_text import is_ahead
-from bminf.models.masked_text import Masked
+from bminf.models.glm_text import Masked, is_ahead
 
 NAMES = ("glm10b",)
 FORWARD = "forward.safetensors"
