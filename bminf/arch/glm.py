@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -379,7 +379,7 @@ LINEARS = {
     "mlp.dense_h_to_4h": "feed_forward.up",
     "mlp.dense_4h_to_h": "feed_forward.down",
 }
-"""Of a layer, theirs -> ours: those that may be quantised."""
+"""Of a layer, theirs -> ours; in a GLM-130B they may be quantised."""
 
 
 def glm130b_tensors(checkpoint: Checkpoint) -> dict[str, Stored]:
@@ -492,12 +492,7 @@ def _glm10b(prefix: str) -> Iterator[Rule]:
         yield Rule(f"{layer}.input_layernorm.{kind}", f"layers.{{n}}.attention.norm.{kind}")
         yield Rule(f"{layer}.post_attention_layernorm.{kind}", f"layers.{{n}}.norm.{kind}")
         yield Rule(f"{inner}.final_layernorm.{kind}", f"norm.{kind}")
-        for theirs, ours in (
-            ("attention.query_key_value", "attention.qkv"),
-            ("attention.dense", "attention.out"),
-            ("mlp.dense_h_to_4h", "feed_forward.up"),
-            ("mlp.dense_4h_to_h", "feed_forward.down"),
-        ):
+        for theirs, ours in LINEARS.items():
             yield Rule(f"{layer}.{theirs}.{kind}", f"layers.{{n}}.{ours}.{kind}")
 
 
@@ -658,28 +653,20 @@ GLM130B = Architecture(
     has_spare_rows=True,
 )
 _SMALL = {name: sizes for name, sizes in PUBLISHED_GLM.items() if not sizes.is_rotary}
-GLM10B = Architecture(
+GLM10B = replace(
+    GLM130B,
     name="glm10b",
     title="GLM-10B",
-    config_class=GLMConfig,
-    build=GLM,
-    sizes=glm_sizes,
     parse=glm10b_config,
     is_told_by=_is_glm10b,
     tensors=glm10b_tensors,
     original_name=glm10b_name,
     splits=SPLITS_OF_GLM10B,
-    blocks=matrices_of,
     published={**_SMALL, **{f"THUDM/{name}": sizes for name, sizes in _SMALL.items()}},
-    is_told_by_shapes=True,
     hub_ids=("THUDM/glm-10b", "THUDM/glm-2b", "THUDM/glm-10b-chinese"),
     model_type="glm",
+    has_common_names=False,
     is_described_by=lambda source: "block_position_encoding" in source,
-    formats=GLM_FORMATS,
-    default_format=INT4,
-    pack=_pack,
-    is_head_cut=True,
     vocabulary_name=lambda path: "cog-pretrain.model",
     tokenizer_settings=_tokenizer_settings,
-    has_spare_rows=True,
 )

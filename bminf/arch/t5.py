@@ -13,7 +13,7 @@ al. 2021, arXiv:2108.01547 (EVA).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -634,9 +634,6 @@ PUBLISHED_EVA = {
     "thu-coai/EVA2.0-large": T5Config(30000, 1024, 4096, 16, 64, 24, 24, True),
     "thu-coai/EVA2.0-base": T5Config(30000, 768, 3072, 12, 64, 12, 12, True),
 }
-_ONCE_A_PROMPT = {"encoder.layers": 1, "cross_projections.layers": 1}
-
-_NEEDED_FIELDS = "d_model, d_ff, d_kv, num_heads, num_layers, attn_scale"
 
 CPM2 = Architecture(
     name="cpm2",
@@ -649,26 +646,18 @@ CPM2 = Architecture(
     tensors=t5_tensors,
     original_name=t5_name,
     splits=SPLITS,
-    uses=_ONCE_A_PROMPT,
+    uses={"encoder.layers": 1, "cross_projections.layers": 1},  # once a prompt
     published=PUBLISHED_CPM2,
-    needed_fields=_NEEDED_FIELDS,
+    needed_fields="d_model, d_ff, d_kv, num_heads, num_layers, attn_scale",
     aliases={name: "CPM-2 (Chinese), CPM-2.1" for name in ("cpm2", "cpm21")},
     is_described_by=lambda source: True,  # what is of no other model
 )
-EVA = Architecture(
+EVA = replace(
+    CPM2,
     name="eva",
     title="EVA",
-    config_class=T5Config,
-    build=T5,
-    sizes=t5_sizes,
-    parse=t5_config,
     is_told_by=is_eva,
-    tensors=t5_tensors,
-    original_name=t5_name,
-    splits=SPLITS,
-    uses=_ONCE_A_PROMPT,
     published=PUBLISHED_EVA,
-    needed_fields=_NEEDED_FIELDS,
     hub_ids=(
         "thu-coai/EVA1.0",
         "thu-coai/EVA2.0-base",

@@ -32,11 +32,7 @@ def architecture_for(
             names = ", ".join(one.name for one in registry.ARCHITECTURES)
             raise ArgumentError(f"model={model!r}; accepted: {names}")
         return found
-    known = {
-        hub_id: architecture
-        for architecture in registry.ARCHITECTURES
-        for hub_id in architecture.hub_ids
-    }
+    known = {hub_id: one for one in registry.ARCHITECTURES for hub_id in one.hub_ids}
     if str(source) in known:
         return known[str(source)]
     path = Path(source).expanduser()
