@@ -18,8 +18,8 @@ from bminf.checkpoint.config import CONFIG_FILES
 from bminf.checkpoint.folder import Checkpoint
 from bminf.checks import check_positive
 from bminf.errors import ArgumentError, CheckpointError
+from bminf.models.glm_ranks import reshard
 from bminf.models.recognition import architecture_for
-from bminf.models.reshard import reshard
 from bminf.models.source import config_of, tokenizer_of
 from bminf.models.vocabulary_files import check_files, vocabulary_files
 from bminf.quantization.packed import INT4, INT8, Format

@@ -19,7 +19,7 @@ from smollm2_memory import Peak, status_bytes
 from bminf.checkpoint.safetensors_file import read_safetensors, write_safetensors
 from bminf.checkpoint.torch_file import read_torch_file, weights_of
 from bminf.layout import Layout, TensorSpec
-from bminf.models.reshard import reshard
+from bminf.models.glm_ranks import reshard
 
 NUM_TENSORS, TENSOR_BYTES = 100, 2**21
 

@@ -20,7 +20,7 @@ from bminf.arch.glm import glm10b_name, glm10b_tensors, glm130b_name, glm130b_te
 from bminf.arch.registry import checkpoint_in
 from bminf.checkpoint.quantized import Quantized
 from bminf.errors import CheckpointError
-from bminf.models.reshard import reshard
+from bminf.models.glm_ranks import reshard
 from bminf.quantization.packed import dequantize
 
 Weights = dict[str, torch.Tensor]

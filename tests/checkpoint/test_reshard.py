@@ -12,7 +12,7 @@ import torch
 from glm_files import HEADS, Weights, cut, glm10b, glm130b, load, rank_file, write
 
 from bminf.errors import ArgumentError, CheckpointError
-from bminf.models.reshard import reshard
+from bminf.models.glm_ranks import reshard
 from bminf.quantization.glm_rows import quantize_rows
 
 MODELS: dict[str, Callable[[], Weights]] = {
