@@ -19,8 +19,8 @@ from bminf.checkpoint.stored import pieces
 from bminf.errors import ArgumentError, CheckpointError
 from bminf.keywords import known_keywords
 from bminf.layout import Filling, Layout, TensorSpec
-from bminf.models.cutting import cut
 from bminf.models.glm_head import own_packing, with_head
+from bminf.models.glm_ranks import cut
 from bminf.models.load import DTYPES, Packing, lay_out, skeleton, tensors_of_block
 from bminf.models.recognition import architecture_for
 from bminf.models.source import FORMAT_VERSION, HEAD, Source, open_source
