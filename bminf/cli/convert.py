@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from bminf.cli import sources
 from bminf.units import format_bytes
 
 
@@ -14,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("destination", metavar="DST", help="the folder to write; it must not exist yet")
     add(
         "--quantization", choices=("auto", "int8", "int4", "int4-row", "none"), default="auto",
-        help="default: int8, of a GLM int4; what is packed already stays as it is",
+        help=sources.QUANTIZATION_HELP,
     )  # fmt: skip
     add("--head-quantization", choices=("int8", "int4"), help="of a GLM: its output head, too")
     add("--tp", type=int, metavar="N", help="of a GLM: the files of its authors, for N ranks")

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("model", metavar="MODEL", help=sources.HELP)
     add("--memory-limit", metavar="SIZE", help='such as "6GB"; without it, bytes are shown only')
     add("--quantization", choices=("int8", "int4", "int4-row", "none"),
-        help="default: int8, of a GLM int4; what is packed already stays as it is")  # fmt: skip
+        help=sources.QUANTIZATION_HELP)  # fmt: skip
     add("--blocks", nargs="+", metavar="NAME", help="modules to move, instead of those found")
     add("--max-length", type=int, metavar="N",
         help="tokens of prompt and answer to set aside KV cache and workspace for")  # fmt: skip

@@ -22,6 +22,8 @@ HELP = (
     "or GLM, or a published name such as glm-130b"
 )
 
+QUANTIZATION_HELP = "default: int8, of a GLM int4; what is packed already stays as it is"
+
 _MOST_CONFIG_BYTES = 2**24
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _POINTER = b"version https://git-lfs"
