@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bminf.scheduler.plan import Plan
+from bminf.offload.plan import Plan
 
 
 @dataclass(frozen=True)

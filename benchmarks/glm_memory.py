@@ -34,8 +34,8 @@ from bminf.layers.kv_cache import KVCache
 from bminf.models.convert import WEIGHTS_FILE, convert
 from bminf.models.decoders import padded
 from bminf.models.glm_text import Blank, GLMDecoder, blank
-from bminf.scheduler import memory
-from bminf.scheduler.backends.cpu import CpuBackend
+from bminf.offload import memory
+from bminf.offload.backends.cpu import CpuBackend
 from bminf.tokenizers.icetk import IceTokenizer
 from bminf.tokenizers.pieces import sentencepiece
 from bminf.units import parse_bytes

@@ -17,12 +17,12 @@ from bminf.checkpoint.stored import Stored
 from bminf.models.glm_head import head_packing, num_head_parts
 from bminf.models.load import Packing, lay_out, plan_for, skeleton
 from bminf.models.workspace import reserved_bytes
+from bminf.offload.backends.base import Backend
+from bminf.offload.blob import Blobs
+from bminf.offload.device import host_budget
+from bminf.offload.hooks import Scheduler
+from bminf.offload.plan import Plan
 from bminf.quantization.packed import FORMATS, Format
-from bminf.scheduler.backends.base import Backend
-from bminf.scheduler.blob import Blobs
-from bminf.scheduler.device import host_budget
-from bminf.scheduler.hooks import Scheduler
-from bminf.scheduler.plan import Plan
 
 TITLE = "GLM-130B"
 PUBLISHED = PUBLISHED_GLM[TITLE]

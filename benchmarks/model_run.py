@@ -18,7 +18,7 @@ from benchmarks.card import plan_entries
 from benchmarks.harness import Measured, Result, Settings, Variant
 from benchmarks.model_options import Group
 from bminf.cli.measure import PeakMemory, rss_anon_bytes
-from bminf.scheduler.hooks import Scheduler
+from bminf.offload.hooks import Scheduler
 
 
 class Opened(Protocol):

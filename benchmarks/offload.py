@@ -23,7 +23,7 @@ import bminf
 from benchmarks.harness import Variant, Work
 from bminf.cli import models
 from bminf.cli.limits import half_limit
-from bminf.scheduler.plan import least_budget
+from bminf.offload.plan import least_budget
 
 PROMPT = "Once upon a time, in a small village by the sea,"
 PROMPT_FILE = "prompt_ids.json"

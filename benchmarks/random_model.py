@@ -15,12 +15,12 @@ from bminf.checkpoint.stored import Sliced, Stored, check_range, pieces
 from bminf.layers.host_embedding import HostEmbedding
 from bminf.layers.quantized_linear import QuantizedLinear
 from bminf.models.load import Packing, Weights, fill
+from bminf.offload.backends.base import Backend
+from bminf.offload.blob import Blobs
+from bminf.offload.blocks import tensors_of
+from bminf.offload.hooks import Scheduler
+from bminf.offload.plan import Plan
 from bminf.quantization.packed import PackedWeight
-from bminf.scheduler.backends.base import Backend
-from bminf.scheduler.blob import Blobs
-from bminf.scheduler.blocks import tensors_of
-from bminf.scheduler.hooks import Scheduler
-from bminf.scheduler.plan import Plan
 
 _LENGTH = 2**22 - 3  # a prime number
 _MOST_AT_ONCE = 2**20

@@ -14,11 +14,11 @@ from benchmarks.random_model import filled
 from bminf.arch.t5 import CPM2, PUBLISHED_CPM2, T5, T5Cache, T5Config
 from bminf.models.load import Packing, lay_out, plan_for, skeleton
 from bminf.models.workspace import reserved_bytes
+from bminf.offload.backends.base import Backend
+from bminf.offload.blob import Blobs
+from bminf.offload.hooks import Scheduler
+from bminf.offload.plan import Plan
 from bminf.quantization.packed import FORMATS, Format
-from bminf.scheduler.backends.base import Backend
-from bminf.scheduler.blob import Blobs
-from bminf.scheduler.hooks import Scheduler
-from bminf.scheduler.plan import Plan
 
 TITLE, PUBLISHED = next(iter(PUBLISHED_CPM2.items()))
 """The CPM-2 whose speed was published: that of the Chinese vocabulary."""

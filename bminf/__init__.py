@@ -12,18 +12,18 @@ if TYPE_CHECKING:
     from bminf import models as models
     from bminf.block_list import TransformerBlockList
     from bminf.layers.quantized_linear import QuantizedLinear
+    from bminf.offload.hooks import Stats
+    from bminf.offload.plan import Plan
     from bminf.quantization.packed import Format
-    from bminf.scheduler.hooks import Stats
-    from bminf.scheduler.plan import Plan
     from bminf.wrapping import plan_for, plan_of, stats_of, unwrap, wrapper
 
 __version__ = "3.0.0.dev0"
 
 _HOMES = {
     "Format": "bminf.quantization.packed",
-    "Plan": "bminf.scheduler.plan",
+    "Plan": "bminf.offload.plan",
     "QuantizedLinear": "bminf.layers.quantized_linear",
-    "Stats": "bminf.scheduler.hooks",
+    "Stats": "bminf.offload.hooks",
     "TransformerBlockList": "bminf.block_list",
     "plan_for": "bminf.wrapping",
     "plan_of": "bminf.wrapping",

@@ -16,26 +16,26 @@ from bminf.errors import ArgumentError, NothingToStreamError, UnsupportedModelEr
 from bminf.keywords import check_keywords, keywords_of, known_keywords
 from bminf.layers.saving import refuse_to_save
 from bminf.layout import Layout
-from bminf.quantization.packed import INT8, Format, parse_format
-from bminf.scheduler.blob import Blobs, check_tensors, survey, unmapped_bytes
-from bminf.scheduler.blocks import ModuleBlock, find_blocks, tensors_of
-from bminf.scheduler.context import USUAL_LENGTH, Context, context_of, writes_text
-from bminf.scheduler.device import backend_for, device_for, free_budget, host_budget, taken_bytes
-from bminf.scheduler.held import Originals, warn_of_held
-from bminf.scheduler.hooks import ATTRIBUTE, Scheduler, Stats, is_streaming
-from bminf.scheduler.offloaded import fetch_offloaded
-from bminf.scheduler.placement import place, take_back
-from bminf.scheduler.plan import Block, Plan, Remedy, plan
-from bminf.scheduler.remedies import remedies
-from bminf.scheduler.repeated import has_tensors
-from bminf.scheduler.stand_ins import Choice, Predicate, choose, warn_of_what_stays
-from bminf.scheduler.unregistered import (
+from bminf.offload.blob import Blobs, check_tensors, survey, unmapped_bytes
+from bminf.offload.blocks import ModuleBlock, find_blocks, tensors_of
+from bminf.offload.context import USUAL_LENGTH, Context, context_of, writes_text
+from bminf.offload.device import backend_for, device_for, free_budget, host_budget, taken_bytes
+from bminf.offload.held import Originals, warn_of_held
+from bminf.offload.hooks import ATTRIBUTE, Scheduler, Stats, is_streaming
+from bminf.offload.offloaded import fetch_offloaded
+from bminf.offload.placement import place, take_back
+from bminf.offload.plan import Block, Plan, Remedy, plan
+from bminf.offload.remedies import remedies
+from bminf.offload.repeated import has_tensors
+from bminf.offload.stand_ins import Choice, Predicate, choose, warn_of_what_stays
+from bminf.offload.unregistered import (
     Unregistered,
     bytes_on,
     find_unregistered,
     warn_of_unregistered,
 )
-from bminf.scheduler.uses import uses_of
+from bminf.offload.uses import uses_of
+from bminf.quantization.packed import INT8, Format, parse_format
 from bminf.units import format_bytes, parse_bytes
 
 Model = TypeVar("Model", bound=torch.nn.Module)

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 import bminf
-from bminf.scheduler.backends.reader import Outcome
-from bminf.scheduler.ring import NUM_SLOTS
+from bminf.offload.backends.reader import Outcome
+from bminf.offload.ring import NUM_SLOTS
 from bminf.wrapping import plan_for
 
 HANGS_S = 120.0  # what is waited for takes milliseconds, also where all cores are busy seconds

@@ -22,7 +22,7 @@ FLOORS = {
     "bminf.quantization": 0, "bminf.cuda": 0, "bminf.kernels": 0,
     "bminf.ops": 1, "bminf.checkpoint": 1, "bminf.tokenizers": 1,
     "bminf.layers": 2,
-    "bminf.arch": 3, "bminf.scheduler": 3,
+    "bminf.arch": 3, "bminf.offload": 3,
     "bminf.generation": 4,
     "bminf.wrapping": 5, "bminf.models": 5,
     "bminf.block_list": 6,

@@ -15,7 +15,7 @@ from streaming import Stack, make_stack, stream
 
 import bminf
 from bminf import tracing
-from bminf.scheduler import hooks
+from bminf.offload import hooks
 
 NUM_BLOCKS = 30
 MOST_CALLS = 70  # that streaming adds to a block; 242 where every tensor was asked for by itself

@@ -27,7 +27,7 @@ from tiny_models import make
 
 import bminf
 from bminf.errors import OffloadError
-from bminf.scheduler import memory
+from bminf.offload import memory
 
 
 def test_9_unwrapping_waits_for_the_pass_of_another_thread() -> None:
@@ -106,7 +106,7 @@ def test_buffers_changed_by_a_block_that_then_fails_are_kept() -> None:
 def test_an_interrupt_while_wrapping_puts_the_model_back_together(
     error: BaseException, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from bminf.scheduler.hooks import Scheduler
+    from bminf.offload.hooks import Scheduler
 
     model, x = make_stack(), torch.randn(3, 16)
     expected, original = model(x), Scheduler.add
@@ -304,8 +304,8 @@ def test_only_the_encoder_of_two_parts_is_used_once(
 
 
 def test_a_copy_starts_as_soon_as_a_slot_is_free() -> None:
-    from bminf.scheduler.backends.simulated import SimulatedBackend
-    from bminf.scheduler.ring import Ring
+    from bminf.offload.backends.simulated import SimulatedBackend
+    from bminf.offload.ring import Ring
 
     backend = SimulatedBackend([1] * 5, 1.0)
     ring = Ring(5, backend)
@@ -344,7 +344,7 @@ def test_short_reads_and_writes_are_continued(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A call may move less than was asked: 2 GiB at most on Linux."""
-    from bminf.scheduler import store
+    from bminf.offload import store
 
     read, write = os.preadv, os.pwrite
     monkeypatch.setattr(os, "preadv", lambda f, parts, at: read(f, [parts[0][:1000]], at))

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bminf.layout import Layout, TensorSpec
-from bminf.scheduler.memory import allocate
+from bminf.offload.memory import allocate
 
 
 def awkward() -> dict[str, torch.Tensor]:

@@ -13,8 +13,8 @@ import bminf
 from bminf.cli.subjects import build_on_meta
 from bminf.errors import ArgumentError, BudgetError, NothingToStreamError, UnsupportedModelError
 from bminf.layers.quantized_linear import QuantizedLinear
-from bminf.scheduler.backends.simulated import predict
-from bminf.scheduler.plan import least_budget
+from bminf.offload.backends.simulated import predict
+from bminf.offload.plan import least_budget
 from bminf.wrapping import plan_for
 
 ALBERT = dict(

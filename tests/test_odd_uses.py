@@ -18,7 +18,7 @@ from tiny_models import make
 
 import bminf
 from bminf.errors import BudgetError, UnsupportedModelError
-from bminf.scheduler import memory
+from bminf.offload import memory
 
 
 def test_weights_set_anew_outside_a_forward_are_used() -> None:
@@ -199,7 +199,7 @@ def test_a_lazy_weight_that_outlives_the_wrapping_reads_on() -> None:
 
 
 def test_unwrapping_can_be_interrupted_and_done_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    from bminf.scheduler.streamed_block import StreamedBlock
+    from bminf.offload.streamed_block import StreamedBlock
 
     model, x = make_stack(), torch.randn(3, 16)
     expected, original, calls = model(x), StreamedBlock.restore, []

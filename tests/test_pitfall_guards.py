@@ -44,7 +44,7 @@ def test_1_an_exception_that_the_model_catches_gives_the_slot_back(error: BaseEx
 def test_1_interrupts_while_blocks_are_left_do_not_use_up_the_slots(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from bminf.scheduler.hooks import StreamedBlock
+    from bminf.offload.hooks import StreamedBlock
 
     model, x = make_stack(), torch.randn(3, 16)
     expected = model(x)

@@ -53,7 +53,7 @@ def test_1_an_interrupt_before_a_block_leaves_the_model_usable() -> None:
 def test_1_an_interrupt_while_a_block_is_left_is_mended_by_the_next_pass(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from bminf.scheduler.hooks import StreamedBlock
+    from bminf.offload.hooks import StreamedBlock
 
     model, x = make_stack(), torch.randn(3, 16)
     expected = model(x)

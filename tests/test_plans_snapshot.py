@@ -20,7 +20,7 @@ import bminf
 from bminf.arch.registry import ARCHITECTURES
 from bminf.errors import BudgetError
 from bminf.models.planning import plan_zoo, published
-from bminf.scheduler.plan import Plan, plan
+from bminf.offload.plan import Plan, plan
 
 NUM_LIMITS = 40
 

@@ -16,7 +16,7 @@ from streaming import Residual, Stack, make_stack
 
 import bminf
 from bminf.errors import BudgetError
-from bminf.scheduler.unregistered import find_unregistered
+from bminf.offload.unregistered import find_unregistered
 from bminf.wrapping import plan_for
 
 TABLE_BYTES = 40 * 16 * 4

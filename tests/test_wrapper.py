@@ -69,7 +69,7 @@ def test_what_fits_entirely_is_not_streamed() -> None:
 
 
 def test_without_a_limit_it_takes_nine_tenths_of_what_is_free() -> None:
-    from bminf.scheduler import memory
+    from bminf.offload import memory
 
     model = make_stack()
     bminf.wrapper(model, quantization=False, device="cpu")

@@ -28,9 +28,9 @@ from benchmarks.zoo_prediction import ANEW, ENCODER, ONCE, of_phase, predictions
 from bminf.arch.t5 import CPM2, T5Config
 from bminf.cli import plan as plan_command
 from bminf.cli.measure import rss_anon_bytes
+from bminf.offload.device import taken_bytes
+from bminf.offload.plan import least_budget, plan
 from bminf.quantization.packed import FORMATS, Format, PackedWeight, codes_of, dequantize
-from bminf.scheduler.device import taken_bytes
-from bminf.scheduler.plan import least_budget, plan
 
 TINY = (
     "--device", "cpu", "--layers", "4", "--hidden-size", "64", "--intermediate-size", "80",
@@ -228,8 +228,8 @@ from pathlib import Path
 from benchmarks.zoo_model import Sizes, loaded, planned
 from bminf.arch.t5 import T5Config
 from bminf.cli.measure import PeakMemory, rss_anon_bytes
-from bminf.scheduler.backends.cpu import CpuBackend
-from bminf.scheduler.plan import least_budget
+from bminf.offload.backends.cpu import CpuBackend
+from bminf.offload.plan import least_budget
 
 sizes = Sizes(T5Config(64, 1024, 4096, 16, 64, 3, 3), torch.float32, "int8", max_length=16)
 _, blobs, whole = planned(sizes, 10**9)

@@ -19,7 +19,7 @@ from bminf.errors import ArgumentError, BudgetError
 from bminf.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
-    from bminf.scheduler.plan import Plan
+    from bminf.offload.plan import Plan
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -170,7 +170,7 @@ class _Demo:
 
     def _countable_length(self) -> int | None:
         """Tokens to set aside room for; None where the model's configuration does not tell it."""
-        from bminf.scheduler.context import context_of
+        from bminf.offload.context import context_of
 
         length = self._prompt_ids.shape[1] + self._arguments.max_new_tokens
         try:
@@ -219,8 +219,8 @@ class _Demo:
 
 def _other_bytes(model: Any) -> int | None:
     """Anonymous memory that is not the model's: of torch, transformers, and what loading left."""
-    from bminf.scheduler import memory
-    from bminf.scheduler.blob import unmapped_bytes
+    from bminf.offload import memory
+    from bminf.offload.blob import unmapped_bytes
 
     gc.collect()
     memory.trim()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from bminf.scheduler.plan import Plan
+    from bminf.offload.plan import Plan
 
 
 def half_limit(whole: Plan) -> int:

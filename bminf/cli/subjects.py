@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from bminf.models.planning import ZooModel
-    from bminf.scheduler.plan import Plan
+    from bminf.offload.plan import Plan
 
 
 def subject_of(source: dict[str, Any] | ZooModel) -> Transformers | Zoo:
@@ -55,9 +55,9 @@ class Transformers:
         form = self._format(arguments)
         if form is None:
             return 0
+        from bminf.offload.blocks import find_blocks
+        from bminf.offload.stand_ins import choose, warn_of_what_stays
         from bminf.quantization.packed import parse_format
-        from bminf.scheduler.blocks import find_blocks
-        from bminf.scheduler.stand_ins import choose, warn_of_what_stays
 
         blocks = find_blocks(self._model, arguments.blocks)
         choice = choose(self._model, blocks, parse_format(form))

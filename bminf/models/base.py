@@ -34,10 +34,10 @@ from bminf.models.prompt import Prompt
 from bminf.models.source import Source, open_source
 from bminf.models.stats import ModelStats
 from bminf.models.workspace import LOGITS_AT_ONCE, reserved_bytes
+from bminf.offload.device import backend_for, free_budget, host_budget
+from bminf.offload.hooks import Scheduler
+from bminf.offload.plan import Plan
 from bminf.quantization.packed import Format, parse_format
-from bminf.scheduler.device import backend_for, free_budget, host_budget
-from bminf.scheduler.hooks import Scheduler
-from bminf.scheduler.plan import Plan
 from bminf.tokenizers.base import Tokenizer
 from bminf.tokenizers.stream import TextStream
 from bminf.units import parse_bytes

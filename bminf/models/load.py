@@ -21,14 +21,14 @@ from bminf.layers.host_embedding import HostEmbedding
 from bminf.layers.quantize import quantize_children
 from bminf.layers.quantized_linear import QuantizedLinear
 from bminf.layout import WHOLE, Filling
+from bminf.offload.backends.base import Backend
+from bminf.offload.blob import Blobs, survey
+from bminf.offload.blocks import ModuleBlock, find_blocks
+from bminf.offload.device import taken_bytes
+from bminf.offload.hooks import ATTRIBUTE, Scheduler
+from bminf.offload.placement import load
+from bminf.offload.plan import Block, Plan, least_budget, plan
 from bminf.quantization.packed import Format, PackedWeight, pack
-from bminf.scheduler.backends.base import Backend
-from bminf.scheduler.blob import Blobs, survey
-from bminf.scheduler.blocks import ModuleBlock, find_blocks
-from bminf.scheduler.device import taken_bytes
-from bminf.scheduler.hooks import ATTRIBUTE, Scheduler
-from bminf.scheduler.placement import load
-from bminf.scheduler.plan import Block, Plan, least_budget, plan
 from bminf.units import format_bytes
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -23,8 +23,8 @@ from bminf.models.glm_head import head_packing, num_head_parts
 from bminf.models.load import Packing, lay_out, plan_for, skeleton
 from bminf.models.source import config_of, packing_in
 from bminf.models.workspace import reserved_bytes
+from bminf.offload.plan import Plan
 from bminf.quantization.packed import Format, parse_format
-from bminf.scheduler.plan import Plan
 from bminf.units import parse_bytes
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bminf.scheduler.hooks import Stats
+from bminf.offload.hooks import Stats
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from bminf.cli import main
 from bminf.cli.limits import half_limit
 from bminf.errors import BudgetError
-from bminf.scheduler.plan import Block, least_budget, plan
+from bminf.offload.plan import Block, least_budget, plan
 
 LLAMA = {
     "hidden_size": 64,

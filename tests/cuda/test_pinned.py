@@ -17,7 +17,7 @@ from bminf.cli.measure import rss_anon_bytes
 from bminf.cuda import pinned
 from bminf.cuda.pinned import PinnedMemory
 from bminf.errors import OffloadError
-from bminf.scheduler import memory
+from bminf.offload import memory
 
 MIB = 2**20
 

@@ -15,7 +15,7 @@ from tiny_glm import tiny_glm10b
 from tiny_zoo import all_writers
 
 import bminf
-from bminf.scheduler.plan import least_budget
+from bminf.offload.plan import least_budget
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # as in test_benchmarks.py
 

@@ -13,7 +13,7 @@ import torch
 from golden import TOLERANCE, GoldenSet, cases, for_each, golden, largest
 
 from bminf.layers.position_bias import buckets
-from bminf.scheduler.plan import Plan
+from bminf.offload.plan import Plan
 
 T5_MODELS = ("cpm2", "eva")
 MODELS = ("cpm1", *T5_MODELS)

@@ -20,7 +20,7 @@ from smollm2_memory import Peak, status_bytes
 
 import bminf
 from bminf.errors import BudgetError
-from bminf.scheduler import memory
+from bminf.offload import memory
 
 
 def settled() -> int:

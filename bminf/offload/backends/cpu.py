@@ -1,0 +1,119 @@
+"""Streaming on a machine without a GPU: the limit is RAM, the homes lie in a file.
+
+A reader thread fills the slots while the model computes. Computation is synchronous here, so a
+slot is free as soon as its block has been left, and a mark is nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from bminf.layout import Filling, Layout
+from bminf.offload import memory
+from bminf.offload.backends.base import Counters
+from bminf.offload.backends.reader import Outcome, Reader
+from bminf.offload.ring import NUM_SLOTS
+from bminf.offload.store import FileStore, bytes_of
+
+
+class CpuBackend:
+    """See Backend."""
+
+    device = torch.device("cpu")
+    keeps_addresses = True
+
+    def __init__(self) -> None:
+        self.slots: list[torch.Tensor] = []
+        self._layouts: list[Layout] = []
+        self._slot_bytes: list[memoryview] = []
+        self._counters = Counters()
+        self._store: FileStore | None = None
+        self._reader: Reader | None = None
+
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        return memory.allocate(nbytes)
+
+    def open(
+        self,
+        layouts: Sequence[Layout],
+        offload_dir: str | Path | None,
+        on_disk: Sequence[int] = (),  # all are
+    ) -> None:
+        extents = [layout.extent for layout in layouts]
+        self._store = FileStore(extents, offload_dir)
+        self._layouts = list(layouts)
+        self.slots = [memory.allocate(max(extents)) for _ in range(NUM_SLOTS)]
+        self._slot_bytes = [bytes_of(slot) for slot in self.slots]
+        self._reader = Reader("bminf-reader")
+
+    def put(self, block: int, tensors: Iterable[Filling]) -> None:
+        blob = self._slot(block, 0)  # no slot is in use yet, so one can stage the blob
+        self._layouts[block].fill(blob, tensors)
+        self._opened_store().write(block, blob)
+
+    def home(self, block: int) -> torch.Tensor:
+        return self._opened_store().map(block)
+
+    def write_back(self, block: int, slot: int) -> None:
+        self._opened_store().write(block, self._slot(block, slot))
+
+    def rewrite(self, block: int, name: str, tensor: torch.Tensor) -> None:
+        store, layout = self._opened_store(), self._layouts[block]
+        blob = store.map(block)  # a private copy, of the pages that are touched
+        layout.fill(blob, [(name, tensor)])
+        begin, end = layout.span(name)
+        store.write(block, blob[begin:end], begin)
+
+    def copy(self, block: int, slot: int, after: None) -> Outcome:
+        assert self._reader is not None and self._store is not None
+        self._counters.copies += 1
+        self._counters.bytes_copied += self._layouts[block].nbytes
+        # All that can be made ready is made here: the reader takes the interpreter from us.
+        blob = self._slot_bytes[slot][: self._layouts[block].extent]
+        return self._reader.submit(partial(self._read, self._store, block, blob))
+
+    def _read(self, store: FileStore, block: int, blob: memoryview) -> None:
+        began = time.perf_counter()
+        store.read_into(block, blob)
+        self._counters.copied_s += time.perf_counter() - began
+
+    def wait(self, copied: Outcome) -> None:
+        if not copied.done():
+            began = time.perf_counter()
+            copied.wait()
+            self._counters.waits += 1
+            self._counters.waited_s += time.perf_counter() - began
+        copied.result()
+
+    def mark(self) -> None:
+        return None
+
+    def counters(self) -> Counters:
+        return self._counters
+
+    def close(self) -> None:
+        self.release()
+        if self._reader is not None:
+            self._reader.join()
+
+    def release(self) -> None:
+        store, self._store, self.slots, self._slot_bytes = self._store, None, [], []
+        if self._reader is None:
+            if store is not None:
+                store.close()
+            return
+        if store is not None:
+            self._reader.submit(store.close)  # after the copies under way
+        self._reader.stop()
+
+    def _slot(self, block: int, slot: int) -> torch.Tensor:
+        return self.slots[slot][: self._layouts[block].extent]
+
+    def _opened_store(self) -> FileStore:
+        assert self._store is not None, "open() comes first"
+        return self._store

@@ -1,0 +1,300 @@
+"""Streaming to a GPU: homes in page-locked host memory, one copy stream, events at every hand-over.
+
+The copy stream waits for the event behind the last use of a slot, the computing stream for the
+event behind the copy; a blob is one transfer. All device memory comes from torch's allocator.
+
+Blobs that host memory has no room for lie in a file and are read ahead into page-locked staging
+buffers (read_ahead.py). A transfer can be queued only when its blob has been read, so the host may
+have to wait for that; with all homes in host memory it never waits within a pass.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from bminf.cuda.pinned import PinnedMemory
+from bminf.errors import BudgetError
+from bminf.layout import Filling, Layout
+from bminf.offload.backends.base import Counters
+from bminf.offload.backends.reader import Reader
+from bminf.offload.read_ahead import NUM_STAGES, ReadAhead
+from bminf.offload.ring import NUM_SLOTS
+from bminf.offload.store import FileStore
+from bminf.units import format_bytes
+
+logger = logging.getLogger("bminf")
+
+# Of torch's allocator, see taken_bytes().
+_LEAST_SEGMENT = 10 * 2**20
+_SEGMENT_MULTIPLE = 2 * 2**20
+_LEAST_SPLIT = 2**20
+
+_Interval = tuple[torch.cuda.Event, torch.cuda.Event]
+
+
+class _Copy(NamedTuple):
+    """A copy that was asked for. is_queued: done when it stands in the copy stream, where that is
+    not at once; only then `ended` is recorded, and waiting for it means anything."""
+
+    began: torch.cuda.Event
+    ended: torch.cuda.Event
+    is_queued: Future[None] | None = None
+
+
+class _Files(NamedTuple):
+    """The blobs that lie in a file. numbers: block -> its number in the store."""
+
+    numbers: dict[int, int]
+    store: FileStore
+    stages: dict[int, PinnedMemory]
+    read_ahead: ReadAhead
+
+
+class CudaBackend:
+    """See Backend. Homes are page-locked memory, or a file for blocks `on_disk`."""
+
+    keeps_addresses = False
+
+    def __init__(self, device: torch.device) -> None:
+        index = torch.cuda.current_device() if device.index is None else device.index
+        self.device = torch.device("cuda", index)
+        self.slots: list[torch.Tensor] = []
+        self._layouts: list[Layout] = []
+        self._homes: dict[int, PinnedMemory] = {}
+        self._files: _Files | None = None
+        self._computing: set[torch.cuda.Stream] = set()  # that have used a slot
+        self._counters = Counters()
+        self._copying: deque[_Interval] = deque()  # begin and end of copies not yet counted
+        self._waiting: deque[_Interval] = deque()  # asked for, and there
+
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        try:
+            with torch.inference_mode(False):
+                return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+        except torch.cuda.OutOfMemoryError as error:
+            raise BudgetError(
+                f"{format_bytes(nbytes)} of memory cannot be had on {self.device}: other programs "
+                "or tensors hold it; lower memory_limit, or free some"
+            ) from error
+
+    def open(
+        self,
+        layouts: Sequence[Layout],
+        offload_dir: str | Path | None,
+        on_disk: Sequence[int] = (),
+    ) -> None:
+        self._layouts = list(layouts)
+        if on_disk:
+            self._files = self._open_files(on_disk, offload_dir)
+        try:
+            self._open_slots()
+        except BaseException:
+            self.close()
+            raise
+
+    def _open_files(self, on_disk: Sequence[int], offload_dir: str | Path | None) -> _Files:
+        extents = [self._layouts[block].extent for block in on_disk]
+        store = FileStore(extents, offload_dir)
+        stages: dict[int, PinnedMemory] = {}
+        try:
+            for number in range(NUM_STAGES):
+                stages[number] = self._pinned(max(extents))
+            reader = Reader("bminf-reader")
+        except BaseException:
+            _close_all(stages)
+            store.close()
+            raise
+        # A thread begins with the first GPU, and would take memory there.
+        reader.submit(partial(torch.cuda.set_device, self.device))
+        read_ahead = ReadAhead(store, extents, [stage.tensor for stage in stages.values()], reader)
+        numbers = {block: number for number, block in enumerate(on_disk)}
+        logger.warning(
+            "%d of %d streamed blocks (%s) wait on disk, because host memory has no room for them; "
+            "they are read anew in each pass",
+            len(on_disk),
+            len(self._layouts),
+            format_bytes(sum(extents)),
+        )
+        return _Files(numbers, store, stages, read_ahead)
+
+    def _open_slots(self) -> None:
+        self._stream = torch.cuda.Stream(self.device)
+        extent = max(layout.extent for layout in self._layouts)
+        self.slots = [self.allocate(extent) for _ in range(NUM_SLOTS)]
+        for slot in self.slots:
+            slot.record_stream(self._stream)
+        # The memory of the slots may still be read by work queued before they were allocated.
+        self._stream.wait_stream(self._compute_stream())
+
+    def put(self, block: int, tensors: Iterable[Filling]) -> None:
+        if self._files is not None and block in self._files.numbers:
+            # Nothing is read ahead before the first copy, so a staging buffer is free.
+            blob = self._files.stages[0].tensor[: self._layouts[block].extent]
+            self._layouts[block].fill(blob, tensors)
+            self._files.read_ahead.write(self._files.numbers[block], blob)
+            return
+        home = self._pinned(self._layouts[block].extent)
+        self._homes[block] = home
+        self._layouts[block].fill(home.tensor, tensors)
+
+    def home(self, block: int) -> torch.Tensor:
+        if self._files is not None and block in self._files.numbers:
+            return self._files.store.map(self._files.numbers[block])
+        return self._homes[block].tensor
+
+    def write_back(self, block: int, slot: int) -> None:
+        # Rare (a block that changes its own buffers), so waiting here is the simple right thing.
+        if self._files is not None and block in self._files.numbers:
+            blob = self._slot(block, slot).cpu()
+            self._files.read_ahead.write(self._files.numbers[block], blob)
+            return
+        self._homes[block].tensor.copy_(self._slot(block, slot))
+
+    def rewrite(self, block: int, name: str, tensor: torch.Tensor) -> None:
+        # Behind this, no copy that a computation waits for is under way; those ahead are given up.
+        self._compute_stream().synchronize()
+        layout, blob = self._layouts[block], self.home(block)
+        layout.fill(blob, [(name, tensor)])
+        if self._files is not None and block in self._files.numbers:
+            begin, end = layout.span(name)  # the blob is a private copy of the file
+            self._files.read_ahead.write(self._files.numbers[block], blob[begin:end], begin)
+
+    def copy(self, block: int, slot: int, after: torch.cuda.Event | None) -> _Copy:
+        copy = _Copy(self._event(), self._event())
+        queue = partial(self._queue, copy, block, slot, after)
+        if self._files is None:
+            queue(self._homes[block].tensor)
+        else:
+            copy = copy._replace(is_queued=self._queue_in_turn(self._files, block, queue))
+        self._count()
+        return copy
+
+    def _queue_in_turn(
+        self, files: _Files, block: int, queue: Callable[[torch.Tensor], Callable[[], None]]
+    ) -> Future[None]:
+        """Queue a copy behind those asked for before, at once or when its blob has been read."""
+        if block in files.numbers:
+            return files.read_ahead.fetch(files.numbers[block], queue)
+        return files.read_ahead.do(partial(queue, self._homes[block].tensor))
+
+    def _queue(
+        self,
+        copy: _Copy,
+        block: int,
+        slot: int,
+        after: torch.cuda.Event | None,
+        source: torch.Tensor,
+    ) -> Callable[[], None]:
+        """Queue a copy, in whichever thread; what is returned waits until `source` was read."""
+        if after is not None:
+            self._stream.wait_event(after)
+        with torch.cuda.stream(self._stream), torch.inference_mode(False):
+            copy.began.record(self._stream)
+            self._slot(block, slot).copy_(source, non_blocking=True)
+            copy.ended.record(self._stream)
+        self._counters.copies += 1
+        self._counters.bytes_copied += self._layouts[block].nbytes
+        self._copying.append((copy.began, copy.ended))
+        return copy.ended.synchronize
+
+    def wait(self, copied: _Copy) -> None:
+        asked = self._event()
+        asked.record(self._compute_stream())
+        if copied.is_queued is not None:
+            copied.is_queued.result()
+        self._compute_stream().wait_event(copied.ended)
+        self._waiting.append((asked, copied.ended))
+
+    def mark(self) -> torch.cuda.Event:
+        stream, event = self._compute_stream(), torch.cuda.Event()
+        event.record(stream)
+        if stream not in self._computing:
+            self._computing.add(stream)
+            for slot in self.slots:  # or, let go of, it could be used anew under that stream's feet
+                slot.record_stream(stream)
+        return event
+
+    def counters(self) -> Counters:
+        self._count()
+        return self._counters
+
+    def close(self) -> None:
+        if self._files is None:
+            self._give_back()
+        else:
+            self._files.read_ahead.close(self._give_back)
+
+    def release(self) -> None:
+        if self._files is None:
+            self._give_back()  # waits for the copy stream, never for a thread
+        else:
+            self._files.read_ahead.release(self._give_back)
+
+    def _give_back(self) -> None:
+        if self.slots:
+            self._stream.synchronize()
+        self.slots = []
+        _close_all(self._homes)
+        if self._files is not None:
+            _close_all(self._files.stages)
+
+    def _count(self) -> None:
+        """Add the times of what has ended; what is still under way is counted later."""
+        while self._copying and _ended(self._copying[0]):
+            began, ended = self._copying.popleft()
+            self._counters.copied_s += began.elapsed_time(ended) / 1e3
+        while self._waiting and _ended(self._waiting[0]):
+            asked, there = self._waiting.popleft()
+            waited_s = asked.elapsed_time(there) / 1e3
+            if waited_s > 0:
+                self._counters.waits += 1
+                self._counters.waited_s += waited_s
+
+    def _pinned(self, nbytes: int) -> PinnedMemory:
+        # With no GPU in use CuPy would take the first one, and memory there.
+        with torch.cuda.device(self.device):
+            return PinnedMemory(nbytes)
+
+    def _event(self) -> torch.cuda.Event:
+        return torch.cuda.Event(enable_timing=True, blocking=True)  # who waits shall not spin
+
+    def _compute_stream(self) -> torch.cuda.Stream:
+        return torch.cuda.current_stream(self.device)
+
+    def _slot(self, block: int, slot: int) -> torch.Tensor:
+        return self.slots[slot][: self._layouts[block].extent]
+
+
+def _close_all(memories: dict[int, PinnedMemory]) -> None:
+    while memories:  # one by one, so that none is closed twice, should this be repeated
+        memories.popitem()[1].close()
+
+
+def _ended(interval: _Interval) -> bool:
+    return all(event.query() for event in interval)
+
+
+def taken_bytes(nbytes: int) -> int:
+    """Bytes that torch's allocator takes for one buffer of `nbytes`, to within 512.
+
+    Large ones get a segment of their own, a multiple of 2 MiB, whose end is given to nobody else
+    unless it has more than 1 MiB. Source: c10/cuda/CUDACachingAllocator, the defaults of torch 2.4
+    to 2.13.
+    """
+    rest = -nbytes % _SEGMENT_MULTIPLE
+    return nbytes + rest if nbytes >= _LEAST_SEGMENT and rest <= _LEAST_SPLIT else nbytes
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that can be allocated on the GPU, torch's unused cache counted as free."""
+    free, _ = torch.cuda.mem_get_info(device)
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return free + cached

@@ -1,0 +1,299 @@
+"""A virtual clock in place of a device: it predicts time, and proves that slots are used rightly.
+
+The clock of the computation and that of the link run as the streams of a GPU do, and blobs in a
+file pass a disk first, read ahead into staging buffers. Every copy into a slot and every read from
+one is logged, and likewise for the staging buffers; `check` then looks for a read that is not of
+the block it means, begins before its copy has ended, or is overwritten before it ends.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from bminf.errors import ArgumentError
+from bminf.offload.plan import DEFAULT_USES, Block, Plan
+from bminf.offload.read_ahead import NUM_STAGES, Staging
+from bminf.offload.ring import Ring
+
+
+class SimulationError(AssertionError):
+    """The scheduler would have computed with wrong bytes."""
+
+
+@dataclass(frozen=True)
+class Access:
+    """A copy into a slot, or a read from one. Times in seconds of the virtual clock.
+
+    The same of a staging buffer: a read of the disk into it, or the copy from it into a slot.
+    """
+
+    block: int
+    slot: int
+    began_s: float
+    ended_s: float
+
+
+class SimulatedDisk:
+    """The read-ahead of ReadAhead on the virtual clock: one read at a time, two staging buffers.
+
+    reads_s: block -> seconds that reading its blob takes; in the order of the file.
+    """
+
+    def __init__(self, reads_s: Mapping[int, float]) -> None:
+        self._reads_s = reads_s
+        self._blocks = list(reads_s)
+        self._staging = Staging(len(self._blocks))
+        self._free_s = 0.0
+        self._in_stage: list[Access | None] = [None] * NUM_STAGES  # the read that filled it
+        self._stage_free_s = [0.0] * NUM_STAGES
+        self.fills: list[Access] = []
+        self.uses: list[Access] = []
+
+    def fetch(self, block: int, now_s: float) -> Access:
+        """The read that brings `block` into the staging buffer which the result names as slot."""
+        blob = self._blocks.index(block)
+        self._staging.ask(blob)
+        while blob not in self._staging.held:
+            self._read_next([blob], now_s)
+        fill = self._in_stage[self._staging.held.index(blob)]
+        assert fill is not None
+        return fill
+
+    def use(self, fill: Access, copy: Access) -> None:
+        """Copy what `fill` brought, in the time of `copy`; then read ahead."""
+        self.uses.append(replace(copy, slot=fill.slot))
+        self._stage_free_s[fill.slot] = copy.ended_s
+
+    def read_ahead(self, now_s: float) -> None:
+        """Begin what can be read before it is asked for."""
+        while self._read_next([], now_s):
+            pass
+
+    def _read_next(self, waited_for: Sequence[int], now_s: float) -> bool:
+        task = self._staging.next_read(waited_for)
+        if task is None:
+            return False
+        stage, blob = task
+        block = self._blocks[blob]
+        began_s = max(now_s, self._free_s, self._stage_free_s[stage])
+        fill = Access(block, stage, began_s, began_s + self._reads_s[block])
+        self._in_stage[stage] = fill
+        self._free_s = fill.ended_s
+        self.fills.append(fill)
+        return True
+
+
+class SimulatedBackend:
+    """Transfers over a link of `link_bytes_per_s`; marks are points on the computation's clock.
+
+    on_disk: the blobs, as places in `blob_bytes`, that are read from a disk of `disk_bytes_per_s`
+    before they are transferred.
+    """
+
+    def __init__(
+        self,
+        blob_bytes: Sequence[int],
+        link_bytes_per_s: float,
+        on_disk: Sequence[int] = (),
+        disk_bytes_per_s: float = math.inf,
+    ) -> None:
+        self._copy_s = [nbytes / link_bytes_per_s for nbytes in blob_bytes]
+        self._on_disk = set(on_disk)
+        self._link_free_s = 0.0
+        self.now_s = 0.0
+        self.disk = SimulatedDisk({at: blob_bytes[at] / disk_bytes_per_s for at in on_disk})
+        self.copies: list[Access] = []
+        self.reads: list[Access] = []
+
+    def copy(self, block: int, slot: int, after: float | None) -> Access:
+        fill = self.disk.fetch(block, self.now_s) if block in self._on_disk else None
+        # In the order asked for, also behind a copy that has to wait for the disk.
+        began_s = max(self._link_free_s, after or 0.0, fill.ended_s if fill else 0.0)
+        access = Access(block, slot, began_s, began_s + self._copy_s[block])
+        self._link_free_s = access.ended_s
+        self.copies.append(access)
+        if fill is not None:
+            self.disk.use(fill, access)
+            self.disk.read_ahead(self.now_s)
+        return access
+
+    def wait(self, copied: Access) -> None:
+        self.now_s = max(self.now_s, copied.ended_s)
+
+    def mark(self) -> float:
+        return self.now_s
+
+    def compute(self, seconds: float) -> None:
+        """Computation that touches no slot: a resident block, the head, the sampling."""
+        self.now_s += seconds
+
+    def read(self, block: int, slot: int, seconds: float) -> None:
+        """Computation with the block that `slot` is meant to hold."""
+        self.reads.append(Access(block, slot, self.now_s, self.now_s + seconds))
+        self.compute(seconds)
+
+    def check(self) -> None:
+        """Raise SimulationError if any read so far met other bytes than its block's."""
+        for read in self.reads:
+            _check_read(read, self.copies, "slot")
+        for use in self.disk.uses:
+            _check_read(use, self.disk.fills, "staging buffer")
+
+    def link_busy(self, since_s: float) -> float:
+        """Fraction of the time from `since_s` to now in which the link was copying."""
+        return self._busy(self.copies, since_s)
+
+    def disk_busy(self, since_s: float) -> float:
+        """Fraction of the time from `since_s` to now in which the disk was reading."""
+        return self._busy(self.disk.fills, since_s)
+
+    def _busy(self, accesses: Sequence[Access], since_s: float) -> float:
+        busy = sum(
+            max(0.0, min(access.ended_s, self.now_s) - max(access.began_s, since_s))
+            for access in accesses
+        )
+        return busy / (self.now_s - since_s)
+
+
+def _check_read(read: Access, copies: Sequence[Access], what: str) -> None:
+    """what: `copies` fill, a slot or a staging buffer."""
+    # Copies into one slot follow one another, so the last one that began counts.
+    begun = [c for c in copies if c.slot == read.slot and c.began_s < read.ended_s]
+    if not begun:
+        raise SimulationError(
+            f"block {read.block} is read from {what} {read.slot}: nothing is there"
+        )
+    last = begun[-1]
+    if last.began_s > read.began_s and any(c.block == read.block for c in begun):
+        raise SimulationError(
+            f"{what} {read.slot} is overwritten by block {last.block} from {last.began_s:.6f} s, "
+            f"while block {read.block} is read until {read.ended_s:.6f} s"
+        )
+    if last.block != read.block:
+        raise SimulationError(
+            f"block {read.block} is read from {what} {read.slot}, which holds block {last.block}"
+        )
+    if last.ended_s > read.began_s:
+        raise SimulationError(
+            f"block {read.block} is read at {read.began_s:.6f} s, "
+            f"but its copy ends at {last.ended_s:.6f} s"
+        )
+
+
+@dataclass(frozen=True)
+class Step:
+    """One block of a pass: its time of computation, and its number in the ring if it streams."""
+
+    compute_s: float
+    streamed: int | None = None
+
+
+def run_pass(backend: SimulatedBackend, ring: Ring, steps: Sequence[Step]) -> None:
+    """One forward through `steps`, as hooks on real blocks would drive the ring."""
+    for step in steps:
+        if step.streamed is None:
+            backend.compute(step.compute_s)
+        else:
+            slot = ring.enter(step.streamed)
+            backend.read(step.streamed, slot, step.compute_s)
+            ring.leave(step.streamed)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One pass in steady state.
+
+    compute_s, copy_s, disk_s: what computing, the link and the disk would need, each alone.
+    link_busy, disk_busy: fraction of the time in which the link copies, the disk reads.
+    """
+
+    pass_s: float
+    compute_s: float
+    copy_s: float
+    link_busy: float
+    disk_s: float = 0.0
+    disk_busy: float = 0.0
+
+    @property
+    def bound(self) -> str:
+        """What binds, being the slowest: "compute", "link" or "disk"."""
+        needs = {"compute": self.compute_s, "link": self.copy_s, "disk": self.disk_s}
+        return max(needs, key=needs.__getitem__)
+
+
+_SETTLING_PASSES, _MEASURED_PASSES = 2, 4
+
+
+def predict(
+    plan: Plan,
+    link_bytes_per_s: float,
+    memory_bytes_per_s: float,
+    lists: Sequence[str] | None = None,
+    disk_bytes_per_s: float | None = None,
+) -> Prediction:
+    """The time of one decode pass (a token) under `plan`.
+
+    A block computes as long as reading its bytes from device memory takes, which is what bounds
+    decoding for one sequence. Blocks used less often than the others (an encoder) are left out;
+    one that is used n times a token comes n times.
+    link_bytes_per_s: host to device; memory_bytes_per_s: device memory.
+    lists: names of the lists of blocks that a pass goes through, in this order, and nothing else:
+        no other list, and nothing of what lies outside all blocks.
+    disk_bytes_per_s: file to host memory; needed where the plan has blocks on disk.
+    Raises ArgumentError for a list that the plan does not have, or a rate that is missing.
+    """
+    if plan.on_disk and disk_bytes_per_s is None:
+        raise ArgumentError(
+            f"disk_bytes_per_s is None, but {len(plan.on_disk)} blocks of the plan wait on disk; "
+            "give the bytes a second that the disk reads"
+        )
+    blocks = _used_most(plan) if lists is None else _blocks_of(plan, lists)
+    outside_bytes = plan.outside_bytes if lists is None else 0
+    streamed_names = set(plan.streamed)
+    passing = [block for block in blocks if block.name in streamed_names]
+    streamed = list(dict.fromkeys(passing))
+    numbers = {block.name: number for number, block in enumerate(streamed)}
+    steps = [
+        Step(block.nbytes / memory_bytes_per_s, numbers.get(block.name)) for block in blocks
+    ] + [Step(outside_bytes / memory_bytes_per_s)]
+    compute_s = sum(step.compute_s for step in steps)
+    copy_s = sum(block.nbytes for block in passing) / link_bytes_per_s
+    if not streamed:
+        return Prediction(compute_s, compute_s, 0.0, 0.0)
+    on_disk = [numbers[name] for name in plan.on_disk if name in numbers]
+    disk_s = sum(streamed[number].nbytes for number in on_disk) / (disk_bytes_per_s or math.inf)
+    backend = SimulatedBackend(
+        [block.nbytes for block in streamed],
+        link_bytes_per_s,
+        on_disk,
+        disk_bytes_per_s or math.inf,
+    )
+    ring = Ring(len(streamed), backend)
+    for _ in range(_SETTLING_PASSES):
+        run_pass(backend, ring, steps)
+    since_s = backend.now_s
+    for _ in range(_MEASURED_PASSES):
+        run_pass(backend, ring, steps)
+    pass_s = (backend.now_s - since_s) / _MEASURED_PASSES
+    busy = backend.link_busy(since_s), backend.disk_busy(since_s)
+    return Prediction(pass_s, compute_s, copy_s, busy[0], disk_s, busy[1])
+
+
+def _used_most(plan: Plan) -> list[Block]:
+    most = max(plan.uses.values(), default=DEFAULT_USES)
+    if most % DEFAULT_USES:
+        return [block for block in plan.blocks if plan.uses[block.name] == most]
+    rounds = range(DEFAULT_USES, int(most) + 1, DEFAULT_USES)
+    return [block for least in rounds for block in plan.blocks if plan.uses[block.name] >= least]
+
+
+def _blocks_of(plan: Plan, lists: Sequence[str]) -> list[Block]:
+    known = {block.list_name for block in plan.blocks}
+    for name in lists:
+        if name not in known:
+            raise ArgumentError(
+                f"lists names {name!r}; the plan has {', '.join(map(repr, sorted(known)))}"
+            )
+    return [block for name in lists for block in plan.blocks if block.list_name == name]

@@ -1,0 +1,456 @@
+"""Streaming tied to a live model: what happens when a block, or the model around it, is called.
+
+Each block, and each module around blocks, gets a `forward` of its own on the instance. It calls the
+original inside try/finally, which a pair of forward hooks cannot: they are skipped when a block is
+left by KeyboardInterrupt, or when its `forward` is called directly.
+
+Outside its forward a streamed block holds lazy tensors, which fetch their values from the home when
+anything reads them; inside, views into the slot.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import logging
+import os
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from bminf.errors import UnsupportedModelError
+from bminf.layout import Layout
+from bminf.lazy import LazyTensor
+from bminf.offload.backends.base import Backend
+from bminf.offload.blocks import tensors_of
+from bminf.offload.plan import Plan
+from bminf.offload.ring import Ring
+from bminf.offload.streamed_block import StreamedBlock, not_convertible
+from bminf.tracing import capture_at_work, disable_compile, tracer_at_work
+
+logger = logging.getLogger("bminf")
+
+_NO_GRAPH = (
+    "cannot record a model with streamed blocks: a graph would keep the weights that happen to lie "
+    "in the two slots; record it before wrapping, or call bminf.unwrap(model) first (torch.compile "
+    "without fullgraph=True leaves the streamed blocks uncompiled)"
+)
+
+ATTRIBUTE = "_bminf_scheduler"
+"""Where a model holds its Scheduler."""
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What the scheduler did since wrapping. Bytes are those of the blobs; times are in seconds."""
+
+    passes: int = 0
+    copies: int = 0
+    bytes_copied: int = 0
+    copied_s: float = 0.0
+    waits: int = 0
+    waited_s: float = 0.0
+
+    @property
+    def link_gbps(self) -> float:
+        """GB/s (1e9) while copying."""
+        return self.bytes_copied / self.copied_s / 1e9 if self.copied_s else 0.0
+
+
+class Scheduler:
+    """Streams the blocks of one model. It holds the lock, the ring and what was counted."""
+
+    def __init__(self, plan: Plan, backend: Backend, source_device: torch.device) -> None:
+        self.plan, self.backend, self.source_device = plan, backend, source_device
+        self.blocks: list[StreamedBlock] = []
+        self.ring: Ring | None = None
+        self._lock = threading.RLock()
+        self._process = os.getpid()
+        self._inside = False  # somebody is in a guarded call; only read and set under the lock
+        self._pass_counted = False
+        self._num_passes = 0
+        self._reads_host = False
+        self._warned = self._warned_of_removed = False
+        self._overrides: list[tuple[torch.nn.Module, str, Any, Any]] = []
+
+    def __deepcopy__(self, memo: Any) -> None:
+        """A copy of a model that fits entirely is a model that is not wrapped."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
+
+    def stats(self) -> Stats:
+        counters = self.backend.counters()
+        return Stats(passes=self._num_passes, **vars(counters))
+
+    def add(self, name: str, module: torch.nn.Module, layout: Layout) -> None:
+        """Take over a block whose blob is at home."""
+        block = StreamedBlock(
+            name, len(self.blocks), module, layout, self.backend, self._read, self._write
+        )
+        self.blocks.append(block)  # before it lets go: an interrupt finds it and takes it back
+        block.let_go()
+
+    def install(self, model: torch.nn.Module) -> None:
+        """Begin to stream: every block, and every module around one, is guarded from now on."""
+        self.ring = Ring(len(self.blocks), self.backend)
+        blocks = {block.module: block for block in self.blocks}
+        around = [m for m in model.modules() if any(inner in blocks for inner in m.modules())]
+        for module in around:
+            self._override(module, "forward", _Forward(self, module, blocks.get(module)))
+            self._override(module, "state_dict", _StateDict(self, module.state_dict))
+            self._override(module, "load_state_dict", _refuse_loading)
+            self._override(module, "__prepare_scriptable__", _refuse_scripting)
+        # Only modules that hold tensors: others, such as activations, may be shared by all models.
+        holders = {module: block for block in self.blocks for module in block.holders()}
+        for module in dict.fromkeys([*around, *holders]):
+            block = blocks.get(module, holders.get(module))
+            self._override(module, "_apply", _Apply(module, block))
+        self.ring.start()
+
+    def uninstall(self) -> None:
+        with self._lock:
+            self._settle()
+            while self._overrides:  # one by one, so that an interrupted run can be repeated
+                module, name, ours, before = self._overrides[-1]
+                if module.__dict__.get(name) is ours:
+                    module.__dict__.pop(name)
+                    if before is not None:
+                        module.__dict__[name] = before
+                elif isinstance(ours, _Forward):
+                    ours.leave_to(module)
+                if isinstance(ours, _Override):
+                    ours.is_over = True
+                self._overrides.pop()
+            self.ring = None
+
+    def call(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """Run `function` as the only thread in the model; calls may nest."""
+        if (tracer := tracer_at_work() or capture_at_work()) is not None:
+            raise UnsupportedModelError(f"{tracer} {_NO_GRAPH}")
+        if os.getpid() != self._process:
+            raise UnsupportedModelError(
+                "a model with streamed blocks cannot be used in a forked process, which has "
+                "neither its reader thread nor its streams; wrap the model in that process"
+            )
+        with self._lock:
+            # No call stands between `with` and `try`, nor in `finally` before the flag is set:
+            # there is no point at which KeyboardInterrupt could leave it wrong.
+            outermost = not self._inside
+            try:
+                self._inside = True
+                if outermost:
+                    self._settle()
+                return function(*args, **kwargs)
+            finally:
+                if outermost:
+                    self._inside = False
+
+    def run(
+        self, block: StreamedBlock, forward: Callable[..., Any], /, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Run the forward of a block with its tensors in a slot. Only inside call()."""
+        if block.slot is not None or self.ring is None:  # it calls itself, or was unwrapped
+            return forward(*args, **kwargs)
+        slot = self.ring.enter(block.index)
+        is_cached = torch.is_autocast_cache_enabled()
+        try:
+            # Its cache would keep a copy of every weight that comes by.
+            torch.set_autocast_cache_enabled(False)
+            if not self._pass_counted:
+                self._pass_counted = True
+                self._num_passes += 1
+            block.bind(slot)
+            if not torch.is_grad_enabled():
+                return _detached(block, forward(*args, **kwargs))
+            with self._saved_by_autograd(block):
+                output = forward(*args, **kwargs)
+            return _detached(block, output)
+        finally:
+            torch.set_autocast_cache_enabled(is_cached)
+            self._leave(block, slot)
+
+    def state_dict(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """Run state_dict, and give streamed tensors as they lie at home, on the host."""
+        weights = function(*args, **kwargs)
+        if kwargs.get("keep_vars", False):
+            return weights
+        self._reads_host, before = True, self._reads_host
+        try:
+            for name, tensor in weights.items():
+                if isinstance(tensor, LazyTensor):
+                    weights[name] = tensor.fetch()
+        finally:
+            self._reads_host = before
+        return weights
+
+    def _leave(self, block: StreamedBlock, slot: int) -> None:
+        assert self.ring is not None
+        if block.changed():
+            self.backend.write_back(block.index, slot)
+            self.ring.changed(block.index)
+        block.unbind()
+        self.ring.leave(block.index)
+
+    def _settle(self) -> None:
+        """Put in order whatever a call that was cut short left behind."""
+        self._pass_counted = False
+        for block in self.blocks:
+            block.unbind()
+        if self.ring is not None:
+            self.ring.settle()
+
+    def _read(self, block: StreamedBlock, name: str) -> torch.Tensor:
+        """One tensor of a block from its home, for whoever reads it outside the block's forward."""
+        if not self._reads_host and not self._warned and not self._warn_of_removed():
+            self._warned = True
+            logger.warning(
+                "%s of the streamed block %s is read outside the block's forward: it is fetched "
+                "anew each time, which is slow",
+                name,
+                block.name,
+            )
+        view = block.layout.view(self.backend.home(block.index), name)
+        return view if self._reads_host else view.to(self.backend.device)
+
+    def _warn_of_removed(self) -> bool:
+        """Whether blocks have lost the forward that streams them; one warning says so."""
+        forwards = [ours for _, _, ours, _ in self._overrides if isinstance(ours, _Forward)]
+        lost = [ours.block_name for ours in forwards if ours.block_name and not ours.is_reached()]
+        if lost and not self._warned_of_removed:
+            self._warned_of_removed = True
+            warnings.warn(
+                f"the forward that streamed {', '.join(lost[:3])}"
+                f"{f' and {len(lost) - 3} more blocks' if len(lost) > 3 else ''} was removed or "
+                "replaced, so the streaming of that has ended: its weights are fetched one by one "
+                "when they are read, which is slow; call bminf.unwrap(model), put hooks of other "
+                "libraries on or take them off, and wrap it again",
+                stacklevel=2,
+            )
+        return bool(lost)
+
+    def _write(self, block: StreamedBlock, name: str, value: torch.Tensor) -> None:
+        """Keep what was written to a tensor of a block outside the block's forward."""
+        self.call(self._write_inside, block, name, value)
+
+    def _write_inside(self, block: StreamedBlock, name: str, value: torch.Tensor) -> None:
+        with torch.inference_mode(False), torch.no_grad():
+            block.overwrite(name, value)
+            self.backend.rewrite(block.index, name, value)
+        if self.ring is not None:
+            self.ring.changed(block.index)
+
+    def _saved_by_autograd(self, block: StreamedBlock) -> AbstractContextManager[Any]:
+        """Weights saved by autograd would be overwritten in the slot: save where they lie."""
+        if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
+            raise UnsupportedModelError(
+                "gradients by torch.func (grad, vjp, jacrev, hessian) cannot be had of a model "
+                "with streamed blocks: they would keep the weights that happen to lie in the two "
+                "slots; use torch.autograd or torch.func.jacfwd, or call bminf.unwrap(model) first"
+            )
+
+        def pack(tensor: torch.Tensor) -> Any:
+            offset = block.offset_in_slot(tensor)
+            if offset is None:
+                # Without its history: an output that is saved would otherwise keep itself alive.
+                return tensor.detach()
+            return offset, tensor.shape, tensor.stride(), tensor.dtype
+
+        def unpack(saved: Any) -> torch.Tensor:
+            if isinstance(saved, torch.Tensor):
+                return saved
+            offset, *rest = saved
+            return self._read_saved(block, offset, *rest)
+
+        return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+    def _read_saved(
+        self,
+        block: StreamedBlock,
+        offset: int,
+        shape: Sequence[int],
+        stride: Sequence[int],
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        count = 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
+        data = self.backend.home(block.index)[offset : offset + count * dtype.itemsize]
+        return data.to(self.backend.device).view(dtype).as_strided(shape, stride)
+
+    def _override(self, module: torch.nn.Module, name: str, value: Any) -> None:
+        self._overrides.append((module, name, value, module.__dict__.get(name)))
+        module.__dict__[name] = value
+
+
+def _detached(block: StreamedBlock, output: Any) -> Any:
+    """An output that is a view of a weight would change with the slot: copy it."""
+    if isinstance(output, torch.Tensor):  # most outputs are, and the tree walk is not free
+        return output if block.offset_in_slot(output) is None else output.clone()
+    if is_dataclass(output) and not isinstance(output, type | Mapping):
+        for field in fields(output):
+            value = getattr(output, field.name, None)
+            if (copied := _detached(block, value)) is not value:
+                object.__setattr__(output, field.name, copied)
+        return output
+    leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+    if all(block.offset_in_slot(leaf) is None for leaf in leaves):
+        return output  # the very object, as without streaming
+    return tree_map_only(torch.Tensor, functools.partial(_detached, block), output)
+
+
+def is_streaming(module: torch.nn.Module) -> bool:
+    """Whether `module` is, holds or belongs to a model with streamed blocks."""
+    values = module.__dict__.values()
+    return any(isinstance(value, _Override) and not value.is_over for value in values)
+
+
+class _Override:
+    """Stands in a module's __dict__; a copy or a pickle of that would act on the wrong model."""
+
+    is_over = False  # the model is unwrapped, but somebody else has kept this
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise UnsupportedModelError(
+            "a model with streamed blocks cannot be copied; copy it before wrapping, "
+            "or call bminf.unwrap(model) first"
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise UnsupportedModelError(
+            "a model with streamed blocks cannot be pickled; save its state_dict(), "
+            "or call bminf.unwrap(model) first"
+        )
+
+
+class _Forward(_Override):
+    """The forward of a block, or of a module around blocks, under the scheduler's lock."""
+
+    def __init__(
+        self, scheduler: Scheduler, module: torch.nn.Module, block: StreamedBlock | None
+    ) -> None:
+        functools.update_wrapper(self, module.forward)  # keeps the signature that generate() reads
+        self._module, self._block, self._forward = module, block, module.forward
+        run = (
+            self._forward
+            if block is None
+            else functools.partial(scheduler.run, block, self._forward)
+        )
+        self._uncompiled = functools.partial(scheduler.call, run)
+        self._call: Callable[..., Any] = self._uncompiled
+        self._is_kept_from_compile = False
+
+    def __getattr__(self, name: str) -> Any:
+        """What a function has (__code__, __defaults__), for those who look at one."""
+        if not name.startswith("__") or "_forward" not in self.__dict__:
+            raise AttributeError(name)
+        return getattr(self._forward, name)
+
+    @property
+    def block_name(self) -> str:
+        """Of the block that it streams; "" for a module around blocks."""
+        return self._block.name if self._block is not None else ""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.is_over:
+            return self._forward(*args, **kwargs)
+        # A compiled graph would keep the weights it was traced with, so streaming stays out of
+        # torch.compile; that is only asked where its machinery is loaded at all.
+        if not self._is_kept_from_compile and "torch._dynamo" in sys.modules:
+            reason = f"bminf: torch.compile {_NO_GRAPH}"
+            if torch.compiler.is_compiling():
+                torch._dynamo.graph_break(msg=reason)
+            self._call = disable_compile(self._uncompiled, reason)
+            self._is_kept_from_compile = True
+        return self._call(*args, **kwargs)
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return copy.deepcopy(self._forward, memo) if self.is_over else super().__deepcopy__(memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if self.is_over:
+            return self._forward.__reduce_ex__(protocol)
+        return super().__reduce_ex__(protocol)
+
+    def leave_to(self, module: torch.nn.Module) -> None:
+        """Give up the places where hooks of other libraries have put this."""
+        for name, value in list(module.__dict__.items()):
+            if value is self:
+                module.__dict__[name] = self._forward
+
+    def is_reached(self) -> bool:
+        """Whether a call of the module comes here, as far as that can be seen."""
+        if any(value is self for value in self._module.__dict__.values()):
+            return True
+        forward = self._module.__dict__.get("forward")
+        while forward is not None and forward is not self:
+            with suppress(TypeError, ValueError):  # no function; a variable without a value
+                if any(
+                    value is self for value in inspect.getclosurevars(forward).nonlocals.values()
+                ):
+                    return True
+            forward = getattr(forward, "__wrapped__", None)
+        return forward is self
+
+
+class _StateDict(_Override):
+    """state_dict with the real weights of streamed blocks, mapped from their home."""
+
+    def __init__(self, scheduler: Scheduler, state_dict: Callable[..., Any]) -> None:
+        self._scheduler, self._state_dict = scheduler, state_dict
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._scheduler.call(self._scheduler.state_dict, self._state_dict, *args, **kwargs)
+
+
+def _refuse_scripting(*args: Any, **kwargs: Any) -> None:
+    raise UnsupportedModelError(f"torch.jit.script {_NO_GRAPH}")
+
+
+def _refuse_loading(*args: Any, **kwargs: Any) -> None:
+    raise UnsupportedModelError(
+        "weights cannot be loaded into a model with streamed blocks; load them before wrapping, "
+        "or call bminf.unwrap(model) first"
+    )
+
+
+class _Apply(_Override):
+    """Module._apply, which .to() and .half() call: accept what changes nothing, refuse the rest.
+
+    Within the forward of its block a part may be converted: hooks that keep weights in one dtype
+    and compute in another (layerwise casting) do so in each pass.
+    """
+
+    def __init__(self, module: torch.nn.Module, block: StreamedBlock | None) -> None:
+        self._module, self._block = module, block
+
+    def __call__(self, fn: Callable[..., Any], recurse: bool = True) -> torch.nn.Module:
+        if self._block is not None and self._block.slot is not None:
+            self._block.convert(self._module, fn)
+            return self._module
+        with torch.no_grad():
+            for name, _, tensor in tensors_of(self._module):
+                if _changes(fn, tensor):
+                    raise not_convertible(name, tensor)
+        return self._module
+
+
+def _changes(fn: Callable[..., Any], tensor: torch.Tensor) -> bool:
+    """Whether `fn` would give something else than `tensor`, or write to it.
+
+    It is asked with a tensor that has the very metadata and values, but keeps nothing.
+    """
+    written: list[torch.Tensor] = []
+    is_parameter = isinstance(tensor, torch.nn.Parameter)
+    read = tensor.fetch if isinstance(tensor, LazyTensor) else tensor.detach
+    probe = LazyTensor(read, tensor, is_parameter=is_parameter, write=written.append)
+    try:
+        return fn(probe) is not probe or bool(written)
+    except UnsupportedModelError:  # of the probe: it has no memory to share
+        return True

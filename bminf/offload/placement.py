@@ -1,0 +1,173 @@
+"""Every tensor to the place that the plan gives it, block by block, and back again."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+import torch
+
+from bminf.layers.quantize import quantize_children
+from bminf.layout import Filling, Layout
+from bminf.offload import memory
+from bminf.offload.backends.base import Backend
+from bminf.offload.blob import Blobs, unmapped_bytes
+from bminf.offload.blocks import tensors_of
+from bminf.offload.hooks import Scheduler
+from bminf.offload.stand_ins import StandIns
+from bminf.progress import progress_bar
+
+
+def place(
+    model: torch.nn.Module,
+    blobs: Blobs,
+    stand_ins: StandIns,
+    scheduler: Scheduler,
+) -> None:
+    """Quantise, move and let go of one block after another, so that no two copies are held.
+
+    blobs: the layouts of all blocks, in module order.
+    """
+    streamed = set(scheduler.plan.streamed)
+    # malloc keeps what it is given back in pieces; a mapped model gives it next to nothing.
+    is_trimmed = 8 * unmapped_bytes(model) > blobs.nbytes
+    with torch.inference_mode(False), torch.no_grad():
+        _quantize_outside(model, blobs, stand_ins)
+        _settle(model, blobs.outside, scheduler.backend, scheduler.source_device)
+        for name, layout in _with_progress(blobs.blocks):
+            _quantize(model, name, stand_ins)
+            module = model.get_submodule(name)
+            if name in streamed:
+                _send_home(name, module, layout, scheduler)
+            else:
+                _settle(module, layout, scheduler.backend, scheduler.source_device)
+            if is_trimmed:
+                memory.trim()
+
+
+def load(
+    model: torch.nn.Module,
+    blobs: Blobs,
+    scheduler: Scheduler,
+    read: Callable[[str], Iterable[Filling]],
+) -> None:
+    """Fill a model that lies on the meta device, block by block, straight into the blobs.
+
+    read: the name of a block, "" for what lies outside all of them -> its tensors, one at a time,
+    with names relative to the block: all those of its layout.
+    """
+    streamed = set(scheduler.plan.streamed)
+    with torch.inference_mode(False), torch.no_grad():
+        _fill(model, blobs.outside, scheduler.backend, read(""))
+        for name, layout in _with_progress(blobs.blocks, "loading"):
+            module = model.get_submodule(name)
+            if name in streamed:
+                scheduler.backend.put(len(scheduler.blocks), read(name))
+                scheduler.add(name, module, layout)
+            else:
+                _fill(module, layout, scheduler.backend, read(name))
+
+
+def take_back(model: torch.nn.Module, scheduler: Scheduler) -> None:
+    """End the streaming: all weights in memory again, on the device they came from.
+
+    What needs memory comes first; BudgetError leaves the model streaming. Done twice, after an
+    interrupt, it ends what it began.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        blobs = [
+            memory.allocate(block.layout.extent).copy_(scheduler.backend.home(block.index))
+            for block in progress_bar(scheduler.blocks, desc="unwrapping", delay=1, leave=False)
+        ]
+        scheduler.uninstall()
+        for block, blob in zip(scheduler.blocks, blobs, strict=True):
+            block.restore(blob.to(scheduler.source_device))
+    while scheduler.blocks:
+        scheduler.blocks.pop().forget()
+    if scheduler.source_device != scheduler.backend.device:
+        model.to(scheduler.source_device)
+
+
+def _with_progress(
+    layouts: Mapping[str, Layout], what: str = "wrapping"
+) -> Iterator[tuple[str, Layout]]:
+    total = sum(layout.nbytes for layout in layouts.values())
+    with progress_bar(
+        total=total, desc=what, unit="B", unit_scale=True, delay=1, leave=False
+    ) as bar:
+        for name, layout in layouts.items():
+            yield name, layout
+            bar.update(layout.nbytes)
+
+
+def _quantize(model: torch.nn.Module, name: str, stand_ins: StandIns) -> None:
+    """Quantise the linears of one block, the block itself included."""
+    parent = name.rpartition(".")[0]
+    block = model.get_submodule(name)
+    if block in stand_ins:
+        holder = model.get_submodule(parent)
+        list(quantize_children(holder, {block: stand_ins[block]}, f"{parent}." if parent else ""))
+    else:
+        list(quantize_children(block, stand_ins, f"{name}."))
+
+
+def _quantize_outside(model: torch.nn.Module, blobs: Blobs, stand_ins: StandIns) -> None:
+    """Quantise the linears that lie in no block, or in several; and those that are a block which
+    stands in several places, all of which are only seen from here."""
+    paths = {name.rpartition(".")[0] for name in blobs.outside.specs}
+    named = list(model.named_modules(remove_duplicate=False))
+    num_places = Counter(module for _, module in named)
+    outside = {
+        module: stand_ins[module]
+        for path, module in named
+        if module in stand_ins
+        and (path in paths or (path in blobs.blocks and num_places[module] > 1))
+    }
+    list(quantize_children(model, outside))
+
+
+def _send_home(name: str, module: torch.nn.Module, layout: Layout, scheduler: Scheduler) -> None:
+    tensors = ((n, tensor) for n, _, tensor in tensors_of(module) if n in layout.specs)
+    scheduler.backend.put(len(scheduler.blocks), tensors)
+    scheduler.add(name, module, layout)
+
+
+def _settle(
+    module: torch.nn.Module, layout: Layout, backend: Backend, source_device: torch.device
+) -> None:
+    """Bring the tensors of `layout`, which stay, to the device.
+
+    On the CPU they are copied too: into anonymous memory, so that a mapped checkpoint is let go.
+    """
+    if backend.device == source_device and backend.device.type != "cpu":
+        return
+    buffer = backend.allocate(layout.extent)
+    renewed: dict[int, torch.Tensor] = {}
+    for name, place, tensor in tensors_of(module):
+        if name not in layout.specs:
+            continue
+        view = layout.view(buffer, name)
+        layout.fill(buffer, [(name, tensor)])
+        if not tensor.is_inference():
+            tensor.data = view
+            continue
+        # An inference tensor takes no new data; a new object takes its place wherever it is held.
+        if place.is_parameter:
+            view = torch.nn.Parameter(view, requires_grad=tensor.requires_grad)
+        place.set(renewed.setdefault(id(tensor), view))
+
+
+def _fill(
+    module: torch.nn.Module,
+    layout: Layout,
+    backend: Backend,
+    tensors: Iterable[Filling],
+) -> None:
+    """Give the tensors of `layout`, which have no bytes yet, their place on the device."""
+    buffer = backend.allocate(layout.extent)
+    layout.fill(buffer, tensors)
+    for name, place, tensor in tensors_of(module):
+        if name in layout.specs:
+            view = layout.view(buffer, name)
+            is_trained = tensor.requires_grad
+            place.set(torch.nn.Parameter(view, is_trained) if place.is_parameter else view)

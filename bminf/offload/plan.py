@@ -1,0 +1,426 @@
+"""Which blocks stay on the device, decided before a byte is moved: a pure function.
+
+The fewest bytes x uses over the bus per request decide, and which of equal blocks stream is spread
+evenly round the pass, because a copy hides behind the blocks between it and the one before
+(choose.py).
+
+Where host memory cannot hold all that streams, some blobs stay in a file and come through two
+staging buffers. That is the same choice once more, one floor down, and is made by the same means.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from itertools import groupby
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from bminf.errors import ArgumentError, BudgetError
+from bminf.offload.choose import choose
+from bminf.units import format_bytes
+
+if TYPE_CHECKING:
+    from bminf.offload.context import Context
+
+DEFAULT_USES = 128
+"""Uses per request of a block that nothing was said about: once a token, for 128 tokens."""
+
+_MOST_BYTES = 2**60  # the search counts in int64
+_ROW = 64
+_TIMES: dict[float, str] = {1: "once", 2: "twice"}
+
+
+@dataclass(frozen=True)
+class Block:
+    """What the planner knows of a block.
+
+    name: for example "model.layers.3".   nbytes: bytes of its blob, at least 0; for a GPU
+    those that its allocator takes.
+    list_name: the list it belongs to, for example "model.layers"; ordered there as given.
+    """
+
+    name: str
+    nbytes: int
+    list_name: str = ""
+
+
+class Remedy(NamedTuple):
+    """What a caller can do about a limit that is too small.
+
+    advice: in the words of its own arguments.   saved_bytes: by which the least limit falls.
+    is_of_blocks: whether the blocks become smaller, which helps where they wait, too.
+    argument: of remedies that set the same one, only one can be carried out.
+    """
+
+    advice: str
+    saved_bytes: int
+    is_of_blocks: bool
+    argument: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which blocks are resident, and what that will cost. All sizes in bytes.
+
+    blocks: all, in the order given.   uses: block name -> uses per request that was taken.
+    resident, streamed: names of blocks, in order.   outside_bytes: what lies outside all blocks.
+    resident_bytes: everything that stays, `outside_bytes` included.   slot_bytes: both slots.
+    reserved_bytes: set aside for activations and KV cache.   budget: the limit planned for.
+    on_disk: names of the streamed blocks that wait in a file, in order, because host memory has no
+    room for them; the other streamed ones wait in host memory.
+    context: the texts that `reserved_bytes` is to hold, where max_length was given.
+    unreserved: what a text of usual length would take, where nothing was reserved for any.
+    """
+
+    blocks: tuple[Block, ...]
+    uses: Mapping[str, int | float]
+    resident: tuple[str, ...]
+    streamed: tuple[str, ...]
+    outside_bytes: int
+    resident_bytes: int
+    slot_bytes: int
+    reserved_bytes: int
+    budget: int
+    on_disk: tuple[str, ...] = ()
+    context: Context | None = None
+    unreserved: Context | None = None
+
+    @property
+    def least_limit(self) -> int:
+        """The smallest memory limit, in bytes, that these blocks can be planned for."""
+        return least_budget(self)
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of device memory that the plan takes; never more than `budget`."""
+        return self.resident_bytes + self.slot_bytes + self.reserved_bytes
+
+    @property
+    def streamed_bytes(self) -> int:
+        """Bytes of all streamed blobs, each once."""
+        return sum(block.nbytes for block in self._blocks_of(self.streamed))
+
+    @property
+    def streamed_bytes_per_request(self) -> int | float:
+        """Bytes that come over the bus in one request: each streamed blob times its uses."""
+        return self._bytes_per_request(self.streamed)
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes of all blobs that wait in a file, each once."""
+        return sum(block.nbytes for block in self._blocks_of(self.on_disk))
+
+    @property
+    def staging_bytes(self) -> int:
+        """Bytes of both staging buffers, in host memory, that blobs in a file come through."""
+        return 2 * max((block.nbytes for block in self._blocks_of(self.on_disk)), default=0)
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of host memory that streaming takes where homes lie there: blobs and staging."""
+        return self.streamed_bytes - self.disk_bytes + self.staging_bytes
+
+    @property
+    def disk_places(self) -> tuple[int, ...]:
+        """Which of `streamed` are `on_disk`, as places in it: what Backend.open takes."""
+        on_disk = set(self.on_disk)
+        return tuple(at for at, name in enumerate(self.streamed) if name in on_disk)
+
+    def _blocks_of(self, names: Sequence[str]) -> list[Block]:
+        wanted = set(names)
+        return [block for block in self.blocks if block.name in wanted]
+
+    def _bytes_per_request(self, names: Sequence[str]) -> int | float:
+        used = [(block.nbytes, self.uses[block.name]) for block in self._blocks_of(names)]
+        if all(isinstance(uses, int) for _, uses in used):
+            return sum(nbytes * uses for nbytes, uses in used)
+        return math.fsum(nbytes * uses for nbytes, uses in used)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A read-only view cannot be copied or pickled, and models, plan and all, are.
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return _rebuilt, ({**values, "uses": dict(self.uses)},)
+
+    def __str__(self) -> str:
+        return "\n".join([*self._summary(), *self._picture()])
+
+    def _summary(self) -> Iterator[str]:
+        planned, outside = format_bytes(self.total_bytes), format_bytes(self.outside_bytes)
+        yield f"limit     {format_bytes(self.budget):>10}   planned {planned}"
+        yield f"resident  {format_bytes(self.resident_bytes):>10}   {outside} outside all blocks"
+        if self.streamed:
+            yield f"two slots {format_bytes(self.slot_bytes):>10}"
+        yield f"reserved  {format_bytes(self.reserved_bytes):>10}{self._reserved_for()}"
+        if self.unreserved is not None:
+            yield self.context_line
+        if not self.streamed:
+            yield "fits entirely: nothing is streamed"
+            return
+        per_request = format_bytes(self.streamed_bytes_per_request)
+        yield (
+            f"streamed  {format_bytes(self.streamed_bytes):>10}   {len(self.streamed)} of "
+            f"{len(self.blocks)} blocks, {per_request} per request"
+        )
+        if self.on_disk:
+            yield from self._tiers()
+
+    @property
+    def context_line(self) -> str:
+        """What a text of usual length would take; "" where room was made, or none is known of."""
+        if self.unreserved is None:
+            return ""
+        length, more = self.unreserved.max_length, format_bytes(self.unreserved.nbytes)
+        return (
+            f"a context of {length:,} tokens would take about {more} more; "
+            f"max_length={length} reserves it"
+        )
+
+    def _reserved_for(self) -> str:
+        if self.context is None:
+            return ""
+        texts, length = self.context.max_batch_size, self.context.max_length
+        cache, workspace = self.context.cache_bytes, self.context.workspace_bytes
+        beside = self.reserved_bytes - self.context.nbytes
+        return (
+            f"   estimated for {f'{texts} texts' if texts > 1 else 'one text'} of {length:,} "
+            f"tokens: KV cache {format_bytes(cache)}, workspace {format_bytes(workspace)}"
+            + (f"; and {format_bytes(beside)} of reserve" if beside else "")
+        )
+
+    def _tiers(self) -> Iterator[str]:
+        """Where streamed blocks wait, when that is not host memory for all."""
+        in_host = len(self.streamed) - len(self.on_disk)
+        stage, read = self.staging_bytes // 2, self._bytes_per_request(self.on_disk)
+        yield (
+            f"in host   {format_bytes(self.host_bytes):>10}   {in_host} streamed blocks, and two "
+            f"staging buffers of {format_bytes(stage)}"
+        )
+        yield (
+            f"on disk   {format_bytes(self.disk_bytes):>10}   {len(self.on_disk)} streamed blocks, "
+            f"{format_bytes(read)} read per request"
+        )
+
+    def _picture(self) -> Iterator[str]:
+        streamed, on_disk = set(self.streamed), set(self.on_disk)
+        for list_name, order in _by_list(self.blocks).items():
+            names = [self.blocks[at].name for at in order]
+            moves = "".join(":" if name in on_disk else "." for name in names)
+            signs = "".join(
+                sign if name in streamed else "#" for name, sign in zip(names, moves, strict=True)
+            )
+            stay, stream, read = (signs.count(sign) for sign in "#.:")
+            uses = sorted({self.uses[name] for name in names})
+            ends = list(dict.fromkeys([uses[0], uses[-1]]))
+            shown = " to ".join(f"{end:g}" for end in ends)
+            words = " to ".join(uses_in_words(end) for end in ends)
+            disk = f", {read} from disk (:)" if on_disk else ""
+            yield (
+                f"{list_name or 'blocks'}: {stay} stay (#), {stream} stream (.){disk}, "
+                f"uses {shown} ({words})"
+            )
+            yield from (f"  {signs[at : at + _ROW]}" for at in range(0, len(signs), _ROW))
+
+
+def uses_in_words(uses: float) -> str:
+    """Uses per request as they are spoken of: "once a token", "twice a request"."""
+    per_token, rest = divmod(uses, DEFAULT_USES)
+    times, what = (per_token, "token") if per_token and not rest else (uses, "request")
+    return f"{_TIMES.get(times, f'{times:g} times')} a {what}"
+
+
+def _rebuilt(values: dict[str, Any]) -> Plan:
+    return Plan(**{**values, "uses": MappingProxyType(values["uses"])})
+
+
+def plan(
+    blocks: Sequence[Block],
+    budget: int,
+    uses: Mapping[str, float] | None = None,
+    *,
+    outside_bytes: int = 0,
+    reserved_bytes: int = 0,
+    host_bytes: int | None = None,
+    remedies: Callable[[], Sequence[Remedy]] = tuple,
+) -> Plan:
+    """Choose the blocks that stay within `budget` bytes, for the fewest bytes streamed per request.
+
+    blocks: in the order of the pass; several lists may be mixed.   budget: bytes, for everything.
+    uses: name of a block or of a list -> uses per request, above 0; a block's own name wins, and
+    what is not named has 128.
+    outside_bytes: what stays in any case.   reserved_bytes: what the plan has to leave free.
+    host_bytes: of host memory for streamed blobs; those beyond wait in a file. None: all have room.
+
+    If not all fits, two slots of the largest streamed blob are counted. More budget never streams
+    more. The cost is the least possible where the counts of each kind (a kind: bytes and uses) have
+    at most a million combinations, as those of 12 blocks have, and of any number of blocks of one
+    kind; beyond, it is within one block's bytes x uses of the least. Each list streams its part of
+    every kind, spread evenly over its own blocks of that kind.
+    What is read from disk per request is chosen likewise among the streamed blocks, `host_bytes`
+    in the budget's place and two staging buffers of the largest blob on disk in that of the slots.
+    remedies: what an error may advise beside a higher limit; asked only then.
+    Raises ArgumentError for names, sizes or uses that cannot be, and BudgetError, with the least
+    limit that would do, when not even two slots, or two staging buffers, fit.
+    """
+    blocks = tuple(blocks)
+    _check_blocks(blocks)
+    for name, value in (
+        ("budget", budget),
+        ("outside_bytes", outside_bytes),
+        ("reserved_bytes", reserved_bytes),
+        ("host_bytes", host_bytes or 0),
+    ):
+        _check_bytes(name, value)
+    taken = _uses_of(blocks, uses or {})
+    room = budget - outside_bytes - reserved_bytes
+    _check_room(blocks, budget, outside_bytes, reserved_bytes, remedies)
+    if sum(block.nbytes for block in blocks) <= room:
+        streamed: set[int] = set()
+    else:
+        streamed = _choose(blocks, taken, room)
+    stay = [block for at, block in enumerate(blocks) if at not in streamed]
+    move = [block for at, block in enumerate(blocks) if at in streamed]
+    return Plan(
+        blocks=blocks,
+        uses=MappingProxyType(taken),
+        resident=tuple(block.name for block in stay),
+        streamed=tuple(block.name for block in move),
+        outside_bytes=outside_bytes,
+        resident_bytes=outside_bytes + sum(block.nbytes for block in stay),
+        slot_bytes=2 * max((block.nbytes for block in move), default=0),
+        reserved_bytes=reserved_bytes,
+        budget=budget,
+        on_disk=_on_disk(tuple(move), taken, host_bytes, remedies),
+    )
+
+
+def _on_disk(
+    streamed: tuple[Block, ...],
+    uses: Mapping[str, int | float],
+    host_bytes: int | None,
+    remedies: Callable[[], Sequence[Remedy]],
+) -> tuple[str, ...]:
+    """Names of the streamed blocks that `host_bytes` of host memory have no room for."""
+    if host_bytes is None or sum(block.nbytes for block in streamed) <= host_bytes:
+        return ()
+    least, stage = min(_needs(streamed))
+    if host_bytes < least:
+        helpful = [r for r in remedies() if r.is_of_blocks]
+        advice = _joined(["free host memory", "raise memory_limit"], helpful, least - host_bytes)
+        raise BudgetError(
+            f"{format_bytes(host_bytes)} ({host_bytes} bytes) of host memory are below the least "
+            f"that would do for streaming, {format_bytes(least)} ({least} bytes: two staging "
+            f"buffers of {format_bytes(stage)}, for blocks that wait on disk); {advice}"
+        )
+    places = _choose(streamed, uses, host_bytes)
+    return tuple(block.name for at, block in enumerate(streamed) if at in places)
+
+
+def _check_blocks(blocks: tuple[Block, ...]) -> None:
+    seen: set[str] = set()
+    for block in blocks:
+        _check_bytes(f"nbytes of block {block.name!r}", block.nbytes)
+        if block.name in seen:
+            raise ArgumentError(
+                f"two blocks are named {block.name!r}; give each block its own name"
+            )
+        seen.add(block.name)
+    if (total := sum(block.nbytes for block in blocks)) > _MOST_BYTES:
+        raise ArgumentError(f"the blocks have {total} bytes in all; at most 2**60 are accepted")
+
+
+def _check_bytes(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ArgumentError(f"{name}={value!r}; give a whole number of bytes of at least 0")
+
+
+def _uses_of(blocks: tuple[Block, ...], uses: Mapping[str, float]) -> dict[str, int | float]:
+    known = {block.name for block in blocks} | {block.list_name for block in blocks}
+    for name, value in uses.items():
+        if name not in known:
+            lists = ", ".join(sorted({repr(block.list_name) for block in blocks})) or "none"
+            raise ArgumentError(
+                f"uses has the unknown key {name!r}; "
+                f"accepted: the name of a block or of a list ({lists})"
+            )
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not 0 < value < math.inf
+        ):
+            raise ArgumentError(f"uses[{name!r}]={value!r}; give a finite number of uses above 0")
+    of_list = {block.list_name: uses.get(block.list_name, DEFAULT_USES) for block in blocks}
+    return {block.name: uses.get(block.name, of_list[block.list_name]) for block in blocks}
+
+
+def least_budget(whole: Plan) -> int:
+    """The smallest budget, in bytes, that the blocks of `whole` can be planned for."""
+    return whole.outside_bytes + whole.reserved_bytes + min(_needs(whole.blocks))[0]
+
+
+def _check_room(
+    blocks: tuple[Block, ...],
+    budget: int,
+    outside_bytes: int,
+    reserved_bytes: int,
+    remedies: Callable[[], Sequence[Remedy]],
+) -> None:
+    needed, slot = min(_needs(blocks))
+    least = needed + outside_bytes + reserved_bytes
+    if least <= budget:
+        return
+    parts = {
+        f"two slots of {format_bytes(slot)}": 2 * slot,
+        f"{format_bytes(needed - 2 * slot)} of blocks that stay": needed - 2 * slot,
+        f"{format_bytes(outside_bytes)} outside all blocks": outside_bytes,
+        f"{format_bytes(reserved_bytes)} reserved": reserved_bytes,
+    }
+    raise BudgetError(
+        f"the limit of {format_bytes(budget)} ({budget} bytes) is below the least that would "
+        f"do, {format_bytes(least)} ({least} bytes: "
+        f"{' + '.join(part for part, nbytes in parts.items() if nbytes)}); "
+        f"{_joined(['raise memory_limit'], remedies(), least - budget)}"
+    )
+
+
+def _joined(always: list[str], remedies: Sequence[Remedy], lack: int) -> str:
+    """Advice: each remedy that helps by itself; where none does, all of them if that helps."""
+    alone = [r.advice for r in remedies if r.saved_bytes >= lack]
+    helpful = _compatible([r for r in remedies if r.saved_bytes > 0])
+    if not alone and len(helpful) > 1 and sum(r.saved_bytes for r in helpful) >= lack:
+        alone = ["do all of these: " + " and ".join(r.advice for r in helpful)]
+    *first, last = [*always, *alone]
+    return f"{', '.join(first)}, or {last}" if first else last
+
+
+def _compatible(remedies: Sequence[Remedy]) -> list[Remedy]:
+    """Those that can be carried out together: of each argument the one that saves most."""
+    best: dict[str, Remedy] = {}
+    for remedy in remedies:
+        key = remedy.argument or remedy.advice
+        best[key] = max(best.get(key, remedy), remedy, key=lambda one: one.saved_bytes)
+    return list(best.values())
+
+
+def _needs(blocks: Sequence[Block]) -> Iterator[tuple[int, int]]:
+    """For each size of slot: (bytes of two and of the blocks too large for them, bytes of one)."""
+    larger = 0
+    for size, same in groupby(sorted((block.nbytes for block in blocks), reverse=True)):
+        yield larger + 2 * size, size
+        larger += size * len(list(same))
+    yield larger, 0
+
+
+def _choose(blocks: tuple[Block, ...], taken: Mapping[str, int | float], room: int) -> set[int]:
+    """Places, in the order given, of the blocks that stream when `room` cannot hold all."""
+    sizes, uses = [block.nbytes for block in blocks], [taken[block.name] for block in blocks]
+    return choose(sizes, uses, list(_by_list(blocks).values()), room)
+
+
+def _by_list(blocks: tuple[Block, ...]) -> dict[str, list[int]]:
+    """Name of a list -> the places of its blocks, in the order given."""
+    lists: dict[str, list[int]] = {}
+    for at, block in enumerate(blocks):
+        lists.setdefault(block.list_name, []).append(at)
+    return lists

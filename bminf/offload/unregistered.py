@@ -1,0 +1,246 @@
+"""Tensors that a model keeps outside parameters and buffers: in plain attributes, lists, objects.
+
+They are neither moved nor streamed nor packed, but they are memory: a plan counts them as what
+stays, and whoever wraps a model that has many is told.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, is_dataclass
+from types import FunctionType, MethodType
+from typing import Any
+from warnings import warn
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+from bminf.lazy import LazyTensor
+from bminf.offload.blocks import tensors_of
+from bminf.units import format_bytes
+
+_OBJECT_DEPTH = 2  # objects inside objects; deeper lie trainers and data sets, not weights
+_SHARE_WORTH_A_WORD = 16  # rotary tables and masks are far smaller than a 16th of the model
+# torch's own, and hooks with the stores of what other libraries offloaded (see offloaded.py).
+_OTHERS = {"_hf_hook", "_diffusers_hook"}
+_NOT_LOOKED_AT = _OTHERS | set(torch.nn.Module().__dict__)
+
+
+@dataclass(frozen=True)
+class Unregistered:
+    """What one attribute of a module keeps. nbytes: of its storages, those seen before not again.
+
+    is_renewed: a hook computes it anew in each pass (weight_norm, pruning).
+    is_opaque: it holds an object whose bytes cannot be seen.
+    """
+
+    name: str
+    device: torch.device
+    nbytes: int
+    is_renewed: bool = False
+    is_opaque: bool = False
+
+
+def find_unregistered(model: torch.nn.Module) -> list[Unregistered]:
+    """Whatever attributes of modules of `model` keep, views of registered tensors left out."""
+    search = _Search(model)
+    return [item for name, module in model.named_modules() for item in search.of(name, module)]
+
+
+def bytes_on(found: Iterable[Unregistered], device: torch.device | None) -> int:
+    """Bytes that lie on `device`; None counts all."""
+    return sum(item.nbytes for item in found if device is None or item.device == device)
+
+
+def warn_of_unregistered(found: Iterable[Unregistered], model_bytes: int, stacklevel: int) -> None:
+    """One warning that names them, where they are large against the model or cannot be seen."""
+    named = [item for item in found if not item.is_renewed]
+    nbytes = sum(item.nbytes for item in named)
+    if nbytes and nbytes * _SHARE_WORTH_A_WORD >= model_bytes:
+        warn(
+            f"{format_bytes(nbytes)} of tensors are kept outside parameters and buffers "
+            f"({_names(item.name for item in named if item.nbytes)}): they are neither moved nor "
+            "streamed nor packed, and count as what stays; register them (torch.nn.Parameter, "
+            "register_buffer) to have that done",
+            stacklevel=stacklevel + 1,
+        )
+    if opaque := [item.name for item in named if item.is_opaque]:
+        warn(
+            f"what {_names(opaque)} hold cannot be seen: it is neither moved nor streamed nor "
+            "packed, and not counted",
+            stacklevel=stacklevel + 1,
+        )
+
+
+def _names(names: Iterable[str]) -> str:
+    first, *more = dict.fromkeys(names)
+    shown = ", ".join([first, *more[:2]])
+    return f"{shown} and {len(more) - 2} more" if len(more) > 2 else shown
+
+
+@dataclass(frozen=True)
+class _Piece:
+    device: torch.device
+    nbytes: int
+    is_opaque: bool = False
+
+
+class _Search:
+    """A walk over attributes that looks at no storage and no object twice."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._model = model
+        self._seen: dict[int, Any] = {id(module): module for module in model.modules()}
+        self._storages = {_address(tensor) for _, _, tensor in tensors_of(model)}
+
+    def of(self, name: str, module: torch.nn.Module) -> Iterator[Unregistered]:
+        renewed = {
+            getattr(hook, "name", getattr(hook, "_tensor_name", None))
+            for hook in module._forward_pre_hooks.values()
+        }
+        for attribute, value in _attributes(module):
+            pieces = list(self._pieces(value, _OBJECT_DEPTH))
+            full_name = f"{name}.{attribute}" if name else attribute
+            for device in dict.fromkeys(piece.device for piece in pieces):
+                here = [piece for piece in pieces if piece.device == device]
+                yield Unregistered(
+                    full_name,
+                    device,
+                    sum(piece.nbytes for piece in here),
+                    attribute in renewed,
+                    any(piece.is_opaque for piece in here),
+                )
+
+    def _pieces(self, value: Any, depth: int) -> Iterator[_Piece]:
+        if value is None or isinstance(value, str | bytes | int | float | type | LazyTensor):
+            return
+        if id(value) in self._seen:
+            return
+        self._seen[id(value)] = value
+        if isinstance(value, torch.Tensor):
+            yield from self._of_tensor(value)
+        elif isinstance(value, torch.UntypedStorage):
+            yield from self._of_tensor(torch.empty(0, dtype=torch.uint8).set_(value))
+        elif isinstance(value, torch.ScriptObject):
+            yield from _of_script_object(value)
+        elif _is_array(value):
+            yield _Piece(torch.device("cpu"), value.nbytes)
+        else:
+            for inner, inner_depth in self._inside(value, depth):
+                yield from self._pieces(inner, inner_depth)
+
+    def _inside(self, value: Any, depth: int) -> Iterator[tuple[Any, int]]:
+        if isinstance(value, torch.nn.Module):
+            if all(inner is not self._model for inner in value.modules()):  # not one around us
+                yield from ((tensor, depth) for _, _, tensor in tensors_of(value))
+                for module in value.modules():  # torch's quantised ones pack weights elsewhere
+                    yield from ((inner, depth - 1) for _, inner in _attributes(module))
+        elif isinstance(value, dict):
+            yield from ((inner, depth) for inner in list(value.values()))
+        elif isinstance(value, list | tuple | set | frozenset | deque):
+            yield from ((inner, depth) for inner in list(value))
+        elif isinstance(value, functools.partial):
+            yield from ((inner, depth) for inner in (*value.args, *value.keywords.values()))
+        elif isinstance(value, MethodType):
+            yield value.__self__, depth
+        elif isinstance(value, FunctionType):
+            yield from ((inner, 0) for inner in _kept_by_function(value))
+        elif not callable(value) and (depth > 0 or is_dataclass(value)):
+            yield from ((inner, depth - 1) for inner in _kept_by_object(value))
+
+    def _of_tensor(self, tensor: torch.Tensor) -> Iterator[_Piece]:
+        if tensor.layout != torch.strided:
+            yield _Piece(tensor.device, _bytes_of_sparse(tensor))
+            return
+        address = _address(tensor)
+        if address is not None and address not in self._storages:
+            self._storages.add(address)
+            yield _Piece(tensor.device, tensor.untyped_storage().nbytes())
+
+
+def _kept_by_function(function: FunctionType) -> Iterator[Any]:
+    """What it has closed over, and its defaults."""
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):  # a variable that has no value yet
+            yield cell.cell_contents
+    yield from function.__defaults__ or ()
+    yield from (function.__kwdefaults__ or {}).values()
+
+
+def _kept_by_object(value: Any) -> Iterator[Any]:
+    yield from list(getattr(value, "__dict__", {}).values())
+    for kind in type(value).__mro__:
+        slots = kind.__dict__.get("__slots__", ())
+        for name in [slots] if isinstance(slots, str) else slots:
+            yield getattr(value, name, None)
+
+
+def _attributes(module: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+    if isinstance(module, torch.jit.ScriptModule):
+        yield from _attributes_of_script(module)
+        return
+    for name, value in list(module.__dict__.items()):
+        if name not in _NOT_LOOKED_AT:
+            yield name, value
+
+
+def _attributes_of_script(module: torch.jit.ScriptModule) -> Iterator[tuple[str, Any]]:
+    """What its program reads, and the tensors that freezing has made part of it."""
+    try:
+        graph: Any = module.graph  # its nodes do not keep it alive
+    except RuntimeError:  # a module that was never given a forward has no program
+        return
+    read = {node.s("name") for node in graph.findAllNodes("prim::GetAttr", True)}
+    for name in sorted(read):
+        if module._c.hasattr(name) and not isinstance(
+            module._c.getattr(name), torch._C.ScriptModule
+        ):
+            yield name, module._c.getattr(name)
+    nodes = graph.findAllNodes("prim::Constant", True)
+    nodes = [node for node in nodes if "value" in node.attributeNames()]
+    yield "constants", [node.t("value") for node in nodes if node.kindOf("value") == "t"]
+
+
+def _of_script_object(value: Any) -> Iterator[_Piece]:
+    """What torch's quantised modules pack their weights into can only be seen by unpacking it."""
+    host = torch.device("cpu")
+    try:
+        state = value.__getstate__()
+    except (RuntimeError, NotImplementedError, AttributeError):
+        yield _Piece(host, 0, is_opaque=True)
+        return
+    leaves = tree_leaves(state)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    inner = [leaf for leaf in leaves if isinstance(leaf, torch.ScriptObject)]
+    for tensor in tensors:
+        yield _Piece(host, tensor.nbytes)
+    for packed in inner:
+        yield from _of_script_object(packed)
+    if not tensors and not inner:
+        yield _Piece(host, 0, is_opaque=True)
+
+
+def _bytes_of_sparse(tensor: torch.Tensor) -> int:
+    if tensor.layout != torch.sparse_coo:
+        return (
+            tensor.numel() * tensor.itemsize
+        )  # at most; the parts have other names in each layout
+    return tensor._indices().nbytes + tensor._values().nbytes
+
+
+def _address(tensor: torch.Tensor) -> int | None:
+    """What tells the storage of a tensor from others; None for one without bytes."""
+    try:
+        storage = tensor.untyped_storage()
+        return storage.data_ptr() or storage._cdata if storage.nbytes() else None
+    except (RuntimeError, NotImplementedError):  # a subclass of its own, a fake tensor
+        return None
+
+
+def _is_array(value: Any) -> bool:
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and isinstance(value, numpy.ndarray)

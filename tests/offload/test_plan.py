@@ -1,0 +1,560 @@
+"""The planner against brute force: small integers everywhere, so that ties are frequent."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+import pickle
+import random
+from collections import Counter, defaultdict
+from fractions import Fraction
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from work import CountingNumpy, executed_lines
+
+from bminf.errors import ArgumentError, BudgetError
+from bminf.offload import choose
+from bminf.offload.plan import DEFAULT_USES, Block, Plan, plan
+
+
+def make(sizes, lists=None):
+    lists = lists or [""] * len(sizes)
+    return [
+        Block(f"{name}.{at}", size, name)
+        for at, (size, name) in enumerate(zip(sizes, lists, strict=True))
+    ]
+
+
+def plan_or_none(blocks, budget, uses=None, **keywords):
+    try:
+        return plan(blocks, budget, uses, **keywords)
+    except BudgetError:
+        return None
+
+
+def cost_of(names, blocks, uses):
+    return sum(
+        Fraction(uses.get(block.name, uses.get(block.list_name, DEFAULT_USES))) * block.nbytes
+        for block in blocks
+        if block.name in names
+    )
+
+
+def spacing_of(streams):
+    """(minus the smallest gap, sum of squared gaps) of the true ones, taken in a circle."""
+    gaps = []
+    for place in (at for at, moves in enumerate(streams) if moves):
+        gap = 1
+        while not streams[(place + gap) % len(streams)]:
+            gap += 1
+        gaps.append(gap)
+    return -min(gaps, default=0), sum(gap * gap for gap in gaps)
+
+
+def assert_spread(names, blocks, uses):
+    """Each list streams its part of every kind, spaced as well as any choice among its own."""
+    lists, kinds = defaultdict(lambda: defaultdict(list)), defaultdict(list)
+    for block in blocks:
+        used = uses.get(block.name, uses.get(block.list_name, DEFAULT_USES))
+        lists[block.list_name][block.nbytes, used].append(block.name in names)
+        kinds[block.nbytes, used].append(block.name in names)
+    for own in lists.values():
+        for kind, streams in own.items():
+            part = Fraction(sum(kinds[kind]), len(kinds[kind])) * len(streams)
+            assert abs(sum(streams) - part) < 1
+            assert spacing_of(streams) == best_spacing(len(streams), sum(streams))
+
+
+@functools.cache
+def best_spacing(length, count):
+    """The best of all choices of so many."""
+    choices = (set(places) for places in itertools.combinations(range(length), count))
+    return min(spacing_of([at in places for at in range(length)]) for places in choices)
+
+
+def fits(names, blocks, budget):
+    resident = sum(block.nbytes for block in blocks if block.name not in names)
+    largest = max((block.nbytes for block in blocks if block.name in names), default=0)
+    return resident + 2 * largest <= budget
+
+
+def subsets(blocks):
+    movable = [block.name for block in blocks if block.nbytes]
+    for count in range(len(movable) + 1):
+        yield from map(set, itertools.combinations(movable, count))
+
+
+def best_of_all(blocks, budget, uses):
+    """The cost of the best of all subsets; None if there is none."""
+    fitting = (names for names in subsets(blocks) if fits(names, blocks, budget))
+    return min((cost_of(names, blocks, uses) for names in fitting), default=None)
+
+
+def assert_sound(made: Plan, blocks, uses):
+    assert made.total_bytes <= made.budget
+    assert made.total_bytes == made.resident_bytes + made.slot_bytes + made.reserved_bytes
+    placed = Counter(made.resident) + Counter(made.streamed)
+    assert placed == Counter(block.name for block in blocks)
+    order = {block.name: at for at, block in enumerate(blocks)}
+    for names in (made.resident, made.streamed):
+        assert list(names) == sorted(names, key=order.__getitem__)
+    size = {block.name: block.nbytes for block in blocks}
+    assert made.resident_bytes == made.outside_bytes + sum(size[name] for name in made.resident)
+    assert made.slot_bytes == 2 * max((size[name] for name in made.streamed), default=0)
+    assert made.streamed_bytes == sum(size[name] for name in made.streamed)
+    assert made.streamed_bytes_per_request == cost_of(set(made.streamed), blocks, uses)
+    assert all(size[name] > 0 for name in made.streamed)
+
+
+@st.composite
+def problems(draw, most=9, size=6, kinds=None):
+    """(blocks in up to three lists, uses of some lists and blocks)."""
+    count = draw(st.integers(1, most))
+    values = st.integers(0, size)
+    if kinds:
+        values = st.sampled_from(draw(st.lists(st.integers(1, size), min_size=1, max_size=kinds)))
+    lists = draw(st.lists(st.sampled_from("abc"), min_size=count, max_size=count))
+    blocks = make(draw(st.lists(values, min_size=count, max_size=count)), lists)
+    number = st.sampled_from([1, 2, 3, 0.5, 1.5])
+    keys = st.sampled_from(
+        sorted({*lists, *(block.name for block in blocks)} if not kinds else "a")
+    )
+    uses = draw(st.dictionaries(keys, number, max_size=4))
+    return blocks, {key: value for key, value in uses.items() if key in lists or not kinds}
+
+
+@given(problems(), st.integers(0, 60))
+@settings(max_examples=400, deadline=None)
+def test_few_blocks_equal_brute_force(problem, budget):
+    blocks, uses = problem
+    expected = best_of_all(blocks, budget, uses)
+    made = plan_or_none(blocks, budget, uses)
+    assert (made is None) == (expected is None)
+    if made is None:
+        return
+    assert_sound(made, blocks, uses)
+    assert made.streamed_bytes_per_request == expected
+    assert_spread(set(made.streamed), blocks, uses)
+
+
+@given(problems(most=6, size=4), st.integers(0, 20), st.integers(0, 20))
+@settings(max_examples=100, deadline=None)
+def test_outside_and_reserved_bytes_come_off_the_budget(problem, outside, reserved):
+    blocks, uses = problem
+    for room in range(0, 30, 3):
+        budget = outside + reserved + room
+        plain = plan_or_none(blocks, room, uses)
+        made = plan_or_none(blocks, budget, uses, outside_bytes=outside, reserved_bytes=reserved)
+        assert (made is None) == (plain is None)
+        if made is not None:
+            assert_sound(made, blocks, uses)
+            assert made.streamed == plain.streamed
+            assert made.total_bytes == plain.total_bytes + outside + reserved
+
+
+@given(problems(most=40, size=30), st.data())
+@settings(max_examples=40, deadline=None)
+def test_more_budget_never_streams_more(problem, data):
+    blocks, uses = problem
+    if data.draw(st.booleans()):  # blocks that all differ: too many kinds for the exact search
+        blocks = make([at * 7 % 41 + 5 for at in range(33)])
+        uses = {block.name: 1 + at % 3 for at, block in enumerate(blocks)}
+    total = sum(block.nbytes for block in blocks)
+    start = data.draw(st.integers(0, total))
+    previous = None
+    for budget in range(start, min(total, start + 25) + 1):
+        made = plan_or_none(blocks, budget, uses)
+        if made is None:
+            assert previous is None
+            continue
+        assert_sound(made, blocks, uses)
+        cost = made.streamed_bytes_per_request
+        assert previous is None or cost <= previous
+        previous = cost
+
+
+def least_cost(blocks, budget, uses):
+    """Least cost over all subsets: per slot size, the most value for every sum of bytes."""
+    total = sum(cost_of({block.name}, blocks, uses) for block in blocks)
+    if sum(block.nbytes for block in blocks) <= budget:
+        return 0
+    best = None
+    for slot in {block.nbytes for block in blocks}:
+        most = {0: Fraction(0)}
+        for block in blocks:
+            value = cost_of({block.name}, blocks, uses)
+            more = {nbytes + block.nbytes: worth + value for nbytes, worth in most.items()}
+            if block.nbytes <= slot:
+                more = {n: max(more.get(n, 0), most.get(n, 0)) for n in more.keys() | most.keys()}
+            most = more
+        for nbytes, worth in most.items():
+            if nbytes + 2 * slot <= budget and (best is None or total - worth < best):
+                best = total - worth
+    return best
+
+
+@given(problems(most=60, size=12, kinds=2), st.floats(0, 1))
+@settings(max_examples=120, deadline=None)
+def test_few_kinds_equal_the_table_of_all_sums(problem, part):
+    blocks, uses = problem  # two sizes, with or without own uses in list a: at most 4 kinds
+    budget = int(part * sum(block.nbytes for block in blocks))
+    made = plan_or_none(blocks, budget, uses)
+    expected = least_cost(blocks, budget, uses)
+    assert (made is None) == (expected is None)
+    if made is not None:
+        assert_sound(made, blocks, uses)
+        assert made.streamed_bytes_per_request == expected
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_four_kinds_of_awkward_sizes_equal_all_counts(seed):
+    rng = random.Random(seed)
+    sizes = [rng.randrange(1, 10 ** rng.choice([2, 6, 9, 12])) for _ in range(4)]
+    uses = {name: rng.choice([1, 2, 128, 0.3, 128.7]) for name in "abcd"}
+    if rng.random() < 0.5:
+        uses = dict.fromkeys("abcd", rng.choice([128, 0.1]))
+    counts = [rng.randrange(1, 10) for _ in range(4)]
+    blocks = [
+        b for s, name, n in zip(sizes, "abcd", counts, strict=True) for b in make([s] * n, name * n)
+    ]
+    budget = rng.randrange(sum(block.nbytes for block in blocks))
+    least = None
+    for streamed in itertools.product(*(range(n + 1) for n in counts)):
+        pairs = list(zip(sizes, streamed, strict=True))
+        slot = max((size for size, n in pairs if n), default=0)
+        resident = sum(size * (n - out) for (size, out), n in zip(pairs, counts, strict=True))
+        if resident + 2 * slot <= budget:
+            cost = sum(
+                Fraction(uses[key]) * s * n for (s, n), key in zip(pairs, "abcd", strict=True)
+            )
+            least = cost if least is None else min(least, cost)
+    made = plan_or_none(blocks, budget, uses)
+    assert (made is None) == (least is None)
+    if made is not None:
+        assert cost_of(set(made.streamed), blocks, uses) == least
+
+
+def fractional_bound(blocks, budget, uses):
+    """Least cost if blocks could be cut, over all slot sizes."""
+    best = None
+    for slot in {block.nbytes for block in blocks}:
+        left = Fraction(budget - 2 * slot - sum(b.nbytes for b in blocks if b.nbytes > slot))
+        if left < 0:
+            continue
+        cost = Fraction(0)
+        density = {b.name: cost_of({b.name}, [b], uses) / b.nbytes for b in blocks}
+        small = [b for b in blocks if b.nbytes <= slot]
+        for block in sorted(small, key=lambda b: -density[b.name]):
+            stays = min(left, Fraction(block.nbytes))
+            left -= stays
+            cost += (block.nbytes - stays) * density[block.name]
+        best = cost if best is None else min(best, cost)
+    return best
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_many_kinds_stay_within_one_block_of_the_fractional_bound(seed):
+    rng = random.Random(seed)
+    count = rng.randrange(26, 80)
+    blocks = make([rng.randrange(1, 10**6) for _ in range(count)], rng.choices("ab", k=count))
+    uses = {block.name: rng.choice([1, 2, 128]) for block in blocks if rng.random() < 0.7}
+    total = sum(block.nbytes for block in blocks)
+    previous = None
+    for budget in sorted(rng.randrange(total) for _ in range(8)):
+        made = plan_or_none(blocks, budget, uses)
+        bound = fractional_bound(blocks, budget, uses)
+        assert (made is None) == (bound is None)
+        if made is not None:
+            assert_sound(made, blocks, uses)
+            largest = max(cost_of({block.name}, [block], uses) for block in blocks)
+            assert made.streamed_bytes_per_request <= bound + largest
+            assert previous is None or made.streamed_bytes_per_request <= previous
+            previous = made.streamed_bytes_per_request
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_thinned_ways_never_stream_more_for_more(seed, monkeypatch):
+    monkeypatch.setattr(choose, "_EXACT_CHOICES", 0)
+    monkeypatch.setattr(choose, "_MOST_WAYS", [2, 5, 20, 100][seed % 4])
+    rng = random.Random(seed)
+    sizes = rng.choices(range(1, 20), k=30)
+    blocks = make(sizes)
+    values = [1, 2, 2.5, 9] if seed % 2 else [0.1, 0.3, 2.3, 128.7]
+    uses = {block.name: rng.choice(values) for block in blocks}
+    previous = None
+    for budget in range(2 * max(sizes), sum(sizes) + 1):
+        made = plan(blocks, budget, uses)
+        assert made.total_bytes <= budget
+        cost = cost_of(set(made.streamed), blocks, uses)
+        assert previous is None or cost <= previous
+        previous = cost
+
+
+def gaps_of(places, length):
+    return [
+        (after - before - 1) % length + 1
+        for before, after in zip(places, [*places[1:], places[0]], strict=True)
+    ]
+
+
+@pytest.mark.parametrize("length", [13, 24, 48, 63, 100])
+def test_equal_blocks_are_spaced_by_floor_or_ceil(length):
+    blocks = make([10] * length)
+    for resident in range(length - 2):  # two more fit without slots
+        made = plan(blocks, 20 + 10 * resident)
+        assert len(made.resident) == resident
+        places = [int(name.split(".")[1]) for name in made.streamed]
+        few, more = length // len(places), -(-length // len(places))
+        assert set(gaps_of(places, length)) <= {few, more}
+
+
+@pytest.mark.parametrize("lengths", [(12, 12), (24, 12), (7, 30), (5, 9, 14), (1, 1, 40)])
+def test_equal_blocks_of_several_lists_stream_in_proportion(lengths):
+    names = [name for name, length in zip("abc", lengths, strict=False) for _ in range(length)]
+    blocks = make([10] * len(names), names)
+    for resident in range(len(names) - 2):
+        streamed = plan(blocks, 20 + 10 * resident).streamed
+        shares = Counter(name.split(".")[0] for name in streamed)
+        assert sum(shares.values()) == len(names) - resident
+        for name, length in zip("abc", lengths, strict=False):
+            assert abs(shares[name] - Fraction(length * len(streamed), len(names))) < 1
+            first = names.index(name)
+            places = [int(n.split(".")[1]) - first for n in streamed if n.split(".")[0] == name]
+            even = {length // len(places), -(-length // len(places))} if places else set()
+            assert not places or set(gaps_of(places, length)) <= even
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_mixed_kinds_are_each_spread_over_their_own(seed):
+    rng = random.Random(seed)
+    count = rng.choice([13, 13, 14])
+    lists = rng.choice(["a" * count, "ab" * count, "aab" * count])[:count]
+    blocks = make([rng.choice([10, 10, 15, 33]) for _ in range(count)], lists)
+    made = plan_or_none(blocks, rng.randrange(66, sum(block.nbytes for block in blocks)))
+    if made is not None:
+        assert_spread(set(made.streamed), blocks, {})
+
+
+def test_two_kinds_in_turn_do_not_stream_side_by_side():
+    """Half of each: spread alike, they would stream in pairs."""
+    blocks = make([10 if at % 2 else 11 for at in range(80)])
+    places = choose.spread([[choose.Kind(b.nbytes, 1) for b in blocks]], SHARES)[0]
+    assert len(places) == 40
+    assert max(gaps_of(places, 80)) <= 3
+
+
+SHARES = {choose.Kind(10, 1): 20, choose.Kind(11, 1): 20}
+
+
+def test_long_lists_of_mixed_kinds_keep_their_streamed_blocks_apart():
+    blocks = make([10 if at % 2 else 15 for at in range(400)])
+    uses = {block.name: 1 for block in blocks if block.nbytes == 10}
+    made = plan(blocks, sum(block.nbytes for block in blocks) - 980, uses)
+    assert {blocks[int(name.split(".")[1])].nbytes for name in made.streamed} == {10}
+    assert len(made.streamed) == 100
+    assert spacing_of([block.name in made.streamed for block in blocks]) == (-4, 1600)
+
+
+@given(problems(most=7, size=6))
+@settings(max_examples=60, deadline=None)
+def test_refusal_names_the_least_limit_that_would_do(problem):
+    blocks, uses = problem
+    least = next(b for b in itertools.count() if plan_or_none(blocks, b, uses, outside_bytes=3))
+    if least:
+        with pytest.raises(BudgetError, match=rf"\({least - 1} bytes\).*\({least} bytes"):
+            plan(blocks, least - 1, uses, outside_bytes=3)
+    assert plan(blocks, least, uses, outside_bytes=3).total_bytes <= least
+
+
+S = (1234577, 2345699, 987654323, 55555557)
+MANY = {
+    "all the same": make([1234577] * 10_000),
+    "two lists": make([1234577] * 10_000, ["a"] * 4000 + ["b"] * 6000),
+    "four kinds": make([S[at % 4] for at in range(10_000)]),
+    "four kinds, four lists": make([S[at % 4] for at in range(10_000)], "abcd" * 2500),
+    "all different": make([10**8 + at * 7919 for at in range(10_000)], ["a", "b"] * 5000),
+}
+
+
+@pytest.mark.parametrize("case", MANY)
+@pytest.mark.parametrize("part", [0.495, 0.935])
+def test_ten_thousand_blocks_are_planned_in_few_steps(case, part, monkeypatch):
+    """A square of their number would be 100 million lines, or elements of arrays; these bounds
+    are less than a second."""
+    blocks, numpy = MANY[case], CountingNumpy()
+    budget = int(part * sum(block.nbytes for block in blocks))
+    monkeypatch.setattr(choose, "np", numpy)
+    results = []
+    assert executed_lines(lambda: results.append(plan(blocks, budget))) < 4e6
+    assert numpy.num_elements < 5e7
+    [made] = results
+    assert made.total_bytes <= budget
+    assert len(made.resident) + len(made.streamed) == 10_000
+
+
+def test_everything_fits_without_slots():
+    made = plan(
+        make([5, 7, 0], "aab"), 112, {"a": 1, "b.2": 2}, outside_bytes=60, reserved_bytes=40
+    )
+    assert made.resident == ("a.0", "a.1", "b.2")
+    assert (made.streamed, made.slot_bytes, made.streamed_bytes_per_request) == ((), 0, 0)
+    assert (made.resident_bytes, made.total_bytes) == (72, 112)
+    assert dict(made.uses) == {"a.0": 1, "a.1": 1, "b.2": 2}
+    with pytest.raises(TypeError):
+        made.uses["a.0"] = 3
+    assert "fits entirely: nothing is streamed" in str(made)
+    assert plan([], 0).total_bytes == 0
+
+
+def test_a_plan_can_be_copied_and_pickled():
+    made = plan(make([4, 5, 6, 7]), 20, {".1": 2})
+    for twin in (copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
+        assert twin == made
+        with pytest.raises(TypeError):
+            twin.uses[".1"] = 3
+
+
+def test_cross_attention_stays_out_and_decoder_blocks_stay_in():
+    encoder = [Block(f"encoder.{at}", 100, "encoder") for at in range(24)]
+    decoder = [Block(f"decoder.{at}", 100, "decoder") for at in range(24)]
+    cross = [Block(f"cross.{at}", 40, "cross") for at in range(24)]
+    made = plan(encoder + decoder + cross, 24 * 100 + 200, {"encoder": 1, "cross": 1})
+    assert made.resident == tuple(block.name for block in decoder)
+    assert made.streamed_bytes_per_request == 24 * 140
+
+
+def test_picture_shows_every_block_and_its_numbers():
+    blocks = make([1 << 20] * 70 + [1 << 19] * 3, ["decoder.layers"] * 70 + ["head"] * 3)
+    text = str(plan(blocks, 40 << 20, {"decoder.layers.0": 1, "head": 2.5}, reserved_bytes=1 << 20))
+    rows = text.splitlines()
+    made = plan(blocks, 40 << 20, {"decoder.layers.0": 1, "head": 2.5}, reserved_bytes=1 << 20)
+    signs = "".join(row.strip() for row in rows if set(row.strip()) <= {"#", "."})
+    assert signs == "".join("." if b.name in made.streamed else "#" for b in blocks)
+    assert any(row.startswith("decoder.layers:") and "uses 1 to 128" in row for row in rows)
+    assert any(row.startswith("head:") and "uses 2.5" in row for row in rows)
+    assert "40.0 MiB" in text and "fits entirely" not in text
+    assert max(map(len, rows)) <= 100
+
+
+# Blobs that host memory has no room for
+
+
+@given(problems(most=8), st.integers(0, 60), st.integers(0, 60))
+@settings(max_examples=200, deadline=None)
+def test_least_is_read_from_disk_and_spread_evenly(problem, budget, host_bytes):
+    """Against every choice there is: two staging buffers, and the rest, within `host_bytes`."""
+    blocks, uses = problem
+    everywhere = plan_or_none(blocks, budget, uses)
+    if everywhere is None:
+        return
+    streamed = [block for block in blocks if block.name in everywhere.streamed]
+    best = best_of_all(streamed, host_bytes, uses)
+    made = plan_or_none(blocks, budget, uses, host_bytes=host_bytes)
+    if best is None:
+        assert made is None
+        return
+    assert made.streamed == everywhere.streamed and made.resident == everywhere.resident
+    assert list(made.on_disk) == [name for name in made.streamed if name in made.on_disk]
+    assert made.host_bytes <= host_bytes
+    assert cost_of(set(made.on_disk), blocks, uses) == best
+    assert_spread(set(made.on_disk), streamed, uses)
+    assert [made.streamed[at] for at in made.disk_places] == list(made.on_disk)
+
+
+@given(problems(most=40, size=9, kinds=3), st.integers(0, 200))
+@settings(max_examples=60, deadline=None)
+def test_more_host_memory_never_reads_more(problem, budget):
+    blocks, uses = problem
+    whole = plan_or_none(blocks, budget, uses)
+    if whole is None:
+        return
+    read = [
+        cost_of(set(made.on_disk), blocks, uses)
+        for host_bytes in range(0, whole.streamed_bytes + 2, 3)
+        if (made := plan_or_none(blocks, budget, uses, host_bytes=host_bytes)) is not None
+    ]
+    assert read == sorted(read, reverse=True)
+    enough = plan(blocks, budget, uses, host_bytes=whole.streamed_bytes)
+    assert enough == whole and enough.on_disk == () and enough.staging_bytes == 0
+
+
+def test_equal_blobs_on_disk_are_spread_among_the_streamed_ones():
+    made = plan(make([10] * 100), 20, host_bytes=10 * (75 + 2))
+    assert len(made.streamed) == 100 and len(made.on_disk) == 25
+    assert made.disk_places == tuple(range(0, 100, 4))
+    assert (made.disk_bytes, made.staging_bytes, made.host_bytes) == (250, 20, 770)
+
+
+def test_what_is_used_seldom_goes_to_disk_first():
+    made = plan(make([10] * 20, ["e"] * 10 + ["d"] * 10), 20, {"e": 1}, host_bytes=150)
+    assert len(made.on_disk) == 7 and all(name.startswith("e.") for name in made.on_disk)
+
+
+def test_picture_shows_three_tiers():
+    blocks = make([1 << 20] * 50, ["layers"] * 50)
+    made = plan(blocks, 22 << 20, host_bytes=20 << 20)
+    assert (len(made.resident), len(made.streamed), len(made.on_disk)) == (20, 30, 12)
+    rows = str(made).splitlines()
+    signs = "".join(row.strip() for row in rows if set(row.strip()) <= {"#", ".", ":"})
+    assert [signs.count(sign) for sign in "#.:"] == [20, 18, 12]
+    assert [name for name, sign in zip(made.uses, signs, strict=True) if sign == ":"] == list(
+        made.on_disk
+    )
+    text = " ".join(" ".join(rows).split())
+    assert "in host 20.0 MiB 18 streamed blocks, and two staging buffers of 1.0 MiB" in text
+    assert "on disk 12.0 MiB 12 streamed blocks, 1.5 GiB read per request" in text
+    assert "20 stay (#), 18 stream (.), 12 from disk (:)" in text
+    assert max(map(len, rows)) <= 100
+    assert pickle.loads(pickle.dumps(made)) == made
+    without = str(plan(blocks, 22 << 20))
+    assert "disk" not in without and ":" not in without.splitlines()[-1]
+
+
+def test_too_little_host_memory_is_refused_with_the_least_that_would_do():
+    with pytest.raises(BudgetError, match=r"\(19 bytes\) of host memory.*\(20 bytes: two staging"):
+        plan(make([10] * 9), 20, host_bytes=19)
+    assert len(plan(make([10] * 9), 20, host_bytes=20).on_disk) == 9
+
+
+BLOCKS = make([4, 5, 6])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "keywords", "message"),
+    [
+        ((BLOCKS, 99, {"nope": 1}), {}, "'nope'; accepted"),
+        ((BLOCKS, 99, {".1": 0}), {}, r"uses\['.1'\]=0"),
+        ((BLOCKS, 99, {".1": -1.5}), {}, "above 0"),
+        ((BLOCKS, 99, {".1": float("nan")}), {}, "finite"),
+        ((BLOCKS, 99, {".1": float("inf")}), {}, "finite"),
+        ((BLOCKS, 99, {".1": "2"}), {}, "finite"),
+        ((BLOCKS, -1), {}, "budget=-1"),
+        ((BLOCKS, 1.5), {}, "budget=1.5"),
+        ((BLOCKS, 99), {"outside_bytes": -1}, "outside_bytes=-1"),
+        ((BLOCKS, 99), {"reserved_bytes": -1}, "reserved_bytes=-1"),
+        ((BLOCKS, 99), {"host_bytes": -1}, "host_bytes=-1"),
+        (([Block("a", -1)], 99), {}, "block 'a'=-1"),
+        (([Block("a", 1), Block("a", 2)], 99), {}, "two blocks are named 'a'"),
+        (([Block("a", 2**61)], 99), {}, "at most"),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments, keywords, message):
+    with pytest.raises(ArgumentError, match=message):
+        plan(*arguments, **keywords)
+
+
+def test_a_block_name_wins_over_its_list_and_the_rest_is_default():
+    made = plan(make([1, 1, 1], "aab"), 9, {"a": 3, "a.1": 0.5})
+    assert dict(made.uses) == {"a.0": 3, "a.1": 0.5, "b.2": DEFAULT_USES}
+
+
+@pytest.mark.parametrize("uses", [5e-324, 1e-300, 1e300])
+def test_extreme_uses_are_planned_too(uses):
+    blocks = make([3, 5, 7, 11] * 5, "abcd" * 5)
+    made = plan(blocks, 60, {"a": uses})
+    assert made.total_bytes <= 60
+    cost = cost_of(set(made.streamed), blocks, {"a": uses})
+    assert cost <= least_cost(blocks, 60, {"a": uses}) * Fraction(1 + 1e-12)

@@ -1,0 +1,62 @@
+"""The thread that does what it is handed, and the outcome of each job."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from bminf.offload.backends.reader import Outcome, Reader
+
+SOON_S = 60.0  # what is waited for takes milliseconds
+
+
+def test_a_job_is_waited_for_by_all_who_ask() -> None:
+    reader, may_end = Reader("test-reader"), threading.Event()
+    outcome = reader.submit(lambda: may_end.wait(SOON_S))
+    with pytest.raises(TimeoutError):
+        outcome.wait(0.001)
+    assert not outcome.done()
+    waiting = [threading.Thread(target=outcome.result, args=(SOON_S,)) for _ in range(3)]
+    for thread in waiting:
+        thread.start()
+    may_end.set()
+    for thread in waiting:
+        thread.join(SOON_S)
+    assert outcome.done() and not any(thread.is_alive() for thread in waiting)
+    outcome.wait()
+    reader.stop()
+    reader.join()
+
+
+def test_the_error_of_a_job_is_raised_each_time_it_is_asked_for() -> None:
+    def fail() -> None:
+        raise OSError("the disk is gone")
+
+    reader = Reader("test-reader")
+    failed, after = reader.submit(fail), reader.submit(lambda: None)
+    after.result(SOON_S)  # the thread goes on
+    for _ in range(2):
+        with pytest.raises(OSError, match="the disk is gone"):
+            failed.result()
+    reader.stop()
+    reader.join()
+
+
+def test_a_wait_that_is_interrupted_leaves_nobody_waiting() -> None:
+    """Between taking the lock and giving it back: whoever asks later must not wait for it."""
+
+    class Interrupted:
+        def acquire(self, timeout: float) -> bool:
+            outcome.end()
+            raise KeyboardInterrupt
+
+        def release(self) -> None:
+            """The job's, which has ended."""
+
+    outcome = Outcome()
+    outcome._under_way = Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        outcome.wait()
+    outcome.result()
+    assert outcome.done()
