@@ -10,8 +10,8 @@ import torch
 
 from benchmarks.card import Card, plan_entries, streamed_bytes
 from benchmarks.glm_model import PUBLISHED, TITLE, Sizes, planned
-from bminf.offload.backends.simulated import Prediction, predict
 from bminf.offload.plan import Plan
+from bminf.offload.predict import Prediction, predict
 
 CARD = Card("24 GB card", int(0.9 * 24 * 2**30), 25 * 10**9, 936 * 10**9)
 """90% of an RTX 3090's memory, whose data sheet says 936 GB/s; PCIe 4.0 x16 carries about 25 GB/s

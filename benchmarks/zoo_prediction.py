@@ -11,8 +11,8 @@ import torch
 
 from benchmarks.card import Card, plan_entries, streamed_bytes
 from benchmarks.zoo_model import PUBLISHED, TITLE, Sizes, planned
-from bminf.offload.backends.simulated import Prediction, predict
 from bminf.offload.plan import Plan
+from bminf.offload.predict import Prediction, predict
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from bminf.keywords import check_keywords, keywords_of, known_keywords
 from bminf.layers.saving import refuse_to_save
 from bminf.layout import Layout
 from bminf.offload.blob import Blobs, check_tensors, survey, unmapped_bytes
-from bminf.offload.blocks import ModuleBlock, find_blocks, tensors_of
+from bminf.offload.blocks import ModuleBlock, find_blocks, has_tensors, tensors_of
 from bminf.offload.context import USUAL_LENGTH, Context, context_of, writes_text
 from bminf.offload.device import backend_for, device_for, free_budget, host_budget, taken_bytes
 from bminf.offload.held import Originals, warn_of_held
@@ -26,7 +26,6 @@ from bminf.offload.offloaded import fetch_offloaded
 from bminf.offload.placement import place, take_back
 from bminf.offload.plan import Block, Plan, Remedy, plan
 from bminf.offload.remedies import remedies
-from bminf.offload.repeated import has_tensors
 from bminf.offload.stand_ins import Choice, Predicate, choose, warn_of_what_stays
 from bminf.offload.unregistered import (
     Unregistered,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import bminf
-from bminf.offload.backends.reader import Outcome
+from bminf.offload.disk import Outcome
 from bminf.offload.ring import NUM_SLOTS
 from bminf.wrapping import plan_for
 

@@ -156,7 +156,7 @@ def test_no_file_is_left_behind(tmp_path: Path) -> None:
 def test_an_error_while_wrapping_puts_the_model_back_together(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from bminf.offload.store import FileStore
+    from bminf.offload.disk import FileStore
 
     model, x = make_stack(), torch.randn(3, 16)
     expected, written = model(x), []

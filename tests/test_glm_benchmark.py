@@ -26,7 +26,7 @@ from bminf.errors import ArgumentError
 from bminf.layers.host_embedding import HostEmbedding
 from bminf.models.load import check_shapes
 from bminf.models.planning import plan_glm
-from bminf.offload.backends.simulated import predict
+from bminf.offload.predict import predict
 
 SIZES = (
     "--layers", "3", "--hidden-size", "64", "--intermediate-size", "96", "--heads", "4",

@@ -304,7 +304,7 @@ def test_only_the_encoder_of_two_parts_is_used_once(
 
 
 def test_a_copy_starts_as_soon_as_a_slot_is_free() -> None:
-    from bminf.offload.backends.simulated import SimulatedBackend
+    from bminf.offload.predict import SimulatedBackend
     from bminf.offload.ring import Ring
 
     backend = SimulatedBackend([1] * 5, 1.0)
@@ -344,12 +344,12 @@ def test_short_reads_and_writes_are_continued(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A call may move less than was asked: 2 GiB at most on Linux."""
-    from bminf.offload import store
+    from bminf.offload.disk import FileStore
 
     read, write = os.preadv, os.pwrite
     monkeypatch.setattr(os, "preadv", lambda f, parts, at: read(f, [parts[0][:1000]], at))
     monkeypatch.setattr(os, "pwrite", lambda f, data, at: write(f, data[:700], at))
-    homes = store.FileStore([5000, 2500], tmp_path)
+    homes = FileStore([5000, 2500], tmp_path)
     for number, nbytes in ((1, 2500), (0, 5000)):
         blob = torch.arange(nbytes).to(torch.uint8)
         homes.write(number, blob)

@@ -13,8 +13,8 @@ import bminf
 from bminf.cli.subjects import build_on_meta
 from bminf.errors import ArgumentError, BudgetError, NothingToStreamError, UnsupportedModelError
 from bminf.layers.quantized_linear import QuantizedLinear
-from bminf.offload.backends.simulated import predict
 from bminf.offload.plan import least_budget
+from bminf.offload.predict import predict
 from bminf.wrapping import plan_for
 
 ALBERT = dict(

@@ -14,9 +14,9 @@ from bminf.cli.subjects import subject_of
 from bminf.units import format_bytes, parse_bytes, parse_rate
 
 if TYPE_CHECKING:
-    from bminf.offload.backends.simulated import Prediction
     from bminf.offload.context import Context
     from bminf.offload.plan import Block, Plan
+    from bminf.offload.predict import Prediction
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -139,7 +139,7 @@ def _plan_entries(plan: Plan, speeds: _Speeds) -> dict[str, Any]:
 
 
 def _predict(plan: Plan, speeds: _Speeds) -> Prediction:
-    from bminf.offload.backends.simulated import predict
+    from bminf.offload.predict import predict
 
     return predict(plan, speeds.link, speeds.memory, disk_bytes_per_s=speeds.disk)
 

@@ -1,19 +1,138 @@
-"""Host memory in exact sizes, and how much of it is free."""
+"""Host memory in exact sizes, and how much of it is free to this process.
+
+A container, a service or a user's session may have less than the machine. Every control group, from
+the process's own up to the outermost that can be seen, has limits of its own, and counts what all
+processes below it use; the least of what they leave is what can be had.
+
+Source: the kernel's Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst, proc(5).
+"""
 
 from __future__ import annotations
 
 import ctypes
+import re
 import sys
 from bisect import bisect_right
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 
 import torch
 
 from bminf.errors import BudgetError
-from bminf.offload.control_groups import free_below_limits
 from bminf.pages import private_pages
 from bminf.units import format_bytes
+
+_OCTAL = re.compile(r"\\([0-7]{3})")  # how mountinfo writes spaces
+
+
+@dataclass(frozen=True)
+class _Version:
+    """The files of one version of control groups.
+
+    limits: each of them bounds `usage`. memory.high does not kill, but a process above it is slowed
+    down until it is below: such memory is not to be had either.
+    reclaimable: in memory.stat, bytes of cached files that count as used and are given up first.
+    """
+
+    file_system: str
+    limits: tuple[str, ...]
+    usage: str
+    reclaimable: str
+
+
+_VERSIONS = (
+    _Version("cgroup2", ("memory.max", "memory.high"), "memory.current", "inactive_file"),
+    _Version(
+        "cgroup", ("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file"
+    ),
+)  # fmt: skip
+
+
+def free_below_limits(root: Path, process: Path) -> list[int]:
+    """Free bytes under each limit of the process's control groups (version 2, then 1).
+
+    root: where control groups are mounted, usually /sys/fs/cgroup.   process: /proc/self.
+    """
+    free: list[int] = []
+    for version in _VERSIONS:
+        for folder in dict.fromkeys(_folders(version, root, process)):
+            free += _free_below(version, folder)
+    return free
+
+
+def _folders(version: _Version, root: Path, process: Path) -> Iterator[Path]:
+    """The groups of the process, and where there is no telling, the mount itself."""
+    yield root if version.file_system == "cgroup2" else root / "memory"
+    group = _group(version, process)
+    for top, mount in _mounts(version, process):
+        if not mount.is_relative_to(root):
+            continue
+        yield mount
+        # A group outside what is mounted here, "/../a" in a namespace, cannot be seen.
+        if group is not None and ".." not in group.parts and group.is_relative_to(top):
+            own = mount / group.relative_to(top)
+            yield from (path for path in (own, *own.parents) if path.is_relative_to(mount))
+
+
+def _group(version: _Version, process: Path) -> PurePosixPath | None:
+    """The group of the process, as its hierarchy names it: lines "number:controllers:path"."""
+    for line in _lines(process / "cgroup"):
+        number, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        is_own = number == "0" if version.file_system == "cgroup2" else _has_memory(controllers)
+        if is_own and path.startswith("/"):
+            return PurePosixPath(path)
+    return None
+
+
+def _mounts(version: _Version, process: Path) -> Iterator[tuple[PurePosixPath, Path]]:
+    """(the group that is mounted, where) of each mount of this version that counts memory.
+
+    A container that has no namespace of its own sees its group mounted as the top.
+    """
+    for line in _lines(process / "mountinfo"):
+        fields, _, rest = line.partition(" - ")
+        words, described = fields.split(" "), rest.split(" ")
+        if len(words) < 5 or len(described) < 3 or described[0] != version.file_system:
+            continue
+        if version.file_system == "cgroup2" or _has_memory(described[2]):
+            yield PurePosixPath(_unescaped(words[3])), Path(_unescaped(words[4]))
+
+
+def _has_memory(words: str) -> bool:
+    return "memory" in words.split(",")
+
+
+def _unescaped(text: str) -> str:
+    return _OCTAL.sub(lambda found: chr(int(found[1], 8)), text)
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_bytes().decode(errors="replace").splitlines()
+    except OSError:
+        return []
+
+
+def _free_below(version: _Version, folder: Path) -> Iterator[int]:
+    """Free bytes under each limit of one group; none where it counts no memory, or is gone."""
+    used = _number(folder / version.usage)
+    if used is None:
+        return
+    counts = dict(line.split(" ", 1) for line in _lines(folder / "memory.stat") if " " in line)
+    reclaimable = counts.get(version.reclaimable, "0").strip()
+    used -= int(reclaimable) if reclaimable.isdecimal() else 0
+    for name in version.limits:
+        limit = _number(folder / name)
+        if limit is not None:
+            yield max(0, limit - used)
+
+
+def _number(path: Path) -> int | None:
+    """What a file holds; None for "max", which is no limit, and where there is no such file."""
+    text = "".join(_lines(path)).strip()
+    return int(text) if text.isdecimal() else None
 
 
 def allocate(nbytes: int) -> torch.Tensor:

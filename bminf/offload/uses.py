@@ -16,9 +16,8 @@ from typing import Any
 
 import torch
 
-from bminf.offload.blocks import ModuleBlock
+from bminf.offload.blocks import LISTS, ModuleBlock
 from bminf.offload.plan import DEFAULT_USES
-from bminf.offload.repeated import LISTS
 
 _ONCE = 1
 _CACHES = {"past_key_values", "past_buckets_states", "cache_params", "state", "mems"}

@@ -12,8 +12,7 @@ import transformers
 
 import bminf
 from bminf.errors import ArgumentError, BudgetError
-from bminf.offload.cache_size import cache_bytes
-from bminf.offload.context import context_of
+from bminf.offload.context import cache_bytes, context_of
 
 LENGTH, BATCH = 40, 2
 TEXT: dict[str, Any] = dict(

@@ -39,7 +39,7 @@ from bminf.errors import BudgetError, OffloadError, UnsupportedModelError
 from bminf.offload import memory
 from bminf.offload.backends import cuda
 from bminf.offload.device import taken_bytes
-from bminf.offload.store import FileStore
+from bminf.offload.disk import FileStore
 from bminf.wrapping import plan_for
 
 MIB = 2**20

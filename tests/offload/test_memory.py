@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bminf.offload import memory
-from bminf.offload.control_groups import free_below_limits
+from bminf.offload.memory import free_below_limits
 
 MIB = 2**20
 

@@ -10,8 +10,8 @@ from streaming import Residual, Stack, make_stack, stream
 
 import bminf
 from bminf.layers.quantized_linear import QuantizedLinear
-from bminf.offload.backends.simulated import predict
 from bminf.offload.blocks import find_blocks
+from bminf.offload.predict import predict
 from bminf.wrapping import plan_for
 
 

@@ -19,9 +19,7 @@ from hypothesis import strategies as st
 
 from bminf.errors import OffloadError
 from bminf.offload import memory
-from bminf.offload.backends.reader import Reader
-from bminf.offload.read_ahead import NUM_STAGES, ReadAhead, Staging
-from bminf.offload.store import FileStore
+from bminf.offload.disk import NUM_STAGES, FileStore, ReadAhead, Reader, Staging
 
 SIZES = [700, 4096, 1, 5000, 333]
 SOON_S = 120.0  # far more than anything here takes, also where all cores are busy

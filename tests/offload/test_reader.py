@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from bminf.offload.backends.reader import Outcome, Reader
+from bminf.offload.disk import Outcome, Reader
 
 SOON_S = 60.0  # what is waited for takes milliseconds
 

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bminf.errors import ArgumentError, UnsupportedModelError
-from bminf.offload.backends.simulated import (
+from bminf.offload.plan import Block, plan
+from bminf.offload.predict import (
     Access,
     SimulatedBackend,
     SimulatedDisk,
@@ -20,7 +21,6 @@ from bminf.offload.backends.simulated import (
     predict,
     run_pass,
 )
-from bminf.offload.plan import Block, plan
 from bminf.offload.ring import Ring
 
 LINK = 1e9

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from bminf.errors import OffloadError
-from bminf.offload import memory, store
-from bminf.offload.store import FileStore
+from bminf.offload import disk, memory
+from bminf.offload.disk import FileStore
 
 SIZES = [5, 4096, 100_001, 64, 0]
 
@@ -48,8 +48,9 @@ def test_systems_without_preadv_use_readinto(monkeypatch: pytest.MonkeyPatch) ->
     """A second copy of the module, as it is where os has neither preadv nor posix_fallocate."""
     for name in ("preadv", "pwrite", "posix_fallocate"):
         monkeypatch.delattr(os, name)
-    spec = importlib.util.spec_from_file_location("store_without_preadv", store.__file__)
+    spec = importlib.util.spec_from_file_location("store_without_preadv", disk.__file__)
     other = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, other)  # where dataclasses look for annotations
     spec.loader.exec_module(other)
     check_round_trip(other.FileStore(SIZES))
 
@@ -86,7 +87,7 @@ def test_a_quota_is_found_at_once(tmp_path: Path) -> None:
     program = (
         "import resource, sys\n"
         "from bminf.errors import OffloadError\n"
-        "from bminf.offload.store import FileStore\n"
+        "from bminf.offload.disk import FileStore\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))\n"
         "FileStore([10**5], sys.argv[1])\n"
         "try:\n    FileStore([10**7], sys.argv[1])\n"
@@ -111,13 +112,13 @@ def test_folders_in_memory_are_avoided_or_named(monkeypatch: pytest.MonkeyPatch)
     mounts = "none / ext4 rw 0 0\nnone /tmp tmpfs rw 0 0\nnone /tmp/with\\040space xfs rw 0 0\n"
     monkeypatch.setattr(Path, "read_text", lambda self: mounts)
     monkeypatch.setattr(Path, "resolve", lambda self: self)
-    monkeypatch.setattr(store.tempfile, "gettempdir", lambda: "/tmp")
-    assert store._file_system(Path("/tmp/deep/er")) == "tmpfs"
-    assert store._file_system(Path("/tmp/with space/er")) == "xfs"
-    assert store._folder(None) == Path("/var/tmp")
+    monkeypatch.setattr(disk.tempfile, "gettempdir", lambda: "/tmp")
+    assert disk._file_system(Path("/tmp/deep/er")) == "tmpfs"
+    assert disk._file_system(Path("/tmp/with space/er")) == "xfs"
+    assert disk._folder(None) == Path("/var/tmp")
     with pytest.warns(UserWarning, match="lies in memory"):
-        assert store._folder("/tmp") == Path("/tmp")
-    assert store._folder("/home") == Path("/home")
+        assert disk._folder("/tmp") == Path("/tmp")
+    assert disk._folder("/home") == Path("/home")
 
 
 # Memory

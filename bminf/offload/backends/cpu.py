@@ -16,9 +16,8 @@ import torch
 from bminf.layout import Filling, Layout
 from bminf.offload import memory
 from bminf.offload.backends.base import Counters
-from bminf.offload.backends.reader import Outcome, Reader
+from bminf.offload.disk import FileStore, Outcome, Reader, bytes_of
 from bminf.offload.ring import NUM_SLOTS
-from bminf.offload.store import FileStore, bytes_of
 
 
 class CpuBackend:

@@ -4,7 +4,7 @@ The copy stream waits for the event behind the last use of a slot, the computing
 event behind the copy; a blob is one transfer. All device memory comes from torch's allocator.
 
 Blobs that host memory has no room for lie in a file and are read ahead into page-locked staging
-buffers (read_ahead.py). A transfer can be queued only when its blob has been read, so the host may
+buffers (disk.py). A transfer can be queued only when its blob has been read, so the host may
 have to wait for that; with all homes in host memory it never waits within a pass.
 """
 
@@ -24,10 +24,8 @@ from bminf.cuda.pinned import PinnedMemory
 from bminf.errors import BudgetError
 from bminf.layout import Filling, Layout
 from bminf.offload.backends.base import Counters
-from bminf.offload.backends.reader import Reader
-from bminf.offload.read_ahead import NUM_STAGES, ReadAhead
+from bminf.offload.disk import NUM_STAGES, FileStore, ReadAhead, Reader
 from bminf.offload.ring import NUM_SLOTS
-from bminf.offload.store import FileStore
 from bminf.units import format_bytes
 
 logger = logging.getLogger("bminf")

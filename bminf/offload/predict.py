@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from bminf.errors import ArgumentError
+from bminf.offload.disk import NUM_STAGES, Staging
 from bminf.offload.plan import DEFAULT_USES, Block, Plan
-from bminf.offload.read_ahead import NUM_STAGES, Staging
 from bminf.offload.ring import Ring
 
 

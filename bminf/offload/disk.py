@@ -1,9 +1,11 @@
-"""Blobs that wait in a file come through staging buffers in host memory, read before they are used.
+"""Blobs that wait in a file: the file, the thread that reads it, and reading ahead.
 
-A thread reads the next blobs as soon as a buffer is free, in the order learned from the last pass.
-What is done with a blob, such as queueing its transfer to a device, is handed over as a job. Jobs
-are done in the order they are given, also those that need nothing from the file: of two transfers
-into one slot, the later one must be the last. A wrong guess costs one read that is waited for.
+The file is one nameless temporary file, read straight into a slot, or into staging buffers in host
+memory before they are used. A thread reads the next blobs as soon as a buffer is free, in the order
+learned from the last pass. What is done with a blob, such as queueing its transfer to a device, is
+handed over as a job. Jobs are done in the order they are given, also those that need nothing from
+the file: of two transfers into one slot, the later one must be the last. A wrong guess costs one
+read that is waited for.
 
 Nothing here knows of devices. A buffer is free again when a function says so by returning.
 """
@@ -11,20 +13,272 @@ Nothing here knows of devices. A buffer is free again when a function says so by
 from __future__ import annotations
 
 import atexit
+import mmap
+import os
+import shutil
+import tempfile
 import threading
+import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import torch
 
-from bminf.errors import OffloadError
-from bminf.offload.backends.reader import Outcome, Reader
-from bminf.offload.store import FileStore
+from bminf.errors import ArgumentError, OffloadError
+from bminf.units import format_bytes
+
+
+class Outcome:
+    """Whether a job has ended, and with which error.
+
+    As concurrent.futures.Future, of which it has what is used here: one is made for every copy, and
+    that one takes 17 Python calls where this takes four.
+    """
+
+    def __init__(self) -> None:
+        self.error: BaseException | None = None
+        self._is_done = False
+        self._under_way = threading.Lock()
+        self._under_way.acquire()
+
+    def end(self, error: BaseException | None = None) -> None:
+        """The job has ended; called once."""
+        self.error = error
+        self._is_done = True  # first, so that an interrupt in wait() leaves nobody waiting
+        self._under_way.release()
+
+    def done(self) -> bool:
+        return self._is_done
+
+    def wait(self, timeout_s: float = -1) -> None:
+        """Return when the job has ended. Raises TimeoutError."""
+        if self._is_done:
+            return
+        if not self._under_way.acquire(timeout=timeout_s):
+            raise TimeoutError
+        self._under_way.release()
+
+    def result(self, timeout_s: float = -1) -> None:
+        """As wait(), and raise what the job raised."""
+        if not self._is_done:
+            self.wait(timeout_s)
+        if self.error is not None:
+            raise self.error
+
+
+_Job = tuple[Callable[[], None], Outcome]
+
+
+class Reader:
+    """A daemon thread with a queue.
+
+    No executor: all executors of a process share a lock, and hold it while they start a thread.
+    The garbage collector may find a dead model in just that moment, and its finalizer would wait
+    for that lock forever. SimpleQueue.put is made for finalizers: stop() never waits.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
+        # The thread knows the queue only, so that a model that nobody holds can be collected.
+        self._thread = threading.Thread(target=_work, args=(self._jobs,), name=name, daemon=True)
+        self._thread.start()
+
+    def submit(self, job: Callable[[], None]) -> Outcome:
+        """Do `job` after all that was submitted before; the outcome holds its error."""
+        outcome = Outcome()
+        self._jobs.put((job, outcome))
+        return outcome
+
+    def stop(self) -> None:
+        """End the thread once all jobs are done; it is not waited for."""
+        self._jobs.put(None)
+
+    def join(self) -> None:
+        """Wait until the thread has ended."""
+        self._thread.join()
+
+
+def _work(jobs: SimpleQueue[_Job | None]) -> None:
+    while (job := jobs.get()) is not None:
+        _do(*job)
+        del job  # an idle thread keeps nothing alive
+
+
+def _do(job: Callable[[], None], outcome: Outcome) -> None:
+    try:
+        job()
+    except BaseException as error:
+        outcome.end(error)
+    else:
+        outcome.end()
+
+
+_MEMORY_FILE_SYSTEMS = {"tmpfs", "ramfs"}
+
+
+class FileStore:
+    """Blobs of given sizes in a temporary file of `offload_dir`.
+
+    The file has no name where the system allows that, and vanishes with the process in any case.
+    Its room is reserved at once, so that a full disk is found before anything is moved.
+    Raises OffloadError where the folder cannot be written or has not enough room.
+    """
+
+    def __init__(self, blob_bytes: Sequence[int], offload_dir: str | Path | None = None) -> None:
+        self._blob_bytes = list(blob_bytes)
+        self._offsets, end = _offsets(blob_bytes)
+        if offload_dir is not None and not isinstance(offload_dir, str | os.PathLike):
+            raise ArgumentError(
+                f"offload_dir={offload_dir!r} is a {type(offload_dir).__name__}; give a path"
+            )
+        try:
+            folder = _folder(offload_dir)
+        except (OSError, ValueError, RuntimeError) as error:  # a loop of links, a NUL
+            raise OffloadError(f"offload_dir={offload_dir!r} is not a folder: {error}") from error
+        self._file = _open(folder, end)
+        self._descriptor = self._file.fileno()
+        weakref.finalize(self, self._file.close)
+
+    def write(self, block: int, blob: torch.Tensor, begin: int = 0) -> None:
+        """Keep a blob, or the part of one that begins at `begin`. blob: (bytes,) uint8, CPU."""
+        data, offset = bytes_of(blob), self._offsets[block] + begin
+        try:
+            while data:
+                written = _write_at(self._file, data, offset)
+                data, offset = data[written:], offset + written
+        except OSError as error:
+            raise OffloadError(f"writing a streamed block failed: {error}") from error
+
+    def read_into(self, block: int, blob: torch.Tensor | memoryview) -> None:
+        """Fetch a blob. blob: (bytes of the block,) uint8, CPU; it is overwritten."""
+        data = bytes_of(blob) if isinstance(blob, torch.Tensor) else blob
+        offset = self._offsets[block]
+        try:
+            while data:
+                count = _read_at(self._file, data, offset)
+                if count == 0:
+                    raise OSError("the file is shorter than what was written to it")
+                data, offset = data[count:], offset + count
+        except (OSError, ValueError) as error:
+            raise OffloadError(f"reading a streamed block failed: {error}") from error
+
+    def map(self, block: int) -> torch.Tensor:
+        """The blob as (bytes of the block,) uint8, mapped: pages are read when they are touched.
+
+        Writing to it changes a private copy. It stays valid after close().
+        """
+        nbytes = self._blob_bytes[block]
+        region = mmap.mmap(
+            self._descriptor, nbytes, access=mmap.ACCESS_COPY, offset=self._offsets[block]
+        )
+        with torch.inference_mode(False):
+            return torch.frombuffer(region, dtype=torch.uint8)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _offsets(blob_bytes: Sequence[int]) -> tuple[list[int], int]:
+    """Where each blob starts, such that it can be mapped, and where the last one ends."""
+    offsets, end = [], 0
+    for nbytes in blob_bytes:
+        offsets.append(-(-end // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY)
+        end = offsets[-1] + nbytes
+    return offsets, end
+
+
+def _open(folder: Path, nbytes: int) -> tempfile._TemporaryFileWrapper[bytes]:
+    try:
+        free = shutil.disk_usage(folder).free
+        if free < nbytes:
+            raise OSError(f"{format_bytes(free)} are free there")
+        file = tempfile.TemporaryFile(dir=folder, buffering=0)
+        try:
+            _reserve(file.fileno(), nbytes)
+        except BaseException:
+            file.close()
+            raise
+    except OSError as error:
+        raise OffloadError(
+            f"{format_bytes(nbytes)} of streamed blocks cannot be kept in {str(folder)!r}: "
+            f"{error}; give a folder with room on a disk as offload_dir=..."
+        ) from error
+    return file  # type: ignore[return-value]
+
+
+def _reserve(descriptor: int, nbytes: int) -> None:
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, max(1, nbytes))
+    else:
+        os.ftruncate(descriptor, nbytes)
+
+
+def _folder(offload_dir: str | Path | None) -> Path:
+    """The folder to use; by default a temporary one that is not itself in memory."""
+    if offload_dir is not None:
+        folder = Path(offload_dir)
+        if _file_system(folder) in _MEMORY_FILE_SYSTEMS:
+            warnings.warn(
+                f"offload_dir={str(folder)!r} lies in memory, so streamed blocks do not leave it; "
+                "give a folder on a disk",
+                stacklevel=2,
+            )
+        return folder
+    folder, other = Path(tempfile.gettempdir()), Path("/var/tmp")
+    if _file_system(folder) in _MEMORY_FILE_SYSTEMS and os.access(other, os.W_OK):
+        return other
+    return folder
+
+
+def _file_system(folder: Path) -> str:
+    """Its kind ("ext4", "tmpfs", ...), or "" where the system does not tell."""
+    mounts = Path("/proc/self/mounts")
+    if not mounts.exists():
+        return ""
+    path, best, kind = folder.resolve(), Path("/"), ""
+    for line in mounts.read_text().splitlines():
+        _, point, file_system, *_ = line.split()
+        mount = Path(point.encode().decode("unicode_escape"))
+        if path.is_relative_to(mount) and mount.is_relative_to(best):
+            best, kind = mount, file_system
+    return kind
+
+
+def bytes_of(blob: torch.Tensor) -> memoryview:
+    """The memory of `blob`: (bytes,) uint8, CPU."""
+    return memoryview(blob.numpy())  # type: ignore[arg-type]
+
+
+# preadv and pwrite move bytes at an offset in one call and without the GIL; Windows has neither.
+if hasattr(os, "preadv"):
+
+    def _read_at(file: tempfile._TemporaryFileWrapper[bytes], data: memoryview, offset: int) -> int:
+        return os.preadv(file.fileno(), [data], offset)
+
+    def _write_at(
+        file: tempfile._TemporaryFileWrapper[bytes], data: memoryview, offset: int
+    ) -> int:
+        return os.pwrite(file.fileno(), data, offset)
+
+else:
+
+    def _read_at(file: tempfile._TemporaryFileWrapper[bytes], data: memoryview, offset: int) -> int:
+        file.seek(offset)
+        return file.readinto(data) or 0
+
+    def _write_at(
+        file: tempfile._TemporaryFileWrapper[bytes], data: memoryview, offset: int
+    ) -> int:
+        file.seek(offset)
+        return file.write(data)
+
 
 NUM_STAGES = 2
 
