@@ -128,8 +128,8 @@ def _aligned(bias: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torc
     bias = bias.expand(*bias.shape[:-1], num_keys)
     starts = (bias.storage_offset(), *bias.stride()[:-1])
     if bias.stride(-1) != 1 or any(start % _ALIGNMENT for start in starts):
-        missing = -num_keys % _ALIGNMENT or _ALIGNMENT  # never 0, which would keep the strides
-        bias = F.pad(bias, (0, missing)).contiguous().narrow(-1, 0, num_keys)
+        missing = -num_keys % _ALIGNMENT
+        bias = F.pad(bias, (0, missing)).contiguous().narrow(-1, 0, num_keys)  # in new memory
     return bias.expand(*query.shape[:3], num_keys)
 
 

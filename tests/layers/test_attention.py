@@ -154,18 +154,22 @@ def test_what_is_switched_off_in_torch_is_not_used() -> None:
         flags.enable_mem_efficient_sdp(before)
 
 
+@pytest.mark.parametrize("num_keys", [21, 24])
 @pytest.mark.parametrize("num_queries", [1, 5, 21])
 @pytest.mark.parametrize("bias_shape", BIASES[1:])
 def test_the_operators_get_the_same_bias_in_rows_that_are_aligned(
-    num_queries: int, bias_shape: tuple[int, ...]
+    num_keys: int, num_queries: int, bias_shape: tuple[int, ...]
 ) -> None:
+    """Whatever they were: cut from a wider one, at any column, transposed, broadcast."""
     torch.manual_seed(0)
-    query, key = torch.randn(2, 3, num_queries, 16), torch.randn(2, 3, 21, 16)
-    shape = [num_queries if size == 5 else size for size in bias_shape]
-    whole = torch.randn(*shape[:-1], shape[-1] + 1)
-    for bias in (whole[..., 1:], whole[..., 1:].clone(), whole.mT.contiguous().mT[..., 1:]):
+    query, key = torch.randn(2, 3, num_queries, 16), torch.randn(2, 3, num_keys, 16)
+    *shape, num_columns = [{5: num_queries, 21: num_keys}.get(size, size) for size in bias_shape]
+    whole = torch.randn(*shape, 40)
+    cut = slice(1, 1 + num_columns)
+    narrow = whole[..., cut].clone()
+    for bias in (narrow, whole[..., cut], narrow.mT.contiguous().mT):
         given = module._aligned(bias, query, key)
-        assert torch.equal(given, bias.expand(2, 3, num_queries, 21))
+        assert torch.equal(given, bias.expand(2, 3, num_queries, num_keys))
         assert given.stride(-1) == 1 and given.storage_offset() % 8 == 0
         assert all(stride % 8 == 0 for stride in given.stride()[:-1])
         y = module._on_gpu("math", query, key, key, bias, 0.25)
