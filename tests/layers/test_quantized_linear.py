@@ -102,3 +102,9 @@ def test_buffers_that_do_not_fit_are_refused_when_loaded() -> None:
     state["scale"] = state["scale"].bfloat16()
     with pytest.raises(ArgumentError, match=r"scale is torch\.bfloat16"):
         quantized.load_state_dict(state, assign=True)
+
+
+@pytest.mark.parametrize("quantization", [None, False, True, "int5", 8])
+def test_a_packed_linear_is_packed_in_some_format(quantization: object) -> None:
+    with pytest.raises(ArgumentError, match=r'accepted: "int8", "int4", or a bminf\.Format$'):
+        bminf.QuantizedLinear(torch.nn.Linear(4, 4), quantization=quantization)

@@ -18,6 +18,7 @@ from bminf.quantization.packed import (
     dequantize,
     empty,
     pack,
+    parse_format,
     row_bytes,
     store_codes,
 )
@@ -267,3 +268,19 @@ def test_parts_that_do_not_go_together_are_refused(change: object, message: str)
     packed.check()
     with pytest.raises(ArgumentError, match=message):
         change(packed).check()  # type: ignore[operator]
+
+
+def test_a_format_is_asked_for_by_name_by_itself_or_not_at_all() -> None:
+    own = {"int4": INT4, "int4-row": Format(4)}
+    assert parse_format("int4") == INT4 and parse_format("int4-row", formats=own) == Format(4)
+    assert parse_format(Format(8, 32)) == Format(8, 32) and parse_format(True, default=INT8) == INT8
+    assert parse_format(None) is None and parse_format(False) is None
+    for asked, options, said in (
+        ("int4-row", {}, 'q=\'int4-row\'; accepted: "int8", "int4", a bminf.Format, or None'),
+        (True, {}, 'q=True; accepted: "int8", "int4", a bminf.Format, or None'),
+        (8, {"default": INT8}, 'accepted: True or "int8", "int4", a bminf.Format, or None'),
+        (None, {"is_optional": False}, 'q=None; accepted: "int8", "int4", or a bminf.Format'),
+    ):
+        with pytest.raises(ArgumentError) as caught:
+            parse_format(asked, "q", **options)
+        assert said in str(caught.value)
