@@ -198,3 +198,14 @@ def test_a_parameter_taken_away_stays_away() -> None:
         stack.eval().layers[3].up.bias = None
     for _ in range(2):
         assert torch.equal(model(x), plain(x))
+
+
+def test_a_tensor_that_was_swapped_in_is_used() -> None:
+    """The object that stands there is the one of before, with another tensor's values and class."""
+    reference, model, x = make_stack(), stream(make_stack()), torch.randn(3, 16)
+    other = torch.nn.Parameter(torch.randn(32, 16))
+    with torch.no_grad():
+        reference.layers[3].up.weight.copy_(other)
+        torch.utils.swap_tensors(model.layers[3].up.weight, other)
+        for _ in range(3):
+            assert torch.equal(model(x), reference(x))
