@@ -18,6 +18,7 @@ from tiny_models import make
 
 import bminf
 from bminf.errors import BudgetError, UnsupportedModelError
+from bminf.lazy import LazyTensor
 from bminf.offload import memory
 
 
@@ -103,15 +104,19 @@ def test_recurrent_layers_compute_with_the_slot_and_let_their_weights_go() -> No
             self.lstm = torch.nn.LSTM(width, width, batch_first=True)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.update(type(weight) for weight in self.lstm._flat_weights)
             return self.lstm(x)[0]
 
+    seen: set[type] = set()
     model, x = make_stack(block=Recurrent, width=256), torch.randn(2, 5, 256)
     expected = model(x).detach()  # its history would keep the weights
     before = resident_bytes()
     stream(model)
     assert resident_bytes() < before - 3 * bminf.plan_of(model).blocks[0].nbytes
+    seen.clear()
     for _ in range(2):
         assert torch.equal(model(x), expected)
+    assert seen and LazyTensor not in seen  # or each would be fetched once more
     bminf.unwrap(model)
     assert torch.equal(model(x), expected)
 
