@@ -34,6 +34,7 @@ from bminf.models.prompt import Prompt
 from bminf.models.source import Source, open_source
 from bminf.models.stats import ModelStats
 from bminf.models.workspace import LOGITS_AT_ONCE, reserved_bytes
+from bminf.offload import memory
 from bminf.offload.device import backend_for, free_budget, host_budget
 from bminf.offload.hooks import Scheduler
 from bminf.offload.plan import Plan
@@ -342,6 +343,8 @@ class LanguageModel:
     def _begin(self) -> int:
         self._open()
         self._turn += 1
+        if self.device.type == "cpu":
+            memory.trim()  # the holes that the last text left in malloc's heap
         return self._turn
 
     def _check_turn(self, turn: int) -> None:

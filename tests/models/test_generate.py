@@ -21,6 +21,7 @@ from streaming import num_readers, settled_readers
 
 import bminf
 from bminf.errors import ArgumentError, BudgetError, UnsupportedModelError
+from bminf.offload import memory
 
 Loader = Callable[..., Any]
 
@@ -443,6 +444,19 @@ def test_decoding_does_not_touch_the_cross_projections(load: Loader) -> None:
         layer.register_forward_pre_hook(lambda *_: calls.append(1))
     model.generate("今天", max_tokens=9, temperature=0, banned_tokens=["<eod>"])
     assert len(calls) == len(model.model.cross_projections.layers)
+
+
+@pytest.mark.parametrize("name", ["cpm1", "cpm2"])
+def test_a_text_gives_back_first_what_the_last_one_left(
+    load: Loader, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once a text and not once a token: malloc walks through all that it keeps."""
+    model = load(name)
+    times: list[None] = []
+    monkeypatch.setattr(memory, "trim", lambda: times.append(None))
+    for _ in range(3):
+        model.generate("今天", max_tokens=4)
+    assert len(times) == 3
 
 
 def test_stats_tell_what_was_done(load: Loader) -> None:
