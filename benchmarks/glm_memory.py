@@ -174,8 +174,8 @@ def _table(sizes: Sizes, path: Path) -> InFile:
     config = sizes.config
     shape = (config.vocab_size, config.hidden_size)
     if not path.exists():
-        model, _, _ = planned(sizes, 2**50)
-        table = random_weights(model).table
+        assembly, _ = planned(sizes, 2**50)
+        table = random_weights(assembly.network).table
         assert table is not None
         with path.open("wb") as file:
             for _, rows in pieces(table):

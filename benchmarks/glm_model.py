@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
@@ -14,11 +14,9 @@ import torch
 from benchmarks.random_model import filled
 from bminf.arch.glm import GLM, GLM130B, INT4_ROW, PUBLISHED_GLM, GLMConfig
 from bminf.checkpoint.stored import Stored
-from bminf.models.glm_head import head_packing, num_head_parts
-from bminf.models.load import Packing, lay_out, plan_for, skeleton
-from bminf.models.workspace import reserved_bytes
+from bminf.models.assemble import Assembly, Formats, assemble, plan_within, reserved_bytes
+from bminf.models.source import sizes_of
 from bminf.offload.backends.base import Backend
-from bminf.offload.blob import Blobs
 from bminf.offload.device import host_budget
 from bminf.offload.hooks import Scheduler
 from bminf.offload.plan import Plan
@@ -45,38 +43,25 @@ class Sizes:
     batches: tuple[tuple[int, int], ...] = ((1, 512),)
 
     @property
-    def packing(self) -> Packing:
-        return Packing(GLM_FORMATS[self.quantization])
-
-    @property
-    def head_form(self) -> Format | None:
-        return GLM_FORMATS[self.head_quantization]
+    def formats(self) -> Formats:
+        return Formats(GLM_FORMATS[self.quantization], GLM_FORMATS[self.head_quantization])
 
 
 def planned(
     sizes: Sizes, limit: int, device_type: str = "cpu", host_bytes: int | None = None
-) -> tuple[GLM, Blobs, Plan]:
-    """The model on the meta device, its blobs, and what stays within `limit` bytes, as in
-    bminf.models.GLM.
+) -> tuple[Assembly, Plan]:
+    """The model on the meta device, and what stays within `limit` bytes, as in bminf.models.GLM.
 
     device_type: "cpu" or "cuda", whose products hold different things on the way.
     host_bytes: of host memory for streamed blocks; None is as much as it takes.
     Raises BudgetError, with numbers.
     """
-    num_parts = num_head_parts(sizes.config, sizes.packing, sizes.head_form, sizes.dtype)
-    packing = head_packing(sizes.packing, sizes.head_form, num_parts)
-    config = replace(sizes.config, num_head_parts=num_parts)
-    model, blocks = skeleton(GLM130B, config, sizes.dtype, packing, sizes.activations)
-    blobs = lay_out(model, blocks)
-    reserve = max(
-        reserved_bytes(GLM130B, sizes.config, rows, length, sizes.dtype, packing.usual, device_type)
-        for rows, length in sizes.batches
+    source = sizes_of(GLM130B, sizes.config, TITLE)
+    assembly = assemble(source, sizes.formats, sizes.dtype, sizes.activations)
+    num_rows, length = max(
+        sizes.batches, key=lambda batch: reserved_bytes(assembly, batch[1], batch[0], device_type)
     )
-    return (
-        cast(GLM, model),
-        blobs,
-        plan_for(blocks, blobs, limit, {}, reserve, device_type, host_bytes),
-    )
+    return assembly, plan_within(assembly, limit, length, num_rows, device_type, host_bytes)
 
 
 @dataclass(frozen=True)
@@ -100,6 +85,6 @@ def loaded(
     table: the embedding, in place of random numbers that take no room.
     """
     host_bytes = host_budget(backend.device)
-    model, blobs, plan = planned(sizes, limit, backend.device.type, host_bytes)
-    with filled(model, blobs, plan, backend, offload_dir, table) as scheduler:
-        yield Loaded(model, scheduler)
+    assembly, plan = planned(sizes, limit, backend.device.type, host_bytes)
+    with filled(assembly, plan, backend, offload_dir, table) as scheduler:
+        yield Loaded(cast(GLM, assembly.network), scheduler)

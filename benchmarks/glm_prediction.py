@@ -67,6 +67,6 @@ def predictions(
         sizes = Sizes(
             PUBLISHED, torch.float16, quantization, head_quantization, batches=((1, MAX_LENGTH),)
         )
-        _, _, plan = planned(sizes, card.memory_limit, "cuda")
+        _, plan = planned(sizes, card.memory_limit, "cuda")
         found = predict(plan, card.link_bytes_per_s, card.memory_bytes_per_s)
         yield Predicted(card, quantization, head_quantization, plan, found)

@@ -14,13 +14,14 @@ import torch
 from bminf.checkpoint.stored import Sliced, Stored, check_range, pieces
 from bminf.layers.host_embedding import HostEmbedding
 from bminf.layers.quantized_linear import QuantizedLinear
-from bminf.models.load import Packing, Weights, fill
+from bminf.models.assemble import Assembly
+from bminf.models.fill import fill
+from bminf.models.source import Weights
 from bminf.offload.backends.base import Backend
-from bminf.offload.blob import Blobs
 from bminf.offload.blocks import tensors_of
 from bminf.offload.hooks import Scheduler
 from bminf.offload.plan import Plan
-from bminf.quantization.packed import PackedWeight
+from bminf.quantization.packed import PackedWeight, Packing
 
 _LENGTH = 2**22 - 3  # a prime number
 _MOST_AT_ONCE = 2**20
@@ -28,18 +29,18 @@ _MOST_AT_ONCE = 2**20
 
 @contextmanager
 def filled(
-    model: torch.nn.Module,
-    blobs: Blobs,
+    assembly: Assembly,
     plan: Plan,
     backend: Backend,
     offload_dir: Path | None = None,
     table: Stored | None = None,
 ) -> Iterator[Scheduler]:
-    """`model`, a skeleton, with random weights, streaming as planned; let go of at the end.
+    """A model with random weights, streaming as planned; let go of at the end.
 
     table: of a HostEmbedding, in place of random numbers.
     """
-    scheduler = fill(model, blobs, plan, backend, random_weights(model, table), offload_dir)
+    source = replace(assembly.source, weights=random_weights(assembly.network, table))
+    scheduler = fill(replace(assembly, source=source), plan, backend, offload_dir)
     try:
         yield scheduler
     finally:
@@ -48,7 +49,7 @@ def filled(
 
 
 def random_weights(model: torch.nn.Module, table: Stored | None = None) -> Weights:
-    """What a checkpoint of `model`, a skeleton, would hold.   table: see filled().
+    """What a checkpoint of `model`, on the meta device, would hold.   table: see filled().
 
     Weights have the variance 1 / in_features, all else lies between 0.5 and 1.5. Numbers are made
     as they are read, out of a few megabytes: nothing more is held while a model is filled, filling

@@ -12,10 +12,9 @@ import torch
 
 from benchmarks.random_model import filled
 from bminf.arch.t5 import CPM2, PUBLISHED_CPM2, T5, T5Cache, T5Config
-from bminf.models.load import Packing, lay_out, plan_for, skeleton
-from bminf.models.workspace import reserved_bytes
+from bminf.models.assemble import Assembly, Formats, assemble, plan_within
+from bminf.models.source import sizes_of
 from bminf.offload.backends.base import Backend
-from bminf.offload.blob import Blobs
 from bminf.offload.hooks import Scheduler
 from bminf.offload.plan import Plan
 from bminf.quantization.packed import FORMATS, Format
@@ -43,20 +42,15 @@ class Sizes:
         return FORMATS[self.quantization]
 
 
-def planned(sizes: Sizes, limit: int, device_type: str = "cpu") -> tuple[T5, Blobs, Plan]:
-    """The model on the meta device, its blobs, and what stays within `limit` bytes.
+def planned(sizes: Sizes, limit: int, device_type: str = "cpu") -> tuple[Assembly, Plan]:
+    """The model on the meta device, and what stays within `limit` bytes.
 
     device_type: "cpu" or "cuda", whose products hold different things on the way.
     Raises BudgetError, with numbers.
     """
-    model, blocks = skeleton(
-        CPM2, sizes.config, sizes.dtype, Packing(sizes.form), sizes.activations
-    )
-    blobs = lay_out(model, blocks)
-    reserve = reserved_bytes(
-        CPM2, sizes.config, 1, sizes.max_length, sizes.dtype, sizes.form, device_type
-    )
-    return cast(T5, model), blobs, plan_for(blocks, blobs, limit, CPM2.uses, reserve, device_type)
+    source = sizes_of(CPM2, sizes.config, TITLE)
+    assembly = assemble(source, Formats(sizes.form), sizes.dtype, sizes.activations)
+    return assembly, plan_within(assembly, limit, sizes.max_length, 1, device_type)
 
 
 @dataclass(frozen=True)
@@ -73,7 +67,8 @@ def loaded(
     sizes: Sizes, limit: int, backend: Backend, offload_dir: Path | None = None
 ) -> Iterator[Loaded]:
     """The model with random weights, streaming as planned for `limit` bytes; let go at the end."""
-    model, blobs, plan = planned(sizes, limit, backend.device.type)
-    with filled(model, blobs, plan, backend, offload_dir) as scheduler:
+    assembly, plan = planned(sizes, limit, backend.device.type)
+    model = cast(T5, assembly.network)
+    with filled(assembly, plan, backend, offload_dir) as scheduler:
         cache = model.new_cache(1, sizes.max_length, sizes.max_length)
         yield Loaded(model, cache, scheduler)

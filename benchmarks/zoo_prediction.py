@@ -91,7 +91,7 @@ def predictions(
     """
     for quantization in quantizations:
         sizes = Sizes(PUBLISHED, torch.float16, quantization, max_length=max_length)
-        _, _, plan = planned(sizes, card.memory_limit, "cuda")
+        _, plan = planned(sizes, card.memory_limit, "cuda")
         for phase in PHASES:
             num_tokens = prompt_length if phase is ENCODER else 1
             yield Predicted(

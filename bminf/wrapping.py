@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,7 +14,6 @@ import torch
 from bminf.errors import ArgumentError, NothingToStreamError, UnsupportedModelError
 from bminf.keywords import check_keywords, keywords_of, known_keywords
 from bminf.layers.saving import refuse_to_save
-from bminf.layout import Layout
 from bminf.offload.blob import Blobs, check_tensors, survey, unmapped_bytes
 from bminf.offload.blocks import ModuleBlock, find_blocks, has_tensors, tensors_of
 from bminf.offload.context import USUAL_LENGTH, Context, context_of, writes_text
@@ -24,9 +22,10 @@ from bminf.offload.held import Originals, warn_of_held
 from bminf.offload.hooks import ATTRIBUTE, Scheduler, Stats, is_streaming
 from bminf.offload.offloaded import fetch_offloaded
 from bminf.offload.placement import place, take_back
-from bminf.offload.plan import Block, Plan, Remedy, plan
+from bminf.offload.plan import Plan, Remedy
 from bminf.offload.remedies import remedies
 from bminf.offload.stand_ins import Choice, Predicate, choose, warn_of_what_stays
+from bminf.offload.start import plan_on, start
 from bminf.offload.unregistered import (
     Unregistered,
     bytes_on,
@@ -109,7 +108,7 @@ def wrapper(
     if parse_format(quantization, default=INT8) is not None:
         warn_of_what_stays(model, request.blocks, request.choice, stacklevel=2)
     originals = Originals(model)
-    _carry_out(model, request, Scheduler(the_plan, backend, source_device), offload_dir)
+    _apply(model, request, Scheduler(the_plan, backend, source_device), offload_dir)
     _warn_of_training(model, stacklevel=2)
     del request  # it has the linears that were packed
     warn_of_held(originals, model, backend.device == source_device, stacklevel=2)
@@ -246,26 +245,23 @@ class _Request:
     @property
     def taken_bytes(self) -> int:
         """Bytes of the device that the whole model takes."""
-        return sum(map(self._taken, [self.blobs.outside, *self.blobs.blocks.values()]))
-
-    def _taken(self, layout: Layout) -> int:
-        return taken_bytes(layout.nbytes, self.device_type)
+        layouts = [self.blobs.outside, *self.blobs.blocks.values()]
+        return sum(taken_bytes(layout.nbytes, self.device_type) for layout in layouts)
 
     def plan(
         self, budget: int, host_bytes: int | None = None, device: torch.device | None = None
     ) -> Plan:
         """device: what the budget is of; tensors that are not registered count where they lie."""
-        outside_bytes = self._taken(self.blobs.outside) + bytes_on(self.unregistered, device)
+        unregistered_bytes = bytes_on(self.unregistered, device)
         if not self.blocks:
-            self._check_that_all_fits(outside_bytes, budget)
-        the_plan = plan(
-            [
-                Block(b.name, self._taken(self.blobs.blocks[b.name]), b.list_name)
-                for b in self.blocks
-            ],
+            self._check_that_all_fits(self.taken_bytes + unregistered_bytes, budget)
+        the_plan = plan_on(
+            self.device_type,
+            self.blocks,
+            self.blobs,
             budget,
             self.uses,
-            outside_bytes=outside_bytes,
+            unregistered_bytes,
             reserved_bytes=self.reserved_bytes,
             host_bytes=host_bytes,
             remedies=self.remedies,
@@ -344,25 +340,18 @@ def _merged_uses(
     return {**{n: uses for n, uses in found.items() if lists[n] not in given}, **given}
 
 
-def _carry_out(
+def _apply(
     model: torch.nn.Module, request: _Request, scheduler: Scheduler, offload_dir: str | Path | None
 ) -> None:
     """Move everything to its place; on any error, put the model back together."""
-    streamed = scheduler.plan.streamed
-    if streamed:
-        layouts = [request.blobs.blocks[name] for name in streamed]
-        scheduler.backend.open(layouts, offload_dir, scheduler.plan.disk_places)
-    model.__dict__[ATTRIBUTE] = scheduler
-    try:
-        place(model, request.blobs, request.choice.stand_ins, scheduler)
-        if streamed:
-            scheduler.install(model)
-        if request.choice.stand_ins:
+    stand_ins = request.choice.stand_ins
+
+    def move() -> None:
+        place(model, request.blobs, stand_ins, scheduler)
+        if stand_ins:
             refuse_to_save(model)
-    except BaseException:
-        _take_off(model, scheduler)
-        raise
-    weakref.finalize(model, scheduler.backend.release)
+
+    start(model, request.blobs, scheduler, offload_dir, move, partial(_take_off, model, scheduler))
 
 
 def _warn_of_training(model: torch.nn.Module, stacklevel: int) -> None:
@@ -378,5 +367,5 @@ def _warn_of_training(model: torch.nn.Module, stacklevel: int) -> None:
 
 def _take_off(model: torch.nn.Module, scheduler: Scheduler) -> None:
     take_back(model, scheduler)
-    del model.__dict__[ATTRIBUTE]
+    model.__dict__.pop(ATTRIBUTE, None)
     scheduler.backend.close()

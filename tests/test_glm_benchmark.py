@@ -24,8 +24,8 @@ from benchmarks.random_model import random_weights
 from benchmarks.table import DOCUMENTS, ROOT, with_tables
 from bminf.errors import ArgumentError
 from bminf.layers.host_embedding import HostEmbedding
-from bminf.models.load import check_shapes
-from bminf.models.planning import plan_glm
+from bminf.models import plan_glm
+from bminf.models.source import check_shapes
 from bminf.offload.predict import predict
 
 SIZES = (
@@ -57,7 +57,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The file of a run with everything in it."""
     file = tmp_path_factory.mktemp("glm") / GLM
     sizes = Sizes(TINY_CONFIG, torch.float32, "int4-row", "none", batches=((3, 8), (1, 12)))
-    _, _, whole = planned(sizes, 10**9)
+    _, whole = planned(sizes, 10**9)
     limit = whole.outside_bytes + whole.reserved_bytes + 3 * max(b.nbytes for b in whole.blocks)
     options = ("--memory-limit", str(limit), "1GB", "--head-quantization", "none")
     assert run.main(["glm", *TINY, *options, "--repeats", "2", "--out", str(file)]) == 0
@@ -166,7 +166,7 @@ def test_the_sizes_are_those_of_glm130b_unless_others_are_given() -> None:
 def test_glm_case_on_a_gpu(tmp_path: Path) -> None:
     file = tmp_path / "glm.json"
     sizes = Sizes(TINY_CONFIG, torch.float16, "int4-row", "int8", batches=((3, 8), (1, 12)))
-    _, _, whole = planned(sizes, 10**9, "cuda")
+    _, whole = planned(sizes, 10**9, "cuda")
     limit = whole.outside_bytes + whole.reserved_bytes + 2 * max(b.nbytes for b in whole.blocks)
     options = ("--device", "cuda", "--memory-limit", str(limit), "1GB", "--out", str(file))
     assert run.main(["glm", *TINY, *options]) == 0
@@ -182,9 +182,9 @@ def test_glm_case_on_a_gpu(tmp_path: Path) -> None:
 @pytest.mark.parametrize("quantization", ["int4-row", "int8", "none"])
 def test_rows_of_random_weights_are_read_as_the_whole_is(quantization: str) -> None:
     config = replace(TINY_CONFIG, intermediate_size=100)  # rows with padding
-    model, _, _ = planned(Sizes(config, torch.float32, quantization, "int8"), 10**9)
-    weights = random_weights(model)
-    check_shapes(model, weights)
+    assembly, _ = planned(Sizes(config, torch.float32, quantization, "int8"), 10**9)
+    weights = random_weights(assembly.network)
+    check_shapes(assembly.network, weights)
     for stored in weights.tensors.values():
         whole, half = stored.read(), max(1, stored.shape[0] // 2)
         assert torch.equal(stored.rows(half - 1, half + 1).read(), whole[half - 1 : half + 1])
@@ -201,8 +201,8 @@ def test_rows_of_random_weights_are_read_as_the_whole_is(quantization: str) -> N
 
 def test_random_matrices_go_on_behind_the_end_of_the_numbers() -> None:
     config = replace(TINY_CONFIG, hidden_size=2048, vocab_size=9000)
-    model, _, _ = planned(Sizes(config, torch.float32, "int8", "int8"), 10**10)
-    head = random_weights(model).tensors["lm_head.parts.0.qweight"]
+    network = planned(Sizes(config, torch.float32, "int8", "int8"), 10**10)[0].network
+    head = random_weights(network).tensors["lm_head.parts.0.qweight"]
     whole = head.read()
     assert whole.nbytes > 2**22
     assert torch.equal(head.rows(len(whole) - 700, len(whole)).read(), whole[-700:])
@@ -211,13 +211,13 @@ def test_random_matrices_go_on_behind_the_end_of_the_numbers() -> None:
 
 def test_the_table_takes_no_room_of_its_own() -> None:
     shortened = replace(PUBLISHED, num_hidden_layers=1)
-    model, _, _ = planned(Sizes(shortened, torch.float16, "int4-row", "int8"), 10**12)
-    table = random_weights(model).table
+    network = planned(Sizes(shortened, torch.float16, "int4-row", "int8"), 10**12)[0].network
+    table = random_weights(network).table
     assert table is not None
     rows = table.read()
     assert rows.shape == (PUBLISHED.vocab_size, PUBLISHED.hidden_size)
     assert rows.untyped_storage().nbytes() < 2**24
-    (embedding,) = (module for module in model.modules() if isinstance(module, HostEmbedding))
+    (embedding,) = (module for module in network.modules() if isinstance(module, HostEmbedding))
     embedding.keep([rows], rows.dtype)
     ids = torch.tensor([[0, 1, PUBLISHED.vocab_size - 1]])
     assert len(embedding(ids)[0].unique(dim=0)) == 3
@@ -234,7 +234,7 @@ def test_the_plan_is_that_of_the_library(device: str, head: str) -> None:
         "GLM-130B", limit, "int4-row", torch.float16, max_length=512, device=device,
         head_quantization=None if head == "none" else head,
     )  # fmt: skip
-    assert planned(sizes, limit, device)[2] == theirs
+    assert planned(sizes, limit, device)[1] == theirs
 
 
 def test_glm130b_on_a_24_gb_card() -> None:

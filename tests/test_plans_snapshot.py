@@ -19,7 +19,8 @@ from snapshot_files import check
 import bminf
 from bminf.arch.registry import ARCHITECTURES
 from bminf.errors import BudgetError
-from bminf.models.planning import plan_zoo, published
+from bminf.models import plan_model
+from bminf.models.source import published
 from bminf.offload.plan import Plan, plan
 
 NUM_LIMITS = 40
@@ -102,9 +103,7 @@ def zoo() -> dict[str, Planned]:
 
 
 def plan_of_zoo(name: str, limit: int | None = None) -> Plan:
-    model = published(name)
-    assert model is not None
-    return plan_zoo(model, limit)
+    return plan_model(name, limit)
 
 
 @lru_cache

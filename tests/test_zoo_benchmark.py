@@ -87,7 +87,7 @@ def test_streamed_bytes_are_those_of_the_plan_and_give_the_same(tmp_path: Path) 
     ]
     assert digests[0] == digests[1] and digests[0][1] == digests[0][2] != digests[0][0]
     assert all(result["details"]["copied_bytes_per_step"] == 0 for result in resident)
-    _, _, the_plan = planned(Sizes(TINY_CONFIG, torch.float32, "int8", max_length=16), 300_000)
+    _, the_plan = planned(Sizes(TINY_CONFIG, torch.float32, "int8", max_length=16), 300_000)
     sizes = {block.name: (block.list_name, block.nbytes) for block in the_plan.blocks}
     moved = [sizes[name] for name in the_plan.streamed]
     most = max(nbytes for _, nbytes in sizes.values())
@@ -192,12 +192,13 @@ def test_zoo_case_on_a_gpu(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", [*FORMATS.values(), Format(4, 32, has_minimum=True)])
 def test_random_weights_are_packed_weights_of_the_right_size(form: Format) -> None:
-    from bminf.models.load import Packing, check_shapes, skeleton
+    from bminf.models.assemble import Formats, assemble
+    from bminf.models.source import check_shapes, sizes_of
 
     config = replace(TINY_CONFIG, hidden_size=200, intermediate_size=328)  # rows with padding
-    model, _ = skeleton(CPM2, config, torch.float32, Packing(form), "auto")
-    weights = random_weights(model)
-    check_shapes(model, weights)
+    network = assemble(sizes_of(CPM2, config, "tiny"), Formats(form), torch.float32).network
+    weights = random_weights(network)
+    check_shapes(network, weights)
     down = "decoder.layers.3.feed_forward.down"
     fields = {
         key: weights.tensors[f"{down}.{key}"].read()
@@ -232,14 +233,14 @@ from bminf.offload.backends.cpu import CpuBackend
 from bminf.offload.plan import least_budget
 
 sizes = Sizes(T5Config(64, 1024, 4096, 16, 64, 3, 3), torch.float32, "int8", max_length=16)
-_, blobs, whole = planned(sizes, 10**9)
+assembly, whole = planned(sizes, 10**9)
 limit = least_budget(whole) if sys.argv[1] == "least" else whole.budget
-_, _, plan = planned(sizes, limit)
+_, plan = planned(sizes, limit)
 torch.ones(2**20).sum()  # what torch sets up at its first operation
 with PeakMemory(is_cuda=False, baseline_bytes=rss_anon_bytes()) as peak:
     with loaded(sizes, limit, CpuBackend(), Path(sys.argv[2])) as opened:
         assert opened.scheduler.plan.streamed == plan.streamed
-print(json.dumps([peak.peak_bytes, plan.total_bytes, blobs.nbytes]))
+print(json.dumps([peak.peak_bytes, plan.total_bytes, assembly.blobs.nbytes]))
 """
 
 
@@ -313,7 +314,7 @@ def test_prediction_by_hand(quantization: str, bits: int) -> None:
 def test_more_memory_is_never_slower_and_projecting_anew_never_faster() -> None:
     for quantization in FORMATS:
         sizes = Sizes(PUBLISHED, torch.float16, quantization)
-        _, _, whole = planned(sizes, 10**11)
+        _, whole = planned(sizes, 10**11)
         before = float("inf")
         for limit in range(least_budget(whole), whole.total_bytes + 10**9, 250 * 10**6):
             the_plan = plan(

@@ -83,6 +83,8 @@ class Architecture:
     """What a configuration of Hugging Face says."""
     has_common_names: bool = False
     """Whether models that are none of these have the same names: their model_type tells."""
+    is_config_of: Callable[[Any], bool] = lambda config: True
+    """Whether one of config_class is of it, where another architecture has that class, too."""
     is_described_by: Callable[[Mapping[str, Any]], bool] = lambda source: False
     """Whether a configuration without weights is of it; of several, the last in the list."""
 
@@ -90,9 +92,10 @@ class Architecture:
     """Of linears, by the names that users give."""
     default_format: Format = INT8
     pack: Callable[[torch.Tensor, Format], PackedWeight] = pack
-    is_head_cut: bool = False
-    """Whether its embedding stays on the host, and the head, which has the same weights, is cut
-    into config.num_head_parts blocks."""
+    cut_head: Callable[[Any, int], None] | None = None
+    """Network and number of parts -> the output head of the network, which lies on the meta device,
+    in so many blocks; its embedding, which has the same weights, stays on the host. None is a head
+    in one piece."""
 
     tokenizer: str = ""
     """What tokenizers/find.py calls its tokenizer; "" is as itself."""

@@ -351,6 +351,12 @@ class GLM(torch.nn.Module):
         """(..., C) -> logits (..., V) float32."""
         return self.lm_head(x)
 
+    def cut_head(self, num_parts: int) -> None:
+        """Give the network, which lies on the meta device, a head of so many parts."""
+        self.config = replace(self.config, num_head_parts=num_parts)
+        with torch.device("meta"):
+            self.lm_head = Head(self.config)
+
     def new_cache(self, batch_size: int, max_length: int) -> KVCache:
         """An empty cache in the dtype and on the device of the last norm."""
         return decoder_cache(self.config, batch_size, max_length, self.norm.weight)
@@ -648,7 +654,8 @@ GLM130B = Architecture(
     formats=GLM_FORMATS,
     default_format=INT4,
     pack=_pack,
-    is_head_cut=True,
+    cut_head=GLM.cut_head,
+    is_config_of=lambda config: config.is_rotary,
     vocabulary_name=lambda path: "ice_text.model",
     has_spare_rows=True,
 )
@@ -665,6 +672,7 @@ GLM10B = replace(
     published={**_SMALL, **{f"THUDM/{name}": sizes for name, sizes in _SMALL.items()}},
     hub_ids=("THUDM/glm-10b", "THUDM/glm-2b", "THUDM/glm-10b-chinese"),
     model_type="glm",
+    is_config_of=lambda config: not config.is_rotary,
     has_common_names=False,
     is_described_by=lambda source: "block_position_encoding" in source,
     vocabulary_name=lambda path: "cog-pretrain.model",

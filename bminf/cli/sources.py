@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from bminf.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from bminf.models.planning import ZooModel
+    from bminf.models.source import Source
 
 ACCEPTED = (
     "give a folder with config.json, that file, a .gguf file, a hub id, a folder of CPM-1, CPM-2, "
@@ -32,7 +32,7 @@ _GGUF_DTYPE = "float16"  # what the weights of such a file are unpacked to on a 
 _ZOO_KEYS = {"d_kv", "dim_model", "block_position_encoding"}
 
 
-def find(model: str) -> dict[str, Any] | ZooModel:
+def find(model: str) -> dict[str, Any] | Source:
     """The content of a config.json of transformers, or a model that bminf builds itself.
 
     model: a folder, a file, a published name or a hub id.
@@ -43,7 +43,7 @@ def find(model: str) -> dict[str, Any] | ZooModel:
         return _in_folder(path)
     if path.exists():
         return _in_file(path)
-    from bminf.models.planning import published
+    from bminf.models.source import published
 
     named = published(model)
     if named is not None:
@@ -87,17 +87,17 @@ def _is_binary(content: bytes) -> bool:
     return b"\0" in content and not has_mark
 
 
-def _in_folder(folder: Path) -> dict[str, Any] | ZooModel:
+def _in_folder(folder: Path) -> dict[str, Any] | Source:
     file = folder / "config.json"
     config = read_config(file) if file.is_file() else None
     is_of_zoo = config is not None and _is_of_zoo(config)
     if config is not None and not is_of_zoo and config.get("model_type") is not None:
         return config
-    from bminf.models.planning import zoo_in_folder
+    from bminf.models.source import find_sizes
 
     if is_of_zoo or _holds_checkpoint(folder):
         try:
-            return zoo_in_folder(folder)
+            return find_sizes(folder)
         except CheckpointError as error:
             if config is None or not is_of_zoo:
                 raise
@@ -119,7 +119,7 @@ def _holds_checkpoint(folder: Path) -> bool:
         return any(folder.rglob("mp_rank_*"))  # damaged, which the next one to open it will say
 
 
-def _in_file(file: Path) -> dict[str, Any] | ZooModel:
+def _in_file(file: Path) -> dict[str, Any] | Source:
     with open(file, "rb") as opened:
         head = opened.read(len(_POINTER))
     _check_is_no_pointer(file, head)
@@ -137,14 +137,14 @@ def _in_file(file: Path) -> dict[str, Any] | ZooModel:
 
 def _of_config(
     config: dict[str, Any], where: str, why: Exception | None = None
-) -> dict[str, Any] | ZooModel:
+) -> dict[str, Any] | Source:
     """`config`, or what it describes if that is a model of the zoo.   why: no folder gave it."""
     if not _is_of_zoo(config):
         return config
-    from bminf.models.planning import zoo_from_config
+    from bminf.models.source import sizes_in
 
     try:
-        return zoo_from_config(config, where)
+        return sizes_in(config, where)
     except CheckpointError as error:
         raise CheckpointError(
             "this is the configuration of a model that bminf builds itself, and it does not say "

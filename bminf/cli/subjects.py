@@ -15,11 +15,11 @@ from bminf.errors import ArgumentError, CheckpointError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from bminf.models.planning import ZooModel
+    from bminf.models.source import Source
     from bminf.offload.plan import Plan
 
 
-def subject_of(source: dict[str, Any] | ZooModel) -> Transformers | Zoo:
+def subject_of(source: dict[str, Any] | Source) -> Transformers | Zoo:
     """source: what sources.find() has found."""
     return _of_transformers(source) if isinstance(source, dict) else Zoo(source)
 
@@ -85,19 +85,19 @@ class Zoo:
 
     dtype = "float16"
 
-    def __init__(self, model: ZooModel) -> None:
+    def __init__(self, model: Source) -> None:
         self._model = model
         self.title = model.title
 
     def quantization(self, arguments: argparse.Namespace) -> str:
         if arguments.quantization is not None:
             return str(arguments.quantization)
-        if self._model.packing is not None:
+        if self._model.weights.packing is not None:
             return "as stored"
         return f"int{self._model.architecture.default_format.bits}"
 
     def plan(self, arguments: argparse.Namespace, memory_limit: str | None) -> Plan:
-        from bminf.models.planning import plan_zoo
+        from bminf.models.assemble import plan_model
 
         for option in ("blocks", "reserve"):
             if getattr(arguments, option) not in (None, "0"):
@@ -107,10 +107,14 @@ class Zoo:
                 )
         asked = arguments.quantization
         form = {None: "auto", "none": None}.get(asked, asked)
-        return plan_zoo(
-            self._model, memory_limit, form, arguments.max_length, arguments.max_batch_size,
-            arguments.host_memory,
-        )  # fmt: skip
+        return plan_model(
+            self._model,
+            memory_limit,
+            form,
+            max_length=arguments.max_length,
+            max_batch_size=arguments.max_batch_size,
+            host_memory=arguments.host_memory,
+        )
 
     def unquantized_bytes(self, arguments: argparse.Namespace) -> int:
         return 0

@@ -1,14 +1,14 @@
 """The zoo: text in, text out."""
 
+from bminf.models.assemble import plan_model
 from bminf.models.base import LanguageModel
 from bminf.models.convert import convert
 from bminf.models.cpm1 import CPM1
 from bminf.models.cpm2 import CPM2
 from bminf.models.eva import EVA
-from bminf.models.glm import GLM, Answer
+from bminf.models.glm import GLM, Answer, plan_glm
 from bminf.models.glm_options import GLMOptions
 from bminf.models.options import Options
-from bminf.models.planning import plan_glm
 from bminf.models.stats import ModelStats
 
 __all__ = [
@@ -23,4 +23,5 @@ __all__ = [
     "Options",
     "convert",
     "plan_glm",
+    "plan_model",
 ]

@@ -18,22 +18,21 @@ from bminf.generation.beam import Hypothesis, beam_search
 from bminf.generation.loop import Decoder, decode
 from bminf.generation.sampling import Sampler, Sampling
 from bminf.keywords import known_keywords
-from bminf.models.arguments import (
-    Text,
+from bminf.models.arguments import Text, ids_of, ids_of_str, present_ids
+from bminf.models.assemble import (
+    LOGITS_AT_ONCE,
+    Formats,
+    assemble,
     dtype_for,
-    ids_of,
-    ids_of_str,
     max_length_for,
-    packing_for,
-    present_ids,
+    plan_within,
 )
 from bminf.models.calls import needs_open_model
-from bminf.models.load import Packing, fill, lay_out, plan_for, skeleton
+from bminf.models.fill import fill
 from bminf.models.options import Options
 from bminf.models.prompt import Prompt
-from bminf.models.source import Source, open_source
+from bminf.models.source import open_source
 from bminf.models.stats import ModelStats
-from bminf.models.workspace import LOGITS_AT_ONCE, reserved_bytes
 from bminf.offload import memory
 from bminf.offload.device import backend_for, free_budget, host_budget
 from bminf.offload.hooks import Scheduler
@@ -75,6 +74,7 @@ class LanguageModel:
 
     _architectures: Sequence[Architecture]  # that a checkpoint may be of
     _defaults: Options = Options()
+    _head_format: Format | None = None  # of an output head that is cut
     _more_tokens = 0  # that the decoder is fed beyond max_length
     tokenizer: Tokenizer
     model: Any  # the architecture
@@ -97,41 +97,30 @@ class LanguageModel:
         check_positive("max_batch_size", max_batch_size)
         if max_length is not None:
             check_positive("max_length", max_length)
-        form = parse_format(quantization, formats=self._architectures[0].formats)
+        layers = parse_format(quantization, formats=self._architectures[0].formats)
         limit = None if memory_limit is None else parse_bytes(memory_limit, "memory_limit")
         backend = backend_for(device)
-        dtype = dtype_for(dtype, backend.device)
-        source = open_source(self._architectures, checkpoint, config, tokenizer)
-        source, packing = self._adapted(source, form, dtype)
-        self.path = source.weights.path
-        self.config, self.tokenizer, self.device = source.config, source.tokenizer, backend.device
-        self.max_length = max_length_for(max_length, source)
-        self.max_batch_size = max_batch_size
-        self.model, blocks = skeleton(
-            source.architecture, source.config, dtype, packing, activations
-        )
-        blobs = lay_out(self.model, blocks)
-        reserve = reserved_bytes(
-            source.architecture, source.config, max_batch_size, self.max_length, dtype,
-            packing.usual, backend.device.type,
-        )  # fmt: skip
-        budget = free_budget(backend.device) if limit is None else limit
-        the_plan = plan_for(
-            blocks,
-            blobs,
-            budget,
-            source.architecture.uses,
-            reserve,
+        dtype = dtype_for(dtype, backend.device.type)
+        source = open_source(self._architectures, checkpoint, config, tokenizer, self._configured)
+        self.max_length, self.max_batch_size = max_length_for(max_length, source), max_batch_size
+        is_auto = layers == source.architecture.default_format
+        assembly = assemble(source, Formats(layers, self._head_format, is_auto), dtype, activations)
+        the_plan = plan_within(
+            assembly,
+            free_budget(backend.device) if limit is None else limit,
+            self.max_length,
+            max_batch_size,
             backend.device.type,
             host_budget(backend.device),
-            packing.usual,
         )
+        self.path, self.device = source.weights.path, backend.device
+        self.config, self.tokenizer = assembly.source.config, source.tokenizer
+        self.model = assembly.network
         self._scheduler: Scheduler | None = None
         self._lock = threading.RLock()
         self._turn = 0  # which generation the cache belongs to
         self._num_tokens, self._generated_s = 0, 0.0
-        scheduler = fill(self.model, blobs, the_plan, backend, source.weights, offload_dir)
-        self._begin_with(scheduler)
+        self._begin_with(fill(assembly, the_plan, backend, offload_dir))
 
     # ---- what users call ------------------------------------------------------------------------
 
@@ -213,11 +202,9 @@ class LanguageModel:
 
     # ---- what subclasses say --------------------------------------------------------------------
 
-    def _adapted(
-        self, source: Source, form: Format | None, dtype: torch.dtype
-    ) -> tuple[Source, Packing]:
-        """What is loaded, and how it is packed.   form: what was asked for."""
-        return source, packing_for(form, source)
+    def _configured(self, config: Any) -> Any:
+        """A configuration that was read, as the user wants it.   Raises ArgumentError."""
+        return config
 
     def _prompt(self, text: Any) -> Prompt:
         """The ids for what a user gave.   Raises ArgumentError."""

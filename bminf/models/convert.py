@@ -12,19 +12,18 @@ from typing import Any
 
 import torch
 
-from bminf.arch.registry import all_formats
+from bminf.arch import registry
 from bminf.checkpoint.appearing import appearing, free
 from bminf.checkpoint.safetensors_file import write_safetensors
 from bminf.checkpoint.stored import pieces
 from bminf.errors import ArgumentError, CheckpointError
 from bminf.keywords import known_keywords
 from bminf.layout import Filling, Layout, TensorSpec
-from bminf.models.glm_head import own_packing, with_head
+from bminf.models.assemble import DTYPES, Assembly, Formats, assemble
+from bminf.models.fill import tensors_of_block
 from bminf.models.glm_ranks import cut
-from bminf.models.load import DTYPES, Packing, lay_out, skeleton, tensors_of_block
-from bminf.models.recognition import architecture_for
-from bminf.models.source import FORMAT_VERSION, HEAD, Source, open_source
-from bminf.models.vocabulary_files import check_files, vocabulary_files
+from bminf.models.recognition import architectures_for
+from bminf.models.source import FORMAT_VERSION, HEAD, check_files, open_source, vocabulary_files
 from bminf.progress import progress_bar
 from bminf.quantization.packed import Format, parse_format
 
@@ -62,8 +61,9 @@ def convert(
     complete; a run that is killed leaves at most a folder whose name ends in ".partial".
     Returns the folder.   Raises ArgumentError or CheckpointError.
     """
-    form = parse_format(None if quantization == _AUTO else quantization, formats=all_formats())
-    head_form = parse_format(head_quantization, "head_quantization", all_formats())
+    is_auto = quantization == _AUTO
+    layers = parse_format(None if is_auto else quantization, formats=registry.all_formats())
+    head = parse_format(head_quantization, "head_quantization", registry.all_formats())
     if dtype not in (None, *DTYPES):
         raise ArgumentError(f"dtype={dtype!r}; accepted: {', '.join(map(str, DTYPES))}, or None")
     for name, path in (("source", source), ("destination", destination)):
@@ -72,21 +72,20 @@ def convert(
     target = free(Path(destination).expanduser())
     if tp is not None:
         _check_only_cut(dtype=dtype, head_quantization=head_quantization)
-        cut(source, target, tp, form, model, config, tokenizer)
+        cut(source, target, tp, layers, model, config, tokenizer)
         return target
-    architecture = architecture_for(source, model, has_tokenizer=tokenizer is not None)
-    opened = open_source([architecture], source, config, tokenizer)
+    opened = open_source(architectures_for(source, model), source, config, tokenizer)
     if opened.weights.packing is not None:
         raise CheckpointError(
-            f"{opened.weights.path} is packed already, as {opened.weights.packing.usual}; convert "
-            "the checkpoint that it was made from"
+            f"{opened.weights.path} is packed already, as {opened.weights.packing.of_layers}; "
+            "convert the checkpoint that it was made from"
         )
     check_files(opened.tokenizer)
     dtype = dtype or (opened.dtype if opened.dtype in DTYPES else torch.float32)
-    opened, packing = _packed(opened, form, quantization == _AUTO, head_form, dtype)
+    assembly = assemble(opened, Formats(layers, head, is_auto), dtype)
     try:
         with appearing(target) as folder:
-            _write(opened, folder, packing, dtype)
+            _write(assembly, folder)
     except OSError as error:
         raise ArgumentError(
             f"{target} cannot be written: {error}; name a folder on a disk with room for it"
@@ -94,32 +93,14 @@ def convert(
     return target
 
 
-def _packed(
-    source: Source,
-    form: Format | None,
-    is_auto: bool,
-    head_form: Format | None,
-    dtype: torch.dtype,
-) -> tuple[Source, Packing]:
-    default = source.architecture.default_format
-    if not source.architecture.is_head_cut:
-        if head_form is not None:
-            raise ArgumentError("head_quantization is for a GLM; leave it out")
-        return source, Packing(default if is_auto else form)
-    wanted = default if is_auto else form
-    own = None if wanted is None else own_packing(source, wanted, default if is_auto else None)
-    return with_head(source, own or Packing(wanted), head_form, dtype)
-
-
-def _write(source: Source, folder: Path, packing: Packing, dtype: torch.dtype) -> None:
-    model, blocks = skeleton(source.architecture, source.config, dtype, packing, "auto")
-    blobs = lay_out(model, blocks)
-    layouts = {"": blobs.outside, **blobs.blocks, **_layout_of_table(source, packing)}
+def _write(assembly: Assembly, folder: Path) -> None:
+    source, packing, blobs = assembly.source, assembly.packing, assembly.blobs
+    layouts = {"": blobs.outside, **blobs.blocks, **_layout_of_table(assembly)}
     total = sum(layout.nbytes for layout in layouts.values())
     with progress_bar(total=total, desc="converting", unit="B", unit_scale=True, delay=1) as bar:
 
         def tensors(block: str) -> Iterator[Filling]:
-            for filling in _fillings(source, model, block, blobs):
+            for filling in _fillings(assembly, block):
                 yield filling
                 bar.update(filling[1].nbytes)
 
@@ -131,34 +112,35 @@ def _write(source: Source, folder: Path, packing: Packing, dtype: torch.dtype) -
         "format_version": FORMAT_VERSION,
         "model": source.architecture.name,
         "config": asdict(source.config),
-        "quantization": _as_json(packing.form),
-        "exceptions": {name: _as_json(form) for name, form in packing.exceptions.items()},
+        "quantization": _as_json(packing.default),
+        "exceptions": {name: _as_json(own) for name, own in packing.exceptions.items()},
     }
     if settings := getattr(source.tokenizer, "settings", None):
         written["tokenizer"] = dict(settings)
     (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
 
 
-def _fillings(source: Source, model: torch.nn.Module, block: str, blobs: Any) -> Iterator[Filling]:
-    if block == _TABLE:
-        assert source.weights.table is not None
-        for first_row, tensor in pieces(source.weights.table):
-            yield "weight", tensor, first_row
+def _fillings(assembly: Assembly, block: str) -> Iterator[Filling]:
+    if block != _TABLE:
+        yield from tensors_of_block(assembly, block)
         return
-    yield from tensors_of_block(model, block, blobs, source.weights)
+    table = assembly.source.weights.table
+    assert table is not None
+    for first_row, tensor in pieces(table):
+        yield "weight", tensor, first_row
 
 
-def _layout_of_table(source: Source, packing: Packing) -> dict[str, Layout]:
+def _layout_of_table(assembly: Assembly) -> dict[str, Layout]:
     """That of an embedding beside a head that is packed; any other head stands for both."""
-    table = source.weights.table
-    if table is None or packing.of(f"{HEAD}0") is None:
+    table = assembly.source.weights.table
+    if table is None or assembly.packing.of(f"{HEAD}0") is None:
         return {}
     spec = TensorSpec(table.shape, (table.shape[1], 1), table.dtype)
     return {_TABLE: Layout.of({"weight": spec}, keep_addresses=False)}
 
 
-def _as_json(form: Format | None) -> dict[str, Any] | None:
-    return None if form is None else asdict(form)
+def _as_json(weight_format: Format | None) -> dict[str, Any] | None:
+    return None if weight_format is None else asdict(weight_format)
 
 
 def _check_only_cut(**given: Any) -> None:

@@ -22,10 +22,10 @@ from bminf.generation.sampling import Sampling, in_sequence
 from bminf.keywords import known_keywords
 from bminf.layers.kv_cache import KVCache
 from bminf.models.arguments import Text
+from bminf.models.assemble import plan_model
 from bminf.models.base import LanguageModel
 from bminf.models.calls import needs_open_model
 from bminf.models.decoders import padded
-from bminf.models.glm_head import as_in_folder, own_packing, with_head
 from bminf.models.glm_options import GLMOptions
 from bminf.models.glm_text import (
     OPEN_MASK,
@@ -40,10 +40,9 @@ from bminf.models.glm_text import (
     masked_text,
     position_tensor,
 )
-from bminf.models.load import Packing
 from bminf.models.options import Options
 from bminf.models.prompt import Prompt
-from bminf.models.source import Source
+from bminf.offload.plan import Plan
 from bminf.quantization.packed import Format, parse_format
 from bminf.tokenizers.base import GLMTokenizer
 
@@ -57,6 +56,34 @@ class Answer:
     text: str
     stopped: bool
     score: float
+
+
+@known_keywords
+def plan_glm(
+    model: str | GLMConfig,
+    memory_limit: int | float | str,
+    quantization: str | Format | None = "int4",
+    dtype: torch.dtype | None = None,
+    max_length: int | None = None,
+    max_batch_size: int = 1,
+    head_quantization: str | Format | None = None,
+    device: str = "cuda",
+    host_memory: int | float | str | None = None,
+) -> Plan:
+    """The plan that GLM(...) would make with these arguments: plan_model() of a GLM.
+
+    model: "GLM-130B", "GLM-10B", "GLM-10B-chinese", "GLM-2B", or a configuration.
+    All else is as for plan_model().   Raises ArgumentError or BudgetError.
+    """
+    if not isinstance(model, GLMConfig):
+        if model not in glm.PUBLISHED_GLM:
+            names = ", ".join(glm.PUBLISHED_GLM)
+            raise ArgumentError(f"model={model!r}; accepted: {names}, a GLMConfig")
+        model = glm.PUBLISHED_GLM[model]
+    return plan_model(
+        model, memory_limit, quantization, dtype, max_length, max_batch_size, head_quantization,
+        device, host_memory,
+    )  # fmt: skip
 
 
 class GLM(LanguageModel):
@@ -97,7 +124,7 @@ class GLM(LanguageModel):
         head_quantization: str | Format | None = None,
         rotary_precision: str | None = None,
     ) -> None:
-        self._head_form = parse_format(head_quantization, "head_quantization", glm.GLM_FORMATS)
+        self._head_format = parse_format(head_quantization, "head_quantization", glm.GLM_FORMATS)
         self._rotary_precision = rotary_precision
         super().__init__(
             checkpoint, memory_limit, quantization, activations, dtype, device, max_length,
@@ -222,23 +249,14 @@ class GLM(LanguageModel):
 
     # ---- what is other than in other models -----------------------------------------------------
 
-    def _adapted(
-        self, source: Source, form: Format | None, dtype: torch.dtype
-    ) -> tuple[Source, Packing]:
-        if self._rotary_precision is not None:
-            if not source.config.is_rotary:
-                raise ArgumentError(
-                    "rotary_precision is for GLM-130B; a GLM-10B learned its positions, so leave "
-                    "it out"
-                )
-            config = replace(source.config, rotary_precision=self._rotary_precision)
-            source = replace(source, config=config)
-        if source.weights.packing is not None:
-            return as_in_folder(source, form, self._head_form, dtype)
-        packing = Packing(form)
-        if form is not None:
-            packing = own_packing(source, form, source.architecture.default_format) or packing
-        return with_head(source, packing, self._head_form, dtype)
+    def _configured(self, config: GLMConfig) -> GLMConfig:
+        if self._rotary_precision is None:
+            return config
+        if not config.is_rotary:
+            raise ArgumentError(
+                "rotary_precision is for GLM-130B; a GLM-10B learned its positions, so leave it out"
+            )
+        return replace(config, rotary_precision=self._rotary_precision)
 
     def _settings(self, options: Options, keywords: dict[str, Any]) -> Any:
         settings = super()._settings(options, keywords)

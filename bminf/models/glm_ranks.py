@@ -39,9 +39,8 @@ from bminf.checkpoint.torch_file import read_torch_file
 from bminf.checkpoint.torch_writer import Saved, nbytes_of, write_torch_file
 from bminf.checks import check_positive
 from bminf.errors import ArgumentError, CheckpointError
-from bminf.models.recognition import architecture_for
-from bminf.models.source import config_of, tokenizer_of
-from bminf.models.vocabulary_files import check_files, vocabulary_files
+from bminf.models.recognition import architectures_for
+from bminf.models.source import check_files, config_of, tokenizer_of, vocabulary_files
 from bminf.progress import progress_bar
 from bminf.quantization.glm_rows import BITS, quantize_rows, row_scales
 from bminf.quantization.packed import INT4, INT8, Format
@@ -74,11 +73,14 @@ def cut(
     Raises ArgumentError or CheckpointError.
     """
     check_positive("tp", tp)
-    _check_model(source, model)
+    wanted = None if model is None else architectures_for(source, model)
+    opened = checkpoint_in(Path(source).expanduser())
+    if wanted is not None:
+        _check_model(opened, *wanted)
     bits = _bits(form)
-    beside = _Beside.of(checkpoint_in(Path(source).expanduser()), config, tokenizer)
+    beside = _Beside.of(opened, config, tokenizer)
     heads = None if beside.config is None else beside.config.num_attention_heads
-    reshard(Path(source), target, tp, bits, heads, beside.write)
+    reshard(opened, target, tp, bits, heads, beside.write)
     beside.warn_of_what_lacks(target)
 
 
@@ -149,15 +151,12 @@ def _tokenizer(
     return made
 
 
-def _check_model(source: str | Path, model: str | None) -> None:
+def _check_model(opened: Checkpoint, wanted: Architecture) -> None:
     """Raise CheckpointError where it is another model than was said."""
-    if model is None:
-        return
-    wanted = architecture_for(source, model)
-    told = told_by(checkpoint_in(Path(source).expanduser()))
+    told = told_by(opened)
     if told is not wanted:
         held = "another model" if told is None else told.title
-        raise CheckpointError(f"{source} holds {held}, not {wanted.title}")
+        raise CheckpointError(f"{opened.path} holds {held}, not {wanted.title}")
 
 
 def _bits(form: Format | None) -> int | None:
@@ -190,7 +189,7 @@ def _config(architecture: Architecture, opened: Checkpoint, given: Any) -> Any:
 
 
 def reshard(
-    source: Path,
+    source: Path | Checkpoint,
     destination: Path,
     degree: int,
     bits: int | None = None,
@@ -199,7 +198,8 @@ def reshard(
 ) -> None:
     """Write a checkpoint of GLM-130B or GLM-10B as its authors' own files, for `degree` ranks.
 
-    source: a folder of theirs, of any degree; of GLM-10B also a Hugging Face one.
+    source: a folder of theirs, of any degree, or what it was opened as; of GLM-10B also a Hugging
+        Face one.
     destination: a folder that does not exist yet, or is empty.
     bits: 8 or 4 to quantise the linears of GLM-130B, each rank by itself; None leaves them.
     num_attention_heads: of the model; needed where `degree` does not divide the degree of the
@@ -215,12 +215,12 @@ def reshard(
     damaged, or of another model.
     """
     for name, path in (("source", source), ("destination", destination)):
-        if not isinstance(path, str | Path):
+        if not isinstance(path, str | Path | Checkpoint):
             raise ArgumentError(f"{name} is a {type(path).__name__}; give a path")
     if bits not in (None, *BITS):
         raise ArgumentError(f"bits={bits!r}; accepted: {', '.join(map(str, BITS))}, or None")
     target = free(Path(destination).expanduser())
-    given = _open(Path(source).expanduser())
+    given = _open(source)
     _check(given, degree, bits, num_attention_heads)
     ranks = [dict(_rank_tensors(given, rank, degree, bits)) for rank in range(degree)]
     total = sum(nbytes_of(stored) for rank in ranks for stored in rank.values())
@@ -263,19 +263,22 @@ class _Source:
         return "word_embeddings.weight" in self.tensors
 
 
-def _open(path: Path) -> _Source:
-    opened = checkpoint_in(path)
+def _open(source: Path | Checkpoint) -> _Source:
+    if isinstance(source, Checkpoint):
+        opened = source
+    else:
+        opened = checkpoint_in(Path(source).expanduser())
     tensors = {name.removeprefix("glm."): stored for name, stored in opened.tensors.items()}
     is_known = is_glm10b(tensors) or (opened.kind == "original" and is_glm130b(tensors))
     if not is_known or opened.kind not in ("original", "huggingface"):
         raise CheckpointError(
-            f"{path} is no checkpoint of GLM-130B or GLM-10B in a layout of its authors "
+            f"{opened.path} is no checkpoint of GLM-130B or GLM-10B in a layout of its authors "
             f"(it is a {opened.kind} folder); only those have model-parallel files"
         )
     if is_quantized(tensors):
         raise CheckpointError(
-            f"{path} is quantised, each rank with scales of its own, and cannot be cut anew; "
-            "give the float16 checkpoint that it was made from"
+            f"{opened.path} is quantised, each rank with scales of its own, and cannot be cut "
+            "anew; give the float16 checkpoint that it was made from"
         )
     num_ranks, iteration, number = _ranks_and_iteration(opened)
     return _Source(opened.path, tensors, num_ranks, iteration, number)

@@ -18,32 +18,34 @@ from bminf.errors import ArgumentError, CheckpointError
 _CPM1_VOCABULARIES = ("*.model", "vocab.txt")
 
 
-def architecture_for(
-    source: str | Path, model: str | None, has_tokenizer: bool = False
-) -> Architecture:
-    """The one that is named, or the only one whose names, shapes and vocabulary go together.
+def architectures_for(source: str | Path, model: str | None) -> list[Architecture] | None:
+    """Those that a folder or hub id may be of; None where only its files can tell.
 
-    source: a folder or hub id.   has_tokenizer: whether one is given that is not in the folder.
-    Raises ArgumentError where that has to be said, CheckpointError for another model than these.
+    model: the name of one.   Raises ArgumentError for a name or a hub id that is not known.
     """
     if model is not None:
-        found = registry.named(model)
-        if found is None:
+        named = registry.named(model)
+        if named is None:
             names = ", ".join(one.name for one in registry.ARCHITECTURES)
             raise ArgumentError(f"model={model!r}; accepted: {names}")
-        return found
-    known = {hub_id: one for one in registry.ARCHITECTURES for hub_id in one.hub_ids}
-    if str(source) in known:
-        return known[str(source)]
-    path = Path(source).expanduser()
-    if not path.exists():
+        return [named]
+    downloaded = [one for one in registry.ARCHITECTURES if str(source) in one.hub_ids]
+    if not downloaded and not Path(source).expanduser().exists():
         raise ArgumentError(f"there is no {str(source)!r}; for a hub id, say which model= it is")
-    opened = registry.checkpoint_in(path)
+    return downloaded or None
+
+
+def recognized(opened: Checkpoint, has_tokenizer: bool = False) -> Architecture:
+    """The only architecture that names, shapes and vocabulary of a checkpoint go together with.
+
+    has_tokenizer: whether one is given that is not in the folder.
+    Raises ArgumentError where it has to be said, CheckpointError for another model than these.
+    """
     architecture = registry.told_by(opened)
     _check_in_zoo(opened, architecture)
     if architecture is None:
         raise ArgumentError(
-            f"{path} may hold CPM-2 or EVA, whose tensors have the same names; "
+            f"{opened.path} may hold CPM-2 or EVA, whose tensors have the same names; "
             'say model="cpm2" or model="eva" (bminf convert: --model)'
         )
     if architecture is CPM1 and opened.kind == "huggingface" and not has_tokenizer:

@@ -1,10 +1,10 @@
-"""What a model of the zoo is made from: weights, configuration and tokenizer, found and checked,
-with nothing but headers read so far."""
+"""What a model of the zoo is made from, found and checked, with nothing but headers read so far:
+the files of a folder, which are opened once, or the sizes of a published model."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,12 +14,16 @@ import torch
 
 from bminf.arch import registry
 from bminf.arch.architecture import Architecture, Config
+from bminf.arch.t5 import CPM2
 from bminf.checkpoint.config import CONFIG_FILES, as_mapping, read_config
 from bminf.checkpoint.folder import Checkpoint
+from bminf.checkpoint.names import listed
 from bminf.checkpoint.stored import Rows, Scaled, Stored
 from bminf.errors import ArgumentError, CheckpointError
-from bminf.models.load import Packing, Weights, check_shapes, skeleton, skeleton_of
-from bminf.quantization.packed import Format
+from bminf.layers.host_embedding import HostEmbedding
+from bminf.layers.quantized_linear import QuantizedLinear
+from bminf.models.recognition import recognized
+from bminf.quantization.packed import Format, PackedWeight, Packing, pack
 from bminf.tokenizers.base import Tokenizer
 from bminf.tokenizers.find import find_tokenizer, tokenizer_from
 
@@ -27,86 +31,231 @@ FORMAT_VERSION = 1
 """Of the folders that convert() writes."""
 
 HEAD = "lm_head.parts."
-"""What the parts of an output head that is cut are called before their number."""
+"""What the parts of an output head that is cut are called before their index."""
+
+PACKED_FIELDS = ("qweight", "scale", "minimum", "code_sum")
+"""The buffers of a QuantizedLinear that hold its weight."""
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ("*.json", "*.bin", "*.safetensors", "*.model", "*.txt")
 
 
 @dataclass(frozen=True)
-class Source:
-    """weights: under the names of the architecture.   config: one of its config_class.
+class Weights:
+    """Tensors that are not read yet, under the names of the architecture.
 
-    dtype: that of the embedding, on disk.
+    packing: how the linears in the blocks are packed there already (named as a QuantizedLinear's
+    buffers); None where they are not.   original_name: what the files call a tensor.
+    table: of a HostEmbedding, if the model has one.   pack: of a weight that is not packed yet.
+    """
+
+    tensors: Mapping[str, Stored]
+    path: Path
+    packing: Packing | None = None
+    original_name: Callable[[str], str] = str
+    table: Stored | None = None
+    pack: Callable[[torch.Tensor, Format], PackedWeight] = pack
+
+
+@dataclass(frozen=True)
+class Source:
+    """network: on the meta device, in float32, with nothing packed: for assemble() to change.
+
+    config: one of the architecture's config_class.   title: of the model, for people.
+    weights: without tensors where sizes are all that is known.   tokenizer: None for a plan.
     """
 
     architecture: Architecture
-    weights: Weights
     config: Any
-    tokenizer: Tokenizer
-    dtype: torch.dtype
+    network: torch.nn.Module
+    weights: Weights
+    title: str
+    tokenizer: Any = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the embedding, on disk."""
+        return (self.weights.table or self.weights.tensors["embed_tokens.weight"]).dtype
 
 
 def open_source(
-    architectures: Sequence[Architecture],
+    architectures: Sequence[Architecture] | None,
     checkpoint: str | Path | None,
     config: Any = None,
     tokenizer: Any = None,
+    configure: Callable[[Any], Any] = lambda config: config,
 ) -> Source:
     """Find everything that a model needs in `checkpoint`, a folder or a hub id.
 
-    architectures: those that it may be of.   config, tokenizer: see LanguageModel.
+    architectures: those that it may be of; None is any that its files tell without doubt.
+    config, tokenizer: see LanguageModel.   configure: what changes a configuration that was read.
     Raises ArgumentError or CheckpointError.
     """
-    opened = registry.checkpoint_in(_folder(architectures, checkpoint))
-    architecture = _told(architectures, opened)
-    if opened.kind == "bminf":
-        return _own(architecture, opened, config, tokenizer)
-    renamed = architecture.tensors(opened)
-    parsed, source = config_of(architecture, opened, renamed, config)
-    tensors = _as_configured(renamed, source)
-    weights = Weights(
-        tensors,
-        opened.path,
-        original_name=partial(architecture.original_name, opened.kind),
-        pack=architecture.pack,
-    )
-    if architecture.is_head_cut:
-        parsed = replace(parsed, num_head_parts=1)  # that of another model's config is its own
-        weights = _with_table(weights)
-    check_shapes(skeleton_of(architecture, parsed), weights)
-    found = tokenizer_of(architecture, opened, tokenizer, parsed)
-    return Source(architecture, weights, parsed, found, tensors["embed_tokens.weight"].dtype)
+    opened = registry.checkpoint_in(_folder(architectures or registry.ARCHITECTURES, checkpoint))
+    if architectures is None:
+        architecture = recognized(opened, has_tokenizer=tokenizer is not None)
+    else:
+        architecture = _told(architectures, opened)
+    written = _written(opened)
+    source = _with_network(architecture, opened, written, config, configure)
+    settings = written.get("tokenizer")
+    found = tokenizer_of(architecture, opened, tokenizer, source.config, settings)
+    return replace(source, tokenizer=found)
 
 
-def _told(architectures: Sequence[Architecture], opened: Checkpoint) -> Architecture:
-    """The one of `architectures` that the checkpoint is of."""
-    told = registry.told_by(opened)
-    if told is None and opened.kind != "bminf" and len(architectures) == 1:
-        return architectures[0]
-    for architecture in architectures:
-        if told is not None and architecture.name == told.name:
-            return architecture
-    wanted = " or ".join(architecture.title for architecture in architectures)
-    if told is not None:
-        raise CheckpointError(f"{opened.path} holds {told.title}, not {wanted}")
-    if opened.kind == "bminf":
-        name = read_config(opened.path / "config.json").get("model")
-        raise CheckpointError(f"{opened.path} holds {name!r}, not {wanted}")
-    raise CheckpointError(f"{opened.path} holds another model than {wanted}")
+def find_sizes(model: Any) -> Source:
+    """What a plan needs: a source whose tokenizer is not looked for, and that may lack weights.
+
+    model: a folder, the name or hub id of a published model such as "glm-130b" or "CPM-2", a
+    configuration of an architecture, or a source, which is not changed.
+    Raises ArgumentError or CheckpointError.
+    """
+    if isinstance(model, Source):
+        return replace(model, network=meta_network(model.architecture, model.config))
+    for architecture in registry.ARCHITECTURES:
+        if isinstance(model, architecture.config_class) and architecture.is_config_of(model):
+            return sizes_of(architecture, model, architecture.title)
+    if not isinstance(model, str | Path):
+        raise ArgumentError(f"model is a {type(model).__name__}; accepted: {_accepted_sizes()}")
+    path = Path(model).expanduser()
+    if str(model) and path.exists():
+        opened = registry.checkpoint_in(path.absolute())
+        architecture = registry.told_by(opened) or CPM2  # EVA is of the same shapes
+        return _with_network(architecture, opened, _written(opened), None)
+    found = published(str(model))
+    if found is None:
+        raise ArgumentError(f"model={str(model)!r}; accepted: {_accepted_sizes()}")
+    return found
 
 
-def _with_table(weights: Weights) -> Weights:
-    """The embedding, which is gathered on the host, apart; the head has the same weights."""
-    tensors = dict(weights.tensors)
-    table = tensors.pop("embed_tokens.weight", None)
-    if table is not None:
-        tensors[f"{HEAD}0.weight"] = table
+def published(name: str) -> Source | None:
+    """The sizes of the published model of this name or hub id; None is none."""
+    plain = _plain(name)
+    for architecture in registry.ARCHITECTURES:
+        for title, config in architecture.published.items():
+            names = {_plain(title), _plain(title.rpartition("/")[2])}
+            if plain in names or architecture.aliases.get(plain) == title:
+                return sizes_of(architecture, config, title)
+    return None
 
-    def original_name(name: str) -> str:
-        return weights.original_name("embed_tokens.weight" if name.startswith(HEAD) else name)
 
-    return replace(weights, tensors=tensors, table=table, original_name=original_name)
+def sizes_in(said: Mapping[str, Any], where: str) -> Source:
+    """Those that a configuration tells alone.   Raises CheckpointError where it does not say all.
+
+    said: what is in its file.   where: that file, for messages.
+    """
+    architecture = registry.described_by(said)
+    size = said.get("vocab_size")
+    if type(size) is not int or size < 1:
+        raise CheckpointError(f"{where} has no vocab_size")
+    config = replace(architecture.parse(said, {}, where), vocab_size=size)
+    return sizes_of(architecture, config, architecture.title)
+
+
+def sizes_of(architecture: Architecture, config: Config, title: str) -> Source:
+    """A source without weights."""
+    if architecture.cut_head is not None:
+        config = replace(config, num_head_parts=1)
+    network = meta_network(architecture, config)
+    return Source(architecture, config, network, Weights({}, Path(title)), title)
+
+
+def meta_network(architecture: Architecture, config: Config) -> torch.nn.Module:
+    """The network on the meta device, in float32, with nothing packed."""
+    with torch.device("meta"):
+        return architecture.build(config)
+
+
+def check_shapes(network: torch.nn.Module, weights: Weights) -> None:
+    """Raise CheckpointError where tensors are missing, unexpected, or of another shape or kind.
+
+    network: on the meta device, packed as the weights are.
+    """
+    expected = dict(_expected(network, weights))
+    call = weights.original_name
+    missing = [call(name) for name in expected if name not in weights.tensors]
+    unexpected = [call(name) for name in weights.tensors if name not in expected]
+    if missing or unexpected:
+        lacking = f"lacks {listed(missing)}" if missing else ""
+        more = f"has unexpected tensors: {listed(unexpected)}" if unexpected else ""
+        raise CheckpointError(
+            f"for a {type(network).__name__} of this configuration, {weights.path} "
+            f"{' and '.join(part for part in (lacking, more) if part)}; see whether the "
+            "configuration is that of the checkpoint, and whether the checkpoint is complete"
+        )
+    for name, (shape, dtype) in expected.items():
+        _check_alike(weights.tensors[name], shape, dtype)
+    for module in network.modules():
+        if isinstance(module, HostEmbedding) and weights.table is not None:
+            _check_alike(weights.table, (module.num_rows, module.hidden_size), None)
+
+
+def config_of(
+    architecture: Architecture, opened: Checkpoint, tensors: Mapping[str, Stored], given: Any
+) -> tuple[Config, Mapping[str, Any]]:
+    """The configuration, and what it was read from.   given: see LanguageModel.
+
+    Raises ArgumentError or CheckpointError.
+    """
+    if given is not None:
+        said, where = _given_config(given)
+        return architecture.parse(said, tensors, where), said
+    path = registry.config_in(opened.path)
+    if path is not None:
+        said = read_config(path)
+        return architecture.parse(said, tensors, str(path)), said
+    if architecture.is_told_by_shapes:
+        return architecture.parse({}, tensors, str(opened.path)), {}
+    return _published_of(architecture, opened, tensors), {}
+
+
+def tokenizer_of(
+    architecture: Architecture,
+    opened: Checkpoint,
+    given: Any,
+    config: Config | None,
+    settings: Any = None,
+) -> Tokenizer:
+    """The tokenizer that is given, or that of the folder.
+
+    config: which it has to go with; None where it is not known.   settings: see find_tokenizer().
+    Raises ArgumentError or CheckpointError.
+    """
+    if settings is not None and not isinstance(settings, Mapping):
+        raise CheckpointError(
+            f"{opened.path}: tokenizer is {settings!r}; convert the original anew"
+        )
+    kind = architecture.tokenizer or architecture.name
+    if given is None:
+        own = settings
+        if config is not None and settings is None:
+            own = architecture.tokenizer_settings(config)
+        found = find_tokenizer(kind, opened.path, own)
+    else:
+        found = tokenizer_from(kind, given)
+    if config is not None:
+        _check_vocabulary(found, config, architecture, opened.path)
+    return found
+
+
+def check_files(tokenizer: Tokenizer) -> None:
+    """Raise ArgumentError for a tokenizer that was not made of files."""
+    if not tokenizer.files:
+        raise ArgumentError(
+            f"tokenizer is a {type(tokenizer).__name__} of no files, and the folder needs "
+            "them to load by itself; give the path of a vocabulary"
+        )
+
+
+def vocabulary_files(architecture: Architecture, tokenizer: Tokenizer) -> dict[str, Path]:
+    """By what find_tokenizer() looks for, whatever they are called where they come from."""
+    files: Sequence[Path] = tokenizer.files
+    if len(files) == 2:
+        return dict(zip(("vocab.json", "merges.txt"), files, strict=True))
+    return {architecture.vocabulary_name(files[0]): files[0]}
+
+
+# ---- where it lies -------------------------------------------------------------------------------
 
 
 def _folder(architectures: Sequence[Architecture], checkpoint: str | Path | None) -> Path:
@@ -140,28 +289,110 @@ def _download(hub_id: str, accepted: str) -> Path:
         ) from error
 
 
-def _own(architecture: Architecture, opened: Checkpoint, config: Any, tokenizer: Any) -> Source:
+def _plain(name: str) -> str:
+    """Of a name, its letters and digits; the owner of a hub id counts."""
+    return re.sub(r"[^a-z0-9/]", "", name.lower())
+
+
+def _accepted_sizes() -> str:
+    names = ", ".join(f'"{name}"' for one in registry.ARCHITECTURES for name in one.published)
+    return f"a folder that exists, a configuration, or a published model: {names}"
+
+
+# ---- which architecture --------------------------------------------------------------------------
+
+
+def _told(architectures: Sequence[Architecture], opened: Checkpoint) -> Architecture:
+    """The one of `architectures` that the checkpoint is of."""
+    told = registry.told_by(opened)
+    if told is None and opened.kind != "bminf" and len(architectures) == 1:
+        return architectures[0]
+    for architecture in architectures:
+        if told is not None and architecture.name == told.name:
+            return architecture
+    if told is not None:
+        held = told.title
+    else:
+        held = repr(_written(opened)["model"]) if opened.kind == "bminf" else "another model"
+    wanted = " or ".join(architecture.title for architecture in architectures)
+    raise CheckpointError(f"{opened.path} holds {held}, not {wanted}")
+
+
+# ---- configuration, weights, network -------------------------------------------------------------
+
+
+def _with_network(
+    architecture: Architecture,
+    opened: Checkpoint,
+    written: Mapping[str, Any],
+    config: Any,
+    configure: Callable[[Any], Any] = lambda config: config,
+) -> Source:
+    if opened.kind == "bminf":
+        weights, parsed = _converted(architecture, opened, written, config)
+    else:
+        weights, parsed = _original(architecture, opened, config)
+    parsed = configure(parsed)
+    network = meta_network(architecture, parsed)
+    if weights.packing is None:
+        check_shapes(network, weights)
+    return Source(architecture, parsed, network, weights, architecture.title)
+
+
+def _original(architecture: Architecture, opened: Checkpoint, given: Any) -> tuple[Weights, Config]:
+    """A folder of any layout but ours."""
+    renamed = architecture.tensors(opened)
+    parsed, said = config_of(architecture, opened, renamed, given)
+    weights = Weights(
+        _as_configured(renamed, said),
+        opened.path,
+        original_name=partial(architecture.original_name, opened.kind),
+        pack=architecture.pack,
+    )
+    if architecture.cut_head is not None:
+        parsed = replace(parsed, num_head_parts=1)  # that of another model's config is its own
+        weights = _with_table(weights)
+    return weights, parsed
+
+
+def _with_table(weights: Weights) -> Weights:
+    """The embedding, which is gathered on the host, apart; the head has the same weights."""
+    tensors = dict(weights.tensors)
+    table = tensors.pop("embed_tokens.weight", None)
+    if table is not None:
+        tensors[f"{HEAD}0.weight"] = table
+
+    def original_name(name: str) -> str:
+        return weights.original_name("embed_tokens.weight" if name.startswith(HEAD) else name)
+
+    return replace(weights, tensors=tensors, table=table, original_name=original_name)
+
+
+def _written(opened: Checkpoint) -> Mapping[str, Any]:
+    """What convert() wrote beside the weights; nothing in a folder of others."""
+    return read_config(opened.path / "config.json") if opened.kind == "bminf" else {}
+
+
+def _converted(
+    architecture: Architecture, opened: Checkpoint, written: Mapping[str, Any], given: Any
+) -> tuple[Weights, Config]:
     """A folder that convert() wrote."""
     path = opened.path / "config.json"
-    written = read_config(path)
     if written.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
             f"{path} has the format_version {written.get('format_version')!r}; this library reads "
             f"{FORMAT_VERSION}: take the one that wrote it, or convert the original anew"
         )
-    fields = written.get("config") if config is None else _given_config(config)[0]
+    fields = written.get("config") if given is None else _given_config(given)[0]
     if not isinstance(fields, Mapping):
         raise CheckpointError(f'{path} has no object "config"; convert the original anew')
     parsed = architecture.parse(fields, opened.tensors, str(path))
-    packing = packing_in(written, path)
-    weights = Weights(opened.tensors, opened.path, packing, pack=architecture.pack)
-    if architecture.is_head_cut:
+    weights = Weights(
+        opened.tensors, opened.path, _packing_in(written, path), pack=architecture.pack
+    )
+    if architecture.cut_head is not None:
         weights = _with_own_table(weights, parsed)
-    model, _ = skeleton(architecture, parsed, torch.float32, packing or Packing(), "auto")
-    check_shapes(model, weights)
-    found = tokenizer_of(architecture, opened, tokenizer, parsed, written.get("tokenizer"))
-    table = weights.table or weights.tensors["embed_tokens.weight"]
-    return Source(architecture, weights, parsed, found, table.dtype)
+    return weights, parsed
 
 
 def _with_own_table(weights: Weights, config: Any) -> Weights:
@@ -169,7 +400,7 @@ def _with_own_table(weights: Weights, config: Any) -> Weights:
     tensors = dict(weights.tensors)
     table = tensors.pop("embed_tokens.weight", None)
     if table is None:
-        names = [f"{HEAD}{number}.weight" for number in range(config.num_head_parts)]
+        names = [f"{HEAD}{index}.weight" for index in range(config.num_head_parts)]
         lacking = [name for name in names if name not in tensors]
         if lacking:
             raise CheckpointError(f"{weights.path} lacks {lacking[0]!r}; convert the original anew")
@@ -177,7 +408,7 @@ def _with_own_table(weights: Weights, config: Any) -> Weights:
     return replace(weights, tensors=tensors, table=table)
 
 
-def packing_in(written: Mapping[str, Any], path: Path) -> Packing | None:
+def _packing_in(written: Mapping[str, Any], path: Path) -> Packing | None:
     """How a folder of ours is packed, by its configuration; None where it is not."""
     exceptions = written.get("exceptions", {})
     if not isinstance(exceptions, Mapping):
@@ -196,25 +427,6 @@ def _format(given: Any, path: Path) -> Format | None:
         raise CheckpointError(f"{path}: quantization is {given!r}: {error}") from error
 
 
-def config_of(
-    architecture: Architecture, opened: Checkpoint, tensors: Mapping[str, Stored], given: Any
-) -> tuple[Config, Mapping[str, Any]]:
-    """The configuration, and what it was read from.   given: see LanguageModel.
-
-    Raises ArgumentError or CheckpointError.
-    """
-    if given is not None:
-        source, where = _given_config(given)
-        return architecture.parse(source, tensors, where), source
-    path = registry.config_in(opened.path)
-    if path is not None:
-        source = read_config(path)
-        return architecture.parse(source, tensors, str(path)), source
-    if architecture.is_told_by_shapes:
-        return architecture.parse({}, tensors, str(opened.path)), {}
-    return _published(architecture, opened, tensors), {}
-
-
 def _given_config(given: Any) -> tuple[Mapping[str, Any], str]:
     if isinstance(given, str | Path):
         path = Path(given)
@@ -222,17 +434,17 @@ def _given_config(given: Any) -> tuple[Mapping[str, Any], str]:
         read = read_config(path)
         own = read.get("config") if read.get("format") == "bminf" else None  # what convert() wrote
         return own if isinstance(own, Mapping) else read, str(path)
-    source = as_mapping(given)
-    if source is None:
+    said = as_mapping(given)
+    if said is None:
         classes = list(dict.fromkeys(one.config_class.__name__ for one in registry.ARCHITECTURES))
         raise ArgumentError(
             f"config is a {type(given).__name__}; accepted: the path of a JSON file, a mapping, "
             f"a {', '.join(classes[:-1])} or {classes[-1]}"
         )
-    return source, "config"
+    return said, "config"
 
 
-def _published(
+def _published_of(
     architecture: Architecture, opened: Checkpoint, tensors: Mapping[str, Stored]
 ) -> Config:
     """The published model whose shapes all match, if there is exactly one."""
@@ -262,66 +474,71 @@ def _published(
 def _fits(
     architecture: Architecture, config: Config, tensors: Mapping[str, Stored], path: Path
 ) -> bool:
+    embedding = tensors.get("embed_tokens.weight")
+    if embedding is None or embedding.shape[0] != config.vocab_size:
+        return False  # without building it
     try:
-        check_shapes(skeleton_of(architecture, config), Weights(tensors, path))
+        check_shapes(meta_network(architecture, config), Weights(tensors, path))
     except CheckpointError:
         return False
     return True
 
 
-def _as_configured(
-    tensors: Mapping[str, Stored], source: Mapping[str, Any]
-) -> Mapping[str, Stored]:
+def _as_configured(tensors: Mapping[str, Stored], said: Mapping[str, Any]) -> Mapping[str, Stored]:
     """What a configuration says of the weights themselves (ModelCenter's).
 
     tied: the head is the embedding.   length_scale: each product is divided by the square root of
     its number of inputs, and the embedding by that of its width; here the weights are.
     """
     changed = dict(tensors)
-    if source.get("tied") is True:
+    if said.get("tied") is True:
         changed["lm_head.weight"] = tensors["embed_tokens.weight"]
-    if source.get("length_scale") is True:
+    if said.get("length_scale") is True:
         for name, stored in changed.items():
             if len(stored.shape) == 2 and not name.endswith("position_bias.weight"):
                 changed[name] = Scaled(stored, stored.shape[1] ** -0.5)
     return changed
 
 
-def tokenizer_of(
-    architecture: Architecture,
-    opened: Checkpoint,
-    given: Any,
-    config: Config | None,
-    settings: Any = None,
-) -> Tokenizer:
-    """The tokenizer that is given, or that of the folder.
+# ---- checks --------------------------------------------------------------------------------------
 
-    config: which it has to go with; None where it is not known.   settings: see find_tokenizer().
-    Raises ArgumentError or CheckpointError.
-    """
-    if settings is not None and not isinstance(settings, Mapping):
+
+def _expected(
+    network: torch.nn.Module, weights: Weights
+) -> Iterator[tuple[str, tuple[tuple[int, ...], torch.dtype | None]]]:
+    """(name, (shape, dtype)) of each tensor that the checkpoint must have; None is any that is
+    floating point."""
+    for prefix, module in network.named_modules():
+        start = f"{prefix}." if prefix else ""
+        is_packed = isinstance(module, QuantizedLinear)
+        if is_packed and weights.packing is None:
+            yield f"{start}weight", ((module.out_features, module.in_features), None)
+        for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            is_code = is_packed and key in PACKED_FIELDS
+            if tensor is not None and not (is_code and weights.packing is None):
+                yield start + key, (tuple(tensor.shape), tensor.dtype if is_code else None)
+
+
+def _check_alike(stored: Stored, shape: tuple[int, ...], dtype: torch.dtype | None) -> None:
+    if tuple(stored.shape) != shape:
         raise CheckpointError(
-            f"{opened.path}: tokenizer is {settings!r}; convert the original anew"
+            f"{stored.where} has the shape {tuple(stored.shape)}; the configuration asks for "
+            f"{shape}: it is of another model, or the configuration is"
         )
-    kind = architecture.tokenizer or architecture.name
-    if given is None:
-        own = settings
-        if config is not None and settings is None:
-            own = architecture.tokenizer_settings(config)
-        found = find_tokenizer(kind, opened.path, own)
-    else:
-        found = tokenizer_from(kind, given)
-    if config is None:
-        return found
-    num_unused = config.vocab_size - found.vocab_size
+    if stored.dtype != dtype if dtype is not None else not stored.dtype.is_floating_point:
+        raise CheckpointError(
+            f"{stored.where} is {stored.dtype}; it must be {dtype or 'floating point'}"
+        )
+
+
+def _check_vocabulary(
+    tokenizer: Tokenizer, config: Config, architecture: Architecture, path: Path
+) -> None:
+    num_unused = config.vocab_size - tokenizer.vocab_size
     if num_unused < 0 or (num_unused > 0 and not architecture.has_spare_rows):
+        files = getattr(tokenizer, "files", ())
+        origin = ", ".join(str(file) for file in files) or type(tokenizer).__name__
         raise CheckpointError(
-            f"the vocabulary has {found.vocab_size} tokens ({_origin(found)}), the embedding of "
-            f"{opened.path} {config.vocab_size} rows; take the vocabulary that came with it"
+            f"the vocabulary has {tokenizer.vocab_size} tokens ({origin}), the embedding of "
+            f"{path} {config.vocab_size} rows; take the vocabulary that came with it"
         )
-    return found
-
-
-def _origin(tokenizer: Tokenizer) -> str:
-    files = getattr(tokenizer, "files", ())
-    return ", ".join(str(file) for file in files) or type(tokenizer).__name__

@@ -17,7 +17,7 @@ for a group, the Q4_1 blocks of the GGUF file format.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -95,6 +95,25 @@ def parse_format(
     choices = [*names, "a bminf.Format", "None"] if is_optional else [*names, "a bminf.Format"]
     known = f"{', '.join(choices[:-1])}, or {choices[-1]}"
     raise ArgumentError(f"{argument}={given!r}; accepted: {known}")
+
+
+@dataclass(frozen=True)
+class Packing:
+    """The formats of the linears in the blocks.
+
+    default: of all of them but `exceptions`, by name; None is not packed.
+    """
+
+    default: Format | None = None
+    exceptions: Mapping[str, Format | None] = field(default_factory=dict)
+
+    def of(self, name: str) -> Format | None:
+        return self.exceptions.get(name, self.default)
+
+    @property
+    def of_layers(self) -> Format | None:
+        """That of the layers, which sizes the workspace."""
+        return self.default or next(iter(self.exceptions.values()), None)
 
 
 class PackedWeight(NamedTuple):

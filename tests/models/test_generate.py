@@ -622,8 +622,8 @@ def test_building_a_model_does_not_import_the_compiler_of_torch(name: str) -> No
     """It would take a second, and 70 MB, for nothing."""
     program = (
         "import sys; from bminf.arch.registry import named; "
-        "from bminf.models.load import skeleton_of; "
-        f"skeleton_of(named({name!r}), next(iter(named({name!r}).published.values()))); "
+        "from bminf.models.source import meta_network; "
+        f"meta_network(named({name!r}), next(iter(named({name!r}).published.values()))); "
         "print('torch._dynamo' in sys.modules)"
     )
     done = subprocess.run(

@@ -846,14 +846,14 @@ def test_published_models_need_no_configuration(title: str) -> None:
 
 
 def test_the_published_sizes_are_those_of_the_papers() -> None:
-    from bminf.models.load import skeleton_of
+    from bminf.models.source import meta_network
 
     counts = {"GLM-130B": 128_697_794_560, "GLM-10B": 9_880_682_496, "GLM-2B": 1_920_122_880}
     counts["GLM-10B-chinese"] = 9_879_633_920
     for title, count in counts.items():
         config = PUBLISHED_GLM[title]
         family = GLM130B if config.is_rotary else GLM10B
-        model = skeleton_of(family, config)
+        model = meta_network(family, config)
         assert sum(parameter.numel() for parameter in model.parameters()) == count
 
 

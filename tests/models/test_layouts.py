@@ -476,7 +476,7 @@ def test_the_other_models_are_told_by_their_shapes_too(
 
 def test_the_published_sizes_are_those_of_the_papers() -> None:
     """Parameters, counted from the architectures: facts that no tiny model knows."""
-    from bminf.models.load import skeleton_of
+    from bminf.models.source import meta_network
 
     counts = {
         (CPM1, "TsinghuaAI/CPM-Generate"): 2_597_073_920,
@@ -488,7 +488,7 @@ def test_the_published_sizes_are_those_of_the_papers() -> None:
         (EVA, "thu-coai/EVA2.0-base"): 300_932_352,
     }
     for (kind, name), count in counts.items():
-        model = skeleton_of(kind._architectures[0], kind._architectures[0].published[name])
+        model = meta_network(kind._architectures[0], kind._architectures[0].published[name])
         assert sum(parameter.numel() for parameter in model.parameters()) == count
     scaled = [n for n, c in t5.EVA.published.items() if c.is_attention_scaled]
     assert scaled == [f"thu-coai/EVA2.0-{size}" for size in ("xlarge", "large", "base")]

@@ -14,8 +14,8 @@ from toy_model import ToyModel
 
 from bminf.arch import registry
 from bminf.errors import CheckpointError
-from bminf.models import CPM1, convert
-from bminf.models.planning import plan_zoo, published, zoo_in_folder
+from bminf.models import CPM1, convert, plan_model
+from bminf.models.source import published
 
 SMALL: Any = TOY.published["toy-small"]
 
@@ -97,11 +97,10 @@ def test_it_streams_and_generates_the_same(tmp_path: Path) -> None:
 
 
 def test_it_is_planned_without_its_weights(tmp_path: Path) -> None:
-    found = zoo_in_folder(write(tmp_path, network()))
-    assert found.architecture is TOY and found.config == SMALL
-    whole = plan_zoo(found, None)
-    assert [block.name for block in whole.blocks] == [f"layers.{n}" for n in range(4)]
-    assert plan_zoo(found, whole.total_bytes - 1).streamed
+    for model in (write(tmp_path, network()), "Toy small", SMALL):
+        whole = plan_model(model)
+        assert [block.name for block in whole.blocks] == [f"layers.{n}" for n in range(4)]
+        assert plan_model(model, whole.total_bytes - 1).streamed
 
 
 @pytest.mark.parametrize("name", ["toy", None])

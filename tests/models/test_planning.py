@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from tiny_glm import ice_tokenizer, tiny_glm130b
+from tiny_zoo import save
 
 from bminf.arch.glm import PUBLISHED_GLM
-from bminf.errors import ArgumentError, BudgetError
-from bminf.models import plan_glm
+from bminf.arch.registry import ARCHITECTURES
+from bminf.errors import ArgumentError, BudgetError, CheckpointError
+from bminf.models import convert, plan_glm, plan_model
 
 GIB = 2**30
 
@@ -66,3 +73,91 @@ def test_what_host_memory_has_no_room_for_waits_on_the_disk() -> None:
 def test_bad_input(arguments: dict[str, Any], words: str) -> None:
     with pytest.raises(ArgumentError, match=words):
         plan_glm(**{"model": "GLM-130B", "memory_limit": "20GB", **arguments})
+
+
+# ---- any model of the zoo ------------------------------------------------------------------------
+
+KINDS = ["cpm1", "cpm2", "eva", "glm130b", "glm10b"]
+SIZES = {"max_length": 24, "max_batch_size": 2}
+
+
+@pytest.mark.parametrize("quantization", [None, "int8", "int4"])
+@pytest.mark.parametrize("name", KINDS)
+def test_the_plan_of_a_folder_is_that_of_the_model(
+    name: str, quantization: str | None, load: Callable[..., Any], folders: dict[str, Path]
+) -> None:
+    """At a limit that streams; so is that of its configuration."""
+    options: dict[str, Any] = {"quantization": quantization, "dtype": torch.float16, **SIZES}
+    whole = plan_model(folders[name], device="cpu", **options)
+    limit = (whole.least_limit + whole.total_bytes) // 2
+    plan = plan_model(folders[name], limit, device="cpu", **options)
+    model = load(name, memory_limit=limit, **options)
+    assert plan.streamed and plan == model.plan
+    assert plan_model(model.config, limit, device="cpu", **options) == plan
+
+
+@pytest.mark.filterwarnings("ignore:found no sentencepiece model")
+@pytest.mark.parametrize("name", ["cpm1", "cpm2", "glm130b"])
+def test_a_converted_folder_is_planned_as_it_is_packed(
+    name: str, load: Callable[..., Any], folders: dict[str, Path], tmp_path: Path
+) -> None:
+    head = {"head_quantization": "int8"} if name == "glm130b" else {}
+    tokenizer = ice_tokenizer() if name == "glm130b" else None
+    made = convert(folders[name], tmp_path / "to", "int4", name, tokenizer=tokenizer, **head)
+    plan = plan_model(made, device="cpu", dtype=torch.float16, **SIZES)
+    model = load(name, checkpoint=made, quantization="int4", dtype=torch.float16, **SIZES)
+    assert replace(plan, budget=model.plan.budget) == model.plan
+    assert plan == plan_model(made, None, "int4", torch.float16, device="cpu", **SIZES)
+    with pytest.raises(ArgumentError, match=r"packed as .*convert the original to what you want"):
+        plan_model(made, None, "int8")
+
+
+def test_codes_of_the_authors_are_planned_as_they_are(
+    load: Callable[..., Any], tmp_path: Path
+) -> None:
+    """In groups of columns, because two ranks were packed by themselves."""
+    original = tiny_glm130b().write_original(tmp_path / "a")
+    codes = convert(original, tmp_path / "b", "int4", tp=2)
+    plan = plan_model(codes, device="cpu", **SIZES)
+    model = load("glm130b", checkpoint=codes, quantization="int4", **SIZES)
+    assert replace(plan, budget=model.plan.budget) == model.plan
+    assert plan.total_bytes != plan_model(original, device="cpu", **SIZES).total_bytes
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda one: one.name)
+def test_every_published_model_is_planned_by_its_name(architecture: Any) -> None:
+    for name, config in architecture.published.items():
+        plan = plan_model(name, max_length=64)
+        assert plan == plan_model(config, max_length=64) == plan_model(name.lower(), max_length=64)
+        assert plan_model(name, plan.least_limit, max_length=64).streamed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"model": "GPT-5"}, "model='GPT-5'; accepted: a folder that exists, .*GLM-130B"),
+        ({"model": ""}, "model=''; accepted"),
+        ({"model": 3}, "model is a int; accepted"),
+        ({"head_quantization": "int8"}, "head_quantization is for a GLM"),
+        ({"device": "tpu"}, "device='tpu'"),
+        ({"dtype": torch.int8}, "dtype=torch.int8; accepted"),
+        ({"quantization": "int5"}, "quantization='int5'; accepted"),
+        ({"max_length": -1}, "max_length=-1"),
+        ({"max_length": 1025}, "the model has 1024 positions"),
+        ({"max_batch_size": 0}, "max_batch_size=0"),
+        ({"memory_limit": "lots"}, "memory_limit"),
+        ({"memory": "6GB"}, r"plan_model\(\) has no keyword 'memory'"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(arguments: dict[str, Any], words: str) -> None:
+    with pytest.raises((ArgumentError, TypeError), match=words):
+        plan_model(**{"model": "TsinghuaAI/CPM-Generate", **arguments})
+
+
+def test_a_folder_that_cannot_be_loaded_is_not_planned(tmp_path: Path) -> None:
+    save(
+        {"module": {"word_embeddings.weight": torch.ones(2)}},
+        tmp_path / "mp_rank_00_model_states.pt",
+    )
+    with pytest.raises(CheckpointError, match=str(tmp_path)):
+        plan_model(tmp_path)

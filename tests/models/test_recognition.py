@@ -10,9 +10,10 @@ import pytest
 import torch
 from tiny_zoo import save, tiny, write_huggingface
 
+from bminf.arch.registry import checkpoint_in
 from bminf.errors import ArgumentError, BMInfError, CheckpointError
 from bminf.models import convert
-from bminf.models.recognition import architecture_for
+from bminf.models.recognition import architectures_for, recognized
 
 LLAMA = ["model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight", "lm_head.weight"]
 BERT = ["bert.embeddings.word_embeddings.weight", "bert.encoder.layer.0.output.dense.weight"]
@@ -75,7 +76,7 @@ def test_a_t5_may_have_been_one_of_them(model_type: str, tmp_path: Path) -> None
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"a T5ForCond.*wrapper.*made from CPM-2 or EVA, say"):
         convert(folder, tmp_path / "to")
-    assert architecture_for(folder, "eva").name == "eva"
+    assert [one.name for one in architectures_for(folder, "eva") or ()] == ["eva"]
 
 
 def test_a_gpt2_without_a_vocabulary_of_cpm1(tmp_path: Path) -> None:
@@ -85,10 +86,10 @@ def test_a_gpt2_without_a_vocabulary_of_cpm1(tmp_path: Path) -> None:
     words = r"model_type 'gpt2'.*chinese_vocab\.model.*If it is another GPT-2, .*bminf\.wrapper"
     with pytest.raises(CheckpointError, match=words):
         convert(folder, tmp_path / "to")
-    assert architecture_for(folder, None, has_tokenizer=True).name == "cpm1"
-    assert architecture_for(folder, "cpm1").name == "cpm1"
+    assert recognized(checkpoint_in(folder), has_tokenizer=True).name == "cpm1"
+    assert [one.name for one in architectures_for(folder, "cpm1") or ()] == ["cpm1"]
     (folder / "vocab.txt").write_text("a\n")
-    assert architecture_for(folder, None).name == "cpm1"
+    assert recognized(checkpoint_in(folder)).name == "cpm1"
 
 
 @pytest.mark.parametrize("name", ["cpm1", "cpm2", "eva"])
@@ -100,9 +101,9 @@ def test_the_models_of_the_zoo_are_told_as_before(name: str, tmp_path: Path) -> 
     for folder in found:
         if name == "cpm2":
             with pytest.raises(ArgumentError, match="may hold CPM-2 or EVA"):
-                architecture_for(folder, None)
+                recognized(checkpoint_in(folder))
         else:
-            assert architecture_for(folder, None).name == name
+            assert recognized(checkpoint_in(folder)).name == name
 
 
 def test_a_folder_of_nothing(tmp_path: Path) -> None:

@@ -458,7 +458,7 @@ CONFIGS: list[tuple[str, dict[str, Any], str]] = [
     ("cpm1", {"num_layers": None}, "config has no num_hidden_layers or num_layers or n_layer"),
     ("cpm1", {"num_layers": 0}, "num_layers is 0; a whole number"),
     ("cpm1", {"num_layers": 4}, r"lacks 'transformer\.layers\.3\."),
-    ("cpm1", {"num_layers": 2}, r"has 'transformer\.layers\.2\..* too many"),
+    ("cpm1", {"num_layers": 2}, r"has unexpected tensors: 'transformer\.layers\.2\."),
     ("cpm1", {"num_attention_heads": "3"}, "num_attention_heads is '3'"),
     ("cpm1", {"num_attention_heads": 5}, "hidden_size=48 is not a multiple of num_attention_he"),
     ("cpm1", {"layernorm_epsilon": -1}, "layernorm_epsilon is -1"),

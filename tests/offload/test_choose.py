@@ -11,7 +11,7 @@ import pytest
 import tiny_models
 from work import CountingNumpy, executed_lines
 
-from bminf.models.planning import plan_zoo, published
+from bminf.models import plan_model
 from bminf.offload import choose
 from bminf.offload.choose import Kind, streamed_counts
 from bminf.wrapping import plan_for
@@ -93,7 +93,7 @@ def cheapest_of_all(kinds, counts, missing):
 
 @pytest.mark.parametrize(("name", "form"), ZOO)
 def test_models_of_the_zoo_stream_the_least_there_is(name, form):
-    kinds, counts = kinds_of(plan_zoo(published(name), None, form))
+    kinds, counts = kinds_of(plan_model(name, quantization=form))
     least = cheapest_of_all if len(kinds) < 4 else cheapest_of_equal_uses
     for missing in missing_of(kinds, counts, 4):
         streamed = streamed_counts(kinds, counts, missing)

@@ -1,0 +1,68 @@
+"""What a wrapped model and one of the zoo begin with alike: a plan of what is laid out, and every
+tensor at the place that the plan gives it."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bminf.offload.blob import Blobs
+from bminf.offload.blocks import ModuleBlock
+from bminf.offload.device import taken_bytes
+from bminf.offload.hooks import ATTRIBUTE, Scheduler
+from bminf.offload.plan import Block, Plan, plan
+
+
+def plan_on(
+    device_type: str,
+    blocks: Iterable[ModuleBlock],
+    blobs: Blobs,
+    budget: int,
+    uses: Mapping[str, float],
+    unregistered_bytes: int = 0,
+    **more: Any,
+) -> Plan:
+    """plan() of blocks that are laid out, each counted as a device ("cuda", "cpu") allocates it.
+
+    unregistered_bytes: of the device, beside the blobs.   more: see plan().
+    """
+    sizes = {name: taken_bytes(x.nbytes, device_type) for name, x in blobs.blocks.items()}
+    return plan(
+        [Block(block.name, sizes[block.name], block.list_name) for block in blocks],
+        budget,
+        uses,
+        outside_bytes=taken_bytes(blobs.outside.nbytes, device_type) + unregistered_bytes,
+        **more,
+    )
+
+
+def start(
+    model: torch.nn.Module,
+    blobs: Blobs,
+    scheduler: Scheduler,
+    offload_dir: str | Path | None,
+    place: Callable[[], object],
+    undo: Callable[[], object],
+) -> None:
+    """Bring every tensor to its place, and begin to stream.
+
+    place: moves the tensors there, or reads them.   undo: what has to be done on any error.
+    Raises OffloadError for a backing store that cannot be made, and what `place` raises.
+    """
+    the_plan, backend = scheduler.plan, scheduler.backend
+    try:
+        if the_plan.streamed:
+            layouts = [blobs.blocks[name] for name in the_plan.streamed]
+            backend.open(layouts, offload_dir, the_plan.disk_places)
+        model.__dict__[ATTRIBUTE] = scheduler
+        place()
+        if the_plan.streamed:
+            scheduler.install(model)
+    except BaseException:
+        undo()
+        raise
+    weakref.finalize(model, backend.release)
