@@ -1,9 +1,11 @@
 """Products with packed weights on the CPU, by the fastest operation of torch that is right.
 
-8-bit codes are multiplied as integers, which is several times faster than float32 even in large
-products. For weight-only products the activations are written with two base-256 digits: 16 bits a
-token, finer than bfloat16. Small weights, where that saves nothing, and 4-bit codes become
-float32, a slice of rows at a time so that it stays in the cache.
+Where the CPU has AVX-512, 8-bit codes are multiplied as integers, which is several times faster than
+float32 even in large products; for weight-only products the activations are written with two
+base-256 digits: 16 bits a token, finer than bfloat16. With AVX2 alone torch has no fast product of
+integers (it is 15 to 60 times slower than float32). There, for small weights, where it saves
+nothing, and for 4-bit codes the weights become float32, a slice of rows at a time so that it stays
+in the cache.
 
 `torch._weight_int8pack_mm` is not used: it is no faster, rounds activations and results to
 bfloat16, and reads out of bounds where K is no multiple of 16. `torch._weight_int4pack_mm_for_cpu`
@@ -52,11 +54,24 @@ def w8a8_product(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
     if ordinary is not None:
         return _one_row_in_8_bits(*ordinary, weight)
     codes, x_scale = quantize_rows(x)
-    if has_product:
-        sums = torch._int_mm(_padded(codes, weight), weight.qweight.t()).float()
-    else:  # exact in float64, on any CPU
-        sums = (_padded(codes, weight).double() @ weight.qweight.double().t()).float()
+    codes = _padded(codes, weight)
+    sums = torch._int_mm(codes, weight.qweight.t()).float() if has_product else _sums(codes, weight)
     return sums * x_scale.unsqueeze(-1) * weight.scale
+
+
+def _sums(codes: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
+    """The float32 of the integer product (M, N): exact in float64, on any CPU. Some rows of the
+    weight, and of the tokens, are that wide at a time."""
+    num_rows = max(1, _SLICE_ELEMENTS // codes.shape[1])
+    weights = weight.qweight.split(num_rows)
+    tokens = codes.split(num_rows)
+    return torch.cat(
+        [
+            torch.cat([(rows.double() @ part.double().t()).float() for rows in tokens])
+            for part in weights
+        ],
+        dim=1,
+    )
 
 
 def _float(x: torch.Tensor) -> torch.Tensor:
@@ -71,7 +86,7 @@ def _is_small(weight: PackedWeight) -> bool:
 
 
 def _has_integer_product(weight: PackedWeight) -> bool:
-    return weight.in_features <= MOST_DIGIT_COLUMNS and is_exact(torch.int8)
+    return weight.in_features <= MOST_DIGIT_COLUMNS and is_fast() and is_exact(torch.int8)
 
 
 # ---- one row: arithmetic in NumPy, whose calls on short rows cost a third of torch's -------------
@@ -199,6 +214,12 @@ def _dequantized_product(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
         ],
         dim=1,
     )
+
+
+@cache
+def is_fast() -> bool:
+    """Whether torch has a fast product of 8-bit numbers for this CPU."""
+    return torch.backends.cpu.get_cpu_capability() not in ("AVX2", "NO AVX")
 
 
 @cache

@@ -132,6 +132,19 @@ def test_a_cpu_whose_integer_products_saturate(
     assert relative_error(linear(x, weight, None, activations), expected) < 1e-4
 
 
+@pytest.mark.parametrize("m", [1, 3, 300])
+def test_a_cpu_whose_integer_products_are_slow(m: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight bits give the same bits as integers, which float64 adds without loss; in float32
+    activations need not be rounded."""
+    x, weight = torch.randn(m, 2000), pack(torch.randn(300, 2000), INT8)
+    as_integers = linear(x, weight, None, "int8")
+    monkeypatch.setattr(cpu_linear, "is_fast", lambda: False)
+    monkeypatch.setattr(torch, "_int_mm", None)
+    y = linear(x, weight, None, "int8")
+    assert torch.equal(y, as_integers) if m > 1 else relative_error(y, as_integers) < 1e-6
+    assert relative_error(linear(x, weight, None, "float"), product(x, weight)) < 1e-6
+
+
 def test_this_cpu_multiplies_integers_exactly() -> None:
     # Random codes, and the largest: what is_exact found must hold for them, too.
     codes = torch.randint(-127, 128, (40, 96), dtype=torch.int8)
