@@ -22,10 +22,11 @@ from benchmarks.gpu_session.steps import GLM
 from benchmarks.gpu_session.summary import summary_of
 from benchmarks.random_model import random_weights
 from benchmarks.table import DOCUMENTS, ROOT, with_tables
+from bminf.arch.glm import GLM130B
 from bminf.errors import ArgumentError
 from bminf.layers.host_embedding import HostEmbedding
 from bminf.models import plan_glm
-from bminf.models.source import check_shapes
+from bminf.models.source import check_shapes, meta_network
 from bminf.offload.predict import predict
 
 SIZES = (
@@ -184,7 +185,8 @@ def test_rows_of_random_weights_are_read_as_the_whole_is(quantization: str) -> N
     config = replace(TINY_CONFIG, intermediate_size=100)  # rows with padding
     assembly, _ = planned(Sizes(config, torch.float32, quantization, "int8"), 10**9)
     weights = random_weights(assembly.network)
-    check_shapes(assembly.network, weights)
+    network = meta_network(GLM130B, assembly.source.config)
+    check_shapes(network, weights, GLM130B.blocks(network))
     for stored in weights.tensors.values():
         whole, half = stored.read(), max(1, stored.shape[0] // 2)
         assert torch.equal(stored.rows(half - 1, half + 1).read(), whole[half - 1 : half + 1])

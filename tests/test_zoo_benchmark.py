@@ -196,9 +196,10 @@ def test_random_weights_are_packed_weights_of_the_right_size(form: Format) -> No
     from bminf.models.source import check_shapes, sizes_of
 
     config = replace(TINY_CONFIG, hidden_size=200, intermediate_size=328)  # rows with padding
-    network = assemble(sizes_of(CPM2, config, "tiny"), Formats(form), torch.float32).network
-    weights = random_weights(network)
-    check_shapes(network, weights)
+    source = sizes_of(CPM2, config, "tiny")
+    weights = random_weights(assemble(source, Formats(form), torch.float32).network)
+    network = sizes_of(CPM2, config, "tiny").network
+    check_shapes(network, weights, CPM2.blocks(network))
     down = "decoder.layers.3.feed_forward.down"
     fields = {
         key: weights.tensors[f"{down}.{key}"].read()

@@ -20,7 +20,6 @@ from bminf.models.source import (
     HEAD,
     Source,
     Weights,
-    check_shapes,
     find_sizes,
 )
 from bminf.offload.blob import Blobs, survey
@@ -83,15 +82,13 @@ def assemble(
 
     dtype: of what is not packed.   activations: see bminf.QuantizedLinear.
     Raises ArgumentError for formats that do not go with the source, with what is packed in it, or
-    with the activations; CheckpointError for packed tensors that the network has no place for.
+    with the activations.
     """
     source, packing = _with_head(source, _packing(source, formats), formats, dtype)
     network = source.network.to(dtype).eval().requires_grad_(False)
     blocks = find_blocks(network, source.architecture.blocks(network))
     _check_activations(activations, packing)
     _pack_linears(network, blocks, packing, activations)
-    if source.weights.packing is not None:
-        check_shapes(network, source.weights)
     # Each tensor aligned to 256: on disk, in host memory and in a slot.
     blobs = survey(network, blocks, {}, keep_addresses=False)
     return Assembly(source, network, packing, dtype, blocks, blobs)
@@ -171,6 +168,8 @@ def plan_model(
     layers = parse_format(None if is_auto else quantization, formats=registry.all_formats())
     head = parse_format(head_quantization, "head_quantization", registry.all_formats())
     source = find_sizes(model)
+    if isinstance(quantization, str) and not is_auto:  # which another architecture may not have
+        layers = parse_format(quantization, formats=source.architecture.formats)
     max_length = max_length_for(max_length, source)
     assembly = assemble(source, Formats(layers, head, is_auto), dtype)
     return plan_within(assembly, budget, max_length, max_batch_size, device, host_bytes)
@@ -325,8 +324,9 @@ def _with_head(
         if formats.head is not None:
             raise ArgumentError("head_quantization is for a GLM; leave it out")
         return source, packing
-    if source.weights.packing is not None and packing.of(f"{HEAD}0") is not None:
-        return source, packing  # a packed one stays as it is cut on disk
+    on_disk = source.weights.packing
+    if on_disk is not None and on_disk.of(f"{HEAD}0") is not None:
+        return source, packing  # a packed head stays as it is cut there
     whole = _head_packing(packing, formats.head, 1)
     _check_columns(source, whole)
     num_parts = _num_head_parts(source, whole, dtype)

@@ -45,6 +45,7 @@ from bminf.models.prompt import Prompt
 from bminf.offload.plan import Plan
 from bminf.quantization.packed import Format, parse_format
 from bminf.tokenizers.base import GLMTokenizer
+from bminf.units import parse_bytes
 
 _SCORED_AT_ONCE = 32  # positions whose logits are held together: as many as drawing has room for
 
@@ -76,12 +77,12 @@ def plan_glm(
     All else is as for plan_model().   Raises ArgumentError or BudgetError.
     """
     if not isinstance(model, GLMConfig):
-        if model not in glm.PUBLISHED_GLM:
+        if not isinstance(model, str) or model not in glm.PUBLISHED_GLM:
             names = ", ".join(glm.PUBLISHED_GLM)
             raise ArgumentError(f"model={model!r}; accepted: {names}, a GLMConfig")
         model = glm.PUBLISHED_GLM[model]
     return plan_model(
-        model, memory_limit, quantization, dtype, max_length, max_batch_size, head_quantization,
+        model, parse_bytes(memory_limit, "memory_limit"), quantization, dtype, max_length, max_batch_size, head_quantization,
         device, host_memory,
     )  # fmt: skip
 

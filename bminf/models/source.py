@@ -21,7 +21,6 @@ from bminf.checkpoint.names import listed
 from bminf.checkpoint.stored import Rows, Scaled, Stored
 from bminf.errors import ArgumentError, CheckpointError
 from bminf.layers.host_embedding import HostEmbedding
-from bminf.layers.quantized_linear import QuantizedLinear
 from bminf.models.recognition import recognized
 from bminf.quantization.packed import Format, PackedWeight, Packing, pack
 from bminf.tokenizers.base import Tokenizer
@@ -166,12 +165,13 @@ def meta_network(architecture: Architecture, config: Config) -> torch.nn.Module:
         return architecture.build(config)
 
 
-def check_shapes(network: torch.nn.Module, weights: Weights) -> None:
+def check_shapes(network: torch.nn.Module, weights: Weights, blocks: Sequence[str]) -> None:
     """Raise CheckpointError where tensors are missing, unexpected, or of another shape or kind.
 
-    network: on the meta device, packed as the weights are.
+    network: on the meta device, with nothing packed.   blocks: names of those that may be packed in
+    `weights`, or of lists of them.
     """
-    expected = dict(_expected(network, weights))
+    expected = dict(_expected(network, weights.packing, blocks))
     call = weights.original_name
     missing = [call(name) for name in expected if name not in weights.tensors]
     unexpected = [call(name) for name in weights.tensors if name not in expected]
@@ -310,12 +310,14 @@ def _told(architectures: Sequence[Architecture], opened: Checkpoint) -> Architec
     for architecture in architectures:
         if told is not None and architecture.name == told.name:
             return architecture
-    if told is not None:
-        held = told.title
-    else:
-        held = repr(_written(opened)["model"]) if opened.kind == "bminf" else "another model"
     wanted = " or ".join(architecture.title for architecture in architectures)
-    raise CheckpointError(f"{opened.path} holds {held}, not {wanted}")
+    if told is not None:
+        raise CheckpointError(f"{opened.path} holds {told.title}, not {wanted}")
+    if opened.kind == "bminf":
+        raise CheckpointError(
+            f"{opened.path} holds {_written(opened).get('model')!r}, not {wanted}"
+        )
+    raise CheckpointError(f"{opened.path} holds another model than {wanted}")
 
 
 # ---- configuration, weights, network -------------------------------------------------------------
@@ -334,8 +336,7 @@ def _with_network(
         weights, parsed = _original(architecture, opened, config)
     parsed = configure(parsed)
     network = meta_network(architecture, parsed)
-    if weights.packing is None:
-        check_shapes(network, weights)
+    check_shapes(network, weights, architecture.blocks(network))
     return Source(architecture, parsed, network, weights, architecture.title)
 
 
@@ -478,7 +479,7 @@ def _fits(
     if embedding is None or embedding.shape[0] != config.vocab_size:
         return False  # without building it
     try:
-        check_shapes(meta_network(architecture, config), Weights(tensors, path))
+        check_shapes(meta_network(architecture, config), Weights(tensors, path), ())
     except CheckpointError:
         return False
     return True
@@ -504,19 +505,25 @@ def _as_configured(tensors: Mapping[str, Stored], said: Mapping[str, Any]) -> Ma
 
 
 def _expected(
-    network: torch.nn.Module, weights: Weights
+    network: torch.nn.Module, packing: Packing | None, blocks: Sequence[str]
 ) -> Iterator[tuple[str, tuple[tuple[int, ...], torch.dtype | None]]]:
     """(name, (shape, dtype)) of each tensor that the checkpoint must have; None is any that is
     floating point."""
+    inside = tuple(f"{name}." for name in blocks)
     for prefix, module in network.named_modules():
         start = f"{prefix}." if prefix else ""
-        is_packed = isinstance(module, QuantizedLinear)
-        if is_packed and weights.packing is None:
-            yield f"{start}weight", ((module.out_features, module.in_features), None)
+        weight_format = None
+        if packing is not None and type(module) is torch.nn.Linear and start.startswith(inside):
+            weight_format = packing.of(prefix)
+        if weight_format is not None:
+            packed = pack(module.weight, weight_format)
+            for key in PACKED_FIELDS:
+                code: torch.Tensor | None = getattr(packed, key)
+                if code is not None:
+                    yield start + key, (tuple(code.shape), code.dtype)
         for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
-            is_code = is_packed and key in PACKED_FIELDS
-            if tensor is not None and not (is_code and weights.packing is None):
-                yield start + key, (tuple(tensor.shape), tensor.dtype if is_code else None)
+            if tensor is not None and not (weight_format is not None and key == "weight"):
+                yield start + key, (tuple(tensor.shape), None)
 
 
 def _check_alike(stored: Stored, shape: tuple[int, ...], dtype: torch.dtype | None) -> None:
