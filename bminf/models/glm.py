@@ -81,9 +81,10 @@ def plan_glm(
             names = ", ".join(glm.PUBLISHED_GLM)
             raise ArgumentError(f"model={model!r}; accepted: {names}, a GLMConfig")
         model = glm.PUBLISHED_GLM[model]
+    limit = parse_bytes(memory_limit, "memory_limit")
     return plan_model(
-        model, parse_bytes(memory_limit, "memory_limit"), quantization, dtype, max_length, max_batch_size, head_quantization,
-        device, host_memory,
+        model, limit, quantization, dtype, max_length, max_batch_size, head_quantization, device,
+        host_memory,
     )  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """Products with packed weights on the CPU, by the fastest operation of torch that is right.
 
-Where the CPU has AVX-512, 8-bit codes are multiplied as integers, which is several times faster than
+Where the CPU has AVX-512, 8-bit codes are multiplied as integers, several times faster than in
 float32 even in large products; for weight-only products the activations are written with two
 base-256 digits: 16 bits a token, finer than bfloat16. With AVX2 alone torch has no fast product of
 integers (it is 15 to 60 times slower than float32). There, for small weights, where it saves
