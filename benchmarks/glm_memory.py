@@ -25,6 +25,7 @@ import torch
 from benchmarks.glm_model import GLM_FORMATS, PUBLISHED, Loaded, Sizes, loaded, planned
 from benchmarks.model_options import count
 from benchmarks.random_model import random_matrix, random_weights
+from bminf.checkpoint.binary_file import BinaryFile
 from bminf.checkpoint.stored import InFile, contiguous, pieces
 from bminf.checkpoint.torch_writer import Saved, write_torch_file
 from bminf.cli.measure import PeakMemory, rss_anon_bytes
@@ -180,7 +181,7 @@ def _table(sizes: Sizes, path: Path) -> InFile:
         with path.open("wb") as file:
             for _, rows in pieces(table):
                 file.write(rows.contiguous().numpy().tobytes())
-    return contiguous(path, 0, shape, torch.float16, _TABLE)
+    return contiguous(BinaryFile(path), 0, shape, torch.float16, _TABLE)
 
 
 def _written(opened: Loaded, num_rows: int, max_length: int) -> str:

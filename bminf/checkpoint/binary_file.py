@@ -1,96 +1,124 @@
-"""A file that is read at given places, and never beyond its end."""
+"""A file that is opened once and read at given places, never beyond its end."""
 
 from __future__ import annotations
 
 import json
 import mmap
 import os
+import weakref
+from collections import deque
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
 from bminf.errors import CheckpointError
 
 _MOST_JSON_BYTES = 10**8
+_MOST_OPEN = 64  # a process may have 256 files open on macOS, 1024 on most Linux systems
 
 
 class BinaryFile:
-    """A file opened for reading, to be used in a `with`.
+    """A file that stays open as long as anything refers to it.
 
-    file: where it stands is the caller's affair.   nbytes: its size when it was opened.
+    Only the 64 files opened last are open at a time; an earlier one is opened anew when it is read.
+    All bytes come from maps, which have no position in common: threads and processes that fork may
+    read one file at the same time.
+    nbytes: its size when it was opened first.
     Raises CheckpointError where it is missing, no file, or not readable.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            if not path.is_file():  # a pipe would be waited for
-                raise OSError("no such file" if not path.exists() else "not a file")
-            self.file: BinaryIO = open(path, "rb")
-            self.nbytes = os.fstat(self.file.fileno()).st_size
-        except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-            raise CheckpointError(f"{path} cannot be opened: {error}") from error
+        self._descriptor: _Descriptor | None = None
+        self.nbytes = os.fstat(self._opened().number).st_size
 
-    def __enter__(self) -> BinaryFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
+    def __reduce__(self) -> tuple[type[BinaryFile], tuple[Path]]:
+        return BinaryFile, (self.path,)  # another process has no descriptor of this number
 
     def at(self, offset: int, count: int, what: str) -> bytes:
-        """`count` bytes from `offset` on; the file stands behind them.
+        """`count` bytes from `offset` on.
 
         what: what these bytes are, for the CheckpointError if the file ends before.
         """
-        self.check(offset, count, what)
-        try:
-            self.file.seek(offset)
-            data = self.file.read(count)
-        except OSError as error:
-            raise CheckpointError(f"{self.path}: {what} cannot be read: {error}") from error
-        if len(data) < count:
-            raise CheckpointError(f"{self.path} became shorter while it was read")
-        return data
+        if count == 0:
+            return b""
+        region, start = self._map(offset, count, what, mmap.ACCESS_READ)
+        with region:
+            return region[start:]
 
     def check(self, offset: int, count: int, what: str) -> None:
         """Raise CheckpointError where `count` bytes from `offset` on are not all in the file."""
-        if offset < 0 or count < 0 or offset + count > self.nbytes:
-            raise CheckpointError(
-                f"{self.path} is damaged or truncated: {what} should lie at bytes {offset} to "
-                f"{offset + count}, but the file has {self.nbytes}; fetch it again"
-            )
+        self._check(offset, count, what, self.nbytes)
 
-    def mapped(self, offset: int, count: int) -> torch.Tensor:
-        """`count` checked bytes, (count,) uint8, as a private map: pages are read when touched."""
-        begin = offset - offset % mmap.ALLOCATIONGRANULARITY
+    def stream(self, most_bytes: int) -> mmap.mmap:
+        """The file from its beginning, at most `most_bytes` of it, to be read in order."""
+        return self._map(0, min(self.nbytes, most_bytes), "its beginning", mmap.ACCESS_READ)[0]
+
+    def mapped(self, offset: int, count: int, what: str) -> torch.Tensor:
+        """`count` bytes, (count,) uint8, as a private map: pages are read when touched.
+
+        what: as for at().   count: at least 1.
+        """
+        region, start = self._map(offset, count, what, mmap.ACCESS_COPY)
+        with torch.inference_mode(False):
+            return torch.frombuffer(region, dtype=torch.uint8, offset=start, count=count)
+
+    def _map(self, offset: int, count: int, what: str, access: int) -> tuple[mmap.mmap, int]:
+        """A map that begins with a whole page, and where `offset` is in it."""
+        descriptor = self._opened()
+        self._check(offset, count, what, os.fstat(descriptor.number).st_size)
+        start = offset % mmap.ALLOCATIONGRANULARITY
         try:
             region = mmap.mmap(
-                self.file.fileno(), offset - begin + count, access=mmap.ACCESS_COPY, offset=begin
+                descriptor.number, start + count, access=access, offset=offset - start
             )
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"{self.path} cannot be mapped: {error}") from error
-        with torch.inference_mode(False):
-            return torch.frombuffer(region, dtype=torch.uint8, offset=offset - begin, count=count)
+            raise CheckpointError(f"{self.path}: {what} cannot be mapped: {error}") from error
+        return region, start
 
-    def copied(self, offset: int, count: int) -> torch.Tensor:
-        """`count` checked bytes, (count,) uint8, in memory of their own."""
-        with torch.inference_mode(False):
-            data = torch.empty(count, dtype=torch.uint8)
-        try:
-            self.file.seek(offset)
-            num_read = self.file.readinto(data.numpy())  # type: ignore[attr-defined]
-        except OSError as error:
-            raise CheckpointError(f"{self.path} cannot be read: {error}") from error
-        if num_read < count:
-            raise CheckpointError(f"{self.path} became shorter while it was read")
-        return data
+    def _check(self, offset: int, count: int, what: str, nbytes: int) -> None:
+        if offset < 0 or count < 0 or offset + count > nbytes:
+            raise CheckpointError(
+                f"{self.path} is damaged or truncated: {what} should lie at bytes {offset} to "
+                f"{offset + count}, but the file has {nbytes}; fetch it again"
+            )
+
+    def _opened(self) -> _Descriptor:
+        descriptor = self._descriptor
+        if descriptor is None:
+            descriptor = self._descriptor = _open(self.path)
+            _OPEN.append(weakref.ref(self))
+            while len(_OPEN) > _MOST_OPEN:
+                if (earliest := _OPEN.popleft()()) is not None:
+                    earliest._descriptor = None
+        return descriptor
+
+
+class _Descriptor:
+    """An open file. It is closed with the last reference, so never while somebody reads from it."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        weakref.finalize(self, os.close, number)
+
+
+_OPEN: deque[weakref.ref[BinaryFile]] = deque()  # in the order of opening
+
+
+def _open(path: Path) -> _Descriptor:
+    try:
+        if not path.is_file():  # a pipe would be waited for
+            raise OSError("no such file" if not path.exists() else "not a file")
+        return _Descriptor(os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0)))
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise CheckpointError(f"{path} cannot be opened: {error}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file.   Raises CheckpointError where it is anything else."""
-    with BinaryFile(path) as file:
-        return parse_json(file.at(0, min(file.nbytes, _MOST_JSON_BYTES), "JSON"), str(path))
+    file = BinaryFile(path)
+    return parse_json(file.at(0, min(file.nbytes, _MOST_JSON_BYTES), "JSON"), str(path))
 
 
 def parse_json(text: bytes, where: str) -> dict[str, Any]:

@@ -35,23 +35,22 @@ def read_bminf1(path: Path) -> dict[str, InFile]:
 
     Raises CheckpointError, at the first length that does not fit, for a file that is anything else.
     """
-    with BinaryFile(path) as file:
-        tree = _Tree(file)
-        tree.read_layer("", 0)
-        if tree.position != file.nbytes or not tree.found:
-            raise tree.damaged(f"its tree of layers ends at byte {tree.position}")
-        return tree.found
+    tree = _Tree(BinaryFile(path))
+    tree.read_layer("", 0)
+    if tree.position != tree.file.nbytes or not tree.found:
+        raise tree.damaged(f"its tree of layers ends at byte {tree.position}")
+    return tree.found
 
 
 class _Tree:
     def __init__(self, file: BinaryFile) -> None:
-        self._file = file
+        self.file = file
         self.position = 0
         self.found: dict[str, InFile] = {}
 
     def read_layer(self, prefix: str, depth: int) -> None:
         num_parameters, num_layers = self._numbers("<2I")
-        left = self._file.nbytes - self.position
+        left = self.file.nbytes - self.position
         least = num_parameters * _LEAST_PARAMETER_BYTES + num_layers * _LEAST_LAYER_BYTES
         if least > left or depth > _MOST_DEPTH:
             raise self.damaged(
@@ -72,8 +71,8 @@ class _Tree:
             raise self.damaged(f"{name!r} has shape {shape}, dtype {code} and {nbytes} bytes")
         if name in self.found:
             raise self.damaged(f"{name!r} comes twice")
-        self._file.check(self.position, nbytes, f"the tensor {name!r}")
-        self.found[name] = contiguous(self._file.path, self.position, shape, _DTYPES[code], name)
+        self.file.check(self.position, nbytes, f"the tensor {name!r}")
+        self.found[name] = contiguous(self.file, self.position, shape, _DTYPES[code], name)
         self.position += nbytes
 
     def _name(self) -> str:
@@ -89,12 +88,12 @@ class _Tree:
         return struct.unpack(form, self._take(struct.calcsize(form)))
 
     def _take(self, count: int) -> bytes:
-        data = self._file.at(self.position, count, "a layer of BMInf 1.x")
+        data = self.file.at(self.position, count, "a layer of BMInf 1.x")
         self.position += count
         return data
 
     def damaged(self, why: str) -> CheckpointError:
         return CheckpointError(
-            f"{self._file.path} is no checkpoint of BMInf 1.x, or is damaged: {why} "
-            f"(file of {self._file.nbytes} bytes); fetch it again"
+            f"{self.file.path} is no checkpoint of BMInf 1.x, or is damaged: {why} "
+            f"(file of {self.file.nbytes} bytes); fetch it again"
         )

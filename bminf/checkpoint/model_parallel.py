@@ -143,8 +143,8 @@ def _tracked(tracker: Path) -> str:
 
 
 def _text(tracker: Path) -> bytes:
-    with BinaryFile(tracker) as file:
-        text = file.at(0, min(file.nbytes, _MOST_TRACKER_BYTES), "the iteration")
+    file = BinaryFile(tracker)
+    text = file.at(0, min(file.nbytes, _MOST_TRACKER_BYTES), "the iteration")
     return text.removeprefix(codecs.BOM_UTF8).strip()
 
 

@@ -12,11 +12,13 @@ used, they make numbers, texts and bytes only.
 
 from __future__ import annotations
 
+import io
+import mmap
 import pickletools
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any
 
 _MOST_PROTOCOL = 5
 _MOST_STEPS = 2**22  # 160,000 tensors, or a list of 4 million numbers; 5 seconds at most
@@ -41,22 +43,16 @@ class Placeholder:
 
 
 class Stream:
-    """The bytes of `file` from where it stands, at most `limit` of them."""
+    """The bytes of `file` from where it stands."""
 
-    def __init__(self, file: BinaryIO, limit: int) -> None:
-        self._file, self._left = file, limit
+    def __init__(self, file: io.BytesIO | mmap.mmap) -> None:
+        self._file = file
+        self.readline = file.readline
 
     def read(self, count: int) -> bytes:
         if count > _MOST_TEXT_BYTES:
             raise ValueError(f"one value of {count} bytes")
-        return self._taken(self._file.read(min(count, self._left)))
-
-    def readline(self) -> bytes:
-        return self._taken(self._file.readline(min(_MOST_TEXT_BYTES, self._left)))
-
-    def _taken(self, data: bytes) -> bytes:
-        self._left -= len(data)
-        return data
+        return self._file.read(count)
 
 
 def unpickle(

@@ -83,19 +83,19 @@ def run_of(tensors: Mapping[str, Stored], block: str, layout: Layout) -> InFile 
     run = runs.pop() if len(runs) == 1 else None
     if run is None:
         return None
-    path, begin = run
-    return contiguous(path, begin, [layout.extent], torch.uint8, block)
+    file, start = run
+    return contiguous(file, start, [layout.extent], torch.uint8, block)
 
 
-def _begin(stored: Stored | None, layout: Layout, name: str) -> tuple[Path, int] | None:
+def _begin(stored: Stored | None, layout: Layout, name: str) -> tuple[BinaryFile, int] | None:
     """Where the run would begin of which `stored` is the tensor `name`; None where it is not."""
     spec = layout.specs[name]
     if type(stored) is not InFile or (stored.shape, stored.dtype) != (spec.shape, spec.dtype):
         return None
-    plain = contiguous(stored.path, stored.offset, stored.shape, stored.dtype, stored.name)
+    plain = contiguous(stored.file, stored.offset, stored.shape, stored.dtype, stored.name)
     if stored != plain or not _is_contiguous(spec):
         return None
-    return stored.path, stored.offset - layout.offsets[name]
+    return stored.file, stored.offset - layout.offsets[name]
 
 
 def write_safetensors(
@@ -140,19 +140,19 @@ def _is_bytes(tensor: InFile) -> bool:
 
 
 def _read_header(path: Path) -> tuple[dict[str, InFile], dict[str, str]]:
-    with BinaryFile(path) as file:
-        (header_bytes,) = struct.unpack("<Q", file.at(0, 8, "the length of the header"))
-        if header_bytes > _MOST_HEADER_BYTES:
-            raise CheckpointError(
-                f"{path} is no safetensors file, or is damaged: its header would have "
-                f"{header_bytes} bytes; at most {_MOST_HEADER_BYTES} are accepted"
-            )
-        where = f"the header of {path}"
-        entries = parse_json(file.at(8, header_bytes, "the header"), where)
-        metadata = _checked_metadata(entries.pop(_METADATA, {}), where)
-        begin = 8 + header_bytes
-        tensors = {name: _tensor(path, name, entry, begin) for name, entry in entries.items()}
-        _check_no_holes(tensors, begin, file.nbytes, path)
+    file = BinaryFile(path)
+    (header_bytes,) = struct.unpack("<Q", file.at(0, 8, "the length of the header"))
+    if header_bytes > _MOST_HEADER_BYTES:
+        raise CheckpointError(
+            f"{path} is no safetensors file, or is damaged: its header would have "
+            f"{header_bytes} bytes; at most {_MOST_HEADER_BYTES} are accepted"
+        )
+    where = f"the header of {path}"
+    entries = parse_json(file.at(8, header_bytes, "the header"), where)
+    metadata = _checked_metadata(entries.pop(_METADATA, {}), where)
+    start = 8 + header_bytes
+    tensors = {name: _tensor(file, name, entry, start) for name, entry in entries.items()}
+    _check_no_holes(tensors, start, file)
     return tensors, metadata
 
 
@@ -162,7 +162,7 @@ def _checked_metadata(metadata: Any, where: str) -> dict[str, str]:
     return metadata
 
 
-def _tensor(path: Path, name: str, entry: Any, data_begin: int) -> InFile:
+def _tensor(file: BinaryFile, name: str, entry: Any, data_start: int) -> InFile:
     fields = entry if isinstance(entry, dict) else {}
     given = fields.get("dtype")
     dtype_name = given if isinstance(given, str) else ""
@@ -170,15 +170,15 @@ def _tensor(path: Path, name: str, entry: Any, data_begin: int) -> InFile:
     shape, offsets = fields.get("shape"), fields.get("data_offsets")
     if bits is None or not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
         raise CheckpointError(
-            f"{name!r} in {path} has no dtype, shape and two data_offsets that are known; dtypes: "
-            f"{', '.join({**_DTYPES, **_BITS})}"
+            f"{name!r} in {file.path} has no dtype, shape and two data_offsets that are known; "
+            f"dtypes: {', '.join({**_DTYPES, **_BITS})}"
         )
     begin, end = offsets
     dtype = _DTYPES.get(dtype_name)
-    tensor = contiguous(path, data_begin + begin, shape, dtype or torch.bits8, name)
+    tensor = contiguous(file, data_start + begin, shape, dtype or torch.bits8, name)
     if tensor.num_elements * bits != 8 * (end - begin):
         raise CheckpointError(
-            f"{name!r} in {path} has the shape {tensor.shape} and dtype {dtype or dtype_name}, but "
+            f"{tensor.where} has the shape {tensor.shape} and dtype {dtype or dtype_name}, but "
             f"{end - begin} bytes; the file is damaged"
         )
     return tensor if dtype is not None else _Unread(**vars(tensor), kind=dtype_name, bits=bits)
@@ -202,7 +202,7 @@ class _Unread(InFile):
 
     @property
     def where(self) -> str:
-        return f"{self.name!r} (of the type {self.kind}, which cannot be read) in {self.path}"
+        return f"{self.name!r} (of the type {self.kind}, which cannot be read) in {self.file.path}"
 
     @property
     def span_bytes(self) -> int:
@@ -221,19 +221,19 @@ def _are_sizes(values: object) -> TypeGuard[list[int]]:
     return all(type(value) is int and 0 <= value < 2**60 for value in values)
 
 
-def _check_no_holes(tensors: Mapping[str, InFile], begin: int, end: int, path: Path) -> None:
-    position = begin
+def _check_no_holes(tensors: Mapping[str, InFile], start: int, file: BinaryFile) -> None:
+    position = start
     for tensor in sorted(tensors.values(), key=lambda t: (t.offset, t.span_bytes)):
         if tensor.offset != position:
             raise CheckpointError(
-                f"{path} is damaged: {tensor.name!r} begins at byte {tensor.offset}, "
+                f"{file.path} is damaged: {tensor.name!r} begins at byte {tensor.offset}, "
                 f"but what is before it ends at {position}"
             )
         position += tensor.span_bytes
-    if position != end:
+    if position != file.nbytes:
         raise CheckpointError(
-            f"{path} is damaged or truncated: its tensors end at byte {position}, "
-            f"but the file has {end}; fetch it again"
+            f"{file.path} is damaged or truncated: its tensors end at byte {position}, "
+            f"but the file has {file.nbytes}; fetch it again"
         )
 
 

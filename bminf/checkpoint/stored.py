@@ -10,17 +10,13 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import ClassVar, Protocol
 
 import torch
 
 from bminf.checkpoint.binary_file import BinaryFile
 from bminf.errors import ArgumentError, CheckpointError
-from bminf.layout import TensorSpec
 
-_MOST_ELEMENTS = 2**60
-_MOST_DIMENSIONS = 64  # torch's own kernels take no more
 _COMPARED_BYTES = 2**24  # of a replicated tensor on each rank; all but embeddings are below
 _PIECE_BYTES = 2**20
 
@@ -98,32 +94,19 @@ class InFile(Sliced):
     offset: of its first byte in the file.   stride: in elements, as torch counts.
     read() maps the pages it lies on, and costs no memory; only where the offset is not a multiple
     of the element's size are the bytes copied, because compiled code may rely on that.
-    Raises CheckpointError for shapes and strides that no tensor has.
+    Shape, stride and offset are right: whoever reads them from a file checks them.
     """
 
-    path: Path
+    file: BinaryFile
     offset: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
     name: str
 
-    def __post_init__(self) -> None:
-        sizes = (self.offset, *self.shape, *self.stride)
-        if len(self.shape) != len(self.stride) or len(self.shape) > _MOST_DIMENSIONS:
-            raise CheckpointError(
-                f"{self.where} has {len(self.shape)} dimensions and {len(self.stride)} strides; "
-                f"as many of both, at most {_MOST_DIMENSIONS}, are accepted"
-            )
-        if min(sizes) < 0 or max(sizes) > _MOST_ELEMENTS or self.num_elements > _MOST_ELEMENTS:
-            raise CheckpointError(
-                f"{self.where} has the shape {self.shape}, strides {self.stride} and offset "
-                f"{self.offset}, which no tensor has; the file is damaged"
-            )
-
     @property
     def where(self) -> str:
-        return f"{self.name!r} in {self.path}"
+        return f"{self.name!r} in {self.file.path}"
 
     @property
     def num_elements(self) -> int:
@@ -132,25 +115,26 @@ class InFile(Sliced):
     @property
     def span_bytes(self) -> int:
         """Bytes from the first to the last, the gaps of the strides included."""
-        return TensorSpec(self.shape, self.stride, self.dtype).nbytes
+        if 0 in self.shape:
+            return 0
+        last = sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))
+        return (1 + last) * self.dtype.itemsize
 
     def as_bytes(self) -> InFile:
         """A matrix (N, K) whose rows have no gaps in them as (N, bytes of K) uint8."""
         num_rows, num_columns = self.shape
         size, (step, _) = self.dtype.itemsize, self.stride
-        return InFile(
-            self.path, self.offset, (num_rows, num_columns * size), (step * size, 1), torch.uint8,
-            self.name,
-        )  # fmt: skip
+        shape, stride = (num_rows, num_columns * size), (step * size, 1)
+        return replace(self, shape=shape, stride=stride, dtype=torch.uint8)
 
     def read(self) -> torch.Tensor:
-        with BinaryFile(self.path) as file:
-            file.check(self.offset, self.span_bytes, f"the tensor {self.name!r}")
-            if self.span_bytes == 0:
-                return torch.empty(self.shape, dtype=self.dtype)
-            is_aligned = self.offset % self.dtype.itemsize == 0
-            take = file.mapped if is_aligned else file.copied
-            data = take(self.offset, self.span_bytes)
+        count = self.span_bytes
+        if count == 0:
+            return torch.empty(self.shape, dtype=self.dtype)
+        data = self.file.mapped(self.offset, count, f"the tensor {self.name!r}")
+        if self.offset % self.dtype.itemsize:
+            with torch.inference_mode(False):
+                data = data.clone()
         return data.view(self.dtype).as_strided(self.shape, self.stride)
 
     def _slice(self, axis: int, begin: int, end: int) -> InFile:
@@ -161,13 +145,13 @@ class InFile(Sliced):
 
 
 def contiguous(
-    path: Path, offset: int, shape: Sequence[int], dtype: torch.dtype, name: str
+    file: BinaryFile, offset: int, shape: Sequence[int], dtype: torch.dtype, name: str
 ) -> InFile:
     """A tensor in C order."""
     strides = [1]
     for size in reversed(shape[1:]):
         strides.append(strides[-1] * max(size, 1))
-    return InFile(path, offset, tuple(shape), tuple(strides[::-1][: len(shape)]), dtype, name)
+    return InFile(file, offset, tuple(shape), tuple(strides[::-1][: len(shape)]), dtype, name)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ Source of both forms: torch/serialization.py.
 from __future__ import annotations
 
 import io
+import mmap
 import struct
 import zlib
 from collections.abc import Callable
@@ -38,22 +39,22 @@ def read_torch_file(path: Path) -> object:
     str. Tensors are named after their storage; weights_of knows their names.
     Raises CheckpointError where the file is damaged, compressed, big-endian, or no torch file.
     """
-    with BinaryFile(path) as file:
-        head = file.at(0, min(_HEAD_BYTES, file.nbytes), "its beginning")
-        if head.startswith(_ZIP):
-            return _read_zip(file)
-        if head.startswith(_PICKLE):
-            return _read_old(file)
-        raise CheckpointError(
-            f"{path} is no file of torch.save: {_looks_like(head)}; "
-            "fetch the file itself, or save it again with torch.save"
-        )
+    file = BinaryFile(path)
+    head = file.at(0, min(_HEAD_BYTES, file.nbytes), "its beginning")
+    if head.startswith(_ZIP):
+        return _read_zip(file)
+    if head.startswith(_PICKLE):
+        return _read_old(file)
+    raise CheckpointError(
+        f"{path} is no file of torch.save: {_looks_like(head)}; "
+        "fetch the file itself, or save it again with torch.save"
+    )
 
 
 def is_torch_file(path: Path) -> bool:
     """Whether the file begins as torch.save's do.   Raises CheckpointError if it is not there."""
-    with BinaryFile(path) as file:
-        return file.at(0, min(4, file.nbytes), "its beginning").startswith((_ZIP, _PICKLE))
+    file = BinaryFile(path)
+    return file.at(0, min(4, file.nbytes), "its beginning").startswith((_ZIP, _PICKLE))
 
 
 def weights_of(saved: object, path: Path) -> dict[str, InFile]:
@@ -130,7 +131,7 @@ def _read_zip(file: BinaryFile) -> object:
             )
         return entry.offset
 
-    return _load(file, Stream(io.BytesIO(data), len(data)), offset_of)
+    return _load(file, Stream(io.BytesIO(data)), offset_of)
 
 
 def _short_text(file: BinaryFile, entry: Entry) -> bytes:
@@ -161,23 +162,25 @@ def _read_old(file: BinaryFile) -> object:
         return 0
 
     # Twice: only the object says which storages there are, and only behind it is where they lie.
-    _begin_old(file)
-    _load_next(file, note)
-    offsets = _offsets(file, _load_next(file, note), found)
-    _begin_old(file)
-    return _load_next(file, lambda storage: offsets[storage.key])
+    pickles = file.stream(_MOST_PICKLE_BYTES)
+    _read_head(file, pickles)
+    start = pickles.tell()
+    _load_next(file, pickles, note)
+    keys = _load_next(file, pickles, note)
+    offsets = _offsets(file, keys, found, pickles.tell())
+    pickles.seek(start)
+    return _load_next(file, pickles, lambda storage: offsets[storage.key])
 
 
-def _begin_old(file: BinaryFile) -> None:
+def _read_head(file: BinaryFile, pickles: mmap.mmap) -> None:
     """Read what comes before the object, and check it."""
-    file.file.seek(0)
-    if _load_next(file, _no_storage) != _MAGIC_NUMBER:
+    if _load_next(file, pickles, _no_storage) != _MAGIC_NUMBER:
         raise CheckpointError(
             f"{file.path} is a pickle, but not one of torch.save; save the state dict with that"
         )
-    if _load_next(file, _no_storage) != _PROTOCOL_VERSION:
+    if _load_next(file, pickles, _no_storage) != _PROTOCOL_VERSION:
         raise _damaged(file, f"its version is not {_PROTOCOL_VERSION}, the only one there is")
-    system = _load_next(file, _no_storage)
+    system = _load_next(file, pickles, _no_storage)
     if not isinstance(system, dict) or system.get("little_endian") is not True:
         raise _big_endian(file)
 
@@ -186,13 +189,14 @@ def _no_storage(storage: StorageId) -> int:
     raise ValueError(f"a storage {storage.key!r} before the object")
 
 
-def _offsets(file: BinaryFile, keys: object, found: dict[str, StorageId]) -> dict[str, int]:
-    """Key -> where its bytes begin; the file stands at the first storage."""
+def _offsets(
+    file: BinaryFile, keys: object, found: dict[str, StorageId], position: int
+) -> dict[str, int]:
+    """Key -> where its bytes start.   position: of the first storage."""
     names = [key for key in keys if isinstance(key, str)] if isinstance(keys, list) else []
     if len(set(names)) != len(names) or set(names) != set(found):
         raise _damaged(file, "its list of storages is not that of its tensors")
     offsets: dict[str, int] = {}
-    position = file.file.tell()
     for key in names:
         what, storage = f"the storage {key!r}", found[key]
         (num_elements,) = struct.unpack("<q", file.at(position, 8, what))
@@ -204,9 +208,10 @@ def _offsets(file: BinaryFile, keys: object, found: dict[str, StorageId]) -> dic
     return offsets
 
 
-def _load_next(file: BinaryFile, offset_of: Callable[[StorageId], int]) -> object:
-    left = file.nbytes - file.file.tell()
-    return _load(file, Stream(file.file, min(left, _MOST_PICKLE_BYTES)), offset_of)
+def _load_next(
+    file: BinaryFile, pickles: mmap.mmap, offset_of: Callable[[StorageId], int]
+) -> object:
+    return _load(file, Stream(pickles), offset_of)
 
 
 def _load(file: BinaryFile, stream: Stream, offset_of: Callable[[StorageId], int]) -> object:

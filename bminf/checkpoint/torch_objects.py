@@ -51,6 +51,8 @@ _TENSOR_CLASSES = {
     "torch.nn.parameter.Buffer",
 }
 
+_MOST_DIMENSIONS = 64  # torch's own kernels take no more
+
 
 @dataclass(frozen=True)
 class StorageId:
@@ -87,22 +89,27 @@ def load(file: BinaryFile, stream: Stream, offset_of: Callable[[StorageId], int]
     Raises ValueError where the pickle, or a tensor in it, is damaged.
     """
     meaning = _Meaning(file, offset_of)
-    return unpickle(stream, _DTYPES, meaning.functions, meaning.storage)
+    return unpickle(stream, _DTYPES, meaning.functions(), meaning.storage)
 
 
 class _Meaning:
     def __init__(self, file: BinaryFile, offset_of: Callable[[StorageId], int]) -> None:
         self._file, self._offset_of = file, offset_of
-        self._tensors: dict[str, Callable[[tuple[object, ...]], object]] = {
+
+    def functions(self) -> dict[str, Callable[[tuple[object, ...]], object]]:
+        return {
+            **_FUNCTIONS,
+            **self._tensors(),
+            "torch._tensor._rebuild_from_type": self._with_attributes,
+            "torch._tensor._rebuild_from_type_v2": self._with_attributes,
+        }
+
+    def _tensors(self) -> dict[str, Callable[[tuple[object, ...]], object]]:
+        # Made anew each time: kept here, they would be a cycle, and the file would stay open.
+        return {
             "torch._utils._rebuild_tensor": self._tensor,
             "torch._utils._rebuild_tensor_v2": self._tensor,
             "torch._utils._rebuild_tensor_v3": self._tensor_of_dtype,
-        }
-        self.functions = {
-            **_FUNCTIONS,
-            **self._tensors,
-            "torch._tensor._rebuild_from_type": self._with_attributes,
-            "torch._tensor._rebuild_from_type_v2": self._with_attributes,
         }
 
     def storage(self, persistent_id: object) -> Placeholder:
@@ -132,7 +139,7 @@ class _Meaning:
         function, kind, own = arguments[:3]
         if not (isinstance(function, Placeholder) and isinstance(kind, Placeholder)):
             raise ValueError("a tensor with attributes of no function or no class")
-        rebuild = self._tensors.get(function.name)  # which does not come back here, to any depth
+        rebuild = self._tensors().get(function.name)  # which does not come back here, to any depth
         if kind.name not in _TENSOR_CLASSES or rebuild is None or type(own) is not tuple:
             return kind.made()
         return rebuild(own)
@@ -152,8 +159,10 @@ class _Meaning:
             return Placeholder("a tensor of a quantized dtype")
         if not (_is_size(first) and _are_sizes(shape) and _are_sizes(stride)):
             raise ValueError("a tensor with an impossible shape, stride or offset")
+        if len(shape) != len(stride):
+            raise ValueError(f"a tensor with {len(shape)} dimensions and {len(stride)} strides")
         begin = first * dtype.itemsize
-        tensor = InFile(self._file.path, storage.offset + begin, shape, stride, dtype, storage.key)
+        tensor = InFile(self._file, storage.offset + begin, shape, stride, dtype, storage.key)
         if begin + tensor.span_bytes > storage.nbytes:
             raise ValueError(f"a tensor of shape {shape} reaches beyond its storage")
         if tensor.num_elements * dtype.itemsize > self._file.nbytes:
@@ -190,7 +199,9 @@ def _is_size(value: object) -> TypeGuard[int]:
 
 
 def _are_sizes(values: object) -> TypeGuard[tuple[int, ...]]:
-    return type(values) is tuple and all(_is_size(value) for value in values)
+    if type(values) is not tuple or len(values) > _MOST_DIMENSIONS:
+        return False
+    return all([_is_size(value) for value in values])
 
 
 def _first(arguments: tuple[object, ...]) -> object:

@@ -13,7 +13,6 @@ import pytest
 import torch
 from saved_files import FORMS, same, save, write_pickle
 
-from bminf.checkpoint.stored import InFile
 from bminf.checkpoint.torch_file import is_torch_file, read_torch_file, weights_of
 from bminf.errors import CheckpointError
 
@@ -219,9 +218,6 @@ def test_a_file_that_shrinks_after_it_was_opened_is_an_error(form: str, tmp_path
     with pytest.raises(CheckpointError, match=r"the tensor 'w' should lie at bytes") as caught:
         stored.read()
     assert str(path) in str(caught.value)
-    path.unlink()
-    with pytest.raises(CheckpointError, match="no such file"):
-        stored.read()
 
 
 @pytest.mark.parametrize(
@@ -405,10 +401,19 @@ def test_the_first_bytes_tell_torch_files(form: str, tmp_path: Path) -> None:
     assert not is_torch_file(tmp_path / "b.pt")
 
 
-def test_impossible_tensors_are_refused(tmp_path: Path) -> None:
-    for shape, stride in [((2,), (1, 1)), ((-1,), (1,)), ((2**61,), (1,)), ((2,) * 65, (0,) * 65)]:
-        with pytest.raises(CheckpointError, match="'w'"):
-            InFile(tmp_path, 0, shape, stride, torch.float32, "w")
+@pytest.mark.parametrize(
+    ("shape", "stride"),
+    [((2,), (1, 1)), ((-1,), (1,)), ((2**61,), (1,)), ((2,) * 65, (0,) * 65), (2, 1)],
+)
+def test_impossible_tensors_are_refused(shape: object, stride: object, tmp_path: Path) -> None:
+    class Impossible:
+        def __reduce__(self) -> object:
+            storage = torch.ones(8).storage()
+            return torch._utils._rebuild_tensor_v2, (storage, 0, shape, stride, False, {})
+
+    path = save({"w": Impossible()}, tmp_path / "a.pt", "zip")
+    with pytest.raises(CheckpointError, match=r"impossible shape, stride or offset|2 strides"):
+        read_torch_file(path)
 
 
 @pytest.mark.parametrize("kind", ["missing", "folder", "pipe", "nul"])
