@@ -20,6 +20,7 @@ import torch
 
 from bminf.checkpoint.binary_file import BinaryFile
 from bminf.checkpoint.stored import InFile, contiguous
+from bminf.checkpoint.torch_file import STARTS
 from bminf.errors import CheckpointError
 
 _DTYPES = (torch.int8, torch.float16)
@@ -35,7 +36,13 @@ def read_bminf1(path: Path) -> dict[str, InFile]:
 
     Raises CheckpointError, at the first length that does not fit, for a file that is anything else.
     """
-    tree = _Tree(BinaryFile(path))
+    file = BinaryFile(path)
+    if file.at(0, min(4, file.nbytes), "its beginning").startswith(STARTS):
+        raise CheckpointError(
+            f"{path} was written by torch.save, not by BMInf 1.x; name it pytorch_model.bin "
+            "if its names are Hugging Face's, pytorch_model.pt if they are ModelCenter's"
+        )
+    tree = _Tree(file)
     tree.read_layer("", 0)
     if tree.position != tree.file.nbytes or not tree.found:
         raise tree.damaged(f"its tree of layers ends at byte {tree.position}")

@@ -21,7 +21,6 @@ from bminf.checkpoint.names import listed
 from bminf.checkpoint.sharded import read_sharded, read_weights
 from bminf.checkpoint.splits import SplitTable
 from bminf.checkpoint.stored import Stored
-from bminf.checkpoint.torch_file import is_torch_file
 from bminf.checkpoint.wrappers import unwrapped
 from bminf.errors import CheckpointError
 
@@ -123,11 +122,6 @@ def _tensors(path: Path, kind: Kind, tables: Sequence[SplitTable]) -> Mapping[st
     if kind == "original":
         return read_model_parallel(path, tables)
     if kind == "bminf1":
-        if is_torch_file(path):
-            raise CheckpointError(
-                f"{path} was written by torch.save, not by BMInf 1.x; name it pytorch_model.bin "
-                "if its names are Hugging Face's, pytorch_model.pt if they are ModelCenter's"
-            )
         return read_bminf1(path)
     tensors = read_sharded(path) if path.name.endswith(".index.json") else read_weights(path)
     return tensors if kind == "bminf" else unwrapped(tensors)

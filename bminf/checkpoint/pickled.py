@@ -22,7 +22,7 @@ from typing import Any
 
 _MOST_PROTOCOL = 5
 _MOST_STEPS = 2**22  # 160,000 tensors, or a list of 4 million numbers; 5 seconds at most
-_MOST_TEXT_BYTES = 2**26
+_MOST_BYTES = 2**26
 _MOST_KEY_BITS = 64
 _MOST_KEY_ITEMS = 16
 _PLAIN_KEYS = {type(None), bool, float, str, bytes}
@@ -43,16 +43,16 @@ class Placeholder:
 
 
 class Stream:
-    """The bytes of `file` from where it stands."""
+    """A file of which at most 64 MiB are read at once."""
 
     def __init__(self, file: io.BytesIO | mmap.mmap) -> None:
-        self._file = file
-        self.readline = file.readline
+        self._read = file.read
+        self.readline, self.seek, self.tell = file.readline, file.seek, file.tell
 
-    def read(self, count: int) -> bytes:
-        if count > _MOST_TEXT_BYTES:
+    def read(self, count: int | None = -1, /) -> bytes:
+        if count is not None and count > _MOST_BYTES:
             raise ValueError(f"one value of {count} bytes")
-        return self._file.read(count)
+        return self._read(count)
 
 
 def unpickle(

@@ -3,7 +3,7 @@
 Both forms are known: the zip archive that torch writes since 1.6, and the older sequence of pickles
 and raw storages. Nothing in the file is imported or called (see pickled.py).
 
-Source of both forms: torch/serialization.py.
+Sources: torch/serialization.py; for the zip form also PKWARE's APPNOTE 6.3.10, section 4.3.7.
 """
 
 from __future__ import annotations
@@ -12,16 +12,17 @@ import io
 import mmap
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import IO, cast
+from zipfile import BadZipFile, ZipFile, ZipInfo
 
 from bminf.checkpoint import torch_objects
 from bminf.checkpoint.binary_file import BinaryFile
 from bminf.checkpoint.pickled import Placeholder, Stream
 from bminf.checkpoint.stored import InFile
 from bminf.checkpoint.torch_objects import StorageId
-from bminf.checkpoint.zip_entries import Entry, zip_entries
 from bminf.errors import CheckpointError
 
 _MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
@@ -29,6 +30,10 @@ _PROTOCOL_VERSION = 1001
 _MOST_PICKLE_BYTES = 2**28
 _HEAD_BYTES = 512
 _PICKLE, _ZIP = b"\x80", b"PK\x03\x04"
+STARTS = (_PICKLE, _ZIP)
+"""What files of torch.save begin with."""
+_LOCAL_HEADER = struct.Struct("<4s5H3L2H")
+_IS_UTF8 = 1 << 11  # of the flags of an entry
 
 
 def read_torch_file(path: Path) -> object:
@@ -41,20 +46,20 @@ def read_torch_file(path: Path) -> object:
     """
     file = BinaryFile(path)
     head = file.at(0, min(_HEAD_BYTES, file.nbytes), "its beginning")
-    if head.startswith(_ZIP):
-        return _read_zip(file)
-    if head.startswith(_PICKLE):
-        return _read_old(file)
+    try:
+        if head.startswith(_ZIP):
+            return _read_zip(file)
+        if head.startswith(_PICKLE):
+            return _read_old(file)
+    except (ValueError, OverflowError, NotImplementedError, BadZipFile, struct.error) as error:
+        raise CheckpointError(
+            f"{path} is damaged or truncated, or torch.save did not write it: {error}; "
+            "fetch it again"
+        ) from error
     raise CheckpointError(
         f"{path} is no file of torch.save: {_looks_like(head)}; "
         "fetch the file itself, or save it again with torch.save"
     )
-
-
-def is_torch_file(path: Path) -> bool:
-    """Whether the file begins as torch.save's do.   Raises CheckpointError if it is not there."""
-    file = BinaryFile(path)
-    return file.at(0, min(4, file.nbytes), "its beginning").startswith((_ZIP, _PICKLE))
 
 
 def weights_of(saved: object, path: Path) -> dict[str, InFile]:
@@ -108,7 +113,8 @@ def _looks_like(head: bytes) -> str:
 
 
 def _read_zip(file: BinaryFile) -> object:
-    entries = zip_entries(file)
+    data = file.stream(file.nbytes)
+    entries = _zip_entries(file, data)
     prefix = next(iter(entries), "").partition("/")[0]
     pickled = entries.get(f"{prefix}/data.pkl")
     if pickled is None or f"{prefix}/constants.pkl" in entries:
@@ -117,37 +123,57 @@ def _read_zip(file: BinaryFile) -> object:
             "folder that was zipped); save the state dict with torch.save"
         )
     byte_order = entries.get(f"{prefix}/byteorder")
-    if byte_order is not None and _short_text(file, byte_order) != b"little":
+    if byte_order is not None and _bytes_of(data, byte_order, _HEAD_BYTES) != b"little":
         raise _big_endian(file)
-    data = _checked_pickle(file, pickled)
-
-    def offset_of(found: StorageId) -> int:
-        entry = entries.get(f"{prefix}/data/{found.key}")
-        if entry is None or entry.nbytes != found.nbytes:
-            raise _damaged(
-                file,
-                f"its storage {found.key!r} should have {found.nbytes} bytes, "
-                f"but {'is missing' if entry is None else f'has {entry.nbytes}'}",
-            )
-        return entry.offset
-
-    return _load(file, Stream(io.BytesIO(data)), offset_of)
+    saved = _bytes_of(data, pickled, _MOST_PICKLE_BYTES)
+    if pickled.CRC not in (0, zlib.crc32(saved)):  # 0: torch was told not to compute it
+        raise ValueError(f"the checksum of {pickled.filename!r} is wrong")
+    begins = f"{prefix}/data/"
+    extents = {
+        name.removeprefix(begins): (_offset_of(data, entry), entry.file_size)
+        for name, entry in entries.items()
+        if name.startswith(begins)
+    }
+    return torch_objects.load(file, Stream(io.BytesIO(saved)), extents)
 
 
-def _short_text(file: BinaryFile, entry: Entry) -> bytes:
-    return file.at(entry.offset, min(entry.nbytes, _HEAD_BYTES), f"the entry {entry.name!r}")
+def _zip_entries(file: BinaryFile, data: mmap.mmap) -> dict[str, ZipInfo]:
+    """Name -> entry, in the order of the directory."""
+    entries: dict[str, ZipInfo] = {}
+    with ZipFile(cast(IO[bytes], Stream(data))) as archive:
+        for entry in archive.infolist():
+            if entry.filename in entries:
+                raise ValueError(f"it holds {entry.filename!r} twice")
+            if entry.compress_type or entry.file_size != entry.compress_size or entry.flag_bits & 1:
+                raise CheckpointError(
+                    f"{file.path}: {entry.filename!r} is compressed or encrypted in the archive, "
+                    "so it cannot be read in place; unpack it and save it again with torch.save"
+                )
+            entries[entry.filename] = entry
+    return entries
 
 
-def _checked_pickle(file: BinaryFile, entry: Entry) -> bytes:
-    if entry.nbytes > _MOST_PICKLE_BYTES:
-        raise CheckpointError(
-            f"{file.path}: {entry.name!r} has {entry.nbytes} bytes; "
-            f"at most {_MOST_PICKLE_BYTES} are accepted beside the tensors"
+def _bytes_of(data: mmap.mmap, entry: ZipInfo, most_bytes: int) -> bytes:
+    if entry.file_size > most_bytes:
+        raise ValueError(
+            f"{entry.filename!r} has {entry.file_size} bytes; at most {most_bytes} are accepted"
         )
-    data = file.at(entry.offset, entry.nbytes, f"the entry {entry.name!r}")
-    if entry.checksum not in (0, zlib.crc32(data)):  # 0: torch was told not to compute it
-        raise _damaged(file, f"the checksum of {entry.name!r} is wrong")
-    return data
+    start = _offset_of(data, entry)
+    return data[start : start + entry.file_size]
+
+
+def _offset_of(data: mmap.mmap, entry: ZipInfo) -> int:
+    """Where the bytes of an entry start: behind a header of its own, which repeats its name."""
+    start = entry.header_offset + _LOCAL_HEADER.size
+    header = _LOCAL_HEADER.unpack(data[entry.header_offset : start])
+    signature, *_, name_bytes, extra_bytes = header
+    name = entry.orig_filename.encode("utf-8" if entry.flag_bits & _IS_UTF8 else "cp437")
+    offset = int(start + name_bytes + extra_bytes)
+    if signature != _ZIP or data[start : start + name_bytes] != name:
+        raise ValueError(f"the entry {entry.filename!r} is not where its directory says")
+    if offset + entry.file_size > len(data):
+        raise ValueError(f"the entry {entry.filename!r} reaches beyond the end of the file")
+    return offset
 
 
 # The old form: magic number, protocol version, system, object, storage keys (a pickle each), then
@@ -155,81 +181,47 @@ def _checked_pickle(file: BinaryFile, entry: Entry) -> bytes:
 
 
 def _read_old(file: BinaryFile) -> object:
-    found: dict[str, StorageId] = {}
-
-    def note(storage: StorageId) -> int:
-        found.setdefault(storage.key, storage)
-        return 0
-
-    # Twice: only the object says which storages there are, and only behind it is where they lie.
-    pickles = file.stream(_MOST_PICKLE_BYTES)
-    _read_head(file, pickles)
-    start = pickles.tell()
-    _load_next(file, pickles, note)
-    keys = _load_next(file, pickles, note)
-    offsets = _offsets(file, keys, found, pickles.tell())
-    pickles.seek(start)
-    return _load_next(file, pickles, lambda storage: offsets[storage.key])
-
-
-def _read_head(file: BinaryFile, pickles: mmap.mmap) -> None:
-    """Read what comes before the object, and check it."""
-    if _load_next(file, pickles, _no_storage) != _MAGIC_NUMBER:
+    data = file.stream(_MOST_PICKLE_BYTES)
+    pickles = Stream(data)
+    if torch_objects.load(file, pickles, {}) != _MAGIC_NUMBER:
         raise CheckpointError(
             f"{file.path} is a pickle, but not one of torch.save; save the state dict with that"
         )
-    if _load_next(file, pickles, _no_storage) != _PROTOCOL_VERSION:
-        raise _damaged(file, f"its version is not {_PROTOCOL_VERSION}, the only one there is")
-    system = _load_next(file, pickles, _no_storage)
+    if torch_objects.load(file, pickles, {}) != _PROTOCOL_VERSION:
+        raise ValueError(f"its version is not {_PROTOCOL_VERSION}, the only one there is")
+    system = torch_objects.load(file, pickles, {})
     if not isinstance(system, dict) or system.get("little_endian") is not True:
         raise _big_endian(file)
+    # Twice: only the object says which storages there are, and only behind it is where they lie.
+    start = data.tell()
+    storages = torch_objects.storages_in(file, pickles)
+    keys = torch_objects.load(file, pickles, {})
+    extents = _extents(file, keys, storages, data.tell())
+    data.seek(start)
+    return torch_objects.load(file, pickles, extents)
 
 
-def _no_storage(storage: StorageId) -> int:
-    raise ValueError(f"a storage {storage.key!r} before the object")
-
-
-def _offsets(
-    file: BinaryFile, keys: object, found: dict[str, StorageId], position: int
-) -> dict[str, int]:
-    """Key -> where its bytes start.   position: of the first storage."""
+def _extents(
+    file: BinaryFile, keys: object, storages: Mapping[str, StorageId], position: int
+) -> dict[str, tuple[int, int]]:
+    """Key -> where its bytes start, and how many there are.   position: of the first storage."""
     names = [key for key in keys if isinstance(key, str)] if isinstance(keys, list) else []
-    if len(set(names)) != len(names) or set(names) != set(found):
-        raise _damaged(file, "its list of storages is not that of its tensors")
-    offsets: dict[str, int] = {}
+    if len(set(names)) != len(names) or set(names) != set(storages):
+        raise ValueError("its list of storages is not that of its tensors")
+    extents: dict[str, tuple[int, int]] = {}
     for key in names:
-        what, storage = f"the storage {key!r}", found[key]
+        what, storage = f"the storage {key!r}", storages[key]
         (num_elements,) = struct.unpack("<q", file.at(position, 8, what))
         if num_elements != storage.num_elements:
-            raise _damaged(file, f"{what} has {num_elements} elements, not {storage.num_elements}")
-        offsets[key] = position + 8
-        file.check(offsets[key], storage.nbytes, what)
-        position = offsets[key] + storage.nbytes
-    return offsets
-
-
-def _load_next(
-    file: BinaryFile, pickles: mmap.mmap, offset_of: Callable[[StorageId], int]
-) -> object:
-    return _load(file, Stream(pickles), offset_of)
-
-
-def _load(file: BinaryFile, stream: Stream, offset_of: Callable[[StorageId], int]) -> object:
-    try:
-        return torch_objects.load(file, stream, offset_of)
-    except (ValueError, OSError) as error:
-        raise _damaged(file, str(error)) from error
+            raise ValueError(f"{what} has {num_elements} elements, not {storage.num_elements}")
+        extents[key] = position + 8, storage.nbytes
+        position += 8 + storage.nbytes
+        file.check(position, 0, f"the end of {what}")
+    return extents
 
 
 def _big_endian(file: BinaryFile) -> CheckpointError:
     return CheckpointError(
         f"{file.path} was not written on a little-endian machine; "
         "load it with torch on such a machine and save it again there"
-    )
-
-
-def _damaged(file: BinaryFile, why: str) -> CheckpointError:
-    return CheckpointError(
-        f"{file.path} is damaged or truncated, or torch.save did not write it: {why}; "
-        "fetch it again"
     )

@@ -6,7 +6,7 @@ Source: torch/_utils.py, torch/_tensor.py, torch/storage.py, torch/serialization
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeGuard
 
@@ -82,19 +82,29 @@ class _Storage(Placeholder):
     dtype: torch.dtype
 
 
-def load(file: BinaryFile, stream: Stream, offset_of: Callable[[StorageId], int]) -> object:
+def load(file: BinaryFile, stream: Stream, extents: Mapping[str, tuple[int, int]]) -> object:
     """The object of one pickle in `file`, an InFile in the place of each tensor.
 
-    offset_of: where the bytes of a storage begin in the file; it also checks that they are there.
+    extents: key -> (offset in the file, number of bytes) of each storage.
     Raises ValueError where the pickle, or a tensor in it, is damaged.
     """
-    meaning = _Meaning(file, offset_of)
+    meaning = _Meaning(file, extents)
     return unpickle(stream, _DTYPES, meaning.functions(), meaning.storage)
 
 
+def storages_in(file: BinaryFile, stream: Stream) -> dict[str, StorageId]:
+    """Key -> storage, of those that the object of one pickle lies in.   Raises as load()."""
+    meaning = _Meaning(file, None)
+    unpickle(stream, _DTYPES, meaning.functions(), meaning.storage)
+    return meaning.storages
+
+
 class _Meaning:
-    def __init__(self, file: BinaryFile, offset_of: Callable[[StorageId], int]) -> None:
-        self._file, self._offset_of = file, offset_of
+    """extents: None where the offsets do not matter, because only the storages are looked for."""
+
+    def __init__(self, file: BinaryFile, extents: Mapping[str, tuple[int, int]] | None) -> None:
+        self._file, self._extents = file, extents
+        self.storages: dict[str, StorageId] = {}
 
     def functions(self) -> dict[str, Callable[[tuple[object, ...]], object]]:
         return {
@@ -116,13 +126,15 @@ class _Meaning:
         if type(persistent_id) is tuple and persistent_id[:1] == ("module",):
             return Placeholder("a module saved whole")
         found = _storage_id(persistent_id)
-        offset, name = self._offset_of(found), f"torch.{found.storage_class}()"
+        self.storages.setdefault(found.key, found)
+        nbytes, itemsize = found.nbytes, found.dtype.itemsize
+        offset = 0 if self._extents is None else _offset_of(found.key, nbytes, self._extents)
+        name = f"torch.{found.storage_class}()"
         if found.view is None:
-            return _Storage(name, found.key, offset, found.nbytes, found.dtype)
+            return _Storage(name, found.key, offset, nbytes, found.dtype)
         key, first, num_elements = found.view
         if first + num_elements > found.num_elements:
             raise ValueError(f"the storage {key!r} reaches beyond {found.key!r}, a part of which")
-        itemsize = found.dtype.itemsize
         return _Storage(name, key, offset + first * itemsize, num_elements * itemsize, found.dtype)
 
     def _tensor(self, arguments: tuple[object, ...]) -> object:
@@ -169,6 +181,14 @@ class _Meaning:
             # Strides of 0 can make any size of a few bytes; no weight is saved so.
             raise ValueError(f"a tensor of shape {shape}, larger than the whole file")
         return tensor
+
+
+def _offset_of(key: str, nbytes: int, extents: Mapping[str, tuple[int, int]]) -> int:
+    offset, held = extents.get(key, (0, None))
+    if held != nbytes:
+        has = "is missing" if held is None else f"has {held}"
+        raise ValueError(f"its storage {key!r} should have {nbytes} bytes, but {has}")
+    return offset
 
 
 def _storage_id(persistent_id: object) -> StorageId:

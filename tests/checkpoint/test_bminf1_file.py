@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from saved_files import bminf1_bytes
+from saved_files import FORMS, bminf1_bytes, save
 from work import executed_lines
 
 from bminf.checkpoint.bminf1_file import read_bminf1
@@ -46,6 +46,15 @@ def test_every_tensor_has_its_dotted_name(tmp_path: Path) -> None:
         read = stored.read()
         assert stored.shape == tuple(expected.shape) and stored.dtype == expected.dtype
         assert torch.equal(read, expected) and read.data_ptr() % read.dtype.itemsize == 0
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_file_of_torch_save_says_what_to_name_it(form: str, tmp_path: Path) -> None:
+    path = save({"w": torch.ones(2)}, tmp_path / "checkpoint.pt", form)
+    with pytest.raises(
+        CheckpointError, match=r"written by torch\.save.*name it pytorch_model\.bin"
+    ):
+        read_bminf1(path)
 
 
 def parameter(name: bytes, shape: list[int], nbytes: int, code: int, data: bytes) -> bytes:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from saved_files import FORMS, same, save, write_pickle
 
-from bminf.checkpoint.torch_file import is_torch_file, read_torch_file, weights_of
+from bminf.checkpoint.torch_file import read_torch_file, weights_of
 from bminf.errors import CheckpointError
 
 DTYPES = [
@@ -290,7 +290,7 @@ def zipped(**entries: bytes) -> bytes:
         (zipped(**{"data.pkl": b"N.", "constants.pkl": b"N."}), "TorchScript"),
         (b"\x80\x02K\x01.", "a pickle, but not one of torch.save"),
         (b"\x80\x02" + b"\xff" * 20, "no pickle"),
-        (b"PK\x03\x04" + b"\0" * 40, "its end is missing"),
+        (b"PK\x03\x04" + b"\0" * 40, "damaged or truncated, .* not a zip file"),
     ],
 )
 def test_a_file_of_another_kind_says_what_it_looks_like(
@@ -392,13 +392,6 @@ def test_a_view_of_a_storage_in_files_of_old_torch_is_found(tmp_path: Path) -> N
     path.write_bytes(path.read_bytes().replace(part, b"X\x01\x00\x00\x00vK\x04K\x03\x87"))
     with pytest.raises(CheckpointError, match="beyond"):
         read_torch_file(path)
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_the_first_bytes_tell_torch_files(form: str, tmp_path: Path) -> None:
-    assert is_torch_file(save({}, tmp_path / "a.pt", form))
-    (tmp_path / "b.pt").write_bytes(b"\0" * 8)
-    assert not is_torch_file(tmp_path / "b.pt")
 
 
 @pytest.mark.parametrize(
