@@ -18,6 +18,7 @@ import pickletools
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 _MOST_PROTOCOL = 5
@@ -26,6 +27,8 @@ _MOST_BYTES = 2**26
 _MOST_KEY_BITS = 64
 _MOST_KEY_ITEMS = 16
 _PLAIN_KEYS = {type(None), bool, float, str, bytes}
+
+Function = Callable[[tuple[object, ...]], object]
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,29 +49,30 @@ class Stream:
     """A file of which at most 64 MiB are read at once."""
 
     def __init__(self, file: io.BytesIO | mmap.mmap) -> None:
-        self._read = file.read
+        self.read_any = file.read
         self.readline, self.seek, self.tell = file.readline, file.seek, file.tell
 
     def read(self, count: int | None = -1, /) -> bytes:
         if count is not None and count > _MOST_BYTES:
             raise ValueError(f"one value of {count} bytes")
-        return self._read(count)
+        return self.read_any(count)
 
 
 def unpickle(
     stream: Stream,
     constants: Mapping[str, object],
-    functions: Mapping[str, Callable[[tuple[object, ...]], object]],
+    functions: Mapping[str, Function],
     persistent_load: Callable[[object], object],
 ) -> object:
     """The object that one pickle describes; the stream stands behind it.
 
     constants: dotted name -> what it stands for.
-    functions: dotted name -> a function of ours, given the arguments, of any types, as one tuple.
+    functions: dotted name -> a function of ours, given the arguments, of any types, as one tuple;
+    beside those that give plain containers.
     persistent_load: a function of ours that makes something of a persistent id.
     Raises ValueError where it is no pickle, or one that does what no real file does.
     """
-    machine = _Machine(constants, functions, persistent_load)
+    machine = _Machine(constants, {**_CONTAINERS, **functions}, persistent_load)
     try:
         return machine.run(stream)
     except (IndexError, KeyError, OverflowError) as error:
@@ -86,174 +90,122 @@ class _Machine:
     def __init__(
         self,
         constants: Mapping[str, object],
-        functions: Mapping[str, Callable[[tuple[object, ...]], object]],
+        functions: Mapping[str, Function],
         persistent_load: Callable[[object], object],
     ) -> None:
-        self._constants, self._functions = constants, functions
-        self._persistent_load = persistent_load
-        self._stack: list[object] = []
-        self._marks: list[list[object]] = []  # the stacks below each mark
-        self._memo: dict[int, object] = {}
-        self._steps = 0
+        self.constants, self.functions = constants, functions
+        self.persistent_load = persistent_load
+        self.stack: list[object] = []
+        self.marks: list[list[object]] = []  # the stacks below each mark
+        self.memo: dict[object, object] = {}
+        self.steps = 0
 
     def run(self, stream: Stream) -> object:
-        while True:
-            code = stream.read(1)
-            if code == b".":
-                return self._stack.pop()
+        next_byte = stream.read_any
+        while (code := next_byte(1)) != b".":
             if code not in _INSTRUCTIONS:
                 raise ValueError("no pickle, or one that ends early")
-            self._spend(1)
-            read_argument, instruction = _INSTRUCTIONS[code]
-            instruction(self, read_argument(stream) if read_argument else None)
+            self.steps += 1
+            if self.steps > _MOST_STEPS:
+                raise ValueError(f"a pickle of more than {_MOST_STEPS} steps")
+            make, read_argument, act = _INSTRUCTIONS[code]
+            argument = read_argument(stream) if read_argument else None
+            if act is not None:
+                act(self, argument)
+            else:
+                self.stack.append(make() if make else argument)
+        return self.stack.pop()
 
-    def _spend(self, steps: int) -> None:
-        self._steps += steps
-        if self._steps > _MOST_STEPS:
-            raise ValueError(f"a pickle of more than {_MOST_STEPS} steps")
+    def push(self, value: object) -> None:
+        self.stack.append(value)
 
-    # The stack and the memo.
+    def mark(self, _: object) -> None:
+        self.marks.append(self.stack)
+        self.stack = []
 
-    def _push(self, value: Any) -> None:
-        self._stack.append(value)
-
-    def _mark(self, _: Any) -> None:
-        self._marks.append(self._stack)
-        self._stack = []
-
-    def _above_mark(self) -> list[object]:
-        items, self._stack = self._stack, self._marks.pop()
+    def above_mark(self) -> list[object]:
+        items, self.stack = self.stack, self.marks.pop()
         return items
 
-    def _pop(self, _: Any) -> None:
-        if self._stack:
-            self._stack.pop()
+    def pop(self, count: int) -> list[object]:
+        """The last `count` items, in the order in which they were pushed."""
+        if len(self.stack) < count:
+            raise ValueError("fewer items than an instruction needs")
+        items = self.stack[-count:]
+        del self.stack[-count:]
+        return items
+
+    def put(self, key: object) -> None:
+        self.memo[key] = self.stack[-1]
+
+    def get(self, key: object) -> None:
+        self.stack.append(self.memo[key])
+
+    def discard(self, _: object) -> None:
+        if self.stack:
+            self.stack.pop()
         else:
-            self._above_mark()
+            self.above_mark()
 
-    def _pop_mark(self, _: Any) -> None:
-        self._above_mark()
-
-    def _duplicate(self, _: Any) -> None:
-        self._stack.append(self._stack[-1])
-
-    def _put(self, index: Any) -> None:
-        self._memo[int(index)] = self._stack[-1]
-
-    def _memoize(self, _: Any) -> None:
-        self._memo[len(self._memo)] = self._stack[-1]
-
-    def _get(self, index: Any) -> None:
-        self._stack.append(self._memo[int(index)])
-
-    def _ignore(self, _: Any) -> None:
-        """FRAME says how much follows, READONLY_BUFFER how it may be used: nothing to us."""
-
-    def _protocol(self, version: Any) -> None:
+    def protocol(self, version: int) -> None:
         if version > _MOST_PROTOCOL:
             raise ValueError(f"pickle protocol {version}")
 
-    # Containers.
+    def fill(self, items: list[object], *kinds: type) -> None:
+        """Put items into the container on the stack, which must be of one of the kinds.
 
-    def _tuple(self, _: Any) -> None:
-        items = self._above_mark()
-        self._stack.append(tuple(items))
+        A Placeholder was a container of a class of its own; the items go with it.
+        """
+        target = self.stack[-1]
+        if isinstance(target, Placeholder):
+            return
+        if type(target) not in kinds:
+            raise ValueError(f"items for a {type(target).__name__}")
+        if isinstance(target, list):
+            target.extend(items)
+        elif isinstance(target, set):
+            target.update(map(key_of, items))
+        elif isinstance(target, dict):
+            if len(items) % 2:
+                raise ValueError("a key with no value")
+            target.update(zip(map(key_of, items[::2]), items[1::2], strict=True))
 
-    def _short_tuple(self, length: int) -> None:
-        if len(self._stack) < length:
-            raise ValueError("a tuple of more than there is")
-        items = self._stack[-length:]
-        self._stack[-length:] = [tuple(items)]
-
-    def _list(self, _: Any) -> None:
-        items = self._above_mark()
-        self._stack.append(items)
-
-    def _dict(self, _: Any) -> None:
-        items = self._above_mark()
-        made: dict[object, object] = {}
-        _set_items(made, items)
-        self._stack.append(made)
-
-    def _frozenset(self, _: Any) -> None:
-        items = self._above_mark()
-        self._stack.append(frozenset(key_of(item) for item in items))
-
-    def _append(self, _: Any) -> None:
-        item = self._stack.pop()
-        _extend(self._stack[-1], [item])
-
-    def _appends(self, _: Any) -> None:
-        items = self._above_mark()
-        _extend(self._stack[-1], items)
-
-    def _set_item(self, _: Any) -> None:
-        value, key = self._stack.pop(), self._stack.pop()
-        _set_items(self._stack[-1], [key, value])
-
-    def _set_items(self, _: Any) -> None:
-        items = self._above_mark()
-        _set_items(self._stack[-1], items)
-
-    def _add_items(self, _: Any) -> None:
-        items = self._above_mark()
-        _add(self._stack[-1], items)
-
-    # Names, and what is made with them.
-
-    def _stack_global(self, _: Any) -> None:
-        name, module = self._stack.pop(), self._stack.pop()
+    def name(self, module: object, name: object) -> None:
         if type(name) is not str or type(module) is not str:
             raise ValueError("a name that is no text")
-        self._global(f"{module}.{name}")
+        dotted = f"{module}.{name}"
+        self.stack.append(self.constants.get(dotted, Placeholder(dotted)))
 
-    def _global(self, name: Any) -> None:
-        self._stack.append(self._constants.get(name, Placeholder(name)))
-
-    def _extension(self, code: Any) -> None:
-        self._stack.append(Placeholder(f"copyreg extension {code}"))
-
-    def _next_buffer(self, _: Any) -> None:
-        self._stack.append(Placeholder("out-of-band buffer"))
-
-    def _reduce(self, _: Any) -> None:
-        arguments, function = self._stack.pop(), self._stack.pop()
+    def call(self, function: object, arguments: object) -> None:
         if type(function) is not Placeholder or type(arguments) is not tuple:
             raise ValueError(f"a call of a {type(function).__name__}")
-        self._spend(sum(len(a) for a in arguments if type(a) in _COPIED))
-        known = self._functions.get(function.name)
-        self._stack.append(function.made() if known is None else known(arguments))
+        self.steps += sum([len(a) for a in arguments if type(a) in _COPIED])
+        known = self.functions.get(function.name)
+        self.stack.append(function.made() if known is None else known(arguments))
 
-    def _new(self, num_arguments: int) -> None:
-        for _ in range(num_arguments):
-            self._stack.pop()
-        made = self._stack.pop()
-        if not isinstance(made, Placeholder):
-            raise ValueError(f"an object of the class {type(made).__name__}")
-        self._stack.append(made.made())
+    def make(self, kind: object) -> None:
+        """An object of a class, with whatever arguments."""
+        if not isinstance(kind, Placeholder):
+            raise ValueError(f"an object of the class {type(kind).__name__}")
+        self.stack.append(kind.made())
 
-    def _instance(self, name: Any) -> None:
-        self._above_mark()
-        self._stack.append(Placeholder(name).made())
-
-    def _object(self, _: Any) -> None:
-        items = self._above_mark()
-        if not isinstance(items[0], Placeholder):
-            raise ValueError(f"an object of the class {type(items[0]).__name__}")
-        self._stack.append(items[0].made())
-
-    def _build(self, _: Any) -> None:
-        self._stack.pop()
-        made = self._stack[-1]
+    def build(self, _: object) -> None:
+        self.stack.pop()
+        made = self.stack[-1]
         if type(made) is not OrderedDict and not isinstance(made, Placeholder):
             # torch's state dicts carry `_metadata` so; of anything else it may change the values.
-            self._stack[-1] = Placeholder(f"a {type(made).__name__} with a state of its own")
+            self.stack[-1] = Placeholder(f"a {type(made).__name__} with a state of its own")
 
-    def _persistent_text(self, text: Any) -> None:
-        self._stack.append(self._persistent_load(text))
 
-    def _persistent(self, _: Any) -> None:
-        self._stack.append(self._persistent_load(self._stack.pop()))
+def _make_dict(machine: _Machine, _: object) -> None:
+    items = machine.above_mark()
+    machine.push({})
+    machine.fill(items, dict)
+
+
+def _make_instance(machine: _Machine, names: tuple[str, str]) -> None:
+    machine.above_mark()
+    machine.make(Placeholder(".".join(names)))
 
 
 def key_of(value: object) -> object:
@@ -275,31 +227,51 @@ def _is_plain_key(value: object) -> bool:
     return type(value) in _PLAIN_KEYS
 
 
-# A Placeholder that is given items was a list, dict or set of a class of its own; they go with it.
+# Containers and bytes, for which protocol 2, torch's default, has no instructions.
 
 
-def _extend(target: object, items: list[object]) -> None:
-    if type(target) is list:
-        target.extend(items)
-    elif not isinstance(target, Placeholder):
-        raise ValueError(f"items for a {type(target).__name__}")
+def items_of(arguments: tuple[object, ...]) -> list[object]:
+    """The items of the one list or tuple that is the argument; none is an empty one."""
+    if not arguments:
+        return []
+    if len(arguments) != 1 or not isinstance(arguments[0], list | tuple):
+        raise ValueError("a container made of something else than a list")
+    return list(arguments[0])
 
 
-def _set_items(target: object, items: list[object]) -> None:
-    if len(items) % 2:
-        raise ValueError("a key with no value")
-    if type(target) is dict or type(target) is OrderedDict:
-        for key, value in zip(items[::2], items[1::2], strict=True):
-            target[key_of(key)] = value
-    elif not isinstance(target, Placeholder):
-        raise ValueError(f"keys for a {type(target).__name__}")
+def _ordered_dict(arguments: tuple[object, ...]) -> object:
+    made: OrderedDict[object, object] = OrderedDict()
+    for pair in arguments and items_of(arguments):
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise ValueError("an OrderedDict of something else than pairs")
+        made[key_of(pair[0])] = pair[1]
+    return made
 
 
-def _add(target: object, items: list[object]) -> None:
-    if type(target) is set:
-        target.update(key_of(item) for item in items)
-    elif not isinstance(target, Placeholder):
-        raise ValueError(f"members for a {type(target).__name__}")
+def _set(arguments: tuple[object, ...]) -> object:
+    return set(map(key_of, items_of(arguments)))
+
+
+def _frozenset(arguments: tuple[object, ...]) -> object:
+    return frozenset(map(key_of, items_of(arguments)))
+
+
+def _encoded(arguments: tuple[object, ...]) -> object:
+    text, encoding = (*arguments, None, None)[:2]
+    if type(text) is not str or encoding not in ("latin1", "latin-1"):
+        raise ValueError("bytes that are not written as latin-1")
+    return text.encode("latin-1")
+
+
+_CONTAINERS: dict[str, Function] = {
+    "collections.OrderedDict": _ordered_dict,
+    "_codecs.encode": _encoded,
+    "__builtin__.set": _set,  # of Python 2
+    "builtins.set": _set,
+    "__builtin__.frozenset": _frozenset,
+    "builtins.frozenset": _frozenset,
+}
+_COPIED = {list, tuple, set, frozenset, str, bytes, bytearray}
 
 
 def _line(stream: Stream) -> str:
@@ -310,69 +282,62 @@ def _line(stream: Stream) -> str:
     return line[:-1].decode()
 
 
-def _dotted(stream: Stream) -> str:
-    return f"{_line(stream)}.{_line(stream)}"
-
-
-def _quoted(stream: Stream) -> str:
-    """A text of protocol 0, with its escapes left as they are: no name we look for has any."""
-    return _line(stream).strip()[1:-1]
-
-
-_COPIED = {list, tuple, set, frozenset, str, bytes, bytearray}
-_LITERALS = (
-    *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
-    *("BINSTRING", "SHORT_BINSTRING", "UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"),
-    *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
-    "STRING",
-)
-_BY_NAME: dict[str, Callable[[_Machine, Any], None]] = {
-    **dict.fromkeys(_LITERALS, _Machine._push),
-    "NONE": lambda machine, _: machine._push(None),
-    "NEWTRUE": lambda machine, _: machine._push(True),
-    "NEWFALSE": lambda machine, _: machine._push(False),
-    "EMPTY_TUPLE": lambda machine, _: machine._push(()),
-    "EMPTY_LIST": lambda machine, _: machine._push([]),
-    "EMPTY_DICT": lambda machine, _: machine._push({}),
-    "EMPTY_SET": lambda machine, _: machine._push(set()),
-    "PROTO": _Machine._protocol,
-    "FRAME": _Machine._ignore,
-    "READONLY_BUFFER": _Machine._ignore,
-    "MARK": _Machine._mark,
-    "POP": _Machine._pop,
-    "POP_MARK": _Machine._pop_mark,
-    "DUP": _Machine._duplicate,
-    **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT"), _Machine._put),
-    **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), _Machine._get),
-    "MEMOIZE": _Machine._memoize,
-    "TUPLE": _Machine._tuple,
-    "TUPLE1": lambda machine, _: machine._short_tuple(1),
-    "TUPLE2": lambda machine, _: machine._short_tuple(2),
-    "TUPLE3": lambda machine, _: machine._short_tuple(3),
-    "LIST": _Machine._list,
-    "DICT": _Machine._dict,
-    "FROZENSET": _Machine._frozenset,
-    "APPEND": _Machine._append,
-    "APPENDS": _Machine._appends,
-    "SETITEM": _Machine._set_item,
-    "SETITEMS": _Machine._set_items,
-    "ADDITEMS": _Machine._add_items,
-    "GLOBAL": _Machine._global,
-    "STACK_GLOBAL": _Machine._stack_global,
-    **dict.fromkeys(("EXT1", "EXT2", "EXT4"), _Machine._extension),
-    "NEXT_BUFFER": _Machine._next_buffer,
-    "REDUCE": _Machine._reduce,
-    "NEWOBJ": lambda machine, _: machine._new(1),
-    "NEWOBJ_EX": lambda machine, _: machine._new(2),
-    "INST": _Machine._instance,
-    "OBJ": _Machine._object,
-    "BUILD": _Machine._build,
-    "PERSID": _Machine._persistent_text,
-    "BINPERSID": _Machine._persistent,
+_READERS: dict[str, Callable[[Any], Any]] = {
+    "GLOBAL": lambda stream: (_line(stream), _line(stream)),
+    "INST": lambda stream: (_line(stream), _line(stream)),
+    "PERSID": _line,
+    # With its escapes left as they are: no name we look for has any.
+    "STRING": lambda stream: _line(stream).strip()[1:-1],
 }
-
-
-_READERS = {"GLOBAL": _dotted, "INST": _dotted, "PERSID": _line, "STRING": _quoted}
+_VALUES: dict[str, Callable[[], object]] = {
+    "NONE": type(None),
+    "NEWTRUE": partial(bool, 1),
+    "NEWFALSE": bool,
+    "EMPTY_TUPLE": tuple,
+    "EMPTY_LIST": list,
+    "EMPTY_DICT": dict,
+    "EMPTY_SET": set,
+}
+# An instruction that is neither here nor above pushes its argument.
+_ACTIONS: dict[str, Callable[[_Machine, Any], object]] = {
+    "PROTO": _Machine.protocol,
+    "FRAME": lambda machine, _: None,  # how much follows
+    "READONLY_BUFFER": lambda machine, _: None,
+    "MARK": _Machine.mark,
+    "POP": _Machine.discard,
+    "POP_MARK": lambda machine, _: machine.above_mark(),
+    "DUP": lambda machine, _: machine.push(machine.stack[-1]),
+    **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT"), _Machine.put),
+    **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), _Machine.get),
+    "MEMOIZE": lambda machine, _: machine.put(len(machine.memo)),
+    "TUPLE": lambda machine, _: machine.push(tuple(machine.above_mark())),
+    "TUPLE1": lambda machine, _: machine.push(tuple(machine.pop(1))),
+    "TUPLE2": lambda machine, _: machine.push(tuple(machine.pop(2))),
+    "TUPLE3": lambda machine, _: machine.push(tuple(machine.pop(3))),
+    "LIST": lambda machine, _: machine.push(machine.above_mark()),
+    "FROZENSET": lambda machine, _: machine.push(frozenset(map(key_of, machine.above_mark()))),
+    "DICT": _make_dict,
+    "APPEND": lambda machine, _: machine.fill(machine.pop(1), list),
+    "APPENDS": lambda machine, _: machine.fill(machine.above_mark(), list),
+    "SETITEM": lambda machine, _: machine.fill(machine.pop(2), dict, OrderedDict),
+    "SETITEMS": lambda machine, _: machine.fill(machine.above_mark(), dict, OrderedDict),
+    "ADDITEMS": lambda machine, _: machine.fill(machine.above_mark(), set),
+    "GLOBAL": lambda machine, names: machine.name(*names),
+    "STACK_GLOBAL": lambda machine, _: machine.name(*machine.pop(2)),
+    **dict.fromkeys(
+        ("EXT1", "EXT2", "EXT4"),
+        lambda machine, code: machine.push(Placeholder(f"copyreg extension {code}")),
+    ),
+    "NEXT_BUFFER": lambda machine, _: machine.push(Placeholder("out-of-band buffer")),
+    "REDUCE": lambda machine, _: machine.call(*machine.pop(2)),
+    "NEWOBJ": lambda machine, _: machine.make(machine.pop(2)[0]),
+    "NEWOBJ_EX": lambda machine, _: machine.make(machine.pop(3)[0]),
+    "INST": _make_instance,
+    "OBJ": lambda machine, _: machine.make(machine.above_mark()[0]),
+    "BUILD": _Machine.build,
+    "PERSID": lambda machine, text: machine.push(machine.persistent_load(text)),
+    "BINPERSID": lambda machine, _: machine.push(machine.persistent_load(*machine.pop(1))),
+}
 
 
 def _argument_reader(opcode: pickletools.OpcodeInfo) -> Callable[[Any], Any] | None:
@@ -381,7 +346,9 @@ def _argument_reader(opcode: pickletools.OpcodeInfo) -> Callable[[Any], Any] | N
 
 
 _INSTRUCTIONS = {
-    opcode.code.encode("latin-1"): (_argument_reader(opcode), _BY_NAME[opcode.name])
+    opcode.code.encode("latin-1"): (
+        _VALUES.get(opcode.name), _argument_reader(opcode), _ACTIONS.get(opcode.name),
+    )
     for opcode in pickletools.opcodes
-    if opcode.name != "STOP"
-}
+    if opcode.name != "STOP" and opcode.proto <= _MOST_PROTOCOL
+}  # fmt: skip

@@ -5,15 +5,14 @@ Source: torch/_utils.py, torch/_tensor.py, torch/storage.py, torch/serialization
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeGuard
 
 import torch
 
 from bminf.checkpoint.binary_file import BinaryFile
-from bminf.checkpoint.pickled import Placeholder, Stream, key_of, unpickle
+from bminf.checkpoint.pickled import Function, Placeholder, Stream, items_of, unpickle
 from bminf.checkpoint.stored import InFile
 
 STORAGE_DTYPES = {
@@ -106,7 +105,7 @@ class _Meaning:
         self._file, self._extents = file, extents
         self.storages: dict[str, StorageId] = {}
 
-    def functions(self) -> dict[str, Callable[[tuple[object, ...]], object]]:
+    def functions(self) -> dict[str, Function]:
         return {
             **_FUNCTIONS,
             **self._tensors(),
@@ -114,7 +113,7 @@ class _Meaning:
             "torch._tensor._rebuild_from_type_v2": self._with_attributes,
         }
 
-    def _tensors(self) -> dict[str, Callable[[tuple[object, ...]], object]]:
+    def _tensors(self) -> dict[str, Function]:
         # Made anew each time: kept here, they would be a cycle, and the file would stay open.
         return {
             "torch._utils._rebuild_tensor": self._tensor,
@@ -238,56 +237,16 @@ def _of_another_device(arguments: tuple[object, ...]) -> object:
     return tensor if is_same else Placeholder("a tensor that was on another device")
 
 
-def _ordered_dict(arguments: tuple[object, ...]) -> object:
-    made: OrderedDict[object, object] = OrderedDict()
-    for pair in _items(arguments):
-        if not isinstance(pair, list | tuple) or len(pair) != 2:
-            raise ValueError("an OrderedDict of something else than pairs")
-        made[key_of(pair[0])] = pair[1]
-    return made
-
-
 def _device(arguments: tuple[object, ...]) -> object:
     if any(type(argument) not in (str, int) for argument in arguments):
         raise ValueError("a torch.device of something else than its name")
     return ":".join(str(argument) for argument in arguments)
 
 
-def _encoded(arguments: tuple[object, ...]) -> object:
-    text, encoding = (*arguments, None, None)[:2]
-    if type(text) is not str or encoding not in ("latin1", "latin-1"):
-        raise ValueError("bytes that are not written as latin-1")
-    return text.encode("latin-1")
-
-
-def _items(arguments: tuple[object, ...]) -> list[object]:
-    """The items of the one list or tuple that is the argument; none is an empty one."""
-    if not arguments:
-        return []
-    if len(arguments) != 1 or not isinstance(arguments[0], list | tuple):
-        raise ValueError("a container made of something else than a list")
-    return list(arguments[0])
-
-
-def _set(arguments: tuple[object, ...]) -> object:
-    return {key_of(item) for item in _items(arguments)}
-
-
-def _frozenset(arguments: tuple[object, ...]) -> object:
-    return frozenset(key_of(item) for item in _items(arguments))
-
-
-_FUNCTIONS: dict[str, Callable[[tuple[object, ...]], object]] = {
+_FUNCTIONS: dict[str, Function] = {
     "torch._utils._rebuild_parameter": _first,
     "torch._utils._rebuild_parameter_with_state": _first,
     "torch._utils._rebuild_device_tensor_from_cpu_tensor": _of_another_device,
-    "torch.Size": lambda arguments: tuple(_items(arguments)),
+    "torch.Size": lambda arguments: tuple(items_of(arguments)),
     "torch.device": _device,
-    "collections.OrderedDict": _ordered_dict,
-    # Protocol 2, torch's default, has no instructions for bytes and sets; Python 2's names first.
-    "_codecs.encode": _encoded,
-    "__builtin__.set": _set,
-    "builtins.set": _set,
-    "__builtin__.frozenset": _frozenset,
-    "builtins.frozenset": _frozenset,
 }
