@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,12 +21,12 @@ from bminf.checkpoint.model_parallel import (
     rank_files,
     read_model_parallel,
 )
-from bminf.checkpoint.names import listed
-from bminf.checkpoint.sharded import read_sharded, read_weights
+from bminf.checkpoint.names import listed, unwrapped
+from bminf.checkpoint.safetensors_file import read_safetensors
 from bminf.checkpoint.splits import SplitTable
-from bminf.checkpoint.stored import Stored
-from bminf.checkpoint.wrappers import unwrapped
-from bminf.errors import CheckpointError
+from bminf.checkpoint.stored import InFile, Stored
+from bminf.checkpoint.torch_file import read_torch_file, weights_of
+from bminf.errors import ArgumentError, CheckpointError
 
 Kind = Literal["bminf", "original", "bminf1", "modelcenter", "huggingface"]
 
@@ -64,17 +68,18 @@ def open_checkpoint(path: Path, tables: Sequence[SplitTable]) -> Checkpoint:
     """
     try:
         if path.is_dir():
-            return _open_folder(path, tables)
+            return _open(*_found_in(path), tables)
         if path.is_file():
-            return _open_file(path, tables)
+            return _open(*_told_by(path), tables)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     raise CheckpointError(f"{path} does not exist; accepted: {_LAYOUTS}")
 
 
-def _open_folder(folder: Path, tables: Sequence[SplitTable]) -> Checkpoint:
+def _found_in(folder: Path) -> tuple[Kind, Path]:
+    """The layout in a folder, and what to open."""
     if _is_ours(folder):
-        return _open_named(folder / "model.safetensors", "bminf", tables)
+        return "bminf", folder / "model.safetensors"
     kinds: dict[Kind, Path] = {}
     for name, kind in _FILES.items():
         if (folder / name).is_file():
@@ -86,26 +91,26 @@ def _open_folder(folder: Path, tables: Sequence[SplitTable]) -> Checkpoint:
             f"{folder} holds checkpoints of several layouts ({', '.join(kinds)}); "
             f"give the path of one file: {listed(path.name for path in kinds.values())}"
         )
-    for kind, path in kinds.items():
-        return _open_named(path, kind, tables)
+    if kinds:
+        return kinds.popitem()
     names = sorted(path.name for path in folder.iterdir())
     holds = f"holds no checkpoint, but {listed(names)}" if names else "is empty"
     raise CheckpointError(f"{folder} {holds}; accepted: {_LAYOUTS}")
 
 
-def _open_file(path: Path, tables: Sequence[SplitTable]) -> Checkpoint:
+def _told_by(path: Path) -> tuple[Kind, Path]:
+    """The layout that the name of a file tells, and what to open."""
     folder = path.parent
     if path.name == _CONFIG:
-        return _open_folder(folder, tables)
+        return _found_in(folder)
     if path.name == FILE_IN_RANK_FOLDER:
-        return _open_named(folder.parent, "original", tables)
+        return "original", folder.parent
     if path.name in TRACKERS or (is_model_parallel(folder) and path in rank_files(folder)):
-        return _open_named(folder, "original", tables)
+        return "original", folder
     if path.name not in _FILES:
         raise CheckpointError(f"{path} is not the file of a checkpoint; accepted: {_LAYOUTS}")
-    if path.name == "model.safetensors" and _is_ours(folder):
-        return _open_named(path, "bminf", tables)
-    return _open_named(path, _FILES[path.name], tables)
+    is_ours = path.name == "model.safetensors" and _is_ours(folder)
+    return "bminf" if is_ours else _FILES[path.name], path
 
 
 def _is_ours(folder: Path) -> bool:
@@ -113,15 +118,77 @@ def _is_ours(folder: Path) -> bool:
     return config.is_file() and read_json(config).get("format") == "bminf"
 
 
-def _open_named(path: Path, kind: Kind, tables: Sequence[SplitTable]) -> Checkpoint:
-    folder = path if kind == "original" else path.parent
-    return Checkpoint(kind, folder, _tensors(path, kind, tables))
-
-
-def _tensors(path: Path, kind: Kind, tables: Sequence[SplitTable]) -> Mapping[str, Stored]:
+def _open(kind: Kind, path: Path, tables: Sequence[SplitTable]) -> Checkpoint:
     if kind == "original":
-        return read_model_parallel(path, tables)
+        return Checkpoint(kind, path, read_model_parallel(path, tables))
     if kind == "bminf1":
-        return read_bminf1(path)
+        return Checkpoint(kind, path.parent, read_bminf1(path))
     tensors = read_sharded(path) if path.name.endswith(".index.json") else read_weights(path)
-    return tensors if kind == "bminf" else unwrapped(tensors)
+    return Checkpoint(kind, path.parent, tensors if kind == "bminf" else unwrapped(tensors))
+
+
+# Hugging Face's files: one, or several and an index, {"metadata": ..., "weight_map": {name: file}}.
+
+
+def read_weights(path: Path) -> dict[str, InFile]:
+    """Name -> tensor of one file, of safetensors or of torch.save, told by its suffix."""
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)
+    return weights_of(read_torch_file(path), path)
+
+
+def read_sharded(index: Path) -> dict[str, InFile]:
+    """Name -> tensor of all files that an index names, in the order of the index.
+
+    Raises CheckpointError for an index that is none, for a file or a tensor that is missing, and
+    for a tensor that the index does not know.
+    """
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f'{index} has no "weight_map" of tensor names and files')
+    for name in weight_map.values():
+        # A path out of the folder would let a downloaded index name any file of this machine.
+        if not isinstance(name, str) or name in ("", ".", "..") or set(name) & {"/", "\\", "\0"}:
+            raise CheckpointError(f"{index} names the file {name!r}; it should be one beside it")
+    found: dict[str, InFile] = {}
+    for shard in dict.fromkeys(weight_map.values()):
+        path = index.with_name(shard)
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing, which {index.name} names; fetch it too")
+        tensors = read_weights(path)
+        named = {name for name, place in weight_map.items() if place == shard}
+        if missing := sorted(named - tensors.keys()):
+            raise CheckpointError(f"{path} lacks {listed(missing)}")
+        if extra := sorted(tensors.keys() - named):
+            raise CheckpointError(
+                f"{path} holds {listed(extra)}, which {index.name} does not place there; "
+                "fetch both again"
+            )
+        found |= tensors
+    return {name: found[name] for name in weight_map}
+
+
+# A folder that is written.
+
+
+def free(path: Path) -> Path:
+    """`path`, if a folder can appear there.   Raises ArgumentError where there is anything."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ArgumentError(f"{path} exists already; name a folder that does not, or is empty")
+    return path
+
+
+@contextmanager
+def appearing(target: Path) -> Iterator[Path]:
+    """A folder to write to, which becomes `target` at the end, or vanishes."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(
+        tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
+    )
+    try:
+        yield partial
+        partial.chmod(0o755)
+        os.replace(partial, target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise

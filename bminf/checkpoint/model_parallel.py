@@ -16,11 +16,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bminf.checkpoint.binary_file import BinaryFile
-from bminf.checkpoint.names import listed
+from bminf.checkpoint.names import listed, unwrapped
 from bminf.checkpoint.splits import SplitTable, table_for
 from bminf.checkpoint.stored import InFile, Stored
 from bminf.checkpoint.torch_file import read_torch_file, weights_of
-from bminf.checkpoint.wrappers import unwrapped
 from bminf.errors import CheckpointError
 
 TRACKER, DEEPSPEED_TRACKER = "latest_checkpointed_iteration.txt", "latest"

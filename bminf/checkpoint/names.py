@@ -1,4 +1,9 @@
-"""From the names of an on-disk layout to those of our models: a table a layout, and its use."""
+"""From the names of an on-disk layout to those of our models: a table a layout, and its use.
+
+Before that, names lose what training code wraps around a model. Sources of its wrappers:
+torch.nn.parallel (DataParallel, DistributedDataParallel), torch._dynamo (torch.compile),
+torch.distributed (FSDP, activation checkpointing).
+"""
 
 from __future__ import annotations
 
@@ -6,13 +11,19 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from bminf.checkpoint.quantized import Quantized, quantized_rows
 from bminf.checkpoint.stored import Rows, Stored, Transposed
 from bminf.errors import CheckpointError
 
 _MOST_NAMES = 5  # in a message
+_PARALLEL = "module."
+# These stand around any module, the model or a layer of it, and no module is called so itself.
+_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -46,9 +57,9 @@ def rename(
     path, layout: for messages.   Raises CheckpointError for a name that no rule knows, and for a
     tensor of ours that lacks a part.
     """
-    table = {rule.theirs: rule for rule in rules}
-    found: dict[str, dict[int, Stored]] = {}
-    wanted: dict[str, list[str]] = {}  # ours -> theirs that it is made of
+    known = list(rules)
+    table = {rule.theirs: rule for rule in known}
+    found: dict[str, list[Stored | None]] = {}
     unknown = []
     for name, stored in _with_scales(tensors).items():
         if name.endswith(".inv_freq"):  # of rotary positions: numbers that code can compute
@@ -57,23 +68,28 @@ def rename(
         if rule is None:
             unknown.append(name)
         elif rule.ours is not None:
-            ours = rule.ours.replace("{n}", number)
-            piece = Transposed(stored) if rule.is_transposed else stored
-            made = found.setdefault(ours, {})
-            if rule.part in made:
+            pieces = found.setdefault(rule.ours.replace("{n}", number), [None] * rule.num_parts)
+            if (other := pieces[rule.part]) is not None:
                 raise CheckpointError(
-                    f"{path} holds {made[rule.part].where} and {stored.where}, which {layout} has "
-                    "once; take out the one that does not belong there"
+                    f"{path} holds {other.where} and {stored.where}, which {layout} has once; take "
+                    "out the one that does not belong there"
                 )
-            made[rule.part] = piece
-            wanted[ours] = [r.theirs.replace("{n}", number) for r in _siblings(rule, table)]
+            pieces[rule.part] = Transposed(stored) if rule.is_transposed else stored
     if unknown:
         raise CheckpointError(
             f"{path} holds {listed(unknown)}, which {layout} does not have; "
             "see whether this is a checkpoint of another model"
         )
-    _check_parts(found, wanted, path)
-    return {ours: _below_another(pieces) for ours, pieces in found.items()}
+    missing = [
+        name
+        for ours, pieces in found.items()
+        if None in pieces
+        for name, piece in zip(_sources(ours, known), pieces, strict=True)
+        if piece is None
+    ]
+    if missing:
+        raise CheckpointError(f"{path} lacks {listed(missing)}; fetch it again, or save it anew")
+    return {ours: _joined([p for p in pieces if p is not None]) for ours, pieces in found.items()}
 
 
 def num_known(names: Iterable[str], rules: Iterable[Rule]) -> int:
@@ -84,13 +100,34 @@ def num_known(names: Iterable[str], rules: Iterable[Rule]) -> int:
 
 def theirs_of(ours: str, rules: Iterable[Rule]) -> str:
     """What a layout calls a tensor of ours, for messages: all its parts, joined by " + "."""
+    return " + ".join(_sources(ours, rules)) or ours
+
+
+def _sources(ours: str, rules: Iterable[Rule]) -> list[str]:
     number = next(iter(_NUMBER.findall(ours)), "")
     template = _NUMBER.sub("{n}", ours, count=1)
     found: dict[int, str] = {}
     for rule in rules:
         if rule.ours in (ours, template):
             found.setdefault(rule.part, rule.theirs.replace("{n}", number))
-    return " + ".join(found[part] for part in sorted(found)) or ours
+    return [found[part] for part in sorted(found)]
+
+
+def unwrapped(tensors: Mapping[str, T]) -> dict[str, T]:
+    """`tensors`, in their order, under the names that the model itself has.
+
+    "module." is taken off, as often as it is there, where all names begin with it. Where two names
+    would become one, all stay as they are.
+    """
+    names = {
+        name: ".".join([part for part in name.split(".") if part not in _WRAPPERS])
+        for name in tensors
+    }
+    while names and all(bare.startswith(_PARALLEL) for bare in names.values()):
+        names = {name: bare.removeprefix(_PARALLEL) for name, bare in names.items()}
+    if len(set(names.values())) < len(names):
+        return dict(tensors)
+    return {names[name]: tensor for name, tensor in tensors.items()}
 
 
 def listed(names: Iterable[str]) -> str:
@@ -102,31 +139,10 @@ def listed(names: Iterable[str]) -> str:
 
 def _rule_for(name: str, table: Mapping[str, Rule]) -> tuple[Rule | None, str]:
     """The rule for `name` and the number of its layer, "" where there is none."""
-    if name in table:
-        return table[name], ""
-    numbers = _NUMBER.findall(name)
-    if len(numbers) == 0:
-        return None, ""
-    return table.get(_NUMBER.sub("{n}", name, count=1)), numbers[0]
-
-
-def _siblings(rule: Rule, table: Mapping[str, Rule]) -> list[Rule]:
-    if rule.num_parts == 1:
-        return [rule]
-    return [other for other in table.values() if other.ours == rule.ours]
-
-
-def _check_parts(
-    found: Mapping[str, Mapping[int, Stored]], wanted: Mapping[str, list[str]], path: Path
-) -> None:
-    missing = [
-        name
-        for ours, pieces in found.items()
-        for part, name in enumerate(wanted[ours])
-        if len(wanted[ours]) > 1 and part not in pieces
-    ]
-    if missing:
-        raise CheckpointError(f"{path} lacks {listed(missing)}; fetch it again, or save it anew")
+    match = None if name in table else _NUMBER.search(name)
+    if match is None:
+        return table.get(name), ""
+    return table.get(f"{name[: match.start()]}{{n}}{name[match.end() :]}"), match[0]
 
 
 def _with_scales(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
@@ -142,11 +158,9 @@ def _with_scales(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
     return joined
 
 
-def _below_another(pieces: Mapping[int, Stored]) -> Stored:
-    ordered = [pieces[part] for part in sorted(pieces)]
-    if len(ordered) == 1:
-        return ordered[0]
-    quantized = [piece for piece in ordered if isinstance(piece, Quantized)]
-    if len(quantized) == len(ordered):
-        return quantized_rows(quantized)
-    return Rows(tuple(ordered))
+def _joined(pieces: list[Stored]) -> Stored:
+    """The pieces one below another."""
+    if len(pieces) == 1:
+        return pieces[0]
+    quantized = [piece for piece in pieces if isinstance(piece, Quantized)]
+    return quantized_rows(quantized) if len(quantized) == len(pieces) else Rows(tuple(pieces))

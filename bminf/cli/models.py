@@ -89,7 +89,7 @@ def _load_errors(model: str | Path) -> Iterator[None]:
 
 def _damage(path: Path) -> str | None:
     """What is wrong with the files of a model that did not load, as far as they tell it."""
-    from bminf.checkpoint.sharded import read_weights
+    from bminf.checkpoint.folder import read_weights
 
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     for file in (file for file in files if file.is_file()):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from bminf.arch import registry
-from bminf.checkpoint.appearing import appearing, free
+from bminf.checkpoint.folder import appearing, free
 from bminf.checkpoint.safetensors_file import write_safetensors
 from bminf.checkpoint.stored import pieces
 from bminf.errors import ArgumentError, CheckpointError

@@ -23,9 +23,8 @@ import torch
 from bminf.arch.architecture import Architecture
 from bminf.arch.glm import GLM10B, GLM130B, INT4_ROW, LINEARS, is_glm10b, is_glm130b, is_quantized
 from bminf.arch.registry import checkpoint_in, config_in, split_tables, told_by
-from bminf.checkpoint.appearing import appearing, free
 from bminf.checkpoint.config import CONFIG_FILES
-from bminf.checkpoint.folder import Checkpoint
+from bminf.checkpoint.folder import Checkpoint, appearing, free
 from bminf.checkpoint.model_parallel import (
     DEEPSPEED_TRACKER,
     FILE_IN_RANK_FOLDER,

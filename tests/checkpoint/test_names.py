@@ -13,7 +13,7 @@ from tiny_glm import tiny_glm10b
 from tiny_zoo import save, tiny, write_huggingface
 
 from bminf.arch.registry import checkpoint_in
-from bminf.checkpoint.wrappers import unwrapped
+from bminf.checkpoint.names import unwrapped
 
 Renaming = Callable[[str], str]
 WRAPPED: dict[str, Renaming] = {
