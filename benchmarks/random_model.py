@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bminf.checkpoint.stored import Sliced, Stored, check_range, pieces
+from bminf.checkpoint.stored import Sliced, Stored, pieces
 from bminf.layers.host_embedding import HostEmbedding
 from bminf.layers.quantized_linear import QuantizedLinear
 from bminf.models.assemble import Assembly
@@ -183,7 +183,6 @@ class _Random(Sliced):
         return rows
 
     def _slice(self, axis: int, begin: int, end: int) -> Stored:
-        check_range(self, axis, begin, end)
         if axis == 1:
             return InMemory(self.where, self.read()[:, begin:end])
         start = self.start + begin * self.shape[1]
@@ -211,7 +210,6 @@ class _Sums(Sliced):
         return sums
 
     def _slice(self, axis: int, begin: int, end: int) -> Stored:
-        check_range(self, axis, begin, end)
         return replace(self, codes=self.codes.rows(begin, end))
 
 
@@ -234,5 +232,4 @@ class InMemory(Sliced):
         return self.tensor
 
     def _slice(self, axis: int, begin: int, end: int) -> Stored:
-        check_range(self, axis, begin, end)
         return InMemory(self.where, self.tensor.narrow(axis, begin, end - begin))

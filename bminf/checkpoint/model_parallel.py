@@ -18,7 +18,7 @@ from pathlib import Path
 from bminf.checkpoint.binary_file import BinaryFile
 from bminf.checkpoint.names import listed, unwrapped
 from bminf.checkpoint.splits import SplitTable, table_for
-from bminf.checkpoint.stored import InFile, Stored
+from bminf.checkpoint.stored import InFile, Stored, check_alike
 from bminf.checkpoint.torch_file import read_torch_file, weights_of
 from bminf.errors import CheckpointError
 
@@ -183,15 +183,7 @@ def _check_agreement(paths: list[Path], ranks: list[dict[str, InFile]]) -> None:
                 f"{listed(sorted(rank.keys() ^ first.keys()))} in one of them only"
             )
         for name, tensor in rank.items():
-            _check_alike(first[name], tensor)
-
-
-def _check_alike(first: InFile, other: InFile) -> None:
-    if (first.shape, first.dtype) != (other.shape, other.dtype):
-        raise CheckpointError(
-            f"{first.where} is {first.dtype} {first.shape}, but {other.where} is {other.dtype} "
-            f"{other.shape}; ranks of different checkpoints, or degrees, cannot be merged"
-        )
+            check_alike(first[name], tensor)
 
 
 def _check_complete(tensors: Mapping[str, Stored], num_ranks: int, table: SplitTable) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from bminf.checkpoint.stored import Rows, Sliced, Stored, check_range
+from bminf.checkpoint.stored import Rows, Sliced, Stored
 from bminf.errors import ArgumentError, CheckpointError
 from bminf.quantization.packed import Format, PackedWeight, empty
 
@@ -107,7 +107,6 @@ class Quantized(Sliced):
         return packed
 
     def _slice(self, axis: int, begin: int, end: int) -> Stored:
-        check_range(self, axis, begin, end)
         if axis == 0:
             return self._rows(slice(begin, end))
         width, per_byte = self.shape[1] // self.num_groups, 8 // self.bits

@@ -10,7 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 
@@ -43,14 +43,14 @@ class Stored(Protocol):
         """
         ...
 
-    def rows(self, begin: int, end: int) -> Stored:
-        """Those from `begin` to before `end`, not read yet either.
+    def rows(self, start: int, end: int) -> Stored:
+        """Those from `start` to before `end`, not read yet either.
 
         Raises ArgumentError for a range that is not inside the tensor, or has no rows.
         """
         ...
 
-    def columns(self, begin: int, end: int) -> Stored:
+    def columns(self, start: int, end: int) -> Stored:
         """As rows(), along axis 1."""
         ...
 
@@ -63,28 +63,48 @@ def pieces(stored: Stored, most_bytes: int = _PIECE_BYTES) -> Iterator[tuple[int
     if not stored.shape:
         yield 0, stored.read()
         return
-    row_bytes = math.prod(stored.shape[1:]) * stored.dtype.itemsize
-    step = max(1, most_bytes // max(1, row_bytes))
-    for begin in range(0, stored.shape[0], step):
-        yield begin, stored.rows(begin, min(begin + step, stored.shape[0])).read()
+    num_rows = stored.shape[0]
+    step = max(1, most_bytes * num_rows // max(1, nbytes_of(stored)))
+    for start in range(0, num_rows, step):
+        part = stored if step >= num_rows else stored.rows(start, min(start + step, num_rows))
+        yield start, part.read()
 
 
-def slice_of(stored: Stored, axis: int, begin: int, end: int) -> Stored:
+def nbytes_of(stored: Stored) -> int:
+    """Bytes of its elements."""
+    return math.prod(stored.shape) * stored.dtype.itemsize
+
+
+def slice_of(stored: Stored, axis: int, start: int, end: int) -> Stored:
     """Rows (axis 0) or columns (axis 1).   Raises ArgumentError for a range outside."""
-    return stored.rows(begin, end) if axis == 0 else stored.columns(begin, end)
+    return stored.rows(start, end) if axis == 0 else stored.columns(start, end)
 
 
 class Sliced(ABC):
-    """Rows and columns of what is cut alike along both axes."""
+    """Rows and columns of what is cut alike along both axes. They are checked here."""
+
+    shape: Any
+    where: Any
 
     @abstractmethod
-    def _slice(self, axis: int, begin: int, end: int) -> Stored: ...
+    def _slice(self, axis: int, start: int, end: int) -> Stored: ...
 
-    def rows(self, begin: int, end: int) -> Stored:
-        return self._slice(0, begin, end)
+    def rows(self, start: int, end: int) -> Stored:
+        return self._checked_slice(0, start, end)
 
-    def columns(self, begin: int, end: int) -> Stored:
-        return self._slice(1, begin, end)
+    def columns(self, start: int, end: int) -> Stored:
+        return self._checked_slice(1, start, end)
+
+    def _checked_slice(self, axis: int, start: int, end: int) -> Stored:
+        what = ("rows", "columns")[axis]
+        if len(self.shape) <= axis:
+            raise ArgumentError(f"{self.where} has shape {self.shape}, and so no {what}")
+        if not 0 <= start < end <= self.shape[axis]:
+            raise ArgumentError(
+                f"{what} {start} to {end} of {self.where}, which has {self.shape[axis]}; "
+                "give one or more of them"
+            )
+        return self._slice(axis, start, end)
 
 
 @dataclass(frozen=True)
@@ -137,10 +157,9 @@ class InFile(Sliced):
                 data = data.clone()
         return data.view(self.dtype).as_strided(self.shape, self.stride)
 
-    def _slice(self, axis: int, begin: int, end: int) -> InFile:
-        check_range(self, axis, begin, end)
-        offset = self.offset + begin * self.stride[axis] * self.dtype.itemsize
-        shape = (*self.shape[:axis], end - begin, *self.shape[axis + 1 :])
+    def _slice(self, axis: int, start: int, end: int) -> InFile:
+        offset = self.offset + start * self.stride[axis] * self.dtype.itemsize
+        shape = (*self.shape[:axis], end - start, *self.shape[axis + 1 :])
         return replace(self, offset=offset, shape=shape)
 
 
@@ -148,10 +167,15 @@ def contiguous(
     file: BinaryFile, offset: int, shape: Sequence[int], dtype: torch.dtype, name: str
 ) -> InFile:
     """A tensor in C order."""
+    return InFile(file, offset, tuple(shape), strides_of(shape), dtype, name)
+
+
+def strides_of(shape: Sequence[int]) -> tuple[int, ...]:
+    """Those of a tensor in C order."""
     strides = [1]
     for size in reversed(shape[1:]):
         strides.append(strides[-1] * max(size, 1))
-    return InFile(file, offset, tuple(shape), tuple(strides[::-1][: len(shape)]), dtype, name)
+    return tuple(strides[::-1][: len(shape)])
 
 
 @dataclass(frozen=True)
@@ -161,11 +185,21 @@ class _Parts(Sliced):
     _axis: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
-        _check_joint(self.parts, self._axis)
+        if not self.parts:
+            raise ArgumentError("parts=(); give at least one tensor to join")
+        first, axis = self.parts[0], self._axis
+        if len(first.shape) <= axis:
+            raise CheckpointError(
+                f"{first.where} has shape {first.shape}; it should have {axis + 1} dimensions "
+                "or more"
+            )
+        for other in self.parts[1:]:
+            check_alike(first, other, axis)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return _joined_shape(self.parts, self._axis)
+        shape, axis = self.parts[0].shape, self._axis
+        return (*shape[:axis], sum(part.shape[axis] for part in self.parts), *shape[axis + 1 :])
 
     @property
     def dtype(self) -> torch.dtype:
@@ -178,19 +212,18 @@ class _Parts(Sliced):
 
     def read(self) -> torch.Tensor:
         joined = torch.empty(self.shape, dtype=self.dtype)
-        begin = 0
+        start = 0
         for part in self.parts:
             size = part.shape[self._axis]
-            joined.narrow(self._axis, begin, size).copy_(part.read())
-            begin += size
+            joined.narrow(self._axis, start, size).copy_(part.read())
+            start += size
         return joined
 
-    def _slice(self, axis: int, begin: int, end: int) -> Stored:
-        check_range(self, axis, begin, end)
+    def _slice(self, axis: int, start: int, end: int) -> Stored:
         if axis == self._axis:
-            parts = tuple(_overlapping(self.parts, axis, begin, end))
+            parts = tuple(_overlapping(self.parts, axis, start, end))
         else:
-            parts = tuple(slice_of(part, axis, begin, end) for part in self.parts)
+            parts = tuple(slice_of(part, axis, start, end) for part in self.parts)
         return parts[0] if len(parts) == 1 else replace(self, parts=parts)
 
 
@@ -246,7 +279,7 @@ class Replicated(_Parts):
 
     def __post_init__(self) -> None:
         for other in self.parts[1:]:
-            _check_alike(self.parts[0], other, self.parts[0].shape == other.shape)
+            check_alike(self.parts[0], other)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -263,11 +296,10 @@ class Replicated(_Parts):
                     )
         return first
 
-    def _slice(self, axis: int, begin: int, end: int) -> Stored:
-        check_range(self, axis, begin, end)
-        is_compared = math.prod(self.shape) * self.dtype.itemsize <= _COMPARED_BYTES
+    def _slice(self, axis: int, start: int, end: int) -> Stored:
+        is_compared = nbytes_of(self) <= _COMPARED_BYTES
         parts = self.parts if is_compared else self.parts[:1]
-        return Replicated(tuple(slice_of(part, axis, begin, end) for part in parts))
+        return Replicated(tuple(slice_of(part, axis, start, end) for part in parts))
 
 
 @dataclass(frozen=True)
@@ -300,9 +332,8 @@ class Transposed(Sliced):
     def read(self) -> torch.Tensor:
         return self.part.read().t()
 
-    def _slice(self, axis: int, begin: int, end: int) -> Stored:
-        check_range(self, axis, begin, end)
-        return Transposed(slice_of(self.part, 1 - axis, begin, end))
+    def _slice(self, axis: int, start: int, end: int) -> Stored:
+        return Transposed(slice_of(self.part, 1 - axis, start, end))
 
 
 @dataclass(frozen=True)
@@ -336,62 +367,34 @@ class Scaled(Sliced):
     def read(self) -> torch.Tensor:
         return self.part.read().to(self.dtype) * self.factor
 
-    def _slice(self, axis: int, begin: int, end: int) -> Stored:
-        return Scaled(slice_of(self.part, axis, begin, end), self.factor)
+    def _slice(self, axis: int, start: int, end: int) -> Stored:
+        return Scaled(slice_of(self.part, axis, start, end), self.factor)
 
 
-def check_range(stored: Stored, axis: int, begin: int, end: int) -> None:
-    """Raise ArgumentError where there is nothing from `begin` to `end` along the axis."""
-    what = ("rows", "columns")[axis]
-    if len(stored.shape) <= axis:
-        raise ArgumentError(f"{stored.where} has shape {stored.shape}, and so no {what}")
-    if not 0 <= begin < end <= stored.shape[axis]:
-        raise ArgumentError(
-            f"{what} {begin} to {end} of {stored.where}, which has {stored.shape[axis]}; "
-            "give one or more of them"
-        )
-
-
-def _overlapping(parts: tuple[Stored, ...], axis: int, begin: int, end: int) -> Iterator[Stored]:
-    """What lies between `begin` and `end` of each of the parts that have anything there."""
-    at = 0
+def _overlapping(parts: tuple[Stored, ...], axis: int, start: int, end: int) -> Iterator[Stored]:
+    """What lies between `start` and `end` of each of the parts that have anything there."""
+    offset = 0
     for part in parts:
         size = part.shape[axis]
-        first, last = max(begin - at, 0), min(end - at, size)
+        first, last = max(start - offset, 0), min(end - offset, size)
         if first < last:
             whole = (first, last) == (0, size)
             yield part if whole else slice_of(part, axis, first, last)
-        at += size
+        offset += size
 
 
 def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().view(-1).view(torch.uint8)  # so that a NaN equals itself
 
 
-def _check_joint(parts: tuple[Stored, ...], axis: int) -> None:
-    if not parts:
-        raise ArgumentError("parts=(); give at least one tensor to join")
-    first = parts[0]
-    if len(first.shape) <= axis:
-        raise CheckpointError(
-            f"{first.where} has shape {first.shape}; it should have {axis + 1} dimensions or more"
-        )
-    for other in parts[1:]:
-        _check_alike(first, other, _without(first.shape, axis) == _without(other.shape, axis))
-
-
-def _check_alike(first: Stored, other: Stored, are_shapes_alike: bool) -> None:
-    if not are_shapes_alike or first.dtype != other.dtype:
+def check_alike(first: Stored, other: Stored, axis: int | None = None) -> None:
+    """Raise CheckpointError where dtypes or shapes differ.   axis: whose sizes may differ."""
+    shapes = [first.shape, other.shape]
+    if axis is not None and len(first.shape) == len(other.shape):
+        shapes = [(*shape[:axis], *shape[axis + 1 :]) for shape in shapes]
+    if shapes[0] != shapes[1] or first.dtype != other.dtype:
         raise CheckpointError(
             f"{first.where} ({first.dtype} {first.shape}) and {other.where} ({other.dtype} "
-            f"{other.shape}) do not go together; the files are not of one checkpoint"
+            f"{other.shape}) do not go together; the files are of different checkpoints, or of "
+            "ranks of different degrees"
         )
-
-
-def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
-    return (len(shape), *shape[:axis], *shape[axis + 1 :])
-
-
-def _joined_shape(parts: tuple[Stored, ...], axis: int) -> tuple[int, ...]:
-    shape = parts[0].shape
-    return (*shape[:axis], sum(part.shape[axis] for part in parts), *shape[axis + 1 :])

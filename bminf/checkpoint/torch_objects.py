@@ -5,6 +5,7 @@ Source: torch/_utils.py, torch/_tensor.py, torch/storage.py, torch/serialization
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeGuard
@@ -176,7 +177,7 @@ class _Meaning:
         tensor = InFile(self._file, storage.offset + begin, shape, stride, dtype, storage.key)
         if begin + tensor.span_bytes > storage.nbytes:
             raise ValueError(f"a tensor of shape {shape} reaches beyond its storage")
-        if tensor.num_elements * dtype.itemsize > self._file.nbytes:
+        if math.prod(shape) * dtype.itemsize > self._file.nbytes:
             # Strides of 0 can make any size of a few bytes; no weight is saved so.
             raise ValueError(f"a tensor of shape {shape}, larger than the whole file")
         return tensor

@@ -21,7 +21,7 @@ from typing import IO, Any, BinaryIO
 
 import torch
 
-from bminf.checkpoint.stored import Stored, pieces
+from bminf.checkpoint.stored import Stored, nbytes_of, pieces, strides_of
 from bminf.checkpoint.torch_objects import STORAGE_DTYPES
 from bminf.errors import ArgumentError
 
@@ -74,11 +74,6 @@ def write_torch_file(
         os.fsync(file.fileno())
 
 
-def nbytes_of(stored: Stored) -> int:
-    """Bytes of a tensor as it is written."""
-    return math.prod(stored.shape) * stored.dtype.itemsize
-
-
 class _Storage:
     """What stands for the bytes of a tensor in the pickle."""
 
@@ -101,14 +96,10 @@ class _Pickler(pickle.Pickler):
             return NotImplemented
         stored, key = value.stored, str(len(self.tensors))
         self.tensors.append(stored)
-        num_elements, strides = 1, list[int]()
-        for size in reversed(stored.shape):
-            strides.append(num_elements)
-            num_elements *= size
-        kind = getattr(torch, _STORAGES[stored.dtype])
-        storage = _Storage(("storage", kind, key, "cpu", num_elements))
+        kind, strides = getattr(torch, _STORAGES[stored.dtype]), strides_of(stored.shape)
+        storage = _Storage(("storage", kind, key, "cpu", math.prod(stored.shape)))
         rebuild = torch._utils._rebuild_tensor_v2
-        return rebuild, (storage, 0, stored.shape, tuple(strides[::-1]), False, OrderedDict())
+        return rebuild, (storage, 0, stored.shape, strides, False, OrderedDict())
 
 
 @contextmanager

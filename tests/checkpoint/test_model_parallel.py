@@ -178,7 +178,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: shutil.copy(rank_file(f, 1), f / "7" / "mp_rank_1_model_states.pt"),
         "holds rank 01 twice",
     ),
-    "degrees mixed": (mix_degrees, "ranks of different checkpoints, or degrees"),
+    "degrees mixed": (mix_degrees, "do not go together.*different degrees"),
     "another degree": (
         lambda f: change(rank_file(f, 1), mp_world_size=4),
         r"mp_rank_01_model_states.pt is one of 4 ranks .* holds 2",

@@ -11,9 +11,9 @@ import torch
 from saved_files import Given, same
 
 from bminf.checkpoint import torch_writer
-from bminf.checkpoint.stored import InFile, Rows
+from bminf.checkpoint.stored import InFile, Rows, nbytes_of
 from bminf.checkpoint.torch_file import read_torch_file, weights_of
-from bminf.checkpoint.torch_writer import Saved, nbytes_of, write_torch_file
+from bminf.checkpoint.torch_writer import Saved, write_torch_file
 from bminf.errors import ArgumentError
 
 DTYPES = [
