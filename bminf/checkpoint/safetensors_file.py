@@ -15,7 +15,7 @@ import math
 import mmap
 import os
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeGuard
@@ -23,7 +23,7 @@ from typing import Any, BinaryIO, TypeGuard
 import torch
 
 from bminf.checkpoint.binary_file import BinaryFile, parse_json
-from bminf.checkpoint.stored import InFile, Stored, contiguous
+from bminf.checkpoint.stored import InFile, Stored, contiguous, strides_of
 from bminf.errors import ArgumentError, CheckpointError
 from bminf.layout import FRESH_ALIGNMENT, Filling, Layout, TensorSpec
 from bminf.units import format_bytes
@@ -66,7 +66,22 @@ def read_safetensors(path: Path) -> dict[str, InFile]:
     A tensor of a type that torch has no elements of is there, and any use of it an error.
     Raises CheckpointError where the header is not valid or does not fit the file.
     """
-    tensors, metadata = _read_header(path)
+    file = BinaryFile(path)
+    (header_bytes,) = struct.unpack("<Q", file.at(0, 8, "the length of the header"))
+    if header_bytes > _MOST_HEADER_BYTES:
+        raise CheckpointError(
+            f"{path} is no safetensors file, or is damaged: its header would have "
+            f"{header_bytes} bytes; at most {_MOST_HEADER_BYTES} are accepted"
+        )
+    where = f"the header of {path}"
+    entries = parse_json(file.at(8, header_bytes, "the header"), where)
+    metadata = entries.pop(_METADATA, {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise CheckpointError(f"{where} has {_METADATA} that is not a map of texts")
+    tensors = {
+        name: _tensor(file, name, entry, 8 + header_bytes) for name, entry in entries.items()
+    }
+    _check_no_holes(entries, file.nbytes - 8 - header_bytes, path)
     if metadata.get(_PADDING_KEY) != _PADDING:
         return tensors
     return {n: t for n, t in tensors.items() if not (n.startswith(_PADDING) and _is_bytes(t))}
@@ -78,22 +93,22 @@ def run_of(tensors: Mapping[str, Stored], block: str, layout: Layout) -> InFile 
     tensors: by their names in the file, not read yet.   block, layout: as for write_safetensors.
     None where they lie otherwise, or are of other types or shapes, and have to be read one by one.
     """
-    found = {name: tensors.get(_full_name(block, name)) for name in layout.specs}
-    runs = {_begin(stored, layout, name) for name, stored in found.items()}
-    run = runs.pop() if len(runs) == 1 else None
-    if run is None:
+    starts = {_start(tensors, block, layout, name) for name in layout.specs}
+    found = starts.pop() if len(starts) == 1 else None
+    if found is None:
         return None
-    file, start = run
+    file, start = found
     return contiguous(file, start, [layout.extent], torch.uint8, block)
 
 
-def _begin(stored: Stored | None, layout: Layout, name: str) -> tuple[BinaryFile, int] | None:
-    """Where the run would begin of which `stored` is the tensor `name`; None where it is not."""
-    spec = layout.specs[name]
+def _start(
+    tensors: Mapping[str, Stored], block: str, layout: Layout, name: str
+) -> tuple[BinaryFile, int] | None:
+    """Where the run would start of which `name` is a tensor; None where it is not."""
+    spec, stored = layout.specs[name], tensors.get(_full_name(block, name))
     if type(stored) is not InFile or (stored.shape, stored.dtype) != (spec.shape, spec.dtype):
         return None
-    plain = contiguous(stored.file, stored.offset, stored.shape, stored.dtype, stored.name)
-    if stored != plain or not _is_contiguous(spec):
+    if stored.stride != strides_of(stored.shape) or not _is_contiguous(spec):
         return None
     return stored.file, stored.offset - layout.offsets[name]
 
@@ -118,7 +133,7 @@ def write_safetensors(
     if _PADDING_KEY in metadata:
         raise ArgumentError(f"metadata has the key {_PADDING_KEY!r}, which the writer needs")
     plan = _Plan.of(layouts)
-    header = _header(plan.places, {**metadata, _PADDING_KEY: _PADDING})
+    header = plan.header(metadata)
     partial = path.with_name(f"{path.name}.part")
     try:
         with open(partial, "wb+") as file:
@@ -139,79 +154,45 @@ def _is_bytes(tensor: InFile) -> bool:
     return tensor.dtype == torch.uint8 and len(tensor.shape) == 1
 
 
-def _read_header(path: Path) -> tuple[dict[str, InFile], dict[str, str]]:
-    file = BinaryFile(path)
-    (header_bytes,) = struct.unpack("<Q", file.at(0, 8, "the length of the header"))
-    if header_bytes > _MOST_HEADER_BYTES:
-        raise CheckpointError(
-            f"{path} is no safetensors file, or is damaged: its header would have "
-            f"{header_bytes} bytes; at most {_MOST_HEADER_BYTES} are accepted"
-        )
-    where = f"the header of {path}"
-    entries = parse_json(file.at(8, header_bytes, "the header"), where)
-    metadata = _checked_metadata(entries.pop(_METADATA, {}), where)
-    start = 8 + header_bytes
-    tensors = {name: _tensor(file, name, entry, start) for name, entry in entries.items()}
-    _check_no_holes(tensors, start, file)
-    return tensors, metadata
-
-
-def _checked_metadata(metadata: Any, where: str) -> dict[str, str]:
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise CheckpointError(f"{where} has {_METADATA} that is not a map of texts")
-    return metadata
-
-
 def _tensor(file: BinaryFile, name: str, entry: Any, data_start: int) -> InFile:
-    fields = entry if isinstance(entry, dict) else {}
-    given = fields.get("dtype")
-    dtype_name = given if isinstance(given, str) else ""
-    bits = _bits_of(dtype_name)
-    shape, offsets = fields.get("shape"), fields.get("data_offsets")
+    kind, shape, offsets = (
+        entry.get(key) if isinstance(entry, dict) else None
+        for key in ("dtype", "shape", "data_offsets")
+    )
+    dtype = _DTYPES.get(kind) if isinstance(kind, str) else None
+    bits = _BITS.get(str(kind)) if dtype is None else 8 * dtype.itemsize
     if bits is None or not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
         raise CheckpointError(
             f"{name!r} in {file.path} has no dtype, shape and two data_offsets that are known; "
             f"dtypes: {', '.join({**_DTYPES, **_BITS})}"
         )
-    begin, end = offsets
-    dtype = _DTYPES.get(dtype_name)
-    tensor = contiguous(file, data_start + begin, shape, dtype or torch.bits8, name)
-    if tensor.num_elements * bits != 8 * (end - begin):
+    start, end = offsets
+    if math.prod(shape) * bits != 8 * (end - start):
         raise CheckpointError(
-            f"{tensor.where} has the shape {tensor.shape} and dtype {dtype or dtype_name}, but "
-            f"{end - begin} bytes; the file is damaged"
+            f"{name!r} in {file.path} has the shape {tuple(shape)} and dtype {dtype or kind}, but "
+            f"{end - start} bytes; the file is damaged"
         )
-    return tensor if dtype is not None else _Unread(**vars(tensor), kind=dtype_name, bits=bits)
-
-
-def _bits_of(dtype_name: str) -> int | None:
-    """Of an element."""
-    dtype = _DTYPES.get(dtype_name)
-    return _BITS.get(dtype_name) if dtype is None else 8 * dtype.itemsize
+    tensor = contiguous(file, data_start + start, shape, dtype or torch.bits8, name)
+    return tensor if dtype is not None else _Unread(**vars(tensor), kind=str(kind))
 
 
 @dataclass(frozen=True)
 class _Unread(InFile):
     """A tensor of a type that torch has no elements of, beside those that a model needs.
 
-    kind: the type.   bits: of an element.
+    kind: the type.
     """
 
     kind: str = ""
-    bits: int = 8
 
     @property
     def where(self) -> str:
         return f"{self.name!r} (of the type {self.kind}, which cannot be read) in {self.file.path}"
 
-    @property
-    def span_bytes(self) -> int:
-        return self.num_elements * self.bits // 8
-
     def read(self) -> torch.Tensor:
         raise CheckpointError(f"{self.where} is needed; save it in another type")
 
-    def _slice(self, axis: int, begin: int, end: int) -> InFile:
+    def _slice(self, axis: int, start: int, end: int) -> InFile:
         raise CheckpointError(f"{self.where} is needed; save it in another type")
 
 
@@ -221,19 +202,20 @@ def _are_sizes(values: object) -> TypeGuard[list[int]]:
     return all(type(value) is int and 0 <= value < 2**60 for value in values)
 
 
-def _check_no_holes(tensors: Mapping[str, InFile], start: int, file: BinaryFile) -> None:
-    position = start
-    for tensor in sorted(tensors.values(), key=lambda t: (t.offset, t.span_bytes)):
-        if tensor.offset != position:
+def _check_no_holes(entries: Mapping[str, Any], data_bytes: int, path: Path) -> None:
+    position = 0
+    for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+        start, end = entry["data_offsets"]
+        if start != position:
             raise CheckpointError(
-                f"{file.path} is damaged: {tensor.name!r} begins at byte {tensor.offset}, "
+                f"{path} is damaged: {name!r} begins at byte {start} of the data, "
                 f"but what is before it ends at {position}"
             )
-        position += tensor.span_bytes
-    if position != file.nbytes:
+        position = end
+    if position != data_bytes:
         raise CheckpointError(
-            f"{file.path} is damaged or truncated: its tensors end at byte {position}, "
-            f"but the file has {file.nbytes}; fetch it again"
+            f"{path} is damaged or truncated: its tensors end at byte {position} of the data, "
+            f"but there are {data_bytes}; fetch it again"
         )
 
 
@@ -242,46 +224,48 @@ def _full_name(block: str, name: str) -> str:
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where a tensor, or a padding, lies in the data."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    begin: int
-    end: int
-
-
-@dataclass(frozen=True)
 class _Plan:
-    """places: name -> place, without holes.   begins: block -> where its blob begins."""
+    """entries: of the header, without holes.   starts: block -> where its blob starts."""
 
-    places: Mapping[str, _Place]
-    begins: Mapping[str, int]
+    entries: Mapping[str, Any]
+    starts: Mapping[str, int]
     nbytes: int
 
     @classmethod
     def of(cls, layouts: Mapping[str, Layout]) -> _Plan:
-        begins: dict[str, int] = {}
-        places: dict[str, _Place] = {}
-        paddings: dict[str, _Place] = {}
+        starts: dict[str, int] = {}
+        entries: dict[str, Any] = {}
+        paddings: dict[str, Any] = {}
         end = 0
         for block, layout in layouts.items():
-            begins[block] = -(-end // FRESH_ALIGNMENT) * FRESH_ALIGNMENT
-            for name, place in _block_places(block, layout, begins[block]):
-                if name in places or name == _METADATA or name.startswith(_PADDING):
+            starts[block] = -(-end // FRESH_ALIGNMENT) * FRESH_ALIGNMENT
+            for name, spec, offset in _in_order(block, layout):
+                start = starts[block] + offset
+                if name in entries or name == _METADATA or name.startswith(_PADDING):
                     raise ArgumentError(f"the tensor name {name!r} is taken; rename the block")
-                if place.begin < end:
+                if start < end:
                     raise ArgumentError(f"{name!r} overlaps another tensor; store it once")
-                if place.begin > end:
-                    gap = _Place(torch.uint8, (place.begin - end,), end, place.begin)
+                if start > end:
+                    gap = _entry("U8", [start - end], end, start)
                     paddings[f"{_PADDING}{len(paddings)}"] = gap
-                places[name] = place
-                end = place.end
-        return cls({**places, **paddings}, begins, end)
+                end = start + spec.nbytes
+                entries[name] = _entry(_DTYPE_NAMES[spec.dtype], spec.shape, start, end)
+        return cls({**entries, **paddings}, starts, end)
+
+    def header(self, metadata: Mapping[str, str]) -> bytes:
+        """The length and the header, filled with spaces so that the data starts aligned."""
+        given = {_METADATA: {**metadata, _PADDING_KEY: _PADDING}, **self.entries}
+        text = json.dumps(given, separators=(",", ":")).encode()
+        text += b" " * (-(8 + len(text)) % FRESH_ALIGNMENT)
+        return struct.pack("<Q", len(text)) + text
 
 
-def _block_places(block: str, layout: Layout, begin: int) -> Iterator[tuple[str, _Place]]:
-    """(full name, place) in the order of the bytes."""
+def _entry(dtype: str, shape: Sequence[int], start: int, end: int) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+
+
+def _in_order(block: str, layout: Layout) -> Iterator[tuple[str, TensorSpec, int]]:
+    """(full name, spec, offset) in the order of the bytes."""
     by_offset = sorted(layout.specs, key=lambda n: (layout.offsets[n], layout.specs[n].nbytes))
     for name in by_offset:
         spec, offset, full_name = layout.specs[name], layout.offsets[name], _full_name(block, name)
@@ -295,34 +279,12 @@ def _block_places(block: str, layout: Layout, begin: int) -> Iterator[tuple[str,
                 f"{full_name!r} is {spec.dtype} of shape {spec.shape} and strides {spec.stride}; "
                 f"safetensors holds contiguous tensors of {', '.join(_DTYPES)}"
             )
-        yield (
-            full_name,
-            _Place(spec.dtype, spec.shape, begin + offset, begin + offset + spec.nbytes),
-        )
+        yield full_name, spec, offset
 
 
 def _is_contiguous(spec: TensorSpec) -> bool:
-    if 0 in spec.shape:
-        return True
-    expected = [math.prod(spec.shape[axis + 1 :]) for axis in range(len(spec.shape))]
-    return all(
-        size == 1 or stride == right
-        for size, stride, right in zip(spec.shape, spec.stride, expected, strict=True)
-    )
-
-
-def _header(places: Mapping[str, _Place], metadata: Mapping[str, str]) -> bytes:
-    """The length and the header, filled with spaces so that the data begins aligned."""
-    entries: dict[str, Any] = {_METADATA: dict(metadata)}
-    for name, place in places.items():
-        entries[name] = {
-            "dtype": _DTYPE_NAMES[place.dtype],
-            "shape": list(place.shape),
-            "data_offsets": [place.begin, place.end],
-        }
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % FRESH_ALIGNMENT)
-    return struct.pack("<Q", len(text)) + text
+    steps = zip(spec.shape, spec.stride, strides_of(spec.shape), strict=True)
+    return 0 in spec.shape or all(size == 1 or stride == right for size, stride, right in steps)
 
 
 def _reserve(file: BinaryIO, header: bytes, data_bytes: int) -> None:
@@ -350,8 +312,8 @@ def _write_data(
     with torch.inference_mode(False):
         data = torch.frombuffer(region, dtype=torch.uint8)[header_bytes:]
     for block, layout in layouts.items():
-        begin = plan.begins[block]
-        _fill(block, layout, data[begin : begin + layout.extent], tensors(block))
+        start = plan.starts[block]
+        _fill(block, layout, data[start : start + layout.extent], tensors(block))
     region.flush()
 
 

@@ -129,10 +129,6 @@ class InFile(Sliced):
         return f"{self.name!r} in {self.file.path}"
 
     @property
-    def num_elements(self) -> int:
-        return math.prod(self.shape)
-
-    @property
     def span_bytes(self) -> int:
         """Bytes from the first to the last, the gaps of the strides included."""
         if 0 in self.shape:
