@@ -112,11 +112,14 @@ def _open(path: Path) -> _Descriptor:
             raise OSError("no such file" if not path.exists() else "not a file")
         return _Descriptor(os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0)))
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        raise CheckpointError(f"{path} cannot be opened: {error}") from error
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.   Raises CheckpointError where it is anything else."""
+    """The object in a JSON file, in any encoding of Unicode, with or without a byte-order mark.
+
+    Raises CheckpointError where it is anything else.
+    """
     file = BinaryFile(path)
     return parse_json(file.at(0, min(file.nbytes, _MOST_JSON_BYTES), "JSON"), str(path))
 
@@ -126,9 +129,9 @@ def parse_json(text: bytes, where: str) -> dict[str, Any]:
     try:
         value = json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where} is not valid JSON: {error}") from error
+        raise CheckpointError(f"{where} is not JSON ({error}); fetch it again") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{where} holds a {type(value).__name__}, not a JSON object")
+        raise CheckpointError(f"{where} holds a {type(value).__name__}; a JSON object is needed")
     return value
 
 

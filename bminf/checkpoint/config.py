@@ -2,38 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from bminf.checkpoint.binary_file import read_json
 from bminf.checkpoint.stored import Stored
+from bminf.checks import is_number
 from bminf.errors import ArgumentError, CheckpointError
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
+read_config = read_json
 CONFIG_FILES = ("config.json", "model_config.json")
 
 _ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_tanh": "gelu_tanh"}
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """The JSON object in a file, in any encoding of Unicode, with or without a byte-order mark.
-
-    Raises CheckpointError for anything else.
-    """
-    try:
-        config = json.loads(path.read_bytes())  # which knows byte-order marks
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON ({error}); fetch it again") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} holds a {type(config).__name__}; a JSON object is needed")
-    return config
 
 
 def find_config(folder: Path, model_types: Collection[str | None]) -> Path | None:
@@ -42,11 +28,11 @@ def find_config(folder: Path, model_types: Collection[str | None]) -> Path | Non
     model_types: of models that it may be of; one of another model in the parent just happens to lie
     there.
     """
-    own = (folder / name for name in CONFIG_FILES)
-    beside = (folder.parent / name for name in CONFIG_FILES)
-    found = [path for path in own if path.is_file()]
-    found += [path for path in beside if path.is_file() and _is_one_of(path, model_types)]
-    return next(iter(found), None)
+    beside = [folder.parent / name for name in CONFIG_FILES]
+    for path in [*(folder / name for name in CONFIG_FILES), *beside]:
+        if path.is_file() and (path not in beside or _is_one_of(path, model_types)):
+            return path
+    return None
 
 
 def _is_one_of(path: Path, model_types: Collection[str | None]) -> bool:
@@ -86,16 +72,9 @@ class ConfigReader:
 
     def optional(self, *names: str) -> int | None:
         """A whole number above 0; None where none of the names is there, or it is null."""
-        for name in names:
-            value = self.source.get(name)
-            if value is None:
-                continue
-            if type(value) is not int or value < 1:
-                raise CheckpointError(
-                    f"{self.where}: {name} is {value!r}; a whole number above 0 is needed"
-                )
-            return value
-        return None
+        is_size = lambda value: type(value) is int and value > 0  # noqa: E731
+        found: int | None = self._first(names, is_size, "a whole number above 0 is needed")
+        return found
 
     def integer(self, *names: str) -> int:
         value = self.optional(*names)
@@ -107,34 +86,32 @@ class ConfigReader:
         return value
 
     def number(self, default: float, *names: str) -> float:
+        is_share = lambda value: is_number(value) and 0 < value < 1  # noqa: E731
+        found = self._first(names, is_share, "a number between 0 and 1 is needed")
+        return default if found is None else float(found)
+
+    def flag(self, *names: str) -> bool:
+        return bool(
+            self._first(names, lambda value: type(value) is bool, "true or false is needed")
+        )
+
+    def activation(self, default: str, *names: str) -> str:
+        known = list(_ACTIVATIONS)
+        found = [
+            self._first([n], known.__contains__, f"accepted: {', '.join(known)}") for n in names
+        ]
+        return _ACTIVATIONS[next(filter(None, found), default)]
+
+    def _first(self, names: Iterable[str], accepts: Callable[[Any], bool], needed: str) -> Any:
+        """The first value of these names that is there and not null."""
         for name in names:
             value = self.source.get(name)
             if value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
-                raise CheckpointError(
-                    f"{self.where}: {name} is {value!r}; a number between 0 and 1 is needed"
-                )
-            return float(value)
-        return default
-
-    def flag(self, *names: str) -> bool:
-        for name in names:
-            value = self.source.get(name)
-            if isinstance(value, bool):
-                return value
-            if value is not None:
-                raise CheckpointError(f"{self.where}: {name} is {value!r}; true or false is needed")
-        return False
-
-    def activation(self, default: str, *names: str) -> str:
-        named = {name: self.source[name] for name in names if self.source.get(name) is not None}
-        for name, value in named.items():
-            if value not in _ACTIVATIONS:
-                raise CheckpointError(
-                    f"{self.where}: {name} is {value!r}; accepted: {', '.join(_ACTIVATIONS)}"
-                )
-        return _ACTIVATIONS[next(iter(named.values()), default)]
+            if not accepts(value):
+                raise CheckpointError(f"{self.where}: {name} is {value!r}; {needed}")
+            return value
+        return None
 
     def must_be(self, name: str, *accepted: Any) -> Any:
         """The field's value. Raises CheckpointError for one that would need another model."""

@@ -142,7 +142,7 @@ def test_our_own_folder_is_known_by_its_config(tmp_path: Path) -> None:
     bminf1(tmp_path)
     assert checkpoint_in(tmp_path).kind == "bminf"
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be opened: no such"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read: no such"):
         checkpoint_in(tmp_path)
 
 
@@ -152,8 +152,8 @@ def test_our_own_folder_is_known_by_its_config(tmp_path: Path) -> None:
         (lambda f: None, "is empty; accepted: a folder of bminf convert"),
         (lambda f: (f / "notes.txt").touch(), r"but 'notes\.txt'; accepted: .*BMInf 1\.x"),
         (lambda f: (f / "12").mkdir(), "but '12'; accepted"),
-        (lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
-        (lambda f: (f / "config.json").write_text("[]"), "not a JSON object"),
+        (lambda f: (f / "config.json").write_text("{"), "is not JSON"),
+        (lambda f: (f / "config.json").write_text("[]"), "a JSON object is needed"),
         (lambda f: save(WEIGHTS, f / "checkpoint.pt", "zip"), r"written by torch\.save, not by"),
         (lambda f: save(WEIGHTS, f / "checkpoint.pt", "old"), r"written by torch\.save, not by"),
         (lambda f: (f / "checkpoint.pt").touch(), r"BMInf 1\.x"),

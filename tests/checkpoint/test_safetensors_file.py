@@ -219,11 +219,11 @@ BAD = {
               + json.dumps(entry(0, 4)).encode() + b"}", 4, "comes twice"),
     "metadata of numbers": ({"__metadata__": {"a": 1}}, 0, "__metadata__"),
     "metadata that is a list": ({"__metadata__": []}, 0, "__metadata__"),
-    "no JSON": (b"{nonsense", 0, "not valid JSON"),
-    "not UTF-8": (b'{"\xff": 1}', 0, "not valid JSON"),
-    "a list": ([], 0, "not a JSON object"),
-    "deep nest": (b'{"a":' + b"[" * 10**5, 0, "not valid JSON"),
-    "long number": (b'{"a":' + b"1" * 10**4 + b"}", 0, "not valid JSON|no dtype"),
+    "no JSON": (b"{nonsense", 0, "is not JSON"),
+    "not UTF-8": (b'{"\xff": 1}', 0, "is not JSON"),
+    "a list": ([], 0, "a JSON object is needed"),
+    "deep nest": (b'{"a":' + b"[" * 10**5, 0, "is not JSON"),
+    "long number": (b'{"a":' + b"1" * 10**4 + b"}", 0, "is not JSON|no dtype"),
 }  # fmt: skip
 
 

@@ -416,5 +416,5 @@ def test_what_is_no_file_is_an_error(kind: str, tmp_path: Path) -> None:
         path.mkdir()
     elif kind == "pipe":
         os.mkfifo(path)
-    with pytest.raises(CheckpointError, match="cannot be opened"):
+    with pytest.raises(CheckpointError, match="cannot be read"):
         read_torch_file(path)
