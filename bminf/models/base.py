@@ -38,8 +38,7 @@ from bminf.offload.device import backend_for, free_budget, host_budget
 from bminf.offload.hooks import Scheduler
 from bminf.offload.plan import Plan
 from bminf.quantization.packed import Format, parse_format
-from bminf.tokenizers.base import Tokenizer
-from bminf.tokenizers.stream import TextStream
+from bminf.tokenizers.base import TextStream, Tokenizer
 from bminf.units import parse_bytes
 
 

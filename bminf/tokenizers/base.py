@@ -1,14 +1,14 @@
-"""What a tokenizer is: text into the ids of a model's vocabulary, and back."""
+"""What a tokenizer is: text into the ids of a model's vocabulary, and back, at once or id by id."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
 
 from bminf.errors import ArgumentError
-from bminf.tokenizers.joining import Joiner
 from bminf.tokenizers.vocabulary import Vocabulary
 
 
@@ -106,6 +106,31 @@ class GLMTokenizer(Tokenizer, Protocol):
         ...
 
 
+class Joiner(Protocol):
+    """Text of ids that come one by one.
+
+    All that `add` and then `end` give, put together, is the text of all ids; a joiner gives what no
+    later id can change, as early as that is certain.
+    """
+
+    def add(self, number: int) -> str: ...
+
+    def end(self) -> str: ...
+
+
+class Concatenation:
+    """The joiner of a vocabulary whose tokens do not change one another. texts: of each id."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self._texts = texts
+
+    def add(self, number: int) -> str:
+        return self._texts[number]
+
+    def end(self) -> str:
+        return ""
+
+
 class VocabularyTokenizer:
     """What the tokenizers here share. One of them says how a text is cut, and how ids are joined.
 
@@ -147,6 +172,87 @@ class VocabularyTokenizer:
 
     def _cut(self, text: str) -> list[int]:
         raise NotImplementedError
+
+
+class CommandTokenizer(VocabularyTokenizer):
+    """What the tokenizers of GLM-10B share, English and Chinese; see GLMTokenizer.
+
+    commands: the id of each special token, by how it is spelled. Under that name it is found before
+    a token of the vocabulary that is spelled alike.   textless: other ids that are no text.
+    """
+
+    def __init__(
+        self, vocabulary: Vocabulary, commands: Mapping[str, int], textless: Iterable[int] = ()
+    ) -> None:
+        super().__init__(vocabulary)
+        vocabulary.ids.update(commands)
+        self.eos_id = self.pad_id = commands["<|endoftext|>"]
+        self.sop_id, self.eop_id = commands["<|startofpiece|>"], commands["<|endofpiece|>"]
+        self.masks: Mapping[str, int] = {
+            name: commands[name] for name in ("[MASK]", "[sMASK]", "[gMASK]")
+        }
+        self.prefix_ids: tuple[int, ...] = (commands["[CLS]"],)
+        self.strips_before_masks = True
+        unspoken = {*commands.values(), *textless} - {self.eos_id, self.eop_id}
+        self.unspoken_ids = tuple(sorted(unspoken))
+
+
+class TextStream:
+    """The text of ids that are fed one by one.
+
+    All pieces together, with what `finish` gives, are `tokenizer.decode` of all ids. A piece is
+    held back as long as a later id could change it. With a tokenizer of this package the cost of an
+    id does not grow with their number. A tokenizer of another kind does not say what is final: its
+    text comes as a whole from `finish`, and a warning says so.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._joiner = _joiner(tokenizer)
+        self._is_finished = False
+
+    def feed(self, number: int) -> str:
+        """The text that is final now and was not before; it may be empty.
+
+        Raises ArgumentError for an id out of range, and after `finish`.
+        """
+        if self._is_finished:
+            raise ArgumentError("the stream is finished; make a new TextStream for other ids")
+        self._tokenizer.tokens([number])  # raises for an id out of range
+        return self._joiner.add(number)
+
+    def finish(self) -> str:
+        """The rest of the text; nothing when asked again."""
+        if self._is_finished:
+            return ""
+        self._is_finished = True
+        return self._joiner.end()
+
+
+class _WholeText:
+    """The joiner of a tokenizer of which only `decode` is known."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+
+    def add(self, number: int) -> str:
+        self._ids.append(number)
+        return ""
+
+    def end(self) -> str:
+        return self._tokenizer.decode(self._ids)
+
+
+def _joiner(tokenizer: Tokenizer) -> Joiner:
+    if isinstance(tokenizer, VocabularyTokenizer):
+        return tokenizer.joiner()
+    warnings.warn(
+        f"a {type(tokenizer).__name__} does not say which text a later token may change, so its "
+        "text comes at the end; a tokenizer of bminf.tokenizers gives it as it comes",
+        stacklevel=3,
+    )
+    return _WholeText(tokenizer)
 
 
 def check_text(text: str) -> None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bminf.tokenizers.commands import CommandTokenizer
-from bminf.tokenizers.joining import Joiner
+from bminf.tokenizers.base import CommandTokenizer, Joiner
 from bminf.tokenizers.pieces import TEXTLESS, PieceJoiner, PieceModel, PieceVocabulary, require
 
 _COMMANDS = {

@@ -1,14 +1,28 @@
-"""The tokenizer of CPM-2 and CPM-2.1, Chinese."""
+"""The tokenizers of CPM-2: Chinese (and of CPM-2.1), and Chinese and English."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 from bminf.errors import CheckpointError
-from bminf.tokenizers.characters import HALF_WIDTH
-from bminf.tokenizers.line_tokenizer import SpanTokenizer
+from bminf.tokenizers.base import Joiner
+from bminf.tokenizers.line_tokenizer import (
+    FROM_SYMBOLS,
+    HALF_WIDTH,
+    NEWLINE,
+    SPACE,
+    LongestMatch,
+    SpanTokenizer,
+    has_chinese,
+)
+from bminf.tokenizers.vocabulary import Vocabulary
 
 _FOLDED = {code: half for code, half in HALF_WIDTH.items() if chr(code) not in "，！（）？；："}
+
+INSIDE = "##"
+"""What a token begins with that goes on with a word instead of beginning one."""
 
 
 class CPM2Tokenizer(SpanTokenizer):
@@ -34,3 +48,127 @@ class CPM2Tokenizer(SpanTokenizer):
 
     def _folded(self, text: str) -> str:
         return text.translate(_FOLDED)
+
+
+class CPM2BilingualTokenizer(SpanTokenizer):
+    """The tokenizer of the bilingual CPM-2: longest tokens, `##` before those inside a word.
+
+    vocab_file: vocab.txt, one token a line; 51968 in the published one.
+
+    A space between two words that are not Chinese has no token, and decoding puts it back; so it
+    does between any two such words, and many a text comes back with more spaces than it had. Text
+    of one single token gets it twice, as from the authors' tokenizer: their filter of spaces keeps
+    the first and the last token. Punctuation is not Chinese here; U+2582, the space, is.
+
+    Raises CheckpointError for a file that lacks a special token or a sentinel.
+    Source: TsinghuaAI/CPM-2-Finetune, tokenization_enc_dec_encn.py.
+    """
+
+    _needed: ClassVar[Mapping[str, int]] = {
+        "<unk>": 0,
+        "<s>": 1,
+        NEWLINE: 3,
+        "<go>": 7,
+        "<eod>": 8,
+        SPACE: 11,
+    }
+
+    def __init__(self, vocab_file: str | Path) -> None:
+        super().__init__(vocab_file)
+        tokens = self._vocabulary.tokens
+        self._space = self._vocabulary.ids[SPACE]
+        self._is_chinese = [_is_chinese(token) for token in tokens]
+        self._may_turn = any(token.startswith(INSIDE) and has_chinese(token) for token in tokens)
+
+    def joiner(self) -> Joiner:
+        return _SpacedWords(self._vocabulary.tokens, self._may_turn)
+
+    def _make_matcher(self, vocabulary: Vocabulary) -> LongestMatch:
+        return _InsideMatch(vocabulary.ids, vocabulary.ids["<unk>"])
+
+    def _cut(self, text: str) -> list[int]:
+        ids = super()._cut(text)
+        if not ids:
+            return []
+        return [
+            ids[0],
+            *(ids[at] for at in range(1, len(ids) - 1) if self._stays(ids, at)),
+            ids[-1],
+        ]
+
+    def _stays(self, ids: Sequence[int], at: int) -> bool:
+        """Whether a token is more than the space between two words that are not Chinese."""
+        is_space_between = self._is_chinese[ids[at - 1]] or self._is_chinese[ids[at + 1]]
+        return ids[at] != self._space or is_space_between
+
+
+class _InsideMatch(LongestMatch):
+    def spelling(self, piece: str, start: int) -> str:
+        return piece if start == 0 or _is_chinese(piece) else INSIDE + piece
+
+
+class _SpacedWords:
+    """The joiner that puts a space between two words neither of which is Chinese.
+
+    tokens: of each id.   may_turn: whether a token inside a word may make it Chinese.
+    A word is held back while it may still turn: the space before it depends on it. So is U+2582
+    alone, which is Chinese until more of its word follows.
+    """
+
+    def __init__(self, tokens: Sequence[str], may_turn: bool) -> None:
+        self._tokens = tokens
+        self._may_turn = may_turn
+        self._follows_other = False  # the word before is there, and not Chinese
+        self._begin_word()
+        self._has_word = False
+
+    def add(self, number: int) -> str:
+        token, text = self._tokens[number], ""
+        if self._has_word and token.startswith(INSIDE):
+            token = token.removeprefix(INSIDE)
+        elif self._has_word:
+            text = self._end_word()
+        self._has_word = True
+        return text + self._extend(token)
+
+    def end(self) -> str:
+        return self._end_word() if self._has_word else ""
+
+    def _begin_word(self) -> None:
+        self._held: list[str] = []
+        self._head = ""  # its first two characters: enough to tell U+2582 alone
+        self._has_chinese = False
+        self._is_settled = not self._follows_other
+
+    def _extend(self, part: str) -> str:
+        """Add to the word; the text that is certain now."""
+        self._head = (self._head + part)[:2]
+        self._has_chinese = self._has_chinese or has_chinese(part)
+        self._held.append(part)
+        if self._is_settled:
+            return self._release()
+        if self._has_chinese or not (self._may_turn or self._head in ("", SPACE)):
+            return self._settle()
+        return ""
+
+    def _end_word(self) -> str:
+        text = self._release() if self._is_settled else self._settle()
+        self._follows_other = not self._is_chinese()
+        self._begin_word()
+        return text
+
+    def _settle(self) -> str:
+        self._is_settled = True
+        return ("" if self._is_chinese() else " ") + self._release()
+
+    def _release(self) -> str:
+        text = "".join(self._held).translate(FROM_SYMBOLS)
+        self._held = []
+        return text
+
+    def _is_chinese(self) -> bool:
+        return self._has_chinese or self._head == SPACE
+
+
+def _is_chinese(word: str) -> bool:
+    return word == SPACE or has_chinese(word)

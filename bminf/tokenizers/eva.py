@@ -7,8 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
-from bminf.tokenizers.characters import HALF_WIDTH
-from bminf.tokenizers.line_tokenizer import SpanTokenizer
+from bminf.tokenizers.line_tokenizer import HALF_WIDTH, SpanTokenizer
 
 _PUNCTUATION = {
     code: half for code, half in HALF_WIDTH.items() if not half.isalnum() and half not in " ."

@@ -11,10 +11,8 @@ from typing import Any, cast
 from bminf.errors import ArgumentError, CheckpointError
 from bminf.tokenizers.base import GLMTokenizer, SentinelTokenizer, Tokenizer
 from bminf.tokenizers.cog_pretrain import CogPretrainTokenizer
-from bminf.tokenizers.cpm1 import CPM1Tokenizer
-from bminf.tokenizers.cpm1_word import CPM1WordTokenizer
-from bminf.tokenizers.cpm2 import CPM2Tokenizer
-from bminf.tokenizers.cpm2_bilingual import CPM2BilingualTokenizer
+from bminf.tokenizers.cpm1 import CPM1Tokenizer, CPM1WordTokenizer
+from bminf.tokenizers.cpm2 import CPM2BilingualTokenizer, CPM2Tokenizer
 from bminf.tokenizers.eva import EVATokenizer
 from bminf.tokenizers.gpt2 import GPT2Tokenizer, gpt2_files
 from bminf.tokenizers.icetk import IcetkPackageTokenizer, IceTokenizer

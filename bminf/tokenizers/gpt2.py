@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bminf.errors import CheckpointError
-from bminf.tokenizers.commands import CommandTokenizer
-from bminf.tokenizers.joining import Joiner
+from bminf.tokenizers.base import CommandTokenizer, Joiner
 from bminf.tokenizers.vocabulary import Vocabulary, read_bytes
 
 VOCAB, MERGES = "vocab.json", "merges.txt"

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bminf.errors import ArgumentError
-from bminf.tokenizers.base import VocabularyTokenizer
-from bminf.tokenizers.joining import Joiner
+from bminf.tokenizers.base import Joiner, VocabularyTokenizer
 from bminf.tokenizers.pieces import (
     TEXTLESS,
     PieceJoiner,

@@ -2,17 +2,104 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
-from bminf.tokenizers.base import VocabularyTokenizer
-from bminf.tokenizers.characters import FROM_SYMBOLS, NEWLINE, SPACE, TO_SYMBOLS
-from bminf.tokenizers.joining import Concatenation, Joiner
-from bminf.tokenizers.longest_match import LongestMatch
-from bminf.tokenizers.sentinels import Sentinels
+from bminf.errors import ArgumentError, CheckpointError
+from bminf.tokenizers.base import Concatenation, Joiner, VocabularyTokenizer
 from bminf.tokenizers.vocabulary import Vocabulary
 from bminf.tokenizers.words import jieba_words
+
+SPACE, NEWLINE = "\u2582", "\u2583"
+"""The characters that a space and a newline are in every vocabulary of the CPM family."""
+
+WORD_START = "\u2581"
+
+TO_SYMBOLS = str.maketrans(" \n", SPACE + NEWLINE)
+FROM_SYMBOLS = str.maketrans(SPACE + NEWLINE, " \n")
+
+HALF_WIDTH = {0x3000: " "} | {code: chr(code - 0xFEE0) for code in range(0xFF00, 0xFF5F)}
+"""Full-width forms to ASCII, and the ideographic space to a space; for str.translate."""
+
+
+def has_chinese(text: str) -> bool:
+    """Whether a character of the text is in the block of CJK ideographs, without extensions."""
+    return any("\u4e00" <= character <= "\u9fff" for character in text)
+
+
+MAX_WORD_LENGTH = 200
+"""A longer word is unknown as a whole."""
+
+
+class LongestMatch:
+    """Cuts words into tokens.
+
+    ids: the id of each token.   unknown: the id of a character that begins no token, and of a word
+    of more than MAX_WORD_LENGTH characters.
+    """
+
+    def __init__(self, ids: Mapping[str, int], unknown: int) -> None:
+        self._ids = ids
+        self._unknown = unknown
+        self._longest_token = max(map(len, ids), default=0)
+
+    def ids(self, word: str) -> list[int]:
+        if len(word) > MAX_WORD_LENGTH:
+            return [self._unknown]
+        ids: list[int] = []
+        start = 0
+        while start < len(word):
+            number, start = self._longest(word, start)
+            ids.append(number)
+        return ids
+
+    def spelling(self, piece: str, start: int) -> str:
+        """How the vocabulary spells a piece that stands at `start` in its word."""
+        return piece
+
+    def _longest(self, word: str, start: int) -> tuple[int, int]:
+        """The id of the longest token at `start`, and where it ends."""
+        for end in range(min(len(word), start + self._longest_token), start, -1):
+            number = self._ids.get(self.spelling(word[start:end], start))
+            if number is not None:
+                return number, end
+        return self._unknown, start + 1
+
+
+_SENTINEL = re.compile(r"<s_(0|[1-9][0-9]*)>")
+
+
+class Sentinels:
+    """The sentinels of a vocabulary.
+
+    Raises CheckpointError where it has none, or where one between others is missing.
+    """
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        numbers = sorted(
+            int(match[1]) for token in vocabulary.tokens if (match := _SENTINEL.fullmatch(token))
+        )
+        for k, number in enumerate(numbers or [-1]):
+            if k != number:
+                raise CheckpointError(_missing(vocabulary, k, number))
+        self.ids = tuple(vocabulary.ids[f"<s_{k}>"] for k in numbers)
+
+    def id(self, k: int) -> int:
+        if type(k) is not int or not 0 <= k < len(self.ids):
+            raise ArgumentError(
+                f"k={k!r}; the vocabulary has the sentinels <s_0> to <s_{len(self.ids) - 1}>"
+            )
+        return self.ids[k]
+
+
+def _missing(vocabulary: Vocabulary, k: int, following: int) -> str:
+    where = "; it has no sentinel at all"
+    if following > 0:
+        line = vocabulary.ids[f"<s_{following}>"] + 1
+        where = f", but <s_{following}> in line {line}"
+    return f"{vocabulary.path} has no line '<s_{k}>'{where}; is this the right file?"
 
 
 class LineTokenizer(VocabularyTokenizer):

@@ -23,14 +23,13 @@ from hypothesis import strategies as st
 from tiny_vocabularies import PIECES, write_piece_model
 
 from bminf.errors import ArgumentError, CheckpointError
-from bminf.tokenizers.base import GLMTokenizer, SentinelTokenizer
+from bminf.tokenizers.base import GLMTokenizer, SentinelTokenizer, TextStream
 from bminf.tokenizers.cog_pretrain import CogPretrainTokenizer
 from bminf.tokenizers.cpm1 import CPM1Tokenizer
 from bminf.tokenizers.find import find_tokenizer, tokenizer_from
 from bminf.tokenizers.gpt2 import GPT2Tokenizer
 from bminf.tokenizers.icetk import IcetkPackageTokenizer, IceTokenizer
 from bminf.tokenizers.pieces import sentencepiece
-from bminf.tokenizers.stream import TextStream
 
 LINES = [
     "The weights of a layer wait on the host, and come over the bus when it is their turn.",

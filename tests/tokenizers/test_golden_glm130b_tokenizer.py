@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from golden import GoldenSet, for_each, golden
 
+from bminf.tokenizers.base import TextStream
 from bminf.tokenizers.icetk import IceTokenizer
-from bminf.tokenizers.stream import TextStream
 
 
 def read(of: GoldenSet, file: str) -> Any:

@@ -24,7 +24,7 @@ from bminf.tokenizers import (
     EVATokenizer,
     TextStream,
 )
-from bminf.tokenizers.characters import has_chinese
+from bminf.tokenizers.line_tokenizer import has_chinese
 
 KINDS: dict[str, Any] = {
     "cpm1": (CPM1Tokenizer, PIECES),

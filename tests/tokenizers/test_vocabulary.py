@@ -10,7 +10,7 @@ import torch
 from tiny_vocabularies import CHINESE, write_lines
 
 from bminf.errors import ArgumentError, CheckpointError
-from bminf.tokenizers.sentinels import Sentinels
+from bminf.tokenizers.line_tokenizer import Sentinels
 from bminf.tokenizers.vocabulary import Vocabulary
 
 
