@@ -14,11 +14,11 @@ import torch
 from bminf.checkpoint.stored import Sliced, Stored, pieces
 from bminf.layers.host_embedding import HostEmbedding
 from bminf.layers.quantized_linear import QuantizedLinear
+from bminf.layout import tensors_of
 from bminf.models.assemble import Assembly
 from bminf.models.fill import fill
 from bminf.models.source import Weights
 from bminf.offload.backends.base import Backend
-from bminf.offload.blocks import tensors_of
 from bminf.offload.hooks import Scheduler
 from bminf.offload.plan import Plan
 from bminf.quantization.packed import PackedWeight, Packing

@@ -8,8 +8,10 @@ weights, views of one buffer) overlap in the blob alike.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from operator import mul
 
 import torch
 
@@ -42,15 +44,68 @@ class TensorSpec:
         return cls(tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype, start)
 
     @property
-    def num_elements(self) -> int:
-        """Elements from the first to the last, the gaps of the strides included."""
-        if 0 in self.shape:
-            return 0
-        return 1 + sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True))
+    def nbytes(self) -> int:
+        """From the first element to the end of the last, the gaps of the strides included."""
+        return span_elements(self.shape, self.stride) * self.dtype.itemsize
+
+
+def span_elements(shape: Sequence[int], stride: Sequence[int]) -> int:
+    """Elements from the first to the last, the gaps of the strides included."""
+    if 0 in shape:
+        return 0
+    span: int = 1 + sum(map(mul, shape, stride)) - sum(stride)
+    return span
+
+
+def specs_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, TensorSpec]:
+    """The spec of each tensor. One on the meta device that has several names gets an address of its
+    own, by which it is known again: farther from any other than a tensor can be long."""
+    counts = Counter(id(tensor) for tensor in tensors.values() if tensor.is_meta)
+    specs = {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
+    for name, tensor in tensors.items():
+        if counts[id(tensor)] > 1:
+            specs[name] = replace(specs[name], start=id(tensor) << 60)
+    return specs
+
+
+@dataclass(frozen=True, slots=True)
+class TensorPlace:
+    """Where a module holds a tensor: `module._parameters[key]` or `module._buffers[key]`."""
+
+    module: torch.nn.Module
+    key: str
+    is_parameter: bool
 
     @property
-    def nbytes(self) -> int:
-        return self.num_elements * self.dtype.itemsize
+    def holder(self) -> dict[str, torch.Tensor | None]:
+        return self.module._parameters if self.is_parameter else self.module._buffers  # type: ignore[return-value]
+
+    @property
+    def is_listed(self) -> bool:
+        """Whether the module computes with a list of its own beside its parameters."""
+        return isinstance(self.module, torch.nn.RNNBase)
+
+    def get(self) -> torch.Tensor | None:
+        return self.holder.get(self.key)
+
+    def set(self, tensor: torch.Tensor) -> None:
+        self.holder[self.key] = tensor
+        if self.is_listed:
+            setattr(self.module, self.key, tensor)  # this keeps the list up
+
+
+def tensors_of(module: torch.nn.Module) -> list[tuple[str, TensorPlace, torch.Tensor]]:
+    """(name, place, tensor) of every parameter and buffer below `module`, shared ones each time."""
+    return [
+        (
+            f"{path}.{key}" if path else key,
+            TensorPlace(child, key, key in child._parameters),
+            tensor,
+        )
+        for path, child in module.named_modules(remove_duplicate=False)
+        for key, tensor in [*child._parameters.items(), *child._buffers.items()]
+        if tensor is not None
+    ]
 
 
 @dataclass(frozen=True)
@@ -116,16 +171,22 @@ class Layout:
             target = self.view(buffer, name)
             if first_row:
                 target = target.narrow(0, first_row[0], tensor.shape[0])
-            if tensor.stride() == target.stride():
+            if tensor.stride() == target.stride() and not target.is_contiguous():
                 # Element by element as stored: also right for strides with gaps and of 0.
-                _stored(target).copy_(_stored(tensor))
-            else:
-                target.copy_(tensor)
+                target, tensor = _stored(target), _stored(tensor)
+            target.copy_(tensor.detach())
+
+    def bind(self, module: torch.nn.Module, buffer: torch.Tensor) -> None:
+        """Put views into `buffer` in place of the tensors of `module` that are laid out here."""
+        for name, place, tensor in tensors_of(module):
+            if name in self.specs:
+                view = self.view(buffer, name)
+                is_trained = tensor.requires_grad
+                place.set(torch.nn.Parameter(view, is_trained) if place.is_parameter else view)
 
 
 def _stored(tensor: torch.Tensor) -> torch.Tensor:
-    count = TensorSpec.of(tensor).num_elements
-    return tensor.detach().as_strided((count,), (1,))
+    return tensor.detach().as_strided((span_elements(tensor.shape, tensor.stride()),), (1,))
 
 
 def _regions(specs: Mapping[str, TensorSpec]) -> Iterator[tuple[int | None, list[str]]]:

@@ -14,8 +14,9 @@ import torch
 from bminf.errors import ArgumentError, NothingToStreamError, UnsupportedModelError
 from bminf.keywords import check_keywords, keywords_of, known_keywords
 from bminf.layers.saving import refuse_to_save
+from bminf.layout import tensors_of
 from bminf.offload.blob import Blobs, check_tensors, survey, unmapped_bytes
-from bminf.offload.blocks import ModuleBlock, find_blocks, has_tensors, tensors_of
+from bminf.offload.blocks import ModuleBlock, find_blocks, has_tensors
 from bminf.offload.context import USUAL_LENGTH, Context, context_of, writes_text
 from bminf.offload.device import backend_for, device_for, free_budget, host_budget, taken_bytes
 from bminf.offload.held import Originals, warn_of_held
@@ -303,7 +304,7 @@ def _check_model(model: torch.nn.Module) -> None:
                 f"{name or 'this module'!r} is part of a model that is wrapped already; "
                 "call bminf.unwrap on that model first"
             )
-        if isinstance(module, torch.jit.ScriptModule) and any(True for _ in tensors_of(module)):
+        if isinstance(module, torch.jit.ScriptModule) and tensors_of(module):
             raise UnsupportedModelError(
                 f"{name or 'the model'!r} is a TorchScript module, whose weights cannot be "
                 "exchanged; wrap the model it was made from"

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from bminf.errors import UnsupportedModelError
-from bminf.layout import FRESH_ALIGNMENT, Layout, TensorSpec
+from bminf.layout import Layout, TensorSpec, overlapping, specs_of, tensors_of
 from bminf.offload import memory
-from bminf.offload.blocks import ModuleBlock, owners_of, shared_names, tensors_of
+from bminf.offload.blocks import ModuleBlock
 
 _KINDS = (torch.Tensor, torch.nn.Parameter, getattr(torch.nn, "Buffer", torch.nn.Parameter))
 
@@ -43,84 +42,84 @@ def survey(
     stand_ins: modules that will be exchanged, with what will stand in their place.
     keep_addresses: see Layout.of.
     """
-    specs = specs_of(model, stand_ins)
-    places = owners_of(model, specs, blocks)
-    for name in trained_apart(model, blocks, stand_ins):
-        places[name] = "", name
-    owners = {name: owner for name, (owner, _) in places.items()}
-    for name in shared_names({k: s for k, s in specs.items() if s.start is not None}, owners):
-        places[name] = "", name
-    parts: dict[str, dict[str, TensorSpec]] = {block.name: {} for block in blocks}
-    parts[""] = {}
+    places = list(_places(model, blocks))
+    tensors: dict[str, torch.Tensor] = {}
+    owners: dict[str, tuple[str, str]] = {}  # name -> block, name in there
+    for path, block, inner_path, module in places:
+        for key, tensor in _own_tensors(stand_ins.get(module, module)):
+            tensors[_joined(path, key)] = tensor
+            owners[_joined(path, key)] = block, _joined(inner_path, key)
+    specs = specs_of(tensors)
+    outside = _shared(specs, owners) | _trained_apart(places, stand_ins)
+    parts: dict[str, dict[str, TensorSpec]] = {"": {}, **{block.name: {} for block in blocks}}
     for name, spec in specs.items():
-        owner, inner_name = places[name]
-        parts[owner][inner_name] = spec
-    outside = Layout.of(parts.pop(""), keep_addresses)
-    layouts = {name: Layout.of(part, keep_addresses) for name, part in parts.items()}
-    return Blobs(layouts, outside)
+        block, inner_name = ("", name) if name in outside else owners[name]
+        parts[block][inner_name] = spec
+    layouts = {block: Layout.of(part, keep_addresses) for block, part in parts.items()}
+    return Blobs(outside=layouts.pop(""), blocks=layouts)
 
 
-def specs_of(
-    model: torch.nn.Module, stand_ins: Mapping[torch.nn.Module, torch.nn.Module]
-) -> dict[str, TensorSpec]:
-    """Every tensor as it will be, by name.
-
-    A tensor on the meta device gets an address of its own, by which it is known again elsewhere;
-    those of a stand-in get one if the module it replaces stands in several places.
-    """
-    specs: dict[str, TensorSpec] = {}
-    addresses = _Addresses()
-    for name, place, tensor in tensors_of(model):
-        if place.module not in stand_ins:
-            specs[name] = addresses.spec_of(tensor) if tensor.is_meta else TensorSpec.of(tensor)
-    num_places = Counter(module for _, module in model.named_modules(remove_duplicate=False))
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        if module in stand_ins:
-            spec_of = addresses.spec_of if num_places[module] > 1 else TensorSpec.of
-            for name, _, tensor in tensors_of(stand_ins[module]):
-                specs[f"{prefix}.{name}" if prefix else name] = spec_of(tensor)
-    return specs
+_Place = tuple[str, str, str, torch.nn.Module]
+"""Path of a module, name of the block that it lies in ("" outside all), path in there, module."""
 
 
-class _Addresses:
-    """Gives tensors without bytes addresses, none of which overlap."""
+def _places(model: torch.nn.Module, blocks: Sequence[ModuleBlock]) -> Iterator[_Place]:
+    """Every path to every module; also by the other names of a block that stands in several
+    places."""
+    names = {model.get_submodule(block.name): block.name for block in blocks}
+    around = {"": ("", "")}
+    for path, module in model.named_modules(remove_duplicate=False):
+        parent, _, key = path.rpartition(".")
+        block, inner_path = around[parent]
+        inner_path = _joined(inner_path, key)
+        if not block and module in names:
+            block, inner_path = names[module], ""
+        around[path] = block, inner_path
+        yield path, block, inner_path, module
 
-    def __init__(self) -> None:
-        self._starts: dict[int, int] = {}
-        self._next = FRESH_ALIGNMENT  # an empty tensor has the address 0
 
-    def spec_of(self, tensor: torch.Tensor) -> TensorSpec:
-        spec = TensorSpec.of(tensor)
-        if id(tensor) not in self._starts:
-            self._starts[id(tensor)] = self._next
-            self._next += -(-spec.nbytes // FRESH_ALIGNMENT) * FRESH_ALIGNMENT
-        return replace(spec, start=self._starts[id(tensor)])
+def _own_tensors(module: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
+    held = [*module._parameters.items(), *module._buffers.items()]
+    return [(key, tensor) for key, tensor in held if tensor is not None]
 
 
-def trained_apart(
-    model: torch.nn.Module,
-    blocks: Sequence[ModuleBlock],
-    stand_ins: Mapping[torch.nn.Module, torch.nn.Module],
-) -> list[str]:
+def _joined(path: str, key: str) -> str:
+    return f"{path}.{key}" if path else key
+
+
+def _shared(specs: Mapping[str, TensorSpec], owners: Mapping[str, tuple[str, str]]) -> set[str]:
+    """Names of tensors whose bytes also belong to another block, or lie outside all."""
+    located = {name: spec for name, spec in specs.items() if spec.start is not None}
+    groups = [names for _, names in overlapping(located)]
+    return {n for names in groups if len({owners[n][0] for n in names}) > 1 for n in names}
+
+
+def _trained_apart(
+    places: Sequence[_Place], stand_ins: Mapping[torch.nn.Module, torch.nn.Module]
+) -> set[str]:
     """Parameters in blocks whose bulk is frozen that are not: adapters, which have to stay.
 
     A gradient needs them where they are, and they are small. Where most of the bytes are trainable,
     as in a model that nobody froze, none is.
     """
-    inside = {m for block in blocks for m in model.get_submodule(block.name).modules()}
-    parameters = [item for item in tensors_of(model) if item[1].is_parameter]
-    parameters = [item for item in parameters if item[1].module in inside]
+    parameters = [
+        (_joined(path, key), module, parameter)
+        for path, block, _, module in places
+        if block
+        for key, parameter in module._parameters.items()
+        if parameter is not None
+    ]
     trained = [item for item in parameters if item[2].requires_grad]
-    trained_bytes = sum(tensor.nbytes for *_, tensor in trained)
-    if 2 * trained_bytes > sum(tensor.nbytes for *_, tensor in parameters):
-        return []
-    return [name for name, place, _ in trained if place.module not in stand_ins]
+    if 2 * sum(p.nbytes for *_, p in trained) > sum(p.nbytes for *_, p in parameters):
+        return set()
+    return {name for name, module, _ in trained if module not in stand_ins}
 
 
 def unmapped_bytes(model: torch.nn.Module) -> int:
     """Bytes of the model that occupy memory; a mapped file is the system's to take back."""
     is_mapped = memory.mapped_files()
-    starts = {s.start: s.nbytes for s in specs_of(model, {}).values() if s.start is not None}
+    specs = [TensorSpec.of(tensor) for *_, tensor in tensors_of(model)]
+    starts = {spec.start: spec.nbytes for spec in specs if spec.start is not None}
     return sum(nbytes for start, nbytes in starts.items() if not is_mapped(start))
 
 

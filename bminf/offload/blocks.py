@@ -9,7 +9,7 @@ of blocks, the keys of `uses=` and the plans of two limits would otherwise not g
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,7 +17,6 @@ import torch
 from torch.nn.utils.parametrize import ParametrizationList
 
 from bminf.errors import ArgumentError, UnsupportedModelError
-from bminf.layout import TensorSpec, overlapping
 
 LISTS = (torch.nn.ModuleList, torch.nn.Sequential)
 UNCALLED = (torch.nn.ModuleList, torch.nn.ModuleDict)
@@ -267,69 +266,3 @@ def _list_around(name: str, modules: Mapping[str, torch.nn.Module]) -> str:
         if isinstance(modules[outer], LISTS):
             return outer
     return ""
-
-
-@dataclass(frozen=True, slots=True)
-class TensorPlace:
-    """Where a module holds a tensor: `module._parameters[key]` or `module._buffers[key]`."""
-
-    module: torch.nn.Module
-    key: str
-    is_parameter: bool
-
-    @property
-    def holder(self) -> dict[str, torch.Tensor | None]:
-        return self.module._parameters if self.is_parameter else self.module._buffers  # type: ignore[return-value]
-
-    @property
-    def is_listed(self) -> bool:
-        """Whether the module computes with a list of its own beside its parameters."""
-        return isinstance(self.module, torch.nn.RNNBase)
-
-    def get(self) -> torch.Tensor | None:
-        return self.holder.get(self.key)
-
-    def set(self, tensor: torch.Tensor) -> None:
-        self.holder[self.key] = tensor
-        if self.is_listed:
-            setattr(self.module, self.key, tensor)  # this keeps the list up
-
-
-def tensors_of(module: torch.nn.Module) -> Iterator[tuple[str, TensorPlace, torch.Tensor]]:
-    """(name, place, tensor) of every parameter and buffer below `module`, shared ones each time."""
-    for prefix, child in module.named_modules(remove_duplicate=False):
-        for key, tensor in [*child._parameters.items(), *child._buffers.items()]:
-            if tensor is not None:
-                name = f"{prefix}.{key}" if prefix else key
-                yield name, TensorPlace(child, key, key in child._parameters), tensor
-
-
-def shared_names(specs: Mapping[str, TensorSpec], owners: Mapping[str, str]) -> set[str]:
-    """Names of tensors whose bytes also belong to another owner. owners: name -> owner."""
-    groups = (names for _, names in overlapping(specs))
-    return {name for names in groups if len({owners[name] for name in names}) > 1 for name in names}
-
-
-def owners_of(
-    model: torch.nn.Module, names: Iterable[str], blocks: Sequence[ModuleBlock]
-) -> dict[str, tuple[str, str]]:
-    """Tensor name -> (name of the block it lies in, "" outside all blocks; its name in there).
-
-    Also by the other names of a block that stands in several places.
-    """
-    of_module = {model.get_submodule(block.name): block.name for block in blocks}
-    paths = {
-        path: of_module[module]
-        for path, module in model.named_modules(remove_duplicate=False)
-        if module in of_module
-    }
-    return {name: _owner(name, paths) for name in names}
-
-
-def _owner(name: str, paths: Mapping[str, str]) -> tuple[str, str]:
-    """paths: to a block, by any of its names -> the name of that block."""
-    parts = name.split(".")
-    for end in range(1, len(parts)):
-        if (outer := ".".join(parts[:end])) in paths:
-            return paths[outer], ".".join(parts[end:])
-    return "", name

@@ -8,8 +8,8 @@ from warnings import warn
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from bminf.layout import tensors_of
 from bminf.offload import memory
-from bminf.offload.blocks import tensors_of
 from bminf.units import format_bytes
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter, getattr(torch.nn, "Buffer", torch.nn.Parameter))

@@ -27,10 +27,9 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from bminf.errors import UnsupportedModelError
-from bminf.layout import Layout
+from bminf.layout import Layout, span_elements, tensors_of
 from bminf.lazy import LazyTensor
 from bminf.offload.backends.base import Backend
-from bminf.offload.blocks import tensors_of
 from bminf.offload.plan import Plan
 from bminf.offload.ring import Ring
 from bminf.offload.streamed_block import StreamedBlock, not_convertible
@@ -280,8 +279,8 @@ class Scheduler:
         stride: Sequence[int],
         dtype: torch.dtype,
     ) -> torch.Tensor:
-        count = 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
-        data = self.backend.home(block.index)[offset : offset + count * dtype.itemsize]
+        nbytes = span_elements(shape, stride) * dtype.itemsize
+        data = self.backend.home(block.index)[offset : offset + nbytes]
         return data.to(self.backend.device).view(dtype).as_strided(shape, stride)
 
     def _override(self, module: torch.nn.Module, name: str, value: Any) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from bminf.errors import UnsupportedModelError
-from bminf.offload.blocks import TensorPlace, tensors_of
+from bminf.layout import TensorPlace, tensors_of
 
 logger = logging.getLogger("bminf")
 

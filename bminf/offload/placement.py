@@ -8,11 +8,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import torch
 
 from bminf.layers.quantize import quantize_children
-from bminf.layout import Filling, Layout
+from bminf.layout import Filling, Layout, tensors_of
 from bminf.offload import memory
 from bminf.offload.backends.base import Backend
 from bminf.offload.blob import Blobs, unmapped_bytes
-from bminf.offload.blocks import tensors_of
 from bminf.offload.hooks import Scheduler
 from bminf.offload.stand_ins import StandIns
 from bminf.progress import progress_bar
@@ -158,16 +157,9 @@ def _settle(
 
 
 def _fill(
-    module: torch.nn.Module,
-    layout: Layout,
-    backend: Backend,
-    tensors: Iterable[Filling],
+    module: torch.nn.Module, layout: Layout, backend: Backend, tensors: Iterable[Filling]
 ) -> None:
     """Give the tensors of `layout`, which have no bytes yet, their place on the device."""
     buffer = backend.allocate(layout.extent)
     layout.fill(buffer, tensors)
-    for name, place, tensor in tensors_of(module):
-        if name in layout.specs:
-            view = layout.view(buffer, name)
-            is_trained = tensor.requires_grad
-            place.set(torch.nn.Parameter(view, is_trained) if place.is_parameter else view)
+    layout.bind(module, buffer)

@@ -17,7 +17,8 @@ from bminf.layers.quantize import (
     why_not_quantizable,
 )
 from bminf.layers.quantized_linear import QuantizedLinear, is_conv1d
-from bminf.offload.blocks import ModuleBlock, tensors_of
+from bminf.layout import tensors_of
+from bminf.offload.blocks import ModuleBlock
 from bminf.quantization.packed import Format
 from bminf.units import format_bytes
 

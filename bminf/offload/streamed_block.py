@@ -12,10 +12,9 @@ from typing import Any
 import torch
 
 from bminf.errors import UnsupportedModelError
-from bminf.layout import Layout
+from bminf.layout import Layout, TensorPlace, tensors_of
 from bminf.lazy import LazyTensor
 from bminf.offload.backends.base import Backend
-from bminf.offload.blocks import TensorPlace, tensors_of
 from bminf.offload.ring import NUM_SLOTS
 
 logger = logging.getLogger("bminf")

@@ -19,8 +19,8 @@ from warnings import warn
 import torch
 from torch.utils._pytree import tree_leaves
 
+from bminf.layout import tensors_of
 from bminf.lazy import LazyTensor
-from bminf.offload.blocks import tensors_of
 from bminf.units import format_bytes
 
 _OBJECT_DEPTH = 2  # objects inside objects; deeper lie trainers and data sets, not weights
