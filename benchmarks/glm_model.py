@@ -16,8 +16,8 @@ from bminf.arch.glm import GLM, GLM130B, INT4_ROW, PUBLISHED_GLM, GLMConfig
 from bminf.checkpoint.stored import Stored
 from bminf.models.assemble import Assembly, Formats, assemble, plan_within, reserved_bytes
 from bminf.models.source import sizes_of
+from bminf.offload.backends import host_budget
 from bminf.offload.backends.base import Backend
-from bminf.offload.device import host_budget
 from bminf.offload.hooks import Scheduler
 from bminf.offload.plan import Plan
 from bminf.quantization.packed import FORMATS, Format

@@ -18,7 +18,7 @@ from benchmarks.harness import Result, Settings, Variant, Work
 from benchmarks.model_run import Copies, Facts, digest
 from bminf.layers.kv_cache import KVCache
 from bminf.models.glm_text import blank, choices_behind, position_tensor
-from bminf.offload.device import backend_for, free_budget
+from bminf.offload.backends import backend_for, free_budget
 from bminf.units import format_bytes
 
 _ID = 1  # of all tokens that are read, as in the authors' benchmark

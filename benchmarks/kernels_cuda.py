@@ -20,8 +20,7 @@ from bminf.ops import gated_linear, linear_w8a8, linear_weight_only
 from bminf.ops.dequantize import dequantize_weight
 from bminf.ops.linear import linear_of_checked
 from bminf.ops.quantize_rows import quantize_rows, rms_norm_quantize, rms_norm_reference
-from bminf.quantization import int8
-from bminf.quantization.packed import PackedWeight
+from bminf.quantization.packed import PackedWeight, int8_rows
 
 _LEAST_INT_MM_ROWS = 17
 _ACTIVATION = "gelu_tanh"
@@ -335,15 +334,15 @@ def _rows_calls(setup: Setup, num_rows: int, num_columns: int) -> list[Call]:
     weight = torch.rand(num_columns, device=setup.device).add_(0.5).to(setup.dtype)
     xs = clones(x, min(_MOST_SETS_OF_ROWS, num_sets(x.nbytes, setup.rotate_bytes)))
     runs: dict[str, tuple[Callable[[int], _Codes], _Codes]] = {
-        "quantize_rows": (lambda i: quantize_rows(xs[i]), int8.quantize_rows(x)),
-        "torch: quantize_rows": (lambda i: int8.quantize_rows(xs[i]), int8.quantize_rows(x)),
+        "quantize_rows": (lambda i: quantize_rows(xs[i]), int8_rows(x)),
+        "torch: quantize_rows": (lambda i: int8_rows(xs[i]), int8_rows(x)),
         "rms_norm_quantize": (
             lambda i: rms_norm_quantize(xs[i], weight, 1e-5),
-            int8.quantize_rows(rms_norm_reference(x, weight, 1e-5)),
+            int8_rows(rms_norm_reference(x, weight, 1e-5)),
         ),
         "torch: rms_norm_quantize": (
-            lambda i: int8.quantize_rows(rms_norm_reference(xs[i], weight, 1e-5)),
-            int8.quantize_rows(rms_norm_reference(x, weight, 1e-5)),
+            lambda i: int8_rows(rms_norm_reference(xs[i], weight, 1e-5)),
+            int8_rows(rms_norm_reference(x, weight, 1e-5)),
         ),
     }
     return [

@@ -10,8 +10,15 @@ from typing import Any
 import torch
 
 from benchmarks.calls import Call, num_sets, relative_error
-from bminf.quantization.int8 import quantize_rows
-from bminf.quantization.packed import INT4, INT8, Format, PackedWeight, dequantize, pack
+from bminf.quantization.packed import (
+    INT4,
+    INT8,
+    Format,
+    PackedWeight,
+    dequantize,
+    int8_rows,
+    pack,
+)
 
 FORMATS = {
     "int8": INT8,
@@ -165,7 +172,7 @@ class Inputs:
 
 def rounded(x: torch.Tensor) -> torch.Tensor:
     """x with each token rounded to 8 bits, in float64."""
-    codes, scale = quantize_rows(x)
+    codes, scale = int8_rows(x)
     return codes.double() * scale.double().unsqueeze(-1)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from bminf.checkpoint.stored import Sliced, Stored, pieces
-from bminf.layers.host_embedding import HostEmbedding
+from bminf.layers.embedding import HostEmbedding
 from bminf.layers.quantized_linear import QuantizedLinear
 from bminf.layout import tensors_of
 from bminf.models.assemble import Assembly

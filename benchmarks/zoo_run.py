@@ -17,7 +17,7 @@ from benchmarks.harness import Result, Settings, Variant, Work
 from benchmarks.model_run import Copies, Facts, digest
 from benchmarks.zoo_model import Loaded, Sizes, loaded, planned
 from benchmarks.zoo_prediction import ANEW, ENCODER, ONCE, Phase
-from bminf.offload.device import backend_for, free_budget
+from bminf.offload.backends import backend_for, free_budget
 from bminf.units import format_bytes
 
 

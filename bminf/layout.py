@@ -68,6 +68,14 @@ def specs_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, TensorSpec]:
     return specs
 
 
+@dataclass(frozen=True)
+class ModuleBlock:
+    """A module that moves as one. list_name: the list it stands in, "" for none."""
+
+    name: str
+    list_name: str
+
+
 @dataclass(frozen=True, slots=True)
 class TensorPlace:
     """Where a module holds a tensor: `module._parameters[key]` or `module._buffers[key]`."""

@@ -13,24 +13,24 @@ import torch
 
 from bminf.errors import ArgumentError, NothingToStreamError, UnsupportedModelError
 from bminf.keywords import check_keywords, keywords_of, known_keywords
+from bminf.layers.quantize import Choice, Predicate, choose, warn_of_what_stays
 from bminf.layers.saving import refuse_to_save
-from bminf.layout import tensors_of
-from bminf.offload.blob import Blobs, check_tensors, survey, unmapped_bytes
-from bminf.offload.blocks import ModuleBlock, find_blocks, has_tensors
+from bminf.layout import ModuleBlock, tensors_of
+from bminf.offload.backends import backend_for, device_for, free_budget, host_budget, taken_bytes
+from bminf.offload.blob import Blobs, check_tensors, remedies, survey, unmapped_bytes
+from bminf.offload.blocks import find_blocks, has_tensors
 from bminf.offload.context import USUAL_LENGTH, Context, context_of, writes_text
-from bminf.offload.device import backend_for, device_for, free_budget, host_budget, taken_bytes
-from bminf.offload.held import Originals, warn_of_held
 from bminf.offload.hooks import ATTRIBUTE, Scheduler, Stats, is_streaming
 from bminf.offload.offloaded import fetch_offloaded
 from bminf.offload.placement import place, take_back
 from bminf.offload.plan import Plan, Remedy
-from bminf.offload.remedies import remedies
-from bminf.offload.stand_ins import Choice, Predicate, choose, warn_of_what_stays
 from bminf.offload.start import plan_on, start
 from bminf.offload.unregistered import (
+    Originals,
     Unregistered,
     bytes_on,
     find_unregistered,
+    warn_of_held,
     warn_of_unregistered,
 )
 from bminf.offload.uses import uses_of

@@ -24,7 +24,7 @@ from benchmarks.random_model import random_weights
 from benchmarks.table import DOCUMENTS, ROOT, with_tables
 from bminf.arch.glm import GLM130B
 from bminf.errors import ArgumentError
-from bminf.layers.host_embedding import HostEmbedding
+from bminf.layers.embedding import HostEmbedding
 from bminf.models import plan_glm
 from bminf.models.source import check_shapes, meta_network
 from bminf.offload.predict import predict

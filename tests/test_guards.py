@@ -381,12 +381,12 @@ def test_a_large_weight_is_packed_in_slices(monkeypatch: pytest.MonkeyPatch) -> 
 
     def counted(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         rows.append(len(x))
-        return quantize_rows(x)
+        return int8_rows(x)
 
-    quantize_rows = packed.quantize_rows
-    monkeypatch.setattr(packed, "quantize_rows", counted)
+    int8_rows = packed.quantize_rows
+    monkeypatch.setattr(packed, "int8_rows", counted)
     linear = torch.nn.Linear(1024, 600)
     given = bminf.QuantizedLinear(linear)
     assert rows == [256, 256, 88]
-    codes, scale = quantize_rows(linear.weight.detach())
+    codes, scale = int8_rows(linear.weight.detach())
     assert torch.equal(given.qweight, codes) and torch.equal(given.scale, scale)

@@ -28,7 +28,7 @@ from benchmarks.zoo_prediction import ANEW, ENCODER, ONCE, of_phase, predictions
 from bminf.arch.t5 import CPM2, T5Config
 from bminf.cli import plan as plan_command
 from bminf.cli.measure import rss_anon_bytes
-from bminf.offload.device import taken_bytes
+from bminf.offload.backends import taken_bytes
 from bminf.offload.plan import least_budget, plan
 from bminf.quantization.packed import FORMATS, Format, PackedWeight, codes_of, dequantize
 

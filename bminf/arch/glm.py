@@ -45,9 +45,8 @@ from bminf.checkpoint.stored import Stored
 from bminf.checks import check_eps, check_sizes
 from bminf.errors import ArgumentError, CheckpointError
 from bminf.layers.attention import attention, hide, merge_heads, split_heads
-from bminf.layers.embedding import embedding
+from bminf.layers.embedding import HostEmbedding, embedding
 from bminf.layers.feed_forward import FeedForward, HalvedFeedForward
-from bminf.layers.host_embedding import HostEmbedding
 from bminf.layers.kv_cache import KVCache, decoder_cache, decoder_cache_bytes
 from bminf.layers.rotary import Rotary, rotate
 from bminf.quantization import glm_rows

@@ -55,8 +55,8 @@ class Transformers:
         form = self._format(arguments)
         if form is None:
             return 0
+        from bminf.layers.quantize import choose, warn_of_what_stays
         from bminf.offload.blocks import find_blocks
-        from bminf.offload.stand_ins import choose, warn_of_what_stays
         from bminf.quantization.packed import parse_format
 
         blocks = find_blocks(self._model, arguments.blocks)

@@ -8,24 +8,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from functools import cache
+from typing import Any
 
+import numpy as np
 import torch
 
-from bminf.cuda.device import device_launcher
+from bminf.cuda.compile import compile_kernel
 from bminf.cuda.source import Argument, Grid, Kernel
+from bminf.errors import KernelError
 
 
-class Launcher(Protocol):
-    """Runs kernels on one device."""
+class Launcher:
+    """Runs kernels on one device: loaded once, launched through CuPy on torch's current stream.
 
-    @property
-    def capability(self) -> int:
-        """The compute capability as one number: 61, 75, 80, ..."""
+    capability: of the device, the compute capability as one number: 61, 75, 80, ...
+    """
 
-    @property
-    def num_processors(self) -> int:
-        """Streaming multiprocessors of the device."""
+    def __init__(self, device: torch.device) -> None:
+        properties = torch.cuda.get_device_properties(device)
+        self.device = device
+        self.capability = 10 * properties.major + properties.minor
+        self._functions: dict[Kernel, Any] = {}
 
     def launch(
         self,
@@ -35,32 +39,100 @@ class Launcher(Protocol):
         arguments: Sequence[Argument],
         shared_bytes: int = 0,
     ) -> None:
-        """Queue one launch on torch's current stream; nothing is allocated or waited for.
+        """Queue one launch; nothing is allocated or waited for.   Raises KernelError."""
+        with torch.cuda.device(self.device):
+            function = self._functions.get(kernel) or self._load(kernel)
+            values = tuple(map(_packed, arguments))
+            try:
+                function(grid, block, values, shared_bytes, _current_stream(self.device))
+            except Exception as error:  # CuPy's drivers' errors share no public base
+                raise KernelError(
+                    f"{kernel} cannot be launched on {self.device} with a grid of {grid} and "
+                    f"blocks of {block}: {error}"
+                ) from error
 
-        Raises KernelError.
-        """
+    def _load(self, kernel: Kernel) -> Any:
+        from cupy.cuda.function import Module
+
+        if torch.cuda.is_current_stream_capturing():
+            raise KernelError(
+                f"{kernel} is not loaded yet, which cannot be done while a CUDA graph is captured; "
+                "run the same shapes once before the capture"
+            )
+        module = Module()
+        try:
+            module.load(compile_kernel(kernel, self.capability))
+            function = module.get_function(kernel.name)
+        except KernelError:
+            raise
+        except Exception as error:
+            raise KernelError(
+                f"{kernel} cannot be loaded on {self.device}: {error}; if the driver is older than "
+                "the compiler (NVRTC), update the driver"
+            ) from error
+        self._functions[kernel] = function
+        return function
 
 
-_stand_ins: dict[str, Launcher] = {}
+_test_launchers: dict[str, Launcher] = {}
 
 
 def launcher_for(device: torch.device) -> Launcher | None:
     """The launcher of `device`; None for a device that runs no kernels."""
-    stand_in = _stand_ins.get(device.type)
-    if stand_in is not None or device.type != "cuda":
-        return stand_in
+    of_test = _test_launchers.get(device.type)
+    if of_test is not None or device.type != "cuda":
+        return of_test
     return device_launcher(device)
 
 
 @contextmanager
 def served_by(launcher: Launcher, device_type: str = "cpu") -> Iterator[None]:
     """Let `launcher` run the kernels for tensors on `device_type` in the meantime."""
-    before = _stand_ins.get(device_type)
-    _stand_ins[device_type] = launcher
+    before = _test_launchers.get(device_type)
+    _test_launchers[device_type] = launcher
     try:
         yield
     finally:
         if before is None:
-            del _stand_ins[device_type]
+            del _test_launchers[device_type]
         else:
-            _stand_ins[device_type] = before
+            _test_launchers[device_type] = before
+
+
+@cache
+def device_launcher(device: torch.device) -> Launcher:
+    """The launcher of a CUDA device."""
+    if device.index is None:
+        return device_launcher(torch.device("cuda", torch.cuda.current_device()))
+    return Launcher(device)
+
+
+def _packed(argument: Argument) -> Any:
+    if argument is None:
+        return np.uint64(0)
+    if isinstance(argument, torch.Tensor):
+        return np.uint64(argument.data_ptr())
+    return np.int32(argument) if isinstance(argument, int) else np.float32(argument)
+
+
+class _TorchStream:
+    """What CuPy asks of another library's stream; torch's own class answers since 2.7 only."""
+
+    def __init__(self, handle: int) -> None:
+        self._handle = handle
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self._handle
+
+
+def _current_stream(device: torch.device) -> Any:
+    return _cupy_stream(torch.cuda.current_stream(device).cuda_stream)
+
+
+@cache
+def _cupy_stream(handle: int) -> Any:
+    import cupy
+
+    if hasattr(cupy.cuda.Stream, "from_external"):
+        return cupy.cuda.Stream.from_external(_TorchStream(handle))
+    return cupy.cuda.ExternalStream(handle)

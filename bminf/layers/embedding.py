@@ -1,8 +1,12 @@
-"""The table of a vocabulary."""
+"""The table of a vocabulary, on the device or on the host."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+
+from bminf.errors import UnsupportedModelError
 
 
 def embedding(num_rows: int, hidden_size: int) -> torch.nn.Embedding:
@@ -11,3 +15,53 @@ def embedding(num_rows: int, hidden_size: int) -> torch.nn.Embedding:
     On the meta device torch's own initialisation would import its compiler: a second, and 70 MB.
     """
     return torch.nn.Embedding(num_rows, hidden_size, _weight=torch.empty(num_rows, hidden_size))
+
+
+class HostEmbedding(torch.nn.Module):
+    """Rows of a table are gathered on the host; only they are brought to the device.
+
+    The table is no parameter: it is not counted, packed or streamed. It may be mapped from a file,
+    so that only the rows that are asked for are ever read.
+    """
+
+    def __init__(self, num_rows: int, hidden_size: int, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.num_rows, self.hidden_size = num_rows, hidden_size
+        self.dtype = torch.get_default_dtype() if dtype is None else dtype
+        self._parts: list[torch.Tensor] = []
+        self._table_dtype = self.dtype
+        self._begins = torch.zeros(0, dtype=torch.int64, device="cpu")
+
+    def keep(self, parts: Sequence[torch.Tensor], dtype: torch.dtype) -> None:
+        """Look rows up in these tables, one below another.
+
+        parts: (n, hidden_size) `dtype` on the CPU; or the bytes of these rows as uint8, which may
+        begin at any address.
+        """
+        with torch.device("cpu"):
+            sizes = torch.tensor([0, *(len(part) for part in parts)])
+        self._parts, self._begins, self._table_dtype = list(parts), sizes.cumsum(0), dtype
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """(...) int64 on any device -> (..., hidden_size) in `dtype` on that device."""
+        if not self._parts:
+            raise UnsupportedModelError("the table of the embedding was not given yet; call keep()")
+        rows = self._gather(input_ids.flatten().cpu())
+        return rows.to(input_ids.device).view(*input_ids.shape, self.hidden_size)
+
+    def _gather(self, ids: torch.Tensor) -> torch.Tensor:
+        numbers = torch.bucketize(ids, self._begins, right=True) - 1
+        rows = torch.empty((len(ids), self.hidden_size), dtype=self.dtype, device=ids.device)
+        for number in numbers.unique().tolist():
+            is_own = numbers == number
+            own = self._parts[number][ids[is_own] - self._begins[number]]
+            rows[is_own] = self._as_numbers(own).to(self.dtype)
+        return rows
+
+    def _as_numbers(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows if rows.dtype == self._table_dtype else rows.view(self._table_dtype)
+
+    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+        """Follow a change of dtype; the table itself stays as it is."""
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device="meta")).dtype
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

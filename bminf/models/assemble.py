@@ -16,6 +16,7 @@ from bminf.checks import check_positive
 from bminf.errors import ArgumentError, BudgetError, CheckpointError
 from bminf.keywords import known_keywords
 from bminf.layers.quantized_linear import QuantizedLinear
+from bminf.layout import ModuleBlock
 from bminf.models.source import (
     HEAD,
     Source,
@@ -23,7 +24,7 @@ from bminf.models.source import (
     find_sizes,
 )
 from bminf.offload.blob import Blobs, survey
-from bminf.offload.blocks import ModuleBlock, find_blocks
+from bminf.offload.blocks import find_blocks
 from bminf.offload.plan import Plan, least_budget
 from bminf.offload.start import plan_on
 from bminf.quantization.packed import Format, Packing, parse_format

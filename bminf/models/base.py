@@ -34,7 +34,7 @@ from bminf.models.prompt import Prompt
 from bminf.models.source import open_source
 from bminf.models.stats import ModelStats
 from bminf.offload import memory
-from bminf.offload.device import backend_for, free_budget, host_budget
+from bminf.offload.backends import backend_for, free_budget, host_budget
 from bminf.offload.hooks import Scheduler
 from bminf.offload.plan import Plan
 from bminf.quantization.packed import Format, parse_format

@@ -12,7 +12,7 @@ from bminf.checkpoint.quantized import Quantized
 from bminf.checkpoint.safetensors_file import run_of
 from bminf.checkpoint.stored import InFile, Rows, Stored, pieces
 from bminf.errors import ArgumentError, CheckpointError
-from bminf.layers.host_embedding import HostEmbedding
+from bminf.layers.embedding import HostEmbedding
 from bminf.layers.quantized_linear import QuantizedLinear
 from bminf.layout import WHOLE, Filling
 from bminf.models.assemble import Assembly

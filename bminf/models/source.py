@@ -20,7 +20,7 @@ from bminf.checkpoint.folder import Checkpoint
 from bminf.checkpoint.names import listed
 from bminf.checkpoint.stored import Rows, Scaled, Stored
 from bminf.errors import ArgumentError, CheckpointError
-from bminf.layers.host_embedding import HostEmbedding
+from bminf.layers.embedding import HostEmbedding
 from bminf.models.recognition import recognized
 from bminf.quantization.packed import Format, PackedWeight, Packing, pack
 from bminf.tokenizers.base import Tokenizer

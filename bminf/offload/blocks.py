@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch.nn.utils.parametrize import ParametrizationList
 
 from bminf.errors import ArgumentError, UnsupportedModelError
+from bminf.layout import ModuleBlock
 
 LISTS = (torch.nn.ModuleList, torch.nn.Sequential)
 UNCALLED = (torch.nn.ModuleList, torch.nn.ModuleDict)
@@ -185,14 +185,6 @@ def _tensors(module: torch.nn.Module) -> Iterator[torch.Tensor]:
         for tensor in [*child._parameters.values(), *child._buffers.values()]:
             if tensor is not None:
                 yield tensor
-
-
-@dataclass(frozen=True)
-class ModuleBlock:
-    """A module that moves as one. list_name: the list it stands in, "" for none."""
-
-    name: str
-    list_name: str
 
 
 def find_blocks(model: torch.nn.Module, names: Iterable[str] | None = None) -> list[ModuleBlock]:

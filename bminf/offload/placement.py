@@ -7,13 +7,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 
-from bminf.layers.quantize import quantize_children
+from bminf.layers.quantize import StandIns, quantize_children
 from bminf.layout import Filling, Layout, tensors_of
 from bminf.offload import memory
 from bminf.offload.backends.base import Backend
 from bminf.offload.blob import Blobs, unmapped_bytes
 from bminf.offload.hooks import Scheduler
-from bminf.offload.stand_ins import StandIns
 from bminf.progress import progress_bar
 
 

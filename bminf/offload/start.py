@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from bminf.layout import ModuleBlock
+from bminf.offload.backends import taken_bytes
 from bminf.offload.blob import Blobs
-from bminf.offload.blocks import ModuleBlock
-from bminf.offload.device import taken_bytes
 from bminf.offload.hooks import ATTRIBUTE, Scheduler
 from bminf.offload.plan import Block, Plan, plan
 

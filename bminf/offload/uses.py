@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from bminf.offload.blocks import LISTS, ModuleBlock
+from bminf.layout import ModuleBlock
+from bminf.offload.blocks import LISTS
 from bminf.offload.plan import DEFAULT_USES
 
 _ONCE = 1

@@ -21,8 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from bminf.quantization.int8 import quantize_rows
-from bminf.quantization.packed import PackedWeight, dequantize
+from bminf.quantization.packed import PackedWeight, dequantize, int8_rows
 
 MOST_DIGIT_COLUMNS = (2**31 - 1) // (255 * 128)
 """Of products of codes with digits, 0 to 255 or -128 to 127: their sums are sure to fit 32 bits."""
@@ -53,7 +52,7 @@ def w8a8_product(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
     ordinary = _ordinary_row(x) if has_product else None
     if ordinary is not None:
         return _one_row_in_8_bits(*ordinary, weight)
-    codes, x_scale = quantize_rows(x)
+    codes, x_scale = int8_rows(x)
     codes = _padded(codes, weight)
     sums = torch._int_mm(codes, weight.qweight.t()).float() if has_product else _sums(codes, weight)
     return sums * x_scale.unsqueeze(-1) * weight.scale
@@ -105,7 +104,7 @@ def _one_row_as_digits(row: np.ndarray, most: float, weight: PackedWeight) -> to
 
 
 def _one_row_in_8_bits(row: np.ndarray, most: float, weight: PackedWeight) -> torch.Tensor:
-    """As quantize_rows and an integer product, with codes moved by 128 to lose their sign."""
+    """As int8_rows and an integer product, with codes moved by 128 to lose their sign."""
     scale = np.float32(most) / np.float32(127)
     digits = np.zeros((1, weight.qweight.shape[1]), np.uint8)
     digits[0, : row.size] = np.rint(row / scale) + np.float32(128)

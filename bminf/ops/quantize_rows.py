@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from bminf.cuda.launcher import launcher_for
 from bminf.cuda.source import Kernel
 from bminf.ops.rows import ELEMENTS, as_rows, check_activations, check_vector, kernel_rows
-from bminf.quantization import int8
-from bminf.quantization.packed import row_bytes
+from bminf.quantization.packed import int8_rows, row_bytes
 
 _THREADS = 256
 
@@ -27,7 +26,7 @@ def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     rows = as_rows(x.detach())
     launcher = launcher_for(x.device)
     if launcher is None or rows.numel() == 0:
-        codes, scale = int8.quantize_rows(rows)
+        codes, scale = int8_rows(rows)
         return _padded(codes), scale
     codes, scale = _empty(rows)
     rows = kernel_rows(rows)
@@ -54,7 +53,7 @@ def rms_norm_quantize(
     rows, weight = as_rows(x.detach()), weight.detach().to(x.dtype)
     launcher = launcher_for(x.device)
     if launcher is None or rows.numel() == 0:
-        codes, scale = int8.quantize_rows(rms_norm_reference(rows, weight, eps))
+        codes, scale = int8_rows(rms_norm_reference(rows, weight, eps))
         return _padded(codes), scale
     codes, scale = _empty(rows)
     num_columns = rows.shape[1]

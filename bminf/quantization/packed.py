@@ -23,7 +23,6 @@ from typing import NamedTuple
 import torch
 
 from bminf.errors import ArgumentError
-from bminf.quantization.int8 import quantize_rows
 
 CHUNK_BYTES = 16
 """Rows are padded to this: what a thread of a kernel reads at once."""
@@ -259,7 +258,7 @@ def _pack_rows(weight: torch.Tensor, form: Format, packed: PackedWeight) -> None
     if not weight.isfinite().all():
         raise ArgumentError("the weight holds NaN or infinity and cannot be quantised")
     if form == INT8:
-        codes, scale = quantize_rows(weight)
+        codes, scale = int8_rows(weight)
         packed.scale.copy_(scale)
         packed.code_sum.copy_(codes.sum(1, dtype=torch.int32))  # type: ignore[union-attr]
         store_codes(codes, packed)
@@ -376,3 +375,21 @@ def _check_scale(
         )
     if not tensor.is_contiguous():
         raise ArgumentError(f"{name} is not contiguous; pass {name}.contiguous()")
+
+
+QMAX = 127
+
+
+def int8_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pack each row (last axis) of `x` by its absolute maximum.
+
+    x: (..., K) floating point.   Returns q (..., K) int8 and scale (...) float32.
+    """
+    x = x.detach().float()
+    if x.shape[-1] == 0:
+        return x.to(torch.int8), torch.ones(x.shape[:-1], device=x.device)
+    scale = x.abs().amax(dim=-1) / QMAX
+    # A row of zeros has scale 0; dividing by 1 instead keeps its q at 0.
+    divisor = torch.where(scale == 0, torch.ones_like(scale), scale).unsqueeze(-1)
+    # The clamp is for scales so small that they have few digits themselves.
+    return torch.round(x / divisor).clamp_(-QMAX, QMAX).to(torch.int8), scale

@@ -32,8 +32,16 @@ from bminf.ops.dequantize import dequantize_weight
 from bminf.ops.gated_linear import gated_linear
 from bminf.ops.linear import linear
 from bminf.ops.quantize_rows import quantize_rows, rms_norm_quantize
-from bminf.quantization import int8
-from bminf.quantization.packed import INT4, INT8, Format, PackedWeight, dequantize, pack, row_bytes
+from bminf.quantization.packed import (
+    INT4,
+    INT8,
+    Format,
+    PackedWeight,
+    dequantize,
+    int8_rows,
+    pack,
+    row_bytes,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -96,7 +104,7 @@ def test_each_product_of_8_bit_activations(name: str, dtype: torch.dtype) -> Non
         weight, values = weight_on(DEVICE, n, k, INT8)
         for m in (*ROWS, 65, 129):
             x = torch.randn(m, k).to(dtype)
-            codes, scale = int8.quantize_rows(x)
+            codes, scale = int8_rows(x)
             expected = codes.double() * scale.double().unsqueeze(-1) @ values.T
             with poisoned():
                 own_codes, own_scale = quantize_rows(x.to(DEVICE))

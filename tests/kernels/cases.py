@@ -18,8 +18,7 @@ from bminf.ops.dequantize import dequantize_weight
 from bminf.ops.gated_linear import ACTIVATION_FUNCTIONS, gated_linear
 from bminf.ops.linear import linear
 from bminf.ops.quantize_rows import quantize_rows, rms_norm_quantize, rms_norm_reference
-from bminf.quantization import int8
-from bminf.quantization.packed import INT4, INT8, Format, PackedWeight, dequantize, pack
+from bminf.quantization.packed import INT4, INT8, Format, PackedWeight, dequantize, int8_rows, pack
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # The rounding of the result; float32 sums of some thousand products for float32 itself.
@@ -87,7 +86,7 @@ def _seen(x: torch.Tensor, activations: str) -> torch.Tensor:
     """The activations as the product sees them, in float64."""
     if activations == "float":
         return x.double()
-    codes, scale = int8.quantize_rows(x)
+    codes, scale = int8_rows(x)
     return codes.double() * scale.double().unsqueeze(-1)
 
 
@@ -149,7 +148,7 @@ def quantize_case(dtype: torch.dtype, m: int, k: int) -> Case:
         x[0, k // 2] = 100
         x[m // 2] = 0 if m > 1 else x[0]
         codes, scale = (t.cpu() for t in quantize_rows(x.to(device)))
-        expected_codes, expected_scale = int8.quantize_rows(x)
+        expected_codes, expected_scale = int8_rows(x)
         assert torch.equal(scale, expected_scale)
         assert torch.equal(codes[:, :k], expected_codes) and not codes[:, k:].any()
 
@@ -260,7 +259,7 @@ def tiny_numbers_case() -> Case:
     def run(device: str) -> None:
         x = torch.tensor([[190.0, -190.0, 3.0], [-180.0, 90.0, 0.0], [50.0, -1.0, 2.0]]) * 2.0**-149
         codes, scale = (t.cpu() for t in quantize_rows(x.to(device)))
-        assert torch.equal(scale, int8.quantize_rows(x)[1])
+        assert torch.equal(scale, int8_rows(x)[1])
         assert codes[:, :3].tolist() == [[127, -127, 3], [-127, 90, 0], [0, 0, 0]]
 
     return Case("quantize_rows-tiny-numbers", run)

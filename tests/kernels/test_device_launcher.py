@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from bminf.cuda import device
-from bminf.cuda.device import DeviceLauncher
+from bminf.cuda import launcher as launcher_module
+from bminf.cuda.launcher import Launcher
 from bminf.cuda.source import Kernel
 from bminf.errors import KernelError
 from bminf.ops.linear_w8a8 import scale_int32_kernel
@@ -68,14 +68,14 @@ def driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Driver:
         lambda device: types.SimpleNamespace(cuda_stream=driver.stream),
     )
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: driver.is_capturing)
-    monkeypatch.setattr(device, "_cupy_stream", lambda handle: ("stream", handle))
+    monkeypatch.setattr(launcher_module, "_cupy_stream", lambda handle: ("stream", handle))
     monkeypatch.setattr(cupy.cuda.function, "Module", driver.module)
     return driver
 
 
 def test_a_kernel_is_loaded_once_and_launched_on_the_current_stream(driver: Driver) -> None:
-    launcher = DeviceLauncher(torch.device("cuda", 0))
-    assert (launcher.capability, launcher.num_processors) == (86, 28)
+    launcher = Launcher(torch.device("cuda", 0))
+    assert launcher.capability == 86
     tensor = torch.zeros(4)
     launcher.launch(KERNEL, (3, 1, 1), (256, 1, 1), [tensor, None, 5, 0.5], 64)
     driver.stream = 9
@@ -93,13 +93,13 @@ def test_a_kernel_is_loaded_and_launched_on_its_own_device(driver: Driver) -> No
     with driver.device(torch.device("cuda", 0)):
         for index in (1, 0, 1):
             driver.needed_device = torch.device("cuda", index)
-            DeviceLauncher(driver.needed_device).launch(KERNEL, (1, 1, 1), (256, 1, 1), [])
+            Launcher(driver.needed_device).launch(KERNEL, (1, 1, 1), (256, 1, 1), [])
             assert driver.current_device == torch.device("cuda", 0)
     assert len(driver.loaded) == len(driver.launches) == 3
 
 
 def test_a_kernel_is_not_loaded_while_a_graph_is_captured(driver: Driver) -> None:
-    launcher = DeviceLauncher(torch.device("cuda", 0))
+    launcher = Launcher(torch.device("cuda", 0))
     driver.is_capturing = True
     with pytest.raises(KernelError, match="run the same shapes once before the capture"):
         launcher.launch(KERNEL, (1, 1, 1), (256, 1, 1), [])
@@ -111,7 +111,7 @@ def test_a_kernel_is_not_loaded_while_a_graph_is_captured(driver: Driver) -> Non
 
 
 def test_what_the_driver_refuses_is_said(driver: Driver) -> None:
-    launcher = DeviceLauncher(torch.device("cuda", 0))
+    launcher = Launcher(torch.device("cuda", 0))
     driver.error = RuntimeError("CUDA_ERROR_INVALID_VALUE")
     with pytest.raises(KernelError) as caught:
         launcher.launch(KERNEL, (3, 1, 1), (256, 1, 1), [])
@@ -126,7 +126,7 @@ def test_code_that_cannot_be_loaded_is_said(
         raise RuntimeError("CUDA_ERROR_NO_BINARY_FOR_GPU")
 
     monkeypatch.setattr(driver, "loaded", types.SimpleNamespace(append=load))
-    launcher = DeviceLauncher(torch.device("cuda", 0))
+    launcher = Launcher(torch.device("cuda", 0))
     with pytest.raises(KernelError, match=r"on cuda:0: CUDA_ERROR_NO_BINARY.* update the driver"):
         launcher.launch(KERNEL, (1, 1, 1), (256, 1, 1), [])
     with pytest.raises(KernelError, match=r"no_such\.cu"):
@@ -134,5 +134,5 @@ def test_code_that_cannot_be_loaded_is_said(
 
 
 def test_torchs_stream_becomes_cupys() -> None:
-    stream = device._cupy_stream(0)
+    stream = launcher_module._cupy_stream(0)
     assert stream.ptr == 0

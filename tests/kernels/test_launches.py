@@ -24,7 +24,6 @@ from bminf.ops.linear_w8a8 import (
     linear_of_codes,
 )
 from bminf.ops.rows import check_codes, kernel_rows
-from bminf.quantization import int8
 from bminf.quantization.packed import (
     INT4,
     INT8,
@@ -32,6 +31,7 @@ from bminf.quantization.packed import (
     PackedWeight,
     dequantize,
     empty,
+    int8_rows,
     pack,
     row_bytes,
 )
@@ -298,7 +298,7 @@ def test_the_library_is_given_the_sizes_that_it_takes(
         return multiply(codes, columns)
 
     x, weight = torch.randn(num_rows, 33), pack(torch.randn(out_features, 33), INT8)
-    codes, x_scale = int8.quantize_rows(x)
+    codes, x_scale = int8_rows(x)
     expected = (codes.double() * x_scale.double()[:, None]) @ dequantize(weight, torch.float64).T
     padded = torch.nn.functional.pad(codes, (0, weight.qweight.shape[1] - 33))
     monkeypatch.setattr(torch, "_int_mm", as_on_a_gpu)

@@ -1018,7 +1018,7 @@ def test_nothing_stays_when_the_embedding_cannot_be_mapped(
     import threading
 
     from bminf.errors import CheckpointError
-    from bminf.layers.host_embedding import HostEmbedding
+    from bminf.layers.embedding import HostEmbedding
 
     whole = load("glm130b").plan
     slots = 2 * max(block.nbytes for block in whole.blocks)

@@ -37,8 +37,7 @@ import bminf
 from bminf import wrapping
 from bminf.errors import BudgetError, OffloadError, UnsupportedModelError
 from bminf.offload import memory
-from bminf.offload.backends import cuda
-from bminf.offload.device import taken_bytes
+from bminf.offload.backends import cuda, taken_bytes
 from bminf.offload.disk import FileStore
 from bminf.wrapping import plan_for
 
@@ -606,7 +605,7 @@ def test_the_plan_of_a_gpu_counts_what_its_allocator_takes() -> None:
 
 
 def test_host_memory_is_what_is_free_and_what_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
-    from bminf.offload.device import host_budget
+    from bminf.offload.backends import host_budget
 
     monkeypatch.setattr(memory, "free_bytes", lambda: 1000)
     assert host_budget(torch.device("cuda"), 500) == 1200

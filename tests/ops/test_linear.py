@@ -12,8 +12,7 @@ from bminf.ops import cpu_linear
 from bminf.ops.gated_linear import gated_linear
 from bminf.ops.linear import linear
 from bminf.ops.quantize_rows import quantize_rows, rms_norm_quantize
-from bminf.quantization import int8
-from bminf.quantization.packed import INT4, INT8, Format, PackedWeight, dequantize, pack
+from bminf.quantization.packed import INT4, INT8, Format, PackedWeight, dequantize, int8_rows, pack
 
 SHAPES = [
     (1, 1, 2),
@@ -72,7 +71,7 @@ def test_weight_only(m: int, n: int, k: int, form: Format, dtype: torch.dtype) -
 def test_w8a8(m: int, n: int, k: int, dtype: torch.dtype) -> None:
     x, weight = torch.randn(m, k).to(dtype), pack(torch.randn(n, k), INT8)
     bias = torch.randn(n).to(dtype)
-    codes, scale = int8.quantize_rows(x)
+    codes, scale = int8_rows(x)
     expected = product(codes.double() * scale.double().unsqueeze(1), weight) + bias.double()
     # Integer sums are exact: what is left is the rounding of float32 scales and of the result.
     bound = {torch.float32: 1e-6, torch.bfloat16: 6e-3, torch.float16: 1e-3}[dtype]
@@ -125,7 +124,7 @@ def test_a_cpu_whose_integer_products_saturate(
     monkeypatch.setattr(cpu_linear, "is_exact", left.__contains__)
     x, weight = torch.randn(m, 70), pack(torch.randn(33, 70), INT8)
     if activations == "int8":
-        codes, scale = int8.quantize_rows(x)
+        codes, scale = int8_rows(x)
         expected = product(codes.double() * scale.double().unsqueeze(1), weight)
     else:
         expected = product(x, weight)

@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bminf.errors import ArgumentError
-from bminf.quantization.int8 import quantize_rows
 from bminf.quantization.packed import (
     INT4,
     INT8,
@@ -17,6 +16,7 @@ from bminf.quantization.packed import (
     codes_of,
     dequantize,
     empty,
+    int8_rows,
     pack,
     parse_format,
     row_bytes,
@@ -225,7 +225,7 @@ def test_bits_per_weight_count_everything_that_is_stored() -> None:
 
 def test_a_row_that_is_one_number_and_tiny_numbers() -> None:
     x = torch.tensor([[1e-45, 0.0], [1e-38, -1e-38], [3.0, 3.0]])
-    codes, scale = quantize_rows(x)
+    codes, scale = int8_rows(x)
     back = codes.float() * scale.unsqueeze(1)
     assert (back - x).abs().max() <= 1e-38 and int(codes.abs().max()) <= 127
 

@@ -1,0 +1,79 @@
+"""Where a model is to run, and how much memory there is for it."""
+
+from __future__ import annotations
+
+import torch
+
+from bminf.errors import ArgumentError
+from bminf.offload import memory
+from bminf.offload.backends.base import Backend
+from bminf.offload.backends.cpu import CpuBackend
+from bminf.offload.backends.cuda import CudaBackend
+from bminf.offload.backends.cuda import free_bytes as cuda_free_bytes
+from bminf.offload.backends.cuda import taken_bytes as cuda_taken_bytes
+
+_FREE_FRACTION = 0.9  # of the free memory, where no limit is given; the rest is for activations
+
+# Of the free host memory. What is page-locked cannot be swapped out, and the rest has to do for the
+# Python process, for one block that is being packed, and for the cache of the files being read; in
+# a control group whose limit is reached the system ends the process rather than refuse a page.
+_LOCKED_FRACTION = 0.8
+
+
+def device_for(device: torch.device | str | int | None) -> torch.device:
+    """`device`, whether it is there or not; None is the GPU where there is one, else the CPU.
+
+    Raises ArgumentError for one that is neither.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        wanted = torch.device(device)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ArgumentError(
+            f'device={device!r}: {error}; accepted: "cpu", "cuda", "cuda:1"'
+        ) from error
+    if wanted.type not in ("cpu", "cuda"):
+        raise ArgumentError(f'device={device!r}; accepted: "cpu", "cuda", "cuda:1"')
+    return wanted
+
+
+def backend_for(device: torch.device | str | int | None) -> Backend:
+    """The backend of `device`; None is the GPU where there is one, else the CPU.
+
+    Raises ArgumentError for a device that is not there.
+    """
+    wanted = device_for(device)
+    if wanted.type == "cpu":
+        return CpuBackend()
+    if not torch.cuda.is_available() or (wanted.index or 0) >= torch.cuda.device_count():
+        raise ArgumentError(
+            f"device={device!r}, but torch {torch.__version__} sees "
+            f'{torch.cuda.device_count()} GPUs; accepted here: "cpu"'
+        )
+    return CudaBackend(wanted)
+
+
+def taken_bytes(nbytes: int, device_type: str) -> int:
+    """Bytes of a device of this type, "cpu" or "cuda", that one buffer of `nbytes` takes."""
+    return cuda_taken_bytes(nbytes) if device_type == "cuda" else nbytes
+
+
+def free_budget(device: torch.device, own_bytes: int = 0) -> int:
+    """The limit where none is given: 90% of what is free on `device`.
+
+    own_bytes: what the model takes there now, and lets go of as it is wrapped.
+    """
+    free = memory.free_bytes() if device.type == "cpu" else cuda_free_bytes(device)
+    return int((free + own_bytes) * _FREE_FRACTION)
+
+
+def host_budget(device: torch.device, own_bytes: int = 0) -> int | None:
+    """Bytes of host memory for the homes of streamed blocks, on this machine as it is now.
+
+    own_bytes: what the model takes there now, and lets go of as it is wrapped.
+    None, which is no limit, on the CPU: its homes lie in a file.
+    """
+    if device.type == "cpu":
+        return None
+    return int((memory.free_bytes() + own_bytes) * _LOCKED_FRACTION)
