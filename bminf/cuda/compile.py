@@ -51,7 +51,7 @@ def compile_kernel(kernel: Kernel, capability: int) -> bytes:
     file = kept_file(kernel, capability, nvrtc.getVersion())
     code = read_kept(file)
     if code is None:
-        code = _compile(nvrtc, kernel, source_of(kernel), _options(capability))
+        code = _compile(nvrtc, kernel, capability)
         _write(file, code)
     return code
 
@@ -60,20 +60,6 @@ def compiler_version() -> tuple[int, int]:
     """Of NVRTC, such as (12, 9).   Raises KernelError where it is not found."""
     version: tuple[int, int] = _nvrtc().getVersion()
     return version
-
-
-def compiler_log(kernel: Kernel, capability: int) -> str:
-    """What the compiler says of registers, shared memory and spills; compiles anew."""
-    program = _Program(_nvrtc(), source_of(kernel), kernel)
-    program.compile((*_options(capability), "--ptxas-options=-v"))
-    return program.log()
-
-
-def ptx_of(kernel: Kernel, capability: int) -> str:
-    """The kernel as PTX text, for a look at its instructions; compiles anew."""
-    program = _Program(_nvrtc(), source_of(kernel), kernel)
-    program.compile((f"-arch=compute_{capability}", *_options(capability)[1:]))
-    return program.ptx()
 
 
 def _options(capability: int) -> tuple[str, ...]:
@@ -103,57 +89,34 @@ def _nvrtc() -> Any:
     return nvrtc
 
 
-def _compile(nvrtc: Any, kernel: Kernel, source: str, options: tuple[str, ...]) -> bytes:
-    program = _Program(nvrtc, source, kernel)
-    program.compile(options)
-    return program.cubin()
+def _compile(nvrtc: Any, kernel: Kernel, capability: int) -> bytes:
+    program = nvrtc.createProgram(source_of(kernel), f"kernels/{kernel.file}", (), ())
+    options = _options(capability)
+    try:
+        nvrtc.compileProgram(program, options)
+        return bytes(nvrtc.getCUBIN(program))
+    except nvrtc.NVRTCError as error:
+        log = str(nvrtc.getProgramLog(program))
+        raise KernelError(_failure(nvrtc, kernel, options[0], error, log)) from error
+    finally:
+        nvrtc.destroyProgram(program)
 
 
-class _Program:
-    """One compilation; the handle is freed with the object."""
-
-    def __init__(self, nvrtc: Any, source: str, kernel: Kernel) -> None:
-        self._nvrtc = nvrtc
-        self._kernel = kernel
-        self._handle = nvrtc.createProgram(source, f"kernels/{kernel.file}", (), ())
-
-    def compile(self, options: tuple[str, ...]) -> None:
-        try:
-            self._nvrtc.compileProgram(self._handle, options)
-        except self._nvrtc.NVRTCError as error:
-            raise KernelError(self._failure(options[0], error)) from error
-
-    def log(self) -> str:
-        return str(self._nvrtc.getProgramLog(self._handle))
-
-    def cubin(self) -> bytes:
-        return bytes(self._nvrtc.getCUBIN(self._handle))
-
-    def ptx(self) -> str:
-        code = self._nvrtc.getPTX(self._handle)
-        return code.decode() if isinstance(code, bytes) else str(code)
-
-    def __del__(self) -> None:
-        if hasattr(self, "_handle"):
-            self._nvrtc.destroyProgram(self._handle)
-
-    def _failure(self, architecture: str, error: Exception) -> str:
-        version = ".".join(map(str, self._nvrtc.getVersion()))
-        if "libnvrtc-builtins" in (log := self.log()):
-            return (
-                f"NVRTC {version} does not find a library of its own ({_first_line(log)}): "
-                "update what loads it, pip install -U cuda-pathfinder, or put its folder, "
-                "nvidia/*/lib among the installed packages, into LD_LIBRARY_PATH"
-            )
-        if "ARCHITECTURE" in str(error).upper() or "INVALID_OPTION" in str(error).upper():
-            return (
-                f"NVRTC {version} cannot compile for this GPU ({architecture}); {_INSTALL_COMPILER}"
-            )
+def _failure(nvrtc: Any, kernel: Kernel, architecture: str, error: Exception, log: str) -> str:
+    version = ".".join(map(str, nvrtc.getVersion()))
+    if "libnvrtc-builtins" in log:
         return (
-            f"NVRTC {version} cannot compile {self._kernel} of kernels/{self._kernel.file} "
-            f"for {architecture}: {error}\n{log}\n"
-            "The sources that come with bminf compile: install bminf anew if they were changed"
+            f"NVRTC {version} does not find a library of its own ({_first_line(log)}): "
+            "update what loads it, pip install -U cuda-pathfinder, or put its folder, "
+            "nvidia/*/lib among the installed packages, into LD_LIBRARY_PATH"
         )
+    if "ARCHITECTURE" in str(error).upper() or "INVALID_OPTION" in str(error).upper():
+        return f"NVRTC {version} cannot compile for this GPU ({architecture}); {_INSTALL_COMPILER}"
+    return (
+        f"NVRTC {version} cannot compile {kernel} of kernels/{kernel.file} "
+        f"for {architecture}: {error}\n{log}\n"
+        "The sources that come with bminf compile: install bminf anew if they were changed"
+    )
 
 
 def _first_line(text: object) -> str:

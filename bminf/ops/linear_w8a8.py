@@ -11,12 +11,12 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from bminf.cuda.launcher import Launcher, launcher_for
+from bminf.cuda.launcher import Launcher
 from bminf.cuda.source import Grid, Kernel
 from bminf.errors import ArgumentError
 from bminf.ops.cpu_linear import w8a8_product
 from bminf.ops.quantize_rows import quantize_rows
-from bminf.ops.rows import ELEMENTS, check_codes, check_vector
+from bminf.ops.rows import ELEMENTS, check_codes
 from bminf.quantization.packed import PackedWeight
 
 LEAST_LIBRARY_ROWS = 64
@@ -41,33 +41,10 @@ def linear_w8a8(
     if launcher is None:
         return w8a8_reference(x, weight, bias)
     codes, x_scale = quantize_rows(x)
-    return _product(launcher, codes, x_scale, weight, bias, x.dtype)
-
-
-def linear_of_codes(
-    codes: torch.Tensor,
-    x_scale: torch.Tensor,
-    weight: PackedWeight,
-    bias: torch.Tensor | None,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """The product of activations that are 8-bit codes already, on a device that runs kernels.
-
-    codes: (M, row_bytes) int8 and x_scale: (M,) float32, as quantize_rows and rms_norm_quantize
-        give them, M not 0.   weight: (N, K) in 8 bits with a scale a row.   bias: (N,) or None.
-    dtype: float16, bfloat16 or float32.   Returns (M, N) in `dtype`.   Raises ArgumentError.
-    """
-    if dtype not in ELEMENTS:
-        raise ArgumentError(f"dtype={dtype}; accepted: float32, float16, bfloat16")
-    weight.check()
-    check_columns(weight)
-    _check_codes_of_x(codes, x_scale, weight)
-    check_vector("bias", bias, weight.out_features, codes.device)
-    bias = None if bias is None else bias.to(dtype).contiguous()
-    launcher = launcher_for(codes.device)
-    if launcher is None:
-        raise ArgumentError(f"codes are on {codes.device}, which runs no kernels; use linear")
-    return _product(launcher, codes, x_scale, weight, bias, dtype)
+    check_codes("qweight", weight.qweight)
+    is_library = is_library_faster(launcher.capability, codes.shape[0])
+    product = library_product if is_library else kernel_product
+    return product(launcher, codes, x_scale, weight, bias, x.dtype)
 
 
 def check_columns(weight: PackedWeight) -> None:
@@ -77,45 +54,6 @@ def check_columns(weight: PackedWeight) -> None:
             f"the weight has {weight.in_features} columns; sums of 8-bit products fit 32 bits "
             f'up to {MOST_CODE_COLUMNS}; use activations="float"'
         )
-
-
-def _check_codes_of_x(codes: torch.Tensor, x_scale: torch.Tensor, weight: PackedWeight) -> None:
-    if weight.bits != 8 or weight.group_size is not None:
-        raise ArgumentError(
-            f"activations in 8 bits need 8-bit weights with one scale a row, not {weight.form}"
-        )
-    row_bytes, device = weight.qweight.shape[1], weight.qweight.device
-    if codes.dtype != torch.int8 or codes.dim() != 2 or codes.shape[1] != row_bytes:
-        raise ArgumentError(
-            f"codes are {codes.dtype} of shape {tuple(codes.shape)}; they must be torch.int8, "
-            f"(M, {row_bytes})"
-        )
-    if codes.device != device:
-        raise ArgumentError(f"codes are on {codes.device}, the weight on {device}")
-    if len(codes) == 0 or not codes.is_contiguous():
-        raise ArgumentError("codes are empty or not contiguous; pass some, codes.contiguous()")
-    check_codes("codes", codes)
-    check_vector("x_scale", x_scale, len(codes), device)
-    if x_scale.dtype != torch.float32 or not x_scale.is_contiguous():
-        raise ArgumentError(
-            f"x_scale is {x_scale.dtype} with strides {x_scale.stride()}; it must be float32 and "
-            "contiguous"
-        )
-
-
-def _product(
-    launcher: Launcher,
-    codes: torch.Tensor,
-    x_scale: torch.Tensor,
-    weight: PackedWeight,
-    bias: torch.Tensor | None,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """Whichever way is the faster one on the device."""
-    check_codes("qweight", weight.qweight)
-    if is_library_faster(launcher.capability, codes.shape[0]):
-        return library_product(launcher, codes, x_scale, weight, bias, dtype)
-    return kernel_product(launcher, codes, x_scale, weight, bias, dtype)
 
 
 def w8a8_reference(

@@ -16,7 +16,7 @@ import torch
 from variants import CAPABILITIES, variants, weight_of
 
 from bminf.cuda import compile as cuda_compile
-from bminf.cuda.compile import compile_kernel, compiler_log, ptx_of
+from bminf.cuda.compile import compile_kernel
 from bminf.cuda.source import Kernel, kernel_folder, source_of
 from bminf.errors import KernelError
 from bminf.ops import linear_w8a8, linear_weight_only
@@ -31,6 +31,23 @@ def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
+def compiled(kernel: Kernel, *options: str) -> tuple[str, str]:
+    """What the compiler says of registers, shared memory and spills; and the text as PTX."""
+    from cupy_backends.cuda.libs import nvrtc
+
+    program = nvrtc.createProgram(source_of(kernel), f"kernels/{kernel.file}", (), ())
+    try:
+        nvrtc.compileProgram(program, (*options, "-std=c++17"))
+        ptx = nvrtc.getPTX(program)
+        return str(nvrtc.getProgramLog(program)), ptx.decode() if isinstance(ptx, bytes) else ptx
+    finally:
+        nvrtc.destroyProgram(program)
+
+
+def ptx_of(kernel: Kernel, capability: int) -> str:
+    return compiled(kernel, f"-arch=compute_{capability}")[1]
+
+
 def registers_allowed(kernel: Kernel) -> int:
     """What leaves room for enough warps on a multiprocessor: 65536 registers are there."""
     macros = dict(kernel.macros)
@@ -43,7 +60,7 @@ def registers_allowed(kernel: Kernel) -> int:
 
 def check(kernel: Kernel, capability: int) -> str:
     """What is wrong with the machine code of `kernel`; empty if nothing is."""
-    log = compiler_log(kernel, capability)
+    log, _ = compiled(kernel, f"-arch=sm_{capability}", "--ptxas-options=-v")
     entries = re.findall(r"Compiling entry function '(\w+)'", log)
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", log)]
     spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill", log))

@@ -21,7 +21,6 @@ from bminf.ops.linear_w8a8 import (
     MOST_CODE_COLUMNS,
     kernel_product,
     library_product,
-    linear_of_codes,
 )
 from bminf.ops.rows import check_codes, kernel_rows
 from bminf.quantization.packed import (
@@ -33,7 +32,6 @@ from bminf.quantization.packed import (
     empty,
     int8_rows,
     pack,
-    row_bytes,
 )
 
 
@@ -67,73 +65,14 @@ def noting() -> Iterator[Noting]:
 # ---- what is refused -----------------------------------------------------------------------------
 
 
-def codes_of_x(num_rows: int = 3, in_features: int = 70) -> tuple[torch.Tensor, torch.Tensor]:
-    codes = torch.zeros(num_rows, row_bytes(in_features, 8), dtype=torch.int8)
-    return codes, torch.ones(num_rows)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"codes": torch.zeros(3, 70, dtype=torch.int8)}, r"shape \(3, 70\); .*\(M, 80\)"),
-        ({"codes": torch.zeros(3, 80, dtype=torch.uint8)}, "codes are torch.uint8"),
-        ({"codes": torch.zeros(80, dtype=torch.int8)}, r"shape \(80,\)"),
-        ({"codes": torch.zeros(3, 160, dtype=torch.int8)[:, ::2]}, "not contiguous"),
-        ({"codes": torch.zeros(0, 80, dtype=torch.int8)}, "codes are empty"),
-        ({"codes": torch.zeros(241, dtype=torch.int8)[1:].view(3, 80)}, "codes begins at"),
-        (
-            {"codes": torch.zeros(3, 80, dtype=torch.int8, device="meta")},
-            "codes are on meta, the weight",
-        ),
-        ({"x_scale": torch.ones(4)}, r"x_scale is torch.float32 of shape \(4,\)"),
-        ({"x_scale": torch.ones(3, 1)}, r"x_scale is torch.float32 of shape \(3, 1\)"),
-        ({"x_scale": torch.ones(3).half()}, "x_scale is torch.float16 with strides"),
-        ({"x_scale": torch.ones(6)[::2]}, r"x_scale is torch.float32 with strides \(2,\)"),
-        ({"x_scale": torch.ones(3, device="meta")}, "x_scale is on meta"),
-        ({"bias": torch.ones(8)}, r"bias is torch.float32 of shape \(8,\)"),
-        ({"bias": torch.ones(9).int()}, "bias is torch.int32"),
-        ({"bias": torch.ones(9, device="meta")}, "bias is on meta"),
-        ({"weight": pack(torch.randn(9, 160), Format(4))}, "one scale a row, not .*bits=4"),
-        ({"weight": pack(torch.randn(9, 70), Format(8, 34))}, "one scale a row, not .*size=34"),
-        ({"weight": pack(torch.randn(9, 70), INT8)._replace(scale=torch.ones(8))}, "scale is"),
-        ({"dtype": torch.float64}, "dtype=torch.float64; accepted: float32"),
-    ],
-)
-def test_a_product_of_codes_checks_what_it_is_given(
-    change: dict[str, Any], message: str, noting: Noting
-) -> None:
-    codes, x_scale = codes_of_x()
-    right = {"weight": pack(torch.randn(9, 70), INT8), "bias": None, "dtype": torch.float16}
-    arguments = {"codes": codes, "x_scale": x_scale, **right, **change}
-    with pytest.raises(ArgumentError, match=message):
-        linear_of_codes(**arguments)
-    assert not noting.launches
-
-
-def test_a_product_of_codes_needs_a_launcher() -> None:
-    with pytest.raises(ArgumentError, match="codes are on cpu, which runs no kernels"):
-        linear_of_codes(*codes_of_x(), pack(torch.randn(9, 70), INT8), None, torch.float16)
-
-
-def test_the_bias_of_a_product_of_codes_is_as_a_kernel_reads_it(noting: Noting) -> None:
-    bias, weight = torch.randn(18)[::2], pack(torch.randn(9, 70), INT8)
-    for given in (bias, bias.half(), torch.randn(18).half()[::2]):
-        linear_of_codes(*codes_of_x(), weight, given, torch.float16)
-        seen = noting.launches.pop()[2][4]
-        assert torch.equal(seen, given.half()) and seen.is_contiguous()
-
-
 @pytest.mark.parametrize("num_rows", [1, 64])
 def test_sums_of_codes_that_may_not_fit_32_bits_are_refused(num_rows: int, noting: Noting) -> None:
     most = empty(2, MOST_CODE_COLUMNS, INT8, "cpu")
     more = empty(2, MOST_CODE_COLUMNS + 1, INT8, "cpu")
-    linear_of_codes(*codes_of_x(num_rows, most.in_features), most, None, torch.float16)
     linear(torch.zeros(num_rows, most.in_features), most, None, "int8")
-    assert [kernel.name for kernel, _, _ in noting.launches][1] == "quantize_rows"
+    assert noting.launches[0][0].name == "quantize_rows"
     noting.launches.clear()
     message = f"has {MOST_CODE_COLUMNS + 1} columns; .* up to {MOST_CODE_COLUMNS}; use activations="
-    with pytest.raises(ArgumentError, match=message):
-        linear_of_codes(*codes_of_x(num_rows, more.in_features), more, None, torch.float16)
     with pytest.raises(ArgumentError, match=message):
         linear(torch.zeros(num_rows, more.in_features), more, None, "int8")
     assert not noting.launches
@@ -166,7 +105,6 @@ RIGHT = pack(torch.randn(9, 70), INT8)
         ("qweight", lambda bad: linear(torch.randn(140, 70).half(), bad)),
         ("qweight", lambda bad: linear(torch.randn(2, 70), bad, None, "int8")),
         ("qweight", lambda bad: linear(torch.randn(64, 70), bad, None, "int8")),
-        ("qweight", lambda bad: linear_of_codes(*codes_of_x(), bad, None, torch.float16)),
         ("qweight", lambda bad: dequantize_weight(bad, torch.float16)),
         ("gate", lambda bad: gated_linear(torch.randn(2, 70), bad, RIGHT, "silu")),
         ("up", lambda bad: gated_linear(torch.randn(2, 70), RIGHT, bad, "silu")),
