@@ -1,9 +1,9 @@
-"""A virtual clock in place of a device: it predicts time, and proves that slots are used rightly.
+"""A virtual clock in place of a device: it predicts how long a pass takes.
 
 The clock of the computation and that of the link run as the streams of a GPU do, and blobs in a
 file pass a disk first, read ahead into staging buffers. Every copy into a slot and every read from
-one is logged, and likewise for the staging buffers; `check` then looks for a read that is not of
-the block it means, begins before its copy has ended, or is overwritten before it ends.
+one is logged, and likewise for the staging buffers; tests/offload/test_ring.py looks for a read
+that is not of the block it means, begins before its copy has ended, or is overwritten.
 """
 
 from __future__ import annotations
@@ -16,10 +16,6 @@ from bminf.errors import ArgumentError
 from bminf.offload.disk import NUM_STAGES, Staging
 from bminf.offload.plan import DEFAULT_USES, Block, Plan
 from bminf.offload.ring import Ring
-
-
-class SimulationError(AssertionError):
-    """The scheduler would have computed with wrong bytes."""
 
 
 @dataclass(frozen=True)
@@ -134,13 +130,6 @@ class SimulatedBackend:
         self.reads.append(Access(block, slot, self.now_s, self.now_s + seconds))
         self.compute(seconds)
 
-    def check(self) -> None:
-        """Raise SimulationError if any read so far met other bytes than its block's."""
-        for read in self.reads:
-            _check_read(read, self.copies, "slot")
-        for use in self.disk.uses:
-            _check_read(use, self.disk.fills, "staging buffer")
-
     def link_busy(self, since_s: float) -> float:
         """Fraction of the time from `since_s` to now in which the link was copying."""
         return self._busy(self.copies, since_s)
@@ -155,31 +144,6 @@ class SimulatedBackend:
             for access in accesses
         )
         return busy / (self.now_s - since_s)
-
-
-def _check_read(read: Access, copies: Sequence[Access], what: str) -> None:
-    """what: `copies` fill, a slot or a staging buffer."""
-    # Copies into one slot follow one another, so the last one that began counts.
-    begun = [c for c in copies if c.slot == read.slot and c.began_s < read.ended_s]
-    if not begun:
-        raise SimulationError(
-            f"block {read.block} is read from {what} {read.slot}: nothing is there"
-        )
-    last = begun[-1]
-    if last.began_s > read.began_s and any(c.block == read.block for c in begun):
-        raise SimulationError(
-            f"{what} {read.slot} is overwritten by block {last.block} from {last.began_s:.6f} s, "
-            f"while block {read.block} is read until {read.ended_s:.6f} s"
-        )
-    if last.block != read.block:
-        raise SimulationError(
-            f"block {read.block} is read from {what} {read.slot}, which holds block {last.block}"
-        )
-    if last.ended_s > read.began_s:
-        raise SimulationError(
-            f"block {read.block} is read at {read.began_s:.6f} s, "
-            f"but its copy ends at {last.ended_s:.6f} s"
-        )
 
 
 @dataclass(frozen=True)
