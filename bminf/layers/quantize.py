@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from warnings import warn
 
@@ -32,30 +33,28 @@ def is_linear(module: torch.nn.Module) -> bool:
 
 
 def is_quantizable(module: torch.nn.Module) -> bool:
-    """Whether a QuantizedLinear can stand in for `module`: nn.Linear, Conv1D, or a subclass of
-    nn.Linear that computes the same.
+    """Whether a QuantizedLinear can replace `module`: nn.Linear, Conv1D, or a subclass of nn.Linear
+    that computes the same.
 
     A linear whose weight is computed anew by a hook (weight_norm, pruning) or a parametrization,
     is not initialised yet, or is read by the module around it, stays as it is.
     """
-    if not is_linear(module) or type(module) in _READ_BY_PARENT:
-        return False
-    weight = module._parameters.get("weight")
-    if weight is None or weight.dtype not in ELEMENTS or weight.dim() != 2:
-        return False
-    return is_conv1d(module) or computes_as_linear(module)
+    return is_linear(module) and why_not_quantizable(module) is None
 
 
-def why_not_quantizable(module: torch.nn.Module) -> str:
-    """What to say of a linear that is_quantizable() is not true of."""
-    weight = module._parameters.get("weight")
-    if type(module) in _READ_BY_PARENT:
-        return f"of the class {type(module).__name__}, which the module around it reads"
-    if _has_forward_of_its_own(module):
+def why_not_quantizable(linear: torch.nn.Module) -> str | None:
+    """What to say of a linear that cannot be packed; None of one that can."""
+    weight = linear._parameters.get("weight")
+    if type(linear) in _READ_BY_PARENT:
+        return f"of the class {type(linear).__name__}, which the module around it reads"
+    if _has_forward_of_its_own(linear):
         return "whose forward was replaced on the instance"
     if weight is not None and weight.dtype not in ELEMENTS:
         return f"of the dtype {weight.dtype}"
-    return f"of the class {type(module).__name__}, not computing as torch.nn.Linear does"
+    is_matrix = weight is not None and weight.dim() == 2
+    if is_matrix and (is_conv1d(linear) or computes_as_linear(linear)):
+        return None
+    return f"of the class {type(linear).__name__}, not computing as torch.nn.Linear does"
 
 
 def computes_as_linear(module: torch.nn.Module) -> bool:
@@ -107,49 +106,58 @@ def _agrees_on_a_probe(module: torch.nn.Module) -> bool:
 
 def skeleton(linear: torch.nn.Module, form: Format) -> QuantizedLinear:
     """The QuantizedLinear that `linear` will become, on the meta device: shapes without bytes."""
-    with torch.device("meta"):
-        twin = torch.nn.Linear(1, 1, bias=linear.bias is not None)
-    twin.weight = torch.nn.Parameter(_meta(linear.weight), requires_grad=False)
-    if linear.bias is not None:
-        twin.bias = torch.nn.Parameter(_meta(linear.bias), requires_grad=False)
-    if is_conv1d(linear):
-        twin.weight = torch.nn.Parameter(twin.weight.t(), requires_grad=False)
+    twin = copy.copy(linear)
+    twin.__dict__["_parameters"] = {
+        name: tensor
+        if tensor is None
+        else torch.nn.Parameter(torch.empty_like(tensor, device="meta"), False)
+        for name, tensor in linear._parameters.items()
+    }
     return QuantizedLinear(twin, quantization=form)
 
 
-def quantize_children(
-    root: torch.nn.Module,
-    stand_ins: Mapping[torch.nn.Module, QuantizedLinear],
-    prefix: str = "",
-) -> Iterator[str]:
-    """Put a QuantizedLinear in place of each module below `root` that has a stand-in; yield names.
+Places = Mapping[torch.nn.Module, Sequence[tuple[torch.nn.Module, str, str]]]
+"""Of each module where it stands: the module around it, its name in there, its whole name."""
 
-    stand_ins: module -> its skeleton.   prefix: of the names, that of `root` with a dot.
-    A module that is registered twice is exchanged in both places for the same new one. Raises
-    ArgumentError, with the name, for a weight that cannot be packed.
+
+def places_of(root: torch.nn.Module, modules: Container[torch.nn.Module]) -> Places:
+    """Where those of `modules` stand that are below `root`."""
+    places: dict[torch.nn.Module, list[tuple[torch.nn.Module, str, str]]] = {}
+    for path, parent in root.named_modules(remove_duplicate=False):
+        for key, child in parent._modules.items():
+            if child is not None and child in modules:
+                place = parent, key, f"{path}.{key}" if path else key
+                places.setdefault(child, []).append(place)
+    return places
+
+
+def quantize_children(root: torch.nn.Module, stand_ins: StandIns) -> None:
+    """Put a QuantizedLinear in place of each module below `root` that has a stand-in."""
+    places = places_of(root, stand_ins)
+    for linear in places:
+        exchange(linear, stand_ins[linear], places)
+
+
+def exchange(linear: torch.nn.Module, stand_in: QuantizedLinear, places: Places) -> None:
+    """Put `linear`, packed as `stand_in` is, in all places where it stands.
+
+    On the meta device that is `stand_in` itself. Raises ArgumentError, with the name, for a weight
+    that cannot be packed.
     """
-    exchanged: dict[torch.nn.Module, QuantizedLinear] = {}
-    for name, parent in list(root.named_modules(remove_duplicate=False)):
-        for child_name, child in list(parent._modules.items()):
-            if child is None or child not in stand_ins:
-                continue
-            full_name = prefix + (f"{name}.{child_name}" if name else child_name)
-            if child not in exchanged:
-                exchanged[child] = _packed(child, stand_ins[child], full_name)
-            parent._modules[child_name] = exchanged[child]
-            yield full_name
+    packed = stand_in
+    if not linear.weight.is_meta:
+        with _named(places[linear][0][2]):
+            packed = QuantizedLinear(linear, stand_in.activations, stand_in.form)
+    for parent, key, _ in places[linear]:
+        parent._modules[key] = packed
 
 
-def _packed(linear: torch.nn.Module, stand_in: QuantizedLinear, name: str) -> QuantizedLinear:
+@contextmanager
+def _named(name: str) -> Iterator[None]:
     try:
-        return QuantizedLinear(linear, stand_in.activations, stand_in.form)
+        yield
     except ArgumentError as error:
         raise ArgumentError(f"{name!r} cannot be quantised: {error}") from error
-
-
-def _meta(tensor: torch.nn.Parameter | torch.Tensor | torch.nn.Module) -> torch.Tensor:
-    assert isinstance(tensor, torch.Tensor)
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
 
 StandIns = Mapping[torch.nn.Module, QuantizedLinear]
@@ -192,56 +200,47 @@ def choose(
         return Choice({}, {})
     is_wanted = wanted or _inside(model, blocks)
     linears = [linear for linear in _unshared_linears(model) if is_wanted(*linear)]
-    reasons = _Reasons.of(model, linears, form, is_default=wanted is None)
+    apart, least_columns = set[torch.nn.Module](), 0
+    if wanted is None:  # nobody chose them by name
+        apart = _trained_apart(model, linears)
+        least_columns = _least_columns(linears, form)
     stand_ins: dict[torch.nn.Module, QuantizedLinear] = {}
     kept: dict[str, list[Linear]] = {}
     for name, module in linears:
-        reason = reasons.to_keep(module)
-        if reason is None:
-            stand_ins[module] = _skeleton(module, form, name)
-        else:
+        reason = why_not_quantizable(module)
+        if reason is None and module in apart:
+            reason = "trained beside frozen ones, or part of an adapter"
+        columns = _num_columns(module)
+        if reason is None and form.bits == 4 and (columns % 2 or columns < least_columns):
+            reason = "with an odd number of columns, or fewer than share a scale"
+        if reason is not None:
             kept.setdefault(reason, []).append((name, module))
+            continue
+        with _named(name):
+            stand_ins[module] = skeleton(module, form)
     return Choice(stand_ins, kept)
 
 
-@dataclass(frozen=True)
-class _Reasons:
-    """Why a linear that was wanted stays as it is.
+def _trained_apart(model: torch.nn.Module, linears: Sequence[Linear]) -> set[torch.nn.Module]:
+    """Adapters, and where some linears are frozen those that are not: they are there to be trained.
 
-    is_default: nobody chose it by name.   adapters: linears beside a frozen one, of peft.
-    is_mixed: some of the linears are frozen, so that those which are not are there to be trained.
-    has_wide: some have as many columns as share a scale; where none has, the format was meant so.
+    Adapters stand beside a layer that peft calls `base_layer`.
     """
+    trained = {module for _, module in linears if _is_trained(module)}
+    apart = trained if len(trained) < len(linears) else set[torch.nn.Module]()
+    for module in model.modules():
+        if "base_layer" in module._modules:
+            beside = [child for name, child in module.named_children() if name != "base_layer"]
+            apart = apart.union(*(child.modules() for child in beside))
+    return apart
 
-    form: Format
-    is_default: bool
-    adapters: set[torch.nn.Module]
-    is_mixed: bool
-    has_wide: bool
 
-    @classmethod
-    def of(
-        cls, model: torch.nn.Module, linears: Sequence[Linear], form: Format, is_default: bool
-    ) -> _Reasons:
-        trained = {_is_trained(module) for _, module in linears}
-        widest = max((_num_columns(module) for _, module in linears), default=0)
-        has_wide = widest >= (form.group_size or 0)
-        return cls(form, is_default, set(_adapters(model)), len(trained) == 2, has_wide)
-
-    def to_keep(self, module: torch.nn.Module) -> str | None:
-        if not is_quantizable(module):
-            return why_not_quantizable(module)
-        if self.is_default and (module in self.adapters or (self.is_mixed and _is_trained(module))):
-            return "trained beside frozen ones, or part of an adapter"
-        if self.form.bits == 4 and self._is_narrow(module):
-            return "with an odd number of columns, or fewer than share a scale"
-        return None
-
-    def _is_narrow(self, module: torch.nn.Module) -> bool:
-        """Whether 4 bits cannot take it (two columns share a byte), or save little."""
-        columns = _num_columns(module)
-        is_judged = self.is_default and self.has_wide
-        return bool(columns % 2) or (is_judged and columns < (self.form.group_size or 0))
+def _least_columns(linears: Sequence[Linear], form: Format) -> int:
+    """Columns below which packing saves little: those that share a scale, unless no linear has so
+    many, so that the format was meant for narrow ones."""
+    widest = max((_num_columns(module) for _, module in linears), default=0)
+    group_size = form.group_size or 0
+    return group_size if widest >= group_size else 0
 
 
 def warn_of_what_stays(
@@ -295,13 +294,6 @@ def _stacked_parts(
         )
 
 
-def _skeleton(module: torch.nn.Module, form: Format, name: str) -> QuantizedLinear:
-    try:
-        return skeleton(module, form)
-    except ArgumentError as error:
-        raise ArgumentError(f"{name!r} cannot be quantised: {error}") from error
-
-
 def _inside(model: torch.nn.Module, blocks: Iterable[ModuleBlock]) -> Predicate:
     inside = {m for part in _parts(model, blocks) for m in part.modules()}
     heads = {part for head in _heads(model, inside) for part in head.modules()}
@@ -327,15 +319,6 @@ def _is_list_of_heads(name: str, child: torch.nn.Module) -> bool:
     """Whether a model written by hand calls a list of bare linears its heads."""
     is_list = isinstance(child, torch.nn.ModuleList | torch.nn.ModuleDict)
     return is_list and name.endswith("heads") and all(is_linear(item) for item in child.children())
-
-
-def _adapters(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """What stands beside a layer that it adapts: peft calls that one `base_layer`."""
-    for module in model.modules():
-        if "base_layer" in module._modules:
-            for name, child in module.named_children():
-                if name != "base_layer":
-                    yield from child.modules()
 
 
 def _num_columns(linear: torch.nn.Module) -> int:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 
-from bminf.layers.quantize import StandIns, quantize_children
+from bminf.layers.quantize import StandIns, exchange, places_of
 from bminf.layout import Filling, Layout, tensors_of
 from bminf.offload import memory
 from bminf.offload.backends.base import Backend
@@ -29,11 +28,21 @@ def place(
     streamed = set(scheduler.plan.streamed)
     # malloc keeps what it is given back in pieces; a mapped model gives it next to nothing.
     is_trimmed = 8 * unmapped_bytes(model) > blobs.nbytes
+    places = places_of(model, stand_ins)
+
+    def quantize(modules: Iterable[torch.nn.Module]) -> None:
+        for module in modules:
+            if module in places:
+                exchange(module, stand_ins[module], places)
+
     with torch.inference_mode(False), torch.no_grad():
-        _quantize_outside(model, blobs, stand_ins)
+        # What lies in no block, or in several, and so outside all of them, comes first.
+        paths = {name.rpartition(".")[0] for name in blobs.outside.specs}
+        named = model.named_modules(remove_duplicate=False)
+        quantize([module for path, module in named if path in paths])
         _settle(model, blobs.outside, scheduler.backend, scheduler.source_device)
         for name, layout in _with_progress(blobs.blocks):
-            _quantize(model, name, stand_ins)
+            quantize(list(model.get_submodule(name).modules()))
             module = model.get_submodule(name)
             if name in streamed:
                 _send_home(name, module, layout, scheduler)
@@ -96,32 +105,6 @@ def _with_progress(
         for name, layout in layouts.items():
             yield name, layout
             bar.update(layout.nbytes)
-
-
-def _quantize(model: torch.nn.Module, name: str, stand_ins: StandIns) -> None:
-    """Quantise the linears of one block, the block itself included."""
-    parent = name.rpartition(".")[0]
-    block = model.get_submodule(name)
-    if block in stand_ins:
-        holder = model.get_submodule(parent)
-        list(quantize_children(holder, {block: stand_ins[block]}, f"{parent}." if parent else ""))
-    else:
-        list(quantize_children(block, stand_ins, f"{name}."))
-
-
-def _quantize_outside(model: torch.nn.Module, blobs: Blobs, stand_ins: StandIns) -> None:
-    """Quantise the linears that lie in no block, or in several; and those that are a block which
-    stands in several places, all of which are only seen from here."""
-    paths = {name.rpartition(".")[0] for name in blobs.outside.specs}
-    named = list(model.named_modules(remove_duplicate=False))
-    num_places = Counter(module for _, module in named)
-    outside = {
-        module: stand_ins[module]
-        for path, module in named
-        if module in stand_ins
-        and (path in paths or (path in blobs.blocks and num_places[module] > 1))
-    }
-    list(quantize_children(model, outside))
 
 
 def _send_home(name: str, module: torch.nn.Module, layout: Layout, scheduler: Scheduler) -> None:
