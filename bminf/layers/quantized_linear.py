@@ -16,7 +16,14 @@ from bminf.layers.saving import check_not_saved
 from bminf.lazy import PACKED_IS_FROZEN, LazyTensor
 from bminf.ops.dequantize import dequantize_weight
 from bminf.ops.linear import ACTIVATIONS, linear_of_checked
-from bminf.quantization.packed import INT8, Format, PackedWeight, pack, parse_format
+from bminf.quantization.packed import (
+    INT8,
+    PACKED_FIELDS,
+    Format,
+    PackedWeight,
+    pack,
+    parse_format,
+)
 
 
 def is_conv1d(module: torch.nn.Module) -> bool:
@@ -58,15 +65,15 @@ class QuantizedLinear(torch.nn.Linear):
         form = parse_format(quantization, is_optional=False)
         assert form is not None  # or it was an error
         self.form = form
-        _check_activations(activations, self.form)
+        _check_activations(activations, form)
         weight = _weight_of(linear)
         self.out_features, self.in_features = weight.shape
         self.activations = activations
         self.dtype = weight.dtype
-        packed = pack(weight, self.form)
-        for name in ("qweight", "scale", "minimum", "code_sum"):
-            self.register_buffer(name, getattr(packed, name))
-        self.register_parameter("bias", None)
+        packed = pack(weight, form)
+        # Not by register_buffer(), which asks for each whether there is such an attribute.
+        self._buffers.update({name: getattr(packed, name) for name in PACKED_FIELDS})
+        self._parameters["bias"] = None
         if linear.bias is not None:
             bias: Any = linear.bias
             self.bias = torch.nn.Parameter(bias.detach().clone(), requires_grad=False)

@@ -14,10 +14,9 @@ from __future__ import annotations
 import torch
 
 from bminf.errors import ArgumentError
-from bminf.quantization.packed import Format, PackedWeight, empty
+from bminf.quantization.packed import Format, PackedWeight, pack
 
 BITS = (8, 4)
-_SLICE_ELEMENTS = 2**18  # are packed at once
 
 
 def quantize_rows(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -49,19 +48,15 @@ def pack_rows(weight: torch.Tensor, bits: int) -> PackedWeight:
     On the meta device shapes only.   Raises ArgumentError as quantize_rows.
     """
     _check_bits(bits)
-    packed = empty(weight.shape[0], weight.shape[1], Format(bits), weight.device)
-    if weight.is_meta or 0 in weight.shape:
-        return packed
-    step = max(1, _SLICE_ELEMENTS // weight.shape[1])
-    for begin in range(0, weight.shape[0], step):
-        rows = slice(begin, begin + step)
-        codes, scale = quantize_rows(weight[rows].detach(), bits)
-        target = packed.rows(rows)
-        target.qweight.view(torch.int8)[:, : codes.shape[1]] = codes
-        target.scale.copy_(scale)
-        if target.code_sum is not None:
-            target.code_sum.copy_(codes.sum(1, dtype=torch.int32))
-    return packed
+    return pack(weight, Format(bits), _pack_rows)
+
+
+def _pack_rows(weight: torch.Tensor, form: Format, packed: PackedWeight) -> None:
+    codes, scale = quantize_rows(weight, form.bits)
+    packed.qweight.view(torch.int8)[:, : codes.shape[1]] = codes
+    packed.scale.copy_(scale)
+    if packed.code_sum is not None:
+        packed.code_sum.copy_(codes.sum(1, dtype=torch.int32))
 
 
 def _check(weight: torch.Tensor, bits: int) -> None:

@@ -16,9 +16,9 @@ for a group, the Q4_1 blocks of the GGUF file format.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -68,6 +68,9 @@ INT4 = Format(4, group_size=16)
 """The default in 4 bits; docs/quantization.md has the measurements that chose it."""
 
 FORMATS = {"int8": INT8, "int4": INT4}
+
+PACKED_FIELDS = ("qweight", "scale", "minimum", "code_sum")
+"""The tensors of a PackedWeight."""
 
 
 def parse_format(
@@ -151,16 +154,9 @@ class PackedWeight(NamedTuple):
 
     def rows(self, rows: slice) -> PackedWeight:
         """Some rows, as views."""
-        minimum = None if self.minimum is None else self.minimum[rows]
-        code_sum = None if self.code_sum is None else self.code_sum[rows]
-        return PackedWeight(
-            self.qweight[rows],
-            self.scale[rows],
-            minimum,
-            self.in_features,
-            self.group_size,
-            code_sum,
-        )
+        held = {name: getattr(self, name) for name in PACKED_FIELDS}
+        some: dict[str, Any] = {name: t if t is None else t[rows] for name, t in held.items()}
+        return self._replace(**some)
 
     def check(self) -> None:
         """Raise ArgumentError where dtypes, shapes, strides and devices do not go together."""
@@ -176,14 +172,19 @@ class PackedWeight(NamedTuple):
             _check_scale("code_sum", self.code_sum, sums_shape, torch.int32, self.qweight.device)
 
 
+RowPacker = Callable[[torch.Tensor, Format, PackedWeight], None]
+"""Packs rows of a weight, (n, K), in a format into a PackedWeight of n rows."""
+
+
 def row_bytes(in_features: int, bits: int) -> int:
     """Bytes of a packed row: whole chunks."""
     return -(-in_features * bits // (8 * CHUNK_BYTES)) * CHUNK_BYTES
 
 
-def pack(weight: torch.Tensor, form: Format) -> PackedWeight:
+def pack(weight: torch.Tensor, form: Format, pack_rows: RowPacker | None = None) -> PackedWeight:
     """`weight`, (N, K) floating point, in the format `form`; on the meta device shapes only.
 
+    pack_rows: packs some rows into their place; None rounds as this file says.
     Raises ArgumentError: an odd K in 4 bits, a weight that is not finite or too large for half
     precision scales.
     """
@@ -193,7 +194,7 @@ def pack(weight: torch.Tensor, form: Format) -> PackedWeight:
     num_rows = max(1, _SLICE_ELEMENTS // weight.shape[1])
     for start in range(0, weight.shape[0], num_rows):
         rows = slice(start, start + num_rows)
-        _pack_rows(weight[rows].detach().float(), form, packed.rows(rows))
+        (pack_rows or _pack_rows)(weight[rows].detach(), form, packed.rows(rows))
     return packed
 
 
@@ -255,6 +256,7 @@ def store_codes(codes: torch.Tensor, packed: PackedWeight) -> None:
 
 
 def _pack_rows(weight: torch.Tensor, form: Format, packed: PackedWeight) -> None:
+    weight = weight.float()
     if not weight.isfinite().all():
         raise ArgumentError("the weight holds NaN or infinity and cannot be quantised")
     if form == INT8:
@@ -305,7 +307,9 @@ def _as_half(values: torch.Tensor) -> torch.Tensor:
 
 
 def _codes(values: torch.Tensor, scale: torch.Tensor, least: int, most: int) -> torch.Tensor:
+    # Of zeros the scale is 0; dividing by 1 instead keeps their codes at 0.
     divisor = torch.where(scale == 0, torch.ones_like(scale), scale)
+    # The clamp is for scales so small that they have few digits themselves.
     return torch.round(values / divisor).clamp_(least, most)
 
 
@@ -389,7 +393,4 @@ def int8_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if x.shape[-1] == 0:
         return x.to(torch.int8), torch.ones(x.shape[:-1], device=x.device)
     scale = x.abs().amax(dim=-1) / QMAX
-    # A row of zeros has scale 0; dividing by 1 instead keeps its q at 0.
-    divisor = torch.where(scale == 0, torch.ones_like(scale), scale).unsqueeze(-1)
-    # The clamp is for scales so small that they have few digits themselves.
-    return torch.round(x / divisor).clamp_(-QMAX, QMAX).to(torch.int8), scale
+    return _codes(x, scale.unsqueeze(-1), -QMAX, QMAX).to(torch.int8), scale
