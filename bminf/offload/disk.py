@@ -22,7 +22,6 @@ import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -74,6 +73,7 @@ class Outcome:
 
 
 _Job = tuple[Callable[[], None], Outcome]
+_File = tempfile._TemporaryFileWrapper
 
 
 class Reader:
@@ -148,26 +148,28 @@ class FileStore:
 
     def write(self, block: int, blob: torch.Tensor, begin: int = 0) -> None:
         """Keep a blob, or the part of one that begins at `begin`. blob: (bytes,) uint8, CPU."""
-        data, offset = bytes_of(blob), self._offsets[block] + begin
-        try:
-            while data:
-                written = _write_at(self._file, data, offset)
-                data, offset = data[written:], offset + written
-        except OSError as error:
-            raise OffloadError(f"writing a streamed block failed: {error}") from error
+        self._transfer("writing", _write_at, bytes_of(blob), self._offsets[block] + begin)
 
     def read_into(self, block: int, blob: torch.Tensor | memoryview) -> None:
         """Fetch a blob. blob: (bytes of the block,) uint8, CPU; it is overwritten."""
         data = bytes_of(blob) if isinstance(blob, torch.Tensor) else blob
-        offset = self._offsets[block]
+        self._transfer("reading", _read_at, data, self._offsets[block])
+
+    def _transfer(
+        self,
+        what: str,
+        move: Callable[[_File[bytes], memoryview, int], int],
+        data: memoryview,
+        start: int,
+    ) -> None:
         try:
             while data:
-                count = _read_at(self._file, data, offset)
+                count = move(self._file, data, start)
                 if count == 0:
                     raise OSError("the file is shorter than what was written to it")
-                data, offset = data[count:], offset + count
+                data, start = data[count:], start + count
         except (OSError, ValueError) as error:
-            raise OffloadError(f"reading a streamed block failed: {error}") from error
+            raise OffloadError(f"{what} a streamed block failed: {error}") from error
 
     def map(self, block: int) -> torch.Tensor:
         """The blob as (bytes of the block,) uint8, mapped: pages are read when they are touched.
@@ -194,7 +196,7 @@ def _offsets(blob_bytes: Sequence[int]) -> tuple[list[int], int]:
     return offsets, end
 
 
-def _open(folder: Path, nbytes: int) -> tempfile._TemporaryFileWrapper[bytes]:
+def _open(folder: Path, nbytes: int) -> _File[bytes]:
     try:
         free = shutil.disk_usage(folder).free
         if free < nbytes:
@@ -259,24 +261,20 @@ def bytes_of(blob: torch.Tensor) -> memoryview:
 # preadv and pwrite move bytes at an offset in one call and without the GIL; Windows has neither.
 if hasattr(os, "preadv"):
 
-    def _read_at(file: tempfile._TemporaryFileWrapper[bytes], data: memoryview, offset: int) -> int:
-        return os.preadv(file.fileno(), [data], offset)
+    def _read_at(file: _File[bytes], data: memoryview, start: int) -> int:
+        return os.preadv(file.fileno(), [data], start)
 
-    def _write_at(
-        file: tempfile._TemporaryFileWrapper[bytes], data: memoryview, offset: int
-    ) -> int:
-        return os.pwrite(file.fileno(), data, offset)
+    def _write_at(file: _File[bytes], data: memoryview, start: int) -> int:
+        return os.pwrite(file.fileno(), data, start)
 
 else:
 
-    def _read_at(file: tempfile._TemporaryFileWrapper[bytes], data: memoryview, offset: int) -> int:
-        file.seek(offset)
+    def _read_at(file: _File[bytes], data: memoryview, start: int) -> int:
+        file.seek(start)
         return file.readinto(data) or 0
 
-    def _write_at(
-        file: tempfile._TemporaryFileWrapper[bytes], data: memoryview, offset: int
-    ) -> int:
-        file.seek(offset)
+    def _write_at(file: _File[bytes], data: memoryview, start: int) -> int:
+        file.seek(start)
         return file.write(data)
 
 
@@ -340,7 +338,7 @@ class _Order:
 
     blob: int | None
     job: Callable[[Any], Any]
-    done: Future[None] = field(default_factory=Future)
+    done: Outcome = field(default_factory=Outcome)
 
 
 class ReadAhead:
@@ -368,12 +366,12 @@ class ReadAhead:
         self._at_exit = partial(_close, weakref.ref(self))
         atexit.register(self._at_exit)
 
-    def fetch(self, blob: int, use: Callable[[torch.Tensor], Wait]) -> Future[None]:
+    def fetch(self, blob: int, use: Callable[[torch.Tensor], Wait]) -> Outcome:
         """Have use(buffer) called, once the buffer holds `blob` and all earlier jobs are done.
 
         use: gets (bytes of the blob,) uint8 and returns what waits until it need not be kept; uses
         of one buffer end in the order they began. It is called by this thread or by the reader.
-        The future has its error, or OffloadError for a read that failed.
+        The outcome has its error, or OffloadError for a read that failed.
         """
         order = _Order(blob, use)
         with self._lock:
@@ -384,7 +382,7 @@ class ReadAhead:
             self._give(order)
         return order.done
 
-    def do(self, job: Callable[[], object]) -> Future[None]:
+    def do(self, job: Callable[[], object]) -> Outcome:
         """Have job() called after all earlier jobs: now, unless one of those waits for its blob."""
         order = _Order(None, lambda _: job())
         with self._lock:
@@ -424,7 +422,7 @@ class ReadAhead:
 
     def _give(self, order: _Order) -> None:
         if self._is_closed:
-            order.done.set_exception(OffloadError(_ENDED))
+            order.done.end(OffloadError(_ENDED))
             return
         self._orders.append(order)
         self._do_what_can_be_done()
@@ -446,10 +444,10 @@ class ReadAhead:
             else:
                 stage = self._staging.held.index(order.blob)
                 self._is_free[stage] = order.job(self._blob_in(stage, order.blob))
-            order.done.set_result(None)
+            order.done.end()
         except BaseException as error:  # an interrupt, too, must not leave anybody waiting
             if not order.done.done():
-                order.done.set_exception(_as_offload_error(error))
+                order.done.end(_as_offload_error(error))
             if not isinstance(error, Exception):
                 raise
         finally:
@@ -460,7 +458,7 @@ class ReadAhead:
         failed = [order for order in self._orders if blob is None or order.blob == blob]
         for order in failed:
             self._orders.remove(order)
-            order.done.set_exception(error)
+            order.done.end(error)
 
     def _blob_in(self, stage: int, blob: int) -> torch.Tensor:
         return self._buffers[stage][: self._blob_bytes[blob]]

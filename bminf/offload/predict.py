@@ -130,15 +130,9 @@ class SimulatedBackend:
         self.reads.append(Access(block, slot, self.now_s, self.now_s + seconds))
         self.compute(seconds)
 
-    def link_busy(self, since_s: float) -> float:
-        """Fraction of the time from `since_s` to now in which the link was copying."""
-        return self._busy(self.copies, since_s)
-
-    def disk_busy(self, since_s: float) -> float:
-        """Fraction of the time from `since_s` to now in which the disk was reading."""
-        return self._busy(self.disk.fills, since_s)
-
-    def _busy(self, accesses: Sequence[Access], since_s: float) -> float:
+    def busy(self, accesses: Sequence[Access], since_s: float) -> float:
+        """Fraction of the time from `since_s` to now that `accesses` took: `copies`, the link's, or
+        `disk.fills`."""
         busy = sum(
             max(0.0, min(access.ended_s, self.now_s) - max(access.began_s, since_s))
             for access in accesses
@@ -241,7 +235,7 @@ def predict(
     for _ in range(_MEASURED_PASSES):
         run_pass(backend, ring, steps)
     pass_s = (backend.now_s - since_s) / _MEASURED_PASSES
-    busy = backend.link_busy(since_s), backend.disk_busy(since_s)
+    busy = [backend.busy(taken, since_s) for taken in (backend.copies, backend.disk.fills)]
     return Prediction(pass_s, compute_s, copy_s, busy[0], disk_s, busy[1])
 
 

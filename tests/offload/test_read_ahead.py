@@ -8,7 +8,6 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from hypothesis import strategies as st
 
 from bminf.errors import OffloadError
 from bminf.offload import memory
-from bminf.offload.disk import NUM_STAGES, FileStore, ReadAhead, Reader, Staging
+from bminf.offload.disk import NUM_STAGES, FileStore, Outcome, ReadAhead, Reader, Staging
 
 SIZES = [700, 4096, 1, 5000, 333]
 SOON_S = 120.0  # far more than anything here takes, also where all cores are busy
@@ -64,7 +63,7 @@ class Bench:
         self.faults: list[str] = []
         self.used: list[int] = []
 
-    def fetch(self, number: int, wait: Callable[[], object] = lambda: None) -> Future[None]:
+    def fetch(self, number: int, wait: Callable[[], object] = lambda: None) -> Outcome:
         """Fetch a blob, look at it, and look again when the buffer is about to be overwritten."""
         expected = blob(number, self.version[number])
 
@@ -282,7 +281,7 @@ def test_any_order_gets_the_right_bytes(data: st.DataObject) -> None:
     """Blobs asked for in any order, several at once, buffers freed late, blobs written between."""
     bench, gates = Bench(), list[threading.Event]()
     numbers = st.integers(0, len(SIZES) - 1)
-    futures: list[Future[None]] = []
+    futures: list[Outcome] = []
     asked: list[int] = []
     try:
         for number in data.draw(st.lists(numbers, max_size=25)):

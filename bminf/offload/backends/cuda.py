@@ -13,7 +13,6 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +23,7 @@ from bminf.cuda.pinned import PinnedMemory
 from bminf.errors import BudgetError
 from bminf.layout import Filling, Layout
 from bminf.offload.backends.base import Counters
-from bminf.offload.disk import NUM_STAGES, FileStore, ReadAhead, Reader
+from bminf.offload.disk import NUM_STAGES, FileStore, Outcome, ReadAhead, Reader
 from bminf.offload.ring import NUM_SLOTS
 from bminf.units import format_bytes
 
@@ -44,7 +43,7 @@ class _Copy(NamedTuple):
 
     began: torch.cuda.Event
     ended: torch.cuda.Event
-    is_queued: Future[None] | None = None
+    is_queued: Outcome | None = None
 
 
 class _Files(NamedTuple):
@@ -177,7 +176,7 @@ class CudaBackend:
 
     def _queue_in_turn(
         self, files: _Files, block: int, queue: Callable[[torch.Tensor], Callable[[], None]]
-    ) -> Future[None]:
+    ) -> Outcome:
         """Queue a copy behind those asked for before, at once or when its blob has been read."""
         if block in files.numbers:
             return files.read_ahead.fetch(files.numbers[block], queue)
