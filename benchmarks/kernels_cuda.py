@@ -163,7 +163,7 @@ def run_path(path: str, x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
     launcher = launcher_for(x.device)
     assert launcher is not None
     if path == "few rows":
-        return linear_weight_only._launch_few_rows(launcher, x, weight, None)
+        return linear_weight_only.launch_few_rows(launcher, x, weight, None)
     if path == "tensor cores":
         return linear_weight_only._launch_tensor_cores(launcher, x, weight, None)
     return linear_weight_only._dequantized(x, weight, None)

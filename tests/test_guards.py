@@ -370,7 +370,7 @@ def test_buffers_are_private_memory() -> None:
 
 def test_the_limit_of_the_container_bounds_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "_system_free_bytes", lambda: 900)
-    monkeypatch.setattr(memory, "_container_free_bytes", lambda root: [700, 800])
+    monkeypatch.setattr(memory, "free_below_limits", lambda root: [700, 800])
     assert memory.free_bytes() == 700
 
 

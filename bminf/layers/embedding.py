@@ -55,11 +55,8 @@ class HostEmbedding(torch.nn.Module):
         for number in numbers.unique().tolist():
             is_own = numbers == number
             own = self._parts[number][ids[is_own] - self._begins[number]]
-            rows[is_own] = self._as_numbers(own).to(self.dtype)
+            rows[is_own] = own.view(self._table_dtype).to(self.dtype)
         return rows
-
-    def _as_numbers(self, rows: torch.Tensor) -> torch.Tensor:
-        return rows if rows.dtype == self._table_dtype else rows.view(self._table_dtype)
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
         """Follow a change of dtype; the table itself stays as it is."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
@@ -32,11 +31,11 @@ def check_not_saved() -> None:
     Whoever saves a model around a packed part, or calls something else that ends there, asks the
     packed linears for their state; only the calls on the stack tell for what.
     """
-    for frame in _frames():
-        if frame.f_code.co_name in _SAVERS:
-            if not _saves_adapters_only(frame.f_locals.get("self")):
-                raise _refusal()
-            return
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_name not in _SAVERS:
+        frame = frame.f_back
+    if frame is not None and not _saves_adapters_only(frame.f_locals.get("self")):
+        raise _refusal()
 
 
 class _SavePretrained:
@@ -65,13 +64,6 @@ def _saves_adapters_only(module: Any) -> bool:
     # transformers' own way to adapters; those of diffusers save all the same.
     has_adapters = bool(getattr(module, "_hf_peft_config_loaded", False))
     return has_adapters and hasattr(module, "get_adapter_state_dict")
-
-
-def _frames() -> Iterator[FrameType]:
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
 
 
 def _refusal() -> UnsupportedModelError:

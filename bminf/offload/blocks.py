@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -240,21 +241,19 @@ def _unknown(name: str, modules: Mapping[str, torch.nn.Module]) -> str:
     return f"blocks names {name!r}, which is not a module of the model{hint}"
 
 
+def _around(name: str) -> list[str]:
+    """The names of the modules around `name`, from the outermost on."""
+    return list(accumulate(name.split("."), "{}.{}".format))[:-1]
+
+
 def _check_not_inside(name: str, wanted: Mapping[str, None]) -> None:
-    parts = name.split(".")
-    for end in range(1, len(parts)):
-        outer = ".".join(parts[:end])
-        if outer in wanted:
-            raise ArgumentError(
-                f"the block {name!r} lies inside the block {outer!r}; name one or the other"
-            )
+    outer = next((outer for outer in _around(name) if outer in wanted), None)
+    if outer is not None:
+        raise ArgumentError(
+            f"the block {name!r} lies inside the block {outer!r}; name one or the other"
+        )
 
 
 def _list_around(name: str, modules: Mapping[str, torch.nn.Module]) -> str:
     """The outermost list that `name` stands in."""
-    parts = name.split(".")
-    for end in range(1, len(parts)):
-        outer = ".".join(parts[:end])
-        if isinstance(modules[outer], LISTS):
-            return outer
-    return ""
+    return next((outer for outer in _around(name) if isinstance(modules[outer], LISTS)), "")

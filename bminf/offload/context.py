@@ -78,9 +78,8 @@ def cache_bytes(config: Any, num_texts: int, num_tokens: int, itemsize: int) -> 
     text = text_config(config)
     kinds = layer_kinds(text, num_layers(config) or num_layers(text) or 0)
     per_layer = first_of(text, "per_layer_config")  # where layers differ in their sizes
-    layers = [text] * len(kinds) if per_layer is None else list(per_layer)
-    if len(layers) != len(kinds):
-        layers = [text] * len(kinds)
+    fits = per_layer is not None and len(per_layer) == len(kinds)
+    layers = list(per_layer) if fits else [text] * len(kinds)
     total = sum(
         _layer_bytes(layer, kind, num_tokens, itemsize)
         for layer, kind in zip(layers, kinds, strict=True)
@@ -274,7 +273,11 @@ def context_of(
             'aside with reserve=, for example reserve="1GB"'
         )
     try:
-        return _counted(model, max_length, max_batch_size, form, is_cpu)
+        itemsize = _itemsize(model)
+        sizes = _Sizes(max_batch_size * max_length, itemsize, form, is_cpu)
+        cache = cache_bytes(model.config, max_batch_size, max_length, itemsize)
+        workspace = _workspace_bytes(model, max_length, max_batch_size, sizes)
+        return Context(max_length, max_batch_size, cache, workspace)
     # A configuration may lack any field, or hold anything in it.
     except Exception as error:
         raise ArgumentError(
@@ -288,23 +291,6 @@ def _whole_number(name: str, value: Any) -> int:
     if isinstance(value, bool) or not hasattr(value, "__index__") or operator.index(value) < 1:
         raise ArgumentError(f"{name}={value!r}; give a whole number above 0")
     return operator.index(value)
-
-
-def _counted(
-    model: torch.nn.Module,
-    max_length: int,
-    max_batch_size: int,
-    form: Format | None,
-    is_cpu: bool,
-) -> Context:
-    itemsize = _itemsize(model)
-    sizes = _Sizes(max_batch_size * max_length, itemsize, form, is_cpu)
-    return Context(
-        max_length,
-        max_batch_size,
-        cache_bytes(model.config, max_batch_size, max_length, itemsize),
-        _workspace_bytes(model, max_length, max_batch_size, sizes),
-    )
 
 
 @dataclass(frozen=True)

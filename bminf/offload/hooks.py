@@ -18,7 +18,7 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
@@ -92,8 +92,9 @@ class Scheduler:
 
     def add(self, name: str, module: torch.nn.Module, layout: Layout) -> None:
         """Take over a block whose blob is at home."""
+        write = functools.partial(self.call, self._write)
         block = StreamedBlock(
-            name, len(self.blocks), module, layout, self.backend, self._read, self._write
+            name, len(self.blocks), module, layout, self.backend, self._read, write
         )
         self.blocks.append(block)  # before it lets go: an interrupt finds it and takes it back
         block.let_go()
@@ -105,7 +106,8 @@ class Scheduler:
         around = [m for m in model.modules() if any(inner in blocks for inner in m.modules())]
         for module in around:
             self._override(module, "forward", _Forward(self, module, blocks.get(module)))
-            self._override(module, "state_dict", _StateDict(self, module.state_dict))
+            state_dict = functools.partial(self.call, self.state_dict, module.state_dict)
+            self._override(module, "state_dict", state_dict)
             self._override(module, "load_state_dict", _refuse_loading)
             self._override(module, "__prepare_scriptable__", _refuse_scripting)
         # Only modules that hold tensors: others, such as activations, may be shared by all models.
@@ -178,7 +180,7 @@ class Scheduler:
             self._leave(block, slot)
 
     def state_dict(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        """Run state_dict, and give streamed tensors as they lie at home, on the host."""
+        """Run state_dict, and give streamed tensors as they lie on the host, mapped from a file."""
         weights = function(*args, **kwargs)
         if kwargs.get("keep_vars", False):
             return weights
@@ -238,9 +240,6 @@ class Scheduler:
 
     def _write(self, block: StreamedBlock, name: str, value: torch.Tensor) -> None:
         """Keep what was written to a tensor of a block outside the block's forward."""
-        self.call(self._write_inside, block, name, value)
-
-    def _write_inside(self, block: StreamedBlock, name: str, value: torch.Tensor) -> None:
         with torch.inference_mode(False), torch.no_grad():
             block.overwrite(name, value)
             self.backend.rewrite(block.index, name, value)
@@ -266,22 +265,12 @@ class Scheduler:
         def unpack(saved: Any) -> torch.Tensor:
             if isinstance(saved, torch.Tensor):
                 return saved
-            offset, *rest = saved
-            return self._read_saved(block, offset, *rest)
+            offset, shape, stride, dtype = saved
+            end = offset + span_elements(shape, stride) * dtype.itemsize
+            data = self.backend.home(block.index)[offset:end].to(self.backend.device)
+            return data.view(dtype).as_strided(shape, stride)
 
         return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
-
-    def _read_saved(
-        self,
-        block: StreamedBlock,
-        offset: int,
-        shape: Sequence[int],
-        stride: Sequence[int],
-        dtype: torch.dtype,
-    ) -> torch.Tensor:
-        nbytes = span_elements(shape, stride) * dtype.itemsize
-        data = self.backend.home(block.index)[offset : offset + nbytes]
-        return data.to(self.backend.device).view(dtype).as_strided(shape, stride)
 
     def _override(self, module: torch.nn.Module, name: str, value: Any) -> None:
         self._overrides.append((module, name, value, module.__dict__.get(name)))
@@ -396,16 +385,6 @@ class _Forward(_Override):
                     return True
             forward = getattr(forward, "__wrapped__", None)
         return forward is self
-
-
-class _StateDict(_Override):
-    """state_dict with the real weights of streamed blocks, mapped from their home."""
-
-    def __init__(self, scheduler: Scheduler, state_dict: Callable[..., Any]) -> None:
-        self._scheduler, self._state_dict = scheduler, state_dict
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._scheduler.call(self._scheduler.state_dict, self._state_dict, *args, **kwargs)
 
 
 def _refuse_scripting(*args: Any, **kwargs: Any) -> None:

@@ -49,7 +49,7 @@ _VERSIONS = (
 )  # fmt: skip
 
 
-def free_below_limits(root: Path, process: Path) -> list[int]:
+def free_below_limits(root: Path, process: Path = Path("/proc/self")) -> list[int]:
     """Free bytes under each limit of the process's control groups (version 2, then 1).
 
     root: where control groups are mounted, usually /sys/fs/cgroup.   process: /proc/self.
@@ -179,7 +179,7 @@ def mapped_files() -> Callable[[int], bool]:
 
 def free_bytes() -> int:
     """Bytes of memory that can still be had, by this process and the groups that it is in."""
-    return min([_system_free_bytes(), *_container_free_bytes(Path("/sys/fs/cgroup"))])
+    return min([_system_free_bytes(), *free_below_limits(Path("/sys/fs/cgroup"))])
 
 
 def _system_free_bytes() -> int:
@@ -213,8 +213,3 @@ def _windows_free_bytes() -> int:
     status = MemoryStatus(length=ctypes.sizeof(MemoryStatus))
     ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status))  # type: ignore[attr-defined]
     return int(status.available)
-
-
-def _container_free_bytes(root: Path) -> list[int]:
-    """Free bytes under each limit of the process's control groups (version 2, then 1)."""
-    return free_below_limits(root, Path("/proc/self"))

@@ -396,11 +396,9 @@ def _joined(always: list[str], remedies: Sequence[Remedy], lack: int) -> str:
 
 def _compatible(remedies: Sequence[Remedy]) -> list[Remedy]:
     """Those that can be carried out together: of each argument the one that saves most."""
-    best: dict[str, Remedy] = {}
-    for remedy in remedies:
-        key = remedy.argument or remedy.advice
-        best[key] = max(best.get(key, remedy), remedy, key=lambda one: one.saved_bytes)
-    return list(best.values())
+    by_saved = sorted(remedies, key=lambda remedy: remedy.saved_bytes)
+    best = {remedy.argument or remedy.advice: remedy for remedy in by_saved}
+    return [remedy for remedy in remedies if remedy in best.values()]
 
 
 def _needs(blocks: Sequence[Block]) -> Iterator[tuple[int, int]]:

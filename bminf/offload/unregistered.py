@@ -12,9 +12,8 @@ import gc
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, is_dataclass
-from types import FunctionType, MethodType
+from types import CellType, FunctionType, MethodType
 from typing import Any
 from warnings import warn
 
@@ -32,6 +31,7 @@ _SHARE_WORTH_A_WORD = 16  # rotary tables and masks are far smaller than a 16th 
 # torch's own, and hooks with the stores of what other libraries offloaded (see offloaded.py).
 _OTHERS = {"_hf_hook", "_diffusers_hook"}
 _NOT_LOOKED_AT = _OTHERS | set(torch.nn.Module().__dict__)
+_CONTAINERS = (dict, list, tuple, set, frozenset, deque, functools.partial, MethodType, CellType)
 
 
 @dataclass(frozen=True)
@@ -143,18 +143,13 @@ class _Search:
                 yield from ((tensor, depth) for _, _, tensor in tensors_of(value))
                 for module in value.modules():  # torch's quantised ones pack weights elsewhere
                     yield from ((inner, depth - 1) for _, inner in _attributes(module))
-        elif isinstance(value, dict):
-            yield from ((inner, depth) for inner in list(value.values()))
-        elif isinstance(value, list | tuple | set | frozenset | deque):
-            yield from ((inner, depth) for inner in list(value))
-        elif isinstance(value, functools.partial):
-            yield from ((inner, depth) for inner in (*value.args, *value.keywords.values()))
-        elif isinstance(value, MethodType):
-            yield value.__self__, depth
-        elif isinstance(value, FunctionType):
-            yield from ((inner, 0) for inner in _kept_by_function(value))
+        elif isinstance(value, _CONTAINERS):
+            yield from ((inner, depth) for inner in gc.get_referents(value))
+        elif isinstance(value, FunctionType):  # what it has closed over, and its defaults
+            kept = [value.__closure__, value.__defaults__, value.__kwdefaults__]
+            yield from ((inner, 0) for inner in kept)
         elif not callable(value) and (depth > 0 or is_dataclass(value)):
-            yield from ((inner, depth - 1) for inner in _kept_by_object(value))
+            yield from ((inner, depth - 1) for inner in gc.get_referents(value))
 
     def _of_tensor(self, tensor: torch.Tensor) -> Iterator[_Piece]:
         if tensor.layout != torch.strided:
@@ -164,23 +159,6 @@ class _Search:
         if address is not None and address not in self._storages:
             self._storages.add(address)
             yield _Piece(tensor.device, tensor.untyped_storage().nbytes())
-
-
-def _kept_by_function(function: FunctionType) -> Iterator[Any]:
-    """What it has closed over, and its defaults."""
-    for cell in function.__closure__ or ():
-        with suppress(ValueError):  # a variable that has no value yet
-            yield cell.cell_contents
-    yield from function.__defaults__ or ()
-    yield from (function.__kwdefaults__ or {}).values()
-
-
-def _kept_by_object(value: Any) -> Iterator[Any]:
-    yield from list(getattr(value, "__dict__", {}).values())
-    for kind in type(value).__mro__:
-        slots = kind.__dict__.get("__slots__", ())
-        for name in [slots] if isinstance(slots, str) else slots:
-            yield getattr(value, name, None)
 
 
 def _attributes(module: torch.nn.Module) -> Iterator[tuple[str, Any]]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -163,17 +164,16 @@ class _Places:
     """In how many places of its lists a module stands: how often it runs when they do."""
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self._holders: dict[torch.nn.Module, list[torch.nn.Module]] = {}
+        self._holders = defaultdict[torch.nn.Module | None, list[torch.nn.Module]](list)
         for holder in model.modules():
             for child in holder._modules.values():
-                if child is not None:
-                    self._holders.setdefault(child, []).append(holder)
+                self._holders[child].append(holder)
         self._known: dict[torch.nn.Module, int] = {}
 
     def of(self, module: torch.nn.Module) -> int:
         if module not in self._known:
             self._known[module] = 1  # also ends a walk in a circle
-            holders = self._holders.get(module, [])
+            holders = self._holders[module]
             lists = [holder for holder in holders if isinstance(holder, LISTS)]
             # Beside a list, an attribute is but another name of the module.
             in_lists = sum(self.of(holder) for holder in lists)

@@ -14,15 +14,8 @@ import torch.nn.functional as F
 from bminf.cuda.launcher import Launcher, launcher_for
 from bminf.errors import ArgumentError
 from bminf.ops.linear import linear
-from bminf.ops.linear_weight_only import (
-    MOST_FEW_ROWS,
-    few_rows_grid,
-    few_rows_kernel,
-    group_arguments,
-    uses_tensor_cores,
-    weight_arguments,
-)
-from bminf.ops.rows import as_rows, check_activations, check_codes, check_vector, kernel_rows
+from bminf.ops.linear_weight_only import MOST_FEW_ROWS, launch_few_rows, uses_tensor_cores
+from bminf.ops.rows import as_rows, check_activations, check_codes, check_vector
 from bminf.quantization.packed import PackedWeight
 
 ACTIVATION_FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -31,8 +24,6 @@ ACTIVATION_FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
 }
 """In the order of `activate` in kernels/common.cuh."""
-
-_THREADS = 128
 
 
 def check_activation(name: str, where: str = "") -> None:
@@ -69,7 +60,10 @@ def gated_linear(
         function = ACTIVATION_FUNCTIONS[activation]
         return function(linear(x, gate, gate_bias)) * linear(x, up, up_bias)
     gate_bias, up_bias = (_checked(bias, gate, x.dtype) for bias in (gate_bias, up_bias))
-    y = _launch(launcher, rows, gate, up, activation, gate_bias, up_bias)
+    check_codes("gate", gate.qweight)
+    check_codes("up", up.qweight)
+    number = list(ACTIVATION_FUNCTIONS).index(activation)
+    y = launch_few_rows(launcher, rows, gate, gate_bias, up, up_bias, number)
     return y.view(*x.shape[:-1], gate.out_features)
 
 
@@ -98,29 +92,3 @@ def _checked(
 ) -> torch.Tensor | None:
     check_vector("bias", bias, gate.out_features, gate.qweight.device)
     return None if bias is None else bias.to(dtype).contiguous()
-
-
-def _launch(
-    launcher: Launcher,
-    x: torch.Tensor,
-    gate: PackedWeight,
-    up: PackedWeight,
-    activation: str,
-    gate_bias: torch.Tensor | None,
-    up_bias: torch.Tensor | None,
-) -> torch.Tensor:
-    check_codes("gate", gate.qweight)
-    check_codes("up", up.qweight)
-    rows = kernel_rows(x)
-    y = torch.empty((x.shape[0], gate.out_features), dtype=x.dtype, device=x.device)
-    kernel = few_rows_kernel(x.dtype, gate, x.shape[0], is_gated=True)
-    launcher.launch(
-        kernel,
-        few_rows_grid(kernel, *y.shape),
-        (_THREADS, 1, 1),
-        [
-            rows, *weight_arguments(gate), gate_bias, *weight_arguments(up), up_bias, y, *y.shape,
-            rows.shape[1], *group_arguments(gate), list(ACTIVATION_FUNCTIONS).index(activation),
-        ],
-    )  # fmt: skip
-    return y

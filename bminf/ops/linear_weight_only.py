@@ -42,7 +42,8 @@ def linear_weight_only(
     if uses_tensor_cores(launcher.capability, x.shape[0], x.dtype):
         return _launch_tensor_cores(launcher, x, weight, bias)
     if x.shape[0] <= MOST_FEW_ROWS:
-        return _launch_few_rows(launcher, x, weight, bias)
+        check_codes("qweight", weight.qweight)
+        return launch_few_rows(launcher, x, weight, bias)
     return _dequantized(x, weight, bias)
 
 
@@ -136,30 +137,35 @@ def _weight_macros(dtype: torch.dtype, weight: PackedWeight) -> tuple[tuple[str,
     )
 
 
-def weight_arguments(weight: PackedWeight) -> list[torch.Tensor | None]:
-    return [weight.qweight, weight.scale, weight.minimum]
+def _weight_arguments(weight: PackedWeight | None) -> list[torch.Tensor | None]:
+    return [None] * 3 if weight is None else [weight.qweight, weight.scale, weight.minimum]
 
 
-def group_arguments(weight: PackedWeight) -> list[int]:
+def _group_arguments(weight: PackedWeight) -> list[int]:
     size = weight.in_features
     return [min(weight.group_size or size, size), weight.num_groups]
 
 
-def _launch_few_rows(
-    launcher: Launcher, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None
+def launch_few_rows(
+    launcher: Launcher,
+    x: torch.Tensor,
+    weight: PackedWeight,
+    bias: torch.Tensor | None,
+    up: PackedWeight | None = None,
+    up_bias: torch.Tensor | None = None,
+    activation: int = 0,
 ) -> torch.Tensor:
-    check_codes("qweight", weight.qweight)
+    """One product; with `up`, activation(the one with `weight`) * the one with `up`."""
     rows = kernel_rows(x)
     y = torch.empty((x.shape[0], weight.out_features), dtype=x.dtype, device=x.device)
-    kernel = few_rows_kernel(x.dtype, weight, x.shape[0])
-    no_second_weight = [None] * 4
+    kernel = few_rows_kernel(x.dtype, weight, x.shape[0], is_gated=up is not None)
     launcher.launch(
         kernel,
         few_rows_grid(kernel, *y.shape),
         (_FEW_ROWS_THREADS, 1, 1),
         [
-            rows, *weight_arguments(weight), bias, *no_second_weight, y, *y.shape,
-            rows.shape[1], *group_arguments(weight), 0,
+            rows, *_weight_arguments(weight), bias, *_weight_arguments(up), up_bias, y, *y.shape,
+            rows.shape[1], *_group_arguments(weight), activation,
         ],
     )  # fmt: skip
     return y
@@ -196,8 +202,8 @@ def _launch_tensor_cores(
         (-(-y.shape[1] // rows_of_w), -(-y.shape[0] // rows_of_x), 1),
         (_TENSOR_CORE_THREADS, 1, 1),
         [
-            rows, *weight_arguments(weight), bias, y, *y.shape, rows.shape[1],
-            *group_arguments(weight),
+            rows, *_weight_arguments(weight), bias, y, *y.shape, rows.shape[1],
+            *_group_arguments(weight),
         ],
     )  # fmt: skip
     return y

@@ -139,19 +139,19 @@ def test_buffers_are_anonymous_exact_and_given_back_at_once() -> None:
 
 
 def test_the_limit_of_a_container_counts_as_free_memory(tmp_path: Path) -> None:
-    assert memory._container_free_bytes(tmp_path) == []
+    assert memory.free_below_limits(tmp_path) == []
     (tmp_path / "memory.max").write_text("max\n")
     (tmp_path / "memory.current").write_text("700\n")
     (tmp_path / "memory.stat").write_text("anon 500\ninactive_file 150\n")
-    assert memory._container_free_bytes(tmp_path) == []
+    assert memory.free_below_limits(tmp_path) == []
     (tmp_path / "memory.max").write_text("1000\n")
-    assert memory._container_free_bytes(tmp_path) == [450]
+    assert memory.free_below_limits(tmp_path) == [450]
     old = tmp_path / "memory"
     old.mkdir()
     (old / "memory.limit_in_bytes").write_text("900\n")
     (old / "memory.usage_in_bytes").write_text("950\n")
     (old / "memory.stat").write_text("total_inactive_file 0\n")
-    assert memory._container_free_bytes(tmp_path) == [450, 0]
+    assert memory.free_below_limits(tmp_path) == [450, 0]
     assert 0 < memory.free_bytes() < 2**50
 
 

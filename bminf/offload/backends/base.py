@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
 from bminf.layout import Filling, Layout
+from bminf.offload.ring import Transfers
 
 
 @dataclass
@@ -23,7 +24,7 @@ class Counters:
     waited_s: float = 0.0
 
 
-class Backend(Protocol):
+class Backend(Transfers, Protocol):
     """Slots on a device, homes for streamed blobs, and copies between them."""
 
     device: torch.device
@@ -60,12 +61,6 @@ class Backend(Protocol):
         The tensor has the shape and dtype of the layout, on any device; what is copied at the same
         time may get old bytes, new ones or a mixture.
         """
-
-    def copy(self, block: int, slot: int, after: Any) -> Any: ...
-
-    def wait(self, copied: Any) -> None: ...
-
-    def mark(self) -> Any: ...
 
     def counters(self) -> Counters:
         """The counts so far; times only of what has ended."""

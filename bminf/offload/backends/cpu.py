@@ -102,13 +102,10 @@ class CpuBackend:
 
     def release(self) -> None:
         store, self._store, self.slots, self._slot_bytes = self._store, None, [], []
-        if self._reader is None:
+        if self._reader is not None:  # or the file closes itself
             if store is not None:
-                store.close()
-            return
-        if store is not None:
-            self._reader.submit(store.close)  # after the copies under way
-        self._reader.stop()
+                self._reader.submit(store.close)  # after the copies that were begun
+            self._reader.stop()
 
     def _slot(self, block: int, slot: int) -> torch.Tensor:
         return self.slots[slot][: self._layouts[block].extent]
