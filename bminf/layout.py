@@ -149,10 +149,6 @@ class Layout:
             nbytes += end - base
         return cls(specs, offsets, nbytes, end)
 
-    def views(self, buffer: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Each tensor as a view into `buffer`: (at least extent,) uint8, any device."""
-        return {name: self.view(buffer, name) for name in self.specs}
-
     def view(self, buffer: torch.Tensor, name: str) -> torch.Tensor:
         """The tensor `name` as a view into `buffer`; the same name gives the same memory."""
         spec, offset = self.specs[name], self.offsets[name]

@@ -383,7 +383,7 @@ def test_a_large_weight_is_packed_in_slices(monkeypatch: pytest.MonkeyPatch) -> 
         rows.append(len(x))
         return int8_rows(x)
 
-    int8_rows = packed.quantize_rows
+    int8_rows = packed.int8_rows
     monkeypatch.setattr(packed, "int8_rows", counted)
     linear = torch.nn.Linear(1024, 600)
     given = bminf.QuantizedLinear(linear)

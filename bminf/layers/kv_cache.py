@@ -2,22 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any
 
 import torch
-
-
-class CacheSizes(Protocol):
-    """What the configuration of a decoder-only model says of its cache."""
-
-    @property
-    def num_hidden_layers(self) -> int: ...
-
-    @property
-    def num_attention_heads(self) -> int: ...
-
-    @property
-    def head_dim(self) -> int: ...
 
 
 class KVCache:
@@ -98,17 +85,16 @@ def cache_bytes(
     return 2 * num_layers * batch_size * num_heads * max_length * head_dim * dtype.itemsize
 
 
-def decoder_cache(
-    config: CacheSizes, batch_size: int, max_length: int, like: torch.Tensor
-) -> KVCache:
-    """An empty cache of a decoder-only model, in the dtype and on the device of `like`."""
+def decoder_cache(config: Any, batch_size: int, max_length: int, like: torch.Tensor) -> KVCache:
+    """An empty cache of a decoder-only model, in the dtype and on the device of `like`.
+
+    config: num_hidden_layers, num_attention_heads and head_dim are read.
+    """
     layers, heads = config.num_hidden_layers, config.num_attention_heads
     return KVCache(layers, batch_size, heads, max_length, config.head_dim, like.dtype, like.device)
 
 
-def decoder_cache_bytes(
-    config: CacheSizes, batch_size: int, max_length: int, dtype: torch.dtype
-) -> int:
+def decoder_cache_bytes(config: Any, batch_size: int, max_length: int, dtype: torch.dtype) -> int:
     """Bytes of decoder_cache."""
     layers, heads = config.num_hidden_layers, config.num_attention_heads
     return cache_bytes(layers, batch_size, heads, max_length, config.head_dim, dtype)

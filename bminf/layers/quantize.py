@@ -282,16 +282,20 @@ def _kept_parts(choice: Choice) -> Iterator[tuple[int, str]]:
 def _stacked_parts(
     model: torch.nn.Module, blocks: Iterable[ModuleBlock]
 ) -> Iterator[tuple[int, str]]:
-    stacked = {id(t): t for part in _parts(model, blocks) for t in _stacked(part)}
-    nbytes = sum(tensor.nbytes for tensor in stacked.values())
+    """Of parameters that are several matrices: (experts, rows, columns). Convolutions have three
+    dimensions as well, and stay without a word."""
+    stacked = {
+        parameter
+        for part in _parts(model, blocks)
+        for module in part.modules()
+        if not isinstance(module, torch.nn.modules.conv._ConvNd)
+        for parameter in module._parameters.values()
+        if parameter is not None and parameter.dim() == 3 and parameter.is_floating_point()
+    }
+    nbytes = sum(tensor.nbytes for tensor in stacked)
     if nbytes:
-        yield (
-            nbytes,
-            (
-                f"{format_bytes(nbytes)} in {len(stacked)} three-dimensional parameters "
-                "(stacked experts), not linears"
-            ),
-        )
+        kind = "three-dimensional parameters (stacked experts), not linears"
+        yield nbytes, f"{format_bytes(nbytes)} in {len(stacked)} {kind}"
 
 
 def _inside(model: torch.nn.Module, blocks: Iterable[ModuleBlock]) -> Predicate:
@@ -347,14 +351,3 @@ def _unshared_linears(model: torch.nn.Module) -> Iterator[Linear]:
 def _parts(model: torch.nn.Module, blocks: Iterable[ModuleBlock]) -> Iterable[torch.nn.Module]:
     """The blocks; the whole model where it has none."""
     return [model.get_submodule(block.name) for block in blocks] or [model]
-
-
-def _stacked(block: torch.nn.Module) -> Iterator[torch.Tensor]:
-    """Parameters that are several matrices: (experts, rows, columns). Convolutions have three
-    dimensions as well, and stay without a word."""
-    for module in block.modules():
-        if isinstance(module, torch.nn.modules.conv._ConvNd):
-            continue
-        for parameter in module._parameters.values():
-            if parameter is not None and parameter.dim() == 3 and parameter.is_floating_point():
-                yield parameter

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import starmap
 
 import torch
 
@@ -14,7 +13,7 @@ from bminf.layers.quantize import choose
 from bminf.layout import Layout, ModuleBlock, TensorSpec, overlapping, specs_of, tensors_of
 from bminf.offload import memory
 from bminf.offload.backends import taken_bytes
-from bminf.offload.plan import Block, Remedy, least_budget, plan
+from bminf.offload.plan import Block, Remedy, least_bytes
 from bminf.quantization.packed import FORMATS, Format
 
 _KINDS = (torch.Tensor, torch.nn.Parameter, getattr(torch.nn, "Buffer", torch.nn.Parameter))
@@ -195,15 +194,8 @@ def remedies(
 
 
 def _least_of(blobs: Blobs, device_type: str) -> int:
-    taken = {name: taken_bytes(x.nbytes, device_type) for name, x in blobs.blocks.items()}
-    outside = taken_bytes(blobs.outside.nbytes, device_type)
-    return least_budget(
-        plan(
-            list(starmap(Block, taken.items())),
-            outside + sum(taken.values()),
-            outside_bytes=outside,
-        )
-    )
+    blocks = [Block(n, taken_bytes(x.nbytes, device_type)) for n, x in blobs.blocks.items()]
+    return taken_bytes(blobs.outside.nbytes, device_type) + least_bytes(blocks)
 
 
 def _largest_part(blobs: Blobs) -> int:

@@ -319,7 +319,9 @@ def _workspace_bytes(
     model: torch.nn.Module, max_length: int, max_batch_size: int, sizes: _Sizes
 ) -> int:
     text = text_config(model.config)
-    num_drawn = max_batch_size if _computes_last_logits(model) else sizes.num_rows
+    # Where it can, generate() has no more logits of a prompt computed than those it draws from.
+    is_last_only = "logits_to_keep" in inspect.signature(model.forward).parameters
+    num_drawn = max_batch_size if is_last_only else sizes.num_rows
     logits: int = text.vocab_size * (num_drawn * sizes.itemsize + max_batch_size * _DRAWN_BYTES)
     layer = max(_layer_moments(text, max_length, max_batch_size, sizes))
     peak = max(layer, logits)
@@ -354,8 +356,3 @@ def _feed_forward_columns(text: Any, hidden: int) -> int:
     wide = max(wide) if isinstance(wide, list | tuple) else wide
     experts = first_of(text, "num_experts_per_tok", "num_experts_per_token", default=0)
     return int(max(wide, experts * first_of(text, "moe_intermediate_size", default=wide)))
-
-
-def _computes_last_logits(model: torch.nn.Module) -> bool:
-    """Whether generate() has it compute no more logits of a prompt than those it draws from."""
-    return "logits_to_keep" in inspect.signature(model.forward).parameters

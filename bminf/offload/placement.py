@@ -45,7 +45,10 @@ def place(
             quantize(list(model.get_submodule(name).modules()))
             module = model.get_submodule(name)
             if name in streamed:
-                _send_home(name, module, layout, scheduler)
+                tensors = [(key, tensor) for key, _, tensor in tensors_of(module)]
+                laid_out = [item for item in tensors if item[0] in layout.specs]
+                scheduler.backend.put(len(scheduler.blocks), laid_out)
+                scheduler.add(name, module, layout)
             else:
                 _settle(module, layout, scheduler.backend, scheduler.source_device)
             if is_trimmed:
@@ -105,12 +108,6 @@ def _with_progress(
         for name, layout in layouts.items():
             yield name, layout
             bar.update(layout.nbytes)
-
-
-def _send_home(name: str, module: torch.nn.Module, layout: Layout, scheduler: Scheduler) -> None:
-    tensors = ((n, tensor) for n, _, tensor in tensors_of(module) if n in layout.specs)
-    scheduler.backend.put(len(scheduler.blocks), tensors)
-    scheduler.add(name, module, layout)
 
 
 def _settle(

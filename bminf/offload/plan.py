@@ -356,7 +356,12 @@ def _uses_of(blocks: tuple[Block, ...], uses: Mapping[str, float]) -> dict[str, 
 
 def least_budget(whole: Plan) -> int:
     """The smallest budget, in bytes, that the blocks of `whole` can be planned for."""
-    return whole.outside_bytes + whole.reserved_bytes + min(_needs(whole.blocks))[0]
+    return whole.outside_bytes + whole.reserved_bytes + least_bytes(whole.blocks)
+
+
+def least_bytes(blocks: Sequence[Block]) -> int:
+    """Of device memory, in which `blocks` can be run."""
+    return min(_needs(blocks))[0]
 
 
 def _check_room(

@@ -34,12 +34,9 @@ class _InSlot(torch.Tensor):
 
     @data.setter
     def data(self, value: torch.Tensor) -> None:
-        self.is_elsewhere = _is_alike(value, self)  # or it is the model's own, beyond the plan
+        kinds = [(t.shape, t.dtype, t.device) for t in (value, self)]
+        self.is_elsewhere = kinds[0] == kinds[1]  # or it is the model's own, beyond the plan
         torch.Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
-
-
-def _is_alike(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
 
 
 class _ParameterInSlot(_InSlot, torch.nn.Parameter):

@@ -37,7 +37,9 @@ def weight_only_product(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
     x = _float(x)
     if weight.qweight.dtype == torch.uint8:
         return _four_bit_product(x, weight)
-    if weight.group_size is not None or not _has_integer_product(weight) or _is_small(weight):
+    # Where integers save less than their digits cost, nothing need be rounded either.
+    is_small = weight.qweight.numel() <= _SMALL_ELEMENTS
+    if weight.group_size is not None or not _has_integer_product(weight) or is_small:
         return _dequantized_product(x, weight)
     ordinary = _ordinary_row(x)
     if ordinary is not None:
@@ -79,11 +81,6 @@ def _float(x: torch.Tensor) -> torch.Tensor:
     return x if x.dtype == torch.float32 else x.float()
 
 
-def _is_small(weight: PackedWeight) -> bool:
-    """Whether integers save less than their digits cost; then nothing need be rounded either."""
-    return weight.qweight.numel() <= _SMALL_ELEMENTS
-
-
 def _has_integer_product(weight: PackedWeight) -> bool:
     return weight.in_features <= MOST_DIGIT_COLUMNS and is_fast() and is_exact(torch.int8)
 
@@ -117,16 +114,13 @@ def _ordinary_row(x: torch.Tensor) -> tuple[np.ndarray, float] | None:
     """The only row of `x` and its largest absolute value; None for more rows, for a row of zeros,
     infinity or NaN, and where this CPU has no fast product for one row."""
     # NumPy sees the values only of an ordinary tensor, and no trace sees what NumPy does.
-    is_plain = type(x) is torch.Tensor and x.device.type == "cpu"
-    if x.shape[0] != 1 or not is_plain or not is_exact(torch.uint8) or _is_traced():
+    is_traced = bool(torch._C._get_tracing_state())
+    is_plain = type(x) is torch.Tensor and x.device.type == "cpu" and not is_traced
+    if x.shape[0] != 1 or not is_plain or not is_exact(torch.uint8):
         return None
     row = x.numpy()[0]
     most = float(np.abs(row).max())
     return (row, most) if _LEAST < most < float("inf") else None
-
-
-def _is_traced() -> bool:
-    return bool(torch._C._get_tracing_state())
 
 
 def _one_row_products(digits: np.ndarray, weight: PackedWeight) -> list[np.ndarray]:
