@@ -30,7 +30,7 @@ class HostEmbedding(torch.nn.Module):
         self.dtype = torch.get_default_dtype() if dtype is None else dtype
         self._parts: list[torch.Tensor] = []
         self._table_dtype = self.dtype
-        self._begins = torch.zeros(0, dtype=torch.int64, device="cpu")
+        self._starts = torch.zeros(0, dtype=torch.int64, device="cpu")
 
     def keep(self, parts: Sequence[torch.Tensor], dtype: torch.dtype) -> None:
         """Look rows up in these tables, one below another.
@@ -40,7 +40,7 @@ class HostEmbedding(torch.nn.Module):
         """
         with torch.device("cpu"):
             sizes = torch.tensor([0, *(len(part) for part in parts)])
-        self._parts, self._begins, self._table_dtype = list(parts), sizes.cumsum(0), dtype
+        self._parts, self._starts, self._table_dtype = list(parts), sizes.cumsum(0), dtype
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """(...) int64 on any device -> (..., hidden_size) in `dtype` on that device."""
@@ -50,11 +50,11 @@ class HostEmbedding(torch.nn.Module):
         return rows.to(input_ids.device).view(*input_ids.shape, self.hidden_size)
 
     def _gather(self, ids: torch.Tensor) -> torch.Tensor:
-        numbers = torch.bucketize(ids, self._begins, right=True) - 1
+        indices = torch.bucketize(ids, self._starts, right=True) - 1
         rows = torch.empty((len(ids), self.hidden_size), dtype=self.dtype, device=ids.device)
-        for number in numbers.unique().tolist():
-            is_own = numbers == number
-            own = self._parts[number][ids[is_own] - self._begins[number]]
+        for index in indices.unique().tolist():
+            is_own = indices == index
+            own = self._parts[index][ids[is_own] - self._starts[index]]
             rows[is_own] = own.view(self._table_dtype).to(self.dtype)
         return rows
 

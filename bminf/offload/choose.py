@@ -67,8 +67,8 @@ def choose(
     kinds = sorted(members)
     counts = streamed_counts(kinds, [members[kind] for kind in kinds], sum(sizes) - room)
     streams = dict(zip(kinds, counts, strict=True))
-    places = spread([[kind_of[at] for at in order] for order in lists], streams)
-    return {order[at] for order, some in zip(lists, places, strict=True) for at in some}
+    places = spread([[kind_of[index] for index in order] for order in lists], streams)
+    return {order[index] for order, some in zip(lists, places, strict=True) for index in some}
 
 
 def _as_integers(uses: Sequence[float]) -> list[int]:
@@ -103,7 +103,7 @@ def _dtype(kinds: Sequence[Kind], counts: Sequence[int]) -> np.dtype[Any]:
 
 def _prefix(kinds: Sequence[Kind], counts: Sequence[int], missing: int) -> list[int]:
     """The best of the last sort of set, as counts."""
-    order = sorted(range(len(kinds)), key=lambda at: (kinds[at].uses, at))
+    order = sorted(range(len(kinds)), key=lambda index: (kinds[index].uses, index))
     sizes = np.array([kind.nbytes for kind in kinds], np.int64)
     ends = np.searchsorted(sizes, sizes, side="right")  # kinds up to each size
     possible = np.cumsum(sizes * counts)[ends - 1] >= missing + 2 * sizes
@@ -114,8 +114,8 @@ def _prefix(kinds: Sequence[Kind], counts: Sequence[int], missing: int) -> list[
     spent = spent + times * np.array([kind.cost for kind in kinds], spent.dtype)[cut]
     best = int(spent.argmin())
     streams = [0] * len(kinds)
-    for at in order[: first[best]]:
-        streams[at] = counts[at] if at < ends[best] else 0
+    for index in order[: first[best]]:
+        streams[index] = counts[index] if index < ends[best] else 0
     streams[int(cut[best])] = int(times[best])
     return streams
 
@@ -165,8 +165,8 @@ class _Ways:
         self._falling = falling
         self._steps: list[tuple[int, _Array, _Array]] = []
 
-    def add(self, at: int, nbytes: int, cost: float, count: int, floor: float) -> None:
-        """Let up to `count` blocks of kind number `at` stream as well, in pieces of 1, 4, 16, ...
+    def add(self, index: int, nbytes: int, cost: float, count: int, floor: float) -> None:
+        """Let up to `count` blocks of the kind `index` stream as well, in pieces of 1, 4, 16, ...
 
         floor: what every set costs in which these ways are used.
         """
@@ -176,10 +176,10 @@ class _Ways:
             copies = min(3, count // times)
             taken = times * np.arange(copies + 1)
             # Of ways that free and cost the same the last is kept: it is to have fewer blocks.
-            self._step(at, taken[::-1] if self._falling else taken, nbytes, cost, floor)
+            self._step(index, taken[::-1] if self._falling else taken, nbytes, cost, floor)
             count, times = count - times * copies, 4 * times
 
-    def _step(self, at: int, taken: _Array, nbytes: int, cost: float, floor: float) -> None:
+    def _step(self, index: int, taken: _Array, nbytes: int, cost: float, floor: float) -> None:
         all_nbytes = np.add.outer(taken * nbytes, self.nbytes[-1]).ravel()
         all_cost = np.add.outer(taken.astype(self.cost[0].dtype) * cost, self.cost[-1]).ravel()
         order = all_nbytes.argsort(kind="stable")  # sorted runs: a merge
@@ -188,7 +188,7 @@ class _Ways:
         order = order[np.append(ordered[:-1] < least[1:], True)]
         if len(order) > self._most:
             order = order[_thinned(all_cost[order] + floor, self._most)]
-        self._steps.append((at, taken, order))
+        self._steps.append((index, taken, order))
         self.nbytes.append(all_nbytes[order])
         self.cost.append(all_cost[order])
 
@@ -199,10 +199,10 @@ class _Ways:
     def counts(self, ways: _Array, steps: int) -> dict[int, _Array]:
         """Number of a kind -> how many of its blocks stream in each of the ways after `steps`."""
         counts: dict[int, _Array] = {}
-        for number in range(steps)[::-1]:
-            at, taken, order = self._steps[number]
-            place, ways = np.divmod(order[ways], len(self.nbytes[number]))
-            counts[at] = counts.get(at, 0) + taken[place]
+        for step in range(steps)[::-1]:
+            index, taken, order = self._steps[step]
+            place, ways = np.divmod(order[ways], len(self.nbytes[step]))
+            counts[index] = counts.get(index, 0) + taken[place]
         return counts
 
 
@@ -236,8 +236,8 @@ class _Meeting:
         """The counts of the cheapest set, or `to_beat`; of equals, of the one of fewest blocks."""
         levels = list(self._levels(_cost_of(self._kinds, to_beat)))
         small, steps = _Ways(self._dtype, self._most), [0]
-        for at in range(max((start for start, _ in levels), default=0)):
-            self._add(small, at)
+        for index in range(max((start for start, _ in levels), default=0)):
+            self._add(small, index)
             steps.append(small.steps)
         found = (self._met(small, steps[start], self._large(start, end)) for start, end in levels)
         return min(
@@ -259,16 +259,16 @@ class _Meeting:
                 yield start, end
             end = start
 
-    def _add(self, ways: _Ways, at: int) -> None:
-        nbytes = self._kinds[at].nbytes
-        ways.add(at, nbytes, self._costs[at], self._counts[at], nbytes * self._price)
+    def _add(self, ways: _Ways, index: int) -> None:
+        nbytes = self._kinds[index].nbytes
+        ways.add(index, nbytes, self._costs[index], self._counts[index], nbytes * self._price)
 
     def _large(self, start: int, end: int) -> _Ways:
         """Ways of the kinds from `start` to before `end`; what they free is less the slots."""
         large = _Ways(self._dtype, self._most, falling=True)
-        for at in range(start, end)[::-1]:
-            large.nbytes[-1][0] = -2 * self._kinds[at].nbytes  # if no larger block streams
-            self._add(large, at)
+        for index in range(start, end)[::-1]:
+            large.nbytes[-1][0] = -2 * self._kinds[index].nbytes  # if no larger block streams
+            self._add(large, index)
         return large
 
     def _met(self, small: _Ways, steps: int, large: _Ways) -> list[int] | None:
@@ -291,11 +291,13 @@ class _Meeting:
         """Counts of the exactly cheapest of some sets; of equals, of the one of fewest blocks."""
         counts = {**small, **large}
         costs = np.sum(
-            [self._kinds[at].cost * n.astype(object) for at, n in counts.items()], axis=0
+            [self._kinds[index].cost * n.astype(object) for index, n in counts.items()], axis=0
         )
         equal = np.flatnonzero(costs == costs.min())
         best = equal[np.sum(list(counts.values()), axis=0)[equal].argmin()]
-        return [int(counts[at][best]) if at in counts else 0 for at in range(len(self._kinds))]
+        return [
+            int(counts[index][best]) if index in counts else 0 for index in range(len(self._kinds))
+        ]
 
 
 def _half(below: _Array, end: int, most: int) -> int:
@@ -333,12 +335,14 @@ def _spread_in(order: Sequence[Kind], shares: Mapping[Kind, int]) -> list[int]:
     """Places of one list to stream. Of each kind in turn, from that which frees most, the even
     pattern is shifted to where what streams by then keeps best in step with the computation."""
     own: dict[Kind, list[int]] = {}
-    for at, kind in enumerate(order):
-        own.setdefault(kind, []).append(at)
+    for index, kind in enumerate(order):
+        own.setdefault(kind, []).append(index)
     nbytes = np.array([kind.nbytes for kind in order], np.float64)
     done = np.cumsum(nbytes) - nbytes / 2
     streams = np.zeros(len(order), np.bool_)
-    streams[[at for kind, its in own.items() if len(its) == shares[kind] for at in its]] = True
+    streams[[index for kind, its in own.items() if len(its) == shares[kind] for index in its]] = (
+        True
+    )
     in_part = [kind for kind, its in own.items() if 0 < shares[kind] < len(its)]
     for kind in sorted(in_part, key=lambda kind: -kind.nbytes * shares[kind]):
         its, share = np.array(own[kind]), shares[kind]
@@ -347,7 +351,7 @@ def _spread_in(order: Sequence[Kind], shares: Mapping[Kind, int]) -> list[int]:
         shifted = [its[(even + shift) % len(its)] for shift in shifts]
         best = min(shifted, key=lambda places: _lag(nbytes, done, streams, places))
         streams[best] = True
-    return [int(at) for at in np.flatnonzero(streams)]
+    return [int(index) for index in np.flatnonzero(streams)]
 
 
 def _lag(nbytes: _Array, done: _Array, streams: _Array, places: _Array) -> float:

@@ -103,8 +103,8 @@ def layer_kinds(text: Any, count: int) -> list[str]:
             kind = "linear_attention"
         kinds = [kind] * count
     modes = first_of(text, "kv_sharing_modes", default=())
-    kinds = ["dummy" if at < len(modes) and modes[at] == "reuse" else kind
-        for at, kind in enumerate(kinds)]  # fmt: skip
+    kinds = ["dummy" if index < len(modes) and modes[index] == "reuse" else kind
+        for index, kind in enumerate(kinds)]  # fmt: skip
     shared = first_of(text, "num_kv_shared_layers", default=0)
     return kinds if modes or not shared else kinds[:-shared]
 

@@ -146,9 +146,9 @@ class FileStore:
         self._descriptor = self._file.fileno()
         weakref.finalize(self, self._file.close)
 
-    def write(self, block: int, blob: torch.Tensor, begin: int = 0) -> None:
-        """Keep a blob, or the part of one that begins at `begin`. blob: (bytes,) uint8, CPU."""
-        self._transfer("writing", _write_at, bytes_of(blob), self._offsets[block] + begin)
+    def write(self, block: int, blob: torch.Tensor, start: int = 0) -> None:
+        """Keep a blob, or the part of one from byte `start` on. blob: (bytes,) uint8, CPU."""
+        self._transfer("writing", _write_at, bytes_of(blob), self._offsets[block] + start)
 
     def read_into(self, block: int, blob: torch.Tensor | memoryview) -> None:
         """Fetch a blob. blob: (bytes of the block,) uint8, CPU; it is overwritten."""
@@ -313,7 +313,7 @@ class Staging:
         missing = [blob for blob in wanted if blob not in self.held]
         if not missing:
             return None
-        stage = next(at for at in self._by_age if self.held[at] not in wanted)
+        stage = next(index for index in self._by_age if self.held[index] not in wanted)
         self._by_age.remove(stage)
         self._by_age.append(stage)
         self.held[stage] = missing[0]
@@ -389,13 +389,13 @@ class ReadAhead:
             self._give(order)
         return order.done
 
-    def write(self, blob: int, data: torch.Tensor, begin: int = 0) -> None:
-        """Keep new bytes of `blob`, from byte `begin` on, in the file. data: (bytes,) uint8, CPU.
+    def write(self, blob: int, data: torch.Tensor, start: int = 0) -> None:
+        """Keep new bytes of `blob`, from byte `start` on, in the file. data: (bytes,) uint8, CPU.
 
         Jobs that were given before may still see the old ones.
         """
         try:
-            self._store.write(blob, data, begin)
+            self._store.write(blob, data, start)
         finally:
             with self._lock:
                 self._staging.forget(blob)  # also if it is being read just now: see _end_read

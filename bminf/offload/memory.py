@@ -166,13 +166,13 @@ def mapped_files() -> Callable[[int], bool]:
             continue
         span, _, _, _, inode, *_ = line.split()
         if inode != "0":
-            begin, end = span.split("-")
-            spans.append((int(begin, 16), int(end, 16)))
-    starts = [begin for begin, _ in spans]  # the system lists them in order
+            start, end = span.split("-")
+            spans.append((int(start, 16), int(end, 16)))
+    starts = [start for start, _ in spans]  # the system lists them in order
 
     def is_mapped(address: int) -> bool:
-        number = bisect_right(starts, address) - 1
-        return number >= 0 and address < spans[number][1]
+        index = bisect_right(starts, address) - 1
+        return index >= 0 and address < spans[index][1]
 
     return is_mapped
 

@@ -126,7 +126,7 @@ class Plan:
     def disk_places(self) -> tuple[int, ...]:
         """Which of `streamed` are `on_disk`, as places in it: what Backend.open takes."""
         on_disk = set(self.on_disk)
-        return tuple(at for at, name in enumerate(self.streamed) if name in on_disk)
+        return tuple(index for index, name in enumerate(self.streamed) if name in on_disk)
 
     def _blocks_of(self, names: Sequence[str]) -> list[Block]:
         wanted = set(names)
@@ -205,7 +205,7 @@ class Plan:
     def _picture(self) -> Iterator[str]:
         streamed, on_disk = set(self.streamed), set(self.on_disk)
         for list_name, order in _by_list(self.blocks).items():
-            names = [self.blocks[at].name for at in order]
+            names = [self.blocks[index].name for index in order]
             moves = "".join(":" if name in on_disk else "." for name in names)
             signs = "".join(
                 sign if name in streamed else "#" for name, sign in zip(names, moves, strict=True)
@@ -220,7 +220,7 @@ class Plan:
                 f"{list_name or 'blocks'}: {stay} stay (#), {stream} stream (.){disk}, "
                 f"uses {shown} ({words})"
             )
-            yield from (f"  {signs[at : at + _ROW]}" for at in range(0, len(signs), _ROW))
+            yield from (f"  {signs[index : index + _ROW]}" for index in range(0, len(signs), _ROW))
 
 
 def uses_in_words(uses: float) -> str:
@@ -279,8 +279,8 @@ def plan(
         streamed: set[int] = set()
     else:
         streamed = _choose(blocks, taken, room)
-    stay = [block for at, block in enumerate(blocks) if at not in streamed]
-    move = [block for at, block in enumerate(blocks) if at in streamed]
+    stay = [block for index, block in enumerate(blocks) if index not in streamed]
+    move = [block for index, block in enumerate(blocks) if index in streamed]
     return Plan(
         blocks=blocks,
         uses=MappingProxyType(taken),
@@ -314,7 +314,7 @@ def _on_disk(
             f"buffers of {format_bytes(stage)}, for blocks that wait on disk); {advice}"
         )
     places = _choose(streamed, uses, host_bytes)
-    return tuple(block.name for at, block in enumerate(streamed) if at in places)
+    return tuple(block.name for index, block in enumerate(streamed) if index in places)
 
 
 def _check_blocks(blocks: tuple[Block, ...]) -> None:
@@ -424,6 +424,6 @@ def _choose(blocks: tuple[Block, ...], taken: Mapping[str, int | float], room: i
 def _by_list(blocks: tuple[Block, ...]) -> dict[str, list[int]]:
     """Name of a list -> the places of its blocks, in the order given."""
     lists: dict[str, list[int]] = {}
-    for at, block in enumerate(blocks):
-        lists.setdefault(block.list_name, []).append(at)
+    for index, block in enumerate(blocks):
+        lists.setdefault(block.list_name, []).append(index)
     return lists

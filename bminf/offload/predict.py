@@ -99,7 +99,9 @@ class SimulatedBackend:
         self._on_disk = set(on_disk)
         self._link_free_s = 0.0
         self.now_s = 0.0
-        self.disk = SimulatedDisk({at: blob_bytes[at] / disk_bytes_per_s for at in on_disk})
+        self.disk = SimulatedDisk(
+            {index: blob_bytes[index] / disk_bytes_per_s for index in on_disk}
+        )
         self.copies: list[Access] = []
         self.reads: list[Access] = []
 
@@ -212,16 +214,16 @@ def predict(
     streamed_names = set(plan.streamed)
     passing = [block for block in blocks if block.name in streamed_names]
     streamed = list(dict.fromkeys(passing))
-    numbers = {block.name: number for number, block in enumerate(streamed)}
+    indices = {block.name: index for index, block in enumerate(streamed)}
     steps = [
-        Step(block.nbytes / memory_bytes_per_s, numbers.get(block.name)) for block in blocks
+        Step(block.nbytes / memory_bytes_per_s, indices.get(block.name)) for block in blocks
     ] + [Step(outside_bytes / memory_bytes_per_s)]
     compute_s = sum(step.compute_s for step in steps)
     copy_s = sum(block.nbytes for block in passing) / link_bytes_per_s
     if not streamed:
         return Prediction(compute_s, compute_s, 0.0, 0.0)
-    on_disk = [numbers[name] for name in plan.on_disk if name in numbers]
-    disk_s = sum(streamed[number].nbytes for number in on_disk) / (disk_bytes_per_s or math.inf)
+    on_disk = [indices[name] for name in plan.on_disk if name in indices]
+    disk_s = sum(streamed[index].nbytes for index in on_disk) / (disk_bytes_per_s or math.inf)
     backend = SimulatedBackend(
         [block.nbytes for block in streamed],
         link_bytes_per_s,

@@ -146,7 +146,7 @@ class StreamedBlock:
         self._read, self._write = read, write
         self.name, self.index, self.module, self.layout = name, index, module, layout
         self.slot: int | None = None
-        self._begins = [slot.data_ptr() for slot in backend.slots]
+        self._starts = [slot.data_ptr() for slot in backend.slots]
         self._versions = 0
         self._warned = False
         # By place: a part that stands twice in the block holds its tensors once.
@@ -308,7 +308,7 @@ class StreamedBlock:
         if tensor.layout != torch.strided or tensor.is_meta:
             return None
         try:
-            offset = tensor.data_ptr() - self._begins[self.slot]
+            offset = tensor.data_ptr() - self._starts[self.slot]
         except RuntimeError:  # inside torch.func transforms a tensor has no address
             return None
         return offset if 0 <= offset < self.layout.extent else None

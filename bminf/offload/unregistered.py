@@ -269,7 +269,7 @@ def _in_containers(storages: set[int]) -> set[int]:
     keys = {id(tensor): _key(tensor) for tensor in tensors}
     holders = [holder for holder in gc.get_referrers(*tensors) if holder is not tensors]
     items = {id(item) for holder in holders for item in gc.get_referents(holder)}
-    return {key for number, key in keys.items() if key is not None and number in items}
+    return {key for tensor_id, key in keys.items() if key is not None and tensor_id in items}
 
 
 def warn_of_held(

@@ -62,8 +62,8 @@ def gated_linear(
     gate_bias, up_bias = (_checked(bias, gate, x.dtype) for bias in (gate_bias, up_bias))
     check_codes("gate", gate.qweight)
     check_codes("up", up.qweight)
-    number = list(ACTIVATION_FUNCTIONS).index(activation)
-    y = launch_few_rows(launcher, rows, gate, gate_bias, up, up_bias, number)
+    index = list(ACTIVATION_FUNCTIONS).index(activation)
+    y = launch_few_rows(launcher, rows, gate, gate_bias, up, up_bias, index)
     return y.view(*x.shape[:-1], gate.out_features)
 
 

@@ -65,8 +65,8 @@ class CpuBackend:
         store, layout = self._opened_store(), self._layouts[block]
         blob = store.map(block)  # a private copy, of the pages that are touched
         layout.fill(blob, [(name, tensor)])
-        begin, end = layout.span(name)
-        store.write(block, blob[begin:end], begin)
+        start, end = layout.span(name)
+        store.write(block, blob[start:end], start)
 
     def copy(self, block: int, slot: int, after: None) -> Outcome:
         assert self._reader is not None and self._store is not None

@@ -47,9 +47,9 @@ class _Copy(NamedTuple):
 
 
 class _Files(NamedTuple):
-    """The blobs that lie in a file. numbers: block -> its number in the store."""
+    """The blobs that lie in a file. places: block -> its place in the store."""
 
-    numbers: dict[int, int]
+    places: dict[int, int]
     store: FileStore
     stages: dict[int, PinnedMemory]
     read_ahead: ReadAhead
@@ -102,8 +102,8 @@ class CudaBackend:
         store = FileStore(extents, offload_dir)
         stages: dict[int, PinnedMemory] = {}
         try:
-            for number in range(NUM_STAGES):
-                stages[number] = self._pinned(max(extents))
+            for index in range(NUM_STAGES):
+                stages[index] = self._pinned(max(extents))
             reader = Reader("bminf-reader")
         except BaseException:
             _close_all(stages)
@@ -112,7 +112,7 @@ class CudaBackend:
         # A thread begins with the first GPU, and would take memory there.
         reader.submit(partial(torch.cuda.set_device, self.device))
         read_ahead = ReadAhead(store, extents, [stage.tensor for stage in stages.values()], reader)
-        numbers = {block: number for number, block in enumerate(on_disk)}
+        places = {block: index for index, block in enumerate(on_disk)}
         logger.warning(
             "%d of %d streamed blocks (%s) wait on disk, because host memory has no room for them; "
             "they are read anew in each pass",
@@ -120,7 +120,7 @@ class CudaBackend:
             len(self._layouts),
             format_bytes(sum(extents)),
         )
-        return _Files(numbers, store, stages, read_ahead)
+        return _Files(places, store, stages, read_ahead)
 
     def _open_slots(self) -> None:
         self._stream = torch.cuda.Stream(self.device)
@@ -132,26 +132,26 @@ class CudaBackend:
         self._stream.wait_stream(self._compute_stream())
 
     def put(self, block: int, tensors: Iterable[Filling]) -> None:
-        if self._files is not None and block in self._files.numbers:
+        if self._files is not None and block in self._files.places:
             # Nothing is read ahead before the first copy, so a staging buffer is free.
             blob = self._files.stages[0].tensor[: self._layouts[block].extent]
             self._layouts[block].fill(blob, tensors)
-            self._files.read_ahead.write(self._files.numbers[block], blob)
+            self._files.read_ahead.write(self._files.places[block], blob)
             return
         home = self._pinned(self._layouts[block].extent)
         self._homes[block] = home
         self._layouts[block].fill(home.tensor, tensors)
 
     def home(self, block: int) -> torch.Tensor:
-        if self._files is not None and block in self._files.numbers:
-            return self._files.store.map(self._files.numbers[block])
+        if self._files is not None and block in self._files.places:
+            return self._files.store.map(self._files.places[block])
         return self._homes[block].tensor
 
     def write_back(self, block: int, slot: int) -> None:
         # Rare (a block that changes its own buffers), so waiting here is the simple right thing.
-        if self._files is not None and block in self._files.numbers:
+        if self._files is not None and block in self._files.places:
             blob = self._slot(block, slot).cpu()
-            self._files.read_ahead.write(self._files.numbers[block], blob)
+            self._files.read_ahead.write(self._files.places[block], blob)
             return
         self._homes[block].tensor.copy_(self._slot(block, slot))
 
@@ -160,9 +160,9 @@ class CudaBackend:
         self._compute_stream().synchronize()
         layout, blob = self._layouts[block], self.home(block)
         layout.fill(blob, [(name, tensor)])
-        if self._files is not None and block in self._files.numbers:
-            begin, end = layout.span(name)  # the blob is a private copy of the file
-            self._files.read_ahead.write(self._files.numbers[block], blob[begin:end], begin)
+        if self._files is not None and block in self._files.places:
+            start, end = layout.span(name)  # the blob is a private copy of the file
+            self._files.read_ahead.write(self._files.places[block], blob[start:end], start)
 
     def copy(self, block: int, slot: int, after: torch.cuda.Event | None) -> _Copy:
         copy = _Copy(self._event(), self._event())
@@ -178,8 +178,8 @@ class CudaBackend:
         self, files: _Files, block: int, queue: Callable[[torch.Tensor], Callable[[], None]]
     ) -> Outcome:
         """Queue a copy behind those asked for before, at once or when its blob has been read."""
-        if block in files.numbers:
-            return files.read_ahead.fetch(files.numbers[block], queue)
+        if block in files.places:
+            return files.read_ahead.fetch(files.places[block], queue)
         return files.read_ahead.do(partial(queue, self._homes[block].tensor))
 
     def _queue(
