@@ -104,7 +104,7 @@ def _agrees_on_a_probe(module: torch.nn.Module) -> bool:
     return True
 
 
-def skeleton(linear: torch.nn.Module, form: Format) -> QuantizedLinear:
+def skeleton(linear: torch.nn.Module, format_: Format) -> QuantizedLinear:
     """The QuantizedLinear that `linear` will become, on the meta device: shapes without bytes."""
     twin = copy.copy(linear)
     twin.__dict__["_parameters"] = {
@@ -113,7 +113,7 @@ def skeleton(linear: torch.nn.Module, form: Format) -> QuantizedLinear:
         else torch.nn.Parameter(torch.empty_like(tensor, device="meta"), False)
         for name, tensor in linear._parameters.items()
     }
-    return QuantizedLinear(twin, quantization=form)
+    return QuantizedLinear(twin, quantization=format_)
 
 
 Places = Mapping[torch.nn.Module, Sequence[tuple[torch.nn.Module, str, str]]]
@@ -179,10 +179,10 @@ class Choice:
 def choose(
     model: torch.nn.Module,
     blocks: Iterable[ModuleBlock],
-    form: Format | None,
+    format_: Format | None,
     wanted: Predicate | None = None,
 ) -> Choice:
-    """The linears to quantise, as `form`; None is none.
+    """The linears to quantise, as `format_`; None is none.
 
     wanted: says so by name and module; None takes the linears in the blocks, or all where there are
     no blocks, but output heads, adapters, and those that a group of columns is too wide for. What
@@ -194,7 +194,7 @@ def choose(
             f"quantize={wanted!r}; give a function of the name and the module of a linear "
             "that says whether it is packed"
         )
-    if form is None:
+    if format_ is None:
         if wanted is not None:
             raise ArgumentError('quantize= chooses what quantization="int8" or "int4" packs')
         return Choice({}, {})
@@ -203,7 +203,7 @@ def choose(
     apart, least_columns = set[torch.nn.Module](), 0
     if wanted is None:  # nobody chose them by name
         apart = _trained_apart(model, linears)
-        least_columns = _least_columns(linears, form)
+        least_columns = _least_columns(linears, format_)
     stand_ins: dict[torch.nn.Module, QuantizedLinear] = {}
     kept: dict[str, list[Linear]] = {}
     for name, module in linears:
@@ -211,13 +211,13 @@ def choose(
         if reason is None and module in apart:
             reason = "trained beside frozen ones, or part of an adapter"
         columns = _num_columns(module)
-        if reason is None and form.bits == 4 and (columns % 2 or columns < least_columns):
+        if reason is None and format_.bits == 4 and (columns % 2 or columns < least_columns):
             reason = "with an odd number of columns, or fewer than share a scale"
         if reason is not None:
             kept.setdefault(reason, []).append((name, module))
             continue
         with _named(name):
-            stand_ins[module] = skeleton(module, form)
+            stand_ins[module] = skeleton(module, format_)
     return Choice(stand_ins, kept)
 
 
@@ -235,11 +235,11 @@ def _trained_apart(model: torch.nn.Module, linears: Sequence[Linear]) -> set[tor
     return apart
 
 
-def _least_columns(linears: Sequence[Linear], form: Format) -> int:
+def _least_columns(linears: Sequence[Linear], format_: Format) -> int:
     """Columns below which packing saves little: those that share a scale, unless no linear has so
     many, so that the format was meant for narrow ones."""
     widest = max((_num_columns(module) for _, module in linears), default=0)
-    group_size = form.group_size or 0
+    group_size = format_.group_size or 0
     return group_size if widest >= group_size else 0
 
 

@@ -62,15 +62,15 @@ class QuantizedLinear(torch.nn.Linear):
         quantization: str | Format = "int8",
     ) -> None:
         torch.nn.Module.__init__(self)  # Linear's own would make a weight
-        form = parse_format(quantization, is_optional=False)
-        assert form is not None  # or it was an error
-        self.form = form
-        _check_activations(activations, form)
+        format_ = parse_format(quantization, is_optional=False)
+        assert format_ is not None  # or it was an error
+        self.form = format_
+        _check_activations(activations, format_)
         weight = _weight_of(linear)
         self.out_features, self.in_features = weight.shape
         self.activations = activations
         self.dtype = weight.dtype
-        packed = pack(weight, form)
+        packed = pack(weight, format_)
         # Not by register_buffer(), which asks for each whether there is such an attribute.
         self._buffers.update({name: getattr(packed, name) for name in PACKED_FIELDS})
         self._parameters["bias"] = None
@@ -198,13 +198,13 @@ def _carry_over(linear: torch.nn.Module, packed: QuantizedLinear) -> None:
     packed.train(linear.training)
 
 
-def _check_activations(activations: str, form: Format) -> None:
+def _check_activations(activations: str, format_: Format) -> None:
     if activations not in ACTIVATIONS:
         raise ArgumentError(f"activations={activations!r}; accepted: {', '.join(ACTIVATIONS)}")
-    if activations == "int8" and form != INT8:
+    if activations == "int8" and format_ != INT8:
         raise ArgumentError(
             'activations="int8" needs quantization="int8", not '
-            f'{form}; with it, activations is "auto" or "float"'
+            f'{format_}; with it, activations is "auto" or "float"'
         )
 
 

@@ -164,12 +164,12 @@ def remedies(
     model: torch.nn.Module,
     blocks: Sequence[ModuleBlock],
     blobs: Blobs,
-    form: Format | None,
+    format_: Format | None,
     reserved_bytes: int,
     has_context: bool,
     device_type: str,
 ) -> list[Remedy]:
-    """In the words of wrapper().   blobs: as they will be, packed in `form`.
+    """In the words of wrapper().   blobs: as they will be, packed in `format_`.
 
     reserved_bytes: in all.   has_context: whether max_length is a reason of them.
     device_type: "cpu" or "cuda", where the model is to run.
@@ -177,7 +177,7 @@ def remedies(
     least = _least_of(blobs, device_type)
     found = []
     for name, packed in FORMATS.items():
-        if form is None or packed.bits < form.bits:
+        if format_ is None or packed.bits < format_.bits:
             stand_ins = choose(model, blocks, packed).stand_ins
             smaller = survey(model, blocks, stand_ins, keep_addresses=False)
             saved = least - _least_of(smaller, device_type)

@@ -251,12 +251,12 @@ def context_of(
     model: torch.nn.Module,
     max_length: int | None,
     max_batch_size: int = 1,
-    form: Format | None = None,
+    format_: Format | None = None,
     is_cpu: bool = False,
 ) -> Context:
     """What `max_batch_size` texts of `max_length` tokens take in `model`.
 
-    form: that its linears will be packed in.   is_cpu: or a GPU.
+    format_: that its linears will be packed in.   is_cpu: or a GPU.
     Raises ArgumentError for numbers below 1, and for a model that does not generate text.
     """
     max_batch_size = _whole_number("max_batch_size", max_batch_size)
@@ -274,7 +274,7 @@ def context_of(
         )
     try:
         itemsize = _itemsize(model)
-        sizes = _Sizes(max_batch_size * max_length, itemsize, form, is_cpu)
+        sizes = _Sizes(max_batch_size * max_length, itemsize, format_, is_cpu)
         cache = cache_bytes(model.config, max_batch_size, max_length, itemsize)
         workspace = _workspace_bytes(model, max_length, max_batch_size, sizes)
         return Context(max_length, max_batch_size, cache, workspace)
@@ -299,14 +299,16 @@ class _Sizes:
 
     num_rows: int
     itemsize: int
-    form: Format | None
+    format_: Format | None
     is_cpu: bool
 
     def held(self, *columns: int) -> int:
         return self.num_rows * sum(columns) * self.itemsize
 
     def product(self, inputs: int, outputs: int) -> int:
-        return product_bytes(self.num_rows, inputs, outputs, self.itemsize, self.form, self.is_cpu)
+        return product_bytes(
+            self.num_rows, inputs, outputs, self.itemsize, self.format_, self.is_cpu
+        )
 
 
 def _itemsize(model: torch.nn.Module) -> int:

@@ -8,25 +8,25 @@ _SLICE_BYTES = 2**27  # a slice of a dequantised weight, see linear_weight_only.
 
 
 def product_bytes(
-    num_rows: int, inputs: int, outputs: int, itemsize: int, form: Format | None, is_cpu: bool
+    num_rows: int, inputs: int, outputs: int, itemsize: int, format_: Format | None, is_cpu: bool
 ) -> int:
     """Bytes of the result of (num_rows, inputs) times a weight, and of what is held on the way.
 
-    itemsize: of an activation.   form: of the weight; None is not packed.
+    itemsize: of an activation.   format_: of the weight; None is not packed.
     """
     per_row = outputs * itemsize
-    if form is None:
+    if format_ is None:
         return num_rows * per_row
     if is_cpu:
-        return num_rows * (per_row + _on_cpu(inputs, outputs, itemsize, form))
+        return num_rows * (per_row + _on_cpu(inputs, outputs, itemsize, format_))
     weight = min(_SLICE_BYTES, inputs * outputs * itemsize)
-    rounded = inputs + 4 * outputs if form == INT8 else 0  # codes and their sums
+    rounded = inputs + 4 * outputs if format_ == INT8 else 0  # codes and their sums
     return num_rows * (per_row + rounded) + weight
 
 
-def _on_cpu(inputs: int, outputs: int, itemsize: int, form: Format) -> int:
+def _on_cpu(inputs: int, outputs: int, itemsize: int, format_: Format) -> int:
     """Bytes of a row, see cpu_linear.py."""
     wide = 0 if itemsize == 4 else 4 * (inputs + outputs)  # all is done in float32
-    if form == INT8:  # numbers, two digits of each, and the sums of both
+    if format_ == INT8:  # numbers, two digits of each, and the sums of both
         return wide + max(20 * inputs, 10 * inputs + 16 * outputs)
     return wide + 5 * inputs + 4 * outputs

@@ -51,8 +51,8 @@ def pack_rows(weight: torch.Tensor, bits: int) -> PackedWeight:
     return pack(weight, Format(bits), _pack_rows)
 
 
-def _pack_rows(weight: torch.Tensor, form: Format, packed: PackedWeight) -> None:
-    codes, scale = quantize_rows(weight, form.bits)
+def _pack_rows(weight: torch.Tensor, format_: Format, packed: PackedWeight) -> None:
+    codes, scale = quantize_rows(weight, format_.bits)
     packed.qweight.view(torch.int8)[:, : codes.shape[1]] = codes
     packed.scale.copy_(scale)
     if packed.code_sum is not None:

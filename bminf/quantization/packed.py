@@ -181,46 +181,46 @@ def row_bytes(in_features: int, bits: int) -> int:
     return -(-in_features * bits // (8 * CHUNK_BYTES)) * CHUNK_BYTES
 
 
-def pack(weight: torch.Tensor, form: Format, pack_rows: RowPacker | None = None) -> PackedWeight:
-    """`weight`, (N, K) floating point, in the format `form`; on the meta device shapes only.
+def pack(weight: torch.Tensor, format_: Format, pack_rows: RowPacker | None = None) -> PackedWeight:
+    """`weight`, (N, K) floating point, in `format_`; on the meta device shapes only.
 
     pack_rows: packs some rows into their place; None rounds as this file says.
     Raises ArgumentError: an odd K in 4 bits, a weight that is not finite or too large for half
     precision scales.
     """
-    packed = empty(weight.shape[0], weight.shape[1], form, weight.device)
+    packed = empty(weight.shape[0], weight.shape[1], format_, weight.device)
     if weight.is_meta or 0 in weight.shape:
         return packed
     num_rows = max(1, _SLICE_ELEMENTS // weight.shape[1])
     for start in range(0, weight.shape[0], num_rows):
         rows = slice(start, start + num_rows)
-        (pack_rows or _pack_rows)(weight[rows].detach(), form, packed.rows(rows))
+        (pack_rows or _pack_rows)(weight[rows].detach(), format_, packed.rows(rows))
     return packed
 
 
 def empty(
-    out_features: int, in_features: int, form: Format, device: torch.device | str
+    out_features: int, in_features: int, format_: Format, device: torch.device | str
 ) -> PackedWeight:
     """A packed weight with nothing in it yet: codes and scales are zeros."""
-    if form.bits == 4 and in_features % 2:
+    if format_.bits == 4 and in_features % 2:
         raise ArgumentError(
             f"a weight with {in_features} columns cannot be packed to 4 bits, where two columns "
             'share a byte; use quantization="int8" for it'
         )
     shape: tuple[int, ...] = (out_features,)
-    if form.group_size is not None:
-        shape += (_num_groups(in_features, form.group_size),)
-    scales = torch.zeros(shape, dtype=_SCALE_DTYPES[form.bits], device=device)
+    if format_.group_size is not None:
+        shape += (_num_groups(in_features, format_.group_size),)
+    scales = torch.zeros(shape, dtype=_SCALE_DTYPES[format_.bits], device=device)
     codes = torch.zeros(
-        (out_features, row_bytes(in_features, form.bits)),
-        dtype=_CODE_DTYPES[form.bits],
+        (out_features, row_bytes(in_features, format_.bits)),
+        dtype=_CODE_DTYPES[format_.bits],
         device=device,
     )
-    minimum = torch.zeros_like(scales) if form.has_minimum else None
+    minimum = torch.zeros_like(scales) if format_.has_minimum else None
     code_sum = None
-    if form == INT8:
+    if format_ == INT8:
         code_sum = torch.zeros(out_features, dtype=torch.int32, device=device)
-    return PackedWeight(codes, scales, minimum, in_features, form.group_size, code_sum)
+    return PackedWeight(codes, scales, minimum, in_features, format_.group_size, code_sum)
 
 
 def dequantize(packed: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
@@ -255,22 +255,22 @@ def store_codes(codes: torch.Tensor, packed: PackedWeight) -> None:
     packed.qweight[:, : packed.in_features // 2] = nibbles[:, ::2] << 4 | nibbles[:, 1::2]
 
 
-def _pack_rows(weight: torch.Tensor, form: Format, packed: PackedWeight) -> None:
+def _pack_rows(weight: torch.Tensor, format_: Format, packed: PackedWeight) -> None:
     weight = weight.float()
     if not weight.isfinite().all():
         raise ArgumentError("the weight holds NaN or infinity and cannot be quantised")
-    if form == INT8:
+    if format_ == INT8:
         codes, scale = int8_rows(weight)
         packed.scale.copy_(scale)
         packed.code_sum.copy_(codes.sum(1, dtype=torch.int32))  # type: ignore[union-attr]
         store_codes(codes, packed)
         return
-    groups = _grouped(weight, form.group_size)
-    if form.has_minimum:
+    groups = _grouped(weight, format_.group_size)
+    if format_.has_minimum:
         scale, minimum = _range_scale(groups)
         packed.minimum.copy_(minimum.view_as(packed.scale))  # type: ignore[union-attr]
         codes = _codes(groups - minimum, scale, 0, 15)
-    elif form.bits == 4:
+    elif format_.bits == 4:
         scale = _signed_scale(groups)
         codes = _codes(groups, scale, -8, 7)
     else:
