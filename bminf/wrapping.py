@@ -22,7 +22,7 @@ from bminf.offload.blocks import find_blocks, has_tensors
 from bminf.offload.context import USUAL_LENGTH, Context, context_of, writes_text
 from bminf.offload.hooks import ATTRIBUTE, Scheduler, Stats, is_streaming
 from bminf.offload.offloaded import fetch_offloaded
-from bminf.offload.placement import place, take_back
+from bminf.offload.placement import place, restore
 from bminf.offload.plan import Plan, Remedy
 from bminf.offload.start import plan_on, start
 from bminf.offload.unregistered import (
@@ -367,6 +367,6 @@ def _warn_of_training(model: torch.nn.Module, stacklevel: int) -> None:
 
 
 def _take_off(model: torch.nn.Module, scheduler: Scheduler) -> None:
-    take_back(model, scheduler)
+    restore(model, scheduler)
     model.__dict__.pop(ATTRIBUTE, None)
     scheduler.backend.close()

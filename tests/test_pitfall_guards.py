@@ -105,7 +105,7 @@ def test_4_unwrapped_in_one_mode_it_is_an_ordinary_model(mode: str) -> None:
 def test_4_a_state_dict_taken_in_inference_mode_is_an_ordinary_one() -> None:
     model = stream(make_stack())
     with torch.inference_mode():
-        homes = [model._bminf_scheduler.backend.home(0)]
+        homes = [model._bminf_scheduler.backend.host_copy(0)]
     assert not any(home.is_inference() for home in homes)
 
 

@@ -31,7 +31,7 @@ class PinnedMemory:
     """
 
     def __init__(self, nbytes: int) -> None:
-        self._runtime = _runtime()  # kept, because the last homes are closed when modules are gone
+        self._runtime = _runtime()  # kept, because the last ones are closed when modules are gone
         try:
             self._region = private_pages(nbytes)
             keep_from_forks(self._region)

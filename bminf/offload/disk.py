@@ -44,14 +44,14 @@ class Outcome:
     def __init__(self) -> None:
         self.error: BaseException | None = None
         self._is_done = False
-        self._under_way = threading.Lock()
-        self._under_way.acquire()
+        self._in_progress = threading.Lock()
+        self._in_progress.acquire()
 
     def end(self, error: BaseException | None = None) -> None:
         """The job has ended; called once."""
         self.error = error
         self._is_done = True  # first, so that an interrupt in wait() leaves nobody waiting
-        self._under_way.release()
+        self._in_progress.release()
 
     def done(self) -> bool:
         return self._is_done
@@ -60,9 +60,9 @@ class Outcome:
         """Return when the job has ended. Raises TimeoutError."""
         if self._is_done:
             return
-        if not self._under_way.acquire(timeout=timeout_s):
+        if not self._in_progress.acquire(timeout=timeout_s):
             raise TimeoutError
-        self._under_way.release()
+        self._in_progress.release()
 
     def result(self, timeout_s: float = -1) -> None:
         """As wait(), and raise what the job raised."""

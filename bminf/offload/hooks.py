@@ -4,8 +4,8 @@ Each block, and each module around blocks, gets a `forward` of its own on the in
 original inside try/finally, which a pair of forward hooks cannot: they are skipped when a block is
 left by KeyboardInterrupt, or when its `forward` is called directly.
 
-Outside its forward a streamed block holds lazy tensors, which fetch their values from the home when
-anything reads them; inside, views into the slot.
+Outside its forward a streamed block holds lazy tensors, which fetch their values from the host copy
+when anything reads them; inside, views into the slot.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class Scheduler:
         return Stats(passes=self._num_passes, **vars(counters))
 
     def add(self, name: str, module: torch.nn.Module, layout: Layout) -> None:
-        """Take over a block whose blob is at home."""
+        """Take over a block whose blob has a host copy."""
         write = functools.partial(self.call, self._write)
         block = StreamedBlock(
             name, len(self.blocks), module, layout, self.backend, self._read, write
@@ -119,7 +119,7 @@ class Scheduler:
 
     def uninstall(self) -> None:
         with self._lock:
-            self._settle()
+            self._clear()
             while self._overrides:  # one by one, so that an interrupted run can be repeated
                 module, name, ours, before = self._overrides[-1]
                 if module.__dict__.get(name) is ours:
@@ -149,7 +149,7 @@ class Scheduler:
             try:
                 self._inside = True
                 if outermost:
-                    self._settle()
+                    self._clear()
                 return function(*args, **kwargs)
             finally:
                 if outermost:
@@ -201,16 +201,16 @@ class Scheduler:
         block.unbind()
         self.ring.leave(block.index)
 
-    def _settle(self) -> None:
+    def _clear(self) -> None:
         """Put in order whatever a call that was cut short left behind."""
         self._pass_counted = False
         for block in self.blocks:
             block.unbind()
         if self.ring is not None:
-            self.ring.settle()
+            self.ring.clear()
 
     def _read(self, block: StreamedBlock, name: str) -> torch.Tensor:
-        """One tensor of a block from its home, for whoever reads it outside the block's forward."""
+        """One tensor of a block from the host, for whoever reads it outside the block's forward."""
         if not self._reads_host and not self._warned and not self._warn_of_removed():
             self._warned = True
             logger.warning(
@@ -219,7 +219,7 @@ class Scheduler:
                 name,
                 block.name,
             )
-        view = block.layout.view(self.backend.home(block.index), name)
+        view = block.layout.view(self.backend.host_copy(block.index), name)
         return view if self._reads_host else view.to(self.backend.device)
 
     def _warn_of_removed(self) -> bool:
@@ -250,9 +250,10 @@ class Scheduler:
         """Weights saved by autograd would be overwritten in the slot: save where they lie."""
         if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
             raise UnsupportedModelError(
-                "gradients by torch.func (grad, vjp, jacrev, hessian) cannot be had of a model "
-                "with streamed blocks: they would keep the weights that happen to lie in the two "
-                "slots; use torch.autograd or torch.func.jacfwd, or call bminf.unwrap(model) first"
+                "gradients by torch.func (grad, vjp, jacrev, hessian) are not supported for a "
+                "model with streamed blocks: they would keep the weights that happen to lie in the "
+                "two slots; use torch.autograd or torch.func.jacfwd, or call bminf.unwrap(model) "
+                "first"
             )
 
         def pack(tensor: torch.Tensor) -> Any:
@@ -267,7 +268,7 @@ class Scheduler:
                 return saved
             offset, shape, stride, dtype = saved
             end = offset + span_elements(shape, stride) * dtype.itemsize
-            data = self.backend.home(block.index)[offset:end].to(self.backend.device)
+            data = self.backend.host_copy(block.index)[offset:end].to(self.backend.device)
             return data.view(dtype).as_strided(shape, stride)
 
         return torch.autograd.graph.saved_tensors_hooks(pack, unpack)

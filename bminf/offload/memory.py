@@ -2,7 +2,7 @@
 
 A container, a service or a user's session may have less than the machine. Every control group, from
 the process's own up to the outermost that can be seen, has limits of its own, and counts what all
-processes below it use; the least of what they leave is what can be had.
+processes below it use; the least of what they leave is what can be allocated.
 
 Source: the kernel's Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst, proc(5).
 """
@@ -31,7 +31,7 @@ class _Version:
     """The files of one version of control groups.
 
     limits: each of them bounds `usage`. memory.high does not kill, but a process above it is slowed
-    down until it is below: such memory is not to be had either.
+    down until it is below: such memory is not available either.
     reclaimable: in memory.stat, bytes of cached files that count as used and are given up first.
     """
 
@@ -143,7 +143,9 @@ def allocate(nbytes: int) -> torch.Tensor:
         try:
             region = private_pages(nbytes)
         except (OSError, OverflowError) as error:
-            raise BudgetError(f"{format_bytes(nbytes)} of memory cannot be had: {error}") from error
+            raise BudgetError(
+                f"cannot allocate {format_bytes(nbytes)} of memory: {error}"
+            ) from error
         return torch.frombuffer(region, dtype=torch.uint8)
 
 
@@ -178,7 +180,7 @@ def mapped_files() -> Callable[[int], bool]:
 
 
 def free_bytes() -> int:
-    """Bytes of memory that can still be had, by this process and the groups that it is in."""
+    """Bytes of memory that can still be allocated, by this process and the groups that it is in."""
     return min([_system_free_bytes(), *free_below_limits(Path("/sys/fs/cgroup"))])
 
 

@@ -40,7 +40,7 @@ def place(
         paths = {name.rpartition(".")[0] for name in blobs.outside.specs}
         named = model.named_modules(remove_duplicate=False)
         quantize([module for path, module in named if path in paths])
-        _settle(model, blobs.outside, scheduler.backend, scheduler.source_device)
+        _move_resident(model, blobs.outside, scheduler.backend, scheduler.source_device)
         for name, layout in _with_progress(blobs.blocks):
             quantize(list(model.get_submodule(name).modules()))
             module = model.get_submodule(name)
@@ -50,7 +50,7 @@ def place(
                 scheduler.backend.put(len(scheduler.blocks), laid_out)
                 scheduler.add(name, module, layout)
             else:
-                _settle(module, layout, scheduler.backend, scheduler.source_device)
+                _move_resident(module, layout, scheduler.backend, scheduler.source_device)
             if is_trimmed:
                 memory.trim()
 
@@ -78,7 +78,7 @@ def load(
                 _fill(module, layout, scheduler.backend, read(name))
 
 
-def take_back(model: torch.nn.Module, scheduler: Scheduler) -> None:
+def restore(model: torch.nn.Module, scheduler: Scheduler) -> None:
     """End the streaming: all weights in memory again, on the device they came from.
 
     What needs memory comes first; BudgetError leaves the model streaming. Done twice, after an
@@ -86,7 +86,7 @@ def take_back(model: torch.nn.Module, scheduler: Scheduler) -> None:
     """
     with torch.inference_mode(False), torch.no_grad():
         blobs = [
-            memory.allocate(block.layout.extent).copy_(scheduler.backend.home(block.index))
+            memory.allocate(block.layout.extent).copy_(scheduler.backend.host_copy(block.index))
             for block in progress_bar(scheduler.blocks, desc="unwrapping", delay=1, leave=False)
         ]
         scheduler.uninstall()
@@ -110,7 +110,7 @@ def _with_progress(
             bar.update(layout.nbytes)
 
 
-def _settle(
+def _move_resident(
     module: torch.nn.Module, layout: Layout, backend: Backend, source_device: torch.device
 ) -> None:
     """Bring the tensors of `layout`, which stay, to the device.

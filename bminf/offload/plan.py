@@ -119,7 +119,7 @@ class Plan:
 
     @property
     def host_bytes(self) -> int:
-        """Bytes of host memory that streaming takes where homes lie there: blobs and staging."""
+        """Bytes of host memory that streaming takes on a GPU: blobs and staging."""
         return self.streamed_bytes - self.disk_bytes + self.staging_bytes
 
     @property
@@ -224,7 +224,7 @@ class Plan:
 
 
 def uses_in_words(uses: float) -> str:
-    """Uses per request as they are spoken of: "once a token", "twice a request"."""
+    """Uses per request in words: "once a token", "twice a request"."""
     per_token, rest = divmod(uses, DEFAULT_USES)
     times, what = (per_token, "token") if per_token and not rest else (uses, "request")
     return f"{_TIMES.get(times, f'{times:g} times')} a {what}"

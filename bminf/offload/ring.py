@@ -25,7 +25,7 @@ class Transfers(Protocol):
     """What the ring asks of a backend. Marks and copies are opaque to the ring."""
 
     def copy(self, block: int, slot: int, after: Any) -> Any:
-        """Start to copy a block from its home into a slot, once the mark `after` is reached."""
+        """Start to copy a block from the host into a slot, once the mark `after` is reached."""
 
     def wait(self, copied: Any) -> None:
         """Let no computation from here on begin before that copy has ended."""
@@ -83,11 +83,11 @@ class Ring:
         self._copy_ahead()
 
     def changed(self, block: int) -> None:
-        """The home of `block` has new bytes: what was copied ahead of that is out of date."""
+        """The host copy of `block` has new bytes: what was copied ahead of that is out of date."""
         if any(copy.block == block for copy in self._ahead):
             self._ahead.clear()
 
-    def settle(self) -> None:
+    def clear(self) -> None:
         """Nothing is in use: for a new pass after one that was cut short anywhere."""
         for block in list(self._in_use):
             self.leave(block)

@@ -129,8 +129,8 @@ class StreamedBlock:
     """A block whose tensors are elsewhere until it is bound to a slot.
 
     name, index: in the model, and in the ring.   layout: of its blob.   module: the block itself,
-    whose tensors are at home already and are let go here.
-    read, write: fetch one tensor from home, and keep new values of one there.
+    whose tensors have host copies already and are let go here.
+    read, write: fetch one tensor from the host copy, and keep new values of one there.
     """
 
     def __init__(

@@ -166,7 +166,7 @@ def test_every_hand_over_of_a_slot_is_an_event(
     awaited = [event for kind, event in compute.log if kind == "wait"]
     ends = [event for kind, event in copying.log if kind == "record"][1::2]
     assert awaited == ends[: 3 * 7]
-    homes = list(model.__dict__["_bminf_scheduler"].backend._homes.values())
+    homes = list(model.__dict__["_bminf_scheduler"].backend._host_copies.values())
     assert [home.tensor.numel() for home in homes] >= [plan.blocks[0].nbytes] * 7
     bminf.unwrap(model)
     assert all(home.is_closed for home in homes) and torch.equal(model(x), expected)

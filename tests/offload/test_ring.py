@@ -145,7 +145,7 @@ def test_any_order_of_blocks_reads_the_right_bytes(data: st.DataObject) -> None:
         slot = ring.enter(block)
         backend.read(block, slot, data.draw(st.integers(0, 9)))
         if data.draw(st.integers(0, 5)) == 0:
-            ring.settle()  # the pass ended here without leave()
+            ring.clear()  # the pass ended here without leave()
         else:
             ring.leave(block)
     check(backend)
@@ -196,7 +196,7 @@ def test_a_failed_copy_is_tried_again() -> None:
     steps = [Step(1.0, number) for number in range(3)]
     with pytest.raises(OSError, match="disk"):
         run_pass(backend, ring, steps)
-    ring.settle()
+    ring.clear()
     run_pass(backend, ring, steps)
     check(backend)
 

@@ -69,10 +69,10 @@ def free_budget(device: torch.device, own_bytes: int = 0) -> int:
 
 
 def host_budget(device: torch.device, own_bytes: int = 0) -> int | None:
-    """Bytes of host memory for the homes of streamed blocks, on this machine as it is now.
+    """Bytes of host memory for copies of streamed blocks, on this machine as it is now.
 
     own_bytes: what the model takes there now, and lets go of as it is wrapped.
-    None, which is no limit, on the CPU: its homes lie in a file.
+    None, which is no limit, on the CPU: its host copies lie in a file.
     """
     if device.type == "cpu":
         return None

@@ -25,7 +25,7 @@ class Counters:
 
 
 class Backend(Transfers, Protocol):
-    """Slots on a device, homes for streamed blobs, and copies between them."""
+    """Slots on a device, host copies of streamed blobs, and copies between them."""
 
     device: torch.device
     keeps_addresses: bool  # whether a tensor that is copied keeps its address modulo 64
@@ -40,23 +40,23 @@ class Backend(Transfers, Protocol):
         offload_dir: str | Path | None,
         on_disk: Sequence[int] = (),
     ) -> None:
-        """Make homes for these blobs, and the slots. Raises OffloadError or BudgetError.
+        """Make room for these blobs on the host, and the slots. Raises OffloadError or BudgetError.
 
-        offload_dir: folder for homes that lie in a file; None is a temporary one on a disk.
-        on_disk: the blobs, as places in `layouts`, whose homes are to lie in a file in any case.
+        offload_dir: folder for host copies that lie in a file; None is a temporary one on a disk.
+        on_disk: the blobs, as places in `layouts`, that are to lie in a file in any case.
         """
 
     def put(self, block: int, tensors: Iterable[Filling]) -> None:
-        """Write a block to its home, tensor by tensor."""
+        """Write the host copy of a block, tensor by tensor."""
 
-    def home(self, block: int) -> torch.Tensor:
-        """The blob at home: (extent,) uint8 on the CPU. Writing to it is not defined."""
+    def host_copy(self, block: int) -> torch.Tensor:
+        """A blob, (extent,) uint8 on the CPU. Writing to it is not defined."""
 
     def write_back(self, block: int, slot: int) -> None:
-        """Bring what a block changed in its slot back to its home, before any other copy."""
+        """Bring what a block changed in its slot back to its host copy, before any other copy."""
 
     def rewrite(self, block: int, name: str, tensor: torch.Tensor) -> None:
-        """Give one tensor of a block new values at home, before any other copy of it.
+        """Give one tensor of a block new values in its host copy, before any other copy of it.
 
         The tensor has the shape and dtype of the layout, on any device; what is copied at the same
         time may get old bytes, new ones or a mixture.
@@ -66,10 +66,10 @@ class Backend(Transfers, Protocol):
         """The counts so far; times only of what has ended."""
 
     def close(self) -> None:
-        """Give back homes and slots, and wait until that is done."""
+        """Free host copies and slots, and wait until that is done."""
 
     def release(self) -> None:
-        """Give back homes and slots without waiting for a lock or a thread.
+        """Free host copies and slots without waiting for a lock or a thread.
 
         For finalizers, which the garbage collector calls at any point of any thread.
         """

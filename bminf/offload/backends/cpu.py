@@ -1,4 +1,4 @@
-"""Streaming on a machine without a GPU: the limit is RAM, the homes lie in a file.
+"""Streaming on a machine without a GPU: the limit is RAM, the host copies lie in a file.
 
 A reader thread fills the slots while the model computes. Computation is synchronous here, so a
 slot is free as soon as its block has been left, and a mark is nothing.
@@ -55,7 +55,7 @@ class CpuBackend:
         self._layouts[block].fill(blob, tensors)
         self._opened_store().write(block, blob)
 
-    def home(self, block: int) -> torch.Tensor:
+    def host_copy(self, block: int) -> torch.Tensor:
         return self._opened_store().map(block)
 
     def write_back(self, block: int, slot: int) -> None:

@@ -1,11 +1,11 @@
-"""Streaming to a GPU: homes in page-locked host memory, one copy stream, events at every hand-over.
+"""Streaming to a GPU: page-locked host copies, one copy stream, events at every hand-over.
 
 The copy stream waits for the event behind the last use of a slot, the computing stream for the
 event behind the copy; a blob is one transfer. All device memory comes from torch's allocator.
 
 Blobs that host memory has no room for lie in a file and are read ahead into page-locked staging
 buffers (disk.py). A transfer can be queued only when its blob has been read, so the host may
-have to wait for that; with all homes in host memory it never waits within a pass.
+have to wait for that; with all host copies in memory it never waits within a pass.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class _Files(NamedTuple):
 
 
 class CudaBackend:
-    """See Backend. Homes are page-locked memory, or a file for blocks `on_disk`."""
+    """See Backend. Host copies are page-locked memory, or a file for blocks `on_disk`."""
 
     keeps_addresses = False
 
@@ -65,7 +65,7 @@ class CudaBackend:
         self.device = torch.device("cuda", index)
         self.slots: list[torch.Tensor] = []
         self._layouts: list[Layout] = []
-        self._homes: dict[int, PinnedMemory] = {}
+        self._host_copies: dict[int, PinnedMemory] = {}
         self._files: _Files | None = None
         self._computing: set[torch.cuda.Stream] = set()  # that have used a slot
         self._counters = Counters()
@@ -78,8 +78,8 @@ class CudaBackend:
                 return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
         except torch.cuda.OutOfMemoryError as error:
             raise BudgetError(
-                f"{format_bytes(nbytes)} of memory cannot be had on {self.device}: other programs "
-                "or tensors hold it; lower memory_limit, or free some"
+                f"cannot allocate {format_bytes(nbytes)} of memory on {self.device}: other "
+                "programs or tensors hold it; lower memory_limit, or free some"
             ) from error
 
     def open(
@@ -138,14 +138,14 @@ class CudaBackend:
             self._layouts[block].fill(blob, tensors)
             self._files.read_ahead.write(self._files.places[block], blob)
             return
-        home = self._pinned(self._layouts[block].extent)
-        self._homes[block] = home
-        self._layouts[block].fill(home.tensor, tensors)
+        copy = self._pinned(self._layouts[block].extent)
+        self._host_copies[block] = copy
+        self._layouts[block].fill(copy.tensor, tensors)
 
-    def home(self, block: int) -> torch.Tensor:
+    def host_copy(self, block: int) -> torch.Tensor:
         if self._files is not None and block in self._files.places:
             return self._files.store.map(self._files.places[block])
-        return self._homes[block].tensor
+        return self._host_copies[block].tensor
 
     def write_back(self, block: int, slot: int) -> None:
         # Rare (a block that changes its own buffers), so waiting here is the simple right thing.
@@ -153,12 +153,12 @@ class CudaBackend:
             blob = self._slot(block, slot).cpu()
             self._files.read_ahead.write(self._files.places[block], blob)
             return
-        self._homes[block].tensor.copy_(self._slot(block, slot))
+        self._host_copies[block].tensor.copy_(self._slot(block, slot))
 
     def rewrite(self, block: int, name: str, tensor: torch.Tensor) -> None:
-        # Behind this, no copy that a computation waits for is under way; those ahead are given up.
+        # Behind this, no copy that a computation waits for is queued; those ahead are dropped.
         self._compute_stream().synchronize()
-        layout, blob = self._layouts[block], self.home(block)
+        layout, blob = self._layouts[block], self.host_copy(block)
         layout.fill(blob, [(name, tensor)])
         if self._files is not None and block in self._files.places:
             start, end = layout.span(name)  # the blob is a private copy of the file
@@ -168,7 +168,7 @@ class CudaBackend:
         copy = _Copy(self._event(), self._event())
         queue = partial(self._queue, copy, block, slot, after)
         if self._files is None:
-            queue(self._homes[block].tensor)
+            queue(self._host_copies[block].tensor)
         else:
             copy = copy._replace(is_queued=self._queue_in_turn(self._files, block, queue))
         self._count()
@@ -180,7 +180,7 @@ class CudaBackend:
         """Queue a copy behind those asked for before, at once or when its blob has been read."""
         if block in files.places:
             return files.read_ahead.fetch(files.places[block], queue)
-        return files.read_ahead.do(partial(queue, self._homes[block].tensor))
+        return files.read_ahead.do(partial(queue, self._host_copies[block].tensor))
 
     def _queue(
         self,
@@ -239,12 +239,12 @@ class CudaBackend:
         if self.slots:
             self._stream.synchronize()
         self.slots = []
-        _close_all(self._homes)
+        _close_all(self._host_copies)
         if self._files is not None:
             _close_all(self._files.stages)
 
     def _count(self) -> None:
-        """Add the times of what has ended; what is still under way is counted later."""
+        """Add the times of what has ended; what is still in progress is counted later."""
         while self._copying and _ended(self._copying[0]):
             began, ended = self._copying.popleft()
             self._counters.copied_s += began.elapsed_time(ended) / 1e3
