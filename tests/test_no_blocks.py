@@ -97,7 +97,7 @@ def test_the_smallest_models_are_accepted(make_model: Any) -> None:
 
 
 def test_a_linear_alone_cannot_be_exchanged_and_says_so() -> None:
-    with pytest.warns(UserWarning, match="Linear could be quantised"):
+    with pytest.warns(UserWarning, match="Linear could be quantized"):
         model = bminf.wrapper(torch.nn.Linear(3, 3), memory_limit="1GB", device="cpu")
     assert type(model) is torch.nn.Linear
 

@@ -193,7 +193,7 @@ def test_nothing_to_quantise_is_said() -> None:
             super().__init__()
             self.scale = torch.nn.Parameter(torch.randn(width))
 
-    with pytest.warns(UserWarning, match="nothing in the blocks of Stack could be quantised"):
+    with pytest.warns(UserWarning, match="nothing in the blocks of Stack could be quantized"):
         bminf.wrapper(make_stack(block=Scale), memory_limit="1GB", device="cpu")
 
 

@@ -1,4 +1,4 @@
-"""Which linears of a model are quantised and what stays as it is, how large they will be, and the
+"""Which linears of a model are quantized and what stays as it is, how large they will be, and the
 exchange itself."""
 
 from __future__ import annotations
@@ -157,11 +157,11 @@ def _named(name: str) -> Iterator[None]:
     try:
         yield
     except ArgumentError as error:
-        raise ArgumentError(f"{name!r} cannot be quantised: {error}") from error
+        raise ArgumentError(f"{name!r} cannot be quantized: {error}") from error
 
 
 StandIns = Mapping[torch.nn.Module, QuantizedLinear]
-"""Linears to quantise, each with the skeleton of what will stand in its place."""
+"""Linears to quantize, each with the skeleton of what will stand in its place."""
 
 Predicate = Callable[[str, torch.nn.Module], bool]
 
@@ -182,7 +182,7 @@ def choose(
     format_: Format | None,
     wanted: Predicate | None = None,
 ) -> Choice:
-    """The linears to quantise, as `format_`; None is none.
+    """The linears to quantize, as `format_`; None is none.
 
     wanted: says so by name and module; None takes the linears in the blocks, or all where there are
     no blocks, but output heads, adapters, and those that a group of columns is too wide for. What
@@ -256,7 +256,7 @@ def warn_of_what_stays(
     parts = [*_kept_parts(choice), *_stacked_parts(model, blocks)]
     if not choice.stand_ins and not choice.kept:
         warn(
-            f"nothing in the blocks of {kind} could be quantised: they hold no "
+            f"nothing in the blocks of {kind} could be quantized: they hold no "
             "torch.nn.Linear or Conv1D that was chosen; the weights stay as they are",
             stacklevel=stacklevel + 1,
         )
@@ -264,7 +264,7 @@ def warn_of_what_stays(
         total = format_bytes(sum(nbytes for nbytes, _ in parts))
         listed = "; ".join(text for _, text in parts)
         warn(
-            f"{total} in the blocks of {kind} are not quantised: {listed}",
+            f"{total} in the blocks of {kind} are not quantized: {listed}",
             stacklevel=stacklevel + 1,
         )
 

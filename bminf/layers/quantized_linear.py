@@ -46,7 +46,7 @@ class QuantizedLinear(torch.nn.Linear):
 
     Buffers: qweight, scale, minimum, code_sum: the fields of PackedWeight, those that the format
     has; `packed` gives them together. The bias stays in its dtype. `weight` answers as the
-    dequantised weight would. Frozen: gradients flow to the input only. Raises ArgumentError for
+    dequantized weight would. Frozen: gradients flow to the input only. Raises ArgumentError for
     another module or word, an odd number of columns in 4 bits, or a weight that is not finite.
     """
 
@@ -99,9 +99,9 @@ class QuantizedLinear(torch.nn.Linear):
 
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]
-        """The dequantised weight, (out_features, in_features) in the compute dtype.
+        """The dequantized weight, (out_features, in_features) in the compute dtype.
 
-        Reading its dtype, device or shape is free; reading its values dequantises it each time.
+        Reading its dtype, device or shape is free; reading its values dequantizes it each time.
         """
         if torch.compiler.is_compiling():
             return self.dequantize()  # what is not used is left out of the graph

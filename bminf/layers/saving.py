@@ -68,7 +68,7 @@ def _saves_adapters_only(module: Any) -> bool:
 
 def _refusal() -> UnsupportedModelError:
     return UnsupportedModelError(
-        "from_pretrained() does not know the packed weights of a quantised model and would put "
+        "from_pretrained() does not know the packed weights of a quantized model and would put "
         "random ones in their place; save with torch.save(model.state_dict()), or wrap with "
         "quantization=False"
     )

@@ -21,7 +21,7 @@ def place(
     stand_ins: StandIns,
     scheduler: Scheduler,
 ) -> None:
-    """Quantise, move and let go of one block after another, so that no two copies are held.
+    """Quantize, move and let go of one block after another, so that no two copies are held.
 
     blobs: the layouts of all blocks, in module order.
     """

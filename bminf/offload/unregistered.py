@@ -141,7 +141,7 @@ class _Search:
         if isinstance(value, torch.nn.Module):
             if all(inner is not self._model for inner in value.modules()):  # not one around us
                 yield from ((tensor, depth) for _, _, tensor in tensors_of(value))
-                for module in value.modules():  # torch's quantised ones pack weights elsewhere
+                for module in value.modules():  # torch's quantized ones pack weights elsewhere
                     yield from ((inner, depth - 1) for _, inner in _attributes(module))
         elif isinstance(value, _CONTAINERS):
             yield from ((inner, depth) for inner in gc.get_referents(value))
@@ -188,7 +188,7 @@ def _attributes_of_script(module: torch.jit.ScriptModule) -> Iterator[tuple[str,
 
 
 def _of_script_object(value: Any) -> Iterator[_Piece]:
-    """What torch's quantised modules pack their weights into can only be seen by unpacking it."""
+    """What torch's quantized modules pack their weights into can only be seen by unpacking it."""
     host = torch.device("cpu")
     try:
         state = value.__getstate__()

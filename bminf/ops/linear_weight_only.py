@@ -1,7 +1,7 @@
 """A linear with packed weights and float activations: y = x W^T + bias (W8A16, W4A16).
 
 On a GPU: for few rows a kernel that reads the codes once, and tensor cores from 4 to 128 rows where
-there are some; above, the weight is dequantised, slice by slice, for the library's product.
+there are some; above, the weight is dequantized, slice by slice, for the library's product.
 Kernels: kernels/linear_few_rows.cu, kernels/linear_tensor_core.cu, kernels/dequantize.cu.
 """
 
@@ -25,7 +25,7 @@ MOST_TENSOR_CORE_ROWS = 128
 
 _FEW_ROWS_THREADS = 128
 _TENSOR_CORE_THREADS = 128
-_SLICE_ELEMENTS = 2**26  # of a dequantised weight at a time: 128 MiB in 16 bits
+_SLICE_ELEMENTS = 2**26  # of a dequantized weight at a time: 128 MiB in 16 bits
 
 
 def linear_weight_only(
@@ -65,7 +65,7 @@ def uses_tensor_cores(capability: int, num_rows: int, dtype: torch.dtype) -> boo
 
 
 def _dequantized(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
-    """The library's product with the dequantised weight, some rows of it at a time."""
+    """The library's product with the dequantized weight, some rows of it at a time."""
     num_rows = max(1, _SLICE_ELEMENTS // max(1, weight.in_features))
     if num_rows >= weight.out_features:
         return F.linear(x, dequantize_weight(weight, x.dtype), bias)

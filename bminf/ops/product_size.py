@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bminf.quantization.packed import INT8, Format
 
-_SLICE_BYTES = 2**27  # a slice of a dequantised weight, see linear_weight_only.py
+_SLICE_BYTES = 2**27  # a slice of a dequantized weight, see linear_weight_only.py
 
 
 def product_bytes(

@@ -68,11 +68,11 @@ def _check(weight: torch.Tensor, bits: int) -> None:
         )
     if bits == 4 and weight.shape[1] % 2:
         raise ArgumentError(
-            f"a weight with {weight.shape[1]} columns cannot be quantised to 4 bits, where two "
+            f"a weight with {weight.shape[1]} columns cannot be quantized to 4 bits, where two "
             "columns share a byte; use 8 bits for it"
         )
     if not weight.isfinite().all():
-        raise ArgumentError("the weight holds NaN or infinity and cannot be quantised")
+        raise ArgumentError("the weight holds NaN or infinity and cannot be quantized")
 
 
 def _check_bits(bits: int) -> None:
@@ -87,7 +87,7 @@ def _scales(weight: torch.Tensor, bits: int) -> torch.Tensor:
     if not scale.isfinite().all():
         raise ArgumentError(
             f"the weight is too large for half-precision scales (largest "
-            f"{float(weight.abs().max()):.3g}); it cannot be quantised in this format"
+            f"{float(weight.abs().max()):.3g}); it cannot be quantized in this format"
         )
     return scale
 

@@ -258,7 +258,7 @@ def store_codes(codes: torch.Tensor, packed: PackedWeight) -> None:
 def _pack_rows(weight: torch.Tensor, format_: Format, packed: PackedWeight) -> None:
     weight = weight.float()
     if not weight.isfinite().all():
-        raise ArgumentError("the weight holds NaN or infinity and cannot be quantised")
+        raise ArgumentError("the weight holds NaN or infinity and cannot be quantized")
     if format_ == INT8:
         codes, scale = int8_rows(weight)
         packed.scale.copy_(scale)
