@@ -225,7 +225,7 @@ class _Request:
             unreserved = _usual_context(model, form, is_cpu)
         found = find_blocks(model, blocks)
         choice = choose(model, found, form, quantize)
-        blobs = survey(model, found, choice.stand_ins, keep_addresses)
+        blobs = survey(model, found, choice.replacements, keep_addresses)
         advice = partial(
             remedies, model, found, blobs, form, reserved_bytes, context is not None, device_type
         )
@@ -345,11 +345,11 @@ def _apply(
     model: torch.nn.Module, request: _Request, scheduler: Scheduler, offload_dir: str | Path | None
 ) -> None:
     """Move everything to its place; on any error, put the model back together."""
-    stand_ins = request.choice.stand_ins
+    replacements = request.choice.replacements
 
     def move() -> None:
-        place(model, request.blobs, stand_ins, scheduler)
-        if stand_ins:
+        place(model, request.blobs, replacements, scheduler)
+        if replacements:
             refuse_to_save(model)
 
     start(model, request.blobs, scheduler, offload_dir, move, partial(_take_off, model, scheduler))

@@ -15,7 +15,7 @@ from bminf.checkpoint.folder import Checkpoint
 from bminf.checkpoint.names import Rule, rename, theirs_of
 from bminf.checkpoint.splits import COLUMNS, REPLICATED, ROWS, STRIPED, SplitTable
 from bminf.checkpoint.stored import Stored
-from bminf.layers.attention import attention, hide, is_later, merge_heads, split_heads
+from bminf.layers.attention import attention, causal_mask, mask_to_bias, merge_heads, split_heads
 from bminf.layers.embedding import embedding
 from bminf.layers.feed_forward import GatedFeedForward
 from bminf.layers.kv_cache import KVCache, decoder_cache, decoder_cache_bytes
@@ -84,9 +84,9 @@ class Toy(torch.nn.Module):
         assert num_padding is None
         num_tokens = input_ids.shape[1]
         x = self.embed_tokens(input_ids)
-        later = is_later(num_tokens, cache.length + num_tokens, x.device)
+        later = causal_mask(num_tokens, cache.length + num_tokens, x.device)
         for number, layer in enumerate(self.layers):
-            x = layer(x, hide(later, x.dtype), number, cache)
+            x = layer(x, mask_to_bias(later, x.dtype), number, cache)
         cache.advance(num_tokens)
         return self.norm(x)
 

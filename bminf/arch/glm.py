@@ -44,7 +44,7 @@ from bminf.checkpoint.splits import (
 from bminf.checkpoint.stored import Stored
 from bminf.checks import check_eps, check_sizes
 from bminf.errors import ArgumentError, CheckpointError
-from bminf.layers.attention import attention, hide, merge_heads, split_heads
+from bminf.layers.attention import attention, mask_to_bias, merge_heads, split_heads
 from bminf.layers.embedding import HostEmbedding, embedding
 from bminf.layers.feed_forward import FeedForward, HalvedFeedForward
 from bminf.layers.kv_cache import KVCache, decoder_cache, decoder_cache_bytes
@@ -340,7 +340,7 @@ class GLM(torch.nn.Module):
         else:
             x = x + self.embed_positions(position_ids[:, 0])
             x = x + self.embed_block_positions(position_ids[:, 1])
-        bias = None if is_hidden is None else hide(is_hidden.unsqueeze(1), x.dtype)
+        bias = None if is_hidden is None else mask_to_bias(is_hidden.unsqueeze(1), x.dtype)
         for number, layer in enumerate(self.layers):
             x = layer(x, bias, angles, number, cache)
         cache.advance(input_ids.shape[1])

@@ -31,7 +31,7 @@ from bminf.checkpoint.splits import (
 from bminf.checkpoint.stored import Stored
 from bminf.checks import check_eps, check_sizes
 from bminf.errors import ArgumentError, CheckpointError
-from bminf.layers.attention import attention, hide, is_later, merge_heads, split_heads
+from bminf.layers.attention import attention, causal_mask, mask_to_bias, merge_heads, split_heads
 from bminf.layers.embedding import embedding
 from bminf.layers.feed_forward import FeedForward
 from bminf.layers.kv_cache import KVCache, decoder_cache, decoder_cache_bytes
@@ -188,13 +188,13 @@ def attention_bias(
     num_queries: int, num_keys: int, num_padding: torch.Tensor | None, x: torch.Tensor
 ) -> torch.Tensor | None:
     """(1 or B, 1, T, S): hides later tokens and padding; None where there is nothing to hide."""
-    is_hidden = is_later(num_queries, num_keys, x.device) if num_queries > 1 else None
+    is_hidden = causal_mask(num_queries, num_keys, x.device) if num_queries > 1 else None
     if num_padding is not None:
         is_early = torch.arange(num_keys, device=x.device) < num_padding.unsqueeze(1)
         is_hidden = is_early[:, None] if is_hidden is None else is_hidden | is_early[:, None]
     if is_hidden is None:
         return None
-    return hide(is_hidden.view(-1, 1, num_queries, num_keys), x.dtype)
+    return mask_to_bias(is_hidden.view(-1, 1, num_queries, num_keys), x.dtype)
 
 
 # ---- names on disk -------------------------------------------------------------------------------

@@ -29,9 +29,9 @@ from bminf.checks import check_eps, check_sizes
 from bminf.errors import ArgumentError, CheckpointError
 from bminf.layers.attention import (
     attention,
-    hide,
-    is_later,
+    causal_mask,
     is_padding,
+    mask_to_bias,
     merge_heads,
     split_heads,
 )
@@ -324,7 +324,7 @@ class Decoder(torch.nn.Module):
         num_tokens = x.shape[1]
         bias = self.position_bias(num_tokens, cache.own.length + num_tokens)
         if num_tokens > 1:
-            bias = bias + hide(is_later(num_tokens, bias.shape[3], x.device), x.dtype)
+            bias = bias + mask_to_bias(causal_mask(num_tokens, bias.shape[3], x.device), x.dtype)
         for number, layer in enumerate(self.layers):
             x = layer(x, bias, number, cache)
         cache.own.advance(num_tokens)
@@ -355,7 +355,7 @@ class T5(torch.nn.Module):
         padding_bias = None
         if lengths is not None:
             padding = is_padding(lengths, input_ids.shape[1])
-            padding_bias = hide(padding, x.dtype)[:, None, None]
+            padding_bias = mask_to_bias(padding, x.dtype)[:, None, None]
         cache.begin(len(input_ids), padding_bias)
         x = self.encoder(x, padding_bias)
         self.cross_projections(x, cache.cross)

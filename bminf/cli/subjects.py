@@ -67,7 +67,7 @@ class Transformers:
         for warning in caught:
             print(f"bminf: {warning.message}", file=sys.stderr)
         modules = {m for b in blocks for m in self._model.get_submodule(b.name).modules()}
-        modules -= choice.stand_ins.keys()
+        modules -= choice.replacements.keys()
         left = {id(p): p for m in modules for p in m._parameters.values()}
         return sum(p.nbytes for p in left.values() if p is not None and p.dim() > 1)
 

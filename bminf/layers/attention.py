@@ -133,7 +133,7 @@ def _aligned(bias: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torc
     return bias.expand(*query.shape[:3], num_keys)
 
 
-def hide(is_hidden: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def mask_to_bias(is_hidden: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """A bias for attention() that hides the cells where `is_hidden` is true.
 
     It is finite, and stays so when a score is added to it in half precision: a query that may see
@@ -143,7 +143,7 @@ def hide(is_hidden: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return bias.masked_fill_(is_hidden, torch.finfo(dtype).min / 2)
 
 
-def is_later(num_queries: int, num_keys: int, device: torch.device) -> torch.Tensor:
+def causal_mask(num_queries: int, num_keys: int, device: torch.device) -> torch.Tensor:
     """(T, S) bool: keys that come after the query; the last query sees all of them."""
     queries = torch.arange(num_keys - num_queries, num_keys, device=device)
     return torch.arange(num_keys, device=device) > queries.unsqueeze(1)

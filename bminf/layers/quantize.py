@@ -104,7 +104,7 @@ def _agrees_on_a_probe(module: torch.nn.Module) -> bool:
     return True
 
 
-def skeleton(linear: torch.nn.Module, format_: Format) -> QuantizedLinear:
+def meta_linear(linear: torch.nn.Module, format_: Format) -> QuantizedLinear:
     """The QuantizedLinear that `linear` will become, on the meta device: shapes without bytes."""
     twin = copy.copy(linear)
     twin.__dict__["_parameters"] = {
@@ -131,23 +131,23 @@ def places_of(root: torch.nn.Module, modules: Container[torch.nn.Module]) -> Pla
     return places
 
 
-def quantize_children(root: torch.nn.Module, stand_ins: StandIns) -> None:
-    """Put a QuantizedLinear in place of each module below `root` that has a stand-in."""
-    places = places_of(root, stand_ins)
+def quantize_children(root: torch.nn.Module, replacements: Replacements) -> None:
+    """Put a QuantizedLinear in place of each module below `root` that has a replacement."""
+    places = places_of(root, replacements)
     for linear in places:
-        exchange(linear, stand_ins[linear], places)
+        exchange(linear, replacements[linear], places)
 
 
-def exchange(linear: torch.nn.Module, stand_in: QuantizedLinear, places: Places) -> None:
-    """Put `linear`, packed as `stand_in` is, in all places where it stands.
+def exchange(linear: torch.nn.Module, replacement: QuantizedLinear, places: Places) -> None:
+    """Put `linear`, packed as `replacement` is, in all places where it stands.
 
-    On the meta device that is `stand_in` itself. Raises ArgumentError, with the name, for a weight
-    that cannot be packed.
+    On the meta device that is `replacement` itself. Raises ArgumentError, with the name, for a
+    weight that cannot be packed.
     """
-    packed = stand_in
+    packed = replacement
     if not linear.weight.is_meta:
         with _named(places[linear][0][2]):
-            packed = QuantizedLinear(linear, stand_in.activations, stand_in.form)
+            packed = QuantizedLinear(linear, replacement.activations, replacement.form)
     for parent, key, _ in places[linear]:
         parent._modules[key] = packed
 
@@ -160,8 +160,8 @@ def _named(name: str) -> Iterator[None]:
         raise ArgumentError(f"{name!r} cannot be quantized: {error}") from error
 
 
-StandIns = Mapping[torch.nn.Module, QuantizedLinear]
-"""Linears to quantize, each with the skeleton of what will stand in its place."""
+Replacements = Mapping[torch.nn.Module, QuantizedLinear]
+"""Linears to quantize, each with its replacement on the meta device."""
 
 Predicate = Callable[[str, torch.nn.Module], bool]
 
@@ -170,9 +170,9 @@ Linear = tuple[str, torch.nn.Module]
 
 @dataclass(frozen=True)
 class Choice:
-    """stand_ins: what is packed.   kept: why a linear stays that was wanted -> all of those."""
+    """replacements: what is packed.   kept: why a linear stays that was wanted -> all of those."""
 
-    stand_ins: StandIns
+    replacements: Replacements
     kept: Mapping[str, Sequence[Linear]]
 
 
@@ -204,7 +204,7 @@ def choose(
     if wanted is None:  # nobody chose them by name
         apart = _trained_apart(model, linears)
         least_columns = _least_columns(linears, format_)
-    stand_ins: dict[torch.nn.Module, QuantizedLinear] = {}
+    replacements: dict[torch.nn.Module, QuantizedLinear] = {}
     kept: dict[str, list[Linear]] = {}
     for name, module in linears:
         reason = why_not_quantizable(module)
@@ -217,8 +217,8 @@ def choose(
             kept.setdefault(reason, []).append((name, module))
             continue
         with _named(name):
-            stand_ins[module] = skeleton(module, format_)
-    return Choice(stand_ins, kept)
+            replacements[module] = meta_linear(module, format_)
+    return Choice(replacements, kept)
 
 
 def _trained_apart(model: torch.nn.Module, linears: Sequence[Linear]) -> set[torch.nn.Module]:
@@ -254,7 +254,7 @@ def warn_of_what_stays(
     if any(isinstance(module, QuantizedLinear) for module in model.modules()):
         return
     parts = [*_kept_parts(choice), *_stacked_parts(model, blocks)]
-    if not choice.stand_ins and not choice.kept:
+    if not choice.replacements and not choice.kept:
         warn(
             f"nothing in the blocks of {kind} could be quantized: they hold no "
             "torch.nn.Linear or Conv1D that was chosen; the weights stay as they are",

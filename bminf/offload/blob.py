@@ -38,23 +38,23 @@ class Blobs:
 def survey(
     model: torch.nn.Module,
     blocks: Sequence[ModuleBlock],
-    stand_ins: Mapping[torch.nn.Module, torch.nn.Module],
+    replacements: Mapping[torch.nn.Module, torch.nn.Module],
     keep_addresses: bool,
 ) -> Blobs:
     """Lay out every parameter and buffer of `model`.
 
-    stand_ins: modules that will be exchanged, with what will stand in their place.
+    replacements: modules that will be exchanged, with their replacements.
     keep_addresses: see Layout.of.
     """
     places = list(_places(model, blocks))
     tensors: dict[str, torch.Tensor] = {}
     owners: dict[str, tuple[str, str]] = {}  # name -> block, name in there
     for path, block, inner_path, module in places:
-        for key, tensor in _own_tensors(stand_ins.get(module, module)):
+        for key, tensor in _own_tensors(replacements.get(module, module)):
             tensors[_joined(path, key)] = tensor
             owners[_joined(path, key)] = block, _joined(inner_path, key)
     specs = specs_of(tensors)
-    outside = _shared(specs, owners) | _trained_apart(places, stand_ins)
+    outside = _shared(specs, owners) | _trained_apart(places, replacements)
     parts: dict[str, dict[str, TensorSpec]] = {"": {}, **{block.name: {} for block in blocks}}
     for name, spec in specs.items():
         block, inner_name = ("", name) if name in outside else owners[name]
@@ -99,7 +99,7 @@ def _shared(specs: Mapping[str, TensorSpec], owners: Mapping[str, tuple[str, str
 
 
 def _trained_apart(
-    places: Sequence[_Place], stand_ins: Mapping[torch.nn.Module, torch.nn.Module]
+    places: Sequence[_Place], replacements: Mapping[torch.nn.Module, torch.nn.Module]
 ) -> set[str]:
     """Parameters in blocks whose bulk is frozen that are not: adapters, which have to stay.
 
@@ -116,7 +116,7 @@ def _trained_apart(
     trained = [item for item in parameters if item[2].requires_grad]
     if 2 * sum(p.nbytes for *_, p in trained) > sum(p.nbytes for *_, p in parameters):
         return set()
-    return {name for name, module, _ in trained if module not in stand_ins}
+    return {name for name, module, _ in trained if module not in replacements}
 
 
 def unmapped_bytes(model: torch.nn.Module) -> int:
@@ -178,8 +178,8 @@ def remedies(
     found = []
     for name, packed in FORMATS.items():
         if format_ is None or packed.bits < format_.bits:
-            stand_ins = choose(model, blocks, packed).stand_ins
-            smaller = survey(model, blocks, stand_ins, keep_addresses=False)
+            replacements = choose(model, blocks, packed).replacements
+            smaller = survey(model, blocks, replacements, keep_addresses=False)
             saved = least - _least_of(smaller, device_type)
             found.append(
                 Remedy(f'quantize with quantization="{name}"', saved, True, "quantization")

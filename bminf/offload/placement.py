@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 
-from bminf.layers.quantize import StandIns, exchange, places_of
+from bminf.layers.quantize import Replacements, exchange, places_of
 from bminf.layout import Filling, Layout, tensors_of
 from bminf.offload import memory
 from bminf.offload.backends.base import Backend
@@ -18,7 +18,7 @@ from bminf.progress import progress_bar
 def place(
     model: torch.nn.Module,
     blobs: Blobs,
-    stand_ins: StandIns,
+    replacements: Replacements,
     scheduler: Scheduler,
 ) -> None:
     """Quantize, move and let go of one block after another, so that no two copies are held.
@@ -28,12 +28,12 @@ def place(
     streamed = set(scheduler.plan.streamed)
     # malloc keeps what it is given back in pieces; a mapped model gives it next to nothing.
     is_trimmed = 8 * unmapped_bytes(model) > blobs.nbytes
-    places = places_of(model, stand_ins)
+    places = places_of(model, replacements)
 
     def quantize(modules: Iterable[torch.nn.Module]) -> None:
         for module in modules:
             if module in places:
-                exchange(module, stand_ins[module], places)
+                exchange(module, replacements[module], places)
 
     with torch.inference_mode(False), torch.no_grad():
         # What lies in no block, or in several, and so outside all of them, comes first.

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bminf.layers import attention as module
-from bminf.layers.attention import attention, hide, is_later, operator_for
+from bminf.layers.attention import attention, causal_mask, mask_to_bias, operator_for
 
 pytestmark = pytest.mark.gpu
 
@@ -27,7 +27,7 @@ def test_each_operator_gives_softmax_of_scaled_scores(
     cache = torch.randn(2, 2, 3, 50, head_dim, dtype=dtype, device="cuda")[:, :, :, :num_keys]
     bias = torch.zeros(1, 1, num_queries, num_keys, dtype=dtype, device="cuda")
     if has_bias:
-        bias = bias + hide(is_later(num_queries, num_keys, bias.device), dtype)
+        bias = bias + mask_to_bias(causal_mask(num_queries, num_keys, bias.device), dtype)
     scores = 0.2 * query.double() @ cache[0].double().mT + bias.double()
     expected = scores.softmax(-1) @ cache[1].double()
     given = attention(query, *cache, bias if has_bias else None, 0.2).double()

@@ -15,9 +15,9 @@ from bminf.layers.attention import (
     Gpu,
     Operator,
     attention,
-    hide,
-    is_later,
+    causal_mask,
     is_padding,
+    mask_to_bias,
     merge_heads,
     operator_for,
     split_heads,
@@ -43,7 +43,7 @@ def test_attention_is_softmax_of_scaled_scores_and_bias(
     query = torch.randn(2, 3, num_queries, 16)
     key, value = torch.randn(2, 3, num_keys, 16), torch.randn(2, 3, num_keys, 16)
     bias = torch.randn(1, 3, num_queries, num_keys)
-    bias = bias + hide(is_later(num_queries, num_keys, query.device), bias.dtype)
+    bias = bias + mask_to_bias(causal_mask(num_queries, num_keys, query.device), bias.dtype)
     given = attention(query, key, value, bias, scale)
     assert torch.allclose(given.double(), plain(query, key, value, bias, scale), atol=1e-5)
 
@@ -182,7 +182,7 @@ def test_rows_that_are_aligned_are_not_copied() -> None:
 
 
 def test_later_keys_are_counted_from_the_last_query() -> None:
-    assert is_later(2, 4, torch.device("cpu")).tolist() == [
+    assert causal_mask(2, 4, torch.device("cpu")).tolist() == [
         [False, False, False, True],
         [False, False, False, False],
     ]
@@ -199,7 +199,7 @@ def test_a_query_that_sees_nothing_is_no_nan(dtype: torch.dtype) -> None:
         torch.full((1, 1, 2, 16), -9.0, dtype=dtype),
         torch.full((1, 1, 3, 16), 9.0, dtype=dtype),
     )
-    bias = hide(torch.ones(1, 1, 2, 3, dtype=torch.bool), dtype)
+    bias = mask_to_bias(torch.ones(1, 1, 2, 3, dtype=torch.bool), dtype)
     assert (query @ key.transpose(-1, -2) + bias).isfinite().all()
     assert attention(query, key, key, bias, 1.0).isfinite().all()
 

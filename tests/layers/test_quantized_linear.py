@@ -6,7 +6,7 @@ from transformers.pytorch_utils import Conv1D
 
 import bminf
 from bminf.errors import ArgumentError
-from bminf.layers.quantize import skeleton
+from bminf.layers.quantize import meta_linear
 from bminf.quantization.packed import INT4, INT8, Format, dequantize, pack
 
 WAYS = [("int8", "auto"), ("int8", "float"), ("int8", "int8"), ("int4", "auto"), ("int4", "float")]
@@ -73,9 +73,11 @@ def test_a_cast_changes_the_activations_and_not_the_scales(quantization: str) ->
 @pytest.mark.parametrize(
     "linear", [torch.nn.Linear(6, 4), Conv1D(4, 6), torch.nn.Linear(6, 4, False)]
 )
-def test_the_skeleton_has_the_shape_of_the_real_one(linear: torch.nn.Module, form: Format) -> None:
+def test_the_one_on_the_meta_device_has_the_shape_of_the_real_one(
+    linear: torch.nn.Module, form: Format
+) -> None:
     expected = bminf.QuantizedLinear(linear, quantization=form).state_dict()
-    given = skeleton(linear, form).state_dict()
+    given = meta_linear(linear, form).state_dict()
     assert list(given) == list(expected)
     for name, tensor in expected.items():
         assert (given[name].shape, given[name].dtype) == (tensor.shape, tensor.dtype)
