@@ -209,17 +209,15 @@ def _regions(specs: Mapping[str, TensorSpec]) -> Iterator[tuple[int | None, list
             yield start, names
 
 
-def overlapping(specs: Mapping[str, TensorSpec]) -> Iterator[tuple[int, list[str]]]:
+def overlapping(specs: Mapping[str, TensorSpec]) -> list[tuple[int, list[str]]]:
     """(start, names) of each largest run of tensors whose byte ranges overlap, by address."""
-    start, end, names = 0, 0, list[str]()
+    runs: list[tuple[int, list[str]]] = []
+    end = 0
     for name, spec in sorted(specs.items(), key=lambda item: item[1].start or 0):
-        address = spec.start or 0
-        if names and address < end:
-            names.append(name)
-        else:
-            if names:
-                yield start, names
-            start, end, names = address, address, [name]
-        end = max(end, address + spec.nbytes)
-    if names:
-        yield start, names
+        start = spec.start or 0
+        if not runs or start >= end:
+            runs.append((start, []))
+            end = start
+        runs[-1][1].append(name)
+        end = max(end, start + spec.nbytes)
+    return runs

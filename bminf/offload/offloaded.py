@@ -32,7 +32,8 @@ def fetch_offloaded(model: torch.nn.Module) -> None:
     stores = [
         (name, module, hook)
         for name, module in model.named_modules()
-        for hook in _hooks_of(module)
+        for around in [module.__dict__.get("_hf_hook")]
+        for hook in getattr(around, "hooks", [around])  # a SequentialHook has several
         if getattr(hook, "offload", False) and hasattr(hook, "weights_map")
     ]
     if not stores:
@@ -46,12 +47,6 @@ def fetch_offloaded(model: torch.nn.Module) -> None:
     _put_in_place(fetched)
     _forget_where_it_lay(model)
     logger.info("%d tensors were fetched from accelerate's store, its hooks removed", len(fetched))
-
-
-def _hooks_of(module: torch.nn.Module) -> Iterator[Any]:
-    hook = module.__dict__.get("_hf_hook")
-    if hook is not None:
-        yield from getattr(hook, "hooks", [hook])  # a SequentialHook has several
 
 
 def _fetch(

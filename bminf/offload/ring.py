@@ -72,7 +72,9 @@ class Ring:
             raise
         self._in_use[block] = slot
         ahead.popleft()
-        self._learn(block)
+        if self._last_entered is not None:
+            self._follows[self._last_entered] = block
+        self._last_entered = block
         self._copy_ahead()
         return slot
 
@@ -114,8 +116,3 @@ class Ring:
     def _has_room(self) -> bool:
         # By their number: this is asked several times a block, and the slots all differ.
         return len(self._ahead) + len(self._in_use) < NUM_SLOTS
-
-    def _learn(self, block: int) -> None:
-        if self._last_entered is not None:
-            self._follows[self._last_entered] = block
-        self._last_entered = block

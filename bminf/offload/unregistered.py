@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import gc
-import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, is_dataclass
@@ -17,6 +16,7 @@ from types import CellType, FunctionType, MethodType
 from typing import Any
 from warnings import warn
 
+import numpy as np
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
@@ -130,8 +130,12 @@ class _Search:
         elif isinstance(value, torch.UntypedStorage):
             yield from self._of_tensor(torch.empty(0, dtype=torch.uint8).set_(value))
         elif isinstance(value, torch.ScriptObject):
-            yield from _of_script_object(value)
-        elif _is_array(value):
+            parts = _unpacked(value)
+            if not parts:
+                yield _Piece(torch.device("cpu"), 0, is_opaque=True)
+            for part in parts:
+                yield from self._pieces(part, depth)
+        elif isinstance(value, np.ndarray):
             yield _Piece(torch.device("cpu"), value.nbytes)
         else:
             for inner, inner_depth in self._inside(value, depth):
@@ -187,31 +191,20 @@ def _attributes_of_script(module: torch.jit.ScriptModule) -> Iterator[tuple[str,
     yield "constants", [node.t("value") for node in nodes if node.kindOf("value") == "t"]
 
 
-def _of_script_object(value: Any) -> Iterator[_Piece]:
+def _unpacked(value: Any) -> list[Any]:
     """What torch's quantized modules pack their weights into can only be seen by unpacking it."""
-    host = torch.device("cpu")
     try:
         state = value.__getstate__()
     except (RuntimeError, NotImplementedError, AttributeError):
-        yield _Piece(host, 0, is_opaque=True)
-        return
-    leaves = tree_leaves(state)
-    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    inner = [leaf for leaf in leaves if isinstance(leaf, torch.ScriptObject)]
-    for tensor in tensors:
-        yield _Piece(host, tensor.nbytes)
-    for packed in inner:
-        yield from _of_script_object(packed)
-    if not tensors and not inner:
-        yield _Piece(host, 0, is_opaque=True)
+        return []
+    kinds = (torch.Tensor, torch.ScriptObject)
+    return [leaf for leaf in tree_leaves(state) if isinstance(leaf, kinds)]
 
 
 def _bytes_of_sparse(tensor: torch.Tensor) -> int:
-    if tensor.layout != torch.sparse_coo:
-        return (
-            tensor.numel() * tensor.itemsize
-        )  # at most; the parts have other names in each layout
-    return tensor._indices().nbytes + tensor._values().nbytes
+    if tensor.layout == torch.sparse_coo:
+        return tensor._indices().nbytes + tensor._values().nbytes
+    return tensor.numel() * tensor.itemsize  # at most; the parts have other names in each layout
 
 
 def _address(tensor: torch.Tensor) -> int | None:
@@ -221,11 +214,6 @@ def _address(tensor: torch.Tensor) -> int | None:
         return storage.data_ptr() or storage._cdata if storage.nbytes() else None
     except (RuntimeError, NotImplementedError):  # a subclass of its own, a fake tensor
         return None
-
-
-def _is_array(value: Any) -> bool:
-    numpy = sys.modules.get("numpy")
-    return numpy is not None and isinstance(value, numpy.ndarray)
 
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter, getattr(torch.nn, "Buffer", torch.nn.Parameter))

@@ -6,11 +6,9 @@ import torch
 
 from bminf.errors import ArgumentError
 from bminf.offload import memory
+from bminf.offload.backends import cuda
 from bminf.offload.backends.base import Backend
 from bminf.offload.backends.cpu import CpuBackend
-from bminf.offload.backends.cuda import CudaBackend
-from bminf.offload.backends.cuda import free_bytes as cuda_free_bytes
-from bminf.offload.backends.cuda import taken_bytes as cuda_taken_bytes
 
 _FREE_FRACTION = 0.9  # of the free memory, where no limit is given; the rest is for activations
 
@@ -51,12 +49,12 @@ def backend_for(device: torch.device | str | int | None) -> Backend:
             f"device={device!r}, but torch {torch.__version__} sees "
             f'{torch.cuda.device_count()} GPUs; accepted here: "cpu"'
         )
-    return CudaBackend(wanted)
+    return cuda.CudaBackend(wanted)
 
 
 def taken_bytes(nbytes: int, device_type: str) -> int:
     """Bytes of a device of this type, "cpu" or "cuda", that one buffer of `nbytes` takes."""
-    return cuda_taken_bytes(nbytes) if device_type == "cuda" else nbytes
+    return cuda.taken_bytes(nbytes) if device_type == "cuda" else nbytes
 
 
 def free_budget(device: torch.device, own_bytes: int = 0) -> int:
@@ -64,7 +62,7 @@ def free_budget(device: torch.device, own_bytes: int = 0) -> int:
 
     own_bytes: what the model takes there now, and lets go of as it is wrapped.
     """
-    free = memory.free_bytes() if device.type == "cpu" else cuda_free_bytes(device)
+    free = memory.free_bytes() if device.type == "cpu" else cuda.free_bytes(device)
     return int((free + own_bytes) * _FREE_FRACTION)
 
 
