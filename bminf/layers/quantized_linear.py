@@ -16,14 +16,7 @@ from bminf.layers.saving import check_not_saved
 from bminf.lazy import PACKED_IS_FROZEN, LazyTensor
 from bminf.ops.dequantize import dequantize_weight
 from bminf.ops.linear import ACTIVATIONS, linear_of_checked
-from bminf.quantization.packed import (
-    INT8,
-    PACKED_FIELDS,
-    Format,
-    PackedWeight,
-    pack,
-    parse_format,
-)
+from bminf.quantization.packed import INT8, PACKED_FIELDS, Format, PackedWeight, pack, parse_format
 
 
 def is_conv1d(module: torch.nn.Module) -> bool:

@@ -16,10 +16,7 @@ from bminf.progress import progress_bar
 
 
 def place(
-    model: torch.nn.Module,
-    blobs: Blobs,
-    replacements: Replacements,
-    scheduler: Scheduler,
+    model: torch.nn.Module, blobs: Blobs, replacements: Replacements, scheduler: Scheduler
 ) -> None:
     """Quantize, move and let go of one block after another, so that no two copies are held.
 

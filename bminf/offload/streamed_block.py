@@ -164,13 +164,7 @@ class StreamedBlock:
         self._in_slot = [[h.in_slot[slot] for h in self._held] for slot in range(NUM_SLOTS)]
         self._has_buffers = any(not held.place.is_parameter for held in self._held)
 
-    def _hold(
-        self,
-        name: str,
-        place: TensorPlace,
-        tensor: torch.Tensor,
-        backend: Backend,
-    ) -> _Held:
+    def _hold(self, name: str, place: TensorPlace, tensor: torch.Tensor, backend: Backend) -> _Held:
         fetch, keep = (functools.partial(do, self, name) for do in (self._read, self._write))
         away = LazyTensor(fetch, tensor, backend.device, place.is_parameter, keep)
         views = [self.layout.view(slot, name) for slot in backend.slots]

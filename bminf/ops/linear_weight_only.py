@@ -182,9 +182,7 @@ def tensor_core_kernel(dtype: torch.dtype, weight: PackedWeight, num_rows: int) 
     is_narrow = tiles == 8 or (tiles == 1 and span_of(weight) == 0)
     macros = (("X_TILES", tiles), ("W_TILES", 1 if is_narrow else 2))
     return Kernel(
-        "linear_tensor_core.cu",
-        "linear_tensor_core",
-        (*_weight_macros(dtype, weight), *macros),
+        "linear_tensor_core.cu", "linear_tensor_core", (*_weight_macros(dtype, weight), *macros)
     )
 
 

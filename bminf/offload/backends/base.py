@@ -35,10 +35,7 @@ class Backend(Transfers, Protocol):
         """(nbytes,) uint8 on the device."""
 
     def open(
-        self,
-        layouts: Sequence[Layout],
-        offload_dir: str | Path | None,
-        on_disk: Sequence[int] = (),
+        self, layouts: Sequence[Layout], offload_dir: str | Path | None, on_disk: Sequence[int] = ()
     ) -> None:
         """Make room for these blobs on the host, and the slots. Raises OffloadError or BudgetError.
 

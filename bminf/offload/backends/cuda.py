@@ -83,10 +83,7 @@ class CudaBackend:
             ) from error
 
     def open(
-        self,
-        layouts: Sequence[Layout],
-        offload_dir: str | Path | None,
-        on_disk: Sequence[int] = (),
+        self, layouts: Sequence[Layout], offload_dir: str | Path | None, on_disk: Sequence[int] = ()
     ) -> None:
         self._layouts = list(layouts)
         if on_disk:
