@@ -10,6 +10,7 @@ Source: the kernel's Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memor
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 import sys
 from bisect import bisect_right
@@ -191,26 +192,15 @@ def _system_free_bytes() -> int:
     if meminfo.exists():
         lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
         return int(lines["MemAvailable"].split()[0]) * 1024
-    return _sysctl_free_bytes()
-
-
-def _sysctl_free_bytes() -> int:
-    import os
-
     # macOS counts no "available" pages here; half of the memory is a guess on the safe side.
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 def _windows_free_bytes() -> int:
     class MemoryStatus(ctypes.Structure):
-        _fields_ = (
-            ("length", ctypes.c_ulong),
-            ("load", ctypes.c_ulong),
-            *(
-                (name, ctypes.c_ulonglong)
-                for name in ("total", "available", "c", "d", "e", "f", "g")
-            ),
-        )
+        _fields_ = [(name, ctypes.c_ulong) for name in ("length", "load")] + [
+            (name, ctypes.c_ulonglong) for name in ("total", "available", "c", "d", "e", "f", "g")
+        ]
 
     status = MemoryStatus(length=ctypes.sizeof(MemoryStatus))
     ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status))  # type: ignore[attr-defined]

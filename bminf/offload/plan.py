@@ -147,22 +147,20 @@ class Plan:
         return "\n".join([*self._summary(), *self._picture()])
 
     def _summary(self) -> Iterator[str]:
-        planned, outside = format_bytes(self.total_bytes), format_bytes(self.outside_bytes)
-        yield f"limit     {format_bytes(self.budget):>10}   planned {planned}"
-        yield f"resident  {format_bytes(self.resident_bytes):>10}   {outside} outside all blocks"
+        outside = f"{format_bytes(self.outside_bytes)} outside all blocks"
+        yield _line("limit", self.budget, f"planned {format_bytes(self.total_bytes)}")
+        yield _line("resident", self.resident_bytes, outside)
         if self.streamed:
-            yield f"two slots {format_bytes(self.slot_bytes):>10}"
-        yield f"reserved  {format_bytes(self.reserved_bytes):>10}{self._reserved_for()}"
+            yield _line("two slots", self.slot_bytes)
+        yield _line("reserved", self.reserved_bytes, self._reserved_for())
         if self.unreserved is not None:
             yield self.context_line
         if not self.streamed:
             yield "fits entirely: nothing is streamed"
             return
-        per_request = format_bytes(self.streamed_bytes_per_request)
-        yield (
-            f"streamed  {format_bytes(self.streamed_bytes):>10}   {len(self.streamed)} of "
-            f"{len(self.blocks)} blocks, {per_request} per request"
-        )
+        of_all = f"{len(self.streamed)} of {len(self.blocks)} blocks"
+        per_request = f"{format_bytes(self.streamed_bytes_per_request)} per request"
+        yield _line("streamed", self.streamed_bytes, f"{of_all}, {per_request}")
         if self.on_disk:
             yield from self._tiers()
 
@@ -184,23 +182,21 @@ class Plan:
         cache, workspace = self.context.cache_bytes, self.context.workspace_bytes
         beside = self.reserved_bytes - self.context.nbytes
         return (
-            f"   estimated for {f'{texts} texts' if texts > 1 else 'one text'} of {length:,} "
+            f"estimated for {f'{texts} texts' if texts > 1 else 'one text'} of {length:,} "
             f"tokens: KV cache {format_bytes(cache)}, workspace {format_bytes(workspace)}"
             + (f"; and {format_bytes(beside)} of reserve" if beside else "")
         )
 
     def _tiers(self) -> Iterator[str]:
         """Where streamed blocks wait, when that is not host memory for all."""
-        in_host = len(self.streamed) - len(self.on_disk)
-        stage, read = self.staging_bytes // 2, self._bytes_per_request(self.on_disk)
-        yield (
-            f"in host   {format_bytes(self.host_bytes):>10}   {in_host} streamed blocks, and two "
-            f"staging buffers of {format_bytes(stage)}"
+        in_host = (
+            f"{len(self.streamed) - len(self.on_disk)} streamed blocks, and two staging buffers"
         )
-        yield (
-            f"on disk   {format_bytes(self.disk_bytes):>10}   {len(self.on_disk)} streamed blocks, "
-            f"{format_bytes(read)} read per request"
+        yield _line(
+            "in host", self.host_bytes, f"{in_host} of {format_bytes(self.staging_bytes // 2)}"
         )
+        read = f"{format_bytes(self._bytes_per_request(self.on_disk))} read per request"
+        yield _line("on disk", self.disk_bytes, f"{len(self.on_disk)} streamed blocks, {read}")
 
     def _picture(self) -> Iterator[str]:
         streamed, on_disk = set(self.streamed), set(self.on_disk)
@@ -221,6 +217,10 @@ class Plan:
                 f"uses {shown} ({words})"
             )
             yield from (f"  {signs[index : index + _ROW]}" for index in range(0, len(signs), _ROW))
+
+
+def _line(label: str, nbytes: int, rest: str = "") -> str:
+    return f"{label:<9} {format_bytes(nbytes):>10}   {rest}".rstrip()
 
 
 def uses_in_words(uses: float) -> str:

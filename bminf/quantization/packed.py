@@ -164,12 +164,12 @@ class PackedWeight(NamedTuple):
         shape: tuple[int, ...] = (self.out_features,)
         if self.form.group_size is not None:
             shape += (self.num_groups,)
-        for name, tensor in (("scale", self.scale), ("minimum", self.minimum)):
+        scale = shape, _SCALE_DTYPES[self.bits]
+        sums = (self.out_features,), torch.int32
+        for name, expected in (("scale", scale), ("minimum", scale), ("code_sum", sums)):
+            tensor = getattr(self, name)
             if tensor is not None:
-                _check_scale(name, tensor, shape, _SCALE_DTYPES[self.bits], self.qweight.device)
-        if self.code_sum is not None:
-            sums_shape = (self.out_features,)
-            _check_scale("code_sum", self.code_sum, sums_shape, torch.int32, self.qweight.device)
+                _check_scale(name, tensor, *expected, self.qweight.device)
 
 
 RowPacker = Callable[[torch.Tensor, Format, PackedWeight], None]
