@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from streaming import Stack, make_stack
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from transformers.pytorch_utils import Conv1D
 
 import bminf
 from bminf.layers.quantize import computes_as_linear, is_quantizable
@@ -125,9 +126,10 @@ def test_the_probe_leaves_the_module_and_the_random_numbers_alone() -> None:
 def test_what_only_its_parent_reads_stays() -> None:
     """torch.nn.MultiheadAttention never calls its output projection."""
     assert not is_quantizable(NonDynamicallyQuantizableLinear(4, 4))
-    linear = torch.nn.Linear(4, 4)
-    linear.forward = lambda x: x
-    assert not is_quantizable(linear)
+    for linear in (torch.nn.Linear(4, 4), Conv1D(4, 4)):
+        assert is_quantizable(linear)
+        linear.forward = lambda x: x
+        assert not is_quantizable(linear)
 
 
 def test_hooks_and_attributes_of_a_linear_go_along() -> None:
