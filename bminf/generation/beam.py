@@ -1,8 +1,8 @@
 """Beam search: the sequences with the highest score, as far as `num_beams` a prompt can tell.
 
-The meaning is that of `generate(num_beams=...)` in Hugging Face transformers 5: what counts as a
-candidate, when a sequence is finished, and when a better one is thought impossible. Unlike there a
-beam that does not exist has no score at all, so results can be fewer but never made up.
+The meaning is that of `generate(num_beams=..., early_stopping=True)` in transformers 5: what counts
+as a candidate, when a sequence is finished, and when a search is done. Unlike there a beam that
+does not exist has no score at all, so results can be fewer but never made up.
 What every beam search needs, whatever its rules, is public here: glm_beam.py is another one.
 Source: transformers/generation/utils.py, `GenerationMixin._beam_search`.
 """
@@ -13,7 +13,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -33,8 +33,6 @@ LOST = -math.inf
 
 LARGEST_EXPONENT = 700.0
 """Of e, in float64."""
-
-EarlyStopping = bool | Literal["never"]
 
 
 @dataclass(frozen=True)
@@ -61,24 +59,22 @@ def beam_search(
     stop_ids: Collection[int],
     max_new_tokens: int,
     length_penalty: float = 1.0,
-    early_stopping: EarlyStopping = True,
     banned_ids: Collection[int] = (),
 ) -> list[list[Hypothesis]]:
     """The best sequences for each prompt, best first: num_beams, or fewer where there are fewer.
 
     decoder: has been fed nothing that `start` holds. It is called with `start`, (B, T) int64, once;
     then each step begins with `select`, which makes num_beams rows of every prompt still searched.
+    A prompt is done when it has num_beams finished sequences.
     length_penalty: above 0 long sequences gain by it, below 0 they lose.
-    early_stopping: a prompt is done when it has num_beams finished sequences (True); or else when
-    its best running one could not beat them at its present length (False), or at any length
-    ("never").   banned_ids: never chosen; the others' probabilities stay as they are.
+    banned_ids: never chosen; the others' probabilities stay as they are.
     Raises ArgumentError, UnsupportedModelError where logits are not finite numbers.
     """
     check_start(start)
     check_positive("num_beams", num_beams)
     check_positive("max_new_tokens", max_new_tokens)
-    _check_penalty(length_penalty, early_stopping, max_new_tokens)
-    rules = _Rules(num_beams, frozenset(stop_ids), max_new_tokens, length_penalty, early_stopping)
+    _check_penalty(length_penalty, max_new_tokens)
+    rules = _Rules(num_beams, frozenset(stop_ids), max_new_tokens, length_penalty)
     searches = [_Search(rules) for _ in range(len(start))]
     logits = decoder(start)
     check_ids("stop_ids", rules.stop_ids, logits.shape[1])
@@ -212,7 +208,6 @@ class _Rules:
     stop_ids: frozenset[int]
     max_new_tokens: int
     length_penalty: float
-    early_stopping: EarlyStopping
 
     @property
     def num_candidates(self) -> int:
@@ -238,18 +233,7 @@ class _Search(Search):
                 ended.append(Hypothesis(ids, rules.score(score, len(ids)), stopped))
         self.beams = running[: rules.num_beams]
         self.finish(ended)
-        self.is_done = not self.beams or self._is_settled()
-
-    def _is_settled(self) -> bool:
-        rules = self._rules
-        if len(self.finished) < rules.num_beams:
-            return False
-        if rules.early_stopping is True:
-            return True
-        length = len(self.beams[0].ids)
-        if rules.early_stopping == "never" and rules.length_penalty > 0:
-            length = rules.max_new_tokens
-        return rules.score(self.beams[0].score, length) <= self.finished[-1].score
+        self.is_done = not self.beams or len(self.finished) == rules.num_beams
 
 
 def _candidates(
@@ -260,14 +244,10 @@ def _candidates(
     return best_candidates(steps, scores, limit)
 
 
-def _check_penalty(
-    length_penalty: float, early_stopping: EarlyStopping, max_new_tokens: int
-) -> None:
+def _check_penalty(length_penalty: float, max_new_tokens: int) -> None:
     exponent = abs(length_penalty) if is_number(length_penalty) else math.inf
     if not exponent * math.log(max_new_tokens) < LARGEST_EXPONENT:
         raise ArgumentError(
             f"length_penalty={length_penalty!r}; accepted: a number, so small that "
             f"{max_new_tokens} (max_new_tokens) to its power is one; usual are 0 to 2"
         )
-    if type(early_stopping) is not bool and early_stopping != "never":
-        raise ArgumentError(f'early_stopping={early_stopping!r}; accepted: True, False, "never"')

@@ -58,15 +58,15 @@ def test_one_beam_is_greedy(length_penalty: float, seed: int) -> None:
 
 def test_one_prompt_among_others_is_searched_as_alone() -> None:
     starts = [[0, 1], [4, 4], [2, 6], [5, 5]]
-    for early_stopping in (True, False, "never"):
-        options = {"early_stopping": early_stopping, "length_penalty": 0.7}
-        logits_of = random_logits(8, seed=1)
-        decoder = FakeDecoder(logits_of)
-        together = search(decoder, starts, 3, (6, 7), 9, **options)
-        alone = [search(FakeDecoder(logits_of), [own], 3, (6, 7), 9, **options) for own in starts]
-        assert together == [given for (given,) in alone]
-        # A prompt that is done leaves the batch, or the test has tested less than it says.
-        assert len({len(rows) for rows in decoder.selected}) > 1
+    logits_of = random_logits(8, seed=1)
+    decoder = FakeDecoder(logits_of)
+    together = search(decoder, starts, 3, (6, 7), 9, length_penalty=0.7)
+    alone = [
+        search(FakeDecoder(logits_of), [own], 3, (6, 7), 9, length_penalty=0.7) for own in starts
+    ]
+    assert together == [given for (given,) in alone]
+    # A prompt that is done leaves the batch, or the test has tested less than it says.
+    assert len({len(rows) for rows in decoder.selected}) > 1
 
 
 def test_the_prompt_is_fed_once_and_then_a_token_a_beam() -> None:
@@ -113,8 +113,7 @@ def test_banned_ids_are_in_no_sequence() -> None:
     ("name", "value"),
     [("num_beams", 0), ("num_beams", 2.0), ("num_beams", True), ("max_new_tokens", 0),
      ("length_penalty", math.nan), ("length_penalty", math.inf), ("length_penalty", "1"),
-     ("length_penalty", True), ("length_penalty", 1e6), ("early_stopping", "always"),
-     ("early_stopping", None), ("early_stopping", 1)],
+     ("length_penalty", True), ("length_penalty", 1e6)],
 )  # fmt: skip
 def test_arguments_that_mean_nothing_are_refused(name: str, value: Any) -> None:
     decoder = FakeDecoder(random_logits(6, 0))
@@ -148,45 +147,26 @@ def test_logits_that_are_not_numbers_are_refused(bad: float) -> None:
         search(FakeDecoder(logits), [[0], [1]], 2)
 
 
-@pytest.mark.parametrize("early_stopping", [True, False, "never"])
-def test_when_it_ends(early_stopping: Any) -> None:
-    """Two beams, both of whose likeliest sequences stop at once: True ends there. At its present
-    length no other can win (False); three tokens of probability 1 could (never)."""
+def test_it_ends_with_as_many_finished_sequences_as_beams() -> None:
+    """Both likeliest sequences stop at once, though a longer one could have a better score."""
 
     def logits(history: tuple[int, ...]) -> list[float]:
         return [0.0, 0.0, -1.0] if len(history) == 1 else [-30.0, -30.0, 30.0]
 
     decoder = FakeDecoder(logits)
-    given = search(decoder, [[0]], 2, (0, 1), 4, early_stopping=early_stopping)[0]
-    ids = [h.ids for h in given]
-    if early_stopping == "never":
-        assert ids[0] == (2, 2, 2, 2) and len(decoder.fed) == 4
-    else:
-        assert ids == [(0,), (1,)] and len(decoder.fed) == 1
-
-
-def test_where_length_costs_the_best_to_come_is_at_the_present_length() -> None:
-    """With a penalty below 0, "never" must not judge a running beam by the longest it could get."""
-
-    def logits(history: tuple[int, ...]) -> list[float]:
-        shares = {1: (0.05, 0.8, 0.15), 2: (0.05, 0.85, 0.1)}.get(len(history), (1e-6, 1e-6, 1.0))
-        return [math.log(share) for share in shares]
-
-    options = {"length_penalty": -1.0, "early_stopping": "never"}
-    best, *_ = search(FakeDecoder(logits), [[0]], 2, (2,), 20, **options)[0]
-    assert best.ids == (1, 1, 2)
-    assert best.score == pytest.approx(3 * math.log(0.8 * 0.85), abs=1e-4)
+    given = search(decoder, [[0]], 2, (0, 1), 4)[0]
+    assert [h.ids for h in given] == [(0,), (1,)] and len(decoder.fed) == 1
 
 
 def test_stop_tokens_leave_enough_candidates_to_go_on() -> None:
-    """The three likeliest tokens all stop; both beams still find a token to go on with."""
+    """Behind the likeliest token come three that stop; both beams still find one to go on with."""
 
     def logits(history: tuple[int, ...]) -> list[float]:
         return (
-            [3.0, 3.0, 3.0, 2.0, 2.0] if len(history) == 1 else [-30.0, -30.0, -30.0, 30.0, -30.0]
+            [2.9, 2.8, 2.7, 3.0, 2.0] if len(history) == 1 else [-30.0, -30.0, -30.0, 30.0, -30.0]
         )
 
-    given = search(FakeDecoder(logits), [[0]], 2, (0, 1, 2), 6, early_stopping="never")[0]
+    given = search(FakeDecoder(logits), [[0]], 2, (0, 1, 2), 6)[0]
     assert [h.ids for h in given] == [(3, 3, 3, 3, 3, 3), (4, 3, 3, 3, 3, 3)]
 
 
@@ -221,7 +201,6 @@ def gpt2() -> Any:
 
 
 @pytest.mark.parametrize("length_penalty", [0.0, 0.6, 1.0, 2.0, -0.5])
-@pytest.mark.parametrize("early_stopping", [True, False, "never"])
 @pytest.mark.parametrize(
     ("num_beams", "stop_ids", "banned_ids"),
     [(2, (3,), ()), (4, (3, 11, 20), ()), (5, (), ()), (3, (7, 15), (1, 2))],
@@ -229,7 +208,6 @@ def gpt2() -> Any:
 def test_it_finds_what_transformers_finds(
     gpt2: Any,
     length_penalty: float,
-    early_stopping: Any,
     num_beams: int,
     stop_ids: tuple[int, ...],
     banned_ids: tuple[int, ...],
@@ -238,12 +216,12 @@ def test_it_finds_what_transformers_finds(
     expected = gpt2.generate(
         start, attention_mask=torch.ones_like(start), num_beams=num_beams, do_sample=False,
         num_return_sequences=num_beams, max_new_tokens=9, length_penalty=length_penalty,
-        early_stopping=early_stopping, eos_token_id=list(stop_ids) or None, pad_token_id=0,
+        early_stopping=True, eos_token_id=list(stop_ids) or None, pad_token_id=0,
         suppress_tokens=list(banned_ids) or None, return_dict_in_generate=True,
         output_scores=True,
     )  # fmt: skip
     given = beam_search(
-        CachedModel(gpt2), start, num_beams, stop_ids, 9, length_penalty, early_stopping, banned_ids
+        CachedModel(gpt2), start, num_beams, stop_ids, 9, length_penalty, banned_ids
     )
     flat = [hypothesis for own in given for hypothesis in own]
     for hypothesis, row in zip(flat, expected.sequences[:, 4:].tolist(), strict=True):
