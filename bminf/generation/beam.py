@@ -10,7 +10,6 @@ Source: transformers/generation/utils.py, `GenerationMixin._beam_search`.
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
@@ -31,8 +30,7 @@ from bminf.generation.loop import Decoder
 LOST = -math.inf
 """The score of what is banned, or does not exist."""
 
-LARGEST_EXPONENT = 700.0
-"""Of e, in float64."""
+_LARGEST_EXPONENT = 700.0  # of e, in float64
 
 
 @dataclass(frozen=True)
@@ -73,21 +71,21 @@ def beam_search(
     check_start(start)
     check_positive("num_beams", num_beams)
     check_positive("max_new_tokens", max_new_tokens)
-    _check_penalty(length_penalty, max_new_tokens)
-    rules = _Rules(num_beams, frozenset(stop_ids), max_new_tokens, length_penalty)
-    searches = [_Search(rules) for _ in range(len(start))]
+    rules = Rules(num_beams, frozenset(stop_ids), max_new_tokens, length_penalty)
+    rules.check_penalty(max_new_tokens, usual="0 to 2")
+    searches = [Search(rules) for _ in range(len(start))]
     logits = decoder(start)
     check_ids("stop_ids", rules.stop_ids, logits.shape[1])
     check_banned(banned_ids, logits.shape[1])
     banned = torch.tensor(sorted(banned_ids), dtype=torch.int64, device=logits.device)
-    run(
-        decoder,
-        logits,
-        start.device,
-        searches,
-        lambda logits, scores, _: _candidates(logits, scores, banned, rules.num_candidates),
-    )
-    return [search.finished for search in searches]
+
+    def candidates(
+        logits: torch.Tensor, scores: torch.Tensor, _: Sequence[Search]
+    ) -> list[list[Candidate]]:
+        steps = logits.float().log_softmax(-1).index_fill_(1, banned, LOST)
+        return best_candidates(steps, scores, rules.num_candidates)
+
+    return run(decoder, logits, start.device, searches, candidates)
 
 
 class Candidate(NamedTuple):
@@ -106,32 +104,75 @@ class Beam(NamedTuple):
     ids: tuple[int, ...]
 
 
-class Search(ABC):
+@dataclass(frozen=True)
+class Rules:
+    """What all prompts of a search have in common, as `beam_search` was given it."""
+
+    num_beams: int
+    stop_ids: frozenset[int]
+    max_new_tokens: int
+    length_penalty: float
+
+    @property
+    def num_candidates(self) -> int:
+        """So many that num_beams of them go on even if every beam's likeliest tokens are stops."""
+        return (max(1, len(self.stop_ids)) + 1) * self.num_beams
+
+    def length(self, num_tokens: int) -> float:
+        """What a sequence's length counts for in its score."""
+        return num_tokens
+
+    def check_penalty(self, longest: int, usual: str) -> None:
+        """Raise ArgumentError where a sequence of `longest` tokens would have no finite score."""
+        penalty, length = self.length_penalty, self.length(longest)
+        exponent = abs(penalty) if is_number(penalty) else math.inf
+        if not exponent * math.log(length) < _LARGEST_EXPONENT:
+            raise ArgumentError(
+                f"length_penalty={penalty!r}; accepted: a number, so small that {length:g} (for "
+                f"{longest} tokens) to its power is one; usual are {usual}"
+            )
+
+
+class Search:
     """The beams of one prompt: at first one, with nothing generated.
 
+    num_context: tokens that a sequence's length counts beside its own.
     beams: the running ones, best first.   finished: at most num_beams, best first.
     """
 
-    def __init__(self, num_beams: int) -> None:
-        self.num_beams = num_beams
+    def __init__(self, rules: Rules, num_context: int = 0) -> None:
+        self._rules, self._num_context = rules, num_context
         self.beams = [Beam(0.0, 0, ())]
         self.finished: list[Hypothesis] = []
         self.is_done = False
 
-    @abstractmethod
     def advance(self, candidates: list[Candidate]) -> None:
         """Take a step: set `beams` and `is_done`. candidates: best first, of all beams."""
-
-    def finish(self, ended: list[Hypothesis]) -> None:
-        """Keep the best of these and of those that had finished before."""
-        self.finished += ended
-        self.finished.sort(key=lambda hypothesis: hypothesis.score, reverse=True)
-        del self.finished[self.num_beams :]
+        rules, running, ended = self._rules, [], []
+        for place, (score, beam, token) in enumerate(candidates):
+            ids, stopped = (*self.beams[beam].ids, token), token in rules.stop_ids
+            if not stopped and len(ids) < rules.max_new_tokens:
+                running.append(Beam(score, beam, ids))
+            elif place < rules.num_beams:  # the others only stand by, to fill the beams
+                ended.append(self._hypothesis(score, ids, stopped))
+        self.beams = running[: rules.num_beams]
+        self._finish(ended)
+        self.is_done = not self.beams or len(self.finished) == rules.num_beams
 
     def padded_beams(self) -> list[Beam]:
         """num_beams of them: missing ones are doubles of the first with no chance."""
-        missing = self.num_beams - len(self.beams)
+        missing = self._rules.num_beams - len(self.beams)
         return self.beams + [self.beams[0]._replace(score=LOST)] * missing
+
+    def _finish(self, ended: list[Hypothesis]) -> None:
+        """Keep the best of these and of those that had finished before."""
+        self.finished += ended
+        self.finished.sort(key=lambda hypothesis: hypothesis.score, reverse=True)
+        del self.finished[self._rules.num_beams :]
+
+    def _hypothesis(self, score: float, ids: tuple[int, ...], stopped: bool) -> Hypothesis:
+        length = self._rules.length(self._num_context + len(ids))
+        return Hypothesis(ids, score / math.pow(length, self._rules.length_penalty), stopped)
 
 
 _AnySearch = TypeVar("_AnySearch", bound=Search)
@@ -143,20 +184,20 @@ def run(
     device: torch.device,
     searches: Sequence[_AnySearch],
     choose: Callable[[torch.Tensor, torch.Tensor, Sequence[_AnySearch]], Sequence[list[Candidate]]],
-) -> None:
-    """Pass after pass, until all searches are done.
+) -> list[list[Hypothesis]]:
+    """What each search has finished with, after as many passes as it takes.
 
     logits: (B, V) of the first pass, a row for each search.   device: where ids are fed from.
     choose: from logits (B * beams, V), scores (B, beams) float32 and the B searches that still go
     on to the candidates of each, best first. `beams` is 1 in the first step, then num_beams.
     """
-    scores = torch.zeros(len(searches), 1, device=logits.device)
+    every, scores = searches, torch.zeros(len(searches), 1, device=logits.device)
     while True:
         for search, own in zip(searches, choose(logits, scores, searches), strict=True):
             search.advance(own)
         rows, last, chances = _next_rows(searches, beams_before=scores.shape[1])
         if not rows:
-            return
+            return [search.finished for search in every]
         searches = [search for search in searches if not search.is_done]
         scores = torch.tensor(chances, device=logits.device)
         decoder.select(torch.tensor(rows, device=logits.device))
@@ -193,61 +234,10 @@ def _next_rows(
 ) -> tuple[list[int], list[list[int]], list[list[float]]]:
     """Of the searches that go on: the row of each beam's cache, its last token, and its score."""
     rows, last, scores = [], [], []
-    for number, search in enumerate(searches):
+    for i, search in enumerate(searches):
         if not search.is_done:
             beams = search.padded_beams()
-            rows += [number * beams_before + beam.row for beam in beams]
+            rows += [i * beams_before + beam.row for beam in beams]
             last += [[beam.ids[-1]] for beam in beams]
             scores.append([beam.score for beam in beams])
     return rows, last, scores
-
-
-@dataclass(frozen=True)
-class _Rules:
-    num_beams: int
-    stop_ids: frozenset[int]
-    max_new_tokens: int
-    length_penalty: float
-
-    @property
-    def num_candidates(self) -> int:
-        """So many that num_beams of them go on even if every beam's likeliest tokens are stops."""
-        return max(2, 1 + len(self.stop_ids)) * self.num_beams
-
-    def score(self, log_probability: float, length: int) -> float:
-        return log_probability / math.pow(length, self.length_penalty)
-
-
-class _Search(Search):
-    def __init__(self, rules: _Rules) -> None:
-        super().__init__(rules.num_beams)
-        self._rules = rules
-
-    def advance(self, candidates: list[Candidate]) -> None:
-        rules, running, ended = self._rules, [], []
-        for place, (score, beam, token) in enumerate(candidates):
-            ids, stopped = (*self.beams[beam].ids, token), token in rules.stop_ids
-            if not stopped and len(ids) < rules.max_new_tokens:
-                running.append(Beam(score, beam, ids))
-            elif place < rules.num_beams:  # the others only stand by, to fill the beams
-                ended.append(Hypothesis(ids, rules.score(score, len(ids)), stopped))
-        self.beams = running[: rules.num_beams]
-        self.finish(ended)
-        self.is_done = not self.beams or len(self.finished) == rules.num_beams
-
-
-def _candidates(
-    logits: torch.Tensor, scores: torch.Tensor, banned: torch.Tensor, limit: int
-) -> list[list[Candidate]]:
-    """logits: (B * beams, V).   scores: (B, beams) float32."""
-    steps = logits.float().log_softmax(-1).index_fill_(1, banned, LOST)
-    return best_candidates(steps, scores, limit)
-
-
-def _check_penalty(length_penalty: float, max_new_tokens: int) -> None:
-    exponent = abs(length_penalty) if is_number(length_penalty) else math.inf
-    if not exponent * math.log(max_new_tokens) < LARGEST_EXPONENT:
-        raise ArgumentError(
-            f"length_penalty={length_penalty!r}; accepted: a number, so small that "
-            f"{max_new_tokens} (max_new_tokens) to its power is one; usual are 0 to 2"
-        )

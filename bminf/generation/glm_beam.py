@@ -1,6 +1,6 @@
 """The beam search of GLM-130B: its own candidates, its own penalty for length, its own end.
 
-It differs from beam.py in that candidates may be drawn by lot, that a length counts the context,
+It differs from beam.py in that candidates may be sampled, that a length counts the context,
 that stop tokens far down the list still finish a sequence, and that beams which run out of steps
 rank with those that stopped. A beam that does not exist has no score, and a banned token is never
 taken: results can be fewer but never made up.
@@ -9,7 +9,6 @@ Source: the rules of BeamSearchStrategy in THUDM/GLM-130B, with consider_end.
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -25,16 +24,15 @@ from bminf.checks import (
     check_positive,
     check_seed,
     check_start,
-    is_number,
     not_numbers,
 )
 from bminf.errors import ArgumentError
 from bminf.generation.beam import (
-    LARGEST_EXPONENT,
     LOST,
     Beam,
     Candidate,
     Hypothesis,
+    Rules,
     Search,
     best_candidates,
     run,
@@ -84,43 +82,36 @@ def glm_beam_search(
     Raises ArgumentError, UnsupportedModelError where logits are not finite numbers.
     """
     check_start(start)
-    _check_counts(num_beams, max_new_tokens, no_repeat_ngram_size, min_length)
+    check_positive("num_beams", num_beams)
+    check_positive("max_new_tokens", max_new_tokens)
+    check_count("no_repeat_ngram_size", no_repeat_ngram_size, zero="off")
+    check_count("min_length", min_length, zero="off")
     check_bool("is_deterministic", is_deterministic)
     check_seed(seed)
     _check_contexts(contexts, len(start))
-    _check_penalty(length_penalty, max(map(len, contexts)) + max_new_tokens)
-    rules = _Rules(
+    rules = _GLMRules(
         num_beams, frozenset(stop_ids), max_new_tokens, length_penalty, no_repeat_ngram_size,
         min_length, is_deterministic, frozenset(banned_ids),
     )  # fmt: skip
-    lots = _lots(len(contexts), seed)
+    rules.check_penalty(max(map(len, contexts)) + max_new_tokens, usual="0 to 1")
     searches = [
-        _Search(rules, tuple(context), lot) for context, lot in zip(contexts, lots, strict=True)
+        _GLMSearch(rules, tuple(context), generator)
+        for context, generator in zip(contexts, _generators(len(contexts), seed), strict=True)
     ]
     logits = decoder(start)
     _check_vocabulary(rules, contexts, logits.shape[1])
-    run(decoder, logits, start.device, searches, partial(_candidates, rules))
-    return [search.finished for search in searches]
+    return run(decoder, logits, start.device, searches, partial(_candidates, rules))
 
 
 @dataclass(frozen=True)
-class _Rules:
-    num_beams: int
-    stop_ids: frozenset[int]
-    max_new_tokens: int
-    length_penalty: float
+class _GLMRules(Rules):
     no_repeat_ngram_size: int
     min_length: int
     is_deterministic: bool
     banned_ids: frozenset[int]
 
-    @property
-    def num_candidates(self) -> int:
-        """So many that num_beams of them go on even if every beam's likeliest tokens are stops."""
-        return (max(1, len(self.stop_ids)) + 1) * self.num_beams
-
-    def score(self, log_probability: float, length: int) -> float:
-        return log_probability / math.pow((5 + length) / 6, self.length_penalty)
+    def length(self, num_tokens: int) -> float:
+        return (5 + num_tokens) / 6
 
     def ruled_out(self, num_generated: int) -> frozenset[int]:
         """The ids that no beam may take after so many."""
@@ -129,20 +120,28 @@ class _Rules:
         return self.banned_ids
 
 
-class _Search(Search):
-    """lot: the random numbers of this prompt; on the CPU, so that all devices draw the same."""
+class _GLMSearch(Search):
+    """generator: of this prompt; on the CPU, so that all devices draw the same."""
 
-    def __init__(self, rules: _Rules, context: tuple[int, ...], lot: torch.Generator) -> None:
-        super().__init__(rules.num_beams)
-        self._rules, self._context, self.lot = rules, context, lot
+    _rules: _GLMRules
+
+    def __init__(
+        self, rules: _GLMRules, context: tuple[int, ...], generator: torch.Generator
+    ) -> None:
+        super().__init__(rules, len(context))
+        self._context, self.generator = context, generator
 
     def advance(self, candidates: list[Candidate]) -> None:
         if candidates:
-            self.beams, ended = self._walk(candidates)
-            self.finish(ended)
-        self.is_done = not self.beams or self._is_settled()
-        if not self.is_done and (not candidates or self._is_at_its_end()):
-            self.finish([self._hypothesis(beam.score, beam.ids, False) for beam in self.beams])
+            self.beams, ended = self._extend(candidates)
+            self._finish(ended)
+        running = [self._hypothesis(beam.score, beam.ids, False) for beam in self.beams]
+        is_full = len(self.finished) == self._rules.num_beams
+        self.is_done = not running or (is_full and self.finished[-1].score >= running[0].score)
+        if self.is_done:
+            return
+        if not candidates or len(running[0].ids) == self._rules.max_new_tokens:
+            self._finish(running)
             self.is_done = True
 
     def repeats(self, beam: Beam) -> set[int]:
@@ -154,7 +153,7 @@ class _Search(Search):
         prefix = whole[len(whole) - size + 1 :]
         return {whole[end] for end in ends if whole[end - size + 1 : end] == prefix}
 
-    def _walk(self, candidates: list[Candidate]) -> tuple[list[Beam], list[Hypothesis]]:
+    def _extend(self, candidates: list[Candidate]) -> tuple[list[Beam], list[Hypothesis]]:
         """What goes on and what has finished, down to the first that finds no place."""
         running: list[Beam] = []
         ended: list[Hypothesis] = []
@@ -162,28 +161,15 @@ class _Search(Search):
             ids = (*self.beams[beam].ids, token)
             if token in self._rules.stop_ids:
                 ended.append(self._hypothesis(score, ids, True))
-            elif len(running) < self.num_beams:
+            elif len(running) < self._rules.num_beams:
                 running.append(Beam(score, beam, ids))
             else:
                 break
         return running, ended
 
-    def _is_at_its_end(self) -> bool:
-        return len(self.beams[0].ids) == self._rules.max_new_tokens
-
-    def _is_settled(self) -> bool:
-        if len(self.finished) < self.num_beams:
-            return False
-        best = self._hypothesis(self.beams[0].score, self.beams[0].ids, False)
-        return self.finished[-1].score >= best.score
-
-    def _hypothesis(self, score: float, ids: tuple[int, ...], stopped: bool) -> Hypothesis:
-        length = len(self._context) + len(ids)
-        return Hypothesis(ids, self._rules.score(score, length), stopped)
-
 
 def _candidates(
-    rules: _Rules, logits: torch.Tensor, scores: torch.Tensor, searches: Sequence[_Search]
+    rules: _GLMRules, logits: torch.Tensor, scores: torch.Tensor, searches: Sequence[_GLMSearch]
 ) -> list[list[Candidate]]:
     """logits: (B * beams, V).   scores: (B, beams) float32."""
     _check_numbers(logits, len(searches))
@@ -197,12 +183,14 @@ def _candidates(
     return [sorted(own, key=lambda candidate: -candidate.score) for own in drawn]
 
 
-def _ruled_out(rules: _Rules, logits: torch.Tensor, searches: Sequence[_Search]) -> torch.Tensor:
+def _ruled_out(
+    rules: _GLMRules, logits: torch.Tensor, searches: Sequence[_GLMSearch]
+) -> torch.Tensor:
     """(B * beams, V) bool."""
     rows_each = len(logits) // len(searches)
     repeated = [
-        (number * rows_each + place, token)
-        for number, search in enumerate(searches)
+        (i * rows_each + place, token)
+        for i, search in enumerate(searches)
         for place, beam in enumerate(search.beams)
         for token in search.repeats(beam)
     ]
@@ -214,16 +202,17 @@ def _ruled_out(rules: _Rules, logits: torch.Tensor, searches: Sequence[_Search])
     return is_out
 
 
-def _noise(searches: Sequence[_Search], size: int) -> torch.Tensor:
+def _noise(searches: Sequence[_GLMSearch], size: int) -> torch.Tensor:
     """(B, size) float64 of the Gumbel distribution: the largest sums of it and log-probabilities
     are a sample without replacement (Kool et al. 2019, arXiv:1903.06059, section 2)."""
     uniforms = [
-        torch.rand(size, generator=own.lot, dtype=torch.float64, device="cpu") for own in searches
+        torch.rand(size, generator=own.generator, dtype=torch.float64, device="cpu")
+        for own in searches
     ]
     return torch.stack(uniforms).clamp_min_(_LEAST_UNIFORM).log_().neg_().log_().neg_()
 
 
-def _lots(num_prompts: int, seed: int | None) -> list[torch.Generator]:
+def _generators(num_prompts: int, seed: int | None) -> list[torch.Generator]:
     first = random.SystemRandom().getrandbits(64) if seed is None else seed
     # torch's generator heeds 32 bits of its seed; these depend on all of ours.
     seeds = [random.Random(first + prompt).getrandbits(32) for prompt in range(num_prompts)]
@@ -237,13 +226,6 @@ def _check_numbers(logits: torch.Tensor, num_prompts: int) -> None:
         raise not_numbers((~is_finite).nonzero().flatten().tolist())
 
 
-def _check_counts(num_beams: int, max_new_tokens: int, ngram_size: int, min_length: int) -> None:
-    check_positive("num_beams", num_beams)
-    check_positive("max_new_tokens", max_new_tokens)
-    check_count("no_repeat_ngram_size", ngram_size, zero="off")
-    check_count("min_length", min_length, zero="off")
-
-
 def _check_contexts(contexts: Sequence[Sequence[int]], num_prompts: int) -> None:
     if len(contexts) != num_prompts:
         raise ArgumentError(
@@ -254,17 +236,7 @@ def _check_contexts(contexts: Sequence[Sequence[int]], num_prompts: int) -> None
             raise ArgumentError(f"contexts[{prompt}] is empty; it holds at least sop")
 
 
-def _check_penalty(length_penalty: float, longest: int) -> None:
-    largest = (5 + longest) / 6
-    exponent = abs(length_penalty) if is_number(length_penalty) else math.inf
-    if not exponent * math.log(largest) < LARGEST_EXPONENT:
-        raise ArgumentError(
-            f"length_penalty={length_penalty!r}; accepted: a number, so small that {largest:g} "
-            f"(for {longest} tokens, context included) to its power is one; usual are 0 to 1"
-        )
-
-
-def _check_vocabulary(rules: _Rules, contexts: Sequence[Sequence[int]], vocab_size: int) -> None:
+def _check_vocabulary(rules: _GLMRules, contexts: Sequence[Sequence[int]], vocab_size: int) -> None:
     check_ids("stop_ids", rules.stop_ids, vocab_size)
     check_banned(rules.banned_ids, vocab_size)
     for prompt, context in enumerate(contexts):
