@@ -116,7 +116,9 @@ class Sampling:
             raise ArgumentError(
                 f"top_p={self.top_p!r}; accepted: a number above 0 and up to 1, or None"
             )
-        self._check_penalties()
+        for name in ("frequency_penalty", "presence_penalty"):
+            if not is_number(getattr(self, name)):
+                raise ArgumentError(f"{name}={getattr(self, name)!r}; accepted: a finite number")
         self._keep_ids("banned_ids")
         self._keep_ids("unpenalized_ids")
         check_seed(self.seed)
@@ -137,44 +139,12 @@ class Sampling:
     def is_greedy(self) -> bool:
         return self.temperature == 0
 
-    @property
-    def has_penalties(self) -> bool:
-        return self.frequency_penalty != 0 or self.presence_penalty != 0
-
-    def _check_penalties(self) -> None:
-        for name in ("frequency_penalty", "presence_penalty"):
-            if not is_number(getattr(self, name)):
-                raise ArgumentError(f"{name}={getattr(self, name)!r}; accepted: a finite number")
-
     def _keep_ids(self, name: str) -> None:
         """Refuse what are no token ids; a list becomes a tuple, which nobody can change later."""
         ids = getattr(self, name)
         if not isinstance(ids, Sequence) or any(type(i) is not int or i < 0 for i in ids):
             raise ArgumentError(f"{name}={ids!r}; accepted: a tuple of token ids, ints from 0 on")
         object.__setattr__(self, name, tuple(ids))
-
-
-def probabilities(
-    logits: torch.Tensor, counts: torch.Tensor | None, sampling: Sampling
-) -> torch.Tensor:
-    """The distribution that the next token of each row is drawn from.
-
-    logits: (B, V) floating point.   counts: (B, V), how often each token occurred, or None.
-    logits / temperature - frequency_penalty * count - presence_penalty * (count > 0); banned ids
-    out; softmax; filter; to sum 1. At temperature 0 all is with the highest of the undivided
-    logits, the lowest id among equals.
-    Returns (B, V) float32 on the logits' device.
-    Raises ArgumentError (shapes, and what Sampling.check says), UnsupportedModelError where a row
-    of the logits holds NaN, +infinity, or nothing but -infinity.
-    """
-    _check_logits(logits, counts)
-    sampling.check(logits.shape[1])
-    scores = _scores(logits, counts, sampling)
-    _check_scores(scores)
-    if sampling.is_greedy:
-        return torch.zeros_like(scores).scatter_(1, scores.argmax(-1, keepdim=True), 1)
-    kept = _kept(scores, sampling)
-    return kept / kept.sum(-1, keepdim=True)
 
 
 class Sampler:
@@ -203,11 +173,12 @@ class Sampler:
         seed = random.SystemRandom().getrandbits(64) if sampling.seed is None else sampling.seed
         self._random = [random.Random(seed + row) for row in range(len(prompts))]
         self._counts: torch.Tensor | None = None
-        if sampling.has_penalties:
+        if sampling.frequency_penalty or sampling.presence_penalty:
             self._is_counted = torch.ones(vocab_size, device="cpu")
             self._is_counted[list(sampling.unpenalized_ids)] = 0
-            counts = [torch.bincount(_ids(prompt), minlength=vocab_size) for prompt in prompts]
-            self._counts = (torch.stack(counts) * self._is_counted).to(device)
+            ids = [torch.tensor(prompt, dtype=torch.int64, device="cpu") for prompt in prompts]
+            counts = torch.stack([torch.bincount(own, minlength=vocab_size) for own in ids])
+            self._counts = (counts * self._is_counted).to(device)
             self._is_counted = self._is_counted.to(device)
 
     @property
@@ -230,9 +201,13 @@ class Sampler:
         if self.sampling.is_greedy:
             tokens = scores.argmax(-1)
         else:
-            tokens = _inverse(_kept(scores, self.sampling), self._uniforms(logits.device))
+            uniforms = _on(logits.device, [own.random() for own in self._random], torch.float64)
+            tokens = _inverse(_kept(scores, self.sampling), uniforms)
         _check_scores(scores)  # last, because it waits for all that was asked of the device
-        self._count(tokens)
+        if self._counts is not None:
+            ones = self._is_counted[tokens].unsqueeze(1)
+            # Not in place: a sampler made in inference mode may draw outside it.
+            self._counts = self._counts.scatter_add(1, tokens.unsqueeze(1), ones)
         return tokens
 
     def select(self, rows: torch.Tensor) -> None:
@@ -247,15 +222,6 @@ class Sampler:
         self._random = [self._random[row] for row in chosen]
         if self._counts is not None:
             self._counts = self._counts[rows.to(self._counts.device)]
-
-    def _uniforms(self, device: torch.device) -> torch.Tensor:
-        return _on(device, [own.random() for own in self._random], torch.float64)
-
-    def _count(self, tokens: torch.Tensor) -> None:
-        if self._counts is not None:
-            ones = self._is_counted[tokens].unsqueeze(1)
-            # Not in place: a sampler made in inference mode may draw outside it.
-            self._counts = self._counts.scatter_add(1, tokens.unsqueeze(1), ones)
 
 
 def _scores(logits: torch.Tensor, counts: torch.Tensor | None, sampling: Sampling) -> torch.Tensor:
@@ -297,23 +263,6 @@ def _check_scores(scores: torch.Tensor) -> None:
     is_finite = scores.amax(-1).isfinite()  # the maximum of a row with NaN is NaN
     if not is_finite.all():
         raise not_numbers((~is_finite).nonzero().flatten().tolist())
-
-
-def _check_logits(logits: torch.Tensor, counts: torch.Tensor | None) -> None:
-    if logits.dim() != 2 or not logits.is_floating_point():
-        raise ArgumentError(
-            f"logits are {logits.dtype} of shape {tuple(logits.shape)}; they must be (B, V), "
-            "floating point"
-        )
-    if counts is not None and counts.shape != logits.shape:
-        raise ArgumentError(
-            f"counts are of shape {tuple(counts.shape)}; they must be as the logits, "
-            f"{tuple(logits.shape)}"
-        )
-
-
-def _ids(ids: Sequence[int]) -> torch.Tensor:
-    return torch.tensor(ids, dtype=torch.int64, device="cpu")
 
 
 def _on(device: torch.device, values: Sequence[float], dtype: torch.dtype) -> torch.Tensor:

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from distribution import probabilities
 
-from bminf.generation.sampling import Sampling, probabilities
+from bminf.generation.sampling import Sampling
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / os.environ.get("BMINF_GOLDEN", "../shared/golden") / "cpm2"

@@ -6,10 +6,11 @@ import re
 from collections.abc import Iterator
 
 import torch
+from distribution import probabilities
 from golden import for_each, golden
 from golden_glm import GLMSet
 
-from bminf.generation.sampling import Sampling, in_sequence, probabilities
+from bminf.generation.sampling import Sampling, in_sequence
 
 FILE = "sampling.safetensors"
 REMOVED = -65504.0

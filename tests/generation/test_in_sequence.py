@@ -6,8 +6,9 @@ import itertools
 
 import pytest
 import torch
+from distribution import probabilities
 
-from bminf.generation.sampling import Sampler, Sampling, in_sequence, probabilities
+from bminf.generation.sampling import Sampler, Sampling, in_sequence
 
 
 def _logits(*shares: float) -> torch.Tensor:

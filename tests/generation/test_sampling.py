@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from distribution import probabilities
 
 from bminf.errors import ArgumentError, UnsupportedModelError
-from bminf.generation.sampling import Sampler, Sampling, probabilities, stricter_of_both
+from bminf.generation.sampling import Sampler, Sampling, stricter_of_both
 
 V = 40
 PLAIN = Sampling(temperature=1.0)
@@ -82,11 +83,7 @@ def test_arguments_that_mean_nothing_are_refused(name: str, value: Any) -> None:
 def test_what_does_not_fit_the_vocabulary_is_refused_everywhere(
     sampling: Sampling, message: str
 ) -> None:
-    for ask in (
-        lambda: sampling.check(V),
-        lambda: sampler(sampling),
-        lambda: probabilities(random_logits(), None, sampling),
-    ):
+    for ask in (lambda: sampling.check(V), lambda: sampler(sampling)):
         with pytest.raises(ArgumentError, match=message):
             ask()
 
@@ -244,19 +241,6 @@ def test_a_row_with_nothing_left_is_refused(temperature: float) -> None:
     assert probabilities(logits, None, Sampling(temperature)).tolist() == [[0, 0, 1, 0]]
     with pytest.raises(UnsupportedModelError, match="row 0"):
         probabilities(logits, None, Sampling(temperature, banned_ids=(2,)))
-
-
-@pytest.mark.parametrize(
-    ("logits", "counts"),
-    [
-        (torch.zeros(4), None),
-        (torch.zeros(1, 4, dtype=torch.int64), None),
-        (torch.zeros(1, 4), torch.zeros(1, 3)),
-    ],
-)
-def test_wrong_shapes_and_dtypes_are_refused(logits: torch.Tensor, counts: Any) -> None:
-    with pytest.raises(ArgumentError, match="must be"):
-        probabilities(logits, counts, PLAIN)
 
 
 def test_a_sampler_refuses_what_it_was_not_made_for() -> None:
