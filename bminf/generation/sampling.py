@@ -119,18 +119,14 @@ class Sampling:
         for name in ("frequency_penalty", "presence_penalty"):
             if not is_number(getattr(self, name)):
                 raise ArgumentError(f"{name}={getattr(self, name)!r}; accepted: a finite number")
-        self._keep_ids("banned_ids")
-        self._keep_ids("unpenalized_ids")
         check_seed(self.seed)
-        if not callable(self.filter):
-            raise ArgumentError(f"filter={self.filter!r}; accepted: a function (see Filter)")
 
     def check(self, vocab_size: int) -> None:
         """Raise ArgumentError for what does not go together with a vocabulary of this size."""
         if self.top_k is not None and self.top_k > vocab_size:
             raise ArgumentError(
-                f"top_k={self.top_k} is more than the {vocab_size} tokens of the vocabulary; "
-                "accepted: at most that many, or None for all"
+                f"top_k (or top_n)={self.top_k} is more than the {vocab_size} tokens of the "
+                "vocabulary; accepted: at most that many, or None for all"
             )
         check_banned(self.banned_ids, vocab_size)
         check_ids("unpenalized_ids", self.unpenalized_ids, vocab_size)
@@ -138,13 +134,6 @@ class Sampling:
     @property
     def is_greedy(self) -> bool:
         return self.temperature == 0
-
-    def _keep_ids(self, name: str) -> None:
-        """Refuse what are no token ids; a list becomes a tuple, which nobody can change later."""
-        ids = getattr(self, name)
-        if not isinstance(ids, Sequence) or any(type(i) is not int or i < 0 for i in ids):
-            raise ArgumentError(f"{name}={ids!r}; accepted: a tuple of token ids, ints from 0 on")
-        object.__setattr__(self, name, tuple(ids))
 
 
 class Sampler:

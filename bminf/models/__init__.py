@@ -7,8 +7,7 @@ from bminf.models.cpm1 import CPM1
 from bminf.models.cpm2 import CPM2
 from bminf.models.eva import EVA
 from bminf.models.glm import GLM, Answer, plan_glm
-from bminf.models.glm_options import GLMOptions
-from bminf.models.options import Options
+from bminf.models.options import GLMOptions, Options
 from bminf.models.stats import ModelStats
 
 __all__ = [

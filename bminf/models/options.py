@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, ClassVar
 
-from bminf.checks import check_positive, is_number
+from bminf.checks import check_bool, check_count, check_ids, check_positive, is_number
 from bminf.errors import ArgumentError
 from bminf.generation.sampling import Sampling
 from bminf.keywords import check_keywords
@@ -45,12 +45,12 @@ class Options:
     seed: int | None = None
     num_beams: int = 1
     length_penalty: float = 1.0
+    _of_beams: ClassVar[Sequence[str]] = ("length_penalty",)
 
     def __post_init__(self) -> None:
-        for name in ("max_tokens", "num_beams", "top_n", "top_k"):
-            value = getattr(self, name)
-            if value is not None or name in ("max_tokens", "num_beams"):
-                check_positive(name, value)
+        check_positive("max_tokens", self.max_tokens)
+        check_positive("num_beams", self.num_beams)
+        check_positive("top_n", self.top_n, none="None for all tokens")
         if self.top_n is not None and self.top_k is not None:
             raise ArgumentError("top_n and top_k are two names of one thing; give one of them")
         if isinstance(self.stop_tokens, str):  # as other libraries take it: one token
@@ -60,7 +60,17 @@ class Options:
             if isinstance(value, str) or not isinstance(value, Collection | None):
                 raise ArgumentError(f"{name}={value!r}; give a list of tokens")
         self.sampling((), ())  # which refuses what cannot be sampled with
-        self._check_beams()
+        if not is_number(self.length_penalty):
+            raise ArgumentError(
+                f"length_penalty={self.length_penalty!r}; accepted: a finite number"
+            )
+        if self.num_beams > 1 and (given := self._given(self._of_drawing())):
+            raise ArgumentError(
+                f"num_beams={self.num_beams} searches for the likeliest text, and {given[0]} is "
+                "for drawing one; leave one of them out"
+            )
+        if self.num_beams == 1 and (given := self._given(self._of_beams)):
+            raise ArgumentError(f"{given[0]} is for num_beams above 1; leave it out")
 
     def with_keywords(self, keywords: dict[str, Any]) -> Options:
         """These options but for `keywords`. Raises UnknownKeywordError for one that is none."""
@@ -74,12 +84,7 @@ class Options:
 
     def check(self, vocab_size: int) -> None:
         """Raise ArgumentError for what does not go together with a vocabulary of this size."""
-        for name in ("top_n", "top_k"):
-            if (getattr(self, name) or 0) > vocab_size:
-                raise ArgumentError(
-                    f"{name}={getattr(self, name)} is more than the {vocab_size} tokens of the "
-                    "vocabulary; accepted: at most that many, or None for all"
-                )
+        self.sampling((), ()).check(vocab_size)
 
     def stop_ids(self, tokenizer: Tokenizer) -> list[int]:
         return _ids("stop_tokens", self.stop_tokens, tokenizer)
@@ -100,31 +105,72 @@ class Options:
             seed=self.seed,
         )
 
-    def _check_beams(self) -> None:
-        if not is_number(self.length_penalty):
+    def _of_drawing(self) -> Sequence[str]:
+        """The options that a beam search has no use for."""
+        return ("top_n", "top_k", "top_p", "seed", "frequency_penalty", "presence_penalty")
+
+    def _given(self, names: Sequence[str]) -> list[str]:
+        """Those of `names` whose value is another than the default."""
+        own = [field for field in fields(self) if field.name in names]
+        return [field.name for field in own if getattr(self, field.name) != field.default]
+
+
+@dataclass(frozen=True)
+class GLMOptions(Options):
+    """The keywords of a GLM's generate(), generate_iter(), generate_batch() and fill_blank().
+
+    Beside those of Options:
+    out_seq_length: tokens of text and answer together, in place of max_tokens.
+    end_tokens: ids that end an answer, in place of eop and eos.
+    min_length: least tokens of an answer.   no_repeat_ngram_size: so many tokens in a row come only
+    once in an answer; 0 for no such rule.   deterministic: False draws the sequences that a beam
+    search goes on with, by their probability; `seed` then repeats them.
+    num_return_sequences: of the num_beams that a search finds.
+    All of the last four are for num_beams above 1, the first three of them for GLM-130B alone.
+    length_penalty: of GLM-130B, scores are divided by ((5 + tokens, text included) / 6) to its
+    power.   top_k and top_p: first the one, ties with the last token kept, then the other.
+    """
+
+    temperature: float = 1.0
+    length_penalty: float = 0.0
+    out_seq_length: int | None = None
+    end_tokens: Sequence[int] | None = None
+    min_length: int = 0
+    no_repeat_ngram_size: int = 0
+    deterministic: bool = True
+    num_return_sequences: int | None = None
+    _of_beams: ClassVar[Sequence[str]] = (
+        *Options._of_beams,
+        *("min_length", "no_repeat_ngram_size", "deterministic", "num_return_sequences"),
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("out_seq_length", "num_return_sequences"):
+            check_positive(name, getattr(self, name), none="None")
+        for name in ("min_length", "no_repeat_ngram_size"):
+            check_count(name, getattr(self, name))
+        check_bool("deterministic", self.deterministic)
+        super().__post_init__()
+        wanted = self.num_return_sequences
+        if wanted is not None and wanted > self.num_beams:
             raise ArgumentError(
-                f"length_penalty={self.length_penalty!r}; accepted: a finite number"
-            )
-        if self.num_beams == 1:
-            for name, default in self._only_for_beams().items():
-                if getattr(self, name) != default:
-                    raise ArgumentError(f"{name} is for num_beams above 1; leave it out")
-            return
-        given = [n for n, none in self._only_without_beams().items() if getattr(self, n) != none]
-        if given:
-            raise ArgumentError(
-                f"num_beams={self.num_beams} searches for the likeliest text, and {given[0]} is "
-                "for drawing one; leave one of them out"
+                f"num_return_sequences={wanted} is more than num_beams={self.num_beams}; a search "
+                "finds at most that many"
             )
 
-    def _only_for_beams(self) -> dict[str, Any]:
-        """Name -> the value that says nothing."""
-        defaults = {field.name: field.default for field in fields(self)}
-        return {"length_penalty": defaults["length_penalty"]}
+    def check(self, vocab_size: int) -> None:
+        super().check(vocab_size)
+        if self.end_tokens is not None:
+            is_list = isinstance(self.end_tokens, Sequence) and not isinstance(self.end_tokens, str)
+            if not is_list or not self.end_tokens:
+                raise ArgumentError(
+                    f"end_tokens={self.end_tokens!r}; give a list of token ids, at least one"
+                )
+            check_ids("end_tokens", self.end_tokens, vocab_size)
 
-    def _only_without_beams(self) -> dict[str, Any]:
-        unset = dict.fromkeys(("top_n", "top_k", "top_p", "seed"))
-        return {**unset, "frequency_penalty": 0, "presence_penalty": 0}
+    def _of_drawing(self) -> Sequence[str]:
+        names = super()._of_drawing()
+        return names if self.deterministic else [name for name in names if name != "seed"]
 
 
 def _ids(name: str, tokens: Collection[str] | None, tokenizer: Tokenizer) -> list[int]:

@@ -18,8 +18,8 @@ import bminf
 from bminf.arch.glm import GLM10B, GLM130B, PUBLISHED_GLM, GLMConfig, glm10b_config, glm130b_config
 from bminf.errors import ArgumentError, UnsupportedModelError
 from bminf.models import GLM, Answer, plan_glm
-from bminf.models.glm_options import GLMOptions
 from bminf.models.glm_text import choices_behind
+from bminf.models.options import GLMOptions
 from bminf.quantization.packed import Format
 
 Loader = Callable[..., Any]

@@ -11,8 +11,8 @@ import torch
 from golden import cases, for_each, golden, largest
 from golden_glm import TOLERANCE, GLMSet, head, run
 
-from bminf.models.glm_options import GLMOptions
 from bminf.models.glm_text import Masked, is_ahead
+from bminf.models.options import GLMOptions
 
 NAMES = ("glm10b",)
 FORWARD = "forward.safetensors"

@@ -25,8 +25,8 @@ from golden_glm import (
 
 from bminf.generation.glm_beam import glm_beam_search
 from bminf.layers.rotary import rotary_table
-from bminf.models.glm_options import GLMOptions
 from bminf.models.glm_text import GLMDecoder
+from bminf.models.options import GLMOptions
 from bminf.ops.dequantize import dequantize_weight
 
 NAMES = ("glm130b",)
