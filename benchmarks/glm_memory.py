@@ -33,8 +33,8 @@ from bminf.generation.loop import decode
 from bminf.generation.sampling import Sampler, Sampling, in_sequence
 from bminf.layers.kv_cache import KVCache
 from bminf.models.convert import WEIGHTS_FILE, convert
-from bminf.models.decoders import padded
 from bminf.models.glm_text import Blank, GLMDecoder, blank
+from bminf.models.prompt import padded
 from bminf.offload import memory
 from bminf.offload.backends.cpu import CpuBackend
 from bminf.tokenizers.icetk import IceTokenizer

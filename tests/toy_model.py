@@ -10,7 +10,7 @@ from toy_arch import TOY, Toy
 from bminf.generation.loop import Decoder
 from bminf.layers.kv_cache import KVCache
 from bminf.models.base import LanguageModel
-from bminf.models.decoders import GPTDecoder
+from bminf.models.cpm1 import GPTDecoder
 from bminf.models.prompt import Prompt
 
 

@@ -4,11 +4,10 @@ from bminf.models.assemble import plan_model
 from bminf.models.base import LanguageModel
 from bminf.models.convert import convert
 from bminf.models.cpm1 import CPM1
-from bminf.models.cpm2 import CPM2
-from bminf.models.eva import EVA
 from bminf.models.glm import GLM, Answer, plan_glm
 from bminf.models.options import GLMOptions, Options
 from bminf.models.stats import ModelStats
+from bminf.models.t5 import CPM2, EVA
 
 __all__ = [
     "CPM1",

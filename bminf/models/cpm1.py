@@ -14,9 +14,34 @@ from bminf.layers.kv_cache import KVCache
 from bminf.models.arguments import Text
 from bminf.models.base import LanguageModel
 from bminf.models.calls import needs_open_model
-from bminf.models.decoders import GPTDecoder, padded
 from bminf.models.options import Options
-from bminf.models.prompt import Prompt
+from bminf.models.prompt import Prompt, padded
+
+
+class GPTDecoder:
+    """A batch of a decoder-only model. Shorter prompts are padded at their beginning, so that all
+    rows are at the same place in the cache; the padding is hidden and has no positions.
+
+    lengths: of the prompts, without padding.
+    """
+
+    def __init__(self, model: GPT, cache: KVCache, lengths: Sequence[int]) -> None:
+        cache.reset()
+        self._model, self._cache = model, cache
+        longest = max(lengths)
+        self._num_padding: torch.Tensor | None = None
+        if min(lengths) < longest:
+            padding = [longest - length for length in lengths]
+            self._num_padding = torch.tensor(padding, device=cache.keys.device)
+
+    def __call__(self, input_ids: torch.Tensor) -> torch.Tensor:
+        x = self._model(input_ids, self._cache, self._num_padding)
+        return self._model.head(x[:, -1])
+
+    def select(self, rows: torch.Tensor) -> None:
+        self._cache.select(rows)
+        if self._num_padding is not None:
+            self._num_padding = self._num_padding[rows]
 
 
 class CPM1(LanguageModel):

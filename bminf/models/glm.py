@@ -25,7 +25,6 @@ from bminf.models.arguments import Text
 from bminf.models.assemble import plan_model
 from bminf.models.base import LanguageModel
 from bminf.models.calls import needs_open_model
-from bminf.models.decoders import padded
 from bminf.models.glm_text import (
     OPEN_MASK,
     TEXT_MASK,
@@ -40,7 +39,7 @@ from bminf.models.glm_text import (
     position_tensor,
 )
 from bminf.models.options import GLMOptions, Options
-from bminf.models.prompt import Prompt
+from bminf.models.prompt import Prompt, padded
 from bminf.offload.plan import Plan
 from bminf.quantization.packed import Format, parse_format
 from bminf.tokenizers.base import GLMTokenizer

@@ -1,7 +1,8 @@
-"""What a model is asked to go on from."""
+"""What a model is asked to continue, as ids."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -12,3 +13,13 @@ class Prompt:
 
     input_ids: list[int]
     start_ids: list[int]
+
+
+def padded(prompts: Sequence[Sequence[int]], pad_id: int, is_at_end: bool) -> list[list[int]]:
+    """Prompts of any lengths as rows of one."""
+    longest = max(len(prompt) for prompt in prompts)
+    rows = []
+    for prompt in prompts:
+        padding = [pad_id] * (longest - len(prompt))
+        rows.append([*prompt, *padding] if is_at_end else [*padding, *prompt])
+    return rows

@@ -1,0 +1,342 @@
+"""Encoder-decoder models: CPM-2 continues a text or fills its blanks, EVA continues a dialogue."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from bminf.arch import t5
+from bminf.arch.t5 import T5, T5Cache
+from bminf.checks import check_positive
+from bminf.errors import ArgumentError
+from bminf.generation.loop import Decoder
+from bminf.models.arguments import Text
+from bminf.models.base import LanguageModel
+from bminf.models.calls import needs_open_model
+from bminf.models.options import Options
+from bminf.models.prompt import Prompt, padded
+from bminf.tokenizers.base import SentinelTokenizer
+
+SPAN = "<span>"
+MOST_SPANS = 16
+
+_TRUNCATION_LENGTH = 256
+
+
+class T5Decoder:
+    """A batch of an encoder-decoder model, whose prompts are read when it is made.
+
+    prompts: (B, S) int64, shorter ones padded at their end.   lengths: without padding.
+    """
+
+    def __init__(
+        self, model: T5, cache: T5Cache, prompts: torch.Tensor, lengths: Sequence[int]
+    ) -> None:
+        cache.reset()
+        self._model, self._cache = model, cache
+        is_padded = min(lengths) < prompts.shape[1]
+        held = torch.tensor(lengths, device=prompts.device) if is_padded else None
+        model.encode(prompts, cache, held)
+
+    def __call__(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self._model.head(self._model(input_ids, self._cache)[:, -1])
+
+    def select(self, rows: torch.Tensor) -> None:
+        self._cache.select(rows)
+
+
+class T5Model(LanguageModel):
+    """See LanguageModel."""
+
+    model: T5
+    _more_tokens = 1  # two begin an answer, and its last one is not fed
+    tokenizer: SentinelTokenizer
+
+    @needs_open_model
+    def logits(self, text: Text, target: Text) -> torch.Tensor:
+        """The logits after each token of `target`: (T, V) float32 on the CPU.
+
+        text: for the encoder, a str, which is dressed as generate() dresses it, or token ids, which
+        are taken as they are.   target: for the decoder; before a str come the ids that
+        generate() starts with, and they count in T.   Raises ArgumentError.
+        """
+        is_text = isinstance(text, str) or _are_texts(text)
+        prompt = self._prompt(text) if is_text else None
+        input_ids = self._ids(text, "text") if prompt is None else prompt.input_ids
+        target_ids = self._ids(target, "target")
+        if isinstance(target, str):
+            target_ids = [*self._start_ids(), *target_ids]
+        self._check_length(input_ids, "text")
+        self._check_length(target_ids, "target")
+        with self._lock, torch.inference_mode():
+            self._begin()
+            self._cache.reset()
+            self.model.encode(self._tensor([input_ids]), self._cache)
+            return self._logits(self.model(self._tensor([target_ids]), self._cache)[0])
+
+    def _start_ids(self) -> list[int]:
+        """What the decoder of generate() is fed first."""
+        raise NotImplementedError
+
+    def _new_cache(self) -> T5Cache:
+        return self.model.new_cache(
+            self.max_batch_size, self.max_length, self.max_length + self._more_tokens
+        )
+
+    def _decoder(self, prompts: list[Prompt]) -> tuple[Decoder, torch.Tensor]:
+        rows = [prompt.input_ids for prompt in prompts]
+        input_ids = self._tensor(padded(rows, self._pad_id, is_at_end=True))
+        lengths = [len(row) for row in rows]
+        decoder = T5Decoder(self.model, self._cache, input_ids, lengths)
+        return decoder, self._tensor([prompt.start_ids for prompt in prompts])
+
+
+def _are_texts(text: object) -> bool:
+    """Whether it is a dialogue."""
+    is_list = isinstance(text, Sequence) and len(text) > 0
+    return is_list and all(isinstance(utterance, str) for utterance in text)  # type: ignore[attr-defined]
+
+
+class CPM2(T5Model):
+    __doc__ = f"""CPM-2 and CPM-2.1, Chinese or Chinese and English.
+
+    {LanguageModel.__doc__}
+    """
+    _architectures = (t5.CPM2,)
+
+    @needs_open_model
+    def generate(
+        self,
+        text: str,
+        max_tokens: int = 128,
+        top_n: int | None = None,
+        top_p: float | None = None,
+        temperature: float = 0.9,
+        frequency_penalty: float = 0,
+        presence_penalty: float = 0,
+        stop_tokens: Sequence[str] | str | None = None,
+        **more: Any,
+    ) -> tuple[str, bool]:
+        """(continuation of `text`, stopped): whether `<eod>`, a sentinel or a stop token ended it,
+        which is not part of it, or max_tokens did.
+
+        The decoder is given `<s>` and the sentinel that stands at the end of the prompt, so the
+        first token that it writes is the first of the answer. BMInf 1.x let the model write that
+        sentinel and threw away the first token unseen, whatever it was: there max_tokens=12 gave
+        11.
+        Arguments and further keywords (seed, num_beams, ...): see
+        bminf.models.Options.   Raises ArgumentError.
+        """
+        settings = Options(
+            max_tokens, top_n, top_p, temperature, frequency_penalty, presence_penalty, stop_tokens
+        )
+        return self._generate([text], self._settings(settings, more))[0]
+
+    @needs_open_model
+    def fill_blank(
+        self,
+        text: str,
+        spans_position: Sequence[int] | None = None,
+        max_tokens: int = 128,
+        top_n: int | None = None,
+        top_p: float | None = None,
+        temperature: float = 0.9,
+        frequency_penalty: float = 0,
+        presence_penalty: float = 0,
+        **more: Any,
+    ) -> list[dict[str, Any]]:
+        """What stands in the blanks of `text`: {"position", "text"} for each `<span>`, in order.
+
+        spans_position: where in `text` the blanks are, for a text in which not every `<span>` is
+        one; None is all of them. At least 1, at most 16.   max_tokens: of all blanks together; a
+        blank that the model did not come to is "".
+        Arguments and further keywords (seed, num_beams, ...): see
+        bminf.models.Options; no beams.
+        Other than BMInf 1.x, the decoder is given the sentinel of the first blank, so an answer can
+        not begin with another one ("Unexpected model output"); and `<eod>` ends it.
+        Raises ArgumentError.
+        """
+        if not isinstance(text, str):
+            raise ArgumentError(f"text is a {type(text).__name__}; give a str")
+        positions = _positions(text, spans_position)
+        settings = Options(
+            max_tokens, top_n, top_p, temperature, frequency_penalty, presence_penalty
+        )
+        settings = self._settings(settings, more)
+        if settings.num_beams > 1:
+            raise ArgumentError("fill_blank() has no beam search; leave num_beams out")
+        texts = self._fill(text, positions, settings)
+        return [
+            {"position": position, "text": filled}
+            for position, filled in zip(positions, texts, strict=True)
+        ]
+
+    def _fill(self, text: str, positions: Sequence[int], settings: Options) -> list[str]:
+        sentinels = [self.tokenizer.sentinel(k) for k in range(len(positions) + 1)]
+        prompt = self._blanked(text, positions, sentinels)
+        self._check_room(prompt, settings)
+        # The sentinel behind the last blank ends it all; those in between are told apart below.
+        end_ids = [sentinels[-1], self.tokenizer.token_id("<eod>")]
+        stop_ids = frozenset([*end_ids, *settings.stop_ids(self.tokenizer)])
+        sampler = self._sampler([prompt], settings)
+        (answer,) = self._draw([prompt], sampler, stop_ids, settings)
+        return self._segments(answer, sentinels, stop_ids)
+
+    def _segments(
+        self, answer: Sequence[int], sentinels: Sequence[int], stop_ids: frozenset[int]
+    ) -> list[str]:
+        """The text of each blank. A sentinel opens its blank; what is open already stays so."""
+        filled: list[list[int]] = [[] for _ in sentinels[:-1]]
+        blank, all_sentinels = 0, set(self.tokenizer.sentinel_ids)
+        for token in answer:
+            if token in sentinels[blank + 1 : -1]:
+                blank = sentinels.index(token)
+            elif token not in all_sentinels and token not in stop_ids:
+                filled[blank].append(token)
+        return [self.tokenizer.decode(ids) for ids in filled]
+
+    def _blanked(self, text: str, positions: Sequence[int], sentinels: Sequence[int]) -> Prompt:
+        ids: list[int] = []
+        begin = 0
+        for position, sentinel in zip(positions, sentinels[:-1], strict=True):
+            ids += [*self.tokenizer.encode(text[begin:position]), sentinel]
+            begin = position + len(SPAN)
+        ids += self.tokenizer.encode(text[begin:])
+        return Prompt(ids, [self.tokenizer.token_id("<s>"), sentinels[0]])
+
+    def _prompt(self, text: Any) -> Prompt:
+        return Prompt([*self._encoded(text), self._start_ids()[1]], self._start_ids())
+
+    def _start_ids(self) -> list[int]:
+        last = self.tokenizer.sentinel(self.tokenizer.num_sentinels - 1)
+        return [self.tokenizer.token_id("<s>"), last]
+
+    def _end_ids(self) -> list[int]:
+        return [self.tokenizer.token_id("<eod>"), *self.tokenizer.sentinel_ids]
+
+
+def _positions(text: str, given: Sequence[int] | None) -> list[int]:
+    """Where the blanks begin.   Raises ArgumentError."""
+    found = [match.start() for match in re.finditer(re.escape(SPAN), text)]
+    is_list = isinstance(given, Sequence) and not isinstance(given, str)
+    if given is not None and not (is_list and all(type(position) is int for position in given)):
+        raise ArgumentError(f"spans_position={given!r}; give a list of ints, or None")
+    positions = found if given is None else sorted(given)
+    if not set(positions) <= set(found) or len(set(positions)) < len(positions):
+        raise ArgumentError(
+            f"spans_position={given!r}; accepted: places in the text where {SPAN!r} begins, each "
+            f"once ({', '.join(map(str, found)) or 'there is none'})"
+        )
+    if not 1 <= len(positions) <= MOST_SPANS:
+        raise ArgumentError(
+            f"the text has {len(positions)} blanks; accepted: 1 to {MOST_SPANS}, each {SPAN!r}"
+        )
+    return positions
+
+
+class EVA(T5Model):
+    __doc__ = f"""EVA 1.0 (2.8 billion parameters) and EVA 2.0 (base, large, xLarge).
+
+    EVA 1.0 and EVA 2.0 xLarge have the same shapes, and only the second divides its attention by
+    the square root of the head size: which one it is must be told, by the configuration that came
+    with it. Positions are told apart up to a distance of 128, as in training (BMInf 1.x: 256).
+
+    {LanguageModel.__doc__}
+    """
+    _architectures = (t5.EVA,)
+    _defaults = Options(top_n=10, temperature=0.85)
+
+    @needs_open_model
+    def dialogue(
+        self,
+        context: Sequence[str],
+        max_tokens: int = 128,
+        top_n: int | None = 10,
+        top_p: float | None = None,
+        temperature: float = 0.85,
+        frequency_penalty: float = 0,
+        presence_penalty: float = 0,
+        truncation_length: int | None = _TRUNCATION_LENGTH,
+        **more: Any,
+    ) -> tuple[str, bool]:
+        """(answer, stopped): whether `<sep>` or a stop token ended it, or max_tokens did.
+
+        context: the utterances so far, the oldest first.   truncation_length: only the last of
+        their tokens are read, this many; None is all, which must fit max_length.
+        Arguments and further keywords (seed, num_beams, ...): see
+        bminf.models.Options.   Raises ArgumentError.
+        """
+        if isinstance(context, str):
+            raise ArgumentError("context is one str; give a list of utterances, the oldest first")
+        settings = Options(
+            max_tokens, top_n, top_p, temperature, frequency_penalty, presence_penalty
+        )
+        dialogue = _Dialogue(context, truncation_length)
+        return self._generate([dialogue], self._settings(settings, more))[0]
+
+    @needs_open_model
+    def generate(
+        self,
+        text: str | Sequence[str],
+        max_tokens: int = 128,
+        top_n: int | None = 10,
+        top_p: float | None = None,
+        temperature: float = 0.85,
+        frequency_penalty: float = 0,
+        presence_penalty: float = 0,
+        stop_tokens: Sequence[str] | str | None = None,
+        **more: Any,
+    ) -> tuple[str, bool]:
+        """dialogue() with one utterance, or with a list of them, of which it reads the last 256
+        tokens. top_n and temperature are other than in CPM-1 and CPM-2, as EVA's authors have them.
+        """
+        settings = Options(
+            max_tokens, top_n, top_p, temperature, frequency_penalty, presence_penalty, stop_tokens
+        )
+        return self._generate([text], self._settings(settings, more))[0]
+
+    def _settings(self, options: Options, keywords: dict[str, Any]) -> Options:
+        """top_n has a default here; it gives way to what it does not go together with."""
+        is_default = options.top_n == self._defaults.top_n and "top_n" not in keywords
+        is_search = keywords.get("num_beams", 1) != 1
+        if is_default and (is_search or keywords.get("top_k") is not None):
+            keywords = {**keywords, "top_n": None}
+        return super()._settings(options, keywords)
+
+    def _remedy(self) -> str:
+        return f"give a lower truncation_length, or {super()._remedy()}"
+
+    def _prompt(self, text: Any) -> Prompt:
+        given = text if isinstance(text, _Dialogue) else _Dialogue(text, _TRUNCATION_LENGTH)
+        separator = self.tokenizer.token_id("<sep>")
+        ids: list[int] = []
+        for utterance in given.utterances:
+            ids += [*self._encoded(utterance, "an utterance"), separator]
+        ids += self._start_ids()
+        if given.truncation_length is not None:
+            ids = ids[-given.truncation_length :]
+        return Prompt(ids, self._start_ids())
+
+    def _start_ids(self) -> list[int]:
+        return [self.tokenizer.sentinel(0)]
+
+    def _end_ids(self) -> list[int]:
+        return [self.tokenizer.token_id("<sep>")]
+
+
+class _Dialogue:
+    """Utterances, and how many of their last tokens are read.   Raises ArgumentError."""
+
+    def __init__(self, context: str | Sequence[str], truncation_length: int | None) -> None:
+        if not isinstance(context, str | Sequence):
+            raise ArgumentError(
+                f"context is a {type(context).__name__}; give a list of utterances, oldest first"
+            )
+        self.utterances = [context] if isinstance(context, str) else list(context)
+        if not self.utterances:
+            raise ArgumentError("context is empty; give at least one utterance")
+        check_positive("truncation_length", truncation_length, none="None")
+        self.truncation_length = truncation_length
