@@ -22,7 +22,7 @@ import transformers
 import bminf
 from benchmarks.harness import Variant, Work
 from bminf.cli import models
-from bminf.cli.limits import half_limit
+from bminf.cli.demo import half_limit
 from bminf.offload.plan import least_budget
 
 PROMPT = "Once upon a time, in a small village by the sea,"

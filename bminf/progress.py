@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from tqdm import tqdm
+
+_FIRST_S, _REFRESH_S = 1.0, 0.5
 
 
 def progress_bar(iterable: Iterable[Any] | None = None, **settings: Any) -> Any:
@@ -23,3 +27,30 @@ def progress_bar(iterable: Iterable[Any] | None = None, **settings: Any) -> Any:
 def is_terminal() -> bool:
     """Whether stderr is one; a program without a console has no stderr at all."""
     return sys.stderr is not None and sys.stderr.isatty()
+
+
+@contextmanager
+def spinner(text: str) -> Iterator[None]:
+    """Shows `text` and the seconds gone by, if the body takes over a second."""
+    if not is_terminal():
+        yield
+        return
+    stop = threading.Event()
+    thread = threading.Thread(target=_spin, args=(text, stop), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _spin(text: str, stop: threading.Event) -> None:
+    if stop.wait(_FIRST_S):
+        return
+    with progress_bar(total=0, desc=text, bar_format="{desc}: {elapsed}") as bar:
+        if bar.disable:  # TQDM_DISABLE; such a bar has no start either
+            return
+        bar.start_t -= _FIRST_S
+        while not stop.wait(_REFRESH_S):
+            bar.refresh()

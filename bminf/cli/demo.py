@@ -7,15 +7,14 @@ import gc
 import sys
 import time
 from contextlib import closing
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bminf.cli import models
-from bminf.cli.limits import half_limit
 from bminf.cli.measure import PeakMemory, rss_anon_bytes
-from bminf.cli.progress import TokenBar, spinner
 from bminf.errors import ArgumentError, BudgetError
+from bminf.progress import progress_bar, spinner
 from bminf.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
@@ -48,37 +47,29 @@ def _check_prompt(prompt: str) -> None:
         raise ArgumentError(f"--prompt={prompt!r} is not UTF-8; give a text in UTF-8") from error
 
 
-@dataclass(frozen=True)
-class Round:
-    """What one generation gave and cost."""
+def half_limit(whole: Plan) -> int:
+    """A limit that holds half the blocks, the largest ones, beside two slots, in bytes.
 
-    plan: Plan
-    token_ids: list[int]
-    text: str
-    tokens_per_s: float
-    copied_gbps: float
-    peak_bytes: int | None
-
-    def __str__(self) -> str:
-        peak = "not measured here" if self.peak_bytes is None else format_bytes(self.peak_bytes)
-        return (
-            f"{self.text}\n\n{self.tokens_per_s:.1f} tokens/s, {self.copied_gbps:.2f} GB/s copied, "
-            f"peak memory {peak}\n"
-        )
+    Of four blocks or fewer that would hold all, so it is one byte less than all of them take.
+    """
+    sizes = sorted((block.nbytes for block in whole.blocks), reverse=True)
+    half = len(sizes) // 2
+    held_bytes = sum(sizes[:half]) + 2 * sum(sizes[half : half + 1])
+    return whole.outside_bytes + whole.reserved_bytes + min(held_bytes, sum(sizes) - 1)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """0 if both texts are equal, otherwise 1."""
-    limit = None
-    if arguments.memory_limit is not None:
-        limit = parse_bytes(arguments.memory_limit, "--memory-limit")
+    limit = arguments.memory_limit
+    if limit is not None:
+        limit = parse_bytes(limit, "--memory-limit")
     _check_prompt(arguments.prompt)
     demo = _Demo(arguments)
     if limit is not None:
         demo.check(limit)
-    resident = demo.round("everything resident", None)
-    limited = demo.round("under a limit", half_limit(resident.plan) if limit is None else limit)
-    is_equal = resident.token_ids == limited.token_ids
+    whole, resident_ids = demo.round("everything resident", None)
+    _, limited_ids = demo.round("under a limit", half_limit(whole) if limit is None else limit)
+    is_equal = resident_ids == limited_ids
     print(f"texts equal: {'yes' if is_equal else 'no'}")
     return 0 if is_equal else 1
 
@@ -94,8 +85,10 @@ class _Demo:
 
             models.quiet()
         self._arguments = arguments
-        self._is_cuda = (arguments.device or _default_device()) == "cuda"
-        if self._is_cuda and not torch.cuda.is_available():
+        has_cuda = torch.cuda.is_available()
+        self._device = arguments.device or ("cuda" if has_cuda else "cpu")
+        self._is_cuda = self._device == "cuda"
+        if self._is_cuda and not has_cuda:
             raise ArgumentError("--device cuda: torch sees no GPU here; use --device cpu")
         name = Path(source).name
         with spinner(f"loading the tokenizer of {name}"):
@@ -113,39 +106,36 @@ class _Demo:
         """Raise BudgetError, before anything is generated, where not even the weights get by."""
         import bminf
 
-        device = "cuda" if self._is_cuda else "cpu"
-        bminf.plan_for(self._model, False, memory_limit, device=device)
+        bminf.plan_for(self._model, False, memory_limit, device=self._device)
 
-    def round(self, title: str, memory_limit: int | None) -> Round:
-        """Wraps the model under `memory_limit`, shows the plan, generates, and unwraps again."""
+    def round(self, title: str, memory_limit: int | None) -> tuple[Plan, list[int]]:
+        """The plan under `memory_limit` and the new token ids; both are shown, too."""
         import bminf
 
         self._wrap(memory_limit)
         try:
-            print(f"== {title}\n{bminf.plan_of(self._model)}\n", flush=True)
-            result = self._measure(title)
+            plan = bminf.plan_of(self._model)
+            assert plan is not None, "it is wrapped"
+            print(f"== {title}\n{plan}\n", flush=True)
+            return plan, self._measure(title)
         finally:
             bminf.unwrap(self._model)
-        print(result, flush=True)
-        return result
 
     def _wrap(self, memory_limit: int | None) -> None:
         """With room for the text; where the limit has none, without, which is said."""
         import bminf
 
-        how: dict[str, Any] = {
-            "quantization": False,
-            "memory_limit": memory_limit,
-            "device": "cuda" if self._is_cuda else "cpu",
-            "offload_dir": self._arguments.offload_dir,
-        }
+        wrap = partial(
+            bminf.wrapper, self._model, False, memory_limit, self._device,
+            self._arguments.offload_dir,
+        )  # fmt: skip
         try:
-            bminf.wrapper(self._model, **how, max_length=self._max_length)
+            wrap(max_length=self._max_length)
         except BudgetError as error:
             if self._max_length is None:
                 raise
             try:
-                bminf.wrapper(self._model, **how)
+                wrap()
             except BudgetError:
                 raise error from None
             print(
@@ -159,13 +149,13 @@ class _Demo:
         import torch
 
         ids = self._tokenizer(self._arguments.prompt, return_tensors="pt")["input_ids"].long()
-        if ids.numel() or self._tokenizer.bos_token_id is None:
-            if not ids.numel():
-                raise ArgumentError(
-                    f"--prompt={self._arguments.prompt!r} has no tokens, and the tokenizer of this "
-                    "model names none to begin with; give a text"
-                )
+        if ids.numel():
             return ids
+        if self._tokenizer.bos_token_id is None:
+            raise ArgumentError(
+                f"--prompt={self._arguments.prompt!r} has no tokens, and the tokenizer of this "
+                "model names none to begin with; give a text"
+            )
         return torch.tensor([[self._tokenizer.bos_token_id]])
 
     def _countable_length(self) -> int | None:
@@ -179,31 +169,32 @@ class _Demo:
             return None
         return int(length)
 
-    def _measure(self, title: str) -> Round:
+    def _measure(self, title: str) -> list[int]:
+        """The new token ids; the text is shown, and what it cost."""
         import bminf
 
         # The first pass of a process is slow for reasons of its own.
         self._generate(1, f"{title}, warm-up")
-        plan, before = bminf.plan_of(self._model), bminf.stats_of(self._model)
-        start_s = time.perf_counter()
+        before, start_s = bminf.stats_of(self._model), time.perf_counter()
         with PeakMemory(self._is_cuda, self._baseline_bytes) as memory:
             token_ids = self._generate(self._arguments.max_new_tokens, title)
-        spent_s = time.perf_counter() - start_s
-        after = bminf.stats_of(self._model)
-        assert plan is not None and before is not None and after is not None, "it is wrapped"
-        continuation = self._tokenizer.decode(token_ids, skip_special_tokens=True)
-        return Round(
-            plan=plan,
-            token_ids=token_ids,
-            text=self._arguments.prompt + continuation,
-            tokens_per_s=len(token_ids) / spent_s,
-            copied_gbps=(after.bytes_copied - before.bytes_copied) / spent_s / 1e9,
-            peak_bytes=memory.peak_bytes,
+        spent_s, after = time.perf_counter() - start_s, bminf.stats_of(self._model)
+        assert before is not None and after is not None, "it is wrapped"
+        copied_gbps = (after.bytes_copied - before.bytes_copied) / spent_s / 1e9
+        held = memory.peak_bytes
+        peak = "not measured here" if held is None else format_bytes(held)
+        print(
+            self._arguments.prompt + self._tokenizer.decode(token_ids, skip_special_tokens=True),
+            f"\n{len(token_ids) / spent_s:.1f} tokens/s, {copied_gbps:.2f} GB/s copied, "
+            f"peak memory {peak}\n",
+            sep="\n",
+            flush=True,
         )
+        return token_ids
 
     def _generate(self, max_new_tokens: int, title: str) -> list[int]:
         """The new token ids, chosen greedily."""
-        inputs = self._prompt_ids.to("cuda" if self._is_cuda else "cpu")
+        inputs = self._prompt_ids.to(self._device)
         with closing(TokenBar(max_new_tokens, title)) as bar:
             output = self._model.generate(
                 input_ids=inputs,
@@ -228,12 +219,6 @@ def _other_bytes(model: Any) -> int | None:
     return None if held is None else held - unmapped_bytes(model)
 
 
-def _default_device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def _dtype(source: str | Path, is_cuda: bool) -> Any:
     """The type of the weights: a GGUF file has none of its own to unpack to."""
     import torch
@@ -241,3 +226,26 @@ def _dtype(source: str | Path, is_cuda: bool) -> Any:
     if Path(source).suffix != ".gguf":
         return "auto"
     return torch.float16 if is_cuda else torch.float32
+
+
+class TokenBar:
+    """A bar that steps once a token; goes to `generate` as its streamer."""
+
+    def __init__(self, max_new_tokens: int, text: str) -> None:
+        self.num_tokens = 0
+        self._has_prompt = False
+        self._bar = progress_bar(total=max_new_tokens, desc=text, unit="token")
+
+    def put(self, token_ids: Any) -> None:
+        """Counts one token; the first call brings the prompt."""
+        if self._has_prompt:
+            self.num_tokens += 1
+            self._bar.update()
+        self._has_prompt = True
+
+    def end(self) -> None:
+        """The last token has come; the name is the streamers'."""
+
+    def close(self) -> None:
+        """Takes the bar away."""
+        self._bar.close()

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from bminf.cli import models
-from bminf.cli.progress import spinner
 from bminf.errors import ArgumentError, CheckpointError
+from bminf.progress import spinner
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bminf.cli import main
-from bminf.cli.limits import half_limit
+from bminf.cli.demo import half_limit
 from bminf.errors import BudgetError
 from bminf.offload.plan import Block, least_budget, plan
 

@@ -11,22 +11,21 @@ from pathlib import Path
 import pytest
 
 import bminf
-from bminf.cli.progress import spinner
-from bminf.progress import progress_bar
+from bminf.progress import progress_bar, spinner
 
 pty = pytest.importorskip("pty", reason="needs a pseudo-terminal")
 fcntl, termios = pytest.importorskip("fcntl"), pytest.importorskip("termios")
 
 BARS = """
 import time
-from bminf.cli import progress
-from bminf.progress import progress_bar
+from bminf import progress
+from bminf.cli.demo import TokenBar
 progress._FIRST_S = progress._REFRESH_S = 0.01
 with progress.spinner("spinning"):
     time.sleep(0.2)
-for _ in progress_bar(range(3), desc="stepping"):
+for _ in progress.progress_bar(range(3), desc="stepping"):
     pass
-bar = progress.TokenBar(2, "telling")
+bar = TokenBar(2, "telling")
 for _ in range(3):
     bar.put(None)
 bar.close()
