@@ -97,8 +97,8 @@ class Transformers:
         form = self._format(arguments)
         if form is None:
             return 0
+        from bminf.layers.quantize import choose, warn_of_what_stays
         from bminf.offload.blocks import find_blocks
-        from bminf.offload.stand_ins import choose, warn_of_what_stays
         from bminf.quantization.packed import parse_format
 
         blocks = find_blocks(self._model, arguments.blocks)
@@ -109,7 +109,7 @@ class Transformers:
         for warning in caught:
             print(f"bminf: {warning.message}", file=sys.stderr)
         modules = {m for b in blocks for m in self._model.get_submodule(b.name).modules()}
-        modules -= choice.stand_ins.keys()
+        modules -= choice.replacements.keys()
         left = {id(p): p for m in modules for p in m._parameters.values()}
         return sum(p.nbytes for p in left.values() if p is not None and p.dim() > 1)
 

@@ -24,7 +24,7 @@ from bminf.arch.architecture import Architecture
 from bminf.arch.glm import GLM10B, GLM130B, INT4_ROW, LINEARS, is_glm10b, is_glm130b, is_quantized
 from bminf.arch.registry import checkpoint_in, config_in, split_tables, told_by
 from bminf.checkpoint.config import CONFIG_FILES
-from bminf.checkpoint.folder import Checkpoint, appearing, free
+from bminf.checkpoint.folder import Checkpoint, appearing
 from bminf.checkpoint.model_parallel import (
     DEEPSPEED_TRACKER,
     FILE_IN_RANK_FOLDER,
@@ -41,7 +41,7 @@ from bminf.errors import ArgumentError, CheckpointError
 from bminf.models.recognition import architectures_for
 from bminf.models.source import check_files, config_of, tokenizer_of, vocabulary_files
 from bminf.progress import progress_bar
-from bminf.quantization.glm_rows import BITS, quantize_rows, row_scales
+from bminf.quantization.glm_rows import quantize_rows, row_scales
 from bminf.quantization.packed import INT4, INT8, Format
 from bminf.tokenizers.base import Tokenizer
 from bminf.tokenizers.find import ICETK
@@ -73,11 +73,12 @@ def cut(
     """
     check_positive("tp", tp)
     wanted = None if model is None else architectures_for(source, model)
-    opened = checkpoint_in(Path(source).expanduser())
-    if wanted is not None:
-        _check_model(opened, *wanted)
-    bits = _bits(form)
-    beside = _Beside.of(opened, config, tokenizer)
+    bits, opened = _bits(form), checkpoint_in(Path(source).expanduser())
+    told = told_by(opened)
+    if wanted is not None and told not in wanted:
+        held = "another model" if told is None else told.title
+        raise CheckpointError(f"{source} holds {held}, not {wanted[0].title}")
+    beside = _Beside.of(opened, told, config, tokenizer)
     heads = None if beside.config is None else beside.config.num_attention_heads
     reshard(opened, target, tp, bits, heads, beside.write)
     beside.warn_of_what_lacks(target)
@@ -95,8 +96,9 @@ class _Beside:
     lacks_vocabulary: str = ""
 
     @classmethod
-    def of(cls, opened: Checkpoint, config: Any, tokenizer: Any) -> _Beside:
-        architecture = told_by(opened)
+    def of(
+        cls, opened: Checkpoint, architecture: Architecture | None, config: Any, tokenizer: Any
+    ) -> _Beside:
         if architecture is None or opened.kind == "bminf":
             return cls({}, None)
         parsed = _config(architecture, opened, config)
@@ -150,14 +152,6 @@ def _tokenizer(
     return made
 
 
-def _check_model(opened: Checkpoint, wanted: Architecture) -> None:
-    """Raise CheckpointError where it is another model than was said."""
-    told = told_by(opened)
-    if told is not wanted:
-        held = "another model" if told is None else told.title
-        raise CheckpointError(f"{opened.path} holds {held}, not {wanted.title}")
-
-
 def _bits(form: Format | None) -> int | None:
     """Of the authors' own formats, which have a scale a row; "int4" can only mean theirs here.
 
@@ -188,8 +182,8 @@ def _config(architecture: Architecture, opened: Checkpoint, given: Any) -> Any:
 
 
 def reshard(
-    source: Path | Checkpoint,
-    destination: Path,
+    opened: Checkpoint,
+    target: Path,
     degree: int,
     bits: int | None = None,
     num_attention_heads: int | None = None,
@@ -197,9 +191,8 @@ def reshard(
 ) -> None:
     """Write a checkpoint of GLM-130B or GLM-10B as its authors' own files, for `degree` ranks.
 
-    source: a folder of theirs, of any degree, or what it was opened as; of GLM-10B also a Hugging
-        Face one.
-    destination: a folder that does not exist yet, or is empty.
+    opened: a folder of theirs, of any degree; of GLM-10B also a Hugging Face one.
+    target: a folder that does not exist yet, or is empty.   degree: an int of at least 1.
     bits: 8 or 4 to quantise the linears of GLM-130B, each rank by itself; None leaves them.
     num_attention_heads: of the model; needed where `degree` does not divide the degree of the
         source and the source has no inv_freq to tell it.
@@ -213,13 +206,7 @@ def reshard(
     for bits of another model; CheckpointError for a source that is quantised already, incomplete,
     damaged, or of another model.
     """
-    for name, path in (("source", source), ("destination", destination)):
-        if not isinstance(path, str | Path | Checkpoint):
-            raise ArgumentError(f"{name} is a {type(path).__name__}; give a path")
-    if bits not in (None, *BITS):
-        raise ArgumentError(f"bits={bits!r}; accepted: {', '.join(map(str, BITS))}, or None")
-    target = free(Path(destination).expanduser())
-    given = _open(source)
+    given = _open(opened)
     _check(given, degree, bits, num_attention_heads)
     ranks = [dict(_rank_tensors(given, rank, degree, bits)) for rank in range(degree)]
     total = sum(nbytes_of(stored) for rank in ranks for stored in rank.values())
@@ -262,11 +249,8 @@ class _Source:
         return "word_embeddings.weight" in self.tensors
 
 
-def _open(source: Path | Checkpoint) -> _Source:
-    if isinstance(source, Checkpoint):
-        opened = source
-    else:
-        opened = checkpoint_in(Path(source).expanduser())
+def _open(opened: Checkpoint) -> _Source:
+    path = opened.path
     tensors = {name.removeprefix("glm."): stored for name, stored in opened.tensors.items()}
     is_known = is_glm10b(tensors) or (opened.kind == "original" and is_glm130b(tensors))
     if not is_known or opened.kind not in ("original", "huggingface"):
@@ -280,7 +264,7 @@ def _open(source: Path | Checkpoint) -> _Source:
             "anew; give the float16 checkpoint that it was made from"
         )
     num_ranks, iteration, number = _ranks_and_iteration(opened)
-    return _Source(opened.path, tensors, num_ranks, iteration, number)
+    return _Source(path, tensors, num_ranks, iteration, number)
 
 
 def _ranks_and_iteration(opened: Checkpoint) -> tuple[int, str, int | None]:
@@ -300,8 +284,6 @@ def _ranks_and_iteration(opened: Checkpoint) -> tuple[int, str, int | None]:
 
 
 def _check(given: _Source, degree: int, bits: int | None, heads: int | None) -> None:
-    if type(degree) is not int or degree < 1:
-        raise ArgumentError(f"degree={degree!r}; accepted: 1 or more ranks")
     if bits is not None and not is_glm130b(given.tensors):
         raise ArgumentError(
             f"bits={bits}, but {given.path} holds GLM-10B, whose code has no quantised files; "
@@ -352,7 +334,7 @@ def _heads(given: _Source, heads: int | None, hidden_size: int) -> int | None:
             told = hidden_size // (2 * stored.shape[0]) or None
     if heads is None:
         return told
-    if type(heads) is not int or heads < 1 or hidden_size % heads or heads != (told or heads):
+    if hidden_size % heads or heads != (told or heads):
         accepted = str(told) if told is not None else f"a divisor of {hidden_size}"
         raise ArgumentError(
             f"num_attention_heads={heads!r}; accepted for {given.path}: {accepted}, or None"
@@ -385,14 +367,13 @@ def _write(
     ranks: list[dict[str, Stored]],
     progress: Callable[[int], object],
 ) -> None:
-    beside: dict[str, int] = {}
-    if given.is_own_glm10b:
-        beside = {} if given.number is None else {"iteration": given.number}
-        beside["mp_world_size"] = len(ranks)
+    beside = {"mp_world_size": len(ranks)} if given.is_own_glm10b else {}
+    if given.is_own_glm10b and given.number is not None:
+        beside["iteration"] = given.number
     (folder / given.iteration).mkdir()
-    for number, tensors in enumerate(ranks):
+    for rank, tensors in enumerate(ranks):
         module = {name: Saved(stored) for name, stored in tensors.items()}
-        path = folder / given.iteration / f"mp_rank_{number:02d}_model_states.pt"
+        path = folder / given.iteration / f"mp_rank_{rank:02d}_model_states.pt"
         write_torch_file(path, {"module": module, **beside}, progress)
     for tracker in TRACKERS if given.is_own_glm10b else [DEEPSPEED_TRACKER]:
         (folder / tracker).write_text(given.iteration)

@@ -14,12 +14,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for smollm2_memory
 
 import torch
+from glm_files import reshard
 from smollm2_memory import Peak, status_bytes
 
 from bminf.checkpoint.safetensors_file import read_safetensors, write_safetensors
 from bminf.checkpoint.torch_file import read_torch_file, weights_of
 from bminf.layout import Layout, TensorSpec
-from bminf.models.glm_ranks import reshard
 
 NUM_TENSORS, TENSOR_BYTES = 100, 2**21
 

@@ -10,6 +10,9 @@ from typing import Any
 
 import torch
 
+from bminf.arch.registry import checkpoint_in
+from bminf.models import glm_ranks
+
 HEADS = 4
 Weights = dict[str, torch.Tensor]
 
@@ -143,3 +146,8 @@ def load(folder: Path) -> list[dict[str, Any]]:
 
 def modules(folder: Path) -> list[Weights]:
     return [saved["module"] for saved in load(folder)]
+
+
+def reshard(source: Path, destination: Path, degree: int, *options: Any, **more: Any) -> None:
+    """bminf.models.glm_ranks.reshard() of the checkpoint in a folder."""
+    glm_ranks.reshard(checkpoint_in(source), destination, degree, *options, **more)

@@ -13,14 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from glm_files import join, load
+from glm_files import join, load, reshard
 from golden import GoldenSet, for_each, golden
 
 from bminf.arch.glm import glm10b_name, glm10b_tensors, glm130b_name, glm130b_tensors
 from bminf.arch.registry import checkpoint_in
 from bminf.checkpoint.quantized import Quantized
 from bminf.errors import CheckpointError
-from bminf.models.glm_ranks import reshard
 from bminf.quantization.packed import dequantize
 
 Weights = dict[str, torch.Tensor]
