@@ -136,42 +136,24 @@ class LazyTensor(torch.Tensor):
 
     # ---- what asks for the memory itself -------------------------------------------------------
 
-    def data_ptr(self) -> int:
-        raise self._no_memory()
-
-    def untyped_storage(self) -> torch.UntypedStorage:
-        raise self._no_memory()
-
-    def storage(self) -> torch.TypedStorage:
-        raise self._no_memory()
-
-    def _typed_storage(self) -> torch.TypedStorage:
-        raise self._no_memory()
-
-    def apply_(self, function: Callable[[Any], Any]) -> torch.Tensor:
-        raise self._no_memory()
-
-    def share_memory_(self) -> torch.Tensor:
-        raise self._no_memory()
-
-    def is_shared(self) -> bool:
-        return False
-
-    @property
-    def __cuda_array_interface__(self) -> Any:
-        raise self._no_memory()
-
-    def _no_memory(self) -> UnsupportedModelError:
+    def _refuse_memory(self, *_: Any, **__: Any) -> Any:
         if (tracer := tracer_at_work()) is not None:
-            return UnsupportedModelError(
+            raise UnsupportedModelError(
                 f"{tracer} cannot record a weight that is streamed or packed; record the model "
                 "before wrapping, or call bminf.unwrap(model) first"
             )
-        return UnsupportedModelError(
+        raise UnsupportedModelError(
             "a weight that is streamed or packed has no memory of its own: no address, and no "
             "storage that could be shared or exported; read it with .clone(), or call "
             "bminf.unwrap(model) first"
         )
+
+    data_ptr = untyped_storage = storage = _typed_storage = _refuse_memory
+    apply_ = share_memory_ = _refuse_memory
+    __cuda_array_interface__ = property(_refuse_memory)
+
+    def is_shared(self) -> bool:
+        return False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
         real = self._real_copy()
@@ -263,21 +245,17 @@ def _lazy_views(func: Any, args: Any, kwargs: Any) -> Any:
     if isinstance(shapes, torch.Tensor):
         write = _writer_of_view(base, func, args, kwargs)
         return LazyTensor(compute, shapes, base.device, write=write)
-    return type(shapes)(
-        LazyTensor(
-            lambda number=number: compute()[number],
-            item,
-            base.device,
-            write=_writer_of_view(base, func, args, kwargs, number),
-        )
-        for number, item in enumerate(shapes)
-    )
+    views = []
+    for i, shape in enumerate(shapes):
+        write = _writer_of_view(base, func, args, kwargs, i)
+        views.append(LazyTensor(lambda i=i: compute()[i], shape, base.device, write=write))
+    return type(shapes)(views)
 
 
 def _writer_of_view(
-    base: LazyTensor, func: Any, args: Any, kwargs: Any, number: int | None = None
+    base: LazyTensor, func: Any, args: Any, kwargs: Any, index: int | None = None
 ) -> Callable[[torch.Tensor], None] | None:
-    """What keeps new values of the view (of several: `number`) that `func` makes of `base`."""
+    """What keeps new values of the view (of several: `index`) that `func` makes of `base`."""
     if base._write is None:
         return None
 
@@ -287,7 +265,7 @@ def _writer_of_view(
             LazyTensor, lambda t: whole if t is base else t._read(), (args, kwargs)
         )
         views = func(*given[0], **given[1])
-        (views if number is None else views[number]).copy_(value)
+        (views if index is None else views[index]).copy_(value)
         assert base._write is not None
         base._write(whole)
 
