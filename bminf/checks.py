@@ -6,8 +6,6 @@ import math
 from collections.abc import Collection
 from typing import TypeGuard
 
-import torch
-
 from bminf.errors import ArgumentError, UnsupportedModelError
 
 _SHOWN = 5  # of the wrong ids: a message is no place for a whole vocabulary
@@ -33,32 +31,27 @@ def check_banned(ids: Collection[int], vocab_size: int) -> None:
         )
 
 
-def check_positive(name: str, value: int | None, none: str = "") -> None:
-    """Raise ArgumentError for anything but an int from 1 on.   none: what None is, if accepted."""
+def check_int(name: str, value: int | None, least: int, none: str = "") -> None:
+    """Raise ArgumentError for anything but an int of at least `least`.
+
+    none: what None stands for, where it is accepted.
+    """
     if none and value is None:
         return
-    if type(value) is not int or value < 1:
+    if type(value) is not int or value < least:
         also = f", or {none}" if none else ""
-        raise ArgumentError(f"{name}={value!r}; accepted: an int of at least 1{also}")
+        raise ArgumentError(f"{name}={value!r}; accepted: an int of at least {least}{also}")
 
 
-def check_count(name: str, value: int, zero: str = "") -> None:
-    """Raise ArgumentError for anything but an int from 0 on.   zero: what 0 does."""
-    if type(value) is not int or value < 0:
-        what = f" (0 is {zero})" if zero else ""
-        raise ArgumentError(f"{name}={value!r}; accepted: an int from 0 on{what}")
+def check_positive(name: str, value: int | None, none: str = "") -> None:
+    """Raise ArgumentError for anything but an int of at least 1; see check_int()."""
+    check_int(name, value, 1, none)
 
 
 def check_bool(name: str, value: bool) -> None:
     """Raise ArgumentError for anything but True and False."""
     if type(value) is not bool:
         raise ArgumentError(f"{name}={value!r}; accepted: True, False")
-
-
-def check_seed(seed: int | None) -> None:
-    """Raise ArgumentError for anything but an int from 0 on, or None."""
-    if seed is not None and (type(seed) is not int or seed < 0):
-        raise ArgumentError(f"seed={seed!r}; accepted: an int from 0 on, or None")
 
 
 def is_number(value: object) -> TypeGuard[int | float]:
@@ -78,15 +71,6 @@ def check_eps(name: str, value: float) -> None:
     """Raise ArgumentError for what is not a number between 0 and 1."""
     if not is_number(value) or not 0 < value < 1:
         raise ArgumentError(f"{name}={value!r}; a number between 0 and 1 is needed")
-
-
-def check_start(start: torch.Tensor) -> None:
-    """Raise ArgumentError for anything but token ids (B, T) int64 with something in them."""
-    if start.dim() != 2 or start.dtype != torch.int64 or start.numel() == 0:
-        raise ArgumentError(
-            f"start is {start.dtype} of shape {tuple(start.shape)}; it must be token ids (B, T), "
-            "torch.int64, with at least one row and one token"
-        )
 
 
 def not_numbers(rows: Collection[int]) -> UnsupportedModelError:

@@ -19,9 +19,6 @@ import torch
 from bminf.checks import (
     check_banned,
     check_ids,
-    check_positive,
-    check_start,
-    is_number,
     not_numbers,
 )
 from bminf.errors import ArgumentError
@@ -66,11 +63,9 @@ def beam_search(
     A prompt is done when it has num_beams finished sequences.
     length_penalty: above 0 long sequences gain by it, below 0 they lose.
     banned_ids: never chosen; the others' probabilities stay as they are.
+    Numbers are those of an Options, which has checked them.
     Raises ArgumentError, UnsupportedModelError where logits are not finite numbers.
     """
-    check_start(start)
-    check_positive("num_beams", num_beams)
-    check_positive("max_new_tokens", max_new_tokens)
     rules = Rules(num_beams, frozenset(stop_ids), max_new_tokens, length_penalty)
     rules.check_penalty(max_new_tokens, usual="0 to 2")
     searches = [Search(rules) for _ in range(len(start))]
@@ -125,8 +120,7 @@ class Rules:
     def check_penalty(self, longest: int, usual: str) -> None:
         """Raise ArgumentError where a sequence of `longest` tokens would have no finite score."""
         penalty, length = self.length_penalty, self.length(longest)
-        exponent = abs(penalty) if is_number(penalty) else math.inf
-        if not exponent * math.log(length) < _LARGEST_EXPONENT:
+        if abs(penalty) * math.log(length) > _LARGEST_EXPONENT:
             raise ArgumentError(
                 f"length_penalty={penalty!r}; accepted: a number, so small that {length:g} (for "
                 f"{longest} tokens) to its power is one; usual are {usual}"

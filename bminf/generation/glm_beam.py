@@ -16,16 +16,7 @@ from functools import partial
 
 import torch
 
-from bminf.checks import (
-    check_banned,
-    check_bool,
-    check_count,
-    check_ids,
-    check_positive,
-    check_seed,
-    check_start,
-    not_numbers,
-)
+from bminf.checks import check_banned, check_ids, not_numbers
 from bminf.errors import ArgumentError
 from bminf.generation.beam import (
     LOST,
@@ -79,16 +70,9 @@ def glm_beam_search(
     A prompt is done when num_beams sequences have finished and its best running one, at its present
     length, is no better than the worst of them; or after max_new_tokens, or where no token is left
     to go on with, and then the running ones rank with the finished.
+    Numbers are those of a GLMOptions, which has checked them.
     Raises ArgumentError, UnsupportedModelError where logits are not finite numbers.
     """
-    check_start(start)
-    check_positive("num_beams", num_beams)
-    check_positive("max_new_tokens", max_new_tokens)
-    check_count("no_repeat_ngram_size", no_repeat_ngram_size, zero="off")
-    check_count("min_length", min_length, zero="off")
-    check_bool("is_deterministic", is_deterministic)
-    check_seed(seed)
-    _check_contexts(contexts, len(start))
     rules = _GLMRules(
         num_beams, frozenset(stop_ids), max_new_tokens, length_penalty, no_repeat_ngram_size,
         min_length, is_deterministic, frozenset(banned_ids),
@@ -99,7 +83,7 @@ def glm_beam_search(
         for context, generator in zip(contexts, _generators(len(contexts), seed), strict=True)
     ]
     logits = decoder(start)
-    _check_vocabulary(rules, contexts, logits.shape[1])
+    _check_vocabulary(rules, logits.shape[1])
     return run(decoder, logits, start.device, searches, partial(_candidates, rules))
 
 
@@ -226,21 +210,9 @@ def _check_numbers(logits: torch.Tensor, num_prompts: int) -> None:
         raise not_numbers((~is_finite).nonzero().flatten().tolist())
 
 
-def _check_contexts(contexts: Sequence[Sequence[int]], num_prompts: int) -> None:
-    if len(contexts) != num_prompts:
-        raise ArgumentError(
-            f"contexts are {len(contexts)}, start has {num_prompts} rows; give one for each row"
-        )
-    for prompt, context in enumerate(contexts):
-        if len(context) == 0:
-            raise ArgumentError(f"contexts[{prompt}] is empty; it holds at least sop")
-
-
-def _check_vocabulary(rules: _GLMRules, contexts: Sequence[Sequence[int]], vocab_size: int) -> None:
+def _check_vocabulary(rules: _GLMRules, vocab_size: int) -> None:
     check_ids("stop_ids", rules.stop_ids, vocab_size)
     check_banned(rules.banned_ids, vocab_size)
-    for prompt, context in enumerate(contexts):
-        check_ids(f"contexts[{prompt}]", context, vocab_size)
     if len(rules.ruled_out(0)) == vocab_size:
         raise ArgumentError(
             f"banned_ids and stop_ids hold all {vocab_size} ids of the vocabulary, and with "

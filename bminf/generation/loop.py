@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from bminf.checks import check_ids, check_positive, check_start
+from bminf.checks import check_ids
 from bminf.errors import ArgumentError
 from bminf.generation.sampling import Sampler
 
@@ -38,6 +38,7 @@ def decode(
 
     decoder: has been fed nothing that `start` holds.   start: (B, T) int64, what it is fed first.
     sampler: made for the B rows.   stop_ids: a row that draws one of them has ended.
+    max_new_tokens: at least 1.
     Yields the token of each row, None for rows that have ended before. A stop token is yielded, as
     the last of its row: it tells why the row ended. Ends when all rows have, or after
     `max_new_tokens` steps. A step is one pass, and one wait for its device.
@@ -48,8 +49,6 @@ def decode(
     run one pass for nothing at the end; streamed blocks are on their way during the draw anyhow.
     So a caller that stops early leaves nothing running.
     """
-    check_start(start)
-    check_positive("max_new_tokens", max_new_tokens)
     check_ids("stop_ids", stop_ids, sampler.vocab_size)
     if len(start) != sampler.num_rows:
         raise ArgumentError(

@@ -17,8 +17,8 @@ import torch
 from bminf.checks import (
     check_banned,
     check_ids,
+    check_int,
     check_positive,
-    check_seed,
     is_number,
     not_numbers,
 )
@@ -119,7 +119,7 @@ class Sampling:
         for name in ("frequency_penalty", "presence_penalty"):
             if not is_number(getattr(self, name)):
                 raise ArgumentError(f"{name}={getattr(self, name)!r}; accepted: a finite number")
-        check_seed(self.seed)
+        check_int("seed", self.seed, least=0, none="None")
 
     def check(self, vocab_size: int) -> None:
         """Raise ArgumentError for what does not go together with a vocabulary of this size."""
@@ -154,8 +154,6 @@ class Sampler:
         device: torch.device | str,
     ) -> None:
         sampling.check(vocab_size)
-        if not prompts:
-            raise ArgumentError("prompts is empty; give the token ids of at least one prompt")
         for row, prompt in enumerate(prompts):
             check_ids(f"prompts[{row}]", prompt, vocab_size)
         self.sampling, self.vocab_size = sampling, vocab_size

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
-from bminf.checks import check_bool, check_count, check_ids, check_positive, is_number
+from bminf.checks import check_bool, check_ids, check_int, check_positive, is_number
 from bminf.errors import ArgumentError
 from bminf.generation.sampling import Sampling
 from bminf.keywords import check_keywords
@@ -148,7 +148,7 @@ class GLMOptions(Options):
         for name in ("out_seq_length", "num_return_sequences"):
             check_positive(name, getattr(self, name), none="None")
         for name in ("min_length", "no_repeat_ngram_size"):
-            check_count(name, getattr(self, name))
+            check_int(name, getattr(self, name), least=0)
         check_bool("deterministic", self.deterministic)
         super().__post_init__()
         wanted = self.num_return_sequences

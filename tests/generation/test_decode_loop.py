@@ -74,18 +74,9 @@ def test_max_new_tokens_is_a_number_of_passes(max_new_tokens: int) -> None:
     assert len(decoder.fed) == max_new_tokens
 
 
-@pytest.mark.parametrize("max_new_tokens", [0, -1, 1.0, True, None])
-def test_other_numbers_of_tokens_are_refused(max_new_tokens: Any) -> None:
-    with pytest.raises(ArgumentError, match=r"^max_new_tokens=.*at least 1"):
-        run(FakeDecoder(random_logits(10, 0)), [[0]], max_new_tokens)
-
-
 @pytest.mark.parametrize(
     ("start", "stop_ids", "message"),
     [
-        (torch.zeros(2, dtype=torch.int64), (), "start is"),
-        (torch.zeros(1, 2), (), "start is torch.float32"),
-        (torch.zeros(1, 0, dtype=torch.int64), (), "start is"),
         (torch.zeros(2, 1, dtype=torch.int64), (), "start has 2 rows, the sampler 1"),
         (torch.zeros(1, 1, dtype=torch.int64), (3, 10), "stop_ids holds 10; accepted"),
         (torch.zeros(1, 1, dtype=torch.int64), ("<eod>",), "stop_ids holds '<eod>'"),

@@ -198,7 +198,7 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"out_seq_length": "9"}, "out_seq_length='9'"),
     ({"out_seq_length": 3}, "out_seq_length=3 counts the text, which has .* tokens with its mask"),
     ({"out_seq_length": 99}, "are more than max_length=40"),
-    ({"min_length": -1}, "min_length=-1; accepted: an int from 0 on"),
+    ({"min_length": -1}, "min_length=-1; accepted: an int of at least 0"),
     ({"min_length": True}, "min_length=True"),
     ({"min_length": 2}, "min_length is for num_beams above 1"),
     ({"no_repeat_ngram_size": 2.0}, r"no_repeat_ngram_size=2\.0"),
