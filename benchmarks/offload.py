@@ -130,7 +130,10 @@ def save_smollm2(folder: Path) -> None:
     prompt_ids = models.load_tokenizer(file)(PROMPT)["input_ids"]
     (folder / PROMPT_FILE).write_text(json.dumps(prompt_ids))
     model = models.load_model(file, torch.float32)
-    models.make_serializable(model)
+    # transformers 5 takes what was unpacked from GGUF for a quantized model, and does not save it.
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
     model.save_pretrained(folder)
 
 

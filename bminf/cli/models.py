@@ -125,16 +125,6 @@ def _source(model: str | Path) -> tuple[str, dict[str, str]]:
     return str(model), {}
 
 
-def make_serializable(model: Any) -> None:
-    """Lets `save_pretrained` write a model that was unpacked from GGUF.
-
-    transformers 5 takes such a model for a quantised one, although its layers are plain.
-    """
-    model.hf_quantizer = None
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-
-
 def quiet() -> None:
     """Silences what transformers and its hub client log below an error, and the loading bars."""
     from transformers import modeling_gguf_pytorch_utils

@@ -14,7 +14,6 @@ from bminf.cli.gpus import Speeds, speeds_of
 from bminf.units import format_bytes, parse_bytes, parse_rate
 
 if TYPE_CHECKING:
-    from bminf.offload.context import Context
     from bminf.offload.plan import Plan
 
 
@@ -63,8 +62,8 @@ def run(arguments: argparse.Namespace) -> int:
         "total_bytes": whole.total_bytes,
         "least_limit": whole.least_limit,
         "not_quantized_bytes": subject.unquantized_bytes(arguments),
-        "context": _context_entry(whole.context),
-        "usual_context": _context_entry(whole.unreserved),
+        "context": whole.context and asdict(whole.context),
+        "usual_context": whole.unreserved and asdict(whole.unreserved),
     }
     plan = None
     if arguments.memory_limit is not None:
@@ -116,10 +115,6 @@ def _plan_entries(plan: Plan, speeds: Speeds, disk: int) -> dict[str, Any]:
         "disk_busy": prediction.disk_busy,
         "bound": prediction.bound,
     }
-
-
-def _context_entry(context: Context | None) -> dict[str, int] | None:
-    return None if context is None else asdict(context)
 
 
 def _text(report: dict[str, Any], whole: Plan, plan: Plan | None) -> str:
