@@ -14,6 +14,7 @@ import torch
 from bminf.arch import glm
 from bminf.arch.glm import GLM as Network
 from bminf.arch.glm import GLMConfig
+from bminf.checks import check_bool
 from bminf.errors import ArgumentError
 from bminf.generation.beam import Hypothesis, beam_search
 from bminf.generation.glm_beam import glm_beam_search
@@ -226,8 +227,7 @@ class GLM(LanguageModel):
         At most exp(20), as the authors have it.   Source: GLM-130B/evaluation, language modelling.
         Raises ArgumentError.
         """
-        if type(unidirectional) is not bool:
-            raise ArgumentError(f"unidirectional={unidirectional!r}; accepted: True, False")
+        check_bool("unidirectional", unidirectional)
         ids = self._encoded(text)
         total = sum(self._window_losses(ids, generation_length, unidirectional))
         return math.exp(min(20.0, total / len(text.strip().split(" "))))
@@ -381,14 +381,14 @@ class GLM(LanguageModel):
         """The answer for each blank, with its end token."""
         self._check_all_room(masked, settings)
         answers: list[list[int]] = []
-        for number in range(len(masked.places)):
+        for i in range(len(masked.places)):
             one = self._next_blank(masked, answers, stop_ids)
-            if settings.out_seq_length is not None and number > 0:
-                if settings.out_seq_length <= len(one.start_ids):
-                    answers.append([])  # the blanks before have taken all
-                    continue
-            own = settings if settings.seed is None else _with_seed(settings, number)
-            answers.append(self._filled(one, self._within(own, one), stop_ids))
+            if i > 0 and (settings.out_seq_length or math.inf) <= len(one.start_ids):
+                answers.append([])  # the blanks before have taken all
+                continue
+            seed = None if settings.seed is None else settings.seed + i
+            own = self._within(replace(settings, seed=seed), one)
+            answers.append(self._filled(one, own, stop_ids))
         return answers
 
     def _filled(self, one: Blank, settings: Any, stop_ids: frozenset[int]) -> list[int]:
@@ -401,16 +401,15 @@ class GLM(LanguageModel):
     ) -> Blank:
         """The first blank that has no answer yet. GLM-130B reads the answers before it in their
         places; GLM-10B behind the text."""
-        number = len(answers)
+        earlier, index = list(zip(masked.places, answers, strict=False)), len(answers)
         if not self.config.is_rotary:
-            earlier = list(zip(masked.places, answers, strict=False))
-            return self._blank(masked.ids, masked.places[number], masked.mask, earlier)
+            return self._blank(masked.ids, masked.places[index], masked.mask, earlier)
         ids, shift = list(masked.ids), 0
-        for place, answer in zip(masked.places, answers, strict=False):
+        for place, answer in earlier:
             kept = answer[:-1] if answer and answer[-1] in stop_ids else answer
             ids[place + shift : place + shift + 1] = kept
             shift += len(kept) - 1
-        return self._blank(ids, masked.places[number] + shift, masked.mask)
+        return self._blank(ids, masked.places[index] + shift, masked.mask)
 
     def _check_all_room(self, masked: Masked, settings: Any) -> None:
         one = self._blank(masked.ids, masked.places[0], masked.mask)
@@ -433,24 +432,20 @@ class GLM(LanguageModel):
         known = self.tokenizer.masks
         if not isinstance(mask, str) or mask not in known:
             raise ArgumentError(f"mask={mask!r}; this model has {', '.join(known)}")
-        if not isinstance(text, str):
-            return self._blank_of_ids(self._ids(text, "text"), mask)
-        masked = self._masked(text if has_mask(text) else text + mask)
-        if len(masked.places) > 1:
-            raise ArgumentError(f"the text has {len(masked.places)} blanks; a choice is for one")
-        ids = masked.ids
-        if self.config.is_rotary and ids[-1] == self.tokenizer.eos_id:
-            ids = ids[:-1]  # the authors' evaluation adds no end
-        return self._blank(ids, masked.places[0], masked.mask)
-
-    def _blank_of_ids(self, ids: list[int], mask: str) -> Blank:
-        kinds = {number: name for name, number in self.tokenizer.masks.items()}
-        places = [place for place, number in enumerate(ids) if number in kinds]
+        if isinstance(text, str):
+            masked = self._masked(text if has_mask(text) else text + mask)
+            ids, places, mask = masked.ids, masked.places, masked.mask
+            if self.config.is_rotary and ids[-1] == self.tokenizer.eos_id:
+                ids = ids[:-1]  # the authors' evaluation adds no end
+        else:
+            ids, kinds = self._ids(text, "text"), {own: name for name, own in known.items()}
+            places = [place for place, own in enumerate(ids) if own in kinds]
+            if not places:
+                places, ids = [len(ids)], [*ids, known[mask]]
+            mask = kinds[ids[places[0]]]
         if len(places) > 1:
             raise ArgumentError(f"the text has {len(places)} blanks; a choice is for one")
-        if not places:
-            places, ids = [len(ids)], [*ids, self.tokenizer.masks[mask]]
-        return self._blank(ids, places[0], kinds[ids[places[0]]])
+        return self._blank(ids, places[0], mask)
 
     def _window_losses(
         self, ids: list[int], generation_length: int, unidirectional: bool
@@ -467,11 +462,10 @@ class GLM(LanguageModel):
                 f"generation_length={generation_length!r}; accepted: 1 to {num_read - 1}, less "
                 f"than the tokens of a window, which are max_length={self.max_length} with a mask"
             )
-        num_windows = 1 + -(-max(0, len(ids) - num_read) // generation_length)
-        for number in range(num_windows):
-            begin = number * generation_length
-            window = ids[begin : begin + num_read]
-            is_context = number > 0 and not unidirectional
+        last_start = max(0, len(ids) - num_read) + generation_length
+        for start in range(0, last_start, generation_length):
+            window = ids[start : start + num_read]
+            is_context = start > 0 and not unidirectional
             yield self._window_loss(window, num_read - generation_length if is_context else 0)
 
     def _window_loss(self, window: list[int], num_context: int) -> float:
@@ -509,11 +503,6 @@ class GLM(LanguageModel):
         parts = zip(x.split(_SCORED_AT_ONCE), targets.split(_SCORED_AT_ONCE), strict=True)
         logs = [self.model.head(part).log_softmax(-1).gather(1, own) for part, own in parts]
         return torch.cat(logs).view(-1).double().cpu()
-
-
-def _with_seed(settings: GLMOptions, number: int) -> GLMOptions:
-    assert settings.seed is not None
-    return replace(settings, seed=settings.seed + number)
 
 
 def _check_one_answer(settings: GLMOptions) -> None:
