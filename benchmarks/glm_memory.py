@@ -30,7 +30,7 @@ from bminf.checkpoint.stored import InFile, contiguous, pieces
 from bminf.checkpoint.torch_writer import Saved, write_torch_file
 from bminf.cli.measure import PeakMemory, rss_anon_bytes
 from bminf.generation.loop import decode
-from bminf.generation.sampling import Sampler, Sampling, in_sequence
+from bminf.generation.sampling import Sampler, Sampling, top_k_then_top_p
 from bminf.layers.kv_cache import KVCache
 from bminf.models.convert import WEIGHTS_FILE, convert
 from bminf.models.glm_text import Blank, GLMDecoder, blank
@@ -193,7 +193,7 @@ def _written(opened: Loaded, num_rows: int, max_length: int) -> str:
         for length in lengths
     ]
     decoder = _Watched(opened, opened.model.new_cache(num_rows, max_length), blanks)
-    sampling = Sampling(top_p=0.9, seed=1, filter=in_sequence)
+    sampling = Sampling(top_p=0.9, seed=1, filter=top_k_then_top_p)
     vocab_size = opened.model.config.vocab_size
     sampler = Sampler(sampling, [one.input_ids for one in blanks], vocab_size, "cpu")
     start = torch.tensor(padded([one.start_ids for one in blanks], 0, is_at_end=False))

@@ -13,7 +13,7 @@ from bminf.generation.sampling import Sampler
 
 
 class Decoder(Protocol):
-    """One batch under way: a model, and the caches of what its rows have been fed."""
+    """One batch: a model, and the caches of what its rows have been fed."""
 
     def __call__(self, input_ids: torch.Tensor) -> torch.Tensor:
         """The logits (B, V) after the last of `input_ids`, (B, T) int64; caches grow by T."""
@@ -65,19 +65,19 @@ def _steps(
     max_new_tokens: int,
 ) -> Generator[list[int | None], None, None]:
     num_rows = len(input_ids)
-    under_way = list(range(num_rows))  # the row of `start` that each row of the caches belongs to
+    active_rows = list(range(num_rows))  # the row of `start` that each row of the caches belongs to
     for _ in range(max_new_tokens):
         tokens = _pass(decoder, input_ids, sampler)
         drawn = tokens.tolist()
-        yield _spread(drawn, under_way, num_rows)
-        going_on = [i for i, token in enumerate(drawn) if token not in stop_ids]
-        if not going_on:
+        yield _spread(drawn, active_rows, num_rows)
+        unfinished = [i for i, token in enumerate(drawn) if token not in stop_ids]
+        if not unfinished:
             return
-        if len(going_on) < len(drawn):
-            rows = torch.tensor(going_on, device=tokens.device)
+        if len(unfinished) < len(drawn):
+            rows = torch.tensor(unfinished, device=tokens.device)
             decoder.select(rows)
             sampler.select(rows)
-            tokens, under_way = tokens[rows], [under_way[i] for i in going_on]
+            tokens, active_rows = tokens[rows], [active_rows[i] for i in unfinished]
         input_ids = tokens.unsqueeze(1)
 
 
@@ -86,8 +86,8 @@ def _pass(decoder: Decoder, input_ids: torch.Tensor, sampler: Sampler) -> torch.
     return sampler.draw(decoder(input_ids))
 
 
-def _spread(drawn: list[int], under_way: list[int], num_rows: int) -> list[int | None]:
+def _spread(drawn: list[int], active_rows: list[int], num_rows: int) -> list[int | None]:
     step: list[int | None] = [None] * num_rows
-    for row, token in zip(under_way, drawn, strict=True):
+    for row, token in zip(active_rows, drawn, strict=True):
         step[row] = token
     return step

@@ -34,7 +34,7 @@ _MASS_BITS = 52  # the masses of a row sum to about 2**52: exact as int64 and as
 _TEMPERATURES = (1e-30, 1e30)  # beyond, float32 has neither the temperature nor its inverse
 
 
-def stricter_of_both(
+def top_k_and_top_p(
     probabilities: torch.Tensor, top_k: int | None, top_p: float | None
 ) -> torch.Tensor:
     """Keep the `top_k` likeliest tokens of each row, and of them the likeliest whose sum exceeds
@@ -49,11 +49,11 @@ def stricter_of_both(
     if top_k is not None:
         values[:, top_k:] = 0
     if top_p is not None and top_p < 1:
-        values[_likelier(values) > top_p] = 0
+        values[_exclusive_cumsum(values) > top_p] = 0
     return torch.zeros_like(values).scatter_(-1, ids, values)
 
 
-def in_sequence(
+def top_k_then_top_p(
     probabilities: torch.Tensor, top_k: int | None, top_p: float | None
 ) -> torch.Tensor:
     """Keep the `top_k` likeliest tokens of each row, with all that tie with the last of them; then,
@@ -69,12 +69,12 @@ def in_sequence(
         return kept
     values, ids = kept.sort(dim=-1, descending=True, stable=True)
     whole = values.sum(-1, keepdim=True, dtype=torch.float64)
-    values[_likelier(values) > top_p * whole] = 0
+    values[_exclusive_cumsum(values) > top_p * whole] = 0
     return torch.zeros_like(values).scatter_(-1, ids, values)
 
 
-def _likelier(values: torch.Tensor) -> torch.Tensor:
-    """The sum of those before each of `values`, (B, V) float64."""
+def _exclusive_cumsum(values: torch.Tensor) -> torch.Tensor:
+    """The sum of the values before each, (B, V) float64."""
     sums = values.cumsum(-1, dtype=torch.float64).roll(1, -1)
     sums[:, 0] = 0
     return sums
@@ -103,7 +103,7 @@ class Sampling:
     banned_ids: tuple[int, ...] = ()
     unpenalized_ids: tuple[int, ...] = ()
     seed: int | None = None
-    filter: Filter = stricter_of_both
+    filter: Filter = top_k_and_top_p
 
     def __post_init__(self) -> None:
         if not is_number(self.temperature) or self.temperature < 0:

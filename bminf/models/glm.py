@@ -19,7 +19,7 @@ from bminf.errors import ArgumentError
 from bminf.generation.beam import Hypothesis, beam_search
 from bminf.generation.glm_beam import glm_beam_search
 from bminf.generation.loop import Decoder
-from bminf.generation.sampling import Sampling, in_sequence
+from bminf.generation.sampling import Sampling, top_k_then_top_p
 from bminf.keywords import known_keywords
 from bminf.layers.kv_cache import KVCache
 from bminf.models.arguments import Text
@@ -322,7 +322,7 @@ class GLM(LanguageModel):
         )  # fmt: skip
 
     def _sampling(self, settings: Options) -> Sampling:
-        return replace(super()._sampling(settings), filter=in_sequence)
+        return replace(super()._sampling(settings), filter=top_k_then_top_p)
 
     def _stop_ids(self, settings: Any) -> frozenset[int]:
         ends = self._end_ids() if settings.end_tokens is None else settings.end_tokens

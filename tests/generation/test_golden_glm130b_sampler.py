@@ -10,7 +10,7 @@ from distribution import probabilities
 from golden import for_each, golden
 from golden_glm import GLMSet
 
-from bminf.generation.sampling import Sampling, in_sequence
+from bminf.generation.sampling import Sampling, top_k_then_top_p
 
 FILE = "sampling.safetensors"
 REMOVED = -65504.0
@@ -32,7 +32,7 @@ def sampling_of(case: str, vocab_size: int) -> Sampling:
         temperature=values.get("temp", 1.0),
         top_k=min(int(values.get("topk", 0)), vocab_size) or None,
         top_p=values.get("topp", 0) or None,
-        filter=in_sequence,
+        filter=top_k_then_top_p,
     )
 
 

@@ -9,7 +9,7 @@ import torch
 from distribution import probabilities
 
 from bminf.errors import ArgumentError, UnsupportedModelError
-from bminf.generation.sampling import Sampler, Sampling, stricter_of_both
+from bminf.generation.sampling import Sampler, Sampling, top_k_and_top_p
 
 V = 40
 PLAIN = Sampling(temperature=1.0)
@@ -417,6 +417,6 @@ def test_a_sampler_made_in_inference_mode_draws_outside_it() -> None:
 
 def test_the_rule_alone() -> None:
     given = torch.tensor([[0.125, 0.5, 0.25, 0.125], [0.25, 0.25, 0.25, 0.25]])
-    assert stricter_of_both(given, None, None) is given
-    assert stricter_of_both(given, 2, 1.0).tolist() == [[0, 0.5, 0.25, 0], [0.25, 0.25, 0, 0]]
-    assert stricter_of_both(given, 3, 0.5).tolist() == [[0, 0.5, 0.25, 0], [0.25, 0.25, 0.25, 0]]
+    assert top_k_and_top_p(given, None, None) is given
+    assert top_k_and_top_p(given, 2, 1.0).tolist() == [[0, 0.5, 0.25, 0], [0.25, 0.25, 0, 0]]
+    assert top_k_and_top_p(given, 3, 0.5).tolist() == [[0, 0.5, 0.25, 0], [0.25, 0.25, 0.25, 0]]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from distribution import probabilities
 
-from bminf.generation.sampling import Sampler, Sampling, in_sequence
+from bminf.generation.sampling import Sampler, Sampling, top_k_then_top_p
 
 
 def _logits(*shares: float) -> torch.Tensor:
@@ -17,7 +17,7 @@ def _logits(*shares: float) -> torch.Tensor:
 
 
 def _kept(logits: torch.Tensor, top_k: int | None, top_p: float | None) -> list[int]:
-    sampling = Sampling(1.0, top_k, top_p, filter=in_sequence)
+    sampling = Sampling(1.0, top_k, top_p, filter=top_k_then_top_p)
     return probabilities(logits, None, sampling)[0].nonzero().flatten().tolist()
 
 
@@ -53,7 +53,7 @@ def test_top_p_is_measured_on_what_top_k_leaves(
 def test_rows_are_filtered_each_for_itself() -> None:
     logits = 2 * torch.randn(30, 40, generator=torch.Generator().manual_seed(0)).round()  # ties
     for top_k, top_p in itertools.product([None, 1, 5, 40], [None, 0.3, 0.9, 1.0]):
-        together = probabilities(logits, None, Sampling(1.0, top_k, top_p, filter=in_sequence))
+        together = probabilities(logits, None, Sampling(1.0, top_k, top_p, filter=top_k_then_top_p))
         for own, row in zip(together, logits, strict=True):
             expected = _by_hand(row.tolist(), top_k, top_p)
             torch.testing.assert_close(own, torch.tensor(expected), rtol=1e-5, atol=1e-7)
@@ -73,13 +73,13 @@ def _by_hand(logits: list[float], top_k: int | None, top_p: float | None) -> lis
 def test_the_rule_leaves_its_input_as_it_is() -> None:
     given = torch.tensor([[0.125, 0.5, 0.25, 0.125], [0.25, 0.25, 0.25, 0.25]])
     before = given.clone()
-    assert in_sequence(given, None, None) is given
-    assert in_sequence(given, 2, 1.0).tolist() == [[0, 0.5, 0.25, 0], [0.25] * 4]
-    assert in_sequence(given, 3, 0.5).tolist() == [[0, 0.5, 0.25, 0], [0.25, 0.25, 0.25, 0]]
+    assert top_k_then_top_p(given, None, None) is given
+    assert top_k_then_top_p(given, 2, 1.0).tolist() == [[0, 0.5, 0.25, 0], [0.25] * 4]
+    assert top_k_then_top_p(given, 3, 0.5).tolist() == [[0, 0.5, 0.25, 0], [0.25, 0.25, 0.25, 0]]
     assert torch.equal(given, before)
 
 
 def test_what_is_drawn_was_kept() -> None:
-    sampling = Sampling(1.0, 2, 0.7, seed=0, filter=in_sequence)
+    sampling = Sampling(1.0, 2, 0.7, seed=0, filter=top_k_then_top_p)
     logits = _logits(0.125, 0.5, 0.125, 0.25).expand(200, 4)
     assert set(Sampler(sampling, [[]] * 200, 4, "cpu").draw(logits).tolist()) == {1, 3}
