@@ -17,7 +17,7 @@ from benchmarks.glm_model import Loaded, Sizes, loaded, planned
 from benchmarks.harness import Result, Settings, Variant, Work
 from benchmarks.model_run import Copies, Facts, digest
 from bminf.layers.kv_cache import KVCache
-from bminf.models.glm_text import blank, choices_behind, position_tensor
+from bminf.models.glm_text import blank, pack_choices, position_tensor
 from bminf.offload.backends import backend_for, free_budget
 from bminf.units import format_bytes
 
@@ -154,7 +154,7 @@ def _decode(opened: Loaded, task: Task, cache: KVCache) -> torch.Tensor:
 def _choose(opened: Loaded, task: Task, cache: KVCache) -> torch.Tensor:
     """(rows, 2): the log-probability of each choice, both of which are one token."""
     one = blank([_ID] * (task.length - 1), task.length - 2, _ID, is_continued=False)
-    ids, positions, is_hidden, (rows, _) = choices_behind(one, [[0], [_ID]])
+    ids, positions, is_hidden, (rows, _) = pack_choices(one, [[0], [_ID]])
     x = _read(
         opened,
         torch.tensor([ids]).expand(task.rows, -1),

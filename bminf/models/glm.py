@@ -33,11 +33,11 @@ from bminf.models.glm_text import (
     GLMDecoder,
     Masked,
     blank,
-    choices_behind,
     has_mask,
-    is_ahead,
     masked_text,
+    pack_choices,
     position_tensor,
+    prefix_lm_mask,
 )
 from bminf.models.options import GLMOptions, Options
 from bminf.models.prompt import Prompt, padded
@@ -205,11 +205,11 @@ class GLM(LanguageModel):
             raise ArgumentError(f"choices={choices!r}; give a list with at least one choice")
         ids = [self._ids(choice, f"choices[{n}]") for n, choice in enumerate(choices)]
         one = self._scored_blank(text, mask)
-        tokens, positions, is_hidden, rows = choices_behind(one, ids)
+        tokens, positions, attention_mask, rows = pack_choices(one, ids)
         self._check_length(tokens, "text with all choices")
         with self._lock, torch.inference_mode():
             self._begin()
-            x = self._hidden_states(tokens, positions, is_hidden)
+            x = self._hidden_states(tokens, positions, attention_mask)
             flat_rows = [row for own in rows for row in own]
             flat_ids = [token for choice in ids for token in choice]
             logs = self._log_probabilities(x[flat_rows], flat_ids)
@@ -241,11 +241,10 @@ class GLM(LanguageModel):
         """
         one = self._one_blank(text)
         self._check_length(one.start_ids, "text")
-        num_tokens = len(one.start_ids)
-        is_hidden = is_ahead(num_tokens, num_tokens, len(one.input_ids))
+        attention_mask = prefix_lm_mask(len(one.start_ids), len(one.input_ids))
         with self._lock, torch.inference_mode():
             self._begin()
-            return self._logits(self._hidden_states(one.start_ids, one.positions, is_hidden))
+            return self._logits(self._hidden_states(one.start_ids, one.positions, attention_mask))
 
     # ---- what is other than in other models -----------------------------------------------------
 
@@ -475,14 +474,17 @@ class GLM(LanguageModel):
         one, targets = self._blank(context, num_context, mask), window[num_context:]
         tokens = [*one.start_ids, *targets[:-1]]
         positions = [*one.positions, *(one.position(n) for n in range(1, len(targets)))]
-        is_hidden = is_ahead(len(tokens), len(tokens), len(context))
+        attention_mask = prefix_lm_mask(len(tokens), len(context))
         with self._lock, torch.inference_mode():
             self._begin()
-            x = self._hidden_states(tokens, positions, is_hidden)[len(context) :]
+            x = self._hidden_states(tokens, positions, attention_mask)[len(context) :]
             return -float(self._log_probabilities(x, targets).sum())
 
     def _hidden_states(
-        self, tokens: Sequence[int], positions: Sequence[tuple[int, int]], is_hidden: torch.Tensor
+        self,
+        tokens: Sequence[int],
+        positions: Sequence[tuple[int, int]],
+        attention_mask: torch.Tensor,
     ) -> torch.Tensor:
         """(T, C), of one text from its beginning."""
         self._cache.reset()
@@ -490,7 +492,7 @@ class GLM(LanguageModel):
             self._tensor([list(tokens)]),
             position_tensor([positions], not self.config.is_rotary).to(self.device),
             self._cache,
-            is_hidden.unsqueeze(0).to(self.device),
+            attention_mask.unsqueeze(0).to(self.device),
         )
         return x[0]
 

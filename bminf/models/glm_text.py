@@ -1,10 +1,10 @@
-"""Texts of a GLM: their masks, the blanks in their places as ids, positions and what is hidden, and
-a batch of blanks as the decode loop sees it.
+"""Texts of a GLM: their masks, their blanks as ids, positions and attention masks, and a batch of
+blanks as the decode loop sees it.
 
-A text is read whole; behind it come `sop` and the answer, which see the text and what stands before
-them. Where an answer stands is told by positions: GLM-130B's are the mask's own for every token of
-its answer, or go on behind the text where the mask is a [gMASK]; GLM-10B has a second position that
-counts within the blank.
+A text is attended to in both directions (a prefix LM). Behind it come `sop` and the answer, which
+attend to the text and to the tokens before them. Positions say where an answer belongs: in GLM-130B
+every token of an answer has the position of its mask, or, for a [gMASK], the positions behind the
+text; GLM-10B has a second position that counts within the blank.
 Sources: GLM-130B/generate.py, evaluation/dataset.py; GLM/generate_samples.py.
 """
 
@@ -70,7 +70,7 @@ def masked_text(text: Any, tokenizer: GLMTokenizer, masks_end_texts: bool) -> Ma
         ids += piece
         places.append(len(ids))
         ids.append(tokenizer.masks[mask])
-    rest = [number for piece in pieces[len(positions) :] for number in piece]
+    rest = [token for piece in pieces[len(positions) :] for token in piece]
     return Masked([*ids, *rest, *([] if is_open else [tokenizer.eos_id])], places, positions, mask)
 
 
@@ -90,9 +90,9 @@ def _kind(masks: list[str], tokenizer: GLMTokenizer) -> str:
 
 def _pieces(text: str, found: Sequence[re.Match[str]], tokenizer: GLMTokenizer) -> list[list[int]]:
     """The ids before each mask, and behind the last; a mask that is added stands behind all."""
-    begins = [0, *(match.end() for match in found)]
+    starts = [0, *(match.end() for match in found)]
     ends = [*(match.start() for match in found), len(text)]
-    pieces = [text[begin:end] for begin, end in zip(begins, ends, strict=True)]
+    pieces = [text[start:end] for start, end in zip(starts, ends, strict=True)]
     if tokenizer.strips_before_masks:
         num_before = max(1, len(found))
         pieces[:num_before] = [piece.rstrip() for piece in pieces[:num_before]]
@@ -119,11 +119,11 @@ class Blank(Prompt):
     place: int
     is_continued: bool
 
-    def position(self, number: int) -> Position:
-        """That of token `number` of the answer, counted from its sop, which is 0."""
+    def position(self, index: int) -> Position:
+        """That of a token of the answer; its sop has the index 0."""
         if self.is_continued:
-            return len(self.input_ids) + number, 0
-        return self.place, number + 1
+            return len(self.input_ids) + index, 0
+        return self.place, index + 1
 
 
 def blank(
@@ -140,23 +140,23 @@ def blank(
     blank, so it is not here either.
     """
     ids = list(context)
-    positions: list[Position] = [(number, 0) for number in range(len(ids))]
+    positions: list[Position] = [(index, 0) for index in range(len(ids))]
     for other, answer in [*earlier, (place, [sop_id])]:
         tokens = [sop_id, *answer[:-1]]
         ids += tokens
-        begin = Blank([*context], [], (), other, is_continued)
-        positions += [begin.position(number) for number in range(len(tokens))]
+        answered = Blank([*context], [], (), other, is_continued)
+        positions += [answered.position(index) for index in range(len(tokens))]
     return Blank([*context], ids, tuple(positions), place, is_continued)
 
 
-def choices_behind(
+def pack_choices(
     one: Blank, choices: Sequence[Sequence[int]]
 ) -> tuple[list[int], list[Position], torch.Tensor, list[list[int]]]:
-    """All choices for a blank behind one text, none of which sees another.
+    """All choices for a blank in one sequence, behind the text; none of them sees another.
 
     one: whose start_ids end in sop.   choices: ids, at least one each.
-    Returns ids, positions, (T, T) bool of what is hidden, and for each choice the rows whose logits
-    are those of its tokens. Choices of one token share a row.
+    Returns ids, positions, the attention mask (T, T) bool, true where a token is not seen, and for
+    each choice the rows whose logits are those of its tokens. Choices of one token share a row.
     """
     ids, positions = list(one.start_ids[:-1]), list(one.positions[:-1])
     sop_id, num_context = one.start_ids[-1], len(one.start_ids) - 1
@@ -164,22 +164,21 @@ def choices_behind(
     segments = [[sop_id, *choice[:-1]] for choice in (choices[:1] if are_single else choices)]
     rows = []
     owner = [-1] * num_context
-    for number, segment in enumerate(segments):
+    for index, segment in enumerate(segments):
         rows.append(list(range(len(ids), len(ids) + len(segment))))
         ids += segment
-        positions += [one.position(at) for at in range(len(segment))]
-        owner += [number] * len(segment)
+        positions += [one.position(i) for i in range(len(segment))]
+        owner += [index] * len(segment)
     owners = torch.tensor(owner, device="cpu")
     is_other = (owners.unsqueeze(0) != owners.unsqueeze(1)) & (owners.unsqueeze(0) >= 0)
-    is_hidden = is_other | is_ahead(len(ids), len(ids), num_context)
-    return ids, positions, is_hidden, rows * len(choices) if are_single else rows
+    attention_mask = is_other | prefix_lm_mask(len(ids), num_context)
+    return ids, positions, attention_mask, rows * len(choices) if are_single else rows
 
 
-def is_ahead(num_queries: int, num_keys: int, num_context: int) -> torch.Tensor:
-    """(T, S) bool: tokens behind the text that come after the query; the last one sees all."""
-    queries = torch.arange(num_keys - num_queries, num_keys, device="cpu").unsqueeze(1)
-    keys = torch.arange(num_keys, device="cpu")
-    return (keys > queries) & (keys >= num_context)
+def prefix_lm_mask(num_tokens: int, num_context: int) -> torch.Tensor:
+    """(T, T) bool, true where a token does not see another: a later one behind the context."""
+    tokens = torch.arange(num_tokens, device="cpu")
+    return (tokens > tokens.unsqueeze(1)) & (tokens >= num_context)
 
 
 def position_tensor(positions: Sequence[Sequence[Position]], has_blocks: bool) -> torch.Tensor:
@@ -205,12 +204,12 @@ class GLMDecoder:
         )
 
     def __call__(self, input_ids: torch.Tensor) -> torch.Tensor:
-        begin, num_tokens = self._cache.length, input_ids.shape[1]
+        start, num_tokens = self._cache.length, input_ids.shape[1]
         x = self._model(
             input_ids,
-            self._positions(begin).to(input_ids.device),
+            self._positions(start).to(input_ids.device),
             self._cache,
-            self._hidden(begin + num_tokens) if begin == 0 or self._is_padded else None,
+            self._attention_mask(start + num_tokens) if start == 0 or self._is_padded else None,
         )
         return self._model.head(x[:, -1])
 
@@ -223,26 +222,26 @@ class GLMDecoder:
     def _is_padded(self) -> bool:
         return any(len(blank.start_ids) < self._longest for blank in self._blanks)
 
-    def _positions(self, begin: int) -> torch.Tensor:
-        """Of the whole beginning, or of the one token that comes behind `begin`."""
+    def _positions(self, start: int) -> torch.Tensor:
+        """Of all start_ids (start 0), or of the one token at `start`."""
         has_blocks = not self._model.config.is_rotary
-        if begin:
-            number = begin - self._longest + 1  # counted from sop
-            return position_tensor([[blank.position(number)] for blank in self._blanks], has_blocks)
+        if start:
+            index = start - self._longest + 1  # counted from sop
+            return position_tensor([[blank.position(index)] for blank in self._blanks], has_blocks)
         rows = [
             [(0, 0)] * (self._longest - len(blank.positions)) + list(blank.positions)
             for blank in self._blanks
         ]
         return position_tensor(rows, has_blocks)
 
-    def _hidden(self, num_keys: int) -> torch.Tensor:
-        """(B, T, S): padding, and in the beginning what comes after a text."""
+    def _attention_mask(self, num_keys: int) -> torch.Tensor:
+        """(B, T, S), true for padding, and in the first pass where an answer is not seen yet."""
         device = self._num_padding.device
         is_padding = torch.arange(num_keys, device=device) < self._num_padding.unsqueeze(1)
         if num_keys > self._longest:
             return is_padding.unsqueeze(1)
         later = [
-            is_ahead(num_keys, num_keys, num_keys - len(b.start_ids) + len(b.input_ids))
+            prefix_lm_mask(num_keys, num_keys - len(b.start_ids) + len(b.input_ids))
             for b in self._blanks
         ]
         return is_padding.unsqueeze(1) | torch.stack(later).to(device)

@@ -13,7 +13,7 @@ from host_launcher import HostLauncher
 from quantised import relative_error
 
 from bminf.cuda.launcher import served_by
-from bminf.models.glm_text import is_ahead
+from bminf.models.glm_text import prefix_lm_mask
 
 NAMES = ("glm130b", "glm10b")
 FORWARD = "forward.safetensors"
@@ -38,7 +38,7 @@ def few_logits(model: Any, given: dict[str, torch.Tensor], text: str) -> list[to
     positions = given[f"{text}.position_ids"][row : row + 1]
     begin = min(length, ids.shape[1]) - NUM_STEPS
     cache = model.model.new_cache(*ids.shape)
-    hidden = is_ahead(begin, begin, begin - 1).unsqueeze(0)
+    hidden = prefix_lm_mask(begin, begin - 1).unsqueeze(0)
     states = [run(model, ids[:, :begin], positions[..., :begin], hidden, cache)[:, -1:]]
     for at in range(begin, begin + NUM_STEPS):
         states.append(run(model, ids[:, at : at + 1], positions[..., at : at + 1], None, cache))

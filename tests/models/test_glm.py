@@ -18,7 +18,7 @@ import bminf
 from bminf.arch.glm import GLM10B, GLM130B, PUBLISHED_GLM, GLMConfig, glm10b_config, glm130b_config
 from bminf.errors import ArgumentError, UnsupportedModelError
 from bminf.models import GLM, Answer, plan_glm
-from bminf.models.glm_text import choices_behind
+from bminf.models.glm_text import pack_choices
 from bminf.models.options import GLMOptions
 from bminf.quantization.packed import Format
 
@@ -589,7 +589,7 @@ def test_choices_of_one_token(load: Loader, name: str) -> None:
     context = scored_context(model, MASKED)
     expected = [score_by_hand(model, context, choice) for choice in choices]
     assert model.score(MASKED, choices) == pytest.approx(expected, rel=1e-5)
-    rows = choices_behind(model._scored_blank(MASKED, "[MASK]"), choices)[3]
+    rows = pack_choices(model._scored_blank(MASKED, "[MASK]"), choices)[3]
     assert rows == [[len(context)]] * 4
     mixed = model.score(MASKED, [*choices, [60, 61]])
     assert mixed[:4] == pytest.approx(expected, rel=1e-5)

@@ -11,7 +11,7 @@ import torch
 from golden import cases, for_each, golden, largest
 from golden_glm import TOLERANCE, GLMSet, head, run
 
-from bminf.models.glm_text import Masked, is_ahead
+from bminf.models.glm_text import Masked, prefix_lm_mask
 from bminf.models.options import GLMOptions
 
 NAMES = ("glm10b",)
@@ -27,7 +27,7 @@ def outputs(model: Any, given: dict[str, torch.Tensor], case: str) -> dict[str, 
     """Of a text and its answer, read at once and token by token."""
     ids, positions = given[f"{case}.tokens"], given[f"{case}.position_ids"]
     contexts, num_tokens = given[f"{case}.sep"].tolist(), ids.shape[1]
-    hidden = torch.stack([is_ahead(num_tokens, num_tokens, context) for context in contexts])
+    hidden = torch.stack([prefix_lm_mask(num_tokens, context) for context in contexts])
     network, states = model.model, []
     hooks = [layer.register_forward_hook(keep_both(states)) for layer in network.layers]
     whole = head(model, run(model, ids, positions, hidden, network.new_cache(*ids.shape)))

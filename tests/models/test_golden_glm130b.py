@@ -142,7 +142,10 @@ def test_golden_glm130b_far_positions(name: str, case: tuple[str, str]) -> None:
     with torch.inference_mode():
         decoder = GLMDecoder(model.model, model.model.new_cache(1, len(ids)), [one])
         x = model.model(
-            given["tokens"], decoder._positions(0), decoder._cache, decoder._hidden(len(ids))
+            given["tokens"],
+            decoder._positions(0),
+            decoder._cache,
+            decoder._attention_mask(len(ids)),
         )
     expected = given[key]
     assert largest(head(model, x[:, -expected.shape[1] :]), expected) <= TOLERANCE
