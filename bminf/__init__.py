@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __version__ = "3.0.0.dev0"
 
-_HOMES = {
+_LAZY_IMPORTS = {
     "Format": "bminf.quantization.packed",
     "Plan": "bminf.offload.plan",
     "QuantizedLinear": "bminf.layers.quantized_linear",
@@ -47,13 +47,13 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "models":  # bminf.models.CPM2 without another import; a room of its own
+    if name == "models":  # so that bminf.models.CPM2 needs no other import
         return import_module("bminf.models")
-    if name not in _HOMES:
+    if name not in _LAZY_IMPORTS:
         raise AttributeError(f"module 'bminf' has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(_HOMES[name]), name)
+    value = globals()[name] = getattr(import_module(_LAZY_IMPORTS[name]), name)
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+    return sorted([*globals(), *_LAZY_IMPORTS])

@@ -7,7 +7,7 @@ BMInfError
 │   └── NothingToStreamError (UnsupportedModelError)
 ├── CheckpointError                  a file on disk that is not what it should be
 ├── KernelError                      a CUDA kernel that cannot be found, compiled or launched
-├── OffloadError                     a home for streamed blocks that cannot be made, written or read
+├── OffloadError                     memory or a file for streamed blocks that fails
 └── UnsupportedModelError            a model, or a use of one, that cannot be scheduled
 """
 
@@ -39,7 +39,7 @@ class KernelError(BMInfError):
 
 
 class OffloadError(BMInfError):
-    """A home for streamed blocks could not be made, written or read."""
+    """Host memory or a file for streamed blocks could not be created, written or read."""
 
 
 class UnsupportedModelError(BMInfError):

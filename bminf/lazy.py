@@ -1,6 +1,6 @@
 """A tensor whose bytes are elsewhere: it knows its shape and fetches its values when asked.
 
-Model code may read the weight of a streamed block, or of a quantised linear, at any time, not only
+Model code may read the weight of a streamed block, or of a quantized linear, at any time, not only
 while the block runs. A placeholder of zeros or NaN would then give a wrong answer or a strange
 error; this one gives the right one, slowly.
 """
@@ -221,7 +221,7 @@ def _copy_of(tensor: LazyTensor) -> torch.Tensor:
 
 def _not_kept(what: str) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"{what} changes values that are computed from a quantised weight: they would be lost; "
+        f"{what} changes values that are computed from a quantized weight: they would be lost; "
         f"{PACKED_IS_FROZEN}"
     )
 

@@ -110,10 +110,10 @@ def _of_gpu() -> Speeds:
     import torch
 
     source = torch.empty(_PROBE_BYTES, dtype=torch.uint8, device="cuda")
-    target, home = torch.empty_like(source), torch.empty(_PROBE_BYTES, dtype=torch.uint8)
-    home = home.pin_memory()
+    target = torch.empty_like(source)
+    host = torch.empty(_PROBE_BYTES, dtype=torch.uint8).pin_memory()
     copy_s = _least_s(lambda: target.copy_(source), torch.cuda.synchronize)
-    link_s = _least_s(lambda: target.copy_(home, non_blocking=True), torch.cuda.synchronize)
+    link_s = _least_s(lambda: target.copy_(host, non_blocking=True), torch.cuda.synchronize)
     # A copy on the device reads and writes each byte.
     return Speeds(int(_PROBE_BYTES / link_s), int(2 * _PROBE_BYTES / copy_s))
 
@@ -141,8 +141,8 @@ def _least_s(work: Callable[[], object], wait: Callable[[], object] = lambda: No
     times = []
     for _ in range(_ROUNDS):
         wait()
-        begin_s = time.perf_counter()
+        start_s = time.perf_counter()
         work()
         wait()
-        times.append(time.perf_counter() - begin_s)
+        times.append(time.perf_counter() - start_s)
     return max(min(times), 1e-9)

@@ -126,7 +126,7 @@ def _text(report: dict[str, Any], whole: Plan, plan: Plan | None) -> str:
     lines += _group_lines(report["blocks"])
     lines.append(f"outside the blocks: {format_bytes(report['outside_bytes'])}")
     if report["not_quantized_bytes"]:
-        lines.append(f"not quantised in the blocks: {format_bytes(report['not_quantized_bytes'])}")
+        lines.append(f"not quantized in the blocks: {format_bytes(report['not_quantized_bytes'])}")
     if report["reserved_bytes"]:
         lines.append(f"reserved: {format_bytes(report['reserved_bytes'])}")
     lines.append(f"all together: {format_bytes(report['total_bytes'])}")

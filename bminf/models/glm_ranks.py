@@ -1,9 +1,9 @@
-"""GLM-130B's and GLM-10B's original folders at another degree of model parallelism, with all that
-they need to load.
+"""Re-sharding: checkpoints of GLM-130B and GLM-10B, in their authors' layout, for another degree of
+model parallelism, with the configuration and the vocabulary that loading needs.
 
-Sources: GLM-130B, tools/convert_tp.py; GLM, change_mp.py. As there, quantising comes after cutting,
-so that each rank has scales of its own columns. Unlike there, nothing is held as a whole: each
-tensor of each new file is put together from the old ones some rows at a time.
+Sources: GLM-130B, tools/convert_tp.py; GLM, change_mp.py. As there, ranks are split first and
+quantized then, so that each rank has scales of its own columns. Unlike there, no tensor is held
+whole: each tensor of a new file is assembled from the old ones some rows at a time.
 """
 
 from __future__ import annotations
@@ -60,20 +60,20 @@ def cut(
     source: str | Path,
     target: Path,
     tp: int,
-    form: Format | None,
+    weight_format: Format | None,
     model: str | None,
     config: Any,
     tokenizer: Any,
 ) -> None:
     """Write `source`, a GLM, to the folder `target` for `tp` ranks; see convert().
 
-    form: as convert() was asked for it.
-    Warns where no configuration or no vocabulary is at hand that could go along.
+    weight_format: as given to convert().
+    Warns where the source has no configuration or no vocabulary to copy.
     Raises ArgumentError or CheckpointError.
     """
     check_positive("tp", tp)
     wanted = None if model is None else architectures_for(source, model)
-    bits, opened = _bits(form), checkpoint_in(Path(source).expanduser())
+    bits, opened = _bits(weight_format), checkpoint_in(Path(source).expanduser())
     told = told_by(opened)
     if wanted is not None and told not in wanted:
         held = "another model" if told is None else told.title
@@ -86,9 +86,9 @@ def cut(
 
 @dataclass(frozen=True)
 class _Beside:
-    """What lies beside the weights: names of files -> where they are copied from.
+    """The files beside the weights.   files: name in the new folder -> path to copy.
 
-    config: None where nothing tells it.   is_glm: of another model nothing is written at all.
+    config: None where it is unknown.   lacks_vocabulary: why there is no vocabulary, if so.
     """
 
     files: Mapping[str, Path]
@@ -131,8 +131,8 @@ class _Beside:
             )
         if self.config is None:
             warnings.warn(
-                f"{target} has no configuration, because nothing tells the number of attention "
-                "heads; it does not load by itself: give config=...",
+                f"{target} has no configuration, because the number of attention heads is unknown; "
+                "it does not load by itself: give config=...",
                 stacklevel=5,
             )
 
@@ -152,22 +152,21 @@ def _tokenizer(
     return made
 
 
-def _bits(form: Format | None) -> int | None:
-    """Of the authors' own formats, which have a scale a row; "int4" can only mean theirs here.
+def _bits(weight_format: Format | None) -> int | None:
+    """Of the authors' own formats, which have a scale per row; "int4" stands for theirs here.
 
     Raises ArgumentError.
     """
-    if form is None or form in (INT8, INT4, INT4_ROW):
-        return None if form is None else form.bits
+    if weight_format is None or weight_format in (INT8, INT4, INT4_ROW):
+        return None if weight_format is None else weight_format.bits
     raise ArgumentError(
-        f"quantization is {form}, which GLM-130B's own code cannot read; accepted with tp: "
-        '"int8", "int4" (theirs, a scale a row), or None'
+        f"quantization is {weight_format}, which GLM-130B's own code cannot read; accepted with "
+        'tp: "int8", "int4" (in the authors\' format, a scale per row), or None'
     )
 
 
 def _config(architecture: Architecture, opened: Checkpoint, given: Any) -> Any:
-    """As a configuration tells it, or the shapes do; None where there is none, and perhaps no need
-    to know."""
+    """The configuration that is given or found, or that follows from the shapes; else None."""
     is_told = given is not None or config_in(opened.path) is not None
     try:
         parsed, _ = config_of(architecture, opened, architecture.tensors(opened), given)
@@ -191,19 +190,19 @@ def reshard(
 ) -> None:
     """Write a checkpoint of GLM-130B or GLM-10B as its authors' own files, for `degree` ranks.
 
-    opened: a folder of theirs, of any degree; of GLM-10B also a Hugging Face one.
+    opened: a folder in the authors' layout, of any degree; of GLM-10B also a Hugging Face one.
     target: a folder that does not exist yet, or is empty.   degree: an int of at least 1.
-    bits: 8 or 4 to quantise the linears of GLM-130B, each rank by itself; None leaves them.
+    bits: 8 or 4 to quantize the linears of GLM-130B, each rank by itself; None leaves them.
     num_attention_heads: of the model; needed where `degree` does not divide the degree of the
-        source and the source has no inv_freq to tell it.
-    write_beside: called with the folder before it appears, for what else belongs there.
+        source and the source has no inv_freq to compute it from.
+    write_beside: called with the folder before it is renamed, to write other files.
     Names keep their order and dtypes are kept; the iteration is that of the source, "release" where
     it has none. Of what lies beside the weights only GLM-10B's iteration and degree are written.
     A piece of one tensor is in memory at a time. The folder appears when it is complete; a run that
     is killed leaves at most a folder whose name ends in ".partial".
     Raises ArgumentError, before anything is written, for a degree that does not divide the heads,
     the hidden and inner sizes and the vocabulary rows, for 4 bits of an odd number of columns and
-    for bits of another model; CheckpointError for a source that is quantised already, incomplete,
+    for bits of another model; CheckpointError for a source that is quantized already, incomplete,
     damaged, or of another model.
     """
     given = _open(opened)
@@ -229,14 +228,14 @@ def reshard(
 class _Source:
     """num_ranks: that its files were written for.   iteration: its folder's name.
 
-    number: the iteration as GLM-10B's files hold it, if anything tells it.
+    step: the iteration as GLM-10B's files hold it, if it is known.
     """
 
     path: Path
     tensors: Mapping[str, Stored]
     num_ranks: int
     iteration: str
-    number: int | None
+    step: int | None
 
     @property
     def splits(self) -> dict[str, Split]:
@@ -260,11 +259,11 @@ def _open(opened: Checkpoint) -> _Source:
         )
     if is_quantized(tensors):
         raise CheckpointError(
-            f"{opened.path} is quantised, each rank with scales of its own, and cannot be cut "
-            "anew; give the float16 checkpoint that it was made from"
+            f"{path} is quantized, each rank with scales of its own, and cannot be re-sharded; "
+            "give the float16 checkpoint that it was made from"
         )
-    num_ranks, iteration, number = _ranks_and_iteration(opened)
-    return _Source(path, tensors, num_ranks, iteration, number)
+    num_ranks, iteration, step = _ranks_and_iteration(opened)
+    return _Source(path, tensors, num_ranks, iteration, step)
 
 
 def _ranks_and_iteration(opened: Checkpoint) -> tuple[int, str, int | None]:
@@ -275,28 +274,28 @@ def _ranks_and_iteration(opened: Checkpoint) -> tuple[int, str, int | None]:
     if files[0].name == FILE_IN_RANK_FOLDER:
         folder = folder.parent
     saved = read_torch_file(files[0])
-    number = saved.get("iteration") if isinstance(saved, dict) else None
+    step = saved.get("iteration") if isinstance(saved, dict) else None
     if match := _ITERATION.fullmatch(folder.resolve().name):
         return len(files), match[1], int(match[1])
-    if type(number) is int and number >= 0 and folder.name != RELEASE:
-        return len(files), str(number), number
-    return len(files), RELEASE, number if type(number) is int else None
+    if type(step) is int and step >= 0 and folder.name != RELEASE:
+        return len(files), str(step), step
+    return len(files), RELEASE, step if type(step) is int else None
 
 
 def _check(given: _Source, degree: int, bits: int | None, heads: int | None) -> None:
     if bits is not None and not is_glm130b(given.tensors):
         raise ArgumentError(
-            f"bits={bits}, but {given.path} holds GLM-10B, whose code has no quantised files; "
+            f"bits={bits}, but {given.path} holds GLM-10B, whose code has no quantized files; "
             "leave the quantization out"
         )
     sizes = _sizes(given)
     heads = _heads(given, heads, sizes["hidden columns"])
     if heads is not None:
         sizes["attention heads"] = heads
-    elif given.num_ranks % degree:  # otherwise whole ranks are joined, and all sizes are shared
+    elif given.num_ranks % degree:  # otherwise whole ranks are merged, and every size divides
         raise ArgumentError(
-            f"{given.path} does not tell its number of heads, which degree={degree} has to "
-            "divide; give a configuration with num_attention_heads"
+            f"the number of heads of {given.path}, which degree={degree} has to divide, is "
+            "unknown; give a configuration with num_attention_heads"
         )
     wrong = [f"{size} {what}" for what, size in sizes.items() if size % degree]
     if wrong:
@@ -309,7 +308,7 @@ def _check(given: _Source, degree: int, bits: int | None, heads: int | None) -> 
 
 
 def _sizes(given: _Source) -> dict[str, int]:
-    """What is shared out among the ranks, and how much there is of it."""
+    """The sizes that are split across ranks, by what they count."""
     splits, sizes = given.splits, dict[str, int]()
     for name, stored in given.tensors.items():
         what = next((word for ending, word in _SIZES.items() if name.endswith(ending)), None)
@@ -327,15 +326,15 @@ def _sizes(given: _Source) -> dict[str, int]:
 
 
 def _heads(given: _Source, heads: int | None, hidden_size: int) -> int | None:
-    """The number of heads, if it is given or told: inv_freq has half as many numbers as a head."""
-    told = None
+    """The number of heads, as given or as inv_freq has it: half as many numbers as a head."""
+    found = None
     for name, stored in given.tensors.items():
         if name.endswith(".inv_freq") and len(stored.shape) == 1 and stored.shape[0]:
-            told = hidden_size // (2 * stored.shape[0]) or None
+            found = hidden_size // (2 * stored.shape[0]) or None
     if heads is None:
-        return told
-    if hidden_size % heads or heads != (told or heads):
-        accepted = str(told) if told is not None else f"a divisor of {hidden_size}"
+        return found
+    if hidden_size % heads or heads != (found or heads):
+        accepted = str(found) if found is not None else f"a divisor of {hidden_size}"
         raise ArgumentError(
             f"num_attention_heads={heads!r}; accepted for {given.path}: {accepted}, or None"
         )
@@ -368,8 +367,8 @@ def _write(
     progress: Callable[[int], object],
 ) -> None:
     beside = {"mp_world_size": len(ranks)} if given.is_own_glm10b else {}
-    if given.is_own_glm10b and given.number is not None:
-        beside["iteration"] = given.number
+    if given.is_own_glm10b and given.step is not None:
+        beside["iteration"] = given.step
     (folder / given.iteration).mkdir()
     for rank, tensors in enumerate(ranks):
         module = {name: Saved(stored) for name, stored in tensors.items()}
@@ -381,7 +380,7 @@ def _write(
 
 @dataclass(frozen=True)
 class _OfRows(Sliced):
-    """The codes, or the scales, of a matrix; it is quantised as it is read."""
+    """The codes, or the scales, of a matrix; it is quantized as it is read."""
 
     part: Stored
     bits: int
@@ -404,16 +403,16 @@ class _OfRows(Sliced):
         out = torch.empty(self.shape, dtype=self.dtype)
         make = row_scales if self.is_scale else _row_codes
         try:
-            for begin, rows in pieces(self.part):
-                out[begin : begin + len(rows)] = make(rows, self.bits)
+            for start, rows in pieces(self.part):
+                out[start : start + len(rows)] = make(rows, self.bits)
         except ArgumentError as error:
-            raise CheckpointError(f"{self.where} cannot be quantised: {error}") from error
+            raise CheckpointError(f"{self.where} cannot be quantized: {error}") from error
         return out
 
-    def _slice(self, axis: int, begin: int, end: int) -> Stored:
+    def _slice(self, axis: int, start: int, end: int) -> Stored:
         if axis != 0:
-            raise ArgumentError(f"{self.where} is quantised by rows; ask for rows")
-        return replace(self, part=self.part.rows(begin, end))
+            raise ArgumentError(f"{self.where} is quantized by rows; ask for rows")
+        return replace(self, part=self.part.rows(start, end))
 
 
 def _row_codes(weight: torch.Tensor, bits: int) -> torch.Tensor:

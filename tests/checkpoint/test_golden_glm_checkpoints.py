@@ -199,5 +199,5 @@ def test_golden_folders_are_recognised(name: str, case: str) -> None:
 
 @for_each(MODELS, quantised)
 def test_golden_quantised_folders_are_not_cut_anew(name: str, case: str, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="is quantised"):
+    with pytest.raises(CheckpointError, match="is quantized"):
         reshard(golden(name).path / case, tmp_path / "new", 1)

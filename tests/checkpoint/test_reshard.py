@@ -146,7 +146,7 @@ def test_joining_whole_ranks_needs_no_number_of_heads(tmp_path: Path) -> None:
     for degree in (1, 2, 4):
         reshard(tmp_path / "a", tmp_path / str(degree), degree)
         expect(tmp_path / str(degree), weights, degree)
-    with pytest.raises(ArgumentError, match=r"degree=8 has to divide; give a configuration"):
+    with pytest.raises(ArgumentError, match=r"degree=8 has to divide, is unknown; give a"):
         reshard(tmp_path / "a", tmp_path / "b", 8)
 
 
@@ -223,8 +223,8 @@ BAD: dict[str, tuple[Make, dict[str, Any], type[Exception], str]] = {
     "bits of glm10b": (
         lambda f: write(f / "a", glm10b()), {"bits": 8}, ArgumentError, "holds GLM-10B"
     ),
-    "quantised": (quantised, {}, CheckpointError, "a is quantised, each rank"),
-    "quantised again": (quantised, {"bits": 4}, CheckpointError, "a is quantised, each rank"),
+    "quantised": (quantised, {}, CheckpointError, "a is quantized, each rank"),
+    "quantised again": (quantised, {"bits": 4}, CheckpointError, "a is quantized, each rank"),
     "another model": (other_model, {}, CheckpointError, "no checkpoint of GLM-130B or GLM-10B"),
     "another layout": (our_own, {}, CheckpointError, "it is a huggingface folder"),
     "a rank missing": (rank_missing, {}, CheckpointError, "lacks the file of rank 01"),
@@ -250,7 +250,7 @@ def test_an_error_in_the_middle_leaves_nothing(tmp_path: Path) -> None:
     weights = glm130b()
     weights["transformer.layers.1.mlp.dense_4h_to_h.weight"][3, 1] = torch.nan
     write(tmp_path / "a", weights)
-    with pytest.raises(CheckpointError, match=r"4h_to_h\.weight' in .* quantised: .* NaN"):
+    with pytest.raises(CheckpointError, match=r"4h_to_h\.weight' in .* quantized: .* NaN"):
         reshard(tmp_path / "a", tmp_path / "b", 2, 8)
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 

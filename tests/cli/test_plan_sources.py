@@ -257,7 +257,7 @@ def test_packed_bytes_of_experts_are_not_promised(
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert main(["plan", str(tmp_path), "--quantization", "int4"]) == 0
     out, err = capsys.readouterr()
-    assert "not quantised in the blocks: " in out
+    assert "not quantized in the blocks: " in out
     assert "stacked experts" in err and "Traceback" not in err
     experts = 4 * 4 * 3 * 64 * 96 * 2
     left = report(capsys, str(tmp_path), "--quantization", "int4")["not_quantized_bytes"]

@@ -675,7 +675,7 @@ def test_a_degree_that_does_not_divide(
 def test_quantised_ranks_are_not_cut_anew(bits: int, tmp_path: Path) -> None:
     folder = tiny_glm130b().write_original(tmp_path / "a", 2, bits)
     for degree, form in ((1, None), (2, "auto"), (4, "int8"), (1, "int4-row")):
-        with pytest.raises(CheckpointError, match=r"a is quantised, each rank .* cut anew; give"):
+        with pytest.raises(CheckpointError, match=r"a is quantized, each rank .* re-sharded; give"):
             convert(folder, tmp_path / "to", form, tp=degree)
     assert not (tmp_path / "to").exists()
 
