@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from bminf.errors import CheckpointError
 from bminf.tokenizers.base import Concatenation, Joiner, VocabularyTokenizer
@@ -16,7 +15,7 @@ from bminf.tokenizers.line_tokenizer import (
     WORD_START,
     LineTokenizer,
 )
-from bminf.tokenizers.pieces import load_processor
+from bminf.tokenizers.pieces import PieceModel, is_byte
 from bminf.tokenizers.vocabulary import Vocabulary
 from bminf.tokenizers.words import jieba_words
 
@@ -40,36 +39,27 @@ class CPM1Tokenizer(VocabularyTokenizer):
 
     def __init__(self, model_file: str | Path) -> None:
         path = Path(model_file).absolute()
-        self._pieces = _load(path)
-        count = self._pieces.get_piece_size()
-        tokens = [self._pieces.id_to_piece(number) for number in range(count)]
-        vocabulary = Vocabulary(tokens, path, entry="piece")
+        self._pieces = PieceModel(path)
+        for number, token in enumerate(self._pieces.tokens):
+            if is_byte(token):
+                raise CheckpointError(
+                    f"{path}, piece {number + 1}: {token!r} is a byte; "
+                    "CPM-1's model has none, so this is the model of something else"
+                )
+        vocabulary = Vocabulary(self._pieces.tokens, path, entry="piece")
         vocabulary.require({"<unk>": 0, NEWLINE: 3, "<eod>": 7, SPACE: 10})
         super().__init__(vocabulary)
-        self._texts = [self._text(token) for token in tokens]
+        self._texts = [
+            self._pieces.decode([number]).replace(" ", "").translate(FROM_SYMBOLS)
+            for number in range(self.vocab_size)
+        ]
 
     def joiner(self) -> Joiner:
         return Concatenation(self._texts)
 
-    def _text(self, token: str) -> str:
-        text: str = self._pieces.decode([token])
-        return text.replace(" ", "").translate(FROM_SYMBOLS)
-
     def _cut(self, text: str) -> list[int]:
         words = (word.translate(TO_SYMBOLS) for word in jieba_words().cut(text))
-        ids: list[int] = self._pieces.encode(" ".join(words))
-        return ids
-
-
-def _load(path: Path) -> Any:
-    processor = load_processor(path)
-    for number in range(processor.get_piece_size()):
-        if processor.is_byte(number):
-            raise CheckpointError(
-                f"{path}, piece {number + 1}: {processor.id_to_piece(number)!r} is a byte; "
-                "CPM-1's model has none, so this is the model of something else"
-            )
-    return processor
+        return self._pieces.encode(" ".join(words))
 
 
 class CPM1WordTokenizer(LineTokenizer):

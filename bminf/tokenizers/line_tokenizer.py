@@ -71,35 +71,23 @@ class LongestMatch:
 _SENTINEL = re.compile(r"<s_(0|[1-9][0-9]*)>")
 
 
-class Sentinels:
-    """The sentinels of a vocabulary.
+def sentinel_ids(vocabulary: Vocabulary) -> tuple[int, ...]:
+    """The ids of `<s_0>`, `<s_1>`, ..., which stand for spans of text.
 
-    Raises CheckpointError where it has none, or where one between others is missing.
+    Raises CheckpointError where there is none, or where one between others is missing.
     """
-
-    def __init__(self, vocabulary: Vocabulary) -> None:
-        numbers = sorted(
-            int(match[1]) for token in vocabulary.tokens if (match := _SENTINEL.fullmatch(token))
-        )
-        for k, number in enumerate(numbers or [-1]):
-            if k != number:
-                raise CheckpointError(_missing(vocabulary, k, number))
-        self.ids = tuple(vocabulary.ids[f"<s_{k}>"] for k in numbers)
-
-    def id(self, k: int) -> int:
-        if type(k) is not int or not 0 <= k < len(self.ids):
-            raise ArgumentError(
-                f"k={k!r}; the vocabulary has the sentinels <s_0> to <s_{len(self.ids) - 1}>"
+    numbers = sorted(
+        int(match[1]) for token in vocabulary.tokens if (match := _SENTINEL.fullmatch(token))
+    )
+    for k, number in enumerate(numbers or [-1]):
+        if k != number:
+            where = "; it has no sentinel at all"
+            if number > 0:
+                where = f", but <s_{number}> in line {vocabulary.ids[f'<s_{number}>'] + 1}"
+            raise CheckpointError(
+                f"{vocabulary.path} has no line '<s_{k}>'{where}; is this the right file?"
             )
-        return self.ids[k]
-
-
-def _missing(vocabulary: Vocabulary, k: int, following: int) -> str:
-    where = "; it has no sentinel at all"
-    if following > 0:
-        line = vocabulary.ids[f"<s_{following}>"] + 1
-        where = f", but <s_{following}> in line {line}"
-    return f"{vocabulary.path} has no line '<s_{k}>'{where}; is this the right file?"
+    return tuple(vocabulary.ids[f"<s_{k}>"] for k in numbers)
 
 
 class LineTokenizer(VocabularyTokenizer):
@@ -142,23 +130,19 @@ class LineTokenizer(VocabularyTokenizer):
 
 
 class SpanTokenizer(LineTokenizer):
-    """A LineTokenizer with sentinels `<s_0>`, `<s_1>`, ..."""
+    """A LineTokenizer with sentinels `<s_0>`, `<s_1>`, ...; see SentinelTokenizer."""
 
     _needed: ClassVar[Mapping[str, int]] = {**LineTokenizer._needed, "<s>": 1}
 
     def __init__(self, vocab_file: str | Path) -> None:
         super().__init__(vocab_file)
-        self._sentinels = Sentinels(self._vocabulary)
-
-    @property
-    def num_sentinels(self) -> int:
-        return len(self._sentinels.ids)
-
-    @property
-    def sentinel_ids(self) -> tuple[int, ...]:
-        """The ids of `<s_0>`, `<s_1>`, ..., in this order."""
-        return self._sentinels.ids
+        self.sentinel_ids = sentinel_ids(self._vocabulary)
+        self.num_sentinels = len(self.sentinel_ids)
 
     def sentinel(self, k: int) -> int:
         """The id of `<s_k>`. Raises ArgumentError where there is none."""
-        return self._sentinels.id(k)
+        if type(k) is not int or not 0 <= k < self.num_sentinels:
+            raise ArgumentError(
+                f"k={k!r}; the vocabulary has the sentinels <s_0> to <s_{self.num_sentinels - 1}>"
+            )
+        return self.sentinel_ids[k]

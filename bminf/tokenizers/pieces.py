@@ -33,7 +33,13 @@ class PieceModel:
     """The sentencepiece model of a file. Raises CheckpointError for a file that is none."""
 
     def __init__(self, path: Path) -> None:
-        self._processor = load_processor(path)
+        self._processor, content = sentencepiece().SentencePieceProcessor(), read_bytes(path)
+        try:
+            self._processor.LoadFromSerializedProto(content)
+        except (RuntimeError, OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{path} is not a sentencepiece model, or damaged: {error}; get the file anew"
+            ) from error
         count = self._processor.get_piece_size()
         self.tokens: Sequence[str] = self._processor.id_to_piece(list(range(count)))
 
@@ -88,7 +94,7 @@ class PieceJoiner:
             self._before = []
             return text + self._specials[number]
         self._held.append(number - self._offset)
-        return "" if _is_byte(self._pieces.tokens[self._held[-1]]) else self._release()
+        return "" if is_byte(self._pieces.tokens[self._held[-1]]) else self._release()
 
     def end(self) -> str:
         return self._release()
@@ -109,28 +115,17 @@ class PieceJoiner:
 def _visible(pieces: Pieces) -> int:
     """The first piece that has text even alone: `<unk>`, as a rule."""
     tokens = enumerate(pieces.tokens)
-    return next((at for at, token in tokens if not _is_byte(token) and pieces.decode([at])), 0)
+    return next((at for at, token in tokens if not is_byte(token) and pieces.decode([at])), 0)
 
 
-def _is_byte(token: str) -> bool:
+def is_byte(token: str) -> bool:
+    """Whether a piece stands for one byte."""
     return _BYTE.fullmatch(token) is not None
 
 
 def require(pieces: Pieces, path: Path, tokens: Mapping[str, int]) -> None:
     """Raise CheckpointError where one of `tokens` (with their usual ids) is missing."""
     Vocabulary(pieces.tokens, path, entry="piece").require(tokens)
-
-
-def load_processor(path: Path) -> Any:
-    """sentencepiece's own object of a file. Raises CheckpointError for a file that is no model."""
-    processor, content = sentencepiece().SentencePieceProcessor(), read_bytes(path)
-    try:
-        processor.LoadFromSerializedProto(content)
-    except (RuntimeError, OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} is not a sentencepiece model, or damaged: {error}; get the file anew"
-        ) from error
-    return processor
 
 
 @functools.cache
