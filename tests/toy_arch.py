@@ -13,7 +13,7 @@ from bminf.arch.sizes import Pass, Sizes, layer_bytes
 from bminf.checkpoint.config import ConfigReader, rows_of
 from bminf.checkpoint.folder import Checkpoint
 from bminf.checkpoint.names import Rule, rename, theirs_of
-from bminf.checkpoint.splits import COLUMNS, REPLICATED, ROWS, STRIPED, SplitTable
+from bminf.checkpoint.splits import COLUMNS, REPLICATED, ROWS, SplitTable, fused_rows
 from bminf.checkpoint.stored import Stored
 from bminf.layers.attention import attention, causal_mask, mask_to_bias, merge_heads, split_heads
 from bminf.layers.embedding import embedding
@@ -145,7 +145,7 @@ TOY = Architecture(
         "toys",
         {
             r".*ln.*": REPLICATED,
-            r".*\.qkv\.w": STRIPED(3),
+            r".*\.qkv\.w": fused_rows(3),
             r".*\.(out|down)\.w": COLUMNS,
             r"toy_table\.w|logits\.w|.*\.(gate|up)\.w": ROWS,
         },

@@ -38,8 +38,8 @@ from bminf.checkpoint.splits import (
     OWN,
     REPLICATED,
     ROWS,
-    STRIPED,
     SplitTable,
+    fused_rows,
 )
 from bminf.checkpoint.stored import Stored
 from bminf.checks import check_eps, check_sizes
@@ -549,7 +549,7 @@ SPLITS_OF_GLM130B = SplitTable(
         r".*\.attention\.dense\.weight_scale": OWN,
         r".*\.attention\.dense\.bias": REPLICATED,
         # What is gated, and below it the gate.
-        r".*\.mlp\.dense_h_to_4h\.(weight|weight_scale|bias)": STRIPED(2),
+        r".*\.mlp\.dense_h_to_4h\.(weight|weight_scale|bias)": fused_rows(2),
         r".*\.mlp\.dense_4h_to_h\.weight": COLUMNS,
         r".*\.mlp\.dense_4h_to_h\.weight_scale": OWN,
         r".*\.mlp\.dense_4h_to_h\.bias": REPLICATED,

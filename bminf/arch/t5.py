@@ -23,7 +23,7 @@ from bminf.arch.sizes import BUCKET_BYTES, Pass, Sizes, layer_bytes
 from bminf.checkpoint.config import ConfigReader, find_config, num_layers_of, read_config, rows_of
 from bminf.checkpoint.folder import Checkpoint
 from bminf.checkpoint.names import Rule, num_known, parts, rename, theirs_of
-from bminf.checkpoint.splits import COLUMNS, REPLICATED, ROWS, STRIPED, SplitTable
+from bminf.checkpoint.splits import COLUMNS, REPLICATED, ROWS, SplitTable, fused_rows
 from bminf.checkpoint.stored import Stored
 from bminf.checks import check_eps, check_sizes
 from bminf.errors import ArgumentError, CheckpointError
@@ -594,11 +594,11 @@ SPLITS = SplitTable(
         r"(.*\.)?(role|prompt)_embeds\.weight": REPLICATED,
         r".*\.final_layernorm\.weight": REPLICATED,
         r".*\.layer_norm\.weight": REPLICATED,
-        r".*\.self_attn\.project\.weight": STRIPED(3),
+        r".*\.self_attn\.project\.weight": fused_rows(3),
         r".*\.(self|cross)_attn\.dense\.weight": COLUMNS,
         r".*\.self_attn\.relative_attention_bias\.weight": COLUMNS,
         r".*\.cross_attn\.project_q\.weight": ROWS,
-        r".*\.cross_attn\.project_kv\.weight": STRIPED(2),
+        r".*\.cross_attn\.project_kv\.weight": fused_rows(2),
         r".*\.dense_relu_dense\.wi_[01]\.weight": ROWS,
         r".*\.dense_relu_dense\.wo\.weight": COLUMNS,
     },

@@ -16,8 +16,8 @@ from bminf.checkpoint.stored import (
     Replicated,
     Rows,
     Stored,
+    merge_fused,
     slice_of,
-    striped,
 )
 from bminf.errors import ArgumentError, CheckpointError
 
@@ -26,14 +26,14 @@ from bminf.errors import ArgumentError, CheckpointError
 class Split:
     """How a tensor was cut for the ranks: along which axis, and how many matrices it holds.
 
-    axis: None where each rank has the whole.   num_stripes: matrices one below another, such as
+    axis: None where each rank has the whole.   num_fused: matrices one below another, such as
     Q, K and V, of each of which a rank has its slice.
     is_own: each rank has a vector of its own, of scales of its columns: the whole is a matrix with
     a column a rank.
     """
 
     axis: int | None
-    num_stripes: int = 1
+    num_fused: int = 1
     is_own: bool = False
 
     def merge(self, parts: tuple[InFile, ...]) -> Stored:
@@ -46,7 +46,7 @@ class Split:
             return Columns(tuple(_as_column(part) for part in parts))
         if self.axis == 1:
             return Columns(parts)
-        return Rows(parts) if self.num_stripes == 1 else striped(parts, self.num_stripes)
+        return Rows(parts) if self.num_fused == 1 else merge_fused(parts, self.num_fused)
 
     def part(self, whole: Stored, rank: int, num_ranks: int) -> Stored:
         """What one of the ranks has of the whole tensor; merge() is the inverse.
@@ -62,13 +62,13 @@ class Split:
             raise CheckpointError(
                 f"{whole.where} has shape {whole.shape}; it should have {self.axis + 1} dimensions"
             )
-        size, left = divmod(whole.shape[self.axis], self.num_stripes * num_ranks)
+        size, left = divmod(whole.shape[self.axis], self.num_fused * num_ranks)
         if left:
             raise ArgumentError(
                 f"{whole.where} has shape {whole.shape}, whose axis {self.axis} {num_ranks} ranks "
                 "cannot share equally; choose another degree"
             )
-        begins = [(stripe * num_ranks + rank) * size for stripe in range(self.num_stripes)]
+        begins = [(matrix * num_ranks + rank) * size for matrix in range(self.num_fused)]
         pieces = tuple(slice_of(whole, self.axis, begin, begin + size) for begin in begins)
         return pieces[0] if len(pieces) == 1 else Rows(pieces)
 
@@ -83,14 +83,14 @@ def _as_column(vector: InFile) -> InFile:
 REPLICATED, ROWS, COLUMNS, OWN = Split(None), Split(0), Split(1), Split(1, is_own=True)
 
 
-def STRIPED(num_stripes: int) -> Split:
+def fused_rows(num_fused: int) -> Split:
     """Rows of several matrices, one below another."""
-    return Split(0, num_stripes)
+    return Split(0, num_fused)
 
 
 MEGATRON_LAYER = {
     r".*layernorm\.(weight|bias)": REPLICATED,
-    r".*\.attention\.query_key_value\.(weight|bias)": STRIPED(3),
+    r".*\.attention\.query_key_value\.(weight|bias)": fused_rows(3),
     r".*\.attention\.dense\.weight": COLUMNS,
     r".*\.attention\.dense\.bias": REPLICATED,
     r".*\.mlp\.dense_h_to_4h\.(weight|bias)": ROWS,

@@ -241,25 +241,25 @@ class Columns(_Parts):
     _axis: ClassVar[int] = 1
 
 
-def striped(parts: Sequence[Stored], num_stripes: int) -> Rows:
-    """Parts that each hold a piece of every one of num_stripes matrices, such as Q, K and V.
+def merge_fused(parts: Sequence[Stored], num_fused: int) -> Rows:
+    """Parts that each hold a piece of every one of num_fused matrices, such as Q, K and V.
 
-    Each part is cut along axis 0 into num_stripes equal pieces; all pieces 0 come first, in the
+    Each part is cut along axis 0 into num_fused equal pieces; all pieces 0 come first, in the
     order of the parts, then all pieces 1, and so on.
     Raises CheckpointError where the parts do not go together or cannot be cut so.
     """
     given = Rows(tuple(parts)).parts  # which checks that they go together
     for part in given:
-        if part.shape[0] % num_stripes:
+        if part.shape[0] % num_fused:
             raise CheckpointError(
-                f"{part.where} has shape {part.shape}; its rows should be {num_stripes} "
+                f"{part.where} has shape {part.shape}; its rows should be {num_fused} "
                 "equal pieces, so it is of another model or of another layout"
             )
-    sizes = [part.shape[0] // num_stripes for part in given]
+    sizes = [part.shape[0] // num_fused for part in given]
     return Rows(
         tuple(
-            part.rows(stripe * size, (stripe + 1) * size)
-            for stripe in range(num_stripes)
+            part.rows(matrix * size, (matrix + 1) * size)
+            for matrix in range(num_fused)
             for part, size in zip(given, sizes, strict=True)
         )
     )

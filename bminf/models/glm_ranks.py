@@ -318,7 +318,7 @@ def _sizes(given: _Source) -> dict[str, int]:
                 raise CheckpointError(
                     f"{stored.where} has shape {stored.shape}; it should be a matrix"
                 )
-            sizes.setdefault(what, stored.shape[axis] // splits[name].num_stripes)
+            sizes.setdefault(what, stored.shape[axis] // splits[name].num_fused)
     missing = [ending for ending, what in _SIZES.items() if what not in sizes]
     if missing:
         raise CheckpointError(f"{given.path} holds no {missing[0]!r}; fetch it again")

@@ -16,7 +16,7 @@ from bminf.arch.glm import glm10b_name, glm10b_tensors, glm130b_name, glm130b_te
 from bminf.arch.registry import checkpoint_in, split_tables
 from bminf.checkpoint.folder import Checkpoint
 from bminf.checkpoint.quantized import Quantized
-from bminf.checkpoint.splits import COLUMNS, OWN, REPLICATED, ROWS, STRIPED, Split, table_for
+from bminf.checkpoint.splits import COLUMNS, OWN, REPLICATED, ROWS, Split, fused_rows, table_for
 from bminf.checkpoint.stored import Stored
 from bminf.errors import ArgumentError, CheckpointError
 from bminf.quantization.glm_rows import quantize_rows
@@ -151,7 +151,7 @@ def test_the_tables_of_cuts_depend_on_the_model() -> None:
     of_glm130b = {
         "transformer.word_embeddings.weight": ROWS,
         **{f"{layer}.attention.query_key_value.{k}": ROWS for k in ("weight", "weight_scale")},
-        **{f"{layer}.mlp.dense_h_to_4h.{k}": STRIPED(2) for k in ("weight_scale", "bias")},
+        **{f"{layer}.mlp.dense_h_to_4h.{k}": fused_rows(2) for k in ("weight_scale", "bias")},
         f"{layer}.attention.dense.weight_scale": OWN,
         f"{layer}.mlp.dense_4h_to_h.weight_scale": OWN,
         f"{layer}.attention.rotary_emb.inv_freq": REPLICATED,
@@ -161,7 +161,7 @@ def test_the_tables_of_cuts_depend_on_the_model() -> None:
         "transformer.word_embeddings.weight": ROWS,
         "mixins.block_position_embedding.block_position_embeddings.weight": REPLICATED,
         "transformer.position_embeddings.weight": REPLICATED,
-        f"{layer}.attention.query_key_value.weight": STRIPED(3),
+        f"{layer}.attention.query_key_value.weight": fused_rows(3),
         f"{layer}.mlp.dense_h_to_4h.bias": ROWS,
     }
     for own in (of_glm130b, of_glm10b):
@@ -169,7 +169,7 @@ def test_the_tables_of_cuts_depend_on_the_model() -> None:
         assert {name: table.split(name) for name in [*same, *own]} == {**same, **own}
 
 
-@pytest.mark.parametrize("split", [REPLICATED, ROWS, COLUMNS, STRIPED(2), STRIPED(3)])
+@pytest.mark.parametrize("split", [REPLICATED, ROWS, COLUMNS, fused_rows(2), fused_rows(3)])
 def test_parts_are_the_inverse_of_merging(split: Split, tmp_path: Path) -> None:
     write(tmp_path, {"w": torch.randn(24, 12)})
     whole: Any = checkpoint_in(tmp_path).tensors["w"]

@@ -13,7 +13,15 @@ from saved_files import FORMS
 
 from bminf.arch.registry import split_tables
 from bminf.checkpoint.model_parallel import read_model_parallel
-from bminf.checkpoint.splits import COLUMNS, REPLICATED, ROWS, STRIPED, Split, SplitTable, table_for
+from bminf.checkpoint.splits import (
+    COLUMNS,
+    REPLICATED,
+    ROWS,
+    Split,
+    SplitTable,
+    fused_rows,
+    table_for,
+)
 from bminf.errors import CheckpointError
 
 # The tables of the published checkpoints: names and how they are cut, for layer 1.
@@ -24,8 +32,8 @@ CPM1 = {
     "transformer.layers.1.input_layernorm.bias": REPLICATED,
     "transformer.layers.1.post_attention_layernorm.weight": REPLICATED,
     "transformer.layers.1.post_attention_layernorm.bias": REPLICATED,
-    "transformer.layers.1.attention.query_key_value.weight": STRIPED(3),
-    "transformer.layers.1.attention.query_key_value.bias": STRIPED(3),
+    "transformer.layers.1.attention.query_key_value.weight": fused_rows(3),
+    "transformer.layers.1.attention.query_key_value.bias": fused_rows(3),
     "transformer.layers.1.attention.dense.weight": COLUMNS,
     "transformer.layers.1.attention.dense.bias": REPLICATED,
     "transformer.layers.1.mlp.dense_h_to_4h.weight": ROWS,
@@ -45,12 +53,12 @@ T5 = {
     "encoder.prompt_embeds.weight": REPLICATED,
     "encoder.final_layernorm.weight": REPLICATED,
     "encoder.blocks.1.self_attn.layer_norm.weight": REPLICATED,
-    "encoder.blocks.1.self_attn.self_attn.project.weight": STRIPED(3),
+    "encoder.blocks.1.self_attn.self_attn.project.weight": fused_rows(3),
     "encoder.blocks.1.self_attn.self_attn.dense.weight": COLUMNS,
     "encoder.blocks.0.self_attn.self_attn.relative_attention_bias.weight": COLUMNS,
     "decoder.blocks.1.cross_attn.layer_norm.weight": REPLICATED,
     "decoder.blocks.1.cross_attn.cross_attn.project_q.weight": ROWS,
-    "decoder.blocks.1.cross_attn.cross_attn.project_kv.weight": STRIPED(2),
+    "decoder.blocks.1.cross_attn.cross_attn.project_kv.weight": fused_rows(2),
     "decoder.blocks.1.cross_attn.cross_attn.dense.weight": COLUMNS,
     "decoder.blocks.1.ff.layer_norm.weight": REPLICATED,
     "decoder.blocks.1.ff.dense_relu_dense.wi_0.weight": ROWS,
@@ -93,7 +101,7 @@ def part(tensor: torch.Tensor, split: Split, rank: int, num_ranks: int) -> torch
         return tensor
     if split.axis == 1:
         return tensor.chunk(num_ranks, 1)[rank].clone()
-    matrices = tensor.chunk(split.num_stripes)
+    matrices = tensor.chunk(split.num_fused)
     return torch.cat([matrix.chunk(num_ranks)[rank] for matrix in matrices])
 
 

@@ -17,8 +17,8 @@ from bminf.checkpoint.stored import (
     Scaled,
     Stored,
     Transposed,
+    merge_fused,
     pieces,
-    striped,
 )
 from bminf.checkpoint.torch_file import read_torch_file, weights_of
 from bminf.errors import ArgumentError, CheckpointError
@@ -54,7 +54,7 @@ def test_stripes_are_the_inverse_of_cutting(num_stripes: int, columns: tuple[int
         Given(torch.cat([matrix[rank * rows : (rank + 1) * rows] for matrix in matrices]))
         for rank in range(num_ranks)
     )
-    check(striped(parts, num_stripes), whole)
+    check(merge_fused(parts, num_stripes), whole)
 
 
 def test_a_transposed_matrix_is_a_view() -> None:
@@ -103,7 +103,7 @@ OTHER: dict[str, Any] = {"where": "'v' in another file"}
         (lambda a: Rows((Unread(torch.tensor(1.0)),)), "1 dimensions or more"),
         (lambda a: Columns((a, Unread(torch.ones(3, 3), **OTHER))), "'v' in another file"),
         (lambda a: Columns((Unread(torch.ones(3)),)), "2 dimensions or more"),
-        (lambda a: striped((a, a), 3), r"shape \(2, 3\); its rows should be 3 equal pieces"),
+        (lambda a: merge_fused((a, a), 3), r"shape \(2, 3\); its rows should be 3 equal pieces"),
         (lambda a: Replicated((a, Unread(torch.ones(4, 3), **OTHER))), "'v' in another file"),
         (lambda a: Transposed(Unread(torch.ones(3))), "should be a matrix"),
         (lambda a: Scaled(Unread(torch.ones(3).int()), 2.0), "floating point"),
@@ -118,7 +118,7 @@ def test_nothing_cannot_be_joined() -> None:
     with pytest.raises(ArgumentError, match="at least one"):
         Rows(())
     with pytest.raises(ArgumentError, match="at least one"):
-        striped((), 2)
+        merge_fused((), 2)
 
 
 def in_files(path: Path) -> dict[str, Stored]:
@@ -139,8 +139,8 @@ MADE: dict[str, Callable[[], Stored]] = {
     "columns": lambda: Columns((given(4, 2), given(4, 1), given(4, 3))),
     "columns of rows": lambda: Columns((Rows((given(2, 3), given(3, 3))), given(5, 2))),
     "rows of columns": lambda: Rows((Columns((given(2, 3), given(2, 1))), given(3, 4))),
-    "striped": lambda: striped((given(4, 3), given(6, 3), given(2, 3)), 2),
-    "striped columns": lambda: Columns((striped((given(6, 2), given(6, 2)), 3), given(12, 1))),
+    "striped": lambda: merge_fused((given(4, 3), given(6, 3), given(2, 3)), 2),
+    "striped columns": lambda: Columns((merge_fused((given(6, 2), given(6, 2)), 3), given(12, 1))),
     "replicated": lambda: Replicated((given(5, 4),) * 2),
     "transposed": lambda: Transposed(Rows((given(2, 4), given(3, 4)))),
     "scaled": lambda: Scaled(Columns((given(4, 2), given(4, 3))), 1 / 3),
@@ -213,7 +213,7 @@ def test_a_slice_reads_only_the_parts_it_overlaps() -> None:
     check(joined.rows(3, 6), part)
     check(joined.rows(4, 5).columns(1, 2), part[1:2, 1:2])
     check(Columns((Unread(part), Given(part))).columns(2, 3), part[:, :1])
-    check(striped((Unread(part[:2]), Given(part[:2])), 2).rows(1, 2), part[:1])
+    check(merge_fused((Unread(part[:2]), Given(part[:2])), 2).rows(1, 2), part[:1])
 
 
 def test_slices_of_replicated_tensors_are_compared_as_the_whole_is() -> None:
