@@ -12,7 +12,7 @@ from bminf.arch.architecture import Architecture
 from bminf.arch.sizes import Pass, Sizes, layer_bytes
 from bminf.checkpoint.config import ConfigReader, rows_of
 from bminf.checkpoint.folder import Checkpoint
-from bminf.checkpoint.names import Rule, rename, theirs_of
+from bminf.checkpoint.names import Rule, rename, source_name_of
 from bminf.checkpoint.splits import COLUMNS, REPLICATED, ROWS, SplitTable, fused_rows
 from bminf.checkpoint.stored import Stored
 from bminf.layers.attention import attention, causal_mask, mask_to_bias, merge_heads, split_heads
@@ -140,7 +140,7 @@ TOY = Architecture(
     parse=toy_config,
     is_told_by=lambda checkpoint: "toy_table.w" in checkpoint.tensors,
     tensors=toy_tensors,
-    original_name=lambda kind, ours: theirs_of(ours, _rules()),
+    original_name=lambda kind, ours: source_name_of(ours, _rules()),
     splits=SplitTable(
         "toys",
         {

@@ -29,7 +29,7 @@ from bminf.arch.architecture import Architecture
 from bminf.arch.sizes import HIDDEN_BYTES, Pass, Sizes, layer_bytes
 from bminf.checkpoint.config import ConfigReader, num_layers_of, rows_of
 from bminf.checkpoint.folder import Checkpoint
-from bminf.checkpoint.names import Rule, rename, theirs_of
+from bminf.checkpoint.names import Rule, rename, source_name_of
 from bminf.checkpoint.quantized import Quantized
 from bminf.checkpoint.splits import (
     COLUMNS,
@@ -404,7 +404,7 @@ def glm130b_tensors(checkpoint: Checkpoint) -> dict[str, Stored]:
 
 def glm130b_name(kind: str, ours: str) -> str:
     """What the layout `kind` calls a tensor that GLM calls `ours`."""
-    return theirs_of(ours, _glm130b())
+    return source_name_of(ours, _glm130b())
 
 
 def is_quantized(tensors: Mapping[str, Stored]) -> bool:
@@ -483,7 +483,7 @@ def glm10b_tensors(checkpoint: Checkpoint) -> dict[str, Stored]:
 
 def glm10b_name(kind: str, ours: str) -> str:
     """What the layout `kind` calls a tensor that GLM calls `ours`."""
-    return theirs_of(ours, _GLM10B_RULES[kind]())
+    return source_name_of(ours, _GLM10B_RULES[kind]())
 
 
 def _glm10b(prefix: str) -> Iterator[Rule]:

@@ -20,7 +20,7 @@ from bminf.arch.architecture import Architecture
 from bminf.arch.sizes import BUCKET_BYTES, Pass, Sizes, layer_bytes
 from bminf.checkpoint.config import ConfigReader, rows_of
 from bminf.checkpoint.folder import Checkpoint
-from bminf.checkpoint.names import Rule, parts, rename, theirs_of
+from bminf.checkpoint.names import Rule, parts, rename, source_name_of
 from bminf.checkpoint.splits import (
     MEGATRON_LAYER,
     MEGATRON_WIDTHS,
@@ -228,7 +228,7 @@ def cpm1_tensors(checkpoint: Checkpoint) -> dict[str, Stored]:
 
 def cpm1_name(kind: str, ours: str) -> str:
     """What the layout `kind` calls a tensor that GPT calls `ours`."""
-    return theirs_of(ours, _RULES[kind]())
+    return source_name_of(ours, _RULES[kind]())
 
 
 def is_cpm1(checkpoint: Checkpoint) -> bool:

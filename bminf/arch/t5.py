@@ -22,7 +22,7 @@ from bminf.arch.architecture import Architecture
 from bminf.arch.sizes import BUCKET_BYTES, Pass, Sizes, layer_bytes
 from bminf.checkpoint.config import ConfigReader, find_config, num_layers_of, read_config, rows_of
 from bminf.checkpoint.folder import Checkpoint
-from bminf.checkpoint.names import Rule, num_known, parts, rename, theirs_of
+from bminf.checkpoint.names import Rule, num_known, parts, rename, source_name_of
 from bminf.checkpoint.splits import COLUMNS, REPLICATED, ROWS, SplitTable, fused_rows
 from bminf.checkpoint.stored import Stored
 from bminf.checks import check_eps, check_sizes
@@ -450,7 +450,7 @@ def is_eva(checkpoint: Checkpoint) -> bool:
 
 def t5_name(kind: str, ours: str) -> str:
     """What the layout `kind` calls a tensor that T5 calls `ours`."""
-    return theirs_of(ours, _RULES[kind]())
+    return source_name_of(ours, _RULES[kind]())
 
 
 def _original() -> Iterator[Rule]:

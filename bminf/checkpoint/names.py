@@ -1,4 +1,4 @@
-"""From the names of an on-disk layout to those of our models: a table a layout, and its use.
+"""From the names of an on-disk layout to those of our models, by a table for each layout.
 
 Before that, names lose what training code wraps around a model. Sources of its wrappers:
 torch.nn.parallel (DataParallel, DistributedDataParallel), torch._dynamo (torch.compile),
@@ -21,54 +21,55 @@ _MOST_NAMES = 5  # in a message
 _PARALLEL = "module."
 # These stand around any module, the model or a layer of it, and no module is called so itself.
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+_LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What becomes of the tensors of one name; {n} in it is the number of a layer.
+    """What becomes of the tensors of one name; {n} in it is the index of a layer.
 
-    ours: the name in our model; None for a tensor that is known and not needed.
-    part, num_parts: ours is made of several of theirs, one below another, of which this is one.
-    is_transposed: theirs is (in_features, out_features), or (heads, buckets).
+    source_name: in the file.   target_name: in our model; None for a tensor that is known and not
+    needed.   part, num_parts: the target is made of several sources, one below another, of which
+    this is one.   is_transposed: the source is (in_features, out_features), or (heads, buckets).
     """
 
-    theirs: str
-    ours: str | None
+    source_name: str
+    target_name: str | None
     part: int = 0
     num_parts: int = 1
     is_transposed: bool = False
 
 
-def parts(theirs: Iterable[str], ours: str) -> Iterator[Rule]:
-    """Rules for a tensor of ours that is several of theirs, one below another."""
-    names = list(theirs)
+def parts(source_names: Iterable[str], target_name: str) -> Iterator[Rule]:
+    """Rules for a tensor that is made of several in the file, one below another."""
+    names = list(source_names)
     for part, name in enumerate(names):
-        yield Rule(name, ours, part, len(names))
+        yield Rule(name, target_name, part, len(names))
 
 
 def rename(
     tensors: Mapping[str, Stored], rules: Iterable[Rule], path: Path, layout: str
 ) -> dict[str, Stored]:
-    """`tensors` under our names, put together where ours are made of several.
+    """`tensors` under the names of our model, put together where one is made of several.
 
     path, layout: for messages.   Raises CheckpointError for a name that no rule knows, and for a
-    tensor of ours that lacks a part.
+    tensor that lacks a part.
     """
     known = list(rules)
-    table = {rule.theirs: rule for rule in known}
+    table = {rule.source_name: rule for rule in known}
     found: dict[str, list[Stored | None]] = {}
     unknown = []
     for name, stored in _with_scales(tensors).items():
         if name.endswith(".inv_freq"):  # of rotary positions: numbers that code can compute
             continue
-        rule, number = _rule_for(name, table)
+        rule, layer = _rule_for(name, table)
         if rule is None:
             unknown.append(name)
-        elif rule.ours is not None:
-            pieces = found.setdefault(rule.ours.replace("{n}", number), [None] * rule.num_parts)
+        elif rule.target_name is not None:
+            target_name = rule.target_name.replace("{n}", layer)
+            pieces = found.setdefault(target_name, [None] * rule.num_parts)
             if (other := pieces[rule.part]) is not None:
                 raise CheckpointError(
                     f"{path} holds {other.where} and {stored.where}, which {layout} has once; take "
@@ -82,34 +83,36 @@ def rename(
         )
     missing = [
         name
-        for ours, pieces in found.items()
+        for target, pieces in found.items()
         if None in pieces
-        for name, piece in zip(_sources(ours, known), pieces, strict=True)
+        for name, piece in zip(_sources(target, known), pieces, strict=True)
         if piece is None
     ]
     if missing:
         raise CheckpointError(f"{path} lacks {listed(missing)}; fetch it again, or save it anew")
-    return {ours: _joined([p for p in pieces if p is not None]) for ours, pieces in found.items()}
+    return {
+        target: _joined([p for p in pieces if p is not None]) for target, pieces in found.items()
+    }
 
 
 def num_known(names: Iterable[str], rules: Iterable[Rule]) -> int:
     """How many of `names` there is a rule for."""
-    table = {rule.theirs: rule for rule in rules}
+    table = {rule.source_name: rule for rule in rules}
     return sum(_rule_for(name, table)[0] is not None for name in names)
 
 
-def theirs_of(ours: str, rules: Iterable[Rule]) -> str:
-    """What a layout calls a tensor of ours, for messages: all its parts, joined by " + "."""
-    return " + ".join(_sources(ours, rules)) or ours
+def source_name_of(target_name: str, rules: Iterable[Rule]) -> str:
+    """What a layout calls a tensor of our model, for messages: its parts, joined by " + "."""
+    return " + ".join(_sources(target_name, rules)) or target_name
 
 
-def _sources(ours: str, rules: Iterable[Rule]) -> list[str]:
-    number = next(iter(_NUMBER.findall(ours)), "")
-    template = _NUMBER.sub("{n}", ours, count=1)
+def _sources(target_name: str, rules: Iterable[Rule]) -> list[str]:
+    layer = next(iter(_LAYER.findall(target_name)), "")
+    template = _LAYER.sub("{n}", target_name, count=1)
     found: dict[int, str] = {}
     for rule in rules:
-        if rule.ours in (ours, template):
-            found.setdefault(rule.part, rule.theirs.replace("{n}", number))
+        if rule.target_name in (target_name, template):
+            found.setdefault(rule.part, rule.source_name.replace("{n}", layer))
     return [found[part] for part in sorted(found)]
 
 
@@ -138,8 +141,8 @@ def listed(names: Iterable[str]) -> str:
 
 
 def _rule_for(name: str, table: Mapping[str, Rule]) -> tuple[Rule | None, str]:
-    """The rule for `name` and the number of its layer, "" where there is none."""
-    match = None if name in table else _NUMBER.search(name)
+    """The rule for `name` and the index of its layer, "" where there is none."""
+    match = None if name in table else _LAYER.search(name)
     if match is None:
         return table.get(name), ""
     return table.get(f"{name[: match.start()]}{{n}}{name[match.end() :]}"), match[0]
