@@ -1,4 +1,4 @@
-"""Packs a checkpoint once, so that it loads without further work ever after.
+"""Quantizes a checkpoint once, so that it loads faster.
 
 python examples/convert.py cpm2 FOLDER DESTINATION --quantization int4
 """

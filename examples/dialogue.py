@@ -1,4 +1,4 @@
-"""Talks with EVA, until an empty line.
+"""A dialogue with EVA; an empty line ends it.
 
 python examples/dialogue.py thu-coai/EVA2.0-base
 """

@@ -1,4 +1,4 @@
-"""Continues a text with CPM-1 or CPM-2, as it is written, in as little memory as you say.
+"""Continues a text with CPM-1 or CPM-2, printing it as it is generated, under a memory limit.
 
 python examples/generate.py cpm2 FOLDER "今天天气很好，" --memory-limit 6GB
 """

@@ -1,4 +1,4 @@
-"""What a card of 24 GB keeps of GLM-130B, and how fast the rest can come; no weights are needed.
+"""The plan of GLM-130B on a GPU with 24 GB, and the least time of a token; needs no weights.
 
 python examples/glm_24gb.py --memory-limit 21.6GiB --host-memory 64GB --link 25
 """

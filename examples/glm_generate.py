@@ -1,4 +1,4 @@
-"""Goes on from a text with GLM-130B or GLM-10B, as it is written, or finds several ways to.
+"""Continues a text with GLM-130B or GLM-10B, printing it as it is generated, or searches beams.
 
 python examples/glm_generate.py FOLDER "The first thing to know about a GPU is" --memory-limit 20GB
 python examples/glm_generate.py FOLDER "The first thing to know about a GPU is" --num-beams 4

@@ -1,4 +1,4 @@
-"""A model written by hand whose blocks stream: TransformerBlockList in place of ModuleList.
+"""A model of your own with streamed blocks: TransformerBlockList in place of ModuleList.
 
 Run: python examples/hand_written_model.py
 """
@@ -23,7 +23,7 @@ class Block(torch.nn.Module):
 class Model(torch.nn.Module):
     def __init__(self, width: int, num_blocks: int, memory_limit: str) -> None:
         super().__init__()
-        # memory_limit is for the blocks; what lies outside the list is placed by hand.
+        # memory_limit is for the blocks; modules outside the list are placed by hand.
         self.blocks = bminf.TransformerBlockList(
             [Block(width) for _ in range(num_blocks)], memory_limit=memory_limit
         )
