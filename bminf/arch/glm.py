@@ -399,7 +399,7 @@ def glm130b_tensors(checkpoint: Checkpoint) -> dict[str, Stored]:
             "in; give a folder of the original code (latest, mp_rank_NN_model_states.pt)"
         )
     tensors = _with_scales(checkpoint.tensors)
-    return rename(tensors, _glm130b(), checkpoint.path, f"a GLM-130B ({checkpoint.kind})")
+    return rename(tensors, [*_glm130b()], checkpoint.path, f"a GLM-130B ({checkpoint.kind})")
 
 
 def glm130b_name(kind: str, ours: str) -> str:
@@ -477,7 +477,7 @@ def glm10b_tensors(checkpoint: Checkpoint) -> dict[str, Stored]:
             f"{checkpoint.path} is a {checkpoint.kind} folder, a layout that GLM-10B is not found "
             f"in; accepted: {', '.join(_GLM10B_RULES)}"
         )
-    rules = _GLM10B_RULES[checkpoint.kind]()
+    rules = [*_GLM10B_RULES[checkpoint.kind]()]
     return rename(checkpoint.tensors, rules, checkpoint.path, f"a GLM-10B ({checkpoint.kind})")
 
 

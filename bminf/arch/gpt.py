@@ -222,7 +222,7 @@ def cpm1_tensors(checkpoint: Checkpoint) -> dict[str, Stored]:
                 else ""
             )
         )
-    rules = _RULES[checkpoint.kind]()
+    rules = [*_RULES[checkpoint.kind]()]
     return rename(checkpoint.tensors, rules, checkpoint.path, f"a CPM-1 ({checkpoint.kind})")
 
 

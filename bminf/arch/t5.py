@@ -419,7 +419,7 @@ def t5_tensors(checkpoint: Checkpoint) -> dict[str, Stored]:
             f"{checkpoint.path} holds {prompts[0]!r}: it is prompt-tuned for one task, and without "
             "those prompts it would answer wrongly; take the checkpoint it was tuned from"
         )
-    rules = _RULES[checkpoint.kind]()
+    rules = [*_RULES[checkpoint.kind]()]
     return rename(checkpoint.tensors, rules, checkpoint.path, f"a T5 ({checkpoint.kind})")
 
 

@@ -8,7 +8,7 @@ torch.distributed (FSDP, activation checkpointing).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -50,15 +50,14 @@ def parts(source_names: Iterable[str], target_name: str) -> Iterator[Rule]:
 
 
 def rename(
-    tensors: Mapping[str, Stored], rules: Iterable[Rule], path: Path, layout: str
+    tensors: Mapping[str, Stored], rules: Sequence[Rule], path: Path, layout: str
 ) -> dict[str, Stored]:
     """`tensors` under the names of our model, put together where one is made of several.
 
     path, layout: for messages.   Raises CheckpointError for a name that no rule knows, and for a
     tensor that lacks a part.
     """
-    known = list(rules)
-    table = {rule.source_name: rule for rule in known}
+    table = {rule.source_name: rule for rule in rules}
     found: dict[str, list[Stored | None]] = {}
     unknown = []
     for name, stored in _with_scales(tensors).items():
@@ -85,7 +84,7 @@ def rename(
         name
         for target, pieces in found.items()
         if None in pieces
-        for name, piece in zip(_sources(target, known), pieces, strict=True)
+        for name, piece in zip(_sources(target, rules), pieces, strict=True)
         if piece is None
     ]
     if missing:

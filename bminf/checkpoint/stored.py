@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 
@@ -55,19 +55,20 @@ class Stored(Protocol):
         ...
 
 
-def pieces(stored: Stored, most_bytes: int = _PIECE_BYTES) -> Iterator[tuple[int, torch.Tensor]]:
+def pieces(stored: Stored, most_bytes: int = _PIECE_BYTES) -> Iterable[tuple[int, torch.Tensor]]:
     """(number of its first row, rows) of a tensor that is read some rows at a time, in order.
 
     most_bytes: of a piece, which still is one row at least. A tensor without axes is one piece.
     """
-    if not stored.shape:
-        yield 0, stored.read()
-        return
+    nbytes = nbytes_of(stored)
+    if not stored.shape or nbytes <= most_bytes:
+        return [(0, stored.read())] if 0 not in stored.shape[:1] else []
     num_rows = stored.shape[0]
-    step = max(1, most_bytes * num_rows // max(1, nbytes_of(stored)))
-    for start in range(0, num_rows, step):
-        part = stored if step >= num_rows else stored.rows(start, min(start + step, num_rows))
-        yield start, part.read()
+    step = max(1, most_bytes * num_rows // nbytes)
+    return (
+        (start, stored.rows(start, min(start + step, num_rows)).read())
+        for start in range(0, num_rows, step)
+    )
 
 
 def nbytes_of(stored: Stored) -> int:

@@ -301,13 +301,16 @@ def _pack_linears(
 ) -> None:
     """Put a QuantizedLinear in place of each linear in the blocks that is to be packed."""
     inside = {module for b in blocks for module in network.get_submodule(b.name).modules()}
-    for name, module in list(network.named_modules()):
-        if type(module) is torch.nn.Linear and module in inside:
-            weight_format = packing.of(name)
-            if weight_format is not None:
-                parent, _, child = name.rpartition(".")
-                packed = QuantizedLinear(module, activations, weight_format)
-                setattr(network.get_submodule(parent), child, packed)
+    linears = {
+        name: module
+        for name, module in network.named_modules()
+        if type(module) is torch.nn.Linear and module in inside
+    }
+    for name, weight_format in packing.of_each(linears).items():
+        if weight_format is not None:
+            parent, _, child = name.rpartition(".")
+            packed = QuantizedLinear(linears[name], activations, weight_format)
+            setattr(network.get_submodule(parent), child, packed)
 
 
 # ---- an output head that is cut ------------------------------------------------------------------
@@ -328,9 +331,9 @@ def _with_head(
     on_disk = source.weights.packing
     if on_disk is not None and on_disk.of(f"{HEAD}0") is not None:
         return source, packing  # a packed head stays as it is cut there
-    whole = _head_packing(packing, formats.head, 1)
-    _check_columns(source, whole)
-    num_parts = _num_head_parts(source, whole, dtype)
+    uncut = _head_packing(packing, formats.head, source.config.num_head_parts)
+    _check_columns(source, uncut)
+    num_parts = _num_head_parts(source, uncut, dtype)
     cut(source.network, num_parts)
     config = replace(source.config, num_head_parts=num_parts)
     source = replace(source, config=config, weights=_cut_weights(source))
@@ -340,22 +343,27 @@ def _with_head(
 def _num_head_parts(source: Source, packing: Packing, dtype: torch.dtype) -> int:
     """So many that no part of the head is larger than the largest matrix of a layer: then it needs
     no larger slots to be streamed."""
-    head, layers = 0, 0  # bytes of all of it, and of the largest matrix
-    for name, linear in source.network.named_modules():
-        if isinstance(linear, torch.nn.Linear) and name.startswith(HEAD):
-            head += _linear_bytes(linear, packing.of(f"{HEAD}0"), dtype)
-        elif isinstance(linear, torch.nn.Linear):
-            layers = max(layers, _linear_bytes(linear, packing.of(name), dtype))
-    return min(-(-head // layers), int(source.config.vocab_size))
+    linears = {
+        name: module
+        for name, module in source.network.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+    sizes = {
+        name: _linear_bytes(linears[name], weight_format, dtype)
+        for name, weight_format in packing.of_each(linears).items()
+    }
+    head_bytes = sum(size for name, size in sizes.items() if name.startswith(HEAD))
+    largest = max(size for name, size in sizes.items() if not name.startswith(HEAD))
+    return min(-(-head_bytes // largest), int(source.config.vocab_size))
 
 
 def _linear_bytes(linear: torch.nn.Linear, weight_format: Format | None, dtype: torch.dtype) -> int:
     """Of its weight and its bias, as they will be."""
     num_rows, num_columns = linear.out_features, linear.in_features
     bias_bytes = 0 if linear.bias is None else num_rows * dtype.itemsize
-    bits = (
-        8 * dtype.itemsize if weight_format is None else weight_format.bits_per_weight(num_columns)
-    )
+    bits: float = 8 * dtype.itemsize
+    if weight_format is not None:
+        bits = weight_format.bits_per_weight(num_columns)
     return round(num_rows * num_columns * bits / 8) + bias_bytes
 
 

@@ -16,7 +16,7 @@ for a group, the Q4_1 blocks of the GGUF file format.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -111,6 +111,9 @@ class Packing:
 
     def of(self, name: str) -> Format | None:
         return self.exceptions.get(name, self.default)
+
+    def of_each(self, names: Iterable[str]) -> dict[str, Format | None]:
+        return {name: self.exceptions.get(name, self.default) for name in names}
 
     @property
     def of_layers(self) -> Format | None:
