@@ -83,14 +83,14 @@ def test_bugs_are_seen_without_a_sanitizer(
     assert is_right(library, right, "forward")
 
 
-@pytest.mark.parametrize("bug", [bug for bug in BUGS if bug.needs_strict], ids=str)
+@pytest.mark.parametrize("bug", [bug for bug in BUGS if bug.needs_strict], ids=lambda bug: bug.name)
 def test_divergence_is_an_error_only_where_it_is_strict(
     libraries: dict[tuple[bool, str | None], Library], bug: Bug
 ) -> None:
     assert torch.equal(run(libraries[True, None], bug, "forward", strict=False), inputs())
 
 
-@pytest.mark.parametrize("bug", [bug for bug in BUGS if bug.undefined], ids=str)
+@pytest.mark.parametrize("bug", [bug for bug in BUGS if bug.undefined], ids=lambda bug: bug.name)
 def test_bugs_are_seen_as_undefined_behaviour(
     libraries: dict[tuple[bool, str | None], Library], bug: Bug
 ) -> None:
