@@ -16,7 +16,7 @@ from bminf.keywords import check_keywords, keywords_of, known_keywords
 from bminf.layers.quantize import Choice, Predicate, choose, warn_of_what_stays
 from bminf.layers.saving import refuse_to_save
 from bminf.layout import ModuleBlock, tensors_of
-from bminf.offload.backends import backend_for, device_for, free_budget, host_budget, taken_bytes
+from bminf.offload.backends import backend_for, device_for, free_budget, host_budget, taken_bytes_on
 from bminf.offload.blob import Blobs, check_tensors, remedies, survey, unmapped_bytes
 from bminf.offload.blocks import find_blocks, has_tensors
 from bminf.offload.context import USUAL_LENGTH, Context, context_of, writes_text
@@ -247,7 +247,7 @@ class _Request:
     def taken_bytes(self) -> int:
         """Bytes of the device that the whole model takes."""
         layouts = [self.blobs.outside, *self.blobs.blocks.values()]
-        return sum(taken_bytes(layout.nbytes, self.device_type) for layout in layouts)
+        return sum(map(taken_bytes_on(self.device_type), (layout.nbytes for layout in layouts)))
 
     def plan(
         self, budget: int, host_bytes: int | None = None, device: torch.device | None = None

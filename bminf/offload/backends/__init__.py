@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from bminf.errors import ArgumentError
@@ -52,9 +54,9 @@ def backend_for(device: torch.device | str | int | None) -> Backend:
     return cuda.CudaBackend(wanted)
 
 
-def taken_bytes(nbytes: int, device_type: str) -> int:
-    """Bytes of a device of this type, "cpu" or "cuda", that one buffer of `nbytes` takes."""
-    return cuda.taken_bytes(nbytes) if device_type == "cuda" else nbytes
+def taken_bytes_on(device_type: str) -> Callable[[int], int]:
+    """Bytes of a buffer -> bytes that it takes of a device of this type, "cpu" or "cuda"."""
+    return cuda.taken_bytes if device_type == "cuda" else int
 
 
 def free_budget(device: torch.device, own_bytes: int = 0) -> int:

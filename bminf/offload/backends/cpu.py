@@ -25,6 +25,7 @@ class CpuBackend:
 
     device = torch.device("cpu")
     keeps_addresses = True
+    allocate = staticmethod(memory.allocate)
 
     def __init__(self) -> None:
         self.slots: list[torch.Tensor] = []
@@ -33,9 +34,6 @@ class CpuBackend:
         self._counters = Counters()
         self._store: FileStore | None = None
         self._reader: Reader | None = None
-
-    def allocate(self, nbytes: int) -> torch.Tensor:
-        return memory.allocate(nbytes)
 
     def open(
         self,
