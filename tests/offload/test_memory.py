@@ -171,7 +171,7 @@ def test_the_default_limit_follows_the_group(
     machine.group("a", 500, 100)
     read = memory.free_below_limits
     monkeypatch.setattr(
-        memory, "free_below_limits", lambda root, process: read(machine.root, machine.process)
+        memory, "free_below_limits", lambda root: read(machine.root, machine.process)
     )
     assert memory.free_bytes() == 400 * MIB
 
