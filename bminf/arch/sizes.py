@@ -1,7 +1,7 @@
 """What a pass holds beside the weights, for each architecture to count up for itself.
 
-What a product holds is read off the operations (see ops/product_size.py); all of it is held against
-measurements by tests/models/test_zoo_memory.py.
+What a product holds is read off the operations (product_bytes in ops/linear.py); all of it is held
+against measurements by tests/models/test_zoo_memory.py.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bminf.ops.product_size import product_bytes
+from bminf.ops.linear import product_bytes
 from bminf.quantization.packed import Format
 
 BUCKET_BYTES = 40

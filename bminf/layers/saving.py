@@ -15,6 +15,10 @@ import torch
 
 from bminf.errors import UnsupportedModelError
 
+_REFUSAL = (
+    "from_pretrained() does not know the packed weights of a quantized model and would put random "
+    "ones in their place; save with torch.save(model.state_dict()), or wrap with quantization=False"
+)
 _SAVERS = ("save_pretrained", "_save_pretrained")  # transformers, diffusers; huggingface_hub
 
 
@@ -35,7 +39,7 @@ def check_not_saved() -> None:
     while frame is not None and frame.f_code.co_name not in _SAVERS:
         frame = frame.f_back
     if frame is not None and not _saves_adapters_only(frame.f_locals.get("self")):
-        raise _refusal()
+        raise UnsupportedModelError(_REFUSAL)
 
 
 class _SavePretrained:
@@ -53,7 +57,7 @@ class _SavePretrained:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module: Any = self._module()
         if not _saves_adapters_only(module):
-            raise _refusal()
+            raise UnsupportedModelError(_REFUSAL)
         return type(module).save_pretrained(module, *args, **kwargs)
 
 
@@ -64,11 +68,3 @@ def _saves_adapters_only(module: Any) -> bool:
     # transformers' own way to adapters; those of diffusers save all the same.
     has_adapters = bool(getattr(module, "_hf_peft_config_loaded", False))
     return has_adapters and hasattr(module, "get_adapter_state_dict")
-
-
-def _refusal() -> UnsupportedModelError:
-    return UnsupportedModelError(
-        "from_pretrained() does not know the packed weights of a quantized model and would put "
-        "random ones in their place; save with torch.save(model.state_dict()), or wrap with "
-        "quantization=False"
-    )

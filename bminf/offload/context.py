@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from bminf.errors import ArgumentError
-from bminf.ops.product_size import product_bytes
+from bminf.ops.linear import product_bytes
 from bminf.quantization.packed import Format
 
 _WINDOWED = ("sliding_attention", "hybrid_sliding", "chunked_attention", "local_attention")

@@ -55,11 +55,12 @@ def free_below_limits(root: Path, process: Path = Path("/proc/self")) -> list[in
 
     root: where control groups are mounted, usually /sys/fs/cgroup.   process: /proc/self.
     """
-    free: list[int] = []
-    for version in _VERSIONS:
-        for folder in dict.fromkeys(_folders(version, root, process)):
-            free += _free_below(version, folder)
-    return free
+    return [
+        free
+        for version in _VERSIONS
+        for folder in dict.fromkeys(_folders(version, root, process))
+        for free in _free_below(version, folder)
+    ]
 
 
 def _folders(version: _Version, root: Path, process: Path) -> Iterator[Path]:

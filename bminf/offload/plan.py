@@ -17,6 +17,7 @@ from itertools import groupby
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from bminf.checks import is_number
 from bminf.errors import ArgumentError, BudgetError
 from bminf.offload.choose import choose
 from bminf.units import format_bytes
@@ -265,13 +266,8 @@ def plan(
     """
     blocks = tuple(blocks)
     _check_blocks(blocks)
-    for name, value in (
-        ("budget", budget),
-        ("outside_bytes", outside_bytes),
-        ("reserved_bytes", reserved_bytes),
-        ("host_bytes", host_bytes or 0),
-    ):
-        _check_bytes(name, value)
+    _check_bytes(budget=budget, outside_bytes=outside_bytes, reserved_bytes=reserved_bytes)
+    _check_bytes(host_bytes=host_bytes or 0)
     taken = _uses_of(blocks, uses or {})
     room = budget - outside_bytes - reserved_bytes
     _check_room(blocks, budget, outside_bytes, reserved_bytes, remedies)
@@ -320,7 +316,7 @@ def _on_disk(
 def _check_blocks(blocks: tuple[Block, ...]) -> None:
     seen: set[str] = set()
     for block in blocks:
-        _check_bytes(f"nbytes of block {block.name!r}", block.nbytes)
+        _check_bytes(**{f"nbytes of block {block.name!r}": block.nbytes})
         if block.name in seen:
             raise ArgumentError(
                 f"two blocks are named {block.name!r}; give each block its own name"
@@ -330,9 +326,10 @@ def _check_blocks(blocks: tuple[Block, ...]) -> None:
         raise ArgumentError(f"the blocks have {total} bytes in all; at most 2**60 are accepted")
 
 
-def _check_bytes(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ArgumentError(f"{name}={value!r}; give a whole number of bytes of at least 0")
+def _check_bytes(**sizes: int) -> None:
+    for name, value in sizes.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise ArgumentError(f"{name}={value!r}; give a whole number of bytes of at least 0")
 
 
 def _uses_of(blocks: tuple[Block, ...], uses: Mapping[str, float]) -> dict[str, int | float]:
@@ -344,11 +341,7 @@ def _uses_of(blocks: tuple[Block, ...], uses: Mapping[str, float]) -> dict[str, 
                 f"uses has the unknown key {name!r}; "
                 f"accepted: the name of a block or of a list ({lists})"
             )
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int | float)
-            or not 0 < value < math.inf
-        ):
+        if not is_number(value) or value <= 0:
             raise ArgumentError(f"uses[{name!r}]={value!r}; give a finite number of uses above 0")
     of_list = {block.list_name: uses.get(block.list_name, DEFAULT_USES) for block in blocks}
     return {block.name: uses.get(block.name, of_list[block.list_name]) for block in blocks}

@@ -13,7 +13,7 @@ from bminf.ops.dequantize import dequantize_weight
 from bminf.ops.linear_w8a8 import MOST_CODE_COLUMNS, check_columns, linear_w8a8
 from bminf.ops.linear_weight_only import MOST_FEW_ROWS, linear_weight_only
 from bminf.ops.rows import as_rows, check_activations, check_vector
-from bminf.quantization.packed import PackedWeight
+from bminf.quantization.packed import INT8, Format, PackedWeight
 from bminf.tracing import tracer_at_work
 
 ACTIVATIONS = ("auto", "float", "int8")
@@ -147,3 +147,32 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
 
 _traced_linear.register_fake(_shape_only)
 _traced_linear.register_autograd(_backward, setup_context=_keep_weight)
+
+# ---- what a product holds at its peak, read off the operations -----------------------------------
+
+_SLICE_BYTES = 2**27  # a slice of a dequantized weight, see linear_weight_only.py
+
+
+def product_bytes(
+    num_rows: int, inputs: int, outputs: int, itemsize: int, format_: Format | None, is_cpu: bool
+) -> int:
+    """Bytes of the result of (num_rows, inputs) times a weight, and of what is held on the way.
+
+    itemsize: of an activation.   format_: of the weight; None is not packed.
+    """
+    per_row = outputs * itemsize
+    if format_ is None:
+        return num_rows * per_row
+    if is_cpu:
+        return num_rows * (per_row + _on_cpu(inputs, outputs, itemsize, format_))
+    weight = min(_SLICE_BYTES, inputs * outputs * itemsize)
+    rounded = inputs + 4 * outputs if format_ == INT8 else 0  # codes and their sums
+    return num_rows * (per_row + rounded) + weight
+
+
+def _on_cpu(inputs: int, outputs: int, itemsize: int, format_: Format) -> int:
+    """Bytes of a row, see cpu_linear.py."""
+    wide = 0 if itemsize == 4 else 4 * (inputs + outputs)  # all is done in float32
+    if format_ == INT8:  # numbers, two digits of each, and the sums of both
+        return wide + max(20 * inputs, 10 * inputs + 16 * outputs)
+    return wide + 5 * inputs + 4 * outputs
