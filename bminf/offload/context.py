@@ -16,8 +16,9 @@ import inspect
 import operator
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -274,9 +275,13 @@ def context_of(
         )
     try:
         itemsize = _itemsize(model)
-        sizes = _Sizes(max_batch_size * max_length, itemsize, format_, is_cpu)
+        num_rows = max_batch_size * max_length
+        product = partial(
+            product_bytes, num_rows, itemsize=itemsize, format_=format_, is_cpu=is_cpu
+        )
         cache = cache_bytes(model.config, max_batch_size, max_length, itemsize)
-        workspace = _workspace_bytes(model, max_length, max_batch_size, sizes)
+        layer = max(_layer_moments(model, max_length, max_batch_size, itemsize, product))
+        workspace = _workspace_bytes(model, num_rows, max_batch_size, itemsize, layer, is_cpu)
         return Context(max_length, max_batch_size, cache, workspace)
     # A configuration may lack any field, or hold anything in it.
     except Exception as error:
@@ -293,24 +298,6 @@ def _whole_number(name: str, value: Any) -> int:
     return operator.index(value)
 
 
-@dataclass(frozen=True)
-class _Sizes:
-    """num_rows: of all matrices of activations.   itemsize: of one."""
-
-    num_rows: int
-    itemsize: int
-    format_: Format | None
-    is_cpu: bool
-
-    def held(self, *columns: int) -> int:
-        return self.num_rows * sum(columns) * self.itemsize
-
-    def product(self, inputs: int, outputs: int) -> int:
-        return product_bytes(
-            self.num_rows, inputs, outputs, self.itemsize, self.format_, self.is_cpu
-        )
-
-
 def _itemsize(model: torch.nn.Module) -> int:
     """Of an activation: of the first weight that is floating point."""
     floats = (p.dtype.itemsize for p in model.parameters() if p.is_floating_point())
@@ -318,36 +305,43 @@ def _itemsize(model: torch.nn.Module) -> int:
 
 
 def _workspace_bytes(
-    model: torch.nn.Module, max_length: int, max_batch_size: int, sizes: _Sizes
+    model: Any, num_rows: int, max_batch_size: int, itemsize: int, layer: int, is_cpu: bool
 ) -> int:
-    text = text_config(model.config)
+    """layer: the widest moment of one."""
     # Where it can, generate() has no more logits of a prompt computed than those it draws from.
     is_last_only = "logits_to_keep" in inspect.signature(model.forward).parameters
-    num_drawn = max_batch_size if is_last_only else sizes.num_rows
-    logits: int = text.vocab_size * (num_drawn * sizes.itemsize + max_batch_size * _DRAWN_BYTES)
-    layer = max(_layer_moments(text, max_length, max_batch_size, sizes))
+    num_drawn = max_batch_size if is_last_only else num_rows
+    vocab_size = text_config(model.config).vocab_size
+    logits: int = vocab_size * (num_drawn * itemsize + max_batch_size * _DRAWN_BYTES)
     peak = max(layer, logits)
-    if sizes.is_cpu:
+    if is_cpu:
         kept = min(layer + logits + _ARENAS_BYTES, _MOST_KEPT_BYTES)
     else:
         kept = min(layer + logits // 2, _MOST_KEPT_BYTES // 2)
     return peak + int(_HOLES * peak) + kept
 
 
-def _layer_moments(text: Any, max_length: int, max_batch_size: int, sizes: _Sizes) -> Iterator[int]:
-    """Bytes held in each wide moment of a layer."""
+def _layer_moments(
+    model: Any, max_length: int, max_batch_size: int, itemsize: int, product: Callable[..., int]
+) -> Iterator[int]:
+    """Bytes held in each wide moment of a layer.   product: (inputs, outputs) -> bytes."""
+
+    def held(*columns: int) -> int:
+        return max_batch_size * max_length * sum(columns) * itemsize
+
+    text = text_config(model.config)
     hidden, heads = hidden_size(text) or 1, num_heads(text) or 1
     inner, keys = heads * head_dim(text, heads), attention_columns(text)
-    residual = sizes.held(hidden, hidden)  # and what its norm made of it
-    masks = max_batch_size * max_length**2 * sizes.itemsize
+    residual = held(hidden, hidden)  # and what its norm made of it
+    masks = max_batch_size * max_length**2 * itemsize
     if first_of(text, "_attn_implementation") == "eager":  # scores, also in float32
-        masks += heads * max_batch_size * max_length**2 * (sizes.itemsize + 4)
-    yield residual + masks + sizes.product(hidden, inner + keys)
+        masks += heads * max_batch_size * max_length**2 * (itemsize + 4)
+    yield residual + masks + product(hidden, inner + keys)
     # Queries and keys as they are turned, keys and values for every head, and the result.
-    yield residual + masks + sizes.held(2 * inner, keys, 2 * inner, inner)
+    yield residual + masks + held(2 * inner, keys, 2 * inner, inner)
     wide = _feed_forward_columns(text, hidden)
-    yield residual + masks + sizes.held(2 * wide) + sizes.product(hidden, wide)
-    yield residual + masks + sizes.held(2 * wide) + sizes.product(wide, hidden)
+    yield residual + masks + held(2 * wide) + product(hidden, wide)
+    yield residual + masks + held(2 * wide) + product(wide, hidden)
 
 
 def _feed_forward_columns(text: Any, hidden: int) -> int:

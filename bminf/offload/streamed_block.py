@@ -150,15 +150,8 @@ class StreamedBlock:
         self._versions = 0
         self._warned = False
         # By place: a part that stands twice in the block holds its tensors once.
-        places = {
-            place: (tensor_name, tensor)
-            for tensor_name, place, tensor in tensors_of(module)
-            if tensor_name in layout.specs
-        }
-        self._held = [
-            self._hold(tensor_name, place, tensor, backend)
-            for place, (tensor_name, tensor) in places.items()
-        ]
+        places = {p: (key, t) for key, p, t in tensors_of(module) if key in layout.specs}
+        self._held = [self._hold(key, p, t, backend) for p, (key, t) in places.items()]
         # As in _held, by what stands in place at a time: they are exchanged together.
         self._away = [held.away for held in self._held]
         self._in_slot = [[h.in_slot[slot] for h in self._held] for slot in range(NUM_SLOTS)]

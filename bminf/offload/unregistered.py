@@ -228,10 +228,11 @@ class Originals:
 
     def __init__(self, model: torch.nn.Module) -> None:
         is_mapped = memory.mapped_files()
-        self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
-        for storage in _storages(model):
-            if not (storage.device.type == "cpu" and is_mapped(storage.data_ptr())):
-                self._storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self._storages = {
+            storage._cdata: (StorageWeakRef(storage), storage.nbytes())
+            for storage in _storages(model)
+            if not (storage.device.type == "cpu" and is_mapped(storage.data_ptr()))
+        }
 
     def held_bytes(self, model: torch.nn.Module) -> int:
         """Bytes that somebody still has, and not because `model` itself has them still."""

@@ -36,11 +36,9 @@ class CpuBackend:
         self._reader: Reader | None = None
 
     def open(
-        self,
-        layouts: Sequence[Layout],
-        offload_dir: str | Path | None,
-        on_disk: Sequence[int] = (),  # all are
+        self, layouts: Sequence[Layout], offload_dir: str | Path | None, on_disk: Sequence[int] = ()
     ) -> None:
+        """All are in a file, whatever `on_disk` says."""
         extents = [layout.extent for layout in layouts]
         self._store = FileStore(extents, offload_dir)
         self._layouts = list(layouts)
