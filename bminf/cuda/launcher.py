@@ -32,19 +32,14 @@ class Launcher:
         self._functions: dict[Kernel, Any] = {}
 
     def launch(
-        self,
-        kernel: Kernel,
-        grid: Grid,
-        block: Grid,
-        arguments: Sequence[Argument],
-        shared_bytes: int = 0,
+        self, kernel: Kernel, grid: Grid, block: Grid, arguments: Sequence[Argument]
     ) -> None:
         """Queue one launch; nothing is allocated or waited for.   Raises KernelError."""
         with torch.cuda.device(self.device):
             function = self._functions.get(kernel) or self._load(kernel)
             values = tuple(map(_packed, arguments))
             try:
-                function(grid, block, values, shared_bytes, _current_stream(self.device))
+                function(grid, block, values, 0, _current_stream(self.device))
             except Exception as error:  # CuPy's drivers' errors share no public base
                 raise KernelError(
                     f"{kernel} cannot be launched on {self.device} with a grid of {grid} and "

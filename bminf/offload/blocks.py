@@ -42,7 +42,7 @@ class Repeated(NamedTuple):
     list_name: str
 
 
-def repeated_modules(model: torch.nn.Module) -> list[Repeated]:
+def _repeated_modules(model: torch.nn.Module) -> Iterator[Repeated]:
     """The items of the outermost lists of repeated modules, the large ones cut; in module order.
 
     A ModuleDict of layers is such a list, too.
@@ -55,7 +55,7 @@ def repeated_modules(model: torch.nn.Module) -> list[Repeated]:
     """
     items = list(_once(_outermost(model, "")))
     sizes = _Sizes(item.module for item in items)
-    return list(_once(part for item in items for part in _cut(item, sizes)))
+    yield from _once(part for item in items for part in _cut(item, sizes))
 
 
 def items_of(modules: torch.nn.Module, prefix: str) -> Iterator[tuple[str, torch.nn.Module]]:
@@ -193,12 +193,12 @@ def find_blocks(model: torch.nn.Module, names: Iterable[str] | None = None) -> l
 
     names: any modules by their dotted names; a list's name stands for its items. None takes the
     items of the outermost lists of repeated modules, cut finer where they are large: see
-    repeated_modules(). A module that stands in several places is one block.
+    _repeated_modules(). A module that stands in several places is one block.
     Raises ArgumentError for a name that does not exist, is given twice, or lies inside another;
     UnsupportedModelError where nothing that was named holds a tensor.
     """
     if names is None:
-        return [ModuleBlock(name, list_name) for name, _, list_name in repeated_modules(model)]
+        return [ModuleBlock(name, list_name) for name, _, list_name in _repeated_modules(model)]
     blocks = list(_named(model, names))
     if not blocks:
         raise UnsupportedModelError(

@@ -39,7 +39,8 @@ def linear_w8a8(
     The arguments are taken to be right and not empty; bminf.ops.linear sees to that.
     """
     if launcher is None:
-        return w8a8_reference(x, weight, bias)
+        y = w8a8_product(x, weight)  # in torch, on the CPU
+        return (y if bias is None else y.add_(bias)).to(x.dtype)
     codes, x_scale = quantize_rows(x)
     check_codes("qweight", weight.qweight)
     is_library = is_library_faster(launcher.capability, codes.shape[0])
@@ -54,14 +55,6 @@ def check_columns(weight: PackedWeight) -> None:
             f"the weight has {weight.in_features} columns; sums of 8-bit products fit 32 bits "
             f'up to {MOST_CODE_COLUMNS}; use activations="float"'
         )
-
-
-def w8a8_reference(
-    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None
-) -> torch.Tensor:
-    """In torch, on the CPU."""
-    y = w8a8_product(x, weight)
-    return (y if bias is None else y.add_(bias)).to(x.dtype)
 
 
 def is_library_faster(capability: int, num_rows: int) -> bool:

@@ -37,23 +37,16 @@ def linear_weight_only(
 
     The arguments are taken to be right and not empty; bminf.ops.linear sees to that.
     """
-    if launcher is None:
-        return weight_only_reference(x, weight, bias)
+    if launcher is None:  # in torch, on the CPU; sums in float32
+        y = weight_only_product(x, weight)
+        y = y if bias is None else y.add_(bias)
+        return y if y.dtype == x.dtype else y.to(x.dtype)
     if uses_tensor_cores(launcher.capability, x.shape[0], x.dtype):
         return _launch_tensor_cores(launcher, x, weight, bias)
     if x.shape[0] <= MOST_FEW_ROWS:
         check_codes("qweight", weight.qweight)
         return launch_few_rows(launcher, x, weight, bias)
     return _dequantized(x, weight, bias)
-
-
-def weight_only_reference(
-    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None
-) -> torch.Tensor:
-    """In torch, on the CPU; sums in float32."""
-    y = weight_only_product(x, weight)
-    y = y if bias is None else y.add_(bias)
-    return y if y.dtype == x.dtype else y.to(x.dtype)
 
 
 def uses_tensor_cores(capability: int, num_rows: int, dtype: torch.dtype) -> bool:

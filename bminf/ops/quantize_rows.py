@@ -26,8 +26,7 @@ def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     rows = as_rows(x.detach())
     launcher = launcher_for(x.device)
     if launcher is None or rows.numel() == 0:
-        codes, scale = int8_rows(rows)
-        return _padded(codes), scale
+        return _reference(rows)
     codes, scale = _empty(rows)
     rows = kernel_rows(rows)
     launcher.launch(
@@ -53,8 +52,7 @@ def rms_norm_quantize(
     rows, weight = as_rows(x.detach()), weight.detach().to(x.dtype)
     launcher = launcher_for(x.device)
     if launcher is None or rows.numel() == 0:
-        codes, scale = int8_rows(rms_norm_reference(rows, weight, eps))
-        return _padded(codes), scale
+        return _reference(rms_norm_reference(rows, weight, eps))
     codes, scale = _empty(rows)
     num_columns = rows.shape[1]
     rows, weight = kernel_rows(rows), kernel_rows(weight.unsqueeze(0))
@@ -87,5 +85,6 @@ def _empty(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return codes, torch.empty(shape[0], dtype=torch.float32, device=rows.device)
 
 
-def _padded(codes: torch.Tensor) -> torch.Tensor:
-    return F.pad(codes, (0, row_bytes(codes.shape[1], 8) - codes.shape[1]))
+def _reference(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    codes, scale = int8_rows(rows)
+    return F.pad(codes, (0, row_bytes(codes.shape[1], 8) - codes.shape[1])), scale

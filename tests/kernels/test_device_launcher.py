@@ -77,12 +77,12 @@ def test_a_kernel_is_loaded_once_and_launched_on_the_current_stream(driver: Driv
     launcher = Launcher(torch.device("cuda", 0))
     assert launcher.capability == 86
     tensor = torch.zeros(4)
-    launcher.launch(KERNEL, (3, 1, 1), (256, 1, 1), [tensor, None, 5, 0.5], 64)
+    launcher.launch(KERNEL, (3, 1, 1), (256, 1, 1), [tensor, None, 5, 0.5])
     driver.stream = 9
     launcher.launch(KERNEL, (3, 1, 1), (256, 1, 1), [tensor, None, 5, 0.5])
     assert len(driver.loaded) == 1 and driver.loaded[0][:4] == b"\x7fELF"
     (grid, block, values, shared_bytes, stream), second = driver.launches
-    assert (grid, block, shared_bytes, stream) == ((3, 1, 1), (256, 1, 1), 64, ("stream", 7))
+    assert (grid, block, shared_bytes, stream) == ((3, 1, 1), (256, 1, 1), 0, ("stream", 7))
     assert second[3:] == (0, ("stream", 9))
     assert values == (tensor.data_ptr(), 0, 5, 0.5)
     assert [type(v) for v in values] == [np.uint64, np.uint64, np.int32, np.float32]
