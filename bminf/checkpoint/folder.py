@@ -171,15 +171,15 @@ def read_sharded(index: Path) -> dict[str, InFile]:
 # A folder that is written.
 
 
-def free(path: Path) -> Path:
-    """`path`, if a folder can appear there.   Raises ArgumentError where there is anything."""
+def require_empty(path: Path) -> Path:
+    """`path`, if a folder can be made there.   Raises ArgumentError where there is anything."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ArgumentError(f"{path} exists already; name a folder that does not, or is empty")
     return path
 
 
 @contextmanager
-def appearing(target: Path) -> Iterator[Path]:
+def atomic_folder(target: Path) -> Iterator[Path]:
     """A folder to write to, which becomes `target` at the end, or vanishes."""
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from bminf.arch import registry
-from bminf.checkpoint.folder import appearing, free
+from bminf.checkpoint.folder import atomic_folder, require_empty
 from bminf.checkpoint.safetensors_file import write_safetensors
 from bminf.checkpoint.stored import pieces
 from bminf.errors import ArgumentError, CheckpointError
@@ -69,7 +69,7 @@ def convert(
     for name, path in (("source", source), ("destination", destination)):
         if not isinstance(path, str | Path):
             raise ArgumentError(f"{name} is a {type(path).__name__}; give a path")
-    target = free(Path(destination).expanduser())
+    target = require_empty(Path(destination).expanduser())
     if tp is not None:
         _check_only_cut(dtype=dtype, head_quantization=head_quantization)
         cut(source, target, tp, layers, model, config, tokenizer)
@@ -84,7 +84,7 @@ def convert(
     dtype = dtype or (opened.dtype if opened.dtype in DTYPES else torch.float32)
     assembly = assemble(opened, Formats(layers, head, is_auto), dtype)
     try:
-        with appearing(target) as folder:
+        with atomic_folder(target) as folder:
             _write(assembly, folder)
     except OSError as error:
         raise ArgumentError(

@@ -24,7 +24,7 @@ from bminf.arch.architecture import Architecture
 from bminf.arch.glm import GLM10B, GLM130B, INT4_ROW, LINEARS, is_glm10b, is_glm130b, is_quantized
 from bminf.arch.registry import checkpoint_in, config_in, split_tables, told_by
 from bminf.checkpoint.config import CONFIG_FILES
-from bminf.checkpoint.folder import Checkpoint, appearing
+from bminf.checkpoint.folder import Checkpoint, atomic_folder
 from bminf.checkpoint.model_parallel import (
     DEEPSPEED_TRACKER,
     FILE_IN_RANK_FOLDER,
@@ -211,7 +211,7 @@ def reshard(
     total = sum(nbytes_of(stored) for rank in ranks for stored in rank.values())
     try:
         with (
-            appearing(target) as folder,
+            atomic_folder(target) as folder,
             progress_bar(
                 total=total, desc="re-sharding", unit="B", unit_scale=True, delay=1
             ) as bar,
