@@ -83,14 +83,14 @@ def rank_files(folder: Path) -> list[Path]:
             f"{folder} holds no mp_rank_00_model_states.pt and no mp_rank_00/"
             f"{FILE_IN_RANK_FOLDER}; give the folder of one iteration, or the one around it"
         )
-    numbers = sorted(number for number, _ in found)
-    for expected, number in enumerate(numbers):
-        if number < expected:
-            raise CheckpointError(f"{folder} holds rank {number:02d} twice; keep one of them")
-        if number > expected:
+    ranks = sorted(rank for rank, _ in found)
+    for expected, rank in enumerate(ranks):
+        if rank < expected:
+            raise CheckpointError(f"{folder} holds rank {rank:02d} twice; keep one of them")
+        if rank > expected:
             raise CheckpointError(
                 f"{folder} lacks the file of rank {expected:02d} "
-                f"(it holds {', '.join(f'{n:02d}' for n in numbers)}); fetch all ranks"
+                f"(it holds {', '.join(f'{n:02d}' for n in ranks)}); fetch all ranks"
             )
     return [path for _, path in sorted(found)]
 

@@ -106,20 +106,20 @@ class Quantized(Sliced):
                 target.code_sum.copy_(codes.sum(1, dtype=torch.int32))
         return packed
 
-    def _slice(self, axis: int, begin: int, end: int) -> Stored:
+    def _slice(self, axis: int, start: int, end: int) -> Stored:
         if axis == 0:
-            return self._rows(slice(begin, end))
+            return self._rows(slice(start, end))
         width, per_byte = self.shape[1] // self.num_groups, 8 // self.bits
         step = per_byte if self.num_groups == 1 else width
-        if begin % step or end % step:
+        if start % step or end % step:
             raise ArgumentError(
-                f"columns {begin} to {end} of {self.where}, in which {step} go together (two codes "
+                f"columns {start} to {end} of {self.where}, in which {step} go together (two codes "
                 "a byte, or one scale); give a multiple"
             )
         scale = self.scale
         if self.num_groups > 1:
-            scale = scale.columns(begin // width, end // width)
-        codes = self.codes.columns(begin // per_byte, end // per_byte)
+            scale = scale.columns(start // width, end // width)
+        codes = self.codes.columns(start // per_byte, end // per_byte)
         return replace(self, codes=codes, scale=scale)
 
     def _rows(self, rows: slice) -> Quantized:
@@ -129,8 +129,8 @@ class Quantized(Sliced):
     def _row_slices(self) -> Iterable[slice]:
         num_rows, num_columns = self.shape
         step = max(1, _SLICE_ELEMENTS // max(1, num_columns))
-        for begin in range(0, num_rows, step):
-            yield slice(begin, min(begin + step, num_rows))
+        for start in range(0, num_rows, step):
+            yield slice(start, min(start + step, num_rows))
 
     def _codes(self) -> torch.Tensor:
         """The codes as numbers, (N, K) int8."""
@@ -142,7 +142,7 @@ class Quantized(Sliced):
 
 
 def quantized_rows(parts: Iterable[Quantized]) -> Quantized:
-    """Quantised matrices one below another, as one that still offers its codes and scales.
+    """Quantized matrices one below another, as one that still offers its codes and scales.
 
     Raises CheckpointError where they differ in anything but their rows.
     """

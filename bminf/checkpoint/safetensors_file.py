@@ -2,7 +2,7 @@
 
 A file is the length of a header (uint64), the header (JSON: name -> dtype, shape and data_offsets),
 and the data, which has no holes. In our own files each block is one run of bytes, its blob as
-bminf/layout.py lays it out, that begins at a multiple of 256 in the file: one read brings it. What
+bminf/layout.py lays it out, that starts at a multiple of 256 in the file: one read brings it. What
 the alignment leaves open is filled with uint8 tensors named "padding.0", "padding.1", ...
 
 Source: the safetensors README, "Format"; its reader in Rust is as strict as this one.
@@ -57,7 +57,7 @@ _MOST_HEADER_BYTES = 10**8
 _MOST_DIMENSIONS = 64
 _METADATA = "__metadata__"
 _PADDING = "padding."
-_PADDING_KEY = "bminf.padding"  # in the metadata: how the names of paddings begin
+_PADDING_KEY = "bminf.padding"  # in the metadata: how the names of paddings start
 
 
 def read_safetensors(path: Path) -> dict[str, InFile]:
@@ -208,7 +208,7 @@ def _check_no_holes(entries: Mapping[str, Any], data_bytes: int, path: Path) -> 
         start, end = entry["data_offsets"]
         if start != position:
             raise CheckpointError(
-                f"{path} is damaged: {name!r} begins at byte {start} of the data, "
+                f"{path} is damaged: {name!r} starts at byte {start} of the data, "
                 f"but what is before it ends at {position}"
             )
         position = end
@@ -324,14 +324,14 @@ def _fill(block: str, layout: Layout, blob: torch.Tensor, tensors: Iterable[Fill
         full_name = _full_name(block, name)
         if not missing.get(name):
             raise ArgumentError(f"{full_name!r} came twice, or is not in the layout")
-        begin = first_row[0] if first_row else 0
-        if begin != num_rows[name] - missing[name]:
+        start = first_row[0] if first_row else 0
+        if start != num_rows[name] - missing[name]:
             raise ArgumentError(
-                f"{full_name!r} came with the row {begin}, but {num_rows[name] - missing[name]} is "
+                f"{full_name!r} came with the row {start}, but {num_rows[name] - missing[name]} is "
                 "the next one; give the rows in order"
             )
         _check_piece(full_name, tensor, layout.specs[name], missing[name] if first_row else None)
-        layout.fill(blob, [(name, tensor, begin) if first_row else (name, tensor)])
+        layout.fill(blob, [(name, tensor, start) if first_row else (name, tensor)])
         missing[name] -= _num_rows(tuple(tensor.shape))
         del tensor  # before the next one is made
     left = [name for name, rows in missing.items() if rows]

@@ -68,8 +68,8 @@ class Split:
                 f"{whole.where} has shape {whole.shape}, whose axis {self.axis} {num_ranks} ranks "
                 "cannot share equally; choose another degree"
             )
-        begins = [(matrix * num_ranks + rank) * size for matrix in range(self.num_fused)]
-        pieces = tuple(slice_of(whole, self.axis, begin, begin + size) for begin in begins)
+        starts = [(matrix * num_ranks + rank) * size for matrix in range(self.num_fused)]
+        pieces = tuple(slice_of(whole, self.axis, start, start + size) for start in starts)
         return pieces[0] if len(pieces) == 1 else Rows(pieces)
 
 

@@ -56,7 +56,7 @@ class Stored(Protocol):
 
 
 def pieces(stored: Stored, most_bytes: int = _PIECE_BYTES) -> Iterable[tuple[int, torch.Tensor]]:
-    """(number of its first row, rows) of a tensor that is read some rows at a time, in order.
+    """(index of its first row, rows) of a tensor that is read some rows at a time, in order.
 
     most_bytes: of a piece, which still is one row at least. A tensor without axes is one piece.
     """

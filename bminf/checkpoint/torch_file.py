@@ -106,7 +106,7 @@ def _looks_like(head: bytes) -> str:
         return "it is compressed; unpack it first"
     if head[8:9] == b"{":
         return "it looks like a safetensors file; give it the suffix .safetensors"
-    return f"it begins with {head[:16]!r}"
+    return f"it starts with {head[:16]!r}"
 
 
 # The zip form: one pickle, and a stored entry for each storage.
@@ -128,11 +128,11 @@ def _read_zip(file: BinaryFile) -> object:
     saved = _bytes_of(data, pickled, _MOST_PICKLE_BYTES)
     if pickled.CRC not in (0, zlib.crc32(saved)):  # 0: torch was told not to compute it
         raise ValueError(f"the checksum of {pickled.filename!r} is wrong")
-    begins = f"{prefix}/data/"
+    folder = f"{prefix}/data/"
     extents = {
-        name.removeprefix(begins): (_offset_of(data, entry), entry.file_size)
+        name.removeprefix(folder): (_offset_of(data, entry), entry.file_size)
         for name, entry in entries.items()
-        if name.startswith(begins)
+        if name.startswith(folder)
     }
     return torch_objects.load(file, Stream(io.BytesIO(saved)), extents)
 

@@ -173,9 +173,9 @@ class _Meaning:
             raise ValueError("a tensor with an impossible shape, stride or offset")
         if len(shape) != len(stride):
             raise ValueError(f"a tensor with {len(shape)} dimensions and {len(stride)} strides")
-        begin = first * dtype.itemsize
-        tensor = InFile(self._file, storage.offset + begin, shape, stride, dtype, storage.key)
-        if begin + tensor.span_bytes > storage.nbytes:
+        start = first * dtype.itemsize
+        tensor = InFile(self._file, storage.offset + start, shape, stride, dtype, storage.key)
+        if start + tensor.span_bytes > storage.nbytes:
             raise ValueError(f"a tensor of shape {shape} reaches beyond its storage")
         if math.prod(shape) * dtype.itemsize > self._file.nbytes:
             # Strides of 0 can make any size of a few bytes; no weight is saved so.

@@ -1,7 +1,7 @@
 """Files of torch.save, written without ever holding what is saved.
 
 The zip form: data.pkl, byteorder, data/0, data/1, ... (a storage a tensor) and version, each
-beginning at a multiple of 64 in the file, so that torch can map it.
+starting at a multiple of 64 in the file, so that torch can map it.
 
 Source: torch/serialization.py, and caffe2/serialize/inline_container.cc for the alignment.
 """
@@ -63,8 +63,8 @@ def write_torch_file(
                 entry.write(pickled.getvalue())
             with _entry(archive, file, f"{prefix}/byteorder", 6) as entry:
                 entry.write(b"little")
-            for number, stored in enumerate(pickler.tensors):
-                with _entry(archive, file, f"{prefix}/data/{number}", nbytes_of(stored)) as entry:
+            for index, stored in enumerate(pickler.tensors):
+                with _entry(archive, file, f"{prefix}/data/{index}", nbytes_of(stored)) as entry:
                     for _, rows in pieces(stored):
                         entry.write(_bytes_of(rows))
                         progress(rows.nbytes)
@@ -104,19 +104,19 @@ class _Pickler(pickle.Pickler):
 
 @contextmanager
 def _entry(archive: zipfile.ZipFile, file: BinaryIO, name: str, nbytes: int) -> Iterator[IO[bytes]]:
-    """An entry of `nbytes` that begins aligned, to be written."""
+    """An entry of `nbytes` that starts aligned, to be written."""
     entry = zipfile.ZipInfo(name)
     is_zip64 = nbytes >= _ZIP64_FROM
-    begin = file.tell() + _LOCAL_HEADER_BYTES + len(name.encode())
-    entry.extra = _padding(begin + (_ZIP64_EXTRA_BYTES if is_zip64 else 0))
+    start = file.tell() + _LOCAL_HEADER_BYTES + len(name.encode())
+    entry.extra = _padding(start + (_ZIP64_EXTRA_BYTES if is_zip64 else 0))
     with archive.open(entry, "w", force_zip64=is_zip64) as target:
         yield target
     entry.extra = b""  # only the header before the data needs it, not the directory
 
 
-def _padding(begin: int) -> bytes:
-    """An extra field that moves what would begin at `begin` to a multiple of 64."""
-    num_bytes = -(begin + 4) % _ALIGNMENT
+def _padding(start: int) -> bytes:
+    """An extra field that moves what would start at `start` to a multiple of 64."""
+    num_bytes = -(start + 4) % _ALIGNMENT
     return b"FB" + num_bytes.to_bytes(2, "little") + b"Z" * num_bytes
 
 

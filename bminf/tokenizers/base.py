@@ -113,7 +113,7 @@ class Joiner(Protocol):
     later id can change, as early as that is certain.
     """
 
-    def add(self, number: int) -> str: ...
+    def add(self, token_id: int) -> str: ...
 
     def end(self) -> str: ...
 
@@ -124,8 +124,8 @@ class Concatenation:
     def __init__(self, texts: Sequence[str]) -> None:
         self._texts = texts
 
-    def add(self, number: int) -> str:
-        return self._texts[number]
+    def add(self, token_id: int) -> str:
+        return self._texts[token_id]
 
     def end(self) -> str:
         return ""
@@ -164,7 +164,7 @@ class VocabularyTokenizer:
 
     def tokens(self, ids: Sequence[int]) -> list[str]:
         """The vocabulary's own strings. Raises ArgumentError for an id out of range."""
-        return [self._vocabulary.tokens[number] for number in self._vocabulary.check_ids(ids)]
+        return [self._vocabulary.tokens[token_id] for token_id in self._vocabulary.check_ids(ids)]
 
     def joiner(self) -> Joiner:
         """A fresh joiner of ids that are in range."""
@@ -236,8 +236,8 @@ class _WholeText:
         self._tokenizer = tokenizer
         self._ids: list[int] = []
 
-    def add(self, number: int) -> str:
-        self._ids.append(number)
+    def add(self, token_id: int) -> str:
+        self._ids.append(token_id)
         return ""
 
     def end(self) -> str:

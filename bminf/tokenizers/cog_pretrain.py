@@ -44,10 +44,10 @@ class CogPretrainTokenizer(CommandTokenizer):
         pieces = self._pieces.tokens
         first, places = len(pieces), _FIXED_COMMANDS if fixed_commands else _COMMANDS
         commands = {name: first + place for name, place in places.items()}
-        self._texts = {number: name for name, number in commands.items()}
-        behind = [self._texts.get(number, "") for number in range(first, max(self._texts) + 1)]
+        self._texts = {token_id: name for name, token_id in commands.items()}
+        behind = [self._texts.get(token_id, "") for token_id in range(first, max(self._texts) + 1)]
         gap = range(first + _UNUSED, first + _UNUSED + 1)
-        textless = [number for number, piece in enumerate(pieces) if piece in TEXTLESS]
+        textless = [token_id for token_id, piece in enumerate(pieces) if piece in TEXTLESS]
         super().__init__(
             PieceVocabulary([*pieces, *behind], path, gap, "an unused row"),
             commands,

@@ -28,7 +28,7 @@ class CPM1Tokenizer(VocabularyTokenizer):
     model_file: a sentencepiece model, `chinese_vocab.model` of the authors or `spiece.model` of the
     Hugging Face folder. Ids are the model's own.
 
-    Words are joined by spaces and given to the model, which normalises them as it was built to
+    Words are joined by spaces and given to the model, which normalizes them as it was built to
     (full-width forms become ASCII, tabs are blanks, "..." stands for an ellipsis). Decoding joins
     the pieces without spaces, those that stood for a space or a newline being tokens of their own;
     control pieces (`<s>`, `<sep>`, `<pad>`, `<mask>`) have no text.
@@ -40,18 +40,18 @@ class CPM1Tokenizer(VocabularyTokenizer):
     def __init__(self, model_file: str | Path) -> None:
         path = Path(model_file).absolute()
         self._pieces = PieceModel(path)
-        for number, token in enumerate(self._pieces.tokens):
+        for token_id, token in enumerate(self._pieces.tokens):
             if is_byte(token):
                 raise CheckpointError(
-                    f"{path}, piece {number + 1}: {token!r} is a byte; "
+                    f"{path}, piece {token_id + 1}: {token!r} is a byte; "
                     "CPM-1's model has none, so this is the model of something else"
                 )
         vocabulary = Vocabulary(self._pieces.tokens, path, entry="piece")
         vocabulary.require({"<unk>": 0, NEWLINE: 3, "<eod>": 7, SPACE: 10})
         super().__init__(vocabulary)
         self._texts = [
-            self._pieces.decode([number]).replace(" ", "").translate(FROM_SYMBOLS)
-            for number in range(self.vocab_size)
+            self._pieces.decode([token_id]).replace(" ", "").translate(FROM_SYMBOLS)
+            for token_id in range(self.vocab_size)
         ]
 
     def joiner(self) -> Joiner:

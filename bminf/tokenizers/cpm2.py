@@ -92,14 +92,14 @@ class CPM2BilingualTokenizer(SpanTokenizer):
             return []
         return [
             ids[0],
-            *(ids[at] for at in range(1, len(ids) - 1) if self._stays(ids, at)),
+            *(ids[index] for index in range(1, len(ids) - 1) if self._stays(ids, index)),
             ids[-1],
         ]
 
-    def _stays(self, ids: Sequence[int], at: int) -> bool:
+    def _stays(self, ids: Sequence[int], index: int) -> bool:
         """Whether a token is more than the space between two words that are not Chinese."""
-        is_space_between = self._is_chinese[ids[at - 1]] or self._is_chinese[ids[at + 1]]
-        return ids[at] != self._space or is_space_between
+        is_space_between = self._is_chinese[ids[index - 1]] or self._is_chinese[ids[index + 1]]
+        return ids[index] != self._space or is_space_between
 
 
 class _InsideMatch(LongestMatch):
@@ -122,8 +122,8 @@ class _SpacedWords:
         self._begin_word()
         self._has_word = False
 
-    def add(self, number: int) -> str:
-        token, text = self._tokens[number], ""
+    def add(self, token_id: int) -> str:
+        token, text = self._tokens[token_id], ""
         if self._has_word and token.startswith(INSIDE):
             token = token.removeprefix(INSIDE)
         elif self._has_word:

@@ -46,7 +46,7 @@ class GPT2Tokenizer(CommandTokenizer):
         super().__init__(Vocabulary(tokens, vocab_file, entry="entry"), commands)
         self.files = (vocab_file, merges_file)
         self._entry_bytes = [_spelled(entry, vocab_file) for entry in entries[:-1]]
-        self._texts = {number: name for name, number in commands.items()}
+        self._texts = {token_id: name for name, token_id in commands.items()}
         self._bpe = _make_bpe(entries, _read_merges(merges_file, set(entries)))
 
     def joiner(self) -> Joiner:
@@ -67,10 +67,10 @@ class _ByteJoiner:
         self._token_bytes, self._specials = token_bytes, specials
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def add(self, number: int) -> str:
-        if number in self._specials:
-            return self.end() + self._specials[number]
-        return self._decoder.decode(self._token_bytes[number])
+    def add(self, token_id: int) -> str:
+        if token_id in self._specials:
+            return self.end() + self._specials[token_id]
+        return self._decoder.decode(self._token_bytes[token_id])
 
     def end(self) -> str:
         return self._decoder.decode(b"", final=True)
@@ -120,7 +120,7 @@ def _read_entries(path: Path) -> list[str]:
 
 
 def _is_str_to_int(ids: Any) -> bool:
-    return isinstance(ids, dict) and all(type(number) is int for number in ids.values())
+    return isinstance(ids, dict) and all(type(token_id) is int for token_id in ids.values())
 
 
 def _check_entries(entries: list[str], path: Path) -> None:
@@ -153,14 +153,14 @@ def _read_merges(path: Path, entries: set[str]) -> list[tuple[str, str]]:
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{path} is not UTF-8, or damaged: {error}") from error
     merges = []
-    for at, line in enumerate(lines, 1):
+    for line_number, line in enumerate(lines, 1):
         parts = line.removesuffix("\r").split(" ")
-        if parts == [""] or (at == 1 and line.startswith("#version")):
+        if parts == [""] or (line_number == 1 and line.startswith("#version")):
             continue
         if len(parts) != 2 or not entries.issuperset([*parts, "".join(parts)]):
             raise CheckpointError(
-                f"{path}, line {at}: {line!r} is not two entries of the vocabulary that make a "
-                "third; do both files belong together?"
+                f"{path}, line {line_number}: {line!r} is not two entries of the vocabulary that "
+                "make a third; do both files belong together?"
             )
         merges.append((parts[0], parts[1]))
     return merges
@@ -169,7 +169,7 @@ def _read_merges(path: Path, entries: set[str]) -> list[tuple[str, str]]:
 def _make_bpe(entries: list[str], merges: list[tuple[str, str]]) -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    ids = {entry: number for number, entry in enumerate(entries)}
+    ids = {entry: token_id for token_id, entry in enumerate(entries)}
     bpe = Tokenizer(models.BPE(vocab=ids, merges=merges))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     return bpe

@@ -59,7 +59,7 @@ class _IceText(VocabularyTokenizer):
     def _cut(self, text: str) -> list[int]:
         if not self._ignores_linebreak:
             text = text.replace("\n", _LINE_BREAK)
-        return [number + self._image_offset for number in self._pieces.encode(text)]
+        return [token_id + self._image_offset for token_id in self._pieces.encode(text)]
 
 
 class IceTokenizer(_IceText):
@@ -105,13 +105,13 @@ class _PackagePieces:
 
     def __init__(self, package: Any) -> None:
         self._package, self._first = package, package.num_image_tokens
-        self.tokens = [package[self._first + at] for at in range(package.num_text_tokens)]
+        self.tokens = [package[self._first + index] for index in range(package.num_text_tokens)]
 
     def encode(self, text: str) -> list[int]:
-        return [number - self._first for number in self._package.encode(text)]
+        return [token_id - self._first for token_id in self._package.encode(text)]
 
     def decode(self, ids: Sequence[int]) -> str:
-        text: str = self._package.decode([number + self._first for number in ids])
+        text: str = self._package.decode([token_id + self._first for token_id in ids])
         return text
 
 
@@ -126,8 +126,8 @@ class _LineBreaks:
         self._joiner = joiner
         self._held = ""
 
-    def add(self, number: int) -> str:
-        text = (self._held + self._joiner.add(number)).replace(_LINE_BREAK, "\n")
+    def add(self, token_id: int) -> str:
+        text = (self._held + self._joiner.add(token_id)).replace(_LINE_BREAK, "\n")
         held = next((start for start in ("<n", "<") if text.endswith(start)), "")
         self._held = held
         return text.removesuffix(held)

@@ -51,8 +51,8 @@ class LongestMatch:
         ids: list[int] = []
         start = 0
         while start < len(word):
-            number, start = self._longest(word, start)
-            ids.append(number)
+            token_id, start = self._longest(word, start)
+            ids.append(token_id)
         return ids
 
     def spelling(self, piece: str, start: int) -> str:
@@ -62,9 +62,9 @@ class LongestMatch:
     def _longest(self, word: str, start: int) -> tuple[int, int]:
         """The id of the longest token at `start`, and where it ends."""
         for end in range(min(len(word), start + self._longest_token), start, -1):
-            number = self._ids.get(self.spelling(word[start:end], start))
-            if number is not None:
-                return number, end
+            token_id = self._ids.get(self.spelling(word[start:end], start))
+            if token_id is not None:
+                return token_id, end
         return self._unknown, start + 1
 
 
@@ -118,7 +118,7 @@ class LineTokenizer(VocabularyTokenizer):
 
     def _cut(self, text: str) -> list[int]:
         words = jieba_words().cut(self._folded(text))
-        return [number for word in words for number in self._matcher.ids(self._word(word))]
+        return [token_id for word in words for token_id in self._matcher.ids(self._word(word))]
 
     def _folded(self, text: str) -> str:
         """The text with characters put for those that the vocabulary does without."""

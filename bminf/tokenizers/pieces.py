@@ -63,9 +63,9 @@ class PieceVocabulary(Vocabulary):
         super().__init__(tokens, path, entry="piece")
         self._gap, self._gap_name = gap, gap_name
 
-    def check_id(self, number: int) -> int:
+    def check_id(self, token_id: int) -> int:
         """The id as an int. Raises ArgumentError for what is none, and for one of the gap."""
-        index = super().check_id(number)
+        index = super().check_id(token_id)
         if index in self._gap:
             raise ArgumentError(
                 f"id {index} of {self.path} is {self._gap_name} and has no text; leave it out"
@@ -88,12 +88,12 @@ class PieceJoiner:
         self._before: list[int] = []
         self._held: list[int] = []
 
-    def add(self, number: int) -> str:
-        if number in self._specials:
+    def add(self, token_id: int) -> str:
+        if token_id in self._specials:
             text = self._release()
             self._before = []
-            return text + self._specials[number]
-        self._held.append(number - self._offset)
+            return text + self._specials[token_id]
+        self._held.append(token_id - self._offset)
         return "" if is_byte(self._pieces.tokens[self._held[-1]]) else self._release()
 
     def end(self) -> str:
@@ -115,7 +115,9 @@ class PieceJoiner:
 def _visible(pieces: Pieces) -> int:
     """The first piece that has text even alone: `<unk>`, as a rule."""
     tokens = enumerate(pieces.tokens)
-    return next((at for at, token in tokens if not is_byte(token) and pieces.decode([at])), 0)
+    return next(
+        (index for index, token in tokens if not is_byte(token) and pieces.decode([index])), 0
+    )
 
 
 def is_byte(token: str) -> bool:

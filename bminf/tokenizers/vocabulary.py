@@ -21,7 +21,7 @@ class Vocabulary:
     def __init__(self, tokens: Iterable[str], path: Path, entry: str = "line") -> None:
         self.tokens = tuple(tokens)
         self.path = path
-        self.ids = {token: number for number, token in enumerate(self.tokens) if token}
+        self.ids = {token: token_id for token_id, token in enumerate(self.tokens) if token}
         self._entry = entry
 
     @classmethod
@@ -33,7 +33,9 @@ class Vocabulary:
         line that is not UTF-8 and a token that stands twice.
         """
         lines = read_bytes(path).removeprefix(codecs.BOM_UTF8).splitlines()
-        vocabulary = cls((_token(line, at, path) for at, line in enumerate(lines, 1)), path)
+        vocabulary = cls(
+            (_token(line, line_number, path) for line_number, line in enumerate(lines, 1)), path
+        )
         vocabulary._check_unique()
         return vocabulary
 
@@ -59,13 +61,13 @@ class Vocabulary:
             raise ArgumentError(f"token={token!r} is not one of {self.path}{hint}")
         return self.ids[token]
 
-    def check_id(self, number: int) -> int:
+    def check_id(self, token_id: int) -> int:
         """The id as an int. Raises ArgumentError for what is none of this vocabulary."""
         try:
-            index = operator.index(number)
+            index = operator.index(token_id)
         except TypeError as error:
             raise ArgumentError(
-                f"id {number!r} is a {type(number).__name__}; give integers"
+                f"id {token_id!r} is a {type(token_id).__name__}; give integers"
             ) from error
         if not 0 <= index < len(self.tokens):
             raise ArgumentError(
@@ -76,17 +78,17 @@ class Vocabulary:
     def check_ids(self, ids: Sequence[int]) -> list[int]:
         if isinstance(ids, str | bytes) or not isinstance(ids, Iterable):
             raise ArgumentError(f"ids={ids!r} is a {type(ids).__name__}; give a sequence of int")
-        return [self.check_id(number) for number in ids]
+        return [self.check_id(token_id) for token_id in ids]
 
-    def _found(self, number: int) -> str:
-        return repr(self.tokens[number]) if number < len(self.tokens) else "nothing"
+    def _found(self, token_id: int) -> str:
+        return repr(self.tokens[token_id]) if token_id < len(self.tokens) else "nothing"
 
     def _check_unique(self) -> None:
-        for number, token in enumerate(self.tokens):
-            if token and self.ids[token] != number:
+        for token_id, token in enumerate(self.tokens):
+            if token and self.ids[token] != token_id:
                 raise CheckpointError(
                     f"{self.path}, line {self.ids[token] + 1}: {token!r} stands in line "
-                    f"{number + 1} already; a token has one id, so it must stand once"
+                    f"{token_id + 1} already; a token has one id, so it must stand once"
                 )
 
 
@@ -98,11 +100,11 @@ def read_bytes(path: Path) -> bytes:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
-def _token(line: bytes, number: int, path: Path) -> str:
+def _token(line: bytes, line_number: int, path: Path) -> str:
     try:
         return line.decode().strip()
     except UnicodeDecodeError as error:
         raise CheckpointError(
-            f"{path}, line {number}: not UTF-8 ({error.reason} at byte {error.start}); "
+            f"{path}, line {line_number}: not UTF-8 ({error.reason} at byte {error.start}); "
             "save the file as UTF-8"
         ) from error

@@ -197,9 +197,9 @@ def entry(begin: Any, end: Any, shape: Any = None, dtype: Any = "U8") -> dict[st
 
 
 BAD = {
-    "overlap": ({"a": entry(0, 4), "b": entry(2, 6)}, 6, "begins at byte"),
-    "hole": ({"a": entry(0, 4), "b": entry(5, 6)}, 6, "begins at byte"),
-    "hole at the beginning": ({"a": entry(1, 4)}, 4, "begins at byte"),
+    "overlap": ({"a": entry(0, 4), "b": entry(2, 6)}, 6, "starts at byte"),
+    "hole": ({"a": entry(0, 4), "b": entry(5, 6)}, 6, "starts at byte"),
+    "hole at the beginning": ({"a": entry(1, 4)}, 4, "starts at byte"),
     "short file": ({"a": entry(0, 8)}, 7, "truncated"),
     "long file": ({"a": entry(0, 4)}, 5, "truncated"),
     "wrong size": ({"a": entry(0, 4, [3])}, 4, "but 4 bytes"),

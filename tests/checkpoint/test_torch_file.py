@@ -285,7 +285,7 @@ def zipped(**entries: bytes) -> bytes:
         (tar(), "tar file"),
         (b"\x1f\x8b\x08\x00", "compressed"),
         (b"\x10" + b"\0" * 7 + b'{"a":{}}        ', "safetensors"),
-        (b"GGUF" + b"\0" * 20, "it begins with b'GGUF"),
+        (b"GGUF" + b"\0" * 20, "it starts with b'GGUF"),
         (zipped(x=b"1"), "not one of torch.save"),
         (zipped(**{"data.pkl": b"N.", "constants.pkl": b"N."}), "TorchScript"),
         (b"\x80\x02K\x01.", "a pickle, but not one of torch.save"),
