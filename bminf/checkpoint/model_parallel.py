@@ -28,8 +28,8 @@ RELEASE = "release"
 """What stands in the place of a number in trackers of some released checkpoints."""
 
 _MOST_TRACKER_BYTES = 64
-_RANK_FILE = re.compile(r"mp_rank_(\d+)_model_states\.pt")
-_RANK_FOLDER = re.compile(r"mp_rank_(\d+)")
+_RANK = re.compile(r"mp_rank_(\d+)(_model_states\.pt)?")
+_ITERATION = re.compile(b"[0-9]+|" + RELEASE.encode())
 FILE_IN_RANK_FOLDER = "model_optim_rng.pt"
 
 
@@ -45,13 +45,10 @@ def read_model_parallel(folder: Path, tables: Sequence[SplitTable]) -> dict[str,
     ranks = [_read_rank(path, len(paths)) for path in paths]
     _check_agreement(paths, ranks)
     table = table_for(ranks[0].keys(), tables)
-    if len(ranks) == 1:
-        _check_complete(ranks[0], 1, table)
-        return dict(ranks[0])
-    splits = {name: table.split(name) for name in ranks[0]}
-    merged = {
-        name: split.merge(tuple(rank[name] for rank in ranks)) for name, split in splits.items()
-    }
+    merged: dict[str, Stored] = dict(ranks[0])
+    if len(ranks) > 1:
+        splits = {name: table.split(name) for name in merged}
+        merged = {name: splits[name].merge(tuple(rank[name] for rank in ranks)) for name in splits}
     _check_complete(merged, len(ranks), table)
     return merged
 
@@ -65,7 +62,7 @@ def is_model_parallel(folder: Path) -> bool:
     latest = folder / DEEPSPEED_TRACKER
     if (folder / TRACKER).is_file() or _numbered(folder):
         return True
-    return latest.is_file() and _is_iteration(_text(latest))
+    return latest.is_file() and _ITERATION.fullmatch(_text(latest)) is not None
 
 
 def has_tracker(folder: Path) -> bool:
@@ -99,10 +96,8 @@ def _numbered(folder: Path) -> list[tuple[int, Path]]:
     """(rank, file) of all files of ranks that lie directly in the folder."""
     found = []
     for path in folder.iterdir():
-        if match := _RANK_FILE.fullmatch(path.name):
-            found.append((int(match[1]), path))
-        elif match := _RANK_FOLDER.fullmatch(path.name):
-            found.append((int(match[1]), path / FILE_IN_RANK_FOLDER))
+        if match := _RANK.fullmatch(path.name):
+            found.append((int(match[1]), path if match[2] else path / FILE_IN_RANK_FOLDER))
     return found
 
 
@@ -113,8 +108,8 @@ def _trackers(folder: Path) -> list[Path]:
 def _latest(folder: Path) -> Path:
     """The folder of the iteration that the tracker files name."""
     trackers = _trackers(folder)
-    words = [_tracked(path) for path in trackers]
-    if len({_iteration(word) for word in words}) > 1:
+    words = [_iteration(path) for path in trackers]
+    if len({word.lstrip("0") for word in words}) > 1:
         raise CheckpointError(
             f"{trackers[0]} names the iteration {words[0]}, but {trackers[1].name} beside it "
             f"{words[1]}; correct one of them, or give the folder of one iteration"
@@ -126,15 +121,15 @@ def _latest(folder: Path) -> Path:
         if (folder / name).is_dir():
             return folder / name
     raise CheckpointError(
-        f"{trackers[0]} names the iteration {_iteration(words[0])}, but the folder holds no "
+        f"{trackers[0]} names the iteration {words[0]}, but the folder holds no "
         f"{'/ and no '.join(names)}/; fetch it, or correct the number"
     )
 
 
-def _tracked(tracker: Path) -> str:
+def _iteration(tracker: Path) -> str:
     """The iteration that one tracker file names, as it is written there."""
     text = _text(tracker)
-    if not _is_iteration(text):
+    if not _ITERATION.fullmatch(text):
         raise CheckpointError(
             f"{tracker} holds {text!r}; it should be the number of an iteration, or {RELEASE!r}"
         )
@@ -145,14 +140,6 @@ def _text(tracker: Path) -> bytes:
     file = BinaryFile(tracker)
     text = file.at(0, min(file.nbytes, _MOST_TRACKER_BYTES), "the iteration")
     return text.removeprefix(codecs.BOM_UTF8).strip()
-
-
-def _is_iteration(text: bytes) -> bool:
-    return text.isdigit() or text == RELEASE.encode()
-
-
-def _iteration(word: str) -> int | str:
-    return word if word == RELEASE else int(word)
 
 
 def _read_rank(path: Path, num_ranks: int) -> dict[str, InFile]:
@@ -191,9 +178,11 @@ def _check_complete(tensors: Mapping[str, Stored], num_ranks: int, table: SplitT
     for end, other in table.widths.items():
         for name, shared in tensors.items():
             whole = tensors.get(name.removesuffix(end) + other)
-            if not name.endswith(end) or whole is None:
-                continue
-            if {len(shared.shape), len(whole.shape)} == {2}:
+            if (
+                name.endswith(end)
+                and whole is not None
+                and len(shared.shape) == len(whole.shape) == 2
+            ):
                 _check_width(shared, whole.shape[1], num_ranks)
 
 
