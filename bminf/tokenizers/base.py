@@ -175,24 +175,27 @@ class VocabularyTokenizer:
 
 
 class CommandTokenizer(VocabularyTokenizer):
-    """What the tokenizers of GLM-10B share, English and Chinese; see GLMTokenizer.
+    """What the tokenizers of GLM share; see GLMTokenizer.
 
     commands: the id of each special token, by how it is spelled. Under that name it is found before
     a token of the vocabulary that is spelled alike.   textless: other ids that are no text.
     """
+
+    strips_before_masks = True
+    _names = "<|endoftext|>", "<|startofpiece|>", "<|endofpiece|>"
 
     def __init__(
         self, vocabulary: Vocabulary, commands: Mapping[str, int], textless: Iterable[int] = ()
     ) -> None:
         super().__init__(vocabulary)
         vocabulary.ids.update(commands)
-        self.eos_id = self.pad_id = commands["<|endoftext|>"]
-        self.sop_id, self.eop_id = commands["<|startofpiece|>"], commands["<|endofpiece|>"]
+        self.eos_id, self.sop_id, self.eop_id = (commands[name] for name in self._names)
+        self.pad_id = self.eos_id
         self.masks: Mapping[str, int] = {
             name: commands[name] for name in ("[MASK]", "[sMASK]", "[gMASK]")
         }
-        self.prefix_ids: tuple[int, ...] = (commands["[CLS]"],)
-        self.strips_before_masks = True
+        first = commands.get("[CLS]")
+        self.prefix_ids = () if first is None else (first,)
         unspoken = {*commands.values(), *textless} - {self.eos_id, self.eop_id}
         self.unspoken_ids = tuple(sorted(unspoken))
 

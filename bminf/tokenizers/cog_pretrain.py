@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from bminf.tokenizers.base import CommandTokenizer, Joiner
-from bminf.tokenizers.pieces import TEXTLESS, PieceJoiner, PieceModel, PieceVocabulary, require
+from bminf.tokenizers.pieces import TEXTLESS, PieceJoiner, PieceModel
+from bminf.tokenizers.vocabulary import Vocabulary
 
 _COMMANDS = {
     "<|endoftext|>": 0, "[SEP]": 1, "[CLS]": 2, "[MASK]": 3, "[UNK]": 4,
@@ -40,19 +41,16 @@ class CogPretrainTokenizer(CommandTokenizer):
         path = Path(path).absolute()
         self.settings = {"fixed_commands": fixed_commands}
         self._pieces = PieceModel(path)
-        require(self._pieces, path, {"<unk>": 0})
         pieces = self._pieces.tokens
+        Vocabulary(pieces, path, entry="piece").require({"<unk>": 0})
         first, places = len(pieces), _FIXED_COMMANDS if fixed_commands else _COMMANDS
         commands = {name: first + place for name, place in places.items()}
         self._texts = {token_id: name for name, token_id in commands.items()}
         behind = [self._texts.get(token_id, "") for token_id in range(first, max(self._texts) + 1)]
         gap = range(first + _UNUSED, first + _UNUSED + 1)
         textless = [token_id for token_id, piece in enumerate(pieces) if piece in TEXTLESS]
-        super().__init__(
-            PieceVocabulary([*pieces, *behind], path, gap, "an unused row"),
-            commands,
-            [*textless, *gap],
-        )
+        vocabulary = Vocabulary([*pieces, *behind], path, "piece", gap, "an unused row")
+        super().__init__(vocabulary, commands, [*textless, *gap])
 
     def joiner(self) -> Joiner:
         return PieceJoiner(self._pieces, 0, self._texts)

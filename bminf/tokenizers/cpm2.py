@@ -13,11 +13,9 @@ from bminf.tokenizers.line_tokenizer import (
     HALF_WIDTH,
     NEWLINE,
     SPACE,
-    LongestMatch,
     SpanTokenizer,
     has_chinese,
 )
-from bminf.tokenizers.vocabulary import Vocabulary
 
 _FOLDED = {code: half for code, half in HALF_WIDTH.items() if chr(code) not in "，！（）？；："}
 
@@ -65,13 +63,8 @@ class CPM2BilingualTokenizer(SpanTokenizer):
     """
 
     _needed: ClassVar[Mapping[str, int]] = {
-        "<unk>": 0,
-        "<s>": 1,
-        NEWLINE: 3,
-        "<go>": 7,
-        "<eod>": 8,
-        SPACE: 11,
-    }
+        "<unk>": 0, "<s>": 1, NEWLINE: 3, "<go>": 7, "<eod>": 8, SPACE: 11,
+    }  # fmt: skip
 
     def __init__(self, vocab_file: str | Path) -> None:
         super().__init__(vocab_file)
@@ -83,8 +76,8 @@ class CPM2BilingualTokenizer(SpanTokenizer):
     def joiner(self) -> Joiner:
         return _SpacedWords(self._vocabulary.tokens, self._may_turn)
 
-    def _make_matcher(self, vocabulary: Vocabulary) -> LongestMatch:
-        return _InsideMatch(vocabulary.ids, vocabulary.ids["<unk>"])
+    def _spelling(self, piece: str, start: int) -> str:
+        return piece if start == 0 or _is_chinese(piece) else INSIDE + piece
 
     def _cut(self, text: str) -> list[int]:
         ids = super()._cut(text)
@@ -100,11 +93,6 @@ class CPM2BilingualTokenizer(SpanTokenizer):
         """Whether a token is more than the space between two words that are not Chinese."""
         is_space_between = self._is_chinese[ids[index - 1]] or self._is_chinese[ids[index + 1]]
         return ids[index] != self._space or is_space_between
-
-
-class _InsideMatch(LongestMatch):
-    def spelling(self, piece: str, start: int) -> str:
-        return piece if start == 0 or _is_chinese(piece) else INSIDE + piece
 
 
 class _SpacedWords:

@@ -2,56 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from bminf.errors import ArgumentError
-from bminf.tokenizers.base import Joiner, VocabularyTokenizer
-from bminf.tokenizers.pieces import (
-    TEXTLESS,
-    PieceJoiner,
-    PieceModel,
-    Pieces,
-    PieceVocabulary,
-    require,
-)
+from bminf.tokenizers.base import CommandTokenizer, Joiner
+from bminf.tokenizers.pieces import TEXTLESS, PieceJoiner, PieceModel, Pieces
+from bminf.tokenizers.vocabulary import Vocabulary
 
 _SPECIALS = ("[MASK]", "[gMASK]", "[sMASK]", "eod", "sop", "eop", "ENC", "dBLOCK")
 _EOS = "</s>"
 _LINE_BREAK = "<n>"
 
 
-class _IceText(VocabularyTokenizer):
+class _IceText(CommandTokenizer):
     """What both forms of this tokenizer share. pieces: the model.   path: of its file."""
+
+    strips_before_masks = False
+    _names = "eos", "sop", "eop"
 
     def __init__(
         self, pieces: Pieces, path: Path, image_offset: int, ignore_linebreak: bool
     ) -> None:
         line_break = {} if ignore_linebreak else {_LINE_BREAK: 4}
-        require(pieces, path, {"<unk>": 0, _EOS: 2, "<pad>": 3, **line_break})
+        needed = {"<unk>": 0, _EOS: 2, "<pad>": 3, **line_break}
+        Vocabulary(pieces.tokens, path, entry="piece").require(needed)
         tokens = [*[""] * image_offset, *pieces.tokens, *_SPECIALS]
-        vocabulary = PieceVocabulary(tokens, path, range(image_offset), "an image token")
-        super().__init__(vocabulary)
+        gap = range(image_offset)
+        vocabulary = Vocabulary(tokens, path, "piece", gap, "an image token")
+        ids = vocabulary.ids
+        commands = {name: ids[name] for name in _SPECIALS}
+        self._texts = {ids[name]: f"[{name}]" for name in (*_SPECIALS, _EOS)}
+        textless = [*gap, *(ids[name] for name in TEXTLESS if name in ids)]
+        super().__init__(vocabulary, {**commands, "eos": ids[_EOS]}, textless)
+        self.pad_id = ids["<pad>"]
         self._pieces, self._image_offset = pieces, image_offset
         self._ignores_linebreak = ignore_linebreak
         self.settings = {"image_offset": image_offset, "ignore_linebreak": ignore_linebreak}
-        self._name_ids(vocabulary)
-
-    def _name_ids(self, vocabulary: PieceVocabulary) -> None:
-        ids = vocabulary.ids
-        self.eos_id, self.pad_id = ids[_EOS], ids["<pad>"]
-        ids["eos"] = self.eos_id  # the authors' name of it, beside those of the other commands
-        self.sop_id, self.eop_id = ids["sop"], ids["eop"]
-        self.masks: Mapping[str, int] = {
-            name: ids[name] for name in ("[MASK]", "[sMASK]", "[gMASK]")
-        }
-        self.prefix_ids: tuple[int, ...] = ()
-        self.strips_before_masks = False
-        self._texts = {ids[name]: f"[{name}]" for name in (*_SPECIALS, _EOS)}
-        textless = {ids[name] for name in (*_SPECIALS, *TEXTLESS) if name in ids}
-        spoken = {self.eos_id, self.eop_id}
-        self.unspoken_ids = (*range(self._image_offset), *sorted(textless - spoken))
 
     def joiner(self) -> Joiner:
         return _LineBreaks(PieceJoiner(self._pieces, self._image_offset, self._texts))

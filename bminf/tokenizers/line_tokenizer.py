@@ -33,41 +33,6 @@ MAX_WORD_LENGTH = 200
 """A longer word is unknown as a whole."""
 
 
-class LongestMatch:
-    """Cuts words into tokens.
-
-    ids: the id of each token.   unknown: the id of a character that begins no token, and of a word
-    of more than MAX_WORD_LENGTH characters.
-    """
-
-    def __init__(self, ids: Mapping[str, int], unknown: int) -> None:
-        self._ids = ids
-        self._unknown = unknown
-        self._longest_token = max(map(len, ids), default=0)
-
-    def ids(self, word: str) -> list[int]:
-        if len(word) > MAX_WORD_LENGTH:
-            return [self._unknown]
-        ids: list[int] = []
-        start = 0
-        while start < len(word):
-            token_id, start = self._longest(word, start)
-            ids.append(token_id)
-        return ids
-
-    def spelling(self, piece: str, start: int) -> str:
-        """How the vocabulary spells a piece that stands at `start` in its word."""
-        return piece
-
-    def _longest(self, word: str, start: int) -> tuple[int, int]:
-        """The id of the longest token at `start`, and where it ends."""
-        for end in range(min(len(word), start + self._longest_token), start, -1):
-            token_id = self._ids.get(self.spelling(word[start:end], start))
-            if token_id is not None:
-                return token_id, end
-        return self._unknown, start + 1
-
-
 _SENTINEL = re.compile(r"<s_(0|[1-9][0-9]*)>")
 
 
@@ -103,14 +68,12 @@ class LineTokenizer(VocabularyTokenizer):
         vocabulary = Vocabulary.read(Path(vocab_file).absolute())
         vocabulary.require(self._needed)
         super().__init__(vocabulary)
-        self._matcher = self._make_matcher(vocabulary)
+        self._unknown = vocabulary.ids["<unk>"]
+        self._longest_token = max(map(len, vocabulary.ids))
         self._texts = [self._text(token) for token in vocabulary.tokens]
 
     def joiner(self) -> Joiner:
         return Concatenation(self._texts)
-
-    def _make_matcher(self, vocabulary: Vocabulary) -> LongestMatch:
-        return LongestMatch(vocabulary.ids, vocabulary.ids["<unk>"])
 
     def _text(self, token: str) -> str:
         """What a token is in a text."""
@@ -118,7 +81,30 @@ class LineTokenizer(VocabularyTokenizer):
 
     def _cut(self, text: str) -> list[int]:
         words = jieba_words().cut(self._folded(text))
-        return [token_id for word in words for token_id in self._matcher.ids(self._word(word))]
+        return [token_id for word in words for token_id in self._ids_of(self._word(word))]
+
+    def _ids_of(self, word: str) -> list[int]:
+        """The longest tokens from left to right; a character that begins none is `<unk>`."""
+        if len(word) > MAX_WORD_LENGTH:
+            return [self._unknown]
+        ids: list[int] = []
+        start = 0
+        while start < len(word):
+            token_id, start = self._longest(word, start)
+            ids.append(token_id)
+        return ids
+
+    def _longest(self, word: str, start: int) -> tuple[int, int]:
+        """The id of the longest token at `start`, and where it ends."""
+        for end in range(min(len(word), start + self._longest_token), start, -1):
+            token_id = self._vocabulary.ids.get(self._spelling(word[start:end], start))
+            if token_id is not None:
+                return token_id, end
+        return self._unknown, start + 1
+
+    def _spelling(self, piece: str, start: int) -> str:
+        """How the vocabulary spells a piece that stands at `start` in its word."""
+        return piece
 
     def _folded(self, text: str) -> str:
         """The text with characters put for those that the vocabulary does without."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from bminf.errors import ArgumentError, CheckpointError
-from bminf.tokenizers.vocabulary import Vocabulary, read_bytes
+from bminf.errors import CheckpointError
+from bminf.tokenizers.vocabulary import read_bytes
 
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
 
@@ -50,27 +50,6 @@ class PieceModel:
     def decode(self, ids: Sequence[int]) -> str:
         text: str = self._processor.decode(list(ids))
         return text
-
-
-class PieceVocabulary(Vocabulary):
-    """A vocabulary of pieces with ids that are no token.
-
-    tokens: of each id; where two are the same, `token_id` gives the later one.
-    gap, gap_name: the ids that are no token, and what they are instead.
-    """
-
-    def __init__(self, tokens: Iterable[str], path: Path, gap: range, gap_name: str) -> None:
-        super().__init__(tokens, path, entry="piece")
-        self._gap, self._gap_name = gap, gap_name
-
-    def check_id(self, token_id: int) -> int:
-        """The id as an int. Raises ArgumentError for what is none, and for one of the gap."""
-        index = super().check_id(token_id)
-        if index in self._gap:
-            raise ArgumentError(
-                f"id {index} of {self.path} is {self._gap_name} and has no text; leave it out"
-            )
-        return index
 
 
 class PieceJoiner:
@@ -123,11 +102,6 @@ def _visible(pieces: Pieces) -> int:
 def is_byte(token: str) -> bool:
     """Whether a piece stands for one byte."""
     return _BYTE.fullmatch(token) is not None
-
-
-def require(pieces: Pieces, path: Path, tokens: Mapping[str, int]) -> None:
-    """Raise CheckpointError where one of `tokens` (with their usual ids) is missing."""
-    Vocabulary(pieces.tokens, path, entry="piece").require(tokens)
 
 
 @functools.cache

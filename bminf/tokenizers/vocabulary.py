@@ -16,13 +16,17 @@ class Vocabulary:
 
     tokens: the token of each id; an empty one is an id that no text has and that spells nothing.
     path: the file they came from, for messages.   entry: what that file calls one of them.
+    gap, gap_name: ids that are no token, and what they are instead.
     """
 
-    def __init__(self, tokens: Iterable[str], path: Path, entry: str = "line") -> None:
+    def __init__(
+        self, tokens: Iterable[str], path: Path, entry: str = "line",
+        gap: range = range(0), gap_name: str = "",
+    ) -> None:  # fmt: skip
         self.tokens = tuple(tokens)
         self.path = path
         self.ids = {token: token_id for token_id, token in enumerate(self.tokens) if token}
-        self._entry = entry
+        self._entry, self._gap, self._gap_name = entry, gap, gap_name
 
     @classmethod
     def read(cls, path: Path) -> Vocabulary:
@@ -72,6 +76,10 @@ class Vocabulary:
         if not 0 <= index < len(self.tokens):
             raise ArgumentError(
                 f"id {index} is not one of {self.path}; its ids are 0 to {len(self.tokens) - 1}"
+            )
+        if index in self._gap:
+            raise ArgumentError(
+                f"id {index} of {self.path} is {self._gap_name} and has no text; leave it out"
             )
         return index
 
