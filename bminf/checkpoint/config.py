@@ -72,8 +72,9 @@ class ConfigReader:
 
     def optional(self, *names: str) -> int | None:
         """A whole number above 0; None where none of the names is there, or it is null."""
-        is_size = lambda value: type(value) is int and value > 0  # noqa: E731
-        found: int | None = self._first(names, is_size, "a whole number above 0 is needed")
+        found: int | None = self._first(
+            names, lambda n: type(n) is int and n > 0, "a whole number above 0 is needed"
+        )
         return found
 
     def integer(self, *names: str) -> int:
@@ -86,8 +87,9 @@ class ConfigReader:
         return value
 
     def number(self, default: float, *names: str) -> float:
-        is_share = lambda value: is_number(value) and 0 < value < 1  # noqa: E731
-        found = self._first(names, is_share, "a number between 0 and 1 is needed")
+        found = self._first(
+            names, lambda x: is_number(x) and 0 < x < 1, "a number between 0 and 1 is needed"
+        )
         return default if found is None else float(found)
 
     def flag(self, *names: str) -> bool:

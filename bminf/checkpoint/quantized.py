@@ -9,7 +9,7 @@ Sources: BMInf 1.0.2, bminf/quantization; GLM-130B, quantization/layers.py and k
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -81,8 +81,7 @@ class Quantized(Sliced):
         out = torch.empty(
             (num_rows, self.num_groups, num_columns // self.num_groups), dtype=self.dtype
         )
-        for rows in self._row_slices():
-            part = self._rows(rows)
+        for rows, part in self._some_rows():
             scale = part.scale.read().float().view(-1, self.num_groups, 1)
             out[rows] = part._codes().view(-1, *out.shape[1:]).float().mul_(scale)
         return out.view(num_rows, num_columns)
@@ -99,16 +98,17 @@ class Quantized(Sliced):
             raise CheckpointError(f"{self.scale.where} holds NaN or infinity; fetch it again")
         packed.scale.copy_(scale.view_as(packed.scale))
         num_bytes = self.codes.shape[1]
-        for rows in self._row_slices():
-            codes, target = self._rows(rows).codes.read(), packed.rows(rows)
+        for rows, part in self._some_rows():
+            codes, target = part.codes.read(), packed.rows(rows)
             target.qweight.view(torch.int8)[:, :num_bytes] = codes
             if target.code_sum is not None:
                 target.code_sum.copy_(codes.sum(1, dtype=torch.int32))
         return packed
 
-    def _slice(self, axis: int, start: int, end: int) -> Stored:
+    def _slice(self, axis: int, start: int, end: int) -> Quantized:
         if axis == 0:
-            return self._rows(slice(start, end))
+            codes, scale = (x.rows(start, end) for x in (self.codes, self.scale))
+            return replace(self, codes=codes, scale=scale)
         width, per_byte = self.shape[1] // self.num_groups, 8 // self.bits
         step = per_byte if self.num_groups == 1 else width
         if start % step or end % step:
@@ -122,15 +122,13 @@ class Quantized(Sliced):
         codes = self.codes.columns(start // per_byte, end // per_byte)
         return replace(self, codes=codes, scale=scale)
 
-    def _rows(self, rows: slice) -> Quantized:
-        codes, scale = (x.rows(rows.start, rows.stop) for x in (self.codes, self.scale))
-        return replace(self, codes=codes, scale=scale)
-
-    def _row_slices(self) -> Iterable[slice]:
+    def _some_rows(self) -> Iterator[tuple[slice, Quantized]]:
+        """All rows, some at a time, and where they are."""
         num_rows, num_columns = self.shape
         step = max(1, _SLICE_ELEMENTS // max(1, num_columns))
         for start in range(0, num_rows, step):
-            yield slice(start, min(start + step, num_rows))
+            end = min(start + step, num_rows)
+            yield slice(start, end), self._slice(0, start, end)
 
     def _codes(self) -> torch.Tensor:
         """The codes as numbers, (N, K) int8."""

@@ -137,14 +137,9 @@ class _Meaning:
             raise ValueError(f"the storage {key!r} reaches beyond {found.key!r}, a part of which")
         return _Storage(name, key, offset + first * itemsize, num_elements * itemsize, found.dtype)
 
-    def _tensor(self, arguments: tuple[object, ...]) -> object:
-        """(storage, offset, shape, stride, requires_grad, hooks[, conjugate and negative bits])."""
-        dtype = arguments[0].dtype if isinstance(arguments[0], _Storage) else None
-        return self._in_storage(arguments, dtype, arguments[6:7])
-
     def _tensor_of_dtype(self, arguments: tuple[object, ...]) -> object:
-        """(storage of bytes, and as above up to the hooks, dtype[, the same bits])."""
-        return self._in_storage(arguments, arguments[6], arguments[7:8])
+        """(storage of bytes, and as for _tensor() up to the hooks, dtype[, the same bits])."""
+        return self._tensor((*arguments[:6], *arguments[7:8]), arguments[6])
 
     def _with_attributes(self, arguments: tuple[object, ...]) -> object:
         """(function, class, its arguments, attributes), the last of which go."""
@@ -156,15 +151,17 @@ class _Meaning:
             return kind.made()
         return rebuild(own)
 
-    def _in_storage(
-        self, arguments: tuple[object, ...], dtype: object, bits: tuple[object, ...]
-    ) -> object:
-        """arguments: (storage, first element, shape, stride, ...)."""
+    def _tensor(self, arguments: tuple[object, ...], dtype: object = None) -> object:
+        """(storage, first element, shape, stride, requires_grad, hooks[, conjugate or negative]).
+
+        dtype: None is that of the storage.
+        """
         storage, first, shape, stride = arguments[:4]
         if not isinstance(storage, _Storage):
             return Placeholder("a tensor with no storage in the file")
-        if any(bits):
+        if any(arguments[6:7]):
             return Placeholder("a conjugate or negative tensor")
+        dtype = storage.dtype if dtype is None else dtype
         if not isinstance(dtype, torch.dtype):
             return Placeholder("a tensor of a dtype that this torch does not have")
         if dtype in _QUANTIZED_STORAGE_DTYPES.values():

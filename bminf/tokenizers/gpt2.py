@@ -45,7 +45,7 @@ class GPT2Tokenizer(CommandTokenizer):
         tokens = [*entries, *list(commands)[1:]]
         super().__init__(Vocabulary(tokens, vocab_file, entry="entry"), commands)
         self.files = (vocab_file, merges_file)
-        self._entry_bytes = [_spelled(entry, vocab_file) for entry in entries[:-1]]
+        self._entry_bytes = [bytes(map(_BYTES.__getitem__, entry)) for entry in entries[:-1]]
         self._texts = {token_id: name for name, token_id in commands.items()}
         self._bpe = _make_bpe(entries, _read_merges(merges_file, set(entries)))
 
@@ -108,8 +108,9 @@ def _read_entries(path: Path) -> list[str]:
         ids = json.loads(read_bytes(path))
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON, or damaged: {error}") from error
-    numbers = sorted(ids.values()) if _is_str_to_int(ids) else []
-    if not numbers or numbers != [*range(len(numbers))]:
+    numbers = [*ids.values()] if isinstance(ids, dict) else []
+    are_ints = all([type(number) is int for number in numbers])
+    if not numbers or not are_ints or sorted(numbers) != [*range(len(numbers))]:
         raise CheckpointError(
             f"{path} is no vocabulary: an object is expected that gives each entry one of the ids "
             "from 0 on, without gaps"
@@ -119,32 +120,24 @@ def _read_entries(path: Path) -> list[str]:
     return entries
 
 
-def _is_str_to_int(ids: Any) -> bool:
-    return isinstance(ids, dict) and all(type(token_id) is int for token_id in ids.values())
-
-
 def _check_entries(entries: list[str], path: Path) -> None:
     if entries[-1] != _END:
         raise CheckpointError(
             f"{path}: the last entry is {entries[-1]!r}, and GPT-2's is {_END!r}, behind which the "
             "special tokens of GLM have their ids; is this the right file?"
         )
+    for entry in entries[:-1]:
+        if other := set(entry) - _BYTES.keys():
+            raise CheckpointError(
+                f"{path}: entry {entry!r} has {min(other)!r}, which stands for no byte; is this "
+                "the right file?"
+            )
     missing = _BYTES.keys() - entries
     if missing:
         raise CheckpointError(
             f"{path} has no entry for {len(missing)} of the 256 bytes ({min(missing)!r}), so some "
             "text would be lost; is this the right file?"
         )
-
-
-def _spelled(entry: str, path: Path) -> bytes:
-    try:
-        return bytes(_BYTES[character] for character in entry)
-    except KeyError as error:
-        raise CheckpointError(
-            f"{path}: entry {entry!r} has {error.args[0]!r}, which stands for no byte; is this "
-            "the right file?"
-        ) from error
 
 
 def _read_merges(path: Path, entries: set[str]) -> list[tuple[str, str]]:
