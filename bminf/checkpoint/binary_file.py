@@ -47,9 +47,17 @@ class BinaryFile:
         with region:
             return region[start:]
 
-    def check(self, offset: int, count: int, what: str) -> None:
-        """Raise CheckpointError where `count` bytes from `offset` on are not all in the file."""
-        self._check(offset, count, what, self.nbytes)
+    def check(self, offset: int, count: int, what: str, nbytes: int | None = None) -> None:
+        """Raise CheckpointError where `count` bytes from `offset` on are not all in the file.
+
+        nbytes: its size; None is the one that it had first.
+        """
+        nbytes = self.nbytes if nbytes is None else nbytes
+        if offset < 0 or count < 0 or offset + count > nbytes:
+            raise CheckpointError(
+                f"{self.path} is damaged or truncated: {what} should lie at bytes {offset} to "
+                f"{offset + count}, but the file has {nbytes}; fetch it again"
+            )
 
     def stream(self, most_bytes: int) -> mmap.mmap:
         """The file from its beginning, at most `most_bytes` of it, to be read in order."""
@@ -67,7 +75,7 @@ class BinaryFile:
     def _map(self, offset: int, count: int, what: str, access: int) -> tuple[mmap.mmap, int]:
         """A map that begins with a whole page, and where `offset` is in it."""
         descriptor = self._opened()
-        self._check(offset, count, what, os.fstat(descriptor.number).st_size)
+        self.check(offset, count, what, os.fstat(descriptor.number).st_size)
         start = offset % mmap.ALLOCATIONGRANULARITY
         try:
             region = mmap.mmap(
@@ -76,13 +84,6 @@ class BinaryFile:
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{self.path}: {what} cannot be mapped: {error}") from error
         return region, start
-
-    def _check(self, offset: int, count: int, what: str, nbytes: int) -> None:
-        if offset < 0 or count < 0 or offset + count > nbytes:
-            raise CheckpointError(
-                f"{self.path} is damaged or truncated: {what} should lie at bytes {offset} to "
-                f"{offset + count}, but the file has {nbytes}; fetch it again"
-            )
 
     def _opened(self) -> _Descriptor:
         descriptor = self._descriptor

@@ -248,14 +248,6 @@ def _ordered_dict(arguments: tuple[object, ...]) -> object:
     return made
 
 
-def _set(arguments: tuple[object, ...]) -> object:
-    return set(map(key_of, items_of(arguments)))
-
-
-def _frozenset(arguments: tuple[object, ...]) -> object:
-    return frozenset(map(key_of, items_of(arguments)))
-
-
 def _encoded(arguments: tuple[object, ...]) -> object:
     text, encoding = (*arguments, None, None)[:2]
     if type(text) is not str or encoding not in ("latin1", "latin-1"):
@@ -263,13 +255,17 @@ def _encoded(arguments: tuple[object, ...]) -> object:
     return text.encode("latin-1")
 
 
+def _set(arguments: tuple[object, ...]) -> set[object]:
+    return set(map(key_of, items_of(arguments)))
+
+
 _CONTAINERS: dict[str, Function] = {
     "collections.OrderedDict": _ordered_dict,
     "_codecs.encode": _encoded,
     "__builtin__.set": _set,  # of Python 2
     "builtins.set": _set,
-    "__builtin__.frozenset": _frozenset,
-    "builtins.frozenset": _frozenset,
+    "__builtin__.frozenset": lambda arguments: frozenset(_set(arguments)),
+    "builtins.frozenset": lambda arguments: frozenset(_set(arguments)),
 }
 _COPIED = {list, tuple, set, frozenset, str, bytes, bytearray}
 

@@ -84,7 +84,12 @@ def read_safetensors(path: Path) -> dict[str, InFile]:
     _check_no_holes(entries, file.nbytes - 8 - header_bytes, path)
     if metadata.get(_PADDING_KEY) != _PADDING:
         return tensors
-    return {n: t for n, t in tensors.items() if not (n.startswith(_PADDING) and _is_bytes(t))}
+    paddings = {
+        name
+        for name, tensor in tensors.items()
+        if name.startswith(_PADDING) and tensor.dtype == torch.uint8 and len(tensor.shape) == 1
+    }
+    return {name: tensor for name, tensor in tensors.items() if name not in paddings}
 
 
 def run_of(tensors: Mapping[str, Stored], block: str, layout: Layout) -> InFile | None:
@@ -148,10 +153,6 @@ def write_safetensors(
         ) from error
     finally:
         partial.unlink(missing_ok=True)
-
-
-def _is_bytes(tensor: InFile) -> bool:
-    return tensor.dtype == torch.uint8 and len(tensor.shape) == 1
 
 
 def _tensor(file: BinaryFile, name: str, entry: Any, data_start: int) -> InFile:

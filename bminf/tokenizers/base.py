@@ -211,8 +211,16 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._joiner = _joiner(tokenizer)
         self._is_finished = False
+        if isinstance(tokenizer, VocabularyTokenizer):
+            self._joiner = tokenizer.joiner()
+            return
+        self._joiner = _WholeText(tokenizer)
+        warnings.warn(
+            f"a {type(tokenizer).__name__} does not say which text a later token may change, so "
+            "its text comes at the end; a tokenizer of bminf.tokenizers gives it as it comes",
+            stacklevel=2,
+        )
 
     def feed(self, number: int) -> str:
         """The text that is final now and was not before; it may be empty.
@@ -245,17 +253,6 @@ class _WholeText:
 
     def end(self) -> str:
         return self._tokenizer.decode(self._ids)
-
-
-def _joiner(tokenizer: Tokenizer) -> Joiner:
-    if isinstance(tokenizer, VocabularyTokenizer):
-        return tokenizer.joiner()
-    warnings.warn(
-        f"a {type(tokenizer).__name__} does not say which text a later token may change, so its "
-        "text comes at the end; a tokenizer of bminf.tokenizers gives it as it comes",
-        stacklevel=3,
-    )
-    return _WholeText(tokenizer)
 
 
 def check_text(text: str) -> None:

@@ -81,13 +81,8 @@ class CPM2BilingualTokenizer(SpanTokenizer):
 
     def _cut(self, text: str) -> list[int]:
         ids = super()._cut(text)
-        if not ids:
-            return []
-        return [
-            ids[0],
-            *(ids[index] for index in range(1, len(ids) - 1) if self._stays(ids, index)),
-            ids[-1],
-        ]
+        inner = [ids[i] for i in range(1, len(ids) - 1) if self._stays(ids, i)]
+        return [*ids[:1], *inner, *ids[-1:]]
 
     def _stays(self, ids: Sequence[int], index: int) -> bool:
         """Whether a token is more than the space between two words that are not Chinese."""

@@ -63,7 +63,9 @@ class PieceJoiner:
 
     def __init__(self, pieces: Pieces, offset: int, specials: Mapping[int, str]) -> None:
         self._pieces, self._offset, self._specials = pieces, offset, specials
-        self._visible = _visible(pieces)
+        # The first piece that has text even alone: `<unk>`, as a rule.
+        texts = (i for i, t in enumerate(pieces.tokens) if not is_byte(t) and pieces.decode([i]))
+        self._visible = next(texts, 0)
         self._before: list[int] = []
         self._held: list[int] = []
 
@@ -89,14 +91,6 @@ class PieceJoiner:
         self._before = [self._visible] if text else [*dict.fromkeys(ids)]
         self._held = []
         return text
-
-
-def _visible(pieces: Pieces) -> int:
-    """The first piece that has text even alone: `<unk>`, as a rule."""
-    tokens = enumerate(pieces.tokens)
-    return next(
-        (index for index, token in tokens if not is_byte(token) and pieces.decode([index])), 0
-    )
 
 
 def is_byte(token: str) -> bool:

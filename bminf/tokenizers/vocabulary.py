@@ -37,10 +37,22 @@ class Vocabulary:
         line that is not UTF-8 and a token that stands twice.
         """
         lines = read_bytes(path).removeprefix(codecs.BOM_UTF8).splitlines()
-        vocabulary = cls(
-            (_token(line, line_number, path) for line_number, line in enumerate(lines, 1)), path
-        )
-        vocabulary._check_unique()
+        tokens: list[str] = []
+        for number, line in enumerate(lines, 1):
+            try:
+                tokens.append(line.decode().strip())
+            except UnicodeDecodeError as error:
+                raise CheckpointError(
+                    f"{path}, line {number}: not UTF-8 ({error.reason} at byte {error.start}); "
+                    "save the file as UTF-8"
+                ) from error
+        vocabulary = cls(tokens, path)
+        for token_id, token in enumerate(tokens):
+            if token and vocabulary.ids[token] != token_id:
+                raise CheckpointError(
+                    f"{path}, line {vocabulary.ids[token] + 1}: {token!r} stands in line "
+                    f"{token_id + 1} already; a token has one id, so it must stand once"
+                )
         return vocabulary
 
     def __len__(self) -> int:
@@ -50,9 +62,10 @@ class Vocabulary:
         """Raise CheckpointError where one of `tokens` (with their usual ids) is missing."""
         for token, usual in tokens.items():
             if token not in self.ids:
+                found = repr(self.tokens[usual]) if usual < len(self.tokens) else "nothing"
                 raise CheckpointError(
-                    f"{self.path}, {self._entry} {usual + 1}: {self._found(usual)} where "
-                    f"{token!r} is expected, and it stands nowhere else; is this the right file?"
+                    f"{self.path}, {self._entry} {usual + 1}: {found} where {token!r} is "
+                    "expected, and it stands nowhere else; is this the right file?"
                 )
 
     def token_id(self, token: str) -> int:
@@ -88,17 +101,6 @@ class Vocabulary:
             raise ArgumentError(f"ids={ids!r} is a {type(ids).__name__}; give a sequence of int")
         return [self.check_id(token_id) for token_id in ids]
 
-    def _found(self, token_id: int) -> str:
-        return repr(self.tokens[token_id]) if token_id < len(self.tokens) else "nothing"
-
-    def _check_unique(self) -> None:
-        for token_id, token in enumerate(self.tokens):
-            if token and self.ids[token] != token_id:
-                raise CheckpointError(
-                    f"{self.path}, line {self.ids[token] + 1}: {token!r} stands in line "
-                    f"{token_id + 1} already; a token has one id, so it must stand once"
-                )
-
 
 def read_bytes(path: Path) -> bytes:
     """All of a file. Raises CheckpointError where it cannot be read."""
@@ -106,13 +108,3 @@ def read_bytes(path: Path) -> bytes:
         return path.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise CheckpointError(f"{path} cannot be read: {error}") from error
-
-
-def _token(line: bytes, line_number: int, path: Path) -> str:
-    try:
-        return line.decode().strip()
-    except UnicodeDecodeError as error:
-        raise CheckpointError(
-            f"{path}, line {line_number}: not UTF-8 ({error.reason} at byte {error.start}); "
-            "save the file as UTF-8"
-        ) from error
