@@ -16,10 +16,10 @@ from bminf.checkpoint.bminf1_file import read_bminf1
 from bminf.checkpoint.model_parallel import (
     FILE_IN_RANK_FOLDER,
     TRACKERS,
-    has_tracker,
     is_model_parallel,
     rank_files,
     read_model_parallel,
+    trackers_in,
 )
 from bminf.checkpoint.names import listed, unwrapped
 from bminf.checkpoint.safetensors_file import read_safetensors
@@ -84,7 +84,7 @@ def _found_in(folder: Path) -> tuple[Kind, Path]:
     for name, kind in _FILES.items():
         if (folder / name).is_file():
             kinds.setdefault(kind, folder / name)
-    if is_model_parallel(folder) or (not kinds and has_tracker(folder)):
+    if is_model_parallel(folder) or (not kinds and trackers_in(folder)):
         kinds["original"] = folder
     if len(kinds) > 1:
         raise CheckpointError(

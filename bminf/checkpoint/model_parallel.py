@@ -65,14 +65,9 @@ def is_model_parallel(folder: Path) -> bool:
     return latest.is_file() and _ITERATION.fullmatch(_text(latest)) is not None
 
 
-def has_tracker(folder: Path) -> bool:
-    """Whether the folder has a file that should name an iteration."""
-    return bool(_trackers(folder))
-
-
 def rank_files(folder: Path) -> list[Path]:
     """The file of each rank, in order.   Raises CheckpointError where one is missing."""
-    if _trackers(folder) and not _numbered(folder):
+    if trackers_in(folder) and not _numbered(folder):
         folder = _latest(folder)
     found = _numbered(folder)
     if not found:
@@ -101,13 +96,14 @@ def _numbered(folder: Path) -> list[tuple[int, Path]]:
     return found
 
 
-def _trackers(folder: Path) -> list[Path]:
+def trackers_in(folder: Path) -> list[Path]:
+    """The files of a folder that should name an iteration."""
     return [folder / name for name in TRACKERS if (folder / name).is_file()]
 
 
 def _latest(folder: Path) -> Path:
     """The folder of the iteration that the tracker files name."""
-    trackers = _trackers(folder)
+    trackers = trackers_in(folder)
     words = [_iteration(path) for path in trackers]
     if len({word.lstrip("0") for word in words}) > 1:
         raise CheckpointError(

@@ -135,6 +135,9 @@ class _Machine:
         del self.stack[-count:]
         return items
 
+    def extension(self, code: int) -> None:
+        self.stack.append(Placeholder(f"copyreg extension {code}"))
+
     def put(self, key: object) -> None:
         self.memo[key] = self.stack[-1]
 
@@ -297,8 +300,8 @@ _VALUES: dict[str, Callable[[], object]] = {
 # An instruction that is neither here nor above pushes its argument.
 _ACTIONS: dict[str, Callable[[_Machine, Any], object]] = {
     "PROTO": _Machine.protocol,
-    "FRAME": lambda machine, _: None,  # how much follows
-    "READONLY_BUFFER": lambda machine, _: None,
+    # How much follows, and how it may be used.
+    **dict.fromkeys(("FRAME", "READONLY_BUFFER"), lambda machine, _: None),
     "MARK": _Machine.mark,
     "POP": _Machine.discard,
     "POP_MARK": lambda machine, _: machine.above_mark(),
@@ -320,10 +323,7 @@ _ACTIONS: dict[str, Callable[[_Machine, Any], object]] = {
     "ADDITEMS": lambda machine, _: machine.fill(machine.above_mark(), set),
     "GLOBAL": lambda machine, names: machine.name(*names),
     "STACK_GLOBAL": lambda machine, _: machine.name(*machine.pop(2)),
-    **dict.fromkeys(
-        ("EXT1", "EXT2", "EXT4"),
-        lambda machine, code: machine.push(Placeholder(f"copyreg extension {code}")),
-    ),
+    **dict.fromkeys(("EXT1", "EXT2", "EXT4"), _Machine.extension),
     "NEXT_BUFFER": lambda machine, _: machine.push(Placeholder("out-of-band buffer")),
     "REDUCE": lambda machine, _: machine.call(*machine.pop(2)),
     "NEWOBJ": lambda machine, _: machine.make(machine.pop(2)[0]),
@@ -336,15 +336,12 @@ _ACTIONS: dict[str, Callable[[_Machine, Any], object]] = {
 }
 
 
-def _argument_reader(opcode: pickletools.OpcodeInfo) -> Callable[[Any], Any] | None:
-    default = None if opcode.arg is None else opcode.arg.reader
-    return _READERS.get(opcode.name, default)
-
-
 _INSTRUCTIONS = {
     opcode.code.encode("latin-1"): (
-        _VALUES.get(opcode.name), _argument_reader(opcode), _ACTIONS.get(opcode.name),
+        _VALUES.get(opcode.name),
+        _READERS.get(opcode.name, opcode.arg.reader if opcode.arg else None),
+        _ACTIONS.get(opcode.name),
     )
     for opcode in pickletools.opcodes
     if opcode.name != "STOP" and opcode.proto <= _MOST_PROTOCOL
-}  # fmt: skip
+}

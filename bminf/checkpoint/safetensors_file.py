@@ -84,12 +84,11 @@ def read_safetensors(path: Path) -> dict[str, InFile]:
     _check_no_holes(entries, file.nbytes - 8 - header_bytes, path)
     if metadata.get(_PADDING_KEY) != _PADDING:
         return tensors
-    paddings = {
-        name
-        for name, tensor in tensors.items()
-        if name.startswith(_PADDING) and tensor.dtype == torch.uint8 and len(tensor.shape) == 1
+    return {
+        n: t
+        for n, t in tensors.items()
+        if not (n.startswith(_PADDING) and t.dtype == torch.uint8 and len(t.shape) == 1)
     }
-    return {name: tensor for name, tensor in tensors.items() if name not in paddings}
 
 
 def run_of(tensors: Mapping[str, Stored], block: str, layout: Layout) -> InFile | None:

@@ -10,15 +10,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from bminf.checkpoint.names import listed
-from bminf.checkpoint.stored import (
-    Columns,
-    InFile,
-    Replicated,
-    Rows,
-    Stored,
-    merge_fused,
-    slice_of,
-)
+from bminf.checkpoint.stored import Columns, InFile, Replicated, Rows, Stored, merge_fused, slice_of
 from bminf.errors import ArgumentError, CheckpointError
 
 

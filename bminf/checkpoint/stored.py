@@ -134,7 +134,7 @@ class InFile(Sliced):
         """Bytes from the first to the last, the gaps of the strides included."""
         if 0 in self.shape:
             return 0
-        last = sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))
+        last = sum([(n - 1) * step for n, step in zip(self.shape, self.stride, strict=True)])
         return (1 + last) * self.dtype.itemsize
 
     def as_bytes(self) -> InFile:

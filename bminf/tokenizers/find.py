@@ -43,17 +43,17 @@ def find_tokenizer(
     found = _model(model)
     folder = Path(folder).absolute()
     folders = list(dict.fromkeys([folder, folder.parent]))
-    path = _first(found.find, folders)
+    path, where = _first(found.find, folders), " and ".join(map(str, folders))
     if path is None and model == "cpm1" and (path := _first(_vocabulary_file, folders)) is not None:
         warnings.warn(
-            f"found no sentencepiece model ({', '.join(_PIECE_MODELS)}) in {_listed(folders)}, so "
+            f"found no sentencepiece model ({', '.join(_PIECE_MODELS)}) in {where}, so "
             f"text is cut by {path} as in BMInf 1.x: about a third of texts get other ids than "
             "CPM-1 was trained with. Put CPM-1's chinese_vocab.model there",
             stacklevel=2,
         )
     if path is None:
         raise CheckpointError(
-            f"no tokenizer for {model}: looked for {found.names} in {_listed(folders)}; put the "
+            f"no tokenizer for {model}: looked for {found.names} in {where}; put the "
             "file there, or give tokenizer=..., a path of a file or folder, or a tokenizer object"
         )
     try:
@@ -192,7 +192,3 @@ def _checked(kind: type, given: object) -> Tokenizer:
             f"{kind.__name__}: {', '.join(names)}"
         )
     return cast(Tokenizer, given)
-
-
-def _listed(folders: list[Path]) -> str:
-    return " and ".join(map(str, folders))
