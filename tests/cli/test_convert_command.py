@@ -176,7 +176,7 @@ def test_the_files_of_the_authors_quantised(form: str, bits: int, tmp_path: Path
     [
         (["--tp", "3"], 2, "degree=3 does not divide the 280 vocabulary rows"),
         (["--tp", "0"], 2, "tp=0; accepted: an int of at least 1"),
-        (["--tp", "2", "--quantization", "int8"], 2, "GLM-10B, whose code has no quantised files"),
+        (["--tp", "2", "--quantization", "int8"], 2, "GLM-10B, whose code has no quantized files"),
         (["--tp", "2", "--head-quantization", "int8"], 2, "leave head_quantization out"),
         (["--tp", "2", "--tokenizer", "nowhere"], 2, "leave tokenizer out"),
         (["--tp", "2", "--model", "glm130b"], 1, "holds GLM-10B, not GLM-130B"),

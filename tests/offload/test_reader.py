@@ -55,7 +55,7 @@ def test_a_wait_that_is_interrupted_leaves_nobody_waiting() -> None:
             """The job's, which has ended."""
 
     outcome = Outcome()
-    outcome._under_way = Interrupted()
+    outcome._in_progress = Interrupted()
     with pytest.raises(KeyboardInterrupt):
         outcome.wait()
     outcome.result()
