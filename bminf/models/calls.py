@@ -1,4 +1,4 @@
-"""What every public method of a model does with a call before it looks at the arguments."""
+"""What every public method of a model checks before its own arguments."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 def needs_open_model(method: Method) -> Method:
-    """A method of LanguageModel that is refused once the model was closed, whatever else is wrong.
+    """A method of LanguageModel that raises once the model is closed, before anything else.
 
-    Then its keywords are checked, those of Options among them where it has `**options`, and other
-    names of an option are replaced by the one that it has here.
+    Then its keywords are checked, including those of Options if it has `**options`, and other names
+    of an option are replaced by its name here.
     Raises UnsupportedModelError, UnknownKeywordError, or ArgumentError for two names of one option
     with different values.
     """
@@ -42,7 +42,7 @@ def needs_open_model(method: Method) -> Method:
 
 
 def _under_one_name(keywords: Mapping[str, Any], positional: Mapping[str, Any]) -> dict[str, Any]:
-    """`keywords` under the names of Options; another name with None says nothing."""
+    """`keywords` under the names of Options; another name with the value None is ignored."""
     kept = {name: value for name, value in keywords.items() if name not in OTHER_NAMES}
     for other, name in OTHER_NAMES.items():
         value = keywords.get(other)
@@ -51,7 +51,7 @@ def _under_one_name(keywords: Mapping[str, Any], positional: Mapping[str, Any]) 
         given = {**positional, **kept}
         if name in given and not _are_same(given[name], value):
             raise ArgumentError(
-                f"{other}={value!r} and {name}={given[name]!r} are two names of one thing; give "
+                f"{other}={value!r} and {name}={given[name]!r} are two names of one option; give "
                 "one of them"
             )
         if name not in given:
@@ -60,7 +60,7 @@ def _under_one_name(keywords: Mapping[str, Any], positional: Mapping[str, Any]) 
 
 
 def _are_same(one: Any, other: Any) -> bool:
-    """Whether they are equal, whatever kind of list they come as."""
+    """Whether they are equal; lists and tuples are compared by their items."""
     if any(not isinstance(value, Iterable) or isinstance(value, str) for value in (one, other)):
         return bool(one == other)
     return list(one) == list(other)

@@ -19,8 +19,8 @@ from bminf.models.prompt import Prompt, padded
 
 
 class GPTDecoder:
-    """A batch of a decoder-only model. Shorter prompts are padded at their beginning, so that all
-    rows are at the same place in the cache; the padding is hidden and has no positions.
+    """A batch of a decoder-only model. Shorter prompts are left-padded, so that all rows have the
+    same length in the cache; padding is masked and has no positions.
 
     lengths: of the prompts, without padding.
     """
@@ -65,12 +65,12 @@ class CPM1(LanguageModel):
         stop_tokens: Sequence[str] | str | None = None,
         **more: Any,
     ) -> tuple[str, bool]:
-        """(continuation of `text`, stopped): whether `<eod>` or a stop token ended it, which is not
-        part of it, or max_tokens did.
+        """(continuation of `text`, stopped).   stopped: whether `<eod>` or a stop token ended it,
+        which is not part of it; otherwise max_tokens did.
 
-        Arguments and further keywords (seed, num_beams, ...): see
-        bminf.models.Options.   Raises ArgumentError, also where text and
-        max_tokens together exceed max_length; BMInf 1.x then cut the text off without a word.
+        Arguments and other keywords (seed, num_beams, ...): see bminf.models.Options.
+        Raises ArgumentError, also where text and max_tokens together exceed max_length (BMInf 1.x
+        truncated the text silently).
         """
         settings = Options(
             max_tokens, top_n, top_p, temperature, frequency_penalty, presence_penalty, stop_tokens

@@ -1,5 +1,5 @@
-"""GLM: GLM-130B, and GLM with 2 to 10 billion parameters. They fill blanks in a text, and go on
-from its end."""
+"""GLM: GLM-130B, and GLM with 2 to 10 billion parameters. They fill blanks in a text, and continue
+it."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ from bminf.quantization.packed import Format, parse_format
 from bminf.tokenizers.base import GLMTokenizer
 from bminf.units import parse_bytes
 
-_SCORED_AT_ONCE = 32  # positions whose logits are held together: as many as drawing has room for
+_SCORED_AT_ONCE = 32  # positions whose logits are computed together: as sampling has room for
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One of the answers that a beam search found.   stopped: as generate() has it."""
+    """One of the answers that a beam search found.   stopped: see generate()."""
 
     text: str
     stopped: bool
@@ -147,12 +147,12 @@ class GLM(LanguageModel):
         stop_tokens: Sequence[str] | str | None = None,
         **more: Any,
     ) -> Any:
-        """(answer, stopped): what goes on from `text`, or stands in its one blank; and whether an
-        end token ended it, which is not part of it, or max_tokens did.
+        """(answer, stopped): the continuation of `text`, or the content of its one blank; and
+        whether an end token ended it, which is not part of it; otherwise max_tokens did.
 
-        A text without a mask is gone on from its end, as if it ended in [gMASK].
-        With num_return_sequences a list of Answer, best first, in place of that.
-        Arguments and further keywords (num_beams, seed, ...): see bminf.models.GLMOptions.
+        A text without a mask is continued, as if it ended in [gMASK].
+        With num_return_sequences, a list of Answer, best first, instead.
+        Arguments and other keywords (num_beams, seed, ...): see bminf.models.GLMOptions.
         Raises ArgumentError.
         """
         options = GLMOptions(
@@ -173,13 +173,14 @@ class GLM(LanguageModel):
 
     @needs_open_model
     def fill_blank(self, text: str, max_tokens: int = 128, **more: Any) -> list[dict[str, Any]]:
-        """What stands in the blanks of `text`: {"position", "text"} for each mask, in order.
+        """The text of each blank of `text`, in order: {"position", "text"} for each mask.
 
         text: with masks of one kind, [MASK] (a word or a few), [sMASK] (a sentence) or [gMASK]
-        (from here on); without any, [gMASK] is added at its end.   max_tokens: of each blank.
+        (the rest); without any, [gMASK] is added at its end.   max_tokens: of each blank.
         The blanks are filled from left to right, and each answer is read for the next; blank i
-        draws with seed + i.
-        Arguments and further keywords: see bminf.models.GLMOptions; of beams, the best.
+        is sampled with seed + i.
+        Arguments and other keywords: see bminf.models.GLMOptions; with num_beams above 1, the best
+        beam is taken.
         Raises ArgumentError.
         """
         settings = self._settings(GLMOptions(max_tokens), more)
@@ -194,12 +195,12 @@ class GLM(LanguageModel):
 
     @needs_open_model
     def score(self, text: Text, choices: Sequence[Text], mask: str = TEXT_MASK) -> list[float]:
-        """The log-probability of each choice in the blank of `text`: the largest is the answer.
+        """The log-probability of each choice for the blank of `text`: the largest is the answer.
 
-        text: a str or token ids, with one mask, or none; then `mask` is added at its end.
-        choices: texts or token ids. Their tokens' log-probabilities are added up, whatever their
-        number; all choices are read together, in one pass, and must fit max_length together.
-        Source: GLM-130B/evaluation, tasks of several choices.   Raises ArgumentError.
+        text: a str or token ids, with one mask, or without, which adds `mask` at its end.
+        choices: texts or token ids. The log-probabilities of a choice's tokens are summed, without
+        dividing by their number; all choices share one pass, and have to fit max_length together.
+        Source: GLM-130B/evaluation, multiple-choice tasks.   Raises ArgumentError.
         """
         if isinstance(choices, str) or not isinstance(choices, Sequence) or not choices:
             raise ArgumentError(f"choices={choices!r}; give a list with at least one choice")
@@ -219,12 +220,12 @@ class GLM(LanguageModel):
     def perplexity(
         self, text: str, generation_length: int = 256, unidirectional: bool = False
     ) -> float:
-        """exp of the mean loss of a text's words, which are what blanks separate.
+        """exp of the mean loss per word; words are separated by spaces.
 
-        The text is read in windows of max_length tokens, each generation_length further; the
-        tokens that are new in a window are predicted from those before, which are read as context
-        in both directions, or with `unidirectional` predicted again themselves.
-        At most exp(20), as the authors have it.   Source: GLM-130B/evaluation, language modelling.
+        The text is read in windows of max_length tokens with a stride of generation_length. The new
+        tokens of a window are predicted from those before, which are attended to in both
+        directions, or with `unidirectional` are predicted again themselves.
+        At most exp(20), as in the authors' code.   Source: GLM-130B/evaluation, language modelling.
         Raises ArgumentError.
         """
         check_bool("unidirectional", unidirectional)
@@ -234,9 +235,9 @@ class GLM(LanguageModel):
 
     @needs_open_model
     def logits(self, text: str) -> torch.Tensor:
-        """The logits after each token of what generate() feeds the model: (T, V) float32, CPU.
+        """The logits after each token of the input of generate(): (T, V) float32, CPU.
 
-        text: with at most one mask. The last row is that of the first token of the answer.
+        text: with at most one mask. The last row predicts the first token of the answer.
         Raises ArgumentError.
         """
         one = self._one_blank(text)
@@ -246,7 +247,7 @@ class GLM(LanguageModel):
             self._begin()
             return self._logits(self._hidden_states(one.start_ids, one.positions, attention_mask))
 
-    # ---- what is other than in other models -----------------------------------------------------
+    # ---- differences from other models ----------------------------------------------------------
 
     def _configured(self, config: GLMConfig) -> GLMConfig:
         if self._rotary_precision is None:
@@ -287,15 +288,15 @@ class GLM(LanguageModel):
     generate_iter.__doc__ = LanguageModel.generate_iter.__doc__
 
     def _within(self, settings: GLMOptions, one: Blank) -> GLMOptions:
-        """Settings whose max_tokens is what out_seq_length, if given, leaves for an answer."""
+        """`settings`, with max_tokens as out_seq_length, if given, allows for the answer."""
         if settings.out_seq_length is None:
             return settings
         room = settings.out_seq_length - len(one.start_ids)
         if room < 1:
             raise ArgumentError(
                 f"out_seq_length={settings.out_seq_length} counts the text, which has "
-                f"{len(one.start_ids)} tokens with its mask and what begins an answer; give more, "
-                "or max_tokens, which counts the answer alone"
+                f"{len(one.start_ids)} tokens with its mask and the start of the answer; give "
+                "more, or max_tokens, which counts the answer alone"
             )
         return replace(settings, max_tokens=room)
 
@@ -331,7 +332,7 @@ class GLM(LanguageModel):
         return [self.tokenizer.eop_id, self.tokenizer.eos_id]
 
     def _banned_ids(self, settings: Options) -> list[int]:
-        """What no text holds, and rows of the embedding that no token has."""
+        """Tokens that no text contains, and rows of the embedding without a token."""
         unused = range(self.tokenizer.vocab_size, self.config.vocab_size)
         return sorted({*self.tokenizer.unspoken_ids, *unused} - self._stop_ids(settings))
 
@@ -383,7 +384,7 @@ class GLM(LanguageModel):
         for i in range(len(masked.places)):
             one = self._next_blank(masked, answers, stop_ids)
             if i > 0 and (settings.out_seq_length or math.inf) <= len(one.start_ids):
-                answers.append([])  # the blanks before have taken all
+                answers.append([])  # earlier answers have used up out_seq_length
                 continue
             seed = None if settings.seed is None else settings.seed + i
             own = self._within(replace(settings, seed=seed), one)
@@ -398,8 +399,8 @@ class GLM(LanguageModel):
     def _next_blank(
         self, masked: Masked, answers: Sequence[list[int]], stop_ids: frozenset[int]
     ) -> Blank:
-        """The first blank that has no answer yet. GLM-130B reads the answers before it in their
-        places; GLM-10B behind the text."""
+        """The first blank without an answer. GLM-130B reads earlier answers in the places of their
+        masks; GLM-10B behind the text."""
         earlier, index = list(zip(masked.places, answers, strict=False)), len(answers)
         if not self.config.is_rotary:
             return self._blank(masked.ids, masked.places[index], masked.mask, earlier)
@@ -414,13 +415,13 @@ class GLM(LanguageModel):
         one = self._blank(masked.ids, masked.places[0], masked.mask)
         within = self._within(settings, one)
         self._check_room(one, within)
-        # Of each answer but the last, GLM-130B reads all tokens, and takes its mask away; GLM-10B
-        # reads all but one, and keeps the mask and a sop.
+        # Of each answer but the last, GLM-130B reads all tokens in place of the mask; GLM-10B reads
+        # all but one, behind a sop, and keeps the mask.
         each = within.max_tokens - (1 if self.config.is_rotary else 0)
         most = len(one.start_ids) + within.max_tokens - 1 + (len(masked.places) - 1) * each
         if settings.out_seq_length is None and most > self.max_length:
             raise ArgumentError(
-                f"{len(one.start_ids)} tokens to begin with and {len(masked.places)} blanks of "
+                f"{len(one.start_ids)} tokens to start with and {len(masked.places)} blanks of "
                 f"max_tokens={within.max_tokens} are more than max_length={self.max_length}; lower "
                 f"max_tokens, shorten the text, or {self._remedy()}"
             )
@@ -449,7 +450,7 @@ class GLM(LanguageModel):
     def _window_losses(
         self, ids: list[int], generation_length: int, unidirectional: bool
     ) -> Iterator[float]:
-        """The summed losses of each window, see perplexity()."""
+        """The summed loss of each window, see perplexity()."""
         num_read = self.max_length - 1
         if num_read < 2:
             raise ArgumentError(
@@ -468,7 +469,7 @@ class GLM(LanguageModel):
             yield self._window_loss(window, num_read - generation_length if is_context else 0)
 
     def _window_loss(self, window: list[int], num_context: int) -> float:
-        """The summed loss of what comes after the first `num_context` tokens."""
+        """The summed loss of all tokens but the first `num_context`."""
         mask = OPEN_MASK if OPEN_MASK in self.tokenizer.masks else TEXT_MASK
         context = [*window[:num_context], self.tokenizer.masks[mask]]
         one, targets = self._blank(context, num_context, mask), window[num_context:]
@@ -486,7 +487,7 @@ class GLM(LanguageModel):
         positions: Sequence[tuple[int, int]],
         attention_mask: torch.Tensor,
     ) -> torch.Tensor:
-        """(T, C), of one text from its beginning."""
+        """(T, C), of one whole text.   attention_mask: (T, T) bool, true where not attended to."""
         self._cache.reset()
         x: torch.Tensor = self.model(
             self._tensor([list(tokens)]),
@@ -497,9 +498,9 @@ class GLM(LanguageModel):
         return x[0]
 
     def _log_probabilities(self, x: torch.Tensor, ids: Sequence[int]) -> torch.Tensor:
-        """That of token ids[i] after the state x[i]: (T, C) -> (T,) float64 on the CPU.
+        """Of token ids[i] after the state x[i]: (T, C) -> (T,) float64 on the CPU.
 
-        Some rows at a time: a vocabulary is wide, and there is room for no more.
+        Some rows at a time: no memory is reserved for the logits of all.
         """
         targets = self._tensor([list(ids)]).view(-1, 1)
         parts = zip(x.split(_SCORED_AT_ONCE), targets.split(_SCORED_AT_ONCE), strict=True)

@@ -1,4 +1,4 @@
-"""How a text is generated: one set of names and defaults for all methods of the zoo."""
+"""How a text is generated: the options of all built-in models, and those of GLM."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from bminf.keywords import check_keywords
 from bminf.tokenizers.base import Tokenizer
 
 OTHER_NAMES = {"max_new_tokens": "max_tokens", "stop": "stop_tokens"}
-"""What other libraries call an option -> its name here; all methods take both."""
+"""Other libraries' names of options -> their names here; all methods accept both."""
 
 
 @dataclass(frozen=True)
 class Options:
     """The keywords of generate(), generate_iter() and generate_batch().
 
-    max_tokens: most tokens of the answer (also called max_new_tokens).   top_n: only this many of
-    the likeliest tokens are drawn from (also called top_k).   top_p: only the likeliest ones whose
-    probabilities exceed it together; of both, the stricter counts.   temperature: 0 always takes
-    the likeliest.
-    frequency_penalty, presence_penalty: taken off the logits of tokens that occurred, prompt
-    included, each time and once.   stop_tokens: tokens of the vocabulary that end the answer, or
-    one of them (also called stop).   banned_tokens: tokens that are never drawn.   seed: the same
-    seed, the same text.
-    num_beams: more than 1 searches for the likeliest answer instead of drawing one; temperature
-    then has no meaning.   length_penalty: beam scores are divided by length ** length_penalty.
+    max_tokens: the most tokens of the answer (also called max_new_tokens).   top_n: sample only
+    from this many of the most probable tokens (also called top_k).   top_p: sample only from the
+    most probable tokens whose probabilities together exceed it; a token has to pass both.
+    temperature: 0 always takes the most probable token (greedy).
+    frequency_penalty, presence_penalty: subtracted from the logits of tokens that occurred in the
+    prompt or the answer, for each occurrence and once.   stop_tokens: tokens of the vocabulary that
+    end the answer, or one of them (also called stop).   banned_tokens: tokens that are never
+    generated.   seed: the same seed gives the same text.
+    num_beams: more than 1 searches for the most probable answer instead of sampling one, and
+    ignores temperature.   length_penalty: beam scores are divided by length ** length_penalty.
     Raises ArgumentError.
     """
 
@@ -52,38 +52,38 @@ class Options:
         check_positive("num_beams", self.num_beams)
         check_positive("top_n", self.top_n, none="None for all tokens")
         if self.top_n is not None and self.top_k is not None:
-            raise ArgumentError("top_n and top_k are two names of one thing; give one of them")
+            raise ArgumentError("top_n and top_k are two names of one option; give one of them")
         if isinstance(self.stop_tokens, str):  # as other libraries take it: one token
             object.__setattr__(self, "stop_tokens", [self.stop_tokens])
         for name in ("stop_tokens", "banned_tokens"):
             value = getattr(self, name)
             if isinstance(value, str) or not isinstance(value, Collection | None):
                 raise ArgumentError(f"{name}={value!r}; give a list of tokens")
-        self.sampling((), ())  # which refuses what cannot be sampled with
+        self.sampling((), ())  # which checks the options of sampling
         if not is_number(self.length_penalty):
             raise ArgumentError(
                 f"length_penalty={self.length_penalty!r}; accepted: a finite number"
             )
         if self.num_beams > 1 and (given := self._given(self._of_drawing())):
             raise ArgumentError(
-                f"num_beams={self.num_beams} searches for the likeliest text, and {given[0]} is "
-                "for drawing one; leave one of them out"
+                f"num_beams={self.num_beams} searches for the most probable text, and {given[0]} "
+                "is for sampling one; leave one of them out"
             )
         if self.num_beams == 1 and (given := self._given(self._of_beams)):
             raise ArgumentError(f"{given[0]} is for num_beams above 1; leave it out")
 
     def with_keywords(self, keywords: dict[str, Any]) -> Options:
-        """These options but for `keywords`. Raises UnknownKeywordError for one that is none."""
+        """These options with `keywords` replaced.   Raises UnknownKeywordError."""
         check_keywords(type(self).__name__, keywords, self.names())
         return replace(self, **keywords)
 
     @classmethod
     def names(cls) -> list[str]:
-        """Of the options, in order."""
+        """The names of the options, in order."""
         return [field.name for field in fields(cls)]
 
     def check(self, vocab_size: int) -> None:
-        """Raise ArgumentError for what does not go together with a vocabulary of this size."""
+        """Raise ArgumentError for options that do not fit a vocabulary of this size."""
         self.sampling((), ()).check(vocab_size)
 
     def stop_ids(self, tokenizer: Tokenizer) -> list[int]:
@@ -93,7 +93,7 @@ class Options:
         return _ids("banned_tokens", self.banned_tokens, tokenizer)
 
     def sampling(self, banned_ids: Sequence[int], unpenalized_ids: Sequence[int]) -> Sampling:
-        """As generation/ understands it.   Raises ArgumentError."""
+        """These options as a Sampling.   Raises ArgumentError."""
         return Sampling(
             temperature=self.temperature,
             top_k=self.top_k if self.top_n is None else self.top_n,
@@ -106,11 +106,11 @@ class Options:
         )
 
     def _of_drawing(self) -> Sequence[str]:
-        """The options that a beam search has no use for."""
+        """The options of sampling, which a beam search does not use."""
         return ("top_n", "top_k", "top_p", "seed", "frequency_penalty", "presence_penalty")
 
     def _given(self, names: Sequence[str]) -> list[str]:
-        """Those of `names` whose value is another than the default."""
+        """Those of `names` whose value is not the default."""
         own = [field for field in fields(self) if field.name in names]
         return [field.name for field in own if getattr(self, field.name) != field.default]
 
@@ -119,16 +119,16 @@ class Options:
 class GLMOptions(Options):
     """The keywords of a GLM's generate(), generate_iter(), generate_batch() and fill_blank().
 
-    Beside those of Options:
+    In addition to those of Options:
     out_seq_length: tokens of text and answer together, in place of max_tokens.
     end_tokens: ids that end an answer, in place of eop and eos.
-    min_length: least tokens of an answer.   no_repeat_ngram_size: so many tokens in a row come only
-    once in an answer; 0 for no such rule.   deterministic: False draws the sequences that a beam
-    search goes on with, by their probability; `seed` then repeats them.
-    num_return_sequences: of the num_beams that a search finds.
-    All of the last four are for num_beams above 1, the first three of them for GLM-130B alone.
-    length_penalty: of GLM-130B, scores are divided by ((5 + tokens, text included) / 6) to its
-    power.   top_k and top_p: first the one, ties with the last token kept, then the other.
+    min_length: the fewest tokens of an answer.   no_repeat_ngram_size: n-grams of this many tokens
+    occur only once in an answer; 0 for no such rule.   deterministic: False samples the sequences
+    that a beam search continues; `seed` then makes them repeatable.
+    num_return_sequences: how many of the num_beams sequences are returned.
+    The last four are for num_beams above 1, and the first three of these only for GLM-130B.
+    length_penalty: GLM-130B's scores are divided by ((5 + tokens, text included) / 6) to its power.
+    top_k and top_p: top_k is applied first, keeping ties with the last token, then top_p.
     """
 
     temperature: float = 1.0

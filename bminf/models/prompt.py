@@ -8,15 +8,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Prompt:
-    """input_ids: what the model reads; for a T5, what its encoder does.   start_ids: what is fed
-    to the decoder first; for a GPT, input_ids."""
+    """input_ids: all that the model reads; of an encoder-decoder model, the encoder's input.
+    start_ids: the first input of the decoder; of a decoder-only model, input_ids."""
 
     input_ids: list[int]
     start_ids: list[int]
 
 
 def padded(prompts: Sequence[Sequence[int]], pad_id: int, is_at_end: bool) -> list[list[int]]:
-    """Prompts of any lengths as rows of one."""
+    """Prompts, padded to the length of the longest."""
     longest = max(len(prompt) for prompt in prompts)
     rows = []
     for prompt in prompts:

@@ -1,4 +1,4 @@
-"""What a model of the zoo did since it was loaded."""
+"""Counters of a built-in model since it was loaded."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from bminf.offload.hooks import Stats
 
 @dataclass(frozen=True)
 class ModelStats(Stats):
-    """What the scheduler did, and how fast texts came. Bytes; times in seconds.
+    """Counters of the scheduler and of generation. Sizes in bytes; times in seconds.
 
     num_tokens, generated_s: tokens generated, over all rows, and the time that took.
-    resident_bytes: of what stays on the device.   streamed_bytes: of the blocks that do not.
+    resident_bytes: of all that stays on the device.   streamed_bytes: of the streamed blocks.
     """
 
     num_tokens: int = 0

@@ -27,9 +27,9 @@ _TRUNCATION_LENGTH = 256
 
 
 class T5Decoder:
-    """A batch of an encoder-decoder model, whose prompts are read when it is made.
+    """A batch of an encoder-decoder model, whose prompts are encoded by the constructor.
 
-    prompts: (B, S) int64, shorter ones padded at their end.   lengths: without padding.
+    prompts: (B, S) int64, right-padded.   lengths: without padding.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class T5Decoder:
 
 
 class T5Model(LanguageModel):
-    """See LanguageModel."""
+    """What the encoder-decoder models have in common; see LanguageModel."""
 
     model: T5
     _more_tokens = 1  # two begin an answer, and its last one is not fed
@@ -59,9 +59,9 @@ class T5Model(LanguageModel):
     def logits(self, text: Text, target: Text) -> torch.Tensor:
         """The logits after each token of `target`: (T, V) float32 on the CPU.
 
-        text: for the encoder, a str, which is dressed as generate() dresses it, or token ids, which
-        are taken as they are.   target: for the decoder; before a str come the ids that
-        generate() starts with, and they count in T.   Raises ArgumentError.
+        text: for the encoder, a str, which gets the prompt template of generate(), or token ids,
+        which do not.   target: for the decoder; a str gets the start ids of generate(), which count
+        in T.   Raises ArgumentError.
         """
         is_text = isinstance(text, str) or _are_texts(text)
         prompt = self._prompt(text) if is_text else None
@@ -78,7 +78,7 @@ class T5Model(LanguageModel):
             return self._logits(self.model(self._tensor([target_ids]), self._cache)[0])
 
     def _start_ids(self) -> list[int]:
-        """What the decoder of generate() is fed first."""
+        """The first input of the decoder in generate()."""
         raise NotImplementedError
 
     def _new_cache(self) -> T5Cache:
@@ -120,15 +120,14 @@ class CPM2(T5Model):
         stop_tokens: Sequence[str] | str | None = None,
         **more: Any,
     ) -> tuple[str, bool]:
-        """(continuation of `text`, stopped): whether `<eod>`, a sentinel or a stop token ended it,
-        which is not part of it, or max_tokens did.
+        """(continuation of `text`, stopped).   stopped: whether `<eod>`, a sentinel or a stop token
+        ended it, which is not part of it; otherwise max_tokens did.
 
-        The decoder is given `<s>` and the sentinel that stands at the end of the prompt, so the
-        first token that it writes is the first of the answer. BMInf 1.x let the model write that
-        sentinel and threw away the first token unseen, whatever it was: there max_tokens=12 gave
-        11.
-        Arguments and further keywords (seed, num_beams, ...): see
-        bminf.models.Options.   Raises ArgumentError.
+        The decoder starts with `<s>` and the sentinel that ends the prompt, so that its first token
+        is the first of the answer. BMInf 1.x let the model generate that sentinel and dropped the
+        first token, whatever it was: there max_tokens=12 gave 11.
+        Arguments and other keywords (seed, num_beams, ...): see bminf.models.Options.
+        Raises ArgumentError.
         """
         settings = Options(
             max_tokens, top_n, top_p, temperature, frequency_penalty, presence_penalty, stop_tokens
@@ -148,15 +147,14 @@ class CPM2(T5Model):
         presence_penalty: float = 0,
         **more: Any,
     ) -> list[dict[str, Any]]:
-        """What stands in the blanks of `text`: {"position", "text"} for each `<span>`, in order.
+        """The text of each blank `<span>` of `text`, in order: {"position", "text"}.
 
-        spans_position: where in `text` the blanks are, for a text in which not every `<span>` is
-        one; None is all of them. At least 1, at most 16.   max_tokens: of all blanks together; a
-        blank that the model did not come to is "".
-        Arguments and further keywords (seed, num_beams, ...): see
-        bminf.models.Options; no beams.
-        Other than BMInf 1.x, the decoder is given the sentinel of the first blank, so an answer can
-        not begin with another one ("Unexpected model output"); and `<eod>` ends it.
+        spans_position: positions of the blanks in `text`, if not every `<span>` is one; None for
+        all. At least 1, at most 16.   max_tokens: of all blanks together; a blank that the model
+        did not reach is "".
+        Arguments and other keywords (seed, ...): see bminf.models.Options; there is no beam search.
+        Unlike in BMInf 1.x the decoder starts with the sentinel of the first blank, so that an
+        answer cannot start with another one ("Unexpected model output"); and `<eod>` ends it.
         Raises ArgumentError.
         """
         if not isinstance(text, str):
@@ -178,7 +176,7 @@ class CPM2(T5Model):
         sentinels = [self.tokenizer.sentinel(k) for k in range(len(positions) + 1)]
         prompt = self._blanked(text, positions, sentinels)
         self._check_room(prompt, settings)
-        # The sentinel behind the last blank ends it all; those in between are told apart below.
+        # The sentinel behind the last blank ends the answer; those between blanks separate them.
         end_ids = [sentinels[-1], self.tokenizer.token_id("<eod>")]
         stop_ids = frozenset([*end_ids, *settings.stop_ids(self.tokenizer)])
         sampler = self._sampler([prompt], settings)
@@ -188,7 +186,7 @@ class CPM2(T5Model):
     def _segments(
         self, answer: Sequence[int], sentinels: Sequence[int], stop_ids: frozenset[int]
     ) -> list[str]:
-        """The text of each blank. A sentinel opens its blank; what is open already stays so."""
+        """The text of each blank. A sentinel starts its blank; earlier sentinels are ignored."""
         filled: list[list[int]] = [[] for _ in sentinels[:-1]]
         blank, all_sentinels = 0, set(self.tokenizer.sentinel_ids)
         for token in answer:
@@ -200,11 +198,11 @@ class CPM2(T5Model):
 
     def _blanked(self, text: str, positions: Sequence[int], sentinels: Sequence[int]) -> Prompt:
         ids: list[int] = []
-        begin = 0
+        start = 0
         for position, sentinel in zip(positions, sentinels[:-1], strict=True):
-            ids += [*self.tokenizer.encode(text[begin:position]), sentinel]
-            begin = position + len(SPAN)
-        ids += self.tokenizer.encode(text[begin:])
+            ids += [*self.tokenizer.encode(text[start:position]), sentinel]
+            start = position + len(SPAN)
+        ids += self.tokenizer.encode(text[start:])
         return Prompt(ids, [self.tokenizer.token_id("<s>"), sentinels[0]])
 
     def _prompt(self, text: Any) -> Prompt:
@@ -219,7 +217,7 @@ class CPM2(T5Model):
 
 
 def _positions(text: str, given: Sequence[int] | None) -> list[int]:
-    """Where the blanks begin.   Raises ArgumentError."""
+    """The positions of the blanks in `text`.   Raises ArgumentError."""
     found = [match.start() for match in re.finditer(re.escape(SPAN), text)]
     is_list = isinstance(given, Sequence) and not isinstance(given, str)
     if given is not None and not (is_list and all(type(position) is int for position in given)):
@@ -227,8 +225,8 @@ def _positions(text: str, given: Sequence[int] | None) -> list[int]:
     positions = found if given is None else sorted(given)
     if not set(positions) <= set(found) or len(set(positions)) < len(positions):
         raise ArgumentError(
-            f"spans_position={given!r}; accepted: places in the text where {SPAN!r} begins, each "
-            f"once ({', '.join(map(str, found)) or 'there is none'})"
+            f"spans_position={given!r}; accepted: positions where {SPAN!r} starts in the text, "
+            f"each once ({', '.join(map(str, found)) or 'there is none'})"
         )
     if not 1 <= len(positions) <= MOST_SPANS:
         raise ArgumentError(
@@ -240,9 +238,9 @@ def _positions(text: str, given: Sequence[int] | None) -> list[int]:
 class EVA(T5Model):
     __doc__ = f"""EVA 1.0 (2.8 billion parameters) and EVA 2.0 (base, large, xLarge).
 
-    EVA 1.0 and EVA 2.0 xLarge have the same shapes, and only the second divides its attention by
-    the square root of the head size: which one it is must be told, by the configuration that came
-    with it. Positions are told apart up to a distance of 128, as in training (BMInf 1.x: 256).
+    EVA 1.0 and EVA 2.0 xLarge have the same shapes, and only the second divides its attention
+    scores by the square root of the head size: the configuration has to say which one it is.
+    Relative positions are distinguished up to a distance of 128, as in training (BMInf 1.x: 256).
 
     {LanguageModel.__doc__}
     """
@@ -262,12 +260,13 @@ class EVA(T5Model):
         truncation_length: int | None = _TRUNCATION_LENGTH,
         **more: Any,
     ) -> tuple[str, bool]:
-        """(answer, stopped): whether `<sep>` or a stop token ended it, or max_tokens did.
+        """(answer, stopped).   stopped: whether `<sep>` or a stop token ended it; otherwise
+        max_tokens did.
 
-        context: the utterances so far, the oldest first.   truncation_length: only the last of
-        their tokens are read, this many; None is all, which must fit max_length.
-        Arguments and further keywords (seed, num_beams, ...): see
-        bminf.models.Options.   Raises ArgumentError.
+        context: the utterances so far, the oldest first.   truncation_length: only this many of
+        their last tokens are read; None for all, which have to fit max_length.
+        Arguments and other keywords (seed, num_beams, ...): see bminf.models.Options.
+        Raises ArgumentError.
         """
         if isinstance(context, str):
             raise ArgumentError("context is one str; give a list of utterances, the oldest first")
@@ -290,8 +289,8 @@ class EVA(T5Model):
         stop_tokens: Sequence[str] | str | None = None,
         **more: Any,
     ) -> tuple[str, bool]:
-        """dialogue() with one utterance, or with a list of them, of which it reads the last 256
-        tokens. top_n and temperature are other than in CPM-1 and CPM-2, as EVA's authors have them.
+        """dialogue() with one utterance, or with a list of them, of which the last 256 tokens are
+        read. The defaults of top_n and temperature are those of EVA's authors.
         """
         settings = Options(
             max_tokens, top_n, top_p, temperature, frequency_penalty, presence_penalty, stop_tokens
@@ -299,7 +298,7 @@ class EVA(T5Model):
         return self._generate([text], self._settings(settings, more))[0]
 
     def _settings(self, options: Options, keywords: dict[str, Any]) -> Options:
-        """top_n has a default here; it gives way to what it does not go together with."""
+        """The default of top_n is dropped where top_k is given, or a beam search is asked for."""
         is_default = options.top_n == self._defaults.top_n and "top_n" not in keywords
         is_search = keywords.get("num_beams", 1) != 1
         if is_default and (is_search or keywords.get("top_k") is not None):

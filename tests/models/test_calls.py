@@ -51,7 +51,7 @@ def test_max_new_tokens_and_stop_are_max_tokens_and_stop_tokens(load: Loader, na
 @pytest.mark.parametrize("name", ["cpm1", "cpm2", "eva", "glm10b"])
 def test_two_names_with_different_values_are_an_error(load: Loader, name: str) -> None:
     model = load(name)
-    words = "max_new_tokens=4 and max_tokens=3 are two names of one thing"
+    words = "max_new_tokens=4 and max_tokens=3 are two names of one option"
     for use in (
         lambda: model.generate("a", max_tokens=3, max_new_tokens=4),
         lambda: model.generate("a", 3, max_new_tokens=4),

@@ -595,7 +595,7 @@ def test_options_that_contradict_are_refused(load: Loader) -> None:
             with pytest.raises(ArgumentError):
                 generate("今天", max_tokens=3, **options)
     eva = load("eva", max_batch_size=2)
-    with pytest.raises(ArgumentError, match="top_n is for drawing"):
+    with pytest.raises(ArgumentError, match="top_n is for sampling"):
         eva.dialogue(["你"], 5, top_n=3, num_beams=2)
     assert eva.generate("你", 5, top_k=3, seed=1) == eva.generate("你", 5, 3, seed=1)
 

@@ -176,7 +176,7 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"max_tokens": 99}, "max_tokens=99 are more than max_length=40"),
     ({"top_n": 0}, "top_n=0"),
     ({"top_n": 9999}, "=9999 is more than the .* tokens"),
-    ({"top_n": 2, "top_k": 2}, "two names of one thing"),
+    ({"top_n": 2, "top_k": 2}, "two names of one option"),
     ({"top_p": 1.5}, r"top_p=1\.5"),
     ({"temperature": -1}, "temperature=-1"),
     ({"temperature": math.inf}, "temperature=inf"),
@@ -214,7 +214,7 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
 ]
 WITH_BEAMS: list[tuple[dict[str, Any], str]] = [
     ({"num_beams": 3}, "(3|6) rows at once .* max_batch_size is 2"),
-    ({"seed": 1}, "num_beams=2 searches .* seed is for drawing"),
+    ({"seed": 1}, "num_beams=2 searches .* seed is for sampling"),
     ({"top_p": 0.5}, "num_beams=2 searches .* top_p"),
     ({"frequency_penalty": 1.0}, "num_beams=2 searches .* frequency_penalty"),
     ({"length_penalty": "1"}, "length_penalty='1'"),

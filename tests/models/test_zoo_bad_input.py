@@ -599,7 +599,7 @@ def test_top_n_and_top_k_are_two_names_of_one_thing(name: str, silent: Callable[
     if name == "eva":
         uses.append(lambda: model.dialogue([TEXT], max_tokens=3, top_n=3, top_k=3))
     for use in uses:
-        with pytest.raises(ArgumentError, match="two names of one thing"):
+        with pytest.raises(ArgumentError, match="two names of one option"):
             use()
 
 
