@@ -1,9 +1,9 @@
-"""Beam search: the sequences with the highest score, as far as `num_beams` a prompt can tell.
+"""Beam search: the sequences with the highest scores among `num_beams` per prompt.
 
 The meaning is that of `generate(num_beams=..., early_stopping=True)` in transformers 5: what counts
 as a candidate, when a sequence is finished, and when a search is done. Unlike there a beam that
-does not exist has no score at all, so results can be fewer but never made up.
-What every beam search needs, whatever its rules, is public here: glm_beam.py is another one.
+does not exist has no score, so there can be fewer results but none without a probability.
+What is public here is shared with glm_beam.py.
 Source: transformers/generation/utils.py, `GenerationMixin._beam_search`.
 """
 
@@ -34,11 +34,11 @@ _LARGEST_EXPONENT = 700.0  # of e, in float64
 class Hypothesis:
     """A finished sequence.
 
-    ids: what was generated, as `decode` yields it: with the stop token that ended it, if one did.
-    score: the sum of the log-probabilities of `ids`, over what the search makes of their length:
+    ids: the generated tokens, with the stop token that ended them, if one did.
+    score: the sum of their log-probabilities, divided by the search's function of their length:
     len(ids) ** length_penalty in `beam_search`.
     stopped: whether a stop token ended it; otherwise max_new_tokens did, or, in
-    `glm_beam_search`, that no token was left.
+    `glm_beam_search`, no token was left.
     """
 
     ids: tuple[int, ...]
@@ -61,7 +61,7 @@ def beam_search(
     decoder: has been fed nothing that `start` holds. It is called with `start`, (B, T) int64, once;
     then each step begins with `select`, which makes num_beams rows of every prompt still searched.
     A prompt is done when it has num_beams finished sequences.
-    length_penalty: above 0 long sequences gain by it, below 0 they lose.
+    length_penalty: above 0 it favours long sequences, below 0 short ones.
     banned_ids: never chosen; the others' probabilities stay as they are.
     Numbers are those of an Options, which has checked them.
     Raises ArgumentError, UnsupportedModelError where logits are not finite numbers.
@@ -101,7 +101,7 @@ class Beam(NamedTuple):
 
 @dataclass(frozen=True)
 class Rules:
-    """What all prompts of a search have in common, as `beam_search` was given it."""
+    """The arguments of a search, see `beam_search`."""
 
     num_beams: int
     stop_ids: frozenset[int]
@@ -114,7 +114,7 @@ class Rules:
         return (max(1, len(self.stop_ids)) + 1) * self.num_beams
 
     def length(self, num_tokens: int) -> float:
-        """What a sequence's length counts for in its score."""
+        """The base of the length penalty: a score is divided by it to that power."""
         return num_tokens
 
     def check_penalty(self, longest: int, usual: str) -> None:
@@ -147,14 +147,14 @@ class Search:
             ids, stopped = (*self.beams[beam].ids, token), token in rules.stop_ids
             if not stopped and len(ids) < rules.max_new_tokens:
                 running.append(Beam(score, beam, ids))
-            elif place < rules.num_beams:  # the others only stand by, to fill the beams
+            elif place < rules.num_beams:  # the other candidates only fill the beams
                 ended.append(self._hypothesis(score, ids, stopped))
         self.beams = running[: rules.num_beams]
         self._finish(ended)
         self.is_done = not self.beams or len(self.finished) == rules.num_beams
 
     def padded_beams(self) -> list[Beam]:
-        """num_beams of them: missing ones are doubles of the first with no chance."""
+        """num_beams of them: missing ones are copies of the first without a score."""
         missing = self._rules.num_beams - len(self.beams)
         return self.beams + [self.beams[0]._replace(score=LOST)] * missing
 
@@ -179,11 +179,12 @@ def run(
     searches: Sequence[_AnySearch],
     choose: Callable[[torch.Tensor, torch.Tensor, Sequence[_AnySearch]], Sequence[list[Candidate]]],
 ) -> list[list[Hypothesis]]:
-    """What each search has finished with, after as many passes as it takes.
+    """The finished sequences of each search, after as many passes as it takes.
 
-    logits: (B, V) of the first pass, a row for each search.   device: where ids are fed from.
-    choose: from logits (B * beams, V), scores (B, beams) float32 and the B searches that still go
-    on to the candidates of each, best first. `beams` is 1 in the first step, then num_beams.
+    logits: (B, V) of the first pass, a row for each search.   device: of the decoder's input.
+    choose: returns the candidates of each search, best first, from logits (B * beams, V), scores
+    (B, beams) float32 and the B unfinished searches. `beams` is 1 in the first step, num_beams in
+    the others.
     """
     every, scores = searches, torch.zeros(len(searches), 1, device=logits.device)
     while True:
@@ -201,12 +202,12 @@ def run(
 def best_candidates(
     steps: torch.Tensor, scores: torch.Tensor, limit: int, noise: torch.Tensor | None = None
 ) -> list[list[Candidate]]:
-    """The `limit` best continuations of each prompt, best first; equals in the order of their beam
-    and id. Those without a score are left out.
+    """The `limit` best continuations of each prompt, best first, ties by beam and id. Those
+    without a score are left out.
 
     steps: (B * beams, V) float32, the log-probability of each token.   scores: (B, beams) float32.
-    noise: (B, beams * V) float64; if given, they are ranked by their score and its noise together.
-    Raises UnsupportedModelError where log-probabilities are no numbers.
+    noise: (B, beams * V) float64; if given, they are ranked by the sum of score and noise.
+    Raises UnsupportedModelError where log-probabilities are not numbers.
     """
     vocab_size = steps.shape[1]
     sums = (steps.view(*scores.shape, vocab_size) + scores.unsqueeze(-1)).flatten(1)
@@ -226,7 +227,7 @@ def best_candidates(
 def _next_rows(
     searches: Sequence[Search], beams_before: int
 ) -> tuple[list[int], list[list[int]], list[list[float]]]:
-    """Of the searches that go on: the row of each beam's cache, its last token, and its score."""
+    """Of the unfinished searches: each beam's row in the cache, its last token, and its score."""
     rows, last, scores = [], [], []
     for i, search in enumerate(searches):
         if not search.is_done:

@@ -1,9 +1,9 @@
 """The beam search of GLM-130B: its own candidates, its own penalty for length, its own end.
 
 It differs from beam.py in that candidates may be sampled, that a length counts the context,
-that stop tokens far down the list still finish a sequence, and that beams which run out of steps
-rank with those that stopped. A beam that does not exist has no score, and a banned token is never
-taken: results can be fewer but never made up.
+that stop tokens at any rank finish a sequence, and that beams which run out of steps are ranked
+with those that stopped. A beam that does not exist has no score, and a banned token is never
+generated, so there can be fewer results but none without a probability.
 Source: the rules of BeamSearchStrategy in THUDM/GLM-130B, with consider_end.
 """
 
@@ -54,22 +54,22 @@ def glm_beam_search(
 
     decoder: has been fed nothing that `start` holds. It is called with `start`, (B, T) int64, once;
     then each step begins with `select`, which makes num_beams rows of every prompt still searched.
-    contexts: of each prompt all ids up to sop, which is one of them. In the authors' batches the
-    padding behind it counts, too: give it with its padding to get their scores.
+    contexts: of each prompt all ids up to sop, included. In the authors' batches the padding behind
+    it counts, too: include it to get the same scores.
     length_penalty: a score is the sum of log-probabilities over ((5 + n) / 6) ** length_penalty,
     where n counts the context, what was generated, and the stop token.
-    no_repeat_ngram_size: so many generated ids in a row come only once, the first of them perhaps
-    with their beginning in the context; 0 for no such rule. The authors' code fails at 1; here no
-    token is generated twice.   min_length: no stop token before so many others.
-    is_deterministic: the best continuations of all beams go on. Otherwise as many are drawn
-    without replacement, by their probability, and the best of these go on.
-    seed: prompt i draws with seed + i; None for numbers that nobody can repeat.
-    banned_ids: never chosen, and as in the authors' code the others share their probability; so it
-    is with all that is ruled out.
+    no_repeat_ngram_size: n-grams of this many ids are generated only once (they may start in the
+    context); 0 for no such rule. The authors' code fails for 1; here no token is generated twice.
+    min_length: no stop token before so many other tokens.
+    is_deterministic: continue with the best continuations of all beams. Otherwise as many are
+    sampled without replacement, by their probability, and the best of these continue.
+    seed: prompt i is sampled with seed + i; None for a random seed.
+    banned_ids: never chosen, and as in the authors' code the others share their probability; the
+    same holds for all tokens that are ruled out.
 
     A prompt is done when num_beams sequences have finished and its best running one, at its present
-    length, is no better than the worst of them; or after max_new_tokens, or where no token is left
-    to go on with, and then the running ones rank with the finished.
+    length, is no better than the worst of them; or after max_new_tokens, or when no token is left,
+    and then the running ones are ranked with the finished ones.
     Numbers are those of a GLMOptions, which has checked them.
     Raises ArgumentError, UnsupportedModelError where logits are not finite numbers.
     """
@@ -98,7 +98,7 @@ class _GLMRules(Rules):
         return (5 + num_tokens) / 6
 
     def ruled_out(self, num_generated: int) -> frozenset[int]:
-        """The ids that no beam may take after so many."""
+        """The ids that no beam may generate after so many tokens."""
         if num_generated < self.min_length:
             return self.banned_ids | self.stop_ids
         return self.banned_ids
@@ -138,7 +138,7 @@ class _GLMSearch(Search):
         return {whole[end] for end in ends if whole[end - size + 1 : end] == prefix}
 
     def _extend(self, candidates: list[Candidate]) -> tuple[list[Beam], list[Hypothesis]]:
-        """What goes on and what has finished, down to the first that finds no place."""
+        """The running and the finished sequences, up to the first that exceeds num_beams."""
         running: list[Beam] = []
         ended: list[Hypothesis] = []
         for score, beam, token in candidates:
@@ -158,7 +158,7 @@ def _candidates(
     """logits: (B * beams, V).   scores: (B, beams) float32."""
     _check_numbers(logits, len(searches))
     is_out = _ruled_out(rules, logits, searches)
-    # Once before, for the others to share the probability, and once so that it is never taken.
+    # Before the softmax, so that others share the probability; after it, so that none is taken.
     steps = logits.float().masked_fill(is_out, _REMOVED).log_softmax(-1).masked_fill_(is_out, LOST)
     noise = None
     if not rules.is_deterministic:
@@ -198,13 +198,13 @@ def _noise(searches: Sequence[_GLMSearch], size: int) -> torch.Tensor:
 
 def _generators(num_prompts: int, seed: int | None) -> list[torch.Generator]:
     first = random.SystemRandom().getrandbits(64) if seed is None else seed
-    # torch's generator heeds 32 bits of its seed; these depend on all of ours.
+    # torch's generator uses 32 bits of its seed; these depend on all bits of `seed`.
     seeds = [random.Random(first + prompt).getrandbits(32) for prompt in range(num_prompts)]
     return [torch.Generator().manual_seed(own) for own in seeds]
 
 
 def _check_numbers(logits: torch.Tensor, num_prompts: int) -> None:
-    """Before anything is ruled out: beside that, a row of -infinity would look like a choice."""
+    """Before tokens are ruled out: next to those, a row of -infinity would look like a choice."""
     is_finite = logits.amax(-1).isfinite().view(num_prompts, -1).all(-1)
     if not is_finite.all():
         raise not_numbers((~is_finite).nonzero().flatten().tolist())

@@ -1,4 +1,4 @@
-"""The decode loop: passes and draws in turn, for decoder-only and encoder-decoder models alike."""
+"""The decode loop: a pass and a sampling step in turn, for all architectures."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Decoder(Protocol):
         ...
 
     def select(self, rows: torch.Tensor) -> None:
-        """Go on with the caches of `rows`, (n,) int64, in this order.
+        """Keep the caches of `rows`, (n,) int64, in this order.
 
-        A beam search names rows several times; the decode loop leaves out rows that have ended.
+        A beam search repeats rows; the decode loop leaves out rows that have ended.
         """
         ...
 
@@ -36,18 +36,17 @@ def decode(
 ) -> Generator[list[int | None], None, None]:
     """The tokens of all rows, a step at a time.
 
-    decoder: has been fed nothing that `start` holds.   start: (B, T) int64, what it is fed first.
-    sampler: made for the B rows.   stop_ids: a row that draws one of them has ended.
-    max_new_tokens: at least 1.
-    Yields the token of each row, None for rows that have ended before. A stop token is yielded, as
-    the last of its row: it tells why the row ended. Ends when all rows have, or after
-    `max_new_tokens` steps. A step is one pass, and one wait for its device.
+    decoder: not fed with anything of `start` yet.   start: (B, T) int64, its first input.
+    sampler: for the B rows.   stop_ids: a row ends with one of them.   max_new_tokens: at least 1.
+    Yields the token of each row, None for rows that ended before. A stop token is yielded, as the
+    last one of its row. Ends when all rows have, or after `max_new_tokens` steps. A step is one
+    pass, and one synchronization with its device.
     Raises ArgumentError, before the first pass; UnsupportedModelError (see Sampler.draw).
 
-    The next pass begins only when the next token is asked for. Begun ahead, it would hide the few
-    microseconds in which the host reads a token, but hold every token back for a pass on a CPU, and
-    run one pass for nothing at the end; streamed blocks are on their way during the draw anyhow.
-    So a caller that stops early leaves nothing running.
+    The next pass starts only when the next token is asked for, so a caller that stops early leaves
+    nothing running. Starting it ahead would hide the few microseconds in which the host reads a
+    token, but delay every token by a pass on a CPU, and compute one pass in vain at the end;
+    streamed blocks are copied during the sampling anyhow.
     """
     check_ids("stop_ids", stop_ids, sampler.vocab_size)
     if len(start) != sampler.num_rows:

@@ -1,8 +1,8 @@
-"""One step of sampling: logits to probabilities, and the token drawn from them.
+"""One step of sampling: logits to probabilities, and the token sampled from them.
 
-Source: the sampler of BMInf 1.0.2, whose order of steps and filter rule the models CPM-1, CPM-2 and
-EVA are used with. Unlike there everything is float32, temperature 0 is greedy, and padding is not
-part of the prompt whose tokens are counted.
+Source: the sampler of BMInf 1.0.2, whose order of steps and filter rule CPM-1, CPM-2 and EVA use.
+Unlike there everything is float32, temperature 0 is greedy, and padding is not counted as part of
+the prompt.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ _TEMPERATURES = (1e-30, 1e30)  # beyond, float32 has neither the temperature nor
 def top_k_and_top_p(
     probabilities: torch.Tensor, top_k: int | None, top_p: float | None
 ) -> torch.Tensor:
-    """Keep the `top_k` likeliest tokens of each row, and of them the likeliest whose sum exceeds
-    `top_p`, with the token that crosses it: both measured on the whole distribution.
+    """Keep tokens of each row that are among the `top_k` most probable, and among the most probable
+    whose sum first exceeds `top_p`, both of the whole distribution.
 
-    probabilities: (B, V) float32, rows sum to 1.   Among equals the lower id counts as likelier.
+    probabilities: (B, V) float32, rows sum to 1.   Ties are ordered by id.
     Returns (B, V) float32, zero where dropped.   Source: BMInf 1.0.2.
     """
     if top_k is None and (top_p is None or top_p == 1):
@@ -56,11 +56,11 @@ def top_k_and_top_p(
 def top_k_then_top_p(
     probabilities: torch.Tensor, top_k: int | None, top_p: float | None
 ) -> torch.Tensor:
-    """Keep the `top_k` likeliest tokens of each row, with all that tie with the last of them; then,
-    of what is left, the likeliest whose share of it exceeds `top_p`, with the token that crosses.
+    """Keep the `top_k` most probable tokens of each row, with all ties of the last; then, of these,
+    the most probable whose share of their sum first exceeds `top_p`.
 
-    probabilities: (B, V) float32, rows sum to 1.   For `top_p`, among equals the lower id counts as
-    likelier.   Returns (B, V) float32, zero where dropped.   Source: the sampler of GLM-130B.
+    probabilities: (B, V) float32, rows sum to 1.   For `top_p`, ties are ordered by id.
+    Returns (B, V) float32, zero where dropped.   Source: the sampler of GLM-130B.
     """
     kept = probabilities
     if top_k is not None:
@@ -84,14 +84,14 @@ def _exclusive_cumsum(values: torch.Tensor) -> torch.Tensor:
 class Sampling:
     """How the next token is chosen.
 
-    temperature: logits are divided by it; 0 takes the likeliest token (greedy).
-    top_k: only this many of the likeliest tokens (None: all).
-    top_p: only the likeliest tokens that together exceed this probability (None: all).
-    frequency_penalty: taken off a token's logit for each time it occurred, in prompt and output.
-    presence_penalty: taken off once if it occurred at all.
-    banned_ids: never drawn.   unpenalized_ids: their occurrences are not counted.
-    seed: row i of a batch draws with seed + i; None for numbers that nobody can repeat.
-    filter: what top_k and top_p mean, a rule that belongs to the model family.
+    temperature: logits are divided by it; 0 takes the most probable token (greedy).
+    top_k: only this many of the most probable tokens (None: all).
+    top_p: only the most probable tokens that together exceed this probability (None: all).
+    frequency_penalty: subtracted from a token's logit for each occurrence, in prompt and output.
+    presence_penalty: subtracted once if it occurred at all.
+    banned_ids: never sampled.   unpenalized_ids: their occurrences are not counted.
+    seed: row i of a batch is sampled with seed + i; None for a random seed.
+    filter: how top_k and top_p are applied, which depends on the model family.
     Raises ArgumentError for anything else.
     """
 
@@ -122,7 +122,7 @@ class Sampling:
         check_int("seed", self.seed, least=0, none="None")
 
     def check(self, vocab_size: int) -> None:
-        """Raise ArgumentError for what does not go together with a vocabulary of this size."""
+        """Raise ArgumentError for values that do not fit a vocabulary of this size."""
         if self.top_k is not None and self.top_k > vocab_size:
             raise ArgumentError(
                 f"top_k (or top_n)={self.top_k} is more than the {vocab_size} tokens of the "
@@ -137,12 +137,12 @@ class Sampling:
 
 
 class Sampler:
-    """Draws the tokens of a batch, one a row and step, and counts them for the penalties.
+    """Samples the tokens of a batch, one per row and step, and counts them for the penalties.
 
     prompts: the token ids of each row's prompt, without padding; they are counted, too.
-    Each row has random numbers of its own, seeded seed + row: it draws what it would draw alone.
-    They are made on the CPU, and what is drawn with them comes from sums of integers: the same
-    probabilities give the same tokens on every device.
+    Each row has its own random generator, seeded with seed + row, so that a row does not depend on
+    the others. Random numbers are made on the CPU, and compared with sums of integers, so that the
+    same probabilities give the same tokens on every device.
     Raises ArgumentError (see Sampling.check; a prompt with ids outside the vocabulary).
     """
 
@@ -175,9 +175,10 @@ class Sampler:
     def draw(self, logits: torch.Tensor) -> torch.Tensor:
         """The next token of each row, which is then counted.
 
-        logits: (B, V) floating point, B and V as the sampler was made for.
-        Returns (B,) int64 on the logits' device. Waits for that device once, at the end.
-        Raises ArgumentError (shape), UnsupportedModelError (as `probabilities`; nothing counted).
+        logits: (B, V) floating point, with the sampler's B and V.
+        Returns (B,) int64 on the logits' device. Synchronizes with that device once, at the end.
+        Raises ArgumentError (shape), UnsupportedModelError where a row holds NaN, +infinity,
+        or nothing but -infinity; nothing is counted then.
         """
         if logits.shape != (self.num_rows, self.vocab_size) or not logits.is_floating_point():
             raise ArgumentError(
@@ -198,7 +199,7 @@ class Sampler:
         return tokens
 
     def select(self, rows: torch.Tensor) -> None:
-        """Go on with these rows, in this order, each with its random numbers and counts.
+        """Keep these rows, in this order, each with its random generator and counts.
 
         rows: (n,) int64, any device.   Raises ArgumentError where a row is missing or comes twice.
         """

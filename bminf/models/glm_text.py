@@ -33,8 +33,8 @@ _MASK = re.compile(r"\[s?MASK\]|\[gMASK\]")
 
 @dataclass(frozen=True)
 class Masked:
-    """A text with blanks.   ids: as the model reads it.   places: of its masks, among the ids.
-    positions: of the masks in the text, in characters.   mask: the kind they all are of."""
+    """A text with blanks.   ids: of the whole text.   places: indices of the masks in `ids`.
+    positions: indices of the masks in the text, in characters.   mask: their kind."""
 
     ids: list[int]
     places: list[int]
@@ -50,10 +50,10 @@ def has_mask(text: str) -> bool:
 def masked_text(text: Any, tokenizer: GLMTokenizer, masks_end_texts: bool) -> Masked:
     """The ids of a text and its masks; one is added at the end where there is none.
 
-    masks_end_texts: whether a text that ends in a mask of any kind has no end token behind it, as
-    in GLM-130B; in GLM-10B only [gMASK] does without.
-    Raises ArgumentError for what is no text or an empty one, for several kinds of masks, and for a
-    kind that the vocabulary does not have.
+    masks_end_texts: whether a text that ends in a mask of any kind gets no end token, as in
+    GLM-130B; in GLM-10B this holds only for [gMASK].
+    Raises ArgumentError for anything but a text with something in it, for several kinds of masks,
+    and for a kind that the vocabulary does not have.
     """
     if not isinstance(text, str):
         raise ArgumentError(f"text is a {type(text).__name__}; give a str")
@@ -75,13 +75,13 @@ def masked_text(text: Any, tokenizer: GLMTokenizer, masks_end_texts: bool) -> Ma
 
 
 def _kind(masks: list[str], tokenizer: GLMTokenizer) -> str:
-    """The one kind of mask; where there is none, the one that goes on from the end."""
+    """The one kind of mask; without any, the kind that continues a text."""
     known = tokenizer.masks
     kinds = list(dict.fromkeys(masks)) or [OPEN_MASK if OPEN_MASK in known else TEXT_MASK]
     if len(kinds) > 1:
         raise ArgumentError(
-            f"the text mixes {' and '.join(kinds)}; a text has masks of one kind, since only those "
-            "would be filled"
+            f"the text mixes {' and '.join(kinds)}; give masks of one kind, since only one kind is "
+            "filled"
         )
     if kinds[0] not in known:
         raise ArgumentError(f"this model has no {kinds[0]}; it has {', '.join(known)}")
@@ -89,7 +89,7 @@ def _kind(masks: list[str], tokenizer: GLMTokenizer) -> str:
 
 
 def _pieces(text: str, found: Sequence[re.Match[str]], tokenizer: GLMTokenizer) -> list[list[int]]:
-    """The ids before each mask, and behind the last; a mask that is added stands behind all."""
+    """The ids before each mask, and behind the last; an added mask comes after the whole text."""
     starts = [0, *(match.end() for match in found)]
     ends = [*(match.start() for match in found), len(text)]
     pieces = [text[start:end] for start, end in zip(starts, ends, strict=True)]
@@ -107,12 +107,12 @@ Position = tuple[int, int]
 
 @dataclass(frozen=True)
 class Blank(Prompt):
-    """One blank about to be filled.
+    """A blank to fill.
 
-    input_ids: the text with its masks.   start_ids: these, sop, and, behind a text whose earlier
-    blanks are filled already, answer after answer, each with its sop; the last sop ends it.
-    positions: of start_ids.   place: of the mask, in the text.   is_continued: whether the answer
-    goes on behind the text, as that of a [gMASK] in GLM-130B.
+    input_ids: the text with its masks.   start_ids: input_ids, the answers to earlier blanks that
+    stand behind the text, each with its sop, and a last sop.
+    positions: of start_ids.   place: the index of the mask in input_ids.   is_continued: whether
+    the answer has the positions behind the text, as for [gMASK] in GLM-130B.
     """
 
     positions: tuple[Position, ...]
@@ -135,9 +135,9 @@ def blank(
 ) -> Blank:
     """The blank at `place` in `context`.
 
-    earlier: (place, answer) of those before it that stand behind the text and not in it: of a
-    GLM-10B. The last token of an answer was never read by the model when it went on to the next
-    blank, so it is not here either.
+    earlier: (place, answer) of the blanks before it whose answers stand behind the text, as in
+    GLM-10B. The model never reads the last token of an answer before the next blank, so that token
+    is left out.
     """
     ids = list(context)
     positions: list[Position] = [(index, 0) for index in range(len(ids))]
@@ -191,8 +191,8 @@ def position_tensor(positions: Sequence[Sequence[Position]], has_blocks: bool) -
 
 
 class GLMDecoder:
-    """A batch of blanks. Shorter texts are padded at their beginning, as in a GPTDecoder; the text
-    is seen whole by itself, the answers behind it only by what comes after.
+    """A batch of blanks. Shorter texts are left-padded, as in a GPTDecoder; the attention mask is
+    that of a prefix LM.
     """
 
     def __init__(self, model: GLM, cache: KVCache, blanks: Sequence[Blank]) -> None:

@@ -70,7 +70,7 @@ def uses_of(model: Any) -> list[Callable[..., Any]]:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("the [MASK] of [gMASK]", r"mixes \[MASK\] and \[gMASK\]; a text has masks of one kind"),
+        ("the [MASK] of [gMASK]", r"mixes \[MASK\] and \[gMASK\]; give masks of one kind"),
         ("[sMASK] of [MASK] and [sMASK]", r"mixes \[sMASK\] and \[MASK\]"),
         ("a " * 300, r"text( with all choices)? has \d+ tokens, more than max_length=40; shorten"),
         ("a " * 300 + "[MASK]", r"text( with all choices)? has \d+ tokens, more than max_length"),
