@@ -10,12 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bminf import models as models
-    from bminf.block_list import TransformerBlockList
-    from bminf.layers.quantized_linear import QuantizedLinear
-    from bminf.offload.hooks import Stats
-    from bminf.offload.plan import Plan
-    from bminf.quantization.packed import Format
-    from bminf.wrapping import plan_for, plan_of, stats_of, unwrap, wrapper
+    from bminf.block_list import TransformerBlockList as TransformerBlockList
+    from bminf.layers.quantized_linear import QuantizedLinear as QuantizedLinear
+    from bminf.offload.hooks import Stats as Stats
+    from bminf.offload.plan import Plan as Plan
+    from bminf.quantization.packed import Format as Format
+    from bminf.wrapping import plan_for as plan_for
+    from bminf.wrapping import plan_of as plan_of
+    from bminf.wrapping import stats_of as stats_of
+    from bminf.wrapping import unwrap as unwrap
+    from bminf.wrapping import wrapper as wrapper
 
 __version__ = "3.0.0.dev0"
 
@@ -32,18 +36,7 @@ _LAZY_IMPORTS = {
     "wrapper": "bminf.wrapping",
 }
 
-__all__ = [
-    "Format",
-    "Plan",
-    "QuantizedLinear",
-    "Stats",
-    "TransformerBlockList",
-    "plan_for",
-    "plan_of",
-    "stats_of",
-    "unwrap",
-    "wrapper",
-]
+__all__ = list(_LAZY_IMPORTS)
 
 
 def __getattr__(name: str) -> Any:
