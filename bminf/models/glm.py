@@ -161,7 +161,7 @@ class GLM(LanguageModel):
         settings = self._settings(options, more)
         if settings.num_return_sequences is None:
             return self._generate([text], settings)[0]
-        prompt = self._one_blank(text)
+        prompt = self._prompt(text)
         settings = self._within(settings, prompt)
         self._check_room(prompt, settings)
         stop_ids = self._stop_ids(settings)
@@ -240,7 +240,7 @@ class GLM(LanguageModel):
         text: with at most one mask. The last row predicts the first token of the answer.
         Raises ArgumentError.
         """
-        one = self._one_blank(text)
+        one = self._prompt(text)
         self._check_length(one.start_ids, "text")
         attention_mask = prefix_lm_mask(len(one.start_ids), len(one.input_ids))
         with self._lock, torch.inference_mode():
@@ -274,14 +274,14 @@ class GLM(LanguageModel):
         if settings.out_seq_length is not None:
             if len(texts) > 1:
                 raise ArgumentError("out_seq_length is for one text; give max_tokens for several")
-            settings = self._within(settings, self._one_blank(texts[0]))
+            settings = self._within(settings, self._prompt(texts[0]))
         return super()._generate(texts, settings)
 
     @needs_open_model
     def generate_iter(self, text: Any, **options: Any) -> Iterator[str]:
         settings = self._settings(self._defaults, options)
         if settings.out_seq_length is not None:
-            within = self._within(settings, self._one_blank(text))
+            within = self._within(settings, self._prompt(text))
             options = {**options, "max_tokens": within.max_tokens}
         return super().generate_iter(text, **options)
 
@@ -350,10 +350,7 @@ class GLM(LanguageModel):
 
     # ---- texts with blanks ----------------------------------------------------------------------
 
-    def _prompt(self, text: Any) -> Prompt:
-        return self._one_blank(text)
-
-    def _one_blank(self, text: Any) -> Blank:
+    def _prompt(self, text: Any) -> Blank:
         masked = self._masked(text)
         if len(masked.places) > 1:
             raise ArgumentError(

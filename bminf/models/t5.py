@@ -63,9 +63,12 @@ class T5Model(LanguageModel):
         which do not.   target: for the decoder; a str gets the start ids of generate(), which count
         in T.   Raises ArgumentError.
         """
-        is_text = isinstance(text, str) or _are_texts(text)
-        prompt = self._prompt(text) if is_text else None
-        input_ids = self._ids(text, "text") if prompt is None else prompt.input_ids
+        items: Sequence[object] = text if isinstance(text, Sequence) else ()
+        is_dialogue = len(items) > 0 and all(isinstance(item, str) for item in items)
+        if isinstance(text, str) or is_dialogue:
+            input_ids = self._prompt(text).input_ids
+        else:
+            input_ids = self._ids(text, "text")
         target_ids = self._ids(target, "target")
         if isinstance(target, str):
             target_ids = [*self._start_ids(), *target_ids]
@@ -92,12 +95,6 @@ class T5Model(LanguageModel):
         lengths = [len(row) for row in rows]
         decoder = T5Decoder(self.model, self._cache, input_ids, lengths)
         return decoder, self._tensor([prompt.start_ids for prompt in prompts])
-
-
-def _are_texts(text: object) -> bool:
-    """Whether it is a dialogue."""
-    is_list = isinstance(text, Sequence) and len(text) > 0
-    return is_list and all(isinstance(utterance, str) for utterance in text)  # type: ignore[attr-defined]
 
 
 class CPM2(T5Model):

@@ -308,7 +308,7 @@ def test_beams_of_a_batch_are_those_of_each_text(load: Loader, name: str) -> Non
 @each_model
 def test_logits_of_a_padded_row_are_those_of_the_row_alone(load: Loader, name: str) -> None:
     model = load(name, max_batch_size=2)
-    short, long = (model._one_blank(text) for text in ("a [MASK].", f"{MASKED}, {TEXT}"))
+    short, long = (model._prompt(text) for text in ("a [MASK].", f"{MASKED}, {TEXT}"))
     rows = {}
     for blanks in ([short], [short, long]):
         with torch.inference_mode():
@@ -499,7 +499,7 @@ def test_candidates_come_best_first(load: Loader, name: str, length_penalty: flo
 def test_a_score_is_a_log_probability(load: Loader, name: str, length_penalty: float) -> None:
     model = load(name, max_batch_size=3)
     settings = GLMOptions(max_tokens=5, num_beams=3, length_penalty=length_penalty)
-    one = model._one_blank(MASKED)
+    one = model._prompt(MASKED)
     (found,) = model._search([one], settings, model._stop_ids(settings))
     num_context = len(context_of(model, MASKED)) + 1
     for hypothesis in found:
@@ -942,8 +942,8 @@ def test_a_text_that_ends_in_a_mask_and_a_blank_does_not_end_in_a_mask(load: Loa
     """Sentencepiece makes nothing of a blank, and the end is that of the text."""
     model = load("glm130b")
     eos = model.tokenizer.eos_id
-    assert model._one_blank("the layer [MASK]").input_ids[-1] != eos
-    assert model._one_blank("the layer [MASK] ").input_ids[-1] == eos
+    assert model._prompt("the layer [MASK]").input_ids[-1] != eos
+    assert model._prompt("the layer [MASK] ").input_ids[-1] == eos
 
 
 @each_model
