@@ -1,7 +1,7 @@
-"""The command `bminf VERB ...`: one file a verb, imported only when its verb is chosen.
+"""The command `bminf VERB ...`: one file per verb, imported only when the verb is used.
 
-Exit codes: 0 done; 1 it failed, or a comparison came out unequal; 2 the command line is wrong;
-130 it was interrupted (Ctrl-C).
+Exit codes: 0 success; 1 failure, or a comparison with different results; 2 wrong command line;
+130 interrupted (Ctrl-C).
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from bminf import __version__
 from bminf.errors import ArgumentError, BMInfError
 
 VERBS = {
-    "convert": "pack a checkpoint of CPM-1, CPM-2, EVA or GLM into a folder that loads at once",
+    "convert": "quantize a checkpoint of CPM-1, CPM-2, EVA or GLM into a folder that loads faster",
     "demo": "generate with everything resident, then under a limit, and compare the texts",
-    "plan": "show what a memory limit keeps and what a token will cost, without loading weights",
+    "plan": "show which blocks a memory limit keeps resident, and predict the time per token",
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit code of the command line `argv`, that of the process by default.
+    """Run the command line `argv`, by default that of the process; returns the exit code.
 
-    Raises SystemExit where argparse ends the run: --help and --version (0), wrong usage (2).
+    Raises SystemExit where argparse exits: --help and --version (0), wrong usage (2).
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     _print_anything()
@@ -36,11 +36,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = _parser(argv).parse_args(argv)
         code = int(arguments.run(arguments))
-        sys.stdout.flush()  # here, where an error can still be told
+        sys.stdout.flush()  # here, where an error can still be reported
         return code
     except ArgumentError as error:
         return _fail(error, 2)
-    except BrokenPipeError:  # whoever read the output has enough, as `head` does
+    except BrokenPipeError:  # the reader of the output has closed it, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the last flush
         return 1
     except (BMInfError, OSError) as error:
@@ -60,7 +60,7 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(metavar="VERB", required=True)
     for name, summary in VERBS.items():
         verb = verbs.add_parser(name, help=summary, description=summary)
-        # Options stand behind the verb, so the first argument is the verb or there is none.
+        # Options come after the verb, so the first argument is the verb or there is none.
         if argv and argv[0] == name:
             module = import_module(f"bminf.cli.{name}")
             module.add_arguments(verb)
@@ -69,18 +69,18 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
 
 
 def _print_anything() -> None:
-    """A terminal that lacks a character of a model's text shows "?" in its place."""
+    """Replace characters that the terminal cannot show by "?"."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
 
 
 def _one_line(message: Warning | str, *_: Any, **__: Any) -> str:
-    """A warning as the command line shows it: where in the code it came up is of no use there."""
+    """A warning as the command line shows it, without the place in the code."""
     return f"bminf: {' '.join(str(message).split())}\n"
 
 
 def _fail(error: Exception, code: int) -> int:
-    """`code`, after the error was printed in one line."""
+    """Print the error in one line, and return `code`."""
     print(f"bminf: error: {' '.join(str(error).split())}", file=sys.stderr)
     return code

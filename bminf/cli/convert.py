@@ -1,4 +1,4 @@
-"""`bminf convert`: a checkpoint of any layout into a folder that loads without further work."""
+"""`bminf convert`: quantizes a checkpoint of any layout into a folder that loads faster."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--quantization", choices=("auto", "int8", "int4", "int4-row", "none"), default="auto",
         help=sources.QUANTIZATION_HELP,
     )  # fmt: skip
-    add("--head-quantization", choices=("int8", "int4"), help="of a GLM: its output head, too")
-    add("--tp", type=int, metavar="N", help="of a GLM: the files of its authors, for N ranks")
+    add("--head-quantization", choices=("int8", "int4"), help="format of a GLM's output head")
+    add("--tp", type=int, metavar="N", help="write the layout of GLM's authors, for N ranks")
     add(
         "--model", choices=("cpm1", "cpm2", "eva", "glm130b", "glm10b"),
-        help="where the files do not tell it",
+        help="the model, where the files do not determine it",
     )  # fmt: skip
-    add("--config", metavar="FILE", help="configuration, where it does not lie beside the weights")
-    add("--tokenizer", metavar="PATH", help="vocabulary, where it does not lie beside the weights")
+    add("--config", metavar="FILE", help="configuration, if not beside the weights")
+    add("--tokenizer", metavar="PATH", help="vocabulary, if not beside the weights")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """0, after the folder was written."""
+    """Write the folder; returns 0."""
     from bminf.models.convert import WEIGHTS_FILE, convert
 
     folder = convert(

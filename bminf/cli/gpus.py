@@ -1,4 +1,4 @@
-"""How fast cards read their memory, and how fast a slot brings bytes to them; or this machine's."""
+"""Memory and bus bandwidth of known GPUs, and measuring those of this machine."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from bminf.errors import ArgumentError
 THIS = "this"
 
 _LANE_GBPS = {3: 0.985, 4: 1.969, 5: 3.938}
-"""One lane in one direction. PCI Express Base Specification: 8, 16 and 32 GT/s, 128b/130b coded."""
+"""Per lane and direction. PCI Express Base Specification: 8, 16 and 32 GT/s, 128b/130b coded."""
 
-_REACHED = 0.8  # of the slot's rate, by large copies from page-locked memory
+_REACHED = 0.8  # of the bus bandwidth, by large copies from page-locked memory
 
 _GB = 10**9
 _PROBE_BYTES = 2**27
@@ -76,9 +76,9 @@ _PRINTED = {
 
 
 def speeds_of(name: str) -> Speeds:
-    """Those of a card by its name, or measured where the name is "this".
+    """The speeds of a GPU by its name, or measured ones for the name "this".
 
-    Raises ArgumentError, with the names that are known.
+    Raises ArgumentError, with the known names.
     """
     if _plain(name) in (THIS, "thismachine"):
         return _measured()
@@ -88,19 +88,19 @@ def speeds_of(name: str) -> Speeds:
     if card is None:
         raise ArgumentError(
             f'--gpu={name!r} is not known; accepted: "this" (measures this machine), '
-            f"{', '.join(_CARDS)}; of another one, give --memory-bandwidth and --link"
+            f"{', '.join(_CARDS)}; for another one, give --memory-bandwidth and --link"
         )
     link = card.lanes * _LANE_GBPS[card.generation] * _REACHED
     return Speeds(int(link * _GB), card.memory_gbps * _GB)
 
 
 def _plain(name: str) -> str:
-    """ "NVIDIA GeForce RTX 4090" and "rtx4090" are one."""
+    """ "NVIDIA GeForce RTX 4090" and "rtx4090" are the same."""
     return re.sub(r"nvidia|geforce|tesla|[^a-z0-9]", "", name.lower())
 
 
 def _measured() -> Speeds:
-    """Of the GPU here; without one, of RAM and of a file, where the CPU's blocks come from."""
+    """Of the GPU; without one, of RAM and of a file, from which the CPU streams blocks."""
     import torch
 
     return _of_gpu() if torch.cuda.is_available() else _of_cpu()
@@ -137,7 +137,7 @@ def _of_cpu() -> Speeds:
 
 
 def _least_s(work: Callable[[], object], wait: Callable[[], object] = lambda: None) -> float:
-    """Seconds of the fastest of some runs; whatever else the machine does only makes it slower."""
+    """Seconds of the fastest of some runs; other load on the machine only makes runs slower."""
     times = []
     for _ in range(_ROUNDS):
         wait()

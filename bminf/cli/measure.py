@@ -1,4 +1,4 @@
-"""Memory the process holds, and the most it held during a stretch of work."""
+"""The memory of this process, and its peak during a piece of work."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def rss_anon_bytes() -> int | None:
 
 
 class PeakMemory:
-    """Context manager that finds the most memory held inside it, in `peak_bytes` (None: unknown).
+    """Context manager that measures the peak of memory in its body, `peak_bytes` (None: unknown).
 
     is_cuda: bytes of torch's allocator on the GPU; otherwise anonymous memory of the process above
     `baseline_bytes`, sampled every 10 ms in a thread of its own.

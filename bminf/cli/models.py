@@ -18,7 +18,7 @@ DEMO_PACKAGES = ("transformers", "gguf", "accelerate")
 
 
 def require(packages: Sequence[str]) -> None:
-    """Raises BMInfError with the pip command that brings those of `packages` that are missing."""
+    """Raise BMInfError with the pip command for those of `packages` that are missing."""
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         raise BMInfError(
@@ -74,7 +74,7 @@ def _load_errors(model: str | Path) -> Iterator[None]:
         yield
     except BMInfError:
         raise
-    # What a damaged file leads to differs by library: safetensors, tokenizers, pickle, gguf, torch.
+    # A damaged file raises errors of safetensors, tokenizers, pickle, gguf or torch.
     except Exception as error:
         damage = _damage(Path(model))
         if damage is not None:
@@ -86,7 +86,7 @@ def _load_errors(model: str | Path) -> Iterator[None]:
 
 
 def first_line(error: Exception) -> str:
-    """What names the cause: transformers puts pages of advice below it."""
+    """The line that names the cause: transformers adds pages of advice below it."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
@@ -96,7 +96,7 @@ def is_path(model: str | Path) -> bool:
 
 
 def _damage(path: Path) -> str | None:
-    """What is wrong with the files of a model that did not load, as far as they tell it."""
+    """What is wrong with the files of a model that did not load; None if unknown."""
     from bminf.checkpoint.folder import read_weights
 
     files = sorted(path.iterdir()) if path.is_dir() else [path]
@@ -113,31 +113,31 @@ def _damage(path: Path) -> str | None:
 
 
 def _source(model: str | Path) -> tuple[str, dict[str, str]]:
-    """Where from_pretrained finds `model`, and the further arguments it needs for that."""
+    """The first argument of from_pretrained for `model`, and its other arguments."""
     path = Path(model)
     if path.suffix == ".gguf":
         if not path.is_file():
             raise CheckpointError(f"there is no file {path}; name a .gguf file that exists")
         return str(path.parent), {"gguf_file": path.name}
     if is_path(model) and not path.is_dir():
-        # Not a hub id by its form, so the hub's rules for names would be no help.
+        # Not the form of a hub id, so an error about the hub's names would not help.
         raise CheckpointError(f"there is no folder {path}; name one that exists, or a hub id")
     return str(model), {}
 
 
 def quiet() -> None:
-    """Silences what transformers and its hub client log below an error, and the loading bars."""
+    """Silence messages of transformers and its hub client below errors, and loading bars."""
     from transformers import modeling_gguf_pytorch_utils
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    modeling_gguf_pytorch_utils.tqdm = progress_bar  # which asks whether there is a terminal
+    modeling_gguf_pytorch_utils.tqdm = progress_bar  # which shows nothing without a terminal
     quiet_hub()
 
 
 def quiet_hub() -> None:
-    """The same of the hub's client alone."""
+    """The same for the hub's client alone."""
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     if not is_terminal():

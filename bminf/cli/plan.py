@@ -1,4 +1,4 @@
-"""`bminf plan`: what a memory limit keeps, and what a token will cost, from config.json alone."""
+"""`bminf plan`: the plan under a memory limit and the time per token, from config.json alone."""
 
 from __future__ import annotations
 
@@ -21,28 +21,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of this verb."""
     add = parser.add_argument
     add("model", metavar="MODEL", help=sources.HELP)
-    add("--memory-limit", metavar="SIZE", help='such as "6GB"; without it, bytes are shown only')
+    add("--memory-limit", metavar="SIZE", help='such as "6GB"; without it, only sizes are shown')
     add("--quantization", choices=("int8", "int4", "int4-row", "none"),
         help=sources.QUANTIZATION_HELP)  # fmt: skip
-    add("--blocks", nargs="+", metavar="NAME", help="modules to move, instead of those found")
+    add("--blocks", nargs="+", metavar="NAME", help="modules to stream, instead of those found")
     add("--max-length", type=int, metavar="N",
-        help="tokens of prompt and answer to set aside KV cache and workspace for")  # fmt: skip
+        help="tokens of prompt and answer to reserve KV cache and workspace for")  # fmt: skip
     add("--max-batch-size", type=int, default=1, metavar="N", help="texts at once; default: 1")
-    add("--reserve", default="0", metavar="SIZE", help="set aside beside what --max-length takes")
-    add("--gpu", metavar="NAME", help='a card, such as "RTX 4090", whose memory and bus are meant; '
+    add(
+        "--reserve",
+        default="0",
+        metavar="SIZE",
+        help="bytes to reserve in addition to --max-length",
+    )
+    add("--gpu", metavar="NAME", help='the GPU, such as "RTX 4090", for its two bandwidths; '
         '"this" measures this machine')  # fmt: skip
     add("--link", default=_Default("12GB"), metavar="SPEED",
-        help="bytes a second of the bus; default: 12GB")  # fmt: skip
+        help="bus bandwidth per second; default: 12GB")  # fmt: skip
     add("--host-memory", metavar="SIZE",
-        help="for what does not stay; the rest waits on disk; default: enough for all")  # fmt: skip
-    add("--disk", default="2GB", metavar="SPEED", help="bytes a second of the disk; default: 2GB")
+        help="for streamed blocks; the others are kept on disk; default: no limit")  # fmt: skip
+    add("--disk", default="2GB", metavar="SPEED", help="disk bandwidth per second; default: 2GB")
     add("--memory-bandwidth", default=_Default("150GB"), metavar="SPEED",
-        help="bytes a second that the device reads of its memory; default: 150GB")  # fmt: skip
+        help="memory bandwidth of the device per second; default: 150GB")  # fmt: skip
     add("--json", action="store_true", help="print one JSON object")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """0, after the report was printed."""
+    """Print the report; returns 0."""
     speeds, disk = _speeds(arguments), parse_rate(arguments.disk, "--disk")
     for option in ("memory_limit", "reserve", "host_memory"):
         given = getattr(arguments, option)
@@ -74,7 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 class _Default(str):
-    """A speed that was not given on the command line: that of the card wins over it."""
+    """A speed that was not given on the command line, so that the speed of --gpu is used."""
 
 
 def _speeds(arguments: argparse.Namespace) -> Speeds:
@@ -142,7 +147,7 @@ _BOUNDS = {"compute": "reading weights", "link": "the link", "disk": "the disk"}
 
 
 def _group_lines(blocks: Sequence[dict[str, Any]]) -> list[str]:
-    """One line for each run of neighbours of one size: name or first and last name, and bytes."""
+    """One line for each run of blocks of the same size: first and last name, and bytes."""
     runs = groupby(blocks, lambda block: block["bytes"])
     return [_group_line(list(run)) for _, run in runs]
 
@@ -174,7 +179,7 @@ def _time_line(report: dict[str, Any]) -> str:
 
 
 def _per_token(token_s: float) -> str:
-    """With tokens a second, where that is not 0.0."""
+    """Time per token, with tokens per second unless these are 0.0."""
     rate = f"{1 / token_s:.1f}"
     return _seconds(token_s) if rate == "0.0" else f"{_seconds(token_s)} = {rate} tokens/s"
 

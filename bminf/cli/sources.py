@@ -1,4 +1,4 @@
-"""What `bminf plan` plans: a model that transformers builds, or one of the zoo; without weights."""
+"""What `bminf plan` plans, without weights: a model of transformers, or a built-in one."""
 
 from __future__ import annotations
 
@@ -31,26 +31,26 @@ HELP = (
     "or GLM, or a published name such as glm-130b"
 )
 
-QUANTIZATION_HELP = "default: int8, of a GLM int4; what is packed already stays as it is"
+QUANTIZATION_HELP = "default: int8, for a GLM int4; quantized checkpoints keep their format"
 
 _MOST_CONFIG_BYTES = 2**24
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _GGUF_VERSIONS = (2, 3)
-_GGUF_DTYPE = "float16"  # what the weights of such a file are unpacked to on a GPU
+_GGUF_DTYPE = "float16"  # to which the weights of such a file are dequantized on a GPU
 _ZOO_KEYS = {"d_kv", "dim_model", "block_position_encoding"}
 
 
 def find(model: str) -> Transformers | Zoo:
-    """What can be planned for a folder, a file, a published name or a hub id.
+    """The model of a folder, a file, a published name or a hub id.
 
-    Raises CheckpointError; nothing but headers and configurations is read.
+    Only headers and configurations are read.   Raises CheckpointError.
     """
     found = _found(model)
     return _of_transformers(found) if isinstance(found, dict) else Zoo(found)
 
 
 def _found(model: str) -> dict[str, Any] | Source:
-    """The content of a config.json of transformers, or a model that bminf builds itself."""
+    """The content of a config.json of transformers, or a built-in model."""
     path = Path(model).expanduser()
     if path.is_dir():
         return _in_folder(path)
@@ -93,7 +93,7 @@ class Transformers:
         )
 
     def unquantized_bytes(self, arguments: argparse.Namespace) -> int:
-        """Of the matrices in the blocks that stay as they are; the reason goes to stderr."""
+        """Bytes of matrices in blocks that are not quantized; the reason goes to stderr."""
         form = self._format(arguments)
         if form is None:
             return 0
@@ -123,7 +123,7 @@ class Transformers:
 
 
 class Zoo:
-    """A model that bminf builds itself, which knows what a text takes."""
+    """A built-in model, whose plan includes the memory of a text."""
 
     dtype = "float16"
 
@@ -166,9 +166,9 @@ class Zoo:
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """The JSON object in a file, which may begin with a byte-order mark.
+    """The JSON object in a file, which may start with a byte-order mark.
 
-    Raises CheckpointError, before much is read, for a file that is something else.
+    Raises CheckpointError for any other file, before much of it is read.
     """
     try:
         with open(file, "rb") as opened:
@@ -176,7 +176,7 @@ def read_config(file: Path) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read ({error.strerror}); {ACCEPTED}") from error
     if len(content) > _MOST_CONFIG_BYTES or _is_binary(content):
-        raise CheckpointError(f"{file} is no configuration but other data; {ACCEPTED}")
+        raise CheckpointError(f"{file} is not a configuration but other data; {ACCEPTED}")
     _check_is_no_pointer(file, content)
     try:
         config = json.loads(content)
@@ -193,7 +193,7 @@ def _check_is_no_pointer(file: Path, head: bytes) -> None:
 
 
 def _is_binary(content: bytes) -> bool:
-    """Whether it is no text in UTF-8, or in UTF-16 or UTF-32 with a mark."""
+    """Whether it is not text in UTF-8, nor in UTF-16 or UTF-32 with a byte-order mark."""
     has_mark = content.startswith((b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff"))
     return b"\0" in content and not has_mark
 
@@ -212,13 +212,13 @@ def _in_folder(folder: Path) -> dict[str, Any] | Source:
         except CheckpointError as error:
             if config is None or not is_of_zoo:
                 raise
-            return _of_config(config, str(file), error)  # which may say it all without weights
+            return _of_config(config, str(file), error)  # which may be enough without weights
     if config is not None:
         return config
     names = sorted(path.name for path in folder.glob("*.gguf"))
     if names:
         raise CheckpointError(f"{folder} has no config.json; name one of {', '.join(names)}")
-    return read_config(file)  # whose error says what is missing
+    return read_config(file)  # which raises the error for a missing file
 
 
 def _holds_checkpoint(folder: Path) -> bool:
@@ -227,7 +227,7 @@ def _holds_checkpoint(folder: Path) -> bool:
     try:
         return bool(checkpoint_in(folder).tensors)
     except CheckpointError:
-        return any(folder.rglob("mp_rank_*"))  # damaged, which the next one to open it will say
+        return any(folder.rglob("mp_rank_*"))  # damaged, which raises when it is opened next
 
 
 def _in_file(file: Path) -> dict[str, Any] | Source:
@@ -249,7 +249,7 @@ def _in_file(file: Path) -> dict[str, Any] | Source:
 def _of_config(
     config: dict[str, Any], where: str, why: Exception | None = None
 ) -> dict[str, Any] | Source:
-    """`config`, or what it describes if that is a model of the zoo.   why: no folder gave it."""
+    """`config`, or the built-in model that it describes.   why: the folder's error, if any."""
     if not _is_of_zoo(config):
         return config
     from bminf.models.source import sizes_in
@@ -265,7 +265,7 @@ def _of_config(
 
 
 def _is_of_zoo(config: dict[str, Any]) -> bool:
-    """Whether a configuration is in the words of the zoo's authors, or ours."""
+    """Whether a configuration is of a built-in model, by its authors or by bminf convert."""
     if config.get("format") == "bminf" or config.get("model_type") == "eva":
         return True
     kind = config.get("model_type")
@@ -284,7 +284,7 @@ def _of_gguf(file: Path, head: bytes) -> dict[str, Any]:
     models.quiet()
     try:
         config = transformers.AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name)
-    # Whatever a header can hold that its readers trip over.
+    # Readers of the header raise errors of many types.
     except Exception as error:
         raise CheckpointError(
             f"{file} cannot be planned from its header: {models.first_line(error)} - give the "
@@ -300,7 +300,7 @@ def _from_hub(hub_id: str) -> Path:
     models.quiet_hub()
     try:
         return Path(hf_hub_download(hub_id, "config.json"))
-    # The client's errors, those of the HTTP library below it, and of the network.
+    # Errors of the client, of the HTTP library below it, and of the network.
     except Exception as error:
         raise CheckpointError(
             f"there is no file or folder {hub_id!r}, and the hub does not give its config.json: "
@@ -324,7 +324,7 @@ def _of_transformers(config: dict[str, Any]) -> Transformers:
 
 
 def build_on_meta(config: dict[str, Any]) -> Any:
-    """The model that `config`, the content of a config.json, describes; it takes no memory."""
+    """The model that `config`, the content of a config.json, describes, on the meta device."""
     import torch
     import transformers
 
@@ -333,8 +333,7 @@ def build_on_meta(config: dict[str, Any]) -> Any:
     if kind is None:
         raise CheckpointError(
             "model_type None is not known: this configuration has no model_type, so it does not "
-            "say which model it is of; "
-            "give the config.json that belongs to the weights"
+            "name its model; give the config.json that belongs to the weights"
         )
     if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
         raise CheckpointError(
@@ -345,7 +344,7 @@ def build_on_meta(config: dict[str, Any]) -> Any:
         parsed = transformers.CONFIG_MAPPING[kind].from_dict(config)
         with torch.device("meta"), _default_dtype(parsed):
             return _construct(parsed).eval()
-    # A config may be wrong in any way, and every architecture trips over that in its own.
+    # A wrong config raises errors of any type, depending on the architecture.
     except Exception as error:
         raise CheckpointError(
             f"the {kind} model of this config.json cannot be built: "
@@ -367,7 +366,7 @@ def _construct(config: Any) -> Any:
 
 @contextmanager
 def _default_dtype(config: Any) -> Iterator[None]:
-    """Makes new parameters of the type that `config` names; float32 where it names none."""
+    """Make new parameters of the dtype that `config` names, or else of float32."""
     import torch
 
     before = torch.get_default_dtype()
