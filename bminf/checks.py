@@ -1,4 +1,4 @@
-"""Checks of numbers and token ids that users give, before any work starts."""
+"""Checks of numbers and token ids from users, before any work starts."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import TypeGuard
 
 from bminf.errors import ArgumentError, UnsupportedModelError
 
-_SHOWN = 5  # of the wrong ids: a message is no place for a whole vocabulary
+_SHOWN = 5  # of the wrong ids: a message should not hold a whole vocabulary
 
 
 def check_ids(name: str, ids: Collection[int], vocab_size: int) -> None:
-    """Raise ArgumentError where one of `ids` is not an id of the vocabulary."""
+    """Raise ArgumentError if one of `ids` is not an id of the vocabulary."""
     wrong = [i for i in ids if type(i) is not int or not 0 <= i < vocab_size]
     if wrong:
         more = f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
@@ -23,7 +23,7 @@ def check_ids(name: str, ids: Collection[int], vocab_size: int) -> None:
 
 
 def check_banned(ids: Collection[int], vocab_size: int) -> None:
-    """Raise ArgumentError where `ids` are not in the vocabulary, or leave nothing of it."""
+    """Raise ArgumentError if `ids` are not in the vocabulary, or are all of it."""
     check_ids("banned_ids", ids, vocab_size)
     if len(set(ids)) == vocab_size:
         raise ArgumentError(
@@ -55,12 +55,12 @@ def check_bool(name: str, value: bool) -> None:
 
 
 def is_number(value: object) -> TypeGuard[int | float]:
-    """Whether `value` is an int or a float, and finite; a bool is none."""
+    """Whether `value` is an int or a float, and finite; a bool is not."""
     return isinstance(value, int | float) and type(value) is not bool and math.isfinite(value)
 
 
 def check_sizes(config: object, *names: str) -> None:
-    """Raise ArgumentError for a field of a configuration that is not a whole number above 0."""
+    """Raise ArgumentError for a field of a configuration that is not a positive int."""
     for name in names:
         value = getattr(config, name)
         if type(value) is not int or value < 1:
@@ -68,13 +68,13 @@ def check_sizes(config: object, *names: str) -> None:
 
 
 def check_eps(name: str, value: float) -> None:
-    """Raise ArgumentError for what is not a number between 0 and 1."""
+    """Raise ArgumentError for anything but a number between 0 and 1."""
     if not is_number(value) or not 0 < value < 1:
         raise ArgumentError(f"{name}={value!r}; a number between 0 and 1 is needed")
 
 
 def not_numbers(rows: Collection[int]) -> UnsupportedModelError:
-    """The error for logits from which nothing can be chosen."""
+    """The error for logits from which no token can be chosen."""
     return UnsupportedModelError(
         f"the model's logits are not finite numbers in row {', '.join(map(str, rows))} of this "
         "step, so no token can be chosen: half precision overflowed, or the weights are damaged; "

@@ -1,11 +1,11 @@
-"""Every error the library raises on purpose.
+"""The errors of this library.
 
 BMInfError
 ├── ArgumentError (ValueError)       an argument that cannot be accepted
 │   └── UnknownKeywordError (TypeError)
 ├── BudgetError                      the memory limit cannot be kept
 │   └── NothingToStreamError (UnsupportedModelError)
-├── CheckpointError                  a file on disk that is not what it should be
+├── CheckpointError                  a wrong or damaged file on disk
 ├── KernelError                      a CUDA kernel that cannot be found, compiled or launched
 ├── OffloadError                     memory or a file for streamed blocks that fails
 └── UnsupportedModelError            a model, or a use of one, that cannot be scheduled

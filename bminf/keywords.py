@@ -1,4 +1,4 @@
-"""Keywords that a function does not have are refused with an error that names the nearest one."""
+"""Errors for unknown keyword arguments, which suggest the most similar known one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 def check_keywords(function: str, given: Iterable[str], accepted: Collection[str]) -> None:
     """Raise UnknownKeywordError for the first keyword in `given` that is not in `accepted`.
 
-    function: what the message calls it, without its parentheses.
+    function: its name in the message, without parentheses.
     """
     for name in given:
         if name not in accepted:
@@ -28,7 +28,7 @@ def check_keywords(function: str, given: Iterable[str], accepted: Collection[str
 
 
 def keywords_of(function: Callable[..., Any]) -> list[str]:
-    """The names that a function's parameters may be given by, in order; `self` is none."""
+    """The names of a function's parameters that may be given as keywords, without `self`."""
     return [
         name
         for name, parameter in inspect.signature(function).parameters.items()
@@ -38,9 +38,9 @@ def keywords_of(function: Callable[..., Any]) -> list[str]:
 
 
 def known_keywords(function: Function) -> Function:
-    """`function`, which raises UnknownKeywordError where Python would raise its own TypeError.
+    """`function`, but unknown keywords raise UnknownKeywordError instead of TypeError.
 
-    Of a constructor, the message names the class that is made.
+    For a constructor, the message names the class.
     """
     accepted = keywords_of(function)
 

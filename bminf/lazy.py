@@ -1,8 +1,8 @@
-"""A tensor whose bytes are elsewhere: it knows its shape and fetches its values when asked.
+"""A tensor whose bytes are elsewhere: it has a shape, and fetches its values when they are used.
 
 Model code may read the weight of a streamed block, or of a quantized linear, at any time, not only
-while the block runs. A placeholder of zeros or NaN would then give a wrong answer or a strange
-error; this one gives the right one, slowly.
+while the block runs. A placeholder of zeros or NaN would then give a wrong result or an unclear
+error; this one gives the right result, slowly.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ class LazyTensor(torch.Tensor):
     """A tensor without storage that calls `read()` for its values in every operation.
 
     read: returns the real tensor, of the same shape, dtype and device.
-    like: any tensor with the metadata wanted (a meta tensor will do); device overrides its own.
-    is_parameter: whether isinstance(tensor, torch.nn.Parameter) shall hold.
-    write: keeps new values, of the same shape and dtype; None where that cannot be, as for a packed
-        weight. Writing in place, to the tensor or to a view of it, then raises.
+    like: any tensor with the same metadata (such as a meta tensor); device overrides its own.
+    is_parameter: whether isinstance(tensor, torch.nn.Parameter) is true.
+    write: stores new values, of the same shape and dtype; None where that is impossible, as for a
+        packed weight. Writing in place, to the tensor or to a view of it, then raises.
 
-    Metadata (shape, dtype, device, numel, requires_grad) costs nothing. Asking for the memory
-    itself raises UnsupportedModelError, because there is none.
+    Metadata (shape, dtype, device, numel, requires_grad) costs nothing. Access to the memory itself
+    raises UnsupportedModelError, because there is none.
     """
 
     _read: Callable[[], torch.Tensor]
@@ -83,12 +83,12 @@ class LazyTensor(torch.Tensor):
         if any(_holds_lazy(value) for value in written):
             return _write_through(func, args, kwargs, written)
         if _returns_view(func):
-            # Seen whole from inside another dispatch: such as .to(dtype), which returns a view only
-            # where there is nothing to convert. Its parts tell.
+            # Composite operations inside another dispatch, such as .to(dtype), return a view only
+            # where there is nothing to convert; their parts show which it is.
             parts = func.decompose(*args, **kwargs)
             if parts is not NotImplemented:
                 return parts
-            with torch.inference_mode(False):  # an inference tensor could not be a view of ours
+            with torch.inference_mode(False):  # an inference tensor cannot be a view of this one
                 return _lazy_views(func, args, kwargs)
         return func(*_read_all(args), **_read_all(kwargs))
 
@@ -113,7 +113,7 @@ class LazyTensor(torch.Tensor):
         """The values, as an ordinary tensor without a history."""
         return self._read().detach()
 
-    # ---- the values, for people and for other libraries --------------------------------------
+    # ---- values, for printing and for other libraries -----------------------------------------
 
     def __repr__(self, **options: Any) -> str:  # type: ignore[override]
         return str(self._real_copy().__repr__(**options))
@@ -122,7 +122,7 @@ class LazyTensor(torch.Tensor):
         return format(self.fetch(), spec)
 
     def numpy(self, *, force: bool = False) -> Any:
-        """Read-only: what is written to the array would not reach the weight."""
+        """Read-only: writes to the array would not reach the weight."""
         array = self.fetch().numpy(force=force)
         array.flags.writeable = False
         return array
@@ -131,10 +131,10 @@ class LazyTensor(torch.Tensor):
         return self.fetch().tolist()
 
     def __dlpack__(self, **options: Any) -> Any:
-        """Of a copy: the bytes that a slot holds are others soon."""
+        """Of a copy: the bytes of a slot are overwritten soon."""
         return self.fetch().clone().__dlpack__(**options)
 
-    # ---- what asks for the memory itself -------------------------------------------------------
+    # ---- access to the memory itself -----------------------------------------------------------
 
     def _refuse_memory(self, *_: Any, **__: Any) -> Any:
         if (tracer := tracer_at_work()) is not None:
@@ -171,7 +171,7 @@ class LazyTensor(torch.Tensor):
 
 
 def _kind_of(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """What new data of a weight has to have in common with the old."""
+    """The metadata in which new data of a weight has to equal the old."""
     channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.dim())
     is_last = channels_last is not None and tensor.is_contiguous(memory_format=channels_last)
     is_last = is_last and not tensor.is_contiguous()  # where a size is 1 it may be both
@@ -188,7 +188,7 @@ def _read_all(given: Any) -> Any:
 
 
 def _write_through(func: Any, args: Any, kwargs: Any, written: list[Any]) -> Any:
-    """Run `func` on copies of what it writes to, and have the new values kept."""
+    """Run `func` on copies of the tensors that it writes to, and store the new values."""
     targets = {id(t): t for t in tree_leaves(written) if isinstance(t, LazyTensor)}
     if any(target._write is None for target in targets.values()):
         raise _not_kept(str(func))
@@ -212,7 +212,7 @@ def _write_through(func: Any, args: Any, kwargs: Any, written: list[Any]) -> Any
 
 
 def _copy_of(tensor: LazyTensor) -> torch.Tensor:
-    """The values in memory of their own, with the very strides: clone() would close gaps."""
+    """A copy of the values with the same strides: clone() would close gaps."""
     value = tensor.fetch()
     return torch.empty_strided(
         value.shape, value.stride(), dtype=value.dtype, device=value.device
@@ -227,17 +227,17 @@ def _not_kept(what: str) -> UnsupportedModelError:
 
 
 def _returns_view(func: Any) -> bool:
-    """Whether the operation returns other names for the memory of its arguments."""
+    """Whether the operation returns views of its arguments."""
     return any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns)
 
 
 def _lazy_views(func: Any, args: Any, kwargs: Any) -> Any:
-    """What `func` returns, lazy again: a write to a view is a write to the weight."""
+    """The results of `func` as lazy tensors: a write to a view is a write to the weight."""
 
     def compute() -> Any:
         return func(*_read_all(args), **_read_all(kwargs))
 
-    # The shapes of views follow from shapes alone, so nothing is fetched for them.
+    # The shapes of views follow from shapes alone, so nothing is fetched for these.
     shapes = func(
         *tree_map_only(LazyTensor, _meta, args), **tree_map_only(LazyTensor, _meta, kwargs)
     )
@@ -255,7 +255,7 @@ def _lazy_views(func: Any, args: Any, kwargs: Any) -> Any:
 def _writer_of_view(
     base: LazyTensor, func: Any, args: Any, kwargs: Any, index: int | None = None
 ) -> Callable[[torch.Tensor], None] | None:
-    """What keeps new values of the view (of several: `index`) that `func` makes of `base`."""
+    """A function that stores new values of the view (of several: `index`) that `func` returns."""
     if base._write is None:
         return None
 

@@ -1,4 +1,4 @@
-"""Progress bars: on a terminal only, so that a log holds no line that overwrites itself."""
+"""Progress bars, on a terminal only, so that logs contain no lines that overwrite themselves."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _FIRST_S, _REFRESH_S = 1.0, 0.5
 
 
 def progress_bar(iterable: Iterable[Any] | None = None, **settings: Any) -> Any:
-    """A tqdm bar on stderr, with its arguments; a silent one where stderr is no terminal.
+    """A tqdm bar on stderr, with tqdm's arguments; a silent one if stderr is not a terminal.
 
-    On a terminal tqdm's own TQDM_DISABLE=1 turns it off: `disable` is left out there, because an
-    argument that is given, even None, wins over the environment.
+    On a terminal TQDM_DISABLE=1 turns it off: `disable` is not passed there, because tqdm prefers
+    an argument, even None, to the environment.
     """
     if not is_terminal():
         settings["disable"] = True
@@ -25,13 +25,13 @@ def progress_bar(iterable: Iterable[Any] | None = None, **settings: Any) -> Any:
 
 
 def is_terminal() -> bool:
-    """Whether stderr is one; a program without a console has no stderr at all."""
+    """Whether stderr is a terminal; a program without a console has no stderr at all."""
     return sys.stderr is not None and sys.stderr.isatty()
 
 
 @contextmanager
 def spinner(text: str) -> Iterator[None]:
-    """Shows `text` and the seconds gone by, if the body takes over a second."""
+    """Shows `text` and the elapsed seconds, if the body takes over a second."""
     if not is_terminal():
         yield
         return

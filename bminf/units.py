@@ -1,4 +1,4 @@
-"""Sizes as people write them ("6GB", "5.5GiB") and as they read them ("5.5 GiB")."""
+"""Parsing ("6GB", "5.5GiB") and formatting ("5.5 GiB") of sizes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _SIZE = re.compile(r"\s*([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*([a-z]*)\s*", re.IGNOREC
 
 
 class WrittenBytes(int):
-    """A number of bytes that remembers how it was written, as format_bytes() shows it: "6 GB"."""
+    """A number of bytes with the text that format_bytes() shows for it, such as "6 GB"."""
 
     written: str
 
@@ -39,9 +39,9 @@ class WrittenBytes(int):
 def parse_bytes(size: int | float | str, argument: str = "size") -> int:
     """Bytes in `size`: a number of bytes, or a string with a unit ("6GB", "5.5GiB").
 
-    argument: the name under which the caller got it, for the message.
+    argument: the name of the caller's argument, for the message.
     "6G" is 6 GB (powers of 1000) and "6Gi" 6 GiB (powers of 1024).
-    Of a string, a WrittenBytes, which is shown in its own unit.
+    For a string returns a WrittenBytes, which is shown in its own unit.
     Raises ArgumentError for a negative or non-finite size, another type, or an unknown unit.
     """
     if isinstance(size, str):
@@ -61,17 +61,17 @@ def parse_bytes(size: int | float | str, argument: str = "size") -> int:
 
 
 def parse_rate(text: str, argument: str) -> int:
-    """Bytes a second in `text`: "12GB", "12GB/s".
+    """Bytes per second in `text`: "12GB", "12GB/s".
 
-    Raises ArgumentError for 0, for what is no size, and for a number without a unit: whoever writes
-    12 means 12 GB, not 12 bytes.
+    Raises ArgumentError for 0, for anything but a size, and for a number without a unit, which is
+    more likely to mean 12 GB than 12 bytes.
     """
     size = text.strip().removesuffix("/s")
     number, unit = _parse_text(size, argument)
     if size[-1] in "0123456789":
         raise ArgumentError(
-            f'{argument}={text!r} has no unit, and would be bytes a second; write "{number}GB" '
-            f"if it is {number} GB a second"
+            f'{argument}={text!r} has no unit, and would be bytes per second; write "{number}GB" '
+            f"if it is {number} GB per second"
         )
     speed = int(float(number) * _FACTORS[unit])
     if speed == 0:
@@ -88,7 +88,7 @@ def _checked(nbytes: int | float, given: int | float | str, argument: str) -> in
 
 
 def _as_written(nbytes: int, number: str, unit: str) -> str:
-    """A limit of "6GB" reads "6 GB", not "5.6 GiB"; what our own unit shows exactly stays so."""
+    """As the user wrote it ("6 GB"), unless format_bytes() shows the same in that unit."""
     shown = format_bytes(nbytes)
     digits, own_unit = shown.split()
     is_exact = own_unit == unit and float(digits) * _FACTORS[unit] == nbytes
@@ -114,7 +114,7 @@ def _parse_text(text: str, argument: str) -> tuple[str, str]:
 
 
 def format_bytes(nbytes: float) -> str:
-    """`nbytes` in the binary unit that reads best, three significant digits or more: "13.5 MiB".
+    """`nbytes` in a binary unit, with three significant digits or more: "13.5 MiB".
 
     A WrittenBytes is shown as it was written.
     """

@@ -48,7 +48,7 @@ from bminf.tokenizers.find import ICETK
 
 _ITERATION = re.compile(r"(?:iter_0*)?(\d+)")
 _LINEAR = re.compile(rf"transformer\.layers\.\d+\.({'|'.join(map(re.escape, LINEARS))})\.weight")
-# Whose size along its cut is called what.
+# What the size along the split axis counts.
 _SIZES = {
     "word_embeddings.weight": "vocabulary rows",
     "attention.dense.weight": "hidden columns",
