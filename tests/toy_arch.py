@@ -11,8 +11,7 @@ import torch
 from bminf.arch.architecture import Architecture
 from bminf.arch.sizes import Pass, Sizes, layer_bytes
 from bminf.checkpoint.config import ConfigReader, rows_of
-from bminf.checkpoint.folder import Checkpoint
-from bminf.checkpoint.names import Rule, rename, source_name_of
+from bminf.checkpoint.names import Rule
 from bminf.checkpoint.splits import COLUMNS, REPLICATED, ROWS, SplitTable, fused_rows
 from bminf.checkpoint.stored import Stored
 from bminf.layers.attention import attention, causal_mask, mask_to_bias, merge_heads, split_heads
@@ -117,10 +116,6 @@ def _rules() -> Iterator[Rule]:
         yield Rule(theirs, ours)
 
 
-def toy_tensors(checkpoint: Checkpoint) -> dict[str, Stored]:
-    return rename(checkpoint.tensors, _rules(), checkpoint.path, "a toy")
-
-
 def toy_sizes(config: ToyConfig, given: Pass) -> Sizes:
     size, wide, bias = config.hidden_size, config.intermediate_size, given.scores()
     return Sizes(
@@ -139,8 +134,7 @@ TOY = Architecture(
     sizes=toy_sizes,
     parse=toy_config,
     is_told_by=lambda checkpoint: "toy_table.w" in checkpoint.tensors,
-    tensors=toy_tensors,
-    original_name=lambda kind, ours: source_name_of(ours, _rules()),
+    rules={"original": _rules},
     splits=SplitTable(
         "toys",
         {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -11,8 +11,10 @@ import torch
 
 from bminf.arch.sizes import Pass, Sizes
 from bminf.checkpoint.folder import Checkpoint
+from bminf.checkpoint.names import Rule, rename, source_name_of
 from bminf.checkpoint.splits import SplitTable
 from bminf.checkpoint.stored import Stored
+from bminf.errors import CheckpointError
 from bminf.quantization.packed import FORMATS, INT8, Format, PackedWeight, pack
 
 
@@ -49,8 +51,7 @@ class Architecture:
     Of files
     parse: a mapping of any dialect, tensors and a place for messages -> a configuration.
     is_told_by: whether a checkpoint is of it; of several that say so, the last in the list.
-    tensors: a checkpoint -> tensors under the names of the network.   original_name: kind of a
-    checkpoint, name in the network -> name in such a checkpoint.
+    rules: kind of a checkpoint -> from its names to those of the network.
     splits: how its authors cut it for ranks.
     """
 
@@ -61,12 +62,14 @@ class Architecture:
     sizes: Callable[[Any, Pass], Sizes]
     parse: Callable[[Mapping[str, Any], Mapping[str, Stored], str], Config]
     is_told_by: Callable[[Checkpoint], bool]
-    tensors: Callable[[Checkpoint], dict[str, Stored]]
-    original_name: Callable[[str, str], str]
+    rules: Mapping[str, Callable[[], Iterable[Rule]]]
     splits: SplitTable
     blocks: Callable[[torch.nn.Module], list[str]] = lists_of
     uses: Mapping[str, float] = field(default_factory=dict)
 
+    prepared: Callable[[Checkpoint], Mapping[str, Stored]] = lambda checkpoint: checkpoint.tensors
+    """The tensors of a checkpoint, under its names.   Raises CheckpointError for one that no rule
+    can be right for."""
     published: Mapping[str, Config] = field(default_factory=dict)
     """By name: models whose shapes are known."""
     is_told_by_shapes: bool = False
@@ -105,3 +108,22 @@ class Architecture:
     """What a configuration says of the tokenizer."""
     has_spare_rows: bool = False
     """Whether the embedding may have more rows than the vocabulary has tokens."""
+
+    def tensors(self, checkpoint: Checkpoint) -> dict[str, Stored]:
+        """The tensors of a checkpoint under the names of the network.
+
+        Raises CheckpointError for another layout, for names of another model, and for parts that
+        are missing.
+        """
+        path, kind = checkpoint.path, checkpoint.kind
+        given = self.prepared(checkpoint)
+        if kind not in self.rules:
+            raise CheckpointError(
+                f"{path} is a {kind} folder, a layout that {self.title} is not found in; accepted "
+                f"layouts: {', '.join(self.rules)}"
+            )
+        return rename(given, [*self.rules[kind]()], path, f"a {self.title} ({kind})")
+
+    def original_name(self, kind: str, name: str) -> str:
+        """What a checkpoint of this kind calls a tensor of the network."""
+        return source_name_of(name, self.rules[kind]())

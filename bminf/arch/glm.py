@@ -29,7 +29,7 @@ from bminf.arch.architecture import Architecture
 from bminf.arch.sizes import HIDDEN_BYTES, Pass, Sizes, layer_bytes
 from bminf.checkpoint.config import ConfigReader, num_layers_of, rows_of
 from bminf.checkpoint.folder import Checkpoint
-from bminf.checkpoint.names import Rule, rename, source_name_of
+from bminf.checkpoint.names import Rule
 from bminf.checkpoint.quantized import Quantized
 from bminf.checkpoint.splits import (
     COLUMNS,
@@ -387,26 +387,6 @@ LINEARS = {
 """Of a layer, theirs -> ours; in a GLM-130B they may be quantised."""
 
 
-def glm130b_tensors(checkpoint: Checkpoint) -> dict[str, Stored]:
-    """The tensors of a checkpoint under the names of GLM, a quantised weight as one.
-
-    Raises CheckpointError for names of another model or layout, and for weights that are neither
-    floating point nor codes of 8 or 4 bits.
-    """
-    if checkpoint.kind != "original":
-        raise CheckpointError(
-            f"{checkpoint.path} is a {checkpoint.kind} folder, a layout that GLM-130B is not found "
-            "in; give a folder of the original code (latest, mp_rank_NN_model_states.pt)"
-        )
-    tensors = _with_scales(checkpoint.tensors)
-    return rename(tensors, [*_glm130b()], checkpoint.path, f"a GLM-130B ({checkpoint.kind})")
-
-
-def glm130b_name(kind: str, ours: str) -> str:
-    """What the layout `kind` calls a tensor that GLM calls `ours`."""
-    return source_name_of(ours, _glm130b())
-
-
 def is_quantized(tensors: Mapping[str, Stored]) -> bool:
     """Whether there are codes and scales among the tensors, which have the original names."""
     return any(n.endswith(_SCALE) or not t.dtype.is_floating_point for n, t in tensors.items())
@@ -465,25 +445,6 @@ def _bits_of(codes: Stored, norm: Stored | None) -> int:
         f"{'no known width' if width is None else width}; codes of 8 bits are as many columns, "
         "of 4 bits half as many: this is damaged, or of another model"
     )
-
-
-def glm10b_tensors(checkpoint: Checkpoint) -> dict[str, Stored]:
-    """The tensors of a checkpoint under the names of GLM.
-
-    Raises CheckpointError for names of another model, and for another layout.
-    """
-    if checkpoint.kind not in _GLM10B_RULES:
-        raise CheckpointError(
-            f"{checkpoint.path} is a {checkpoint.kind} folder, a layout that GLM-10B is not found "
-            f"in; accepted: {', '.join(_GLM10B_RULES)}"
-        )
-    rules = [*_GLM10B_RULES[checkpoint.kind]()]
-    return rename(checkpoint.tensors, rules, checkpoint.path, f"a GLM-10B ({checkpoint.kind})")
-
-
-def glm10b_name(kind: str, ours: str) -> str:
-    """What the layout `kind` calls a tensor that GLM calls `ours`."""
-    return source_name_of(ours, _GLM10B_RULES[kind]())
 
 
 def _glm10b(prefix: str) -> Iterator[Rule]:
@@ -643,8 +604,8 @@ GLM130B = Architecture(
     sizes=glm_sizes,
     parse=glm130b_config,
     is_told_by=lambda checkpoint: is_glm130b(checkpoint.tensors.keys()),
-    tensors=glm130b_tensors,
-    original_name=glm130b_name,
+    rules={"original": _glm130b},
+    prepared=lambda checkpoint: _with_scales(checkpoint.tensors),
     splits=SPLITS_OF_GLM130B,
     blocks=matrices_of,
     published={"GLM-130B": PUBLISHED_GLM["GLM-130B"], "THUDM/GLM-130B": PUBLISHED_GLM["GLM-130B"]},
@@ -665,8 +626,8 @@ GLM10B = replace(
     title="GLM-10B",
     parse=glm10b_config,
     is_told_by=_is_glm10b,
-    tensors=glm10b_tensors,
-    original_name=glm10b_name,
+    rules=_GLM10B_RULES,
+    prepared=lambda checkpoint: checkpoint.tensors,
     splits=SPLITS_OF_GLM10B,
     published={**_SMALL, **{f"THUDM/{name}": sizes for name, sizes in _SMALL.items()}},
     hub_ids=("THUDM/glm-10b", "THUDM/glm-2b", "THUDM/glm-10b-chinese"),

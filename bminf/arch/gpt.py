@@ -20,7 +20,7 @@ from bminf.arch.architecture import Architecture
 from bminf.arch.sizes import BUCKET_BYTES, Pass, Sizes, layer_bytes
 from bminf.checkpoint.config import ConfigReader, rows_of
 from bminf.checkpoint.folder import Checkpoint
-from bminf.checkpoint.names import Rule, parts, rename, source_name_of
+from bminf.checkpoint.names import Rule, parts
 from bminf.checkpoint.splits import (
     MEGATRON_LAYER,
     MEGATRON_WIDTHS,
@@ -208,27 +208,13 @@ _EMBEDDINGS = {  # of each layout
 }
 
 
-def cpm1_tensors(checkpoint: Checkpoint) -> dict[str, Stored]:
-    """The tensors of a checkpoint under the names of GPT.
-
-    Raises CheckpointError for names of another model, and for parts that are missing.
-    """
-    if checkpoint.kind not in _RULES:
+def _prepared(checkpoint: Checkpoint) -> Mapping[str, Stored]:
+    if checkpoint.kind == "modelcenter":
         raise CheckpointError(
-            f"{checkpoint.path} is a {checkpoint.kind} folder, a layout that CPM-1 is not found in"
-            + (
-                ": ModelCenter's CPM1 is another architecture (relative positions, RMSNorm)"
-                if checkpoint.kind == "modelcenter"
-                else ""
-            )
+            f"{checkpoint.path} is a modelcenter folder, a layout that CPM-1 is not found in: "
+            "ModelCenter's CPM1 is another architecture (relative positions, RMSNorm)"
         )
-    rules = [*_RULES[checkpoint.kind]()]
-    return rename(checkpoint.tensors, rules, checkpoint.path, f"a CPM-1 ({checkpoint.kind})")
-
-
-def cpm1_name(kind: str, ours: str) -> str:
-    """What the layout `kind` calls a tensor that GPT calls `ours`."""
-    return source_name_of(ours, _RULES[kind]())
+    return checkpoint.tensors
 
 
 def is_cpm1(checkpoint: Checkpoint) -> bool:
@@ -350,8 +336,8 @@ CPM1 = Architecture(
     sizes=gpt_sizes,
     parse=gpt_config,
     is_told_by=is_cpm1,
-    tensors=cpm1_tensors,
-    original_name=cpm1_name,
+    rules=_RULES,
+    prepared=_prepared,
     splits=SPLITS,
     published=PUBLISHED_GPT,
     needed_fields="hidden_size, num_layers, num_attention_heads, max_position_embeddings",

@@ -22,7 +22,7 @@ from bminf.arch.architecture import Architecture
 from bminf.arch.sizes import BUCKET_BYTES, Pass, Sizes, layer_bytes
 from bminf.checkpoint.config import ConfigReader, find_config, num_layers_of, read_config, rows_of
 from bminf.checkpoint.folder import Checkpoint
-from bminf.checkpoint.names import Rule, num_known, parts, rename, source_name_of
+from bminf.checkpoint.names import Rule, num_known, parts
 from bminf.checkpoint.splits import COLUMNS, REPLICATED, ROWS, SplitTable, fused_rows
 from bminf.checkpoint.stored import Stored
 from bminf.checks import check_eps, check_sizes
@@ -407,20 +407,15 @@ _STACKS = ("encoder", "decoder")
 _IN_MODELCENTER = "position_bias_dec.relative_attention_bias"
 
 
-def t5_tensors(checkpoint: Checkpoint) -> dict[str, Stored]:
-    """The tensors of a checkpoint under the names of T5.
-
-    Raises CheckpointError for names of another model, for parts that are missing, and for the
-    prompts of a prompt-tuned model, which generate() has no use for.
-    """
+def _prepared(checkpoint: Checkpoint) -> Mapping[str, Stored]:
+    """But for the prompts of a prompt-tuned model, which generate() has no use for."""
     prompts = [name for name in checkpoint.tensors if name.endswith("prompt_embeds.weight")]
     if prompts:
         raise CheckpointError(
             f"{checkpoint.path} holds {prompts[0]!r}: it is prompt-tuned for one task, and without "
             "those prompts it would answer wrongly; take the checkpoint it was tuned from"
         )
-    rules = [*_RULES[checkpoint.kind]()]
-    return rename(checkpoint.tensors, rules, checkpoint.path, f"a T5 ({checkpoint.kind})")
+    return checkpoint.tensors
 
 
 def is_t5(checkpoint: Checkpoint) -> bool:
@@ -446,11 +441,6 @@ def is_eva(checkpoint: Checkpoint) -> bool:
     is_huggingface = checkpoint.kind == "huggingface" and "shared.weight" in names
     path = find_config(checkpoint.path, (None, "eva")) if is_huggingface else None
     return path is not None and read_config(path).get("model_type") == "eva"
-
-
-def t5_name(kind: str, ours: str) -> str:
-    """What the layout `kind` calls a tensor that T5 calls `ours`."""
-    return source_name_of(ours, _RULES[kind]())
 
 
 def _original() -> Iterator[Rule]:
@@ -643,8 +633,8 @@ CPM2 = Architecture(
     sizes=t5_sizes,
     parse=t5_config,
     is_told_by=is_cpm2,
-    tensors=t5_tensors,
-    original_name=t5_name,
+    rules=_RULES,
+    prepared=_prepared,
     splits=SPLITS,
     uses={"encoder.layers": 1, "cross_projections.layers": 1},  # once a prompt
     published=PUBLISHED_CPM2,

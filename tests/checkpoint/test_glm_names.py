@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from glm_files import Weights, glm10b, glm130b, rank_file, write
 
-from bminf.arch.glm import glm10b_name, glm10b_tensors, glm130b_name, glm130b_tensors
+from bminf.arch.glm import GLM10B, GLM130B
 from bminf.arch.registry import checkpoint_in, split_tables
 from bminf.checkpoint.folder import Checkpoint
 from bminf.checkpoint.quantized import Quantized
@@ -59,10 +59,10 @@ def expect(found: dict[str, Stored], weights: Weights) -> None:
 
 Tensors = Callable[[Checkpoint], dict[str, Stored]]
 KINDS: dict[str, tuple[Callable[[], Weights], Tensors]] = {
-    "glm130b": (glm130b, glm130b_tensors),
-    "glm130b without inv_freq": (lambda: glm130b(has_inv_freq=False), glm130b_tensors),
-    "glm10b": (glm10b, glm10b_tensors),
-    "glm10b of SAT": (lambda: glm10b(is_sat=True), glm10b_tensors),
+    "glm130b": (glm130b, GLM130B.tensors),
+    "glm130b without inv_freq": (lambda: glm130b(has_inv_freq=False), GLM130B.tensors),
+    "glm10b": (glm10b, GLM10B.tensors),
+    "glm10b of SAT": (lambda: glm10b(is_sat=True), GLM10B.tensors),
 }
 
 
@@ -93,7 +93,7 @@ def test_hugging_face_has_the_inner_names(prefix: str, form: str, tmp_path: Path
             torch.save(part, tmp_path / file)
         index = str({"weight_map": places}).replace("'", '"')
         (tmp_path / "pytorch_model.bin.index.json").write_text(index)
-    found = glm10b_tensors(checkpoint_in(tmp_path))
+    found = GLM10B.tensors(checkpoint_in(tmp_path))
     assert set(found) == {ours_of(name) for name in weights}
     for name, tensor in weights.items():
         assert torch.equal(found[str(ours_of(name))].read(), tensor), name
@@ -102,10 +102,15 @@ def test_hugging_face_has_the_inner_names(prefix: str, form: str, tmp_path: Path
 def test_their_names_are_known_for_messages() -> None:
     up = "layers.7.feed_forward.up.bias"
     theirs = "transformer.layers.7.mlp.dense_h_to_4h.bias"
-    assert glm130b_name("original", up) == theirs == glm10b_name("huggingface", up)
-    assert glm130b_name("original", "embed_tokens.weight") == "transformer.word_embeddings.weight"
-    assert glm10b_name("original", "embed_tokens.weight") == "word_embeddings.weight"
-    assert glm10b_name("original", "embed_block_positions.weight") == (
+    assert (
+        GLM130B.original_name("original", up) == theirs == GLM10B.original_name("huggingface", up)
+    )
+    assert (
+        GLM130B.original_name("original", "embed_tokens.weight")
+        == "transformer.word_embeddings.weight"
+    )
+    assert GLM10B.original_name("original", "embed_tokens.weight") == "word_embeddings.weight"
+    assert GLM10B.original_name("original", "embed_block_positions.weight") == (
         "transformer.block_position_embeddings.weight"
     )
 
@@ -124,16 +129,16 @@ def test_two_names_for_one_tensor_are_an_error(tmp_path: Path) -> None:
     weights["transformer.word_embeddings.weight"] = torch.ones(24, 32)
     write(tmp_path, weights)
     with pytest.raises(CheckpointError, match=r"'word_embeddings\.weight' in .* once"):
-        glm10b_tensors(checkpoint_in(tmp_path))
+        GLM10B.tensors(checkpoint_in(tmp_path))
 
 
 def test_another_layout_is_an_error(tmp_path: Path) -> None:
     torch.save(glm130b(), tmp_path / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match="huggingface folder, a layout that GLM-130B"):
-        glm130b_tensors(checkpoint_in(tmp_path))
+        GLM130B.tensors(checkpoint_in(tmp_path))
     (tmp_path / "pytorch_model.bin").rename(tmp_path / "pytorch_model.pt")
     with pytest.raises(CheckpointError, match="modelcenter folder, a layout that GLM-10B"):
-        glm10b_tensors(checkpoint_in(tmp_path))
+        GLM10B.tensors(checkpoint_in(tmp_path))
 
 
 # ---- how tensors are cut -------------------------------------------------------------------------
@@ -215,7 +220,7 @@ def numbers_of(codes: torch.Tensor, bits: int) -> torch.Tensor:
 def test_quantised_ranks_keep_their_own_scales(bits: int, degree: int, tmp_path: Path) -> None:
     write(tmp_path, glm130b(), degree)
     quantize_folder(tmp_path, bits)
-    found = glm130b_tensors(checkpoint_in(tmp_path))
+    found = GLM130B.tensors(checkpoint_in(tmp_path))
     whole: list[Weights] = []
     for rank in glm_files.modules(tmp_path):
         values = {name: t for name, t in rank.items() if not name.endswith("_scale")}
@@ -273,7 +278,7 @@ def test_codes_that_are_none_are_named(damage: str, tmp_path: Path) -> None:
     quantize_folder(tmp_path, 8)
     reshape(rank_file(tmp_path, 0), **change)
     with pytest.raises(CheckpointError, match=message):
-        glm130b_tensors(checkpoint_in(tmp_path))
+        GLM130B.tensors(checkpoint_in(tmp_path))
 
 
 # ---- trackers ------------------------------------------------------------------------------------
@@ -287,7 +292,7 @@ def test_either_tracker_names_a_number_or_release(
     weights = glm130b()
     write(tmp_path, weights, 2, iteration, tracker)
     for path in (tmp_path, tmp_path / tracker, tmp_path / iteration):
-        expect(glm130b_tensors(checkpoint_in(path)), weights)
+        expect(GLM130B.tensors(checkpoint_in(path)), weights)
 
 
 def test_two_trackers_that_agree_are_one(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import torch
 from glm_files import join, load, reshard
 from golden import GoldenSet, for_each, golden
 
-from bminf.arch.glm import glm10b_name, glm10b_tensors, glm130b_name, glm130b_tensors
+from bminf.arch.glm import GLM10B, GLM130B
 from bminf.arch.registry import checkpoint_in
 from bminf.checkpoint.quantized import Quantized
 from bminf.errors import CheckpointError
@@ -25,8 +25,8 @@ from bminf.quantization.packed import dequantize
 Weights = dict[str, torch.Tensor]
 MODELS = ("glm130b", "glm10b")
 TABLES = {
-    "glm130b": (glm130b_tensors, glm130b_name),
-    "glm10b": (glm10b_tensors, glm10b_name),
+    "glm130b": (GLM130B.tensors, GLM130B.original_name),
+    "glm10b": (GLM10B.tensors, GLM10B.original_name),
 }
 _SCALE = "_scale"
 
