@@ -267,7 +267,8 @@ def _fused(x: torch.Tensor, packed: Packed, i: int) -> torch.Tensor:
     launcher = launcher_for(x.device)
     assert launcher is not None
     gate, up = _gate_and_up(packed, i)
-    return gated_linear._launch(launcher, x, gate, up, _ACTIVATION, None, None)
+    index = list(gated_linear.ACTIVATION_FUNCTIONS).index(_ACTIVATION)
+    return linear_weight_only.launch_few_rows(launcher, x, gate, None, up, None, index)
 
 
 def _two_linears(x: torch.Tensor, packed: Packed, i: int) -> torch.Tensor:
