@@ -102,10 +102,8 @@ class _Beside:
         if architecture is None or opened.kind == "bminf":
             return cls({}, None)
         parsed = _config(architecture, opened, config)
-        files = {}
         found = config_in(opened.path) if config is None else None
-        if found is not None:
-            files[CONFIG_FILES[0]] = found
+        files = {} if found is None else {CONFIG_FILES[0]: found}
         if architecture not in (GLM130B, GLM10B):
             return cls(files, parsed)
         try:
@@ -167,14 +165,12 @@ def _bits(weight_format: Format | None) -> int | None:
 
 def _config(architecture: Architecture, opened: Checkpoint, given: Any) -> Any:
     """The configuration that is given or found, or that follows from the shapes; else None."""
-    is_told = given is not None or config_in(opened.path) is not None
     try:
-        parsed, _ = config_of(architecture, opened, architecture.tensors(opened), given)
+        return config_of(architecture, opened, architecture.tensors(opened), given)[0]
     except CheckpointError:
-        if is_told:
+        if given is not None or config_in(opened.path) is not None:
             raise
         return None
-    return parsed
 
 
 # ---- weights -------------------------------------------------------------------------------------
