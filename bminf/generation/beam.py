@@ -67,7 +67,7 @@ def beam_search(
     Raises ArgumentError, UnsupportedModelError where logits are not finite numbers.
     """
     rules = Rules(num_beams, frozenset(stop_ids), max_new_tokens, length_penalty)
-    rules.check_penalty(max_new_tokens, usual="0 to 2")
+    rules.check_penalty(max_new_tokens, "tokens", usual="0 to 2")
     searches = [Search(rules) for _ in range(len(start))]
     logits = decoder(start)
     check_ids("stop_ids", rules.stop_ids, logits.shape[1])
@@ -117,13 +117,13 @@ class Rules:
         """The base of the length penalty: a score is divided by it to that power."""
         return num_tokens
 
-    def check_penalty(self, longest: int, usual: str) -> None:
+    def check_penalty(self, longest: int, counted: str, usual: str) -> None:
         """Raise ArgumentError where a sequence of `longest` tokens would have no finite score."""
         penalty, length = self.length_penalty, self.length(longest)
         if abs(penalty) * math.log(length) > _LARGEST_EXPONENT:
             raise ArgumentError(
                 f"length_penalty={penalty!r}; accepted: a number, so small that {length:g} (for "
-                f"{longest} tokens) to its power is one; usual are {usual}"
+                f"{longest} {counted}) to its power is one; usual are {usual}"
             )
 
 

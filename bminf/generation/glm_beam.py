@@ -77,7 +77,8 @@ def glm_beam_search(
         num_beams, frozenset(stop_ids), max_new_tokens, length_penalty, no_repeat_ngram_size,
         min_length, is_deterministic, frozenset(banned_ids),
     )  # fmt: skip
-    rules.check_penalty(max(map(len, contexts)) + max_new_tokens, usual="0 to 1")
+    longest = max(map(len, contexts)) + max_new_tokens
+    rules.check_penalty(longest, "tokens, context included", usual="0 to 1")
     searches = [
         _GLMSearch(rules, tuple(context), generator)
         for context, generator in zip(contexts, _generators(len(contexts), seed), strict=True)

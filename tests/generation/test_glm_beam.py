@@ -342,7 +342,9 @@ def test_scores_of_what_was_drawn_are_exact() -> None:
 
 def test_a_penalty_is_measured_at_the_longest_sequence() -> None:
     decoder = FakeDecoder(random_logits(6, 0))
-    with pytest.raises(ArgumentError, match=r"length_penalty=100\.0.*for 60004 tokens"):
+    with pytest.raises(
+        ArgumentError, match=r"length_penalty=100\.0.*for 60004 tokens, context included"
+    ):
         search(decoder, [[0], [0]], contexts=[[0], [0] * 60_000], length_penalty=100.0)
     assert decoder.fed == []
     assert search(decoder, [[0]], length_penalty=100.0) != [[]]
