@@ -40,7 +40,7 @@ DEMO = ["transformers>=4.56", "safetensors", "gguf", "accelerate"]
 # GLM-130B's tokenizer as the authors ship it; no hard need, because it asks for an old protobuf and
 # for torchvision. Our own reads the same file.
 ICETK = ["icetk"]
-TEST = ["pytest", "hypothesis", "ruff", "mypy", "accelerate", "peft", *DEMO[:2]]
+TEST = ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "accelerate", "peft", *DEMO[:2]]
 
 setup(
     name="bminf",

