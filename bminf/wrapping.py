@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,13 +14,13 @@ import torch
 
 from bminf.errors import ArgumentError, NothingToStreamError, UnsupportedModelError
 from bminf.keywords import check_keywords, keywords_of, known_keywords
-from bminf.layers.quantize import Choice, Predicate, choose, warn_of_what_stays
+from bminf.layers.quantize import Predicate, choose, warn_of_what_stays
 from bminf.layers.saving import refuse_to_save
 from bminf.layout import ModuleBlock, tensors_of
 from bminf.offload.backends import backend_for, device_for, free_budget, host_budget, taken_bytes_on
-from bminf.offload.blob import Blobs, check_tensors, remedies, survey, unmapped_bytes
+from bminf.offload.blob import check_tensors, remedies, survey, unmapped_bytes
 from bminf.offload.blocks import find_blocks, has_tensors
-from bminf.offload.context import USUAL_LENGTH, Context, context_of, writes_text
+from bminf.offload.context import USUAL_LENGTH, context_of, writes_text
 from bminf.offload.hooks import ATTRIBUTE, Scheduler, Stats, is_streaming
 from bminf.offload.offloaded import fetch_offloaded
 from bminf.offload.placement import place, restore
@@ -27,7 +28,6 @@ from bminf.offload.plan import Plan, Remedy
 from bminf.offload.start import plan_on, start
 from bminf.offload.unregistered import (
     Originals,
-    Unregistered,
     bytes_on,
     find_unregistered,
     warn_of_held,
@@ -98,15 +98,18 @@ def wrapper(
     backend = backend_for(device)
     fetch_offloaded(model)
     source_device = check_tensors(model)
-    request = _Request.of(
-        model, quantization, blocks, uses, quantize, reserve, backend.keeps_addresses,
-        max_length, max_batch_size, backend.device.type,
-    )  # fmt: skip
-    budget = _budget(memory_limit, model, backend.device, source_device)
-    own_bytes = unmapped_bytes(model) if source_device.type == "cpu" else 0
-    the_plan = request.plan(budget, host_budget(backend.device, own_bytes), backend.device)
+    options = _Options(quantization, blocks, uses, quantize, reserve, max_length, max_batch_size)
+    request = _Request(model, options, backend.device.type, backend.keeps_addresses)
+    # What lies on the device, or in host memory, is let go as it is wrapped.
+    own_bytes = unmapped_bytes(model)
+    if memory_limit is None:
+        budget = free_budget(backend.device, own_bytes if backend.device == source_device else 0)
+    else:
+        budget = parse_bytes(memory_limit, "memory_limit")
+    host_bytes = host_budget(backend.device, own_bytes if source_device.type == "cpu" else 0)
+    the_plan = request.plan(budget, host_bytes, backend.device)
     warn_of_unregistered(request.unregistered, request.blobs.nbytes, stacklevel=2)
-    if parse_format(quantization, default=INT8) is not None:
+    if request.format is not None:
         warn_of_what_stays(model, request.blocks, request.choice, stacklevel=2)
     originals = Originals(model)
     _apply(model, request, Scheduler(the_plan, backend, source_device), offload_dir)
@@ -173,10 +176,8 @@ def plan_for(
     Raises as wrapper() does.
     """
     _check_is_module(model)
-    request = _Request.of(
-        model, quantization, blocks, uses, quantize, reserve, False, max_length, max_batch_size,
-        device_for(device).type,
-    )  # fmt: skip
+    options = _Options(quantization, blocks, uses, quantize, reserve, max_length, max_batch_size)
+    request = _Request(model, options, device_for(device).type, keep_addresses=False)
     if memory_limit is None:
         elsewhere_bytes = bytes_on(request.unregistered, None)
         return request.plan(request.reserved_bytes + request.taken_bytes + elsewhere_bytes)
@@ -185,69 +186,46 @@ def plan_for(
 
 
 @dataclass(frozen=True)
+class _Options:
+    """What wrapper() and plan_for() are given alike."""
+
+    quantization: bool | str | Format | None
+    blocks: Iterable[str] | None
+    uses: Mapping[str, float] | None
+    quantize: Predicate | None
+    reserve: int | float | str
+    max_length: int | None
+    max_batch_size: int
+
+
 class _Request:
     """What was asked for, resolved against the model: nothing here has touched it yet."""
 
-    blocks: list[ModuleBlock]
-    choice: Choice
-    blobs: Blobs
-    uses: dict[str, float]
-    reserved_bytes: int
-    model_name: str
-    unregistered: list[Unregistered]
-    context: Context | None
-    unreserved: Context | None
-    remedies: Callable[[], list[Remedy]]
-    device_type: str
-
-    @classmethod
-    def of(
-        cls,
-        model: torch.nn.Module,
-        quantization: bool | str | Format | None,
-        blocks: Iterable[str] | None,
-        uses: Mapping[str, float] | None,
-        quantize: Predicate | None,
-        reserve: int | float | str,
-        keep_addresses: bool,
-        max_length: int | None,
-        max_batch_size: int,
-        device_type: str,
-    ) -> _Request:
-        reserved_bytes = int(parse_bytes(reserve, "reserve"))
-        form = parse_format(quantization, default=INT8)
-        context = unreserved = None
-        is_cpu = device_type == "cpu"
-        if max_length is not None or max_batch_size != 1:
-            context = context_of(model, max_length, max_batch_size, form, is_cpu)
-            reserved_bytes += context.nbytes
-        elif not reserved_bytes and writes_text(model):
-            unreserved = _usual_context(model, form, is_cpu)
-        found = find_blocks(model, blocks)
-        choice = choose(model, found, form, quantize)
-        blobs = survey(model, found, choice.replacements, keep_addresses)
-        advice = partial(
-            remedies, model, found, blobs, form, reserved_bytes, context is not None, device_type
-        )
-        return cls(
-            blocks=found,
-            choice=choice,
-            blobs=blobs,
-            uses=_merged_uses(model, found, _checked_uses(uses)),
-            reserved_bytes=reserved_bytes,
-            model_name=type(model).__name__,
-            unregistered=find_unregistered(model),
-            context=context,
-            unreserved=unreserved,
-            remedies=advice,
-            device_type=device_type,
-        )
+    def __init__(
+        self, model: torch.nn.Module, options: _Options, device_type: str, keep_addresses: bool
+    ) -> None:
+        self._model, self._device_type = model, device_type
+        self.reserved_bytes = int(parse_bytes(options.reserve, "reserve"))
+        self.format = parse_format(options.quantization, default=INT8)
+        self._context = self._unreserved = None
+        of_text = partial(context_of, model, format_=self.format, is_cpu=device_type == "cpu")
+        if options.max_length is not None or options.max_batch_size != 1:
+            self._context = of_text(options.max_length, options.max_batch_size)
+            self.reserved_bytes += self._context.nbytes
+        elif not self.reserved_bytes and writes_text(model):
+            with suppress(ArgumentError):  # it cannot be counted, and nobody asked
+                self._unreserved = of_text(USUAL_LENGTH)
+        self.blocks = find_blocks(model, options.blocks)
+        self.choice = choose(model, self.blocks, self.format, options.quantize)
+        self.blobs = survey(model, self.blocks, self.choice.replacements, keep_addresses)
+        self._uses = _merged_uses(model, self.blocks, options.uses)
+        self.unregistered = find_unregistered(model)
 
     @property
     def taken_bytes(self) -> int:
         """Bytes of the device that the whole model takes."""
         layouts = [self.blobs.outside, *self.blobs.blocks.values()]
-        return sum(map(taken_bytes_on(self.device_type), (layout.nbytes for layout in layouts)))
+        return sum(map(taken_bytes_on(self._device_type), (layout.nbytes for layout in layouts)))
 
     def plan(
         self, budget: int, host_bytes: int | None = None, device: torch.device | None = None
@@ -257,35 +235,28 @@ class _Request:
         if not self.blocks:
             self._check_that_all_fits(self.taken_bytes + unregistered_bytes, budget)
         the_plan = plan_on(
-            self.device_type,
-            self.blocks,
-            self.blobs,
-            budget,
-            self.uses,
-            unregistered_bytes,
-            reserved_bytes=self.reserved_bytes,
-            host_bytes=host_bytes,
-            remedies=self.remedies,
-        )
-        return replace(the_plan, context=self.context, unreserved=self.unreserved)
+            self._device_type, self.blocks, self.blobs, budget, self._uses, unregistered_bytes,
+            reserved_bytes=self.reserved_bytes, host_bytes=host_bytes, remedies=self._remedies,
+        )  # fmt: skip
+        return replace(the_plan, context=self._context, unreserved=self._unreserved)
+
+    def _remedies(self) -> list[Remedy]:
+        return remedies(
+            self._model, self.blocks, self.blobs, self.format, self.reserved_bytes,
+            self._context is not None, self._device_type,
+        )  # fmt: skip
 
     def _check_that_all_fits(self, outside_bytes: int, budget: int) -> None:
         least = outside_bytes + self.reserved_bytes
+        kind = type(self._model).__name__
         if least > budget:
             raise NothingToStreamError(
                 f"the limit of {format_bytes(budget)} ({budget} bytes) is below the least that "
-                f"would do, {format_bytes(least)} ({least} bytes): {self.model_name} has no list "
+                f"would do, {format_bytes(least)} ({least} bytes): {kind} has no list "
                 "of repeated modules (torch.nn.ModuleList or Sequential with two items of one "
                 "class), so there are no blocks to stream and all of it has to stay; raise "
                 "memory_limit, or name some modules with blocks=[...]"
             )
-
-
-def _usual_context(model: torch.nn.Module, form: Format | None, is_cpu: bool) -> Context | None:
-    try:
-        return context_of(model, USUAL_LENGTH, 1, form, is_cpu)
-    except ArgumentError:  # of a configuration that it cannot be counted from; nobody asked
-        return None
 
 
 def _check_is_module(model: object) -> None:
@@ -311,32 +282,16 @@ def _check_model(model: torch.nn.Module) -> None:
             )
 
 
-def _checked_uses(uses: Mapping[str, float] | None) -> dict[str, float]:
-    if uses is not None and not isinstance(uses, Mapping):
-        raise ArgumentError(
-            f"uses is a {type(uses).__name__}; give a mapping from the name of a block or "
-            "of a list to its uses per request"
-        )
-    return dict(uses or {})
-
-
-def _budget(
-    memory_limit: int | float | str | None,
-    model: torch.nn.Module,
-    device: torch.device,
-    source_device: torch.device,
-) -> int:
-    if memory_limit is not None:
-        return parse_bytes(memory_limit, "memory_limit")
-    # What lies on the device already is let go as it is wrapped.
-    return free_budget(device, unmapped_bytes(model) if device == source_device else 0)
-
-
 def _merged_uses(
-    model: torch.nn.Module, blocks: Iterable[ModuleBlock], given: Mapping[str, float]
+    model: torch.nn.Module, blocks: Iterable[ModuleBlock], given: Mapping[str, float] | None
 ) -> dict[str, float]:
     """What the model says, but for the blocks and lists that `given` names."""
-    lists = {block.name: block.list_name for block in blocks}
+    if given is not None and not isinstance(given, Mapping):
+        raise ArgumentError(
+            f"uses is a {type(given).__name__}; give a mapping from the name of a block or "
+            "of a list to its uses per request"
+        )
+    lists, given = {block.name: block.list_name for block in blocks}, given or {}
     found = uses_of(model, blocks)
     return {**{n: uses for n, uses in found.items() if lists[n] not in given}, **given}
 
