@@ -14,7 +14,11 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 import bminf
-from bminf.layers.quantize import computes_as_linear, is_quantizable
+from bminf.layers.quantize import computes_as_linear, is_linear, why_not_quantizable
+
+
+def is_quantizable(module: torch.nn.Module) -> bool:
+    return is_linear(module) and why_not_quantizable(module) is None
 
 
 class Multiplied(torch.nn.Linear):

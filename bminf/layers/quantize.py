@@ -32,18 +32,13 @@ def is_linear(module: torch.nn.Module) -> bool:
     )
 
 
-def is_quantizable(module: torch.nn.Module) -> bool:
-    """Whether a QuantizedLinear can replace `module`: nn.Linear, Conv1D, or a subclass of nn.Linear
-    that computes the same.
+def why_not_quantizable(linear: torch.nn.Module) -> str | None:
+    """What to say of a linear that cannot be packed; None of one that a QuantizedLinear can
+    replace: nn.Linear, Conv1D, or a subclass of nn.Linear that computes the same.
 
     A linear whose weight is computed anew by a hook (weight_norm, pruning) or a parametrization,
     is not initialised yet, or is read by the module around it, stays as it is.
     """
-    return is_linear(module) and why_not_quantizable(module) is None
-
-
-def why_not_quantizable(linear: torch.nn.Module) -> str | None:
-    """What to say of a linear that cannot be packed; None of one that can."""
     weight = linear._parameters.get("weight")
     if type(linear) in _READ_BY_PARENT:
         return f"of the class {type(linear).__name__}, which the module around it reads"
@@ -61,12 +56,10 @@ def computes_as_linear(module: torch.nn.Module) -> bool:
     """Whether `module`, of nn.Linear or a subclass, gives x W^T + b and has no other state.
 
     A subclass with a forward of its own is tried on small random numbers, weights and inputs, in
-    float32. The module itself is not called.
+    float32. The module itself is not called. A forward on the instance is not looked at.
     """
     names = {name for name, tensor in module._parameters.items() if tensor is not None}
     if not names <= {"weight", "bias"} or module._buffers or module._modules:
-        return False
-    if _has_forward_of_its_own(module):
         return False
     if type(module).__call__ is not torch.nn.Module.__call__:  # and around its forward, whatever
         return False
@@ -131,23 +124,13 @@ def places_of(root: torch.nn.Module, modules: Container[torch.nn.Module]) -> Pla
     return places
 
 
-def quantize_children(root: torch.nn.Module, replacements: Replacements) -> None:
-    """Put a QuantizedLinear in place of each module below `root` that has a replacement."""
-    places = places_of(root, replacements)
-    for linear in places:
-        exchange(linear, replacements[linear], places)
+def exchange(linear: torch.nn.Module, format_: Format, places: Places) -> None:
+    """Put `linear`, packed in `format_`, in all places where it stands.
 
-
-def exchange(linear: torch.nn.Module, replacement: QuantizedLinear, places: Places) -> None:
-    """Put `linear`, packed as `replacement` is, in all places where it stands.
-
-    On the meta device that is `replacement` itself. Raises ArgumentError, with the name, for a
-    weight that cannot be packed.
+    Raises ArgumentError, with the name, for a weight that cannot be packed.
     """
-    packed = replacement
-    if not linear.weight.is_meta:
-        with _named(places[linear][0][2]):
-            packed = QuantizedLinear(linear, replacement.activations, replacement.form)
+    with _named(places[linear][0][2]):
+        packed = QuantizedLinear(linear, quantization=format_)
     for parent, key, _ in places[linear]:
         parent._modules[key] = packed
 
@@ -203,15 +186,17 @@ def choose(
     apart, least_columns = set[torch.nn.Module](), 0
     if wanted is None:  # nobody chose them by name
         apart = _trained_apart(model, linears)
-        least_columns = _least_columns(linears, format_)
+        # Narrower ones save little; unless all are, so that the format was meant for them.
+        widest = max((_num_columns(module) for _, module in linears), default=0)
+        group_size = format_.group_size or 0
+        least_columns = group_size if widest >= group_size else 0
     replacements: dict[torch.nn.Module, QuantizedLinear] = {}
     kept: dict[str, list[Linear]] = {}
     for name, module in linears:
-        reason = why_not_quantizable(module)
+        reason, columns = why_not_quantizable(module), _num_columns(module)
         if reason is None and module in apart:
             reason = "trained beside frozen ones, or part of an adapter"
-        columns = _num_columns(module)
-        if reason is None and format_.bits == 4 and (columns % 2 or columns < least_columns):
+        elif reason is None and format_.bits == 4 and (columns % 2 or columns < least_columns):
             reason = "with an odd number of columns, or fewer than share a scale"
         if reason is not None:
             kept.setdefault(reason, []).append((name, module))
@@ -226,21 +211,14 @@ def _trained_apart(model: torch.nn.Module, linears: Sequence[Linear]) -> set[tor
 
     Adapters stand beside a layer that peft calls `base_layer`.
     """
-    trained = {module for _, module in linears if _is_trained(module)}
+    weights = {module: module._parameters.get("weight") for _, module in linears}
+    trained = {module for module, w in weights.items() if w is not None and w.requires_grad}
     apart = trained if len(trained) < len(linears) else set[torch.nn.Module]()
     for module in model.modules():
         if "base_layer" in module._modules:
             beside = [child for name, child in module.named_children() if name != "base_layer"]
             apart = apart.union(*(child.modules() for child in beside))
     return apart
-
-
-def _least_columns(linears: Sequence[Linear], format_: Format) -> int:
-    """Columns below which packing saves little: those that share a scale, unless no linear has so
-    many, so that the format was meant for narrow ones."""
-    widest = max((_num_columns(module) for _, module in linears), default=0)
-    group_size = format_.group_size or 0
-    return group_size if widest >= group_size else 0
 
 
 def warn_of_what_stays(
@@ -255,18 +233,17 @@ def warn_of_what_stays(
         return
     parts = [*_kept_parts(choice), *_stacked_parts(model, blocks)]
     if not choice.replacements and not choice.kept:
-        warn(
+        told = (
             f"nothing in the blocks of {kind} could be quantized: they hold no "
-            "torch.nn.Linear or Conv1D that was chosen; the weights stay as they are",
-            stacklevel=stacklevel + 1,
+            "torch.nn.Linear or Conv1D that was chosen; the weights stay as they are"
         )
     elif parts:
         total = format_bytes(sum(nbytes for nbytes, _ in parts))
         listed = "; ".join(text for _, text in parts)
-        warn(
-            f"{total} in the blocks of {kind} are not quantized: {listed}",
-            stacklevel=stacklevel + 1,
-        )
+        told = f"{total} in the blocks of {kind} are not quantized: {listed}"
+    else:
+        return
+    warn(told, stacklevel=stacklevel + 1)
 
 
 def _kept_parts(choice: Choice) -> Iterator[tuple[int, str]]:
@@ -315,14 +292,11 @@ def _heads(model: torch.nn.Module, inside: set[torch.nn.Module]) -> Iterator[tor
         parts = head if isinstance(head, list | tuple) else [head]
         yield from (part for part in parts if isinstance(part, torch.nn.Module))
         for name, child in module.named_children():
-            if child not in inside and _is_list_of_heads(name, child):
+            # Of a model written by hand: a list of bare linears that it calls its heads.
+            is_list = isinstance(child, torch.nn.ModuleList | torch.nn.ModuleDict)
+            is_named = name.endswith("heads") and child not in inside
+            if is_list and is_named and all(map(is_linear, child.children())):
                 yield child
-
-
-def _is_list_of_heads(name: str, child: torch.nn.Module) -> bool:
-    """Whether a model written by hand calls a list of bare linears its heads."""
-    is_list = isinstance(child, torch.nn.ModuleList | torch.nn.ModuleDict)
-    return is_list and name.endswith("heads") and all(is_linear(item) for item in child.children())
 
 
 def _num_columns(linear: torch.nn.Module) -> int:
@@ -330,11 +304,6 @@ def _num_columns(linear: torch.nn.Module) -> int:
     if weight is None or weight.dim() != 2:
         return 0
     return weight.shape[0 if is_conv1d(linear) else 1]
-
-
-def _is_trained(module: torch.nn.Module) -> bool:
-    weight = module._parameters.get("weight")
-    return weight is not None and weight.requires_grad
 
 
 def _unshared_linears(model: torch.nn.Module) -> Iterator[Linear]:

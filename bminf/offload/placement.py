@@ -30,7 +30,7 @@ def place(
     def quantize(modules: Iterable[torch.nn.Module]) -> None:
         for module in modules:
             if module in places:
-                exchange(module, replacements[module], places)
+                exchange(module, replacements[module].form, places)
 
     with torch.inference_mode(False), torch.no_grad():
         # What lies in no block, or in several, and so outside all of them, comes first.
