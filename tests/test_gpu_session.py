@@ -27,6 +27,7 @@ sys.path.append(str(Path(__file__).resolve().parent / "gpu"))
 
 import cases
 import test_kernels
+from host_launcher import served_by
 
 from benchmarks import kernels, kernels_cuda, run
 from benchmarks.gpu_session import (
@@ -51,7 +52,6 @@ from benchmarks.gpu_session.steps import Step
 from benchmarks.kernels_cuda import PATHS, has_path, run_path
 from bminf.cuda import compile as cuda_compile
 from bminf.cuda.compile import compile_kernel, compiler_version
-from bminf.cuda.launcher import served_by
 from bminf.cuda.source import Kernel
 
 STEPS = [*plan.steps(Path("/results")), *plan.spare_steps(Path("/results"))]

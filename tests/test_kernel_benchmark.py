@@ -13,6 +13,9 @@ import pytest
 import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # as in test_benchmarks.py
+sys.path.append(str(Path(__file__).resolve().parent / "kernels"))
+
+from host_launcher import served_by
 
 from benchmarks import kernels_cuda, kernels_table, run
 from benchmarks.calls import Call, CallResult, measure_calls, num_sets, relative_error
@@ -20,7 +23,6 @@ from benchmarks.harness import Settings
 from benchmarks.kernels_inputs import Group, Setup
 from benchmarks.kernels_targets import Target, targets
 from benchmarks.table import DOCUMENTS, PLOTS, ROOT, plot_of, with_tables
-from bminf.cuda.launcher import served_by
 
 CPU = torch.device("cpu")
 ONCE = Settings(warmup=0, repeats=1, rounds=1)

@@ -6,8 +6,7 @@ its tensors. Where none does, on a CPU outside the tests, the op takes its plain
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -39,7 +38,8 @@ class Launcher:
             function = self._functions.get(kernel) or self._load(kernel)
             values = tuple(map(_packed, arguments))
             try:
-                function(grid, block, values, 0, _current_stream(self.device))
+                stream = torch.cuda.current_stream(self.device).cuda_stream
+                function(grid, block, values, 0, _cupy_stream(stream))
             except Exception as error:  # CuPy's drivers' errors share no public base
                 raise KernelError(
                     f"{kernel} cannot be launched on {self.device} with a grid of {grid} and "
@@ -70,6 +70,7 @@ class Launcher:
 
 
 _test_launchers: dict[str, Launcher] = {}
+"""By type of device; the tests put one here for tensors on a CPU."""
 
 
 def launcher_for(device: torch.device) -> Launcher | None:
@@ -78,20 +79,6 @@ def launcher_for(device: torch.device) -> Launcher | None:
     if of_test is not None or device.type != "cuda":
         return of_test
     return device_launcher(device)
-
-
-@contextmanager
-def served_by(launcher: Launcher, device_type: str = "cpu") -> Iterator[None]:
-    """Let `launcher` run the kernels for tensors on `device_type` in the meantime."""
-    before = _test_launchers.get(device_type)
-    _test_launchers[device_type] = launcher
-    try:
-        yield
-    finally:
-        if before is None:
-            del _test_launchers[device_type]
-        else:
-            _test_launchers[device_type] = before
 
 
 @cache
@@ -118,10 +105,6 @@ class _TorchStream:
 
     def __cuda_stream__(self) -> tuple[int, int]:
         return 0, self._handle
-
-
-def _current_stream(device: torch.device) -> Any:
-    return _cupy_stream(torch.cuda.current_stream(device).cuda_stream)
 
 
 @cache

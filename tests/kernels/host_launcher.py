@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import host_memory
 import host_run
@@ -15,6 +16,21 @@ if TYPE_CHECKING:
     import torch
 
     from bminf.cuda.source import Kernel
+
+
+@contextmanager
+def served_by(launcher: Any) -> Iterator[None]:
+    """Let `launcher` run the kernels for tensors on the CPU in the meantime."""
+    from bminf.cuda import launcher as launchers
+
+    before = launchers._test_launchers.get("cpu")
+    launchers._test_launchers["cpu"] = launcher
+    try:
+        yield
+    finally:
+        del launchers._test_launchers["cpu"]
+        if before is not None:
+            launchers._test_launchers["cpu"] = before
 
 
 class HostLauncher:

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from golden import for_each, golden
 from golden_glm import GLMSet, head, rows, run
-from host_launcher import HostLauncher
+from host_launcher import HostLauncher, served_by
 from quantised import relative_error
 
-from bminf.cuda.launcher import served_by
 from bminf.models.glm_text import prefix_lm_mask
 
 NAMES = ("glm130b", "glm10b")

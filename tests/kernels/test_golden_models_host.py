@@ -10,10 +10,8 @@ from typing import Any
 import pytest
 import torch
 from golden import for_each, golden
-from host_launcher import HostLauncher
+from host_launcher import HostLauncher, served_by
 from quantised import relative_error
-
-from bminf.cuda.launcher import served_by
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 from test_golden_forward import MODELS, valid

@@ -6,12 +6,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from host_launcher import HostLauncher
+from host_launcher import HostLauncher, served_by
 from quantised import dequantise, quantise, quantise_and_stream, relative_error
 from tiny_models import TINY, greedy, inputs_of, make, output_of
 
 import bminf
-from bminf.cuda.launcher import served_by
 from bminf.cuda.source import Kernel
 
 # float32 activations: sums in another order, and on compute capability 6.1, where half precision

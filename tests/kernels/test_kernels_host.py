@@ -5,9 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import CASES, LARGEST, Case
-from host_launcher import HostLauncher
-
-from bminf.cuda.launcher import served_by
+from host_launcher import HostLauncher, served_by
 
 ALL = [(capability, case) for capability, cases in CASES.items() for case in cases]
 ORDERS = ("forward", "reverse", 1, 2)

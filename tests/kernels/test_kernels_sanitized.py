@@ -14,9 +14,8 @@ import pytest
 import replay
 import torch
 from cases import few_of_each
-from host_launcher import HostLauncher
+from host_launcher import HostLauncher, served_by
 
-from bminf.cuda.launcher import served_by
 from bminf.cuda.source import kernel_folder
 
 

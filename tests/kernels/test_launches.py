@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 import torch
 from cases import relative_error, weight_on
-from host_launcher import HostLauncher
+from host_launcher import HostLauncher, served_by
 
-from bminf.cuda.launcher import served_by
 from bminf.cuda.source import Grid, Kernel
 from bminf.errors import ArgumentError
 from bminf.ops import linear_weight_only
