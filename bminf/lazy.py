@@ -8,6 +8,7 @@ error; this one gives the right result, slowly.
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -90,7 +91,7 @@ class LazyTensor(torch.Tensor):
                 return parts
             with torch.inference_mode(False):  # an inference tensor cannot be a view of this one
                 return _lazy_views(func, args, kwargs)
-        return func(*_read_all(args), **_read_all(kwargs))
+        return _call(func, args, kwargs)
 
     @property
     def data(self) -> torch.Tensor:
@@ -183,8 +184,12 @@ def _holds_lazy(value: Any) -> bool:
     return any(isinstance(item, LazyTensor) for item in items)
 
 
-def _read_all(given: Any) -> Any:
-    return tree_map_only(LazyTensor, lambda tensor: tensor._read(), given)
+def _call(
+    func: Any, args: Any, kwargs: Any, read: Callable[[LazyTensor], Any] = lambda t: t._read()
+) -> Any:
+    """Call `func` with what `read` gives for each lazy tensor."""
+    args, kwargs = tree_map_only(LazyTensor, read, (args, kwargs))
+    return func(*args, **kwargs)
 
 
 def _write_through(func: Any, args: Any, kwargs: Any, written: list[Any]) -> Any:
@@ -194,11 +199,7 @@ def _write_through(func: Any, args: Any, kwargs: Any, written: list[Any]) -> Any
         raise _not_kept(str(func))
     copies = {key: _copy_of(target) for key, target in targets.items()}
     shapes = {key: (copy.shape, copy.stride()) for key, copy in copies.items()}
-
-    def values(given: Any) -> Any:
-        return tree_map_only(LazyTensor, lambda t: copies.get(id(t), t._read()), given)
-
-    result = func(*values(args), **values(kwargs))
+    result = _call(func, args, kwargs, lambda t: copies[id(t)] if id(t) in copies else t._read())
     if any(shapes[key] != (copy.shape, copy.stride()) for key, copy in copies.items()):
         raise UnsupportedModelError(
             f"{func} changes the shape of a streamed weight; do that before wrapping, "
@@ -233,43 +234,26 @@ def _returns_view(func: Any) -> bool:
 
 def _lazy_views(func: Any, args: Any, kwargs: Any) -> Any:
     """The results of `func` as lazy tensors: a write to a view is a write to the weight."""
+    base = next(item for item in tree_leaves((args, kwargs)) if _holds_lazy(item))
 
-    def compute() -> Any:
-        return func(*_read_all(args), **_read_all(kwargs))
+    def lazy(shape: torch.Tensor, own: Callable[[Any], torch.Tensor]) -> LazyTensor:
+        def write(value: torch.Tensor) -> None:
+            whole = _copy_of(base)
+            views = _call(func, args, kwargs, lambda t: whole if t is base else t._read())
+            own(views).copy_(value)
+            base._write(whole)
+
+        is_kept = base._write is not None
+        return LazyTensor(
+            lambda: own(_call(func, args, kwargs)), shape, base.device,
+            write=write if is_kept else None,
+        )  # fmt: skip
 
     # The shapes of views follow from shapes alone, so nothing is fetched for these.
-    shapes = func(
-        *tree_map_only(LazyTensor, _meta, args), **tree_map_only(LazyTensor, _meta, kwargs)
-    )
-    base = next(item for item in tree_leaves((args, kwargs)) if _holds_lazy(item))
+    shapes = _call(func, args, kwargs, _meta)
     if isinstance(shapes, torch.Tensor):
-        write = _writer_of_view(base, func, args, kwargs)
-        return LazyTensor(compute, shapes, base.device, write=write)
-    views = []
-    for i, shape in enumerate(shapes):
-        write = _writer_of_view(base, func, args, kwargs, i)
-        views.append(LazyTensor(lambda i=i: compute()[i], shape, base.device, write=write))
-    return type(shapes)(views)
-
-
-def _writer_of_view(
-    base: LazyTensor, func: Any, args: Any, kwargs: Any, index: int | None = None
-) -> Callable[[torch.Tensor], None] | None:
-    """A function that stores new values of the view (of several: `index`) that `func` returns."""
-    if base._write is None:
-        return None
-
-    def write(value: torch.Tensor) -> None:
-        whole = _copy_of(base)
-        given = tree_map_only(
-            LazyTensor, lambda t: whole if t is base else t._read(), (args, kwargs)
-        )
-        views = func(*given[0], **given[1])
-        (views if index is None else views[index]).copy_(value)
-        assert base._write is not None
-        base._write(whole)
-
-    return write
+        return lazy(shapes, lambda view: view)
+    return type(shapes)([lazy(shape, itemgetter(i)) for i, shape in enumerate(shapes)])
 
 
 def _meta(tensor: torch.Tensor) -> torch.Tensor:
