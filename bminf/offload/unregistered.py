@@ -86,11 +86,8 @@ def _names(names: Iterable[str]) -> str:
     return f"{shown} and {len(more) - 2} more" if len(more) > 2 else shown
 
 
-@dataclass(frozen=True)
-class _Piece:
-    device: torch.device
-    nbytes: int
-    is_opaque: bool = False
+_Piece = tuple[torch.device, int | None]
+"""Where something lies, and its bytes; None for what cannot be seen."""
 
 
 class _Search:
@@ -107,17 +104,13 @@ class _Search:
             for hook in module._forward_pre_hooks.values()
         }
         for attribute, value in _attributes(module):
-            pieces = list(self._pieces(value, _OBJECT_DEPTH))
             full_name = f"{name}.{attribute}" if name else attribute
-            for device in dict.fromkeys(piece.device for piece in pieces):
-                here = [piece for piece in pieces if piece.device == device]
-                yield Unregistered(
-                    full_name,
-                    device,
-                    sum(piece.nbytes for piece in here),
-                    attribute in renewed,
-                    any(piece.is_opaque for piece in here),
-                )
+            sizes: dict[torch.device, list[int | None]] = {}
+            for device, nbytes in self._pieces(value, _OBJECT_DEPTH):
+                sizes.setdefault(device, []).append(nbytes)
+            for device, own in sizes.items():
+                total, is_renewed = sum(nbytes or 0 for nbytes in own), attribute in renewed
+                yield Unregistered(full_name, device, total, is_renewed, is_opaque=None in own)
 
     def _pieces(self, value: Any, depth: int) -> Iterator[_Piece]:
         if value is None or isinstance(value, str | bytes | int | float | type | LazyTensor):
@@ -132,11 +125,11 @@ class _Search:
         elif isinstance(value, torch.ScriptObject):
             parts = _unpacked(value)
             if not parts:
-                yield _Piece(torch.device("cpu"), 0, is_opaque=True)
+                yield torch.device("cpu"), None
             for part in parts:
                 yield from self._pieces(part, depth)
         elif isinstance(value, np.ndarray):
-            yield _Piece(torch.device("cpu"), value.nbytes)
+            yield torch.device("cpu"), value.nbytes
         else:
             for inner, inner_depth in self._inside(value, depth):
                 yield from self._pieces(inner, inner_depth)
@@ -157,12 +150,12 @@ class _Search:
 
     def _of_tensor(self, tensor: torch.Tensor) -> Iterator[_Piece]:
         if tensor.layout != torch.strided:
-            yield _Piece(tensor.device, _bytes_of_sparse(tensor))
+            yield tensor.device, _bytes_of_sparse(tensor)
             return
         address = _address(tensor)
         if address is not None and address not in self._storages:
             self._storages.add(address)
-            yield _Piece(tensor.device, tensor.untyped_storage().nbytes())
+            yield tensor.device, tensor.untyped_storage().nbytes()
 
 
 def _attributes(module: torch.nn.Module) -> Iterator[tuple[str, Any]]:
