@@ -106,18 +106,15 @@ class Reader:
 
 
 def _work(jobs: SimpleQueue[_Job | None]) -> None:
-    while (job := jobs.get()) is not None:
-        _do(*job)
-        del job  # an idle thread keeps nothing alive
-
-
-def _do(job: Callable[[], None], outcome: Outcome) -> None:
-    try:
-        job()
-    except BaseException as error:
-        outcome.end(error)
-    else:
-        outcome.end()
+    while (given := jobs.get()) is not None:
+        job, outcome = given
+        try:
+            job()
+        except BaseException as error:
+            outcome.end(error)
+        else:
+            outcome.end()
+        del given, job, outcome  # an idle thread keeps nothing alive
 
 
 _MEMORY_FILE_SYSTEMS = {"tmpfs", "ramfs"}
@@ -203,7 +200,10 @@ def _open(folder: Path, nbytes: int) -> _File[bytes]:
             raise OSError(f"{format_bytes(free)} are free there")
         file = tempfile.TemporaryFile(dir=folder, buffering=0)
         try:
-            _reserve(file.fileno(), nbytes)
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, max(1, nbytes))
+            else:
+                os.ftruncate(file.fileno(), nbytes)
         except BaseException:
             file.close()
             raise
@@ -213,13 +213,6 @@ def _open(folder: Path, nbytes: int) -> _File[bytes]:
             f"{error}; give a folder with room on a disk as offload_dir=..."
         ) from error
     return file  # type: ignore[return-value]
-
-
-def _reserve(descriptor: int, nbytes: int) -> None:
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(descriptor, 0, max(1, nbytes))
-    else:
-        os.ftruncate(descriptor, nbytes)
 
 
 def _folder(offload_dir: str | Path | None) -> Path:

@@ -162,22 +162,18 @@ class CudaBackend:
             self._files.read_ahead.write(self._files.places[block], blob[start:end], start)
 
     def copy(self, block: int, slot: int, after: torch.cuda.Event | None) -> _Copy:
-        copy = _Copy(self._event(), self._event())
+        copy, files = _Copy(self._event(), self._event()), self._files
         queue = partial(self._queue, copy, block, slot, after)
-        if self._files is None:
+        # Behind those asked for before, at once or when its blob has been read.
+        if files is None:
             queue(self._host_copies[block].tensor)
+        elif block in files.places:
+            copy = copy._replace(is_queued=files.read_ahead.fetch(files.places[block], queue))
         else:
-            copy = copy._replace(is_queued=self._queue_in_turn(self._files, block, queue))
+            in_host = partial(queue, self._host_copies[block].tensor)
+            copy = copy._replace(is_queued=files.read_ahead.do(in_host))
         self._count()
         return copy
-
-    def _queue_in_turn(
-        self, files: _Files, block: int, queue: Callable[[torch.Tensor], Callable[[], None]]
-    ) -> Outcome:
-        """Queue a copy behind those asked for before, at once or when its blob has been read."""
-        if block in files.places:
-            return files.read_ahead.fetch(files.places[block], queue)
-        return files.read_ahead.do(partial(queue, self._host_copies[block].tensor))
 
     def _queue(
         self,
