@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,11 +111,6 @@ NAMES = {
 """On disk -> in the network."""
 
 
-def _rules() -> Iterator[Rule]:
-    for theirs, ours in NAMES.items():
-        yield Rule(theirs, ours)
-
-
 def toy_sizes(config: ToyConfig, given: Pass) -> Sizes:
     size, wide, bias = config.hidden_size, config.intermediate_size, given.scores()
     return Sizes(
@@ -134,7 +129,7 @@ TOY = Architecture(
     sizes=toy_sizes,
     parse=toy_config,
     is_told_by=lambda checkpoint: "toy_table.w" in checkpoint.tensors,
-    rules={"original": _rules},
+    rules={"original": [Rule(source, target) for source, target in NAMES.items()]},
     splits=SplitTable(
         "toys",
         {

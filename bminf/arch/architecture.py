@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -62,7 +62,7 @@ class Architecture:
     sizes: Callable[[Any, Pass], Sizes]
     parse: Callable[[Mapping[str, Any], Mapping[str, Stored], str], Config]
     is_told_by: Callable[[Checkpoint], bool]
-    rules: Mapping[str, Callable[[], Iterable[Rule]]]
+    rules: Mapping[str, Sequence[Rule]]
     splits: SplitTable
     blocks: Callable[[torch.nn.Module], list[str]] = lists_of
     uses: Mapping[str, float] = field(default_factory=dict)
@@ -122,8 +122,8 @@ class Architecture:
                 f"{path} is a {kind} folder, a layout that {self.title} is not found in; accepted "
                 f"layouts: {', '.join(self.rules)}"
             )
-        return rename(given, [*self.rules[kind]()], path, f"a {self.title} ({kind})")
+        return rename(given, self.rules[kind], path, f"a {self.title} ({kind})")
 
     def original_name(self, kind: str, name: str) -> str:
         """What a checkpoint of this kind calls a tensor of the network."""
-        return source_name_of(name, self.rules[kind]())
+        return source_name_of(name, self.rules[kind])

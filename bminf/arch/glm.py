@@ -29,7 +29,7 @@ from bminf.arch.architecture import Architecture
 from bminf.arch.sizes import HIDDEN_BYTES, Pass, Sizes, layer_bytes
 from bminf.checkpoint.config import ConfigReader, num_layers_of, rows_of
 from bminf.checkpoint.folder import Checkpoint
-from bminf.checkpoint.names import Rule
+from bminf.checkpoint.names import MEGATRON_NAMES, rules_of
 from bminf.checkpoint.quantized import Quantized
 from bminf.checkpoint.splits import (
     COLUMNS,
@@ -375,16 +375,8 @@ def matrices_of(model: torch.nn.Module) -> list[str]:
 
 # ---- names on disk -------------------------------------------------------------------------------
 
-_KINDS = ("weight", "bias")
-_SCALE = "_scale"  # behind the name of a quantised weight
+_SCALE = "_scale"  # behind the name of a quantized weight
 _QKV = re.compile(r"(transformer\.layers\.\d+)\.attention\.query_key_value\.weight")
-LINEARS = {
-    "attention.query_key_value": "attention.qkv",
-    "attention.dense": "attention.out",
-    "mlp.dense_h_to_4h": "feed_forward.up",
-    "mlp.dense_4h_to_h": "feed_forward.down",
-}
-"""Of a layer, theirs -> ours; in a GLM-130B they may be quantised."""
 
 
 def is_quantized(tensors: Mapping[str, Stored]) -> bool:
@@ -392,15 +384,12 @@ def is_quantized(tensors: Mapping[str, Stored]) -> bool:
     return any(n.endswith(_SCALE) or not t.dtype.is_floating_point for n, t in tensors.items())
 
 
-def _glm130b() -> Iterator[Rule]:
-    yield Rule("transformer.word_embeddings.weight", "embed_tokens.weight")
-    layer = "transformer.layers.{n}"
-    for kind in _KINDS:
-        yield Rule(f"{layer}.input_layernorm.{kind}", f"layers.{{n}}.attention.norm.{kind}")
-        yield Rule(f"{layer}.post_attention_layernorm.{kind}", f"layers.{{n}}.norm.{kind}")
-        yield Rule(f"transformer.final_layernorm.{kind}", f"norm.{kind}")
-        for theirs, ours in LINEARS.items():
-            yield Rule(f"{layer}.{theirs}.{kind}", f"layers.{{n}}.{ours}.{kind}")
+_GLM130B_RULES = {
+    "original": [
+        *rules_of({"transformer.word_embeddings": "embed_tokens"}),
+        *rules_of(MEGATRON_NAMES, has_bias=True),
+    ]
+}
 
 
 def _with_scales(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
@@ -447,37 +436,29 @@ def _bits_of(codes: Stored, norm: Stored | None) -> int:
     )
 
 
-def _glm10b(prefix: str) -> Iterator[Rule]:
-    """The names inside the model, which its own code and Hugging Face's share."""
-    yield Rule(f"{prefix}word_embeddings.weight", "embed_tokens.weight")
-    inner = f"{prefix}transformer"
-    yield Rule(f"{inner}.position_embeddings.weight", "embed_positions.weight")
-    yield Rule(f"{inner}.block_position_embeddings.weight", "embed_block_positions.weight")
-    layer = f"{inner}.layers.{{n}}"
-    for kind in _KINDS:
-        yield Rule(f"{layer}.input_layernorm.{kind}", f"layers.{{n}}.attention.norm.{kind}")
-        yield Rule(f"{layer}.post_attention_layernorm.{kind}", f"layers.{{n}}.norm.{kind}")
-        yield Rule(f"{inner}.final_layernorm.{kind}", f"norm.{kind}")
-        for theirs, ours in LINEARS.items():
-            yield Rule(f"{layer}.{theirs}.{kind}", f"layers.{{n}}.{ours}.{kind}")
-
-
-def _glm10b_original() -> Iterator[Rule]:
-    yield from _glm10b("")
-    # SwissArmyTransformer's, where the second table is an addition to its base model.
-    yield Rule("transformer.word_embeddings.weight", "embed_tokens.weight")
-    yield Rule(
-        "mixins.block_position_embedding.block_position_embeddings.weight",
-        "embed_block_positions.weight",
-    )
-
-
-def _glm10b_huggingface() -> Iterator[Rule]:
-    yield from _glm10b("")
-    yield from _glm10b("glm.")  # of the classes around the model
-
-
-_GLM10B_RULES = {"original": _glm10b_original, "huggingface": _glm10b_huggingface}
+_GLM10B = {
+    "word_embeddings": "embed_tokens",
+    "transformer.position_embeddings": "embed_positions",
+    "transformer.block_position_embeddings": "embed_block_positions",
+}
+"""Inside the model, where its own code and Hugging Face's share the names."""
+_GLM10B_ADDED = {
+    "transformer.word_embeddings": "embed_tokens",
+    "mixins.block_position_embedding.block_position_embeddings": "embed_block_positions",
+}
+"""SwissArmyTransformer's, where the second table is an addition to its base model."""
+_GLM10B_RULES = {
+    "original": [
+        *rules_of(_GLM10B),
+        *rules_of(MEGATRON_NAMES, has_bias=True),
+        *rules_of(_GLM10B_ADDED),
+    ],
+    "huggingface": [
+        replace(rule, source_name=f"{prefix}{rule.source_name}")
+        for prefix in ("", "glm.")  # of the classes around the model
+        for rule in (*rules_of(_GLM10B), *rules_of(MEGATRON_NAMES, has_bias=True))
+    ],
+}
 
 
 # ---- ranks ---------------------------------------------------------------------------------------
@@ -604,7 +585,7 @@ GLM130B = Architecture(
     sizes=glm_sizes,
     parse=glm130b_config,
     is_told_by=lambda checkpoint: is_glm130b(checkpoint.tensors.keys()),
-    rules={"original": _glm130b},
+    rules=_GLM130B_RULES,
     prepared=lambda checkpoint: _with_scales(checkpoint.tensors),
     splits=SPLITS_OF_GLM130B,
     blocks=matrices_of,

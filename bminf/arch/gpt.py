@@ -20,7 +20,7 @@ from bminf.arch.architecture import Architecture
 from bminf.arch.sizes import BUCKET_BYTES, Pass, Sizes, layer_bytes
 from bminf.checkpoint.config import ConfigReader, rows_of
 from bminf.checkpoint.folder import Checkpoint
-from bminf.checkpoint.names import Rule, parts
+from bminf.checkpoint.names import MEGATRON_NAMES, Rule, rules_of
 from bminf.checkpoint.splits import (
     MEGATRON_LAYER,
     MEGATRON_WIDTHS,
@@ -199,7 +199,6 @@ def attention_bias(
 
 # ---- names on disk -------------------------------------------------------------------------------
 
-_KINDS = ("weight", "bias")
 _EMBEDDINGS = {  # of each layout
     "word_embeddings.weight",
     "token_embedding.weight",
@@ -222,68 +221,48 @@ def is_cpm1(checkpoint: Checkpoint) -> bool:
     return bool(checkpoint.tensors.keys() & _EMBEDDINGS)
 
 
-def _original() -> Iterator[Rule]:
-    yield Rule("word_embeddings.weight", "embed_tokens.weight")
-    yield Rule("position_embeddings.weight", "embed_positions.weight")
-    layer = "transformer.layers.{n}"
-    for kind in _KINDS:
-        yield Rule(f"{layer}.input_layernorm.{kind}", f"layers.{{n}}.attention.norm.{kind}")
-        yield Rule(
-            f"{layer}.attention.query_key_value.{kind}", f"layers.{{n}}.attention.qkv.{kind}"
-        )
-        yield Rule(f"{layer}.attention.dense.{kind}", f"layers.{{n}}.attention.out.{kind}")
-        yield Rule(f"{layer}.post_attention_layernorm.{kind}", f"layers.{{n}}.norm.{kind}")
-        yield Rule(f"{layer}.mlp.dense_h_to_4h.{kind}", f"layers.{{n}}.feed_forward.up.{kind}")
-        yield Rule(f"{layer}.mlp.dense_4h_to_h.{kind}", f"layers.{{n}}.feed_forward.down.{kind}")
-        yield Rule(f"transformer.final_layernorm.{kind}", f"norm.{kind}")
+def _huggingface(prefix: str) -> Iterator[Rule]:
+    """Its linears are stored transposed."""
+    layer = f"{prefix}h.{{n}}"
+    yield Rule(f"{layer}.attn.bias", None)  # the causal mask, in old files
+    yield Rule(f"{layer}.attn.masked_bias", None)
+    yield from rules_of({f"{prefix}wte": "embed_tokens", f"{prefix}wpe": "embed_positions"})
+    norms = {"h.{n}.ln_1": "layers.{n}.attention.norm", "h.{n}.ln_2": "layers.{n}.norm"}
+    names = {f"{prefix}{source}": target for source, target in {**norms, "ln_f": "norm"}.items()}
+    yield from rules_of(names, has_bias=True)
+    linears = {
+        f"{layer}.attn.c_attn": "layers.{n}.attention.qkv",
+        f"{layer}.attn.c_proj": "layers.{n}.attention.out",
+        f"{layer}.mlp.c_fc": "layers.{n}.feed_forward.up",
+        f"{layer}.mlp.c_proj": "layers.{n}.feed_forward.down",
+    }
+    yield from rules_of(linears, has_bias=True, is_transposed=True)
 
 
-def _huggingface() -> Iterator[Rule]:
-    """GPT2LMHeadModel, and GPT2Model, which has no prefix; their linears are stored transposed."""
-    yield Rule("lm_head.weight", None)  # tied
-    for prefix in ("transformer.", ""):
-        yield Rule(f"{prefix}wte.weight", "embed_tokens.weight")
-        yield Rule(f"{prefix}wpe.weight", "embed_positions.weight")
-        layer = f"{prefix}h.{{n}}"
-        yield Rule(f"{layer}.attn.bias", None)  # the causal mask, in old files
-        yield Rule(f"{layer}.attn.masked_bias", None)
-        for kind in _KINDS:
-            yield Rule(f"{layer}.ln_1.{kind}", f"layers.{{n}}.attention.norm.{kind}")
-            yield Rule(f"{layer}.ln_2.{kind}", f"layers.{{n}}.norm.{kind}")
-            yield Rule(f"{prefix}ln_f.{kind}", f"norm.{kind}")
-            for theirs, ours in (
-                ("attn.c_attn", "attention.qkv"),
-                ("attn.c_proj", "attention.out"),
-                ("mlp.c_fc", "feed_forward.up"),
-                ("mlp.c_proj", "feed_forward.down"),
-            ):
-                yield Rule(
-                    f"{layer}.{theirs}.{kind}",
-                    f"layers.{{n}}.{ours}.{kind}",
-                    is_transposed=kind == "weight",
-                )
-
-
-def _bminf1() -> Iterator[Rule]:
-    yield Rule("token_embedding.weight", "embed_tokens.weight")
-    yield Rule("position_embedding.weight", "embed_positions.weight")
-    for kind in _KINDS:
-        yield Rule(f"layernorm.{kind}", f"norm.{kind}")
-        yield Rule(f"layers.{{n}}.ln_attn.{kind}", f"layers.{{n}}.attention.norm.{kind}")
-        yield Rule(f"layers.{{n}}.ln_ff.{kind}", f"layers.{{n}}.norm.{kind}")
-        yield from parts(
-            [f"layers.{{n}}.self_attn.project_{x}.{kind}" for x in "qkv"],
-            f"layers.{{n}}.attention.qkv.{kind}",
-        )
-        for theirs, ours in (
-            ("self_attn.linear_out", "attention.out"),
-            ("ff.linear_in", "feed_forward.up"),
-            ("ff.linear_out", "feed_forward.down"),
-        ):
-            yield Rule(f"layers.{{n}}.{theirs}.{kind}", f"layers.{{n}}.{ours}.{kind}")
-
-
-_RULES = {"original": _original, "huggingface": _huggingface, "bminf1": _bminf1}
+_BMINF1 = {
+    "layernorm": "norm",
+    "layers.{n}.ln_attn": "layers.{n}.attention.norm",
+    "layers.{n}.ln_ff": "layers.{n}.norm",
+    "layers.{n}.self_attn.project_[qkv]": "layers.{n}.attention.qkv",
+    "layers.{n}.self_attn.linear_out": "layers.{n}.attention.out",
+    "layers.{n}.ff.linear_in": "layers.{n}.feed_forward.up",
+    "layers.{n}.ff.linear_out": "layers.{n}.feed_forward.down",
+}
+_RULES = {
+    "original": [
+        *rules_of({"word_embeddings": "embed_tokens", "position_embeddings": "embed_positions"}),
+        *rules_of(MEGATRON_NAMES, has_bias=True),
+    ],
+    "huggingface": [
+        Rule("lm_head.weight", None),  # tied
+        *_huggingface("transformer."),  # GPT2LMHeadModel
+        *_huggingface(""),  # GPT2Model
+    ],
+    "bminf1": [
+        *rules_of({"token_embedding": "embed_tokens", "position_embedding": "embed_positions"}),
+        *rules_of(_BMINF1, has_bias=True),
+    ],
+}
 
 
 # ---- ranks ---------------------------------------------------------------------------------------

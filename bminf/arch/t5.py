@@ -12,7 +12,7 @@ al. 2021, arXiv:2108.01547 (EVA).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from bminf.arch.architecture import Architecture
 from bminf.arch.sizes import BUCKET_BYTES, Pass, Sizes, layer_bytes
 from bminf.checkpoint.config import ConfigReader, find_config, num_layers_of, read_config, rows_of
 from bminf.checkpoint.folder import Checkpoint
-from bminf.checkpoint.names import Rule, num_known, parts
+from bminf.checkpoint.names import Rule, num_known, rules_of
 from bminf.checkpoint.splits import COLUMNS, REPLICATED, ROWS, SplitTable, fused_rows
 from bminf.checkpoint.stored import Stored
 from bminf.checks import check_eps, check_sizes
@@ -423,7 +423,7 @@ def is_t5(checkpoint: Checkpoint) -> bool:
     rules = _RULES.get(checkpoint.kind)
     if rules is None:
         return False
-    return 2 * num_known(checkpoint.tensors, rules()) > len(checkpoint.tensors)
+    return 2 * num_known(checkpoint.tensors, rules) > len(checkpoint.tensors)
 
 
 def is_cpm2(checkpoint: Checkpoint) -> bool:
@@ -443,134 +443,112 @@ def is_eva(checkpoint: Checkpoint) -> bool:
     return path is not None and read_config(path).get("model_type") == "eva"
 
 
-def _original() -> Iterator[Rule]:
-    yield Rule("word_embeds.weight", "embed_tokens.weight")
-    yield Rule("lm_head.weight", "lm_head.weight")
-    yield Rule("role_embeds.weight", None)  # EVA's, not used after its training
-    for stack in _STACKS:
-        yield Rule(f"{stack}.word_embeds.weight", None)  # the shared embedding again
-        yield Rule(f"{stack}.role_embeds.weight", None)
-        yield Rule(f"{stack}.final_layernorm.weight", f"{stack}.norm.weight")
-        theirs, ours = f"{stack}.blocks.{{n}}", f"{stack}.layers.{{n}}"
-        yield Rule(f"{theirs}.self_attn.layer_norm.weight", f"{ours}.attention.norm.weight")
-        attention = f"{theirs}.self_attn.self_attn"
-        yield Rule(f"{attention}.project.weight", f"{ours}.attention.qkv.weight")
-        yield Rule(f"{attention}.dense.weight", f"{ours}.attention.out.weight")
-        yield Rule(
-            f"{stack}.blocks.0.self_attn.self_attn.relative_attention_bias.weight",
-            f"{stack}.position_bias.weight",
-        )
-        yield Rule(f"{theirs}.ff.layer_norm.weight", f"{ours}.norm.weight")
-        dense = f"{theirs}.ff.dense_relu_dense"
-        yield Rule(f"{dense}.wi_0.weight", f"{ours}.feed_forward.gate.weight")
-        yield Rule(f"{dense}.wi_1.weight", f"{ours}.feed_forward.up.weight")
-        yield Rule(f"{dense}.wo.weight", f"{ours}.feed_forward.down.weight")
-    theirs, ours = "decoder.blocks.{n}.cross_attn", "decoder.layers.{n}.cross_attention"
-    yield Rule(f"{theirs}.layer_norm.weight", f"{ours}.norm.weight")
-    yield Rule(f"{theirs}.cross_attn.project_q.weight", f"{ours}.query.weight")
-    yield Rule(f"{theirs}.cross_attn.dense.weight", f"{ours}.out.weight")
-    yield Rule(f"{theirs}.cross_attn.project_kv.weight", "cross_projections.layers.{n}.weight")
+def _rules(names: Mapping[str, str | None]) -> list[Rule]:
+    """Rules for both stacks, from the names of modules: source -> target.
+
+    {stack} is "encoder" or "decoder", {short} its first three letters, {ff} the index of the
+    feed-forward among the parts of a layer; {layer} and {cross} are short for targets.
+    """
+    table: dict[str, str | None] = {}
+    for stack, feed_forward in zip(_STACKS, "12", strict=True):
+        fields = {
+            "stack": stack,
+            "short": stack[:3],
+            "ff": feed_forward,
+            "n": "{n}",
+            "layer": f"{stack}.layers.{{n}}",
+            "cross": "decoder.layers.{n}.cross_attention",
+        }
+        for source, target in names.items():
+            table[source.format(**fields)] = None if target is None else target.format(**fields)
+    return [*rules_of(table)]
 
 
-def _huggingface() -> Iterator[Rule]:
-    yield Rule("shared.weight", "embed_tokens.weight")
-    yield Rule("lm_head.weight", "lm_head.weight")
-    yield Rule("role_embeds.weight", None)
-    for stack, feed_forward in zip(_STACKS, ("layer.1", "layer.2"), strict=True):
-        yield Rule(f"{stack}.embed_tokens.weight", None)
-        yield Rule(f"{stack}.role_embeds.weight", None)
-        yield Rule(f"{stack}.final_layer_norm.weight", f"{stack}.norm.weight")
-        theirs, ours = f"{stack}.block.{{n}}", f"{stack}.layers.{{n}}"
-        yield Rule(f"{theirs}.layer.0.layer_norm.weight", f"{ours}.attention.norm.weight")
-        attention = f"{theirs}.layer.0.SelfAttention"
-        yield from parts([f"{attention}.{x}.weight" for x in "qkv"], f"{ours}.attention.qkv.weight")
-        yield Rule(f"{attention}.o.weight", f"{ours}.attention.out.weight")
-        yield Rule(
-            f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
-            f"{stack}.position_bias.weight",
-        )
-        yield Rule(f"{theirs}.{feed_forward}.layer_norm.weight", f"{ours}.norm.weight")
-        dense = f"{theirs}.{feed_forward}.DenseReluDense"
-        yield Rule(f"{dense}.wi_0.weight", f"{ours}.feed_forward.gate.weight")
-        yield Rule(f"{dense}.wi_1.weight", f"{ours}.feed_forward.up.weight")
-        yield Rule(f"{dense}.wo.weight", f"{ours}.feed_forward.down.weight")
-    theirs, ours = "decoder.block.{n}.layer.1", "decoder.layers.{n}.cross_attention"
-    yield Rule(f"{theirs}.layer_norm.weight", f"{ours}.norm.weight")
-    yield Rule(f"{theirs}.EncDecAttention.q.weight", f"{ours}.query.weight")
-    yield Rule(f"{theirs}.EncDecAttention.o.weight", f"{ours}.out.weight")
-    yield from parts(
-        [f"{theirs}.EncDecAttention.{x}.weight" for x in "kv"],
-        "cross_projections.layers.{n}.weight",
-    )
-
-
-def _modelcenter() -> Iterator[Rule]:
-    yield Rule("input_embedding.weight", "embed_tokens.weight")
-    yield Rule("output_projection.weight", "lm_head.weight")
-    for stack in _STACKS:
-        yield Rule(
-            f"position_bias_{stack[:3]}.relative_attention_bias", f"{stack}.position_bias.weight"
-        )
-        yield Rule(f"{stack}.output_layernorm.weight", f"{stack}.norm.weight")
-        theirs, ours = f"{stack}.layers.{{n}}", f"{stack}.layers.{{n}}"
-        yield Rule(
-            f"{theirs}.self_att.layernorm_before_attention.weight", f"{ours}.attention.norm.weight"
-        )
-        attention = f"{theirs}.self_att.self_attention"
-        yield from parts(
-            [f"{attention}.project_{x}.weight" for x in "qkv"], f"{ours}.attention.qkv.weight"
-        )
-        yield Rule(f"{attention}.attention_out.weight", f"{ours}.attention.out.weight")
-        yield Rule(f"{theirs}.ffn.layernorm_before_ffn.weight", f"{ours}.norm.weight")
-        dense = f"{theirs}.ffn.ffn"
-        yield Rule(f"{dense}.w_in.w_0.weight", f"{ours}.feed_forward.gate.weight")
-        yield Rule(f"{dense}.w_in.w_1.weight", f"{ours}.feed_forward.up.weight")
-        yield Rule(f"{dense}.w_out.weight", f"{ours}.feed_forward.down.weight")
-    theirs, ours = "decoder.layers.{n}.cross_att", "decoder.layers.{n}.cross_attention"
-    yield Rule(f"{theirs}.layernorm_before_attention.weight", f"{ours}.norm.weight")
-    attention = f"{theirs}.self_attention"  # so they call it
-    yield Rule(f"{attention}.project_q.weight", f"{ours}.query.weight")
-    yield Rule(f"{attention}.attention_out.weight", f"{ours}.out.weight")
-    yield from parts(
-        [f"{attention}.project_{x}.weight" for x in "kv"], "cross_projections.layers.{n}.weight"
-    )
-
-
-def _bminf1() -> Iterator[Rule]:
-    yield Rule("input_embedding.weight", "embed_tokens.weight")
-    yield Rule("output_embedding.weight", "lm_head.weight")
-    for stack in _STACKS:
-        short = stack[:3]
-        yield Rule(f"ln_{short}.weight", f"{stack}.norm.weight")
-        yield Rule(
-            f"position_bias_{short}.weight", f"{stack}.position_bias.weight", is_transposed=True
-        )
-        theirs, ours = f"{short}_layers.{{n}}", f"{stack}.layers.{{n}}"
-        yield Rule(f"{theirs}.ln_attn.weight", f"{ours}.attention.norm.weight")
-        yield from parts(
-            [f"{theirs}.self_attn.project_{x}.weight" for x in "qkv"],
-            f"{ours}.attention.qkv.weight",
-        )
-        yield Rule(f"{theirs}.self_attn.linear_out.weight", f"{ours}.attention.out.weight")
-        yield Rule(f"{theirs}.ln_ff.weight", f"{ours}.norm.weight")
-        yield Rule(f"{theirs}.ff.linear_in.weight", f"{ours}.feed_forward.gate.weight")
-        yield Rule(f"{theirs}.ff.linear_gated.weight", f"{ours}.feed_forward.up.weight")
-        yield Rule(f"{theirs}.ff.linear_out.weight", f"{ours}.feed_forward.down.weight")
-    theirs, ours = "dec_layers.{n}", "decoder.layers.{n}.cross_attention"
-    yield Rule(f"{theirs}.ln_cross_attn.weight", f"{ours}.norm.weight")
-    yield Rule(f"{theirs}.cross_attn.project_q.weight", f"{ours}.query.weight")
-    yield Rule(f"{theirs}.cross_attn.linear_out.weight", f"{ours}.out.weight")
-    yield from parts(
-        [f"{theirs}.cross_attn.project_{x}.weight" for x in "kv"],
-        "cross_projections.layers.{n}.weight",
-    )
-
-
+_ORIGINAL = {
+    "word_embeds": "embed_tokens",
+    "lm_head": "lm_head",
+    "role_embeds": None,  # EVA's, not used after its training
+    "{stack}.word_embeds": None,  # the shared embedding again
+    "{stack}.role_embeds": None,
+    "{stack}.final_layernorm": "{stack}.norm",
+    "{stack}.blocks.0.self_attn.self_attn.relative_attention_bias": "{stack}.position_bias",
+    "{stack}.blocks.{n}.self_attn.layer_norm": "{layer}.attention.norm",
+    "{stack}.blocks.{n}.self_attn.self_attn.project": "{layer}.attention.qkv",
+    "{stack}.blocks.{n}.self_attn.self_attn.dense": "{layer}.attention.out",
+    "{stack}.blocks.{n}.ff.layer_norm": "{layer}.norm",
+    "{stack}.blocks.{n}.ff.dense_relu_dense.wi_0": "{layer}.feed_forward.gate",
+    "{stack}.blocks.{n}.ff.dense_relu_dense.wi_1": "{layer}.feed_forward.up",
+    "{stack}.blocks.{n}.ff.dense_relu_dense.wo": "{layer}.feed_forward.down",
+    "decoder.blocks.{n}.cross_attn.layer_norm": "{cross}.norm",
+    "decoder.blocks.{n}.cross_attn.cross_attn.project_q": "{cross}.query",
+    "decoder.blocks.{n}.cross_attn.cross_attn.dense": "{cross}.out",
+    "decoder.blocks.{n}.cross_attn.cross_attn.project_kv": "cross_projections.layers.{n}",
+}
+_HUGGINGFACE = {
+    "shared": "embed_tokens",
+    "lm_head": "lm_head",
+    "role_embeds": None,
+    "{stack}.embed_tokens": None,
+    "{stack}.role_embeds": None,
+    "{stack}.final_layer_norm": "{stack}.norm",
+    "{stack}.block.0.layer.0.SelfAttention.relative_attention_bias": "{stack}.position_bias",
+    "{stack}.block.{n}.layer.0.layer_norm": "{layer}.attention.norm",
+    "{stack}.block.{n}.layer.0.SelfAttention.[qkv]": "{layer}.attention.qkv",
+    "{stack}.block.{n}.layer.0.SelfAttention.o": "{layer}.attention.out",
+    "{stack}.block.{n}.layer.{ff}.layer_norm": "{layer}.norm",
+    "{stack}.block.{n}.layer.{ff}.DenseReluDense.wi_0": "{layer}.feed_forward.gate",
+    "{stack}.block.{n}.layer.{ff}.DenseReluDense.wi_1": "{layer}.feed_forward.up",
+    "{stack}.block.{n}.layer.{ff}.DenseReluDense.wo": "{layer}.feed_forward.down",
+    "decoder.block.{n}.layer.1.layer_norm": "{cross}.norm",
+    "decoder.block.{n}.layer.1.EncDecAttention.q": "{cross}.query",
+    "decoder.block.{n}.layer.1.EncDecAttention.o": "{cross}.out",
+    "decoder.block.{n}.layer.1.EncDecAttention.[kv]": "cross_projections.layers.{n}",
+}
+_MODELCENTER = {
+    "input_embedding": "embed_tokens",
+    "output_projection": "lm_head",
+    "{stack}.output_layernorm": "{stack}.norm",
+    "{stack}.layers.{n}.self_att.layernorm_before_attention": "{layer}.attention.norm",
+    "{stack}.layers.{n}.self_att.self_attention.project_[qkv]": "{layer}.attention.qkv",
+    "{stack}.layers.{n}.self_att.self_attention.attention_out": "{layer}.attention.out",
+    "{stack}.layers.{n}.ffn.layernorm_before_ffn": "{layer}.norm",
+    "{stack}.layers.{n}.ffn.ffn.w_in.w_0": "{layer}.feed_forward.gate",
+    "{stack}.layers.{n}.ffn.ffn.w_in.w_1": "{layer}.feed_forward.up",
+    "{stack}.layers.{n}.ffn.ffn.w_out": "{layer}.feed_forward.down",
+    # The cross-attention, too, is called self_attention there.
+    "decoder.layers.{n}.cross_att.layernorm_before_attention": "{cross}.norm",
+    "decoder.layers.{n}.cross_att.self_attention.project_q": "{cross}.query",
+    "decoder.layers.{n}.cross_att.self_attention.attention_out": "{cross}.out",
+    "decoder.layers.{n}.cross_att.self_attention.project_[kv]": "cross_projections.layers.{n}",
+}
+_BMINF1 = {
+    "input_embedding": "embed_tokens",
+    "output_embedding": "lm_head",
+    "ln_{short}": "{stack}.norm",
+    "{short}_layers.{n}.ln_attn": "{layer}.attention.norm",
+    "{short}_layers.{n}.self_attn.project_[qkv]": "{layer}.attention.qkv",
+    "{short}_layers.{n}.self_attn.linear_out": "{layer}.attention.out",
+    "{short}_layers.{n}.ln_ff": "{layer}.norm",
+    "{short}_layers.{n}.ff.linear_in": "{layer}.feed_forward.gate",
+    "{short}_layers.{n}.ff.linear_gated": "{layer}.feed_forward.up",
+    "{short}_layers.{n}.ff.linear_out": "{layer}.feed_forward.down",
+    "dec_layers.{n}.ln_cross_attn": "{cross}.norm",
+    "dec_layers.{n}.cross_attn.project_q": "{cross}.query",
+    "dec_layers.{n}.cross_attn.linear_out": "{cross}.out",
+    "dec_layers.{n}.cross_attn.project_[kv]": "cross_projections.layers.{n}",
+}
+_BIASES = {f"position_bias_{stack[:3]}": f"{stack}.position_bias" for stack in _STACKS}
 _RULES = {
-    "original": _original,
-    "huggingface": _huggingface,
-    "modelcenter": _modelcenter,
-    "bminf1": _bminf1,
+    "original": _rules(_ORIGINAL),
+    "huggingface": _rules(_HUGGINGFACE),
+    "modelcenter": [
+        *_rules(_MODELCENTER),
+        *(
+            Rule(f"{n}.relative_attention_bias", f"{target}.weight")
+            for n, target in _BIASES.items()
+        ),
+    ],
+    "bminf1": [*_rules(_BMINF1), *rules_of(_BIASES, is_transposed=True)],
 }
 
 

@@ -42,11 +42,43 @@ class Rule:
     is_transposed: bool = False
 
 
-def parts(source_names: Iterable[str], target_name: str) -> Iterator[Rule]:
-    """Rules for a tensor that is made of several in the file, one below another."""
-    names = list(source_names)
-    for part, name in enumerate(names):
-        yield Rule(name, target_name, part, len(names))
+MEGATRON_LINEARS = {
+    "attention.query_key_value": "attention.qkv",
+    "attention.dense": "attention.out",
+    "mlp.dense_h_to_4h": "feed_forward.up",
+    "mlp.dense_4h_to_h": "feed_forward.down",
+}
+"""Of a layer of Megatron-LM, which several models were trained with: source -> target."""
+
+MEGATRON_NAMES = {
+    "transformer.layers.{n}.input_layernorm": "layers.{n}.attention.norm",
+    "transformer.layers.{n}.post_attention_layernorm": "layers.{n}.norm",
+    "transformer.final_layernorm": "norm",
+    **{
+        f"transformer.layers.{{n}}.{source}": f"layers.{{n}}.{target}"
+        for source, target in MEGATRON_LINEARS.items()
+    },
+}
+"""Of its layers, and of the norm behind them; all have a weight and a bias."""
+
+
+def rules_of(
+    names: Mapping[str, str | None], has_bias: bool = False, is_transposed: bool = False
+) -> Iterator[Rule]:
+    """Rules for the weights, and the biases, of modules: source name -> target name.
+
+    [qkv] in a source name stands for any of these letters, in the order of the parts.
+    is_transposed: of the weights.
+    """
+    for source, target in names.items():
+        before, _, bracket = source.partition("[")
+        letters, _, after = bracket.partition("]")
+        for kind in ("weight", "bias") if has_bias else ("weight",):
+            own = None if target is None else f"{target}.{kind}"
+            is_turned = is_transposed and kind == "weight"
+            for part, letter in enumerate(letters or [""]):
+                name = f"{before}{letter}{after}.{kind}"
+                yield Rule(name, own, part, max(1, len(letters)), is_turned)
 
 
 def rename(

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from bminf.arch.architecture import Architecture
-from bminf.arch.glm import GLM10B, GLM130B, INT4_ROW, LINEARS, is_glm10b, is_glm130b, is_quantized
+from bminf.arch.glm import GLM10B, GLM130B, INT4_ROW, is_glm10b, is_glm130b, is_quantized
 from bminf.arch.registry import checkpoint_in, config_in, split_tables, told_by
 from bminf.checkpoint.config import CONFIG_FILES
 from bminf.checkpoint.folder import Checkpoint, atomic_folder
@@ -32,6 +32,7 @@ from bminf.checkpoint.model_parallel import (
     TRACKERS,
     rank_files,
 )
+from bminf.checkpoint.names import MEGATRON_LINEARS
 from bminf.checkpoint.splits import Split, table_for
 from bminf.checkpoint.stored import Sliced, Stored, nbytes_of, pieces
 from bminf.checkpoint.torch_file import read_torch_file
@@ -47,7 +48,9 @@ from bminf.tokenizers.base import Tokenizer
 from bminf.tokenizers.find import ICETK
 
 _ITERATION = re.compile(r"(?:iter_0*)?(\d+)")
-_LINEAR = re.compile(rf"transformer\.layers\.\d+\.({'|'.join(map(re.escape, LINEARS))})\.weight")
+_LINEAR = re.compile(
+    rf"transformer\.layers\.\d+\.({'|'.join(map(re.escape, MEGATRON_LINEARS))})\.weight"
+)
 # What the size along the split axis counts.
 _SIZES = {
     "word_embeddings.weight": "vocabulary rows",
