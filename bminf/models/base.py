@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -40,6 +41,8 @@ from bminf.offload.plan import Plan
 from bminf.quantization.packed import Format, parse_format
 from bminf.tokenizers.base import TextStream, Tokenizer
 from bminf.units import parse_bytes
+
+BeamSearch = Callable[..., list[list[Hypothesis]]]
 
 
 class LanguageModel:
@@ -134,10 +137,10 @@ class LanguageModel:
         settings = self._settings(self._defaults, options)
         if settings.num_beams > 1:
             raise ArgumentError("a beam search knows its text only at the end; use generate()")
-        prompts = [self._checked_prompt(text, settings)]
-        sampler = self._sampler(prompts, settings)
-        stop_ids = self._stop_ids(settings)
-        return self._pieces(prompts, sampler, stop_ids, settings.max_tokens)
+        prompts, settings = self._checked_prompts([text], settings)
+        sampler, stop_ids = self._sampler(prompts, settings), self._stop_ids(settings)
+        steps = self._steps(prompts, sampler, stop_ids, settings.max_tokens)
+        return self._pieces(steps, stop_ids)
 
     @needs_open_model
     def generate_batch(self, texts: Sequence[Any], **options: Any) -> list[tuple[str, bool]]:
@@ -217,8 +220,8 @@ class LanguageModel:
         """A cache for max_batch_size and max_length."""
         raise NotImplementedError
 
-    def _decoder(self, prompts: list[Prompt]) -> tuple[Decoder, torch.Tensor]:
-        """A batch under way, and what it is fed first."""
+    def _decoder(self, prompts: Sequence[Any]) -> tuple[Decoder, torch.Tensor]:
+        """A decoder of these prompts, and what it is fed first."""
         raise NotImplementedError
 
     def _settings(self, options: Options, keywords: dict[str, Any]) -> Options:
@@ -227,30 +230,35 @@ class LanguageModel:
         settings.check(self.config.vocab_size)
         return settings
 
+    def _within(self, settings: Options, prompts: Sequence[Any]) -> Any:
+        """`settings` with the max_tokens that these prompts leave.   Raises ArgumentError."""
+        return settings
+
+    def _beam_search(self, prompts: Sequence[Any], settings: Any) -> BeamSearch:
+        """beam_search(), or one that takes the same keywords."""
+        return partial(beam_search, length_penalty=settings.length_penalty)
+
     # ---- generating -----------------------------------------------------------------------------
 
     def _generate(self, texts: Sequence[Any], settings: Options) -> list[tuple[str, bool]]:
-        prompts = [self._checked_prompt(text, settings) for text in texts]
+        prompts, settings = self._checked_prompts(texts, settings)
         stop_ids = self._stop_ids(settings)
-        if settings.num_beams > 1:
-            found = self._search(prompts, settings, stop_ids)
-            answers = [list(hypotheses[0].ids) for hypotheses in found]
-        else:
-            answers = self._draw(prompts, self._sampler(prompts, settings), stop_ids, settings)
+        answers = self._answers(prompts, settings, stop_ids)
         return [self._answer(ids, stop_ids) for ids in answers]
 
     def _answer(self, ids: list[int], stop_ids: frozenset[int]) -> tuple[str, bool]:
         stopped = bool(ids) and ids[-1] in stop_ids
         return self.tokenizer.decode(ids[:-1] if stopped else ids), stopped
 
-    def _draw(
-        self,
-        prompts: list[Prompt],
-        sampler: Sampler,
-        stop_ids: frozenset[int],
-        settings: Options,
+    def _answers(
+        self, prompts: Sequence[Any], settings: Any, stop_ids: frozenset[int]
     ) -> list[list[int]]:
+        """The tokens of each answer, sampled or searched for, with the one that ended it."""
+        if settings.num_beams > 1:
+            found = self._search(prompts, settings, stop_ids)
+            return [list(hypotheses[0].ids) for hypotheses in found]
         answers: list[list[int]] = [[] for _ in prompts]
+        sampler = self._sampler(prompts, settings)
         with self._lock:
             for step in self._steps(prompts, sampler, stop_ids, settings.max_tokens):
                 for answer, token in zip(answers, step, strict=True):
@@ -259,43 +267,27 @@ class LanguageModel:
         return answers
 
     def _search(
-        self, prompts: list[Prompt], settings: Options, stop_ids: frozenset[int]
+        self, prompts: Sequence[Any], settings: Any, stop_ids: frozenset[int]
     ) -> list[list[Hypothesis]]:
         """What a beam search finds for each prompt, best first."""
         banned = sorted({*self._banned_ids(settings), *settings.banned_ids(self.tokenizer)})
         check_banned(banned, self.config.vocab_size)
         self._check_rows(len(prompts) * settings.num_beams)
+        search = self._beam_search(prompts, settings)
         with self._lock, torch.inference_mode():
             self._begin()
-            began = time.perf_counter()
+            start_s = time.perf_counter()
             decoder, start = self._decoder(prompts)
-            found = self._searched(decoder, start, prompts, settings, stop_ids, banned)
-            self._count(sum(len(hypotheses[0].ids) for hypotheses in found), began)
+            found = search(
+                decoder, start, num_beams=settings.num_beams, stop_ids=stop_ids,
+                max_new_tokens=settings.max_tokens, banned_ids=banned,
+            )  # fmt: skip
+            self._count(sum(len(hypotheses[0].ids) for hypotheses in found), start_s)
         return found
 
-    def _searched(
-        self,
-        decoder: Decoder,
-        start: torch.Tensor,
-        prompts: list[Prompt],
-        settings: Options,
-        stop_ids: frozenset[int],
-        banned_ids: Sequence[int],
-    ) -> list[list[Hypothesis]]:
-        return beam_search(
-            decoder, start, settings.num_beams, stop_ids, settings.max_tokens,
-            settings.length_penalty, banned_ids=banned_ids,
-        )  # fmt: skip
-
-    def _pieces(
-        self,
-        prompts: list[Prompt],
-        sampler: Sampler,
-        stop_ids: frozenset[int],
-        max_tokens: int,
-    ) -> Iterator[str]:
+    def _pieces(self, steps: Iterator[list[int | None]], stop_ids: frozenset[int]) -> Iterator[str]:
         stream = TextStream(self.tokenizer)
-        for (token,) in self._steps(prompts, sampler, stop_ids, max_tokens):
+        for (token,) in steps:
             if token is None or token in stop_ids:
                 break
             if piece := stream.feed(token):
@@ -304,16 +296,12 @@ class LanguageModel:
             yield piece
 
     def _steps(
-        self,
-        prompts: list[Prompt],
-        sampler: Sampler,
-        stop_ids: frozenset[int],
-        max_tokens: int,
+        self, prompts: Sequence[Any], sampler: Sampler, stop_ids: frozenset[int], max_tokens: int
     ) -> Iterator[list[int | None]]:
         """The tokens of all rows, step by step; the lock is held within a step only."""
         with self._lock, torch.inference_mode():
             turn = self._begin()
-            began = time.perf_counter()
+            start_s = time.perf_counter()
             decoder, start = self._decoder(prompts)
             steps = decode(decoder, start, sampler, stop_ids, max_tokens)
         for _ in range(max_tokens):  # and not once more: the last token may come late in a turn
@@ -322,9 +310,9 @@ class LanguageModel:
                 step = next(steps, None)
                 if step is None:
                     return
-                self._count(sum(token is not None for token in step), began)
+                self._count(sum(token is not None for token in step), start_s)
             yield step
-            began = time.perf_counter()
+            start_s = time.perf_counter()
 
     def _begin(self) -> int:
         self._open()
@@ -340,16 +328,21 @@ class LanguageModel:
                 "at its end; finish one text before the next, or load a second model"
             )
 
-    def _count(self, num_tokens: int, began: float) -> None:
+    def _count(self, num_tokens: int, start_s: float) -> None:
         self._num_tokens += num_tokens
-        self._generated_s += time.perf_counter() - began
+        self._generated_s += time.perf_counter() - start_s
 
     # ---- checks ---------------------------------------------------------------------------------
 
-    def _checked_prompt(self, text: Any, settings: Options) -> Prompt:
-        prompt = self._prompt(text)
-        self._check_room(prompt, settings)
-        return prompt
+    def _checked_prompts(
+        self, texts: Sequence[Any], settings: Options
+    ) -> tuple[list[Prompt], Options]:
+        """The prompts of `texts`, and the settings for them.   Raises ArgumentError."""
+        prompts = [self._prompt(text) for text in texts]
+        settings = self._within(settings, prompts)
+        for prompt in prompts:
+            self._check_room(prompt, settings)
+        return prompts, settings
 
     def _check_room(self, prompt: Prompt, settings: Options) -> None:
         self._check_length(prompt.input_ids, "text")
@@ -357,7 +350,7 @@ class LanguageModel:
         most_tokens = self.max_length + self._more_tokens
         if num_tokens > most_tokens or settings.max_tokens > self.max_length:
             raise ArgumentError(
-                f"{len(prompt.start_ids)} tokens to begin with and max_tokens="
+                f"{len(prompt.start_ids)} tokens to start with and max_tokens="
                 f"{settings.max_tokens} are more than max_length={self.max_length}; lower "
                 f"max_tokens, shorten the text, or {self._remedy()}"
             )
@@ -375,7 +368,7 @@ class LanguageModel:
             return "take a model with more positions"
         return "load the model with a larger max_length"
 
-    def _sampler(self, prompts: list[Prompt], settings: Options) -> Sampler:
+    def _sampler(self, prompts: Sequence[Any], settings: Options) -> Sampler:
         self._check_rows(len(prompts))
         sampling = self._sampling(settings)
         counted = [prompt.input_ids for prompt in prompts]
@@ -439,7 +432,8 @@ class LanguageModel:
             self.close()
             raise BudgetError(
                 f"the KV cache of max_batch_size={self.max_batch_size} and "
-                f"max_length={self.max_length} cannot be had on {self.device}: lower one of them"
+                f"max_length={self.max_length} cannot be allocated on {self.device}; lower one "
+                "of them"
             ) from error
         except BaseException:
             self.close()

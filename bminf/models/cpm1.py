@@ -100,7 +100,7 @@ class CPM1(LanguageModel):
     def _new_cache(self) -> KVCache:
         return self.model.new_cache(self.max_batch_size, self.max_length)
 
-    def _decoder(self, prompts: list[Prompt]) -> tuple[Decoder, torch.Tensor]:
+    def _decoder(self, prompts: Sequence[Any]) -> tuple[Decoder, torch.Tensor]:
         rows = [prompt.start_ids for prompt in prompts]
         decoder = GPTDecoder(self.model, self._cache, [len(row) for row in rows])
         return decoder, self._tensor(padded(rows, self._pad_id, is_at_end=False))

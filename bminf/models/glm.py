@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from bminf.arch.glm import GLM as Network
 from bminf.arch.glm import GLMConfig
 from bminf.checks import check_bool
 from bminf.errors import ArgumentError
-from bminf.generation.beam import Hypothesis, beam_search
 from bminf.generation.glm_beam import glm_beam_search
 from bminf.generation.loop import Decoder
 from bminf.generation.sampling import Sampling, top_k_then_top_p
@@ -24,7 +24,7 @@ from bminf.keywords import known_keywords
 from bminf.layers.kv_cache import KVCache
 from bminf.models.arguments import Text
 from bminf.models.assemble import plan_model
-from bminf.models.base import LanguageModel
+from bminf.models.base import BeamSearch, LanguageModel
 from bminf.models.calls import needs_open_model
 from bminf.models.glm_text import (
     OPEN_MASK,
@@ -40,7 +40,7 @@ from bminf.models.glm_text import (
     prefix_lm_mask,
 )
 from bminf.models.options import GLMOptions, Options
-from bminf.models.prompt import Prompt, padded
+from bminf.models.prompt import padded
 from bminf.offload.plan import Plan
 from bminf.quantization.packed import Format, parse_format
 from bminf.tokenizers.base import GLMTokenizer
@@ -161,11 +161,9 @@ class GLM(LanguageModel):
         settings = self._settings(options, more)
         if settings.num_return_sequences is None:
             return self._generate([text], settings)[0]
-        prompt = self._prompt(text)
-        settings = self._within(settings, prompt)
-        self._check_room(prompt, settings)
-        stop_ids = self._stop_ids(settings)
-        (found,) = self._search([prompt], settings, stop_ids)
+        prompts, within = self._checked_prompts([text], settings)
+        stop_ids = self._stop_ids(within)
+        (found,) = self._search(prompts, within, stop_ids)
         return [
             Answer(*self._answer(list(one.ids), stop_ids), one.score)
             for one in found[: settings.num_return_sequences]
@@ -271,26 +269,16 @@ class GLM(LanguageModel):
 
     def _generate(self, texts: Sequence[Any], settings: Any) -> list[tuple[str, bool]]:
         _check_one_answer(settings)
-        if settings.out_seq_length is not None:
-            if len(texts) > 1:
-                raise ArgumentError("out_seq_length is for one text; give max_tokens for several")
-            settings = self._within(settings, self._prompt(texts[0]))
         return super()._generate(texts, settings)
 
-    @needs_open_model
-    def generate_iter(self, text: Any, **options: Any) -> Iterator[str]:
-        settings = self._settings(self._defaults, options)
-        if settings.out_seq_length is not None:
-            within = self._within(settings, self._prompt(text))
-            options = {**options, "max_tokens": within.max_tokens}
-        return super().generate_iter(text, **options)
-
-    generate_iter.__doc__ = LanguageModel.generate_iter.__doc__
-
-    def _within(self, settings: GLMOptions, one: Blank) -> GLMOptions:
+    def _within(self, settings: Any, prompts: Sequence[Any]) -> GLMOptions:
         """`settings`, with max_tokens as out_seq_length, if given, allows for the answer."""
+        assert isinstance(settings, GLMOptions)
         if settings.out_seq_length is None:
             return settings
+        if len(prompts) > 1:
+            raise ArgumentError("out_seq_length is for one text; give max_tokens for several")
+        (one,) = prompts
         room = settings.out_seq_length - len(one.start_ids)
         if room < 1:
             raise ArgumentError(
@@ -300,25 +288,14 @@ class GLM(LanguageModel):
             )
         return replace(settings, max_tokens=room)
 
-    def _searched(
-        self,
-        decoder: Decoder,
-        start: torch.Tensor,
-        prompts: list[Prompt],
-        settings: Any,
-        stop_ids: frozenset[int],
-        banned_ids: Sequence[int],
-    ) -> list[list[Hypothesis]]:
+    def _beam_search(self, prompts: Sequence[Any], settings: Any) -> BeamSearch:
         if not self.config.is_rotary:
-            return beam_search(
-                decoder, start, settings.num_beams, stop_ids, settings.max_tokens,
-                settings.length_penalty, banned_ids=banned_ids,
-            )  # fmt: skip
-        return glm_beam_search(
-            decoder, start, [prompt.start_ids for prompt in prompts], settings.num_beams,
-            stop_ids, settings.max_tokens, length_penalty=settings.length_penalty,
-            no_repeat_ngram_size=settings.no_repeat_ngram_size, min_length=settings.min_length,
-            is_deterministic=settings.deterministic, seed=settings.seed, banned_ids=banned_ids,
+            return super()._beam_search(prompts, settings)
+        return partial(
+            glm_beam_search, contexts=[prompt.start_ids for prompt in prompts],
+            length_penalty=settings.length_penalty, min_length=settings.min_length,
+            no_repeat_ngram_size=settings.no_repeat_ngram_size,
+            is_deterministic=settings.deterministic, seed=settings.seed,
         )  # fmt: skip
 
     def _sampling(self, settings: Options) -> Sampling:
@@ -343,7 +320,7 @@ class GLM(LanguageModel):
     def _new_cache(self) -> KVCache:
         return self.model.new_cache(self.max_batch_size, self.max_length)
 
-    def _decoder(self, prompts: list[Any]) -> tuple[Decoder, torch.Tensor]:
+    def _decoder(self, prompts: Sequence[Any]) -> tuple[Decoder, torch.Tensor]:
         rows = [prompt.start_ids for prompt in prompts]
         decoder = GLMDecoder(self.model, self._cache, prompts)
         return decoder, self._tensor(padded(rows, self._pad_id, is_at_end=False))
@@ -384,14 +361,9 @@ class GLM(LanguageModel):
                 answers.append([])  # earlier answers have used up out_seq_length
                 continue
             seed = None if settings.seed is None else settings.seed + i
-            own = self._within(replace(settings, seed=seed), one)
-            answers.append(self._filled(one, own, stop_ids))
+            own = self._within(replace(settings, seed=seed), [one])
+            answers += self._answers([one], own, stop_ids)
         return answers
-
-    def _filled(self, one: Blank, settings: Any, stop_ids: frozenset[int]) -> list[int]:
-        if settings.num_beams > 1:
-            return list(self._search([one], settings, stop_ids)[0][0].ids)
-        return self._draw([one], self._sampler([one], settings), stop_ids, settings)[0]
 
     def _next_blank(
         self, masked: Masked, answers: Sequence[list[int]], stop_ids: frozenset[int]
@@ -410,7 +382,7 @@ class GLM(LanguageModel):
 
     def _check_all_room(self, masked: Masked, settings: Any) -> None:
         one = self._blank(masked.ids, masked.places[0], masked.mask)
-        within = self._within(settings, one)
+        within = self._within(settings, [one])
         self._check_room(one, within)
         # Of each answer but the last, GLM-130B reads all tokens in place of the mask; GLM-10B reads
         # all but one, behind a sop, and keeps the mask.

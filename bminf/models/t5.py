@@ -89,7 +89,7 @@ class T5Model(LanguageModel):
             self.max_batch_size, self.max_length, self.max_length + self._more_tokens
         )
 
-    def _decoder(self, prompts: list[Prompt]) -> tuple[Decoder, torch.Tensor]:
+    def _decoder(self, prompts: Sequence[Any]) -> tuple[Decoder, torch.Tensor]:
         rows = [prompt.input_ids for prompt in prompts]
         input_ids = self._tensor(padded(rows, self._pad_id, is_at_end=True))
         lengths = [len(row) for row in rows]
@@ -176,8 +176,7 @@ class CPM2(T5Model):
         # The sentinel behind the last blank ends the answer; those between blanks separate them.
         end_ids = [sentinels[-1], self.tokenizer.token_id("<eod>")]
         stop_ids = frozenset([*end_ids, *settings.stop_ids(self.tokenizer)])
-        sampler = self._sampler([prompt], settings)
-        (answer,) = self._draw([prompt], sampler, stop_ids, settings)
+        (answer,) = self._answers([prompt], settings, stop_ids)
         return self._segments(answer, sentinels, stop_ids)
 
     def _segments(

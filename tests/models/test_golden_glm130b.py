@@ -274,10 +274,10 @@ def test_golden_glm130b_fills_blanks(name: str, case: tuple[str, str]) -> None:
     for call in text["result"]["calls"]:
         one = model._next_blank(masked, answers, stop_ids)
         assert [one.start_ids] == call["input"]
-        within = model._within(settings, one)
+        within = model._within(settings, [one])
         expected = [beam[len(one.start_ids) :] for beam in call["output"][0]]
         if call["scores"] is None:
-            found = [model._filled(one, within, stop_ids)]
+            found = model._answers([one], within, stop_ids)
         else:
             (beams,) = model._search([one], within, stop_ids)
             found = [list(beam.ids) for beam in beams]
@@ -332,7 +332,7 @@ def test_golden_glm130b_batch(name: str, case: tuple[str, str, str]) -> None:
         settings = GLMOptions(
             max_tokens=batch["max_gen_length"], temperature=0, end_tokens=batch["end_tokens"]
         )
-        found = model._draw(blanks, model._sampler(blanks, settings), stop_ids, settings)
+        found = model._answers(blanks, settings, stop_ids)
         assert [without_end(ids, stop_ids) for ids in found] == batch["output"]
         return
     with torch.inference_mode():
