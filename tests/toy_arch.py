@@ -11,8 +11,8 @@ import torch
 from bminf.arch.architecture import Architecture
 from bminf.arch.sizes import Pass, Sizes, layer_bytes
 from bminf.checkpoint.config import ConfigReader, rows_of
+from bminf.checkpoint.model_parallel import COLUMNS, REPLICATED, ROWS, SplitTable, fused_rows
 from bminf.checkpoint.names import Rule
-from bminf.checkpoint.splits import COLUMNS, REPLICATED, ROWS, SplitTable, fused_rows
 from bminf.checkpoint.stored import Stored
 from bminf.layers.attention import attention, causal_mask, mask_to_bias, merge_heads, split_heads
 from bminf.layers.embedding import embedding

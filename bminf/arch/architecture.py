@@ -11,8 +11,8 @@ import torch
 
 from bminf.arch.sizes import Pass, Sizes
 from bminf.checkpoint.folder import Checkpoint
+from bminf.checkpoint.model_parallel import SplitTable
 from bminf.checkpoint.names import Rule, rename, source_name_of
-from bminf.checkpoint.splits import SplitTable
 from bminf.checkpoint.stored import Stored
 from bminf.errors import CheckpointError
 from bminf.quantization.packed import FORMATS, INT8, Format, PackedWeight, pack

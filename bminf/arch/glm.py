@@ -29,9 +29,7 @@ from bminf.arch.architecture import Architecture
 from bminf.arch.sizes import HIDDEN_BYTES, Pass, Sizes, layer_bytes
 from bminf.checkpoint.config import ConfigReader, num_layers_of, rows_of
 from bminf.checkpoint.folder import Checkpoint
-from bminf.checkpoint.names import MEGATRON_NAMES, rules_of
-from bminf.checkpoint.quantized import Quantized
-from bminf.checkpoint.splits import (
+from bminf.checkpoint.model_parallel import (
     COLUMNS,
     MEGATRON_LAYER,
     MEGATRON_WIDTHS,
@@ -41,6 +39,8 @@ from bminf.checkpoint.splits import (
     SplitTable,
     fused_rows,
 )
+from bminf.checkpoint.names import MEGATRON_NAMES, rules_of
+from bminf.checkpoint.quantized import Quantized
 from bminf.checkpoint.stored import Stored
 from bminf.checks import check_eps, check_sizes
 from bminf.errors import ArgumentError, CheckpointError

@@ -20,14 +20,14 @@ from bminf.arch.architecture import Architecture
 from bminf.arch.sizes import BUCKET_BYTES, Pass, Sizes, layer_bytes
 from bminf.checkpoint.config import ConfigReader, rows_of
 from bminf.checkpoint.folder import Checkpoint
-from bminf.checkpoint.names import MEGATRON_NAMES, Rule, rules_of
-from bminf.checkpoint.splits import (
+from bminf.checkpoint.model_parallel import (
     MEGATRON_LAYER,
     MEGATRON_WIDTHS,
     REPLICATED,
     ROWS,
     SplitTable,
 )
+from bminf.checkpoint.names import MEGATRON_NAMES, Rule, rules_of
 from bminf.checkpoint.stored import Stored
 from bminf.checks import check_eps, check_sizes
 from bminf.errors import ArgumentError, CheckpointError

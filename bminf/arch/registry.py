@@ -13,9 +13,10 @@ from bminf.arch.architecture import Architecture
 from bminf.arch.glm import GLM10B, GLM130B
 from bminf.arch.gpt import CPM1
 from bminf.arch.t5 import CPM2, EVA
-from bminf.checkpoint.config import find_config, read_config
+from bminf.checkpoint.binary_file import read_json
+from bminf.checkpoint.config import find_config
 from bminf.checkpoint.folder import Checkpoint, open_checkpoint
-from bminf.checkpoint.splits import SplitTable
+from bminf.checkpoint.model_parallel import SplitTable
 from bminf.quantization.packed import Format
 
 ARCHITECTURES: tuple[Architecture, ...] = (CPM1, CPM2, EVA, GLM130B, GLM10B)
@@ -49,7 +50,7 @@ def config_in(folder: Path) -> Path | None:
 def told_by(opened: Checkpoint) -> Architecture | None:
     """The architecture that the files themselves tell; None where CPM-2 and EVA look alike."""
     if opened.kind == "bminf":
-        return named(read_config(opened.path / "config.json").get("model"))
+        return named(read_json(opened.path / "config.json").get("model"))
     return next((one for one in reversed(ARCHITECTURES) if one.is_told_by(opened)), None)
 
 

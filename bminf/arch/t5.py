@@ -20,10 +20,11 @@ import torch
 
 from bminf.arch.architecture import Architecture
 from bminf.arch.sizes import BUCKET_BYTES, Pass, Sizes, layer_bytes
-from bminf.checkpoint.config import ConfigReader, find_config, num_layers_of, read_config, rows_of
+from bminf.checkpoint.binary_file import read_json
+from bminf.checkpoint.config import ConfigReader, find_config, num_layers_of, rows_of
 from bminf.checkpoint.folder import Checkpoint
+from bminf.checkpoint.model_parallel import COLUMNS, REPLICATED, ROWS, SplitTable, fused_rows
 from bminf.checkpoint.names import Rule, num_known, rules_of
-from bminf.checkpoint.splits import COLUMNS, REPLICATED, ROWS, SplitTable, fused_rows
 from bminf.checkpoint.stored import Stored
 from bminf.checks import check_eps, check_sizes
 from bminf.errors import ArgumentError, CheckpointError
@@ -440,7 +441,7 @@ def is_eva(checkpoint: Checkpoint) -> bool:
         return True
     is_huggingface = checkpoint.kind == "huggingface" and "shared.weight" in names
     path = find_config(checkpoint.path, (None, "eva")) if is_huggingface else None
-    return path is not None and read_config(path).get("model_type") == "eva"
+    return path is not None and read_json(path).get("model_type") == "eva"
 
 
 def _rules(names: Mapping[str, str | None]) -> list[Rule]:

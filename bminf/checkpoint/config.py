@@ -16,7 +16,6 @@ from bminf.errors import ArgumentError, CheckpointError
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-read_config = read_json
 CONFIG_FILES = ("config.json", "model_config.json")
 
 _ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_tanh": "gelu_tanh"}
@@ -36,7 +35,7 @@ def find_config(folder: Path, model_types: Collection[str | None]) -> Path | Non
 
 
 def _is_one_of(path: Path, model_types: Collection[str | None]) -> bool:
-    model_type = read_config(path).get("model_type")
+    model_type = read_json(path).get("model_type")
     return model_type is None or model_type in model_types
 
 

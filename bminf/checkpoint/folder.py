@@ -16,6 +16,7 @@ from bminf.checkpoint.bminf1_file import read_bminf1
 from bminf.checkpoint.model_parallel import (
     FILE_IN_RANK_FOLDER,
     TRACKERS,
+    SplitTable,
     is_model_parallel,
     rank_files,
     read_model_parallel,
@@ -23,7 +24,6 @@ from bminf.checkpoint.model_parallel import (
 )
 from bminf.checkpoint.names import listed, unwrapped
 from bminf.checkpoint.safetensors_file import read_safetensors
-from bminf.checkpoint.splits import SplitTable
 from bminf.checkpoint.stored import InFile, Stored
 from bminf.checkpoint.torch_file import read_torch_file, weights_of
 from bminf.errors import ArgumentError, CheckpointError

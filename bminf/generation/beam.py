@@ -16,11 +16,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-from bminf.checks import (
-    check_banned,
-    check_ids,
-    not_numbers,
-)
+from bminf.checks import check_banned, check_ids, not_numbers
 from bminf.errors import ArgumentError
 from bminf.generation.loop import Decoder
 

@@ -14,14 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bminf.checks import (
-    check_banned,
-    check_ids,
-    check_int,
-    check_positive,
-    is_number,
-    not_numbers,
-)
+from bminf.checks import check_banned, check_ids, check_int, check_positive, is_number, not_numbers
 from bminf.errors import ArgumentError
 
 Filter = Callable[[torch.Tensor, int | None, float | None], torch.Tensor]

@@ -17,12 +17,7 @@ from bminf.errors import ArgumentError, BudgetError, CheckpointError
 from bminf.keywords import known_keywords
 from bminf.layers.quantized_linear import QuantizedLinear
 from bminf.layout import ModuleBlock
-from bminf.models.source import (
-    HEAD,
-    Source,
-    Weights,
-    find_sizes,
-)
+from bminf.models.source import HEAD, Source, Weights, find_sizes
 from bminf.offload.blob import Blobs, survey
 from bminf.offload.blocks import find_blocks
 from bminf.offload.plan import Plan, least_budget

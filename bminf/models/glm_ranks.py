@@ -30,10 +30,11 @@ from bminf.checkpoint.model_parallel import (
     FILE_IN_RANK_FOLDER,
     RELEASE,
     TRACKERS,
+    Split,
     rank_files,
+    table_for,
 )
 from bminf.checkpoint.names import MEGATRON_LINEARS
-from bminf.checkpoint.splits import Split, table_for
 from bminf.checkpoint.stored import Sliced, Stored, nbytes_of, pieces
 from bminf.checkpoint.torch_file import read_torch_file
 from bminf.checkpoint.torch_writer import Saved, write_torch_file
@@ -360,10 +361,7 @@ def _rank_tensors(
 
 
 def _write(
-    given: _Source,
-    folder: Path,
-    ranks: list[dict[str, Stored]],
-    progress: Callable[[int], object],
+    given: _Source, folder: Path, ranks: list[dict[str, Stored]], progress: Callable[[int], object]
 ) -> None:
     beside = {"mp_world_size": len(ranks)} if given.is_own_glm10b else {}
     if given.is_own_glm10b and given.step is not None:

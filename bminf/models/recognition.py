@@ -10,7 +10,7 @@ from bminf.arch import registry
 from bminf.arch.architecture import Architecture
 from bminf.arch.gpt import CPM1
 from bminf.arch.t5 import is_t5
-from bminf.checkpoint.config import read_config
+from bminf.checkpoint.binary_file import read_json
 from bminf.checkpoint.folder import Checkpoint
 from bminf.checkpoint.names import listed
 from bminf.errors import ArgumentError, CheckpointError
@@ -58,7 +58,7 @@ def _check_in_zoo(opened: Checkpoint, architecture: Architecture | None) -> None
     titles = ", ".join(known.title for known in registry.ARCHITECTURES)
     if opened.kind == "bminf":
         if architecture is None:
-            name = read_config(opened.path / "config.json").get("model")
+            name = read_json(opened.path / "config.json").get("model")
             raise CheckpointError(
                 f"{opened.path} holds {name!r}, none of the models here ({titles})"
             )
@@ -104,7 +104,7 @@ def _check_vocabulary_of_cpm1(opened: Checkpoint) -> None:
 
 def _config(opened: Checkpoint) -> Mapping[str, Any]:
     path = registry.config_in(opened.path) if opened.kind == "huggingface" else None
-    return {} if path is None else read_config(path)
+    return {} if path is None else read_json(path)
 
 
 def _described(config: Mapping[str, Any], opened: Checkpoint) -> str:

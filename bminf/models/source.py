@@ -15,7 +15,8 @@ import torch
 from bminf.arch import registry
 from bminf.arch.architecture import Architecture, Config
 from bminf.arch.t5 import CPM2
-from bminf.checkpoint.config import CONFIG_FILES, as_mapping, read_config
+from bminf.checkpoint.binary_file import read_json
+from bminf.checkpoint.config import CONFIG_FILES, as_mapping
 from bminf.checkpoint.folder import Checkpoint
 from bminf.checkpoint.names import listed
 from bminf.checkpoint.stored import Rows, Scaled, Stored
@@ -202,7 +203,7 @@ def config_of(
         return architecture.parse(said, tensors, where), said
     path = registry.config_in(opened.path)
     if path is not None:
-        said = read_config(path)
+        said = read_json(path)
         return architecture.parse(said, tensors, str(path)), said
     if architecture.is_told_by_shapes:
         return architecture.parse({}, tensors, str(opened.path)), {}
@@ -371,7 +372,7 @@ def _with_table(weights: Weights) -> Weights:
 
 def _written(opened: Checkpoint) -> Mapping[str, Any]:
     """What convert() wrote beside the weights; nothing in a folder of others."""
-    return read_config(opened.path / "config.json") if opened.kind == "bminf" else {}
+    return read_json(opened.path / "config.json") if opened.kind == "bminf" else {}
 
 
 def _converted(
@@ -432,7 +433,7 @@ def _given_config(given: Any) -> tuple[Mapping[str, Any], str]:
     if isinstance(given, str | Path):
         path = Path(given)
         path = path / "config.json" if path.is_dir() else path
-        read = read_config(path)
+        read = read_json(path)
         own = read.get("config") if read.get("format") == "bminf" else None  # what convert() wrote
         return own if isinstance(own, Mapping) else read, str(path)
     said = as_mapping(given)

@@ -15,8 +15,16 @@ from glm_files import Weights, glm10b, glm130b, rank_file, write
 from bminf.arch.glm import GLM10B, GLM130B
 from bminf.arch.registry import checkpoint_in, split_tables
 from bminf.checkpoint.folder import Checkpoint
+from bminf.checkpoint.model_parallel import (
+    COLUMNS,
+    OWN,
+    REPLICATED,
+    ROWS,
+    Split,
+    fused_rows,
+    table_for,
+)
 from bminf.checkpoint.quantized import Quantized
-from bminf.checkpoint.splits import COLUMNS, OWN, REPLICATED, ROWS, Split, fused_rows, table_for
 from bminf.checkpoint.stored import Stored
 from bminf.errors import ArgumentError, CheckpointError
 from bminf.quantization.glm_rows import quantize_rows

@@ -12,14 +12,14 @@ import torch
 from saved_files import FORMS
 
 from bminf.arch.registry import split_tables
-from bminf.checkpoint.model_parallel import read_model_parallel
-from bminf.checkpoint.splits import (
+from bminf.checkpoint.model_parallel import (
     COLUMNS,
     REPLICATED,
     ROWS,
     Split,
     SplitTable,
     fused_rows,
+    read_model_parallel,
     table_for,
 )
 from bminf.errors import CheckpointError
