@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from bminf.checkpoint.safetensors_file import read_safetensors
 from bminf.checkpoint.stored import InFile, Stored
 from bminf.checkpoint.torch_file import read_torch_file, weights_of
 from bminf.errors import ArgumentError, CheckpointError
+from bminf.progress import progress_bar
 
 Kind = Literal["bminf", "original", "bminf1", "modelcenter", "huggingface"]
 
@@ -179,16 +180,30 @@ def require_empty(path: Path) -> Path:
 
 
 @contextmanager
-def atomic_folder(target: Path) -> Iterator[Path]:
-    """A folder to write to, which becomes `target` at the end, or vanishes."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(
-        tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
-    )
+def atomic_folder(
+    target: Path, nbytes: int, title: str
+) -> Iterator[tuple[Path, Callable[[int], object]]]:
+    """A folder to write to, which becomes `target` at the end, or vanishes.
+
+    nbytes: of all that is written; title: of the progress bar over them. The function that comes
+    with the folder is to be called with how many more bytes are written.
+    Raises ArgumentError where the folder cannot be written.
+    """
+    partial = None
     try:
-        yield partial
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(
+            tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
+        )
+        with progress_bar(total=nbytes, desc=title, unit="B", unit_scale=True, delay=1) as bar:
+            yield partial, bar.update
         partial.chmod(0o755)
         os.replace(partial, target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    except BaseException as error:
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+        if not isinstance(error, OSError):
+            raise
+        raise ArgumentError(
+            f"{target} cannot be written: {error}; name a folder on a disk with room for it"
+        ) from error

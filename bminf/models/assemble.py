@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,7 +33,6 @@ LOGITS_AT_ONCE = 8  # positions of one text whose logits are computed together
 
 _NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 _DEFAULT_MAX_LENGTH = 512  # of models whose positions have no end
-_ELEMENTS_AT_ONCE = 2**24  # of a matrix that are read and packed together
 
 _DRAWN_BYTES = 64  # of an entry of the logits: in the model's type, and what drawing sorts
 # What stays with the allocators and libraries of a CPU after tensors are gone. Measured, not
@@ -83,7 +83,11 @@ def assemble(
     source, packing = _with_head(source, _packing(source, formats), formats, dtype)
     network = source.network.to(dtype).eval().requires_grad_(False)
     blocks = find_blocks(network, source.architecture.blocks(network))
-    _check_activations(activations, packing)
+    if packing == Packing() and activations not in ("auto", "float"):
+        raise ArgumentError(
+            f"activations={activations!r}, but quantization=None leaves the weights in floating "
+            'point; accepted with it: "auto", "float"'
+        )
     _pack_linears(network, blocks, packing, activations)
     # Each tensor aligned to 256: on disk, in host memory and in a slot.
     blobs = survey(network, blocks, {}, keep_addresses=False)
@@ -106,16 +110,13 @@ def plan_within(
     weight_format, uses = assembly.packing.of_layers, assembly.source.architecture.uses
     reserved = reserved_bytes(assembly, max_length, max_batch_size, device_type)
 
-    def planned(limit: int, host: int | None) -> Plan:
-        return plan_on(
-            device_type, assembly.blocks, assembly.blobs, limit, uses,
-            reserved_bytes=reserved, host_bytes=host,
-        )  # fmt: skip
-
+    planned = partial(
+        plan_on, device_type, assembly.blocks, assembly.blobs, uses=uses, reserved_bytes=reserved
+    )
     try:
-        return planned(budget, host_bytes)
+        return planned(budget, host_bytes=host_bytes)
     except BudgetError:
-        least = least_budget(planned(2**60, None))
+        least = least_budget(planned(2**60))
         if least <= budget:  # host memory is what is missing
             raise
         is_wide = weight_format is None or weight_format.bits > 4
@@ -145,7 +146,7 @@ def plan_model(
     """The plan that loading a model of the zoo would make, for a card that need not be here.
 
     model: a folder, of which headers are read; the name or hub id of a published model, such as
-    "glm-130b" or "CPM-2 (Chinese), CPM-2.1"; or a configuration (GPTConfig, T5Config, GLMConfig).
+    "CPM-2 (Chinese), CPM-2.1"; or a configuration, such as a T5Config.
     memory_limit: bytes, or "6GB"; None is no limit.
     quantization: as for the model; "auto" is what is packed in the folder, or the model's default.
     dtype, max_length, max_batch_size, head_quantization: as for the model.
@@ -264,7 +265,7 @@ def _packing_of_codes(source: Source, wanted: Format, is_auto: bool) -> Packing 
     if not own:
         return None
     bits = {packed.bits for packed in own.values()}
-    if not is_auto and wanted not in [Format(number) for number in bits]:
+    if not is_auto and wanted not in [Format(n) for n in bits]:
         raise ArgumentError(
             f"quantization is {wanted}, but {source.weights.path} holds codes of "
             f"{' and '.join(map(str, sorted(bits)))} bits already; leave quantization out to take "
@@ -281,14 +282,6 @@ def _format_of(stored: Quantized) -> Format:
             f"{stored.where} has scales for {stored.num_groups} groups of its {stored.shape[1]} "
             f"columns, which cannot be packed so ({error}); unpack it with quantization=None"
         ) from error
-
-
-def _check_activations(activations: str, packing: Packing) -> None:
-    if packing == Packing() and activations not in ("auto", "float"):
-        raise ArgumentError(
-            f"activations={activations!r}, but quantization=None leaves the weights in floating "
-            'point; accepted with it: "auto", "float"'
-        )
 
 
 def _pack_linears(
@@ -321,7 +314,8 @@ def _with_head(
     cut = source.architecture.cut_head
     if cut is None:
         if formats.head is not None:
-            raise ArgumentError("head_quantization is for a GLM; leave it out")
+            cut_ones = [one.title for one in registry.ARCHITECTURES if one.cut_head is not None]
+            raise ArgumentError(f"head_quantization is for {', '.join(cut_ones)}; leave it out")
         return source, packing
     on_disk = source.weights.packing
     if on_disk is not None and on_disk.of(f"{HEAD}0") is not None:

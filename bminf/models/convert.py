@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,7 @@ from bminf.models.assemble import DTYPES, Assembly, Formats, assemble
 from bminf.models.fill import tensors_of_block
 from bminf.models.glm_ranks import cut
 from bminf.models.recognition import architectures_for
-from bminf.models.source import FORMAT_VERSION, HEAD, check_files, open_source, vocabulary_files
-from bminf.progress import progress_bar
+from bminf.models.source import FORMAT_VERSION, HEAD, open_source, vocabulary_files
 from bminf.quantization.packed import Format, parse_format
 
 WEIGHTS_FILE = "model.safetensors"
@@ -80,33 +79,33 @@ def convert(
             f"{opened.weights.path} is packed already, as {opened.weights.packing.of_layers}; "
             "convert the checkpoint that it was made from"
         )
-    check_files(opened.tokenizer)
+    files = vocabulary_files(opened.architecture, opened.tokenizer)
     dtype = dtype or (opened.dtype if opened.dtype in DTYPES else torch.float32)
     assembly = assemble(opened, Formats(layers, head, is_auto), dtype)
-    try:
-        with atomic_folder(target) as folder:
-            _write(assembly, folder)
-    except OSError as error:
-        raise ArgumentError(
-            f"{target} cannot be written: {error}; name a folder on a disk with room for it"
-        ) from error
+    blobs = assembly.blobs
+    layouts = {"": blobs.outside, **blobs.blocks, **_layout_of_table(assembly)}
+    nbytes = sum(layout.nbytes for layout in layouts.values())
+    with atomic_folder(target, nbytes, "converting") as (folder, progress):
+        _write(assembly, layouts, folder, progress)
+        for name, path in files.items():
+            shutil.copyfile(path, folder / name)
     return target
 
 
-def _write(assembly: Assembly, folder: Path) -> None:
-    source, packing, blobs = assembly.source, assembly.packing, assembly.blobs
-    layouts = {"": blobs.outside, **blobs.blocks, **_layout_of_table(assembly)}
-    total = sum(layout.nbytes for layout in layouts.values())
-    with progress_bar(total=total, desc="converting", unit="B", unit_scale=True, delay=1) as bar:
+def _write(
+    assembly: Assembly,
+    layouts: Mapping[str, Layout],
+    folder: Path,
+    progress: Callable[[int], object],
+) -> None:
+    source, packing = assembly.source, assembly.packing
 
-        def tensors(block: str) -> Iterator[Filling]:
-            for filling in _fillings(assembly, block):
-                yield filling
-                bar.update(filling[1].nbytes)
+    def tensors(block: str) -> Iterator[Filling]:
+        for filling in _fillings(assembly, block):
+            yield filling
+            progress(filling[1].nbytes)
 
-        write_safetensors(folder / WEIGHTS_FILE, layouts, tensors, {"format": "pt"})
-    for name, path in vocabulary_files(source.architecture, source.tokenizer).items():
-        shutil.copyfile(path, folder / name)
+    write_safetensors(folder / WEIGHTS_FILE, layouts, tensors, {"format": "pt"})
     written = {
         "format": "bminf",
         "format_version": FORMAT_VERSION,

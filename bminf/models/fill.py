@@ -16,7 +16,7 @@ from bminf.layers.embedding import HostEmbedding
 from bminf.layers.quantized_linear import QuantizedLinear
 from bminf.layout import WHOLE, Filling
 from bminf.models.assemble import Assembly
-from bminf.models.source import PACKED_FIELDS, Weights
+from bminf.models.source import PACKED_FIELDS, Source, Weights
 from bminf.offload.backends.base import Backend
 from bminf.offload.hooks import Scheduler
 from bminf.offload.placement import load
@@ -30,7 +30,7 @@ _ELEMENTS_AT_ONCE = 2**24  # of a matrix that are read and packed together
 def fill(
     assembly: Assembly, plan: Plan, backend: Backend, offload_dir: str | Path | None
 ) -> Scheduler:
-    """Read the weights as planned, and begin to stream; on an error nothing is left.
+    """Read the weights as planned, and start to stream; on an error nothing is left.
 
     Raises CheckpointError for what cannot be read, OffloadError for a backing store that cannot be
     made.
@@ -50,8 +50,8 @@ def fill(
 
 
 def _fillings(assembly: Assembly, block: str) -> Iterable[Filling]:
-    """All bytes of a block in one read, where they lie in a file as its layout says, as in a folder
-    of ours; otherwise its tensors."""
+    """All bytes of a block in one read, where they lie in a file as its layout says, as in a
+    converted folder; otherwise its tensors."""
     blobs, weights = assembly.blobs, assembly.source.weights
     run = run_of(weights.tensors, block, blobs.blocks[block] if block else blobs.outside)
     if run is not None:
@@ -71,7 +71,7 @@ def tensors_of_block(assembly: Assembly, block: str) -> Iterator[Filling]:
     for name, linear in packed.items():
         inner = f"{name}." if name else ""
         if f"{inner}qweight" in layout.specs:
-            for key, tensor, first_row in _packed(linear, _joined(block, name), weights):
+            for key, tensor, first_row in _packed(linear, _joined(block, name), assembly.source):
                 yield inner + key, tensor, first_row
     keys = {f"{name}.{key}".lstrip(".") for name in packed for key in PACKED_FIELDS}
     for name, spec in layout.specs.items():
@@ -81,10 +81,10 @@ def tensors_of_block(assembly: Assembly, block: str) -> Iterator[Filling]:
 
 
 def _packed(
-    linear: QuantizedLinear, name: str, weights: Weights
+    linear: QuantizedLinear, name: str, source: Source
 ) -> Iterator[tuple[str, torch.Tensor, int]]:
     """(buffer, some of its rows, index of the first)."""
-    like = linear.packed
+    like, weights = linear.packed, source.weights
     keys = [key for key in PACKED_FIELDS if getattr(like, key) is not None]
     if weights.packing is not None:
         for key in keys:
@@ -96,7 +96,7 @@ def _packed(
     at_once = max(1, _ELEMENTS_AT_ONCE // max(1, num_columns))
     for first_row in range(0, num_rows, at_once):
         rows = stored.rows(first_row, min(first_row + at_once, num_rows))
-        packed = _pack(rows, linear.form, weights.pack)
+        packed = _pack(rows, linear.form, source.architecture.pack)
         for key in keys:
             yield key, getattr(packed, key), first_row
 
@@ -109,14 +109,13 @@ def _pack(
             return stored.packed()
         return packer(stored.read(), weight_format)
     except ArgumentError as error:
-        raise CheckpointError(f"{stored.where} cannot be quantised: {error}") from error
+        raise CheckpointError(f"{stored.where} cannot be quantized: {error}") from error
 
 
 def _keep_table(embedding: HostEmbedding, weights: Weights) -> None:
     """Give an embedding its table as the tensors that it consists of, mapped from their files."""
     table = weights.table
-    if table is None:
-        raise CheckpointError(f"{weights.path} has no embedding; fetch it again")
+    assert table is not None, "check_shapes() has seen it"
     parts = table.parts if isinstance(table, Rows) else (table,)
     mapped = [part.as_bytes().read() if _is_odd(part) else part.read() for part in parts]
     embedding.keep(mapped, table.dtype)

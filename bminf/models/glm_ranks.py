@@ -41,8 +41,7 @@ from bminf.checkpoint.torch_writer import Saved, write_torch_file
 from bminf.checks import check_positive
 from bminf.errors import ArgumentError, CheckpointError
 from bminf.models.recognition import architectures_for
-from bminf.models.source import check_files, config_of, tokenizer_of, vocabulary_files
-from bminf.progress import progress_bar
+from bminf.models.source import config_of, tokenizer_of, vocabulary_files
 from bminf.quantization.glm_rows import quantize_rows, row_scales
 from bminf.quantization.packed import INT4, INT8, Format
 from bminf.tokenizers.base import Tokenizer
@@ -149,9 +148,7 @@ def _tokenizer(
             f"tokenizer={str(given)!r}: there is no such file or folder; give one that there is, "
             "or leave tokenizer out, so that the vocabulary beside the weights goes along"
         )
-    made = tokenizer_of(architecture, opened, given, config)
-    check_files(made)
-    return made
+    return tokenizer_of(architecture, opened, given, config)
 
 
 def _bits(weight_format: Format | None) -> int | None:
@@ -209,19 +206,9 @@ def reshard(
     _check(given, degree, bits, num_attention_heads)
     ranks = [dict(_rank_tensors(given, rank, degree, bits)) for rank in range(degree)]
     total = sum(nbytes_of(stored) for rank in ranks for stored in rank.values())
-    try:
-        with (
-            atomic_folder(target) as folder,
-            progress_bar(
-                total=total, desc="re-sharding", unit="B", unit_scale=True, delay=1
-            ) as bar,
-        ):
-            _write(given, folder, ranks, bar.update)
-            write_beside(folder)
-    except OSError as error:
-        raise ArgumentError(
-            f"{target} cannot be written: {error}; name a folder on a disk with room for it"
-        ) from error
+    with atomic_folder(target, total, "re-sharding") as (folder, progress):
+        _write(given, folder, ranks, progress)
+        write_beside(folder)
 
 
 @dataclass(frozen=True)

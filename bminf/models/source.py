@@ -6,7 +6,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from bminf.checkpoint.stored import Rows, Scaled, Stored
 from bminf.errors import ArgumentError, CheckpointError
 from bminf.layers.embedding import HostEmbedding
 from bminf.models.recognition import recognized
-from bminf.quantization.packed import Format, PackedWeight, Packing, pack
+from bminf.quantization.packed import Format, Packing, pack
 from bminf.tokenizers.base import Tokenizer
 from bminf.tokenizers.find import find_tokenizer, tokenizer_from
 
@@ -46,7 +45,7 @@ class Weights:
 
     packing: how the linears in the blocks are packed there already (named as a QuantizedLinear's
     buffers); None where they are not.   original_name: what the files call a tensor.
-    table: of a HostEmbedding, if the model has one.   pack: of a weight that is not packed yet.
+    table: of a HostEmbedding, if the model has one.
     """
 
     tensors: Mapping[str, Stored]
@@ -54,7 +53,6 @@ class Weights:
     packing: Packing | None = None
     original_name: Callable[[str], str] = str
     table: Stored | None = None
-    pack: Callable[[torch.Tensor, Format], PackedWeight] = pack
 
 
 @dataclass(frozen=True)
@@ -99,6 +97,8 @@ def open_source(
     written = _written(opened)
     source = _with_network(architecture, opened, written, config, configure)
     settings = written.get("tokenizer")
+    if settings is None:
+        settings = architecture.tokenizer_settings(source.config)
     found = tokenizer_of(architecture, opened, tokenizer, source.config, settings)
     return replace(source, tokenizer=found)
 
@@ -106,8 +106,8 @@ def open_source(
 def find_sizes(model: Any) -> Source:
     """What a plan needs: a source whose tokenizer is not looked for, and that may lack weights.
 
-    model: a folder, the name or hub id of a published model such as "glm-130b" or "CPM-2", a
-    configuration of an architecture, or a source, which is not changed.
+    model: a folder, the name or hub id of a published model such as "CPM-2", a configuration of an
+    architecture, or a source, which is not changed.
     Raises ArgumentError or CheckpointError.
     """
     if isinstance(model, Source):
@@ -187,7 +187,9 @@ def check_shapes(network: torch.nn.Module, weights: Weights, blocks: Sequence[st
     for name, (shape, dtype) in expected.items():
         _check_alike(weights.tensors[name], shape, dtype)
     for module in network.modules():
-        if isinstance(module, HostEmbedding) and weights.table is not None:
+        if isinstance(module, HostEmbedding):
+            if weights.table is None:
+                raise CheckpointError(f"{weights.path} has no embedding; fetch it again")
             _check_alike(weights.table, (module.num_rows, module.hidden_size), None)
 
 
@@ -228,10 +230,7 @@ def tokenizer_of(
         )
     kind = architecture.tokenizer or architecture.name
     if given is None:
-        own = settings
-        if config is not None and settings is None:
-            own = architecture.tokenizer_settings(config)
-        found = find_tokenizer(kind, opened.path, own)
+        found = find_tokenizer(kind, opened.path, settings)
     else:
         found = tokenizer_from(kind, given)
     if config is not None:
@@ -239,18 +238,17 @@ def tokenizer_of(
     return found
 
 
-def check_files(tokenizer: Tokenizer) -> None:
-    """Raise ArgumentError for a tokenizer that was not made of files."""
-    if not tokenizer.files:
+def vocabulary_files(architecture: Architecture, tokenizer: Tokenizer) -> dict[str, Path]:
+    """By what find_tokenizer() looks for, whatever they are called where they come from.
+
+    Raises ArgumentError for a tokenizer that was not made of files.
+    """
+    files: Sequence[Path] = tokenizer.files
+    if not files:
         raise ArgumentError(
             f"tokenizer is a {type(tokenizer).__name__} of no files, and the folder needs "
             "them to load by itself; give the path of a vocabulary"
         )
-
-
-def vocabulary_files(architecture: Architecture, tokenizer: Tokenizer) -> dict[str, Path]:
-    """By what find_tokenizer() looks for, whatever they are called where they come from."""
-    files: Sequence[Path] = tokenizer.files
     if len(files) == 2:
         return dict(zip(("vocab.json", "merges.txt"), files, strict=True))
     return {architecture.vocabulary_name(files[0]): files[0]}
@@ -312,13 +310,10 @@ def _told(architectures: Sequence[Architecture], opened: Checkpoint) -> Architec
         if told is not None and architecture.name == told.name:
             return architecture
     wanted = " or ".join(architecture.title for architecture in architectures)
-    if told is not None:
-        raise CheckpointError(f"{opened.path} holds {told.title}, not {wanted}")
-    if opened.kind == "bminf":
-        raise CheckpointError(
-            f"{opened.path} holds {_written(opened).get('model')!r}, not {wanted}"
-        )
-    raise CheckpointError(f"{opened.path} holds another model than {wanted}")
+    held = "another model" if told is None else told.title
+    if told is None and opened.kind == "bminf":
+        held = repr(_written(opened).get("model"))
+    raise CheckpointError(f"{opened.path} holds {held}, not {wanted}")
 
 
 # ---- configuration, weights, network -------------------------------------------------------------
@@ -335,39 +330,40 @@ def _with_network(
         weights, parsed = _converted(architecture, opened, written, config)
     else:
         weights, parsed = _original(architecture, opened, config)
+    if architecture.cut_head is not None:
+        weights = _with_table(weights, parsed.num_head_parts)
     parsed = configure(parsed)
     network = meta_network(architecture, parsed)
     check_shapes(network, weights, architecture.blocks(network))
     return Source(architecture, parsed, network, weights, architecture.title)
 
 
-def _original(architecture: Architecture, opened: Checkpoint, given: Any) -> tuple[Weights, Config]:
-    """A folder of any layout but ours."""
+def _original(architecture: Architecture, opened: Checkpoint, given: Any) -> tuple[Weights, Any]:
+    """A folder of any other layout."""
     renamed = architecture.tensors(opened)
     parsed, said = config_of(architecture, opened, renamed, given)
-    weights = Weights(
-        _as_configured(renamed, said),
-        opened.path,
-        original_name=partial(architecture.original_name, opened.kind),
-        pack=architecture.pack,
-    )
     if architecture.cut_head is not None:
         parsed = replace(parsed, num_head_parts=1)  # that of another model's config is its own
-        weights = _with_table(weights)
-    return weights, parsed
-
-
-def _with_table(weights: Weights) -> Weights:
-    """The embedding, which is gathered on the host, apart; the head has the same weights."""
-    tensors = dict(weights.tensors)
-    table = tensors.pop("embed_tokens.weight", None)
-    if table is not None:
-        tensors[f"{HEAD}0.weight"] = table
 
     def original_name(name: str) -> str:
-        return weights.original_name("embed_tokens.weight" if name.startswith(HEAD) else name)
+        own = "embed_tokens.weight" if name.startswith(HEAD) else name
+        return architecture.original_name(opened.kind, own)
 
-    return replace(weights, tensors=tensors, table=table, original_name=original_name)
+    tensors = _as_configured(renamed, said)
+    return Weights(tensors, opened.path, original_name=original_name), parsed
+
+
+def _with_table(weights: Weights, num_head_parts: int) -> Weights:
+    """The embedding, which is gathered on the host, apart. A head that is not packed has the same
+    weights: one of the two stands for both."""
+    tensors = dict(weights.tensors)
+    table = tensors.pop("embed_tokens.weight", None)
+    heads = [f"{HEAD}{index}.weight" for index in range(num_head_parts)]
+    if table is not None and weights.packing is None:
+        tensors.setdefault(heads[0], table)
+    elif table is None and all(name in tensors for name in heads):
+        table = Rows(tuple(tensors[name] for name in heads))
+    return replace(weights, tensors=tensors, table=table)
 
 
 def _written(opened: Checkpoint) -> Mapping[str, Any]:
@@ -377,7 +373,7 @@ def _written(opened: Checkpoint) -> Mapping[str, Any]:
 
 def _converted(
     architecture: Architecture, opened: Checkpoint, written: Mapping[str, Any], given: Any
-) -> tuple[Weights, Config]:
+) -> tuple[Weights, Any]:
     """A folder that convert() wrote."""
     path = opened.path / "config.json"
     if written.get("format_version") != FORMAT_VERSION:
@@ -389,29 +385,11 @@ def _converted(
     if not isinstance(fields, Mapping):
         raise CheckpointError(f'{path} has no object "config"; convert the original anew')
     parsed = architecture.parse(fields, opened.tensors, str(path))
-    weights = Weights(
-        opened.tensors, opened.path, _packing_in(written, path), pack=architecture.pack
-    )
-    if architecture.cut_head is not None:
-        weights = _with_own_table(weights, parsed)
-    return weights, parsed
-
-
-def _with_own_table(weights: Weights, config: Any) -> Weights:
-    """As _with_table: a head that is not packed stands for the embedding, too."""
-    tensors = dict(weights.tensors)
-    table = tensors.pop("embed_tokens.weight", None)
-    if table is None:
-        names = [f"{HEAD}{index}.weight" for index in range(config.num_head_parts)]
-        lacking = [name for name in names if name not in tensors]
-        if lacking:
-            raise CheckpointError(f"{weights.path} lacks {lacking[0]!r}; convert the original anew")
-        table = Rows(tuple(tensors[name] for name in names))
-    return replace(weights, tensors=tensors, table=table)
+    return Weights(opened.tensors, opened.path, _packing_in(written, path)), parsed
 
 
 def _packing_in(written: Mapping[str, Any], path: Path) -> Packing | None:
-    """How a folder of ours is packed, by its configuration; None where it is not."""
+    """How such a folder is packed, by its configuration; None where it is not."""
     exceptions = written.get("exceptions", {})
     if not isinstance(exceptions, Mapping):
         raise CheckpointError(f"{path}: exceptions is {exceptions!r}; convert the original anew")

@@ -212,7 +212,7 @@ def test_a_head_of_another_model(
 ) -> None:
     to = str(tmp_path / "to")
     assert main(["convert", str(cpm1), to, "--head-quantization", "int8"]) == 2
-    assert "head_quantization is for a GLM; leave it out" in capsys.readouterr().err
+    assert "head_quantization is for GLM-130B, GLM-10B; leave it out" in capsys.readouterr().err
     assert main(["convert", str(cpm1), to, "--tp", "2"]) == 1
     assert "only those have model-parallel files" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

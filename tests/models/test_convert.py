@@ -237,7 +237,7 @@ def test_progress_is_shown_of_what_takes_time(
         def update(self, count: int) -> None:
             seen["done"] += count
 
-    monkeypatch.setattr(sys.modules["bminf.models.convert"], "progress_bar", Bar)
+    monkeypatch.setattr(sys.modules["bminf.checkpoint.folder"], "progress_bar", Bar)
     convert(folders["cpm1"], tmp_path / "to")
     assert seen["unit"] == "B" and 0 < seen["done"] <= seen["total"] < 1.2 * seen["done"]
 
@@ -270,7 +270,7 @@ def test_weights_that_cannot_be_packed_leave_nothing(tmp_path: Path) -> None:
     name = "transformer.layers.2.mlp.dense_h_to_4h.weight"
     made.tensors[name][3, 4] = torch.inf
     folder = made.write_original(tmp_path / "from")
-    with pytest.raises(CheckpointError, match=f"'{name}' in .*cannot be quantised"):
+    with pytest.raises(CheckpointError, match=f"'{name}' in .*cannot be quantized"):
         convert(folder, tmp_path / "to")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["from"]
 

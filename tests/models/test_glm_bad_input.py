@@ -379,7 +379,7 @@ def test_no_checkpoint(refuse: Refuse, folders: dict[str, Path], tmp_path: Path)
     ):
         refuse("glm10b", given, error, f'{titles}, "THUDM/glm-10b"')
     refuse("glm10b", folders["cpm1"], CheckpointError, "holds CPM-1, not GLM-130B or GLM-10B")
-    refuse("glm10b", folders["cpm2"], CheckpointError, "holds another model than GLM-130B or GLM-")
+    refuse("glm10b", folders["cpm2"], CheckpointError, "holds another model, not GLM-130B or GLM-")
     for name in NAMES:
         title = {"glm130b": "GLM-130B", "glm10b": "GLM-10B"}[name]
         refuse("cpm1", folders[name], CheckpointError, f"holds {title}, not CPM-1")
@@ -468,7 +468,7 @@ def test_a_missing_tensor_is_named_as_in_the_file(refuse: Refuse, tmp_path: Path
     made = with_tensor(tiny_glm130b(), "transformer.word_embeddings.weight", None)
     folder = made.write_original(tmp_path / "untold")
     refuse(
-        "glm130b", folder, CheckpointError, "untold holds another model than GLM-130B or GLM-10B"
+        "glm130b", folder, CheckpointError, "untold holds another model, not GLM-130B or GLM-10B"
     )
 
 
@@ -560,7 +560,7 @@ def test_weights_that_are_not_finite(name: str, refuse: Refuse, tmp_path: Path) 
     weight = made.tensors[tensor].clone()
     weight[5, 7] = math.nan
     folder = with_tensor(made, tensor, weight).write_original(tmp_path / "a")
-    words = rf"'{re.escape(tensor)}' in .*\.pt cannot be quantised"
+    words = rf"'{re.escape(tensor)}' in .*\.pt cannot be quantized"
     for quantization in ("int4", "int4-row", "int8"):
         refuse(name, folder, CheckpointError, words, quantization=quantization)
         with pytest.raises(CheckpointError, match=words):
@@ -714,7 +714,9 @@ def test_arguments_of_convert(name: str, folders: dict[str, Path], tmp_path: Pat
                 convert(folders[name], tmp_path / "to", **{**own, **given})
     with pytest.raises(CheckpointError, match="only those have model-parallel files"):
         convert(folders["cpm1"], tmp_path / "to", tp=2)
-    with pytest.raises(ArgumentError, match="head_quantization is for a GLM; leave it out"):
+    with pytest.raises(
+        ArgumentError, match="head_quantization is for GLM-130B, GLM-10B; leave it out"
+    ):
         convert(folders["eva"], tmp_path / "to", model="eva", head_quantization="int8")
     assert list(tmp_path.iterdir()) == []
 

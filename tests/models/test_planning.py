@@ -138,7 +138,7 @@ def test_every_published_model_is_planned_by_its_name(architecture: Any) -> None
         ({"model": "GPT-5"}, "model='GPT-5'; accepted: a folder that exists, .*GLM-130B"),
         ({"model": ""}, "model=''; accepted"),
         ({"model": 3}, "model is a int; accepted"),
-        ({"head_quantization": "int8"}, "head_quantization is for a GLM"),
+        ({"head_quantization": "int8"}, "head_quantization is for GLM-130B, GLM-10B"),
         ({"device": "tpu"}, "device='tpu'"),
         ({"dtype": torch.int8}, "dtype=torch.int8; accepted"),
         ({"quantization": "int5"}, "quantization='int5'; accepted"),

@@ -273,7 +273,7 @@ def test_weights_that_are_not_finite(
     folder = with_tensor(made, name, weight).write_original(tmp_path / "a")
     for quantization in ("int8", "int4"):
         refuse(
-            "cpm1", folder, CheckpointError, rf"'{re.escape(name)}' in .*\.pt cannot be quantised",
+            "cpm1", folder, CheckpointError, rf"'{re.escape(name)}' in .*\.pt cannot be quantized",
             quantization=quantization, memory_limit=tight(load, quantization),
         )  # fmt: skip
 
