@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal
@@ -226,8 +226,8 @@ class Attention(torch.nn.Module):
         if angles is not None:
             query, key = rotate(query, *angles), rotate(key, *angles)
         key, value = cache.append(layer, key, value)
-        # GLM-130B's own code divides queries by the number of the layer and multiplies scores by
-        # it in float32, against overflow: here scores are sums in float32 from the beginning.
+        # GLM-130B's own code divides queries by the layer's index and multiplies scores by
+        # it in float32, against overflow: here scores are sums in float32 from the start.
         y = attention(query, key, value, bias, self.head_dim**-0.5)
         y = self.out(merge_heads(y))
         return residual(x, normed, self.config) + y
@@ -268,7 +268,7 @@ class Layer(torch.nn.Module):
 
 
 def residual(x: torch.Tensor, normed: torch.Tensor, config: GLMConfig) -> torch.Tensor:
-    """What a part's output is added to: in DeepNorm's order the normalised input, enlarged.
+    """What a part's output is added to: in DeepNorm's order the normalized input, enlarged.
 
     Source: Wang et al. 2022, arXiv:2203.00555.
     """
@@ -276,27 +276,20 @@ def residual(x: torch.Tensor, normed: torch.Tensor, config: GLMConfig) -> torch.
 
 
 class Head(torch.nn.Module):
-    """The output head, cut by rows."""
+    """The output head, cut by rows into equal parts, as far as the rows allow."""
 
     def __init__(self, config: GLMConfig) -> None:
         super().__init__()
+        vocab_size, num_parts = config.vocab_size, config.num_head_parts
+        ends = [index * vocab_size // num_parts for index in range(num_parts + 1)]
         self.parts = torch.nn.ModuleList(
-            torch.nn.Linear(config.hidden_size, end - begin, bias=False)
-            for begin, end in head_rows(config)
+            torch.nn.Linear(config.hidden_size, end - start, bias=False)
+            for start, end in pairwise(ends)
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., C) -> logits (..., V) float32."""
         return torch.cat([part(x) for part in self.parts], dim=-1).float()
-
-
-def head_rows(config: GLMConfig) -> Iterator[tuple[int, int]]:
-    """(first row, end) of each part of the head; of equal sizes, as far as the rows allow."""
-    ends = [
-        number * config.vocab_size // config.num_head_parts
-        for number in range(config.num_head_parts + 1)
-    ]
-    yield from pairwise(ends)
 
 
 class GLM(torch.nn.Module):
@@ -341,8 +334,8 @@ class GLM(torch.nn.Module):
             x = x + self.embed_positions(position_ids[:, 0])
             x = x + self.embed_block_positions(position_ids[:, 1])
         bias = None if is_hidden is None else mask_to_bias(is_hidden.unsqueeze(1), x.dtype)
-        for number, layer in enumerate(self.layers):
-            x = layer(x, bias, angles, number, cache)
+        for index, layer in enumerate(self.layers):
+            x = layer(x, bias, angles, index, cache)
         cache.advance(input_ids.shape[1])
         return self.norm(x)
 
@@ -560,9 +553,10 @@ GLM_FORMATS = {**FORMATS, "int4-row": INT4_ROW}
 """By the names that users give; the last one is that of GLM-130B's authors."""
 
 
-def _pack(weight: torch.Tensor, form: Format) -> PackedWeight:
+def _pack(weight: torch.Tensor, weight_format: Format) -> PackedWeight:
     """Four bits and a scale a row as GLM-130B's own code packs them; all else as everywhere."""
-    return glm_rows.pack_rows(weight, 4) if form == INT4_ROW else pack(weight, form)
+    is_row = weight_format == INT4_ROW
+    return glm_rows.pack_rows(weight, 4) if is_row else pack(weight, weight_format)
 
 
 def _is_glm10b(checkpoint: Checkpoint) -> bool:

@@ -90,7 +90,6 @@ def gpt_config(source: Mapping[str, Any], tensors: Mapping[str, Stored], where: 
     for name in ("scale_attn_by_inverse_layer_idx", "add_cross_attention"):
         reader.must_be(name, None, False)
     hidden_size = reader.integer("hidden_size", "n_embd")
-    intermediate_size = reader.optional("intermediate_size", "n_inner")
     return reader.made(
         GPTConfig,
         vocab_size=rows_of(tensors, "embed_tokens.weight", 1),
@@ -98,7 +97,7 @@ def gpt_config(source: Mapping[str, Any], tensors: Mapping[str, Stored], where: 
         num_hidden_layers=reader.integer("num_hidden_layers", "num_layers", "n_layer"),
         num_attention_heads=reader.integer("num_attention_heads", "n_head"),
         max_position_embeddings=reader.integer("max_position_embeddings", "n_positions", "n_ctx"),
-        intermediate_size=4 * hidden_size if intermediate_size is None else intermediate_size,
+        intermediate_size=reader.optional("intermediate_size", "n_inner") or 4 * hidden_size,
         layer_norm_eps=reader.number(
             1e-5, "layer_norm_eps", "layernorm_epsilon", "layer_norm_epsilon"
         ),
@@ -170,8 +169,8 @@ class GPT(torch.nn.Module):
             positions = (positions - num_padding.unsqueeze(1)).clamp(min=0)
         x = self.embed_tokens(input_ids) + self.embed_positions(positions)
         bias = attention_bias(num_tokens, cache.length + num_tokens, num_padding, x)
-        for number, layer in enumerate(self.layers):
-            x = layer(x, bias, number, cache)
+        for index, layer in enumerate(self.layers):
+            x = layer(x, bias, index, cache)
         cache.advance(num_tokens)
         return self.norm(x)
 

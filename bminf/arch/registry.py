@@ -30,7 +30,7 @@ def named(name: object) -> Architecture | None:
 
 def all_formats() -> dict[str, Format]:
     """Of linears, in any architecture, by the names that users give."""
-    return {name: form for one in ARCHITECTURES for name, form in one.formats.items()}
+    return {name: known for one in ARCHITECTURES for name, known in one.formats.items()}
 
 
 def split_tables() -> list[SplitTable]:

@@ -24,14 +24,14 @@ class Pass:
     """The largest pass that is asked of a model.
 
     length: tokens of a row, of prompt and answer together where one stack reads both, of each
-    elsewhere.   dtype: of activations.   form: of the weights in the blocks.
+    elsewhere.   dtype: of activations.   weight_format: of the weights in the blocks.
     is_cpu: products hold other things there on the way.
     """
 
     batch_size: int
     length: int
     dtype: torch.dtype
-    form: Format | None
+    weight_format: Format | None
     is_cpu: bool
 
     def held(self, *columns: int) -> int:
@@ -41,7 +41,9 @@ class Pass:
     def product(self, inputs: int, outputs: int) -> int:
         """Bytes of the result of a product, and of what is held on the way beside its input."""
         num_rows = self.batch_size * self.length
-        return product_bytes(num_rows, inputs, outputs, self.dtype.itemsize, self.form, self.is_cpu)
+        return product_bytes(
+            num_rows, inputs, outputs, self.dtype.itemsize, self.weight_format, self.is_cpu
+        )
 
     def scores(self, num_heads: int = 1) -> int:
         """Bytes of a bias of scores, of all heads or of each."""

@@ -38,7 +38,7 @@ from bminf.layers.attention import (
 )
 from bminf.layers.embedding import embedding
 from bminf.layers.feed_forward import GatedFeedForward
-from bminf.layers.kv_cache import KVCache, cache_bytes
+from bminf.layers.kv_cache import KVCache, decoder_cache, decoder_cache_bytes
 from bminf.layers.norm import RMSNorm
 from bminf.layers.position_bias import RelativePositionBias
 from bminf.ops.gated_linear import check_activation
@@ -85,6 +85,11 @@ class T5Config:
     @property
     def inner_size(self) -> int:
         return self.num_attention_heads * self.head_dim
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Of the decoder, which is what has a cache."""
+        return self.num_decoder_layers
 
     @property
     def max_position_embeddings(self) -> None:
@@ -154,7 +159,7 @@ def _modelcenter_config(reader: ConfigReader, tensors: Mapping[str, Stored]) -> 
 def _num_decoder_layers(
     reader: ConfigReader, num_layers: int, tensors: Mapping[str, Stored]
 ) -> int:
-    """CPM-2's code and EVA's Hugging Face form build both stacks with num_layers layers, EVA's own
+    """CPM-2's code and EVA's of Hugging Face build both stacks with num_layers layers, EVA's own
     code honours num_decoder_layers: of the two numbers, the one that the tensors confirm."""
     named = reader.optional("num_decoder_layers")
     if named is None or num_layers_of(tensors, "decoder.layers") == num_layers:
@@ -180,7 +185,7 @@ class T5Cache:
         self.cross.reset()
         self.cross_bias = None
 
-    def begin(self, num_prompts: int, cross_bias: torch.Tensor | None) -> None:
+    def start(self, num_prompts: int, cross_bias: torch.Tensor | None) -> None:
         """The first rows are this many prompts. cross_bias: (B, 1, 1, S), or None."""
         self._prompt_of = list(range(num_prompts))
         self.cross_bias = cross_bias
@@ -303,9 +308,9 @@ class CrossProjections(torch.nn.Module):
 
     def forward(self, encoder_output: torch.Tensor, cache: KVCache) -> None:
         """encoder_output: (B, S, C). Writes all layers of the cache."""
-        for number, layer in enumerate(self.layers):
+        for index, layer in enumerate(self.layers):
             key, value = split_heads(layer(encoder_output), 2, self.head_dim)
-            cache.append(number, key, value)
+            cache.append(index, key, value)
         cache.advance(encoder_output.shape[1])
 
 
@@ -326,8 +331,8 @@ class Decoder(torch.nn.Module):
         bias = self.position_bias(num_tokens, cache.own.length + num_tokens)
         if num_tokens > 1:
             bias = bias + mask_to_bias(causal_mask(num_tokens, bias.shape[3], x.device), x.dtype)
-        for number, layer in enumerate(self.layers):
-            x = layer(x, bias, number, cache)
+        for index, layer in enumerate(self.layers):
+            x = layer(x, bias, index, cache)
         cache.own.advance(num_tokens)
         return self.norm(x)
 
@@ -357,7 +362,7 @@ class T5(torch.nn.Module):
         if lengths is not None:
             padding = is_padding(lengths, input_ids.shape[1])
             padding_bias = mask_to_bias(padding, x.dtype)[:, None, None]
-        cache.begin(len(input_ids), padding_bias)
+        cache.start(len(input_ids), padding_bias)
         x = self.encoder(x, padding_bias)
         self.cross_projections(x, cache.cross)
         return x
@@ -372,34 +377,10 @@ class T5(torch.nn.Module):
 
     def new_cache(self, batch_size: int, max_prompt_length: int, max_length: int) -> T5Cache:
         """An empty cache in the dtype and on the device of the embedding."""
-        config, weight = self.config, self.embed_tokens.weight
-        own, cross = (
-            KVCache(
-                config.num_decoder_layers,
-                batch_size,
-                config.num_attention_heads,
-                length,
-                config.head_dim,
-                weight.dtype,
-                weight.device,
-            )
-            for length in (max_length, max_prompt_length)
-        )
+        lengths = (max_length, max_prompt_length)
+        like = self.embed_tokens.weight
+        own, cross = (decoder_cache(self.config, batch_size, length, like) for length in lengths)
         return T5Cache(own, cross)
-
-
-def t5_cache_bytes(
-    config: T5Config, batch_size: int, max_prompt_length: int, max_length: int, dtype: torch.dtype
-) -> int:
-    """Bytes of T5.new_cache."""
-    return cache_bytes(
-        config.num_decoder_layers,
-        batch_size,
-        config.num_attention_heads,
-        max_prompt_length + max_length,
-        config.head_dim,
-        dtype,
-    )
 
 
 # ---- names on disk -------------------------------------------------------------------------------
@@ -584,7 +565,7 @@ def t5_sizes(config: T5Config, given: Pass) -> Sizes:
     wide = config.intermediate_size
     bias = given.scores(config.num_attention_heads)
     return Sizes(
-        t5_cache_bytes(config, given.batch_size, given.length, given.length + 1, given.dtype),
+        decoder_cache_bytes(config, given.batch_size, 2 * given.length + 1, given.dtype),
         layer_bytes(given, config.hidden_size, config.inner_size, wide, gated=wide),
         bias,
         2 * bias + BUCKET_BYTES * given.length**2,

@@ -21,15 +21,12 @@ if TYPE_CHECKING:
     from bminf.models.source import Source
     from bminf.offload.plan import Plan
 
-ACCEPTED = (
-    "give a folder with config.json, that file, a .gguf file, a hub id, a folder of CPM-1, CPM-2, "
-    'EVA or GLM, or the name of a published one, for example "glm-130b"'
-)
-
 HELP = (
     "a folder with config.json or that file, a .gguf file, a hub id, a folder of CPM-1, CPM-2, EVA "
     "or GLM, or a published name such as glm-130b"
 )
+
+ACCEPTED = f"give {HELP}"
 
 QUANTIZATION_HELP = "default: int8, for a GLM int4; quantized checkpoints keep their format"
 
@@ -94,15 +91,15 @@ class Transformers:
 
     def unquantized_bytes(self, arguments: argparse.Namespace) -> int:
         """Bytes of matrices in blocks that are not quantized; the reason goes to stderr."""
-        form = self._format(arguments)
-        if form is None:
+        weight_format = self._format(arguments)
+        if weight_format is None:
             return 0
         from bminf.layers.quantize import choose, warn_of_what_stays
         from bminf.offload.blocks import find_blocks
         from bminf.quantization.packed import parse_format
 
         blocks = find_blocks(self._model, arguments.blocks)
-        choice = choose(self._model, blocks, parse_format(form))
+        choice = choose(self._model, blocks, parse_format(weight_format))
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             warn_of_what_stays(self._model, blocks, choice, stacklevel=1)
@@ -148,11 +145,11 @@ class Zoo:
                     "out (--max-length and --max-batch-size say what is set aside)"
                 )
         asked = arguments.quantization
-        form = {None: "auto", "none": None}.get(asked, asked)
+        weight_format = {None: "auto", "none": None}.get(asked, asked)
         return plan_model(
             self._model,
             memory_limit,
-            form,
+            weight_format,
             max_length=arguments.max_length,
             max_batch_size=arguments.max_batch_size,
             host_memory=arguments.host_memory,
@@ -276,7 +273,7 @@ def _of_gguf(file: Path, head: bytes) -> dict[str, Any]:
     version = int.from_bytes(head[4:8], "little")
     if not head.startswith(b"GGUF") or version not in _GGUF_VERSIONS:
         raise CheckpointError(
-            f"{file} is no GGUF file of version 2 or 3 (it begins with {head[:8]!r}); {ACCEPTED}"
+            f"{file} is no GGUF file of version 2 or 3 (it starts with {head[:8]!r}); {ACCEPTED}"
         )
     models.require(["transformers", "gguf"])
     import transformers
