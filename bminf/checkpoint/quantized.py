@@ -1,10 +1,11 @@
-"""Matrices that files hold as integer codes and scales: BMInf 1.x's and GLM-130B's.
+"""Matrices that files hold as integer codes and scales: BMInf 1.x's, and those of ranks.
 
 Both are symmetric, code * scale, with a scale a row. In ranks that each hold some columns, each
 rank has scales of its own, so the whole has one for each group of columns, and they stay so: with
 one scale the codes would have to be rounded a second time.
 
-Sources: BMInf 1.0.2, bminf/quantization; GLM-130B, quantization/layers.py and kernels.
+Sources: BMInf 1.0.2, bminf/quantization; Zeng et al. 2022, arXiv:2210.02414, of its code
+quantization/layers.py and kernels.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ class Quantized(Sliced):
     codes: (N, K) int8 for 8 bits; for 4 (N, K/2) int8, two codes a byte in two's complement, the
     even column in the high half.   scale: (N,), or (N, G) for G groups of equal width, floating
     point; for 4 bits float16.
-    dtype: what read() gives, of code * scale in float32: rounded once for float16, as GLM-130B's
-    authors do. A loader that packs takes packed().
+    dtype: what read() gives, of code * scale in float32: rounded once for float16, as the
+    second source does. A loader that packs takes packed().
     Raises CheckpointError where these do not go together.
     """
 

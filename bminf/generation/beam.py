@@ -33,8 +33,8 @@ class Hypothesis:
     ids: the generated tokens, with the stop token that ended them, if one did.
     score: the sum of their log-probabilities, divided by the search's function of their length:
     len(ids) ** length_penalty in `beam_search`.
-    stopped: whether a stop token ended it; otherwise max_new_tokens did, or, in
-    `glm_beam_search`, no token was left.
+    stopped: whether a stop token ended it; otherwise max_new_tokens did, or, in a search that rules
+    tokens out, no token was left.
     """
 
     ids: tuple[int, ...]

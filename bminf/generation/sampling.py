@@ -53,7 +53,8 @@ def top_k_then_top_p(
     the most probable whose share of their sum first exceeds `top_p`.
 
     probabilities: (B, V) float32, rows sum to 1.   For `top_p`, ties are ordered by id.
-    Returns (B, V) float32, zero where dropped.   Source: the sampler of GLM-130B.
+    Returns (B, V) float32, zero where dropped.
+    Source: Zeng et al. 2022, arXiv:2210.02414, the sampler of its code.
     """
     kept = probabilities
     if top_k is not None:

@@ -51,7 +51,8 @@ class HalvedFeedForward(torch.nn.Module):
     """down(value * gelu(gate)), with biases, where value and gate are the halves of up(x).
 
     One matrix gives both, so it is packed, stored and streamed as one. GELU is the exact one.
-    Source: Shazeer 2020, arXiv:2002.05202 (GEGLU), as GLM-130B has it: the gate comes second.
+    Source: Shazeer 2020, arXiv:2002.05202 (GEGLU); Zeng et al. 2022, arXiv:2210.02414:
+    the gate comes second.
     """
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:

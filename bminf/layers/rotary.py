@@ -15,8 +15,8 @@ class Rotary(torch.nn.Module):
     """Cosines and sines of positions, computed once for each device.
 
     precision: torch.float32, or torch.float16, in which frequencies, angles, cosines and sines are
-    all rounded to half precision. That is what GLM-130B's own code does, and far from exact: beyond
-    1024 an angle is rounded to whole radians.
+    all rounded to half precision. That is far from exact, beyond 1024 an angle is rounded to whole
+    radians, but what a model was trained with (Zeng et al. 2022, arXiv:2210.02414).
     It holds no tensors that belong to a checkpoint.
     """
 

@@ -59,10 +59,11 @@ class LanguageModel:
     activations: see bminf.QuantizedLinear.
     dtype: of all that is not packed: torch.float32, float16 or bfloat16; None is float16 on a GPU
         and float32 on the CPU.   device: None is the GPU where there is one.
-    max_length: tokens of prompt and answer together (CPM-1, GLM), or of each (CPM-2, EVA); None is
-        what the positions allow, or 512.   max_batch_size: prompts, or beams, at once.
-    config: the path of a JSON file, a mapping, a GPTConfig, T5Config or GLMConfig; None looks for
-        config.json or model_config.json in the folder and its parent, and otherwise takes the
+    max_length: tokens of prompt and answer together, or of each in encoder-decoder models (CPM-2,
+        EVA); None is what the positions allow, or 512.
+    max_batch_size: prompts, or beams, at once.
+    config: the path of a JSON file, a mapping, or a configuration such as a T5Config; None looks
+        for config.json or model_config.json in the folder and its parent, and otherwise takes the
         published model whose shapes all match, if there is exactly one.
     tokenizer: a path or an object with encode() and decode(); None looks in the folder and its
         parent.

@@ -7,11 +7,12 @@ for each row, or for each group of neighbouring columns of a row:
     weight ~ code * scale + minimum    4 bits only: codes 0..15
 
 8-bit codes are int8, one a byte; scales are float32. 4-bit codes are two a byte (uint8), the even
-column in the high half, signed ones in two's complement (the packing of GLM-130B); scales and
-minima are float16. The padding holds zeros and stands for nothing.
+column in the high half, signed ones in two's complement; scales and minima are float16. The padding
+holds zeros and stands for nothing.
 
-Sources: absolute-maximum rows, Dettmers et al. 2022, arXiv:2208.07339, section 2; scale and minimum
-for a group, the Q4_1 blocks of the GGUF file format.
+Sources: absolute-maximum rows, Dettmers et al. 2022, arXiv:2208.07339, section 2; signed codes of 4
+bits, the code of Zeng et al. 2022, arXiv:2210.02414; scale and minimum for a group, the Q4_1 blocks
+of the GGUF file format.
 """
 
 from __future__ import annotations
