@@ -54,25 +54,21 @@ def w8a8_product(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
     ordinary = _ordinary_row(x) if has_product else None
     if ordinary is not None:
         return _one_row_in_8_bits(*ordinary, weight)
+    if has_product:
+        codes, x_scale = int8_rows(x)
+        sums = torch._int_mm(_padded(codes, weight), weight.qweight.t()).float()
+        return sums.mul_(x_scale.unsqueeze(-1)).mul_(weight.scale)
+    num_rows = max(1, _SLICE_ELEMENTS // max(1, x.shape[1]))
+    return torch.cat([_rows_in_8_bits(rows, weight) for rows in x.split(num_rows)])
+
+
+def _rows_in_8_bits(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
+    """In float64, which adds codes without loss on any CPU; some rows of the weight at a time."""
     codes, x_scale = int8_rows(x)
-    codes = _padded(codes, weight)
-    sums = torch._int_mm(codes, weight.qweight.t()).float() if has_product else _sums(codes, weight)
-    return sums * x_scale.unsqueeze(-1) * weight.scale
-
-
-def _sums(codes: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
-    """The float32 of the integer product (M, N): exact in float64, on any CPU. Some rows of the
-    weight, and of the tokens, are that wide at a time."""
-    num_rows = max(1, _SLICE_ELEMENTS // codes.shape[1])
-    weights = weight.qweight.split(num_rows)
-    tokens = codes.split(num_rows)
-    return torch.cat(
-        [
-            torch.cat([(rows.double() @ part.double().t()).float() for rows in tokens])
-            for part in weights
-        ],
-        dim=1,
-    )
+    wide = _padded(codes, weight).double()
+    parts = weight.qweight.split(max(1, _SLICE_ELEMENTS // wide.shape[1]))
+    sums = torch.cat([(wide @ part.double().t()).float() for part in parts], dim=1)
+    return sums.mul_(x_scale.unsqueeze(-1)).mul_(weight.scale)
 
 
 def _float(x: torch.Tensor) -> torch.Tensor:

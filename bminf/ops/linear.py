@@ -9,6 +9,7 @@ import torch.fx
 
 from bminf.cuda.launcher import Launcher, launcher_for
 from bminf.errors import ArgumentError, UnsupportedModelError
+from bminf.ops.cpu_linear import is_fast
 from bminf.ops.dequantize import dequantize_weight
 from bminf.ops.linear_w8a8 import MOST_CODE_COLUMNS, check_columns, linear_w8a8
 from bminf.ops.linear_weight_only import MOST_FEW_ROWS, linear_weight_only
@@ -173,6 +174,8 @@ def product_bytes(
 def _on_cpu(inputs: int, outputs: int, itemsize: int, format_: Format) -> int:
     """Bytes of a row, see cpu_linear.py."""
     wide = 0 if itemsize == 4 else 4 * (inputs + outputs)  # all is done in float32
-    if format_ == INT8:  # numbers, two digits of each, and the sums of both
+    if format_ == INT8 and is_fast():  # numbers, two digits of each, the sums of both
         return wide + max(20 * inputs, 10 * inputs + 16 * outputs)
+    if format_ == INT8:  # the parts of the result
+        return wide + 4 * outputs
     return wide + 5 * inputs + 4 * outputs
