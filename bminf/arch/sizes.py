@@ -1,6 +1,6 @@
 """What a pass holds beside the weights, for each architecture to count up for itself.
 
-What a product holds is read off the operations (product_bytes in ops/linear.py); all of it is held
+What a product holds is read off the operations (Pass in ops/linear.py); all of it is held
 against measurements by tests/models/test_zoo_memory.py.
 """
 
@@ -8,46 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
-from bminf.ops.linear import product_bytes
-from bminf.quantization.packed import Format
+from bminf.ops.linear import Pass as Pass  # an architecture counts with it
 
 BUCKET_BYTES = 40
 """Of a cell of scores whose positions become a bias: distances, their logarithms and buckets."""
 HIDDEN_BYTES = 4
 """Of a cell of scores: what is ahead, what is padding, and both."""
-
-
-@dataclass(frozen=True)
-class Pass:
-    """The largest pass that is asked of a model.
-
-    length: tokens of a row, of prompt and answer together where one stack reads both, of each
-    elsewhere.   dtype: of activations.   weight_format: of the weights in the blocks.
-    is_cpu: products hold other things there on the way.
-    """
-
-    batch_size: int
-    length: int
-    dtype: torch.dtype
-    weight_format: Format | None
-    is_cpu: bool
-
-    def held(self, *columns: int) -> int:
-        """Bytes of activations of so many columns that are held at once."""
-        return self.batch_size * self.length * sum(columns) * self.dtype.itemsize
-
-    def product(self, inputs: int, outputs: int) -> int:
-        """Bytes of the result of a product, and of what is held on the way beside its input."""
-        num_rows = self.batch_size * self.length
-        return product_bytes(
-            num_rows, inputs, outputs, self.dtype.itemsize, self.weight_format, self.is_cpu
-        )
-
-    def scores(self, num_heads: int = 1) -> int:
-        """Bytes of a bias of scores, of all heads or of each."""
-        return self.batch_size * self.length**2 * num_heads * self.dtype.itemsize
 
 
 @dataclass(frozen=True)

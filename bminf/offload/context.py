@@ -16,15 +16,14 @@ import inspect
 import operator
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 
 from bminf.errors import ArgumentError
-from bminf.ops.linear import product_bytes
+from bminf.ops.linear import Pass
 from bminf.quantization.packed import Format
 
 _WINDOWED = ("sliding_attention", "hybrid_sliding", "chunked_attention", "local_attention")
@@ -113,7 +112,10 @@ def layer_kinds(text: Any, count: int) -> list[str]:
 def _layer_bytes(layer: Any, kind: str, num_tokens: int, itemsize: int) -> int:
     if kind in _NOTHING:
         return 0
-    state = _state_bytes(layer, itemsize) if kind in (*_RECURRENT, "hybrid_sliding") else 0
+    state = 0
+    if kind in (*_RECURRENT, "hybrid_sliding"):
+        convolved, recurrent = _state_sizes(layer)
+        state = convolved * itemsize + recurrent * max(itemsize, _STATE_ITEMSIZE)
     if kind in _RECURRENT and kind not in _ALSO_ATTENTION:
         return state
     window = None
@@ -162,13 +164,8 @@ def num_kv_heads(layer: Any, heads: int) -> int:
     return int(first_of(layer, *names) or first_of(nested, "kv_n_heads") or heads)
 
 
-def _state_bytes(layer: Any, itemsize: int) -> int:
-    """Of a recurrent layer: what its convolution and its recurrence keep."""
-    convolved, recurrent = _state_sizes(layer)
-    return convolved * itemsize + recurrent * max(itemsize, _STATE_ITEMSIZE)
-
-
 def _state_sizes(layer: Any) -> tuple[int, int]:
+    """What the convolution of a recurrent layer keeps, and what its recurrence does, in numbers."""
     hidden, heads = hidden_size(layer) or 0, num_heads(layer) or 1
     if first_of(layer, "linear_num_value_heads"):  # a gated delta rule
         key_size, value_size = layer.linear_key_head_dim, layer.linear_value_head_dim
@@ -274,15 +271,12 @@ def context_of(
             'aside with reserve=, for example reserve="1GB"'
         )
     try:
-        itemsize = _itemsize(model)
-        num_rows = max_batch_size * max_length
-        product = partial(
-            product_bytes, num_rows, itemsize=itemsize, format_=format_, is_cpu=is_cpu
-        )
-        cache = cache_bytes(model.config, max_batch_size, max_length, itemsize)
-        layer = max(_layer_moments(model, max_length, max_batch_size, itemsize, product))
-        workspace = _workspace_bytes(model, num_rows, max_batch_size, itemsize, layer, is_cpu)
-        return Context(max_length, max_batch_size, cache, workspace)
+        # The dtype of an activation is that of the first weight that is floating point.
+        dtypes = (p.dtype for p in model.parameters() if p.is_floating_point())
+        dtype = next(dtypes, torch.get_default_dtype())
+        largest = Pass(max_batch_size, max_length, dtype, format_, is_cpu)
+        cache = cache_bytes(model.config, max_batch_size, max_length, dtype.itemsize)
+        return Context(max_length, max_batch_size, cache, _workspace_bytes(model, largest))
     # A configuration may lack any field, or hold anything in it.
     except Exception as error:
         raise ArgumentError(
@@ -298,50 +292,37 @@ def _whole_number(name: str, value: Any) -> int:
     return operator.index(value)
 
 
-def _itemsize(model: torch.nn.Module) -> int:
-    """Of an activation: of the first weight that is floating point."""
-    floats = (p.dtype.itemsize for p in model.parameters() if p.is_floating_point())
-    return next(floats, torch.get_default_dtype().itemsize)
-
-
-def _workspace_bytes(
-    model: Any, num_rows: int, max_batch_size: int, itemsize: int, layer: int, is_cpu: bool
-) -> int:
-    """layer: the widest moment of one."""
+def _workspace_bytes(model: Any, largest: Pass) -> int:
     # Where it can, generate() has no more logits of a prompt computed than those it draws from.
     is_last_only = "logits_to_keep" in inspect.signature(model.forward).parameters
-    num_drawn = max_batch_size if is_last_only else num_rows
-    vocab_size = text_config(model.config).vocab_size
-    logits: int = vocab_size * (num_drawn * itemsize + max_batch_size * _DRAWN_BYTES)
+    num_drawn = largest.batch_size * (1 if is_last_only else largest.length)
+    text = text_config(model.config)
+    drawn_bytes = num_drawn * largest.dtype.itemsize + largest.batch_size * _DRAWN_BYTES
+    logits: int = text.vocab_size * drawn_bytes
+    layer = max(_layer_moments(text, largest))
     peak = max(layer, logits)
-    if is_cpu:
+    if largest.is_cpu:
         kept = min(layer + logits + _ARENAS_BYTES, _MOST_KEPT_BYTES)
     else:
         kept = min(layer + logits // 2, _MOST_KEPT_BYTES // 2)
     return peak + int(_HOLES * peak) + kept
 
 
-def _layer_moments(
-    model: Any, max_length: int, max_batch_size: int, itemsize: int, product: Callable[..., int]
-) -> Iterator[int]:
-    """Bytes held in each wide moment of a layer.   product: (inputs, outputs) -> bytes."""
-
-    def held(*columns: int) -> int:
-        return max_batch_size * max_length * sum(columns) * itemsize
-
-    text = text_config(model.config)
+def _layer_moments(text: Any, largest: Pass) -> Iterator[int]:
+    """Bytes held in each wide moment of a layer.   text: its configuration."""
+    held, product = largest.held, largest.product
     hidden, heads = hidden_size(text) or 1, num_heads(text) or 1
     inner, keys = heads * head_dim(text, heads), attention_columns(text)
-    residual = held(hidden, hidden)  # and what its norm made of it
-    masks = max_batch_size * max_length**2 * itemsize
+    masks = largest.scores()
     if first_of(text, "_attn_implementation") == "eager":  # scores, also in float32
-        masks += heads * max_batch_size * max_length**2 * (itemsize + 4)
-    yield residual + masks + product(hidden, inner + keys)
+        masks += largest.scores(heads) + heads * largest.batch_size * largest.length**2 * 4
+    shared = masks + held(hidden, hidden)  # the residual, and what its norm made of it
+    yield shared + product(hidden, inner + keys)
     # Queries and keys as they are turned, keys and values for every head, and the result.
-    yield residual + masks + held(2 * inner, keys, 2 * inner, inner)
+    yield shared + held(2 * inner, keys, 2 * inner, inner)
     wide = _feed_forward_columns(text, hidden)
-    yield residual + masks + held(2 * wide) + product(hidden, wide)
-    yield residual + masks + held(2 * wide) + product(wide, hidden)
+    yield shared + held(2 * wide) + product(hidden, wide)
+    yield shared + held(2 * wide) + product(wide, hidden)
 
 
 def _feed_forward_columns(text: Any, hidden: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -154,21 +155,40 @@ _traced_linear.register_autograd(_backward, setup_context=_keep_weight)
 _SLICE_BYTES = 2**27  # a slice of a dequantized weight, see linear_weight_only.py
 
 
-def product_bytes(
-    num_rows: int, inputs: int, outputs: int, itemsize: int, format_: Format | None, is_cpu: bool
-) -> int:
-    """Bytes of the result of (num_rows, inputs) times a weight, and of what is held on the way.
+@dataclass(frozen=True)
+class Pass:
+    """The largest pass that is asked of a model.
 
-    itemsize: of an activation.   format_: of the weight; None is not packed.
+    length: tokens of a row, of prompt and answer together where one stack reads both, of each
+    elsewhere.   dtype: of activations.   weight_format: of the weights in the blocks; None
+    is not packed.   is_cpu: products hold other things there on the way.
     """
-    per_row = outputs * itemsize
-    if format_ is None:
-        return num_rows * per_row
-    if is_cpu:
-        return num_rows * (per_row + _on_cpu(inputs, outputs, itemsize, format_))
-    weight = min(_SLICE_BYTES, inputs * outputs * itemsize)
-    rounded = inputs + 4 * outputs if format_ == INT8 else 0  # codes and their sums
-    return num_rows * (per_row + rounded) + weight
+
+    batch_size: int
+    length: int
+    dtype: torch.dtype
+    weight_format: Format | None
+    is_cpu: bool
+
+    def held(self, *columns: int) -> int:
+        """Bytes of activations of so many columns that are held at once."""
+        return self.batch_size * self.length * sum(columns) * self.dtype.itemsize
+
+    def product(self, inputs: int, outputs: int) -> int:
+        """Bytes of the result of a product, and of what is held on the way beside its input."""
+        itemsize, on_the_way, weight = self.dtype.itemsize, 0, 0
+        if self.weight_format is not None and self.is_cpu:
+            on_the_way = _on_cpu(inputs, outputs, itemsize, self.weight_format)
+        elif self.weight_format is not None:
+            weight = min(_SLICE_BYTES, inputs * outputs * itemsize)
+            on_the_way = (
+                inputs + 4 * outputs if self.weight_format == INT8 else 0
+            )  # codes and their sums
+        return self.held(outputs) + self.batch_size * self.length * on_the_way + weight
+
+    def scores(self, num_heads: int = 1) -> int:
+        """Bytes of a bias of scores, of all heads or of each."""
+        return self.batch_size * self.length**2 * num_heads * self.dtype.itemsize
 
 
 def _on_cpu(inputs: int, outputs: int, itemsize: int, format_: Format) -> int:
