@@ -52,11 +52,9 @@ class TransformerBlockList(torch.nn.ModuleList):
 
     def __getitem__(self, idx: int | slice) -> Any:
         # A ModuleList makes a slice with its own class: it would be wrapped once more.
-        return (
-            torch.nn.ModuleList(list(self)[idx])
-            if isinstance(idx, slice)
-            else super().__getitem__(idx)
-        )
+        if isinstance(idx, slice):
+            return torch.nn.ModuleList(list(self)[idx])
+        return super().__getitem__(idx)
 
     def __copy__(self) -> torch.nn.ModuleList:
         return torch.nn.ModuleList(self)

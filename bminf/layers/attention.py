@@ -70,14 +70,8 @@ def operator_for(dtype: torch.dtype, head_dim: int, has_bias: bool, gpu: Gpu) ->
     Source: the conditions of torch 2.4 to 2.13, aten/src/ATen/native/transformers/cuda/sdp_utils.
     """
     is_half = dtype in (torch.float16, torch.bfloat16)
-    if (
-        gpu.has_flash
-        and not has_bias
-        and is_half
-        and gpu.capability >= 80
-        and head_dim <= 256
-        and head_dim % 8 == 0
-    ):
+    fits_flash = is_half and not has_bias and head_dim <= 256 and head_dim % 8 == 0
+    if gpu.has_flash and gpu.capability >= 80 and fits_flash:
         return "flash"
     # Tensor cores, where they are used, read 16 bytes at a time.
     least = 1 if gpu.capability < 70 else 8 if is_half else 4 if gpu.capability >= 80 else 1

@@ -50,9 +50,11 @@ def survey(
     tensors: dict[str, torch.Tensor] = {}
     owners: dict[str, tuple[str, str]] = {}  # name -> block, name in there
     for path, block, inner_path, module in places:
-        for key, tensor in _own_tensors(replacements.get(module, module)):
-            tensors[_joined(path, key)] = tensor
-            owners[_joined(path, key)] = block, _joined(inner_path, key)
+        holder = replacements.get(module, module)
+        for key, tensor in [*holder._parameters.items(), *holder._buffers.items()]:
+            if tensor is not None:
+                tensors[_joined(path, key)] = tensor
+                owners[_joined(path, key)] = block, _joined(inner_path, key)
     specs = specs_of(tensors)
     outside = _shared(specs, owners) | _trained_apart(places, replacements)
     parts: dict[str, dict[str, TensorSpec]] = {"": {}, **{block.name: {} for block in blocks}}
@@ -80,11 +82,6 @@ def _places(model: torch.nn.Module, blocks: Sequence[ModuleBlock]) -> Iterator[_
             block, inner_path = names[module], ""
         around[path] = block, inner_path
         yield path, block, inner_path, module
-
-
-def _own_tensors(module: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
-    held = [*module._parameters.items(), *module._buffers.items()]
-    return [(key, tensor) for key, tensor in held if tensor is not None]
 
 
 def _joined(path: str, key: str) -> str:

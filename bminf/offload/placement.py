@@ -42,9 +42,8 @@ def place(
             quantize(list(model.get_submodule(name).modules()))
             module = model.get_submodule(name)
             if name in streamed:
-                tensors = [(key, tensor) for key, _, tensor in tensors_of(module)]
-                laid_out = [item for item in tensors if item[0] in layout.specs]
-                scheduler.backend.put(len(scheduler.blocks), laid_out)
+                own = [(key, t) for key, _, t in tensors_of(module) if key in layout.specs]
+                scheduler.backend.put(len(scheduler.blocks), own)
                 scheduler.add(name, module, layout)
             else:
                 _move_resident(module, layout, scheduler.backend, scheduler.source_device)
