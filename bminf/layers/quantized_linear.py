@@ -103,14 +103,10 @@ class QuantizedLinear(torch.nn.Linear):
         return LazyTensor(self.dequantize, like, device=self.scale.device)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "weight":
-            self._set_weight(value)
-        else:
+        if name != "weight":
             super().__setattr__(name, value)
-
-    def _set_weight(self, value: Any) -> None:
-        """Accept what is there already: adapters give a layer its own weight when taken off."""
-        if not (isinstance(value, LazyTensor) and value._read == self.dequantize):
+        # What is there already is accepted: adapters, taken off, give a layer its own weight.
+        elif not (isinstance(value, LazyTensor) and value._read == self.dequantize):
             raise UnsupportedModelError(
                 f"the weight of a packed linear cannot be set; {PACKED_IS_FROZEN}"
             )

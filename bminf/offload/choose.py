@@ -154,7 +154,7 @@ def _first_enough(
 class _Ways:
     """Ways to stream some blocks, by rising bytes and so by rising cost; the first: none of them.
 
-    nbytes: what each frees.   cost: of each.   Both as of after any number of steps.
+    nbytes: what each frees.   cost: of each.   Both as of after any number of `steps`.
     """
 
     def __init__(self, dtype: np.dtype[Any], most: int, falling: bool = False) -> None:
@@ -163,7 +163,7 @@ class _Ways:
         self.cost: list[_Array] = [np.zeros(1, dtype)]
         self._most = most
         self._falling = falling
-        self._steps: list[tuple[int, _Array, _Array]] = []
+        self.steps: list[tuple[int, _Array, _Array]] = []
 
     def add(self, index: int, nbytes: int, cost: float, count: int, floor: float) -> None:
         """Let up to `count` blocks of the kind `index` stream as well, in pieces of 1, 4, 16, ...
@@ -188,19 +188,15 @@ class _Ways:
         order = order[np.append(ordered[:-1] < least[1:], True)]
         if len(order) > self._most:
             order = order[_thinned(all_cost[order] + floor, self._most)]
-        self._steps.append((index, taken, order))
+        self.steps.append((index, taken, order))
         self.nbytes.append(all_nbytes[order])
         self.cost.append(all_cost[order])
-
-    @property
-    def steps(self) -> int:
-        return len(self._steps)
 
     def counts(self, ways: _Array, steps: int) -> dict[int, _Array]:
         """Number of a kind -> how many of its blocks stream in each of the ways after `steps`."""
         counts: dict[int, _Array] = {}
         for step in range(steps)[::-1]:
-            index, taken, order = self._steps[step]
+            index, taken, order = self.steps[step]
             place, ways = np.divmod(order[ways], len(self.nbytes[step]))
             counts[index] = counts.get(index, 0) + taken[place]
         return counts
@@ -238,7 +234,7 @@ class _Meeting:
         small, steps = _Ways(self._dtype, self._most), [0]
         for index in range(max((start for start, _ in levels), default=0)):
             self._add(small, index)
-            steps.append(small.steps)
+            steps.append(len(small.steps))
         found = (self._met(small, steps[start], self._large(start, end)) for start, end in levels)
         return min(
             [to_beat, *filter(None, found)],
@@ -285,7 +281,9 @@ class _Meeting:
             return None
         self._least = min(self._least, total.min())
         near = enough[total <= total.min() + rounding]
-        return self._cheapest(small.counts(partner[near], steps), large.counts(near, large.steps))
+        return self._cheapest(
+            small.counts(partner[near], steps), large.counts(near, len(large.steps))
+        )
 
     def _cheapest(self, small: Mapping[int, _Array], large: Mapping[int, _Array]) -> list[int]:
         """Counts of the exactly cheapest of some sets; of equals, of the one of fewest blocks."""

@@ -134,10 +134,8 @@ class Plan:
         return [block for block in self.blocks if block.name in wanted]
 
     def _bytes_per_request(self, names: Sequence[str]) -> int | float:
-        used = [(block.nbytes, self.uses[block.name]) for block in self._blocks_of(names)]
-        if all(isinstance(uses, int) for _, uses in used):
-            return sum(nbytes * uses for nbytes, uses in used)
-        return math.fsum(nbytes * uses for nbytes, uses in used)
+        costs = [block.nbytes * self.uses[block.name] for block in self._blocks_of(names)]
+        return sum(costs) if all(isinstance(cost, int) for cost in costs) else math.fsum(costs)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A read-only view cannot be copied or pickled, and models, plan and all, are.
@@ -190,12 +188,9 @@ class Plan:
 
     def _tiers(self) -> Iterator[str]:
         """Where streamed blocks wait, when that is not host memory for all."""
-        in_host = (
-            f"{len(self.streamed) - len(self.on_disk)} streamed blocks, and two staging buffers"
-        )
-        yield _line(
-            "in host", self.host_bytes, f"{in_host} of {format_bytes(self.staging_bytes // 2)}"
-        )
+        num_in_host, stage = len(self.streamed) - len(self.on_disk), self.staging_bytes // 2
+        beside = f"and two staging buffers of {format_bytes(stage)}"
+        yield _line("in host", self.host_bytes, f"{num_in_host} streamed blocks, {beside}")
         read = f"{format_bytes(self._bytes_per_request(self.on_disk))} read per request"
         yield _line("on disk", self.disk_bytes, f"{len(self.on_disk)} streamed blocks, {read}")
 
@@ -271,10 +266,8 @@ def plan(
     taken = _uses_of(blocks, uses or {})
     room = budget - outside_bytes - reserved_bytes
     _check_room(blocks, budget, outside_bytes, reserved_bytes, remedies)
-    if sum(block.nbytes for block in blocks) <= room:
-        streamed: set[int] = set()
-    else:
-        streamed = _choose(blocks, taken, room)
+    is_all = sum(block.nbytes for block in blocks) <= room
+    streamed = set() if is_all else _choose(blocks, taken, room)
     stay = [block for index, block in enumerate(blocks) if index not in streamed]
     move = [block for index, block in enumerate(blocks) if index in streamed]
     return Plan(
