@@ -63,7 +63,7 @@ def wrapper(
     only moved.
 
     quantization: True or "int8" packs the linears of the blocks to 8 bits, with a scale a row;
-        "int4" packs them to 4 bits, 5 with the scales; False or None leaves them. A quantised model
+        "int4" packs them to 4 bits, 5 with the scales; False or None leaves them. A quantized model
         gives the same output streamed as resident. A bminf.Format is taken too.
     memory_limit: bytes, or "6GB", "5.5GiB": parameters + buffers + slots + reserve. None takes 90%
         of what is free on the device (in the container, where there is one).
@@ -90,8 +90,8 @@ def wrapper(
     A model that accelerate has offloaded is taken out of its store, and its hooks are removed.
 
     Raises ArgumentError, BudgetError, OffloadError or UnsupportedModelError, the model unchanged;
-    only if a disk or a memory fails midway, or a weight is not finite, linears that are quantised
-    by then stay quantised.
+    only if a disk or a memory fails midway, or a weight is not finite, linears that are quantized
+    by then stay quantized.
     """
     check_keywords("wrapper", unknown, keywords_of(wrapper)[1:])  # a model comes without its name
     _check_model(model)
@@ -123,7 +123,7 @@ def wrapper(
 def unwrap(model: Model) -> Model:
     """Undo wrapper(): all weights in memory again, on the device they came from; returns `model`.
 
-    Linears that were quantised stay quantised. Raises ArgumentError if it is not wrapped.
+    Linears that were quantized stay quantized. Raises ArgumentError if it is not wrapped.
     """
     scheduler = _scheduler_of(model)
     if scheduler is None:
@@ -168,8 +168,8 @@ def plan_for(
 ) -> Plan:
     """The plan that wrapper() would make, for a model on any device, "meta" included.
 
-    Nothing is moved. memory_limit: None is no limit.   host_memory: for the homes of streamed
-    blocks, bytes or "64GB"; those beyond are planned to wait on disk. None is no limit.
+    Nothing is moved. memory_limit: None is no limit.   host_memory: for the host copies of
+    streamed blocks, bytes or "64GB"; those beyond are planned to wait on disk. None is no limit.
     device: where it would run, on which the workspace that max_length= reserves depends; one that
     is not in this machine is accepted. None is the GPU where there is one, else the CPU.
     All else is as for wrapper(); `least_limit` of the plan is the smallest limit that would do.

@@ -121,15 +121,15 @@ class Scheduler:
         with self._lock:
             self._clear()
             while self._overrides:  # one by one, so that an interrupted run can be repeated
-                module, name, ours, before = self._overrides[-1]
-                if module.__dict__.get(name) is ours:
+                module, name, override, before = self._overrides[-1]
+                if module.__dict__.get(name) is override:
                     module.__dict__.pop(name)
                     if before is not None:
                         module.__dict__[name] = before
-                elif isinstance(ours, _Forward):
-                    ours.leave_to(module)
-                if isinstance(ours, _Override):
-                    ours.is_over = True
+                elif isinstance(override, _Forward):
+                    override.leave_to(module)
+                if isinstance(override, _Override):
+                    override.is_over = True
                 self._overrides.pop()
             self.ring = None
 
@@ -224,8 +224,14 @@ class Scheduler:
 
     def _warn_of_removed(self) -> bool:
         """Whether blocks have lost the forward that streams them; one warning says so."""
-        forwards = [ours for _, _, ours, _ in self._overrides if isinstance(ours, _Forward)]
-        lost = [ours.block_name for ours in forwards if ours.block_name and not ours.is_reached()]
+        forwards = [
+            override for _, _, override, _ in self._overrides if isinstance(override, _Forward)
+        ]
+        lost = [
+            override.block_name
+            for override in forwards
+            if override.block_name and not override.is_reached()
+        ]
         if lost and not self._warned_of_removed:
             self._warned_of_removed = True
             warnings.warn(
@@ -319,18 +325,20 @@ class _Override:
 
 
 class _Forward(_Override):
-    """The forward of a block, or of a module around blocks, under the scheduler's lock."""
+    """The forward of a block, or of a module around blocks, under the scheduler's lock.
+
+    block_name: of the block that it streams; "" for a module around blocks.
+    """
 
     def __init__(
         self, scheduler: Scheduler, module: torch.nn.Module, block: StreamedBlock | None
     ) -> None:
         functools.update_wrapper(self, module.forward)  # keeps the signature that generate() reads
-        self._module, self._block, self._forward = module, block, module.forward
-        run = (
-            self._forward
-            if block is None
-            else functools.partial(scheduler.run, block, self._forward)
-        )
+        self._module, self._forward = module, module.forward
+        self.block_name = block.name if block is not None else ""
+        run = self._forward
+        if block is not None:
+            run = functools.partial(scheduler.run, block, run)
         self._uncompiled = functools.partial(scheduler.call, run)
         self._call: Callable[..., Any] = self._uncompiled
         self._is_kept_from_compile = False
@@ -340,11 +348,6 @@ class _Forward(_Override):
         if not name.startswith("__") or "_forward" not in self.__dict__:
             raise AttributeError(name)
         return getattr(self._forward, name)
-
-    @property
-    def block_name(self) -> str:
-        """Of the block that it streams; "" for a module around blocks."""
-        return self._block.name if self._block is not None else ""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.is_over:
@@ -380,9 +383,8 @@ class _Forward(_Override):
         forward = self._module.__dict__.get("forward")
         while forward is not None and forward is not self:
             with suppress(TypeError, ValueError):  # no function; a variable without a value
-                if any(
-                    value is self for value in inspect.getclosurevars(forward).nonlocals.values()
-                ):
+                closed_over = inspect.getclosurevars(forward).nonlocals.values()
+                if any(value is self for value in closed_over):
                     return True
             forward = getattr(forward, "__wrapped__", None)
         return forward is self

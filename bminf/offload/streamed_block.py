@@ -43,7 +43,7 @@ class _ParameterInSlot(_InSlot, torch.nn.Parameter):
     """The same, of a parameter."""
 
 
-_OURS = (_ParameterInSlot, LazyTensor, _InSlot)
+_EXCHANGED = (_ParameterInSlot, LazyTensor, _InSlot)
 _PLAIN = (torch.Tensor, torch.nn.Parameter, _InSlot, _ParameterInSlot)
 
 _requires_grad, _version = map(operator.attrgetter, ("requires_grad", "_version"))
@@ -65,8 +65,8 @@ class _Held:
     def __post_init__(self) -> None:
         self.is_listed = self.place.is_listed
 
-    def is_ours(self) -> bool:
-        """Whether nobody else has put a tensor in our place."""
+    def is_in_place(self) -> bool:
+        """Whether nobody else has put a tensor in its place."""
         current = self.place.get()
         if current is self.away:  # torch.utils.swap_tensors gives it another tensor's values
             return isinstance(current, LazyTensor)
@@ -81,15 +81,14 @@ class _Held:
             return
         if converted.device != own.device:
             raise not_convertible(self.name, own)
-        is_as_own = (converted.dtype, converted.stride()) == (own.dtype, own.stride())
-        if self.is_ours() and is_as_own:
+        is_in_place = self.is_in_place()
+        if is_in_place and (converted.dtype, converted.stride()) == (own.dtype, own.stride()):
             self.take_over(slot, converted)
             self.place.set(own)
             return
-        is_ours = self.is_ours()
         converted = _guarded(self.kept(converted.detach()))
         self.place.set(converted)
-        if is_ours:
+        if is_in_place:
             self.cast, self.cast_version = converted, converted._version
 
     @torch.no_grad()
@@ -182,7 +181,7 @@ class StreamedBlock:
         self.slot, weights = slot, self._in_slot[slot]
         self._require_grad_as_away(weights)
         for held, weight in self._exchange(self._away, weights):
-            if held.is_ours():
+            if held.is_in_place():
                 held.place.set(weight)
             elif not self._warned:
                 self._warned = True
@@ -198,7 +197,7 @@ class StreamedBlock:
         if self.slot is None:
             return
         for held, away in self._exchange(self._in_slot[self.slot], self._away):
-            if held.is_ours():
+            if held.is_in_place():
                 held.place.set(away)
         self.slot = None
 
@@ -214,7 +213,7 @@ class StreamedBlock:
             place = held.place
             module, key = place.module, place.key
             holder: Any = module._parameters if place.is_parameter else module._buffers
-            if holder.get(key) is old and type(old) in _OURS and not held.is_listed:
+            if holder.get(key) is old and type(old) in _EXCHANGED and not held.is_listed:
                 holder[key] = new
             else:
                 left.append((held, new))
@@ -225,7 +224,7 @@ class StreamedBlock:
         if _are_trained(self._away) == _are_trained(weights):
             return
         for held, weight in zip(self._held, weights, strict=True):
-            if held.is_ours() and weight.requires_grad is not held.away.requires_grad:
+            if held.is_in_place() and weight.requires_grad is not held.away.requires_grad:
                 weight.requires_grad_(held.away.requires_grad)
 
     def restore(self, blob: torch.Tensor) -> None:
@@ -234,7 +233,7 @@ class StreamedBlock:
             weight = held.kept(self.layout.view(blob, held.name))
             # Whoever still has the lazy tensor goes on reading the right values.
             held.away._read, held.away._write = weight.detach, weight.detach().copy_
-            if held.is_ours():
+            if held.is_in_place():
                 held.place.set(weight)
 
     def forget(self) -> None:
@@ -278,7 +277,7 @@ class StreamedBlock:
         moved = [
             held
             for held, weight in zip(self._held, self._in_slot[slot], strict=True)
-            if getattr(weight, "is_elsewhere", True)  # without: swapped with a tensor not of ours
+            if getattr(weight, "is_elsewhere", True)  # without: swapped with another tensor
         ]
         if not moved:
             return False

@@ -80,9 +80,9 @@ def _check_alike(gate: PackedWeight, up: PackedWeight) -> None:
     gate.check()
     up.check()
     for name in ("form", "in_features", "out_features"):
-        ours, theirs = getattr(gate, name), getattr(up, name)
-        if ours != theirs:
-            raise ArgumentError(f"gate has {name} {ours}, up {theirs}; they must be alike")
+        of_gate, of_up = getattr(gate, name), getattr(up, name)
+        if of_gate != of_up:
+            raise ArgumentError(f"gate has {name} {of_gate}, up {of_up}; they must be alike")
     if gate.qweight.device != up.qweight.device:
         raise ArgumentError(f"gate is on {gate.qweight.device}, up on {up.qweight.device}")
 
