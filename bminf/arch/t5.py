@@ -111,49 +111,42 @@ def t5_config(source: Mapping[str, Any], tensors: Mapping[str, Stored], where: s
     if own is not None:
         return own
     if "dim_model" in source:
-        return _modelcenter_config(reader, tensors)
+        hidden_act = _modelcenter_activation(reader)
+    else:
+        hidden_act = reader.activation("gelu_new", "hidden_act")
     num_layers = reader.integer("num_encoder_layers", "num_layers")
     return reader.made(
         T5Config,
         vocab_size=rows_of(tensors, "embed_tokens.weight", 1),
-        hidden_size=reader.integer("hidden_size", "d_model"),
-        intermediate_size=reader.integer("intermediate_size", "d_ff"),
+        hidden_size=reader.integer("hidden_size", "d_model", "dim_model"),
+        intermediate_size=reader.integer("intermediate_size", "d_ff", "dim_ff"),
         num_attention_heads=reader.integer("num_attention_heads", "num_heads"),
-        head_dim=reader.integer("head_dim", "d_kv"),
+        head_dim=reader.integer("head_dim", "d_kv", "dim_head"),
         num_encoder_layers=num_layers,
         num_decoder_layers=_num_decoder_layers(reader, num_layers, tensors),
         is_attention_scaled=reader.flag("is_attention_scaled", "attn_scale"),
-        hidden_act=reader.activation("gelu_new", "hidden_act"),
-        num_buckets=reader.optional("num_buckets", "relative_attention_num_buckets")
+        hidden_act=hidden_act,
+        num_buckets=reader.optional(
+            "num_buckets", "relative_attention_num_buckets", "position_bias_num_buckets"
+        )
         or rows_of(tensors, "encoder.position_bias.weight", 32),
-        max_distance=reader.optional("max_distance", "relative_attention_max_distance") or 128,
-        rms_norm_eps=reader.number(1e-6, "rms_norm_eps", "layer_norm_epsilon"),
+        max_distance=reader.optional(
+            "max_distance", "relative_attention_max_distance", "position_bias_max_distance"
+        )
+        or 128,
+        rms_norm_eps=reader.number(1e-6, "rms_norm_eps", "layer_norm_epsilon", "norm_eps"),
     )
 
 
-def _modelcenter_config(reader: ConfigReader, tensors: Mapping[str, Stored]) -> T5Config:
-    # Each of these would compute something that this does not.
+def _modelcenter_activation(reader: ConfigReader) -> str:
+    """Raises CheckpointError for fields of a model that this is not."""
     for name in ("norm_bias", "att_bias", "ffn_bias", "proj_bias", "post_layer_norm", "cls_head"):
         reader.must_be(name, None, False)
     for name in ("tied", "length_scale"):  # which models/source.py acts on
         reader.must_be(name, None, False, True)
     reader.must_be("pos_bias_type", None, "relative")
     activation = reader.must_be("ffn_activate_fn", "gated_gelu", "gated_gelu_new")
-    return reader.made(
-        T5Config,
-        vocab_size=rows_of(tensors, "embed_tokens.weight", 1),
-        hidden_size=reader.integer("dim_model"),
-        intermediate_size=reader.integer("dim_ff"),
-        num_attention_heads=reader.integer("num_heads"),
-        head_dim=reader.integer("dim_head"),
-        num_encoder_layers=reader.integer("num_encoder_layers"),
-        num_decoder_layers=reader.integer("num_decoder_layers"),
-        is_attention_scaled=reader.flag("attn_scale"),
-        hidden_act="gelu_tanh" if activation == "gated_gelu_new" else "gelu",
-        num_buckets=reader.integer("position_bias_num_buckets"),
-        max_distance=reader.integer("position_bias_max_distance"),
-        rms_norm_eps=reader.number(1e-6, "norm_eps"),
-    )
+    return "gelu_tanh" if activation == "gated_gelu_new" else "gelu"
 
 
 def _num_decoder_layers(

@@ -169,6 +169,13 @@ def test_modelcenter(
     same("cpm2", tinies["cpm2"].write_modelcenter(tmp_path, form))
 
 
+def test_modelcenter_without_what_its_own_code_has_a_default_for(
+    tinies: dict[str, TinyModel], same: Callable[..., Any], tmp_path: Path
+) -> None:
+    left_out = {"position_bias_num_buckets": None, "position_bias_max_distance": None}
+    same("cpm2", tinies["cpm2"].write_modelcenter(tmp_path, **left_out))
+
+
 def test_modelcenter_with_the_exact_gelu(
     tinies: dict[str, TinyModel],
     load: Loader,
