@@ -29,14 +29,11 @@ def find_config(folder: Path, model_types: Collection[str | None]) -> Path | Non
     """
     beside = [folder.parent / name for name in CONFIG_FILES]
     for path in [*(folder / name for name in CONFIG_FILES), *beside]:
-        if path.is_file() and (path not in beside or _is_one_of(path, model_types)):
+        if not path.is_file():
+            continue
+        if path not in beside or read_json(path).get("model_type") in (None, *model_types):
             return path
     return None
-
-
-def _is_one_of(path: Path, model_types: Collection[str | None]) -> bool:
-    model_type = read_json(path).get("model_type")
-    return model_type is None or model_type in model_types
 
 
 def as_mapping(config: Any) -> Mapping[str, Any] | None:

@@ -29,6 +29,9 @@ from bminf.checkpoint.torch_file import read_torch_file, weights_of
 from bminf.errors import ArgumentError, CheckpointError
 from bminf.progress import progress_bar
 
+Progress = Callable[[int], object]
+"""To be called with how many more bytes are written."""
+
 Kind = Literal["bminf", "original", "bminf1", "modelcenter", "huggingface"]
 
 # In the order of preference where a folder holds several of one kind.
@@ -180,13 +183,10 @@ def require_empty(path: Path) -> Path:
 
 
 @contextmanager
-def atomic_folder(
-    target: Path, nbytes: int, title: str
-) -> Iterator[tuple[Path, Callable[[int], object]]]:
+def atomic_folder(target: Path, nbytes: int, title: str) -> Iterator[tuple[Path, Progress]]:
     """A folder to write to, which becomes `target` at the end, or vanishes.
 
-    nbytes: of all that is written; title: of the progress bar over them. The function that comes
-    with the folder is to be called with how many more bytes are written.
+    nbytes: of all that is written.   title: of the progress bar over them.
     Raises ArgumentError where the folder cannot be written.
     """
     partial = None

@@ -40,13 +40,6 @@ def _positive(text: str) -> int:
     return value
 
 
-def _check_prompt(prompt: str) -> None:
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
-        raise ArgumentError(f"--prompt={prompt!r} is not UTF-8; give a text in UTF-8") from error
-
-
 def half_limit(whole: Plan) -> int:
     """The bytes of half the blocks, the largest ones, and of two slots.
 
@@ -63,7 +56,12 @@ def run(arguments: argparse.Namespace) -> int:
     limit = arguments.memory_limit
     if limit is not None:
         limit = parse_bytes(limit, "--memory-limit")
-    _check_prompt(arguments.prompt)
+    try:
+        arguments.prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ArgumentError(
+            f"--prompt={arguments.prompt!r} is not UTF-8; give a text in UTF-8"
+        ) from error
     demo = _Demo(arguments)
     if limit is not None:
         demo.check(limit)

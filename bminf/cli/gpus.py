@@ -81,7 +81,9 @@ def speeds_of(name: str) -> Speeds:
     Raises ArgumentError, with the known names.
     """
     if _plain(name) in (THIS, "thismachine"):
-        return _measured()
+        import torch
+
+        return _of_gpu() if torch.cuda.is_available() else _of_cpu()
     cards = {_plain(known): card for known, card in _CARDS.items()}
     cards |= {_plain(printed): _CARDS[known] for printed, known in _PRINTED.items()}
     card = cards.get(_plain(name))
@@ -99,13 +101,6 @@ def _plain(name: str) -> str:
     return re.sub(r"nvidia|geforce|tesla|[^a-z0-9]", "", name.lower())
 
 
-def _measured() -> Speeds:
-    """Of the GPU; without one, of RAM and of a file, from which the CPU streams blocks."""
-    import torch
-
-    return _of_gpu() if torch.cuda.is_available() else _of_cpu()
-
-
 def _of_gpu() -> Speeds:
     import torch
 
@@ -119,6 +114,7 @@ def _of_gpu() -> Speeds:
 
 
 def _of_cpu() -> Speeds:
+    """Of RAM, and of a file, from which the CPU streams blocks."""
     import tempfile
 
     import torch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -146,17 +146,13 @@ def _text(report: dict[str, Any], whole: Plan, plan: Plan | None) -> str:
 _BOUNDS = {"compute": "reading weights", "link": "the link", "disk": "the disk"}
 
 
-def _group_lines(blocks: Sequence[dict[str, Any]]) -> list[str]:
+def _group_lines(blocks: Sequence[dict[str, Any]]) -> Iterator[str]:
     """One line for each run of blocks of the same size: first and last name, and bytes."""
-    runs = groupby(blocks, lambda block: block["bytes"])
-    return [_group_line(list(run)) for _, run in runs]
-
-
-def _group_line(run: Sequence[dict[str, Any]]) -> str:
-    size = format_bytes(run[0]["bytes"])
-    if len(run) == 1:
-        return f"{run[0]['name']}: {size}"
-    return f"{run[0]['name']} ... {run[-1]['name']}: {len(run)} blocks of {size}"
+    for _, group in groupby(blocks, lambda block: block["bytes"]):
+        run = list(group)
+        size = format_bytes(run[0]["bytes"])
+        more = f" ... {run[-1]['name']}: {len(run)} blocks of" if len(run) > 1 else ":"
+        yield f"{run[0]['name']}{more} {size}"
 
 
 def _time_line(report: dict[str, Any]) -> str:

@@ -161,12 +161,10 @@ def plan_model(
     if device not in ("cuda", "cpu"):
         raise ArgumentError(f'device={device!r}; accepted: "cuda", "cpu"')
     dtype = dtype_for(dtype, device)
-    is_auto = quantization == "auto"
-    layers = parse_format(None if is_auto else quantization, formats=registry.all_formats())
-    head = parse_format(head_quantization, "head_quantization", registry.all_formats())
-    source = find_sizes(model)
-    if isinstance(quantization, str) and not is_auto:  # which another architecture may not have
-        layers = parse_format(quantization, formats=source.architecture.formats)
+    source, is_auto = find_sizes(model), quantization == "auto"
+    formats = source.architecture.formats
+    layers = parse_format(None if is_auto else quantization, formats=formats)
+    head = parse_format(head_quantization, "head_quantization", formats)
     max_length = max_length_for(max_length, source)
     assembly = assemble(source, Formats(layers, head, is_auto), dtype)
     return plan_within(assembly, budget, max_length, max_batch_size, device, host_bytes)

@@ -429,13 +429,12 @@ class LanguageModel:
         self._scheduler = scheduler
         try:
             self._cache = self._new_cache()
-        except RuntimeError as error:  # torch's, of a CPU and of a GPU
+        except BaseException as error:
             self.close()
+            if not isinstance(error, RuntimeError):  # torch's, of a CPU and of a GPU
+                raise
             raise BudgetError(
                 f"the KV cache of max_batch_size={self.max_batch_size} and "
                 f"max_length={self.max_length} cannot be allocated on {self.device}; lower one "
                 "of them"
             ) from error
-        except BaseException:
-            self.close()
-            raise

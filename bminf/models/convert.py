@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from bminf.arch import registry
-from bminf.checkpoint.folder import atomic_folder, require_empty
+from bminf.checkpoint.folder import Progress, atomic_folder, require_empty
 from bminf.checkpoint.safetensors_file import write_safetensors
 from bminf.checkpoint.stored import pieces
 from bminf.errors import ArgumentError, CheckpointError
@@ -93,10 +93,7 @@ def convert(
 
 
 def _write(
-    assembly: Assembly,
-    layouts: Mapping[str, Layout],
-    folder: Path,
-    progress: Callable[[int], object],
+    assembly: Assembly, layouts: Mapping[str, Layout], folder: Path, progress: Progress
 ) -> None:
     source, packing = assembly.source, assembly.packing
 

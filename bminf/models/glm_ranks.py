@@ -24,7 +24,7 @@ from bminf.arch.architecture import Architecture
 from bminf.arch.glm import GLM10B, GLM130B, INT4_ROW, is_glm10b, is_glm130b, is_quantized
 from bminf.arch.registry import checkpoint_in, config_in, split_tables, told_by
 from bminf.checkpoint.config import CONFIG_FILES
-from bminf.checkpoint.folder import Checkpoint, atomic_folder
+from bminf.checkpoint.folder import Checkpoint, Progress, atomic_folder
 from bminf.checkpoint.model_parallel import (
     DEEPSPEED_TRACKER,
     FILE_IN_RANK_FOLDER,
@@ -102,13 +102,11 @@ class _Beside:
     def of(
         cls, opened: Checkpoint, architecture: Architecture | None, config: Any, tokenizer: Any
     ) -> _Beside:
-        if architecture is None or opened.kind == "bminf":
-            return cls({}, None)
+        if architecture not in (GLM130B, GLM10B) or opened.kind == "bminf":
+            return cls({}, None)  # which reshard() refuses
         parsed = _config(architecture, opened, config)
         found = config_in(opened.path) if config is None else None
         files = {} if found is None else {CONFIG_FILES[0]: found}
-        if architecture not in (GLM130B, GLM10B):
-            return cls(files, parsed)
         try:
             made = _tokenizer(architecture, opened, tokenizer, parsed)
         except CheckpointError as error:
@@ -348,7 +346,7 @@ def _rank_tensors(
 
 
 def _write(
-    given: _Source, folder: Path, ranks: list[dict[str, Stored]], progress: Callable[[int], object]
+    given: _Source, folder: Path, ranks: list[dict[str, Stored]], progress: Progress
 ) -> None:
     beside = {"mp_world_size": len(ranks)} if given.is_own_glm10b else {}
     if given.is_own_glm10b and given.step is not None:
