@@ -64,7 +64,7 @@ class Options:
             raise ArgumentError(
                 f"length_penalty={self.length_penalty!r}; accepted: a finite number"
             )
-        if self.num_beams > 1 and (given := self._given(self._of_drawing())):
+        if self.num_beams > 1 and (given := self._given(self._of_sampling())):
             raise ArgumentError(
                 f"num_beams={self.num_beams} searches for the most probable text, and {given[0]} "
                 "is for sampling one; leave one of them out"
@@ -105,7 +105,7 @@ class Options:
             seed=self.seed,
         )
 
-    def _of_drawing(self) -> Sequence[str]:
+    def _of_sampling(self) -> Sequence[str]:
         """The options of sampling, which a beam search does not use."""
         return ("top_n", "top_k", "top_p", "seed", "frequency_penalty", "presence_penalty")
 
@@ -168,8 +168,8 @@ class GLMOptions(Options):
                 )
             check_ids("end_tokens", self.end_tokens, vocab_size)
 
-    def _of_drawing(self) -> Sequence[str]:
-        names = super()._of_drawing()
+    def _of_sampling(self) -> Sequence[str]:
+        names = super()._of_sampling()
         return names if self.deterministic else [name for name in names if name != "seed"]
 
 

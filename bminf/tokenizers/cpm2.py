@@ -121,27 +121,27 @@ class _SpacedWords:
         self._held: list[str] = []
         self._head = ""  # its first two characters: enough to tell U+2582 alone
         self._has_chinese = False
-        self._is_settled = not self._follows_other
+        self._is_decided = not self._follows_other
 
     def _extend(self, part: str) -> str:
         """Add to the word; the text that is certain now."""
         self._head = (self._head + part)[:2]
         self._has_chinese = self._has_chinese or has_chinese(part)
         self._held.append(part)
-        if self._is_settled:
+        if self._is_decided:
             return self._release()
         if self._has_chinese or not (self._may_turn or self._head in ("", SPACE)):
-            return self._settle()
+            return self._decide()
         return ""
 
     def _end_word(self) -> str:
-        text = self._release() if self._is_settled else self._settle()
+        text = self._release() if self._is_decided else self._decide()
         self._follows_other = not self._is_chinese()
         self._begin_word()
         return text
 
-    def _settle(self) -> str:
-        self._is_settled = True
+    def _decide(self) -> str:
+        self._is_decided = True
         return ("" if self._is_chinese() else " ") + self._release()
 
     def _release(self) -> str:
