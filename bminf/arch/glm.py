@@ -532,8 +532,8 @@ def _rotary_bytes(config: GLMConfig, given: Pass) -> int:
     # The layer's own input too: its caller holds it until there is an output.
     return given.held(size, size, size) + max(
         given.product(size, 2 * wide),
-        given.held(3 * size, 2 * size, 2 * size),  # queries and keys as they are turned
-        given.held(2 * wide, wide, wide),
+        # Queries and keys as they are turned; both halves of the gate's product, and what it makes.
+        given.held(max((3 + 2 + 2) * size, (2 + 1 + 1) * wide)),
         given.held(3 * wide) + given.product(wide, size),
     )
 
