@@ -353,8 +353,11 @@ class _Forward(_Override):
         if self.is_over:
             return self._forward(*args, **kwargs)
         # A compiled graph would keep the weights it was traced with, so streaming stays out of
-        # torch.compile; that is only asked where its machinery is loaded at all.
-        if not self._is_kept_from_compile and "torch._dynamo" in sys.modules:
+        # torch.compile; that is only asked where its machinery is loaded at all. Dynamo must not
+        # come to that question: tracing it, it walks through all modules while it imports more.
+        if not self._is_kept_from_compile and (
+            torch.compiler.is_compiling() or "torch._dynamo" in sys.modules
+        ):
             reason = f"bminf: torch.compile {_NO_GRAPH}"
             if torch.compiler.is_compiling():
                 torch._dynamo.graph_break(msg=reason)
