@@ -27,6 +27,12 @@ sys.path.insert(0, str(Path(__file__).parent))  # for tiny_models and smollm2
 
 
 @pytest.fixture(autouse=True)
+def _same_numbers() -> None:
+    """Whatever ran before."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
 def _quiet_transformers() -> None:
     import transformers
 
