@@ -24,9 +24,13 @@ def traced(model: torch.nn.Module) -> Any:
 
 
 def legacy_onnx(model: torch.nn.Module) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.onnx.export(model, (X,), io.BytesIO(), dynamo=False)
+    is_cached = torch.is_autocast_cache_enabled()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(model, (X,), io.BytesIO(), dynamo=False)
+    finally:  # an export that fails leaves it off
+        torch.set_autocast_cache_enabled(is_cached)
 
 
 RECORDERS: dict[str, Callable[[torch.nn.Module], Any]] = {
