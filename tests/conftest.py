@@ -16,6 +16,8 @@ hypothesis.settings.register_profile("repeat", derandomize=True, **UNTIMED)
 hypothesis.settings.register_profile("explore", **UNTIMED)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeat"))
 
+os.environ.pop("PYTEST_ADDOPTS", None)  # it is for this pytest, not for those that tests start
+
 # Workers of pytest-xdist share the cores; threads of each would wait for those of the others.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the programs that tests start
