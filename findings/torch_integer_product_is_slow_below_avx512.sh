@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# torch on x86: the product of 8-bit integers is slower than that of float32, many times, on every
-# CPU that has no AVX-512 VNNI.
+# torch on x86: the product of 8-bit integers takes many times as long as that of float32 on a CPU that
+# has AVX2 and no AVX-512.
 #
-# torch._int_mm takes oneDNN's kernel where the CPU has the instruction, and a plain loop elsewhere;
-# it warns of nothing, and its results are the same. Who packs weights to 8 bits to be faster on a CPU
+# torch._int_mm warns of nothing, and its results are right. Who packs weights to 8 bits to be faster
 # is slower with many tokens on consumer CPUs, unless the codes are turned into floats first.
+# It needs such a CPU, and says so on others.
 set -euo pipefail
 
 work=$(mktemp -d)
@@ -28,6 +28,9 @@ def least_s(work, repeats=3):
     return min(times)
 
 
+flags = Path("/proc/cpuinfo").read_text()
+if "avx2" not in flags or "avx512f" in flags:
+    raise SystemExit("this CPU is none of those that have AVX2 and no AVX-512: nothing is shown")
 torch.set_num_threads(1)
 codes = torch.randint(-127, 128, (256, 1024), dtype=torch.int8)
 weight = torch.randint(-127, 128, (1024, 1024), dtype=torch.int8)
@@ -36,10 +39,9 @@ assert torch.equal(
 )
 as_integers = least_s(lambda: torch._int_mm(codes, weight.t()))
 as_floats = least_s(lambda: codes.float() @ weight.float().t())
-has_vnni = "avx512_vnni" in Path("/proc/cpuinfo").read_text()
 ratio = as_integers / as_floats
-print("torch", torch.__version__, "AVX-512 VNNI" if has_vnni else "no AVX-512 VNNI")
+print("torch", torch.__version__, torch.backends.cpu.get_cpu_capability())
 print("guess: 8-bit integers are no slower than float32, the conversion of both sides included")
 print(f"integers {as_integers * 1e3:.1f} ms, float32 {as_floats * 1e3:.1f} ms of CPU: {ratio:.1f}x")
-assert ratio < 1 if has_vnni else ratio > 5, ratio
+assert ratio > 5, ratio
 PYTHON
