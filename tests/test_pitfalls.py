@@ -8,9 +8,11 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +22,7 @@ from tiny_models import greedy, inputs_of, make, output_of
 
 import bminf
 from bminf.errors import UnsupportedModelError
+from bminf.offload import hooks
 
 # 1. A block left by an exception
 
@@ -133,6 +136,28 @@ def test_3_a_compiled_model_gives_the_same_output() -> None:
     for _ in range(2):
         assert torch.equal(compiled(x), expected)
     assert bminf.stats_of(model).passes == 2
+
+
+def test_3_compiling_does_not_walk_through_the_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which grow while others are imported: here all the time."""
+    model, x = make_stack(), torch.randn(3, 16)
+    expected = model(x)
+    stream(model)
+    modules: dict[str, Any] = {**sys.modules, **dict.fromkeys(map(str, range(3000)))}
+    monkeypatch.setattr(hooks, "sys", SimpleNamespace(modules=modules))
+    is_over = threading.Event()
+
+    def grow() -> None:
+        while not is_over.wait(1e-4):
+            modules[f"module {len(modules)}"] = None
+
+    thread = threading.Thread(target=grow)
+    thread.start()
+    try:
+        assert torch.equal(torch.compile(model, backend="eager")(x), expected)
+    finally:
+        is_over.set()
+        thread.join()
 
 
 # 4. Modes of autograd
