@@ -27,6 +27,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parent))  # for tiny_models and smollm2
 
+import durations  # noqa: E402
+
 
 @pytest.fixture(autouse=True)
 def _same_numbers() -> None:
@@ -55,7 +57,17 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if durations.IS_REWRITTEN:
+        config.pluginmanager.register(durations.Recorder())
+    config.option.loadscopereorder = False  # of pytest-xdist: files in the order of their length
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    durations.mark_slow(items)
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        durations.longest_files_first(items)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="torch sees no CUDA device")
