@@ -28,6 +28,7 @@ from tiny_models import make
 import bminf
 from bminf.errors import OffloadError
 from bminf.offload import memory
+from bminf.offload.backends import cpu
 
 
 def test_9_unwrapping_waits_for_the_pass_of_another_thread() -> None:
@@ -251,6 +252,7 @@ def test_a_block_that_changes_its_buffers_may_follow_itself() -> None:
 def test_a_read_that_failed_is_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x, failed = make_stack(), torch.randn(3, 16), []
     expected = model.layers[5](x)
+    monkeypatch.setattr(cpu, "AT_ONCE_BYTES", 0)
     stream(model)
     number = bminf.plan_of(model).streamed.index("layers.5")
     store = model._bminf_scheduler.backend._store
@@ -323,6 +325,7 @@ def test_a_slow_read_that_is_not_wanted_any_more_spoils_nothing(
 ) -> None:
     model, x = make_stack(), torch.randn(3, 16)
     expected = model.layers[1](x)
+    monkeypatch.setattr(cpu, "AT_ONCE_BYTES", 0)
     stream(model)
     streamed = bminf.plan_of(model).streamed
     slow = {streamed.index("layers.4"), streamed.index("layers.5")}

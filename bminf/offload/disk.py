@@ -72,7 +72,11 @@ class Outcome:
             raise self.error
 
 
-_Job = tuple[Callable[[], None], Outcome]
+AT_ONCE = Outcome()
+"""Of what was done by the thread that asked for it."""
+AT_ONCE.end()
+
+_Job = tuple[Callable[[], object], Outcome]
 _File = tempfile._TemporaryFileWrapper
 
 
@@ -86,15 +90,20 @@ class Reader:
 
     def __init__(self, name: str) -> None:
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
+        self._last = AT_ONCE
         # The thread knows the queue only, so that a model that nobody holds can be collected.
         self._thread = threading.Thread(target=_work, args=(self._jobs,), name=name, daemon=True)
         self._thread.start()
 
-    def submit(self, job: Callable[[], None]) -> Outcome:
+    def submit(self, job: Callable[[], object]) -> Outcome:
         """Do `job` after all that was submitted before; the outcome holds its error."""
-        outcome = Outcome()
+        self._last = outcome = Outcome()  # first, so that an interrupt leaves no job unseen
         self._jobs.put((job, outcome))
         return outcome
+
+    def is_idle(self) -> bool:
+        """Whether all jobs have ended, where only one thread submits at a time."""
+        return self._last.done()
 
     def stop(self) -> None:
         """End the thread once all jobs are done; it is not waited for."""
@@ -151,6 +160,16 @@ class FileStore:
         """Fetch a blob. blob: (bytes of the block,) uint8, CPU; it is overwritten."""
         data = bytes_of(blob) if isinstance(blob, torch.Tensor) else blob
         self._transfer("reading", _read_at, data, self._offsets[block])
+
+    def read_cached(self, block: int, blob: memoryview) -> bool:
+        """Fetch a blob if it is in the page cache; whether it was.
+
+        Where not, bytes of `blob` may be overwritten. Errors are left to read_into(), too.
+        """
+        try:
+            return _read_cached_at(self._file, blob, self._offsets[block]) == len(blob)
+        except (OSError, ValueError, NotImplementedError):  # the last one: the C library is older
+            return False
 
     def _transfer(
         self,
@@ -269,6 +288,18 @@ else:
     def _write_at(file: _File[bytes], data: memoryview, start: int) -> int:
         file.seek(start)
         return file.write(data)
+
+
+# Linux moves what is in the page cache and stops where it would have to wait for the disk.
+if hasattr(os, "RWF_NOWAIT"):
+
+    def _read_cached_at(file: _File[bytes], data: memoryview, start: int) -> int:
+        return os.preadv(file.fileno(), [data], start, os.RWF_NOWAIT)
+
+else:
+
+    def _read_cached_at(file: _File[bytes], data: memoryview, start: int) -> int:
+        return 0
 
 
 NUM_STAGES = 2

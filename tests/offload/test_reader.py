@@ -29,6 +29,38 @@ def test_a_job_is_waited_for_by_all_who_ask() -> None:
     reader.join()
 
 
+def test_a_reader_is_idle_once_all_jobs_have_ended() -> None:
+    reader, may_end = Reader("test-reader"), threading.Event()
+    assert reader.is_idle()
+    for job in (lambda: may_end.wait(SOON_S), lambda: None):
+        outcome = reader.submit(job)
+    assert not reader.is_idle()
+    may_end.set()
+    outcome.result(SOON_S)
+    assert reader.is_idle()
+    reader.stop()
+    reader.join()
+
+
+def test_a_reader_is_not_idle_where_handing_over_was_interrupted() -> None:
+    """The job may have been put; whoever asks is not to do another one before it."""
+
+    class Interrupted:
+        def put(self, job: object) -> None:
+            raise KeyboardInterrupt
+
+    reader = Reader("test-reader")
+    jobs, reader._jobs = reader._jobs, Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        reader.submit(lambda: None)
+    assert not reader.is_idle()
+    reader._jobs = jobs
+    reader.submit(lambda: None).result(SOON_S)
+    assert reader.is_idle()
+    reader.stop()
+    reader.join()
+
+
 def test_the_error_of_a_job_is_raised_each_time_it_is_asked_for() -> None:
     def fail() -> None:
         raise OSError("the disk is gone")

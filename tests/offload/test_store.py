@@ -11,7 +11,7 @@ import torch
 
 from bminf.errors import OffloadError
 from bminf.offload import disk, memory
-from bminf.offload.disk import FileStore
+from bminf.offload.disk import FileStore, bytes_of
 
 SIZES = [5, 4096, 100_001, 64, 0]
 
@@ -46,13 +46,15 @@ def test_two_stores_share_a_folder(tmp_path: Path) -> None:
 
 def test_systems_without_preadv_use_readinto(monkeypatch: pytest.MonkeyPatch) -> None:
     """A second copy of the module, as it is where os has neither preadv nor posix_fallocate."""
-    for name in ("preadv", "pwrite", "posix_fallocate"):
-        monkeypatch.delattr(os, name)
+    for name in ("preadv", "pwrite", "posix_fallocate", "RWF_NOWAIT"):
+        monkeypatch.delattr(os, name, raising=False)  # or is missing anyway
     spec = importlib.util.spec_from_file_location("store_without_preadv", disk.__file__)
     other = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, other)  # where dataclasses look for annotations
     spec.loader.exec_module(other)
-    check_round_trip(other.FileStore(SIZES))
+    homes = other.FileStore(SIZES)
+    check_round_trip(homes)
+    assert not homes.read_cached(2, bytes_of(memory.allocate(SIZES[2])))
 
 
 def test_a_mapped_blob_is_a_private_copy_and_outlives_the_store() -> None:
@@ -106,6 +108,17 @@ def test_a_file_that_was_cut_is_an_error_not_wrong_bytes() -> None:
     os.ftruncate(homes._descriptor, 5000)
     with pytest.raises(OffloadError, match="shorter"):
         homes.read_into(2, memory.allocate(SIZES[2]))
+
+
+def test_a_closed_or_cut_file_is_not_read_as_cached() -> None:
+    """What it is called from copies ahead, where no error is to be raised."""
+    homes = FileStore(SIZES)
+    check_round_trip(homes)
+    blob_bytes = bytes_of(memory.allocate(SIZES[2]))
+    os.ftruncate(homes._descriptor, 5000)
+    assert not homes.read_cached(2, blob_bytes)
+    homes.close()
+    assert not homes.read_cached(2, blob_bytes)
 
 
 def test_folders_in_memory_are_avoided_or_named(monkeypatch: pytest.MonkeyPatch) -> None:
