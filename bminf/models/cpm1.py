@@ -45,10 +45,11 @@ class GPTDecoder:
 
 
 class CPM1(LanguageModel):
-    __doc__ = f"""CPM-1, the authors' model of 2020 (also in Hugging Face's GPT-2 form).
+    """CPM-1, the authors' model of 2020 (also in Hugging Face's GPT-2 layout).
 
-    {LanguageModel.__doc__}
+    Arguments, errors and use: see LanguageModel.
     """
+
     _architectures = (gpt.CPM1,)
     model: GPT
 

@@ -88,7 +88,7 @@ def plan_glm(
 
 
 class GLM(LanguageModel):
-    __doc__ = f"""GLM-130B and GLM-10B (2B, ...); which of them is seen from the checkpoint.
+    """GLM-130B and GLM-10B (2B, ...); which of them is seen from the checkpoint.
 
     quantization: "int4" (the library's default), "int4-row" (a scale a row, as GLM-130B's authors
         pack), "int8", a bminf.Format, or None. A checkpoint that is packed already keeps its codes,
@@ -100,8 +100,9 @@ class GLM(LanguageModel):
         or "float32", which is exact. None is what the configuration says, or "float16".
     The embedding stays on the host. A block is one matrix.
 
-    {LanguageModel.__doc__}
+    All other arguments, errors and use: see LanguageModel.
     """
+
     _architectures = (glm.GLM130B, glm.GLM10B)
     _defaults: Options = GLMOptions()
     config: GLMConfig

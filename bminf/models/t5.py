@@ -98,10 +98,11 @@ class T5Model(LanguageModel):
 
 
 class CPM2(T5Model):
-    __doc__ = f"""CPM-2 and CPM-2.1, Chinese or Chinese and English.
+    """CPM-2 and CPM-2.1, Chinese or Chinese and English.
 
-    {LanguageModel.__doc__}
+    Arguments, errors and use: see LanguageModel.
     """
+
     _architectures = (t5.CPM2,)
 
     @needs_open_model
@@ -232,14 +233,15 @@ def _positions(text: str, given: Sequence[int] | None) -> list[int]:
 
 
 class EVA(T5Model):
-    __doc__ = f"""EVA 1.0 (2.8 billion parameters) and EVA 2.0 (base, large, xLarge).
+    """EVA 1.0 (2.8 billion parameters) and EVA 2.0 (base, large, xLarge).
 
     EVA 1.0 and EVA 2.0 xLarge have the same shapes, and only the second divides its attention
     scores by the square root of the head size: the configuration has to say which one it is.
     Relative positions are distinguished up to a distance of 128, as in training (BMInf 1.x: 256).
 
-    {LanguageModel.__doc__}
+    Arguments, errors and use: see LanguageModel.
     """
+
     _architectures = (t5.EVA,)
     _defaults = Options(top_n=10, temperature=0.85)
 
