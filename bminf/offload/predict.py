@@ -27,8 +27,8 @@ class Access:
 
     block: int
     slot: int
-    began_s: float
-    ended_s: float
+    start_s: float
+    end_s: float
 
 
 class SimulatedDisk:
@@ -60,7 +60,7 @@ class SimulatedDisk:
     def use(self, fill: Access, copy: Access) -> None:
         """Copy what `fill` brought, in the time of `copy`; then read ahead."""
         self.uses.append(replace(copy, slot=fill.slot))
-        self._stage_free_s[fill.slot] = copy.ended_s
+        self._stage_free_s[fill.slot] = copy.end_s
 
     def read_ahead(self, now_s: float) -> None:
         """Begin what can be read before it is asked for."""
@@ -73,10 +73,10 @@ class SimulatedDisk:
             return False
         stage, blob = task
         block = self._blocks[blob]
-        began_s = max(now_s, self._free_s, self._stage_free_s[stage])
-        fill = Access(block, stage, began_s, began_s + self._reads_s[block])
+        start_s = max(now_s, self._free_s, self._stage_free_s[stage])
+        fill = Access(block, stage, start_s, start_s + self._reads_s[block])
         self._in_stage[stage] = fill
-        self._free_s = fill.ended_s
+        self._free_s = fill.end_s
         self.fills.append(fill)
         return True
 
@@ -108,9 +108,9 @@ class SimulatedBackend:
     def copy(self, block: int, slot: int, after: float | None) -> Access:
         fill = self.disk.fetch(block, self.now_s) if block in self._on_disk else None
         # In the order asked for, also behind a copy that has to wait for the disk.
-        began_s = max(self._link_free_s, after or 0.0, fill.ended_s if fill else 0.0)
-        access = Access(block, slot, began_s, began_s + self._copy_s[block])
-        self._link_free_s = access.ended_s
+        start_s = max(self._link_free_s, after or 0.0, fill.end_s if fill else 0.0)
+        access = Access(block, slot, start_s, start_s + self._copy_s[block])
+        self._link_free_s = access.end_s
         self.copies.append(access)
         if fill is not None:
             self.disk.use(fill, access)
@@ -118,7 +118,7 @@ class SimulatedBackend:
         return access
 
     def wait(self, copied: Access) -> None:
-        self.now_s = max(self.now_s, copied.ended_s)
+        self.now_s = max(self.now_s, copied.end_s)
 
     def mark(self) -> float:
         return self.now_s
@@ -136,7 +136,7 @@ class SimulatedBackend:
         """Fraction of the time from `since_s` to now that `accesses` took: `copies`, the link's, or
         `disk.fills`."""
         busy = sum(
-            max(0.0, min(access.ended_s, self.now_s) - max(access.began_s, since_s))
+            max(0.0, min(access.end_s, self.now_s) - max(access.start_s, since_s))
             for access in accesses
         )
         return busy / (self.now_s - since_s)

@@ -41,25 +41,25 @@ def check(backend: SimulatedBackend) -> None:
 def _check_read(read: Access, copies: Sequence[Access], what: str) -> None:
     """what: `copies` fill, a slot or a staging buffer."""
     # Copies into one slot follow one another, so the last one that began counts.
-    begun = [c for c in copies if c.slot == read.slot and c.began_s < read.ended_s]
+    begun = [c for c in copies if c.slot == read.slot and c.start_s < read.end_s]
     if not begun:
         raise SimulationError(
             f"block {read.block} is read from {what} {read.slot}: nothing is there"
         )
     last = begun[-1]
-    if last.began_s > read.began_s and any(c.block == read.block for c in begun):
+    if last.start_s > read.start_s and any(c.block == read.block for c in begun):
         raise SimulationError(
-            f"{what} {read.slot} is overwritten by block {last.block} from {last.began_s:.6f} s, "
-            f"while block {read.block} is read until {read.ended_s:.6f} s"
+            f"{what} {read.slot} is overwritten by block {last.block} from {last.start_s:.6f} s, "
+            f"while block {read.block} is read until {read.end_s:.6f} s"
         )
     if last.block != read.block:
         raise SimulationError(
             f"block {read.block} is read from {what} {read.slot}, which holds block {last.block}"
         )
-    if last.ended_s > read.began_s:
+    if last.end_s > read.start_s:
         raise SimulationError(
-            f"block {read.block} is read at {read.began_s:.6f} s, "
-            f"but its copy ends at {last.ended_s:.6f} s"
+            f"block {read.block} is read at {read.start_s:.6f} s, "
+            f"but its copy ends at {last.end_s:.6f} s"
         )
 
 
@@ -150,7 +150,7 @@ def test_any_order_of_blocks_reads_the_right_bytes(data: st.DataObject) -> None:
             ring.leave(block)
     check(backend)
     for before, after in itertools.pairwise(backend.disk.fills):
-        assert before.ended_s <= after.began_s  # one read at a time
+        assert before.end_s <= after.start_s  # one read at a time
     assert {fill.block for fill in backend.disk.fills} <= set(on_disk)
     assert len(backend.disk.uses) == sum(copy.block in on_disk for copy in backend.copies)
 
@@ -260,7 +260,7 @@ class NotYetRead(SimulatedDisk):
 
     def fetch(self, block: int, now_s: float) -> Access:
         fill = super().fetch(block, now_s)
-        return replace(fill, ended_s=fill.began_s)
+        return replace(fill, end_s=fill.start_s)
 
 
 class OneStage(SimulatedDisk):

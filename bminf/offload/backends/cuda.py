@@ -39,10 +39,10 @@ _Interval = tuple[torch.cuda.Event, torch.cuda.Event]
 
 class _Copy(NamedTuple):
     """A copy that was asked for. is_queued: done when it stands in the copy stream, where that is
-    not at once; only then `ended` is recorded, and waiting for it means anything."""
+    not at once; only then `end` is recorded, and waiting for it means anything."""
 
-    began: torch.cuda.Event
-    ended: torch.cuda.Event
+    start: torch.cuda.Event
+    end: torch.cuda.Event
     is_queued: Outcome | None = None
 
 
@@ -69,8 +69,8 @@ class CudaBackend:
         self._files: _Files | None = None
         self._computing: set[torch.cuda.Stream] = set()  # that have used a slot
         self._counters = Counters()
-        self._copying: deque[_Interval] = deque()  # begin and end of copies not yet counted
-        self._waiting: deque[_Interval] = deque()  # asked for, and there
+        self._copying: deque[_Interval] = deque()  # start and end of copies not yet counted
+        self._waiting: deque[_Interval] = deque()  # the same of waits
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         try:
@@ -187,21 +187,21 @@ class CudaBackend:
         if after is not None:
             self._stream.wait_event(after)
         with torch.cuda.stream(self._stream), torch.inference_mode(False):
-            copy.began.record(self._stream)
+            copy.start.record(self._stream)
             self._slot(block, slot).copy_(source, non_blocking=True)
-            copy.ended.record(self._stream)
+            copy.end.record(self._stream)
         self._counters.copies += 1
         self._counters.bytes_copied += self._layouts[block].nbytes
-        self._copying.append((copy.began, copy.ended))
-        return copy.ended.synchronize
+        self._copying.append((copy.start, copy.end))
+        return copy.end.synchronize
 
     def wait(self, copied: _Copy) -> None:
-        asked = self._event()
-        asked.record(self._compute_stream())
+        start = self._event()
+        start.record(self._compute_stream())
         if copied.is_queued is not None:
             copied.is_queued.result()
-        self._compute_stream().wait_event(copied.ended)
-        self._waiting.append((asked, copied.ended))
+        self._compute_stream().wait_event(copied.end)
+        self._waiting.append((start, copied.end))
 
     def mark(self) -> torch.cuda.Event:
         stream, event = self._compute_stream(), torch.cuda.Event()
@@ -239,11 +239,11 @@ class CudaBackend:
     def _count(self) -> None:
         """Add the times of what has ended; what is still in progress is counted later."""
         while self._copying and _ended(self._copying[0]):
-            began, ended = self._copying.popleft()
-            self._counters.copied_s += began.elapsed_time(ended) / 1e3
+            start, end = self._copying.popleft()
+            self._counters.copied_s += start.elapsed_time(end) / 1e3
         while self._waiting and _ended(self._waiting[0]):
-            asked, there = self._waiting.popleft()
-            waited_s = asked.elapsed_time(there) / 1e3
+            start, end = self._waiting.popleft()
+            waited_s = start.elapsed_time(end) / 1e3
             if waited_s > 0:
                 self._counters.waits += 1
                 self._counters.waited_s += waited_s
