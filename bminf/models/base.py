@@ -121,9 +121,9 @@ class LanguageModel:
         self.model = assembly.network
         self._scheduler: Scheduler | None = None
         self._lock = threading.RLock()
-        self._turn = 0  # which generation the cache belongs to
+        self._generation = 0  # counts them: which one the cache belongs to
         self._num_tokens, self._generated_s = 0, 0.0
-        self._begin_with(fill(assembly, the_plan, backend, offload_dir))
+        self._attach(fill(assembly, the_plan, backend, offload_dir))
 
     # ---- what users call ------------------------------------------------------------------------
 
@@ -174,7 +174,7 @@ class LanguageModel:
     def close(self) -> None:
         """Give back all memory. The model cannot be used afterwards; closing twice is no error."""
         with self._lock:
-            self._turn += 1
+            self._generation += 1
             if self._scheduler is not None:  # until all is done: an interrupted run is repeated
                 self._scheduler.uninstall()
                 self._scheduler.backend.close()
@@ -276,7 +276,7 @@ class LanguageModel:
         self._check_rows(len(prompts) * settings.num_beams)
         search = self._beam_search(prompts, settings)
         with self._lock, torch.inference_mode():
-            self._begin()
+            self._start_generation()
             start_s = time.perf_counter()
             decoder, start = self._decoder(prompts)
             found = search(
@@ -297,17 +297,22 @@ class LanguageModel:
             yield piece
 
     def _steps(
-        self, prompts: Sequence[Any], sampler: Sampler, stop_ids: frozenset[int], max_tokens: int
+        self,
+        prompts: Sequence[Any],
+        sampler: Sampler,
+        stop_ids: frozenset[int],
+        max_new_tokens: int,
     ) -> Iterator[list[int | None]]:
         """The tokens of all rows, step by step; the lock is held within a step only."""
         with self._lock, torch.inference_mode():
-            turn = self._begin()
+            generation = self._start_generation()
             start_s = time.perf_counter()
             decoder, start = self._decoder(prompts)
-            steps = decode(decoder, start, sampler, stop_ids, max_tokens)
-        for _ in range(max_tokens):  # and not once more: the last token may come late in a turn
+            steps = decode(decoder, start, sampler, stop_ids, max_new_tokens)
+        # Not once more: after the last token another generation may have started.
+        for _ in range(max_new_tokens):
             with self._lock, torch.inference_mode():
-                self._check_turn(turn)
+                self._check_is_current(generation)
                 step = next(steps, None)
                 if step is None:
                     return
@@ -315,15 +320,15 @@ class LanguageModel:
             yield step
             start_s = time.perf_counter()
 
-    def _begin(self) -> int:
+    def _start_generation(self) -> int:
         self._open()
-        self._turn += 1
+        self._generation += 1
         if self.device.type == "cpu":
             memory.trim()  # the holes that the last text left in malloc's heap
-        return self._turn
+        return self._generation
 
-    def _check_turn(self, turn: int) -> None:
-        if turn != self._turn:
+    def _check_is_current(self, generation: int) -> None:
+        if generation != self._generation:
             raise UnsupportedModelError(
                 "another text was begun on this model, or it was closed, before this iterator was "
                 "at its end; finish one text before the next, or load a second model"
@@ -424,7 +429,7 @@ class LanguageModel:
             )
         return self._scheduler
 
-    def _begin_with(self, scheduler: Scheduler) -> None:
+    def _attach(self, scheduler: Scheduler) -> None:
         """Take over what is loaded; if there is no room for the cache, nothing stays loaded."""
         self._scheduler = scheduler
         try:

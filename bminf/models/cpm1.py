@@ -87,7 +87,7 @@ class CPM1(LanguageModel):
         ids = self._ids(text, "text")
         self._check_length(ids, "text")
         with self._lock, torch.inference_mode():
-            self._begin()
+            self._start_generation()
             self._cache.reset()
             return self._logits(self.model(self._tensor([ids]), self._cache)[0])
 

@@ -208,7 +208,7 @@ class GLM(LanguageModel):
         tokens, positions, attention_mask, rows = pack_choices(one, ids)
         self._check_length(tokens, "text with all choices")
         with self._lock, torch.inference_mode():
-            self._begin()
+            self._start_generation()
             x = self._hidden_states(tokens, positions, attention_mask)
             flat_rows = [row for own in rows for row in own]
             flat_ids = [token for choice in ids for token in choice]
@@ -243,7 +243,7 @@ class GLM(LanguageModel):
         self._check_length(one.start_ids, "text")
         attention_mask = prefix_lm_mask(len(one.start_ids), len(one.input_ids))
         with self._lock, torch.inference_mode():
-            self._begin()
+            self._start_generation()
             return self._logits(self._hidden_states(one.start_ids, one.positions, attention_mask))
 
     # ---- differences from other models ----------------------------------------------------------
@@ -447,7 +447,7 @@ class GLM(LanguageModel):
         positions = [*one.positions, *(one.position(n) for n in range(1, len(targets)))]
         attention_mask = prefix_lm_mask(len(tokens), len(context))
         with self._lock, torch.inference_mode():
-            self._begin()
+            self._start_generation()
             x = self._hidden_states(tokens, positions, attention_mask)[len(context) :]
             return -float(self._log_probabilities(x, targets).sum())
 

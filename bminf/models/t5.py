@@ -75,7 +75,7 @@ class T5Model(LanguageModel):
         self._check_length(input_ids, "text")
         self._check_length(target_ids, "target")
         with self._lock, torch.inference_mode():
-            self._begin()
+            self._start_generation()
             self._cache.reset()
             self.model.encode(self._tensor([input_ids]), self._cache)
             return self._logits(self.model(self._tensor([target_ids]), self._cache)[0])

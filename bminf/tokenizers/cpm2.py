@@ -102,7 +102,7 @@ class _SpacedWords:
         self._tokens = tokens
         self._may_turn = may_turn
         self._follows_other = False  # the word before is there, and not Chinese
-        self._begin_word()
+        self._start_word()
         self._has_word = False
 
     def add(self, token_id: int) -> str:
@@ -117,7 +117,7 @@ class _SpacedWords:
     def end(self) -> str:
         return self._end_word() if self._has_word else ""
 
-    def _begin_word(self) -> None:
+    def _start_word(self) -> None:
         self._held: list[str] = []
         self._head = ""  # its first two characters: enough to tell U+2582 alone
         self._has_chinese = False
@@ -137,7 +137,7 @@ class _SpacedWords:
     def _end_word(self) -> str:
         text = self._release() if self._is_decided else self._decide()
         self._follows_other = not self._is_chinese()
-        self._begin_word()
+        self._start_word()
         return text
 
     def _decide(self) -> str:
