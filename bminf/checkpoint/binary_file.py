@@ -31,10 +31,10 @@ class BinaryFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._descriptor: _Descriptor | None = None
-        self.nbytes = os.fstat(self._opened().number).st_size
+        self.nbytes = os.fstat(self._opened().fd).st_size
 
     def __reduce__(self) -> tuple[type[BinaryFile], tuple[Path]]:
-        return BinaryFile, (self.path,)  # another process has no descriptor of this number
+        return BinaryFile, (self.path,)  # another process does not have this descriptor
 
     def at(self, offset: int, count: int, what: str) -> bytes:
         """`count` bytes from `offset` on.
@@ -75,12 +75,10 @@ class BinaryFile:
     def _map(self, offset: int, count: int, what: str, access: int) -> tuple[mmap.mmap, int]:
         """A map that begins with a whole page, and where `offset` is in it."""
         descriptor = self._opened()
-        self.check(offset, count, what, os.fstat(descriptor.number).st_size)
+        self.check(offset, count, what, os.fstat(descriptor.fd).st_size)
         start = offset % mmap.ALLOCATIONGRANULARITY
         try:
-            region = mmap.mmap(
-                descriptor.number, start + count, access=access, offset=offset - start
-            )
+            region = mmap.mmap(descriptor.fd, start + count, access=access, offset=offset - start)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{self.path}: {what} cannot be mapped: {error}") from error
         return region, start
@@ -99,9 +97,9 @@ class BinaryFile:
 class _Descriptor:
     """An open file. It is closed with the last reference, so never while somebody reads from it."""
 
-    def __init__(self, number: int) -> None:
-        self.number = number
-        weakref.finalize(self, os.close, number)
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        weakref.finalize(self, os.close, fd)
 
 
 _OPEN: deque[weakref.ref[BinaryFile]] = deque()  # in the order of opening

@@ -22,11 +22,11 @@ def ids_of(text: Text, name: str, tokenizer: Tokenizer) -> list[int]:
     elif isinstance(text, torch.Tensor):
         ids = _ids_of_tensor(text, name)
     elif isinstance(text, Iterable):
-        ids = [_as_int(number, name) for number in text]
+        ids = [_as_int(token_id, name) for token_id in text]
     else:
         raise ArgumentError(f"{name} is a {type(text).__name__}; give a str, or token ids")
     size = tokenizer.vocab_size
-    if not ids or not all(0 <= number < size for number in ids):
+    if not ids or not all(0 <= token_id < size for token_id in ids):
         raise ArgumentError(
             f"{name} has {'no tokens' if not ids else 'ids outside the vocabulary'}; give a "
             f"text that is not empty, or ids from 0 to {size - 1}"
@@ -57,12 +57,12 @@ def _ids_of_tensor(ids: torch.Tensor, name: str) -> list[int]:
         raise ArgumentError(
             f"{name} is {ids.dtype} of shape {tuple(ids.shape)}; token ids are whole numbers (T,)"
         )
-    return [int(number) for number in ids.tolist()]
+    return [int(token_id) for token_id in ids.tolist()]
 
 
-def _as_int(number: Any, name: str) -> int:
-    if isinstance(number, bool) or not hasattr(number, "__index__"):  # numpy's integers have it
+def _as_int(token_id: Any, name: str) -> int:
+    if isinstance(token_id, bool) or not hasattr(token_id, "__index__"):  # numpy's integers have it
         raise ArgumentError(
-            f"{name} holds a {type(number).__name__}; give a str, or token ids as ints"
+            f"{name} holds a {type(token_id).__name__}; give a str, or token ids as ints"
         )
-    return operator.index(number)
+    return operator.index(token_id)

@@ -78,11 +78,12 @@ def _folders(version: _Version, root: Path, process: Path) -> Iterator[Path]:
 
 
 def _group(version: _Version, process: Path) -> PurePosixPath | None:
-    """The group of the process, as its hierarchy names it: lines "number:controllers:path"."""
+    """The group of the process in its hierarchy: lines "hierarchy-ID:controllers:path"."""
     for line in _lines(process / "cgroup"):
-        number, _, rest = line.partition(":")
+        hierarchy_id, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
-        is_own = number == "0" if version.file_system == "cgroup2" else _has_memory(controllers)
+        is_v2 = version.file_system == "cgroup2"
+        is_own = hierarchy_id == "0" if is_v2 else _has_memory(controllers)
         if is_own and path.startswith("/"):
             return PurePosixPath(path)
     return None

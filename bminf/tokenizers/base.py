@@ -222,15 +222,15 @@ class TextStream:
             stacklevel=2,
         )
 
-    def feed(self, number: int) -> str:
+    def feed(self, token_id: int) -> str:
         """The text that is final now and was not before; it may be empty.
 
         Raises ArgumentError for an id out of range, and after `finish`.
         """
         if self._is_finished:
             raise ArgumentError("the stream is finished; make a new TextStream for other ids")
-        self._tokenizer.tokens([number])  # raises for an id out of range
-        return self._joiner.add(number)
+        self._tokenizer.tokens([token_id])  # raises for an id out of range
+        return self._joiner.add(token_id)
 
     def finish(self) -> str:
         """The rest of the text; nothing when asked again."""

@@ -108,9 +108,9 @@ def _read_entries(path: Path) -> list[str]:
         ids = json.loads(read_bytes(path))
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON, or damaged: {error}") from error
-    numbers = [*ids.values()] if isinstance(ids, dict) else []
-    are_ints = all([type(number) is int for number in numbers])
-    if not numbers or not are_ints or sorted(numbers) != [*range(len(numbers))]:
+    values = [*ids.values()] if isinstance(ids, dict) else []
+    are_ints = all([type(value) is int for value in values])
+    if not values or not are_ints or sorted(values) != [*range(len(values))]:
         raise CheckpointError(
             f"{path} is no vocabulary: an object is expected that gives each entry one of the ids "
             "from 0 on, without gaps"

@@ -41,18 +41,18 @@ def sentinel_ids(vocabulary: Vocabulary) -> tuple[int, ...]:
 
     Raises CheckpointError where there is none, or where one between others is missing.
     """
-    numbers = sorted(
+    indices = sorted(
         int(match[1]) for token in vocabulary.tokens if (match := _SENTINEL.fullmatch(token))
     )
-    for k, number in enumerate(numbers or [-1]):
-        if k != number:
+    for k, index in enumerate(indices or [-1]):
+        if k != index:
             where = "; it has no sentinel at all"
-            if number > 0:
-                where = f", but <s_{number}> in line {vocabulary.ids[f'<s_{number}>'] + 1}"
+            if index > 0:
+                where = f", but <s_{index}> in line {vocabulary.ids[f'<s_{index}>'] + 1}"
             raise CheckpointError(
                 f"{vocabulary.path} has no line '<s_{k}>'{where}; is this the right file?"
             )
-    return tuple(vocabulary.ids[f"<s_{k}>"] for k in numbers)
+    return tuple(vocabulary.ids[f"<s_{k}>"] for k in indices)
 
 
 class LineTokenizer(VocabularyTokenizer):

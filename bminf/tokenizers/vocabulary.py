@@ -38,12 +38,12 @@ class Vocabulary:
         """
         lines = read_bytes(path).removeprefix(codecs.BOM_UTF8).splitlines()
         tokens: list[str] = []
-        for number, line in enumerate(lines, 1):
+        for i, line in enumerate(lines, 1):
             try:
                 tokens.append(line.decode().strip())
             except UnicodeDecodeError as error:
                 raise CheckpointError(
-                    f"{path}, line {number}: not UTF-8 ({error.reason} at byte {error.start}); "
+                    f"{path}, line {i}: not UTF-8 ({error.reason} at byte {error.start}); "
                     "save the file as UTF-8"
                 ) from error
         vocabulary = cls(tokens, path)
