@@ -77,8 +77,8 @@ class LazyTensor(torch.Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         given = {
-            argument: args[place] if place < len(args) else kwargs.get(argument.name)
-            for place, argument in enumerate(func._schema.arguments)
+            argument: args[index] if index < len(args) else kwargs.get(argument.name)
+            for index, argument in enumerate(func._schema.arguments)
         }
         written = [v for a, v in given.items() if a.alias_info and a.alias_info.is_write]
         if any(_holds_lazy(value) for value in written):

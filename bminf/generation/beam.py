@@ -139,11 +139,11 @@ class Search:
     def advance(self, candidates: list[Candidate]) -> None:
         """Take a step: set `beams` and `is_done`. candidates: best first, of all beams."""
         rules, running, ended = self._rules, [], []
-        for place, (score, beam, token) in enumerate(candidates):
+        for rank, (score, beam, token) in enumerate(candidates):
             ids, stopped = (*self.beams[beam].ids, token), token in rules.stop_ids
             if not stopped and len(ids) < rules.max_new_tokens:
                 running.append(Beam(score, beam, ids))
-            elif place < rules.num_beams:  # the other candidates only fill the beams
+            elif rank < rules.num_beams:  # the other candidates only fill the beams
                 ended.append(self._hypothesis(score, ids, stopped))
         self.beams = running[: rules.num_beams]
         self._finish(ended)
@@ -208,14 +208,14 @@ def best_candidates(
     vocab_size = steps.shape[1]
     sums = (steps.view(*scores.shape, vocab_size) + scores.unsqueeze(-1)).flatten(1)
     keys = sums if noise is None else sums + noise
-    places = keys.argsort(dim=-1, descending=True, stable=True)[:, :limit]
+    indices = keys.argsort(dim=-1, descending=True, stable=True)[:, :limit]
     # float64 holds both exactly, and one transfer is one wait.
-    both = torch.stack([sums.gather(1, places).double(), places.double()], -1).tolist()
+    both = torch.stack([sums.gather(1, indices).double(), indices.double()], -1).tolist()
     wrong = [prompt for prompt, own in enumerate(both) if math.isnan(own[0][0])]
     if wrong:
         raise not_numbers(wrong)
     return [
-        [Candidate(value, *divmod(int(place), vocab_size)) for value, place in own if value > LOST]
+        [Candidate(value, *divmod(int(index), vocab_size)) for value, index in own if value > LOST]
         for own in both
     ]
 

@@ -174,9 +174,9 @@ def _ruled_out(
     """(B * beams, V) bool."""
     rows_each = len(logits) // len(searches)
     repeated = [
-        (i * rows_each + place, token)
+        (i * rows_each + row, token)
         for i, search in enumerate(searches)
-        for place, beam in enumerate(search.beams)
+        for row, beam in enumerate(search.beams)
         for token in search.repeats(beam)
     ]
     is_out = torch.zeros_like(logits, dtype=torch.bool)

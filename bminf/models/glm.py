@@ -330,22 +330,22 @@ class GLM(LanguageModel):
 
     def _prompt(self, text: Any) -> Blank:
         masked = self._masked(text)
-        if len(masked.places) > 1:
+        if len(masked.positions) > 1:
             raise ArgumentError(
-                f"the text has {len(masked.places)} blanks; generate() takes one, fill_blank() any "
-                "number"
+                f"the text has {len(masked.positions)} blanks; generate() takes one, fill_blank() "
+                "any number"
             )
-        return self._blank(masked.ids, masked.places[0], masked.mask)
+        return self._blank(masked.ids, masked.mask_indices[0], masked.mask)
 
     def _blank(
         self,
         ids: Sequence[int],
-        place: int,
+        mask_index: int,
         mask: str,
         earlier: Sequence[tuple[int, Sequence[int]]] = (),
     ) -> Blank:
         is_continued = self.config.is_rotary and mask == OPEN_MASK
-        return blank(ids, place, self.tokenizer.sop_id, is_continued, earlier)
+        return blank(ids, mask_index, self.tokenizer.sop_id, is_continued, earlier)
 
     def _masked(self, text: Any) -> Masked:
         return masked_text(text, self.tokenizer, self.config.is_rotary)
@@ -356,7 +356,7 @@ class GLM(LanguageModel):
         """The answer for each blank, with its end token."""
         self._check_all_room(masked, settings)
         answers: list[list[int]] = []
-        for i in range(len(masked.places)):
+        for i in range(len(masked.positions)):
             one = self._next_blank(masked, answers, stop_ids)
             if i > 0 and (settings.out_seq_length or math.inf) <= len(one.start_ids):
                 answers.append([])  # earlier answers have used up out_seq_length
@@ -371,27 +371,27 @@ class GLM(LanguageModel):
     ) -> Blank:
         """The first blank without an answer. GLM-130B reads earlier answers in the places of their
         masks; GLM-10B behind the text."""
-        earlier, index = list(zip(masked.places, answers, strict=False)), len(answers)
+        earlier, index = list(zip(masked.mask_indices, answers, strict=False)), len(answers)
         if not self.config.is_rotary:
-            return self._blank(masked.ids, masked.places[index], masked.mask, earlier)
+            return self._blank(masked.ids, masked.mask_indices[index], masked.mask, earlier)
         ids, shift = list(masked.ids), 0
-        for place, answer in earlier:
+        for mask_index, answer in earlier:
             kept = answer[:-1] if answer and answer[-1] in stop_ids else answer
-            ids[place + shift : place + shift + 1] = kept
+            ids[mask_index + shift : mask_index + shift + 1] = kept
             shift += len(kept) - 1
-        return self._blank(ids, masked.places[index] + shift, masked.mask)
+        return self._blank(ids, masked.mask_indices[index] + shift, masked.mask)
 
     def _check_all_room(self, masked: Masked, settings: Any) -> None:
-        one = self._blank(masked.ids, masked.places[0], masked.mask)
+        one = self._blank(masked.ids, masked.mask_indices[0], masked.mask)
         within = self._within(settings, [one])
         self._check_room(one, within)
         # Of each answer but the last, GLM-130B reads all tokens in place of the mask; GLM-10B reads
         # all but one, behind a sop, and keeps the mask.
         each = within.max_tokens - (1 if self.config.is_rotary else 0)
-        most = len(one.start_ids) + within.max_tokens - 1 + (len(masked.places) - 1) * each
+        most = len(one.start_ids) + within.max_tokens - 1 + (len(masked.positions) - 1) * each
         if settings.out_seq_length is None and most > self.max_length:
             raise ArgumentError(
-                f"{len(one.start_ids)} tokens to start with and {len(masked.places)} blanks of "
+                f"{len(one.start_ids)} tokens to start with and {len(masked.positions)} blanks of "
                 f"max_tokens={within.max_tokens} are more than max_length={self.max_length}; lower "
                 f"max_tokens, shorten the text, or {self._remedy()}"
             )
@@ -404,18 +404,18 @@ class GLM(LanguageModel):
             raise ArgumentError(f"mask={mask!r}; this model has {', '.join(known)}")
         if isinstance(text, str):
             masked = self._masked(text if has_mask(text) else text + mask)
-            ids, places, mask = masked.ids, masked.places, masked.mask
+            ids, mask_indices, mask = masked.ids, masked.mask_indices, masked.mask
             if self.config.is_rotary and ids[-1] == self.tokenizer.eos_id:
                 ids = ids[:-1]  # the authors' evaluation adds no end
         else:
             ids, kinds = self._ids(text, "text"), {own: name for name, own in known.items()}
-            places = [place for place, own in enumerate(ids) if own in kinds]
-            if not places:
-                places, ids = [len(ids)], [*ids, known[mask]]
-            mask = kinds[ids[places[0]]]
-        if len(places) > 1:
-            raise ArgumentError(f"the text has {len(places)} blanks; a choice is for one")
-        return self._blank(ids, places[0], mask)
+            mask_indices = [index for index, own in enumerate(ids) if own in kinds]
+            if not mask_indices:
+                mask_indices, ids = [len(ids)], [*ids, known[mask]]
+            mask = kinds[ids[mask_indices[0]]]
+        if len(mask_indices) > 1:
+            raise ArgumentError(f"the text has {len(mask_indices)} blanks; a choice is for one")
+        return self._blank(ids, mask_indices[0], mask)
 
     def _window_losses(
         self, ids: list[int], generation_length: int, unidirectional: bool

@@ -33,11 +33,11 @@ _MASK = re.compile(r"\[s?MASK\]|\[gMASK\]")
 
 @dataclass(frozen=True)
 class Masked:
-    """A text with blanks.   ids: of the whole text.   places: indices of the masks in `ids`.
-    positions: indices of the masks in the text, in characters.   mask: their kind."""
+    """A text with blanks.   ids: of the whole text.   mask_indices: where the masks are in `ids`.
+    positions: where they are in the text, in characters.   mask: their kind."""
 
     ids: list[int]
-    places: list[int]
+    mask_indices: list[int]
     positions: list[int]
     mask: str
 
@@ -65,13 +65,14 @@ def masked_text(text: Any, tokenizer: GLMTokenizer, masks_end_texts: bool) -> Ma
     positions = [match.start() for match in found] or [len(text)]
     is_open = not found or found[-1].end() == len(text)  # by the text: a blank may have no ids
     is_open = is_open and (masks_end_texts or mask == OPEN_MASK)
-    ids, places = list(tokenizer.prefix_ids), []
+    ids, mask_indices = list(tokenizer.prefix_ids), []
     for piece in pieces[: len(positions)]:
         ids += piece
-        places.append(len(ids))
+        mask_indices.append(len(ids))
         ids.append(tokenizer.masks[mask])
     rest = [token for piece in pieces[len(positions) :] for token in piece]
-    return Masked([*ids, *rest, *([] if is_open else [tokenizer.eos_id])], places, positions, mask)
+    end = [] if is_open else [tokenizer.eos_id]
+    return Masked([*ids, *rest, *end], mask_indices, positions, mask)
 
 
 def _kind(masks: list[str], tokenizer: GLMTokenizer) -> str:
@@ -111,42 +112,42 @@ class Blank(Prompt):
 
     input_ids: the text with its masks.   start_ids: input_ids, the answers to earlier blanks that
     stand behind the text, each with its sop, and a last sop.
-    positions: of start_ids.   place: the index of the mask in input_ids.   is_continued: whether
-    the answer has the positions behind the text, as for [gMASK] in GLM-130B.
+    positions: of start_ids.   mask_index: where the mask is in input_ids.
+    is_continued: whether the answer has the positions behind the text, as [gMASK] in GLM-130B.
     """
 
     positions: tuple[Position, ...]
-    place: int
+    mask_index: int
     is_continued: bool
 
     def position(self, index: int) -> Position:
         """That of a token of the answer; its sop has the index 0."""
         if self.is_continued:
             return len(self.input_ids) + index, 0
-        return self.place, index + 1
+        return self.mask_index, index + 1
 
 
 def blank(
     context: Sequence[int],
-    place: int,
+    mask_index: int,
     sop_id: int,
     is_continued: bool,
     earlier: Sequence[tuple[int, Sequence[int]]] = (),
 ) -> Blank:
-    """The blank at `place` in `context`.
+    """The blank at `mask_index` in `context`.
 
-    earlier: (place, answer) of the blanks before it whose answers stand behind the text, as in
+    earlier: (mask_index, answer) of the blanks before it whose answers follow the text, as in
     GLM-10B. The model never reads the last token of an answer before the next blank, so that token
     is left out.
     """
     ids = list(context)
     positions: list[Position] = [(index, 0) for index in range(len(ids))]
-    for other, answer in [*earlier, (place, [sop_id])]:
+    for other, answer in [*earlier, (mask_index, [sop_id])]:
         tokens = [sop_id, *answer[:-1]]
         ids += tokens
         answered = Blank([*context], [], (), other, is_continued)
         positions += [answered.position(index) for index in range(len(tokens))]
-    return Blank([*context], ids, tuple(positions), place, is_continued)
+    return Blank([*context], ids, tuple(positions), mask_index, is_continued)
 
 
 def pack_choices(

@@ -125,7 +125,7 @@ class Plan:
 
     @property
     def disk_places(self) -> tuple[int, ...]:
-        """Which of `streamed` are `on_disk`, as places in it: what Backend.open takes."""
+        """Which of `streamed` are `on_disk`, as indices into it: what Backend.open takes."""
         on_disk = set(self.on_disk)
         return tuple(index for index, name in enumerate(self.streamed) if name in on_disk)
 
@@ -302,8 +302,8 @@ def _on_disk(
             f"that would do for streaming, {format_bytes(least)} ({least} bytes: two staging "
             f"buffers of {format_bytes(stage)}, for blocks that wait on disk); {advice}"
         )
-    places = _choose(streamed, uses, host_bytes)
-    return tuple(block.name for index, block in enumerate(streamed) if index in places)
+    indices = _choose(streamed, uses, host_bytes)
+    return tuple(block.name for index, block in enumerate(streamed) if index in indices)
 
 
 def _check_blocks(blocks: tuple[Block, ...]) -> None:
@@ -402,13 +402,13 @@ def _needs(blocks: Sequence[Block]) -> Iterator[tuple[int, int]]:
 
 
 def _choose(blocks: tuple[Block, ...], taken: Mapping[str, int | float], room: int) -> set[int]:
-    """Places, in the order given, of the blocks that stream when `room` cannot hold all."""
+    """Indices, in the order given, of the blocks that stream when `room` cannot hold all."""
     sizes, uses = [block.nbytes for block in blocks], [taken[block.name] for block in blocks]
     return choose(sizes, uses, list(_by_list(blocks).values()), room)
 
 
 def _by_list(blocks: tuple[Block, ...]) -> dict[str, list[int]]:
-    """Name of a list -> the places of its blocks, in the order given."""
+    """Name of a list -> the indices of its blocks, in the order given."""
     lists: dict[str, list[int]] = {}
     for index, block in enumerate(blocks):
         lists.setdefault(block.list_name, []).append(index)

@@ -84,8 +84,8 @@ class SimulatedDisk:
 class SimulatedBackend:
     """Transfers over a link of `link_bytes_per_s`; marks are points on the computation's clock.
 
-    on_disk: the blobs, as places in `blob_bytes`, that are read from a disk of `disk_bytes_per_s`
-    before they are transferred.
+    on_disk: the blobs, as indices into `blob_bytes`, that are read from a disk of
+    `disk_bytes_per_s` before they are transferred.
     """
 
     def __init__(

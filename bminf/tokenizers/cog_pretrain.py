@@ -43,8 +43,8 @@ class CogPretrainTokenizer(CommandTokenizer):
         self._pieces = PieceModel(path)
         pieces = self._pieces.tokens
         Vocabulary(pieces, path, entry="piece").require({"<unk>": 0})
-        first, places = len(pieces), _FIXED_COMMANDS if fixed_commands else _COMMANDS
-        commands = {name: first + place for name, place in places.items()}
+        first, offsets = len(pieces), _FIXED_COMMANDS if fixed_commands else _COMMANDS
+        commands = {name: first + offset for name, offset in offsets.items()}
         self._texts = {token_id: name for name, token_id in commands.items()}
         behind = [self._texts.get(token_id, "") for token_id in range(first, max(self._texts) + 1)]
         gap = range(first + _UNUSED, first + _UNUSED + 1)

@@ -41,7 +41,7 @@ class GPT2Tokenizer(CommandTokenizer):
     def __init__(self, path: str | Path) -> None:
         vocab_file, merges_file = _files(Path(path).absolute())
         entries = _read_entries(vocab_file)
-        commands = {name: len(entries) + place for name, place in _COMMANDS.items()}
+        commands = {name: len(entries) + offset for name, offset in _COMMANDS.items()}
         tokens = [*entries, *list(commands)[1:]]
         super().__init__(Vocabulary(tokens, vocab_file, entry="entry"), commands)
         self.files = (vocab_file, merges_file)
@@ -177,7 +177,7 @@ def _byte_characters() -> dict[str, int]:
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {
-        chr(0x100 + place): byte for place, byte in enumerate(others)
+        chr(0x100 + index): byte for index, byte in enumerate(others)
     }
 
 

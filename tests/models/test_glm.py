@@ -416,7 +416,7 @@ def test_ends_of_blanks_are_not_read_for_the_next(load: Loader, name: str) -> No
     decode = model.tokenizer.decode
     assert [blank["text"] for blank in filled][:2] == [decode(words), ""]
     context, mask = model._masked(SEVERAL).ids, model.tokenizer.masks["[MASK]"]
-    sop, (first, second, third) = model.tokenizer.sop_id, model._masked(SEVERAL).places
+    sop, (first, second, third) = model.tokenizer.sop_id, model._masked(SEVERAL).mask_indices
     begins = [ids for ids in fed if len(ids) > 1]
     assert len(begins) == 3 and begins[0] == [*context, sop] and context[third] == mask
     if name == "glm130b":

@@ -40,7 +40,7 @@ class Backend(Transfers, Protocol):
         """Make room for these blobs on the host, and the slots. Raises OffloadError or BudgetError.
 
         offload_dir: folder for host copies that lie in a file; None is a temporary one on a disk.
-        on_disk: the blobs, as places in `layouts`, that are to lie in a file in any case.
+        on_disk: the blobs, as indices into `layouts`, that are to lie in a file in any case.
         """
 
     def put(self, block: int, tensors: Iterable[Filling]) -> None:
