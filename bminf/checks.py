@@ -31,16 +31,16 @@ def check_banned(ids: Collection[int], vocab_size: int) -> None:
         )
 
 
-def check_int(name: str, value: int | None, least: int, none: str = "") -> None:
-    """Raise ArgumentError for anything but an int of at least `least`.
+def check_int(name: str, value: int | None, minimum: int, none: str = "") -> None:
+    """Raise ArgumentError for anything but an int of at least `minimum`.
 
     none: what None stands for, where it is accepted.
     """
     if none and value is None:
         return
-    if type(value) is not int or value < least:
+    if type(value) is not int or value < minimum:
         also = f", or {none}" if none else ""
-        raise ArgumentError(f"{name}={value!r}; accepted: an int of at least {least}{also}")
+        raise ArgumentError(f"{name}={value!r}; accepted: an int of at least {minimum}{also}")
 
 
 def check_positive(name: str, value: int | None, none: str = "") -> None:

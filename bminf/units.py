@@ -21,7 +21,7 @@ _FACTORS = {
 # "6G" and "6Gi", as other tools write them, are 6 GB and 6 GiB.
 _UNITS = {name.lower(): name for name in _FACTORS}
 _UNITS |= {name.lower().removesuffix("b"): name for name in _FACTORS}
-_MOST_BYTES = 2**60
+_MAX_BYTES = 2**60
 _SIZE = re.compile(r"\s*([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*([a-z]*)\s*", re.IGNORECASE)
 
 
@@ -80,7 +80,7 @@ def parse_rate(text: str, argument: str) -> int:
 
 
 def _checked(nbytes: int | float, given: int | float | str, argument: str) -> int:
-    if not 0 <= nbytes <= _MOST_BYTES:
+    if not 0 <= nbytes <= _MAX_BYTES:
         raise ArgumentError(
             f"{argument}={given!r}; give a number of bytes of at least 0 and at most 2**60"
         )

@@ -14,8 +14,8 @@ import torch
 
 from bminf.errors import CheckpointError
 
-_MOST_JSON_BYTES = 10**8
-_MOST_OPEN = 64  # a process may have 256 files open on macOS, 1024 on most Linux systems
+_MAX_JSON_BYTES = 10**8
+_MAX_OPEN = 64  # a process may have 256 files open on macOS, 1024 on most Linux systems
 
 
 class BinaryFile:
@@ -59,9 +59,9 @@ class BinaryFile:
                 f"{offset + count}, but the file has {nbytes}; fetch it again"
             )
 
-    def stream(self, most_bytes: int) -> mmap.mmap:
-        """The file from its beginning, at most `most_bytes` of it, to be read in order."""
-        return self._map(0, min(self.nbytes, most_bytes), "its beginning", mmap.ACCESS_READ)[0]
+    def stream(self, max_bytes: int) -> mmap.mmap:
+        """The file from its beginning, at most `max_bytes` of it, to be read in order."""
+        return self._map(0, min(self.nbytes, max_bytes), "its beginning", mmap.ACCESS_READ)[0]
 
     def mapped(self, offset: int, count: int, what: str) -> torch.Tensor:
         """`count` bytes, (count,) uint8, as a private map: pages are read when touched.
@@ -88,7 +88,7 @@ class BinaryFile:
         if descriptor is None:
             descriptor = self._descriptor = _open(self.path)
             _OPEN.append(weakref.ref(self))
-            while len(_OPEN) > _MOST_OPEN:
+            while len(_OPEN) > _MAX_OPEN:
                 if (earliest := _OPEN.popleft()()) is not None:
                     earliest._descriptor = None
         return descriptor
@@ -120,7 +120,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises CheckpointError where it is anything else.
     """
     file = BinaryFile(path)
-    return parse_json(file.at(0, min(file.nbytes, _MOST_JSON_BYTES), "JSON"), str(path))
+    return parse_json(file.at(0, min(file.nbytes, _MAX_JSON_BYTES), "JSON"), str(path))
 
 
 def parse_json(text: bytes, where: str) -> dict[str, Any]:

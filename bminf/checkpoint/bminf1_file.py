@@ -24,11 +24,11 @@ from bminf.checkpoint.torch_file import STARTS
 from bminf.errors import CheckpointError
 
 _DTYPES = (torch.int8, torch.float16)
-_MOST_DEPTH = 16
-_MOST_DIMENSIONS = 8
-_MOST_NAME_BYTES = 1024
-_LEAST_PARAMETER_BYTES = 4 + 1 + 4 + 1  # with an empty name and no dimension
-_LEAST_LAYER_BYTES = 4 + 8
+_MAX_DEPTH = 16
+_MAX_DIMENSIONS = 8
+_MAX_NAME_BYTES = 1024
+_MIN_PARAMETER_BYTES = 4 + 1 + 4 + 1  # with an empty name and no dimension
+_MIN_LAYER_BYTES = 4 + 8
 
 
 def read_bminf1(path: Path) -> dict[str, InFile]:
@@ -58,8 +58,8 @@ class _Tree:
     def read_layer(self, prefix: str, depth: int) -> None:
         num_parameters, num_layers = self._numbers("<2I")
         left = self.file.nbytes - self.position
-        least = num_parameters * _LEAST_PARAMETER_BYTES + num_layers * _LEAST_LAYER_BYTES
-        if least > left or depth > _MOST_DEPTH:
+        min_bytes = num_parameters * _MIN_PARAMETER_BYTES + num_layers * _MIN_LAYER_BYTES
+        if min_bytes > left or depth > _MAX_DEPTH:
             raise self.damaged(
                 f"layer {prefix!r} has {num_parameters} parameters and {num_layers} layers "
                 f"at depth {depth} in {left} bytes"
@@ -71,7 +71,7 @@ class _Tree:
 
     def _read_parameter(self, name: str) -> None:
         (num_dimensions,) = self._numbers("<B")
-        if num_dimensions > _MOST_DIMENSIONS:
+        if num_dimensions > _MAX_DIMENSIONS:
             raise self.damaged(f"{name!r} has {num_dimensions} dimensions")
         *shape, nbytes, code = self._numbers(f"<{num_dimensions}IIB")
         if code >= len(_DTYPES) or math.prod(shape) * _DTYPES[code].itemsize != nbytes:
@@ -84,7 +84,7 @@ class _Tree:
 
     def _name(self) -> str:
         (nbytes,) = self._numbers("<I")
-        if not 0 < nbytes <= _MOST_NAME_BYTES:
+        if not 0 < nbytes <= _MAX_NAME_BYTES:
             raise self.damaged(f"a name has {nbytes} bytes")
         try:
             return self._take(nbytes).decode()

@@ -37,7 +37,7 @@ TRACKERS = (TRACKER, DEEPSPEED_TRACKER)
 RELEASE = "release"
 """What stands in the place of a number in trackers of some released checkpoints."""
 
-_MOST_TRACKER_BYTES = 64
+_MAX_TRACKER_BYTES = 64
 _RANK = re.compile(r"mp_rank_(\d+)(_model_states\.pt)?")
 _ITERATION = re.compile(b"[0-9]+|" + RELEASE.encode())
 FILE_IN_RANK_FOLDER = "model_optim_rng.pt"
@@ -274,7 +274,7 @@ def _iteration(tracker: Path) -> str:
 
 def _text(tracker: Path) -> bytes:
     file = BinaryFile(tracker)
-    text = file.at(0, min(file.nbytes, _MOST_TRACKER_BYTES), "the iteration")
+    text = file.at(0, min(file.nbytes, _MAX_TRACKER_BYTES), "the iteration")
     return text.removeprefix(codecs.BOM_UTF8).strip()
 
 

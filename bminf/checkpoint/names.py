@@ -17,7 +17,7 @@ from bminf.checkpoint.quantized import Quantized, quantized_rows
 from bminf.checkpoint.stored import Rows, Stored, Transposed
 from bminf.errors import CheckpointError
 
-_MOST_NAMES = 5  # in a message
+_MAX_NAMES = 5  # in a message
 _PARALLEL = "module."
 # These stand around any module, the model or a layer of it, and no module is called so itself.
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
@@ -167,8 +167,8 @@ def unwrapped(tensors: Mapping[str, T]) -> dict[str, T]:
 def listed(names: Iterable[str]) -> str:
     """The first of `names`, and how many more there are."""
     shown = list(names)
-    more = f" and {len(shown) - _MOST_NAMES} more" if len(shown) > _MOST_NAMES else ""
-    return ", ".join(repr(name) for name in shown[:_MOST_NAMES]) + more
+    more = f" and {len(shown) - _MAX_NAMES} more" if len(shown) > _MAX_NAMES else ""
+    return ", ".join(repr(name) for name in shown[:_MAX_NAMES]) + more
 
 
 def _rule_for(name: str, table: Mapping[str, Rule]) -> tuple[Rule | None, str]:

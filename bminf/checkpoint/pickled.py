@@ -21,11 +21,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-_MOST_PROTOCOL = 5
-_MOST_STEPS = 2**22  # 160,000 tensors, or a list of 4 million numbers; 5 seconds at most
-_MOST_BYTES = 2**26
-_MOST_KEY_BITS = 64
-_MOST_KEY_ITEMS = 16
+_MAX_PROTOCOL = 5
+_MAX_STEPS = 2**22  # 160,000 tensors, or a list of 4 million numbers; 5 seconds at most
+_MAX_BYTES = 2**26
+_MAX_KEY_BITS = 64
+_MAX_KEY_ITEMS = 16
 _PLAIN_KEYS = {type(None), bool, float, str, bytes}
 
 Function = Callable[[tuple[object, ...]], object]
@@ -53,7 +53,7 @@ class Stream:
         self.readline, self.seek, self.tell = file.readline, file.seek, file.tell
 
     def read(self, count: int | None = -1, /) -> bytes:
-        if count is not None and count > _MOST_BYTES:
+        if count is not None and count > _MAX_BYTES:
             raise ValueError(f"one value of {count} bytes")
         return self.read_any(count)
 
@@ -106,8 +106,8 @@ class _Machine:
             if code not in _INSTRUCTIONS:
                 raise ValueError("no pickle, or one that ends early")
             self.steps += 1
-            if self.steps > _MOST_STEPS:
-                raise ValueError(f"a pickle of more than {_MOST_STEPS} steps")
+            if self.steps > _MAX_STEPS:
+                raise ValueError(f"a pickle of more than {_MAX_STEPS} steps")
             make, read_argument, act = _INSTRUCTIONS[code]
             argument = read_argument(stream) if read_argument else None
             if act is not None:
@@ -151,7 +151,7 @@ class _Machine:
             self.above_mark()
 
     def protocol(self, version: int) -> None:
-        if version > _MOST_PROTOCOL:
+        if version > _MAX_PROTOCOL:
             raise ValueError(f"pickle protocol {version}")
 
     def fill(self, items: list[object], *kinds: type) -> None:
@@ -217,7 +217,7 @@ def key_of(value: object) -> object:
     Only what is hashed in no time may: a tuple of tuples can take exponential time, and long
     tuples and integers are hashed anew each time. Another key is a placeholder.
     """
-    if type(value) is tuple and len(value) <= _MOST_KEY_ITEMS and all(map(_is_plain_key, value)):
+    if type(value) is tuple and len(value) <= _MAX_KEY_ITEMS and all(map(_is_plain_key, value)):
         return value
     if _is_plain_key(value) or isinstance(value, Placeholder):
         return value
@@ -226,7 +226,7 @@ def key_of(value: object) -> object:
 
 def _is_plain_key(value: object) -> bool:
     if type(value) is int:
-        return value.bit_length() <= _MOST_KEY_BITS
+        return value.bit_length() <= _MAX_KEY_BITS
     return type(value) in _PLAIN_KEYS
 
 
@@ -343,5 +343,5 @@ _INSTRUCTIONS = {
         _ACTIONS.get(opcode.name),
     )
     for opcode in pickletools.opcodes
-    if opcode.name != "STOP" and opcode.proto <= _MOST_PROTOCOL
+    if opcode.name != "STOP" and opcode.proto <= _MAX_PROTOCOL
 }

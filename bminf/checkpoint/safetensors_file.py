@@ -53,8 +53,8 @@ if hasattr(torch, "float8_e8m0fnu"):  # since 2.7
 # Of types that no dtype has an element of; the bytes of such a tensor are known, and no more.
 _BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E8M0": 8}
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_MOST_HEADER_BYTES = 10**8
-_MOST_DIMENSIONS = 64
+_MAX_HEADER_BYTES = 10**8
+_MAX_DIMENSIONS = 64
 _METADATA = "__metadata__"
 _PADDING = "padding."
 _PADDING_KEY = "bminf.padding"  # in the metadata: how the names of paddings start
@@ -68,10 +68,10 @@ def read_safetensors(path: Path) -> dict[str, InFile]:
     """
     file = BinaryFile(path)
     (header_bytes,) = struct.unpack("<Q", file.at(0, 8, "the length of the header"))
-    if header_bytes > _MOST_HEADER_BYTES:
+    if header_bytes > _MAX_HEADER_BYTES:
         raise CheckpointError(
             f"{path} is no safetensors file, or is damaged: its header would have "
-            f"{header_bytes} bytes; at most {_MOST_HEADER_BYTES} are accepted"
+            f"{header_bytes} bytes; at most {_MAX_HEADER_BYTES} are accepted"
         )
     where = f"the header of {path}"
     entries = parse_json(file.at(8, header_bytes, "the header"), where)
@@ -197,7 +197,7 @@ class _Unread(InFile):
 
 
 def _are_sizes(values: object) -> TypeGuard[list[int]]:
-    if not isinstance(values, list) or len(values) > _MOST_DIMENSIONS:
+    if not isinstance(values, list) or len(values) > _MAX_DIMENSIONS:
         return False
     return all(type(value) is int and 0 <= value < 2**60 for value in values)
 
@@ -345,13 +345,13 @@ def _num_rows(shape: tuple[int, ...]) -> int:
 
 
 def _check_piece(
-    full_name: str, tensor: torch.Tensor, spec: TensorSpec, most_rows: int | None
+    full_name: str, tensor: torch.Tensor, spec: TensorSpec, max_rows: int | None
 ) -> None:
-    """most_rows: of a tensor that comes in pieces; None where it comes whole."""
+    """max_rows: of a tensor that comes in pieces; None where it comes whole."""
     shape = tuple(tensor.shape)
     is_fitting = shape == spec.shape
-    if most_rows is not None:
-        is_fitting = shape[1:] == spec.shape[1:] and 0 < shape[0] <= most_rows
+    if max_rows is not None:
+        is_fitting = shape[1:] == spec.shape[1:] and 0 < shape[0] <= max_rows
     if not is_fitting or tensor.dtype != spec.dtype:
         raise ArgumentError(
             f"{full_name!r} came as {tensor.dtype} {shape}; its layout has {spec.dtype} "

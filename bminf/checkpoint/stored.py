@@ -55,16 +55,16 @@ class Stored(Protocol):
         ...
 
 
-def pieces(stored: Stored, most_bytes: int = _PIECE_BYTES) -> Iterable[tuple[int, torch.Tensor]]:
+def pieces(stored: Stored, max_bytes: int = _PIECE_BYTES) -> Iterable[tuple[int, torch.Tensor]]:
     """(index of its first row, rows) of a tensor that is read some rows at a time, in order.
 
-    most_bytes: of a piece, which still is one row at least. A tensor without axes is one piece.
+    max_bytes: of a piece, which still is one row at least. A tensor without axes is one piece.
     """
     nbytes = nbytes_of(stored)
-    if not stored.shape or nbytes <= most_bytes:
+    if not stored.shape or nbytes <= max_bytes:
         return [(0, stored.read())] if 0 not in stored.shape[:1] else []
     num_rows = stored.shape[0]
-    step = max(1, most_bytes * num_rows // nbytes)
+    step = max(1, max_bytes * num_rows // nbytes)
     return (
         (start, stored.rows(start, min(start + step, num_rows)).read())
         for start in range(0, num_rows, step)

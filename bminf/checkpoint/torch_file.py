@@ -27,7 +27,7 @@ from bminf.errors import CheckpointError
 
 _MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
 _PROTOCOL_VERSION = 1001
-_MOST_PICKLE_BYTES = 2**28
+_MAX_PICKLE_BYTES = 2**28
 _HEAD_BYTES = 512
 _PICKLE, _ZIP = b"\x80", b"PK\x03\x04"
 STARTS = (_PICKLE, _ZIP)
@@ -125,7 +125,7 @@ def _read_zip(file: BinaryFile) -> object:
     byte_order = entries.get(f"{prefix}/byteorder")
     if byte_order is not None and _bytes_of(data, byte_order, _HEAD_BYTES) != b"little":
         raise _big_endian(file)
-    saved = _bytes_of(data, pickled, _MOST_PICKLE_BYTES)
+    saved = _bytes_of(data, pickled, _MAX_PICKLE_BYTES)
     if pickled.CRC not in (0, zlib.crc32(saved)):  # 0: torch was told not to compute it
         raise ValueError(f"the checksum of {pickled.filename!r} is wrong")
     folder = f"{prefix}/data/"
@@ -153,10 +153,10 @@ def _zip_entries(file: BinaryFile, data: mmap.mmap) -> dict[str, ZipInfo]:
     return entries
 
 
-def _bytes_of(data: mmap.mmap, entry: ZipInfo, most_bytes: int) -> bytes:
-    if entry.file_size > most_bytes:
+def _bytes_of(data: mmap.mmap, entry: ZipInfo, max_bytes: int) -> bytes:
+    if entry.file_size > max_bytes:
         raise ValueError(
-            f"{entry.filename!r} has {entry.file_size} bytes; at most {most_bytes} are accepted"
+            f"{entry.filename!r} has {entry.file_size} bytes; at most {max_bytes} are accepted"
         )
     start = _offset_of(data, entry)
     return data[start : start + entry.file_size]
@@ -181,7 +181,7 @@ def _offset_of(data: mmap.mmap, entry: ZipInfo) -> int:
 
 
 def _read_old(file: BinaryFile) -> object:
-    data = file.stream(_MOST_PICKLE_BYTES)
+    data = file.stream(_MAX_PICKLE_BYTES)
     pickles = Stream(data)
     if torch_objects.load(file, pickles, {}) != _MAGIC_NUMBER:
         raise CheckpointError(

@@ -51,7 +51,7 @@ _TENSOR_CLASSES = {
     "torch.nn.parameter.Buffer",
 }
 
-_MOST_DIMENSIONS = 64  # torch's own kernels take no more
+_MAX_DIMENSIONS = 64  # torch's own kernels take no more
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,7 @@ def _is_size(value: object) -> TypeGuard[int]:
 
 
 def _are_sizes(values: object) -> TypeGuard[tuple[int, ...]]:
-    if type(values) is not tuple or len(values) > _MOST_DIMENSIONS:
+    if type(values) is not tuple or len(values) > _MAX_DIMENSIONS:
         return False
     return all([_is_size(value) for value in values])
 

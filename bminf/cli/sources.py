@@ -30,7 +30,7 @@ ACCEPTED = f"give {HELP}"
 
 QUANTIZATION_HELP = "default: int8, for a GLM int4; quantized checkpoints keep their format"
 
-_MOST_CONFIG_BYTES = 2**24
+_MAX_CONFIG_BYTES = 2**24
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _GGUF_VERSIONS = (2, 3)
 _GGUF_DTYPE = "float16"  # to which the weights of such a file are dequantized on a GPU
@@ -169,10 +169,10 @@ def read_config(file: Path) -> dict[str, Any]:
     """
     try:
         with open(file, "rb") as opened:
-            content = opened.read(_MOST_CONFIG_BYTES + 1)
+            content = opened.read(_MAX_CONFIG_BYTES + 1)
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read ({error.strerror}); {ACCEPTED}") from error
-    if len(content) > _MOST_CONFIG_BYTES or _is_binary(content):
+    if len(content) > _MAX_CONFIG_BYTES or _is_binary(content):
         raise CheckpointError(f"{file} is not a configuration but other data; {ACCEPTED}")
     _check_is_no_pointer(file, content)
     try:

@@ -18,7 +18,7 @@ from bminf.errors import KernelError
 
 logger = logging.getLogger(__name__)
 
-LEAST_CAPABILITY = 61
+MIN_CAPABILITY = 61
 """The first with dp4a, the 8-bit dot product."""
 
 _DIGEST_BYTES = hashlib.sha256().digest_size
@@ -36,10 +36,10 @@ def compile_kernel(kernel: Kernel, capability: int) -> bytes:
     whichever compiled it. Raises KernelError: no compiler and nothing on the disk, a device too old
     for the kernels or unknown to the compiler, an error in the source.
     """
-    if capability < LEAST_CAPABILITY:
+    if capability < MIN_CAPABILITY:
         raise KernelError(
             f"a GPU of compute capability {_dotted(capability)} is too old for the kernels of "
-            f"bminf; they need {_dotted(LEAST_CAPABILITY)} (GTX 10 series) or later"
+            f"bminf; they need {_dotted(MIN_CAPABILITY)} (GTX 10 series) or later"
         )
     try:
         nvrtc = _nvrtc()

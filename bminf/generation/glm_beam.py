@@ -31,7 +31,7 @@ from bminf.generation.beam import (
 from bminf.generation.loop import Decoder
 
 _REMOVED = -65504.0  # the logit of what is banned: the least that half precision holds
-_LEAST_UNIFORM = 2.0**-54  # half of the smallest above 0, in place of 0, which has no logarithm
+_MIN_UNIFORM = 2.0**-54  # half of the smallest above 0, in place of 0, which has no logarithm
 
 
 @torch.no_grad()
@@ -194,7 +194,7 @@ def _noise(searches: Sequence[_GLMSearch], size: int) -> torch.Tensor:
         torch.rand(size, generator=own.generator, dtype=torch.float64, device="cpu")
         for own in searches
     ]
-    return torch.stack(uniforms).clamp_min_(_LEAST_UNIFORM).log_().neg_().log_().neg_()
+    return torch.stack(uniforms).clamp_min_(_MIN_UNIFORM).log_().neg_().log_().neg_()
 
 
 def _generators(num_prompts: int, seed: int | None) -> list[torch.Generator]:

@@ -113,7 +113,7 @@ class Sampling:
         for name in ("frequency_penalty", "presence_penalty"):
             if not is_number(getattr(self, name)):
                 raise ArgumentError(f"{name}={getattr(self, name)!r}; accepted: a finite number")
-        check_int("seed", self.seed, least=0, none="None")
+        check_int("seed", self.seed, minimum=0, none="None")
 
     def check(self, vocab_size: int) -> None:
         """Raise ArgumentError for values that do not fit a vocabulary of this size."""
@@ -211,8 +211,8 @@ def _scores(logits: torch.Tensor, counts: torch.Tensor | None, sampling: Samplin
     scores = logits.detach().float()
     if not sampling.is_greedy:
         # Of the differences, which are all that counts, no small temperature can make a NaN.
-        least, most = _TEMPERATURES
-        divisor = min(max(sampling.temperature, least), most)
+        low, high = _TEMPERATURES
+        divisor = min(max(sampling.temperature, low), high)
         scores = (scores - scores.amax(-1, keepdim=True)) / divisor
     if counts is not None:
         scores = scores - sampling.frequency_penalty * counts

@@ -74,9 +74,9 @@ def operator_for(dtype: torch.dtype, head_dim: int, has_bias: bool, gpu: Gpu) ->
     if gpu.has_flash and gpu.capability >= 80 and fits_flash:
         return "flash"
     # Tensor cores, where they are used, read 16 bytes at a time.
-    least = 1 if gpu.capability < 70 else 8 if is_half else 4 if gpu.capability >= 80 else 1
+    multiple = 1 if gpu.capability < 70 else 8 if is_half else 4 if gpu.capability >= 80 else 1
     is_known = dtype in (torch.float16, torch.float32) or (is_half and gpu.capability >= 80)
-    return "efficient" if gpu.has_efficient and is_known and head_dim % least == 0 else "math"
+    return "efficient" if gpu.has_efficient and is_known and head_dim % multiple == 0 else "math"
 
 
 def _gpu(device: torch.device) -> Gpu:

@@ -183,20 +183,20 @@ def choose(
         return Choice({}, {})
     is_wanted = wanted or _inside(model, blocks)
     linears = [linear for linear in _unshared_linears(model) if is_wanted(*linear)]
-    apart, least_columns = set[torch.nn.Module](), 0
+    apart, min_columns = set[torch.nn.Module](), 0
     if wanted is None:  # nobody chose them by name
         apart = _trained_apart(model, linears)
         # Narrower ones save little; unless all are, so that the format was meant for them.
         widest = max((_num_columns(module) for _, module in linears), default=0)
         group_size = format_.group_size or 0
-        least_columns = group_size if widest >= group_size else 0
+        min_columns = group_size if widest >= group_size else 0
     replacements: dict[torch.nn.Module, QuantizedLinear] = {}
     kept: dict[str, list[Linear]] = {}
     for name, module in linears:
         reason, columns = why_not_quantizable(module), _num_columns(module)
         if reason is None and module in apart:
             reason = "trained beside frozen ones, or part of an adapter"
-        elif reason is None and format_.bits == 4 and (columns % 2 or columns < least_columns):
+        elif reason is None and format_.bits == 4 and (columns % 2 or columns < min_columns):
             reason = "with an odd number of columns, or fewer than share a scale"
         if reason is not None:
             kept.setdefault(reason, []).append((name, module))

@@ -38,7 +38,7 @@ _DRAWN_BYTES = 64  # of an entry of the logits: in the model's type, and what dr
 # What stays with the allocators and libraries of a CPU after tensors are gone. Measured, not
 # derived: about as much again as a layer and half of the logits hold (with weights that are not
 # packed up to 7/4 of a layer), and no more than this.
-_MOST_KEPT_BYTES = 7 * 2**25
+_MAX_KEPT_BYTES = 7 * 2**25
 _LIBRARY_BYTES = 2**25  # on a GPU, where torch uses again what is gone: of cuBLAS
 _HOLES = 0.1  # of the peak, between what is still there
 
@@ -209,7 +209,7 @@ def reserved_bytes(
     aligned = 0 if is_cpu else sizes.bias  # the copy that attention may make of it
     peak = max(sizes.making_bias, sizes.bias + aligned + sizes.layer, head)
     left = sizes.layer if weight_format is not None else 7 * sizes.layer // 4
-    kept = min(left + head // 2, _MOST_KEPT_BYTES) if is_cpu else min(peak, _LIBRARY_BYTES)
+    kept = min(left + head // 2, _MAX_KEPT_BYTES) if is_cpu else min(peak, _LIBRARY_BYTES)
     return sizes.cache + peak + int(_HOLES * peak) + kept
 
 

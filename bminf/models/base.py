@@ -353,8 +353,10 @@ class LanguageModel:
     def _check_room(self, prompt: Prompt, settings: Options) -> None:
         self._check_length(prompt.input_ids, "text")
         num_tokens = len(prompt.start_ids) + settings.max_tokens - 1  # the last one is not fed
-        most_tokens = self.max_length + self._more_tokens
-        if num_tokens > most_tokens or settings.max_tokens > self.max_length:
+        if (
+            num_tokens > self.max_length + self._more_tokens
+            or settings.max_tokens > self.max_length
+        ):
             raise ArgumentError(
                 f"{len(prompt.start_ids)} tokens to start with and max_tokens="
                 f"{settings.max_tokens} are more than max_length={self.max_length}; lower "

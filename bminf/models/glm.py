@@ -388,8 +388,8 @@ class GLM(LanguageModel):
         # Of each answer but the last, GLM-130B reads all tokens in place of the mask; GLM-10B reads
         # all but one, behind a sop, and keeps the mask.
         each = within.max_tokens - (1 if self.config.is_rotary else 0)
-        most = len(one.start_ids) + within.max_tokens - 1 + (len(masked.positions) - 1) * each
-        if settings.out_seq_length is None and most > self.max_length:
+        needed = len(one.start_ids) + within.max_tokens - 1 + (len(masked.positions) - 1) * each
+        if settings.out_seq_length is None and needed > self.max_length:
             raise ArgumentError(
                 f"{len(one.start_ids)} tokens to start with and {len(masked.positions)} blanks of "
                 f"max_tokens={within.max_tokens} are more than max_length={self.max_length}; lower "

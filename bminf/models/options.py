@@ -148,7 +148,7 @@ class GLMOptions(Options):
         for name in ("out_seq_length", "num_return_sequences"):
             check_positive(name, getattr(self, name), none="None")
         for name in ("min_length", "no_repeat_ngram_size"):
-            check_int(name, getattr(self, name), least=0)
+            check_int(name, getattr(self, name), minimum=0)
         check_bool("deterministic", self.deterministic)
         super().__post_init__()
         wanted = self.num_return_sequences

@@ -21,7 +21,7 @@ from bminf.models.prompt import Prompt, padded
 from bminf.tokenizers.base import SentinelTokenizer
 
 SPAN = "<span>"
-MOST_SPANS = 16
+MAX_SPANS = 16
 
 _TRUNCATION_LENGTH = 256
 
@@ -225,9 +225,9 @@ def _positions(text: str, given: Sequence[int] | None) -> list[int]:
             f"spans_position={given!r}; accepted: positions where {SPAN!r} starts in the text, "
             f"each once ({', '.join(map(str, found)) or 'there is none'})"
         )
-    if not 1 <= len(positions) <= MOST_SPANS:
+    if not 1 <= len(positions) <= MAX_SPANS:
         raise ArgumentError(
-            f"the text has {len(positions)} blanks; accepted: 1 to {MOST_SPANS}, each {SPAN!r}"
+            f"the text has {len(positions)} blanks; accepted: 1 to {MAX_SPANS}, each {SPAN!r}"
         )
     return positions
 

@@ -35,9 +35,9 @@ import numpy.typing as npt
 _Array = npt.NDArray[Any]
 
 _EXACT_CHOICES = 10**6  # combinations of counts up to which nothing is thinned
-_MOST_WAYS = 1 << 16  # of some kinds to stream, beyond
-_MOST_STEPS = 1 << 19  # ways times kinds, beyond
-_MOST_KINDS = 500  # above, only the last sort of set is looked at: one block hardly counts then
+_MAX_WAYS = 1 << 16  # of some kinds to stream, beyond
+_MAX_STEPS = 1 << 19  # ways times kinds, beyond
+_MAX_KINDS = 500  # above, only the last sort of set is looked at: one block hardly counts then
 _SHIFTS = 32  # of a pattern, that are tried
 _ROUNDING = 1e-12  # more than all sums of floats here are off, in proportion
 
@@ -87,7 +87,7 @@ def streamed_counts(kinds: Sequence[Kind], counts: Sequence[int], missing: int) 
     missing: bytes, above 0, that they have to free beside two slots of the largest of them.
     """
     best = _prefix(kinds, counts, missing)
-    if len(kinds) <= _MOST_KINDS:
+    if len(kinds) <= _MAX_KINDS:
         best = _Meeting(kinds, counts, missing).best(best)
     return best
 
@@ -220,7 +220,7 @@ class _Meeting:
         self._price = 0.0  # the least of a byte; for thinning
         self._least = math.inf  # cost of what was found so far
         if choices > _EXACT_CHOICES:
-            self._most = min(_MOST_WAYS, _MOST_STEPS // len(kinds))
+            self._most = min(_MAX_WAYS, _MAX_STEPS // len(kinds))
             if self._dtype.hasobject:  # too slow for so many
                 top = max(self._costs)
                 self._dtype = np.dtype(np.float64)
@@ -246,12 +246,12 @@ class _Meeting:
         without a set that costs at most `to_beat` are left out."""
         kinds, end = self._kinds, len(self._kinds)
         freed = list(accumulate(k.nbytes * n for k, n in zip(kinds, self._counts, strict=True)))
-        least_uses = min(kind.uses for kind in kinds)
+        min_uses = min(kind.uses for kind in kinds)
         below = np.cumsum([0.0, *(math.log(n + 1) for n in self._counts)])
         while end:
             start = _half(below, end, self._most)
             left = self._missing + 2 * kinds[start].nbytes
-            if freed[end - 1] >= left and left * least_uses <= to_beat:
+            if freed[end - 1] >= left and left * min_uses <= to_beat:
                 yield start, end
             end = start
 

@@ -208,7 +208,7 @@ USUAL_LENGTH = 2048
 """Tokens for which a plan says what they would take, where nobody said how many there will be."""
 
 _DRAWN_BYTES = 12  # of a logit beside its own: in float32, as processed, and its probability
-_MOST_KEPT_BYTES = 2**26  # by the allocators and libraries of a CPU; on a GPU a half of it
+_MAX_KEPT_BYTES = 2**26  # by the allocators and libraries of a CPU; on a GPU a half of it
 # By which the memory of a CPU process grows at the least: a Llama of 8 layers took 2 to 7 MB more
 # than the rest of this counts, for 128 to 1,024 tokens.
 _ARENAS_BYTES = 10 * 2**20
@@ -302,9 +302,9 @@ def _workspace_bytes(model: Any, largest: Pass) -> int:
     layer = max(_layer_moments(text, largest))
     peak = max(layer, logits)
     if largest.is_cpu:
-        kept = min(layer + logits + _ARENAS_BYTES, _MOST_KEPT_BYTES)
+        kept = min(layer + logits + _ARENAS_BYTES, _MAX_KEPT_BYTES)
     else:
-        kept = min(layer + logits // 2, _MOST_KEPT_BYTES // 2)
+        kept = min(layer + logits // 2, _MAX_KEPT_BYTES // 2)
     return peak + int(_HOLES * peak) + kept
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 DEFAULT_USES = 128
 """Uses per request of a block that nothing was said about: once a token, for 128 tokens."""
 
-_MOST_BYTES = 2**60  # the search counts in int64
+_MAX_BYTES = 2**60  # the search counts in int64
 _ROW = 64
 _TIMES: dict[float, str] = {1: "once", 2: "twice"}
 
@@ -315,7 +315,7 @@ def _check_blocks(blocks: tuple[Block, ...]) -> None:
                 f"two blocks are named {block.name!r}; give each block its own name"
             )
         seen.add(block.name)
-    if (total := sum(block.nbytes for block in blocks)) > _MOST_BYTES:
+    if (total := sum(block.nbytes for block in blocks)) > _MAX_BYTES:
         raise ArgumentError(f"the blocks have {total} bytes in all; at most 2**60 are accepted")
 
 

@@ -29,7 +29,7 @@ MOST_DIGIT_COLUMNS = (2**31 - 1) // (255 * 128)
 _SLICE_BYTES = 2**20  # codes that stay in the second-level cache between two products
 _SLICE_ELEMENTS = 2**18  # float32 weights that do
 _SMALL_ELEMENTS = 2**16  # of a weight whose products take about as long in float32
-_LEAST = 1e-30  # in place of a maximum of 0, whose reciprocal would be infinite
+_TINY = 1e-30  # in place of a maximum of 0, whose reciprocal would be infinite
 
 
 def weight_only_product(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
@@ -84,21 +84,21 @@ def _has_integer_product(weight: PackedWeight) -> bool:
 # ---- one row: arithmetic in NumPy, whose calls on short rows cost a third of torch's -------------
 
 
-def _one_row_as_digits(row: np.ndarray, most: float, weight: PackedWeight) -> torch.Tensor:
+def _one_row_as_digits(row: np.ndarray, amax: float, weight: PackedWeight) -> torch.Tensor:
     """row ~ (256 * high + low - 32768) * step: digits without a sign take the fastest product."""
     numbers = np.empty(row.size, np.uint16)
-    np.add(row * np.float32(32767 / most), np.float32(32768.5), out=numbers, casting="unsafe")
+    np.add(row * np.float32(32767 / amax), np.float32(32768.5), out=numbers, casting="unsafe")
     digits = np.zeros((2, weight.qweight.shape[1]), np.uint8)
     np.right_shift(numbers, 8, out=digits[0, : row.size], casting="unsafe")
     digits[1, : row.size] = numbers
     high, low = _one_row_products(digits, weight)
     y = (high - 128 * _code_sum(weight)) * 256.0 + low  # float64
-    return torch.from_numpy((y * (weight.scale.numpy() * (most / 32767))).astype(np.float32))
+    return torch.from_numpy((y * (weight.scale.numpy() * (amax / 32767))).astype(np.float32))
 
 
-def _one_row_in_8_bits(row: np.ndarray, most: float, weight: PackedWeight) -> torch.Tensor:
+def _one_row_in_8_bits(row: np.ndarray, amax: float, weight: PackedWeight) -> torch.Tensor:
     """As int8_rows and an integer product, with codes moved by 128 to lose their sign."""
-    scale = np.float32(most) / np.float32(127)
+    scale = np.float32(amax) / np.float32(127)
     digits = np.zeros((1, weight.qweight.shape[1]), np.uint8)
     digits[0, : row.size] = np.rint(row / scale) + np.float32(128)
     (sums,) = _one_row_products(digits, weight)
@@ -115,8 +115,8 @@ def _ordinary_row(x: torch.Tensor) -> tuple[np.ndarray, float] | None:
     if x.shape[0] != 1 or not is_plain or not is_exact(torch.uint8):
         return None
     row = x.numpy()[0]
-    most = float(np.abs(row).max())
-    return (row, most) if _LEAST < most < float("inf") else None
+    amax = float(np.abs(row).max())
+    return (row, amax) if _TINY < amax < float("inf") else None
 
 
 def _one_row_products(digits: np.ndarray, weight: PackedWeight) -> list[np.ndarray]:
@@ -147,7 +147,7 @@ def _code_sum(weight: PackedWeight) -> np.ndarray:
 
 def _rows_as_digits(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
     """x ~ (256 * high + low) * step with signed digits, all tokens' digits in one product."""
-    step = x.abs().amax(dim=-1, keepdim=True).clamp_min(_LEAST) / 32512
+    step = x.abs().amax(dim=-1, keepdim=True).clamp_min(_TINY) / 32512
     numbers = torch.round(x / step)
     high = torch.round(numbers / 256)
     digits = torch.cat([high, numbers - 256 * high]).clamp_(-128, 127).to(torch.int8)

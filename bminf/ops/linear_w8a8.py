@@ -26,7 +26,7 @@ MOST_CODE_COLUMNS = (2**31 - 1) // 127**2
 """Of products of codes with codes, -127 to 127: their sums are sure to fit 32 bits."""
 
 _DP4A_TILE = 64
-_MOST_GRID_ROWS = 65535  # tiles along M in one launch
+_MAX_GRID_ROWS = 65535  # tiles along M in one launch
 
 
 def linear_w8a8(
@@ -134,6 +134,6 @@ def _product_launch(
 
 
 def _grid(num_rows: int, out_features: int, tile_m: int, tile_n: int) -> Grid:
-    if num_rows > _MOST_GRID_ROWS * tile_m:
-        raise ArgumentError(f"x has {num_rows} rows; at most {_MOST_GRID_ROWS * tile_m} at once")
+    if num_rows > _MAX_GRID_ROWS * tile_m:
+        raise ArgumentError(f"x has {num_rows} rows; at most {_MAX_GRID_ROWS * tile_m} at once")
     return -(-out_features // tile_n), -(-num_rows // tile_m), 1

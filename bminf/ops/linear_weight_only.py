@@ -94,8 +94,8 @@ def few_rows_kernel(
 
 def rows_of_x_for(dtype: torch.dtype, num_rows: int) -> int:
     """Rows that a block takes together: the next power of two, up to what its registers hold."""
-    most = 4 if dtype == torch.float32 else MOST_FEW_ROWS
-    return min(most, 1 << (num_rows - 1).bit_length())
+    limit = 4 if dtype == torch.float32 else MOST_FEW_ROWS
+    return min(limit, 1 << (num_rows - 1).bit_length())
 
 
 def span_of(weight: PackedWeight) -> int:

@@ -12,7 +12,7 @@ ELEMENTS = {torch.float16: 16, torch.bfloat16: 17, torch.float32: 32}
 
 KERNEL_COLUMNS = 8  # kernels read this many neighbours at once
 _KERNEL_ALIGNMENT = 16  # bytes
-_MOST = 2**31 - 1
+_MAX_SIZE = 2**31 - 1
 
 
 def check_activations(x: torch.Tensor, in_features: int, device: torch.device) -> None:
@@ -52,8 +52,8 @@ def kernel_rows(x: torch.Tensor) -> torch.Tensor:
     """
     missing = -x.shape[1] % KERNEL_COLUMNS
     x = F.pad(x, (0, missing)) if missing else x.contiguous()
-    if max(x.shape) > _MOST:
-        raise ArgumentError(f"x has shape {tuple(x.shape)}; kernels count to {_MOST}")
+    if max(x.shape) > _MAX_SIZE:
+        raise ArgumentError(f"x has shape {tuple(x.shape)}; kernels count to {_MAX_SIZE}")
     return x if is_aligned(x) else x.clone()
 
 
@@ -69,5 +69,5 @@ def check_codes(name: str, codes: torch.Tensor) -> None:
             f"{name} begins at {codes.data_ptr():#x}, which is no multiple of "
             f"{_KERNEL_ALIGNMENT} bytes; pass {name}.clone()"
         )
-    if max(codes.shape) > _MOST:
-        raise ArgumentError(f"{name} has shape {tuple(codes.shape)}; kernels count to {_MOST}")
+    if max(codes.shape) > _MAX_SIZE:
+        raise ArgumentError(f"{name} has shape {tuple(codes.shape)}; kernels count to {_MAX_SIZE}")

@@ -1,6 +1,6 @@
 """Rows of 8- or 4-bit codes exactly as GLM-130B's own code makes them.
 
-    scale = half(largest of a row / most),  code = round(weight / scale),  most = 127 or 7
+    scale = half(largest of a row / qmax),  code = round(weight / scale),  qmax = 127 or 7
 
 Both divisions are rounded to the weight's own dtype before anything else happens to them; so a
 code may be the neighbour of the one that exact numbers would give. Codes of 4 bits are two a byte,
@@ -83,7 +83,7 @@ def _check_bits(bits: int) -> None:
 def _scales(weight: torch.Tensor, bits: int) -> torch.Tensor:
     if weight.shape[1] == 0:
         return torch.zeros(len(weight), dtype=torch.float16, device=weight.device)
-    scale = (weight.abs().amax(dim=1) / _most(bits)).half()
+    scale = (weight.abs().amax(dim=1) / _qmax(bits)).half()
     if not scale.isfinite().all():
         raise ArgumentError(
             f"the weight is too large for half-precision scales (largest "
@@ -96,8 +96,8 @@ def _codes(weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor
     """(N, K) int8."""
     divisor = torch.where(scale == 0, torch.full_like(scale, torch.inf), scale).unsqueeze(1)
     # Rounded scales this small may be well below the exact ones: hence the clamp.
-    return torch.round(weight / divisor).clamp_(-_most(bits), _most(bits)).to(torch.int8)
+    return torch.round(weight / divisor).clamp_(-_qmax(bits), _qmax(bits)).to(torch.int8)
 
 
-def _most(bits: int) -> int:
+def _qmax(bits: int) -> int:
     return (1 << (bits - 1)) - 1

@@ -310,11 +310,11 @@ def _as_half(values: torch.Tensor) -> torch.Tensor:
     return rounded.float()
 
 
-def _codes(values: torch.Tensor, scale: torch.Tensor, least: int, most: int) -> torch.Tensor:
+def _codes(values: torch.Tensor, scale: torch.Tensor, qmin: int, qmax: int) -> torch.Tensor:
     # Of zeros the scale is 0; dividing by 1 instead keeps their codes at 0.
     divisor = torch.where(scale == 0, torch.ones_like(scale), scale)
     # The clamp is for scales so small that they have few digits themselves.
-    return torch.round(values / divisor).clamp_(least, most)
+    return torch.round(values / divisor).clamp_(qmin, qmax)
 
 
 def _grouped(weight: torch.Tensor, group_size: int | None) -> torch.Tensor:

@@ -78,7 +78,7 @@ def test_a_file_that_is_taken_away_after_it_was_opened_is_read(tmp_path: Path) -
 def test_few_of_many_files_are_open_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(binary_file, "_MOST_OPEN", 3)
+    monkeypatch.setattr(binary_file, "_MAX_OPEN", 3)
     paths = [tmp_path / f"{n}" for n in range(10)]
     for n, path in enumerate(paths):
         path.write_bytes(bytes([n]) * 4)
@@ -97,7 +97,7 @@ def test_few_of_many_files_are_open_at_a_time(
 def test_threads_read_many_files_at_the_same_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(binary_file, "_MOST_OPEN", 2)
+    monkeypatch.setattr(binary_file, "_MAX_OPEN", 2)
     files = []
     for n in range(8):
         (tmp_path / f"{n}").write_bytes(bytes([n]) * 100)

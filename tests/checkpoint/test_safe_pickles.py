@@ -249,14 +249,14 @@ def test_the_steps_of_a_bomb_are_bounded(
     bomb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A 64th of the size and of the steps, whose work can be counted."""
-    monkeypatch.setattr(pickled, "_MOST_STEPS", pickled._MOST_STEPS // 64)
+    monkeypatch.setattr(pickled, "_MAX_STEPS", pickled._MAX_STEPS // 64)
     path = write_pickle(b"\x80\x02" + bombs(2**14)[bomb] + b".", tmp_path / "a.pt", "old")
 
     def refuse() -> None:
         with pytest.raises(CheckpointError, match="steps"):
             read_torch_file(path)
 
-    assert executed_lines(refuse) < 20 * pickled._MOST_STEPS
+    assert executed_lines(refuse) < 20 * pickled._MAX_STEPS
 
 
 def test_a_key_that_takes_forever_to_hash_is_a_placeholder(tmp_path: Path) -> None:

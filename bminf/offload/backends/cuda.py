@@ -30,9 +30,9 @@ from bminf.units import format_bytes
 logger = logging.getLogger("bminf")
 
 # Of torch's allocator, see taken_bytes().
-_LEAST_SEGMENT = 10 * 2**20
+_MIN_SEGMENT = 10 * 2**20
 _SEGMENT_MULTIPLE = 2 * 2**20
-_LEAST_SPLIT = 2**20
+_MIN_SPLIT = 2**20
 
 _Interval = tuple[torch.cuda.Event, torch.cuda.Event]
 
@@ -280,7 +280,7 @@ def taken_bytes(nbytes: int) -> int:
     to 2.13.
     """
     rest = -nbytes % _SEGMENT_MULTIPLE
-    return nbytes + rest if nbytes >= _LEAST_SEGMENT and rest <= _LEAST_SPLIT else nbytes
+    return nbytes + rest if nbytes >= _MIN_SEGMENT and rest <= _MIN_SPLIT else nbytes
 
 
 def free_bytes(device: torch.device) -> int:
