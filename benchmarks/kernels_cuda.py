@@ -41,7 +41,7 @@ def w8a8_groups(setup: Setup) -> Iterator[Group]:
 
 
 def gated_groups(setup: Setup) -> Iterator[Group]:
-    few = tuple(rows for rows in setup.rows if rows <= linear_weight_only.MOST_FEW_ROWS)
+    few = tuple(rows for rows in setup.rows if rows <= linear_weight_only.MAX_FEW_ROWS)
     return _products("gated", setup, _gated_calls, few)
 
 
@@ -114,7 +114,7 @@ def _weight_only_paths(inputs: Inputs, num_rows: int, format: str) -> list[Call]
     capability = _launcher(inputs.setup).capability
     chosen = chosen_path(capability, num_rows, x.dtype)
     paths = [path for path in PATHS if has_path(path, capability, num_rows, x.dtype)]
-    if num_rows < linear_weight_only.MOST_FEW_ROWS:
+    if num_rows < linear_weight_only.MAX_FEW_ROWS:
         paths.remove("dequantised")  # it reads the codes and more
     return [
         inputs.call(
@@ -144,9 +144,9 @@ PATHS = ("few rows", "tensor cores", "dequantised")
 def has_path(path: str, capability: int, num_rows: int, dtype: torch.dtype) -> bool:
     """Whether that many rows can go that way, chosen or not."""
     if path == "few rows":
-        return num_rows <= linear_weight_only.MOST_FEW_ROWS
+        return num_rows <= linear_weight_only.MAX_FEW_ROWS
     if path == "tensor cores":
-        most = linear_weight_only.MOST_TENSOR_CORE_ROWS
+        most = linear_weight_only.MAX_TENSOR_CORE_ROWS
         return capability >= 80 and dtype != torch.float32 and num_rows <= most
     return True
 
@@ -155,7 +155,7 @@ def chosen_path(capability: int, num_rows: int, dtype: torch.dtype) -> str:
     """The way that linear_weight_only takes."""
     if linear_weight_only.uses_tensor_cores(capability, num_rows, dtype):
         return "tensor cores"
-    return "few rows" if num_rows <= linear_weight_only.MOST_FEW_ROWS else "dequantised"
+    return "few rows" if num_rows <= linear_weight_only.MAX_FEW_ROWS else "dequantised"
 
 
 def run_path(path: str, x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:

@@ -36,7 +36,7 @@ def _weights() -> list[PackedWeight]:
 def _few_rows() -> Iterator[Kernel]:
     for weight in _weights():
         for dtype in _DTYPES:
-            for num_rows in range(1, linear_weight_only.MOST_FEW_ROWS + 1):
+            for num_rows in range(1, linear_weight_only.MAX_FEW_ROWS + 1):
                 for is_gated in (False, True):
                     yield linear_weight_only.few_rows_kernel(dtype, weight, num_rows, is_gated)
 
@@ -44,7 +44,7 @@ def _few_rows() -> Iterator[Kernel]:
 def _tensor_core() -> Iterator[Kernel]:
     for weight in _weights():
         for dtype in _DTYPES[:2]:
-            for num_rows in range(1, linear_weight_only.MOST_TENSOR_CORE_ROWS + 1):
+            for num_rows in range(1, linear_weight_only.MAX_TENSOR_CORE_ROWS + 1):
                 yield linear_weight_only.tensor_core_kernel(dtype, weight, num_rows)
 
 

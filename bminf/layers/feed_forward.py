@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from bminf.layers.quantized_linear import QuantizedLinear
 from bminf.ops.gated_linear import ACTIVATION_FUNCTIONS, gated_linear
-from bminf.ops.linear_weight_only import MOST_FEW_ROWS
+from bminf.ops.linear_weight_only import MAX_FEW_ROWS
 
 
 class FeedForward(torch.nn.Module):
@@ -67,4 +67,4 @@ class HalvedFeedForward(torch.nn.Module):
 
 def _is_fused(gate: QuantizedLinear, x: torch.Tensor) -> bool:
     """Whether one kernel reads both packed weights; it does not round activations."""
-    return gate.activations != "int8" and x.numel() <= MOST_FEW_ROWS * x.shape[-1]
+    return gate.activations != "int8" and x.numel() <= MAX_FEW_ROWS * x.shape[-1]

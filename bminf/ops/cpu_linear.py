@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 from bminf.quantization.packed import PackedWeight, dequantize, int8_rows
 
-MOST_DIGIT_COLUMNS = (2**31 - 1) // (255 * 128)
+MAX_DIGIT_COLUMNS = (2**31 - 1) // (255 * 128)
 """Of products of codes with digits, 0 to 255 or -128 to 127: their sums are sure to fit 32 bits."""
 
 _SLICE_BYTES = 2**20  # codes that stay in the second-level cache between two products
@@ -78,7 +78,7 @@ def _float(x: torch.Tensor) -> torch.Tensor:
 
 
 def _has_integer_product(weight: PackedWeight) -> bool:
-    return weight.in_features <= MOST_DIGIT_COLUMNS and is_fast() and is_exact(torch.int8)
+    return weight.in_features <= MAX_DIGIT_COLUMNS and is_fast() and is_exact(torch.int8)
 
 
 # ---- one row: arithmetic in NumPy, whose calls on short rows cost a third of torch's -------------

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from bminf.cuda.launcher import Launcher, launcher_for
 from bminf.errors import ArgumentError
 from bminf.ops.linear import linear
-from bminf.ops.linear_weight_only import MOST_FEW_ROWS, launch_few_rows, uses_tensor_cores
+from bminf.ops.linear_weight_only import MAX_FEW_ROWS, launch_few_rows, uses_tensor_cores
 from bminf.ops.rows import as_rows, check_activations, check_codes, check_vector
 from bminf.quantization.packed import PackedWeight
 
@@ -69,7 +69,7 @@ def gated_linear(
 
 def _is_fused(launcher: Launcher, x: torch.Tensor, rows: torch.Tensor, gate: PackedWeight) -> bool:
     return (
-        0 < len(rows) <= MOST_FEW_ROWS
+        0 < len(rows) <= MAX_FEW_ROWS
         and 0 not in (gate.in_features, gate.out_features)
         and not uses_tensor_cores(launcher.capability, len(rows), x.dtype)
         and not (torch.is_grad_enabled() and x.requires_grad)

@@ -12,8 +12,8 @@ from bminf.cuda.launcher import Launcher, launcher_for
 from bminf.errors import ArgumentError, UnsupportedModelError
 from bminf.ops.cpu_linear import is_fast
 from bminf.ops.dequantize import dequantize_weight
-from bminf.ops.linear_w8a8 import MOST_CODE_COLUMNS, check_columns, linear_w8a8
-from bminf.ops.linear_weight_only import MOST_FEW_ROWS, linear_weight_only
+from bminf.ops.linear_w8a8 import MAX_CODE_COLUMNS, check_columns, linear_w8a8
+from bminf.ops.linear_weight_only import MAX_FEW_ROWS, linear_weight_only
 from bminf.ops.rows import as_rows, check_activations, check_vector
 from bminf.quantization.packed import INT8, Format, PackedWeight
 from bminf.tracing import tracer_at_work
@@ -109,8 +109,8 @@ def _rounds_activations(
     if activations != "auto":
         raise ArgumentError(f"activations={activations!r}; accepted: {', '.join(ACTIVATIONS)}")
     has_fast_half = launcher is None or launcher.capability != _NO_FAST_HALF
-    can_round = can_round and weight.in_features <= MOST_CODE_COLUMNS
-    return can_round and not has_fast_half and x.numel() > MOST_FEW_ROWS * x.shape[-1]
+    can_round = can_round and weight.in_features <= MAX_CODE_COLUMNS
+    return can_round and not has_fast_half and x.numel() > MAX_FEW_ROWS * x.shape[-1]
 
 
 # ---- for autograd and torch.compile: the same op, opaque to them ---------------------------------

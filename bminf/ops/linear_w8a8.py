@@ -19,10 +19,10 @@ from bminf.ops.quantize_rows import quantize_rows
 from bminf.ops.rows import ELEMENTS, check_codes
 from bminf.quantization.packed import PackedWeight
 
-LEAST_LIBRARY_ROWS = 64
+MIN_LIBRARY_ROWS = 64
 """From so many rows on torch's integer product is taken, where there are tensor cores for it."""
 
-MOST_CODE_COLUMNS = (2**31 - 1) // 127**2
+MAX_CODE_COLUMNS = (2**31 - 1) // 127**2
 """Of products of codes with codes, -127 to 127: their sums are sure to fit 32 bits."""
 
 _DP4A_TILE = 64
@@ -50,15 +50,15 @@ def linear_w8a8(
 
 def check_columns(weight: PackedWeight) -> None:
     """Raise ArgumentError where sums of 8-bit products may not fit into 32 bits."""
-    if weight.in_features > MOST_CODE_COLUMNS:
+    if weight.in_features > MAX_CODE_COLUMNS:
         raise ArgumentError(
             f"the weight has {weight.in_features} columns; sums of 8-bit products fit 32 bits "
-            f'up to {MOST_CODE_COLUMNS}; use activations="float"'
+            f'up to {MAX_CODE_COLUMNS}; use activations="float"'
         )
 
 
 def is_library_faster(capability: int, num_rows: int) -> bool:
-    return capability >= 75 and num_rows >= LEAST_LIBRARY_ROWS
+    return capability >= 75 and num_rows >= MIN_LIBRARY_ROWS
 
 
 def library_product(

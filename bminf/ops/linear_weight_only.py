@@ -17,11 +17,11 @@ from bminf.ops.dequantize import dequantize_weight
 from bminf.ops.rows import ELEMENTS, check_codes, kernel_rows
 from bminf.quantization.packed import CHUNK_BYTES, PackedWeight
 
-MOST_FEW_ROWS = 16
-LEAST_TENSOR_CORE_ROWS = 4
+MAX_FEW_ROWS = 16
+MIN_TENSOR_CORE_ROWS = 4
 """By count of instructions, not measured yet: with 4 rows the other kernel needs 7 to 8 for a
 weight, more than an H200 issues while its memory brings the next one; this one needs 4 to 5."""
-MOST_TENSOR_CORE_ROWS = 128
+MAX_TENSOR_CORE_ROWS = 128
 
 _FEW_ROWS_THREADS = 128
 _TENSOR_CORE_THREADS = 128
@@ -43,7 +43,7 @@ def linear_weight_only(
         return y if y.dtype == x.dtype else y.to(x.dtype)
     if uses_tensor_cores(launcher.capability, x.shape[0], x.dtype):
         return _launch_tensor_cores(launcher, x, weight, bias)
-    if x.shape[0] <= MOST_FEW_ROWS:
+    if x.shape[0] <= MAX_FEW_ROWS:
         check_codes("qweight", weight.qweight)
         return launch_few_rows(launcher, x, weight, bias)
     return _dequantized(x, weight, bias)
@@ -53,7 +53,7 @@ def uses_tensor_cores(capability: int, num_rows: int, dtype: torch.dtype) -> boo
     return (
         capability >= 80
         and dtype != torch.float32
-        and LEAST_TENSOR_CORE_ROWS <= num_rows <= MOST_TENSOR_CORE_ROWS
+        and MIN_TENSOR_CORE_ROWS <= num_rows <= MAX_TENSOR_CORE_ROWS
     )
 
 
@@ -94,7 +94,7 @@ def few_rows_kernel(
 
 def rows_of_x_for(dtype: torch.dtype, num_rows: int) -> int:
     """Rows that a block takes together: the next power of two, up to what its registers hold."""
-    limit = 4 if dtype == torch.float32 else MOST_FEW_ROWS
+    limit = 4 if dtype == torch.float32 else MAX_FEW_ROWS
     return min(limit, 1 << (num_rows - 1).bit_length())
 
 

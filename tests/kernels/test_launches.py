@@ -17,7 +17,7 @@ from bminf.ops.dequantize import dequantize_weight
 from bminf.ops.gated_linear import gated_linear
 from bminf.ops.linear import linear
 from bminf.ops.linear_w8a8 import (
-    MOST_CODE_COLUMNS,
+    MAX_CODE_COLUMNS,
     kernel_product,
     library_product,
 )
@@ -66,19 +66,19 @@ def noting() -> Iterator[Noting]:
 
 @pytest.mark.parametrize("num_rows", [1, 64])
 def test_sums_of_codes_that_may_not_fit_32_bits_are_refused(num_rows: int, noting: Noting) -> None:
-    most = empty(2, MOST_CODE_COLUMNS, INT8, "cpu")
-    more = empty(2, MOST_CODE_COLUMNS + 1, INT8, "cpu")
+    most = empty(2, MAX_CODE_COLUMNS, INT8, "cpu")
+    more = empty(2, MAX_CODE_COLUMNS + 1, INT8, "cpu")
     linear(torch.zeros(num_rows, most.in_features), most, None, "int8")
     assert noting.launches[0][0].name == "quantize_rows"
     noting.launches.clear()
-    message = f"has {MOST_CODE_COLUMNS + 1} columns; .* up to {MOST_CODE_COLUMNS}; use activations="
+    message = f"has {MAX_CODE_COLUMNS + 1} columns; .* up to {MAX_CODE_COLUMNS}; use activations="
     with pytest.raises(ArgumentError, match=message):
         linear(torch.zeros(num_rows, more.in_features), more, None, "int8")
     assert not noting.launches
 
 
 def test_activations_are_rounded_by_themselves_only_where_sums_fit_32_bits() -> None:
-    for columns, is_rounded in ((MOST_CODE_COLUMNS, True), (MOST_CODE_COLUMNS + 1, False)):
+    for columns, is_rounded in ((MAX_CODE_COLUMNS, True), (MAX_CODE_COLUMNS + 1, False)):
         launcher = Noting(capability=61)
         with served_by(launcher):
             linear(torch.zeros(17, columns), empty(2, columns, INT8, "cpu"))
