@@ -9,7 +9,7 @@
 // declares them to be the columns that the instruction wants from it; the same columns of x follow, 16
 // bytes at a time. So codes go from memory to registers once and in one step, without shared memory.
 //
-// Codes become floats, get scale and minimum, and are rounded to Element: as a dequantised weight
+// Codes become floats, get scale and minimum, and are rounded to Element: as a dequantized weight
 // would be. 8-bit codes with one scale a row stay integers, exact in Element, and are scaled at the end.
 //
 // Bytes moved: N * row_bytes and the scales once for each 8 * X_TILES rows of x; x from the caches,
