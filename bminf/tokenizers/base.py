@@ -106,11 +106,11 @@ class GLMTokenizer(Tokenizer, Protocol):
         ...
 
 
-class Joiner(Protocol):
+class Detokenizer(Protocol):
     """Text of ids that come one by one.
 
-    All that `add` and then `end` give, put together, is the text of all ids; a joiner gives what no
-    later id can change, as early as that is certain.
+    All that `add` and then `end` give, put together, is the text of all ids; what no later id can
+    change is given as early as that is certain.
     """
 
     def add(self, token_id: int) -> str: ...
@@ -118,8 +118,8 @@ class Joiner(Protocol):
     def end(self) -> str: ...
 
 
-class Concatenation:
-    """The joiner of a vocabulary whose tokens do not change one another. texts: of each id."""
+class ConcatDetokenizer:
+    """The detokenizer of a vocabulary whose tokens do not change one another. texts: of each id."""
 
     def __init__(self, texts: Sequence[str]) -> None:
         self._texts = texts
@@ -132,7 +132,7 @@ class Concatenation:
 
 
 class VocabularyTokenizer:
-    """What the tokenizers here share. One of them says how a text is cut, and how ids are joined.
+    """What the tokenizers here share. Each says how a text is tokenized, and detokenized.
 
     Special tokens are never found in a text: `<eod>` typed by somebody is five characters.
     settings: what it was made with beside its files, for a converted folder to carry.
@@ -155,8 +155,8 @@ class VocabularyTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids. Raises ArgumentError for an id out of range."""
-        joiner = self.joiner()
-        return "".join(map(joiner.add, self._vocabulary.check_ids(ids))) + joiner.end()
+        detokenizer = self.detokenizer()
+        return "".join(map(detokenizer.add, self._vocabulary.check_ids(ids))) + detokenizer.end()
 
     def token_id(self, token: str) -> int:
         """The id of exactly this token, such as "<eod>". Raises ArgumentError, naming near ones."""
@@ -166,8 +166,8 @@ class VocabularyTokenizer:
         """The vocabulary's own strings. Raises ArgumentError for an id out of range."""
         return [self._vocabulary.tokens[token_id] for token_id in self._vocabulary.check_ids(ids)]
 
-    def joiner(self) -> Joiner:
-        """A fresh joiner of ids that are in range."""
+    def detokenizer(self) -> Detokenizer:
+        """A fresh detokenizer of ids that are in range."""
         raise NotImplementedError
 
     def _cut(self, text: str) -> list[int]:
@@ -213,9 +213,9 @@ class TextStream:
         self._tokenizer = tokenizer
         self._is_finished = False
         if isinstance(tokenizer, VocabularyTokenizer):
-            self._joiner = tokenizer.joiner()
+            self._detokenizer = tokenizer.detokenizer()
             return
-        self._joiner = _WholeText(tokenizer)
+        self._detokenizer = _WholeTextDetokenizer(tokenizer)
         warnings.warn(
             f"a {type(tokenizer).__name__} does not say which text a later token may change, so "
             "its text comes at the end; a tokenizer of bminf.tokenizers gives it as it comes",
@@ -230,18 +230,18 @@ class TextStream:
         if self._is_finished:
             raise ArgumentError("the stream is finished; make a new TextStream for other ids")
         self._tokenizer.tokens([token_id])  # raises for an id out of range
-        return self._joiner.add(token_id)
+        return self._detokenizer.add(token_id)
 
     def finish(self) -> str:
         """The rest of the text; nothing when asked again."""
         if self._is_finished:
             return ""
         self._is_finished = True
-        return self._joiner.end()
+        return self._detokenizer.end()
 
 
-class _WholeText:
-    """The joiner of a tokenizer of which only `decode` is known."""
+class _WholeTextDetokenizer:
+    """The detokenizer of a tokenizer of which only `decode` is known."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer

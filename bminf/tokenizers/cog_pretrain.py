@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bminf.tokenizers.base import CommandTokenizer, Joiner
-from bminf.tokenizers.pieces import TEXTLESS, PieceJoiner, PieceModel
+from bminf.tokenizers.base import CommandTokenizer, Detokenizer
+from bminf.tokenizers.pieces import TEXTLESS, PieceDetokenizer, PieceModel
 from bminf.tokenizers.vocabulary import Vocabulary
 
 _COMMANDS = {
@@ -52,8 +52,8 @@ class CogPretrainTokenizer(CommandTokenizer):
         vocabulary = Vocabulary([*pieces, *behind], path, "piece", gap, "an unused row")
         super().__init__(vocabulary, commands, [*textless, *gap])
 
-    def joiner(self) -> Joiner:
-        return PieceJoiner(self._pieces, 0, self._texts)
+    def detokenizer(self) -> Detokenizer:
+        return PieceDetokenizer(self._pieces, 0, self._texts)
 
     def _cut(self, text: str) -> list[int]:
         return self._pieces.encode(text)

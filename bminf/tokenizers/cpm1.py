@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from bminf.errors import CheckpointError
-from bminf.tokenizers.base import Concatenation, Joiner, VocabularyTokenizer
+from bminf.tokenizers.base import ConcatDetokenizer, Detokenizer, VocabularyTokenizer
 from bminf.tokenizers.line_tokenizer import (
     FROM_SYMBOLS,
     HALF_WIDTH,
@@ -54,8 +54,8 @@ class CPM1Tokenizer(VocabularyTokenizer):
             for token_id in range(self.vocab_size)
         ]
 
-    def joiner(self) -> Joiner:
-        return Concatenation(self._texts)
+    def detokenizer(self) -> Detokenizer:
+        return ConcatDetokenizer(self._texts)
 
     def _cut(self, text: str) -> list[int]:
         words = (word.translate(TO_SYMBOLS) for word in jieba_words().cut(text))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from bminf.errors import CheckpointError
-from bminf.tokenizers.base import Joiner
+from bminf.tokenizers.base import Detokenizer
 from bminf.tokenizers.line_tokenizer import (
     FROM_SYMBOLS,
     HALF_WIDTH,
@@ -73,7 +73,7 @@ class CPM2BilingualTokenizer(SpanTokenizer):
         self._is_chinese = [_is_chinese(token) for token in tokens]
         self._may_turn = any(token.startswith(INSIDE) and has_chinese(token) for token in tokens)
 
-    def joiner(self) -> Joiner:
+    def detokenizer(self) -> Detokenizer:
         return _SpacedWords(self._vocabulary.tokens, self._may_turn)
 
     def _spelling(self, piece: str, start: int) -> str:
@@ -91,7 +91,7 @@ class CPM2BilingualTokenizer(SpanTokenizer):
 
 
 class _SpacedWords:
-    """The joiner that puts a space between two words neither of which is Chinese.
+    """The detokenizer that puts a space between two words neither of which is Chinese.
 
     tokens: of each id.   may_turn: whether a token inside a word may make it Chinese.
     A word is held back while it may still turn: the space before it depends on it. So is U+2582

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bminf.errors import CheckpointError
-from bminf.tokenizers.base import CommandTokenizer, Joiner
+from bminf.tokenizers.base import CommandTokenizer, Detokenizer
 from bminf.tokenizers.vocabulary import Vocabulary, read_bytes
 
 VOCAB, MERGES = "vocab.json", "merges.txt"
@@ -49,16 +49,16 @@ class GPT2Tokenizer(CommandTokenizer):
         self._texts = {token_id: name for name, token_id in commands.items()}
         self._bpe = _make_bpe(entries, _read_merges(merges_file, set(entries)))
 
-    def joiner(self) -> Joiner:
-        return _ByteJoiner(self._entry_bytes, self._texts)
+    def detokenizer(self) -> Detokenizer:
+        return _ByteDetokenizer(self._entry_bytes, self._texts)
 
     def _cut(self, text: str) -> list[int]:
         ids: list[int] = self._bpe.encode(text, add_special_tokens=False).ids
         return ids
 
 
-class _ByteJoiner:
-    """The joiner of tokens that are bytes: it holds back a character until it is whole.
+class _ByteDetokenizer:
+    """The detokenizer of tokens that are bytes: it holds back a character until it is whole.
 
     token_bytes: of each id.   specials: the text of each other id; no character goes across one.
     """

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from bminf.errors import ArgumentError
-from bminf.tokenizers.base import CommandTokenizer, Joiner
-from bminf.tokenizers.pieces import TEXTLESS, PieceJoiner, PieceModel, Pieces
+from bminf.tokenizers.base import CommandTokenizer, Detokenizer
+from bminf.tokenizers.pieces import TEXTLESS, PieceDetokenizer, PieceModel, Pieces
 from bminf.tokenizers.vocabulary import Vocabulary
 
 _SPECIALS = ("[MASK]", "[gMASK]", "[sMASK]", "eod", "sop", "eop", "ENC", "dBLOCK")
@@ -41,8 +41,8 @@ class _IceText(CommandTokenizer):
         self._ignores_linebreak = ignore_linebreak
         self.settings = {"image_offset": image_offset, "ignore_linebreak": ignore_linebreak}
 
-    def joiner(self) -> Joiner:
-        return _LineBreaks(PieceJoiner(self._pieces, self._image_offset, self._texts))
+    def detokenizer(self) -> Detokenizer:
+        return _LineBreaks(PieceDetokenizer(self._pieces, self._image_offset, self._texts))
 
     def _cut(self, text: str) -> list[int]:
         if not self._ignores_linebreak:
@@ -104,24 +104,24 @@ class _PackagePieces:
 
 
 class _LineBreaks:
-    """The text of a joiner, with line breaks for "<n>".
+    """The text of a detokenizer, with line breaks for "<n>".
 
     As the authors put them: into the text, so that "<", "n" and ">" make one, too. What may
     become one is held back.
     """
 
-    def __init__(self, joiner: Joiner) -> None:
-        self._joiner = joiner
+    def __init__(self, detokenizer: Detokenizer) -> None:
+        self._detokenizer = detokenizer
         self._held = ""
 
     def add(self, token_id: int) -> str:
-        text = (self._held + self._joiner.add(token_id)).replace(_LINE_BREAK, "\n")
+        text = (self._held + self._detokenizer.add(token_id)).replace(_LINE_BREAK, "\n")
         held = next((start for start in ("<n", "<") if text.endswith(start)), "")
         self._held = held
         return text.removesuffix(held)
 
     def end(self) -> str:
-        return (self._held + self._joiner.end()).replace(_LINE_BREAK, "\n")
+        return (self._held + self._detokenizer.end()).replace(_LINE_BREAK, "\n")
 
 
 def _import_icetk() -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from bminf.errors import ArgumentError, CheckpointError
-from bminf.tokenizers.base import Concatenation, Joiner, VocabularyTokenizer
+from bminf.tokenizers.base import ConcatDetokenizer, Detokenizer, VocabularyTokenizer
 from bminf.tokenizers.vocabulary import Vocabulary
 from bminf.tokenizers.words import jieba_words
 
@@ -72,8 +72,8 @@ class LineTokenizer(VocabularyTokenizer):
         self._longest_token = max(map(len, vocabulary.ids))
         self._texts = [self._text(token) for token in vocabulary.tokens]
 
-    def joiner(self) -> Joiner:
-        return Concatenation(self._texts)
+    def detokenizer(self) -> Detokenizer:
+        return ConcatDetokenizer(self._texts)
 
     def _text(self, token: str) -> str:
         """What a token is in a text."""

@@ -52,8 +52,8 @@ class PieceModel:
         return text
 
 
-class PieceJoiner:
-    """The joiner of pieces with special tokens between them.
+class PieceDetokenizer:
+    """The detokenizer of pieces with special tokens between them.
 
     pieces: the model.   offset: the id of its first piece.   specials: the text of each other id.
 
