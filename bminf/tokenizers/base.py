@@ -151,7 +151,7 @@ class VocabularyTokenizer:
         Raises ArgumentError for what is not a str, and for half a surrogate pair.
         """
         check_text(text)
-        return self._cut(text)
+        return self._tokenize(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids. Raises ArgumentError for an id out of range."""
@@ -170,7 +170,7 @@ class VocabularyTokenizer:
         """A fresh detokenizer of ids that are in range."""
         raise NotImplementedError
 
-    def _cut(self, text: str) -> list[int]:
+    def _tokenize(self, text: str) -> list[int]:
         raise NotImplementedError
 
 
@@ -178,14 +178,14 @@ class CommandTokenizer(VocabularyTokenizer):
     """What the tokenizers of GLM share; see GLMTokenizer.
 
     commands: the id of each special token, by how it is spelled. Under that name it is found before
-    a token of the vocabulary that is spelled alike.   textless: other ids that are no text.
+    a token of the vocabulary that is spelled alike.   control_ids: ids of control pieces.
     """
 
     strips_before_masks = True
     _names = "<|endoftext|>", "<|startofpiece|>", "<|endofpiece|>"
 
     def __init__(
-        self, vocabulary: Vocabulary, commands: Mapping[str, int], textless: Iterable[int] = ()
+        self, vocabulary: Vocabulary, commands: Mapping[str, int], control_ids: Iterable[int] = ()
     ) -> None:
         super().__init__(vocabulary)
         vocabulary.ids.update(commands)
@@ -196,7 +196,7 @@ class CommandTokenizer(VocabularyTokenizer):
         }
         first = commands.get("[CLS]")
         self.prefix_ids = () if first is None else (first,)
-        unspoken = {*commands.values(), *textless} - {self.eos_id, self.eop_id}
+        unspoken = {*commands.values(), *control_ids} - {self.eos_id, self.eop_id}
         self.unspoken_ids = tuple(sorted(unspoken))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from bminf.tokenizers.base import CommandTokenizer, Detokenizer
-from bminf.tokenizers.pieces import TEXTLESS, PieceDetokenizer, PieceModel
+from bminf.tokenizers.pieces import CONTROL_PIECES, PieceDetokenizer, PieceModel
 from bminf.tokenizers.vocabulary import Vocabulary
 
 _COMMANDS = {
@@ -48,12 +48,12 @@ class CogPretrainTokenizer(CommandTokenizer):
         self._texts = {token_id: name for name, token_id in commands.items()}
         behind = [self._texts.get(token_id, "") for token_id in range(first, max(self._texts) + 1)]
         gap = range(first + _UNUSED, first + _UNUSED + 1)
-        textless = [token_id for token_id, piece in enumerate(pieces) if piece in TEXTLESS]
+        control_ids = [token_id for token_id, piece in enumerate(pieces) if piece in CONTROL_PIECES]
         vocabulary = Vocabulary([*pieces, *behind], path, "piece", gap, "an unused row")
-        super().__init__(vocabulary, commands, [*textless, *gap])
+        super().__init__(vocabulary, commands, [*control_ids, *gap])
 
     def detokenizer(self) -> Detokenizer:
         return PieceDetokenizer(self._pieces, 0, self._texts)
 
-    def _cut(self, text: str) -> list[int]:
+    def _tokenize(self, text: str) -> list[int]:
         return self._pieces.encode(text)

@@ -19,7 +19,7 @@ from bminf.tokenizers.pieces import PieceModel, is_byte
 from bminf.tokenizers.vocabulary import Vocabulary
 from bminf.tokenizers.words import jieba_words
 
-_FOLDED = HALF_WIDTH | {ord("…"): "..."}
+_NORMALIZATION = HALF_WIDTH | {ord("…"): "..."}
 
 
 class CPM1Tokenizer(VocabularyTokenizer):
@@ -57,7 +57,7 @@ class CPM1Tokenizer(VocabularyTokenizer):
     def detokenizer(self) -> Detokenizer:
         return ConcatDetokenizer(self._texts)
 
-    def _cut(self, text: str) -> list[int]:
+    def _tokenize(self, text: str) -> list[int]:
         words = (word.translate(TO_SYMBOLS) for word in jieba_words().cut(text))
         return self._pieces.encode(" ".join(words))
 
@@ -73,8 +73,8 @@ class CPM1WordTokenizer(LineTokenizer):
     Source: OpenBMB/BMInf 1.0.2, bminf/arch/gpt/tokenizer.py.
     """
 
-    def _folded(self, text: str) -> str:
-        return text.translate(_FOLDED)
+    def _normalized(self, text: str) -> str:
+        return text.translate(_NORMALIZATION)
 
     def _word(self, word: str) -> str:
         return WORD_START + super()._word(word)

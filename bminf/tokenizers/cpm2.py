@@ -17,7 +17,9 @@ from bminf.tokenizers.line_tokenizer import (
     has_chinese,
 )
 
-_FOLDED = {code: half for code, half in HALF_WIDTH.items() if chr(code) not in "，！（）？；："}
+_NORMALIZATION = {
+    code: half for code, half in HALF_WIDTH.items() if chr(code) not in "，！（）？；："
+}
 
 INSIDE = "##"
 """What a token begins with that goes on with a word instead of beginning one."""
@@ -44,8 +46,8 @@ class CPM2Tokenizer(SpanTokenizer):
                 "English CPM-2 only; read this file with CPM2BilingualTokenizer"
             )
 
-    def _folded(self, text: str) -> str:
-        return text.translate(_FOLDED)
+    def _normalized(self, text: str) -> str:
+        return text.translate(_NORMALIZATION)
 
 
 class CPM2BilingualTokenizer(SpanTokenizer):
@@ -71,16 +73,18 @@ class CPM2BilingualTokenizer(SpanTokenizer):
         tokens = self._vocabulary.tokens
         self._space = self._vocabulary.ids[SPACE]
         self._is_chinese = [_is_chinese(token) for token in tokens]
-        self._may_turn = any(token.startswith(INSIDE) and has_chinese(token) for token in tokens)
+        self._may_become_chinese = any(
+            token.startswith(INSIDE) and has_chinese(token) for token in tokens
+        )
 
     def detokenizer(self) -> Detokenizer:
-        return _SpacedWords(self._vocabulary.tokens, self._may_turn)
+        return _SpacedWords(self._vocabulary.tokens, self._may_become_chinese)
 
     def _spelling(self, piece: str, start: int) -> str:
         return piece if start == 0 or _is_chinese(piece) else INSIDE + piece
 
-    def _cut(self, text: str) -> list[int]:
-        ids = super()._cut(text)
+    def _tokenize(self, text: str) -> list[int]:
+        ids = super()._tokenize(text)
         inner = [ids[i] for i in range(1, len(ids) - 1) if self._stays(ids, i)]
         return [*ids[:1], *inner, *ids[-1:]]
 
@@ -93,14 +97,14 @@ class CPM2BilingualTokenizer(SpanTokenizer):
 class _SpacedWords:
     """The detokenizer that puts a space between two words neither of which is Chinese.
 
-    tokens: of each id.   may_turn: whether a token inside a word may make it Chinese.
-    A word is held back while it may still turn: the space before it depends on it. So is U+2582
-    alone, which is Chinese until more of its word follows.
+    tokens: of each id.   may_become_chinese: whether a token inside a word may make it Chinese.
+    A word is held back while it may still become Chinese: the space before it depends on that. So
+    is U+2582 alone, which is Chinese until more of its word follows.
     """
 
-    def __init__(self, tokens: Sequence[str], may_turn: bool) -> None:
+    def __init__(self, tokens: Sequence[str], may_become_chinese: bool) -> None:
         self._tokens = tokens
-        self._may_turn = may_turn
+        self._may_become_chinese = may_become_chinese
         self._follows_other = False  # the word before is there, and not Chinese
         self._start_word()
         self._has_word = False
@@ -130,7 +134,7 @@ class _SpacedWords:
         self._held.append(part)
         if self._is_decided:
             return self._release()
-        if self._has_chinese or not (self._may_turn or self._head in ("", SPACE)):
+        if self._has_chinese or not (self._may_become_chinese or self._head in ("", SPACE)):
             return self._decide()
         return ""
 

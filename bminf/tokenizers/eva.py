@@ -13,7 +13,7 @@ _PUNCTUATION = {
     code: half for code, half in HALF_WIDTH.items() if not half.isalnum() and half not in " ."
 }
 _QUOTES = dict.fromkeys("“”‟〝〞", '"') | dict.fromkeys("‘’‛", "'")
-_FOLDED = _PUNCTUATION | str.maketrans({**_QUOTES, "…": "..."})
+_NORMALIZATION = _PUNCTUATION | str.maketrans({**_QUOTES, "…": "..."})
 
 
 class EVATokenizer(SpanTokenizer):
@@ -29,5 +29,5 @@ class EVATokenizer(SpanTokenizer):
 
     _needed: ClassVar[Mapping[str, int]] = {**SpanTokenizer._needed, "<sep>": 4}
 
-    def _folded(self, text: str) -> str:
-        return text.translate(_FOLDED)
+    def _normalized(self, text: str) -> str:
+        return text.translate(_NORMALIZATION)

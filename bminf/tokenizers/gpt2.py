@@ -52,7 +52,7 @@ class GPT2Tokenizer(CommandTokenizer):
     def detokenizer(self) -> Detokenizer:
         return _ByteDetokenizer(self._entry_bytes, self._texts)
 
-    def _cut(self, text: str) -> list[int]:
+    def _tokenize(self, text: str) -> list[int]:
         ids: list[int] = self._bpe.encode(text, add_special_tokens=False).ids
         return ids
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from bminf.errors import ArgumentError
 from bminf.tokenizers.base import CommandTokenizer, Detokenizer
-from bminf.tokenizers.pieces import TEXTLESS, PieceDetokenizer, PieceModel, Pieces
+from bminf.tokenizers.pieces import CONTROL_PIECES, PieceDetokenizer, PieceModel, Pieces
 from bminf.tokenizers.vocabulary import Vocabulary
 
 _SPECIALS = ("[MASK]", "[gMASK]", "[sMASK]", "eod", "sop", "eop", "ENC", "dBLOCK")
@@ -34,8 +34,8 @@ class _IceText(CommandTokenizer):
         ids = vocabulary.ids
         commands = {name: ids[name] for name in _SPECIALS}
         self._texts = {ids[name]: f"[{name}]" for name in (*_SPECIALS, _EOS)}
-        textless = [*gap, *(ids[name] for name in TEXTLESS if name in ids)]
-        super().__init__(vocabulary, {**commands, "eos": ids[_EOS]}, textless)
+        control_ids = [*gap, *(ids[name] for name in CONTROL_PIECES if name in ids)]
+        super().__init__(vocabulary, {**commands, "eos": ids[_EOS]}, control_ids)
         self.pad_id = ids["<pad>"]
         self._pieces, self._image_offset = pieces, image_offset
         self._ignores_linebreak = ignore_linebreak
@@ -44,7 +44,7 @@ class _IceText(CommandTokenizer):
     def detokenizer(self) -> Detokenizer:
         return _LineBreaks(PieceDetokenizer(self._pieces, self._image_offset, self._texts))
 
-    def _cut(self, text: str) -> list[int]:
+    def _tokenize(self, text: str) -> list[int]:
         if not self._ignores_linebreak:
             text = text.replace("\n", _LINE_BREAK)
         return [token_id + self._image_offset for token_id in self._pieces.encode(text)]

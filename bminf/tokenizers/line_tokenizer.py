@@ -79,8 +79,8 @@ class LineTokenizer(VocabularyTokenizer):
         """What a token is in a text."""
         return token.translate(FROM_SYMBOLS)
 
-    def _cut(self, text: str) -> list[int]:
-        words = jieba_words().cut(self._folded(text))
+    def _tokenize(self, text: str) -> list[int]:
+        words = jieba_words().cut(self._normalized(text))
         return [token_id for word in words for token_id in self._ids_of(self._word(word))]
 
     def _ids_of(self, word: str) -> list[int]:
@@ -106,8 +106,8 @@ class LineTokenizer(VocabularyTokenizer):
         """How the vocabulary spells a piece that stands at `start` in its word."""
         return piece
 
-    def _folded(self, text: str) -> str:
-        """The text with characters put for those that the vocabulary does without."""
+    def _normalized(self, text: str) -> str:
+        """The text with characters replaced that the vocabulary does without."""
         return text
 
     def _word(self, word: str) -> str:

@@ -14,7 +14,7 @@ from bminf.tokenizers.vocabulary import read_bytes
 
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
 
-TEXTLESS = ("<unk>", "<s>", "</s>", "<pad>")
+CONTROL_PIECES = ("<unk>", "<s>", "</s>", "<pad>")
 """Pieces that are no text: sentencepiece's own names for them."""
 
 
