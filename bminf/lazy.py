@@ -15,7 +15,7 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from bminf.errors import UnsupportedModelError
-from bminf.tracing import tracer_at_work
+from bminf.tracing import active_tracer
 
 PACKED_IS_FROZEN = (
     "a packed weight is frozen: change weights, or merge adapters, before wrapping (a model that "
@@ -138,7 +138,7 @@ class LazyTensor(torch.Tensor):
     # ---- access to the memory itself -----------------------------------------------------------
 
     def _refuse_memory(self, *_: Any, **__: Any) -> Any:
-        if (tracer := tracer_at_work()) is not None:
+        if (tracer := active_tracer()) is not None:
             raise UnsupportedModelError(
                 f"{tracer} cannot record a weight that is streamed or packed; record the model "
                 "before wrapping, or call bminf.unwrap(model) first"

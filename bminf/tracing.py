@@ -12,8 +12,8 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 _is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", bool)  # or of old torch
 
 
-def tracer_at_work() -> str | None:
-    """What takes down every operation of this thread at the moment; None for nothing.
+def active_tracer() -> str | None:
+    """What records every operation of this thread at the moment; None for nothing.
 
     torch.compile is not among them: it asks beforehand (torch.compiler.is_compiling).
     """
@@ -32,7 +32,7 @@ def tracer_at_work() -> str | None:
     return None
 
 
-def capture_at_work() -> str | None:
+def active_capture() -> str | None:
     """The CUDA graph that the current stream is captured into; None for none."""
     if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
         return "a CUDA graph"

@@ -91,4 +91,4 @@ def test_a_guard_takes_two_calls_beside_what_torch_takes() -> None:
         calls = calls_of(lambda model=model: model(x))
         counts.append(Counter({key: n for key, n in calls.items() if key[0] in files}))
     extra = {function: n for (_, function), n in (counts[1] - counts[0]).items()}
-    assert extra == {"__call__": 1, "call": 1, "tracer_at_work": 1, "capture_at_work": 1}
+    assert extra == {"__call__": 1, "call": 1, "active_tracer": 1, "active_capture": 1}

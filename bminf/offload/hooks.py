@@ -33,7 +33,7 @@ from bminf.offload.backends.base import Backend
 from bminf.offload.plan import Plan
 from bminf.offload.ring import Ring
 from bminf.offload.streamed_block import StreamedBlock, not_convertible
-from bminf.tracing import capture_at_work, disable_compile, tracer_at_work
+from bminf.tracing import active_capture, active_tracer, disable_compile
 
 logger = logging.getLogger("bminf")
 
@@ -135,7 +135,7 @@ class Scheduler:
 
     def call(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Run `function` as the only thread in the model; calls may nest."""
-        if (tracer := tracer_at_work() or capture_at_work()) is not None:
+        if (tracer := active_tracer() or active_capture()) is not None:
             raise UnsupportedModelError(f"{tracer} {_NO_GRAPH}")
         if os.getpid() != self._process:
             raise UnsupportedModelError(

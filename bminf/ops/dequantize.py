@@ -11,7 +11,7 @@ from bminf.cuda.source import Kernel
 from bminf.errors import ArgumentError
 from bminf.ops.rows import ELEMENTS, check_codes
 from bminf.quantization.packed import PackedWeight, dequantize
-from bminf.tracing import tracer_at_work
+from bminf.tracing import active_tracer
 
 _THREADS = 256
 
@@ -21,7 +21,7 @@ def dequantize_weight(weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
 
     dtype: float16, bfloat16 or float32.   Raises ArgumentError.
     """
-    if torch.compiler.is_compiling() or tracer_at_work() is not None:
+    if torch.compiler.is_compiling() or active_tracer() is not None:
         y: torch.Tensor = _traced_dequantize(
             weight.qweight, weight.scale, weight.minimum, weight.in_features, weight.group_size,
             dtype,

@@ -16,7 +16,7 @@ from bminf.ops.linear_w8a8 import MAX_CODE_COLUMNS, check_columns, linear_w8a8
 from bminf.ops.linear_weight_only import MAX_FEW_ROWS, linear_weight_only
 from bminf.ops.rows import as_rows, check_activations, check_vector
 from bminf.quantization.packed import INT8, Format, PackedWeight
-from bminf.tracing import tracer_at_work
+from bminf.tracing import active_tracer
 
 ACTIVATIONS = ("auto", "float", "int8")
 
@@ -58,13 +58,13 @@ def linear_of_checked(
 
 
 def _is_recorded(x: torch.Tensor) -> bool:
-    """Whether autograd or a tracer takes down what is done to `x`: one op then, not its inside."""
+    """Whether autograd or a tracer records what is done to `x`: one op then, not its inside."""
     if isinstance(x, torch.fx.Proxy):
         raise UnsupportedModelError(
             "torch.fx.symbolic_trace cannot look into a packed linear; use torch.export, make_fx, "
             "or a Tracer whose is_leaf_module is true of bminf.QuantizedLinear"
         )
-    if torch.compiler.is_compiling() or tracer_at_work() is not None:
+    if torch.compiler.is_compiling() or active_tracer() is not None:
         return True
     return torch.is_grad_enabled() and x.requires_grad
 
