@@ -15,8 +15,8 @@ from operator import mul
 
 import torch
 
-Filling = tuple[str, torch.Tensor] | tuple[str, torch.Tensor, int]
-"""A tensor by its name; or some rows of it, and the number of the first, so that no copy of the
+Chunk = tuple[str, torch.Tensor] | tuple[str, torch.Tensor, int]
+"""A tensor by its name; or some rows of it, and the index of the first, so that no copy of the
 whole tensor is ever needed."""
 
 WHOLE = ""
@@ -162,7 +162,7 @@ class Layout:
         """Where the bytes of the tensor `name` begin and end."""
         return self.offsets[name], self.offsets[name] + self.specs[name].nbytes
 
-    def fill(self, buffer: torch.Tensor, tensors: Iterable[Filling]) -> None:
+    def fill(self, buffer: torch.Tensor, tensors: Iterable[Chunk]) -> None:
         """Copy named tensors, in any order and one at a time, to their places in `buffer`.
 
         A tensor named WHOLE is (extent,) uint8, the bytes of all of them.

@@ -25,7 +25,7 @@ import torch
 from bminf.checkpoint.binary_file import BinaryFile, parse_json
 from bminf.checkpoint.stored import InFile, Stored, contiguous, strides_of
 from bminf.errors import ArgumentError, CheckpointError
-from bminf.layout import FRESH_ALIGNMENT, Filling, Layout, TensorSpec
+from bminf.layout import FRESH_ALIGNMENT, Chunk, Layout, TensorSpec
 from bminf.units import format_bytes
 
 _DTYPES = {
@@ -120,7 +120,7 @@ def _start(
 def write_safetensors(
     path: Path,
     layouts: Mapping[str, Layout],
-    tensors: Callable[[str], Iterable[Filling]],
+    tensors: Callable[[str], Iterable[Chunk]],
     metadata: Mapping[str, str],
 ) -> None:
     """Write a file in which each block is one contiguous, aligned run of bytes.
@@ -306,7 +306,7 @@ def _write_data(
     header_bytes: int,
     plan: _Plan,
     layouts: Mapping[str, Layout],
-    tensors: Callable[[str], Iterable[Filling]],
+    tensors: Callable[[str], Iterable[Chunk]],
 ) -> None:
     region = mmap.mmap(file.fileno(), header_bytes + plan.nbytes)
     with torch.inference_mode(False):
@@ -317,7 +317,7 @@ def _write_data(
     region.flush()
 
 
-def _fill(block: str, layout: Layout, blob: torch.Tensor, tensors: Iterable[Filling]) -> None:
+def _fill(block: str, layout: Layout, blob: torch.Tensor, tensors: Iterable[Chunk]) -> None:
     num_rows = {name: _num_rows(spec.shape) for name, spec in layout.specs.items()}
     missing = dict(num_rows)  # rows of each tensor that have not come yet
     for name, tensor, *first_row in tensors:

@@ -18,7 +18,7 @@ from bminf.checkpoint.safetensors_file import write_safetensors
 from bminf.checkpoint.stored import pieces
 from bminf.errors import ArgumentError, CheckpointError
 from bminf.keywords import known_keywords
-from bminf.layout import Filling, Layout, TensorSpec
+from bminf.layout import Chunk, Layout, TensorSpec
 from bminf.models.assemble import DTYPES, Assembly, Formats, assemble
 from bminf.models.fill import tensors_of_block
 from bminf.models.glm_ranks import cut
@@ -97,10 +97,10 @@ def _write(
 ) -> None:
     source, packing = assembly.source, assembly.packing
 
-    def tensors(block: str) -> Iterator[Filling]:
-        for filling in _fillings(assembly, block):
-            yield filling
-            progress(filling[1].nbytes)
+    def tensors(block: str) -> Iterator[Chunk]:
+        for chunk in _chunks(assembly, block):
+            yield chunk
+            progress(chunk[1].nbytes)
 
     write_safetensors(folder / WEIGHTS_FILE, layouts, tensors, {"format": "pt"})
     written = {
@@ -116,7 +116,7 @@ def _write(
     (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
 
 
-def _fillings(assembly: Assembly, block: str) -> Iterator[Filling]:
+def _chunks(assembly: Assembly, block: str) -> Iterator[Chunk]:
     if block != _TABLE:
         yield from tensors_of_block(assembly, block)
         return

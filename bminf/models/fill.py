@@ -14,7 +14,7 @@ from bminf.checkpoint.stored import InFile, Rows, Stored, pieces
 from bminf.errors import ArgumentError, CheckpointError
 from bminf.layers.embedding import HostEmbedding
 from bminf.layers.quantized_linear import QuantizedLinear
-from bminf.layout import WHOLE, Filling
+from bminf.layout import WHOLE, Chunk
 from bminf.models.assemble import Assembly
 from bminf.models.source import PACKED_FIELDS, Source, Weights
 from bminf.offload.backends.base import Backend
@@ -40,7 +40,7 @@ def fill(
 
     def read() -> None:
         with torch.device("cpu"):  # where files are read to, whatever the caller's default is
-            load(network, blobs, scheduler, lambda name: _fillings(assembly, name))
+            load(network, blobs, scheduler, lambda name: _chunks(assembly, name))
         for module in network.modules():
             if isinstance(module, HostEmbedding):
                 _keep_table(module, weights)
@@ -49,7 +49,7 @@ def fill(
     return scheduler
 
 
-def _fillings(assembly: Assembly, block: str) -> Iterable[Filling]:
+def _chunks(assembly: Assembly, block: str) -> Iterable[Chunk]:
     """All bytes of a block in one read, where they lie in a file as its layout says, as in a
     converted folder; otherwise its tensors."""
     blobs, weights = assembly.blobs, assembly.source.weights
@@ -59,7 +59,7 @@ def _fillings(assembly: Assembly, block: str) -> Iterable[Filling]:
     return tensors_of_block(assembly, block)
 
 
-def tensors_of_block(assembly: Assembly, block: str) -> Iterator[Filling]:
+def tensors_of_block(assembly: Assembly, block: str) -> Iterator[Chunk]:
     """All tensors of a block's layout by their names in it, read and packed some rows at a time.
 
     block: "" for what lies outside all blocks.

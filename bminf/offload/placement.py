@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import torch
 
 from bminf.layers.quantize import Replacements, exchange, places_of
-from bminf.layout import Filling, Layout, tensors_of
+from bminf.layout import Chunk, Layout, tensors_of
 from bminf.offload import memory
 from bminf.offload.backends.base import Backend
 from bminf.offload.blob import Blobs, unmapped_bytes
@@ -55,7 +55,7 @@ def load(
     model: torch.nn.Module,
     blobs: Blobs,
     scheduler: Scheduler,
-    read: Callable[[str], Iterable[Filling]],
+    read: Callable[[str], Iterable[Chunk]],
 ) -> None:
     """Fill a model that lies on the meta device, block by block, straight into the blobs.
 
@@ -132,7 +132,7 @@ def _move_resident(
 
 
 def _fill(
-    module: torch.nn.Module, layout: Layout, backend: Backend, tensors: Iterable[Filling]
+    module: torch.nn.Module, layout: Layout, backend: Backend, tensors: Iterable[Chunk]
 ) -> None:
     """Give the tensors of `layout`, which have no bytes yet, their place on the device."""
     buffer = backend.allocate(layout.extent)

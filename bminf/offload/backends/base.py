@@ -9,7 +9,7 @@ from typing import Protocol
 
 import torch
 
-from bminf.layout import Filling, Layout
+from bminf.layout import Chunk, Layout
 from bminf.offload.ring import Transfers
 
 
@@ -43,7 +43,7 @@ class Backend(Transfers, Protocol):
         on_disk: the blobs, as indices into `layouts`, that are to lie in a file in any case.
         """
 
-    def put(self, block: int, tensors: Iterable[Filling]) -> None:
+    def put(self, block: int, tensors: Iterable[Chunk]) -> None:
         """Write the host copy of a block, tensor by tensor."""
 
     def host_copy(self, block: int) -> torch.Tensor:

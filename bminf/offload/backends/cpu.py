@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from bminf.layout import Filling, Layout
+from bminf.layout import Chunk, Layout
 from bminf.offload import memory
 from bminf.offload.backends.base import Counters
 from bminf.offload.disk import AT_ONCE, FileStore, Outcome, Reader, bytes_of
@@ -52,7 +52,7 @@ class CpuBackend:
         self._slot_bytes = [bytes_of(slot) for slot in self.slots]
         self._reader = Reader("bminf-reader")
 
-    def put(self, block: int, tensors: Iterable[Filling]) -> None:
+    def put(self, block: int, tensors: Iterable[Chunk]) -> None:
         blob = self._slot(block, 0)  # no slot is in use yet, so one can stage the blob
         self._layouts[block].fill(blob, tensors)
         self._opened_store().write(block, blob)

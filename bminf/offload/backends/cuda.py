@@ -21,7 +21,7 @@ import torch
 
 from bminf.cuda.pinned import PinnedMemory
 from bminf.errors import BudgetError
-from bminf.layout import Filling, Layout
+from bminf.layout import Chunk, Layout
 from bminf.offload.backends.base import Counters
 from bminf.offload.disk import NUM_STAGES, FileStore, Outcome, ReadAhead, Reader
 from bminf.offload.ring import NUM_SLOTS
@@ -128,7 +128,7 @@ class CudaBackend:
         # The memory of the slots may still be read by work queued before they were allocated.
         self._stream.wait_stream(self._compute_stream())
 
-    def put(self, block: int, tensors: Iterable[Filling]) -> None:
+    def put(self, block: int, tensors: Iterable[Chunk]) -> None:
         if self._files is not None and block in self._files.places:
             # Nothing is read ahead before the first copy, so a staging buffer is free.
             blob = self._files.stages[0].tensor[: self._layouts[block].extent]
