@@ -17,7 +17,13 @@ from bminf.keywords import check_keywords, keywords_of, known_keywords
 from bminf.layers.quantize import Predicate, choose, warn_of_what_stays
 from bminf.layers.saving import refuse_to_save
 from bminf.layout import ModuleBlock, tensors_of
-from bminf.offload.backends import backend_for, device_for, free_budget, host_budget, taken_bytes_on
+from bminf.offload.backends import (
+    allocated_bytes_on,
+    backend_for,
+    device_for,
+    free_budget,
+    host_budget,
+)
 from bminf.offload.blob import check_tensors, remedies, survey, unmapped_bytes
 from bminf.offload.blocks import find_blocks, has_tensors
 from bminf.offload.context import USUAL_LENGTH, context_of, writes_text
@@ -180,7 +186,7 @@ def plan_for(
     request = _Request(model, options, device_for(device).type, keep_addresses=False)
     if memory_limit is None:
         elsewhere_bytes = bytes_on(request.unregistered, None)
-        return request.plan(request.reserved_bytes + request.taken_bytes + elsewhere_bytes)
+        return request.plan(request.reserved_bytes + request.allocated_bytes + elsewhere_bytes)
     host_bytes = None if host_memory is None else parse_bytes(host_memory, "host_memory")
     return request.plan(parse_bytes(memory_limit, "memory_limit"), host_bytes)
 
@@ -222,10 +228,12 @@ class _Request:
         self.unregistered = find_unregistered(model)
 
     @property
-    def taken_bytes(self) -> int:
+    def allocated_bytes(self) -> int:
         """Bytes of the device that the whole model takes."""
         layouts = [self.blobs.outside, *self.blobs.blocks.values()]
-        return sum(map(taken_bytes_on(self._device_type), (layout.nbytes for layout in layouts)))
+        return sum(
+            map(allocated_bytes_on(self._device_type), (layout.nbytes for layout in layouts))
+        )
 
     def plan(
         self, budget: int, host_bytes: int | None = None, device: torch.device | None = None
@@ -233,7 +241,7 @@ class _Request:
         """device: what the budget is of; tensors that are not registered count where they lie."""
         unregistered_bytes = bytes_on(self.unregistered, device)
         if not self.blocks:
-            self._check_that_all_fits(self.taken_bytes + unregistered_bytes, budget)
+            self._check_that_all_fits(self.allocated_bytes + unregistered_bytes, budget)
         the_plan = plan_on(
             self._device_type, self.blocks, self.blobs, budget, self._uses, unregistered_bytes,
             reserved_bytes=self.reserved_bytes, host_bytes=host_bytes, remedies=self._remedies,

@@ -28,7 +28,7 @@ from benchmarks.zoo_prediction import ANEW, ENCODER, ONCE, of_phase, predictions
 from bminf.arch.t5 import CPM2, T5Config
 from bminf.cli import plan as plan_command
 from bminf.cli.measure import rss_anon_bytes
-from bminf.offload.backends.cuda import taken_bytes
+from bminf.offload.backends.cuda import allocated_bytes
 from bminf.offload.plan import least_budget, plan
 from bminf.quantization.packed import FORMATS, Format, PackedWeight, codes_of, dequantize
 
@@ -282,7 +282,7 @@ def test_prediction_by_hand(quantization: str, bits: int) -> None:
     decoder_layer = encoder_layer + cross + norm
     projection = linear_bytes(2 * inner, hidden, bits)
     encoder_layer, decoder_layer, projection = (
-        taken_bytes(nbytes) for nbytes in (encoder_layer, decoder_layer, projection)
+        allocated_bytes(nbytes) for nbytes in (encoder_layer, decoder_layer, projection)
     )
     encoder, anew, once = predictions(CARD, [quantization])
     assert {block.nbytes for block in once.plan.blocks if block.list_name == "decoder.layers"} == {

@@ -12,7 +12,7 @@ from bminf.errors import UnsupportedModelError
 from bminf.layers.quantize import choose
 from bminf.layout import Layout, ModuleBlock, TensorSpec, overlapping, specs_of, tensors_of
 from bminf.offload import memory
-from bminf.offload.backends import taken_bytes_on
+from bminf.offload.backends import allocated_bytes_on
 from bminf.offload.plan import Block, Remedy, least_bytes
 from bminf.quantization.packed import FORMATS, Format
 
@@ -182,8 +182,8 @@ def remedies(
                 Remedy(f'quantize with quantization="{name}"', saved, True, "quantization")
             )
     if blobs.blocks:
-        taken = taken_bytes_on(device_type)
-        finer = least - taken(blobs.outside.nbytes) - 2 * _largest_part(blobs)
+        allocated = allocated_bytes_on(device_type)
+        finer = least - allocated(blobs.outside.nbytes) - 2 * _largest_part(blobs)
         found.append(Remedy("cut finer blocks with blocks=", finer, True))
     if reserved_bytes:
         advice = "lower max_length or max_batch_size" if has_context else "lower reserve"
@@ -192,9 +192,9 @@ def remedies(
 
 
 def _least_of(blobs: Blobs, device_type: str) -> int:
-    taken = taken_bytes_on(device_type)
-    blocks = [Block(n, taken(x.nbytes)) for n, x in blobs.blocks.items()]
-    return taken(blobs.outside.nbytes) + least_bytes(blocks)
+    allocated = allocated_bytes_on(device_type)
+    blocks = [Block(n, allocated(x.nbytes)) for n, x in blobs.blocks.items()]
+    return allocated(blobs.outside.nbytes) + least_bytes(blocks)
 
 
 def _largest_part(blobs: Blobs) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from bminf.layout import ModuleBlock
-from bminf.offload.backends import taken_bytes_on
+from bminf.offload.backends import allocated_bytes_on
 from bminf.offload.blob import Blobs
 from bminf.offload.hooks import ATTRIBUTE, Scheduler
 from bminf.offload.plan import Block, Plan, plan
@@ -30,12 +30,12 @@ def plan_on(
 
     unregistered_bytes: of the device, beside the blobs.   more: see plan().
     """
-    taken = taken_bytes_on(device_type)
+    allocated = allocated_bytes_on(device_type)
     return plan(
-        [Block(b.name, taken(blobs.blocks[b.name].nbytes), b.list_name) for b in blocks],
+        [Block(b.name, allocated(blobs.blocks[b.name].nbytes), b.list_name) for b in blocks],
         budget,
         uses,
-        outside_bytes=taken(blobs.outside.nbytes) + unregistered_bytes,
+        outside_bytes=allocated(blobs.outside.nbytes) + unregistered_bytes,
         **more,
     )
 

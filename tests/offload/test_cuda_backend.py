@@ -37,7 +37,7 @@ import bminf
 from bminf import wrapping
 from bminf.errors import BudgetError, OffloadError, UnsupportedModelError
 from bminf.offload import memory
-from bminf.offload.backends import cuda, taken_bytes_on
+from bminf.offload.backends import allocated_bytes_on, cuda
 from bminf.offload.disk import FileStore
 from bminf.wrapping import plan_for
 
@@ -574,8 +574,10 @@ def test_late_copies_of_blocks_that_change_give_the_right_values(
     ],
 )
 def test_a_buffer_takes_what_torchs_allocator_keeps_for_it(nbytes: int, taken: int) -> None:
-    assert cuda.taken_bytes(nbytes) == taken
-    assert taken_bytes_on("cuda")(nbytes) == taken and taken_bytes_on("cpu")(nbytes) == nbytes
+    assert cuda.allocated_bytes(nbytes) == taken
+    assert (
+        allocated_bytes_on("cuda")(nbytes) == taken and allocated_bytes_on("cpu")(nbytes) == nbytes
+    )
 
 
 class OneMatrix(torch.nn.Module):

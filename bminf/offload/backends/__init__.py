@@ -54,9 +54,9 @@ def backend_for(device: torch.device | str | int | None) -> Backend:
     return cuda.CudaBackend(wanted)
 
 
-def taken_bytes_on(device_type: str) -> Callable[[int], int]:
+def allocated_bytes_on(device_type: str) -> Callable[[int], int]:
     """Bytes of a buffer -> bytes that it takes of a device of this type, "cpu" or "cuda"."""
-    return cuda.taken_bytes if device_type == "cuda" else int
+    return cuda.allocated_bytes if device_type == "cuda" else int
 
 
 def free_budget(device: torch.device, own_bytes: int = 0) -> int:

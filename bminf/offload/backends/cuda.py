@@ -29,7 +29,7 @@ from bminf.units import format_bytes
 
 logger = logging.getLogger("bminf")
 
-# Of torch's allocator, see taken_bytes().
+# Of torch's allocator, see allocated_bytes().
 _MIN_SEGMENT = 10 * 2**20
 _SEGMENT_MULTIPLE = 2 * 2**20
 _MIN_SPLIT = 2**20
@@ -272,7 +272,7 @@ def _ended(interval: _Interval) -> bool:
     return all(event.query() for event in interval)
 
 
-def taken_bytes(nbytes: int) -> int:
+def allocated_bytes(nbytes: int) -> int:
     """Bytes that torch's allocator takes for one buffer of `nbytes`, to within 512.
 
     Large ones get a segment of their own, a multiple of 2 MiB, whose end is given to nobody else
