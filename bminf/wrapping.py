@@ -24,7 +24,7 @@ from bminf.offload.backends import (
     free_budget,
     host_budget,
 )
-from bminf.offload.blob import check_tensors, remedies, survey, unmapped_bytes
+from bminf.offload.blob import check_tensors, lay_out, remedies, unmapped_bytes
 from bminf.offload.blocks import find_blocks, has_tensors
 from bminf.offload.context import USUAL_LENGTH, context_of, writes_text
 from bminf.offload.hooks import ATTRIBUTE, Scheduler, Stats, is_streaming
@@ -134,7 +134,7 @@ def unwrap(model: Model) -> Model:
     scheduler = _scheduler_of(model)
     if scheduler is None:
         raise ArgumentError(f"this {type(model).__name__} is not wrapped")
-    _take_off(model, scheduler)
+    _unwrap(model, scheduler)
     return model
 
 
@@ -223,7 +223,7 @@ class _Request:
                 self._unreserved = of_text(USUAL_LENGTH)
         self.blocks = find_blocks(model, options.blocks)
         self.choice = choose(model, self.blocks, self.format, options.quantize)
-        self.blobs = survey(model, self.blocks, self.choice.replacements, keep_addresses)
+        self.blobs = lay_out(model, self.blocks, self.choice.replacements, keep_addresses)
         self._uses = _merged_uses(model, self.blocks, options.uses)
         self.unregistered = find_unregistered(model)
 
@@ -315,7 +315,7 @@ def _apply(
         if replacements:
             refuse_to_save(model)
 
-    start(model, request.blobs, scheduler, offload_dir, move, partial(_take_off, model, scheduler))
+    start(model, request.blobs, scheduler, offload_dir, move, partial(_unwrap, model, scheduler))
 
 
 def _warn_of_training(model: torch.nn.Module, stacklevel: int) -> None:
@@ -329,7 +329,7 @@ def _warn_of_training(model: torch.nn.Module, stacklevel: int) -> None:
         )
 
 
-def _take_off(model: torch.nn.Module, scheduler: Scheduler) -> None:
+def _unwrap(model: torch.nn.Module, scheduler: Scheduler) -> None:
     restore(model, scheduler)
     model.__dict__.pop(ATTRIBUTE, None)
     scheduler.backend.close()

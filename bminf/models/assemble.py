@@ -19,7 +19,7 @@ from bminf.keywords import known_keywords
 from bminf.layers.quantized_linear import QuantizedLinear
 from bminf.layout import ModuleBlock
 from bminf.models.source import HEAD, Source, Weights, find_sizes
-from bminf.offload.blob import Blobs, survey
+from bminf.offload.blob import Blobs, lay_out
 from bminf.offload.blocks import find_blocks
 from bminf.offload.plan import Plan, least_budget
 from bminf.offload.start import plan_on
@@ -90,7 +90,7 @@ def assemble(
         )
     _pack_linears(network, blocks, packing, activations)
     # Each tensor aligned to 256: on disk, in host memory and in a slot.
-    blobs = survey(network, blocks, {}, keep_addresses=False)
+    blobs = lay_out(network, blocks, {}, keep_addresses=False)
     return Assembly(source, network, packing, dtype, blocks, blobs)
 
 

@@ -35,7 +35,7 @@ class Blobs:
         return self.outside.nbytes + sum(layout.nbytes for layout in self.blocks.values())
 
 
-def survey(
+def lay_out(
     model: torch.nn.Module,
     blocks: Sequence[ModuleBlock],
     replacements: Mapping[torch.nn.Module, torch.nn.Module],
@@ -176,7 +176,7 @@ def remedies(
     for name, packed in FORMATS.items():
         if format_ is None or packed.bits < format_.bits:
             replacements = choose(model, blocks, packed).replacements
-            smaller = survey(model, blocks, replacements, keep_addresses=False)
+            smaller = lay_out(model, blocks, replacements, keep_addresses=False)
             saved = least - _least_of(smaller, device_type)
             found.append(
                 Remedy(f'quantize with quantization="{name}"', saved, True, "quantization")

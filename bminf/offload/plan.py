@@ -5,7 +5,7 @@ evenly round the pass, because a copy hides behind the blocks between it and the
 (choose.py).
 
 Where host memory cannot hold all that streams, some blobs stay in a file and come through two
-staging buffers. That is the same choice once more, one floor down, and is made by the same means.
+staging buffers. That is the same choice once more, one tier down, and is made by the same means.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Remedy(NamedTuple):
 class Plan:
     """Which blocks are resident, and what that will cost. All sizes in bytes.
 
-    blocks: all, in the order given.   uses: block name -> uses per request that was taken.
+    blocks: all, in the order given.   uses: block name -> uses per request.
     resident, streamed: names of blocks, in order.   outside_bytes: what lies outside all blocks.
     resident_bytes: everything that stays, `outside_bytes` included.   slot_bytes: both slots.
     reserved_bytes: set aside for activations and KV cache.   budget: the limit planned for.
@@ -263,16 +263,16 @@ def plan(
     _check_blocks(blocks)
     _check_bytes(budget=budget, outside_bytes=outside_bytes, reserved_bytes=reserved_bytes)
     _check_bytes(host_bytes=host_bytes or 0)
-    taken = _uses_of(blocks, uses or {})
+    uses_by_block = _uses_of(blocks, uses or {})
     room = budget - outside_bytes - reserved_bytes
     _check_room(blocks, budget, outside_bytes, reserved_bytes, remedies)
     is_all = sum(block.nbytes for block in blocks) <= room
-    streamed = set() if is_all else _choose(blocks, taken, room)
+    streamed = set() if is_all else _choose(blocks, uses_by_block, room)
     stay = [block for index, block in enumerate(blocks) if index not in streamed]
     move = [block for index, block in enumerate(blocks) if index in streamed]
     return Plan(
         blocks=blocks,
-        uses=MappingProxyType(taken),
+        uses=MappingProxyType(uses_by_block),
         resident=tuple(block.name for block in stay),
         streamed=tuple(block.name for block in move),
         outside_bytes=outside_bytes,
@@ -280,7 +280,7 @@ def plan(
         slot_bytes=2 * max((block.nbytes for block in move), default=0),
         reserved_bytes=reserved_bytes,
         budget=budget,
-        on_disk=_on_disk(tuple(move), taken, host_bytes, remedies),
+        on_disk=_on_disk(tuple(move), uses_by_block, host_bytes, remedies),
     )
 
 
@@ -401,9 +401,12 @@ def _needs(blocks: Sequence[Block]) -> Iterator[tuple[int, int]]:
     yield larger, 0
 
 
-def _choose(blocks: tuple[Block, ...], taken: Mapping[str, int | float], room: int) -> set[int]:
+def _choose(
+    blocks: tuple[Block, ...], uses_by_block: Mapping[str, int | float], room: int
+) -> set[int]:
     """Indices, in the order given, of the blocks that stream when `room` cannot hold all."""
-    sizes, uses = [block.nbytes for block in blocks], [taken[block.name] for block in blocks]
+    sizes = [block.nbytes for block in blocks]
+    uses = [uses_by_block[block.name] for block in blocks]
     return choose(sizes, uses, list(_by_list(blocks).values()), room)
 
 
