@@ -1,22 +1,23 @@
 """Which blocks stream: the fewest bytes x uses over the bus per request, then evenly spaced.
 
 A kind is all blocks of the same bytes and uses; within one it does not matter for the cost which of
-them stream, so how many do is chosen first. They have to free what is missing, and two slots of the
-largest of them besides. What sets are looked at does not depend on the limit: a larger limit allows
-all that a smaller one does, so it never streams more. They are
+them stream, so how many do is chosen first: a knapsack problem, in which the streamed blocks have
+to free the missing bytes, and two slots of the largest of them besides. Which solutions are
+considered does not depend on the limit: a larger limit allows all that a smaller one does, so it
+never streams more. They are
 
-* of the smaller kinds all ways to stream some that no other way beats in bytes and cost, each with
-  each way to stream some of the larger kinds. These are taken from the largest on, so that the
-  slots are known from the first block, and count as bytes that are not freed. Where the largest
-  blocks all stay, the same again without them;
-* for each size of slots the blocks up to it by rising uses, then rising bytes, until it is enough.
-  That costs less than one block more than if blocks could be cut, of however many kinds.
+* meet in the middle: of the smaller kinds the Pareto front (every choice that no other beats in
+  both bytes and cost), each with each choice on the front of the larger kinds. These are added from
+  the largest on, so that the size of the slots is known from the first block, and counts as bytes
+  that are not freed. Where the largest blocks all stay, the same again without them;
+* greedy: for each size of slots the blocks up to it by rising uses, then rising bytes, until it is
+  enough. That costs less than one block more than if blocks could be cut, of however many kinds.
 
-The first hold the optimum. Where they are too many they are thinned: of each small range of cost
-the way that frees most is kept.
-Sources: Nemhauser and Ullmann 1969, "Discrete dynamic programming and capital allocation" (what no
-other way beats); Horowitz and Sahni 1974, "Computing partitions with applications to the knapsack
-problem" (two halves); Ibarra and Kim 1975, "Fast approximation algorithms for the knapsack and sum
+The first hold the optimum. Where a front has too many points it is thinned: of each small range of
+cost the choice that frees most is kept.
+Sources: Nemhauser and Ullmann 1969, "Discrete dynamic programming and capital allocation" (Pareto
+front); Horowitz and Sahni 1974, "Computing partitions with applications to the knapsack problem"
+(meet in the middle); Ibarra and Kim 1975, "Fast approximation algorithms for the knapsack and sum
 of subset problems" (thinning).
 """
 
@@ -35,9 +36,9 @@ import numpy.typing as npt
 _Array = npt.NDArray[Any]
 
 _EXACT_CHOICES = 10**6  # combinations of counts up to which nothing is thinned
-_MAX_WAYS = 1 << 16  # of some kinds to stream, beyond
-_MAX_STEPS = 1 << 19  # ways times kinds, beyond
-_MAX_KINDS = 500  # above, only the last sort of set is looked at: one block hardly counts then
+_MAX_POINTS = 1 << 16  # of a front, beyond
+_MAX_STEPS = 1 << 19  # points times kinds, beyond
+_MAX_KINDS = 500  # above, only the greedy choice is considered: one block hardly counts then
 _SHIFTS = 32  # of a pattern, that are tried
 _ROUNDING = 1e-12  # more than all sums of floats here are off, in proportion
 
@@ -54,21 +55,21 @@ class Kind(NamedTuple):
 
 
 def choose(
-    sizes: Sequence[int], uses: Sequence[float], lists: Sequence[Sequence[int]], room: int
+    sizes: Sequence[int], uses: Sequence[float], lists: Sequence[Sequence[int]], capacity: int
 ) -> set[int]:
-    """Places of the blocks that stream when `room` bytes cannot hold all.
+    """Indices of the blocks that stream when `capacity` bytes cannot hold all.
 
-    sizes, uses: of each block.   lists: the places of the blocks of each list, in order.
-    room: for the resident blocks and two slots of the largest streamed one, in bytes; enough for
-    some choice.
+    sizes, uses: of each block.   lists: the indices of the blocks of each list, in order.
+    capacity: for the resident blocks and two slots of the largest streamed one, in bytes; enough
+    for some choice.
     """
     kind_of = [Kind(*pair) for pair in zip(sizes, _as_integers(uses), strict=True)]
     members = Counter(kind for kind in kind_of if kind.nbytes)
     kinds = sorted(members)
-    counts = streamed_counts(kinds, [members[kind] for kind in kinds], sum(sizes) - room)
+    counts = streamed_counts(kinds, [members[kind] for kind in kinds], sum(sizes) - capacity)
     streams = dict(zip(kinds, counts, strict=True))
-    places = spread([[kind_of[index] for index in order] for order in lists], streams)
-    return {order[index] for order, some in zip(lists, places, strict=True) for index in some}
+    indices = spread([[kind_of[index] for index in order] for order in lists], streams)
+    return {order[index] for order, some in zip(lists, indices, strict=True) for index in some}
 
 
 def _as_integers(uses: Sequence[float]) -> list[int]:
@@ -86,9 +87,9 @@ def streamed_counts(kinds: Sequence[Kind], counts: Sequence[int], missing: int) 
     kinds: by rising bytes.   counts: blocks of each.
     missing: bytes, above 0, that they have to free beside two slots of the largest of them.
     """
-    best = _prefix(kinds, counts, missing)
+    best = _greedy(kinds, counts, missing)
     if len(kinds) <= _MAX_KINDS:
-        best = _Meeting(kinds, counts, missing).best(best)
+        best = _MeetInTheMiddle(kinds, counts, missing).best(best)
     return best
 
 
@@ -101,8 +102,8 @@ def _dtype(kinds: Sequence[Kind], counts: Sequence[int]) -> np.dtype[Any]:
     return np.dtype(np.int64 if _cost_of(kinds, counts) < 2**62 else object)
 
 
-def _prefix(kinds: Sequence[Kind], counts: Sequence[int], missing: int) -> list[int]:
-    """The best of the last sort of set, as counts."""
+def _greedy(kinds: Sequence[Kind], counts: Sequence[int], missing: int) -> list[int]:
+    """The best greedy choice, as counts."""
     order = sorted(range(len(kinds)), key=lambda index: (kinds[index].uses, index))
     sizes = np.array([kind.nbytes for kind in kinds], np.int64)
     ends = np.searchsorted(sizes, sizes, side="right")  # kinds up to each size
@@ -123,10 +124,10 @@ def _prefix(kinds: Sequence[Kind], counts: Sequence[int], missing: int) -> list[
 def _first_enough(
     kinds: Sequence[Kind], counts: Sequence[int], order: _Array, ends: _Array, left: _Array
 ) -> tuple[_Array, _Array, _Array]:
-    """For each slot size the place in `order` of the kind with which it is enough; what is left for
+    """For each slot size the index in `order` of the kind with which it is enough; what is left for
     that kind to free; and the cost of those before.
 
-    order: numbers of the kinds.   ends: kinds that may stream.   left: bytes to free.
+    order: indices of the kinds.   ends: kinds that may stream.   left: bytes to free.
     All go down a binary tree over the order at once: where the first half of a node is not enough,
     it streams whole, and the second is looked at.
     """
@@ -151,76 +152,77 @@ def _first_enough(
     return first, left, spent
 
 
-class _Ways:
-    """Ways to stream some blocks, by rising bytes and so by rising cost; the first: none of them.
+class _ParetoFront:
+    """Choices of blocks to stream, by rising bytes and so by rising cost; the first: none of them.
 
+    A choice that frees no more than another, and costs no less, is left out.
     nbytes: what each frees.   cost: of each.   Both as of after any number of `steps`.
     """
 
-    def __init__(self, dtype: np.dtype[Any], most: int, falling: bool = False) -> None:
-        """falling: whether kinds are added by falling bytes.   most: ways, if they are thinned."""
+    def __init__(self, dtype: np.dtype[Any], max_points: int, descending: bool = False) -> None:
+        """descending: by falling bytes kinds are added.   max_points: above, they are thinned."""
         self.nbytes: list[_Array] = [np.zeros(1, np.int64)]
         self.cost: list[_Array] = [np.zeros(1, dtype)]
-        self._most = most
-        self._falling = falling
+        self._max_points = max_points
+        self._descending = descending
         self.steps: list[tuple[int, _Array, _Array]] = []
 
     def add(self, index: int, nbytes: int, cost: float, count: int, floor: float) -> None:
         """Let up to `count` blocks of the kind `index` stream as well, in pieces of 1, 4, 16, ...
 
-        floor: what every set costs in which these ways are used.
+        floor: what every solution costs at least that has one of these choices.
         """
         times = 1
         while count:
             times = min(times, count)
             copies = min(3, count // times)
-            taken = times * np.arange(copies + 1)
-            # Of ways that free and cost the same the last is kept: it is to have fewer blocks.
-            self._step(index, taken[::-1] if self._falling else taken, nbytes, cost, floor)
+            added = times * np.arange(copies + 1)
+            # Of choices that free and cost the same the last is kept: it is to have fewer blocks.
+            self._step(index, added[::-1] if self._descending else added, nbytes, cost, floor)
             count, times = count - times * copies, 4 * times
 
-    def _step(self, index: int, taken: _Array, nbytes: int, cost: float, floor: float) -> None:
-        all_nbytes = np.add.outer(taken * nbytes, self.nbytes[-1]).ravel()
-        all_cost = np.add.outer(taken.astype(self.cost[0].dtype) * cost, self.cost[-1]).ravel()
+    def _step(self, index: int, added: _Array, nbytes: int, cost: float, floor: float) -> None:
+        all_nbytes = np.add.outer(added * nbytes, self.nbytes[-1]).ravel()
+        all_cost = np.add.outer(added.astype(self.cost[0].dtype) * cost, self.cost[-1]).ravel()
         order = all_nbytes.argsort(kind="stable")  # sorted runs: a merge
         ordered = all_cost[order]
-        least = np.minimum.accumulate(ordered[::-1])[::-1]
-        order = order[np.append(ordered[:-1] < least[1:], True)]
-        if len(order) > self._most:
-            order = order[_thinned(all_cost[order] + floor, self._most)]
-        self.steps.append((index, taken, order))
+        cheapest = np.minimum.accumulate(ordered[::-1])[::-1]
+        order = order[np.append(ordered[:-1] < cheapest[1:], True)]
+        if len(order) > self._max_points:
+            order = order[_thinned(all_cost[order] + floor, self._max_points)]
+        self.steps.append((index, added, order))
         self.nbytes.append(all_nbytes[order])
         self.cost.append(all_cost[order])
 
-    def counts(self, ways: _Array, steps: int) -> dict[int, _Array]:
-        """Number of a kind -> how many of its blocks stream in each of the ways after `steps`."""
+    def counts(self, points: _Array, steps: int) -> dict[int, _Array]:
+        """Index of a kind -> how many of its blocks stream at each of the points after `steps`."""
         counts: dict[int, _Array] = {}
         for step in range(steps)[::-1]:
-            index, taken, order = self.steps[step]
-            place, ways = np.divmod(order[ways], len(self.nbytes[step]))
-            counts[index] = counts.get(index, 0) + taken[place]
+            index, added, order = self.steps[step]
+            number, points = np.divmod(order[points], len(self.nbytes[step]))
+            counts[index] = counts.get(index, 0) + added[number]
         return counts
 
 
-def _thinned(costs: _Array, most: int) -> _Array:
-    """Which of rising costs to keep: the first, and of `most` ranges of one ratio the last each."""
-    ratios = np.log(costs)
-    places = ((ratios - ratios[0]) * (most / (ratios[-1] - ratios[0]))).astype(np.int64)
-    return np.concatenate([[True], places[2:] > places[1:-1], [True]])
+def _thinned(costs: _Array, max_points: int) -> _Array:
+    """Which of rising costs to keep: the first, and of `max_points` equal ratios the last."""
+    logs = np.log(costs)
+    ranges = ((logs - logs[0]) * (max_points / (logs[-1] - logs[0]))).astype(np.int64)
+    return np.concatenate([[True], ranges[2:] > ranges[1:-1], [True]])
 
 
-class _Meeting:
-    """The first sort of set: ways of smaller kinds met with ways of larger ones."""
+class _MeetInTheMiddle:
+    """The choices of smaller kinds combined with those of larger ones."""
 
     def __init__(self, kinds: Sequence[Kind], counts: Sequence[int], missing: int) -> None:
         self._kinds, self._counts, self._missing = kinds, counts, missing
         choices = math.prod(n + 1 for n in counts)
-        self._most, self._dtype = choices, _dtype(kinds, counts)
+        self._max_points, self._dtype = choices, _dtype(kinds, counts)
         self._costs: list[float] = [kind.cost for kind in kinds]
-        self._price = 0.0  # the least of a byte; for thinning
-        self._least = math.inf  # cost of what was found so far
+        self._price = 0.0  # the lowest of a byte; for thinning
+        self._best_cost = math.inf  # of what was found so far
         if choices > _EXACT_CHOICES:
-            self._most = min(_MAX_WAYS, _MAX_STEPS // len(kinds))
+            self._max_points = min(_MAX_POINTS, _MAX_STEPS // len(kinds))
             if self._dtype.hasobject:  # too slow for so many
                 top = max(self._costs)
                 self._dtype = np.dtype(np.float64)
@@ -228,47 +230,49 @@ class _Meeting:
             costs = zip(self._costs, kinds, strict=True)
             self._price = min(cost / kind.nbytes for cost, kind in costs)
 
-    def best(self, to_beat: list[int]) -> list[int]:
-        """The counts of the cheapest set, or `to_beat`; of equals, of the one of fewest blocks."""
-        levels = list(self._levels(_cost_of(self._kinds, to_beat)))
-        small, steps = _Ways(self._dtype, self._most), [0]
+    def best(self, incumbent: list[int]) -> list[int]:
+        """The counts of the cheapest solution, or `incumbent`; of equals, of fewest blocks."""
+        levels = list(self._levels(_cost_of(self._kinds, incumbent)))
+        small, steps = _ParetoFront(self._dtype, self._max_points), [0]
         for index in range(max((start for start, _ in levels), default=0)):
             self._add(small, index)
             steps.append(len(small.steps))
-        found = (self._met(small, steps[start], self._large(start, end)) for start, end in levels)
+        found = (
+            self._combined(small, steps[start], self._large(start, end)) for start, end in levels
+        )
         return min(
-            [to_beat, *filter(None, found)],
+            [incumbent, *filter(None, found)],
             key=lambda each: (_cost_of(self._kinds, each), sum(each)),
         )
 
-    def _levels(self, to_beat: int) -> Iterator[tuple[int, int]]:
+    def _levels(self, incumbent: int) -> Iterator[tuple[int, int]]:
         """Kinds from `start` to before `end`, of which the largest streamed block is to be; those
-        without a set that costs at most `to_beat` are left out."""
+        without a solution that costs at most `incumbent` are left out."""
         kinds, end = self._kinds, len(self._kinds)
         freed = list(accumulate(k.nbytes * n for k, n in zip(kinds, self._counts, strict=True)))
         min_uses = min(kind.uses for kind in kinds)
         below = np.cumsum([0.0, *(math.log(n + 1) for n in self._counts)])
         while end:
-            start = _half(below, end, self._most)
+            start = _split_point(below, end, self._max_points)
             left = self._missing + 2 * kinds[start].nbytes
-            if freed[end - 1] >= left and left * min_uses <= to_beat:
+            if freed[end - 1] >= left and left * min_uses <= incumbent:
                 yield start, end
             end = start
 
-    def _add(self, ways: _Ways, index: int) -> None:
+    def _add(self, front: _ParetoFront, index: int) -> None:
         nbytes = self._kinds[index].nbytes
-        ways.add(index, nbytes, self._costs[index], self._counts[index], nbytes * self._price)
+        front.add(index, nbytes, self._costs[index], self._counts[index], nbytes * self._price)
 
-    def _large(self, start: int, end: int) -> _Ways:
-        """Ways of the kinds from `start` to before `end`; what they free is less the slots."""
-        large = _Ways(self._dtype, self._most, falling=True)
+    def _large(self, start: int, end: int) -> _ParetoFront:
+        """The front of the kinds from `start` to before `end`; what they free is less the slots."""
+        large = _ParetoFront(self._dtype, self._max_points, descending=True)
         for index in range(start, end)[::-1]:
             large.nbytes[-1][0] = -2 * self._kinds[index].nbytes  # if no larger block streams
             self._add(large, index)
         return large
 
-    def _met(self, small: _Ways, steps: int, large: _Ways) -> list[int] | None:
-        """The cheapest of the ways after `steps` with one of `large` each; None if none frees
+    def _combined(self, small: _ParetoFront, steps: int, large: _ParetoFront) -> list[int] | None:
+        """The cheapest choice of `small` after `steps` with one of `large`; None if none frees
         enough, or an earlier one costs less."""
         nbytes, cost = small.nbytes[steps], small.cost[steps]
         partner = np.searchsorted(nbytes, self._missing - large.nbytes[-1])
@@ -277,16 +281,16 @@ class _Meeting:
             return None
         total = large.cost[-1][enough] + cost[partner[enough]]
         rounding = total.min() * _ROUNDING if total.dtype == np.float64 else 0
-        if total.min() - 2 * rounding > self._least:
+        if total.min() - 2 * rounding > self._best_cost:
             return None
-        self._least = min(self._least, total.min())
+        self._best_cost = min(self._best_cost, total.min())
         near = enough[total <= total.min() + rounding]
         return self._cheapest(
             small.counts(partner[near], steps), large.counts(near, len(large.steps))
         )
 
     def _cheapest(self, small: Mapping[int, _Array], large: Mapping[int, _Array]) -> list[int]:
-        """Counts of the exactly cheapest of some sets; of equals, of the one of fewest blocks."""
+        """Counts of the exactly cheapest of some solutions; of equals, of fewest blocks."""
         counts = {**small, **large}
         costs = np.sum(
             [self._kinds[index].cost * n.astype(object) for index, n in counts.items()], axis=0
@@ -298,39 +302,39 @@ class _Meeting:
         ]
 
 
-def _half(below: _Array, end: int, most: int) -> int:
+def _split_point(below: _Array, end: int, max_points: int) -> int:
     """Where to cut the kinds before `end`, so that neither half has more choices than need be.
 
     below: the logarithm of the choices of the first kinds, for each number of them.
-    The larger kinds get `most` choices at most: thinned, they would leave gaps too wide to fill.
+    The larger kinds get `max_points` at most: thinned, they would leave gaps too wide to fill.
     """
     above = below[end] - below[:end]
     halves = np.maximum(above, below[:end])
-    halves[:-1][above[:-1] > math.log(most) + _ROUNDING] = math.inf
+    halves[:-1][above[:-1] > math.log(max_points) + _ROUNDING] = math.inf
     return int(halves.argmin())
 
 
 def spread(lists: Sequence[Sequence[Kind]], streams: Mapping[Kind, int]) -> list[list[int]]:
-    """Places of the streamed blocks in each list, ascending.
+    """Indices of the streamed blocks in each list, ascending.
 
     Each list streams its part of every kind, spread evenly over its own blocks of that kind.
     streams: blocks of each kind over all lists.
     """
     members = Counter(kind for order in lists for kind in order)
     before = Counter[Kind]()
-    places = []
+    indices = []
     for order in lists:
         shares: dict[Kind, int] = {}
         for kind, n in Counter(order).items():
             out, start = streams.get(kind, 0), before[kind]
             before[kind] += n
             shares[kind] = before[kind] * out // members[kind] - start * out // members[kind]
-        places.append(_spread_in(order, shares))
-    return places
+        indices.append(_spread_in(order, shares))
+    return indices
 
 
 def _spread_in(order: Sequence[Kind], shares: Mapping[Kind, int]) -> list[int]:
-    """Places of one list to stream. Of each kind in turn, from that which frees most, the even
+    """Indices in one list to stream. Of each kind in turn, from that which frees most, the even
     pattern is shifted to where what streams by then keeps best in step with the computation."""
     own: dict[Kind, list[int]] = {}
     for index, kind in enumerate(order):
@@ -347,14 +351,14 @@ def _spread_in(order: Sequence[Kind], shares: Mapping[Kind, int]) -> list[int]:
         shifts = range(0, len(its) if streams.any() else 1, -(-len(its) // _SHIFTS))
         even = np.arange(share) * len(its) // share
         shifted = [its[(even + shift) % len(its)] for shift in shifts]
-        best = min(shifted, key=lambda places: _lag(nbytes, done, streams, places))
+        best = min(shifted, key=lambda indices: _lag(nbytes, done, streams, indices))
         streams[best] = True
     return [int(index) for index in np.flatnonzero(streams)]
 
 
-def _lag(nbytes: _Array, done: _Array, streams: _Array, places: _Array) -> float:
+def _lag(nbytes: _Array, done: _Array, streams: _Array, indices: _Array) -> float:
     """How far copying strays from keeping in step with the computation; both go by the bytes."""
     moved = np.where(streams, nbytes, 0.0)
-    moved[places] = nbytes[places]
+    moved[indices] = nbytes[indices]
     copied = np.cumsum(moved)
     return float(np.var((copied - moved / 2) / copied[-1] - done / done[-1]))

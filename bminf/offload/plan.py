@@ -264,10 +264,10 @@ def plan(
     _check_bytes(budget=budget, outside_bytes=outside_bytes, reserved_bytes=reserved_bytes)
     _check_bytes(host_bytes=host_bytes or 0)
     uses_by_block = _uses_of(blocks, uses or {})
-    room = budget - outside_bytes - reserved_bytes
+    capacity = budget - outside_bytes - reserved_bytes
     _check_room(blocks, budget, outside_bytes, reserved_bytes, remedies)
-    is_all = sum(block.nbytes for block in blocks) <= room
-    streamed = set() if is_all else _choose(blocks, uses_by_block, room)
+    is_all = sum(block.nbytes for block in blocks) <= capacity
+    streamed = set() if is_all else _choose(blocks, uses_by_block, capacity)
     stay = [block for index, block in enumerate(blocks) if index not in streamed]
     move = [block for index, block in enumerate(blocks) if index in streamed]
     return Plan(
@@ -402,12 +402,12 @@ def _needs(blocks: Sequence[Block]) -> Iterator[tuple[int, int]]:
 
 
 def _choose(
-    blocks: tuple[Block, ...], uses_by_block: Mapping[str, int | float], room: int
+    blocks: tuple[Block, ...], uses_by_block: Mapping[str, int | float], capacity: int
 ) -> set[int]:
-    """Indices, in the order given, of the blocks that stream when `room` cannot hold all."""
+    """Indices, in the order given, of the blocks that stream when `capacity` cannot hold all."""
     sizes = [block.nbytes for block in blocks]
     uses = [uses_by_block[block.name] for block in blocks]
-    return choose(sizes, uses, list(_by_list(blocks).values()), room)
+    return choose(sizes, uses, list(_by_list(blocks).values()), capacity)
 
 
 def _by_list(blocks: tuple[Block, ...]) -> dict[str, list[int]]:

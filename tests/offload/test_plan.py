@@ -278,7 +278,7 @@ def test_many_kinds_stay_within_one_block_of_the_fractional_bound(seed):
 @pytest.mark.parametrize("seed", range(12))
 def test_thinned_ways_never_stream_more_for_more(seed, monkeypatch):
     monkeypatch.setattr(choose, "_EXACT_CHOICES", 0)
-    monkeypatch.setattr(choose, "_MAX_WAYS", [2, 5, 20, 100][seed % 4])
+    monkeypatch.setattr(choose, "_MAX_POINTS", [2, 5, 20, 100][seed % 4])
     rng = random.Random(seed)
     sizes = rng.choices(range(1, 20), k=30)
     blocks = make(sizes)
