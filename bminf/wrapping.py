@@ -14,7 +14,7 @@ import torch
 
 from bminf.errors import ArgumentError, NothingToStreamError, UnsupportedModelError
 from bminf.keywords import check_keywords, keywords_of, known_keywords
-from bminf.layers.quantize import Predicate, choose, warn_of_what_stays
+from bminf.layers.quantize import Predicate, choose_linears, warn_of_unquantized
 from bminf.layers.saving import refuse_to_save
 from bminf.layout import ModuleBlock, tensors_of
 from bminf.offload.backends import (
@@ -116,7 +116,7 @@ def wrapper(
     the_plan = request.plan(budget, host_bytes, backend.device)
     warn_of_unregistered(request.unregistered, request.blobs.nbytes, stacklevel=2)
     if request.format is not None:
-        warn_of_what_stays(model, request.blocks, request.choice, stacklevel=2)
+        warn_of_unquantized(model, request.blocks, request.choice, stacklevel=2)
     originals = Originals(model)
     _apply(model, request, Scheduler(the_plan, backend, source_device), offload_dir)
     _warn_of_training(model, stacklevel=2)
@@ -222,7 +222,7 @@ class _Request:
             with suppress(ArgumentError):  # it cannot be counted, and nobody asked
                 self._unreserved = of_text(USUAL_LENGTH)
         self.blocks = find_blocks(model, options.blocks)
-        self.choice = choose(model, self.blocks, self.format, options.quantize)
+        self.choice = choose_linears(model, self.blocks, self.format, options.quantize)
         self.blobs = lay_out(model, self.blocks, self.choice.replacements, keep_addresses)
         self._uses = _merged_uses(model, self.blocks, options.uses)
         self.unregistered = find_unregistered(model)

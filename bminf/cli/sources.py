@@ -94,15 +94,15 @@ class Transformers:
         weight_format = self._format(arguments)
         if weight_format is None:
             return 0
-        from bminf.layers.quantize import choose, warn_of_what_stays
+        from bminf.layers.quantize import choose_linears, warn_of_unquantized
         from bminf.offload.blocks import find_blocks
         from bminf.quantization.packed import parse_format
 
         blocks = find_blocks(self._model, arguments.blocks)
-        choice = choose(self._model, blocks, parse_format(weight_format))
+        choice = choose_linears(self._model, blocks, parse_format(weight_format))
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            warn_of_what_stays(self._model, blocks, choice, stacklevel=1)
+            warn_of_unquantized(self._model, blocks, choice, stacklevel=1)
         for warning in caught:
             print(f"bminf: {warning.message}", file=sys.stderr)
         modules = {m for b in blocks for m in self._model.get_submodule(b.name).modules()}

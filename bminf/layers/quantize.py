@@ -1,5 +1,5 @@
 """Which linears of a model are quantized and what stays as it is, how large they will be, and the
-exchange itself."""
+replacement itself."""
 
 from __future__ import annotations
 
@@ -78,9 +78,11 @@ def _has_forward_of_its_own(module: torch.nn.Module) -> bool:
 
 
 def _agrees_on_a_probe(module: torch.nn.Module) -> bool:
-    twin = torch.nn.Linear(_PROBE[0], _PROBE[1], bias=module._parameters.get("bias") is not None)
+    reference = torch.nn.Linear(
+        _PROBE[0], _PROBE[1], bias=module._parameters.get("bias") is not None
+    )
     probe = copy.copy(module)
-    probe.__dict__["_parameters"] = {"weight": twin.weight, "bias": twin.bias}
+    probe.__dict__["_parameters"] = {"weight": reference.weight, "bias": reference.bias}
     probe.__dict__["in_features"], probe.__dict__["out_features"] = _PROBE
     rows = torch.randn(6, _PROBE[0])
     # Large and small ones: a clamp, or a rounding of activations, shows.
@@ -89,7 +91,7 @@ def _agrees_on_a_probe(module: torch.nn.Module) -> bool:
             y = type(probe).forward(probe, x)
         except Exception:  # whatever it wants instead, it is no linear
             return False
-        expected = twin(x)
+        expected = reference(x)
         if not isinstance(y, torch.Tensor) or y.shape != expected.shape:
             return False
         if (y - expected).abs().max() > 1e-5 * expected.abs().max():
@@ -99,14 +101,14 @@ def _agrees_on_a_probe(module: torch.nn.Module) -> bool:
 
 def meta_linear(linear: torch.nn.Module, format_: Format) -> QuantizedLinear:
     """The QuantizedLinear that `linear` will become, on the meta device: shapes without bytes."""
-    twin = copy.copy(linear)
-    twin.__dict__["_parameters"] = {
+    meta = copy.copy(linear)
+    meta.__dict__["_parameters"] = {
         name: tensor
         if tensor is None
         else torch.nn.Parameter(torch.empty_like(tensor, device="meta"), False)
         for name, tensor in linear._parameters.items()
     }
-    return QuantizedLinear(twin, quantization=format_)
+    return QuantizedLinear(meta, quantization=format_)
 
 
 Places = Mapping[torch.nn.Module, Sequence[tuple[torch.nn.Module, str, str]]]
@@ -124,7 +126,7 @@ def places_of(root: torch.nn.Module, modules: Container[torch.nn.Module]) -> Pla
     return places
 
 
-def exchange(linear: torch.nn.Module, format_: Format, places: Places) -> None:
+def replace_linear(linear: torch.nn.Module, format_: Format, places: Places) -> None:
     """Put `linear`, packed in `format_`, in all places where it stands.
 
     Raises ArgumentError, with the name, for a weight that cannot be packed.
@@ -159,7 +161,7 @@ class Choice:
     kept: Mapping[str, Sequence[Linear]]
 
 
-def choose(
+def choose_linears(
     model: torch.nn.Module,
     blocks: Iterable[ModuleBlock],
     format_: Format | None,
@@ -183,9 +185,9 @@ def choose(
         return Choice({}, {})
     is_wanted = wanted or _inside(model, blocks)
     linears = [linear for linear in _unshared_linears(model) if is_wanted(*linear)]
-    apart, min_columns = set[torch.nn.Module](), 0
+    adapters, min_columns = set[torch.nn.Module](), 0
     if wanted is None:  # nobody chose them by name
-        apart = _trained_apart(model, linears)
+        adapters = _adapters(model, linears)
         # Narrower ones save little; unless all are, so that the format was meant for them.
         widest = max((_num_columns(module) for _, module in linears), default=0)
         group_size = format_.group_size or 0
@@ -194,7 +196,7 @@ def choose(
     kept: dict[str, list[Linear]] = {}
     for name, module in linears:
         reason, columns = why_not_quantizable(module), _num_columns(module)
-        if reason is None and module in apart:
+        if reason is None and module in adapters:
             reason = "trained beside frozen ones, or part of an adapter"
         elif reason is None and format_.bits == 4 and (columns % 2 or columns < min_columns):
             reason = "with an odd number of columns, or fewer than share a scale"
@@ -206,22 +208,22 @@ def choose(
     return Choice(replacements, kept)
 
 
-def _trained_apart(model: torch.nn.Module, linears: Sequence[Linear]) -> set[torch.nn.Module]:
+def _adapters(model: torch.nn.Module, linears: Sequence[Linear]) -> set[torch.nn.Module]:
     """Adapters, and where some linears are frozen those that are not: they are there to be trained.
 
     Adapters stand beside a layer that peft calls `base_layer`.
     """
     weights = {module: module._parameters.get("weight") for _, module in linears}
     trained = {module for module, w in weights.items() if w is not None and w.requires_grad}
-    apart = trained if len(trained) < len(linears) else set[torch.nn.Module]()
+    adapters = trained if len(trained) < len(linears) else set[torch.nn.Module]()
     for module in model.modules():
         if "base_layer" in module._modules:
             beside = [child for name, child in module.named_children() if name != "base_layer"]
-            apart = apart.union(*(child.modules() for child in beside))
-    return apart
+            adapters = adapters.union(*(child.modules() for child in beside))
+    return adapters
 
 
-def warn_of_what_stays(
+def warn_of_unquantized(
     model: torch.nn.Module, blocks: Iterable[ModuleBlock], choice: Choice, stacklevel: int
 ) -> None:
     """One warning, with bytes and reasons, where quantization leaves weights as they are.
@@ -233,17 +235,17 @@ def warn_of_what_stays(
         return
     parts = [*_kept_parts(choice), *_stacked_parts(model, blocks)]
     if not choice.replacements and not choice.kept:
-        told = (
+        message = (
             f"nothing in the blocks of {kind} could be quantized: they hold no "
             "torch.nn.Linear or Conv1D that was chosen; the weights stay as they are"
         )
     elif parts:
         total = format_bytes(sum(nbytes for nbytes, _ in parts))
         listed = "; ".join(text for _, text in parts)
-        told = f"{total} in the blocks of {kind} are not quantized: {listed}"
+        message = f"{total} in the blocks of {kind} are not quantized: {listed}"
     else:
         return
-    warn(told, stacklevel=stacklevel + 1)
+    warn(message, stacklevel=stacklevel + 1)
 
 
 def _kept_parts(choice: Choice) -> Iterator[tuple[int, str]]:
@@ -311,7 +313,7 @@ def _unshared_linears(model: torch.nn.Module) -> Iterator[Linear]:
     num_holders = Counter(places.values())  # a module that stands in two places holds once
     for name, module in model.named_modules():
         if module is model:
-            continue  # the object that wrapper() was given cannot be exchanged for another
+            continue  # the object that wrapper() was given cannot be replaced by another
         # A weight that a hook computes (weight_norm, pruning) is no parameter, and stays.
         if is_linear(module) and num_holders[id(module._parameters.get("weight"))] == 1:
             yield name, module

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from bminf.errors import UnsupportedModelError
-from bminf.layers.quantize import choose
+from bminf.layers.quantize import choose_linears
 from bminf.layout import Layout, ModuleBlock, TensorSpec, overlapping, specs_of, tensors_of
 from bminf.offload import memory
 from bminf.offload.backends import allocated_bytes_on
@@ -56,7 +56,7 @@ def lay_out(
                 tensors[_joined(path, key)] = tensor
                 owners[_joined(path, key)] = block, _joined(inner_path, key)
     specs = specs_of(tensors)
-    outside = _shared(specs, owners) | _trained_apart(places, replacements)
+    outside = _shared(specs, owners) | _adapters(places, replacements)
     parts: dict[str, dict[str, TensorSpec]] = {"": {}, **{block.name: {} for block in blocks}}
     for name, spec in specs.items():
         block, inner_name = ("", name) if name in outside else owners[name]
@@ -95,7 +95,7 @@ def _shared(specs: Mapping[str, TensorSpec], owners: Mapping[str, tuple[str, str
     return {n for names in groups if len({owners[n][0] for n in names}) > 1 for n in names}
 
 
-def _trained_apart(
+def _adapters(
     places: Sequence[_Place], replacements: Mapping[torch.nn.Module, torch.nn.Module]
 ) -> set[str]:
     """Parameters in blocks whose bulk is frozen that are not: adapters, which have to stay.
@@ -175,7 +175,7 @@ def remedies(
     found = []
     for name, packed in FORMATS.items():
         if format_ is None or packed.bits < format_.bits:
-            replacements = choose(model, blocks, packed).replacements
+            replacements = choose_linears(model, blocks, packed).replacements
             smaller = lay_out(model, blocks, replacements, keep_addresses=False)
             saved = least - _least_of(smaller, device_type)
             found.append(

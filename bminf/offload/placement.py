@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 
-from bminf.layers.quantize import Replacements, exchange, places_of
+from bminf.layers.quantize import Replacements, places_of, replace_linear
 from bminf.layout import Chunk, Layout, tensors_of
 from bminf.offload import memory
 from bminf.offload.backends.base import Backend
@@ -30,7 +30,7 @@ def place(
     def quantize(modules: Iterable[torch.nn.Module]) -> None:
         for module in modules:
             if module in places:
-                exchange(module, replacements[module].form, places)
+                replace_linear(module, replacements[module].form, places)
 
     with torch.inference_mode(False), torch.no_grad():
         # What lies in no block, or in several, and so outside all of them, comes first.
