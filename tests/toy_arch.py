@@ -128,7 +128,7 @@ TOY = Architecture(
     build=Toy,
     sizes=toy_sizes,
     parse=toy_config,
-    is_told_by=lambda checkpoint: "toy_table.w" in checkpoint.tensors,
+    matches=lambda checkpoint: "toy_table.w" in checkpoint.tensors,
     rules={"original": [Rule(source, target) for source, target in NAMES.items()]},
     splits=SplitTable(
         "toys",

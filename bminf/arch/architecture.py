@@ -50,7 +50,7 @@ class Architecture:
 
     Of files
     parse: a mapping of any dialect, tensors and a place for messages -> a configuration.
-    is_told_by: whether a checkpoint is of it; of several that say so, the last in the list.
+    matches: whether a checkpoint is of it; of several that say so, the last in the list.
     rules: kind of a checkpoint -> from its names to those of the network.
     splits: how its authors cut it for ranks.
     """
@@ -61,20 +61,20 @@ class Architecture:
     build: Callable[[Any], torch.nn.Module]
     sizes: Callable[[Any, Pass], Sizes]
     parse: Callable[[Mapping[str, Any], Mapping[str, Stored], str], Config]
-    is_told_by: Callable[[Checkpoint], bool]
+    matches: Callable[[Checkpoint], bool]
     rules: Mapping[str, Sequence[Rule]]
     splits: SplitTable
     blocks: Callable[[torch.nn.Module], list[str]] = lists_of
     uses: Mapping[str, float] = field(default_factory=dict)
 
-    prepared: Callable[[Checkpoint], Mapping[str, Stored]] = lambda checkpoint: checkpoint.tensors
+    raw_tensors: Callable[[Checkpoint], Mapping[str, Stored]] = lambda opened: opened.tensors
     """The tensors of a checkpoint, under its names.   Raises CheckpointError for one that no rule
     can be right for."""
     published: Mapping[str, Config] = field(default_factory=dict)
     """By name: models whose shapes are known."""
-    is_told_by_shapes: bool = False
-    """Whether parse() can do with shapes alone; otherwise what is told by none of its files has to
-    be a published model."""
+    is_implied_by_shapes: bool = False
+    """Whether parse() can do with shapes alone; otherwise a checkpoint without a configuration has
+    to be a published model."""
     needed_fields: str = ""
     """What parse() needs where shapes are of no published model, for messages."""
     hub_ids: tuple[str, ...] = ()
@@ -84,11 +84,11 @@ class Architecture:
 
     model_type: str | None = None
     """What a configuration of Hugging Face says."""
-    has_common_names: bool = False
+    has_generic_names: bool = False
     """Whether models that are none of these have the same names: their model_type tells."""
     is_config_of: Callable[[Any], bool] = lambda config: True
     """Whether one of config_class is of it, where another architecture has that class, too."""
-    is_described_by: Callable[[Mapping[str, Any]], bool] = lambda source: False
+    matches_config: Callable[[Mapping[str, Any]], bool] = lambda source: False
     """Whether a configuration without weights is of it; of several, the last in the list."""
 
     formats: Mapping[str, Format] = field(default_factory=lambda: FORMATS)
@@ -106,7 +106,7 @@ class Architecture:
     """What a file of the tokenizer is called in a folder that loads by itself."""
     tokenizer_settings: Callable[[Any], Mapping[str, Any] | None] = lambda config: None
     """What a configuration says of the tokenizer."""
-    has_spare_rows: bool = False
+    has_padded_vocabulary: bool = False
     """Whether the embedding may have more rows than the vocabulary has tokens."""
 
     def tensors(self, checkpoint: Checkpoint) -> dict[str, Stored]:
@@ -116,7 +116,7 @@ class Architecture:
         are missing.
         """
         path, kind = checkpoint.path, checkpoint.kind
-        given = self.prepared(checkpoint)
+        given = self.raw_tensors(checkpoint)
         if kind not in self.rules:
             raise CheckpointError(
                 f"{path} is a {kind} folder, a layout that {self.title} is not found in; accepted "

@@ -206,7 +206,7 @@ _EMBEDDINGS = {  # of each layout
 }
 
 
-def _prepared(checkpoint: Checkpoint) -> Mapping[str, Stored]:
+def _raw_tensors(checkpoint: Checkpoint) -> Mapping[str, Stored]:
     if checkpoint.kind == "modelcenter":
         raise CheckpointError(
             f"{checkpoint.path} is a modelcenter folder, a layout that CPM-1 is not found in: "
@@ -313,15 +313,15 @@ CPM1 = Architecture(
     build=GPT,
     sizes=gpt_sizes,
     parse=gpt_config,
-    is_told_by=is_cpm1,
+    matches=is_cpm1,
     rules=_RULES,
-    prepared=_prepared,
+    raw_tensors=_raw_tensors,
     splits=SPLITS,
     published=PUBLISHED_GPT,
     needed_fields="hidden_size, num_layers, num_attention_heads, max_position_embeddings",
     hub_ids=("TsinghuaAI/CPM-Generate", "mymusise/CPM-Generate-distill"),
     aliases={"cpm1": "TsinghuaAI/CPM-Generate"},
     model_type="gpt2",
-    has_common_names=True,
+    has_generic_names=True,
     vocabulary_name=_vocabulary_name,
 )

@@ -1,4 +1,4 @@
-"""The architectures, and how files tell which of them they hold.
+"""The architectures, and which of them files are of.
 
 One more is a file beside this one and a line in ARCHITECTURES.
 """
@@ -47,13 +47,13 @@ def config_in(folder: Path) -> Path | None:
     return find_config(folder, [one.model_type for one in ARCHITECTURES])
 
 
-def told_by(opened: Checkpoint) -> Architecture | None:
-    """The architecture that the files themselves tell; None where CPM-2 and EVA look alike."""
+def detect(opened: Checkpoint) -> Architecture | None:
+    """The architecture by the files themselves; None where CPM-2 and EVA look alike."""
     if opened.kind == "bminf":
         return named(read_json(opened.path / "config.json").get("model"))
-    return next((one for one in reversed(ARCHITECTURES) if one.is_told_by(opened)), None)
+    return next((one for one in reversed(ARCHITECTURES) if one.matches(opened)), None)
 
 
-def described_by(source: Mapping[str, Any]) -> Architecture:
+def detect_from_config(source: Mapping[str, Any]) -> Architecture:
     """The architecture of a configuration without weights; CPM-2 where it says nothing else."""
-    return next(one for one in reversed(ARCHITECTURES) if one.is_described_by(source))
+    return next(one for one in reversed(ARCHITECTURES) if one.matches_config(source))

@@ -382,7 +382,7 @@ _STACKS = ("encoder", "decoder")
 _IN_MODELCENTER = "position_bias_dec.relative_attention_bias"
 
 
-def _prepared(checkpoint: Checkpoint) -> Mapping[str, Stored]:
+def _raw_tensors(checkpoint: Checkpoint) -> Mapping[str, Stored]:
     """But for the prompts of a prompt-tuned model, which generate() has no use for."""
     prompts = [name for name in checkpoint.tensors if name.endswith("prompt_embeds.weight")]
     if prompts:
@@ -585,21 +585,21 @@ CPM2 = Architecture(
     build=T5,
     sizes=t5_sizes,
     parse=t5_config,
-    is_told_by=is_cpm2,
+    matches=is_cpm2,
     rules=_RULES,
-    prepared=_prepared,
+    raw_tensors=_raw_tensors,
     splits=SPLITS,
     uses={"encoder.layers": 1, "cross_projections.layers": 1},  # once a prompt
     published=PUBLISHED_CPM2,
     needed_fields="d_model, d_ff, d_kv, num_heads, num_layers, attn_scale",
     aliases={name: "CPM-2 (Chinese), CPM-2.1" for name in ("cpm2", "cpm21")},
-    is_described_by=lambda source: True,  # what is of no other model
+    matches_config=lambda source: True,  # what is of no other model
 )
 EVA = replace(
     CPM2,
     name="eva",
     title="EVA",
-    is_told_by=is_eva,
+    matches=is_eva,
     published=PUBLISHED_EVA,
     hub_ids=(
         "thu-coai/EVA1.0",
@@ -613,5 +613,5 @@ EVA = replace(
         "eva2": "thu-coai/EVA2.0-xlarge",
     },
     model_type="eva",
-    is_described_by=lambda source: source.get("model_type") == "eva",
+    matches_config=lambda source: source.get("model_type") == "eva",
 )

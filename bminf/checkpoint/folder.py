@@ -72,15 +72,15 @@ def open_checkpoint(path: Path, tables: Sequence[SplitTable]) -> Checkpoint:
     """
     try:
         if path.is_dir():
-            return _open(*_found_in(path), tables)
+            return _open(*_layout_of_folder(path), tables)
         if path.is_file():
-            return _open(*_told_by(path), tables)
+            return _open(*_layout_of_file(path), tables)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     raise CheckpointError(f"{path} does not exist; accepted: {_LAYOUTS}")
 
 
-def _found_in(folder: Path) -> tuple[Kind, Path]:
+def _layout_of_folder(folder: Path) -> tuple[Kind, Path]:
     """The layout in a folder, and what to open."""
     if _is_ours(folder):
         return "bminf", folder / "model.safetensors"
@@ -102,11 +102,11 @@ def _found_in(folder: Path) -> tuple[Kind, Path]:
     raise CheckpointError(f"{folder} {holds}; accepted: {_LAYOUTS}")
 
 
-def _told_by(path: Path) -> tuple[Kind, Path]:
-    """The layout that the name of a file tells, and what to open."""
+def _layout_of_file(path: Path) -> tuple[Kind, Path]:
+    """The layout of a file by its name, and what to open."""
     folder = path.parent
     if path.name == _CONFIG:
-        return _found_in(folder)
+        return _layout_of_folder(folder)
     if path.name == FILE_IN_RANK_FOLDER:
         return "original", folder.parent
     if path.name in TRACKERS or (is_model_parallel(folder) and path in rank_files(folder)):
@@ -135,7 +135,7 @@ def _open(kind: Kind, path: Path, tables: Sequence[SplitTable]) -> Checkpoint:
 
 
 def read_weights(path: Path) -> dict[str, InFile]:
-    """Name -> tensor of one file, of safetensors or of torch.save, told by its suffix."""
+    """Name -> tensor of one file, of safetensors or of torch.save, by its suffix."""
     if path.suffix == ".safetensors":
         return read_safetensors(path)
     return weights_of(read_torch_file(path), path)

@@ -50,7 +50,7 @@ def write_torch_file(
     """Write dicts, lists and plain values, with a Saved in the place of each tensor.
 
     A tensor is read some rows at a time; torch.load gives it contiguous.
-    progress: told the bytes of each piece of a tensor that was written.
+    progress: called with the bytes of each piece of a tensor that was written.
     Raises OSError where there is no room or no permission; the caller owns what is left then.
     """
     prefix = path.stem

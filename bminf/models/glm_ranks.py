@@ -22,7 +22,7 @@ import torch
 
 from bminf.arch.architecture import Architecture
 from bminf.arch.glm import GLM10B, GLM130B, INT4_ROW, is_glm10b, is_glm130b, is_quantized
-from bminf.arch.registry import checkpoint_in, config_in, split_tables, told_by
+from bminf.arch.registry import checkpoint_in, config_in, detect, split_tables
 from bminf.checkpoint.config import CONFIG_FILES
 from bminf.checkpoint.folder import Checkpoint, Progress, atomic_folder
 from bminf.checkpoint.model_parallel import (
@@ -77,11 +77,11 @@ def cut(
     check_positive("tp", tp)
     wanted = None if model is None else architectures_for(source, model)
     bits, opened = _bits(weight_format), checkpoint_in(Path(source).expanduser())
-    told = told_by(opened)
-    if wanted is not None and told not in wanted:
-        held = "another model" if told is None else told.title
+    detected = detect(opened)
+    if wanted is not None and detected not in wanted:
+        held = "another model" if detected is None else detected.title
         raise CheckpointError(f"{source} holds {held}, not {wanted[0].title}")
-    beside = _Beside.of(opened, told, config, tokenizer)
+    beside = _Beside.of(opened, detected, config, tokenizer)
     heads = None if beside.config is None else beside.config.num_attention_heads
     reshard(opened, target, tp, bits, heads, beside.write)
     beside.warn_of_what_lacks(target)

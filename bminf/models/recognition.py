@@ -39,9 +39,9 @@ def recognized(opened: Checkpoint, has_tokenizer: bool = False) -> Architecture:
     """The only architecture that names, shapes and vocabulary of a checkpoint go together with.
 
     has_tokenizer: whether one is given that is not in the folder.
-    Raises ArgumentError where it has to be said, CheckpointError for another model than these.
+    Raises ArgumentError where the user has to say it, CheckpointError for another model than these.
     """
-    architecture = registry.told_by(opened)
+    architecture = registry.detect(opened)
     _check_in_zoo(opened, architecture)
     if architecture is None:
         raise ArgumentError(
@@ -80,7 +80,7 @@ def _check_in_zoo(opened: Checkpoint, architecture: Architecture | None) -> None
 def _goes_with(model_type: Any, architecture: Architecture | None) -> bool:
     if architecture is None:
         return False
-    return not architecture.has_common_names or model_type == architecture.model_type
+    return not architecture.has_generic_names or model_type == architecture.model_type
 
 
 _ADVICE = (

@@ -93,10 +93,10 @@ def open_source(
     if architectures is None:
         architecture = recognized(opened, has_tokenizer=tokenizer is not None)
     else:
-        architecture = _told(architectures, opened)
-    written = _written(opened)
-    source = _with_network(architecture, opened, written, config, configure)
-    settings = written.get("tokenizer")
+        architecture = _detected(architectures, opened)
+    saved = _saved_config(opened)
+    source = _with_network(architecture, opened, saved, config, configure)
+    settings = saved.get("tokenizer")
     if settings is None:
         settings = architecture.tokenizer_settings(source.config)
     found = tokenizer_of(architecture, opened, tokenizer, source.config, settings)
@@ -120,8 +120,8 @@ def find_sizes(model: Any) -> Source:
     path = Path(model).expanduser()
     if str(model) and path.exists():
         opened = registry.checkpoint_in(path.absolute())
-        architecture = registry.told_by(opened) or CPM2  # EVA is of the same shapes
-        return _with_network(architecture, opened, _written(opened), None)
+        architecture = registry.detect(opened) or CPM2  # EVA is of the same shapes
+        return _with_network(architecture, opened, _saved_config(opened), None)
     found = published(str(model))
     if found is None:
         raise ArgumentError(f"model={str(model)!r}; accepted: {_accepted_sizes()}")
@@ -139,16 +139,16 @@ def published(name: str) -> Source | None:
     return None
 
 
-def sizes_in(said: Mapping[str, Any], where: str) -> Source:
+def sizes_in(fields: Mapping[str, Any], where: str) -> Source:
     """Those that a configuration tells alone.   Raises CheckpointError where it does not say all.
 
-    said: what is in its file.   where: that file, for messages.
+    fields: what is in its file.   where: that file, for messages.
     """
-    architecture = registry.described_by(said)
-    size = said.get("vocab_size")
+    architecture = registry.detect_from_config(fields)
+    size = fields.get("vocab_size")
     if type(size) is not int or size < 1:
         raise CheckpointError(f"{where} has no vocab_size")
-    config = replace(architecture.parse(said, {}, where), vocab_size=size)
+    config = replace(architecture.parse(fields, {}, where), vocab_size=size)
     return sizes_of(architecture, config, architecture.title)
 
 
@@ -201,13 +201,13 @@ def config_of(
     Raises ArgumentError or CheckpointError.
     """
     if given is not None:
-        said, where = _given_config(given)
-        return architecture.parse(said, tensors, where), said
+        fields, where = _given_config(given)
+        return architecture.parse(fields, tensors, where), fields
     path = registry.config_in(opened.path)
     if path is not None:
-        said = read_json(path)
-        return architecture.parse(said, tensors, str(path)), said
-    if architecture.is_told_by_shapes:
+        fields = read_json(path)
+        return architecture.parse(fields, tensors, str(path)), fields
+    if architecture.is_implied_by_shapes:
         return architecture.parse({}, tensors, str(opened.path)), {}
     return _published_of(architecture, opened, tensors), {}
 
@@ -301,18 +301,18 @@ def _accepted_sizes() -> str:
 # ---- which architecture --------------------------------------------------------------------------
 
 
-def _told(architectures: Sequence[Architecture], opened: Checkpoint) -> Architecture:
+def _detected(architectures: Sequence[Architecture], opened: Checkpoint) -> Architecture:
     """The one of `architectures` that the checkpoint is of."""
-    told = registry.told_by(opened)
-    if told is None and opened.kind != "bminf" and len(architectures) == 1:
+    detected = registry.detect(opened)
+    if detected is None and opened.kind != "bminf" and len(architectures) == 1:
         return architectures[0]
     for architecture in architectures:
-        if told is not None and architecture.name == told.name:
+        if detected is not None and architecture.name == detected.name:
             return architecture
     wanted = " or ".join(architecture.title for architecture in architectures)
-    held = "another model" if told is None else told.title
-    if told is None and opened.kind == "bminf":
-        held = repr(_written(opened).get("model"))
+    held = "another model" if detected is None else detected.title
+    if detected is None and opened.kind == "bminf":
+        held = repr(_saved_config(opened).get("model"))
     raise CheckpointError(f"{opened.path} holds {held}, not {wanted}")
 
 
@@ -322,12 +322,12 @@ def _told(architectures: Sequence[Architecture], opened: Checkpoint) -> Architec
 def _with_network(
     architecture: Architecture,
     opened: Checkpoint,
-    written: Mapping[str, Any],
+    saved: Mapping[str, Any],
     config: Any,
     configure: Callable[[Any], Any] = lambda config: config,
 ) -> Source:
     if opened.kind == "bminf":
-        weights, parsed = _converted(architecture, opened, written, config)
+        weights, parsed = _converted(architecture, opened, saved, config)
     else:
         weights, parsed = _original(architecture, opened, config)
     if architecture.cut_head is not None:
@@ -341,7 +341,7 @@ def _with_network(
 def _original(architecture: Architecture, opened: Checkpoint, given: Any) -> tuple[Weights, Any]:
     """A folder of any other layout."""
     renamed = architecture.tensors(opened)
-    parsed, said = config_of(architecture, opened, renamed, given)
+    parsed, fields = config_of(architecture, opened, renamed, given)
     if architecture.cut_head is not None:
         parsed = replace(parsed, num_head_parts=1)  # that of another model's config is its own
 
@@ -349,7 +349,7 @@ def _original(architecture: Architecture, opened: Checkpoint, given: Any) -> tup
         own = "embed_tokens.weight" if name.startswith(HEAD) else name
         return architecture.original_name(opened.kind, own)
 
-    tensors = _as_configured(renamed, said)
+    tensors = _as_configured(renamed, fields)
     return Weights(tensors, opened.path, original_name=original_name), parsed
 
 
@@ -366,35 +366,35 @@ def _with_table(weights: Weights, num_head_parts: int) -> Weights:
     return replace(weights, tensors=tensors, table=table)
 
 
-def _written(opened: Checkpoint) -> Mapping[str, Any]:
+def _saved_config(opened: Checkpoint) -> Mapping[str, Any]:
     """What convert() wrote beside the weights; nothing in a folder of others."""
     return read_json(opened.path / "config.json") if opened.kind == "bminf" else {}
 
 
 def _converted(
-    architecture: Architecture, opened: Checkpoint, written: Mapping[str, Any], given: Any
+    architecture: Architecture, opened: Checkpoint, saved: Mapping[str, Any], given: Any
 ) -> tuple[Weights, Any]:
     """A folder that convert() wrote."""
     path = opened.path / "config.json"
-    if written.get("format_version") != FORMAT_VERSION:
+    if saved.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
-            f"{path} has the format_version {written.get('format_version')!r}; this library reads "
+            f"{path} has the format_version {saved.get('format_version')!r}; this library reads "
             f"{FORMAT_VERSION}: take the one that wrote it, or convert the original anew"
         )
-    fields = written.get("config") if given is None else _given_config(given)[0]
+    fields = saved.get("config") if given is None else _given_config(given)[0]
     if not isinstance(fields, Mapping):
         raise CheckpointError(f'{path} has no object "config"; convert the original anew')
     parsed = architecture.parse(fields, opened.tensors, str(path))
-    return Weights(opened.tensors, opened.path, _packing_in(written, path)), parsed
+    return Weights(opened.tensors, opened.path, _packing_in(saved, path)), parsed
 
 
-def _packing_in(written: Mapping[str, Any], path: Path) -> Packing | None:
+def _packing_in(saved: Mapping[str, Any], path: Path) -> Packing | None:
     """How such a folder is packed, by its configuration; None where it is not."""
-    exceptions = written.get("exceptions", {})
+    exceptions = saved.get("exceptions", {})
     if not isinstance(exceptions, Mapping):
         raise CheckpointError(f"{path}: exceptions is {exceptions!r}; convert the original anew")
     own = {name: _format(given, path) for name, given in exceptions.items()}
-    packing = Packing(_format(written.get("quantization"), path), own)
+    packing = Packing(_format(saved.get("quantization"), path), own)
     return None if packing == Packing() else packing
 
 
@@ -414,14 +414,14 @@ def _given_config(given: Any) -> tuple[Mapping[str, Any], str]:
         read = read_json(path)
         own = read.get("config") if read.get("format") == "bminf" else None  # what convert() wrote
         return own if isinstance(own, Mapping) else read, str(path)
-    said = as_mapping(given)
-    if said is None:
+    fields = as_mapping(given)
+    if fields is None:
         classes = list(dict.fromkeys(one.config_class.__name__ for one in registry.ARCHITECTURES))
         raise ArgumentError(
             f"config is a {type(given).__name__}; accepted: the path of a JSON file, a mapping, "
             f"a {', '.join(classes[:-1])} or {classes[-1]}"
         )
-    return said, "config"
+    return fields, "config"
 
 
 def _published_of(
@@ -464,16 +464,18 @@ def _fits(
     return True
 
 
-def _as_configured(tensors: Mapping[str, Stored], said: Mapping[str, Any]) -> Mapping[str, Stored]:
+def _as_configured(
+    tensors: Mapping[str, Stored], fields: Mapping[str, Any]
+) -> Mapping[str, Stored]:
     """What a configuration says of the weights themselves (ModelCenter's).
 
     tied: the head is the embedding.   length_scale: each product is divided by the square root of
     its number of inputs, and the embedding by that of its width; here the weights are.
     """
     changed = dict(tensors)
-    if said.get("tied") is True:
+    if fields.get("tied") is True:
         changed["lm_head.weight"] = tensors["embed_tokens.weight"]
-    if said.get("length_scale") is True:
+    if fields.get("length_scale") is True:
         for name, stored in changed.items():
             if len(stored.shape) == 2 and not name.endswith("position_bias.weight"):
                 changed[name] = Scaled(stored, stored.shape[1] ** -0.5)
@@ -521,7 +523,7 @@ def _check_vocabulary(
     tokenizer: Tokenizer, config: Config, architecture: Architecture, path: Path
 ) -> None:
     num_unused = config.vocab_size - tokenizer.vocab_size
-    if num_unused < 0 or (num_unused > 0 and not architecture.has_spare_rows):
+    if num_unused < 0 or (num_unused > 0 and not architecture.has_padded_vocabulary):
         files = getattr(tokenizer, "files", ())
         origin = ", ".join(str(file) for file in files) or type(tokenizer).__name__
         raise CheckpointError(

@@ -66,7 +66,7 @@ def states(model: Toy, ids: list[int]) -> torch.Tensor:
 
 def test_it_is_told_by_its_files_and_by_its_name(tmp_path: Path) -> None:
     folder = write(tmp_path, network())
-    assert registry.told_by(registry.checkpoint_in(folder)) is TOY
+    assert registry.detect(registry.checkpoint_in(folder)) is TOY
     assert registry.named("toy") is TOY
     named = published("Toy small")
     assert named is not None and named.architecture is TOY and named.config == SMALL
