@@ -33,7 +33,7 @@ from bminf.checkpoint.model_parallel import (
     COLUMNS,
     MEGATRON_LAYER,
     MEGATRON_WIDTHS,
-    OWN,
+    PER_RANK,
     REPLICATED,
     ROWS,
     SplitTable,
@@ -481,12 +481,12 @@ SPLITS_OF_GLM130B = SplitTable(
         # A head's rows of Q, K and V stand together, so a rank has the rows of whole heads.
         r".*\.attention\.query_key_value\.(weight|weight_scale|bias)": ROWS,
         r".*\.attention\.dense\.weight": COLUMNS,
-        r".*\.attention\.dense\.weight_scale": OWN,
+        r".*\.attention\.dense\.weight_scale": PER_RANK,
         r".*\.attention\.dense\.bias": REPLICATED,
         # What is gated, and below it the gate.
         r".*\.mlp\.dense_h_to_4h\.(weight|weight_scale|bias)": fused_rows(2),
         r".*\.mlp\.dense_4h_to_h\.weight": COLUMNS,
-        r".*\.mlp\.dense_4h_to_h\.weight_scale": OWN,
+        r".*\.mlp\.dense_4h_to_h\.weight_scale": PER_RANK,
         r".*\.mlp\.dense_4h_to_h\.bias": REPLICATED,
         r"transformer\.layers\.\d+\.attention\.rotary_emb\.inv_freq": REPLICATED,
         r"mixins\.rotary-embedding\.rotary_emb\.inv_freq": REPLICATED,

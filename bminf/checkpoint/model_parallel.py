@@ -52,13 +52,13 @@ class Split:
 
     axis: None where each rank has the whole.   num_fused: matrices one below another, such as
     Q, K and V, of each of which a rank has its slice.
-    is_own: each rank has a vector of its own, of scales of its columns: the whole is a matrix with
-    a column a rank.
+    is_per_rank: each rank has a vector of its own, of scales of its columns: the whole is a matrix
+    with a column a rank.
     """
 
     axis: int | None
     num_fused: int = 1
-    is_own: bool = False
+    is_per_rank: bool = False
 
     def merge(self, parts: tuple[InFile, ...]) -> Stored:
         """The whole tensor, from the ranks' parts in order.   Raises CheckpointError."""
@@ -66,7 +66,7 @@ class Split:
             return parts[0]
         if self.axis is None:
             return Replicated(parts)
-        if self.is_own:
+        if self.is_per_rank:
             return Columns(tuple(_as_column(part) for part in parts))
         if self.axis == 1:
             return Columns(parts)
@@ -80,7 +80,7 @@ class Split:
         """
         if self.axis is None:
             return whole
-        if self.is_own:
+        if self.is_per_rank:
             raise ArgumentError(f"{whole.where} belongs to the ranks it was made for; it stays so")
         if len(whole.shape) <= self.axis:
             raise CheckpointError(
@@ -104,7 +104,7 @@ def _as_column(vector: InFile) -> InFile:
     return replace(vector, shape=(*vector.shape, 1), stride=(*vector.stride, 1))
 
 
-REPLICATED, ROWS, COLUMNS, OWN = Split(None), Split(0), Split(1), Split(1, is_own=True)
+REPLICATED, ROWS, COLUMNS, PER_RANK = Split(None), Split(0), Split(1), Split(1, is_per_rank=True)
 
 
 def fused_rows(num_fused: int) -> Split:

@@ -17,7 +17,7 @@ from bminf.arch.registry import checkpoint_in, split_tables
 from bminf.checkpoint.folder import Checkpoint
 from bminf.checkpoint.model_parallel import (
     COLUMNS,
-    OWN,
+    PER_RANK,
     REPLICATED,
     ROWS,
     Split,
@@ -165,8 +165,8 @@ def test_the_tables_of_cuts_depend_on_the_model() -> None:
         "transformer.word_embeddings.weight": ROWS,
         **{f"{layer}.attention.query_key_value.{k}": ROWS for k in ("weight", "weight_scale")},
         **{f"{layer}.mlp.dense_h_to_4h.{k}": fused_rows(2) for k in ("weight_scale", "bias")},
-        f"{layer}.attention.dense.weight_scale": OWN,
-        f"{layer}.mlp.dense_4h_to_h.weight_scale": OWN,
+        f"{layer}.attention.dense.weight_scale": PER_RANK,
+        f"{layer}.mlp.dense_4h_to_h.weight_scale": PER_RANK,
         f"{layer}.attention.rotary_emb.inv_freq": REPLICATED,
         "mixins.rotary-embedding.rotary_emb.inv_freq": REPLICATED,
     }
@@ -200,7 +200,7 @@ def test_what_cannot_be_cut_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"'w' in .* should have 2 dimensions"):
         COLUMNS.part(vector, 0, 2)
     with pytest.raises(ArgumentError, match="ranks it was made for"):
-        OWN.part(vector, 0, 2)
+        PER_RANK.part(vector, 0, 2)
 
 
 # ---- quantised folders ---------------------------------------------------------------------------
