@@ -20,7 +20,7 @@ from bminf.checks import check_banned, check_ids, not_numbers
 from bminf.errors import ArgumentError
 from bminf.generation.loop import Decoder
 
-LOST = -math.inf
+NEG_INF = -math.inf
 """The score of what is banned, or does not exist."""
 
 _LARGEST_EXPONENT = 700.0  # of e, in float64
@@ -73,7 +73,7 @@ def beam_search(
     def candidates(
         logits: torch.Tensor, scores: torch.Tensor, _: Sequence[Search]
     ) -> list[list[Candidate]]:
-        steps = logits.float().log_softmax(-1).index_fill_(1, banned, LOST)
+        steps = logits.float().log_softmax(-1).index_fill_(1, banned, NEG_INF)
         return best_candidates(steps, scores, rules.num_candidates)
 
     return run(decoder, logits, start.device, searches, candidates)
@@ -152,7 +152,7 @@ class Search:
     def padded_beams(self) -> list[Beam]:
         """num_beams of them: missing ones are copies of the first without a score."""
         missing = self._rules.num_beams - len(self.beams)
-        return self.beams + [self.beams[0]._replace(score=LOST)] * missing
+        return self.beams + [self.beams[0]._replace(score=NEG_INF)] * missing
 
     def _finish(self, ended: list[Hypothesis]) -> None:
         """Keep the best of these and of those that had finished before."""
@@ -186,11 +186,11 @@ def run(
     while True:
         for search, own in zip(searches, choose(logits, scores, searches), strict=True):
             search.advance(own)
-        rows, last, chances = _next_rows(searches, beams_before=scores.shape[1])
+        rows, last, next_scores = _next_rows(searches, beams_before=scores.shape[1])
         if not rows:
             return [search.finished for search in every]
         searches = [search for search in searches if not search.is_done]
-        scores = torch.tensor(chances, device=logits.device)
+        scores = torch.tensor(next_scores, device=logits.device)
         decoder.select(torch.tensor(rows, device=logits.device))
         logits = decoder(torch.tensor(last, device=device))
 
@@ -215,7 +215,7 @@ def best_candidates(
     if wrong:
         raise not_numbers(wrong)
     return [
-        [Candidate(value, *divmod(int(index), vocab_size)) for value, index in own if value > LOST]
+        [Candidate(v, *divmod(int(index), vocab_size)) for v, index in own if v > NEG_INF]
         for own in both
     ]
 

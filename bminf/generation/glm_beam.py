@@ -19,7 +19,7 @@ import torch
 from bminf.checks import check_banned, check_ids, not_numbers
 from bminf.errors import ArgumentError
 from bminf.generation.beam import (
-    LOST,
+    NEG_INF,
     Beam,
     Candidate,
     Hypothesis,
@@ -30,7 +30,7 @@ from bminf.generation.beam import (
 )
 from bminf.generation.loop import Decoder
 
-_REMOVED = -65504.0  # the logit of what is banned: the least that half precision holds
+_MASKED_LOGIT = -65504.0  # the logit of what is banned: the least that half precision holds
 _MIN_UNIFORM = 2.0**-54  # half of the smallest above 0, in place of 0, which has no logarithm
 
 
@@ -160,12 +160,13 @@ def _candidates(
     _check_numbers(logits, len(searches))
     is_out = _ruled_out(rules, logits, searches)
     # Before the softmax, so that others share the probability; after it, so that none is taken.
-    steps = logits.float().masked_fill(is_out, _REMOVED).log_softmax(-1).masked_fill_(is_out, LOST)
+    masked = logits.float().masked_fill(is_out, _MASKED_LOGIT)
+    steps = masked.log_softmax(-1).masked_fill_(is_out, NEG_INF)
     noise = None
     if not rules.is_deterministic:
-        noise = _noise(searches, scores.shape[1] * logits.shape[1]).to(logits.device)
-    drawn = best_candidates(steps, scores, rules.num_candidates, noise)
-    return [sorted(own, key=lambda candidate: -candidate.score) for own in drawn]
+        noise = _gumbel_noise(searches, scores.shape[1] * logits.shape[1]).to(logits.device)
+    best = best_candidates(steps, scores, rules.num_candidates, noise)
+    return [sorted(own, key=lambda candidate: -candidate.score) for own in best]
 
 
 def _ruled_out(
@@ -187,7 +188,7 @@ def _ruled_out(
     return is_out
 
 
-def _noise(searches: Sequence[_GLMSearch], size: int) -> torch.Tensor:
+def _gumbel_noise(searches: Sequence[_GLMSearch], size: int) -> torch.Tensor:
     """(B, size) float64 of the Gumbel distribution: the largest sums of it and log-probabilities
     are a sample without replacement (Kool et al. 2019, arXiv:1903.06059, section 2)."""
     uniforms = [

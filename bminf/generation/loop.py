@@ -67,12 +67,12 @@ def _steps(
     active_rows = list(range(num_rows))  # the row of `start` that each row of the caches belongs to
     for _ in range(max_new_tokens):
         tokens = _pass(decoder, input_ids, sampler)
-        drawn = tokens.tolist()
-        yield _spread(drawn, active_rows, num_rows)
-        unfinished = [i for i, token in enumerate(drawn) if token not in stop_ids]
+        sampled = tokens.tolist()
+        yield _scatter(sampled, active_rows, num_rows)
+        unfinished = [i for i, token in enumerate(sampled) if token not in stop_ids]
         if not unfinished:
             return
-        if len(unfinished) < len(drawn):
+        if len(unfinished) < len(sampled):
             rows = torch.tensor(unfinished, device=tokens.device)
             decoder.select(rows)
             sampler.select(rows)
@@ -85,8 +85,8 @@ def _pass(decoder: Decoder, input_ids: torch.Tensor, sampler: Sampler) -> torch.
     return sampler.draw(decoder(input_ids))
 
 
-def _spread(drawn: list[int], active_rows: list[int], num_rows: int) -> list[int | None]:
+def _scatter(sampled: list[int], active_rows: list[int], num_rows: int) -> list[int | None]:
     step: list[int | None] = [None] * num_rows
-    for row, token in zip(active_rows, drawn, strict=True):
+    for row, token in zip(active_rows, sampled, strict=True):
         step[row] = token
     return step

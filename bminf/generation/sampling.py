@@ -184,7 +184,7 @@ class Sampler:
             tokens = scores.argmax(-1)
         else:
             uniforms = _on(logits.device, [own.random() for own in self._random], torch.float64)
-            tokens = _inverse(_kept(scores, self.sampling), uniforms)
+            tokens = _inverse_cdf(_filtered(scores, self.sampling), uniforms)
         _check_scores(scores)  # last, because it waits for all that was asked of the device
         if self._counts is not None:
             ones = self._is_counted[tokens].unsqueeze(1)
@@ -223,22 +223,22 @@ def _scores(logits: torch.Tensor, counts: torch.Tensor | None, sampling: Samplin
     return scores
 
 
-def _kept(scores: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+def _filtered(scores: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     """Probabilities after the filter, not yet to sum 1."""
     return sampling.filter(scores.softmax(-1), sampling.top_k, sampling.top_p)
 
 
-def _inverse(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-    """The tokens (B,) at which the cumulative sums of `weights` pass the share `uniforms` of all.
+def _inverse_cdf(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """Inverse transform sampling: the tokens (B,) at which the CDF of `weights` passes `uniforms`.
 
     weights: (B, V) from 0 to 1.   uniforms: (B,) float64 in [0, 1).
     The sums are of integers, so that no order of adding can change them: a parallel sum of floats
     differs between devices, and may even rise where a weight is zero.
     """
     masses = (weights.double() * 2.0**_MASS_BITS).round().long()
-    ends = masses.cumsum(-1)
-    shares = (uniforms * ends[:, -1]).long()
-    return torch.searchsorted(ends, shares.unsqueeze(1), right=True).squeeze(1)
+    cdf = masses.cumsum(-1)
+    targets = (uniforms * cdf[:, -1]).long()
+    return torch.searchsorted(cdf, targets.unsqueeze(1), right=True).squeeze(1)
 
 
 def _check_scores(scores: torch.Tensor) -> None:

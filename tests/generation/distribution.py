@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from bminf.generation.sampling import Sampling, _check_scores, _kept, _scores
+from bminf.generation.sampling import Sampling, _check_scores, _filtered, _scores
 
 
 def probabilities(
@@ -19,5 +19,5 @@ def probabilities(
     _check_scores(scores)
     if sampling.is_greedy:
         return torch.zeros_like(scores).scatter_(1, scores.argmax(-1, keepdim=True), 1)
-    kept = _kept(scores, sampling)
+    kept = _filtered(scores, sampling)
     return kept / kept.sum(-1, keepdim=True)
