@@ -26,7 +26,7 @@ from bminf.offload.backends import (
 )
 from bminf.offload.blob import check_tensors, lay_out, remedies, unmapped_bytes
 from bminf.offload.blocks import find_blocks, has_tensors
-from bminf.offload.context import USUAL_LENGTH, context_of, writes_text
+from bminf.offload.context import DEFAULT_LENGTH, context_of, generates_text
 from bminf.offload.hooks import ATTRIBUTE, Scheduler, Stats, is_streaming
 from bminf.offload.offloaded import fetch_offloaded
 from bminf.offload.placement import place, restore
@@ -218,9 +218,9 @@ class _Request:
         if options.max_length is not None or options.max_batch_size != 1:
             self._context = of_text(options.max_length, options.max_batch_size)
             self.reserved_bytes += self._context.nbytes
-        elif not self.reserved_bytes and writes_text(model):
+        elif not self.reserved_bytes and generates_text(model):
             with suppress(ArgumentError):  # it cannot be counted, and nobody asked
-                self._unreserved = of_text(USUAL_LENGTH)
+                self._unreserved = of_text(DEFAULT_LENGTH)
         self.blocks = find_blocks(model, options.blocks)
         self.choice = choose_linears(model, self.blocks, self.format, options.quantize)
         self.blobs = lay_out(model, self.blocks, self.choice.replacements, keep_addresses)

@@ -92,7 +92,7 @@ class GLMConfig:
                 raise ArgumentError(
                     f"{name}={getattr(self, name)!r}; accepted: {', '.join(map(repr, accepted))}"
                 )
-        # Rotary positions turn columns in pairs.
+        # Rotary positions rotate columns in pairs.
         unit = self.num_attention_heads * (2 if self.is_rotary else 1)
         if self.hidden_size % unit:
             raise ArgumentError(
@@ -532,7 +532,7 @@ def _rotary_bytes(config: GLMConfig, given: Pass) -> int:
     # The layer's own input too: its caller holds it until there is an output.
     return given.held(size, size, size) + max(
         given.product(size, 2 * wide),
-        # Queries and keys as they are turned; both halves of the gate's product, and what it makes.
+        # Rotated queries and keys; both halves of the gate's product, and what it makes.
         given.held(max((3 + 2 + 2) * size, (2 + 1 + 1) * wide)),
         given.held(3 * wide) + given.product(wide, size),
     )

@@ -75,10 +75,10 @@ def rules_of(
         letters, _, after = bracket.partition("]")
         for kind in ("weight", "bias") if has_bias else ("weight",):
             own = None if target is None else f"{target}.{kind}"
-            is_turned = is_transposed and kind == "weight"
+            is_weight_transposed = is_transposed and kind == "weight"
             for part, letter in enumerate(letters or [""]):
                 name = f"{before}{letter}{after}.{kind}"
-                yield Rule(name, own, part, max(1, len(letters)), is_turned)
+                yield Rule(name, own, part, max(1, len(letters)), is_weight_transposed)
 
 
 def rename(

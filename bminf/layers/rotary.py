@@ -1,6 +1,6 @@
-"""Rotary positions: queries and keys are turned by angles that grow with their position.
+"""Rotary positions: queries and keys are rotated by angles that grow with their position.
 
-Source: Su et al. 2021, arXiv:2104.09864. In the order of halves: column j is turned together with
+Source: Su et al. 2021, arXiv:2104.09864. In the order of halves: column j is rotated together with
 column j + head_dim / 2.
 """
 
@@ -49,5 +49,5 @@ def rotary_table(
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """x: (B, H, T, D).   cos, sin: (B, 1, T, D / 2).   Returns (B, H, T, D) in the dtype of x."""
     first, second = x.chunk(2, dim=-1)
-    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-    return turned.to(x.dtype)
+    rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return rotated.to(x.dtype)

@@ -34,13 +34,13 @@ LOGITS_AT_ONCE = 8  # positions of one text whose logits are computed together
 _NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 _DEFAULT_MAX_LENGTH = 512  # of models whose positions have no end
 
-_DRAWN_BYTES = 64  # of an entry of the logits: in the model's type, and what drawing sorts
+_SAMPLING_BYTES = 64  # of an entry of the logits: in the model's type, and what sampling sorts
 # What stays with the allocators and libraries of a CPU after tensors are gone. Measured, not
 # derived: about as much again as a layer and half of the logits hold (with weights that are not
 # packed up to 7/4 of a layer), and no more than this.
-_MAX_KEPT_BYTES = 7 * 2**25
+_MAX_CACHED_BYTES = 7 * 2**25
 _LIBRARY_BYTES = 2**25  # on a GPU, where torch uses again what is gone: of cuBLAS
-_HOLES = 0.1  # of the peak, between what is still there
+_FRAGMENTATION = 0.1  # of the peak, between what is still there
 
 
 @dataclass(frozen=True)
@@ -204,13 +204,13 @@ def reserved_bytes(
     vocab_size: int = assembly.source.config.vocab_size
     largest = Pass(max_batch_size, max_length, assembly.dtype, weight_format, is_cpu)
     sizes = assembly.source.architecture.sizes(assembly.source.config, largest)
-    # The last ones of each row while they are drawn from; logits() has fewer at a time.
-    head = vocab_size * max(LOGITS_AT_ONCE, max_batch_size) * _DRAWN_BYTES
+    # The last ones of each row while they are sampled from; logits() has fewer at a time.
+    head = vocab_size * max(LOGITS_AT_ONCE, max_batch_size) * _SAMPLING_BYTES
     aligned = 0 if is_cpu else sizes.bias  # the copy that attention may make of it
     peak = max(sizes.making_bias, sizes.bias + aligned + sizes.layer, head)
     left = sizes.layer if weight_format is not None else 7 * sizes.layer // 4
-    kept = min(left + head // 2, _MAX_KEPT_BYTES) if is_cpu else min(peak, _LIBRARY_BYTES)
-    return sizes.cache + peak + int(_HOLES * peak) + kept
+    cached = min(left + head // 2, _MAX_CACHED_BYTES) if is_cpu else min(peak, _LIBRARY_BYTES)
+    return sizes.cache + peak + int(_FRAGMENTATION * peak) + cached
 
 
 # ---- how linears are packed ----------------------------------------------------------------------

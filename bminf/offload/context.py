@@ -7,7 +7,7 @@ delta rule, short convolutions) a state of fixed size, and some none. What a tex
 really takes is measured in tests/offload/test_context.py.
 
 The workspace is the larger of two moments: the widest activations of one layer while the whole text
-is read, and the logits while a token is drawn; and, on a CPU, what its allocator keeps of them.
+is read, and the logits while a token is sampled; and, on a CPU, what its allocator keeps of them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _WINDOWED = ("sliding_attention", "hybrid_sliding", "chunked_attention", "local_
 _RECURRENT = ("linear_attention", "conv", "mamba", "mamba2", "recurrent", "hybrid", "linear")
 _ALSO_ATTENTION = ("hybrid", "hybrid_sliding")  # beside their state
 _NOTHING = ("dummy", "mlp", "moe")
-_STATE_ITEMSIZE = 4  # recurrent states are kept in float32 by most models
+_STATE_ITEMSIZE = 4  # recurrent states are cached in float32 by most models
 
 
 def first_of(config: Any, *names: str, default: Any = None) -> Any:
@@ -204,15 +204,15 @@ def _mamba_size(layer: Any, hidden: int) -> int:
     return int(expand * hidden)
 
 
-USUAL_LENGTH = 2048
+DEFAULT_LENGTH = 2048
 """Tokens for which a plan says what they would take, where nobody said how many there will be."""
 
-_DRAWN_BYTES = 12  # of a logit beside its own: in float32, as processed, and its probability
-_MAX_KEPT_BYTES = 2**26  # by the allocators and libraries of a CPU; on a GPU a half of it
+_SAMPLING_BYTES = 12  # of a logit beside its own: in float32, as processed, and its probability
+_MAX_CACHED_BYTES = 2**26  # by the allocators and libraries of a CPU; on a GPU a half of it
 # By which the memory of a CPU process grows at the least: a Llama of 8 layers took 2 to 7 MB more
 # than the rest of this counts, for 128 to 1,024 tokens.
 _ARENAS_BYTES = 10 * 2**20
-_HOLES = 0.1  # of the workspace, between what is still there
+_FRAGMENTATION = 0.1  # of the workspace, between what is still there
 
 
 @dataclass(frozen=True)
@@ -232,14 +232,14 @@ class Context:
         return self.cache_bytes + self.workspace_bytes
 
 
-def writes_text(model: torch.nn.Module) -> bool:
+def generates_text(model: torch.nn.Module) -> bool:
     """Whether `model` generates text, and has a configuration to count from (transformers')."""
     config = getattr(model, "config", None)
     if config is None:
         return False
     can_generate = getattr(model, "can_generate", None)
-    is_told = callable(can_generate) and bool(can_generate())
-    if not is_told and not type(model).__name__.endswith(("CausalLM", "LMHeadModel")):
+    is_generative = callable(can_generate) and bool(can_generate())
+    if not is_generative and not type(model).__name__.endswith(("CausalLM", "LMHeadModel")):
         return False
     text = text_config(config)
     return hidden_size(text) is not None and first_of(text, "vocab_size") is not None
@@ -264,7 +264,7 @@ def context_of(
             "a whole number above 0"
         )
     max_length = _whole_number("max_length", max_length)
-    if not writes_text(model):
+    if not generates_text(model):
         raise ArgumentError(
             f"max_length={max_length} needs a model that generates text and has a configuration "
             f"to count from, as transformers' have; for this {type(model).__name__}, set bytes "
@@ -293,19 +293,19 @@ def _whole_number(name: str, value: Any) -> int:
 
 
 def _workspace_bytes(model: Any, largest: Pass) -> int:
-    # Where it can, generate() has no more logits of a prompt computed than those it draws from.
+    # Where it can, generate() has no more logits of a prompt computed than those it samples from.
     is_last_only = "logits_to_keep" in inspect.signature(model.forward).parameters
-    num_drawn = largest.batch_size * (1 if is_last_only else largest.length)
+    num_sampled = largest.batch_size * (1 if is_last_only else largest.length)
     text = text_config(model.config)
-    drawn_bytes = num_drawn * largest.dtype.itemsize + largest.batch_size * _DRAWN_BYTES
-    logits: int = text.vocab_size * drawn_bytes
+    sampling_bytes = num_sampled * largest.dtype.itemsize + largest.batch_size * _SAMPLING_BYTES
+    logits: int = text.vocab_size * sampling_bytes
     layer = max(_layer_moments(text, largest))
     peak = max(layer, logits)
     if largest.is_cpu:
-        kept = min(layer + logits + _ARENAS_BYTES, _MAX_KEPT_BYTES)
+        cached = min(layer + logits + _ARENAS_BYTES, _MAX_CACHED_BYTES)
     else:
-        kept = min(layer + logits // 2, _MAX_KEPT_BYTES // 2)
-    return peak + int(_HOLES * peak) + kept
+        cached = min(layer + logits // 2, _MAX_CACHED_BYTES // 2)
+    return peak + int(_FRAGMENTATION * peak) + cached
 
 
 def _layer_moments(text: Any, largest: Pass) -> Iterator[int]:
@@ -318,7 +318,7 @@ def _layer_moments(text: Any, largest: Pass) -> Iterator[int]:
         masks += largest.scores(heads) + heads * largest.batch_size * largest.length**2 * 4
     shared = masks + held(hidden, hidden)  # the residual, and what its norm made of it
     yield shared + product(hidden, inner + keys)
-    # Queries and keys as they are turned, keys and values for every head, and the result.
+    # Queries and keys as they are rotated, keys and values for every head, and the result.
     yield shared + held(2 * inner, keys, 2 * inner, inner)
     wide = _feed_forward_columns(text, hidden)
     yield shared + held(2 * wide) + product(hidden, wide)
