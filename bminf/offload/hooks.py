@@ -127,9 +127,9 @@ class Scheduler:
                     if before is not None:
                         module.__dict__[name] = before
                 elif isinstance(override, _Forward):
-                    override.leave_to(module)
+                    override.remove_from(module)
                 if isinstance(override, _Override):
-                    override.is_over = True
+                    override.is_removed = True
                 self._overrides.pop()
             self.ring = None
 
@@ -303,13 +303,13 @@ def _detached(block: StreamedBlock, output: Any) -> Any:
 def is_streaming(module: torch.nn.Module) -> bool:
     """Whether `module` is, holds or belongs to a model with streamed blocks."""
     values = module.__dict__.values()
-    return any(isinstance(value, _Override) and not value.is_over for value in values)
+    return any(isinstance(value, _Override) and not value.is_removed for value in values)
 
 
 class _Override:
     """Stands in a module's __dict__; a copy or a pickle of that would act on the wrong model."""
 
-    is_over = False  # the model is unwrapped, but somebody else has kept this
+    is_removed = False  # the model is unwrapped, but somebody else has kept this
 
     def __deepcopy__(self, memo: Any) -> Any:
         raise UnsupportedModelError(
@@ -341,7 +341,7 @@ class _Forward(_Override):
             run = functools.partial(scheduler.run, block, run)
         self._uncompiled = functools.partial(scheduler.call, run)
         self._call: Callable[..., Any] = self._uncompiled
-        self._is_kept_from_compile = False
+        self._is_compile_disabled = False
 
     def __getattr__(self, name: str) -> Any:
         """What a function has (__code__, __defaults__), for those who look at one."""
@@ -350,30 +350,30 @@ class _Forward(_Override):
         return getattr(self._forward, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.is_over:
+        if self.is_removed:
             return self._forward(*args, **kwargs)
         # A compiled graph would keep the weights it was traced with, so streaming stays out of
         # torch.compile; that is only asked where its machinery is loaded at all. Dynamo must not
         # come to that question: tracing it, it walks through all modules while it imports more.
-        if not self._is_kept_from_compile and (
+        if not self._is_compile_disabled and (
             torch.compiler.is_compiling() or "torch._dynamo" in sys.modules
         ):
             reason = f"bminf: torch.compile {_NO_GRAPH}"
             if torch.compiler.is_compiling():
                 torch._dynamo.graph_break(msg=reason)
             self._call = disable_compile(self._uncompiled, reason)
-            self._is_kept_from_compile = True
+            self._is_compile_disabled = True
         return self._call(*args, **kwargs)
 
     def __deepcopy__(self, memo: Any) -> Any:
-        return copy.deepcopy(self._forward, memo) if self.is_over else super().__deepcopy__(memo)
+        return copy.deepcopy(self._forward, memo) if self.is_removed else super().__deepcopy__(memo)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        if self.is_over:
+        if self.is_removed:
             return self._forward.__reduce_ex__(protocol)
         return super().__reduce_ex__(protocol)
 
-    def leave_to(self, module: torch.nn.Module) -> None:
+    def remove_from(self, module: torch.nn.Module) -> None:
         """Give up the places where hooks of other libraries have put this."""
         for name, value in list(module.__dict__.items()):
             if value is self:

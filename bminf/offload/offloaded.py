@@ -44,8 +44,8 @@ def fetch_offloaded(model: torch.nn.Module) -> None:
     for _, _, hook in stores:
         hook.offload = False  # or it would fetch them once more
     remove_hook_from_module(model, recurse=True)
-    _put_in_place(fetched)
-    _forget_where_it_lay(model)
+    _set_tensors(fetched)
+    _drop_device_map(model)
     logger.info("%d tensors were fetched from accelerate's store, its hooks removed", len(fetched))
 
 
@@ -86,7 +86,7 @@ def _mapped(weights_map: Mapping[str, torch.Tensor], key: str) -> torch.Tensor |
     return data.view(dtype).view(shape)
 
 
-def _put_in_place(fetched: list[tuple[TensorPlace, torch.Tensor]]) -> None:
+def _set_tensors(fetched: list[tuple[TensorPlace, torch.Tensor]]) -> None:
     """Tensors that are one in the store are one in the model, too."""
     made: dict[Any, torch.Tensor] = {}
     for place, value in fetched:
@@ -99,7 +99,7 @@ def _put_in_place(fetched: list[tuple[TensorPlace, torch.Tensor]]) -> None:
         place.set(value)
 
 
-def _forget_where_it_lay(model: torch.nn.Module) -> None:
+def _drop_device_map(model: torch.nn.Module) -> None:
     for module in model.modules():
         module.__dict__.pop("hf_device_map", None)
     if len({tensor.device for _, _, tensor in tensors_of(model)}) > 1:

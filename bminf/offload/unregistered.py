@@ -27,10 +27,10 @@ from bminf.offload import memory
 from bminf.units import format_bytes
 
 _OBJECT_DEPTH = 2  # objects inside objects; deeper lie trainers and data sets, not weights
-_SHARE_WORTH_A_WORD = 16  # rotary tables and masks are far smaller than a 16th of the model
+_WARN_DIVISOR = 16  # rotary tables and masks are far smaller than a 16th of the model
 # torch's own, and hooks with the stores of what other libraries offloaded (see offloaded.py).
 _OTHERS = {"_hf_hook", "_diffusers_hook"}
-_NOT_LOOKED_AT = _OTHERS | set(torch.nn.Module().__dict__)
+_SKIPPED = _OTHERS | set(torch.nn.Module().__dict__)
 _CONTAINERS = (dict, list, tuple, set, frozenset, deque, functools.partial, MethodType, CellType)
 
 
@@ -64,7 +64,7 @@ def warn_of_unregistered(found: Iterable[Unregistered], model_bytes: int, stackl
     """One warning that names them, where they are large against the model or cannot be seen."""
     named = [item for item in found if not item.is_renewed]
     nbytes = sum(item.nbytes for item in named)
-    if nbytes and nbytes * _SHARE_WORTH_A_WORD >= model_bytes:
+    if nbytes and nbytes * _WARN_DIVISOR >= model_bytes:
         warn(
             f"{format_bytes(nbytes)} of tensors are kept outside parameters and buffers "
             f"({_names(item.name for item in named if item.nbytes)}): they are neither moved nor "
@@ -163,7 +163,7 @@ def _attributes(module: torch.nn.Module) -> Iterator[tuple[str, Any]]:
         yield from _attributes_of_script(module)
         return
     for name, value in list(module.__dict__.items()):
-        if name not in _NOT_LOOKED_AT:
+        if name not in _SKIPPED:
             yield name, value
 
 
@@ -210,7 +210,7 @@ def _address(tensor: torch.Tensor) -> int | None:
 
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter, getattr(torch.nn, "Buffer", torch.nn.Parameter))
-_WORTH_A_WORD = 2**16
+_WARN_BYTES = 2**16
 
 
 class Originals:
@@ -259,7 +259,7 @@ def warn_of_held(
 ) -> None:
     """One warning with the bytes, where they matter. on_device: the limit is of that memory."""
     nbytes = originals.held_bytes(model)
-    if nbytes >= _WORTH_A_WORD:
+    if nbytes >= _WARN_BYTES:
         beside = (
             "they count beside the limit" if on_device else "they take memory beside the copies"
         )

@@ -46,18 +46,18 @@ def uses_of(model: torch.nn.Module, blocks: Iterable[ModuleBlock]) -> dict[str, 
 
 def _once_predicate(model: torch.nn.Module) -> Callable[[str, torch.nn.Module], bool]:
     """Whether a block, by name and module, runs once a request."""
-    parts = list(_outermost_models(model, _is_documented))
+    parts = list(_outermost_models(model, _has_transformers_config))
     generating = [part for part in parts if _generates(part)] or [
         part for part in parts if _takes_cache(part)
     ]
     known = {module for part in parts for module in part.modules()}
-    a_token = {module for part in generating for module in _run_each_token(part)}
+    per_token = {module for part in generating for module in _run_each_token(part)}
     encoding = {module for encoder in _encoders(model) for module in encoder.modules()}
     has_decoder = bool(generating) or callable(getattr(model, "generate", None))
 
     def runs_once(name: str, module: torch.nn.Module) -> bool:
         if module in encoding or module in known:
-            return module not in a_token
+            return module not in per_token
         return has_decoder and _is_of_other_modality(name)
 
     return runs_once
@@ -92,7 +92,7 @@ def _run_each_token(model: Any) -> set[torch.nn.Module]:
 def _encoders(model: Any) -> Iterator[torch.nn.Module]:
     """Of `model`, and of the models inside it that generate something of their own."""
     for part in model.modules():
-        if part is model or (_is_documented(part) and _generates(part)):
+        if part is model or (_has_transformers_config(part) and _generates(part)):
             config = getattr(part, "config", None)
             is_encoder_decoder = getattr(config, "is_encoder_decoder", False)
             encoder = _named_part(part, "get_encoder") if is_encoder_decoder else None
@@ -118,11 +118,11 @@ def _inner_models(model: Any) -> Iterator[Any]:
     own = type(model.config)
     for child in model.children():
         yield from _outermost_models(
-            child, lambda part: _is_documented(part) and type(part.config) is not own
+            child, lambda part: _has_transformers_config(part) and type(part.config) is not own
         )
 
 
-def _is_documented(module: Any) -> bool:
+def _has_transformers_config(module: Any) -> bool:
     """Whether `module` tells about itself in the words of transformers."""
     return callable(getattr(getattr(module, "config", None), "get_text_config", None))
 

@@ -17,7 +17,7 @@ _FREE_FRACTION = 0.9  # of the free memory, where no limit is given; the rest is
 # Of the free host memory. What is page-locked cannot be swapped out, and the rest has to do for the
 # Python process, for one block that is being packed, and for the cache of the files being read; in
 # a control group whose limit is reached the system ends the process rather than refuse a page.
-_LOCKED_FRACTION = 0.8
+_PINNED_FRACTION = 0.8
 
 
 def device_for(device: torch.device | str | int | None) -> torch.device:
@@ -76,4 +76,4 @@ def host_budget(device: torch.device, own_bytes: int = 0) -> int | None:
     """
     if device.type == "cpu":
         return None
-    return int((memory.free_bytes() + own_bytes) * _LOCKED_FRACTION)
+    return int((memory.free_bytes() + own_bytes) * _PINNED_FRACTION)
