@@ -117,11 +117,11 @@ def _keep_table(embedding: HostEmbedding, weights: Weights) -> None:
     table = weights.table
     assert table is not None, "check_shapes() has seen it"
     parts = table.parts if isinstance(table, Rows) else (table,)
-    mapped = [part.as_bytes().read() if _is_odd(part) else part.read() for part in parts]
+    mapped = [part.as_bytes().read() if _is_misaligned(part) else part.read() for part in parts]
     embedding.keep(mapped, table.dtype)
 
 
-def _is_odd(part: Stored) -> TypeGuard[InFile]:
+def _is_misaligned(part: Stored) -> TypeGuard[InFile]:
     """Whether a part lies where no number may begin, and would be copied as a whole."""
     if not isinstance(part, InFile) or part.stride[1] != 1:
         return False

@@ -27,7 +27,7 @@ from bminf.models.assemble import plan_model
 from bminf.models.base import BeamSearch, LanguageModel
 from bminf.models.calls import needs_open_model
 from bminf.models.glm_text import (
-    OPEN_MASK,
+    GENERATION_MASK,
     TEXT_MASK,
     Blank,
     GLMDecoder,
@@ -344,7 +344,7 @@ class GLM(LanguageModel):
         mask: str,
         earlier: Sequence[tuple[int, Sequence[int]]] = (),
     ) -> Blank:
-        is_continued = self.config.is_rotary and mask == OPEN_MASK
+        is_continued = self.config.is_rotary and mask == GENERATION_MASK
         return blank(ids, mask_index, self.tokenizer.sop_id, is_continued, earlier)
 
     def _masked(self, text: Any) -> Masked:
@@ -440,7 +440,7 @@ class GLM(LanguageModel):
 
     def _window_loss(self, window: list[int], num_context: int) -> float:
         """The summed loss of all tokens but the first `num_context`."""
-        mask = OPEN_MASK if OPEN_MASK in self.tokenizer.masks else TEXT_MASK
+        mask = GENERATION_MASK if GENERATION_MASK in self.tokenizer.masks else TEXT_MASK
         context = [*window[:num_context], self.tokenizer.masks[mask]]
         one, targets = self._blank(context, num_context, mask), window[num_context:]
         tokens = [*one.start_ids, *targets[:-1]]

@@ -81,27 +81,27 @@ def cut(
     if wanted is not None and detected not in wanted:
         held = "another model" if detected is None else detected.title
         raise CheckpointError(f"{source} holds {held}, not {wanted[0].title}")
-    beside = _Beside.of(opened, detected, config, tokenizer)
-    heads = None if beside.config is None else beside.config.num_attention_heads
-    reshard(opened, target, tp, bits, heads, beside.write)
-    beside.warn_of_what_lacks(target)
+    extra = _ExtraFiles.of(opened, detected, config, tokenizer)
+    heads = None if extra.config is None else extra.config.num_attention_heads
+    reshard(opened, target, tp, bits, heads, extra.write)
+    extra.warn_of_missing(target)
 
 
 @dataclass(frozen=True)
-class _Beside:
+class _ExtraFiles:
     """The files beside the weights.   files: name in the new folder -> path to copy.
 
-    config: None where it is unknown.   lacks_vocabulary: why there is no vocabulary, if so.
+    config: None where it is unknown.   missing_vocabulary: why there is no vocabulary, if so.
     """
 
     files: Mapping[str, Path]
     config: Any
-    lacks_vocabulary: str = ""
+    missing_vocabulary: str = ""
 
     @classmethod
     def of(
         cls, opened: Checkpoint, architecture: Architecture | None, config: Any, tokenizer: Any
-    ) -> _Beside:
+    ) -> _ExtraFiles:
         if architecture not in (GLM130B, GLM10B) or opened.kind == "bminf":
             return cls({}, None)  # which reshard() refuses
         parsed = _config(architecture, opened, config)
@@ -122,10 +122,11 @@ class _Beside:
             text = json.dumps(asdict(self.config), indent=2)
             (folder / CONFIG_FILES[0]).write_text(f"{text}\n", encoding="utf-8")
 
-    def warn_of_what_lacks(self, target: Path) -> None:
-        if self.lacks_vocabulary:
+    def warn_of_missing(self, target: Path) -> None:
+        if self.missing_vocabulary:
             warnings.warn(
-                f"{target} has no vocabulary and does not load by itself ({self.lacks_vocabulary})",
+                f"{target} has no vocabulary and does not load by itself "
+                f"({self.missing_vocabulary})",
                 stacklevel=5,
             )
         if self.config is None:
@@ -341,27 +342,27 @@ def _rank_tensors(
                 f"{name!r} has {part.shape[1]} columns a rank with degree={degree}, and in 4 bits "
                 "two columns share a byte; use another degree, or 8 bits"
             )
-        yield name, _OfRows(part, bits)
-        yield f"{name}_scale", _OfRows(part, bits, is_scale=True)
+        yield name, _QuantizedRows(part, bits)
+        yield f"{name}_scale", _QuantizedRows(part, bits, is_scale=True)
 
 
 def _write(
     given: _Source, folder: Path, ranks: list[dict[str, Stored]], progress: Progress
 ) -> None:
-    beside = {"mp_world_size": len(ranks)} if given.is_own_glm10b else {}
+    extra = {"mp_world_size": len(ranks)} if given.is_own_glm10b else {}
     if given.is_own_glm10b and given.step is not None:
-        beside["iteration"] = given.step
+        extra["iteration"] = given.step
     (folder / given.iteration).mkdir()
     for rank, tensors in enumerate(ranks):
         module = {name: Saved(stored) for name, stored in tensors.items()}
         path = folder / given.iteration / f"mp_rank_{rank:02d}_model_states.pt"
-        write_torch_file(path, {"module": module, **beside}, progress)
+        write_torch_file(path, {"module": module, **extra}, progress)
     for tracker in TRACKERS if given.is_own_glm10b else [DEEPSPEED_TRACKER]:
         (folder / tracker).write_text(given.iteration)
 
 
 @dataclass(frozen=True)
-class _OfRows(Sliced):
+class _QuantizedRows(Sliced):
     """The codes, or the scales, of a matrix; it is quantized as it is read."""
 
     part: Stored

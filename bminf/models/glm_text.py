@@ -25,7 +25,7 @@ from bminf.tokenizers.base import GLMTokenizer
 
 # ---- masks ---------------------------------------------------------------------------------------
 
-TEXT_MASK, OPEN_MASK = "[MASK]", "[gMASK]"
+TEXT_MASK, GENERATION_MASK = "[MASK]", "[gMASK]"
 """For a word or a few; and for all that follows."""
 
 _MASK = re.compile(r"\[s?MASK\]|\[gMASK\]")
@@ -64,7 +64,7 @@ def masked_text(text: Any, tokenizer: GLMTokenizer, masks_end_texts: bool) -> Ma
     pieces = _pieces(text, found, tokenizer)
     positions = [match.start() for match in found] or [len(text)]
     is_open = not found or found[-1].end() == len(text)  # by the text: a blank may have no ids
-    is_open = is_open and (masks_end_texts or mask == OPEN_MASK)
+    is_open = is_open and (masks_end_texts or mask == GENERATION_MASK)
     ids, mask_indices = list(tokenizer.prefix_ids), []
     for piece in pieces[: len(positions)]:
         ids += piece
@@ -78,7 +78,9 @@ def masked_text(text: Any, tokenizer: GLMTokenizer, masks_end_texts: bool) -> Ma
 def _kind(masks: list[str], tokenizer: GLMTokenizer) -> str:
     """The one kind of mask; without any, the kind that continues a text."""
     known = tokenizer.masks
-    kinds = list(dict.fromkeys(masks)) or [OPEN_MASK if OPEN_MASK in known else TEXT_MASK]
+    kinds = list(dict.fromkeys(masks)) or [
+        GENERATION_MASK if GENERATION_MASK in known else TEXT_MASK
+    ]
     if len(kinds) > 1:
         raise ArgumentError(
             f"the text mixes {' and '.join(kinds)}; give masks of one kind, since only one kind is "
