@@ -52,7 +52,7 @@ class Architecture:
     parse: a mapping of any dialect, tensors and a place for messages -> a configuration.
     matches: whether a checkpoint is of it; of several that say so, the last in the list.
     rules: kind of a checkpoint -> from its names to those of the network.
-    splits: how its authors cut it for ranks.
+    splits: how its authors split it across ranks.
     """
 
     name: str
@@ -95,7 +95,7 @@ class Architecture:
     """Of linears, by the names that users give."""
     default_format: Format = INT8
     pack: Callable[[torch.Tensor, Format], PackedWeight] = pack
-    cut_head: Callable[[Any, int], None] | None = None
+    split_head: Callable[[Any, int], None] | None = None
     """Network and number of parts -> the output head of the network, which lies on the meta device,
     in so many blocks; its embedding, which has the same weights, stays on the host. None is a head
     in one piece."""

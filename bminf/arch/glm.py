@@ -4,8 +4,8 @@ Two architectures share the idea, and little else:
   "glm-130b"  norms first, in DeepNorm's order; rotary positions; a gated feed-forward
   "glm-10b"   GPT-2's order; two learned positions, in the text and in the blank (110M to 10B)
 
-The embedding is gathered on the host, and the output head, which has the same weights, is cut into
-parts that can be streamed like any other matrix.
+The embedding is gathered on the host, and the output head, which has the same weights, is split
+into parts that can be streamed like any other matrix.
 
 Top to bottom: configuration, modules, blocks, names on disk, ranks, sizes, the models there are.
 
@@ -64,7 +64,7 @@ class GLMConfig:
 
     max_position_embeddings: of a "glm-10b", each of its two tables has one row more.
     rotary_precision: of a "glm-130b", "float16" or "float32" (see layers/rotary.py).
-    num_head_parts: matrices that the output head is cut into.   Raises ArgumentError.
+    num_head_parts: matrices that the output head is split into.   Raises ArgumentError.
     """
 
     architecture: GLMKind
@@ -276,7 +276,7 @@ def residual(x: torch.Tensor, normed: torch.Tensor, config: GLMConfig) -> torch.
 
 
 class Head(torch.nn.Module):
-    """The output head, cut by rows into equal parts, as far as the rows allow."""
+    """The output head, split by rows into equal parts, as far as the rows allow."""
 
     def __init__(self, config: GLMConfig) -> None:
         super().__init__()
@@ -343,7 +343,7 @@ class GLM(torch.nn.Module):
         """(..., C) -> logits (..., V) float32."""
         return self.lm_head(x)
 
-    def cut_head(self, num_parts: int) -> None:
+    def split_head(self, num_parts: int) -> None:
         """Give the network, which lies on the meta device, a head of so many parts."""
         self.config = replace(self.config, num_head_parts=num_parts)
         with torch.device("meta"):
@@ -589,7 +589,7 @@ GLM130B = Architecture(
     formats=GLM_FORMATS,
     default_format=INT4,
     pack=_pack,
-    cut_head=GLM.cut_head,
+    split_head=GLM.split_head,
     is_config_of=lambda config: config.is_rotary,
     vocabulary_name=lambda path: "ice_text.model",
     has_padded_vocabulary=True,

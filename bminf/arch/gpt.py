@@ -302,7 +302,7 @@ PUBLISHED_GPT = {
 
 
 def _vocabulary_name(path: Path) -> str:
-    """Of a sentencepiece model, or of the words that BMInf 1.x cut texts by."""
+    """Of a sentencepiece model, or of the words that BMInf 1.x splits texts by."""
     return "vocab.txt" if path.suffix == ".txt" else "chinese_vocab.model"
 
 

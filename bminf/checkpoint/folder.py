@@ -65,7 +65,7 @@ class Checkpoint:
 def open_checkpoint(path: Path, tables: Sequence[SplitTable]) -> Checkpoint:
     """The checkpoint in a folder, or that of one file in it; nothing is read but what names it.
 
-    tables: how tensors were cut for ranks, in all models that it may be of.
+    tables: how tensors were split across ranks, in all models that it may be of.
     Where a folder holds both, safetensors come before pytorch_model.bin.
     Raises CheckpointError where there is none, one of an unknown layout, several of different
     layouts, or a file of it is damaged.

@@ -5,8 +5,8 @@
     <folder>/iter_XXXXXXX/mp_rank_NN/model_optim_rng.pt      where DeepSpeed was not used
 
 The iteration is a number, or the word "release".
-Megatron-LM made this layout; what its users cut and join such files with says how. How a tensor is
-cut stands in a table by its name, which each architecture brings from its authors.
+Megatron-LM made this layout; what its users split and merge such files with says how. How a tensor
+is split stands in a table by its name, which each architecture brings from its authors.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ _ITERATION = re.compile(b"[0-9]+|" + RELEASE.encode())
 FILE_IN_RANK_FOLDER = "model_optim_rng.pt"
 
 
-# ---- how tensors are cut -------------------------------------------------------------------------
+# ---- how tensors are split -----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Split:
-    """How a tensor was cut for the ranks: along which axis, and how many matrices it holds.
+    """How a tensor was split across ranks: along which axis, and how many matrices it holds.
 
     axis: None where each rank has the whole.   num_fused: matrices one below another, such as
     Q, K and V, of each of which a rank has its slice.
@@ -75,7 +75,7 @@ class Split:
     def part(self, whole: Stored, rank: int, num_ranks: int) -> Stored:
         """What one of the ranks has of the whole tensor; merge() is the inverse.
 
-        Raises ArgumentError where the tensor cannot be cut into as many equal parts,
+        Raises ArgumentError where the tensor cannot be split into as many equal parts,
         CheckpointError where it has no such axis.
         """
         if self.axis is None:
@@ -129,7 +129,7 @@ MEGATRON_WIDTHS = {"attention.dense.weight": "attention.query_key_value.weight"}
 
 @dataclass(frozen=True)
 class SplitTable:
-    """How the original code of one model cuts its tensors.
+    """How the original code of one model splits its tensors.
 
     title: of its authors' models, for messages; tables of one title are read as one.
     splits: pattern of names -> split.   is_for: whether tensors of these names are of this model.
@@ -143,12 +143,12 @@ class SplitTable:
     widths: Mapping[str, str] = field(default_factory=dict)
 
     def split(self, name: str) -> Split:
-        """How the tensor of a name is cut.   Raises CheckpointError for one that is not there."""
+        """How the tensor of a name is split.   Raises CheckpointError for one that is not there."""
         for pattern, split in self.splits.items():
             if re.fullmatch(pattern, name):
                 return split
         raise CheckpointError(
-            f"no model of {self.title} has a tensor {name!r}, so how it was cut for the ranks is "
+            f"no model of {self.title} has a tensor {name!r}, so how it was split across ranks is "
             "not known; see whether this is a checkpoint of another model"
         )
 
@@ -161,8 +161,8 @@ def table_for(names: Collection[str], tables: Sequence[SplitTable]) -> SplitTabl
     titles = [table.title for table in tables if table.is_for(names)]
     if not titles:
         raise CheckpointError(
-            f"no model that is known has the tensors {listed(names)}, so how they were cut for the "
-            "ranks is not known; see whether this is a checkpoint of another model"
+            f"no model that is known has the tensors {listed(names)}, so how they were split "
+            "across ranks is not known; see whether this is a checkpoint of another model"
         )
     alike = [table for table in tables if table.title == titles[-1]]
     splits = {pattern: split for table in alike for pattern, split in table.splits.items()}
@@ -177,9 +177,9 @@ def read_model_parallel(folder: Path, tables: Sequence[SplitTable]) -> dict[str,
     """Name -> whole tensor, merged from all ranks as it is read.
 
     folder: the one with latest_checkpointed_iteration.txt or latest, or that of one iteration.
-    tables: how tensors were cut for the ranks, in all models that it may be of.
+    tables: how tensors were split across ranks, in all models that it may be of.
     Raises CheckpointError where ranks are missing, do not agree, or hold no weights, and where
-    there are two or more of a model whose tensors were cut in an unknown way.
+    there are two or more of a model whose tensors were split in an unknown way.
     """
     paths = rank_files(folder)
     ranks = [_read_rank(path, len(paths)) for path in paths]
@@ -297,7 +297,7 @@ def _read_rank(path: Path, num_ranks: int) -> dict[str, InFile]:
 
 
 def _check_agreement(paths: list[Path], ranks: list[dict[str, InFile]]) -> None:
-    """Equal names, dtypes and shapes: every tensor is cut into equal parts, or not at all."""
+    """Equal names, dtypes and shapes: every tensor is split into equal parts, or not at all."""
     first = ranks[0]
     for path, rank in zip(paths[1:], ranks[1:], strict=True):
         if rank.keys() != first.keys():

@@ -82,7 +82,7 @@ def slice_of(stored: Stored, axis: int, start: int, end: int) -> Stored:
 
 
 class Sliced(ABC):
-    """Rows and columns of what is cut alike along both axes. They are checked here."""
+    """Rows and columns of what is sliced alike along both axes. They are checked here."""
 
     shape: Any
     where: Any
@@ -245,9 +245,9 @@ class Columns(_Parts):
 def merge_fused(parts: Sequence[Stored], num_fused: int) -> Rows:
     """Parts that each hold a piece of every one of num_fused matrices, such as Q, K and V.
 
-    Each part is cut along axis 0 into num_fused equal pieces; all pieces 0 come first, in the
+    Each part is split along axis 0 into num_fused equal pieces; all pieces 0 come first, in the
     order of the parts, then all pieces 1, and so on.
-    Raises CheckpointError where the parts do not go together or cannot be cut so.
+    Raises CheckpointError where the parts do not go together or cannot be split so.
     """
     given = Rows(tuple(parts)).parts  # which checks that they go together
     for part in given:

@@ -1,4 +1,4 @@
-"""Attention between heads that are cut already, and the masks that go with it.
+"""Attention between heads that are split already, and the masks that go with it.
 
 On a GPU one of torch's operators is called by name. What torch would choose by itself on compute
 capability 9.x and 10.x, cuDNN, builds a plan for each new number of keys: tens of milliseconds for

@@ -47,7 +47,7 @@ _FRAGMENTATION = 0.1  # of the peak, between what is still there
 class Formats:
     """What linears are asked to be packed as.
 
-    layers, head: None is not packed; a head of a model whose head is not cut has no format of its
+    layers, head: None is not packed; a head of a model whose head is not split has no format of its
     own.   is_auto: whether what is packed on disk may stand for that of the layers.
     """
 
@@ -60,7 +60,7 @@ class Formats:
 class Assembly:
     """A network on the meta device, packed and laid out.
 
-    source: with the output head cut as it is in the network.
+    source: with the output head split as it is in the network.
     """
 
     source: Source
@@ -221,7 +221,7 @@ def _packing(source: Source, formats: Formats) -> Packing:
     if source.weights.packing is not None:
         return _own_packing(source, source.weights.packing, formats)
     wanted = source.architecture.default_format if formats.is_auto else formats.layers
-    if wanted is not None and source.architecture.cut_head is not None:
+    if wanted is not None and source.architecture.split_head is not None:
         return _packing_of_codes(source, wanted, formats.is_auto) or Packing(wanted)
     return Packing(wanted)
 
@@ -299,31 +299,31 @@ def _pack_linears(
             setattr(network.get_submodule(parent), child, packed)
 
 
-# ---- an output head that is cut ------------------------------------------------------------------
+# ---- an output head that is split ----------------------------------------------------------------
 
 
 def _with_head(
     source: Source, packing: Packing, formats: Formats, dtype: torch.dtype
 ) -> tuple[Source, Packing]:
-    """`source` with its output head cut into as many parts as _num_head_parts() says, and packed.
+    """`source` with its output head split into as many parts as _num_head_parts() says, and packed.
 
     Raises ArgumentError for 4 bits of an odd number of columns.
     """
-    cut = source.architecture.cut_head
-    if cut is None:
+    split_head = source.architecture.split_head
+    if split_head is None:
         if formats.head is not None:
-            cut_ones = [one.title for one in registry.ARCHITECTURES if one.cut_head is not None]
-            raise ArgumentError(f"head_quantization is for {', '.join(cut_ones)}; leave it out")
+            titles = [one.title for one in registry.ARCHITECTURES if one.split_head is not None]
+            raise ArgumentError(f"head_quantization is for {', '.join(titles)}; leave it out")
         return source, packing
     on_disk = source.weights.packing
     if on_disk is not None and on_disk.of(f"{HEAD}0") is not None:
-        return source, packing  # a packed head stays as it is cut there
+        return source, packing  # a packed head stays as it is split there
     uncut = _head_packing(packing, formats.head, source.config.num_head_parts)
     _check_columns(source, uncut)
     num_parts = _num_head_parts(source, uncut, dtype)
-    cut(source.network, num_parts)
+    split_head(source.network, num_parts)
     config = replace(source.config, num_head_parts=num_parts)
-    source = replace(source, config=config, weights=_cut_weights(source))
+    source = replace(source, config=config, weights=_split_weights(source))
     return source, _head_packing(packing, formats.head, num_parts)
 
 
@@ -362,8 +362,8 @@ def _head_packing(packing: Packing, head: Format | None, num_parts: int) -> Pack
     return Packing(packing.default, {**packing.exceptions, **heads})
 
 
-def _cut_weights(source: Source) -> Weights:
-    """Those of the head as it is cut in the network."""
+def _split_weights(source: Source) -> Weights:
+    """Those of the head as it is split in the network."""
     table = source.weights.table
     if table is None:
         return source.weights

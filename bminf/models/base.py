@@ -77,7 +77,7 @@ class LanguageModel:
 
     _architectures: Sequence[Architecture]  # that a checkpoint may be of
     _defaults: Options = Options()
-    _head_format: Format | None = None  # of an output head that is cut
+    _head_format: Format | None = None  # of an output head that is split
     _more_tokens = 0  # that the decoder is fed beyond max_length
     tokenizer: Tokenizer
     model: Any  # the architecture

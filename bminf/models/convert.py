@@ -21,7 +21,7 @@ from bminf.keywords import known_keywords
 from bminf.layout import Chunk, Layout, TensorSpec
 from bminf.models.assemble import DTYPES, Assembly, Formats, assemble
 from bminf.models.fill import tensors_of_block
-from bminf.models.glm_ranks import cut
+from bminf.models.glm_ranks import write_for_ranks
 from bminf.models.recognition import architectures_for
 from bminf.models.source import FORMAT_VERSION, HEAD, open_source, vocabulary_files
 from bminf.quantization.packed import Format, parse_format
@@ -70,8 +70,8 @@ def convert(
             raise ArgumentError(f"{name} is a {type(path).__name__}; give a path")
     target = require_empty(Path(destination).expanduser())
     if tp is not None:
-        _check_only_cut(dtype=dtype, head_quantization=head_quantization)
-        cut(source, target, tp, layers, model, config, tokenizer)
+        _check_tp_arguments(dtype=dtype, head_quantization=head_quantization)
+        write_for_ranks(source, target, tp, layers, model, config, tokenizer)
         return target
     opened = open_source(architectures_for(source, model), source, config, tokenizer)
     if opened.weights.packing is not None:
@@ -139,7 +139,7 @@ def _as_json(weight_format: Format | None) -> dict[str, Any] | None:
     return None if weight_format is None else asdict(weight_format)
 
 
-def _check_only_cut(**given: Any) -> None:
+def _check_tp_arguments(**given: Any) -> None:
     for name, value in given.items():
         if value is not None:
             raise ArgumentError(f"tp=... writes the files of a GLM's authors; leave {name} out")

@@ -92,7 +92,7 @@ class GLM(LanguageModel):
 
     quantization: "int4" (the library's default), "int4-row" (a scale a row, as GLM-130B's authors
         pack), "int8", a bminf.Format, or None. A checkpoint that is packed already keeps its codes,
-        in groups of columns where it was cut for several GPUs; of the authors' own folders None
+        in groups of columns where it was split across GPUs; of the authors' own folders None
         unpacks them.
     head_quantization: the same for the output head, which stays as it is by default, as its authors
         leave it. "int8" takes half of its 3.7 GB, for a little rounding of the logits.

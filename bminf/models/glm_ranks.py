@@ -59,7 +59,7 @@ _SIZES = {
 }
 
 
-def cut(
+def write_for_ranks(
     source: str | Path,
     target: Path,
     tp: int,

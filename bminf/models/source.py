@@ -30,7 +30,7 @@ FORMAT_VERSION = 1
 """Of the folders that convert() writes."""
 
 HEAD = "lm_head.parts."
-"""What the parts of an output head that is cut are called before their index."""
+"""What the parts of an output head that is split are called before their index."""
 
 PACKED_FIELDS = ("qweight", "scale", "minimum", "code_sum")
 """The buffers of a QuantizedLinear that hold its weight."""
@@ -154,7 +154,7 @@ def sizes_in(fields: Mapping[str, Any], where: str) -> Source:
 
 def sizes_of(architecture: Architecture, config: Config, title: str) -> Source:
     """A source without weights."""
-    if architecture.cut_head is not None:
+    if architecture.split_head is not None:
         config = replace(config, num_head_parts=1)
     network = meta_network(architecture, config)
     return Source(architecture, config, network, Weights({}, Path(title)), title)
@@ -330,7 +330,7 @@ def _with_network(
         weights, parsed = _converted(architecture, opened, saved, config)
     else:
         weights, parsed = _original(architecture, opened, config)
-    if architecture.cut_head is not None:
+    if architecture.split_head is not None:
         weights = _with_table(weights, parsed.num_head_parts)
     parsed = configure(parsed)
     network = meta_network(architecture, parsed)
@@ -342,7 +342,7 @@ def _original(architecture: Architecture, opened: Checkpoint, given: Any) -> tup
     """A folder of any other layout."""
     renamed = architecture.tensors(opened)
     parsed, fields = config_of(architecture, opened, renamed, given)
-    if architecture.cut_head is not None:
+    if architecture.split_head is not None:
         parsed = replace(parsed, num_head_parts=1)  # that of another model's config is its own
 
     def original_name(name: str) -> str:
