@@ -91,8 +91,8 @@ class _Tree:
         except UnicodeDecodeError as error:
             raise self.damaged("a name is not UTF-8") from error
 
-    def _numbers(self, form: str) -> tuple[int, ...]:
-        return struct.unpack(form, self._take(struct.calcsize(form)))
+    def _numbers(self, format_: str) -> tuple[int, ...]:
+        return struct.unpack(format_, self._take(struct.calcsize(format_)))
 
     def _take(self, count: int) -> bytes:
         data = self.file.at(self.position, count, "a layer of BMInf 1.x")

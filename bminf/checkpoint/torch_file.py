@@ -1,9 +1,9 @@
 """Files of torch.save, read as data: tensors that stay in the file, and plain containers.
 
-Both forms are known: the zip archive that torch writes since 1.6, and the older sequence of pickles
-and raw storages. Nothing in the file is imported or called (see pickled.py).
+Both formats are known: the zip archive that torch writes since 1.6, and the legacy sequence of
+pickles and raw storages. Nothing in the file is imported or called (see pickled.py).
 
-Sources: torch/serialization.py; for the zip form also PKWARE's APPNOTE 6.3.10, section 4.3.7.
+Sources: torch/serialization.py; for the zip format also PKWARE's APPNOTE 6.3.10, section 4.3.7.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def read_torch_file(path: Path) -> object:
         if head.startswith(_ZIP):
             return _read_zip(file)
         if head.startswith(_PICKLE):
-            return _read_old(file)
+            return _read_legacy(file)
     except (ValueError, OverflowError, NotImplementedError, BadZipFile, struct.error) as error:
         raise CheckpointError(
             f"{path} is damaged or truncated, or torch.save did not write it: {error}; "
@@ -109,7 +109,7 @@ def _looks_like(head: bytes) -> str:
     return f"it starts with {head[:16]!r}"
 
 
-# The zip form: one pickle, and a stored entry for each storage.
+# The zip format: one pickle, and a stored entry for each storage.
 
 
 def _read_zip(file: BinaryFile) -> object:
@@ -176,11 +176,11 @@ def _offset_of(data: mmap.mmap, entry: ZipInfo) -> int:
     return offset
 
 
-# The old form: magic number, protocol version, system, object, storage keys (a pickle each), then
-# each storage as its number of elements (int64) and its bytes.
+# The legacy format: magic number, protocol version, system, object, storage keys (a pickle each),
+# then each storage as its number of elements (int64) and its bytes.
 
 
-def _read_old(file: BinaryFile) -> object:
+def _read_legacy(file: BinaryFile) -> object:
     data = file.stream(_MAX_PICKLE_BYTES)
     pickles = Stream(data)
     if torch_objects.load(file, pickles, {}) != _MAGIC_NUMBER:

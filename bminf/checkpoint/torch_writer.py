@@ -1,6 +1,6 @@
 """Files of torch.save, written without ever holding what is saved.
 
-The zip form: data.pkl, byteorder, data/0, data/1, ... (a storage a tensor) and version, each
+The zip format: data.pkl, byteorder, data/0, data/1, ... (a storage a tensor) and version, each
 starting at a multiple of 64 in the file, so that torch can map it.
 
 Source: torch/serialization.py, and caffe2/serialize/inline_container.cc for the alignment.
