@@ -1,4 +1,4 @@
-"""The floors of docs/architecture.md: a room imports only rooms on floors below its own."""
+"""The levels of docs/architecture.md: a package imports only packages on levels below its own."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import bminf
 
 PACKAGE = Path(bminf.__file__).parent
 
-# The room of a module is the longest of these that it begins with.
-FLOORS = {
+# The package of a module is the longest of these that it begins with.
+LEVELS = {
     "bminf.errors": 0, "bminf.units": 0, "bminf.layout": 0, "bminf.lazy": 0,
     "bminf.tracing": 0, "bminf.keywords": 0, "bminf.progress": 0,
     "bminf.pages": 0, "bminf.checks": 0,
@@ -31,7 +31,7 @@ FLOORS = {
     "bminf.__main__": 9,
 }  # fmt: skip
 # Importable by all.
-GROUND = {
+COMMON = {
     *("bminf.errors", "bminf.units", "bminf.layout", "bminf.lazy", "bminf.tracing"),
     *("bminf.keywords", "bminf.progress", "bminf.pages", "bminf.checks"),
 }
@@ -43,8 +43,8 @@ MODULES = {
 }
 
 
-def room_of(module: str) -> str:
-    return max((room for room in FLOORS if f"{module}.".startswith(f"{room}.")), key=len)
+def package_of(module: str) -> str:
+    return max((package for package in LEVELS if f"{module}.".startswith(f"{package}.")), key=len)
 
 
 def imports_of(path: Path) -> set[str]:
@@ -54,7 +54,7 @@ def imports_of(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative imports hide the room"
+            assert node.level == 0, f"{path}: relative imports hide the package"
             assert node.module is not None
             found |= {
                 name if name in MODULES else node.module
@@ -64,20 +64,20 @@ def imports_of(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_a_room_imports_only_rooms_below_it(module: str) -> None:
-    own = room_of(module)
+def test_a_package_imports_only_packages_below_it(module: str) -> None:
+    own = package_of(module)
     for imported in imports_of(MODULES[module]):
         if imported.split(".")[0] != "bminf":
             continue
-        other = room_of(imported)
-        allowed = other == own or other in GROUND or FLOORS[other] < FLOORS[own]
-        assert allowed, f"{module} (floor {FLOORS[own]}) imports {imported} (floor {FLOORS[other]})"
+        other = package_of(imported)
+        allowed = other == own or other in COMMON or LEVELS[other] < LEVELS[own]
+        assert allowed, f"{module} (level {LEVELS[own]}) imports {imported} (level {LEVELS[other]})"
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_only_the_cuda_room_imports_cupy(module: str) -> None:
+def test_only_the_cuda_package_imports_cupy(module: str) -> None:
     named = {name.split(".")[0] for name in imports_of(MODULES[module])}
-    assert room_of(module) == "bminf.cuda" or not named & {"cupy", "cupyx", "cupy_backends"}
+    assert package_of(module) == "bminf.cuda" or not named & {"cupy", "cupyx", "cupy_backends"}
 
 
 def words_of(path: Path) -> set[str]:
@@ -96,7 +96,7 @@ def words_of(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "module", [name for name in MODULES if room_of(name) == "bminf.checkpoint"]
+    "module", [name for name in MODULES if package_of(name) == "bminf.checkpoint"]
 )
 def test_checkpoints_know_no_model(module: str) -> None:
     named = re.compile(r"(?<![a-z])(cpm|glm|gpt|t5|eva(?![a-z]))", re.IGNORECASE)
@@ -109,7 +109,7 @@ def test_only_the_command_line_prints() -> None:
             node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)
         ]
         prints = any(isinstance(call.func, ast.Name) and call.func.id == "print" for call in calls)
-        assert not prints or room_of(module) == "bminf.cli", module
+        assert not prints or package_of(module) == "bminf.cli", module
 
 
 def modules_after(program: str) -> set[str]:
