@@ -318,13 +318,14 @@ class GLM(torch.nn.Module):
         input_ids: torch.Tensor,
         position_ids: torch.Tensor,
         cache: KVCache,
-        is_hidden: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The hidden states of some more tokens, which the cache grows by.
 
         input_ids: (B, T) int64.   position_ids: (B, T) int64, of a "glm-10b" (B, 2, T): in the
-        text, and in the blank.   is_hidden: (1 or B, T, S) bool, which of the S tokens in the cache
-        then each token does not see; None hides nothing.   Returns (B, T, C), after the last norm.
+        text, and in the blank.   attention_mask: (1 or B, T, S) bool, true where a token does not
+        attend to one of the S that are in the cache then; None masks nothing.
+        Returns (B, T, C), after the last norm.
         """
         x = self.embed_tokens(input_ids)
         angles = None
@@ -333,7 +334,9 @@ class GLM(torch.nn.Module):
         else:
             x = x + self.embed_positions(position_ids[:, 0])
             x = x + self.embed_block_positions(position_ids[:, 1])
-        bias = None if is_hidden is None else mask_to_bias(is_hidden.unsqueeze(1), x.dtype)
+        bias = None
+        if attention_mask is not None:
+            bias = mask_to_bias(attention_mask.unsqueeze(1), x.dtype)
         for index, layer in enumerate(self.layers):
             x = layer(x, bias, angles, index, cache)
         cache.advance(input_ids.shape[1])

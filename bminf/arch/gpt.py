@@ -186,14 +186,14 @@ class GPT(torch.nn.Module):
 def attention_bias(
     num_queries: int, num_keys: int, num_padding: torch.Tensor | None, x: torch.Tensor
 ) -> torch.Tensor | None:
-    """(1 or B, 1, T, S): hides later tokens and padding; None where there is nothing to hide."""
-    is_hidden = causal_mask(num_queries, num_keys, x.device) if num_queries > 1 else None
+    """(1 or B, 1, T, S): masks later tokens and padding; None where there is nothing to mask."""
+    mask = causal_mask(num_queries, num_keys, x.device) if num_queries > 1 else None
     if num_padding is not None:
-        is_early = torch.arange(num_keys, device=x.device) < num_padding.unsqueeze(1)
-        is_hidden = is_early[:, None] if is_hidden is None else is_hidden | is_early[:, None]
-    if is_hidden is None:
+        is_padding = torch.arange(num_keys, device=x.device) < num_padding.unsqueeze(1)
+        mask = is_padding[:, None] if mask is None else mask | is_padding[:, None]
+    if mask is None:
         return None
-    return mask_to_bias(is_hidden.view(-1, 1, num_queries, num_keys), x.dtype)
+    return mask_to_bias(mask.view(-1, 1, num_queries, num_keys), x.dtype)
 
 
 # ---- names on disk -------------------------------------------------------------------------------

@@ -31,9 +31,9 @@ from bminf.errors import ArgumentError, CheckpointError
 from bminf.layers.attention import (
     attention,
     causal_mask,
-    is_padding,
     mask_to_bias,
     merge_heads,
+    padding_mask,
     split_heads,
 )
 from bminf.layers.embedding import embedding
@@ -165,7 +165,7 @@ def _num_decoder_layers(
 
 class T5Cache:
     """All that decoding needs of the past: keys and values of the tokens written so far (`own`),
-    those of the prompt (`cross`), and the bias that hides the prompt's padding."""
+    those of the prompt (`cross`), and the bias that masks the prompt's padding."""
 
     def __init__(self, own: KVCache, cross: KVCache) -> None:
         self.own, self.cross = own, cross
@@ -353,7 +353,7 @@ class T5(torch.nn.Module):
         x = self.embed_tokens(input_ids)
         padding_bias = None
         if lengths is not None:
-            padding = is_padding(lengths, input_ids.shape[1])
+            padding = padding_mask(lengths, input_ids.shape[1])
             padding_bias = mask_to_bias(padding, x.dtype)[:, None, None]
         cache.start(len(input_ids), padding_bias)
         x = self.encoder(x, padding_bias)

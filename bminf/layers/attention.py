@@ -127,22 +127,22 @@ def _aligned(bias: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torc
     return bias.expand(*query.shape[:3], num_keys)
 
 
-def mask_to_bias(is_hidden: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A bias for attention() that hides the cells where `is_hidden` is true.
+def mask_to_bias(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A bias for attention() that masks out the cells where `mask` is true.
 
     It is finite, and stays so when a score is added to it in half precision: a query that may see
     nothing gets some average, and never NaN, which would spread through its value to other rows.
     """
-    bias = torch.zeros(is_hidden.shape, dtype=dtype, device=is_hidden.device)
-    return bias.masked_fill_(is_hidden, torch.finfo(dtype).min / 2)
+    bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+    return bias.masked_fill_(mask, torch.finfo(dtype).min / 2)
 
 
 def causal_mask(num_queries: int, num_keys: int, device: torch.device) -> torch.Tensor:
-    """(T, S) bool: keys that come after the query; the last query sees all of them."""
+    """(T, S) bool, true for keys that come after the query; the last query sees all of them."""
     queries = torch.arange(num_keys - num_queries, num_keys, device=device)
     return torch.arange(num_keys, device=device) > queries.unsqueeze(1)
 
 
-def is_padding(lengths: torch.Tensor, num_keys: int) -> torch.Tensor:
-    """(B, S) bool: keys at or after the length of their row. lengths: (B,)."""
+def padding_mask(lengths: torch.Tensor, num_keys: int) -> torch.Tensor:
+    """(B, S) bool, true for keys at or after the length of their row. lengths: (B,)."""
     return torch.arange(num_keys, device=lengths.device) >= lengths.unsqueeze(1)

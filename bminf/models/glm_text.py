@@ -158,7 +158,7 @@ def pack_choices(
     """All choices for a blank in one sequence, behind the text; none of them sees another.
 
     one: whose start_ids end in sop.   choices: ids, at least one each.
-    Returns ids, positions, the attention mask (T, T) bool, true where a token is not seen, and for
+    Returns ids, positions, the attention mask (T, T) bool, true where not attended to, and for
     each choice the rows whose logits are those of its tokens. Choices of one token share a row.
     """
     ids, positions = list(one.start_ids[:-1]), list(one.positions[:-1])
@@ -179,7 +179,7 @@ def pack_choices(
 
 
 def prefix_lm_mask(num_tokens: int, num_context: int) -> torch.Tensor:
-    """(T, T) bool, true where a token does not see another: a later one behind the context."""
+    """(T, T) bool, true where a token does not attend to one: a later one behind the context."""
     tokens = torch.arange(num_tokens, device="cpu")
     return (tokens > tokens.unsqueeze(1)) & (tokens >= num_context)
 
@@ -238,7 +238,7 @@ class GLMDecoder:
         return position_tensor(rows, has_blocks)
 
     def _attention_mask(self, num_keys: int) -> torch.Tensor:
-        """(B, T, S), true for padding, and in the first pass where an answer is not seen yet."""
+        """(B, T, S), true for padding, and in the first pass for later tokens of the answer."""
         device = self._num_padding.device
         is_padding = torch.arange(num_keys, device=device) < self._num_padding.unsqueeze(1)
         if num_keys > self._longest:

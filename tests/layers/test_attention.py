@@ -16,10 +16,10 @@ from bminf.layers.attention import (
     Operator,
     attention,
     causal_mask,
-    is_padding,
     mask_to_bias,
     merge_heads,
     operator_for,
+    padding_mask,
     split_heads,
 )  # fmt: skip
 from bminf.layers.kv_cache import KVCache, cache_bytes
@@ -189,7 +189,7 @@ def test_later_keys_are_counted_from_the_last_query() -> None:
 
 
 def test_padding_is_what_lies_at_or_behind_the_length() -> None:
-    assert is_padding(torch.tensor([2, 3]), 3).tolist() == [[False, False, True], [False] * 3]
+    assert padding_mask(torch.tensor([2, 3]), 3).tolist() == [[False, False, True], [False] * 3]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
