@@ -236,16 +236,16 @@ def _lazy_views(func: Any, args: Any, kwargs: Any) -> Any:
     """The results of `func` as lazy tensors: a write to a view is a write to the weight."""
     base = next(item for item in tree_leaves((args, kwargs)) if _holds_lazy(item))
 
-    def lazy(shape: torch.Tensor, own: Callable[[Any], torch.Tensor]) -> LazyTensor:
+    def lazy(shape: torch.Tensor, pick: Callable[[Any], torch.Tensor]) -> LazyTensor:
         def write(value: torch.Tensor) -> None:
             whole = _copy_of(base)
             views = _call(func, args, kwargs, lambda t: whole if t is base else t._read())
-            own(views).copy_(value)
+            pick(views).copy_(value)
             base._write(whole)
 
         is_kept = base._write is not None
         return LazyTensor(
-            lambda: own(_call(func, args, kwargs)), shape, base.device,
+            lambda: pick(_call(func, args, kwargs)), shape, base.device,
             write=write if is_kept else None,
         )  # fmt: skip
 

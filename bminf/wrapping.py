@@ -107,12 +107,12 @@ def wrapper(
     options = _Options(quantization, blocks, uses, quantize, reserve, max_length, max_batch_size)
     request = _Request(model, options, backend.device.type, backend.keeps_addresses)
     # What lies on the device, or in host memory, is let go as it is wrapped.
-    own_bytes = unmapped_bytes(model)
+    model_bytes = unmapped_bytes(model)
     if memory_limit is None:
-        budget = free_budget(backend.device, own_bytes if backend.device == source_device else 0)
+        budget = free_budget(backend.device, model_bytes if backend.device == source_device else 0)
     else:
         budget = parse_bytes(memory_limit, "memory_limit")
-    host_bytes = host_budget(backend.device, own_bytes if source_device.type == "cpu" else 0)
+    host_bytes = host_budget(backend.device, model_bytes if source_device.type == "cpu" else 0)
     the_plan = request.plan(budget, host_bytes, backend.device)
     warn_of_unregistered(request.unregistered, request.blobs.nbytes, stacklevel=2)
     if request.format is not None:

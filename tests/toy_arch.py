@@ -37,7 +37,7 @@ class ToyConfig:
 
 def toy_config(source: Mapping[str, Any], tensors: Mapping[str, Stored], where: str) -> ToyConfig:
     reader = ConfigReader(source, where)
-    return reader.own(ToyConfig) or reader.made(
+    return reader.native(ToyConfig) or reader.made(
         ToyConfig,
         vocab_size=rows_of(tensors, "embed_tokens.weight", 1),
         hidden_size=reader.integer("width"),

@@ -135,7 +135,7 @@ def glm130b_config(
     reader = ConfigReader(_inner(source), where)
     reader.must_be("layernorm_order", None, "post")
     reader.must_be("rotary_base", None, 10000)
-    config = reader.own(GLMConfig) or _glm_config(reader, "glm-130b", tensors)
+    config = reader.native(GLMConfig) or _glm_config(reader, "glm-130b", tensors)
     alpha = reader.source.get("deepnorm_alpha", config.residual_scale)
     if not isinstance(alpha, int | float) or abs(alpha - config.residual_scale) > 1e-3:
         raise CheckpointError(
@@ -155,7 +155,7 @@ def glm10b_config(
     reader.must_be("attention_scale", None, 1.0)
     reader.must_be("layernorm", None, "pre")
     reader.must_be("activation", None, "gelu_tanh")
-    return reader.own(GLMConfig) or _glm_config(reader, "glm-10b", tensors)
+    return reader.native(GLMConfig) or _glm_config(reader, "glm-10b", tensors)
 
 
 def _inner(source: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -81,9 +81,9 @@ def gpt_config(source: Mapping[str, Any], tensors: Mapping[str, Stored], where: 
     Raises CheckpointError where a field is missing, or is of a model that this is not.
     """
     reader = ConfigReader(source, where)
-    own = reader.own(GPTConfig)
-    if own is not None:
-        return own
+    native = reader.native(GPTConfig)
+    if native is not None:
+        return native
     # Each of these would make another model of GPT-2's names.
     for name in ("tie_word_embeddings", "scale_attn_weights"):
         reader.must_be(name, None, True)

@@ -107,9 +107,9 @@ def t5_config(source: Mapping[str, Any], tensors: Mapping[str, Stored], where: s
     tanh GELU with a gate. A field hidden_act is.
     """
     reader = ConfigReader(source, where)
-    own = reader.own(T5Config)
-    if own is not None:
-        return own
+    native = reader.native(T5Config)
+    if native is not None:
+        return native
     if "dim_model" in source:
         hidden_act = _modelcenter_activation(reader)
     else:

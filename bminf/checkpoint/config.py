@@ -55,7 +55,7 @@ class ConfigReader:
     def __init__(self, source: Mapping[str, Any], where: str) -> None:
         self.source, self.where = source, where
 
-    def own(self, kind: type[_Config]) -> _Config | None:
+    def native(self, kind: type[_Config]) -> _Config | None:
         """A configuration in our own dialect, every field of which is named; otherwise None."""
         names = {field.name for field in fields(kind)}
         return self.made(kind, **self.source) if set(self.source) == names else None

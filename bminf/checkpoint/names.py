@@ -74,11 +74,11 @@ def rules_of(
         before, _, bracket = source.partition("[")
         letters, _, after = bracket.partition("]")
         for kind in ("weight", "bias") if has_bias else ("weight",):
-            own = None if target is None else f"{target}.{kind}"
+            target_name = None if target is None else f"{target}.{kind}"
             is_weight_transposed = is_transposed and kind == "weight"
             for part, letter in enumerate(letters or [""]):
                 name = f"{before}{letter}{after}.{kind}"
-                yield Rule(name, own, part, max(1, len(letters)), is_weight_transposed)
+                yield Rule(name, target_name, part, max(1, len(letters)), is_weight_transposed)
 
 
 def rename(

@@ -143,13 +143,13 @@ class _Meaning:
 
     def _with_attributes(self, arguments: tuple[object, ...]) -> object:
         """(function, class, its arguments, attributes), the last of which go."""
-        function, kind, own = arguments[:3]
+        function, kind, inner = arguments[:3]
         if not (isinstance(function, Placeholder) and isinstance(kind, Placeholder)):
             raise ValueError("a tensor with attributes of no function or no class")
         rebuild = self._tensors().get(function.name)  # which does not come back here, to any depth
-        if kind.name not in _TENSOR_CLASSES or rebuild is None or type(own) is not tuple:
+        if kind.name not in _TENSOR_CLASSES or rebuild is None or type(inner) is not tuple:
             return kind.made()
-        return rebuild(own)
+        return rebuild(inner)
 
     def _tensor(self, arguments: tuple[object, ...], dtype: object = None) -> object:
         """(storage, first element, shape, stride, requires_grad, hooks[, conjugate or negative]).

@@ -184,8 +184,8 @@ def run(
     """
     every, scores = searches, torch.zeros(len(searches), 1, device=logits.device)
     while True:
-        for search, own in zip(searches, choose(logits, scores, searches), strict=True):
-            search.advance(own)
+        for search, best in zip(searches, choose(logits, scores, searches), strict=True):
+            search.advance(best)
         rows, last, next_scores = _next_rows(searches, beams_before=scores.shape[1])
         if not rows:
             return [search.finished for search in every]
@@ -211,12 +211,12 @@ def best_candidates(
     indices = keys.argsort(dim=-1, descending=True, stable=True)[:, :limit]
     # float64 holds both exactly, and one transfer is one wait.
     both = torch.stack([sums.gather(1, indices).double(), indices.double()], -1).tolist()
-    wrong = [prompt for prompt, own in enumerate(both) if math.isnan(own[0][0])]
+    wrong = [prompt for prompt, best in enumerate(both) if math.isnan(best[0][0])]
     if wrong:
         raise not_numbers(wrong)
     return [
-        [Candidate(v, *divmod(int(index), vocab_size)) for v, index in own if v > NEG_INF]
-        for own in both
+        [Candidate(v, *divmod(int(index), vocab_size)) for v, index in best if v > NEG_INF]
+        for best in both
     ]
 
 

@@ -166,7 +166,7 @@ def _candidates(
     if not rules.is_deterministic:
         noise = _gumbel_noise(searches, scores.shape[1] * logits.shape[1]).to(logits.device)
     best = best_candidates(steps, scores, rules.num_candidates, noise)
-    return [sorted(own, key=lambda candidate: -candidate.score) for own in best]
+    return [sorted(found, key=lambda candidate: -candidate.score) for found in best]
 
 
 def _ruled_out(
@@ -192,8 +192,8 @@ def _gumbel_noise(searches: Sequence[_GLMSearch], size: int) -> torch.Tensor:
     """(B, size) float64 of the Gumbel distribution: the largest sums of it and log-probabilities
     are a sample without replacement (Kool et al. 2019, arXiv:1903.06059, section 2)."""
     uniforms = [
-        torch.rand(size, generator=own.generator, dtype=torch.float64, device="cpu")
-        for own in searches
+        torch.rand(size, generator=search.generator, dtype=torch.float64, device="cpu")
+        for search in searches
     ]
     return torch.stack(uniforms).clamp_min_(_MIN_UNIFORM).log_().neg_().log_().neg_()
 
@@ -202,7 +202,7 @@ def _generators(num_prompts: int, seed: int | None) -> list[torch.Generator]:
     first = random.SystemRandom().getrandbits(64) if seed is None else seed
     # torch's generator uses 32 bits of its seed; these depend on all bits of `seed`.
     seeds = [random.Random(first + prompt).getrandbits(32) for prompt in range(num_prompts)]
-    return [torch.Generator().manual_seed(own) for own in seeds]
+    return [torch.Generator().manual_seed(prompt_seed) for prompt_seed in seeds]
 
 
 def _check_numbers(logits: torch.Tensor, num_prompts: int) -> None:

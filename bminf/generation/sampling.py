@@ -158,7 +158,7 @@ class Sampler:
             self._is_counted = torch.ones(vocab_size, device="cpu")
             self._is_counted[list(sampling.unpenalized_ids)] = 0
             ids = [torch.tensor(prompt, dtype=torch.int64, device="cpu") for prompt in prompts]
-            counts = torch.stack([torch.bincount(own, minlength=vocab_size) for own in ids])
+            counts = torch.stack([torch.bincount(prompt, minlength=vocab_size) for prompt in ids])
             self._counts = (counts * self._is_counted).to(device)
             self._is_counted = self._is_counted.to(device)
 
@@ -183,7 +183,9 @@ class Sampler:
         if self.sampling.is_greedy:
             tokens = scores.argmax(-1)
         else:
-            uniforms = _on(logits.device, [own.random() for own in self._random], torch.float64)
+            uniforms = _on(
+                logits.device, [generator.random() for generator in self._random], torch.float64
+            )
             tokens = _inverse_cdf(_filtered(scores, self.sampling), uniforms)
         _check_scores(scores)  # last, because it waits for all that was asked of the device
         if self._counts is not None:

@@ -53,9 +53,9 @@ class HostEmbedding(torch.nn.Module):
         indices = torch.bucketize(ids, self._starts, right=True) - 1
         rows = torch.empty((len(ids), self.hidden_size), dtype=self.dtype, device=ids.device)
         for index in indices.unique().tolist():
-            is_own = indices == index
-            own = self._parts[index][ids[is_own] - self._starts[index]]
-            rows[is_own] = own.view(self._table_dtype).to(self.dtype)
+            is_here = indices == index
+            found = self._parts[index][ids[is_here] - self._starts[index]]
+            rows[is_here] = found.view(self._table_dtype).to(self.dtype)
         return rows
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]

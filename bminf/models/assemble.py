@@ -219,29 +219,29 @@ def reserved_bytes(
 def _packing(source: Source, formats: Formats) -> Packing:
     """That of the layers: as on disk where they are packed there and nobody asks for another."""
     if source.weights.packing is not None:
-        return _own_packing(source, source.weights.packing, formats)
+        return _stored_packing(source, source.weights.packing, formats)
     wanted = source.architecture.default_format if formats.is_auto else formats.layers
     if wanted is not None and source.architecture.split_head is not None:
         return _packing_of_codes(source, wanted, formats.is_auto) or Packing(wanted)
     return Packing(wanted)
 
 
-def _own_packing(source: Source, stored: Packing, formats: Formats) -> Packing:
+def _stored_packing(source: Source, stored: Packing, formats: Formats) -> Packing:
     """That of a folder which convert() has packed; but for an output head that is not packed."""
     path, asked = source.weights.path, formats.layers
-    layers = {n: own for n, own in stored.exceptions.items() if not n.startswith(HEAD)}
-    own = set(layers.values()) or {stored.default}
-    if own == {None} and asked is not None:
+    layers = {n: one for n, one in stored.exceptions.items() if not n.startswith(HEAD)}
+    found = set(layers.values()) or {stored.default}
+    if found == {None} and asked is not None:
         raise ArgumentError(
             f"{path} has a packed head and layers that are not; give quantization=None to load it "
             "so, or convert the original to what you want"
         )
     # A scale a row of each rank, which are groups of columns together, if there are several.
     of_ranks = {Format(one.bits) for one in layers.values() if one is not None}
-    if not formats.is_auto and {asked} not in (own, of_ranks):
+    if not formats.is_auto and {asked} not in (found, of_ranks):
         raise ArgumentError(
             f"quantization is {asked}, but {path} is packed as "
-            f"{' and '.join(sorted(map(str, own)))}; leave quantization out, or convert the "
+            f"{' and '.join(sorted(map(str, found)))}; leave quantization out, or convert the "
             "original to what you want"
         )
     head = stored.of(f"{HEAD}0")
@@ -255,21 +255,21 @@ def _own_packing(source: Source, stored: Packing, formats: Formats) -> Packing:
 
 def _packing_of_codes(source: Source, wanted: Format, is_auto: bool) -> Packing | None:
     """That of a checkpoint whose authors packed it, a format a matrix; None where they did not."""
-    own = {
+    found = {
         name.removesuffix(".weight"): _format_of(stored)
         for name, stored in source.weights.tensors.items()
         if isinstance(stored, Quantized)
     }
-    if not own:
+    if not found:
         return None
-    bits = {packed.bits for packed in own.values()}
+    bits = {packed.bits for packed in found.values()}
     if not is_auto and wanted not in [Format(n) for n in bits]:
         raise ArgumentError(
             f"quantization is {wanted}, but {source.weights.path} holds codes of "
             f"{' and '.join(map(str, sorted(bits)))} bits already; leave quantization out to take "
             "them as they are, give None to unpack them, or take the checkpoint in half precision"
         )
-    return Packing(None, own)
+    return Packing(None, found)
 
 
 def _format_of(stored: Quantized) -> Format:

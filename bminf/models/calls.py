@@ -25,14 +25,14 @@ def needs_open_model(method: Method) -> Method:
     parameters = inspect.signature(method).parameters
     names = [name for name, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
     has_options = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    own = keywords_of(method)
+    accepted = keywords_of(method)
 
     @functools.wraps(method)
     def call(model: Any, *arguments: Any, **keywords: Any) -> Any:
         model._open()
         options = [*model._defaults.names(), *OTHER_NAMES] if has_options else []
         called = f"{type(model).__name__}.{method.__name__}"
-        check_keywords(called, keywords, dict.fromkeys([*own, *options]))
+        check_keywords(called, keywords, dict.fromkeys([*accepted, *options]))
         if has_options:
             positional = dict(zip(names[1:], arguments, strict=False))
             keywords = _under_one_name(keywords, positional)

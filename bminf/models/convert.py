@@ -109,7 +109,7 @@ def _write(
         "model": source.architecture.name,
         "config": asdict(source.config),
         "quantization": _as_json(packing.default),
-        "exceptions": {name: _as_json(own) for name, own in packing.exceptions.items()},
+        "exceptions": {name: _as_json(one) for name, one in packing.exceptions.items()},
     }
     if settings := getattr(source.tokenizer, "settings", None):
         written["tokenizer"] = dict(settings)

@@ -111,8 +111,8 @@ class Options:
 
     def _given(self, names: Sequence[str]) -> list[str]:
         """Those of `names` whose value is not the default."""
-        own = [field for field in fields(self) if field.name in names]
-        return [field.name for field in own if getattr(self, field.name) != field.default]
+        chosen = [field for field in fields(self) if field.name in names]
+        return [field.name for field in chosen if getattr(self, field.name) != field.default]
 
 
 @dataclass(frozen=True)

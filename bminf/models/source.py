@@ -346,8 +346,8 @@ def _original(architecture: Architecture, opened: Checkpoint, given: Any) -> tup
         parsed = replace(parsed, num_head_parts=1)  # that of another model's config is its own
 
     def original_name(name: str) -> str:
-        own = "embed_tokens.weight" if name.startswith(HEAD) else name
-        return architecture.original_name(opened.kind, own)
+        target = "embed_tokens.weight" if name.startswith(HEAD) else name
+        return architecture.original_name(opened.kind, target)
 
     tensors = _as_configured(renamed, fields)
     return Weights(tensors, opened.path, original_name=original_name), parsed
@@ -393,8 +393,8 @@ def _packing_in(saved: Mapping[str, Any], path: Path) -> Packing | None:
     exceptions = saved.get("exceptions", {})
     if not isinstance(exceptions, Mapping):
         raise CheckpointError(f"{path}: exceptions is {exceptions!r}; convert the original anew")
-    own = {name: _format(given, path) for name, given in exceptions.items()}
-    packing = Packing(_format(saved.get("quantization"), path), own)
+    formats = {name: _format(given, path) for name, given in exceptions.items()}
+    packing = Packing(_format(saved.get("quantization"), path), formats)
     return None if packing == Packing() else packing
 
 
@@ -412,8 +412,10 @@ def _given_config(given: Any) -> tuple[Mapping[str, Any], str]:
         path = Path(given)
         path = path / "config.json" if path.is_dir() else path
         read = read_json(path)
-        own = read.get("config") if read.get("format") == "bminf" else None  # what convert() wrote
-        return own if isinstance(own, Mapping) else read, str(path)
+        config = (
+            read.get("config") if read.get("format") == "bminf" else None
+        )  # what convert() wrote
+        return config if isinstance(config, Mapping) else read, str(path)
     fields = as_mapping(given)
     if fields is None:
         classes = list(dict.fromkeys(one.config_class.__name__ for one in registry.ARCHITECTURES))

@@ -142,8 +142,8 @@ def _first_enough(
         node = first // width * num
         start, stop = (np.searchsorted(keys[by_key], node + end) for end in (0, ends))
         freed_by, cost_by = (
-            np.concatenate([np.zeros_like(own[:1]), np.cumsum(own[by_key])])
-            for own in (freed, cost)
+            np.concatenate([np.zeros_like(values[:1]), np.cumsum(values[by_key])])
+            for values in (freed, cost)
         )
         whole = freed_by[stop] - freed_by[start] < left
         left = left - whole * (freed_by[stop] - freed_by[start])
@@ -336,18 +336,18 @@ def spread(lists: Sequence[Sequence[Kind]], streams: Mapping[Kind, int]) -> list
 def _spread_in(order: Sequence[Kind], shares: Mapping[Kind, int]) -> list[int]:
     """Indices in one list to stream. Of each kind in turn, from that which frees most, the even
     pattern is shifted to where what streams by then keeps best in step with the computation."""
-    own: dict[Kind, list[int]] = {}
+    members: dict[Kind, list[int]] = {}
     for index, kind in enumerate(order):
-        own.setdefault(kind, []).append(index)
+        members.setdefault(kind, []).append(index)
     nbytes = np.array([kind.nbytes for kind in order], np.float64)
     done = np.cumsum(nbytes) - nbytes / 2
     streams = np.zeros(len(order), np.bool_)
-    streams[[index for kind, its in own.items() if len(its) == shares[kind] for index in its]] = (
-        True
-    )
-    in_part = [kind for kind, its in own.items() if 0 < shares[kind] < len(its)]
+    streams[
+        [index for kind, its in members.items() if len(its) == shares[kind] for index in its]
+    ] = True
+    in_part = [kind for kind, its in members.items() if 0 < shares[kind] < len(its)]
     for kind in sorted(in_part, key=lambda kind: -kind.nbytes * shares[kind]):
-        its, share = np.array(own[kind]), shares[kind]
+        its, share = np.array(members[kind]), shares[kind]
         shifts = range(0, len(its) if streams.any() else 1, -(-len(its) // _SHIFTS))
         even = np.arange(share) * len(its) // share
         shifted = [its[(even + shift) % len(its)] for shift in shifts]

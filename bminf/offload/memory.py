@@ -73,8 +73,8 @@ def _folders(version: _Version, root: Path, process: Path) -> Iterator[Path]:
         yield mount
         # A group outside what is mounted here, "/../a" in a namespace, cannot be seen.
         if group is not None and ".." not in group.parts and group.is_relative_to(top):
-            own = mount / group.relative_to(top)
-            yield from (path for path in (own, *own.parents) if path.is_relative_to(mount))
+            folder = mount / group.relative_to(top)
+            yield from (path for path in (folder, *folder.parents) if path.is_relative_to(mount))
 
 
 def _group(version: _Version, process: Path) -> PurePosixPath | None:

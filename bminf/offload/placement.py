@@ -42,8 +42,8 @@ def place(
             quantize(list(model.get_submodule(name).modules()))
             module = model.get_submodule(name)
             if name in streamed:
-                own = [(key, t) for key, _, t in tensors_of(module) if key in layout.specs]
-                scheduler.backend.put(len(scheduler.blocks), own)
+                tensors = [(key, t) for key, _, t in tensors_of(module) if key in layout.specs]
+                scheduler.backend.put(len(scheduler.blocks), tensors)
                 scheduler.add(name, module, layout)
             else:
                 _move_resident(module, layout, scheduler.backend, scheduler.source_device)

@@ -108,9 +108,9 @@ class _Search:
             sizes: dict[torch.device, list[int | None]] = {}
             for device, nbytes in self._pieces(value, _OBJECT_DEPTH):
                 sizes.setdefault(device, []).append(nbytes)
-            for device, own in sizes.items():
-                total, is_renewed = sum(nbytes or 0 for nbytes in own), attribute in renewed
-                yield Unregistered(full_name, device, total, is_renewed, is_opaque=None in own)
+            for device, pieces in sizes.items():
+                total, is_renewed = sum(nbytes or 0 for nbytes in pieces), attribute in renewed
+                yield Unregistered(full_name, device, total, is_renewed, is_opaque=None in pieces)
 
     def _pieces(self, value: Any, depth: int) -> Iterator[_Piece]:
         if value is None or isinstance(value, str | bytes | int | float | type | LazyTensor):

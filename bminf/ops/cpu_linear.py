@@ -183,9 +183,9 @@ def _four_bit_product(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
         rows = slice(start, start + num_rows)
         codes = weight.qweight[rows, :half_columns]
         codes = codes if weight.minimum is not None else codes ^ 0x88
-        own_scale = scale[rows].unsqueeze(-1)
-        y[:, rows] += F.linear(even, _scaled(codes >> 4, own_scale))
-        y[:, rows] += F.linear(odd, _scaled(codes & 15, own_scale))
+        scale_slice = scale[rows].unsqueeze(-1)
+        y[:, rows] += F.linear(even, _scaled(codes >> 4, scale_slice))
+        y[:, rows] += F.linear(odd, _scaled(codes & 15, scale_slice))
     return y
 
 

@@ -65,8 +65,8 @@ def _dequantized(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | Non
     y = torch.empty((x.shape[0], weight.out_features), dtype=x.dtype, device=x.device)
     for start in range(0, weight.out_features, num_rows):
         rows = slice(start, start + num_rows)
-        own_bias = None if bias is None else bias[rows]
-        y[:, rows] = F.linear(x, dequantize_weight(weight.rows(rows), x.dtype), own_bias)
+        bias_slice = None if bias is None else bias[rows]
+        y[:, rows] = F.linear(x, dequantize_weight(weight.rows(rows), x.dtype), bias_slice)
     return y
 
 

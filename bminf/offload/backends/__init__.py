@@ -59,21 +59,21 @@ def allocated_bytes_on(device_type: str) -> Callable[[int], int]:
     return cuda.allocated_bytes if device_type == "cuda" else int
 
 
-def free_budget(device: torch.device, own_bytes: int = 0) -> int:
+def free_budget(device: torch.device, model_bytes: int = 0) -> int:
     """The limit where none is given: 90% of what is free on `device`.
 
-    own_bytes: what the model takes there now, and lets go of as it is wrapped.
+    model_bytes: what the model takes there now, and lets go of as it is wrapped.
     """
     free = memory.free_bytes() if device.type == "cpu" else cuda.free_bytes(device)
-    return int((free + own_bytes) * _FREE_FRACTION)
+    return int((free + model_bytes) * _FREE_FRACTION)
 
 
-def host_budget(device: torch.device, own_bytes: int = 0) -> int | None:
+def host_budget(device: torch.device, model_bytes: int = 0) -> int | None:
     """Bytes of host memory for copies of streamed blocks, on this machine as it is now.
 
-    own_bytes: what the model takes there now, and lets go of as it is wrapped.
+    model_bytes: what the model takes there now, and lets go of as it is wrapped.
     None, which is no limit, on the CPU: its host copies lie in a file.
     """
     if device.type == "cpu":
         return None
-    return int((memory.free_bytes() + own_bytes) * _PINNED_FRACTION)
+    return int((memory.free_bytes() + model_bytes) * _PINNED_FRACTION)
