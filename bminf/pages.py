@@ -29,14 +29,14 @@ def private_pages(nbytes: int) -> mmap.mmap:
     return region
 
 
-def keep_from_forks(region: mmap.mmap) -> None:
+def forbid_fork(region: mmap.mmap) -> None:
     """Let no fork of the process have these pages: what a driver has locked must not be copied when
     it is written, which is what a fork does to private pages."""
     _advise(region, "MADV_DONTFORK")
 
 
-def give_to_forks(region: mmap.mmap) -> None:
-    """Undo keep_from_forks()."""
+def allow_fork(region: mmap.mmap) -> None:
+    """Undo forbid_fork()."""
     with suppress(OSError):  # in a fork there is nothing to undo
         _advise(region, "MADV_DOFORK")
 

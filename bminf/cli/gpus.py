@@ -14,7 +14,7 @@ THIS = "this"
 _LANE_GBPS = {3: 0.985, 4: 1.969, 5: 3.938}
 """Per lane and direction. PCI Express Base Specification: 8, 16 and 32 GT/s, 128b/130b coded."""
 
-_REACHED = 0.8  # of the bus bandwidth, by large copies from page-locked memory
+_BUS_EFFICIENCY = 0.8  # of the bus bandwidth, by large copies from page-locked memory
 
 _GB = 10**9
 _PROBE_BYTES = 2**27
@@ -92,7 +92,7 @@ def speeds_of(name: str) -> Speeds:
             f'--gpu={name!r} is not known; accepted: "this" (measures this machine), '
             f"{', '.join(_CARDS)}; for another one, give --memory-bandwidth and --link"
         )
-    link = card.lanes * _LANE_GBPS[card.generation] * _REACHED
+    link = card.lanes * _LANE_GBPS[card.generation] * _BUS_EFFICIENCY
     return Speeds(int(link * _GB), card.memory_gbps * _GB)
 
 
@@ -107,8 +107,8 @@ def _of_gpu() -> Speeds:
     source = torch.empty(_PROBE_BYTES, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     host = torch.empty(_PROBE_BYTES, dtype=torch.uint8).pin_memory()
-    copy_s = _least_s(lambda: target.copy_(source), torch.cuda.synchronize)
-    link_s = _least_s(lambda: target.copy_(host, non_blocking=True), torch.cuda.synchronize)
+    copy_s = _min_s(lambda: target.copy_(source), torch.cuda.synchronize)
+    link_s = _min_s(lambda: target.copy_(host, non_blocking=True), torch.cuda.synchronize)
     # A copy on the device reads and writes each byte.
     return Speeds(int(_PROBE_BYTES / link_s), int(2 * _PROBE_BYTES / copy_s))
 
@@ -128,11 +128,11 @@ def _of_cpu() -> Speeds:
             file.seek(0)
             file.readinto(buffer)
 
-        file_s = _least_s(read)
-    return Speeds(int(_PROBE_BYTES / file_s), int(_PROBE_BYTES / _least_s(numbers.sum)))
+        file_s = _min_s(read)
+    return Speeds(int(_PROBE_BYTES / file_s), int(_PROBE_BYTES / _min_s(numbers.sum)))
 
 
-def _least_s(work: Callable[[], object], wait: Callable[[], object] = lambda: None) -> float:
+def _min_s(work: Callable[[], object], wait: Callable[[], object] = lambda: None) -> float:
     """Seconds of the fastest of some runs; other load on the machine only makes runs slower."""
     times = []
     for _ in range(_ROUNDS):

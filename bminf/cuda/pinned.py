@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from bminf.errors import OffloadError
-from bminf.pages import give_to_forks, keep_from_forks, populate, private_pages
+from bminf.pages import allow_fork, forbid_fork, populate, private_pages
 from bminf.units import format_bytes
 
 logger = logging.getLogger("bminf")
@@ -34,7 +34,7 @@ class PinnedMemory:
         self._runtime = _runtime()  # kept, because the last ones are closed when modules are gone
         try:
             self._region = private_pages(nbytes)
-            keep_from_forks(self._region)
+            forbid_fork(self._region)
             populate(self._region)  # or registering would fault every page in, one by one
         except (OSError, OverflowError) as error:
             raise _refused(nbytes, error) from error
@@ -51,7 +51,7 @@ class PinnedMemory:
             self._runtime.hostUnregister(self.tensor.data_ptr())
         except self._runtime.CUDARuntimeError as error:  # after an error that ended the context
             logger.debug("%d bytes stay page-locked: %s", len(self._region), error)
-        give_to_forks(self._region)
+        allow_fork(self._region)
 
 
 def _runtime() -> Any:

@@ -78,7 +78,7 @@ class LanguageModel:
     _architectures: Sequence[Architecture]  # that a checkpoint may be of
     _defaults: Options = Options()
     _head_format: Format | None = None  # of an output head that is split
-    _more_tokens = 0  # that the decoder is fed beyond max_length
+    _num_extra_tokens = 0  # that the decoder is fed beyond max_length
     tokenizer: Tokenizer
     model: Any  # the architecture
 
@@ -354,7 +354,7 @@ class LanguageModel:
         self._check_length(prompt.input_ids, "text")
         num_tokens = len(prompt.start_ids) + settings.max_tokens - 1  # the last one is not fed
         if (
-            num_tokens > self.max_length + self._more_tokens
+            num_tokens > self.max_length + self._num_extra_tokens
             or settings.max_tokens > self.max_length
         ):
             raise ArgumentError(

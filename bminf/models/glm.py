@@ -362,8 +362,8 @@ class GLM(LanguageModel):
                 answers.append([])  # earlier answers have used up out_seq_length
                 continue
             seed = None if settings.seed is None else settings.seed + i
-            own = self._within(replace(settings, seed=seed), [one])
-            answers += self._answers([one], own, stop_ids)
+            of_blank = self._within(replace(settings, seed=seed), [one])
+            answers += self._answers([one], of_blank, stop_ids)
         return answers
 
     def _next_blank(

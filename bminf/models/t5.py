@@ -52,7 +52,7 @@ class T5Model(LanguageModel):
     """What the encoder-decoder models have in common; see LanguageModel."""
 
     model: T5
-    _more_tokens = 1  # two begin an answer, and its last one is not fed
+    _num_extra_tokens = 1  # two begin an answer, and its last one is not fed
     tokenizer: SentinelTokenizer
 
     @needs_open_model
@@ -86,7 +86,7 @@ class T5Model(LanguageModel):
 
     def _new_cache(self) -> T5Cache:
         return self.model.new_cache(
-            self.max_batch_size, self.max_length, self.max_length + self._more_tokens
+            self.max_batch_size, self.max_length, self.max_length + self._num_extra_tokens
         )
 
     def _decoder(self, prompts: Sequence[Any]) -> tuple[Decoder, torch.Tensor]:

@@ -237,9 +237,9 @@ class Originals:
         return sum(self._storages[key][1] for key in held)
 
     def _left(self, model: torch.nn.Module) -> set[int]:
-        own = {storage._cdata for storage in _storages(model)}
+        current = {storage._cdata for storage in _storages(model)}
         references = {key: reference for key, (reference, _) in self._storages.items()}
-        return {key for key, ref in references.items() if key not in own and not ref.expired()}
+        return {key for key, ref in references.items() if key not in current and not ref.expired()}
 
 
 def _in_containers(storages: set[int]) -> set[int]:

@@ -77,13 +77,13 @@ def _run_each_token(model: Any) -> set[torch.nn.Module]:
             found |= _run_each_token(part)
     if not holds_text:  # it is the decoder itself, with towers inside
         in_parts = {module for part in inner for module in part.modules()}
-        own = {name: module for name, module in model.named_modules() if module not in in_parts}
-        lists = [name for name, module in own.items() if isinstance(module, LISTS)]
+        rest = {name: module for name, module in model.named_modules() if module not in in_parts}
+        lists = [name for name, module in rest.items() if isinstance(module, LISTS)]
         # By their names, towers that know nothing of transformers; not where all has such names.
         has_towers = bool(inner) or not all(_is_of_other_modality(name) for name in lists)
         found |= {
             module
-            for name, module in own.items()
+            for name, module in rest.items()
             if not (has_towers and _is_of_other_modality(name))
         }
     return found - {module for encoder in _encoders(model) for module in encoder.modules()}
@@ -115,10 +115,11 @@ def _inner_models(model: Any) -> Iterator[Any]:
 
     By kind: a part may have a changed copy of the whole model's configuration.
     """
-    own = type(model.config)
+    config_class = type(model.config)
     for child in model.children():
         yield from _outermost_models(
-            child, lambda part: _has_transformers_config(part) and type(part.config) is not own
+            child,
+            lambda part: _has_transformers_config(part) and type(part.config) is not config_class,
         )
 
 
