@@ -8,7 +8,7 @@ BMInfError
 ├── CheckpointError                  a wrong or damaged file on disk
 ├── KernelError                      a CUDA kernel that cannot be found, compiled or launched
 ├── OffloadError                     memory or a file for streamed blocks that fails
-└── UnsupportedModelError            a model, or a use of one, that cannot be scheduled
+└── UnsupportedModelError            a model, or a use of one, that cannot be streamed
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class OffloadError(BMInfError):
 
 
 class UnsupportedModelError(BMInfError):
-    """The model, or what was asked of it, does not go together with streaming."""
+    """The model, or what was asked of it, is not compatible with streaming."""
 
 
 class NothingToStreamError(BudgetError, UnsupportedModelError):

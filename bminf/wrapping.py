@@ -63,10 +63,10 @@ def wrapper(
 ) -> Model:
     """Make `model` run within `memory_limit`, and return it: the same object, with the same output.
 
-    Blocks that fit stay on the device; the others wait in host memory (device "cuda") or in a file
-    (device "cpu", where the limit is RAM) and come through two slots just before they are needed.
-    What host memory has no room for waits in a file, too, and is read ahead. What fits entirely is
-    only moved.
+    Blocks that fit stay on the device; the others are offloaded to host memory (device "cuda") or
+    to a file (device "cpu", where the limit is RAM), and copied into one of two slots just before
+    they are needed. What does not fit in host memory is kept in a file, too, and read ahead. What
+    fits entirely is only moved.
 
     quantization: True or "int8" packs the linears of the blocks to 8 bits, with a scale a row;
         "int4" packs them to 4 bits, 5 with the scales; False or None leaves them. A quantized model
@@ -106,7 +106,7 @@ def wrapper(
     source_device = check_tensors(model)
     options = _Options(quantization, blocks, uses, quantize, reserve, max_length, max_batch_size)
     request = _Request(model, options, backend.device.type, backend.keeps_addresses)
-    # What lies on the device, or in host memory, is let go as it is wrapped.
+    # What lies on the device, or in host memory, is freed as it is wrapped.
     model_bytes = unmapped_bytes(model)
     if memory_limit is None:
         budget = free_budget(backend.device, model_bytes if backend.device == source_device else 0)
@@ -175,7 +175,7 @@ def plan_for(
     """The plan that wrapper() would make, for a model on any device, "meta" included.
 
     Nothing is moved. memory_limit: None is no limit.   host_memory: for the host copies of
-    streamed blocks, bytes or "64GB"; those beyond are planned to wait on disk. None is no limit.
+    streamed blocks, bytes or "64GB"; those beyond are planned to be on disk. None is no limit.
     device: where it would run, on which the workspace that max_length= reserves depends; one that
     is not in this machine is accepted. None is the GPU where there is one, else the CPU.
     All else is as for wrapper(); `least_limit` of the plan is the smallest limit that would do.

@@ -31,7 +31,7 @@ class Quantized(Sliced):
     point; for 4 bits float16.
     dtype: what read() gives, of code * scale in float32: rounded once for float16, as the
     second source does. A loader that packs takes packed().
-    Raises CheckpointError where these do not go together.
+    Raises CheckpointError where these do not match.
     """
 
     codes: Stored

@@ -128,7 +128,7 @@ def write_safetensors(
     layouts: block -> layout made with keep_addresses=False, of contiguous tensors that do not
         overlap; "" is what lies outside all blocks.
     tensors: asked block by block, in that order, for (name, tensor) of each tensor of the layout,
-        in any order; each is let go of before the next is asked for.
+        in any order; each is freed before the next is asked for.
     The tensor t of block b is named "b.t", that of "" is named "t". The file has another name until
     it is complete, and an error leaves nothing.
     Raises ArgumentError where a layout cannot be written so, or other tensors come than it has;

@@ -247,9 +247,9 @@ def merge_fused(parts: Sequence[Stored], num_fused: int) -> Rows:
 
     Each part is split along axis 0 into num_fused equal pieces; all pieces 0 come first, in the
     order of the parts, then all pieces 1, and so on.
-    Raises CheckpointError where the parts do not go together or cannot be split so.
+    Raises CheckpointError where the parts do not match or cannot be split so.
     """
-    given = Rows(tuple(parts)).parts  # which checks that they go together
+    given = Rows(tuple(parts)).parts  # which checks that they match
     for part in given:
         if part.shape[0] % num_fused:
             raise CheckpointError(

@@ -77,8 +77,8 @@ def assemble(
     """Pack and lay out the network of `source`, which is changed.
 
     dtype: of what is not packed.   activations: see bminf.QuantizedLinear.
-    Raises ArgumentError for formats that do not go with the source, with what is packed in it, or
-    with the activations.
+    Raises ArgumentError for formats that do not match the source, what is packed in it, or the
+    activations.
     """
     source, packing = _with_head(source, _packing(source, formats), formats, dtype)
     network = source.network.to(dtype).eval().requires_grad_(False)

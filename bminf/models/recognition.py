@@ -36,7 +36,7 @@ def architectures_for(source: str | Path, model: str | None) -> list[Architectur
 
 
 def recognized(opened: Checkpoint, has_tokenizer: bool = False) -> Architecture:
-    """The only architecture that names, shapes and vocabulary of a checkpoint go together with.
+    """The only architecture that names, shapes and vocabulary of a checkpoint match.
 
     has_tokenizer: whether one is given that is not in the folder.
     Raises ArgumentError where the user has to say it, CheckpointError for another model than these.

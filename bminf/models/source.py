@@ -221,7 +221,7 @@ def tokenizer_of(
 ) -> Tokenizer:
     """The tokenizer that is given, or that of the folder.
 
-    config: which it has to go with; None where it is not known.   settings: see find_tokenizer().
+    config: which it has to match; None where it is not known.   settings: see find_tokenizer().
     Raises ArgumentError or CheckpointError.
     """
     if settings is not None and not isinstance(settings, Mapping):

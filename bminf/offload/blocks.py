@@ -3,7 +3,7 @@
 Where none are named, a model is a list of layers, or a list of stages, each with layers of its own.
 The items of the outermost lists are taken, and cut further where one of them is large against all
 of them together and holds a list itself. Only the model decides that, never the memory limit: names
-of blocks, the keys of `uses=` and the plans of two limits would otherwise not go together.
+of blocks, the keys of `uses=` and the plans of two limits would otherwise not match.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from bminf.progress import progress_bar
 def place(
     model: torch.nn.Module, blobs: Blobs, replacements: Replacements, scheduler: Scheduler
 ) -> None:
-    """Quantize, move and let go of one block after another, so that no two copies are held.
+    """Quantize, move and free one block after another, so that no two copies are held.
 
     blobs: the layouts of all blocks, in module order.
     """
@@ -111,7 +111,7 @@ def _move_resident(
 ) -> None:
     """Bring the tensors of `layout`, which stay, to the device.
 
-    On the CPU they are copied too: into anonymous memory, so that a mapped checkpoint is let go.
+    On the CPU they are copied too: into anonymous memory, so that a mapped checkpoint is freed.
     """
     if backend.device == source_device and backend.device.type != "cpu":
         return

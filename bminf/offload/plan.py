@@ -51,7 +51,7 @@ class Remedy(NamedTuple):
     """What a caller can do about a limit that is too small.
 
     advice: in the words of its own arguments.   saved_bytes: by which the least limit falls.
-    is_of_blocks: whether the blocks become smaller, which helps where they wait, too.
+    is_of_blocks: whether the blocks become smaller, which helps where they are kept, too.
     argument: of remedies that set the same one, only one can be carried out.
     """
 
@@ -69,8 +69,8 @@ class Plan:
     resident, streamed: names of blocks, in order.   outside_bytes: what lies outside all blocks.
     resident_bytes: everything that stays, `outside_bytes` included.   slot_bytes: both slots.
     reserved_bytes: set aside for activations and KV cache.   budget: the limit planned for.
-    on_disk: names of the streamed blocks that wait in a file, in order, because host memory has no
-    room for them; the other streamed ones wait in host memory.
+    on_disk: names of the streamed blocks that are kept in a file, in order, because host memory
+    has no room for them; the other streamed ones are kept in host memory.
     context: the texts that `reserved_bytes` is to hold, where max_length was given.
     unreserved: what a text of usual length would take, where nothing was reserved for any.
     """
@@ -110,7 +110,7 @@ class Plan:
 
     @property
     def disk_bytes(self) -> int:
-        """Bytes of all blobs that wait in a file, each once."""
+        """Bytes of all blobs that are kept in a file, each once."""
         return sum(block.nbytes for block in self._blocks_of(self.on_disk))
 
     @property
@@ -187,7 +187,7 @@ class Plan:
         )
 
     def _tiers(self) -> Iterator[str]:
-        """Where streamed blocks wait, when that is not host memory for all."""
+        """Where streamed blocks are kept, when that is not host memory for all."""
         num_in_host, stage = len(self.streamed) - len(self.on_disk), self.staging_bytes // 2
         beside = f"and two staging buffers of {format_bytes(stage)}"
         yield _line("in host", self.host_bytes, f"{num_in_host} streamed blocks, {beside}")
@@ -246,7 +246,7 @@ def plan(
     uses: name of a block or of a list -> uses per request, above 0; a block's own name wins, and
     what is not named has 128.
     outside_bytes: what stays in any case.   reserved_bytes: what the plan has to leave free.
-    host_bytes: of host memory for streamed blobs; those beyond wait in a file. None: all have room.
+    host_bytes: of host memory for streamed blobs; the rest are kept in a file. None: all have room.
 
     If not all fits, two slots of the largest streamed blob are counted. More budget never streams
     more. The cost is the least possible where the counts of each kind (a kind: bytes and uses) have

@@ -1,7 +1,7 @@
 """Memory that a model takes beside the parameters and buffers that are moved.
 
 Tensors in plain attributes, lists and objects are neither moved nor streamed nor packed: a plan
-counts them as what stays, and whoever wraps a model that has many is told. Weights that were let go
+counts them as what stays, and wrapping a model that has many warns. Weights that were let go
 take memory all the same while somebody else holds them.
 """
 

@@ -45,7 +45,7 @@ def linear(
 def linear_of_checked(
     x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, activations: str
 ) -> torch.Tensor:
-    """As linear, for a weight whose parts are known to go together, as in a layer of ours."""
+    """As linear, for a weight whose parts are known to match, as in a layer of ours."""
     if not _is_recorded(x):
         return _linear(x, weight, bias, activations)
     # Rows in, rows out: an output that is a view made inside could not be written to in place.

@@ -163,7 +163,7 @@ class PackedWeight(NamedTuple):
         return self._replace(**some)
 
     def check(self) -> None:
-        """Raise ArgumentError where dtypes, shapes, strides and devices do not go together."""
+        """Raise ArgumentError where dtypes, shapes, strides or devices do not match."""
         _check_codes(self.qweight, self.in_features)
         shape: tuple[int, ...] = (self.out_features,)
         if self.form.group_size is not None:

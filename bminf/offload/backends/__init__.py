@@ -62,7 +62,7 @@ def allocated_bytes_on(device_type: str) -> Callable[[int], int]:
 def free_budget(device: torch.device, model_bytes: int = 0) -> int:
     """The limit where none is given: 90% of what is free on `device`.
 
-    model_bytes: what the model takes there now, and lets go of as it is wrapped.
+    model_bytes: what the model takes there now, and frees as it is wrapped.
     """
     free = memory.free_bytes() if device.type == "cpu" else cuda.free_bytes(device)
     return int((free + model_bytes) * _FREE_FRACTION)
@@ -71,7 +71,7 @@ def free_budget(device: torch.device, model_bytes: int = 0) -> int:
 def host_budget(device: torch.device, model_bytes: int = 0) -> int | None:
     """Bytes of host memory for copies of streamed blocks, on this machine as it is now.
 
-    model_bytes: what the model takes there now, and lets go of as it is wrapped.
+    model_bytes: what the model takes there now, and frees as it is wrapped.
     None, which is no limit, on the CPU: its host copies lie in a file.
     """
     if device.type == "cpu":

@@ -208,7 +208,7 @@ class CudaBackend:
         event.record(stream)
         if stream not in self._computing:
             self._computing.add(stream)
-            for slot in self.slots:  # or, let go of, it could be used anew under that stream's feet
+            for slot in self.slots:  # or, once freed, it could be reused while that stream reads it
                 slot.record_stream(stream)
         return event
 
