@@ -100,7 +100,7 @@ class LazyTensor(torch.Tensor):
     @data.setter
     def data(self, value: torch.Tensor) -> None:
         if self._write is None:
-            raise _not_kept("setting the data of a weight")
+            raise _not_writable("setting the data of a weight")
         if _kind_of(value) != _kind_of(self):
             raise UnsupportedModelError(
                 f"a streamed weight ({tuple(self.shape)}, {self.dtype}, on {self.device}, strides "
@@ -196,7 +196,7 @@ def _write_through(func: Any, args: Any, kwargs: Any, written: list[Any]) -> Any
     """Run `func` on copies of the tensors that it writes to, and store the new values."""
     targets = {id(t): t for t in tree_leaves(written) if isinstance(t, LazyTensor)}
     if any(target._write is None for target in targets.values()):
-        raise _not_kept(str(func))
+        raise _not_writable(str(func))
     copies = {key: _copy_of(target) for key, target in targets.items()}
     shapes = {key: (copy.shape, copy.stride()) for key, copy in copies.items()}
     result = _call(func, args, kwargs, lambda t: copies[id(t)] if id(t) in copies else t._read())
@@ -220,7 +220,7 @@ def _copy_of(tensor: LazyTensor) -> torch.Tensor:
     ).copy_(value)
 
 
-def _not_kept(what: str) -> UnsupportedModelError:
+def _not_writable(what: str) -> UnsupportedModelError:
     return UnsupportedModelError(
         f"{what} changes values that are computed from a quantized weight: they would be lost; "
         f"{PACKED_IS_FROZEN}"

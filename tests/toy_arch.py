@@ -112,7 +112,7 @@ NAMES = {
 
 
 def toy_sizes(config: ToyConfig, given: Pass) -> Sizes:
-    size, wide, bias = config.hidden_size, config.intermediate_size, given.scores()
+    size, wide, bias = config.hidden_size, config.intermediate_size, given.score_bytes()
     return Sizes(
         decoder_cache_bytes(config, given.batch_size, given.length, given.dtype),
         layer_bytes(given, size, size, wide, gated=wide),

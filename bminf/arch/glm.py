@@ -519,7 +519,7 @@ SPLITS_OF_GLM10B = SplitTable(
 def glm_sizes(config: GLMConfig, given: Pass) -> Sizes:
     """Bytes of a pass."""
     size, wide = config.hidden_size, config.intermediate_size
-    bias = given.scores()
+    bias = given.score_bytes()
     cells = given.batch_size * given.length**2
     return Sizes(
         decoder_cache_bytes(config, given.batch_size, given.length, given.dtype),
@@ -533,11 +533,11 @@ def _rotary_bytes(config: GLMConfig, given: Pass) -> int:
     """The widest moment of a layer of a "glm-130b", but for its bias."""
     size, wide = config.hidden_size, config.intermediate_size
     # The layer's own input too: its caller holds it until there is an output.
-    return given.held(size, size, size) + max(
-        given.product(size, 2 * wide),
+    return given.activation_bytes(size, size, size) + max(
+        given.linear_bytes(size, 2 * wide),
         # Rotated queries and keys; both halves of the gate's product, and what it makes.
-        given.held(max((3 + 2 + 2) * size, (2 + 1 + 1) * wide)),
-        given.held(3 * wide) + given.product(wide, size),
+        given.activation_bytes(max((3 + 2 + 2) * size, (2 + 1 + 1) * wide)),
+        given.activation_bytes(3 * wide) + given.linear_bytes(wide, size),
     )
 
 

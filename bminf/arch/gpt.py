@@ -284,7 +284,7 @@ SPLITS = SplitTable(
 
 def gpt_sizes(config: GPTConfig, given: Pass) -> Sizes:
     """Bytes of a pass."""
-    size, bias = config.hidden_size, given.scores()
+    size, bias = config.hidden_size, given.score_bytes()
     return Sizes(
         decoder_cache_bytes(config, given.batch_size, given.length, given.dtype),
         layer_bytes(given, size, size, config.intermediate_size),

@@ -35,10 +35,10 @@ def layer_bytes(within: Pass, size: int, inner: int, wide: int, gated: int = 0) 
 
     size: of its input.   inner: of queries.   wide: of the feed-forward.   gated: of its gate.
     """
-    return within.held(size, size) + max(  # the input, and what its norm made of it
-        within.product(size, 3 * inner),
-        within.held(3 * inner, inner, inner),
-        within.held(inner) + within.product(inner, size),
-        within.held(gated, wide) + within.product(size, wide),
-        within.held(wide) + within.product(wide, size),
+    return within.activation_bytes(size, size) + max(  # the input, and what its norm made of it
+        within.linear_bytes(size, 3 * inner),
+        within.activation_bytes(3 * inner, inner, inner),
+        within.activation_bytes(inner) + within.linear_bytes(inner, size),
+        within.activation_bytes(gated, wide) + within.linear_bytes(size, wide),
+        within.activation_bytes(wide) + within.linear_bytes(wide, size),
     )

@@ -556,7 +556,7 @@ SPLITS = SplitTable(
 def t5_sizes(config: T5Config, given: Pass) -> Sizes:
     """Bytes of a pass, of a prompt and an answer of this length each."""
     wide = config.intermediate_size
-    bias = given.scores(config.num_attention_heads)
+    bias = given.score_bytes(config.num_attention_heads)
     return Sizes(
         decoder_cache_bytes(config, given.batch_size, 2 * given.length + 1, given.dtype),
         layer_bytes(given, config.hidden_size, config.inner_size, wide, gated=wide),

@@ -13,7 +13,7 @@ from warnings import warn
 import torch
 
 from bminf.errors import ArgumentError
-from bminf.layers.quantized_linear import QuantizedLinear, is_conv1d, is_hooked
+from bminf.layers.quantized_linear import QuantizedLinear, has_accelerate_hook, is_conv1d
 from bminf.layout import ModuleBlock, tensors_of
 from bminf.ops.rows import ELEMENTS
 from bminf.quantization.packed import Format
@@ -72,7 +72,7 @@ def computes_as_linear(module: torch.nn.Module) -> bool:
 
 def _has_forward_of_its_own(module: torch.nn.Module) -> bool:
     """Whether somebody has put another forward on this instance."""
-    forward = module.__dict__.get("_old_forward" if is_hooked(module) else "forward")
+    forward = module.__dict__.get("_old_forward" if has_accelerate_hook(module) else "forward")
     is_of_class = getattr(forward, "__func__", None) is type(module).forward
     return forward is not None and not (is_of_class and forward.__self__ is module)
 

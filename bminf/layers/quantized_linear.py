@@ -70,7 +70,7 @@ class QuantizedLinear(torch.nn.Linear):
         if linear.bias is not None:
             bias: Any = linear.bias
             self.bias = torch.nn.Parameter(bias.detach().clone(), requires_grad=False)
-        _carry_over(linear, self)
+        _copy_attributes(linear, self)
         self._packed_class = type(linear)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -114,7 +114,7 @@ class QuantizedLinear(torch.nn.Linear):
     def __getattr__(self, name: str) -> Any:
         # peft takes a layer with an attribute of this name for one of GPTQ's, and hands the codes
         # to models that ask its adapters for the dtype of a weight.
-        if name == "qweight" and _is_of_peft(sys._getframe(1)):
+        if name == "qweight" and _is_called_from_peft(sys._getframe(1)):
             raise AttributeError("no layer of GPTQ's")
         kind = self.__dict__.get("_packed_class", torch.nn.Linear)
         if name.startswith("__") or not hasattr(kind, name):
@@ -157,18 +157,18 @@ class QuantizedLinear(torch.nn.Linear):
         )
 
 
-def is_hooked(module: torch.nn.Module) -> bool:
+def has_accelerate_hook(module: torch.nn.Module) -> bool:
     """Whether a hook of accelerate stands around the forward of `module`."""
     forward = module.__dict__.get("forward")
     is_around = isinstance(forward, functools.partial) and forward.args == (module,)
     return is_around and "_hf_hook" in module.__dict__ and "_old_forward" in module.__dict__
 
 
-def _is_of_peft(caller: FrameType) -> bool:
+def _is_called_from_peft(caller: FrameType) -> bool:
     return str(caller.f_globals.get("__name__", "")).partition(".")[0] == "peft"
 
 
-def _carry_over(linear: torch.nn.Module, packed: QuantizedLinear) -> None:
+def _copy_attributes(linear: torch.nn.Module, packed: QuantizedLinear) -> None:
     """Give `packed` the hooks of `linear`, and the attributes that code hung on it.
 
     They are the very dicts, so that a handle which removes a hook goes on doing so.
@@ -179,7 +179,7 @@ def _carry_over(linear: torch.nn.Module, packed: QuantizedLinear) -> None:
         is_hook = name.startswith(("_forward_", "_backward_", "_is_full_backward"))
         if is_hook or name not in packed.__dict__:
             packed.__dict__[name] = value
-    if is_hooked(linear):
+    if has_accelerate_hook(linear):
         hooked: Any = linear.__dict__["forward"]
         packed._old_forward = packed.forward
         around = functools.partial(hooked.func, packed)

@@ -310,19 +310,19 @@ def _workspace_bytes(model: Any, largest: Pass) -> int:
 
 def _layer_moments(text: Any, largest: Pass) -> Iterator[int]:
     """Bytes held in each wide moment of a layer.   text: its configuration."""
-    held, product = largest.held, largest.product
+    activations, linear = largest.activation_bytes, largest.linear_bytes
     hidden, heads = hidden_size(text) or 1, num_heads(text) or 1
     inner, keys = heads * head_dim(text, heads), attention_columns(text)
-    masks = largest.scores()
+    masks = largest.score_bytes()
     if first_of(text, "_attn_implementation") == "eager":  # scores, also in float32
-        masks += largest.scores(heads) + heads * largest.batch_size * largest.length**2 * 4
-    shared = masks + held(hidden, hidden)  # the residual, and what its norm made of it
-    yield shared + product(hidden, inner + keys)
+        masks += largest.score_bytes(heads) + heads * largest.batch_size * largest.length**2 * 4
+    shared = masks + activations(hidden, hidden)  # the residual, and what its norm made of it
+    yield shared + linear(hidden, inner + keys)
     # Queries and keys as they are rotated, keys and values for every head, and the result.
-    yield shared + held(2 * inner, keys, 2 * inner, inner)
+    yield shared + activations(2 * inner, keys, 2 * inner, inner)
     wide = _feed_forward_columns(text, hidden)
-    yield shared + held(2 * wide) + product(hidden, wide)
-    yield shared + held(2 * wide) + product(wide, hidden)
+    yield shared + activations(2 * wide) + linear(hidden, wide)
+    yield shared + activations(2 * wide) + linear(wide, hidden)
 
 
 def _feed_forward_columns(text: Any, hidden: int) -> int:

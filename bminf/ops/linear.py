@@ -170,28 +170,28 @@ class Pass:
     weight_format: Format | None
     is_cpu: bool
 
-    def held(self, *columns: int) -> int:
+    def activation_bytes(self, *columns: int) -> int:
         """Bytes of activations of so many columns that are held at once."""
         return self.batch_size * self.length * sum(columns) * self.dtype.itemsize
 
-    def product(self, inputs: int, outputs: int) -> int:
+    def linear_bytes(self, inputs: int, outputs: int) -> int:
         """Bytes of the result of a product, and of what is held on the way beside its input."""
-        itemsize, on_the_way, weight = self.dtype.itemsize, 0, 0
+        itemsize, temporary, weight = self.dtype.itemsize, 0, 0
         if self.weight_format is not None and self.is_cpu:
-            on_the_way = _on_cpu(inputs, outputs, itemsize, self.weight_format)
+            temporary = _cpu_bytes(inputs, outputs, itemsize, self.weight_format)
         elif self.weight_format is not None:
             weight = min(_SLICE_BYTES, inputs * outputs * itemsize)
-            on_the_way = (
+            temporary = (
                 inputs + 4 * outputs if self.weight_format == INT8 else 0
             )  # codes and their sums
-        return self.held(outputs) + self.batch_size * self.length * on_the_way + weight
+        return self.activation_bytes(outputs) + self.batch_size * self.length * temporary + weight
 
-    def scores(self, num_heads: int = 1) -> int:
+    def score_bytes(self, num_heads: int = 1) -> int:
         """Bytes of a bias of scores, of all heads or of each."""
         return self.batch_size * self.length**2 * num_heads * self.dtype.itemsize
 
 
-def _on_cpu(inputs: int, outputs: int, itemsize: int, format_: Format) -> int:
+def _cpu_bytes(inputs: int, outputs: int, itemsize: int, format_: Format) -> int:
     """Bytes of a row, see cpu_linear.py."""
     wide = 0 if itemsize == 4 else 4 * (inputs + outputs)  # all is done in float32
     if format_ == INT8 and is_fast():  # numbers, two digits of each, the sums of both
