@@ -73,7 +73,7 @@ def check_eps(name: str, value: float) -> None:
         raise ArgumentError(f"{name}={value!r}; a number between 0 and 1 is needed")
 
 
-def not_numbers(rows: Collection[int]) -> UnsupportedModelError:
+def non_finite_logits(rows: Collection[int]) -> UnsupportedModelError:
     """The error for logits from which no token can be chosen."""
     return UnsupportedModelError(
         f"the model's logits are not finite numbers in row {', '.join(map(str, rows))} of this "

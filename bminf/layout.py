@@ -23,7 +23,7 @@ WHOLE = ""
 """The name of the bytes of a whole blob, in place of those of its tensors."""
 
 ADDRESS_MODULUS = 64  # what a kept address keeps: one cache line, the widest CPU vector
-FRESH_ALIGNMENT = 256  # where the address is ours to choose: what CUDA's allocator gives at least
+DEFAULT_ALIGNMENT = 256  # where the address is ours to choose: what CUDA's allocator gives at least
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ class Layout:
             if keep_addresses and start is not None:
                 base = end + (start - end) % ADDRESS_MODULUS
             else:
-                base = -(-end // FRESH_ALIGNMENT) * FRESH_ALIGNMENT
+                base = -(-end // DEFAULT_ALIGNMENT) * DEFAULT_ALIGNMENT
             for name in names:
                 offsets[name] = base + (specs[name].start or 0) - (start or 0)
                 end = max(end, offsets[name] + specs[name].nbytes)

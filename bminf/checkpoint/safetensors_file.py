@@ -25,7 +25,7 @@ import torch
 from bminf.checkpoint.binary_file import BinaryFile, parse_json
 from bminf.checkpoint.stored import InFile, Stored, contiguous, strides_of
 from bminf.errors import ArgumentError, CheckpointError
-from bminf.layout import FRESH_ALIGNMENT, Chunk, Layout, TensorSpec
+from bminf.layout import DEFAULT_ALIGNMENT, Chunk, Layout, TensorSpec
 from bminf.units import format_bytes
 
 _DTYPES = {
@@ -238,7 +238,7 @@ class _Plan:
         paddings: dict[str, Any] = {}
         end = 0
         for block, layout in layouts.items():
-            starts[block] = -(-end // FRESH_ALIGNMENT) * FRESH_ALIGNMENT
+            starts[block] = -(-end // DEFAULT_ALIGNMENT) * DEFAULT_ALIGNMENT
             for name, spec, offset in _in_order(block, layout):
                 start = starts[block] + offset
                 if name in entries or name == _METADATA or name.startswith(_PADDING):
@@ -256,7 +256,7 @@ class _Plan:
         """The length and the header, filled with spaces so that the data starts aligned."""
         given = {_METADATA: {**metadata, _PADDING_KEY: _PADDING}, **self.entries}
         text = json.dumps(given, separators=(",", ":")).encode()
-        text += b" " * (-(8 + len(text)) % FRESH_ALIGNMENT)
+        text += b" " * (-(8 + len(text)) % DEFAULT_ALIGNMENT)
         return struct.pack("<Q", len(text)) + text
 
 
@@ -269,9 +269,9 @@ def _in_order(block: str, layout: Layout) -> Iterator[tuple[str, TensorSpec, int
     by_offset = sorted(layout.specs, key=lambda n: (layout.offsets[n], layout.specs[n].nbytes))
     for name in by_offset:
         spec, offset, full_name = layout.specs[name], layout.offsets[name], _full_name(block, name)
-        if offset % FRESH_ALIGNMENT:
+        if offset % DEFAULT_ALIGNMENT:
             raise ArgumentError(
-                f"{full_name!r} lies at {offset} in its blob, no multiple of {FRESH_ALIGNMENT}; "
+                f"{full_name!r} lies at {offset} in its blob, no multiple of {DEFAULT_ALIGNMENT}; "
                 "make the layout with keep_addresses=False"
             )
         if not _is_contiguous(spec) or spec.dtype not in _DTYPE_NAMES:

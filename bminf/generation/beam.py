@@ -16,7 +16,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-from bminf.checks import check_banned, check_ids, not_numbers
+from bminf.checks import check_banned, check_ids, non_finite_logits
 from bminf.errors import ArgumentError
 from bminf.generation.loop import Decoder
 
@@ -33,8 +33,8 @@ class Hypothesis:
     ids: the generated tokens, with the stop token that ended them, if one did.
     score: the sum of their log-probabilities, divided by the search's function of their length:
     len(ids) ** length_penalty in `beam_search`.
-    stopped: whether a stop token ended it; otherwise max_new_tokens did, or, in a search that rules
-    tokens out, no token was left.
+    stopped: whether a stop token ended it; otherwise max_new_tokens did, or, in a search that
+    excludes tokens, no token was left.
     """
 
     ids: tuple[int, ...]
@@ -62,11 +62,11 @@ def beam_search(
     Numbers are those of an Options, which has checked them.
     Raises ArgumentError, UnsupportedModelError where logits are not finite numbers.
     """
-    rules = Rules(num_beams, frozenset(stop_ids), max_new_tokens, length_penalty)
-    rules.check_penalty(max_new_tokens, "tokens", usual="0 to 2")
-    searches = [Search(rules) for _ in range(len(start))]
+    config = BeamConfig(num_beams, frozenset(stop_ids), max_new_tokens, length_penalty)
+    config.check_penalty(max_new_tokens, "tokens", usual="0 to 2")
+    searches = [Search(config) for _ in range(len(start))]
     logits = decoder(start)
-    check_ids("stop_ids", rules.stop_ids, logits.shape[1])
+    check_ids("stop_ids", config.stop_ids, logits.shape[1])
     check_banned(banned_ids, logits.shape[1])
     banned = torch.tensor(sorted(banned_ids), dtype=torch.int64, device=logits.device)
 
@@ -74,7 +74,7 @@ def beam_search(
         logits: torch.Tensor, scores: torch.Tensor, _: Sequence[Search]
     ) -> list[list[Candidate]]:
         steps = logits.float().log_softmax(-1).index_fill_(1, banned, NEG_INF)
-        return best_candidates(steps, scores, rules.num_candidates)
+        return best_candidates(steps, scores, config.num_candidates)
 
     return run(decoder, logits, start.device, searches, candidates)
 
@@ -96,7 +96,7 @@ class Beam(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Rules:
+class BeamConfig:
     """The arguments of a search, see `beam_search`."""
 
     num_beams: int
@@ -130,39 +130,39 @@ class Search:
     beams: the running ones, best first.   finished: at most num_beams, best first.
     """
 
-    def __init__(self, rules: Rules, num_context: int = 0) -> None:
-        self._rules, self._num_context = rules, num_context
+    def __init__(self, config: BeamConfig, num_context: int = 0) -> None:
+        self._config, self._num_context = config, num_context
         self.beams = [Beam(0.0, 0, ())]
         self.finished: list[Hypothesis] = []
         self.is_done = False
 
     def advance(self, candidates: list[Candidate]) -> None:
         """Take a step: set `beams` and `is_done`. candidates: best first, of all beams."""
-        rules, running, ended = self._rules, [], []
+        config, running, ended = self._config, [], []
         for rank, (score, beam, token) in enumerate(candidates):
-            ids, stopped = (*self.beams[beam].ids, token), token in rules.stop_ids
-            if not stopped and len(ids) < rules.max_new_tokens:
+            ids, stopped = (*self.beams[beam].ids, token), token in config.stop_ids
+            if not stopped and len(ids) < config.max_new_tokens:
                 running.append(Beam(score, beam, ids))
-            elif rank < rules.num_beams:  # the other candidates only fill the beams
+            elif rank < config.num_beams:  # the other candidates only fill the beams
                 ended.append(self._hypothesis(score, ids, stopped))
-        self.beams = running[: rules.num_beams]
+        self.beams = running[: config.num_beams]
         self._finish(ended)
-        self.is_done = not self.beams or len(self.finished) == rules.num_beams
+        self.is_done = not self.beams or len(self.finished) == config.num_beams
 
     def padded_beams(self) -> list[Beam]:
         """num_beams of them: missing ones are copies of the first without a score."""
-        missing = self._rules.num_beams - len(self.beams)
+        missing = self._config.num_beams - len(self.beams)
         return self.beams + [self.beams[0]._replace(score=NEG_INF)] * missing
 
     def _finish(self, ended: list[Hypothesis]) -> None:
         """Keep the best of these and of those that had finished before."""
         self.finished += ended
         self.finished.sort(key=lambda hypothesis: hypothesis.score, reverse=True)
-        del self.finished[self._rules.num_beams :]
+        del self.finished[self._config.num_beams :]
 
     def _hypothesis(self, score: float, ids: tuple[int, ...], stopped: bool) -> Hypothesis:
-        length = self._rules.length(self._num_context + len(ids))
-        return Hypothesis(ids, score / math.pow(length, self._rules.length_penalty), stopped)
+        length = self._config.length(self._num_context + len(ids))
+        return Hypothesis(ids, score / math.pow(length, self._config.length_penalty), stopped)
 
 
 _AnySearch = TypeVar("_AnySearch", bound=Search)
@@ -213,7 +213,7 @@ def best_candidates(
     both = torch.stack([sums.gather(1, indices).double(), indices.double()], -1).tolist()
     wrong = [prompt for prompt, best in enumerate(both) if math.isnan(best[0][0])]
     if wrong:
-        raise not_numbers(wrong)
+        raise non_finite_logits(wrong)
     return [
         [Candidate(v, *divmod(int(index), vocab_size)) for v, index in best if v > NEG_INF]
         for best in both

@@ -16,14 +16,14 @@ from functools import partial
 
 import torch
 
-from bminf.checks import check_banned, check_ids, not_numbers
+from bminf.checks import check_banned, check_ids, non_finite_logits
 from bminf.errors import ArgumentError
 from bminf.generation.beam import (
     NEG_INF,
     Beam,
+    BeamConfig,
     Candidate,
     Hypothesis,
-    Rules,
     Search,
     best_candidates,
     run,
@@ -73,23 +73,23 @@ def glm_beam_search(
     Numbers are those of a GLMOptions, which has checked them.
     Raises ArgumentError, UnsupportedModelError where logits are not finite numbers.
     """
-    rules = _GLMRules(
+    config = _GLMBeamConfig(
         num_beams, frozenset(stop_ids), max_new_tokens, length_penalty, no_repeat_ngram_size,
         min_length, is_deterministic, frozenset(banned_ids),
     )  # fmt: skip
     longest = max(map(len, contexts)) + max_new_tokens
-    rules.check_penalty(longest, "tokens, context included", usual="0 to 1")
+    config.check_penalty(longest, "tokens, context included", usual="0 to 1")
     searches = [
-        _GLMSearch(rules, tuple(context), generator)
+        _GLMSearch(config, tuple(context), generator)
         for context, generator in zip(contexts, _generators(len(contexts), seed), strict=True)
     ]
     logits = decoder(start)
-    _check_vocabulary(rules, logits.shape[1])
-    return run(decoder, logits, start.device, searches, partial(_candidates, rules))
+    _check_vocabulary(config, logits.shape[1])
+    return run(decoder, logits, start.device, searches, partial(_candidates, config))
 
 
 @dataclass(frozen=True)
-class _GLMRules(Rules):
+class _GLMBeamConfig(BeamConfig):
     no_repeat_ngram_size: int
     min_length: int
     is_deterministic: bool
@@ -98,7 +98,7 @@ class _GLMRules(Rules):
     def length(self, num_tokens: int) -> float:
         return (5 + num_tokens) / 6
 
-    def ruled_out(self, num_generated: int) -> frozenset[int]:
+    def excluded_ids(self, num_generated: int) -> frozenset[int]:
         """The ids that no beam may generate after so many tokens."""
         if num_generated < self.min_length:
             return self.banned_ids | self.stop_ids
@@ -108,12 +108,12 @@ class _GLMRules(Rules):
 class _GLMSearch(Search):
     """generator: of this prompt; on the CPU, so that all devices draw the same."""
 
-    _rules: _GLMRules
+    _config: _GLMBeamConfig
 
     def __init__(
-        self, rules: _GLMRules, context: tuple[int, ...], generator: torch.Generator
+        self, config: _GLMBeamConfig, context: tuple[int, ...], generator: torch.Generator
     ) -> None:
-        super().__init__(rules, len(context))
+        super().__init__(config, len(context))
         self._context, self.generator = context, generator
 
     def advance(self, candidates: list[Candidate]) -> None:
@@ -121,17 +121,17 @@ class _GLMSearch(Search):
             self.beams, ended = self._extend(candidates)
             self._finish(ended)
         running = [self._hypothesis(beam.score, beam.ids, False) for beam in self.beams]
-        is_full = len(self.finished) == self._rules.num_beams
+        is_full = len(self.finished) == self._config.num_beams
         self.is_done = not running or (is_full and self.finished[-1].score >= running[0].score)
         if self.is_done:
             return
-        if not candidates or len(running[0].ids) == self._rules.max_new_tokens:
+        if not candidates or len(running[0].ids) == self._config.max_new_tokens:
             self._finish(running)
             self.is_done = True
 
     def repeats(self, beam: Beam) -> set[int]:
         """The ids that would end an n-gram whose end `beam` has generated before."""
-        size, whole = self._rules.no_repeat_ngram_size, (*self._context, *beam.ids)
+        size, whole = self._config.no_repeat_ngram_size, (*self._context, *beam.ids)
         if size == 0 or len(whole) <= size:
             return set()
         ends = range(max(len(self._context), size - 1), len(whole))
@@ -144,9 +144,9 @@ class _GLMSearch(Search):
         ended: list[Hypothesis] = []
         for score, beam, token in candidates:
             ids = (*self.beams[beam].ids, token)
-            if token in self._rules.stop_ids:
+            if token in self._config.stop_ids:
                 ended.append(self._hypothesis(score, ids, True))
-            elif len(running) < self._rules.num_beams:
+            elif len(running) < self._config.num_beams:
                 running.append(Beam(score, beam, ids))
             else:
                 break
@@ -154,23 +154,26 @@ class _GLMSearch(Search):
 
 
 def _candidates(
-    rules: _GLMRules, logits: torch.Tensor, scores: torch.Tensor, searches: Sequence[_GLMSearch]
+    config: _GLMBeamConfig,
+    logits: torch.Tensor,
+    scores: torch.Tensor,
+    searches: Sequence[_GLMSearch],
 ) -> list[list[Candidate]]:
     """logits: (B * beams, V).   scores: (B, beams) float32."""
     _check_numbers(logits, len(searches))
-    is_out = _ruled_out(rules, logits, searches)
+    is_excluded = _excluded(config, logits, searches)
     # Before the softmax, so that others share the probability; after it, so that none is taken.
-    masked = logits.float().masked_fill(is_out, _MASKED_LOGIT)
-    steps = masked.log_softmax(-1).masked_fill_(is_out, NEG_INF)
+    masked = logits.float().masked_fill(is_excluded, _MASKED_LOGIT)
+    steps = masked.log_softmax(-1).masked_fill_(is_excluded, NEG_INF)
     noise = None
-    if not rules.is_deterministic:
+    if not config.is_deterministic:
         noise = _gumbel_noise(searches, scores.shape[1] * logits.shape[1]).to(logits.device)
-    best = best_candidates(steps, scores, rules.num_candidates, noise)
+    best = best_candidates(steps, scores, config.num_candidates, noise)
     return [sorted(found, key=lambda candidate: -candidate.score) for found in best]
 
 
-def _ruled_out(
-    rules: _GLMRules, logits: torch.Tensor, searches: Sequence[_GLMSearch]
+def _excluded(
+    config: _GLMBeamConfig, logits: torch.Tensor, searches: Sequence[_GLMSearch]
 ) -> torch.Tensor:
     """(B * beams, V) bool."""
     rows_each = len(logits) // len(searches)
@@ -180,12 +183,12 @@ def _ruled_out(
         for row, beam in enumerate(search.beams)
         for token in search.repeats(beam)
     ]
-    is_out = torch.zeros_like(logits, dtype=torch.bool)
-    is_out[:, list(rules.ruled_out(len(searches[0].beams[0].ids)))] = True
+    is_excluded = torch.zeros_like(logits, dtype=torch.bool)
+    is_excluded[:, list(config.excluded_ids(len(searches[0].beams[0].ids)))] = True
     if repeated:
         rows, ids = torch.tensor(repeated, device=logits.device).T
-        is_out[rows, ids] = True
-    return is_out
+        is_excluded[rows, ids] = True
+    return is_excluded
 
 
 def _gumbel_noise(searches: Sequence[_GLMSearch], size: int) -> torch.Tensor:
@@ -209,14 +212,14 @@ def _check_numbers(logits: torch.Tensor, num_prompts: int) -> None:
     """Before tokens are ruled out: next to those, a row of -infinity would look like a choice."""
     is_finite = logits.amax(-1).isfinite().view(num_prompts, -1).all(-1)
     if not is_finite.all():
-        raise not_numbers((~is_finite).nonzero().flatten().tolist())
+        raise non_finite_logits((~is_finite).nonzero().flatten().tolist())
 
 
-def _check_vocabulary(rules: _GLMRules, vocab_size: int) -> None:
-    check_ids("stop_ids", rules.stop_ids, vocab_size)
-    check_banned(rules.banned_ids, vocab_size)
-    if len(rules.ruled_out(0)) == vocab_size:
+def _check_vocabulary(config: _GLMBeamConfig, vocab_size: int) -> None:
+    check_ids("stop_ids", config.stop_ids, vocab_size)
+    check_banned(config.banned_ids, vocab_size)
+    if len(config.excluded_ids(0)) == vocab_size:
         raise ArgumentError(
             f"banned_ids and stop_ids hold all {vocab_size} ids of the vocabulary, and with "
-            f"min_length={rules.min_length} none can come first; leave one, or set it to 0"
+            f"min_length={config.min_length} none can come first; leave one, or set it to 0"
         )

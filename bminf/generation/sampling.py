@@ -14,7 +14,14 @@ from dataclasses import dataclass
 
 import torch
 
-from bminf.checks import check_banned, check_ids, check_int, check_positive, is_number, not_numbers
+from bminf.checks import (
+    check_banned,
+    check_ids,
+    check_int,
+    check_positive,
+    is_number,
+    non_finite_logits,
+)
 from bminf.errors import ArgumentError
 
 Filter = Callable[[torch.Tensor, int | None, float | None], torch.Tensor]
@@ -246,7 +253,7 @@ def _inverse_cdf(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
 def _check_scores(scores: torch.Tensor) -> None:
     is_finite = scores.amax(-1).isfinite()  # the maximum of a row with NaN is NaN
     if not is_finite.all():
-        raise not_numbers((~is_finite).nonzero().flatten().tolist())
+        raise non_finite_logits((~is_finite).nonzero().flatten().tolist())
 
 
 def _on(device: torch.device, values: Sequence[float], dtype: torch.dtype) -> torch.Tensor:
