@@ -92,7 +92,7 @@ def test_many_passes_without_waiting_for_the_device(num_blocks: int, source: str
     assert all(torch.equal(a, b) for a, b in zip(given, expected, strict=True))
 
 
-def test_quantised_and_streamed_equals_quantised_and_resident() -> None:
+def test_quantized_and_streamed_equals_quantized_and_resident() -> None:
     given = on_gpu(inputs_of("llama"))
     resident = bminf.wrapper(make("llama"), memory_limit="1GB", device="cuda")
     expected = output_of(resident, given)
@@ -373,7 +373,7 @@ def test_blocks_on_disk_give_the_same_values(
     assert list(tmp_path.iterdir()) == [] and num_readers() == threads
 
 
-def test_a_quantised_model_half_on_disk_gives_the_same_logits(
+def test_a_quantized_model_half_on_disk_gives_the_same_logits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     given = on_gpu(inputs_of("llama"))

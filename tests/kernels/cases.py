@@ -1,7 +1,7 @@
 """What every kernel must get right, whoever runs it: the host build in CI, or a real device.
 
 A case draws its inputs, calls the op that launches the kernel, and compares with plain torch in
-float64 on the CPU: dequantise, then multiply. Shapes are awkward on purpose: one, odd, no multiple
+float64 on the CPU: dequantize, then multiply. Shapes are awkward on purpose: one, odd, no multiple
 of any tile, the longest rows and the most rows of the zoo's models.
 """
 
@@ -23,7 +23,7 @@ from bminf.quantization.packed import INT4, INT8, Format, PackedWeight, dequanti
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # The rounding of the result; float32 sums of some thousand products for float32 itself.
 BOUNDS = {torch.float16: 1e-3, torch.bfloat16: 6e-3, torch.float32: 2e-6}
-# Tensor cores take dequantised weights rounded to 16 bits, as the library's product does.
+# Tensor cores take dequantized weights rounded to 16 bits, as the library's product does.
 ROUNDED = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 2e-6}
 
 # With 16 bytes of codes in one group or two, and in any number of them.
@@ -234,7 +234,7 @@ def bad_gated_scales_case(form: Format, m: int) -> Case:
 
 
 def bad_dequantize_case(form: Format, dtype: torch.dtype) -> Case:
-    """The same in a weight that is dequantised, where other groups of the row are right, too."""
+    """The same in a weight that is dequantized, where other groups of the row are right, too."""
 
     def run(device: str) -> None:
         weight, _ = weight_on(device, 9, 70, form)

@@ -189,7 +189,7 @@ class Counting(HostLauncher):
 @pytest.mark.parametrize(
     ("elements", "num_slices"), [(10 * 70, 1), (9 * 70, 2), (5 * 70 - 1, 3), (3 * 70, 4), (1, 10)]
 )
-def test_a_weight_is_dequantised_some_rows_at_a_time(
+def test_a_weight_is_dequantized_some_rows_at_a_time(
     elements: int, num_slices: int, form: Format, has_bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(linear_weight_only, "_SLICE_ELEMENTS", elements)

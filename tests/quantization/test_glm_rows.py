@@ -124,10 +124,10 @@ def test_shapes_alone_are_packed_on_the_meta_device() -> None:
         (torch.full((1, 2), 1e6), 4, "too large for half-precision scales"),
     ],
 )
-def test_what_cannot_be_quantised_says_why(weight: Any, bits: int, message: str) -> None:
-    for quantise in (quantize_rows, row_scales, pack_rows):
+def test_what_cannot_be_quantized_says_why(weight: Any, bits: int, message: str) -> None:
+    for quantize in (quantize_rows, row_scales, pack_rows):
         with pytest.raises(ArgumentError, match=message):
-            quantise(weight, bits)  # type: ignore[operator]
+            quantize(weight, bits)  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("weight", [torch.ones(2), torch.ones(2, 2, dtype=torch.int8)])
