@@ -9,7 +9,7 @@ from typing import Any, TypeVar, cast
 
 from bminf.errors import ArgumentError
 from bminf.keywords import check_keywords, keywords_of
-from bminf.models.options import OTHER_NAMES
+from bminf.models.options import ALIASES
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -17,7 +17,7 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 def needs_open_model(method: Method) -> Method:
     """A method of LanguageModel that raises once the model is closed, before anything else.
 
-    Then its keywords are checked, including those of Options if it has `**options`, and other names
+    Then its keywords are checked, including those of Options if it has `**options`, and the aliases
     of an option are replaced by its name here.
     Raises UnsupportedModelError, UnknownKeywordError, or ArgumentError for two names of one option
     with different values.
@@ -30,28 +30,28 @@ def needs_open_model(method: Method) -> Method:
     @functools.wraps(method)
     def call(model: Any, *arguments: Any, **keywords: Any) -> Any:
         model._open()
-        options = [*model._defaults.names(), *OTHER_NAMES] if has_options else []
+        options = [*model._defaults.names(), *ALIASES] if has_options else []
         called = f"{type(model).__name__}.{method.__name__}"
         check_keywords(called, keywords, dict.fromkeys([*accepted, *options]))
         if has_options:
             positional = dict(zip(names[1:], arguments, strict=False))
-            keywords = _under_one_name(keywords, positional)
+            keywords = _resolve_aliases(keywords, positional)
         return method(model, *arguments, **keywords)
 
     return cast(Method, call)
 
 
-def _under_one_name(keywords: Mapping[str, Any], positional: Mapping[str, Any]) -> dict[str, Any]:
-    """`keywords` under the names of Options; another name with the value None is ignored."""
-    kept = {name: value for name, value in keywords.items() if name not in OTHER_NAMES}
-    for other, name in OTHER_NAMES.items():
-        value = keywords.get(other)
+def _resolve_aliases(keywords: Mapping[str, Any], positional: Mapping[str, Any]) -> dict[str, Any]:
+    """`keywords` under the names of Options; an alias with the value None is ignored."""
+    kept = {name: value for name, value in keywords.items() if name not in ALIASES}
+    for alias, name in ALIASES.items():
+        value = keywords.get(alias)
         if value is None:
             continue
         given = {**positional, **kept}
         if name in given and not _are_same(given[name], value):
             raise ArgumentError(
-                f"{other}={value!r} and {name}={given[name]!r} are two names of one option; give "
+                f"{alias}={value!r} and {name}={given[name]!r} are two names of one option; give "
                 "one of them"
             )
         if name not in given:

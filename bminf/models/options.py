@@ -12,7 +12,7 @@ from bminf.generation.sampling import Sampling
 from bminf.keywords import check_keywords
 from bminf.tokenizers.base import Tokenizer
 
-OTHER_NAMES = {"max_new_tokens": "max_tokens", "stop": "stop_tokens"}
+ALIASES = {"max_new_tokens": "max_tokens", "stop": "stop_tokens"}
 """Other libraries' names of options -> their names here; all methods accept both."""
 
 
