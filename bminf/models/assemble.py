@@ -29,7 +29,7 @@ from bminf.units import format_bytes, parse_bytes
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """Of all that is not packed."""
 
-LOGITS_AT_ONCE = 8  # positions of one text whose logits are computed together
+LOGITS_CHUNK = 8  # positions of one text whose logits are computed together
 
 _NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 _DEFAULT_MAX_LENGTH = 512  # of models whose positions have no end
@@ -205,7 +205,7 @@ def reserved_bytes(
     largest = Pass(max_batch_size, max_length, assembly.dtype, weight_format, is_cpu)
     sizes = assembly.source.architecture.sizes(assembly.source.config, largest)
     # The last ones of each row while they are sampled from; logits() has fewer at a time.
-    head = vocab_size * max(LOGITS_AT_ONCE, max_batch_size) * _SAMPLING_BYTES
+    head = vocab_size * max(LOGITS_CHUNK, max_batch_size) * _SAMPLING_BYTES
     aligned = 0 if is_cpu else sizes.bias  # the copy that attention may make of it
     peak = max(sizes.making_bias, sizes.bias + aligned + sizes.layer, head)
     left = sizes.layer if weight_format is not None else 7 * sizes.layer // 4

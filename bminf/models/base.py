@@ -21,7 +21,7 @@ from bminf.generation.sampling import Sampler, Sampling
 from bminf.keywords import known_keywords
 from bminf.models.arguments import Text, ids_of, ids_of_str, present_ids
 from bminf.models.assemble import (
-    LOGITS_AT_ONCE,
+    LOGITS_CHUNK,
     Formats,
     assemble,
     dtype_for,
@@ -422,7 +422,7 @@ class LanguageModel:
     def _logits(self, x: torch.Tensor) -> torch.Tensor:
         """Hidden states (T, C) -> (T, V) float32 on the CPU, a few at a time: a vocabulary is wide,
         and the device has no room set aside for all of them."""
-        return torch.cat([self.model.head(part).cpu() for part in x.split(LOGITS_AT_ONCE)])
+        return torch.cat([self.model.head(part).cpu() for part in x.split(LOGITS_CHUNK)])
 
     def _open(self) -> Scheduler:
         if self._scheduler is None:

@@ -24,7 +24,7 @@ from bminf.offload.plan import Plan
 from bminf.offload.start import start
 from bminf.quantization.packed import Format, PackedWeight
 
-_ELEMENTS_AT_ONCE = 2**24  # of a matrix that are read and packed together
+_CHUNK_ELEMENTS = 2**24  # of a matrix that are read and packed together
 
 
 def fill(
@@ -93,9 +93,9 @@ def _packed(
         return
     stored = weights.tensors[f"{name}.weight"]
     num_rows, num_columns = stored.shape
-    at_once = max(1, _ELEMENTS_AT_ONCE // max(1, num_columns))
-    for first_row in range(0, num_rows, at_once):
-        rows = stored.rows(first_row, min(first_row + at_once, num_rows))
+    step = max(1, _CHUNK_ELEMENTS // max(1, num_columns))
+    for first_row in range(0, num_rows, step):
+        rows = stored.rows(first_row, min(first_row + step, num_rows))
         packed = _pack(rows, linear.form, source.architecture.pack)
         for key in keys:
             yield key, getattr(packed, key), first_row
