@@ -196,7 +196,7 @@ def _written(opened: Loaded, num_rows: int, max_length: int) -> str:
     sampling = Sampling(top_p=0.9, seed=1, filter=top_k_then_top_p)
     vocab_size = opened.model.config.vocab_size
     sampler = Sampler(sampling, [one.input_ids for one in blanks], vocab_size, "cpu")
-    start = torch.tensor(padded([one.start_ids for one in blanks], 0, is_at_end=False))
+    start = torch.tensor(padded([one.start_ids for one in blanks], 0, padding_side="left"))
     with torch.inference_mode():
         steps = list(decode(decoder, start, sampler, [], NUM_TOKENS))
     assert len(steps) == NUM_TOKENS

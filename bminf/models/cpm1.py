@@ -104,4 +104,4 @@ class CPM1(LanguageModel):
     def _decoder(self, prompts: Sequence[Any]) -> tuple[Decoder, torch.Tensor]:
         rows = [prompt.start_ids for prompt in prompts]
         decoder = GPTDecoder(self.model, self._cache, [len(row) for row in rows])
-        return decoder, self._tensor(padded(rows, self._pad_id, is_at_end=False))
+        return decoder, self._tensor(padded(rows, self._pad_id, padding_side="left"))

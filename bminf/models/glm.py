@@ -324,7 +324,7 @@ class GLM(LanguageModel):
     def _decoder(self, prompts: Sequence[Any]) -> tuple[Decoder, torch.Tensor]:
         rows = [prompt.start_ids for prompt in prompts]
         decoder = GLMDecoder(self.model, self._cache, prompts)
-        return decoder, self._tensor(padded(rows, self._pad_id, is_at_end=False))
+        return decoder, self._tensor(padded(rows, self._pad_id, padding_side="left"))
 
     # ---- texts with blanks ----------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -15,11 +16,13 @@ class Prompt:
     start_ids: list[int]
 
 
-def padded(prompts: Sequence[Sequence[int]], pad_id: int, is_at_end: bool) -> list[list[int]]:
+def padded(
+    prompts: Sequence[Sequence[int]], pad_id: int, padding_side: Literal["left", "right"]
+) -> list[list[int]]:
     """Prompts, padded to the length of the longest."""
     longest = max(len(prompt) for prompt in prompts)
     rows = []
     for prompt in prompts:
         padding = [pad_id] * (longest - len(prompt))
-        rows.append([*prompt, *padding] if is_at_end else [*padding, *prompt])
+        rows.append([*padding, *prompt] if padding_side == "left" else [*prompt, *padding])
     return rows

@@ -91,7 +91,7 @@ class T5Model(LanguageModel):
 
     def _decoder(self, prompts: Sequence[Any]) -> tuple[Decoder, torch.Tensor]:
         rows = [prompt.input_ids for prompt in prompts]
-        input_ids = self._tensor(padded(rows, self._pad_id, is_at_end=True))
+        input_ids = self._tensor(padded(rows, self._pad_id, padding_side="right"))
         lengths = [len(row) for row in rows]
         decoder = T5Decoder(self.model, self._cache, input_ids, lengths)
         return decoder, self._tensor([prompt.start_ids for prompt in prompts])
