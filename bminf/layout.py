@@ -154,7 +154,7 @@ class Layout:
         spec, offset = self.specs[name], self.offsets[name]
         data = buffer[offset : offset + spec.nbytes]
         if data.device.type == "cpu":
-            # A storage of its own, so that whoever saves one tensor does not save the whole blob.
+            # A storage of its own, so that saving one tensor does not save the whole blob.
             data = torch.frombuffer(data.numpy(), dtype=spec.dtype) if spec.nbytes else data
         return data.view(spec.dtype).as_strided(spec.shape, spec.stride)
 

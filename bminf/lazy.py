@@ -62,7 +62,7 @@ class LazyTensor(torch.Tensor):
         )
         tensor._read, tensor._write = read, write
         tensor._is_param = is_parameter
-        # C++ code that goes for the memory itself (DLPack, storages) would find a null pointer.
+        # C++ code that accesses the memory itself (DLPack, storages) would find a null pointer.
         torch._C._set_throw_on_mutable_data_ptr(tensor)
         return tensor
 

@@ -1,4 +1,4 @@
-"""Whether somebody records the operations on tensors instead of only running them."""
+"""Whether operations on tensors are being recorded (traced, captured) instead of only run."""
 
 from __future__ import annotations
 

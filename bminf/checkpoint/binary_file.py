@@ -95,7 +95,7 @@ class BinaryFile:
 
 
 class _Descriptor:
-    """An open file. It is closed with the last reference, so never while somebody reads from it."""
+    """An open file. It is closed with the last reference, so never in the middle of a read."""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd

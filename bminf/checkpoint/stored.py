@@ -115,7 +115,7 @@ class InFile(Sliced):
     offset: of its first byte in the file.   stride: in elements, as torch counts.
     read() maps the pages it lies on, and costs no memory; only where the offset is not a multiple
     of the element's size are the bytes copied, because compiled code may rely on that.
-    Shape, stride and offset are right: whoever reads them from a file checks them.
+    Shape, stride and offset are not checked here: the reader of the file format does that.
     """
 
     file: BinaryFile
@@ -335,7 +335,7 @@ class Transposed(Sliced):
 
 @dataclass(frozen=True)
 class Scaled(Sliced):
-    """A tensor times a number, in float32 at least: rounding is left to whoever loads it.
+    """A tensor times a number, in float32 at least: the loader rounds it.
 
     Raises CheckpointError where the part is not of floating point.
     """

@@ -3,9 +3,9 @@
 torch's `pin_memory()` and CuPy's pool round up to powers of two and waste up to half. Here the
 memory is mapped and then registered with the driver: one page is the only rounding.
 
-CuPy registers it, not torch: each has a CUDA runtime of its own, which keeps the error of a call
-that failed until somebody asks. CuPy asks; in torch's it would wait for the next kernel that is
-launched, and be raised as if that had failed.
+CuPy registers it, not torch: each has a CUDA runtime of its own, which keeps the error of a failed
+call until it is queried. CuPy queries it; in torch's runtime it would be raised by the next kernel
+launch, as if that had failed.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class PinnedMemory:
             raise _refused(nbytes, error) from error
 
     def close(self) -> None:
-        """Unlock the memory; whoever still holds the tensor keeps ordinary memory."""
+        """Unlock the memory; a tensor that is still referenced becomes pageable memory."""
         try:
             self._runtime.hostUnregister(self.tensor.data_ptr())
         except self._runtime.CUDARuntimeError as error:  # after an error that ended the context

@@ -71,7 +71,7 @@ def computes_as_linear(module: torch.nn.Module) -> bool:
 
 
 def _has_forward_of_its_own(module: torch.nn.Module) -> bool:
-    """Whether somebody has put another forward on this instance."""
+    """Whether the forward was overridden on this instance."""
     forward = module.__dict__.get("_old_forward" if has_accelerate_hook(module) else "forward")
     is_of_class = getattr(forward, "__func__", None) is type(module).forward
     return forward is not None and not (is_of_class and forward.__self__ is module)

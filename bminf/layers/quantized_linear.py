@@ -28,7 +28,7 @@ def is_conv1d(module: torch.nn.Module) -> bool:
 class QuantizedLinear(torch.nn.Linear):
     """The linear layer `linear`, its weight packed to 8 or 4 bits.
 
-    It is a torch.nn.Linear to whoever asks for one, as libraries of adapters do.
+    It passes isinstance(..., torch.nn.Linear), which libraries of adapters check.
 
     linear: torch.nn.Linear, or transformers' Conv1D; it is left as it is. What code hung on it
         (hooks, attributes) is carried over.

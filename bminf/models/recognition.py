@@ -1,4 +1,4 @@
-"""Which model of the zoo a folder holds that nobody has named, and what it is if none of them."""
+"""Which model of the zoo is in a folder, if it was not named, and what it is if none of them."""
 
 from __future__ import annotations
 

@@ -205,7 +205,7 @@ def _mamba_size(layer: Any, hidden: int) -> int:
 
 
 DEFAULT_LENGTH = 2048
-"""Tokens for which a plan says what they would take, where nobody said how many there will be."""
+"""Tokens for which a plan says what they would take, where max_length was not given."""
 
 _SAMPLING_BYTES = 12  # of a logit beside its own: in float32, as processed, and its probability
 _MAX_CACHED_BYTES = 2**26  # by the allocators and libraries of a CPU; on a GPU a half of it

@@ -73,7 +73,7 @@ class Scheduler:
         self.ring: Ring | None = None
         self._lock = threading.RLock()
         self._process = os.getpid()
-        self._inside = False  # somebody is in a guarded call; only read and set under the lock
+        self._inside = False  # a guarded call is running; only read and set under the lock
         self._pass_counted = False
         self._num_passes = 0
         self._reads_host = False
@@ -164,7 +164,7 @@ class Scheduler:
         slot = self.ring.enter(block.index)
         is_cached = torch.is_autocast_cache_enabled()
         try:
-            # Its cache would keep a copy of every weight that comes by.
+            # Its cache would keep a copy of every streamed weight.
             torch.set_autocast_cache_enabled(False)
             if not self._pass_counted:
                 self._pass_counted = True
@@ -210,7 +210,7 @@ class Scheduler:
             self.ring.clear()
 
     def _read(self, block: StreamedBlock, name: str) -> torch.Tensor:
-        """One tensor of a block from the host, for whoever reads it outside the block's forward."""
+        """One tensor of a block from the host, for a read outside the block's forward."""
         if not self._reads_host and not self._warned and not self._warn_of_removed():
             self._warned = True
             logger.warning(
@@ -309,7 +309,7 @@ def is_streaming(module: torch.nn.Module) -> bool:
 class _Override:
     """Stands in a module's __dict__; a copy or a pickle of that would act on the wrong model."""
 
-    is_removed = False  # the model is unwrapped, but somebody else has kept this
+    is_removed = False  # the model is unwrapped, but something else still refers to this
 
     def __deepcopy__(self, memo: Any) -> Any:
         raise UnsupportedModelError(
@@ -344,7 +344,7 @@ class _Forward(_Override):
         self._is_compile_disabled = False
 
     def __getattr__(self, name: str) -> Any:
-        """What a function has (__code__, __defaults__), for those who look at one."""
+        """The attributes of a function (__code__, __defaults__), for code that inspects them."""
         if not name.startswith("__") or "_forward" not in self.__dict__:
             raise AttributeError(name)
         return getattr(self._forward, name)

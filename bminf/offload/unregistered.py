@@ -228,7 +228,7 @@ class Originals:
         }
 
     def held_bytes(self, model: torch.nn.Module) -> int:
-        """Bytes that somebody still has, and not because `model` itself has them still."""
+        """Bytes that are still referenced, other than by `model` itself."""
         left = self._left(model)
         if left:
             gc.collect()  # modules that were exchanged may be part of a cycle

@@ -61,8 +61,8 @@ class SentinelTokenizer(Tokenizer, Protocol):
 class GLMTokenizer(Tokenizer, Protocol):
     """A tokenizer of the GLM family: it has masks, which stand for the blanks of a text.
 
-    `encode` finds no masks in a text: who fills blanks cuts the text at them first, and puts their
-    ids between the pieces.
+    `encode` finds no masks in a text: to fill blanks, the text is split at them first, and their
+    ids are put between the pieces.
     """
 
     @property
@@ -134,7 +134,7 @@ class ConcatDetokenizer:
 class VocabularyTokenizer:
     """What the tokenizers here share. Each says how a text is tokenized, and detokenized.
 
-    Special tokens are never found in a text: `<eod>` typed by somebody is five characters.
+    Special tokens are never found in a text: `<eod>` in a prompt is five characters.
     settings: what it was made with beside its files, for a converted folder to carry.
     """
 

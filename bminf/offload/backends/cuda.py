@@ -254,7 +254,7 @@ class CudaBackend:
             return PinnedMemory(nbytes)
 
     def _event(self) -> torch.cuda.Event:
-        return torch.cuda.Event(enable_timing=True, blocking=True)  # who waits shall not spin
+        return torch.cuda.Event(enable_timing=True, blocking=True)  # so that a wait does not spin
 
     def _compute_stream(self) -> torch.cuda.Stream:
         return torch.cuda.current_stream(self.device)
