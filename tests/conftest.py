@@ -46,9 +46,10 @@ def _quiet_transformers() -> None:
 @pytest.fixture(scope="session")
 def smollm2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The real model, unpacked from its GGUF file: once, because that takes 20 seconds."""
-    from smollm2 import save_as_safetensors
+    from smollm2 import save_once_as_safetensors
 
-    return save_as_safetensors(tmp_path_factory.mktemp("smollm2"))
+    base = tmp_path_factory.getbasetemp()  # in a folder of the whole run, if there are workers
+    return save_once_as_safetensors(base.parent if "PYTEST_XDIST_WORKER" in os.environ else base)
 
 
 def pytest_collection_finish() -> None:

