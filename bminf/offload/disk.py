@@ -357,7 +357,7 @@ class Staging:
 
 
 @dataclass
-class _Order:
+class _Task:
     """A job to be done in its turn. blob: that it needs and is called with, or None."""
 
     blob: int | None
@@ -384,7 +384,7 @@ class ReadAhead:
         self._is_free: list[Wait] = [_at_once] * NUM_STAGES  # returns when the last use has ended
         self._staging = Staging(len(self._blob_bytes))
         self._reading: int | None = None  # the buffer that is being filled
-        self._orders: deque[_Order] = deque()
+        self._tasks: deque[_Task] = deque()
         self._lock = threading.Lock()  # of all the above; held while a job is done, never to read
         self._is_closed = False  # set without the lock, for finalizers
         self._at_exit = partial(_close, weakref.ref(self))
@@ -397,21 +397,21 @@ class ReadAhead:
         of one buffer end in the order they began. It is called by this thread or by the reader.
         The outcome has its error, or OffloadError for a read that failed.
         """
-        order = _Order(blob, use)
+        task = _Task(blob, use)
         with self._lock:
             self._staging.ask(blob)
             # One a fetch: a failed read ends its round, and whoever still waits has a round to
-            # come. Before the order is given, so that an interrupt leaves no order without one.
+            # come. Before the task is queued, so that an interrupt leaves no task without one.
             self._reader.submit(self._read_ahead)
-            self._give(order)
-        return order.done
+            self._enqueue(task)
+        return task.done
 
     def do(self, job: Callable[[], object]) -> Outcome:
         """Have job() called after all earlier jobs: now, unless one of those waits for its blob."""
-        order = _Order(None, lambda _: job())
+        task = _Task(None, lambda _: job())
         with self._lock:
-            self._give(order)
-        return order.done
+            self._enqueue(task)
+        return task.done
 
     def write(self, blob: int, data: torch.Tensor, start: int = 0) -> None:
         """Keep new bytes of `blob`, from byte `start` on, in the file. data: (bytes,) uint8, CPU.
@@ -444,45 +444,43 @@ class ReadAhead:
 
     # ---- with the lock held ---------------------------------------------------------------------
 
-    def _give(self, order: _Order) -> None:
+    def _enqueue(self, task: _Task) -> None:
         if self._is_closed:
-            order.done.end(OffloadError(_ENDED))
+            task.done.end(OffloadError(_ENDED))
             return
-        self._orders.append(order)
-        self._do_what_can_be_done()
+        self._tasks.append(task)
+        self._run_ready_tasks()
 
-    def _do_what_can_be_done(self) -> None:
-        while self._orders and not self._is_closed and self._is_ready(self._orders[0]):
-            self._carry_out(self._orders[0])
+    def _run_ready_tasks(self) -> None:
+        while self._tasks and not self._is_closed and self._is_ready(self._tasks[0]):
+            self._run(self._tasks[0])
 
-    def _is_ready(self, order: _Order) -> bool:
+    def _is_ready(self, task: _Task) -> bool:
         held = self._staging.held
-        return order.blob is None or (
-            order.blob in held and held.index(order.blob) != self._reading
-        )
+        return task.blob is None or (task.blob in held and held.index(task.blob) != self._reading)
 
-    def _carry_out(self, order: _Order) -> None:
+    def _run(self, task: _Task) -> None:
         try:
-            if order.blob is None:
-                order.job(None)
+            if task.blob is None:
+                task.job(None)
             else:
-                stage = self._staging.held.index(order.blob)
-                self._is_free[stage] = order.job(self._blob_in(stage, order.blob))
-            order.done.end()
+                stage = self._staging.held.index(task.blob)
+                self._is_free[stage] = task.job(self._blob_in(stage, task.blob))
+            task.done.end()
         except BaseException as error:  # an interrupt, too, must not leave anybody waiting
-            if not order.done.done():
-                order.done.end(_as_offload_error(error))
+            if not task.done.done():
+                task.done.end(_as_offload_error(error))
             if not isinstance(error, Exception):
                 raise
         finally:
-            self._orders.popleft()
+            self._tasks.popleft()
 
     def _fail(self, error: Exception, blob: int | None = None) -> None:
         """Give up the jobs that wait for `blob`; None: all."""
-        failed = [order for order in self._orders if blob is None or order.blob == blob]
-        for order in failed:
-            self._orders.remove(order)
-            order.done.end(error)
+        failed = [task for task in self._tasks if blob is None or task.blob == blob]
+        for task in failed:
+            self._tasks.remove(task)
+            task.done.end(error)
 
     def _blob_in(self, stage: int, blob: int) -> torch.Tensor:
         return self._buffers[stage][: self._blob_bytes[blob]]
@@ -491,8 +489,8 @@ class ReadAhead:
 
     def _read_ahead(self) -> None:
         """Read until the buffers hold all they can; a failure ends it, so that none is repeated."""
-        while (task := self._begin_read()) is not None:
-            stage, blob = task
+        while (read := self._start_read()) is not None:
+            stage, blob = read
             try:
                 self._is_free[stage]()
                 self._is_free[stage] = _at_once  # nobody uses a buffer that is being filled
@@ -502,16 +500,16 @@ class ReadAhead:
                 return
             self._end_read(blob)
 
-    def _begin_read(self) -> tuple[int, int] | None:
+    def _start_read(self) -> tuple[int, int] | None:
         with self._lock:
             if self._is_closed:
                 return None
-            task = self._staging.next_read(
-                order.blob for order in self._orders if order.blob is not None
+            read = self._staging.next_read(
+                task.blob for task in self._tasks if task.blob is not None
             )
-            if task is not None:
-                self._reading = task[0]
-            return task
+            if read is not None:
+                self._reading = read[0]
+            return read
 
     def _end_read(self, blob: int, error: Exception | None = None) -> None:
         with self._lock:
@@ -520,7 +518,7 @@ class ReadAhead:
             if error is not None:
                 self._staging.forget(blob)
                 self._fail(error, blob)
-            self._do_what_can_be_done()
+            self._run_ready_tasks()
 
     def _finish(self, finish: Callable[[], None]) -> None:
         with self._lock:
