@@ -97,7 +97,7 @@ class Scheduler:
             name, len(self.blocks), module, layout, self.backend, self._read, write
         )
         self.blocks.append(block)  # before it lets go: an interrupt finds it and takes it back
-        block.let_go()
+        block.release()
 
     def install(self, model: torch.nn.Module) -> None:
         """Begin to stream: every block, and every module around one, is guarded from now on."""

@@ -50,12 +50,12 @@ _requires_grad, _version = map(operator.attrgetter, ("requires_grad", "_version"
 
 
 @dataclass
-class _Held:
+class _StreamedTensor:
     """One tensor of a streamed block: where it belongs, and what stands there when."""
 
     name: str
     place: TensorPlace
-    away: LazyTensor
+    lazy: LazyTensor
     in_slot: list[torch.Tensor]
     views: list[torch.Tensor]  # of the slots
     attributes: dict[str, Any]  # what python code hung on it
@@ -68,7 +68,7 @@ class _Held:
     def is_in_place(self) -> bool:
         """Whether nobody else has put a tensor in its place."""
         current = self.place.get()
-        if current is self.away:  # torch.utils.swap_tensors gives it another tensor's values
+        if current is self.lazy:  # torch.utils.swap_tensors gives it another tensor's values
             return isinstance(current, LazyTensor)
         return current is not None and any(current is t for t in (self.cast, *self.in_slot))
 
@@ -119,7 +119,7 @@ class _Held:
         """`view` as the kind of tensor that was there."""
         if not self.place.is_parameter:
             return view
-        parameter = torch.nn.Parameter(view, requires_grad=self.away.requires_grad)
+        parameter = torch.nn.Parameter(view, requires_grad=self.lazy.requires_grad)
         parameter.__dict__.update(self.attributes)
         return parameter
 
@@ -152,25 +152,27 @@ class StreamedBlock:
         places = {p: (key, t) for key, p, t in tensors_of(module) if key in layout.specs}
         self._held = [self._hold(key, p, t, backend) for p, (key, t) in places.items()]
         # As in _held, by what stands in place at a time: they are exchanged together.
-        self._away = [held.away for held in self._held]
+        self._lazy = [held.lazy for held in self._held]
         self._in_slot = [[h.in_slot[slot] for h in self._held] for slot in range(NUM_SLOTS)]
         self._has_buffers = any(not held.place.is_parameter for held in self._held)
 
-    def _hold(self, name: str, place: TensorPlace, tensor: torch.Tensor, backend: Backend) -> _Held:
+    def _hold(
+        self, name: str, place: TensorPlace, tensor: torch.Tensor, backend: Backend
+    ) -> _StreamedTensor:
         fetch, keep = (functools.partial(do, self, name) for do in (self._read, self._write))
-        away = LazyTensor(fetch, tensor, backend.device, place.is_parameter, keep)
+        lazy = LazyTensor(fetch, tensor, backend.device, place.is_parameter, keep)
         views = [self.layout.view(slot, name) for slot in backend.slots]
-        held = _Held(name, place, away, [], views, dict(tensor.__dict__))
+        held = _StreamedTensor(name, place, lazy, [], views, dict(tensor.__dict__))
         for view in views:
             weight: Any = _guarded(held.kept(view.detach()))
             weight.__class__ = _ParameterInSlot if place.is_parameter else _InSlot
             held.in_slot.append(weight)
         return held
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """Put the lazy tensors in place; the originals are free, if nobody else holds them."""
         for held in self._held:
-            held.place.set(held.away)
+            held.place.set(held.lazy)
 
     def holders(self) -> set[torch.nn.Module]:
         """The modules that hold a tensor of the block."""
@@ -179,8 +181,8 @@ class StreamedBlock:
     def bind(self, slot: int) -> None:
         """Put the tensors of a slot in place, except where somebody has set one of their own."""
         self.slot, weights = slot, self._in_slot[slot]
-        self._require_grad_as_away(weights)
-        for held, weight in self._exchange(self._away, weights):
+        self._require_grad_as_lazy(weights)
+        for held, weight in self._exchange(self._lazy, weights):
             if held.is_in_place():
                 held.place.set(weight)
             elif not self._warned:
@@ -196,14 +198,14 @@ class StreamedBlock:
         """Put the lazy tensors back, except where the model has set a tensor of its own."""
         if self.slot is None:
             return
-        for held, away in self._exchange(self._in_slot[self.slot], self._away):
+        for held, lazy in self._exchange(self._in_slot[self.slot], self._lazy):
             if held.is_in_place():
-                held.place.set(away)
+                held.place.set(lazy)
         self.slot = None
 
     def _exchange(
         self, before: Sequence[torch.Tensor], after: Sequence[torch.Tensor]
-    ) -> list[tuple[_Held, torch.Tensor]]:
+    ) -> list[tuple[_StreamedTensor, torch.Tensor]]:
         """Put `after` where `before` stands; what is left to be looked at one by one is returned.
 
         Without a call for a tensor: both directions are taken in every pass of every block.
@@ -219,26 +221,26 @@ class StreamedBlock:
                 left.append((held, new))
         return left
 
-    def _require_grad_as_away(self, weights: Sequence[torch.Tensor]) -> None:
+    def _require_grad_as_lazy(self, weights: Sequence[torch.Tensor]) -> None:
         """Pass on whether gradients are wanted, where that was set since wrapping."""
-        if _are_trained(self._away) == _are_trained(weights):
+        if _are_trained(self._lazy) == _are_trained(weights):
             return
         for held, weight in zip(self._held, weights, strict=True):
-            if held.is_in_place() and weight.requires_grad is not held.away.requires_grad:
-                weight.requires_grad_(held.away.requires_grad)
+            if held.is_in_place() and weight.requires_grad is not held.lazy.requires_grad:
+                weight.requires_grad_(held.lazy.requires_grad)
 
     def restore(self, blob: torch.Tensor) -> None:
         """Give the module ordinary tensors again, views into `blob`: (layout.extent,) uint8."""
         for held in self._held:
             weight = held.kept(self.layout.view(blob, held.name))
             # Whoever still has the lazy tensor goes on reading the right values.
-            held.away._read, held.away._write = weight.detach, weight.detach().copy_
+            held.lazy._read, held.lazy._write = weight.detach, weight.detach().copy_
             if held.is_in_place():
                 held.place.set(weight)
 
     def forget(self) -> None:
         """Hold no tensor any more, in case somebody else holds the block."""
-        for tensors in (self._held, self._away, self._in_slot):
+        for tensors in (self._held, self._lazy, self._in_slot):
             tensors.clear()
 
     def overwrite(self, name: str, value: torch.Tensor) -> None:
