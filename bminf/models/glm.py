@@ -26,6 +26,7 @@ from bminf.models.arguments import Text
 from bminf.models.assemble import plan_model
 from bminf.models.base import BeamSearch, LanguageModel
 from bminf.models.calls import needs_open_model
+from bminf.models.evaluate import log_probabilities, perplexity, windows
 from bminf.models.glm_text import (
     GENERATION_MASK,
     TEXT_MASK,
@@ -45,8 +46,6 @@ from bminf.offload.plan import Plan
 from bminf.quantization.packed import Format, parse_format
 from bminf.tokenizers.base import GLMTokenizer
 from bminf.units import parse_bytes
-
-_SCORED_AT_ONCE = 32  # positions whose logits are computed together: as sampling has room for
 
 
 @dataclass(frozen=True)
@@ -212,7 +211,7 @@ class GLM(LanguageModel):
             x = self._hidden_states(tokens, positions, attention_mask)
             flat_rows = [row for own in rows for row in own]
             flat_ids = [token for choice in ids for token in choice]
-            logs = self._log_probabilities(x[flat_rows], flat_ids)
+            logs = log_probabilities(self.model.head, x[flat_rows], flat_ids)
         return [float(own.sum()) for own in logs.split([len(choice) for choice in ids])]
 
     @needs_open_model
@@ -230,7 +229,7 @@ class GLM(LanguageModel):
         check_bool("unidirectional", unidirectional)
         ids = self._encoded(text)
         total = sum(self._window_losses(ids, generation_length, unidirectional))
-        return math.exp(min(20.0, total / len(text.strip().split(" "))))
+        return perplexity(total, len(text.strip().split(" ")))
 
     @needs_open_model
     def logits(self, text: str) -> torch.Tensor:
@@ -432,11 +431,8 @@ class GLM(LanguageModel):
                 f"generation_length={generation_length!r}; accepted: 1 to {num_read - 1}, less "
                 f"than the tokens of a window, which are max_length={self.max_length} with a mask"
             )
-        last_start = max(0, len(ids) - num_read) + generation_length
-        for start in range(0, last_start, generation_length):
-            window = ids[start : start + num_read]
-            is_context = start > 0 and not unidirectional
-            yield self._window_loss(window, num_read - generation_length if is_context else 0)
+        for window, num_known in windows(ids, num_read, generation_length):
+            yield self._window_loss(window, 0 if unidirectional else num_known)
 
     def _window_loss(self, window: list[int], num_context: int) -> float:
         """The summed loss of all tokens but the first `num_context`."""
@@ -449,7 +445,7 @@ class GLM(LanguageModel):
         with self._lock, torch.inference_mode():
             self._start_generation()
             x = self._hidden_states(tokens, positions, attention_mask)[len(context) :]
-            return -float(self._log_probabilities(x, targets).sum())
+            return -float(log_probabilities(self.model.head, x, targets).sum())
 
     def _hidden_states(
         self,
@@ -466,16 +462,6 @@ class GLM(LanguageModel):
             attention_mask.unsqueeze(0).to(self.device),
         )
         return x[0]
-
-    def _log_probabilities(self, x: torch.Tensor, ids: Sequence[int]) -> torch.Tensor:
-        """Of token ids[i] after the state x[i]: (T, C) -> (T,) float64 on the CPU.
-
-        Some rows at a time: no memory is reserved for the logits of all.
-        """
-        targets = self._tensor([list(ids)]).view(-1, 1)
-        parts = zip(x.split(_SCORED_AT_ONCE), targets.split(_SCORED_AT_ONCE), strict=True)
-        logs = [self.model.head(part).log_softmax(-1).gather(1, own) for part, own in parts]
-        return torch.cat(logs).view(-1).double().cpu()
 
 
 def _check_one_answer(settings: GLMOptions) -> None:

@@ -991,7 +991,7 @@ def test_scores_are_taken_some_rows_at_a_time(
     choices = ["the host of a layer", "a", "wait on the blocks of the layer"]
     whole, rows = model.score(MASKED, choices), []
     head = model.model.head
-    monkeypatch.setattr("bminf.models.glm._SCORED_AT_ONCE", 2)
+    monkeypatch.setattr("bminf.models.evaluate._SCORED_AT_ONCE", 2)
     model.model.head = lambda x: rows.append(len(x)) or head(x)
     assert model.score(MASKED, choices) == pytest.approx(whole, rel=1e-6)
     assert max(rows) == 2 and sum(rows) > 6
