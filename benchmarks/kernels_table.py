@@ -1,6 +1,6 @@
 """Tables and plots of the kernel benchmark, out of the content of its JSON files.
 
-Nothing is measured or decided here; benchmarks.table puts the tables into the documents.
+Nothing is measured or decided here; benchmarks.report puts the tables into the documents.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.harness import Settings, document, summary
-from benchmarks.table import table
+from benchmarks.report import table
 from bminf.cli import models
 from bminf.progress import progress_bar
 from bminf.quantization.packed import Format, dequantize, pack

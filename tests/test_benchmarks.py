@@ -154,7 +154,7 @@ def test_unknown_case_is_wrong_usage() -> None:
 
 
 def test_the_tables_of_the_readme_are_those_of_the_json_files() -> None:
-    from benchmarks.table import ROOT, with_tables
+    from benchmarks.report import ROOT, with_tables
 
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert with_tables(readme) == readme

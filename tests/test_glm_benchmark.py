@@ -21,7 +21,7 @@ from benchmarks.glm_run import Task
 from benchmarks.gpu_session.steps import GLM
 from benchmarks.gpu_session.summary import summary_of
 from benchmarks.random_model import random_weights
-from benchmarks.table import DOCUMENTS, ROOT, with_tables
+from benchmarks.report import DOCUMENTS, ROOT, with_tables
 from bminf.arch.glm import GLM130B
 from bminf.errors import ArgumentError
 from bminf.layers.embedding import HostEmbedding

@@ -22,7 +22,7 @@ from benchmarks.calls import Call, CallResult, measure_calls, num_sets, relative
 from benchmarks.harness import Settings
 from benchmarks.kernels_inputs import Group, Setup
 from benchmarks.kernels_targets import Target, targets
-from benchmarks.table import DOCUMENTS, PLOTS, ROOT, plot_of, with_tables
+from benchmarks.report import DOCUMENTS, PLOTS, ROOT, plot_of, with_tables
 
 CPU = torch.device("cpu")
 ONCE = Settings(warmup=0, repeats=1, rounds=1)

@@ -13,7 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 # Benchmarks are not installed; at the end of the path, so that an installed bminf is found first.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import perplexity, table
+from benchmarks import perplexity
+from benchmarks import report as table
 from bminf.cli import models
 from bminf.quantization.packed import INT4, INT8, Format
 

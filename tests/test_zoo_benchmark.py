@@ -21,7 +21,7 @@ from benchmarks.gpu_session.steps import ZOO
 from benchmarks.gpu_session.summary import summary_of
 from benchmarks.harness import Result, Sample, Settings, Variant
 from benchmarks.random_model import random_weights
-from benchmarks.table import DOCUMENTS, ROOT, with_tables
+from benchmarks.report import DOCUMENTS, ROOT, with_tables
 from benchmarks.zoo import add_arguments, config_of, title
 from benchmarks.zoo_model import PUBLISHED, Sizes, planned
 from benchmarks.zoo_prediction import ANEW, ENCODER, ONCE, of_phase, predictions

@@ -1,0 +1,107 @@
+"""Tables, plots and targets: what the documents show is what stands in the JSON files."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # as in test_benchmarks.py
+
+from benchmarks.report import (
+    DOCUMENTS,
+    PLOTS,
+    ROOT,
+    Target,
+    lines,
+    plot,
+    plot_of,
+    table,
+    targets,
+    with_tables,
+)
+
+BIG = (12288, 12288)
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_a_document_shows_what_is_in_the_json_files(name: str) -> None:
+    page = (ROOT / name).read_text(encoding="utf-8")
+    assert (with_tables(page) == page and "-cpu.json -->" in page) or "perplexity.json -->" in page
+
+
+@pytest.mark.parametrize("name", PLOTS)
+def test_a_picture_shows_what_is_in_the_json_file(name: str) -> None:
+    assert (ROOT / name).read_text(encoding="utf-8") == plot_of(name)
+
+
+def result(op: str, size: tuple[int, int, int], variant: str, us: float, **details: Any) -> Any:
+    m, n, k = size
+    time_s = {"min": us / 1e6, "median": us / 1e6, "max": us / 1e6, "spread": 0.0}
+    sizes = {"rows": m, "out_features": n, "in_features": k}
+    all_details = {"op": op, "variant": variant, "copy_fraction": 0.5} | sizes | details
+    return {
+        "name": f"{op} {variant}", "details": all_details, "time_s": time_s, "gbps": 100.0,
+        "failure": None,
+    }  # fmt: skip
+
+
+def content(results: list[Any]) -> dict[str, Any]:
+    return {
+        "case": "kernels",
+        "hardware": {"gpu": {"name": "A GPU"}, "cpu": "A CPU"},
+        "versions": {"torch": "2.0"},
+        "parameters": {"device": "cuda", "dtype": "float16", "threads": 1, "left_out": []},
+        "results": results,
+    }
+
+
+def test_what_a_gpu_gives_is_shown_with_what_is_chosen_and_what_failed() -> None:
+    failed = result("weight-only", (4, *BIG), "broken", 1.0)
+    results = [
+        result("weight-only", (1, *BIG), "torch float16", 200.0),
+        result("weight-only", (1, *BIG), "int8 few rows", 100.0, is_chosen=True, format="int8"),
+        failed | {"time_s": None, "failure": "KernelError: no"},
+        result("rows", (4, 7, 8), "quantize_rows", 5.0),
+    ]
+    text = table(content(results))
+    assert "| 12288x12288 | 1 | 200 (1.00) | **100 (0.50)** |" in text and "A GPU" in text
+    assert "- weight-only broken: KernelError: no" in text
+    assert [line.split()[-1] for line in lines(content(results))] == ["1:200", "1:100*", "4:5.00"]
+
+
+def test_a_picture_has_a_line_for_each_variant_of_each_shape() -> None:
+    results = [
+        result("weight-only", (m, n, 64), variant, us * m)
+        for m in (1, 16)
+        for n in (64, 128)
+        for variant, us in (("torch float16", 10.0), ("a < b", 5.0))
+    ]
+    picture = ElementTree.fromstring(plot(content(results), "weight-only"))
+    drawn = picture.findall("{http://www.w3.org/2000/svg}polyline")
+    assert len(drawn) == 4 and all(len(line.get("points", "").split()) == 2 for line in drawn)
+
+
+def test_targets() -> None:
+    chosen = {"is_chosen": True, "format": "int8"}
+    results = [
+        result("weight-only", (1, *BIG), "int8 few rows", 100.0, **chosen, copy_fraction=0.86),
+        result("weight-only", (4, *BIG), "int8 few rows", 110.0),
+        result("weight-only", (4, *BIG), "int8 tensor cores", 121.0, **chosen),
+        result("weight-only", (1, 4096, 4096), "int8 few rows", 9.0, **chosen),  # too small
+        result("w8a8", (2048, *BIG), "own kernel", 100.0),
+        result("w8a8", (2048, *BIG), "library", 105.0, **chosen),
+        result("linear rotated", (1, 576, 576), "torch float32", 10.0),
+        result("linear rotated", (1, 576, 576), "int8", 5.0),
+    ]
+    assert [str(target) for target in targets(content(results))] == [
+        "int8 12288x12288 M=1, share of the copy: 0.860, at least 0.85: reached",
+        "int8 12288x12288 M=4 over M=1: 1.210, at most 1.20: MISSED",
+        "w8a8 12288x12288 M=2048, chosen over best: 1.050, at most 1.03: MISSED",
+        "CPU int8 576x576 M=1 rotated, over fp32: 0.500, at most 0.60: reached",
+    ]
+    assert Target("speed", 0.6, 0.85, is_least=True).is_met(margin=1.5)
+    assert not Target("time", 2.0, 1.2).is_met(margin=1.5)
