@@ -1,27 +1,44 @@
 """The products with packed weights, and what is around them, against those of torch and others.
 
 Groups of calls are made one after the other, so that the weights of one shape only are in memory.
+On a GPU each path of an op is timed, chosen or not: `is_chosen` marks the one that the op takes by
+itself for these sizes, so that the thresholds in bminf/ops can be set by the others' times. Paths
+are called by their private names for that.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import re
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
-from benchmarks import kernels_cpu, kernels_cuda
-from benchmarks.calls import Call, CallResult, measure_calls
-from benchmarks.harness import Settings
-from benchmarks.kernels_inputs import FORMATS, Group, Setup
-from benchmarks.kernels_targets import targets
-from bminf.progress import progress_bar
+from benchmarks.harness import (
+    Call,
+    Group,
+    Result,
+    Settings,
+    in_time,
+    measure_calls,
+    poisoned,
+    relative_error,
+    torch_threads,
+)
+from benchmarks.kernel_inputs import FORMATS, Inputs, Setup, bytes_of, clones
+from bminf.cuda.launcher import Launcher, launcher_for
+from bminf.ops import gated_linear, linear_w8a8, linear_weight_only
+from bminf.ops.dequantize import dequantize_weight
+from bminf.ops.linear import linear_of_checked
+from bminf.ops.quantize_rows import quantize_rows, rms_norm_quantize, rms_norm_reference
+from bminf.quantization.packed import PackedWeight, dequantize, int8_rows
 from bminf.units import parse_bytes
 
 _SHAPES = {
@@ -30,20 +47,32 @@ _SHAPES = {
     # A usual one, CPM-2's feed-forward, GLM-130B's attention and feed-forward.
     "cuda": ("4096x4096", "10240x4096", "12288x12288", "32768x12288"),
 }
+_CPU_OPS = ("linear",)  # all others are those of a GPU
 _ROWS = {"cpu": (1, 16, 128), "cuda": (1, 2, 4, 8, 16, 32, 64, 128, 512, 2048)}
-_OPS = {"cpu": kernels_cpu.OPS, "cuda": kernels_cuda.OPS}
 _DTYPES = {"cpu": "float32", "cuda": "float16"}
 _LEAST_ROTATE_BYTES = 300_000_000  # on the CPU
-_CACHES = 4  # on a GPU: so many times its L2 cache
+_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+_NUM_CACHES = {"cpu": 2, "cuda": 4}  # so many times the cache is rotated
 _COPY_BYTES = 2**30  # on a GPU; on the CPU as much as is rotated
+
+# Relative norm errors: half of the last bit of the result, and of the weights where these are
+# rounded to the same type for tensor cores or the library, with room for the order of the sums.
+BOUNDS = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+_LEAST_INT_MM_ROWS = 17
+_ACTIVATION = "gelu_tanh"
+_MOST_SETS_OF_ROWS = 256  # few activations come from a cache in a model, too
+_CPU_BOUND = 1e-2  # bfloat16 keeps 8 bits: half of the last one is 2e-3 of a number
+_ROUNDING_BOUND = 2e-3  # of codes: a tie that falls to the other side moves a code by one
+# Against the weight before it was quantized, of others' products: of normally distributed weights,
+# rows of 8 bits lose about 1% of the norm, 4 bits about 10%.
+_BOUNDS_OF_BITS = {8: 3e-2, 4: 2e-1}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of this case."""
     add = parser.add_argument
-    ops = [*_OPS["cpu"], *_OPS["cuda"]]
     add("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
-    add("--ops", nargs="+", choices=ops, metavar="OP", help=f"of {', '.join(ops)}")
+    add("--ops", nargs="+", choices=OPS, metavar="OP", help=f"of {', '.join(OPS)}")
     add("--shapes", nargs="+", type=shape, metavar="NxK", help="of weights (out x in features)")
     add("--rows", nargs="+", type=int, metavar="M", help="rows of activations")
     add("--formats", nargs="+", choices=FORMATS, default=["int8", "int4"], metavar="FORMAT",
@@ -70,46 +99,39 @@ def prepare(arguments: argparse.Namespace) -> Iterator[tuple[dict[str, Any], Ite
     """The parameters of the run, and groups of calls, each made when its turn comes."""
     setup = setup_of(arguments)
     kind = setup.device.type
+    ops = arguments.ops or [op for op in OPS if (op in _CPU_OPS) == (kind == "cpu")]
+    unknown = {op for op in ops if (op in _CPU_OPS) != (kind == "cpu")}
+    if unknown:
+        raise SystemExit(f"--ops {' '.join(sorted(unknown))}: not on {kind}")
     parameters = {
         "device": kind,
         "dtype": str(setup.dtype).removeprefix("torch."),
-        "ops": arguments.ops or list(_OPS[kind]),
+        "ops": ops,
         "shapes": [f"{n}x{k}" for n, k in setup.shapes],
         "rows": list(setup.rows),
         "formats": list(setup.formats),
         "rotate_bytes": setup.rotate_bytes,
         "copy_bytes": setup.copy_bytes,
         "threads": arguments.threads,
-        "left_out": [],
+        # They are made anew for it, which costs nothing before their inputs are.
+        "left_out": [name for name, _ in calls_by_group(setup, ops)],
     }
-    unknown = set(parameters["ops"]) - set(_OPS[kind])
-    if unknown:
-        raise SystemExit(f"--ops {' '.join(sorted(unknown))}: not on {kind}")
-    parameters["left_out"] = _names(setup, parameters["ops"])
-    threads = torch.get_num_threads()
-    torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    try:
-        end = time.monotonic() + arguments.seconds
-        yield parameters, _groups(setup, parameters, end)
-    finally:
-        torch.set_num_threads(threads)
-
-
-def measure(group: Group, settings: Settings) -> list[CallResult]:
-    """A result for each call of `group`, with its share of the bandwidth of the first, the copy."""
-    results = measure_calls(group.calls(), settings, group.device)
-    timed = [result for result in results if result.failure is None]
-    if timed and timed[0].details["op"] == "copy":
-        for result in timed:
-            result.details["copy_fraction"] = result.gbps() / timed[0].gbps()
-    return results
+    with torch_threads(arguments.threads):
+        copy = cache(partial(_copy, setup))
+        groups = (
+            (name, partial(measure, name, copy, calls, setup.device))
+            for name, calls in calls_by_group(setup, ops)
+        )
+        yield parameters, in_time(groups, parameters["left_out"], arguments.seconds)
 
 
 def setup_of(arguments: argparse.Namespace) -> Setup:
     """The arguments, with the defaults of the device in place of what was not given."""
     kind = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    rotate_bytes = _rotate_bytes(kind)
+    rotate_bytes = _NUM_CACHES[kind] * _cache_bytes(kind)
+    if kind == "cpu":  # what the system says may be shared
+        rotate_bytes = max(_LEAST_ROTATE_BYTES, rotate_bytes)
     if arguments.rotate_bytes is not None:
         rotate_bytes = parse_bytes(arguments.rotate_bytes, "--rotate-bytes")
     copy_bytes = _COPY_BYTES if kind == "cuda" else rotate_bytes
@@ -126,31 +148,32 @@ def setup_of(arguments: argparse.Namespace) -> Setup:
     )
 
 
-def _rotate_bytes(kind: str) -> int:
-    """Several times the cache; on the CPU twice what the system says, which may be shared."""
+def _cache_bytes(kind: str) -> int:
+    """The L2 of the GPU, or the largest cache of the first core; 0 where the system is silent."""
     if kind == "cuda":
-        return _CACHES * torch.cuda.get_device_properties(0).L2_cache_size
-    return max(_LEAST_ROTATE_BYTES, 2 * kernels_cpu.cache_bytes())
+        return int(torch.cuda.get_device_properties(0).L2_cache_size)
+    sizes = [file.read_text().strip() for file in _CACHES.glob("index*/size")]
+    units = {"K": 2**10, "M": 2**20}
+    return max((int(size[:-1]) * units[size[-1]] for size in sizes if size[-1] in units), default=0)
 
 
-def _groups(setup: Setup, parameters: dict[str, Any], end: float) -> Iterator[Group]:
-    """Each group begins with a copy, whose bandwidth the others are compared with. Those that would
-    begin after `end`, a time of time.monotonic(), stay in "left_out"."""
-    copy = _copy(setup)
-    for op in parameters["ops"]:
-        for group in progress_bar(_OPS[setup.device.type][op](setup), desc=op):
-            if time.monotonic() <= end:
-                yield replace(group, calls=partial(_with_copy, copy, group))
-                parameters["left_out"].remove(group.name)
+# ---- groups --------------------------------------------------------------------------------------
 
 
-def _names(setup: Setup, ops: Sequence[str]) -> list[str]:
-    """Of all groups. They are made anew for it, which costs nothing before their inputs are."""
-    return [group.name for op in ops for group in _OPS[setup.device.type][op](setup)]
-
-
-def _with_copy(copy: Call, group: Group) -> list[Call]:
-    return [replace(copy, name=f"{group.name}: copy"), *group.calls()]
+def measure(
+    name: str,
+    copy: Callable[[], Call],
+    calls: Callable[[], list[Call]],
+    device: torch.device,
+    settings: Settings,
+) -> Iterator[list[Result]]:
+    """A result for each call of a group, with its share of the bandwidth of the first, the copy."""
+    first = replace(copy(), name=f"{name}: copy")
+    results = measure_calls([first, *calls()], settings, device)
+    for result in results:
+        if result["gbps"] is not None and results[0]["gbps"] is not None:
+            result["details"]["copy_fraction"] = result["gbps"] / results[0]["gbps"]
+    yield results
 
 
 def _copy(setup: Setup) -> Call:
@@ -168,20 +191,353 @@ def _copy(setup: Setup) -> Call:
     )
 
 
-def table(results: Sequence[CallResult]) -> str:
-    """The results and the targets as lines of text; all of it follows from the JSON file."""
-    head = f"{'call':60} {'us':>9} {'spread':>7} {'GB/s':>7} {'copy':>5} {'TOPS':>7} {'error':>8}"
-    reached = targets({"results": [result.as_json() for result in results]})
-    return "\n".join([head, *map(_row, results), *map(str, reached)])
+def calls_by_group(
+    setup: Setup, ops: Sequence[str]
+) -> Iterator[tuple[str, Callable[[], list[Call]]]]:
+    """The name of each group, and what makes its calls."""
+    for op in ops:
+        shapes, rows = _sizes_of(op, setup)
+        for shape in shapes:
+            inputs = Inputs(setup, shape)
+            for num_rows in rows:
+                yield f"{op} {inputs.size(num_rows)}", partial(OPS[op], inputs, num_rows)
 
 
-def _row(result: CallResult) -> str:
-    content = result.as_json()
-    if content["time_s"] is None:
-        return f"{result.name:60} {result.failure}"
-    time_s, fraction = content["time_s"], result.details.get("copy_fraction", 1.0)
-    mark = "*" if result.details.get("is_chosen") else " "
-    return (
-        f"{result.name:60}{mark}{time_s['median'] * 1e6:9.1f} {time_s['spread']:7.0%} "
-        f"{content['gbps']:7.0f} {fraction:5.2f} {content['tops']:7.1f} {result.error:8.1e}"
+def _sizes_of(op: str, setup: Setup) -> tuple[Sequence[tuple[int | None, int]], Sequence[int]]:
+    """The shapes and the numbers of rows that make a difference to an op."""
+    if op == "rows":
+        return [(None, k) for k in sorted({k for _, k in setup.shapes})], setup.rows
+    if op == "dequantize":
+        return setup.shapes, (1,)
+    if op == "gated":
+        most = linear_weight_only.MOST_FEW_ROWS
+        return setup.shapes, [num_rows for num_rows in setup.rows if num_rows <= most]
+    return setup.shapes, setup.rows
+
+
+# ---- on the CPU ----------------------------------------------------------------------------------
+
+
+def _linear_calls(inputs: Inputs, num_rows: int) -> list[Call]:
+    """torch's linears, and those with packed weights: from memory, and from a cache."""
+    calls: list[Call] = []
+    for op, count in (("linear rotated", None), ("linear cached", 1)):
+        for dtype in (torch.float32, torch.bfloat16):
+            calls.append(_plain(inputs, op, num_rows, dtype, _CPU_BOUND, count))
+        for format, activations in (("int8", "float"), ("int8", "int8"), ("int4", "float")):
+            calls.append(_packed(inputs, op, num_rows, format, activations, count))
+    return calls
+
+
+def _packed(
+    inputs: Inputs, op: str, num_rows: int, format: str, activations: str, count: int | None
+) -> Call:
+    x, rounds_x = inputs.x[:num_rows], activations == "int8"
+    variant = f"{format}, int8 activations" if rounds_x else format
+    return inputs.product(
+        op, num_rows, variant, lambda weight: linear_of_checked(x, weight, None, activations),
+        inputs.packed(format)[:count], _CPU_BOUND, format, rounds_x,
+    )  # fmt: skip
+
+
+def _plain(
+    inputs: Inputs, op: str, num_rows: int, dtype: torch.dtype, bound: float,
+    count: int | None = None,
+) -> Call:  # fmt: skip
+    """torch's product with a weight that is not quantized.   count: of copies, None is all."""
+    x, variant = inputs.x[:num_rows].to(dtype), f"torch {str(dtype).removeprefix('torch.')}"
+    return inputs.product(
+        op, num_rows, variant, lambda weight: F.linear(x, weight), inputs.plain(dtype)[:count],
+        bound,
+    )  # fmt: skip
+
+
+# ---- float activations ---------------------------------------------------------------------------
+
+PATHS = ("few rows", "tensor cores", "dequantised")
+"""The ways in which linear_weight_only can multiply."""
+
+
+def _weight_only_calls(inputs: Inputs, num_rows: int) -> list[Call]:
+    x = inputs.x[:num_rows]
+    capability, bound = _launcher(x).capability, 2 * BOUNDS[x.dtype]
+    chosen = chosen_path(capability, num_rows, x.dtype)
+    paths = [path for path in PATHS if has_path(path, capability, num_rows, x.dtype)]
+    if num_rows < linear_weight_only.MOST_FEW_ROWS:
+        paths.remove("dequantised")  # it reads the codes and more
+    calls = [
+        inputs.product(
+            "weight-only", num_rows, f"{format} {path}", partial(run_path, path, x),
+            inputs.packed(format), bound, format, is_chosen=path == chosen,
+        )
+        for format in inputs.setup.formats
+        for path in paths
+    ]  # fmt: skip
+    plain = _plain(inputs, "weight-only", num_rows, x.dtype, bound)
+    return [plain, *calls, *_others(inputs, "weight-only", num_rows)]
+
+
+def has_path(path: str, capability: int, num_rows: int, dtype: torch.dtype) -> bool:
+    """Whether that many rows can go that way, chosen or not."""
+    if path == "few rows":
+        return num_rows <= linear_weight_only.MOST_FEW_ROWS
+    if path == "tensor cores":
+        most = linear_weight_only.MOST_TENSOR_CORE_ROWS
+        return capability >= 80 and dtype != torch.float32 and num_rows <= most
+    return True
+
+
+def chosen_path(capability: int, num_rows: int, dtype: torch.dtype) -> str:
+    """The way that linear_weight_only takes."""
+    if linear_weight_only.uses_tensor_cores(capability, num_rows, dtype):
+        return "tensor cores"
+    return "few rows" if num_rows <= linear_weight_only.MOST_FEW_ROWS else "dequantised"
+
+
+def run_path(path: str, x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
+    """x W^T, that way."""
+    if path == "few rows":
+        return linear_weight_only.launch_few_rows(_launcher(x), x, weight, None)
+    if path == "tensor cores":
+        return linear_weight_only._launch_tensor_cores(_launcher(x), x, weight, None)
+    return linear_weight_only._dequantized(x, weight, None)
+
+
+def _launcher(x: torch.Tensor) -> Launcher:
+    launcher = launcher_for(x.device)
+    assert launcher is not None, f"nothing runs kernels on {x.device}"
+    return launcher
+
+
+# ---- 8-bit activations ---------------------------------------------------------------------------
+
+
+def _w8a8_calls(inputs: Inputs, num_rows: int) -> list[Call]:
+    """The products of codes that are there already; "whole" quantizes the activations, too."""
+    x, packed = inputs.x[:num_rows], inputs.packed("int8")
+    launcher, bound = _launcher(x), BOUNDS[x.dtype]
+    with poisoned():
+        codes, scale = quantize_rows(x)
+
+    def of_codes(product: Callable[..., torch.Tensor]) -> Callable[[PackedWeight], torch.Tensor]:
+        return lambda weight: product(launcher, codes, scale, weight, None, x.dtype)
+
+    runs = {
+        "own kernel": of_codes(linear_w8a8.kernel_product),
+        "library": of_codes(linear_w8a8.library_product),
+        "whole": lambda weight: linear_w8a8.linear_w8a8(x, weight, None, launcher),
+    }
+    if num_rows >= _LEAST_INT_MM_ROWS:
+        runs["torch._int_mm and torch"] = of_codes(_separate_product)
+    is_library = linear_w8a8.is_library_faster(launcher.capability, num_rows)
+    chosen = "library" if is_library else "own kernel"
+    # The whole rounds x by itself; a tie may fall to the other side.
+    bounds = {"whole": bound + _ROUNDING_BOUND}
+    calls = [
+        inputs.product(
+            "w8a8", num_rows, variant, run, packed, bounds.get(variant, bound), "int8",
+            rounds_x=True, is_chosen=variant == chosen,
+        )
+        for variant, run in runs.items()
+    ]  # fmt: skip
+    plain = _plain(inputs, "w8a8", num_rows, x.dtype, 2 * bound)
+    return [plain, *calls, *_others(inputs, "w8a8", num_rows)]
+
+
+def _separate_product(
+    _: Launcher, codes: torch.Tensor, scale: torch.Tensor, weight: PackedWeight, bias: None,
+    dtype: torch.dtype,
+) -> torch.Tensor:  # fmt: skip
+    """As one would write it in torch."""
+    sums = torch._int_mm(codes, weight.qweight.t())
+    return (sums.float() * scale.unsqueeze(-1) * weight.scale).to(dtype)
+
+
+# ---- the first half of a gated feed-forward ------------------------------------------------------
+
+_Pair = tuple[PackedWeight, PackedWeight]
+
+
+def _gated_calls(inputs: Inputs, num_rows: int) -> list[Call]:
+    x, activation = inputs.x[:num_rows], gated_linear.ACTIVATION_FUNCTIONS[_ACTIVATION]
+    index = list(gated_linear.ACTIVATION_FUNCTIONS).index(_ACTIVATION)
+
+    def fused(pair: _Pair) -> torch.Tensor:
+        gate, up = pair
+        launch = linear_weight_only.launch_few_rows
+        return launch(_launcher(x), x, gate, None, up, None, index)
+
+    def two_linears(pair: _Pair) -> torch.Tensor:
+        gate, up = (linear_of_checked(x, weight, None, "float") for weight in pair)
+        return activation(gate) * up
+
+    calls: list[Call] = []
+    for format in inputs.setup.formats:
+        pairs = _pairs(inputs.packed(format))
+        is_fused = gated_linear._is_fused(_launcher(x), x, x, pairs[0][0])
+        for variant, run, is_chosen in (
+            ("fused", fused, is_fused),
+            ("two linears", two_linears, not is_fused),
+        ):
+            bound = 4 * BOUNDS[x.dtype]  # each factor of the two is rounded, and the product again
+            calls.append(
+                inputs.product(
+                    "gated", num_rows, f"{format} {variant}", run, pairs, bound, format,
+                    finish=lambda y: activation(y) * y, is_chosen=is_chosen,
+                )
+            )  # fmt: skip
+    return calls
+
+
+def _pairs(copies: Sequence[PackedWeight]) -> list[_Pair]:
+    """Of two copies of one weight: neither is in a cache when it is read."""
+    half = len(copies) // 2
+    return [(gate, copies[(i + half) % len(copies)]) for i, gate in enumerate(copies)]
+
+
+# ---- what is around the products -----------------------------------------------------------------
+
+
+def _dequantize_calls(inputs: Inputs, _: int) -> list[Call]:
+    dtype = inputs.setup.dtype
+    written = inputs.weight.numel() * dtype.itemsize
+
+    def call(format: str) -> Call:
+        packed = inputs.packed(format)
+        return inputs.call(
+            "dequantize", None, format, lambda weight: dequantize_weight(weight, dtype), packed,
+            lambda y: relative_error(y, dequantize(packed[0], torch.float32)), BOUNDS[dtype],
+            bytes_of(packed[0]) + written,
+        )  # fmt: skip
+
+    return [call(format) for format in inputs.setup.formats]
+
+
+_Codes = tuple[torch.Tensor, torch.Tensor]
+
+
+def _rows_calls(inputs: Inputs, num_rows: int) -> list[Call]:
+    """Activations to 8 bits, with and without an RMSNorm before, by one kernel and by torch."""
+    x = inputs.x[:num_rows]
+    weight = torch.rand(x.shape[1], device=x.device).add_(0.5).to(x.dtype)
+    xs = clones(x, min(_MOST_SETS_OF_ROWS, inputs.num_copies(x.nbytes)))
+
+    def norm(x: torch.Tensor) -> torch.Tensor:
+        return rms_norm_reference(x, weight, 1e-5)
+
+    runs: dict[str, tuple[Callable[[torch.Tensor], _Codes], torch.Tensor]] = {
+        "quantize_rows": (quantize_rows, x),
+        "torch: quantize_rows": (int8_rows, x),
+        "rms_norm_quantize": (lambda x: rms_norm_quantize(x, weight, 1e-5), norm(x)),
+        "torch: rms_norm_quantize": (lambda x: int8_rows(norm(x)), norm(x)),
+    }
+    return [
+        inputs.call(
+            "rows", num_rows, variant, run, xs, partial(_codes_error, int8_rows(quantized)),
+            _ROUNDING_BOUND, x.nbytes + x.numel() + 4 * num_rows,
+        )
+        for variant, (run, quantized) in runs.items()
+    ]  # fmt: skip
+
+
+def _codes_error(expected: _Codes, given: _Codes) -> float:
+    """Of what the codes stand for; they may be padded."""
+    right, got = (
+        codes[:, : expected[0].shape[1]].double() * scale.double().unsqueeze(-1)
+        for codes, scale in (expected, given)
     )
+    return relative_error(got, right)
+
+
+OPS: dict[str, Callable[[Inputs, int], list[Call]]] = {
+    "linear": _linear_calls,
+    "weight-only": _weight_only_calls,
+    "w8a8": _w8a8_calls,
+    "gated": _gated_calls,
+    "rows": _rows_calls,
+    "dequantize": _dequantize_calls,
+}
+
+# ---- by other libraries, where they are installed ------------------------------------------------
+
+_GROUP_SIZE = 128  # of torch's 4-bit product
+_Product = Callable[[torch.Tensor], torch.Tensor]
+
+
+def _others(inputs: Inputs, op: str, num_rows: int) -> list[Call]:
+    """Their products. An error in one becomes the failure of its result."""
+    x = inputs.x[:num_rows]
+    n, k = inputs.weight.shape
+
+    def call(variant: str, bits: int, make: Callable[[Inputs], _Product]) -> Call:
+        nbytes = n * k * bits // 8
+        count = inputs.num_copies(nbytes)
+
+        def run(i: int) -> torch.Tensor:
+            copies = inputs.once((op, variant), lambda: [make(inputs) for _ in range(count)])
+            return copies[i](x)
+
+        return inputs.product(
+            op, num_rows, variant, run, range(count), _BOUNDS_OF_BITS[bits], weight_bytes=nbytes
+        )
+
+    return [
+        call(variant, bits, make)
+        for own_op, package, variant, bits, make in _OTHERS
+        if own_op == op and _is_there(package, inputs.setup)
+    ]
+
+
+@cache
+def _is_there(package: str, setup: Setup) -> bool:
+    if package == "torch":  # its own product takes one type on one kind of device
+        return setup.dtype == torch.bfloat16 and torch.cuda.is_available()
+    return importlib.util.find_spec(package) is not None
+
+
+def _torch_int4(inputs: Inputs) -> _Product:
+    """The 4-bit product of torch itself: code 8 is zero, a scale and a zero for a group."""
+    groups = inputs.weight.view(inputs.weight.shape[0], -1, _GROUP_SIZE)
+    scale = groups.abs().amax(-1, keepdim=True) / 7
+    codes = (groups / scale).round_().add_(8).clamp_(0, 15).to(torch.uint8).flatten(1)
+    pairs = (codes[:, ::2] << 4 | codes[:, 1::2]).contiguous()
+    packed = torch._convert_weight_to_int4pack(pairs, 8)
+    scales = scale.squeeze(-1).t()
+    both = torch.stack([scales, torch.zeros_like(scales)], dim=-1).bfloat16().contiguous()
+    return lambda x: torch._weight_int4pack_mm(x, packed, _GROUP_SIZE, both)
+
+
+def _bitsandbytes(bits: int, inputs: Inputs) -> _Product:
+    import bitsandbytes as bnb
+
+    dtype, sizes = inputs.setup.dtype, inputs.weight.shape[::-1]
+    weight = inputs.weight.to(dtype).cpu()  # it is quantized on its way to the GPU
+    if bits == 4:
+        linear = bnb.nn.Linear4bit(*sizes, bias=False, compute_dtype=dtype, quant_type="nf4")
+        linear.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4")
+    else:
+        linear = bnb.nn.Linear8bitLt(*sizes, bias=False, has_fp16_weights=False, threshold=0.0)
+        linear.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+    product: _Product = linear.to(inputs.setup.device)
+    return product
+
+
+def _torchao(config: str, inputs: Inputs) -> _Product:
+    from torchao import quantization
+
+    weight = inputs.weight.to(inputs.setup.dtype)
+    linear = torch.nn.Linear(*inputs.weight.shape[::-1], bias=False, device="meta")
+    linear.weight = torch.nn.Parameter(weight, requires_grad=False)
+    quantization.quantize_(linear, getattr(quantization, config)())
+    return linear
+
+
+_OTHERS: tuple[tuple[str, str, str, int, Callable[[Inputs], _Product]], ...] = (
+    # op, package, variant, bits, makes a product with one copy of the weight
+    ("weight-only", "torch", f"torch int4 g{_GROUP_SIZE}", 4, _torch_int4),
+    ("weight-only", "bitsandbytes", "bitsandbytes nf4", 4, partial(_bitsandbytes, 4)),
+    ("weight-only", "torchao", "torchao int8", 8, partial(_torchao, "Int8WeightOnlyConfig")),
+    ("w8a8", "bitsandbytes", "bitsandbytes int8", 8, partial(_bitsandbytes, 8)),
+    ("w8a8", "torchao", "torchao int8", 8,
+     partial(_torchao, "Int8DynamicActivationInt8WeightConfig")),
+)  # fmt: skip

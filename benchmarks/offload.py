@@ -20,7 +20,7 @@ import torch
 import transformers
 
 import bminf
-from benchmarks.harness import Variant, Work
+from benchmarks.harness import Group, Result, Settings, Variant, Work, measure, torch_threads
 from bminf.cli import models
 from bminf.cli.demo import half_limit
 from bminf.offload.plan import least_budget
@@ -58,24 +58,32 @@ class Setup:
 
 
 @contextmanager
-def prepare(arguments: argparse.Namespace) -> Iterator[tuple[dict[str, Any], list[list[Variant]]]]:
-    """The parameters of the run, and the variants on each device."""
+def prepare(arguments: argparse.Namespace) -> Iterator[tuple[dict[str, Any], list[Group]]]:
+    """The parameters of the run, and the variants on each device, a group each."""
     models.quiet()
-    name = arguments.model or _default_model()
-    devices = [arguments.device] if arguments.device else _devices()
-    parameters = {key: vars(arguments)[key] for key in ("dtype", "tokens", "memory_limit")}
-    parameters |= {"model": name, "devices": devices, "threads": arguments.threads}
-    if name == "random":
-        parameters |= {key: vars(arguments)[key] for key in ("hidden_size", "layers", "vocabulary")}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(arguments.threads)
-    try:
-        with TemporaryDirectory(prefix="bminf-benchmark-") as text:
-            _save(Path(text), name, arguments)
-            setups = [_setup(Path(text), device, arguments) for device in devices]
-            yield parameters, [variants(setup) for setup in setups]
-    finally:
-        torch.set_num_threads(threads)
+    is_installed = importlib.util.find_spec(models.PACKAGE) is not None
+    name = arguments.model or ("smollm2" if is_installed else "random")
+    every = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    devices = [arguments.device] if arguments.device else every
+    options = ["dtype", "tokens", "memory_limit", "threads"]
+    options += ["hidden_size", "layers", "vocabulary"] if name == "random" else []
+    parameters = {option: vars(arguments)[option] for option in options}
+    with torch_threads(arguments.threads), TemporaryDirectory(prefix="bminf-benchmark-") as text:
+        folder = Path(text)
+        if name == "random":
+            save_random(folder, arguments)
+        else:
+            # In a process of its own: what unpacking leaves behind would blur the memory measured.
+            context = multiprocessing.get_context("spawn")
+            with ProcessPoolExecutor(1, mp_context=context) as pool:
+                pool.submit(save_smollm2, folder).result()
+        setups = [_setup(folder, device, arguments) for device in devices]
+        groups = [partial(_measured, variants(setup)) for setup in setups]
+        yield parameters | {"model": name, "devices": devices}, groups
+
+
+def _measured(variants: list[Variant], settings: Settings) -> list[list[Result]]:
+    return [measure(variants, settings)]
 
 
 def _setup(folder: Path, device: str, arguments: argparse.Namespace) -> Setup:
@@ -92,35 +100,15 @@ def variants(setup: Setup) -> list[Variant]:
     place = "disk" if setup.device == "cpu" else "cpu"
     opened = {
         "plain": _plain,
-        "bminf half resident": partial(_wrapped, half=True),
+        "bminf half resident": partial(_wrapped, limit=setup.half_limit),
         f"accelerate half on {place}": partial(_device_map, place=place),
-        "bminf all streamed": partial(_wrapped, half=False),
+        "bminf all streamed": partial(_wrapped, limit=setup.least_limit),
         f"accelerate all on {place}": partial(_offloaded, place=place),
     }
     return [
         Variant(f"{setup.device}: {name}", partial(open, setup), setup.device == "cuda")
         for name, open in opened.items()
     ]
-
-
-def _default_model() -> str:
-    return "random" if importlib.util.find_spec(models.PACKAGE) is None else "smollm2"
-
-
-def _devices() -> list[str]:
-    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-
-
-def _save(folder: Path, name: str, arguments: argparse.Namespace) -> None:
-    """Writes model and prompt into `folder`."""
-    if name == "random":
-        sizes = (arguments.hidden_size, arguments.layers, arguments.vocabulary)
-        save_random(folder, *sizes, dtype=getattr(torch, arguments.dtype))
-        return
-    # In a process of its own: what unpacking leaves behind would blur the memory measured later.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        pool.submit(save_smollm2, folder).result()
 
 
 def save_smollm2(folder: Path) -> None:
@@ -137,20 +125,18 @@ def save_smollm2(folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def save_random(
-    folder: Path, hidden_size: int, layers: int, vocabulary: int, dtype: torch.dtype
-) -> None:
+def save_random(folder: Path, arguments: argparse.Namespace) -> None:
     """Writes a Llama with random weights, and the ids of a prompt."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        hidden_size=hidden_size,
-        intermediate_size=4 * hidden_size,
-        num_hidden_layers=layers,
-        num_attention_heads=max(1, hidden_size // 64),
-        vocab_size=vocabulary,
+        hidden_size=arguments.hidden_size,
+        intermediate_size=4 * arguments.hidden_size,
+        num_hidden_layers=arguments.layers,
+        num_attention_heads=max(1, arguments.hidden_size // 64),
+        vocab_size=arguments.vocabulary,
     )
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model.save_pretrained(folder)
+    dtype = getattr(torch, arguments.dtype)
+    transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder)
     (folder / PROMPT_FILE).write_text(json.dumps(RANDOM_PROMPT_IDS))
 
 
@@ -164,21 +150,15 @@ def _work(
     """Greedy generation of exactly `setup.tokens` ids."""
     prompt_ids = json.loads((setup.folder / PROMPT_FILE).read_text())
     prompt = torch.tensor([prompt_ids], device=setup.device)
-    count = setup.tokens
+    options = {"max_new_tokens": setup.tokens, "min_new_tokens": setup.tokens,
+               "do_sample": False, "pad_token_id": 0}  # fmt: skip
 
     def run() -> list[int]:
-        output = model.generate(
-            input_ids=prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=count,
-            min_new_tokens=count,
-            do_sample=False,
-            pad_token_id=0,
-        )
-        ids: list[int] = output[0].tolist()
+        mask = torch.ones_like(prompt)
+        ids: list[int] = model.generate(prompt, attention_mask=mask, **options)[0].tolist()
         return ids
 
-    return Work(run, lambda: {"tokens": count} | details(model))
+    return Work(run, lambda: {"tokens": setup.tokens} | details(model))
 
 
 @contextmanager
@@ -187,9 +167,8 @@ def _plain(setup: Setup) -> Iterator[Work]:
 
 
 @contextmanager
-def _wrapped(setup: Setup, half: bool) -> Iterator[Work]:
+def _wrapped(setup: Setup, limit: int | str) -> Iterator[Work]:
     model = _load(setup.folder, setup.dtype)
-    limit = setup.half_limit if half else setup.least_limit
     bminf.wrapper(model, quantization=False, memory_limit=limit, device=setup.device)
     try:
         yield _work(setup, model, _planned)
@@ -214,11 +193,11 @@ def _planned(model: Any) -> dict[str, Any]:
 def _device_map(setup: Setup, place: str) -> Iterator[Work]:
     with TemporaryDirectory(prefix="bminf-benchmark-") as folder:
         num_layers = transformers.AutoConfig.from_pretrained(setup.folder).num_hidden_layers
-        main = 0 if setup.device == "cuda" else "cpu"
-        device_map = {"model.embed_tokens": main, "model.norm": main, "model.rotary_emb": main}
-        device_map |= {"lm_head": main}
+        others = ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")
+        device_map = dict.fromkeys(others, 0 if setup.device == "cuda" else "cpu")
         for i in range(num_layers):
-            device_map[f"model.layers.{i}"] = main if i < num_layers - num_layers // 2 else place
+            is_half = i < num_layers - num_layers // 2
+            device_map[f"model.layers.{i}"] = device_map["lm_head"] if is_half else place
         options = {"device_map": device_map, "offload_folder": folder}
         yield _work(setup, _load(setup.folder, setup.dtype, **options))
 
@@ -227,9 +206,7 @@ def _device_map(setup: Setup, place: str) -> Iterator[Work]:
 def _offloaded(setup: Setup, place: str) -> Iterator[Work]:
     model = _load(setup.folder, setup.dtype)
     with TemporaryDirectory(prefix="bminf-benchmark-") as folder:
-        device = torch.device(setup.device)
-        if place == "disk":
-            accelerate.disk_offload(model, folder, execution_device=device)
-        else:
-            accelerate.cpu_offload(model, execution_device=device)
+        own = (model, folder) if place == "disk" else (model,)
+        offload = accelerate.disk_offload if place == "disk" else accelerate.cpu_offload
+        offload(*own, execution_device=torch.device(setup.device))
         yield _work(setup, model)

@@ -1,30 +1,45 @@
-"""The benchmarks run: the harness on a toy, the offload case on a tiny model."""
+"""The harness on toys, the files that it writes, and the offload case on a tiny model."""
+
+from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 # Benchmarks are not installed; at the end of the path, so that an installed bminf is found first.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import run
 from benchmarks.harness import (
+    Call,
     Settings,
     Variant,
     Work,
     WrongResultError,
     document,
+    in_time,
     measure,
+    measure_calls,
+    num_sets,
+    relative_error,
     summary,
 )
 from benchmarks.whole_file import write_json
 
+CPU = torch.device("cpu")
+ONCE = Settings(warmup=0, repeats=1, rounds=1)
 TINY = ("--model", "random", "--hidden-size", "64", "--layers", "6", "--vocabulary", "64")
 QUICK = ("--warmup", "0", "--repeats", "2", "--rounds", "1", "--tokens", "4", "--device", "cpu")
+
+
+# ---- variants ------------------------------------------------------------------------------------
 
 
 def toy(log: list[str], name: str, value: int) -> Variant:
@@ -48,8 +63,10 @@ def test_order_of_a_measurement() -> None:
     results = measure([toy(log, "a", 1), toy(log, "b", 1)], settings)
     one_round = [f"{what} {name}" for name in "ab" for what in ("open", *["run"] * 4, "close")]
     assert log == one_round * 2
-    assert [[sample.round for sample in result.samples] for result in results] == [[0, 0, 1, 1]] * 2
-    assert results[0].details == {"size": 1}
+    assert [[sample["round"] for sample in result["samples"]] for result in results] == [
+        [0, 0, 1, 1]
+    ] * 2
+    assert results[0]["details"] == {"size": 1}
 
 
 def test_wrong_result_is_not_timed() -> None:
@@ -69,24 +86,114 @@ def test_summary() -> None:
     assert summary([3.0, 1.0, 2.0]) == {"min": 1.0, "median": 2.0, "max": 3.0, "spread": 1.0}
 
 
-def test_document_is_complete() -> None:
+def test_a_file_says_what_was_run_where_and_by_what() -> None:
     settings = Settings(warmup=0, repeats=3, rounds=1)
-    results = measure([toy([], "a", 1)], settings)
-    content = json.loads(json.dumps(document("toy", {"n": 1}, settings, results)))
-    assert content["schema_version"] == 1
-    assert content["parameters"] == {"n": 1}
-    assert content["versions"]["torch"]
-    assert content["hardware"]["cores"] >= 1
-    result = content["results"][0]
+    content = json.loads(json.dumps(document("toy", {"n": 1}, settings)))
+    assert content["schema_version"] == 1 and content["parameters"] == {"n": 1}
+    assert content["versions"]["torch"] and content["hardware"]["cores"] >= 1
+    assert content["commit"] and content["settings"] == vars(settings)
+    (result,) = json.loads(json.dumps(measure([toy([], "a", 1)], settings)))
     assert len(result["samples"]) == 3
     assert result["wall_s"]["min"] <= result["wall_s"]["median"] <= result["wall_s"]["max"]
     assert set(result["samples"][0]) == {"round", "wall_s", "cpu_s"}
 
 
+def test_a_file_is_whole_while_another_takes_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "content.json"
+    write_json(file, {"n": 1})
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("benchmarks.whole_file.os.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_json(file, {"n": 2})
+    assert json.loads(file.read_text()) == {"n": 1}
+
+
+def test_groups_that_would_begin_too_late_are_left_out() -> None:
+    names = ["a", "b", "c"]
+    groups: list[Any] = [(name, name.upper) for name in names]
+    left_out = list(names)
+    yielded = in_time(groups, left_out, seconds=3600)
+    assert next(yielded)() == "A" and left_out == names  # it may be stopped within a group
+    assert [group() for group in yielded] == ["B", "C"] and left_out == []
+    left_out = list(names)
+    assert list(in_time(groups, left_out, seconds=-1)) == [] and left_out == names
+
+
+def test_unknown_case_is_wrong_usage() -> None:
+    with pytest.raises(SystemExit) as exit:
+        run.main(["onload"])
+    assert exit.value.code == 2
+
+
+# ---- calls ---------------------------------------------------------------------------------------
+
+
+def call(name: str, run: Callable[[int], Any], error: float = 0.0, num_sets: int = 1) -> Call:
+    return Call(name, run, num_sets, lambda value: error, 0.1, num_bytes=100, num_ops=10)
+
+
+def test_calls_take_turns_and_their_sets_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.harness._LEAST_SAMPLE_S", 0.0)  # so a sample is one call
+    log: list[str] = []
+    calls = [call(name, lambda i, n=name: log.append(f"{n}{i}"), num_sets=3) for name in "ab"]
+    results = measure_calls(calls, Settings(warmup=1, repeats=2, rounds=2), CPU)
+    check_and_estimate = ["a0", "a0", "b0", "b0"]
+    rounds = ["a1", "a2", "a0", "b1", "b2", "b0"] * 2
+    assert log == check_and_estimate + rounds
+    assert [[len(times) for times in result["samples_s"]] for result in results] == [[2, 2]] * 2
+
+
+def test_what_is_wrong_or_fails_is_not_timed_and_says_why() -> None:
+    def fail(_: int) -> None:
+        raise ValueError("no such kernel")
+
+    log: list[int] = []
+    calls = [call("wrong", log.append, error=0.2), call("broken", fail), call("right", id)]
+    wrong, broken, right = measure_calls(calls, ONCE, CPU)
+    assert log == [0]
+    assert wrong["failure"] == "ArithmeticError: relative error 0.2, at most 0.1"
+    assert broken["failure"] == "ValueError: no such kernel"
+    assert wrong["time_s"] is broken["time_s"] is None and not wrong["samples_s"]
+    assert right["failure"] is None and right["gbps"] > 0 and right["tops"] > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_what_is_not_written_is_wrong(dtype: torch.dtype) -> None:
+    unwritten = Call(
+        "unwritten",
+        lambda _: torch.empty(1000, dtype=dtype),
+        1,
+        lambda value: relative_error(value, torch.zeros(1000)),
+        0.1,
+        1,
+    )
+    (result,) = measure_calls([unwritten], ONCE, CPU)
+    assert result["error"] == float("inf")
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_enough_sets_for_the_bytes_between_two_uses() -> None:
+    assert num_sets(100, 0) == 1
+    assert [num_sets(100, size) for size in (1, 100, 101)] == [2, 2, 3]
+
+
+# ---- the offload case ----------------------------------------------------------------------------
+
+
 @pytest.mark.filterwarnings("default")  # of accelerate
-def test_offload_case(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "offload.json"
+def test_offload_case_writes_its_fields_and_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, temporary, threads = tmp_path / "offload.json", tmp_path / "tmp", torch.get_num_threads()
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     assert run.main(["offload", *TINY, *QUICK, "--out", str(file)]) == 0
+    assert not list(temporary.iterdir()) and torch.get_num_threads() == threads
     content = json.loads(file.read_text())
     results = {result["name"]: result for result in content["results"]}
     assert list(results) == [
@@ -105,24 +212,9 @@ def test_offload_case(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert all(name in table for name in results)
 
 
-@pytest.mark.filterwarnings("default")  # of accelerate
-def test_offload_case_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import tempfile
-
-    import torch
-
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    threads = torch.get_num_threads()
-    run.main(["offload", *TINY, *QUICK])
-    assert not list(tmp_path.iterdir())
-    assert torch.get_num_threads() == threads
-
-
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("default")  # of accelerate
 def test_offload_case_on_a_gpu(tmp_path: Path) -> None:
-    import torch
-
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     file = tmp_path / "offload.json"
@@ -130,32 +222,3 @@ def test_offload_case_on_a_gpu(tmp_path: Path) -> None:
     results = json.loads(file.read_text())["results"]
     assert [result["name"] for result in results][2] == "cuda: accelerate half on cpu"
     assert all(result["peak_cuda_bytes"] for result in results)
-
-
-def test_a_file_is_whole_while_another_takes_its_place(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file = tmp_path / "content.json"
-    write_json(file, {"n": 1})
-
-    def killed(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("benchmarks.whole_file.os.replace", killed)
-    with pytest.raises(KeyboardInterrupt):
-        write_json(file, {"n": 2})
-    assert json.loads(file.read_text()) == {"n": 1}
-
-
-def test_unknown_case_is_wrong_usage() -> None:
-    with pytest.raises(SystemExit) as exit:
-        run.main(["onload"])
-    assert exit.value.code == 2
-
-
-def test_the_tables_of_the_readme_are_those_of_the_json_files() -> None:
-    from benchmarks.report import ROOT, with_tables
-
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert with_tables(readme) == readme
-    assert with_tables("<!-- none -->") == "<!-- none -->"

@@ -29,7 +29,7 @@ import cases
 import test_kernels
 from host_launcher import served_by
 
-from benchmarks import kernels, kernels_cuda, run
+from benchmarks import kernels, run
 from benchmarks.gpu_session import (
     __main__,
     brought,
@@ -49,7 +49,7 @@ from benchmarks.gpu_session.archive import ARCHIVE
 from benchmarks.gpu_session.outcome import LEGITIMATE_SKIPS, Report, problems_of
 from benchmarks.gpu_session.session import LOG, SUMMARY, Session
 from benchmarks.gpu_session.steps import Step
-from benchmarks.kernels_cuda import PATHS, has_path, run_path
+from benchmarks.kernels import PATHS, has_path, run_path
 from bminf.cuda import compile as cuda_compile
 from bminf.cuda.compile import compile_kernel, compiler_version
 from bminf.cuda.source import Kernel
@@ -610,10 +610,9 @@ def asked_for_by_benchmarks() -> Iterator[Callable[[], Any]]:
                 kernels.setup_of(arguments), dtype=dtype, shapes=((16, 256),), rotate_bytes=0
             )
             setup = replace(setup, rows=tuple(sorted(arguments.rows)))
-            for op in arguments.ops:
-                for group in kernels_cuda.OPS[op](setup):
-                    for call in group.calls():
-                        yield lambda call=call: call.run(0)
+            for _, calls in kernels.calls_by_group(setup, arguments.ops):
+                for call in calls():
+                    yield lambda call=call: call.run(0)
 
 
 def test_all_kernels_that_a_session_asks_for_are_prepared() -> None:

@@ -1,8 +1,11 @@
-"""The perplexity benchmark on a tiny random model, and the table in the document it is for."""
+"""The perplexity benchmark on a tiny random model, and what its document says of the results."""
+
+from __future__ import annotations
 
 import json
 import math
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +13,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-# Benchmarks are not installed; at the end of the path, so that an installed bminf is found first.
-sys.path.append(str(Path(__file__).resolve().parents[1]))
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # as in test_benchmarks.py
 
-from benchmarks import perplexity
-from benchmarks import report as table
+from benchmarks import perplexity, report, run
+from benchmarks.harness import Settings
 from bminf.cli import models
 from bminf.quantization.packed import INT4, INT8, Format
 
@@ -33,29 +35,34 @@ def model() -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
-def windows(count: int) -> torch.Tensor:
-    return torch.randint(0, 128, (count, perplexity.WINDOW), generator=torch.Generator())
+def reader_of(model: LlamaForCausalLM, num_tokens: int = perplexity.WINDOW) -> perplexity.Reader:
+    return perplexity.Reader(model, torch.randint(0, 128, (num_tokens,)))
 
 
 def test_fp32_is_what_the_model_says_its_loss_is(model: LlamaForCausalLM) -> None:
-    reader = perplexity.Reader(model, windows(2))
+    reader = reader_of(model, 2 * perplexity.WINDOW + 7)
+    assert len(reader.ids) == 2 * perplexity.WINDOW
     with torch.no_grad():
-        losses = [model(window[None], labels=window[None]).loss.item() for window in windows(2)]
-    assert reader.plain.perplexity == pytest.approx(math.exp(sum(losses) / 2), rel=1e-5)
-    assert reader.plain.kl == [0.0]
+        windows = reader.ids.view(2, 1, -1)
+        losses = [model(window, labels=window).loss.item() for window in windows]
+    assert reader.plain["nll"] == pytest.approx(losses, rel=1e-5)
+    assert reader.plain["kl"] == [0.0]
+    with pytest.raises(ValueError, match="3 tokens do not fill a window of 512"):
+        reader_of(model, 3)
 
 
 @pytest.mark.parametrize("seed", [None, 0, 1])
 def test_weights_are_replaced_by_what_packing_leaves_of_them(
     model: LlamaForCausalLM, seed: int | None
 ) -> None:
-    reader = perplexity.Reader(model, windows(1))
+    reader = reader_of(model)
+    assert len(reader.linears) == 7 and model.lm_head not in reader.linears
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     same = reader.read(seed, torch.clone)
-    assert same.nll == pytest.approx(reader.plain.nll, abs=2e-6)
-    assert same.kl == pytest.approx([0.0], abs=2e-6)
+    assert same["nll"] == pytest.approx(reader.plain["nll"], abs=2e-6)
+    assert same["kl"] == pytest.approx([0.0], abs=2e-6)
     gone = reader.read(seed, torch.zeros_like)
-    assert gone.kl[0] > 0.01
+    assert gone["kl"][0] > 0.01
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
 
@@ -64,19 +71,12 @@ def test_a_grid_of_neighbouring_columns_is_found_only_in_their_own_order(
     model: LlamaForCausalLM,
 ) -> None:
     form = Format(4, group_size=16, has_minimum=True)
-    for linear in perplexity.quantized_linears(model):
+    for linear in reader_of(model).linears:
         linear.weight.data = perplexity.repacked(linear.weight.data, form)
-    reader = perplexity.Reader(model, windows(1))
-    result = perplexity.measure(reader, [form], [0, 1])[1].as_json()
+    ((result,),) = perplexity.measure(reader_of(model), form, [0, 1], Settings())
     assert result["own_order"]["kl"]["max"] < 1e-5
     assert result["permuted"]["kl"]["min"] > 1e-4
     assert [sample["seed"] for sample in result["samples"]] == [None, 0, 1]
-
-
-def test_the_head_stays_as_it_is(model: LlamaForCausalLM) -> None:
-    linears = perplexity.quantized_linears(model)
-    assert len(linears) == 7
-    assert all(linear is not model.lm_head for linear in linears)
 
 
 def test_bits_are_weighted_by_the_size_of_the_linears() -> None:
@@ -88,75 +88,47 @@ def test_bits_are_weighted_by_the_size_of_the_linears() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("form", "name"),
-    [
-        (Format(8), "int8 row symmetric"),
-        (Format(4, 32, has_minimum=True), "int4 g32 minimum"),
-        (Format(4), "int4 row symmetric"),
-    ],
-)
-def test_names(form: Format, name: str) -> None:
-    assert perplexity.name_of(form) == name
-
-
-def test_a_text_shorter_than_a_window_is_refused() -> None:
-    with pytest.raises(ValueError, match="3 tokens do not fill a window of 512"):
-        perplexity.windows_of([1, 2, 3], 600)
-
-
-def test_the_command(
-    model: LlamaForCausalLM,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+def test_perplexity_case(
+    model: LlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def tokenizer(text: str) -> dict[str, list[int]]:
         return {"input_ids": list(text.encode("ascii", "replace"))}
 
     monkeypatch.setattr(models, "load_model", lambda source, dtype: model)
     monkeypatch.setattr(models, "load_tokenizer", lambda source: tokenizer)
-    file, threads = tmp_path / "perplexity.json", torch.get_num_threads()
-    options = ["--model", "tiny.gguf", "--tokens", "600", "--seeds", "1", "--out", str(file)]
-    assert perplexity.main(options) == 0
+    file, text, threads = tmp_path / "out.json", tmp_path / "text", torch.get_num_threads()
+    text.write_text("Zwölf" * 200, encoding="utf-8")
+    options = ("perplexity", "--model", "tiny.gguf", "--tokens", "600", "--seeds", "1")
+    assert run.main([*options, "--text", str(text), "--out", str(file)]) == 0
     assert torch.get_num_threads() == threads
     content = json.loads(file.read_text())
-    assert content["parameters"]["model"] == "tiny"
-    assert content["parameters"]["text"] == "pydoc_data.topics"
-    assert content["parameters"]["windows"] == 1
+    parameters = content["parameters"]
+    assert (parameters["model"], parameters["windows"]) == ("tiny", 1)
+    assert (parameters["text"], parameters["text_bytes"]) == ("a file", 1200)
     names = ["fp32", *map(perplexity.name_of, perplexity.FORMATS)]
     assert [result["name"] for result in content["results"]] == names
     assert content["results"][1]["permuted"] == content["results"][1]["own_order"]
-    assert table.table(content) in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="nothing is timed"):
+        run.main([*options, "--repeats", "2"])
 
 
-def test_text_of_a_file(tmp_path: Path) -> None:
-    (tmp_path / "text").write_text("Zwölf", encoding="utf-8")
-    assert perplexity.read_text(tmp_path / "text") == "Zwölf"
+# ---- what the document says ----------------------------------------------------------------------
 
 
 def committed() -> dict[str, Any]:
-    path = table.ROOT / "benchmarks" / "results" / "perplexity.json"
+    path = report.ROOT / "benchmarks" / "results" / "perplexity.json"
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return {result["name"]: result for result in content["results"]}
 
 
-def test_the_table_of_the_document_is_that_of_the_json_file() -> None:
-    text = (table.ROOT / "docs" / "quantization.md").read_text(encoding="utf-8")
-    assert "<!-- perplexity.json -->" in text
-    assert table.with_tables(text) == text
-
-
 def test_the_summaries_of_the_committed_results_are_those_of_their_samples() -> None:
     results = committed()
+    of = partial(perplexity.summaries, plain=results["fp32"]["samples"][0])
     for result in results.values():
-        own, *permuted = [perplexity.Sample(**sample) for sample in result["samples"]]
-        plain = perplexity.Sample(**results["fp32"]["samples"][0])
-        assert own.perplexity == pytest.approx(result["own_order"]["perplexity"]["median"])
-        kl = perplexity.summary([sample.mean_kl for sample in permuted or [own]])
-        assert kl == pytest.approx(result["permuted"]["kl"])
-        ratio = own.perplexity / plain.perplexity
-        assert ratio == pytest.approx(result["own_order"]["ratio"]["median"])
+        own, *permuted = result["samples"]
+        for found, key in ((of([own]), "own_order"), (of(permuted or [own]), "permuted")):
+            for name, values in found.items():
+                assert values == pytest.approx(result[key][name]), (result["name"], name)
 
 
 def test_what_the_document_says_of_short_texts() -> None:
@@ -164,7 +136,7 @@ def test_what_the_document_says_of_short_texts() -> None:
     plain, int8 = (results[name]["samples"][0]["nll"] for name in ("fp32", "int8 row symmetric"))
     differences = [after - before for after, before in zip(int8, plain, strict=True)]
     runs = [math.exp(sum(differences[i : i + 8]) / 8) for i in range(len(differences) - 7)]
-    text = (table.ROOT / "docs" / "quantization.md").read_text(encoding="utf-8")
+    text = (report.ROOT / "docs" / "quantization.md").read_text(encoding="utf-8")
     assert f"from {min(runs):.4f} to {max(runs):.4f} for eight windows" in text
     ratio = results["int8 row symmetric"]["own_order"]["ratio"]["median"]
     assert f"stands at {ratio:.4f} for" in " ".join(text.split())

@@ -75,7 +75,7 @@ def steps(folder: Path) -> list[Step]:
 
 KERNEL_TESTS = "tests/gpu/test_kernels.py"
 CUDA_TESTS = "tests/gpu/test_gpu_attention.py tests/gpu/test_cuda.py"
-BENCHMARK_TESTS = "tests/test_benchmarks.py tests/test_zoo_benchmark.py tests/test_glm_benchmark.py"
+BENCHMARK_TESTS = "tests/test_benchmarks.py tests/test_model_benchmark.py"
 # Of them these take long and tell least; they are steps of their own, the last ones.
 COMPILED, SPEED = "test_a_compiled_layer", "test_the_targets"
 

@@ -7,10 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import glm_table, kernels_table, zoo_table
+from benchmarks import report
 from benchmarks.gpu_session.outcome import Outcome, shortened
 from benchmarks.gpu_session.steps import GLM, PROBE, ZOO
-from benchmarks.kernels_targets import targets
 
 _MOST_FAILURES = 12
 
@@ -19,10 +18,10 @@ def summary_of(folder: Path, outcomes: Sequence[Outcome]) -> str:
     """Times, then what failed and which targets were reached."""
     kernels = sorted(folder.glob("kernels-*.json"))
     parts = ["", *(["==== us by rows of activations; * what the op chooses"] if kernels else [])]
-    parts += [line for file in kernels for line in _part(file, kernels_table.lines)]
+    parts += [line for file in kernels for line in _part(file, report.lines)]
     for title, name, lines in (
-        ("CPM-2", ZOO, zoo_table.lines),
-        ("GLM-130B", GLM, glm_table.lines),
+        ("CPM-2", ZOO, _table_lines),
+        ("GLM-130B", GLM, _table_lines),
         ("the machine", PROBE, _probe_lines),
     ):
         if (folder / name).is_file():
@@ -47,8 +46,12 @@ def _findings(content: dict[str, Any]) -> list[str]:
         *(shortened(f"{r['name']}: {r['failure']}") for r in failures[:_MOST_FAILURES]),
         *([f"{len(failures) - _MOST_FAILURES} more"] if len(failures) > _MOST_FAILURES else []),
         *([f"not measured, of lack of time: {len(left_out)} groups"] if left_out else []),
-        *map(str, targets(content)),
+        *map(str, report.targets(content)),
     ]
+
+
+def _table_lines(content: dict[str, Any]) -> list[str]:
+    return report.table(content).splitlines()
 
 
 def _probe_lines(content: dict[str, Any]) -> list[str]:

@@ -23,9 +23,9 @@ from cases import CASES, CUT, LARGEST, ROUNDED, WHOLE, Case, relative_error, wei
 
 import bminf
 from benchmarks import run
-from benchmarks.calls import poisoned
-from benchmarks.kernels_cuda import PATHS, has_path, run_path
-from benchmarks.kernels_targets import targets
+from benchmarks.harness import poisoned
+from benchmarks.kernels import PATHS, has_path, run_path
+from benchmarks.report import targets
 from bminf.cuda.launcher import Launcher, launcher_for
 from bminf.ops import linear_w8a8
 from bminf.ops.dequantize import dequantize_weight

@@ -19,9 +19,9 @@ from bminf.offload.plan import least_budget
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # as in test_benchmarks.py
 
-from benchmarks.glm_model import PUBLISHED, Sizes, planned
-from benchmarks.glm_run import Run, Task
 from benchmarks.harness import Settings
+from benchmarks.models import Run, Task
+from bminf.models.source import find_sizes
 
 pytestmark = pytest.mark.gpu
 
@@ -107,21 +107,26 @@ def test_full_size_layers_of_glm130b_at_a_limit(quantization: str) -> None:
     """Random packed weights: what streams gives what stays does, within the limit."""
     gc.collect()
     torch.cuda.empty_cache()
-    config = replace(PUBLISHED, num_hidden_layers=2, vocab_size=40000)
+    published = find_sizes("GLM-130B")
+    config = replace(published.config, num_hidden_layers=2, vocab_size=40000)
     tasks = (Task("encode", 256), Task("decode", 8))
     batches = tuple((task.rows, task.length) for task in tasks)
-    sizes = Sizes(config, torch.float16, quantization, "int8", batches=batches)
-    _, _, whole = planned(sizes, 2**40, "cuda")
+    run = Run(
+        replace(published, config=config), torch.float16, quantization, "int8", batches,
+        device="cuda", tasks=tasks,
+    )  # fmt: skip
+    _, whole = run.planned(2**40)
     before, digests = torch.cuda.memory_allocated(), []
     for limit in (whole.total_bytes, least_budget(whole)):
-        results = Run(sizes, limit, "cuda", None, tasks).measure(Settings(0, 1, 1))
-        digests.append([result.details["result_sha256"] for result in results])
+        parts = replace(run, limit=limit).measure(Settings(0, 1, 1))
+        results = [result for part in parts for result in part]
+        digests.append([result["details"]["result_sha256"] for result in results])
         for result in results:
             is_streamed = limit < whole.total_bytes
-            assert (result.details["copied_bytes_per_step"] > 0) is is_streamed
-            assert result.peak_cuda_bytes is not None
+            assert (result["details"]["copied_bytes_per_step"] > 0) is is_streamed
+            assert result["peak_cuda_bytes"] is not None
             # torch rounds each tensor up to 512 bytes; a product of a library takes a workspace.
-            assert result.peak_cuda_bytes - before <= limit + 64 * 2**20
+            assert result["peak_cuda_bytes"] - before <= limit + 64 * 2**20
     assert digests[0] == digests[1]
 
 

@@ -2,34 +2,103 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-sys.path.append(str(Path(__file__).resolve().parents[2]))  # as in test_benchmarks.py
-
-from benchmarks.glm_memory import step_in_a_process
-from benchmarks.glm_model import PUBLISHED
+from bminf.arch.glm import PUBLISHED_GLM
 from bminf.cli.measure import rss_anon_bytes
 
+ROOT = Path(__file__).resolve().parents[2]
 MB = 10**6
 LIMIT = 850 * MB
-UP_BYTES = 2 * PUBLISHED.intermediate_size * PUBLISHED.hidden_size // 2
+CONFIG = PUBLISHED_GLM["GLM-130B"]
+UP_BYTES = 2 * CONFIG.intermediate_size * CONFIG.hidden_size // 2
+
+# Loads layers of random weights, writes two tokens after a text, lets go, and says what it took.
+SCRIPT = """
+import hashlib, json, sys, warnings
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from benchmarks.models import Run
+from bminf.arch.glm import PUBLISHED_GLM
+from bminf.cli.measure import PeakMemory, rss_anon_bytes
+from bminf.generation.loop import decode
+from bminf.generation.sampling import Sampler, Sampling, top_k_then_top_p
+from bminf.models.glm_text import GLMDecoder, blank
+from bminf.models.source import find_sizes
+from bminf.offload import memory
+
+LENGTH = 16
+warnings.simplefilter("error")
+torch.set_num_threads(1)
+
+
+def take(folder, limit, **sizes):
+    config = replace(PUBLISHED_GLM["GLM-130B"], num_hidden_layers=1, **sizes)
+    run = Run(find_sizes(config), torch.float32, "int4-row", "int8", ((1, LENGTH),), limit=limit,
+              offload_dir=folder)
+    memory.trim()
+    with PeakMemory(is_cuda=False, baseline_bytes=rss_anon_bytes()) as peak:
+        with run.loaded() as (network, scheduler):
+            digest, plan = written(network), scheduler.plan
+            copied = scheduler.stats().bytes_copied
+    return {
+        "used": peak.peak_bytes, "planned": plan.total_bytes, "copied": copied,
+        "weights": plan.resident_bytes + plan.slot_bytes, "streamed": len(plan.streamed),
+        "logits_sha256": digest,
+    }
+
+
+def written(network):
+    ids = [i % 60 for i in range(LENGTH - 2)]
+    one = blank(ids, len(ids) - 1, 0, is_continued=True)
+    decoder, digest = GLMDecoder(network, network.new_cache(1, LENGTH), [one]), hashlib.sha256()
+
+    def watched(input_ids):
+        logits = decoder(input_ids)
+        assert logits.isfinite().all()
+        digest.update(logits.numpy().tobytes())
+        return logits
+
+    sampling = Sampling(top_p=0.9, seed=1, filter=top_k_then_top_p)
+    sampler = Sampler(sampling, [one.input_ids], network.config.vocab_size, "cpu")
+    with torch.inference_mode():
+        assert len(list(decode(watched, torch.tensor([one.start_ids]), sampler, [], 2))) == 2
+    return digest.hexdigest()
+
+
+folder, limit = Path(sys.argv[1]), int(sys.argv[2])
+# What a process needs once, whatever the size of its model.
+take(folder, 10**8, vocab_size=64, hidden_size=128, intermediate_size=256, num_attention_heads=2)
+print(json.dumps(take(folder, limit, vocab_size=256)))
+"""
+
+
+def taken(folder: Path, limit: int) -> dict[str, Any]:
+    """What a process of its own reports."""
+    folder.mkdir()
+    command = [sys.executable, "-c", SCRIPT, str(folder), str(limit)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    report: dict[str, Any] = json.loads(done.stdout)
+    return report
 
 
 @pytest.mark.skipif(rss_anon_bytes() is None, reason="the system does not tell RssAnon")
 def test_a_full_size_layer_within_a_limit_below_its_size(tmp_path: Path) -> None:
-    """Two slots of its largest matrix leave 44 MB for all else. The whole check, with three layers,
-    the head and converting, is `python -m benchmarks.glm_memory check`."""
-    layer = ("decode", "--layers", "1", "--vocabulary", "256", "--max-length", "16")
-    commands = [
-        (*layer, "--folder", str(tmp_path / "limited"), "--memory-limit", str(LIMIT)),
-        (*layer, "--folder", str(tmp_path / "whole")),
-    ]
+    """Two slots of its largest matrix leave 44 MB for all else."""
+    limits = {"limited": LIMIT, "whole": 2**50}
     with ThreadPoolExecutor() as pool:
-        limited, whole = pool.map(lambda command: step_in_a_process(*command), commands)
+        limited, whole = pool.map(taken, (tmp_path / name for name in limits), limits.values())
     assert whole["weights"] > 900 * MB > LIMIT
     assert limited["used"] <= 1.05 * LIMIT, limited
     assert limited["planned"] <= LIMIT and limited["weights"] > 2 * UP_BYTES

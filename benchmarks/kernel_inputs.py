@@ -1,0 +1,201 @@
+"""What the kernel benchmark works on: weights in several copies, and the right results."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from benchmarks.harness import Call, num_sets, relative_error
+from bminf.quantization.packed import (
+    INT4,
+    INT8,
+    Format,
+    PackedWeight,
+    dequantize,
+    int8_rows,
+    pack,
+)
+
+FORMATS = {
+    "int8": INT8,
+    "int8-g128": Format(8, 128),
+    "int4": INT4,  # groups of 16
+    "int4-g32-minimum": Format(4, 32, has_minimum=True),
+    "int4-g64": Format(4, 64),
+    "int4-g128": Format(4, 128),
+    "int4-row": Format(4),
+}
+_SLICE_ELEMENTS = 2**26  # of a weight in float64 at a time
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all calls of a run have in common.
+
+    dtype: of activations.   shapes: (out_features, in_features) of weights.   rows: of activations,
+    in ascending order.   rotate_bytes: of other inputs are read before a set comes again.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    shapes: tuple[tuple[int, int], ...]
+    rows: tuple[int, ...]
+    formats: tuple[str, ...]
+    rotate_bytes: int
+    copy_bytes: int
+
+
+class Inputs:
+    """A random weight of one shape and random activations, and all that is made of them, once.
+
+    shape: out_features may be None where there is no weight.
+    """
+
+    def __init__(self, setup: Setup, shape: tuple[int | None, int]) -> None:
+        self.setup = setup
+        self.shape = shape
+        self._made: dict[Any, Any] = {}
+
+    def size(self, num_rows: int) -> str:
+        """The shape and a number of rows, as names have it."""
+        return f"{'x'.join(str(side) for side in self.shape if side is not None)} M={num_rows}"
+
+    @cached_property
+    def weight(self) -> torch.Tensor:
+        """(N, K) float32."""
+        return torch.randn(self.shape, device=self.setup.device).div_(self.shape[1] ** 0.5)
+
+    @cached_property
+    def x(self) -> torch.Tensor:
+        """(most rows, K)."""
+        shape = (max(self.setup.rows), self.shape[1])
+        return torch.randn(shape, device=self.setup.device).to(self.setup.dtype)
+
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What `make` gives, which all calls with this key share."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+    def num_copies(self, num_bytes: int) -> int:
+        """Of a weight of so many bytes."""
+        return num_sets(num_bytes, self.setup.rotate_bytes)
+
+    def packed(self, name: str) -> Sequence[PackedWeight]:
+        """Copies of the weight in FORMATS[name]."""
+        return self.once(name, lambda: self._copies(pack(self.weight, FORMATS[name])))
+
+    def plain(self, dtype: torch.dtype) -> Sequence[torch.Tensor]:
+        """Copies of the weight as it is, for the products of others."""
+        return self.once(dtype, lambda: self._copies(self.weight.to(dtype)))
+
+    def _copies(self, weight: Any) -> Sequence[Any]:
+        count = self.num_copies(bytes_of(weight))
+        if isinstance(weight, torch.Tensor):
+            return clones(weight, count)
+        parts = [[one] * count if not isinstance(one, torch.Tensor) else clones(one, count)
+                 for one in weight]  # fmt: skip
+        return [PackedWeight(*each) for each in zip(*parts, strict=True)]
+
+    def expected(self, num_rows: int, format: str | None, rounds_x: bool = False) -> torch.Tensor:
+        """(num_rows, N) float64: the right product with a format, or with the weight as it is.
+
+        rounds_x: each token of x is rounded to 8 bits first.
+        """
+
+        def make() -> torch.Tensor:
+            weight = self.weight
+            if format is not None:
+                weight = dequantize(self.packed(format)[0], torch.float32)
+            return product(rounded(self.x) if rounds_x else self.x.double(), weight)
+
+        return self.once((format, rounds_x), make)[:num_rows]
+
+    def product(
+        self,
+        op: str,
+        num_rows: int,
+        variant: str,
+        run: Callable[[Any], torch.Tensor],
+        weights: Sequence[Any],
+        bound: float,
+        format: str | None = None,
+        rounds_x: bool = False,
+        weight_bytes: int | None = None,
+        finish: Callable[[torch.Tensor], torch.Tensor] = lambda y: y,
+        **details: Any,
+    ) -> Call:
+        """A product of `num_rows` rows with one of `weights`, or with two of them at once.
+
+        format, rounds_x: see expected(), of which the right result is `finish`.   weight_bytes: of
+        one of `weights`, where they do not tell.
+        The bytes it moves are those of the weights, of the activations and of the result.
+        """
+        num_features = sum(side for side in self.shape if side is not None)
+        nbytes = bytes_of(weights[0]) if weight_bytes is None else weight_bytes
+        num_weights = 2 if weight_bytes is None and type(weights[0]) is tuple else 1
+        return self.call(
+            op, num_rows, variant, run, weights,
+            lambda y: relative_error(y, finish(self.expected(num_rows, format, rounds_x))), bound,
+            num_bytes=nbytes + num_rows * num_features * self.x.element_size(),
+            num_ops=2 * num_rows * math.prod(filter(None, self.shape)) * num_weights,
+            weight_bytes=nbytes, format=format, **details,
+        )  # fmt: skip
+
+    def call(
+        self,
+        op: str,
+        num_rows: int | None,
+        variant: str,
+        run: Callable[[Any], Any],
+        copies: Sequence[Any],
+        error: Callable[[Any], float],
+        bound: float,
+        num_bytes: int,
+        num_ops: int = 0,
+        **details: Any,
+    ) -> Call:
+        """A call of `run` with one of `copies` after the other."""
+        sizes = {"rows": num_rows, "out_features": self.shape[0], "in_features": self.shape[1]}
+        return Call(
+            f"{op} {self.size(num_rows or 1)}: {variant}",
+            lambda i: run(copies[i]),
+            len(copies),
+            error,
+            bound,
+            num_bytes,
+            num_ops,
+            {"op": op, "variant": variant, **sizes, **details},
+        )
+
+
+def rounded(x: torch.Tensor) -> torch.Tensor:
+    """x with each token rounded to 8 bits, in float64."""
+    codes, scale = int8_rows(x)
+    return codes.double() * scale.double().unsqueeze(-1)
+
+
+def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x W^T in float64, some rows of the weight at a time."""
+    num_rows = max(1, _SLICE_ELEMENTS // weight.shape[1])
+    return torch.cat([x @ rows.double().t() for rows in weight.split(num_rows)], dim=1)
+
+
+def bytes_of(weight: Any) -> int:
+    """What a product with float activations has to read: of a packed weight its codes, scales and
+    minima, of several weights all of them."""
+    if isinstance(weight, torch.Tensor):
+        return weight.nbytes
+    if isinstance(weight, PackedWeight):
+        weight = [part for part in weight[:3] if part is not None]
+    return sum(map(bytes_of, weight))
+
+
+def clones(tensor: torch.Tensor, count: int) -> Sequence[torch.Tensor]:
+    """Equal tensors at different addresses."""
+    return tensor.expand(count, *tensor.shape).contiguous().unbind()
