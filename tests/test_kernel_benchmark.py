@@ -89,7 +89,8 @@ class _DoesNothing:
 
 
 def test_every_kernel_is_checked_before_it_is_timed() -> None:
-    setup = Setup(CPU, torch.float16, ((16, 32),), (1, 32), ("int8", "int4"), 0, 16)
+    formats = ("int8", "int4", "int4-g32-minimum")
+    setup = Setup(CPU, torch.float16, ((16, 32),), (1, 32), formats, 0, 16)
     launcher, once = _DoesNothing(), Settings(warmup=0, repeats=1, rounds=1)
     results: list[Result] = []
     ops = [op for op in kernels.OPS if op != "linear"]
@@ -100,6 +101,8 @@ def test_every_kernel_is_checked_before_it_is_timed() -> None:
     assert timed == {"torch float16", "torch: quantize_rows", "torch: rms_norm_quantize"}
     reasons = {result["failure"].partition(":")[0] for result in results if result["failure"]}
     assert reasons == {"ArithmeticError"}  # they ran, and what they gave was wrong
+    one = next(result for result in results if "g32-minimum few rows" in result["name"])
+    assert one["details"]["weight_bytes"] == 16 * (32 // 2 + 2 * 2)  # a scale, a minimum a row
     assert launcher.launched == {
         "linear_few_rows",
         "linear_tensor_core",

@@ -360,6 +360,18 @@ def test_a_prediction_is_that_of_the_plan(predicted: Any) -> None:
         assert result["is_bound"] is (details["task"] in (ENCODER, ANEW))
 
 
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize(("case", "head"), [("zoo", "none"), ("glm", "int8"), ("glm", "none")])
+def test_a_run_is_planned_as_the_library_does(case: str, head: str, device: str) -> None:
+    quantization, limit = ("int8", 5 * 10**9) if case == "zoo" else ("int4-row", 20 * 10**9)
+    source, batches = find_sizes(CASES[case].title), ((1, 512),)
+    own = Run(source, torch.float16, quantization, head, batches, device=device).planned(limit)[1]
+    assert own.streamed and own == plan_model(
+        source, limit, quantization, torch.float16, 512, device=device,
+        head_quantization=None if head == "none" else head,
+    )  # fmt: skip
+
+
 def test_what_is_predicted_for_the_published_models(predicted: Any) -> None:
     case, found = predicted
     if case == "zoo":

@@ -28,7 +28,7 @@ def test_windows_bring_each_token_once_after_as_many_as_there_is_room_for(
     found = list(windows(list(range(count)), length, stride))
     new = [token for tokens, num_known in found for token in tokens[num_known:]]
     assert new == list(range(count))
-    assert all(len(tokens) <= length for tokens, _ in found)
+    assert all(num_known < len(tokens) <= length for tokens, num_known in found)
     assert [num_known for _, num_known in found] == [0] + [length - stride] * (len(found) - 1)
 
 
