@@ -50,9 +50,9 @@ _SHAPES = {
 _CPU_OPS = ("linear",)  # all others are those of a GPU
 _ROWS = {"cpu": (1, 16, 128), "cuda": (1, 2, 4, 8, 16, 32, 64, 128, 512, 2048)}
 _DTYPES = {"cpu": "float32", "cuda": "float16"}
-_LEAST_ROTATE_BYTES = 300_000_000  # on the CPU
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 _NUM_CACHES = {"cpu": 2, "cuda": 4}  # so many times the cache is rotated
+_LEAST_ROTATE_BYTES = {"cpu": 300_000_000, "cuda": 0}  # a CPU's cache may be shared
 _COPY_BYTES = 2**30  # on a GPU; on the CPU as much as is rotated
 
 # Relative norm errors: half of the last bit of the result, and of the weights where these are
@@ -79,7 +79,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"on a GPU, of {', '.join(FORMATS)}; default: int8 int4")  # fmt: skip
     add("--dtype", choices=("float32", "float16", "bfloat16"), help="of activations, on a GPU")
     add("--rotate-bytes", metavar="SIZE", help="that pass before weights are used again")
-    add("--copy-bytes", metavar="SIZE", help="of the copy that measures the bandwidth")
     add("--seconds", type=float, default=float("inf"), metavar="S",
         help="begin no group of calls after so long; what is left out is in the file")  # fmt: skip
     add("--threads", type=int, default=1, metavar="N", help="of torch on the CPU; default: 1")
@@ -103,15 +102,11 @@ def prepare(arguments: argparse.Namespace) -> Iterator[tuple[dict[str, Any], Ite
     unknown = {op for op in ops if (op in _CPU_OPS) != (kind == "cpu")}
     if unknown:
         raise SystemExit(f"--ops {' '.join(sorted(unknown))}: not on {kind}")
-    parameters = {
+    parameters = vars(setup) | {
         "device": kind,
         "dtype": str(setup.dtype).removeprefix("torch."),
         "ops": ops,
         "shapes": [f"{n}x{k}" for n, k in setup.shapes],
-        "rows": list(setup.rows),
-        "formats": list(setup.formats),
-        "rotate_bytes": setup.rotate_bytes,
-        "copy_bytes": setup.copy_bytes,
         "threads": arguments.threads,
         # They are made anew for it, which costs nothing before their inputs are.
         "left_out": [name for name, _ in calls_by_group(setup, ops)],
@@ -129,14 +124,9 @@ def prepare(arguments: argparse.Namespace) -> Iterator[tuple[dict[str, Any], Ite
 def setup_of(arguments: argparse.Namespace) -> Setup:
     """The arguments, with the defaults of the device in place of what was not given."""
     kind = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    rotate_bytes = _NUM_CACHES[kind] * _cache_bytes(kind)
-    if kind == "cpu":  # what the system says may be shared
-        rotate_bytes = max(_LEAST_ROTATE_BYTES, rotate_bytes)
+    rotate_bytes = max(_LEAST_ROTATE_BYTES[kind], _NUM_CACHES[kind] * _cache_bytes(kind))
     if arguments.rotate_bytes is not None:
         rotate_bytes = parse_bytes(arguments.rotate_bytes, "--rotate-bytes")
-    copy_bytes = _COPY_BYTES if kind == "cuda" else rotate_bytes
-    if arguments.copy_bytes is not None:
-        copy_bytes = parse_bytes(arguments.copy_bytes, "--copy-bytes")
     return Setup(
         device=torch.device(kind),
         dtype=getattr(torch, arguments.dtype or _DTYPES[kind]),
@@ -144,7 +134,7 @@ def setup_of(arguments: argparse.Namespace) -> Setup:
         rows=tuple(sorted(arguments.rows or _ROWS[kind])),
         formats=tuple(arguments.formats),
         rotate_bytes=rotate_bytes,
-        copy_bytes=copy_bytes,
+        copy_bytes=_COPY_BYTES if kind == "cuda" else rotate_bytes,
     )
 
 

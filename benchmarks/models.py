@@ -522,15 +522,10 @@ def _predicted(card: Card, plan: Plan, task: Task) -> Result:
 
 # ---- the two cases -------------------------------------------------------------------------------
 
-_SIZES = {
-    "layers": ("num_hidden_layers", "num_encoder_layers", "num_decoder_layers"),
-    "hidden_size": ("hidden_size",),
-    "intermediate_size": ("intermediate_size",),
-    "heads": ("num_attention_heads",),
-    "head_size": ("head_dim",),
-    "vocabulary": ("vocab_size",),
-}
-"""Options, and the fields that they set of the configurations that have them."""
+_RESERVED_LENGTH = 512  # tokens of prompt and answer each of an encoder-decoder, or more
+_LAYERS = ("num_hidden_layers", "num_encoder_layers", "num_decoder_layers")
+_LIMIT = "--memory-limit"
+_CARD_OPTIONS = ("--card", "--card-limit", "--link", "--memory-bandwidth")
 
 
 @dataclass(frozen=True)
@@ -550,6 +545,7 @@ class Case:
         add, kinds = parser.add_argument, [*all_formats(), "none"]
         add("--model", default=self.title, metavar="MODEL",
             help=f"a published one, or a folder; default: {self.title}")  # fmt: skip
+        add("--layers", type=count, metavar="N", help="of each stack; default: all of the model")
         add("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
         add(_LIMIT, nargs="+", metavar="SIZE", default=[None],
             help='one or more, such as "6GB"; default: 90%% of what is free')  # fmt: skip
@@ -566,9 +562,6 @@ class Case:
             help="begin no model after so long; what is left out is in the file")  # fmt: skip
         add("--predict-only", action="store_true", help="measure nothing: this takes seconds")
         self._add_tasks(parser)
-        add = parser.add_argument_group("sizes of what is measured: the model's own").add_argument
-        for option in _SIZES:
-            add(f"--{option.replace('_', '-')}", type=count, metavar="N")
         add = parser.add_argument_group("the card of the prediction").add_argument
         for option, value in zip(_CARD_OPTIONS, vars(self.card).values(), strict=True):
             text = value if isinstance(value, str) else f"{value / 1e9:g}GB"
@@ -580,7 +573,6 @@ class Case:
             parser.set_defaults(rounds=1, head_quantization=None)
             add("--prompt-length", default=256, metavar="N", help="default: 256 tokens")
             add("--steps", default=255, metavar="N", help="of the decoder; default: 255")
-            add("--max-length", default=512, metavar="N", help="reserved for each; default: 512")
             return
         # The run that is checked warms up; at full size each takes minutes.
         parser.set_defaults(rounds=1, warmup=0, repeats=1)
@@ -608,7 +600,7 @@ class Case:
                 predicted = list(predictions(whole, _card(arguments), *asked))
             except (ArgumentError, BudgetError) as error:
                 raise SystemExit(str(error)) from error
-            parameters = _parameters(arguments, whole, runs[0]) | {"quantization": kinds}
+            parameters = _parameters(arguments, runs[0]) | {"quantization": kinds}
             named = [] if arguments.predict_only else [(run.name, run.measure) for run in runs]
             parameters["left_out"] = [name for name, _ in named]
             measured = harness.in_time(named, parameters["left_out"], arguments.seconds)
@@ -620,18 +612,19 @@ class Case:
             raise ArgumentError(
                 f"--model {arguments.model} is a model for the other of zoo and glm"
             )
-        source, tasks = replace(whole, config=config_of(whole, arguments)), self.tasks(arguments)
+        source, tasks = shortened(whole, arguments.layers), self.tasks(arguments)
         assemble.max_length_for(max(task.length for task in tasks), source)
         is_cut = whole.architecture.cut_head is not None
         device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        own = ((1, arguments.max_length),) if self.is_encoder_decoder else ()
+        batches = tuple((task.rows, task.length) for task in tasks)
+        if self.is_encoder_decoder:
+            batches = ((1, max(_RESERVED_LENGTH, *(length for _, length in batches))),)
         first = Run(
             source,
             assemble.dtype_for(arguments.dtype, device),
             "int4-row" if is_cut else "int8",
             arguments.head_quantization or ("int8" if is_cut else "none"),
-            own or tuple((task.rows, task.length) for task in tasks),
-            None, device, tasks, arguments.activations, arguments.offload_dir,
+            batches, None, device, tasks, arguments.activations, arguments.offload_dir,
         )  # fmt: skip
         return [
             replace(first, quantization=quantization, limit=limit and parse_bytes(limit, _LIMIT))
@@ -643,8 +636,6 @@ class Case:
         """In the order of the options.   Raises ArgumentError."""
         if self.is_encoder_decoder:
             prompt, steps = arguments.prompt_length, arguments.steps
-            if max(prompt, steps) > arguments.max_length:
-                raise ArgumentError("--prompt-length and --steps are at most --max-length")
             decoding = (Task(kind, steps, prompt=prompt) for kind in (ANEW, ONCE))
             return Task(ENCODER, prompt), *decoding
         rows, length = arguments.cola
@@ -654,14 +645,15 @@ class Case:
         return tuple(t for t in (*tasks, Task("cola", length, rows)) if t.kind in arguments.tasks)
 
 
-def _parameters(arguments: argparse.Namespace, whole: Source, run: Run) -> dict[str, Any]:
+def _parameters(arguments: argparse.Namespace, run: Run) -> dict[str, Any]:
     """What was asked for, for the JSON file."""
-    names = ("prompt_length", "steps", "max_length", "memory_limit", "activations")
+    names = ("prompt_length", "steps", "memory_limit", "activations")
     return {name: vars(arguments)[name] for name in names if name in arguments} | {
-        "model": title_of(whole, run.source.config),
+        "model": run.source.title,
         "config": asdict(run.source.config),
         "head_quantization": run.head_quantization,
         "tasks": [asdict(task) for task in run.tasks],
+        "max_length": max(length for _, length in run.batches),
         "device": None if arguments.predict_only else run.device,
         "dtype": str(run.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
@@ -676,40 +668,23 @@ def count(text: str) -> int:
     return number
 
 
-_LIMIT = "--memory-limit"
-_CARD_OPTIONS = ("--card", "--card-limit", "--link", "--memory-bandwidth")
-
-
 def _card(arguments: argparse.Namespace) -> Card:
     sizes = (arguments.card_limit, arguments.link, arguments.memory_bandwidth)
     pairs = zip(sizes, _CARD_OPTIONS[1:], strict=True)
     return Card(arguments.card, *(int(parse_bytes(*pair)) for pair in pairs))
 
 
-def config_of(whole: Source, arguments: argparse.Namespace) -> Any:
-    """That of the model, but for the sizes that are given.   Raises ArgumentError."""
-    given = {option: vars(arguments)[option] for option in _SIZES}
-    changed: dict[str, int] = {}
-    for option, value in given.items():
-        names = [name for name in _SIZES[option] if name in vars(whole.config)]
-        if value is not None and not names:
-            raise ArgumentError(f"{option} is no size of a {whole.title}")
-        changed |= dict.fromkeys(names, value) if value is not None else {}
-    return replace(whole.config, **changed)
-
-
-def title_of(whole: Source, config: Any) -> str:
-    """What is measured, in words: the model, or how much of it."""
-    if config == whole.config:
-        return whole.title
-    names = [name for name in _SIZES["layers"] if name in vars(config)]
-    mine, all_layers = (
-        " + ".join(str(getattr(one, name)) for name in names) for one in (config, whole.config)
+def shortened(whole: Source, num_layers: int | None) -> Source:
+    """The model with so many layers in each stack, which its title says; None is all of them."""
+    own = {name: count for name, count in vars(whole.config).items() if name in _LAYERS}
+    if num_layers is None or set(own.values()) == {num_layers}:
+        return whole
+    counts, all_counts = (
+        " + ".join(map(str, each)) for each in ([num_layers] * len(own), own.values())
     )
-    own = {name: getattr(whole.config, name) for name in names}
-    is_shortened = replace(config, **own) == whole.config
-    what = f"{whole.title}, shortened" if is_shortened else f"of other sizes than {whole.title}"
-    return f"{what}: {mine} layers of {all_layers}"
+    title = f"{whole.title}, shortened: {counts} layers of {all_counts}"
+    config = replace(whole.config, **dict.fromkeys(own, num_layers))
+    return replace(whole, config=config, title=title)
 
 
 ZOO = Case(

@@ -98,28 +98,24 @@ def prepare(arguments: argparse.Namespace) -> Iterator[tuple[dict[str, Any], lis
 def measure(
     reader: Reader, form: Format | None, seeds: Sequence[int], _: Settings
 ) -> Iterator[list[Result]]:
-    """The result of a format, or of fp32."""
-    if form is None:
-        yield [_result(reader, "fp32", None, 32.0, [reader.plain])]
-        return
-    # Where a whole row shares a scale, the order of its columns changes nothing.
-    orders = [None] if form.group_size is None else [None, *seeds]
-    samples = [reader.read(seed, partial(repacked, form=form)) for seed in orders]
-    bits = mean_bits(reader.linears, form)
-    yield [_result(reader, name_of(form), asdict(form), bits, samples)]
-
-
-def _result(reader: Reader, name: str, form: Any, bits: float, samples: list[Sample]) -> Result:
-    """The samples, and what they say of the columns' own order and of the permuted ones."""
+    """The samples of a format, or of fp32, and what they say of the columns' own order and of the
+    permuted ones."""
+    name, bits, samples = "fp32", 32.0, [reader.plain]
+    if form is not None:
+        # Where a whole row shares a scale, the order of its columns changes nothing.
+        orders = [None] if form.group_size is None else [None, *seeds]
+        samples = [reader.read(seed, partial(repacked, form=form)) for seed in orders]
+        name, bits = name_of(form), mean_bits(reader.linears, form)
     own, *permuted = samples
-    return {
+    result = {
         "name": name,
-        "format": form,
+        "format": form and asdict(form),
         "bits_per_weight": bits,
         "own_order": summaries([own], reader.plain),
         "permuted": summaries(permuted or [own], reader.plain),
         "samples": samples,
     }
+    yield [result]
 
 
 def summaries(samples: Sequence[Sample], plain: Sample) -> dict[str, Any]:
