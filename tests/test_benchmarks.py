@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ from benchmarks.harness import (
 from benchmarks.whole_file import write_json
 
 CPU = torch.device("cpu")
+PARTS = [f"{group}{part}" for group in "abc" for part in (0, 1)]  # of a ToyCase
 ONCE = Settings(warmup=0, repeats=1, rounds=1)
 TINY = ("--model", "random", "--hidden-size", "64", "--layers", "6", "--vocabulary", "64")
 QUICK = ("--warmup", "0", "--repeats", "2", "--rounds", "1", "--tokens", "4", "--device", "cpu")
@@ -113,15 +116,55 @@ def test_a_file_is_whole_while_another_takes_its_place(
     assert json.loads(file.read_text()) == {"n": 1}
 
 
-def test_groups_that_would_begin_too_late_are_left_out() -> None:
-    names = ["a", "b", "c"]
-    groups: list[Any] = [(name, name.upper) for name in names]
-    left_out = list(names)
-    yielded = in_time(groups, left_out, seconds=3600)
-    assert next(yielded)() == "A" and left_out == names  # it may be stopped within a group
-    assert [group() for group in yielded] == ["B", "C"] and left_out == []
-    left_out = list(names)
-    assert list(in_time(groups, left_out, seconds=-1)) == [] and left_out == names
+class ToyCase:
+    """Groups of two parts each; from the part `end` on, someone stops the run."""
+
+    def __init__(self, end: int) -> None:
+        self.end = end
+        self.done: list[str] = []
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--seconds", type=float, default=3600.0)
+
+    @contextmanager
+    def prepare(self, arguments: argparse.Namespace) -> Iterator[Any]:
+        left_out = ["a", "b", "c"]
+        groups = [(name, partial(self.parts, name)) for name in left_out]
+        yield {"left_out": left_out}, in_time(groups, left_out, arguments.seconds)
+
+    def parts(self, name: str, settings: Settings) -> Iterator[list[Any]]:
+        for part in (f"{name}0", f"{name}1"):
+            if len(self.done) == self.end:
+                raise KeyboardInterrupt
+            self.done.append(part)
+            yield [{"name": part, "details": {}, "failure": "broken" if part == "c1" else None}]
+
+
+@pytest.mark.parametrize("end", [0, 1, 2, 5])
+def test_a_stopped_run_leaves_what_it_measured_and_names_the_rest(
+    end: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, case = tmp_path / "toy.json", ToyCase(end)
+    monkeypatch.setitem(run.CASES, "toy", (case, ""))
+    with pytest.raises(KeyboardInterrupt):
+        run.main(["toy", "--out", str(file)])
+    content = json.loads(file.read_text())
+    assert [result["name"] for result in content["results"]] == case.done == PARTS[:end]
+    assert content["parameters"]["left_out"] == ["a", "b", "c"][end // 2 :]
+
+
+@pytest.mark.parametrize(("seconds", "parts", "code"), [("3600", 6, 1), ("-1", 0, 0)])
+def test_groups_that_would_begin_too_late_are_left_out(
+    seconds: str, parts: int, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What could not be measured makes the exit status 1."""
+    file = tmp_path / "toy.json"
+    monkeypatch.setitem(run.CASES, "toy", (ToyCase(6), ""))
+    monkeypatch.setattr(run, "table", lambda content: "")
+    assert run.main(["toy", "--seconds", seconds, "--out", str(file)]) == code
+    content = json.loads(file.read_text())
+    assert [result["name"] for result in content["results"]] == PARTS[:parts]
+    assert content["parameters"]["left_out"] == ([] if parts else ["a", "b", "c"])
 
 
 def test_unknown_case_is_wrong_usage() -> None:

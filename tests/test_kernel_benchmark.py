@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,27 +46,6 @@ def test_kernels_case(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert rotated["details"]["copy_fraction"] > 0
     assert results["linear cached 40x64 M=3: int4"]["details"]["num_sets"] == 1
     assert "**linear rotated**" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("num_groups", [0, 1, 3])
-def test_a_stopped_run_leaves_what_it_measured_and_names_the_rest(
-    num_groups: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file, measured = tmp_path / "kernels.json", list[str]()
-
-    def stopped_later(name: str, *_: Any) -> Iterator[list[Result]]:
-        if len(measured) == num_groups:
-            raise KeyboardInterrupt
-        measured.append(name)
-        yield [{"name": name, "details": {"op": "linear"}, "failure": None}]
-
-    monkeypatch.setattr(kernels, "measure", stopped_later)
-    with pytest.raises(KeyboardInterrupt):
-        run.main(["kernels", *QUICK, *SMALL, "--out", str(file)])
-    content = json.loads(file.read_text())
-    assert [result["name"] for result in content["results"]] == measured
-    names = [f"linear {n}x64 M={m}" for n in (64, 40) for m in (1, 3)]
-    assert measured + content["parameters"]["left_out"] == names
 
 
 @pytest.mark.parametrize("arguments", [("--shapes", "64"), ("--ops", "gated"), ("--rows", "x")])

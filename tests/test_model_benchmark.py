@@ -6,7 +6,7 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,7 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # as in test_benchmarks.py
 
-from benchmarks import harness, run
-from benchmarks.harness import Settings, Variant
+from benchmarks import run
 from benchmarks.models import ANEW, ENCODER, GLM, LISTS, ONCE, ZOO, Run, Task, random_weights
 from benchmarks.report import ROOT
 from bminf.arch.glm import GLM10B, GLM130B, GLMConfig
@@ -136,34 +135,6 @@ def test_other_models_of_the_zoo(case: str, model: str, tmp_path: Path) -> None:
     assert predicted[0]["details"]["model"] == model
     assert [result["details"]["task"] for result in measured] == KINDS[case]
     assert all(result["published_tokens_per_s"] == {} for result in predicted)
-
-
-@pytest.mark.parametrize("num_tasks", [0, 1, 3, 4])
-def test_a_stopped_run_leaves_the_tasks_it_measured(
-    num_tasks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Tasks are measured in groups of one and two; the model that is not done is left out."""
-    file, measured = tmp_path / "zoo.json", list[str]()
-
-    def stopped_later(variants: Sequence[Variant], settings: Settings) -> list[dict[str, Any]]:
-        if len(measured) == num_tasks:
-            raise KeyboardInterrupt
-        measured.extend(variant.name for variant in variants)
-        details = {"tokens": 1, "steps": 1, "link_gbps": None}
-        samples = [{"wall_s": 1.0}]
-        return [
-            {"name": v.name, "samples": samples, "details": dict(details),
-             "peak_rss_anon_bytes": None} for v in variants
-        ]  # fmt: skip
-
-    monkeypatch.setattr(harness, "measure", stopped_later)
-    limits = ("--memory-limit", "1GB", "30MB")
-    with pytest.raises(KeyboardInterrupt):
-        run.main([*tiny("zoo"), *limits, "--out", str(file)])
-    content, results, predicted = results_of(file)
-    assert [result["name"] for result in results] == measured and predicted
-    names = ["cpu int8, 1 GB", "cpu int8, 30 MB"]
-    assert content["parameters"]["left_out"] == names[num_tasks // 3 :]
 
 
 @pytest.mark.parametrize(
