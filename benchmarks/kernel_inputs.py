@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -61,10 +60,6 @@ class Inputs:
         self.shape = shape
         self._made: dict[Any, Any] = {}
 
-    def size(self, num_rows: int) -> str:
-        """The shape and a number of rows, as names have it."""
-        return f"{'x'.join(str(side) for side in self.shape if side is not None)} M={num_rows}"
-
     @cached_property
     def weight(self) -> torch.Tensor:
         """(N, K) float32."""
@@ -116,10 +111,27 @@ class Inputs:
 
         return self.once((format, rounds_x), make)[:num_rows]
 
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows of activations for one op; makes its calls.   num_rows: None where none matter."""
+
+    inputs: Inputs
+    op: str
+    num_rows: int | None
+
+    @property
+    def x(self) -> torch.Tensor:
+        return self.inputs.x[: self.num_rows]
+
+    @property
+    def size(self) -> str:
+        """The shape and the number of rows, as names have it."""
+        shape = "x".join(str(side) for side in self.inputs.shape if side is not None)
+        return shape if self.num_rows is None else f"{shape} M={self.num_rows}"
+
     def product(
         self,
-        op: str,
-        num_rows: int,
         variant: str,
         run: Callable[[Any], torch.Tensor],
         weights: Sequence[Any],
@@ -130,27 +142,28 @@ class Inputs:
         finish: Callable[[torch.Tensor], torch.Tensor] = lambda y: y,
         **details: Any,
     ) -> Call:
-        """A product of `num_rows` rows with one of `weights`, or with two of them at once.
+        """A product of the rows with one of `weights`, or with two of them at once.
 
-        format, rounds_x: see expected(), of which the right result is `finish`.   weight_bytes: of
-        one of `weights`, where they do not tell.
+        format, rounds_x: see Inputs.expected(), of which the right result is `finish`.
+        weight_bytes: of one of `weights`, where they do not tell.
         The bytes it moves are those of the weights, of the activations and of the result.
         """
-        num_features = sum(side for side in self.shape if side is not None)
+        num_rows, (n, k) = len(self.x), self.inputs.shape
         nbytes = bytes_of(weights[0]) if weight_bytes is None else weight_bytes
         num_weights = 2 if weight_bytes is None and type(weights[0]) is tuple else 1
+
+        def error(y: torch.Tensor) -> float:
+            return relative_error(y, finish(self.inputs.expected(num_rows, format, rounds_x)))
+
         return self.call(
-            op, num_rows, variant, run, weights,
-            lambda y: relative_error(y, finish(self.expected(num_rows, format, rounds_x))), bound,
-            num_bytes=nbytes + num_rows * num_features * self.x.element_size(),
-            num_ops=2 * num_rows * math.prod(filter(None, self.shape)) * num_weights,
+            variant, run, weights, error, bound,
+            num_bytes=nbytes + num_rows * (n + k) * self.x.element_size(),
+            num_ops=2 * num_rows * n * k * num_weights,
             weight_bytes=nbytes, format=format, **details,
         )  # fmt: skip
 
     def call(
         self,
-        op: str,
-        num_rows: int | None,
         variant: str,
         run: Callable[[Any], Any],
         copies: Sequence[Any],
@@ -161,16 +174,12 @@ class Inputs:
         **details: Any,
     ) -> Call:
         """A call of `run` with one of `copies` after the other."""
-        sizes = {"rows": num_rows, "out_features": self.shape[0], "in_features": self.shape[1]}
+        n, k = self.inputs.shape
+        own = {"op": self.op, "variant": variant, "rows": self.num_rows}
+        own |= {"out_features": n, "in_features": k, **details}
+        name = f"{self.op} {self.size}: {variant}"
         return Call(
-            f"{op} {self.size(num_rows or 1)}: {variant}",
-            lambda i: run(copies[i]),
-            len(copies),
-            error,
-            bound,
-            num_bytes,
-            num_ops,
-            {"op": op, "variant": variant, **sizes, **details},
+            name, lambda i: run(copies[i]), len(copies), error, bound, num_bytes, num_ops, own
         )
 
 

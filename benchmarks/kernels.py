@@ -32,7 +32,7 @@ from benchmarks.harness import (
     relative_error,
     torch_threads,
 )
-from benchmarks.kernel_inputs import FORMATS, Inputs, Setup, bytes_of, clones
+from benchmarks.kernel_inputs import FORMATS, Inputs, Rows, Setup, bytes_of, clones
 from bminf.cuda.launcher import Launcher, launcher_for
 from bminf.ops import gated_linear, linear_w8a8, linear_weight_only
 from bminf.ops.dequantize import dequantize_weight
@@ -186,60 +186,57 @@ def calls_by_group(
 ) -> Iterator[tuple[str, Callable[[], list[Call]]]]:
     """The name of each group, and what makes its calls."""
     for op in ops:
-        shapes, rows = _sizes_of(op, setup)
+        shapes, counts = _sizes_of(op, setup)
         for shape in shapes:
             inputs = Inputs(setup, shape)
-            for num_rows in rows:
-                yield f"{op} {inputs.size(num_rows)}", partial(OPS[op], inputs, num_rows)
+            for num_rows in counts:
+                rows = Rows(inputs, op, num_rows)
+                yield f"{op} {rows.size}", partial(OPS[op], rows)
 
 
-def _sizes_of(op: str, setup: Setup) -> tuple[Sequence[tuple[int | None, int]], Sequence[int]]:
+def _sizes_of(
+    op: str, setup: Setup
+) -> tuple[Sequence[tuple[int | None, int]], Sequence[int | None]]:
     """The shapes and the numbers of rows that make a difference to an op."""
     if op == "rows":
         return [(None, k) for k in sorted({k for _, k in setup.shapes})], setup.rows
     if op == "dequantize":
-        return setup.shapes, (1,)
-    if op == "gated":
-        most = linear_weight_only.MOST_FEW_ROWS
-        return setup.shapes, [num_rows for num_rows in setup.rows if num_rows <= most]
-    return setup.shapes, setup.rows
+        return setup.shapes, [None]
+    most = linear_weight_only.MOST_FEW_ROWS
+    return setup.shapes, [m for m in setup.rows if op != "gated" or m <= most]
 
 
 # ---- on the CPU ----------------------------------------------------------------------------------
 
 
-def _linear_calls(inputs: Inputs, num_rows: int) -> list[Call]:
+def _linear_calls(rows: Rows) -> list[Call]:
     """torch's linears, and those with packed weights: from memory, and from a cache."""
     calls: list[Call] = []
-    for op, count in (("linear rotated", None), ("linear cached", 1)):
+    for state, count in (("rotated", None), ("cached", 1)):
+        own = replace(rows, op=f"linear {state}")
         for dtype in (torch.float32, torch.bfloat16):
-            calls.append(_plain(inputs, op, num_rows, dtype, _CPU_BOUND, count))
+            calls.append(_plain(own, dtype, _CPU_BOUND, count))
         for format, activations in (("int8", "float"), ("int8", "int8"), ("int4", "float")):
-            calls.append(_packed(inputs, op, num_rows, format, activations, count))
+            calls.append(_packed(own, format, activations, count))
     return calls
 
 
-def _packed(
-    inputs: Inputs, op: str, num_rows: int, format: str, activations: str, count: int | None
-) -> Call:
-    x, rounds_x = inputs.x[:num_rows], activations == "int8"
+def _packed(rows: Rows, format: str, activations: str, count: int | None) -> Call:
+    x, rounds_x = rows.x, activations == "int8"
     variant = f"{format}, int8 activations" if rounds_x else format
-    return inputs.product(
-        op, num_rows, variant, lambda weight: linear_of_checked(x, weight, None, activations),
-        inputs.packed(format)[:count], _CPU_BOUND, format, rounds_x,
-    )  # fmt: skip
+    weights = rows.inputs.packed(format)[:count]
+
+    def run(weight: PackedWeight) -> torch.Tensor:
+        return linear_of_checked(x, weight, None, activations)
+
+    return rows.product(variant, run, weights, _CPU_BOUND, format, rounds_x)
 
 
-def _plain(
-    inputs: Inputs, op: str, num_rows: int, dtype: torch.dtype, bound: float,
-    count: int | None = None,
-) -> Call:  # fmt: skip
+def _plain(rows: Rows, dtype: torch.dtype, bound: float, count: int | None = None) -> Call:
     """torch's product with a weight that is not quantized.   count: of copies, None is all."""
-    x, variant = inputs.x[:num_rows].to(dtype), f"torch {str(dtype).removeprefix('torch.')}"
-    return inputs.product(
-        op, num_rows, variant, lambda weight: F.linear(x, weight), inputs.plain(dtype)[:count],
-        bound,
-    )  # fmt: skip
+    x, variant = rows.x.to(dtype), f"torch {str(dtype).removeprefix('torch.')}"
+    weights = rows.inputs.plain(dtype)[:count]
+    return rows.product(variant, lambda weight: F.linear(x, weight), weights, bound)
 
 
 # ---- float activations ---------------------------------------------------------------------------
@@ -248,23 +245,22 @@ PATHS = ("few rows", "tensor cores", "dequantised")
 """The ways in which linear_weight_only can multiply."""
 
 
-def _weight_only_calls(inputs: Inputs, num_rows: int) -> list[Call]:
-    x = inputs.x[:num_rows]
+def _weight_only_calls(rows: Rows) -> list[Call]:
+    x, num_rows = rows.x, len(rows.x)
     capability, bound = _launcher(x).capability, 2 * BOUNDS[x.dtype]
     chosen = chosen_path(capability, num_rows, x.dtype)
     paths = [path for path in PATHS if has_path(path, capability, num_rows, x.dtype)]
     if num_rows < linear_weight_only.MOST_FEW_ROWS:
         paths.remove("dequantised")  # it reads the codes and more
     calls = [
-        inputs.product(
-            "weight-only", num_rows, f"{format} {path}", partial(run_path, path, x),
-            inputs.packed(format), bound, format, is_chosen=path == chosen,
+        rows.product(
+            f"{format} {path}", partial(run_path, path, x), rows.inputs.packed(format), bound,
+            format, is_chosen=path == chosen,
         )
-        for format in inputs.setup.formats
+        for format in rows.inputs.setup.formats
         for path in paths
     ]  # fmt: skip
-    plain = _plain(inputs, "weight-only", num_rows, x.dtype, bound)
-    return [plain, *calls, *_others(inputs, "weight-only", num_rows)]
+    return [_plain(rows, x.dtype, bound), *calls, *_others(rows)]
 
 
 def has_path(path: str, capability: int, num_rows: int, dtype: torch.dtype) -> bool:
@@ -302,9 +298,9 @@ def _launcher(x: torch.Tensor) -> Launcher:
 # ---- 8-bit activations ---------------------------------------------------------------------------
 
 
-def _w8a8_calls(inputs: Inputs, num_rows: int) -> list[Call]:
+def _w8a8_calls(rows: Rows) -> list[Call]:
     """The products of codes that are there already; "whole" quantizes the activations, too."""
-    x, packed = inputs.x[:num_rows], inputs.packed("int8")
+    x, packed = rows.x, rows.inputs.packed("int8")
     launcher, bound = _launcher(x), BOUNDS[x.dtype]
     with poisoned():
         codes, scale = quantize_rows(x)
@@ -317,21 +313,19 @@ def _w8a8_calls(inputs: Inputs, num_rows: int) -> list[Call]:
         "library": of_codes(linear_w8a8.library_product),
         "whole": lambda weight: linear_w8a8.linear_w8a8(x, weight, None, launcher),
     }
-    if num_rows >= _LEAST_INT_MM_ROWS:
+    if len(x) >= _LEAST_INT_MM_ROWS:
         runs["torch._int_mm and torch"] = of_codes(_separate_product)
-    is_library = linear_w8a8.is_library_faster(launcher.capability, num_rows)
+    is_library = linear_w8a8.is_library_faster(launcher.capability, len(x))
     chosen = "library" if is_library else "own kernel"
     # The whole rounds x by itself; a tie may fall to the other side.
     bounds = {"whole": bound + _ROUNDING_BOUND}
     calls = [
-        inputs.product(
-            "w8a8", num_rows, variant, run, packed, bounds.get(variant, bound), "int8",
-            rounds_x=True, is_chosen=variant == chosen,
+        rows.product(
+            name, run, packed, bounds.get(name, bound), "int8", True, is_chosen=name == chosen
         )
-        for variant, run in runs.items()
-    ]  # fmt: skip
-    plain = _plain(inputs, "w8a8", num_rows, x.dtype, 2 * bound)
-    return [plain, *calls, *_others(inputs, "w8a8", num_rows)]
+        for name, run in runs.items()
+    ]
+    return [_plain(rows, x.dtype, 2 * bound), *calls, *_others(rows)]
 
 
 def _separate_product(
@@ -348,9 +342,10 @@ def _separate_product(
 _Pair = tuple[PackedWeight, PackedWeight]
 
 
-def _gated_calls(inputs: Inputs, num_rows: int) -> list[Call]:
-    x, activation = inputs.x[:num_rows], gated_linear.ACTIVATION_FUNCTIONS[_ACTIVATION]
+def _gated_calls(rows: Rows) -> list[Call]:
+    x, activation = rows.x, gated_linear.ACTIVATION_FUNCTIONS[_ACTIVATION]
     index = list(gated_linear.ACTIVATION_FUNCTIONS).index(_ACTIVATION)
+    bound = 4 * BOUNDS[x.dtype]  # each factor of two linears is rounded, and the product again
 
     def fused(pair: _Pair) -> torch.Tensor:
         gate, up = pair
@@ -362,20 +357,18 @@ def _gated_calls(inputs: Inputs, num_rows: int) -> list[Call]:
         return activation(gate) * up
 
     calls: list[Call] = []
-    for format in inputs.setup.formats:
-        pairs = _pairs(inputs.packed(format))
+    for format in rows.inputs.setup.formats:
+        pairs = _pairs(rows.inputs.packed(format))
         is_fused = gated_linear._is_fused(_launcher(x), x, x, pairs[0][0])
-        for variant, run, is_chosen in (
+        for name, run, is_chosen in (
             ("fused", fused, is_fused),
             ("two linears", two_linears, not is_fused),
         ):
-            bound = 4 * BOUNDS[x.dtype]  # each factor of the two is rounded, and the product again
-            calls.append(
-                inputs.product(
-                    "gated", num_rows, f"{format} {variant}", run, pairs, bound, format,
-                    finish=lambda y: activation(y) * y, is_chosen=is_chosen,
-                )
+            call = rows.product(
+                f"{format} {name}", run, pairs, bound, format, is_chosen=is_chosen,
+                finish=lambda y: activation(y) * y,
             )  # fmt: skip
+            calls.append(call)
     return calls
 
 
@@ -388,29 +381,29 @@ def _pairs(copies: Sequence[PackedWeight]) -> list[_Pair]:
 # ---- what is around the products -----------------------------------------------------------------
 
 
-def _dequantize_calls(inputs: Inputs, _: int) -> list[Call]:
-    dtype = inputs.setup.dtype
-    written = inputs.weight.numel() * dtype.itemsize
+def _dequantize_calls(rows: Rows) -> list[Call]:
+    dtype = rows.inputs.setup.dtype
+    written = rows.inputs.weight.numel() * dtype.itemsize
 
     def call(format: str) -> Call:
-        packed = inputs.packed(format)
-        return inputs.call(
-            "dequantize", None, format, lambda weight: dequantize_weight(weight, dtype), packed,
+        packed = rows.inputs.packed(format)
+        return rows.call(
+            format, lambda weight: dequantize_weight(weight, dtype), packed,
             lambda y: relative_error(y, dequantize(packed[0], torch.float32)), BOUNDS[dtype],
             bytes_of(packed[0]) + written,
         )  # fmt: skip
 
-    return [call(format) for format in inputs.setup.formats]
+    return [call(format) for format in rows.inputs.setup.formats]
 
 
 _Codes = tuple[torch.Tensor, torch.Tensor]
 
 
-def _rows_calls(inputs: Inputs, num_rows: int) -> list[Call]:
+def _rows_calls(rows: Rows) -> list[Call]:
     """Activations to 8 bits, with and without an RMSNorm before, by one kernel and by torch."""
-    x = inputs.x[:num_rows]
+    x = rows.x
     weight = torch.rand(x.shape[1], device=x.device).add_(0.5).to(x.dtype)
-    xs = clones(x, min(_MOST_SETS_OF_ROWS, inputs.num_copies(x.nbytes)))
+    xs = clones(x, min(_MOST_SETS_OF_ROWS, rows.inputs.num_copies(x.nbytes)))
 
     def norm(x: torch.Tensor) -> torch.Tensor:
         return rms_norm_reference(x, weight, 1e-5)
@@ -422,9 +415,9 @@ def _rows_calls(inputs: Inputs, num_rows: int) -> list[Call]:
         "torch: rms_norm_quantize": (lambda x: int8_rows(norm(x)), norm(x)),
     }
     return [
-        inputs.call(
-            "rows", num_rows, variant, run, xs, partial(_codes_error, int8_rows(quantized)),
-            _ROUNDING_BOUND, x.nbytes + x.numel() + 4 * num_rows,
+        rows.call(
+            variant, run, xs, partial(_codes_error, int8_rows(quantized)), _ROUNDING_BOUND,
+            x.nbytes + x.numel() + 4 * len(x),
         )
         for variant, (run, quantized) in runs.items()
     ]  # fmt: skip
@@ -439,7 +432,7 @@ def _codes_error(expected: _Codes, given: _Codes) -> float:
     return relative_error(got, right)
 
 
-OPS: dict[str, Callable[[Inputs, int], list[Call]]] = {
+OPS: dict[str, Callable[[Rows], list[Call]]] = {
     "linear": _linear_calls,
     "weight-only": _weight_only_calls,
     "w8a8": _w8a8_calls,
@@ -454,27 +447,25 @@ _GROUP_SIZE = 128  # of torch's 4-bit product
 _Product = Callable[[torch.Tensor], torch.Tensor]
 
 
-def _others(inputs: Inputs, op: str, num_rows: int) -> list[Call]:
+def _others(rows: Rows) -> list[Call]:
     """Their products. An error in one becomes the failure of its result."""
-    x = inputs.x[:num_rows]
-    n, k = inputs.weight.shape
+    x, inputs = rows.x, rows.inputs
 
     def call(variant: str, bits: int, make: Callable[[Inputs], _Product]) -> Call:
-        nbytes = n * k * bits // 8
+        nbytes = inputs.weight.numel() * bits // 8
         count = inputs.num_copies(nbytes)
 
         def run(i: int) -> torch.Tensor:
-            copies = inputs.once((op, variant), lambda: [make(inputs) for _ in range(count)])
+            copies = inputs.once((rows.op, variant), lambda: [make(inputs) for _ in range(count)])
             return copies[i](x)
 
-        return inputs.product(
-            op, num_rows, variant, run, range(count), _BOUNDS_OF_BITS[bits], weight_bytes=nbytes
-        )
+        bound = _BOUNDS_OF_BITS[bits]
+        return rows.product(variant, run, range(count), bound, weight_bytes=nbytes)
 
     return [
         call(variant, bits, make)
-        for own_op, package, variant, bits, make in _OTHERS
-        if own_op == op and _is_there(package, inputs.setup)
+        for op, package, variant, bits, make in _OTHERS
+        if op == rows.op and _is_there(package, inputs.setup)
     ]
 
 

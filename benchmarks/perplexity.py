@@ -36,14 +36,11 @@ FORMATS = (
     Format(8),
     Format(8, 128),
     Format(4, 16),
-    Format(4, 32, has_minimum=True),
-    Format(4, 32),
-    Format(4, 64, has_minimum=True),
-    Format(4, 64),
-    Format(4, 128, has_minimum=True),
-    Format(4, 128),
-    Format(4, None, has_minimum=True),
-    Format(4),
+    *(
+        Format(4, size, has_minimum)
+        for size in (32, 64, 128, None)
+        for has_minimum in (True, False)
+    ),
 )
 
 Sample = dict[str, Any]

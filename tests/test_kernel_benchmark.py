@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from host_launcher import served_by
 
 from benchmarks import kernels, run
 from benchmarks.harness import Result, Settings, measure_calls
-from benchmarks.kernel_inputs import Setup
+from benchmarks.kernel_inputs import Inputs, Setup
 
 CPU = torch.device("cpu")
+ONCE = Settings(warmup=0, repeats=1, rounds=1)
 QUICK = ("--warmup", "0", "--repeats", "2", "--rounds", "2", "--device", "cpu")
 SMALL = ("--shapes", "64x64", "40x64", "--rows", "3", "1", "--rotate-bytes", "100KB")
 
@@ -69,12 +71,12 @@ class _DoesNothing:
 def test_every_kernel_is_checked_before_it_is_timed() -> None:
     formats = ("int8", "int4", "int4-g32-minimum")
     setup = Setup(CPU, torch.float16, ((16, 32),), (1, 32), formats, 0, 16)
-    launcher, once = _DoesNothing(), Settings(warmup=0, repeats=1, rounds=1)
+    launcher = _DoesNothing()
     results: list[Result] = []
     ops = [op for op in kernels.OPS if op != "linear"]
     with served_by(launcher):
         for _, calls in kernels.calls_by_group(setup, ops):
-            results += measure_calls(calls(), once, CPU)
+            results += measure_calls(calls(), ONCE, CPU)
     timed = {result["details"]["variant"] for result in results if result["failure"] is None}
     assert timed == {"torch float16", "torch: quantize_rows", "torch: rms_norm_quantize"}
     reasons = {result["failure"].partition(":")[0] for result in results if result["failure"]}
@@ -90,3 +92,23 @@ def test_every_kernel_is_checked_before_it_is_timed() -> None:
         "gemm_w8a8_tensor_core",
         "scale_int32",
     }
+
+
+def test_another_library_is_compared_and_may_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rounded(inputs: Inputs) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda x: x @ inputs.weight.half().t()
+
+    def broken(_: Inputs) -> Any:
+        raise ImportError("not for this device")
+
+    kinds = (("w8a8", "json", "theirs", 8, rounded), ("w8a8", "json", "broken", 8, broken))
+    monkeypatch.setattr(
+        kernels, "_OTHERS", (*kinds, ("w8a8", "no_such_package", "none", 8, broken))
+    )
+    setup = Setup(CPU, torch.float16, ((16, 32),), (4,), (), 1000, 16)
+    with served_by(_DoesNothing()):
+        ((_, calls),) = kernels.calls_by_group(setup, ["w8a8"])
+        *_, theirs, failing = measure_calls(calls(), ONCE, CPU)
+    assert theirs["failure"] is None and 0 < theirs["error"] < 1e-3
+    assert theirs["details"]["num_sets"] == 3 and theirs["details"]["weight_bytes"] == 16 * 32
+    assert failing["failure"] == "ImportError: not for this device"
