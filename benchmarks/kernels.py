@@ -241,7 +241,7 @@ def _plain(rows: Rows, dtype: torch.dtype, bound: float, count: int | None = Non
 
 # ---- float activations ---------------------------------------------------------------------------
 
-PATHS = ("few rows", "tensor cores", "dequantised")
+PATHS = ("few rows", "tensor cores", "dequantized")
 """The ways in which linear_weight_only can multiply."""
 
 
@@ -251,7 +251,7 @@ def _weight_only_calls(rows: Rows) -> list[Call]:
     chosen = chosen_path(capability, num_rows, x.dtype)
     paths = [path for path in PATHS if has_path(path, capability, num_rows, x.dtype)]
     if num_rows < linear_weight_only.MOST_FEW_ROWS:
-        paths.remove("dequantised")  # it reads the codes and more
+        paths.remove("dequantized")  # it reads the codes and more
     calls = [
         rows.product(
             f"{format} {path}", partial(run_path, path, x), rows.inputs.packed(format), bound,
@@ -277,7 +277,7 @@ def chosen_path(capability: int, num_rows: int, dtype: torch.dtype) -> str:
     """The way that linear_weight_only takes."""
     if linear_weight_only.uses_tensor_cores(capability, num_rows, dtype):
         return "tensor cores"
-    return "few rows" if num_rows <= linear_weight_only.MOST_FEW_ROWS else "dequantised"
+    return "few rows" if num_rows <= linear_weight_only.MOST_FEW_ROWS else "dequantized"
 
 
 def run_path(path: str, x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
