@@ -12,8 +12,7 @@ import statistics
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from itertools import product
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +21,17 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.gpu_session import MARK, ROOT
+
+sys.path.append(str(ROOT / "tests" / "kernels"))
+
+from cases import few_of_each
+from variants import every_variant
+
 from benchmarks.harness import Settings, document
 from benchmarks.whole_file import write_json
 from bminf.cuda.compile import cache_folder, compiler_version, kept_file, read_kept
-from bminf.cuda.source import Kernel
-from bminf.ops import dequantize, linear_w8a8, linear_weight_only, quantize_rows
 from bminf.ops.linear import linear
-from bminf.quantization.packed import INT4, INT8, Format, empty, pack
+from bminf.quantization.packed import INT4, INT8, pack
 
 _DEVICE = "cuda"
 _COPY_BYTES = 2**29
@@ -75,7 +78,7 @@ def brought() -> Found:
     if importlib.util.find_spec("jieba") is None:
         raise RuntimeError(f"jieba is not there, models of Chinese text cannot run; {remedy}")
     capability, compiler = _capability(), compiler_version()
-    wanted = kernels(capability)
+    wanted = every_variant(capability)
     missing = [k for k in wanted if read_kept(kept_file(k, capability, compiler)) is None]
     if missing and (cache_folder().parent / MARK).is_file():
         raise RuntimeError(
@@ -155,48 +158,11 @@ def _taken_bytes() -> int:
 
 PARTS = (gpu, brought, pinned, attention)
 
-# ---- kernels -------------------------------------------------------------------------------------
-
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-# A row in one group, and groups that begin at whole 16 bytes of codes, at half of them, anywhere.
-_FORMATS = (
-    Format(8), Format(8, 32), Format(8, 34), Format(8, 128),
-    Format(4), Format(4, 16), Format(4, 32), Format(4, 34), Format(4, 64), Format(4, 128),
-    Format(4, has_minimum=True), Format(4, 32, True), Format(4, 34, True), Format(4, 48, True),
-)  # fmt: skip
-
-
-def kernels(capability: int) -> list[Kernel]:
-    """All that tests and benchmarks ask for with this compute capability (61, 80, ...)."""
-    found = [*_weight_only(capability)]
-    for dtype in _DTYPES:
-        found.append(quantize_rows.quantize_rows_kernel(dtype))
-        found.append(quantize_rows.rms_norm_quantize_kernel(dtype))
-        found.append(linear_w8a8.scale_int32_kernel(dtype))
-        if capability < 75:
-            found.append(linear_w8a8.dp4a_kernel(dtype))
-        else:
-            found += [linear_w8a8.tensor_core_kernel(dtype, large) for large in (False, True)]
-    return list(dict.fromkeys(found))
-
-
-def _weight_only(capability: int) -> Iterator[Kernel]:
-    for dtype, form in product(_DTYPES, _FORMATS):
-        weight = empty(16, 256, form, "meta")  # of two groups at least, where there are groups
-        yield dequantize.kernel(dtype, form.bits, form.has_minimum)
-        for num_rows in range(1, linear_weight_only.MOST_FEW_ROWS + 1):
-            for is_gated in (False, True):
-                yield linear_weight_only.few_rows_kernel(dtype, weight, num_rows, is_gated)
-        if capability >= 80 and dtype != torch.float32:
-            for num_rows in range(1, linear_weight_only.MOST_TENSOR_CORE_ROWS + 1):
-                yield linear_weight_only.tensor_core_kernel(dtype, weight, num_rows)
+# ---- under NVIDIA's tools ------------------------------------------------------------------------
 
 
 def cases() -> int:
     """Those that reach every line of every kernel; 0 if all give the right result, otherwise 1."""
-    sys.path.append(str(ROOT / "tests" / "kernels"))
-    from cases import few_of_each
-
     torch.manual_seed(0)
     is_wrong = False
     for case in (case for group in few_of_each().values() for case in group):

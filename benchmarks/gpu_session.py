@@ -358,7 +358,7 @@ def environment_with(brought: Path) -> dict[str, str]:
 def prepare(folder: Path, capability: Sequence[int], nvrtc: str, jieba: str) -> None:
     """Fills `folder`: jieba, which is published as source only, and machine code of all kernels;
     what it has of an earlier call is not compiled again. Raises CalledProcessError."""
-    from benchmarks.gpu_probe import kernels
+    from benchmarks.gpu_probe import every_variant
 
     if folder.is_dir() and any(folder.iterdir()) and not (folder / MARK).is_file():
         sys.exit(f"{folder} has files that prepare did not make; name another folder")
@@ -370,7 +370,7 @@ def prepare(folder: Path, capability: Sequence[int], nvrtc: str, jieba: str) -> 
     for unused in ("lac_small", "posseg", "analyse"):  # most of its bytes
         shutil.rmtree(packages / "jieba" / unused)
     jobs = json.dumps(
-        [(k.file, k.name, k.macros, each) for each in capability for k in kernels(each)]
+        [(k.file, k.name, k.macros, each) for each in capability for k in every_variant(each)]
     )
     environment = {**os.environ, "BMINF_CACHE_DIR": str(code), "PYTHONPATH": str(ROOT)}
     with tempfile.TemporaryDirectory(prefix="bminf-prepare-") as temporary:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import files as installed_files
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,14 +32,16 @@ sys.path.append(str(Path(__file__).resolve().parent / "gpu"))
 
 import cases
 from host_launcher import served_by
-from test_kernels import PATHS, ROWS, SHAPES, has_path, run_path
+from test_kernels import PATHS, SHAPES, has_path, run_path
 
-from benchmarks import gpu_probe, kernels, kernels_cuda, run
+from benchmarks import gpu_probe, run
 from benchmarks import gpu_session as session
 from benchmarks.gpu_session import ARCHIVE, CODE, LOG, PACKAGES, ROOT, SUMMARY, Session, Step
+from benchmarks.kernels_inputs import FORMATS
 from bminf.cuda import compile as cuda_compile
 from bminf.cuda.compile import compiler_version
 from bminf.cuda.source import Kernel
+from bminf.quantization.packed import empty
 
 STEPS = session.steps()
 BENCHMARKS = [step for step in STEPS if "benchmarks.run" in step.command]
@@ -380,7 +383,7 @@ def test_tests_behind_a_broken_context_get_a_process_of_their_own(
 
 # ---- what is brought along -----------------------------------------------------------------------
 
-PREPARED, OTHER = gpu_probe.kernels(90)[:2], gpu_probe.kernels(90)[2]
+PREPARED, OTHER = gpu_probe.every_variant(90)[:2], gpu_probe.every_variant(90)[2]
 
 # A machine with neither: no package is found but what the session names, and nothing compiles.
 FINDS = f"""
@@ -409,7 +412,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
             if file.suffix != ".pyc":
                 content.write(file.locate(), file)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gpu_probe, "kernels", lambda capability: PREPARED)
+        patch.setattr(gpu_probe, "every_variant", lambda capability: PREPARED)
         session.main(["prepare", str(folder), "--nvrtc", "installed", "--jieba", str(wheel)])
     return folder
 
@@ -421,7 +424,7 @@ def prepare_anew(folder: Path, kernels: list[Kernel], monkeypatch: pytest.Monkey
         for name in ("lac_small", "posseg", "analyse"):
             Path(*arguments[3:4], "jieba", name).mkdir(parents=True)
 
-    monkeypatch.setattr(gpu_probe, "kernels", lambda capability: kernels)
+    monkeypatch.setattr(gpu_probe, "every_variant", lambda capability: kernels)
     monkeypatch.setattr(session, "_pip", pip)
     return session.main(["prepare", str(folder), "--nvrtc", "installed"])
 
@@ -485,10 +488,10 @@ def test_the_probe_misses_jieba_and_kernels_in_words(
     prepared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gpu_probe, "_capability", lambda: 90)
-    monkeypatch.setattr(gpu_probe, "kernels", lambda capability: PREPARED)
+    monkeypatch.setattr(gpu_probe, "every_variant", lambda capability: PREPARED)
     monkeypatch.setenv("BMINF_CACHE_DIR", str(prepared / CODE))
     assert gpu_probe.brought() == {"kernels": 2, "kernels to compile": 0}
-    monkeypatch.setattr(gpu_probe, "kernels", lambda capability: [*PREPARED, OTHER])
+    monkeypatch.setattr(gpu_probe, "every_variant", lambda capability: [*PREPARED, OTHER])
     with pytest.raises(RuntimeError, match="1 of 3 kernels are not among those brought"):
         gpu_probe.brought()
     monkeypatch.setattr(cuda_compile, "source_of", lambda kernel: f"changed {kernel}")
@@ -513,43 +516,24 @@ class _Recorder:
         self.kernels.add(kernel)
 
 
-def asked_for_by_tests() -> Iterator[Callable[[], Any]]:
+def asked_for() -> Iterator[Callable[[], Any]]:
+    """By the tests; and the benchmarks' formats, with any number of rows."""
     groups = [*cases.CASES.values(), cases.LARGEST, *cases.few_of_each().values()]
-    yield from (lambda case=case: case.run("cpu") for group in groups for case in group)
-    for form in (*cases.WHOLE, *cases.CUT):
-        weights = [cases.weight_on("cpu", n, k, form)[0] for n, k in SHAPES]
-        for dtype in cases.ROUNDED:
-            for path in PATHS:
-                for m in ROWS:
-                    for weight in weights if has_path(path, 90, m, dtype) else ():
-                        x = torch.zeros(m, weight.in_features, dtype=dtype)
-                        yield lambda p=path, x=x, w=weight: run_path(p, x, w)
-
-
-def asked_for_by_benchmarks() -> Iterator[Callable[[], Any]]:
-    """All kernel steps, with weights that are small and have several groups."""
-    for step in STEPS:
-        if step.name.startswith("kernels"):
-            arguments = arguments_of(step)
-            arguments.device = "cpu"
-            setup = replace(
-                kernels.setup_of(arguments),
-                dtype=getattr(torch, arguments.dtype or "float16"),
-                shapes=((16, 256),),
-                rotate_bytes=0,
-            )
-            for op in arguments.ops:
-                for group in kernels_cuda.OPS[op](setup):
-                    yield from (lambda call=call: call.run(0) for call in group.calls())
+    yield from (case.run for group in groups for case in group)
+    forms, columns = {*cases.WHOLE, *cases.CUT, *FORMATS.values()}, [256, *(k for _, k in SHAPES)]
+    for form, k, dtype, path in product(forms, columns, cases.ROUNDED, PATHS):
+        for m in (m for m in (1, 2, 3, 4, 8, 16, 40, 128) if has_path(path, 90, m, dtype)):
+            x, weight = torch.zeros(m, k, dtype=dtype), empty(4, k, form, "cpu")
+            yield lambda _, path=path, x=x, weight=weight: run_path(path, x, weight)
 
 
 def test_all_kernels_that_a_session_asks_for_are_prepared() -> None:
     recorder = _Recorder()
     with served_by(recorder), torch.no_grad():
-        for work in (*asked_for_by_tests(), *asked_for_by_benchmarks()):
+        for work in asked_for():
             with suppress(AssertionError):  # nothing was computed
-                work()
-    prepared = gpu_probe.kernels(90)
+                work("cpu")
+    prepared = gpu_probe.every_variant(90)
     assert recorder.kernels <= {*prepared} and len(recorder.kernels) > 100
     assert {kernel.name for kernel in recorder.kernels} == {kernel.name for kernel in prepared}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 
 import torch
 
@@ -17,6 +18,12 @@ MINIMUM = Format(4, 32, has_minimum=True)
 FORMS = (
     INT8, INT4, MINIMUM, Format(4, 32), Format(4, 16, True), Format(8, 34), Format(4, 34, True),
     Format(4, 34),
+)  # fmt: skip
+
+# With those that the sources do not tell apart.
+EVERY_FORM = (
+    *FORMS, Format(8, 32), Format(8, 128), Format(4), Format(4, 64), Format(4, 128),
+    Format(4, has_minimum=True), Format(4, 48, True),
 )  # fmt: skip
 
 
@@ -35,6 +42,26 @@ def variants(capability: int) -> list[Kernel]:
         found += [linear_w8a8.tensor_core_kernel(torch.bfloat16, large) for large in (False, True)]
     if capability >= 80:
         found += _tensor_core() if capability == 80 else _tensor_core_extremes()
+    return list(dict.fromkeys(found))
+
+
+def every_variant(capability: int) -> list[Kernel]:
+    """All that tests and benchmarks ask for on a device of `capability`."""
+    found = [*_others(DTYPES)]
+    for dtype, form, is_gated in product(DTYPES, EVERY_FORM, (False, True)):
+        for num_rows in range(1, linear_weight_only.MOST_FEW_ROWS + 1):
+            weight = weight_of(form)
+            found.append(linear_weight_only.few_rows_kernel(dtype, weight, num_rows, is_gated))
+    if capability < 75:
+        found += [linear_w8a8.dp4a_kernel(dtype) for dtype in DTYPES]
+    else:
+        pairs = product(DTYPES, (False, True))
+        found += [linear_w8a8.tensor_core_kernel(dtype, is_large) for dtype, is_large in pairs]
+    if capability >= 80:
+        rows = range(1, linear_weight_only.MOST_TENSOR_CORE_ROWS + 1)
+        for dtype, form, num_rows in product(DTYPES[:2], EVERY_FORM, rows):
+            weight = weight_of(form)
+            found.append(linear_weight_only.tensor_core_kernel(dtype, weight, num_rows))
     return list(dict.fromkeys(found))
 
 
