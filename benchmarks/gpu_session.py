@@ -368,7 +368,7 @@ def prepare(folder: Path, capability: Sequence[int], nvrtc: str, jieba: str) -> 
     shutil.rmtree(packages, ignore_errors=True)
     _pip(sys.executable, "--no-deps", "--no-compile", "--target", str(packages), jieba)
     for unused in ("lac_small", "posseg", "analyse"):  # most of its bytes
-        shutil.rmtree(packages / "jieba" / unused)
+        shutil.rmtree(packages / "jieba" / unused, ignore_errors=True)
     jobs = json.dumps(
         [(k.file, k.name, k.macros, each) for each in capability for k in every_variant(each)]
     )

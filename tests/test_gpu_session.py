@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -81,19 +79,24 @@ def log_of(one: Session) -> str:
     return (one.folder / LOG).read_text()
 
 
-def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
-    end = time.monotonic() + seconds
+def until(condition: Callable[[], object]) -> None:
+    end = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.02)
 
 
-def has_ended(pid: int) -> bool:
-    try:
-        status = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return True
-    return status.rpartition(")")[2].split()[0] == "Z"
+def processes_of(log: str) -> list[Path]:
+    """Those that have told their number and still run."""
+    running = [Path("/proc", pid) for pid in re.findall(r"^process (\d+)", log, re.MULTILINE)]
+    assert running
+    return [process for process in running if "\nState:\tZ" not in status_of(process)]
+
+
+def status_of(process: Path) -> str:
+    with suppress(OSError):
+        return (process / "status").read_text()
+    return "\nState:\tZ"
 
 
 # ---- what is run ---------------------------------------------------------------------------------
@@ -113,16 +116,9 @@ def test_what_matters_most_comes_first_and_within_the_limits() -> None:
     assert sum(step.seconds for step in session.inspection()) == 90
 
 
-def arguments_of(step: Step) -> argparse.Namespace:
-    """Of a step of benchmarks.run, as that understands them."""
-    words = step.words(Path("/results"))
-    assert words[:3] == [sys.executable, "-m", "benchmarks.run"]
-    return run._parser().parse_args(words[3:])
-
-
 @pytest.mark.parametrize("step", BENCHMARKS, ids=[s.name for s in BENCHMARKS])
 def test_the_arguments_of_each_benchmark_are_known_to_it(step: Step) -> None:
-    parsed = arguments_of(step)
+    parsed = run._parser().parse_args(step.words(Path("/results"))[3:])
     assert parsed.out == Path("/results") / step.file and parsed.device == "cuda"
     # What a process takes with torch, before it measures, and its last group.
     assert getattr(parsed, "seconds", 0) <= step.seconds - 15
@@ -140,11 +136,10 @@ def test_each_file_with_tests_for_a_gpu_is_run() -> None:
     }
     assert marked <= {*named} and all((ROOT / file).is_file() for file in named)
     assert [file for file in {*named} if named.count(file) > 1] == ["tests/gpu/test_kernels.py"]
-    text = (ROOT / "tests/gpu/test_kernels.py").read_text()
-    for name, choice in (("compiled layers", "compiled_layer"), ("speed", "the_targets")):
-        (step,) = (step for step in STEPS if step.name == name)
-        assert step.words(Path())[-2:] == ["-k", choice] and f"{choice}_" in text
-        assert f"not {choice}" in STEPS[1].command
+    commands = "".join(step.command for step in STEPS)
+    for choice in ("compiled_layer", "the_targets"):  # of its tests, a step for each
+        assert f"{choice}_" in (ROOT / "tests/gpu/test_kernels.py").read_text()
+        assert f"not {choice}" in STEPS[1].command and f"-k {choice}" in commands
 
 
 # ---- a dry run -----------------------------------------------------------------------------------
@@ -219,22 +214,17 @@ def limit_once(file: Path, word: str) -> Callable[..., int | None]:
     return wait
 
 
-@pytest.mark.parametrize("heeds", [True, False])
 def test_a_step_that_reaches_its_limit_leaves_what_it_had_found(
-    heeds: bool, new: Session, monkeypatch: pytest.MonkeyPatch
+    new: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    program = (
-        HANGS if heeds else HANGS.replace("import", "import signal; signal.signal(2, 1); import")
-    )
-    monkeypatch.setattr(session, "_PATIENCE_S", 30.0 if heeds else 0.1)
+    monkeypatch.setattr(session, "_PATIENCE_S", 60.0)
     monkeypatch.setattr(Session, "_wait", limit_once(new.folder / "hang.json", "sleep"))
-    others = [Step(name, 60, STAND_IN, name) for name in ("before", "behind")]
-    chosen = [others[0], Step("hang", 60, program, "hang.json"), others[1]]
-    assert new.run(chosen, 1000) == 1
+    before, behind = (Step(name, 60, STAND_IN, name) for name in ("before", "behind"))
+    assert new.run([before, Step("hang", 60, HANGS, "hang.json"), behind], 1000) == 1
     content = packed(new.archive)
     assert content["hang.json"] == b"half" and {"before", "behind"} <= set(content)
     assert re.search("before: ok.*\nhang: STOPPED.*\nbehind: ok", content[SUMMARY].decode())
-    assert ("KeyboardInterrupt" in log_of(new)) is heeds
+    assert "KeyboardInterrupt" in log_of(new) and not processes_of(log_of(new))
 
 
 def test_what_is_left_behind_by_a_step_ends_with_it(new: Session) -> None:
@@ -243,8 +233,7 @@ def test_what_is_left_behind_by_a_step_ends_with_it(new: Session) -> None:
         "'import time; time.sleep(600)']); print('process', p.pid, flush=True)"
     )
     assert new.run([Step("leaves", 60, python(program))], 100) == 0
-    pid = int(re.findall(r"^process (\d+)", log_of(new), re.MULTILINE)[0])
-    until(lambda: has_ended(pid))
+    until(lambda: not processes_of(log_of(new)))
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
@@ -253,22 +242,19 @@ def test_a_session_that_is_killed_leaves_a_whole_archive_and_no_process(
 ) -> None:
     program = (
         "import sys\nfrom benchmarks import gpu_session as s\n"
-        "s._LOOK_S, step = 0.05, s.Step\n"
-        "s.steps = lambda: [step('a', 60, s._STAND_IN, 'a'), step('b', 60, sys.argv[2], 'b'),"
-        " step('c', 60, s._STAND_IN, 'c')]\n"
+        "s._LOOK_S, commands = 0.05, {'a': s._STAND_IN, 'b': sys.argv[2], 'c': s._STAND_IN}\n"
+        "s.steps = lambda: [s.Step(name, 60, commands[name], name) for name in commands]\n"
         "sys.exit(s.main([sys.argv[1]]))"
     )
-    command = [sys.executable, "-c", program, str(tmp_path), HANGS]
-    archive = tmp_path / ARCHIVE
+    command, archive = [sys.executable, "-c", program, str(tmp_path), HANGS], tmp_path / ARCHIVE
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as running:
         until(lambda: archive.is_file() and packed(archive).get("b") == b"half")
-        (child,) = re.findall(r"^process (\d+)", (tmp_path / LOG).read_text(), re.MULTILINE)
         running.send_signal(number)
         printed, _ = running.communicate()
     content = packed(archive)
     assert set(content) == {"a", "b", LOG, SUMMARY} and content["b"] == b"half"
     assert "a: ok" in content[SUMMARY].decode()
-    until(lambda: has_ended(int(child)))
+    until(lambda: not processes_of((tmp_path / LOG).read_text()))
     if number != signal.SIGKILL:
         assert running.returncode == 1
         assert re.search("b: STOPPED, .*\nthe session was stopped\n$", content[SUMMARY].decode())
@@ -419,13 +405,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def prepare_anew(folder: Path, kernels: list[Kernel], monkeypatch: pytest.MonkeyPatch) -> int:
     """Without pip, which takes seconds."""
-
-    def pip(python: str, *arguments: str) -> None:
-        for name in ("lac_small", "posseg", "analyse"):
-            Path(*arguments[3:4], "jieba", name).mkdir(parents=True)
-
+    monkeypatch.setattr(session, "_pip", lambda *_: None)
     monkeypatch.setattr(gpu_probe, "every_variant", lambda capability: kernels)
-    monkeypatch.setattr(session, "_pip", pip)
     return session.main(["prepare", str(folder), "--nvrtc", "installed"])
 
 
@@ -452,18 +433,15 @@ def test_prepare_brings_less_than_16_mib(prepared: Path) -> None:
 
 
 def test_prepare_keeps_what_is_right_and_no_other_machine_code(
-    prepared: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
-    before = {file: file.stat().st_mtime_ns for file in (tmp_path / CODE).iterdir()}
-    assert prepare_anew(tmp_path, [PREPARED[1], OTHER], monkeypatch) == 0
-    after = {file: file.stat().st_mtime_ns for file in (tmp_path / CODE).iterdir()}
-    assert len(before) == len(after) == 2 and len(before.items() & after.items()) == 1
-    version = ".".join(map(str, compiler_version()))
-    assert f"{tmp_path}: jieba, 2 kernels by NVRTC {version}; " in capsys.readouterr().out
+    found = []
+    for kernels in (PREPARED, [PREPARED[1], OTHER]):
+        assert prepare_anew(tmp_path, kernels, monkeypatch) == 0
+        found.append({file: file.stat().st_mtime_ns for file in (tmp_path / CODE).iterdir()})
+        version = ".".join(map(str, compiler_version()))
+        assert f"{tmp_path}: jieba, 2 kernels by NVRTC {version}; " in capsys.readouterr().out
+    assert len(found[0]) == len(found[1]) == 2 and len(found[0].items() & found[1].items()) == 1
 
 
 def test_prepare_leaves_a_folder_of_others_alone(
@@ -541,16 +519,15 @@ def test_all_kernels_that_a_session_asks_for_are_prepared() -> None:
 # ---- the probe and the inspection ----------------------------------------------------------------
 
 
-@pytest.fixture
-def card(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a device answers to the probe."""
+@pytest.fixture(autouse=True)
+def _a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it answers to the probe."""
     monkeypatch.setattr(gpu_probe, "_DEVICE", "cpu")
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1, 3))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 1)
 
 
-@pytest.mark.usefixtures("card")
 def test_the_probe_keeps_what_it_finds_where_parts_of_it_fail(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -564,7 +541,6 @@ def test_the_probe_keeps_what_it_finds_where_parts_of_it_fail(
     assert "torch sees no CUDA device" in capsys.readouterr().out
 
 
-@pytest.mark.usefixtures("card")
 def test_the_probe_locks_pages_and_lets_go_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
     log: list[str] = []
     runtime = SimpleNamespace(
@@ -611,7 +587,6 @@ def test_tools_get_python_after_their_options(
     assert f"--import {tmp_path}/out/kernels.ncu-rep []" in log
 
 
-@pytest.mark.usefixtures("card")
 def test_the_profiler_sees_each_product_once_and_no_warm_up(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -624,7 +599,6 @@ def test_the_profiler_sees_each_product_once_and_no_warm_up(
     assert log == [*products, "start", *products, "stop"]
 
 
-@pytest.mark.usefixtures("card")
 def test_wrong_cases_fail_and_do_not_keep_others_from_running(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -632,7 +606,7 @@ def test_wrong_cases_fail_and_do_not_keep_others_from_running(
         raise AssertionError("wrong")
 
     found = [cases.Case("a", wrong), cases.Case("b", lambda _: None)]
-    monkeypatch.setattr(cases, "few_of_each", lambda: {61: found})
+    monkeypatch.setattr(gpu_probe, "few_of_each", lambda: {61: found})
     assert gpu_probe.cases() == 1
     assert capsys.readouterr().out == "a\nb\n"
     assert found.pop(0).name == "a" and gpu_probe.cases() == 0
