@@ -68,7 +68,7 @@ def tests(name: str, seconds: float, chosen: str) -> Step:
     """-vv, as pyproject.toml has a -q: a name for each test, also where pytest is killed. Versions
     of packages differ from machine to machine, and with them the warnings."""
     options = (
-        "-m gpu -vv --durations=15 --tb=short -W default -p no:cacheprovider "
+        "-m gpu -vv --durations=5 --tb=short -W default -p no:cacheprovider "
         "-p benchmarks.gpu_session --continue-on-collection-errors -ofaulthandler_timeout=60"
     )
     command = f"env {_REPORTS}={{out}} {{python}} -m pytest {options} {chosen}"
@@ -206,21 +206,26 @@ def pytest_runtest_logfinish(nodeid: str) -> None:
 def pytest_sessionfinish(session: Any) -> None:
     """The exit status says what was wrong in any of the processes, and what pytest lets pass."""
     reports = read_reports()
-    for problem in (problems := problems_of(reports, os.environ[_ALLOWED].splitlines())):
-        session.config.get_terminal_writer().line(f"\n{problem}")
     if session.exitstatus == _INTERRUPTED and _BREAKS.search(reports[-1]["text"]):
         session.exitstatus = _BROKEN
-    elif problems or any(report["outcome"] == "failed" for report in reports):
+    elif problems_of(reports) or any(report["outcome"] == "failed" for report in reports):
         session.exitstatus = session.exitstatus or 1
 
 
-def problems_of(reports: Sequence[dict[str, Any]], allowed: Sequence[str]) -> list[str]:
-    """What pytest lets pass. allowed: how more reasons for a skip may start."""
+def pytest_unconfigure(config: Any) -> None:
+    """Says it last, where it is seen."""
+    for problem in problems_of(read_reports()):
+        config.get_terminal_writer().line(problem)
+
+
+def problems_of(reports: Sequence[dict[str, Any]]) -> list[str]:
+    """What pytest lets pass."""
+    allowed = (*LEGITIMATE_SKIPS, *os.environ[_ALLOWED].splitlines())
     skipped = Counter(report["reason"] for report in reports if report["outcome"] == "skipped")
     problems = [
         f"{count} skipped, which is not declared: {reason}"
         for reason, count in skipped.items()
-        if not reason.startswith((*LEGITIMATE_SKIPS, *allowed))
+        if not reason.startswith(allowed)
     ]
     if skipped.total() == len(reports):
         problems.append("every test was skipped" if reports else "no test was run")
@@ -348,6 +353,7 @@ def environment_with(brought: Path) -> dict[str, str]:
     paths = [str(ROOT), str(packages), os.environ.get("PYTHONPATH", "")]
     environment = {
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "COLUMNS": "200",  # of what pytest prints
         "PYTHONUNBUFFERED": "1",
         "TQDM_DISABLE": "1",
         "HF_HUB_OFFLINE": "1",
@@ -453,12 +459,8 @@ def _prepare_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("folder", type=Path, nargs="?", default=BROUGHT, metavar="FOLDER")
     add("--capability", type=int, nargs="+", default=[90], metavar="N", help="without its dot")
-    add(
-        "--nvrtc",
-        default="13.0.88",
-        metavar="VERSION",
-        help='as on the machine, where PyTorch for CUDA 13.0 brings the default; or "installed"',
-    )
+    add("--nvrtc", default="13.0.88", metavar="VERSION",
+        help='as there; the default comes with PyTorch for CUDA 13.0; or "installed"')  # fmt: skip
     add("--jieba", default="jieba==0.42.1", metavar="WHEEL", help="in place of that of PyPI")
     return parser
 

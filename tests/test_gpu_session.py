@@ -6,21 +6,21 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import tarfile
 import time
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
-from importlib.metadata import files as installed_files
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import jieba
 import pytest
 import torch
 
@@ -263,12 +263,28 @@ def test_a_session_that_is_killed_leaves_a_whole_archive_and_no_process(
 
 # ---- steps of tests ------------------------------------------------------------------------------
 
+TOY = """
+import pytest
+pytestmark = getattr(pytest.mark, "gpu")
+broken = []
+def use(breaks=False):
+    broken.extend([1] * breaks)
+    if broken: raise RuntimeError("an illegal memory access was encountered")
+def test_passes(): pass
+def test_fails(): assert 1 == 2
+def test_is_skipped(): pytest.skip("needs two GPUs")
+@pytest.fixture
+def ends_badly():
+    yield
+    assert 3 == 4
+def test_ends_badly(ends_badly): pass
+def test_breaks(): use(breaks=True)
+def test_behind(): use()
+"""
 
-def toy(folder: Path, text: str) -> Step:
-    """A step of these tests."""
-    (folder / "test_toy.py").write_text(
-        f"import pytest\npytestmark = getattr(pytest.mark, 'gpu')\n{text}"
-    )
+
+def step_of(folder: Path, text: str) -> Step:
+    (folder / "test_toy.py").write_text(text)
     return session.tests("toy", 120, shlex.quote(str(folder)))
 
 
@@ -277,52 +293,51 @@ def reports_of(one: Session) -> list[tuple[str, str, str]]:
     return [(re.split("::|/", r["test"])[-1], r["outcome"], r["reason"]) for r in lines]
 
 
-def test_each_test_of_a_step_is_reported(tmp_path: Path, new: Session) -> None:
-    text = (
-        "def test_a(): pass\n"
-        "def test_b(): assert 1 == 2\n"
-        "def test_c(): pytest.skip('needs two GPUs')\n"
-        "@pytest.fixture\n"
-        "def f():\n    yield\n    assert 3 == 4\n"
-        "def test_e(f): pass\n"
-    )
-    (tmp_path / "test_other.py").write_text("import no_such_module\ndef test_f(): pass\n")
-    assert new.run([toy(tmp_path, text)], 1000) == 1
+def test_each_test_of_a_step_is_reported_and_a_broken_process_replaced(
+    tmp_path: Path, new: Session
+) -> None:
+    (tmp_path / "test_other.py").write_text("import no_such_module\n")
+    assert new.run([step_of(tmp_path, TOY)], 1000) == 1
     assert reports_of(new) == [
         ("test_other.py", "failed", "E   ModuleNotFoundError: No module named 'no_such_module'"),
-        ("test_a", "passed", ""),
-        ("test_b", "failed", "assert 1 == 2"),
-        ("test_c", "skipped", "needs two GPUs"),
-        ("test_e", "passed", ""),
-        ("test_e", "failed", "assert 3 == 4"),
+        ("test_passes", "passed", ""),
+        ("test_fails", "failed", "assert 1 == 2"),
+        ("test_is_skipped", "skipped", "needs two GPUs"),
+        ("test_ends_badly", "passed", ""),
+        ("test_ends_badly", "failed", "assert 3 == 4"),
+        ("test_breaks", "failed", "RuntimeError: an illegal memory access was encountered"),
+        ("test_other.py", "failed", "E   ModuleNotFoundError: No module named 'no_such_module'"),
+        ("test_behind", "passed", ""),
     ], log_of(new)
-    summary = (new.folder / SUMMARY).read_text()
-    assert "toy: FAILED, exit status 1" in summary and "2 passed, 1 skipped" in summary
+    assert log_of(new).count(">>>> toy: ") == 2
+    assert "toy: FAILED, exit status 1" in (new.folder / SUMMARY).read_text()
 
 
 @pytest.mark.parametrize(
-    ("reasons", "problems"),
+    ("outcomes", "status", "printed"),
     [
-        ([], ["no test was run"]),
-        (["needs two GPUs"], ["every test was skipped"]),
-        (["", "the targets are for H100, not for a toy"], []),
-        (["", "needs a printer"], []),  # allowed below
-        (["", "no GPU", "no GPU"], ["2 skipped, which is not declared: no GPU"]),
+        ({}, 1, "no test was run"),
+        ({"needs two GPUs": "skipped"}, 1, "every test was skipped"),
+        ({"": "passed", "the targets are for H100, not for a toy": "skipped"}, 0, ""),
+        ({"": "passed", "needs a printer": "skipped"}, 0, ""),  # allowed below
+        ({"": "passed", "no GPU": "skipped"}, 1, "1 skipped, which is not declared: no GPU"),
+        ({"": "failed"}, 1, ""),  # in an earlier process
     ],
 )
-def test_skips_have_to_be_declared(reasons: list[str], problems: list[str]) -> None:
-    outcomes = [
-        {"outcome": "skipped" if reason else "passed", "reason": reason} for reason in reasons
-    ]
-    assert session.problems_of(outcomes, ["needs a printer"]) == problems
-
-
-def test_skips_are_failures_where_pytest_lets_them_pass(tmp_path: Path, new: Session) -> None:
-    text = "def test_a(): pass\ndef test_b(): pytest.skip('no GPU')\n"
-    assert new.run([toy(tmp_path, text)], 1000) == 1
-    summary = (new.folder / SUMMARY).read_text()
-    assert "\n1 skipped, which is not declared: no GPU\n" in summary
-    assert "1 passed, 1 skipped" in summary and "toy: FAILED, exit status 1" in summary
+def test_what_pytest_lets_pass_is_a_failure_in_words(
+    outcomes: dict[str, str],
+    status: int,
+    printed: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    reports = [{"test": "a", "outcome": outcomes[r], "reason": r, "text": r} for r in outcomes]
+    (tmp_path / "reports").write_text("".join(f"{json.dumps(each)}\n" for each in reports))
+    monkeypatch.setenv(session._REPORTS, str(tmp_path / "reports"))
+    monkeypatch.setenv(session._ALLOWED, "needs a printer\nneeds luck")
+    ended = SimpleNamespace(exitstatus=0)
+    session.pytest_sessionfinish(ended)
+    assert ended.exitstatus == status and "\n".join(session.problems_of(reports)) == printed
 
 
 def test_the_declared_skips_are_those_of_the_tests() -> None:
@@ -334,37 +349,22 @@ def test_the_declared_skips_are_those_of_the_tests() -> None:
 def test_killed_tests_leave_what_they_found(
     tmp_path: Path, new: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text = (
-        "import pathlib, signal, time\n"
-        "def test_a(): pass\n"
-        "def test_b():\n"
-        "    signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
-        f"    pathlib.Path({str(tmp_path / 'ready')!r}).write_text('1')\n"
-        "    time.sleep(600)\n"
-    )
+    text = f"""
+import pathlib, pytest, signal, time
+pytestmark = getattr(pytest.mark, "gpu")
+def test_a(): pass
+def test_b(): pytest.skip("no printer")
+def test_c():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    pathlib.Path({str(tmp_path / "ready")!r}).write_text("1")
+    time.sleep(600)
+"""
     monkeypatch.setattr(session, "_PATIENCE_S", 0.1)
     monkeypatch.setattr(Session, "_wait", limit_once(tmp_path / "ready", "pytest"))
-    assert new.run([toy(tmp_path, text)], 1000) == 1
-    assert reports_of(new) == [("test_a", "passed", "")]
+    assert new.run([step_of(tmp_path, text)], 1000) == 1
+    assert reports_of(new) == [("test_a", "passed", ""), ("test_b", "skipped", "no printer")]
     summary = (new.folder / SUMMARY).read_text()
-    assert "toy: STOPPED" in summary and "test_toy.py::test_b" in summary  # the one that hung
-
-
-def test_tests_behind_a_broken_context_get_a_process_of_their_own(
-    tmp_path: Path, new: Session
-) -> None:
-    text = (
-        "broken = []\n"
-        "def use(breaks=False):\n"
-        "    broken.extend([1] * breaks)\n"
-        "    assert not broken, 'an illegal memory access was encountered'\n"
-        "def test_a(): use(breaks=True)\n"
-        "def test_b(): use()\n"
-    )
-    assert new.run([toy(tmp_path, text)], 1000) == 1
-    found = [(name, outcome) for name, outcome, _ in reports_of(new)]
-    assert found == [("test_a", "failed"), ("test_b", "passed")], log_of(new)
-    assert log_of(new).count(">>>> toy: ") == 2
+    assert "toy: STOPPED" in summary and "test_toy.py::test_c" in summary  # the one that hung
 
 
 # ---- what is brought along -----------------------------------------------------------------------
@@ -388,26 +388,25 @@ assert jieba.lcut("今天天气很好") == ["今天天气", "很", "好"]
 """
 
 
+def prepare(folder: Path, chosen: list[Kernel], monkeypatch: pytest.MonkeyPatch) -> None:
+    """For `chosen` in place of all kernels, and without pip, which needs a network."""
+
+    def pip(python: str, *arguments: str) -> None:
+        packages = str(folder / PACKAGES)
+        assert arguments == ("--no-deps", "--no-compile", "--target", packages, "jieba==0.42.1")
+        shutil.copytree(Path(jieba.__file__).parent, Path(packages, "jieba"))
+
+    monkeypatch.setattr(session, "_pip", pip)
+    monkeypatch.setattr(gpu_probe, "every_variant", lambda capability: chosen)
+    assert session.main(["prepare", str(folder), "--nvrtc", "installed"]) == 0
+
+
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder, with two kernels."""
     folder = tmp_path_factory.mktemp("prepared")
-    wheel = folder.parent / "jieba-0.42.1-py3-none-any.whl"
-    with zipfile.ZipFile(wheel, "w") as content:
-        for file in installed_files("jieba") or []:
-            if file.suffix != ".pyc":
-                content.write(file.locate(), file)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gpu_probe, "every_variant", lambda capability: PREPARED)
-        session.main(["prepare", str(folder), "--nvrtc", "installed", "--jieba", str(wheel)])
+        prepare(folder, PREPARED, patch)
     return folder
-
-
-def prepare_anew(folder: Path, kernels: list[Kernel], monkeypatch: pytest.MonkeyPatch) -> int:
-    """Without pip, which takes seconds."""
-    monkeypatch.setattr(session, "_pip", lambda *_: None)
-    monkeypatch.setattr(gpu_probe, "every_variant", lambda capability: kernels)
-    return session.main(["prepare", str(folder), "--nvrtc", "installed"])
 
 
 def test_what_was_prepared_is_found_where_nothing_else_is(
@@ -428,19 +427,17 @@ def test_what_was_prepared_is_found_where_nothing_else_is(
 
 def test_prepare_brings_less_than_16_mib(prepared: Path) -> None:
     assert (prepared / PACKAGES / "jieba" / "dict.txt").is_file()
-    assert len(list((prepared / CODE).iterdir())) == len(PREPARED)
     assert sum(file.stat().st_size for file in prepared.rglob("*")) < 16 * 2**20
 
 
 def test_prepare_keeps_what_is_right_and_no_other_machine_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = []
-    for kernels in (PREPARED, [PREPARED[1], OTHER]):
-        assert prepare_anew(tmp_path, kernels, monkeypatch) == 0
+    version, found = ".".join(map(str, compiler_version())), []
+    for chosen in (PREPARED, [PREPARED[1], OTHER]):
+        prepare(tmp_path, chosen, monkeypatch)
+        assert f"jieba, 2 kernels by NVRTC {version}; " in capsys.readouterr().out
         found.append({file: file.stat().st_mtime_ns for file in (tmp_path / CODE).iterdir()})
-        version = ".".join(map(str, compiler_version()))
-        assert f"{tmp_path}: jieba, 2 kernels by NVRTC {version}; " in capsys.readouterr().out
     assert len(found[0]) == len(found[1]) == 2 and len(found[0].items() & found[1].items()) == 1
 
 
@@ -449,7 +446,7 @@ def test_prepare_leaves_a_folder_of_others_alone(
 ) -> None:
     (tmp_path / "mine").touch()
     with pytest.raises(SystemExit, match="has files that prepare did not make"):
-        prepare_anew(tmp_path, PREPARED, monkeypatch)
+        prepare(tmp_path, PREPARED, monkeypatch)
     assert [file.name for file in tmp_path.iterdir()] == ["mine"]
 
 
@@ -458,7 +455,7 @@ def test_a_kernel_that_does_not_compile_ends_the_preparation(
 ) -> None:
     broken = Kernel("quantize_rows.cu", "quantize_rows", (("float", "no_such_type"),))
     with pytest.raises(subprocess.CalledProcessError):
-        prepare_anew(tmp_path, [broken], monkeypatch)
+        prepare(tmp_path, [broken], monkeypatch)
     assert "no_such_type" in capfd.readouterr().err
 
 
