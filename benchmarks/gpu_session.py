@@ -1,13 +1,11 @@
 """`python -m benchmarks.gpu_session FOLDER`: all that needs a GPU, in under 8 minutes.
 
 Tests marked gpu and the benchmarks, each in a process of its own with a time limit; a step that
-fails does not keep the next from running. FOLDER gets the JSON files, session.log with all that was
-printed, summary.txt, and session.tgz with all of them, written anew after each step.
+fails does not keep the next from running. FOLDER gets what they write, session.log, summary.txt,
+and session.tgz with all of it. `inspect FOLDER` runs the kernels under compute-sanitizer and ncu;
+`prepare`, before and without a GPU, makes what has to be brought along.
 
-`python -m benchmarks.gpu_session inspect FOLDER`: the kernels under compute-sanitizer and ncu.
-`python -m benchmarks.gpu_session prepare`, before and without a GPU: what has to be brought along.
-
-No torch is imported here: no step waits for it, and kernels can be compiled without it.
+No torch is imported here: kernels are compiled where there is none.
 """
 
 from __future__ import annotations
@@ -65,8 +63,8 @@ class Step:
 
 
 def tests(name: str, seconds: float, chosen: str) -> Step:
-    """-vv, as pyproject.toml has a -q: a name for each test, also where pytest is killed. Versions
-    of packages differ from machine to machine, and with them the warnings."""
+    """A line for each test also where pytest is killed, so -vv; warnings differ from machine to
+    machine, as versions of packages do."""
     options = (
         "-m gpu -vv --durations=5 --tb=short -W default -p no:cacheprovider "
         "-p benchmarks.gpu_session --continue-on-collection-errors -ofaulthandler_timeout=60"
