@@ -204,7 +204,8 @@ def pytest_runtest_logfinish(nodeid: str) -> None:
 def pytest_sessionfinish(session: Any) -> None:
     """The exit status says what was wrong in any of the processes, and what pytest lets pass."""
     reports = read_reports()
-    if session.exitstatus == _INTERRUPTED and _BREAKS.search(reports[-1]["text"]):
+    is_broken = any(_BREAKS.search(last["text"]) for last in reports[-1:])
+    if session.exitstatus == _INTERRUPTED and is_broken:
         session.exitstatus = _BROKEN
     elif problems_of(reports) or any(report["outcome"] == "failed" for report in reports):
         session.exitstatus = session.exitstatus or 1
@@ -250,7 +251,6 @@ class Session:
     folder: Path
     archive: Path
     environment: Mapping[str, str]
-    is_good: bool = True
     verdicts: list[str] = field(default_factory=list)
 
     def run(self, chosen: Sequence[Step], seconds: float) -> int:
@@ -262,27 +262,27 @@ class Session:
                 (self.folder / step.file).unlink()
         end = time.monotonic() + seconds
         try:
-            for step in chosen:
-                self._run_one(step, end)
+            is_good = all([self._run_one(step, end) for step in chosen])
         except KeyboardInterrupt:
-            self._note("the session was stopped", is_good=False)
-        finally:
-            print(self._keep())
-        return int(not self.is_good)
+            is_good = False
+            self._note("the session was stopped")
+        print((self.folder / SUMMARY).read_text(encoding="utf-8"), end="")
+        return int(not is_good)
 
-    def _run_one(self, step: Step, end: float) -> None:
+    def _run_one(self, step: Step, end: float) -> bool:
+        """Whether it ended well, or was a spare one for which no time was left."""
         start, code = time.monotonic(), None
         end = min(start + step.seconds, end)
-        if end - start < _LEAST_S:  # which takes nothing from a session where it is a spare step
-            self._note(f"{step.name}: not started, no time was left", step.is_spare)
-            return
+        if end - start < _LEAST_S:
+            self._note(f"{step.name}: not started, no time was left")
+            return step.is_spare
         try:
             while (code := self._process(step, end)) == _BROKEN:
                 pass
         finally:
             verdict = "STOPPED" if code is None else f"FAILED, exit status {code}" if code else "ok"
-            seconds = time.monotonic() - start
-            self._note(f"{step.name}: {verdict}, {seconds:.0f} s", code == 0)
+            self._note(f"{step.name}: {verdict}, {time.monotonic() - start:.0f} s")
+        return code == 0
 
     def _process(self, step: Step, end: float) -> int | None:
         """The exit status; None if it was not there at `end`, a time of time.monotonic()."""
@@ -314,21 +314,16 @@ class Session:
             self._pack()
         return None
 
-    def _note(self, verdict: str, is_good: bool) -> None:
-        self.verdicts.append(verdict)
-        self.is_good &= is_good
-        self._keep()
+    def _note(self, verdict: str) -> None:
+        """Writes the summary, of which the end is seen, and the archive."""
         print(verdict, flush=True)
-
-    def _keep(self) -> str:
-        """Writes the summary and the archive; returns the summary."""
+        self.verdicts.append(verdict)
         log = (self.folder / LOG).read_text(encoding="utf-8", errors="replace")
         parts = [part.splitlines() for part in log.split("\n>>>> ")[1:]]
         tails = ["\n".join([f"==== {head}", *lines[-_TAIL:]]) for head, *lines in parts]
         text = "\n".join([*tails, "==== steps", *self.verdicts])
         (self.folder / SUMMARY).write_text(f"{text}\n", encoding="utf-8")
         self._pack()
-        return text
 
     def _pack(self) -> None:
         """The files of this moment, as a step may be writing more of them."""

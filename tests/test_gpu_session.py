@@ -199,7 +199,7 @@ def test_a_session_goes_on_after_failures_and_within_its_time(
     assert "bad: FAILED, exit status 3, " in printed and "\nno luck\n" in printed
     assert "good: ok, " in printed and "late: not started, no time was left" in printed
     assert set(packed(new.archive)) == {LOG, SUMMARY, "good.json"}
-    assert [replace(new, is_good=True).run([step], 100) for step in chosen] == [1, 0, 1, 0]
+    assert [new.run([step], 100) for step in chosen] == [1, 0, 1, 0]
 
 
 def test_the_archive_stays_whole_where_a_new_one_cannot_be_written(
@@ -347,9 +347,11 @@ def test_what_pytest_lets_pass_is_a_failure_in_words(
     (tmp_path / "reports").write_text("".join(f"{json.dumps(each)}\n" for each in reports))
     monkeypatch.setenv(session._REPORTS, str(tmp_path / "reports"))
     monkeypatch.setenv(session._ALLOWED, "needs a printer\nneeds luck")
-    ended = SimpleNamespace(exitstatus=0)
-    session.pytest_sessionfinish(ended)
-    assert ended.exitstatus == status and "\n".join(session.problems_of(reports)) == printed
+    ended, interrupted = SimpleNamespace(exitstatus=0), SimpleNamespace(exitstatus=2)
+    for each in (ended, interrupted):
+        session.pytest_sessionfinish(each)
+    assert (ended.exitstatus, interrupted.exitstatus) == (status, 2)
+    assert "\n".join(session.problems_of(reports)) == printed
 
 
 def test_the_declared_skips_are_those_of_the_tests() -> None:
