@@ -285,6 +285,7 @@ def use(breaks=False):
 def test_passes(): pass
 def test_fails(): assert 1 == 2
 def test_is_skipped(): pytest.skip("needs two GPUs")
+def test_has_no_gpu(): pytest.skip("no GPU")
 @pytest.fixture
 def ends_badly():
     yield
@@ -315,6 +316,7 @@ def test_each_test_of_a_step_is_reported_and_a_broken_process_replaced(
         ("test_passes", "passed", ""),
         ("test_fails", "failed", "assert 1 == 2"),
         ("test_is_skipped", "skipped", "needs two GPUs"),
+        ("test_has_no_gpu", "skipped", "no GPU"),
         ("test_ends_badly", "passed", ""),
         ("test_ends_badly", "failed", "assert 3 == 4"),
         ("test_breaks", "failed", "RuntimeError: an illegal memory access was encountered"),
@@ -322,7 +324,9 @@ def test_each_test_of_a_step_is_reported_and_a_broken_process_replaced(
         ("test_behind", "passed", ""),
     ], log_of(new)
     assert log_of(new).count(">>>> toy: ") == 2
-    assert "toy: FAILED, exit status 1" in (new.folder / SUMMARY).read_text()
+    summary = (new.folder / SUMMARY).read_text()
+    assert "\n1 skipped, which is not declared: no GPU\n" in summary
+    assert "\ntoy: FAILED, exit status 1, " in summary
 
 
 @pytest.mark.parametrize(
