@@ -42,7 +42,7 @@ Found = dict[str, Any]
 
 def machine(out: str) -> int:
     """0, or 1 where a part failed; each part is written as soon as it is known."""
-    content = document("probe", {}, Settings(), []) | {"found": {}, "failures": []}
+    content = document("probe", {}, Settings()) | {"found": {}, "failures": []}
     for part in PARTS:
         try:
             content["found"][part.__name__] = part()

@@ -202,7 +202,7 @@ def _sizes_of(
         return [(None, k) for k in sorted({k for _, k in setup.shapes})], setup.rows
     if op == "dequantize":
         return setup.shapes, [None]
-    most = linear_weight_only.MOST_FEW_ROWS
+    most = linear_weight_only.MAX_FEW_ROWS
     return setup.shapes, [m for m in setup.rows if op != "gated" or m <= most]
 
 
@@ -250,7 +250,7 @@ def _weight_only_calls(rows: Rows) -> list[Call]:
     capability, bound = _launcher(x).capability, 2 * BOUNDS[x.dtype]
     chosen = chosen_path(capability, num_rows, x.dtype)
     paths = [path for path in PATHS if has_path(path, capability, num_rows, x.dtype)]
-    if num_rows < linear_weight_only.MOST_FEW_ROWS:
+    if num_rows < linear_weight_only.MAX_FEW_ROWS:
         paths.remove("dequantized")  # it reads the codes and more
     calls = [
         rows.product(
@@ -266,9 +266,9 @@ def _weight_only_calls(rows: Rows) -> list[Call]:
 def has_path(path: str, capability: int, num_rows: int, dtype: torch.dtype) -> bool:
     """Whether that many rows can go that way, chosen or not."""
     if path == "few rows":
-        return num_rows <= linear_weight_only.MOST_FEW_ROWS
+        return num_rows <= linear_weight_only.MAX_FEW_ROWS
     if path == "tensor cores":
-        most = linear_weight_only.MOST_TENSOR_CORE_ROWS
+        most = linear_weight_only.MAX_TENSOR_CORE_ROWS
         return capability >= 80 and dtype != torch.float32 and num_rows <= most
     return True
 
@@ -277,7 +277,7 @@ def chosen_path(capability: int, num_rows: int, dtype: torch.dtype) -> str:
     """The way that linear_weight_only takes."""
     if linear_weight_only.uses_tensor_cores(capability, num_rows, dtype):
         return "tensor cores"
-    return "few rows" if num_rows <= linear_weight_only.MOST_FEW_ROWS else "dequantized"
+    return "few rows" if num_rows <= linear_weight_only.MAX_FEW_ROWS else "dequantized"
 
 
 def run_path(path: str, x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:

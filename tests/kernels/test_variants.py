@@ -19,7 +19,7 @@ from host_launcher import served_by
 from test_kernels import PATHS, SHAPES, has_path, run_path
 from variants import every_variant
 
-from benchmarks.kernels_inputs import FORMATS
+from benchmarks.kernel_inputs import FORMATS
 from bminf.cuda.source import Kernel
 from bminf.quantization.packed import empty
 

@@ -49,7 +49,7 @@ def every_variant(capability: int) -> list[Kernel]:
     """All that tests and benchmarks ask for on a device of `capability`."""
     found = [*_others(DTYPES)]
     for dtype, form, is_gated in product(DTYPES, EVERY_FORM, (False, True)):
-        for num_rows in range(1, linear_weight_only.MOST_FEW_ROWS + 1):
+        for num_rows in range(1, linear_weight_only.MAX_FEW_ROWS + 1):
             weight = weight_of(form)
             found.append(linear_weight_only.few_rows_kernel(dtype, weight, num_rows, is_gated))
     if capability < 75:
@@ -58,7 +58,7 @@ def every_variant(capability: int) -> list[Kernel]:
         pairs = product(DTYPES, (False, True))
         found += [linear_w8a8.tensor_core_kernel(dtype, is_large) for dtype, is_large in pairs]
     if capability >= 80:
-        rows = range(1, linear_weight_only.MOST_TENSOR_CORE_ROWS + 1)
+        rows = range(1, linear_weight_only.MAX_TENSOR_CORE_ROWS + 1)
         for dtype, form, num_rows in product(DTYPES[:2], EVERY_FORM, rows):
             weight = weight_of(form)
             found.append(linear_weight_only.tensor_core_kernel(dtype, weight, num_rows))

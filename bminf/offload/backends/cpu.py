@@ -84,17 +84,17 @@ class CpuBackend:
     def _timed(
         self, read: Callable[[int, memoryview], object], block: int, blob: memoryview
     ) -> object:
-        began = time.perf_counter()
+        start_s = time.perf_counter()
         result = read(block, blob)
-        self._counters.copied_s += time.perf_counter() - began
+        self._counters.copied_s += time.perf_counter() - start_s
         return result
 
     def wait(self, copied: Outcome) -> None:
         if not copied.done():
-            began = time.perf_counter()
+            start_s = time.perf_counter()
             copied.wait()
             self._counters.waits += 1
-            self._counters.waited_s += time.perf_counter() - began
+            self._counters.waited_s += time.perf_counter() - start_s
         copied.result()
 
     def mark(self) -> None:
