@@ -1,4 +1,4 @@
-"""`python -m benchmarks.code_report [PACKAGE ...]`: size and shape of Python packages.
+"""`python -m tools.code_report [PACKAGE ...]`: size and shape of Python packages.
 
 With the folders of two checkouts (`before/bminf bminf`), the columns of one stand beside those of
 the other. `--messages` lists what the code tells its users instead: the text of each error and
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.code_report", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.code_report", description=__doc__)
     parser.add_argument("packages", nargs="*", type=Path, metavar="PACKAGE", help="default: bminf")
     parser.add_argument("--messages", action="store_true", help="the texts of errors and warnings")
     parser.add_argument("--without-files", action="store_true", help="messages alone, sorted")

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.overheads BEFORE AFTER`: what bminf's own Python costs, of two checkouts.
+"""`python -m tools.overheads BEFORE AFTER`: what bminf's own Python costs, of two checkouts.
 
 Each folder is a checkout of the repository. Its bminf runs in a process of its own, and the
 processes take turns, one measurement each, so that noise on the machine hits all alike:
@@ -47,9 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        "benchmarks.overheads", description=__doc__, formatter_class=form
-    )
+    parser = argparse.ArgumentParser("tools.overheads", description=__doc__, formatter_class=form)
     parser.add_argument(
         "checkouts", nargs="+", type=Path, metavar="FOLDER", help="of the repository"
     )

@@ -1,4 +1,4 @@
-"""What benchmarks.overheads runs in a process of its own, with the bminf of some checkout: it reads
+"""What tools.overheads runs in a process of its own, with the bminf of some checkout: it reads
 names of measurements, one a line, and prints what each gives, in seconds of CPU time.
 
 Only bminf's public names are used, so that checkouts of any age can be compared.

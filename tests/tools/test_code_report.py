@@ -1,4 +1,4 @@
-"""What benchmarks.code_report counts, on a small package made for it."""
+"""What tools.code_report counts, on a small package made for it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.code_report import (
+from tools.code_report import (
     Package,
     code_lines,
     cycles,

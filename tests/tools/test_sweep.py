@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +10,14 @@ import pytest
 import torch
 from streaming import make_stack
 
-# Benchmarks are not installed; at the end of the path, so that an installed bminf is found first.
-sys.path.append(str(Path(__file__).resolve().parents[1]))
+from tools.sweep import __main__ as command
+from tools.sweep.candidates import Candidate, candidates
+from tools.sweep.check import NOT_BUILT, OK, REFUSED, RESIDENT, WRONG, check, prepare
+from tools.sweep.shrink import LAYERS, VOCABULARY, Shrinker
+from tools.sweep.table import table
+from tools.sweep.tensors import difference, held_bytes
 
-from benchmarks.sweep import __main__ as command
-from benchmarks.sweep.candidates import Candidate, candidates
-from benchmarks.sweep.check import NOT_BUILT, OK, REFUSED, RESIDENT, WRONG, check, prepare
-from benchmarks.sweep.shrink import LAYERS, VOCABULARY, Shrinker
-from benchmarks.sweep.table import table
-from benchmarks.sweep.tensors import difference, held_bytes
-
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 BROKEN = ("NotTheSame", "ForeignError", "EndsTheProcess", "Stateful")
 CHOSEN = {
     "llama": "LlamaForCausalLM",
@@ -37,7 +33,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     chosen = [Candidate("transformers", f, n) for f, names in CHOSEN.items() for n in names.split()]
     file = tmp_path_factory.mktemp("sweep") / "sweep.json"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}")
+        patch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests/tools'}")
         patch.setattr(command, "candidates", lambda libraries: chosen)
         options = ["--workers", "1", "--timeout", "300", "--out", str(file)]
         code = command.main(["--libraries", "transformers", *options])
@@ -113,7 +109,7 @@ def test_weights_that_unwrap_gives_back_changed_are_wrong(monkeypatch: pytest.Mo
 
 
 def test_bytes_that_are_not_counted_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    from benchmarks.sweep import check as module
+    from tools.sweep import check as module
 
     monkeypatch.setattr(module, "held_bytes", lambda model: held_bytes(model) + 4)
     found = outcome_with(make_stack(), x=torch.ones(3, 16))

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.sweep`: see benchmarks/README.md."""
+"""`python -m tools.sweep`: see tools/README.md."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.sweep.candidates import Candidate, candidates
-from benchmarks.sweep.check import NOT_BUILT, WRONG
-from benchmarks.sweep.pool import sweep
+from tools.sweep.candidates import Candidate, candidates
+from tools.sweep.check import NOT_BUILT, WRONG
+from tools.sweep.pool import sweep
 
 LIBRARIES = ("transformers", "diffusers", "timm")
 
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.sweep")
+    parser = argparse.ArgumentParser(prog="python -m tools.sweep")
     parser.add_argument("--libraries", nargs="+", choices=LIBRARIES, default=_installed())
     parser.add_argument("--only", nargs="+", default=["*"], help="patterns of family or class")
     parser.add_argument("--quantization", choices=("int8", "int4"))

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.sweep import overrides
-from benchmarks.sweep.inputs import BATCH, inputs_for
-from benchmarks.sweep.latents import latents_for
-from benchmarks.sweep.shrink import Shrinker
+from tools.sweep import overrides
+from tools.sweep.inputs import BATCH, inputs_for
+from tools.sweep.latents import latents_for
+from tools.sweep.shrink import Shrinker
 
 Build = Callable[[], torch.nn.Module]
 Inputs = Callable[[torch.nn.Module], Iterable[dict[str, Any]]]

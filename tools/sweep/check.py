@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 import bminf
-from benchmarks.sweep.tensors import difference, held_bytes
 from bminf.errors import BMInfError
 from bminf.wrapping import plan_for
+from tools.sweep.tensors import difference, held_bytes
 
 OK, RESIDENT, REFUSED, NOT_BUILT, WRONG = "ok", "resident", "refused", "not built", "WRONG"
 PASSES = 2

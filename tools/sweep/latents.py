@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.sweep.inputs import BATCH, LENGTH, Inputs
+from tools.sweep.inputs import BATCH, LENGTH, Inputs
 
 SIDE, FRAMES = 16, 5
 _TEXT_WIDTHS = (

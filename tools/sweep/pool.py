@@ -12,8 +12,8 @@ from dataclasses import asdict
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from benchmarks.sweep.candidates import Candidate
-from benchmarks.sweep.check import NOT_BUILT, WRONG, Outcome
+from tools.sweep.candidates import Candidate
+from tools.sweep.check import NOT_BUILT, WRONG, Outcome
 
 START_S = 300.0  # to import torch and transformers, where all cores are busy
 PASSES_TO_COMPARE = 10  # and a little more; before that, one
@@ -24,7 +24,7 @@ class Worker:
     """One process of worker.py."""
 
     def __init__(self) -> None:
-        command = [sys.executable, "-m", "benchmarks.sweep.worker"]
+        command = [sys.executable, "-m", "tools.sweep.worker"]
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(
             command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True
@@ -59,7 +59,7 @@ class Worker:
     def _is_ready(self) -> None:
         """Wait for the first line, which comes when it has imported what all classes need."""
         if not self._lines.get(timeout=START_S):
-            raise RuntimeError("no worker starts; see `python -m benchmarks.sweep.worker`")
+            raise RuntimeError("no worker starts; see `python -m tools.sweep.worker`")
 
     def stop(self) -> None:
         self._process.kill()

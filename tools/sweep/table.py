@@ -1,4 +1,4 @@
-"""docs/compatibility.md, made from the results: `python -m benchmarks.sweep.table FILE.json`."""
+"""docs/compatibility.md, made from the results: `python -m tools.sweep.table FILE.json`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.sweep.check import NOT_BUILT, OK, REFUSED, RESIDENT, WRONG
+from tools.sweep.check import NOT_BUILT, OK, REFUSED, RESIDENT, WRONG
 
 Results = Mapping[str, Mapping[str, Any]]
 _COLUMNS = (OK, RESIDENT, REFUSED, WRONG, NOT_BUILT)
@@ -24,7 +24,7 @@ def _page(versions: Mapping[str, str], results: Results) -> Iterator[str]:
     names = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
     yield "# Compatibility\n"
     yield (
-        "Made by `python -m benchmarks.sweep.table` from what `python -m benchmarks.sweep` found\n"
+        "Made by `python -m tools.sweep.table` from what `python -m tools.sweep` found\n"
         f"({names}).\n"
         "Every class is built small with random weights, wrapped on the CPU with\n"
         "`quantization=False` and the least limit there is, and compared with a copy that is not\n"
@@ -103,7 +103,7 @@ def _escaped(text: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.sweep.table")
+    parser = argparse.ArgumentParser(prog="python -m tools.sweep.table")
     parser.add_argument("file", type=Path, help="what the sweep wrote with --out")
     parser.add_argument("--out", type=Path, default=Path("docs/compatibility.md"))
     options = parser.parse_args(arguments)

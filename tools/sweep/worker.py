@@ -39,8 +39,8 @@ def _own_stdout() -> TextIO:
 
 def _answers(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Nothing but a sign of life once the class runs by itself; then its outcome."""
-    from benchmarks.sweep.candidates import Candidate, builders
-    from benchmarks.sweep.check import NOT_BUILT, Outcome, check, prepare
+    from tools.sweep.candidates import Candidate, builders
+    from tools.sweep.check import NOT_BUILT, Outcome, check, prepare
 
     candidate = Candidate(**job["candidate"])
     try:

@@ -1,0 +1,1 @@
+"""What reads, compares and breaks code: see tools/README.md. Nothing here is installed."""
