@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,12 +11,10 @@ from streaming import make_stack
 
 from tools.sweep import __main__ as command
 from tools.sweep.candidates import Candidate, candidates
-from tools.sweep.check import NOT_BUILT, OK, REFUSED, RESIDENT, WRONG, check, prepare
+from tools.sweep.check import Wrong, check, compare, held_bytes, prepare
 from tools.sweep.shrink import LAYERS, VOCABULARY, Shrinker
 from tools.sweep.table import table
-from tools.sweep.tensors import difference, held_bytes
 
-ROOT = Path(__file__).resolve().parents[2]
 BROKEN = ("NotTheSame", "ForeignError", "EndsTheProcess", "Stateful")
 CHOSEN = {
     "llama": "LlamaForCausalLM",
@@ -33,7 +30,6 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     chosen = [Candidate("transformers", f, n) for f, names in CHOSEN.items() for n in names.split()]
     file = tmp_path_factory.mktemp("sweep") / "sweep.json"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests/tools'}")
         patch.setattr(command, "candidates", lambda libraries: chosen)
         options = ["--workers", "1", "--timeout", "300", "--out", str(file)]
         code = command.main(["--libraries", "transformers", *options])
@@ -50,7 +46,7 @@ def outcome_of(results: dict[str, Any], family: str, name: str) -> dict[str, Any
 @pytest.mark.parametrize(("family", "generates"), [("llama", True), ("t5", True), ("swin", False)])
 def test_what_streams_is_ok(results: dict[str, Any], family: str, generates: bool) -> None:
     outcome = outcome_of(results, family, CHOSEN[family])
-    assert (outcome["outcome"], outcome["reason"]) == (OK, "")
+    assert (outcome["outcome"], outcome["reason"]) == ("ok", "")
     assert outcome["generates"] is generates
     assert 0 < outcome["num_streamed"] <= outcome["num_blocks"]
     assert outcome["bytes_copied"] > 0 and 0 < outcome["least_part"] < 1
@@ -59,10 +55,10 @@ def test_what_streams_is_ok(results: dict[str, Any], family: str, generates: boo
 @pytest.mark.parametrize(
     ("name", "outcome", "reason"),
     [
-        ("NotTheSame", WRONG, "pass 1: output.last_hidden_state differs in 1 of"),
-        ("ForeignError", WRONG, "RuntimeError: no such luck"),
-        ("EndsTheProcess", WRONG, "the process ended with code 3"),
-        ("Stateful", REFUSED, "UnsupportedModelError: "),
+        ("NotTheSame", "WRONG", "pass 1: Tensor-likes are not equal! Mismatched elements: 1 / "),
+        ("ForeignError", "WRONG", "RuntimeError: no such luck"),
+        ("EndsTheProcess", "WRONG", "the process ended with code 3"),
+        ("Stateful", "refused", "UnsupportedModelError: "),
     ],
 )
 def test_what_is_wrong_is_seen(
@@ -85,12 +81,12 @@ def outcome_with(model: torch.nn.Module, **given: Any) -> Any:
 
 
 def test_a_model_that_two_slots_hold_is_resident() -> None:
-    assert outcome_with(make_stack(num_blocks=2), x=torch.ones(3, 16)).outcome == RESIDENT
+    assert outcome_with(make_stack(num_blocks=2), x=torch.ones(3, 16)).outcome == "resident"
 
 
 def test_a_model_that_does_not_run_by_itself_is_not_built() -> None:
     found = outcome_with(make_stack(), x=torch.ones(3, 15))
-    assert found.outcome == NOT_BUILT and "running: RuntimeError" in found.reason
+    assert found.outcome == "not built" and "running: RuntimeError" in found.reason
 
 
 def test_weights_that_unwrap_gives_back_changed_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +101,8 @@ def test_weights_that_unwrap_gives_back_changed_are_wrong(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(bminf, "unwrap", spoil)
     found = outcome_with(make_stack(), x=torch.ones(3, 16))
-    assert found.outcome == WRONG and "after unwrap, output.layers.3.shift" in found.reason
+    assert found.outcome == "WRONG" and found.reason.startswith("Wrong: after unwrap: ")
+    assert "output.layers.3.shift" in found.reason
 
 
 def test_bytes_that_are_not_counted_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,7 +110,7 @@ def test_bytes_that_are_not_counted_are_wrong(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(module, "held_bytes", lambda model: held_bytes(model) + 4)
     found = outcome_with(make_stack(), x=torch.ones(3, 16))
-    assert found.outcome == WRONG and "the plan counts" in found.reason
+    assert found.outcome == "WRONG" and "the plan counts" in found.reason
 
 
 def test_held_bytes_count_shared_memory_once() -> None:
@@ -124,18 +121,22 @@ def test_held_bytes_count_shared_memory_once() -> None:
     assert held_bytes(model) == before == sum(t.nbytes for t in make_stack().state_dict().values())
 
 
+def test_nan_is_nan() -> None:
+    compare([torch.tensor([1.0, torch.nan])], [torch.tensor([1.0, torch.nan])], "pass 1")
+
+
 @pytest.mark.parametrize(
     ("given", "expected", "what"),
     [
-        ([torch.tensor([1.0, torch.nan])], [torch.tensor([1.0, torch.nan])], None),
-        ([torch.tensor([1.0, 2.0])], [torch.tensor([1.0, torch.nan])], "differs in 1 of 2"),
-        ({"a": torch.ones(2)}, {"a": torch.ones(2, dtype=torch.half)}, "is torch.float32"),
-        ({"a": torch.ones(2)}, {"b": torch.ones(2)}, "instead of"),
+        ([torch.tensor([1.0, 2.0])], [torch.tensor([1.0, torch.nan])], "elements: 1 / 2"),
+        ({"a": torch.ones(2)}, {"a": torch.ones(2, dtype=torch.half)}, "dtype"),
+        ({"a": torch.ones(2)}, {"a": torch.ones(1, 2)}, "shape"),
+        ({"a": torch.ones(2)}, {"b": torch.ones(2)}, "output.b"),
     ],
 )
-def test_difference(given: Any, expected: Any, what: str | None) -> None:
-    found = difference(given, expected)
-    assert found is None if what is None else what in str(found)
+def test_what_differs_is_told(given: Any, expected: Any, what: str) -> None:
+    with pytest.raises(Wrong, match=f"(?s)^pass 1: .*{what}"):
+        compare(given, expected, "pass 1")
 
 
 def test_shrinking_keeps_relations() -> None:

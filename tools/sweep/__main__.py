@@ -4,44 +4,38 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import importlib.metadata as metadata
 import importlib.util
 import json
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tools.sweep.candidates import Candidate, candidates
+from tools.sweep.candidates import LIBRARIES, Candidate, candidates
 from tools.sweep.check import NOT_BUILT, WRONG
-from tools.sweep.pool import sweep
+from tools.sweep.processes import outcomes
 
-LIBRARIES = ("transformers", "diffusers", "timm")
+SAVED_EVERY = 20  # outcomes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """0 where no result is wrong, otherwise 1."""
     options = _parser().parse_args(arguments)
-    chosen = [c for c in candidates(options.libraries) if _is_chosen(c, options.only)]
-    chosen = chosen[options.part :: options.parts]
+    quantization = options.quantization or False
     results = _read(options.out)
-    if options.resume:
-        chosen = [c for c in chosen if _is_open(results.get(c.key))]
-    num_done = 0
-    began, quantization = time.monotonic(), options.quantization or False
-
-    def report(candidate: Candidate, outcome: dict[str, Any]) -> None:
-        nonlocal num_done
-        num_done += 1
-        results[candidate.key] = outcome
-        took = f"{num_done}/{len(chosen)} {time.monotonic() - began:.0f} s"
-        print(took, outcome["outcome"], candidate.key, outcome["reason"], flush=True)
-        if options.out and num_done % 20 == 0:
+    chosen = _chosen(options, results)
+    began = time.monotonic()
+    found = outcomes(chosen, options.workers, options.timeout, quantization)
+    for number, (candidate, outcome) in enumerate(found, 1):
+        results[candidate.key] = asdict(outcome)
+        took = f"{number}/{len(chosen)} {time.monotonic() - began:.0f} s"
+        print(took, outcome.outcome, candidate.key, outcome.reason, flush=True)
+        if number % SAVED_EVERY == 0:
             _write(options.out, results, quantization)
-
-    sweep(chosen, options.workers, options.timeout, quantization, report)
-    if options.out:
-        _write(options.out, results, quantization)
+    _write(options.out, results, quantization)
     counts = Counter(outcome["outcome"] for outcome in results.values())
     print(dict(counts))
     return 1 if counts[WRONG] else 0
@@ -65,6 +59,15 @@ def _installed() -> list[str]:
     return [name for name in LIBRARIES if importlib.util.find_spec(name) is not None]
 
 
+def _chosen(options: argparse.Namespace, results: Mapping[str, Any]) -> list[Candidate]:
+    chosen = [c for c in candidates(options.libraries) if _is_chosen(c, options.only)]
+    chosen = chosen[options.part :: options.parts]
+    if not options.resume:
+        return chosen
+    built = {k for k, v in results.items() if v["outcome"] not in (NOT_BUILT, WRONG)}
+    return [candidate for candidate in chosen if candidate.key not in built]
+
+
 def _is_chosen(candidate: Candidate, patterns: Sequence[str]) -> bool:
     names = (candidate.family, candidate.name)
     return any(fnmatch.fnmatch(name, pattern) for name in names for pattern in patterns)
@@ -77,13 +80,9 @@ def _read(path: Path | None) -> dict[str, Any]:
     return results
 
 
-def _is_open(outcome: dict[str, Any] | None) -> bool:
-    return outcome is None or outcome["outcome"] in (NOT_BUILT, WRONG)
-
-
-def _write(path: Path, results: dict[str, Any], quantization: str | bool) -> None:
-    import importlib.metadata as metadata
-
+def _write(path: Path | None, results: Mapping[str, Any], quantization: str | bool) -> None:
+    if path is None:
+        return
     versions = {name: metadata.version(name) for name in ("torch", *_installed())}
     document = {"versions": versions, "quantization": quantization, "results": results}
     path.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")

@@ -2,23 +2,44 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import inspect
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
-from tools.sweep import overrides
-from tools.sweep.inputs import BATCH, inputs_for
-from tools.sweep.latents import latents_for
+from tools.sweep.inputs import BATCH, Build, Feed, Inputs, inputs_for, latents_for
 from tools.sweep.shrink import Shrinker
 
-Build = Callable[[], torch.nn.Module]
-Inputs = Callable[[torch.nn.Module], Iterable[dict[str, Any]]]
+Values = Mapping[str, Any]
+
+# What the general rules of shrink.py and inputs.py get wrong, by family or class.
+_WIDE = {"block_out_channels": (32, 32, 32, 32)}  # normalised in 32 groups, whatever is asked for
+_OVERRIDES: dict[str, Values] = {
+    "autoformer": {"prediction_length": 4},
+    "deepseek_v2": {"n_group": 1, "topk_group": 1},
+    "esm": {"vocab_size": 33},
+    "informer": {"prediction_length": 4},
+    "mamba2": {"chunk_size": 8, "state_size": 16},
+    "time_series_transformer": {"prediction_length": 4},
+    "AutoencoderKLCogVideoX": _WIDE,
+    "AutoencoderKLAllegro": _WIDE,
+    "AutoencoderKLMagvit": _WIDE,
+    "AuraFlowTransformer2DModel": {"sample_size": 16},
+    "DreamLiteTransformer2DModel": {"in_channels": 8},
+    "FluxTransformer2DModel": {"attention_head_dim": 16, "axes_dims_rope": (4, 6, 6)},
+    "HunyuanDiT2DModel": {"sample_size": 16, "patch_size": 2, "in_channels": 4},
+    "LTXVideoTransformer3DModel": {"in_channels": 8},
+    "LatteTransformer3DModel": {"sample_size": 16, "patch_size": 2, "in_channels": 4},
+    "Transformer2DModel": {"in_channels": 8, "norm_num_groups": 4, "cross_attention_dim": 16},
+    "TransformerTemporalModel": {"in_channels": 8, "norm_num_groups": 4},
+    "PixArtTransformer2DModel": {"sample_size": 16},
+    "UNet2DModel": {"block_out_channels": (32, 32, 64, 64)},
+}
 
 
 @dataclass(frozen=True)
@@ -39,12 +60,21 @@ class Candidate:
 
 def candidates(libraries: Iterable[str]) -> list[Candidate]:
     """Every class of these libraries, in a fixed order."""
-    return [each for library in libraries for each in _FINDERS[library]()]
+    return [each for library in libraries for each in LIBRARIES[library][0]()]
 
 
-def builders(candidate: Candidate) -> tuple[list[Build], Inputs]:
+def builders(candidate: Candidate) -> tuple[list[Build], Feed]:
     """Ways to build `candidate`, small and with random weights, and what it is fed with."""
-    return _BUILDERS[candidate.library](candidate)
+    return LIBRARIES[candidate.library][1](candidate)
+
+
+def _small(make: Callable[[Values], torch.nn.Module], values: Values, more: Values) -> list[Build]:
+    """A way for each way to shrink `values`; `more` are as they are."""
+
+    def build(shrinker: Shrinker) -> torch.nn.Module:
+        return make({**shrinker.shrink(values), **more})
+
+    return [partial(build, shrinker) for shrinker in Shrinker.all_for(values)]
 
 
 def _transformers() -> Iterator[Candidate]:
@@ -61,18 +91,11 @@ def _transformers() -> Iterator[Candidate]:
         yield Candidate("transformers", family, name)
 
 
-def _build_transformers(candidate: Candidate) -> tuple[list[Build], Inputs]:
+def _build_transformers(candidate: Candidate) -> tuple[list[Build], Feed]:
     module, _, name = candidate.name.rpartition(".")
     cls: Any = getattr(importlib.import_module(module or "transformers"), name)
-    more = overrides.TRANSFORMERS.get(candidate.family, {})
-
-    def build(shrinker: Shrinker) -> torch.nn.Module:
-        small = overrides.merged(shrinker.shrink(cls.config_class().to_dict()), more)
-        model: torch.nn.Module = cls(cls.config_class(**small))
-        return model
-
-    shrinkers = Shrinker.all_for(cls.config_class().to_dict())
-    return [functools.partial(build, shrinker) for shrinker in shrinkers], inputs_for
+    values, more = cls.config_class().to_dict(), _OVERRIDES.get(candidate.family, {})
+    return _small(lambda small: cls(cls.config_class(**small)), values, more), inputs_for
 
 
 def _diffusers() -> Iterator[Candidate]:
@@ -84,20 +107,14 @@ def _diffusers() -> Iterator[Candidate]:
             yield Candidate("diffusers", cls.__module__.split(".")[2], name)
 
 
-def _build_diffusers(candidate: Candidate) -> tuple[list[Build], Inputs]:
+def _build_diffusers(candidate: Candidate) -> tuple[list[Build], Feed]:
     import diffusers
 
     cls = getattr(diffusers.models, candidate.name)
-
     parameters = inspect.signature(cls.__init__).parameters.values()
     values = {p.name: p.default for p in parameters if p.default is not p.empty}
-    more = overrides.DIFFUSERS.get(candidate.name, {})
-
-    def build(shrinker: Shrinker) -> torch.nn.Module:
-        model: torch.nn.Module = cls(**overrides.merged(shrinker.shrink(values), more))
-        return model
-
-    return [functools.partial(build, each) for each in Shrinker.all_for(values)], latents_for
+    more = _OVERRIDES.get(candidate.name, {})
+    return _small(lambda small: cls(**small), values, more), latents_for
 
 
 def _timm() -> Iterator[Candidate]:
@@ -122,20 +139,19 @@ def _size_of_name(name: str) -> tuple[int, float, str]:
     return size, sum(numbers), name
 
 
-def _build_timm(candidate: Candidate) -> tuple[list[Build], Inputs]:
+def _build_timm(candidate: Candidate) -> tuple[list[Build], Feed]:
     timm: Any = importlib.import_module("timm")
 
-    def inputs(model: torch.nn.Module) -> Iterator[dict[str, Any]]:
+    def inputs(model: torch.nn.Module) -> Iterator[Inputs]:
         shape = timm.data.resolve_model_data_config(model)["input_size"]
         yield {"x": torch.randn(BATCH, *shape, generator=torch.Generator().manual_seed(1))}
 
-    build = functools.partial(timm.create_model, candidate.name, pretrained=False)
-    return [build], inputs
+    return [partial(timm.create_model, candidate.name, pretrained=False)], inputs
 
 
-_FINDERS = {"transformers": _transformers, "diffusers": _diffusers, "timm": _timm}
-_BUILDERS = {
-    "transformers": _build_transformers,
-    "diffusers": _build_diffusers,
-    "timm": _build_timm,
+# What finds the classes of a library, and what builds one.
+LIBRARIES = {
+    "transformers": (_transformers, _build_transformers),
+    "diffusers": (_diffusers, _build_diffusers),
+    "timm": (_timm, _build_timm),
 }

@@ -14,15 +14,21 @@ from typing import Any
 
 LAYERS = 6
 VOCABULARY = 512
-POSITIONS = 512
-EXPERTS = 8
 
 _LAYERS = re.compile(
     r"(^|_)(n|num)_.*layers?$|^n_layers?$|_layers$|^layers$|^depth$|_depth$|^depths$|num_blocks$"
     r"|layers_per_block|^num_stages_layers$"
 )
-_EXPERTS = re.compile(r"num_.*experts$|^num_experts$|n_routed_experts$|^n_experts$")
-_POSITIONS = re.compile(r"max_.*positions?(_embeddings)?$|^n_positions$|^n_ctx$|max_seq_len")
+# No more of these than this; the first that fits.
+_MOST = {
+    re.compile(r"vocab"): VOCABULARY,
+    re.compile(r"num_.*experts$|n_routed_experts$|^n_experts$"): 8,
+    re.compile(r"^n_group$|^num_expert_groups$"): 2,
+    re.compile(r"^topk_group$"): 1,
+    re.compile(r"experts_per_tok|moe_(top)?k$|top_k_experts"): 2,
+    re.compile(r"max_.*positions?(_embeddings)?$|^n_positions$|^n_ctx$|max_seq_len"): 512,
+    _LAYERS: LAYERS,
+}
 _WIDTH = re.compile(
     r"hidden|embed|embd|d_model|dim|width|channel|intermediate|ffn|d_ff|d_inner|inner|rank|proj"
     r"|feed_?forward|d_kv|head_size|filters|units|lru|bottleneck|mlp_size|d_embed|d_head"
@@ -89,24 +95,13 @@ class Shrinker:
         return [self._number(key, item) if _is_number(item) else item for item in items]
 
     def _number(self, key: str, value: int) -> int:
-        if "vocab" in key and value > VOCABULARY:
-            return VOCABULARY
         if _SPECIAL.search(key) and "num" not in key:
             return self._token(value)
-        if _EXPERTS.search(key):
-            return min(value, EXPERTS)
-        if key in ("n_group", "num_expert_groups"):
-            return min(value, 2)
-        if key in ("topk_group",):
-            return min(value, 1)
-        if re.search(r"experts_per_tok|moe_(top)?k$|top_k_experts", key):
-            return min(value, 2)
+        for pattern, most in _MOST.items():
+            if pattern.search(key):
+                return min(value, most)
         if "groups" in key and value == 32:
             return 4  # of channels, for their normalisation
-        if _POSITIONS.search(key):
-            return min(value, POSITIONS)
-        if _LAYERS.search(key):
-            return min(value, LAYERS)
         if self.fewer_heads and (_HEADS.search(key) or _HEAD_WIDTH.search(key)):
             return max(1, value // self.factor) if _HEADS.search(key) else value
         return value // self.factor if _is_width(key) and self._divides(value) else value

@@ -11,72 +11,80 @@ from typing import Any
 
 from tools.sweep.check import NOT_BUILT, OK, REFUSED, RESIDENT, WRONG
 
-Results = Mapping[str, Mapping[str, Any]]
+Found = list[tuple[str, str, Mapping[str, Any]]]  # family, class, outcome
 _COLUMNS = (OK, RESIDENT, REFUSED, WRONG, NOT_BUILT)
+_HEAD = """\
+# Compatibility
+
+Made by `python -m tools.sweep.table` from what `python -m tools.sweep` found
+({versions}).
+Every class is built small with random weights, wrapped on the CPU with
+`quantization=False` and the least limit there is, and compared with a copy that is not
+wrapped: two passes and, where it generates, greedy tokens, bit for bit; the bytes that
+the plan counts and that were copied; the weights after `bminf.unwrap`.
+
+*ok*: streamed, and all of that held. *resident*: the same, but two slots hold all of
+it, so nothing streams. *refused*: an error of bminf's, listed below. *WRONG*: anything
+else. *not built*: it does not run small without bminf either, or its inputs are not
+known to the sweep.
+"""
 
 
 def table(document: Mapping[str, Any]) -> str:
     """The whole page."""
-    return "\n".join(_page(document["versions"], document["results"])) + "\n"
+    versions = (f"{name} {version}" for name, version in sorted(document["versions"].items()))
+    libraries: dict[str, Found] = defaultdict(list)
+    for key, outcome in sorted(document["results"].items()):
+        library, family, name = key.split(":")
+        libraries[library].append((family, name, outcome))
+    head = _HEAD.format(versions=", ".join(versions))
+    return "\n".join([head, *_sections(libraries)]) + "\n"
 
 
-def _page(versions: Mapping[str, str], results: Results) -> Iterator[str]:
-    names = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
-    yield "# Compatibility\n"
-    yield (
-        "Made by `python -m tools.sweep.table` from what `python -m tools.sweep` found\n"
-        f"({names}).\n"
-        "Every class is built small with random weights, wrapped on the CPU with\n"
-        "`quantization=False` and the least limit there is, and compared with a copy that is not\n"
-        "wrapped: two passes and, where it generates, greedy tokens, bit for bit; the bytes that\n"
-        "the plan counts and that were copied; the weights after `bminf.unwrap`.\n"
-    )
-    yield (
-        "*ok*: streamed, and all of that held. *resident*: the same, but two slots hold all of\n"
-        "it, so nothing streams. *refused*: an error of bminf's, listed below. *WRONG*: anything\n"
-        "else. *not built*: it does not run small without bminf either, or its inputs are not\n"
-        "known to the sweep.\n"
-    )
-    yield from _totals(results)
-    yield from _reasons(results, WRONG, "Wrong")
-    yield from _reasons(results, REFUSED, "Refused")
-    for library in dict.fromkeys(key.split(":")[0] for key in results):
-        yield from _families(library, results)
-    yield from _untried(results)
+def _sections(libraries: Mapping[str, Found]) -> Iterator[str]:
+    yield from _totals(libraries)
+    everything = [each for found in libraries.values() for each in found]
+    yield from _reasons("Wrong", _of(everything, WRONG))
+    yield from _reasons("Refused", _of(everything, REFUSED))
+    for library, found in libraries.items():
+        yield from _families(library, _of(found, OK, RESIDENT))
+    untried = {library: _of(found, NOT_BUILT) for library, found in libraries.items()}
+    if any(untried.values()):
+        yield "## Not built\n"
+    for library, found in untried.items():
+        if found:
+            yield f"{library}: {', '.join(name for _, name, _ in found)}.\n"
 
 
-def _totals(results: Results) -> Iterator[str]:
-    counts: dict[str, Counter[str]] = defaultdict(Counter)
-    for key, outcome in results.items():
-        counts[key.split(":")[0]][outcome["outcome"]] += 1
+def _of(found: Found, *kinds: str) -> Found:
+    return [each for each in found if each[2]["outcome"] in kinds]
+
+
+def _totals(libraries: Mapping[str, Found]) -> Iterator[str]:
     yield f"| library | {' | '.join(_COLUMNS)} |"
     yield "|---" * (len(_COLUMNS) + 1) + "|"
-    for library, numbers in counts.items():
-        yield f"| {library} | {' | '.join(str(numbers[column]) for column in _COLUMNS)} |"
+    for library, found in libraries.items():
+        counts = Counter(outcome["outcome"] for _, _, outcome in found)
+        yield f"| {library} | {' | '.join(str(counts[column]) for column in _COLUMNS)} |"
     yield ""
 
 
-def _reasons(results: Results, kind: str, title: str) -> Iterator[str]:
-    found = {k: o["reason"] for k, o in sorted(results.items()) if o["outcome"] == kind}
+def _reasons(title: str, found: Found) -> Iterator[str]:
     if not found:
         return
     yield f"## {title}\n\n| class | reason |\n|---|---|"
-    for key, reason in found.items():
-        yield f"| {key.split(':')[2]} | {_escaped(reason)} |"
+    for _, name, outcome in found:
+        yield f"| {name} | {_escaped(outcome['reason'])} |"
     yield ""
 
 
-def _families(library: str, results: Results) -> Iterator[str]:
+def _families(library: str, found: Found) -> Iterator[str]:
     """A row a family: its classes that ran, and how small the limit may be."""
-    families: dict[str, list[tuple[str, Mapping[str, Any]]]] = defaultdict(list)
-    for key, outcome in sorted(results.items()):
-        where, family, name = key.split(":")
-        if where == library and outcome["outcome"] in (OK, RESIDENT):
-            families[family].append((name, outcome))
-    if not families:
+    if not found:
         return
     yield f"## {library}\n\n| family | classes | generates | least limit |\n|---|---|---|---|"
-    for family, ran in families.items():
+    for family in dict.fromkeys(family for family, _, _ in found):
+        ran = [(name, outcome) for of, name, outcome in found if of == family]
         names = ", ".join(f"{n} (resident)" if o["outcome"] == RESIDENT else n for n, o in ran)
         generates = "yes" if any(outcome["generates"] for _, outcome in ran) else ""
         least = min(outcome["least_part"] for _, outcome in ran)
@@ -85,17 +93,6 @@ def _families(library: str, results: Results) -> Iterator[str]:
         "\nThe least limit is that of the small model, as a part of all its bytes: published\n"
         "models have more layers, so theirs is smaller.\n"
     )
-
-
-def _untried(results: Results) -> Iterator[str]:
-    found = defaultdict(list)
-    for key, outcome in sorted(results.items()):
-        if outcome["outcome"] == NOT_BUILT:
-            found[key.split(":")[0]].append(key.split(":")[2])
-    if found:
-        yield "## Not built\n"
-    for library, names in found.items():
-        yield f"{library}: {', '.join(names)}.\n"
 
 
 def _escaped(text: str) -> str:
