@@ -1,0 +1,227 @@
+"""`python -m tools.mutations`: which tests notice a fault that is planted into bminf.
+
+Each fault of tools/faults.py is planted alone, into a copy of the checkout of its own. Tests run in
+stages until one fails:
+
+nearest  the files called test_<source>.py, then the folder of tests that belongs to the source's
+quick    all that are not marked slow, where there is such a mark
+whole    everything
+
+The test that fails is run again without the fault, and has to pass. A line of JSON tells of each
+fault whether it fell, in which stage, by which test, and the CPU seconds that each stage took.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from tools.faults import FAULTS, Fault
+
+ROOT = Path(__file__).resolve().parents[1]
+FELL, SURVIVED, ABSENT = "fell", "survived", "absent"
+FAILS_ANYWAY = "its test fails anyway"
+_LEFT_OUT = shutil.ignore_patterns(".git", ".venv*", ".session", "__pycache__", ".*_cache")
+# They look at the text of the code, which every fault changes.
+_OF_THE_TEXT = ("test_style.py", "test_mutations.py")
+_PASSED, _NO_TESTS = 0, 5  # of pytest
+_FAILED = re.compile(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", re.MULTILINE)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0 where every fault fell, otherwise 1."""
+    options = _arguments(argv)
+    faults = [each for each in FAULTS if fnmatch.fnmatch(each.name, options.only)]
+    checkout = options.checkout.resolve()
+    if checkout == ROOT:
+        for fault in faults:
+            planted(checkout, fault)
+    found = []
+    # Processes, because each counts the CPU time of what it has started.
+    with ProcessPoolExecutor(options.jobs, get_context("spawn")) as pool:
+        arguments = (checkout, options.stages, options.timeout)
+        waiting = [pool.submit(examine, fault, *arguments) for fault in faults]
+        for done in as_completed(waiting):
+            found.append(done.result())
+            print(json.dumps(found[-1]), flush=True)
+    left = sorted(f"{each['fault']} ({each['outcome']})" for each in found if not _fell(each))
+    print(f"{len(found) - len(left)} of {len(found)} fell", *left, sep="\n", file=sys.stderr)
+    return 1 if left else 0
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        "python -m tools.mutations", description=__doc__, formatter_class=form
+    )
+    parser.add_argument("--only", default="*", metavar="PATTERN", help="of the names of faults")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument(
+        "--checkout", type=Path, default=ROOT, metavar="FOLDER",
+        help="another one, where faults whose line is not there are absent",
+    )  # fmt: skip
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="faults at a time")
+    parser.add_argument(
+        "--timeout", type=float, default=1800.0, metavar="SECONDS",
+        help="of a stage; a fault whose tests take longer has fallen",
+    )  # fmt: skip
+    return parser.parse_args(argv)
+
+
+def _fell(found: dict[str, Any]) -> bool:
+    return bool(found["outcome"] == FELL)
+
+
+# ---- one fault -----------------------------------------------------------------------------------
+
+
+def planted(folder: Path, fault: Fault) -> str:
+    """The source with the fault.   Raises ValueError where its line is not there exactly once."""
+    source = folder / fault.file
+    text = source.read_text(encoding="utf-8") if source.exists() else ""
+    if (count := text.count(fault.old)) != 1:
+        raise ValueError(f"{fault.name}: {fault.file} has {fault.old!r} {count} times, not once")
+    return text.replace(fault.old, fault.new)
+
+
+def examine(
+    fault: Fault, checkout: Path, stages: Sequence[str], timeout_s: float
+) -> dict[str, Any]:
+    """What became of `fault` in a copy of `checkout`."""
+    found: dict[str, Any] = {"fault": fault.name, "outcome": SURVIVED, "stage": None, "test": None}
+    cpu_s = found["cpu_s"] = {}
+    with _copied(checkout) as folder:
+        try:
+            text = planted(folder, fault)
+        except ValueError:
+            return {**found, "outcome": ABSENT}
+        (folder / fault.file).write_text(text, encoding="utf-8")
+        for stage in stages:
+            run = _Run(folder, timeout_s)
+            failed = STAGES[stage](run, Path(fault.file))
+            cpu_s[stage] = round(run.cpu_s, 1)
+            if failed is not None:
+                shutil.copy2(checkout / fault.file, folder / fault.file)
+                outcome = FELL if _passes(folder, failed, timeout_s) else FAILS_ANYWAY
+                return {**found, "outcome": outcome, "stage": stage, "test": failed}
+    return found
+
+
+@contextmanager
+def _copied(checkout: Path) -> Iterator[Path]:
+    """A copy of the checkout, beside the shared/ that stands beside it."""
+    with tempfile.TemporaryDirectory() as parent:
+        folder = Path(parent, "checkout")
+        shutil.copytree(checkout, folder, ignore=_LEFT_OUT)
+        if (shared := checkout.parent / "shared").exists():
+            Path(parent, "shared").symlink_to(shared)
+        yield folder
+
+
+def _passes(folder: Path, failed: str, timeout_s: float) -> bool:
+    """Whether the test passes in `folder`, which has no fault any more."""
+    return "::" not in failed or _Run(folder, timeout_s).pytest(failed) is None
+
+
+# ---- tests ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Run:
+    """Tests of a folder, and the CPU seconds that they and what they started took."""
+
+    folder: Path
+    timeout_s: float
+    cpu_s: float = field(default=0.0, init=False)
+
+    def pytest(self, *arguments: str) -> str | None:
+        """The first test that fails; None where all pass, or there are none."""
+        ignored = [f"--ignore-glob=*/{name}" for name in _OF_THE_TEXT]
+        command = ["pytest", "-x", "-rfE", "-p", "no:cacheprovider", *ignored, *arguments]
+        code, output = self._python("-m", *command)
+        if code in (_PASSED, _NO_TESTS):
+            return None
+        failed = _FAILED.search(output)
+        return failed[1] if failed else f"no test: pytest ended with {code}: {output[-400:]}"
+
+    def has_mark(self, name: str) -> bool:
+        return f"@pytest.mark.{name}:" in self._python("-m", "pytest", "--markers")[1]
+
+    def _python(self, *arguments: str) -> tuple[int, str]:
+        """Exit code, and what was printed."""
+        environment = {**os.environ, "PYTHONPATH": str(self.folder)}
+        environment.setdefault("OMP_NUM_THREADS", "1")
+        environment.pop("PYTEST_ADDOPTS", None)
+        before_s = _children_cpu_s()
+        process = subprocess.Popen(
+            [sys.executable, *arguments], cwd=self.folder, env=environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+        try:
+            output, _ = process.communicate(timeout=self.timeout_s)
+        except (subprocess.TimeoutExpired, KeyboardInterrupt) as error:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+            if isinstance(error, KeyboardInterrupt):
+                raise
+            output = f"no end in {self.timeout_s:g} s"
+        self.cpu_s += _children_cpu_s() - before_s
+        return process.returncode, output
+
+
+def _children_cpu_s() -> float:
+    """Of all processes that this one started and waited for; it runs one at a time."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def _nearest(run: _Run, source: Path) -> str | None:
+    files = nearest(run.folder / "tests", source)
+    return run.pytest(*map(str, files)) if files else None
+
+
+def nearest(tests: Path, source: Path) -> list[Path]:
+    """Test files in `tests` for a source, such as bminf/offload/ring.py: those of its name, then
+    those of its folder, or of the closest one above that has any."""
+    package, *rooms = source.parent.parts
+    stem = (rooms or [package])[-1] if source.stem == "__init__" else source.stem
+    named = sorted(tests.rglob(f"test_{stem}.py"))
+    for depth in range(len(rooms), 0, -1):
+        if own := sorted(tests.joinpath(*rooms[:depth]).rglob("test_*.py")):
+            break
+    else:
+        own = sorted(tests.glob("test_*.py"))
+    return list(dict.fromkeys([*named, *own]))
+
+
+def _quick(run: _Run, source: Path) -> str | None:
+    return run.pytest("-m", "not slow") if run.has_mark("slow") else None
+
+
+def _whole(run: _Run, source: Path) -> str | None:
+    return run.pytest()
+
+
+STAGES: dict[str, Callable[[_Run, Path], str | None]] = {
+    "nearest": _nearest, "quick": _quick, "whole": _whole,
+}  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())
