@@ -12,6 +12,7 @@ import torch
 from saved_files import FORMS, bminf1_bytes, save
 
 from bminf.arch.registry import checkpoint_in
+from bminf.checkpoint.folder import atomic_folder
 from bminf.errors import CheckpointError
 
 WEIGHTS = {"a.weight": torch.arange(6.0).view(2, 3), "b.weight": torch.ones(4)}
@@ -216,3 +217,10 @@ def test_an_index_that_is_wrong_is_an_error(
     write_index(tmp_path, "model.safetensors.index.json", weight_map)
     with pytest.raises(CheckpointError, match=message):
         checkpoint_in(tmp_path)
+
+
+def test_a_folder_that_was_written_can_be_read_by_all(tmp_path: Path) -> None:
+    with atomic_folder(tmp_path / "made", 1, "writing") as (folder, _):
+        (folder / "a").touch()
+    assert (tmp_path / "made" / "a").is_file()
+    assert (tmp_path / "made").stat().st_mode & 0o777 == 0o755

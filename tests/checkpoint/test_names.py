@@ -13,7 +13,7 @@ from tiny_glm import tiny_glm10b
 from tiny_zoo import save, tiny, write_huggingface
 
 from bminf.arch.registry import checkpoint_in
-from bminf.checkpoint.names import unwrapped
+from bminf.checkpoint.names import listed, unwrapped
 
 Renaming = Callable[[str], str]
 WRAPPED: dict[str, Renaming] = {
@@ -40,6 +40,11 @@ def test_wrapped_names_are_those_of_the_model(how: str) -> None:
 )
 def test_other_names_stay(names: list[str]) -> None:
     assert list(unwrapped(dict.fromkeys(names))) == names
+
+
+def test_of_many_names_five_are_shown() -> None:
+    assert listed("abcde") == "'a', 'b', 'c', 'd', 'e'"
+    assert listed("abcdefgh") == "'a', 'b', 'c', 'd', 'e' and 3 more"
 
 
 def wrap(tensors: Mapping[str, torch.Tensor], how: str) -> dict[str, torch.Tensor]:

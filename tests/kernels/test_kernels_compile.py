@@ -317,6 +317,14 @@ def test_missing_sources_are_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         source_of(SCALE)
 
 
+def test_lines_are_numbered_as_in_the_file() -> None:
+    """By the last #line, behind the header that stands in the include's place."""
+    _, _, last = source_of(SCALE).rpartition("#line ")
+    number, text = int(last.split()[0]), last.partition("\n")[2]
+    lines = (kernel_folder() / SCALE.file).read_text(encoding="utf-8").splitlines(keepends=True)
+    assert number > 1 and text == "".join(lines[number - 1 :])
+
+
 def test_a_kernel_that_does_not_exist_is_said() -> None:
     with pytest.raises(KernelError, match=r"no_such\.cu"):
         source_of(Kernel("no_such.cu", "nothing"))

@@ -210,6 +210,7 @@ def test_a_row_that_ends_early_does_not_disturb_the_others(load: Loader) -> None
     say(model, ["很", "<eod>"], ["好", "，", "我们", "<eod>"], ["<eod>"])
     answers = model.generate_batch(["今天天气", "今天", "我们去公园"], temperature=0)
     assert answers == [("很", True), ("好，我们", True), ("", True)]
+    assert model.stats.num_tokens == 2 + 4 + 1  # with the stop tokens, and of no row that had ended
 
 
 @pytest.mark.parametrize("name", ["cpm1", "cpm2"])
@@ -577,6 +578,16 @@ def test_beams_leave_keys_of_the_prompt_where_they_are(load: Loader) -> None:
     options = {"num_beams": 2, "max_tokens": 6, "banned_tokens": ["<eod>"]}
     model.generate_batch(["今天", "我们去公园"], **options)
     assert moved[0] == [0, 0, 1, 1] and len(moved) <= 2
+
+
+def test_rows_of_another_prompt_read_its_keys(load: Loader) -> None:
+    """As where two beams go on for the second of two prompts: as many rows as before."""
+    cache = load("cpm2", max_batch_size=2)._cache
+    cache.start(2, torch.tensor([0.0, 1.0]).view(2, 1, 1, 1))
+    cache.cross.keys[:, 1] = 1
+    cache.cross.advance(3)
+    cache.select(torch.tensor([1, 1]))
+    assert cache.cross.keys[:, :, :, :3].eq(1).all() and cache.cross_bias.eq(1).all()
 
 
 def test_options_that_contradict_are_refused(load: Loader) -> None:

@@ -171,6 +171,21 @@ def test_a_known_order_is_waited_for_only_once_when_it_changes() -> None:
     assert wasted <= 2 + 2 * 2 * 2  # two ahead at the end, two a wrong guess, two guesses a request
 
 
+def test_a_block_that_has_changed_is_copied_anew_where_it_was_copied_ahead() -> None:
+    backend = SimulatedBackend([10] * 4, LINK)
+    ring = Ring(4, backend)
+    ring.start()
+    ring.enter(0)
+    ring.leave(0)
+    assert [copy.block for copy in backend.copies] == [0, 1, 2]
+    ring.changed(3)  # it is on its way to nowhere
+    assert ring.enter(1) == 1 and len(backend.copies) == 3
+    ring.changed(2)
+    ring.leave(1)
+    ring.enter(2)
+    assert [copy.block for copy in backend.copies].count(2) == 2
+
+
 def test_a_block_may_call_another_but_not_a_third() -> None:
     ring = Ring(4, SimulatedBackend([1] * 4, LINK))
     assert ring.enter(0) != ring.enter(2)
