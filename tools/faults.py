@@ -70,11 +70,11 @@ FAULTS = (
         breaks="A block that returns its weight returns what changes under the caller's hands.",
     ),
     Fault(
-        name="streamed-all-trainable",
+        name="streamed-fused-statistics",
         file="bminf/offload/streamed_block.py",
-        old="        weight.requires_grad_(is_trainable)\n",
-        new="",
-        breaks="Frozen weights ask for gradients, and a backward pass through them is refused.",
+        old="if self._put_back(self.slot) or (self._has_buffers and self.module.training):",
+        new="if self._put_back(self.slot):",
+        breaks="The running statistics of batch norm are lost where it is one operation.",
     ),
     Fault(
         name="disk-short-read",
