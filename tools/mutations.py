@@ -192,13 +192,14 @@ def _children_cpu_s() -> float:
 
 
 def _nearest(run: _Run, source: Path) -> str | None:
-    files = nearest(run.folder / "tests", source)
-    return run.pytest(*map(str, files)) if files else None
+    """The second files are not even collected where one of the first fails."""
+    groups = filter(None, nearest(run.folder / "tests", source))
+    return next(filter(None, (run.pytest(*map(str, files)) for files in groups)), None)
 
 
-def nearest(tests: Path, source: Path) -> list[Path]:
-    """Test files in `tests` for a source, such as bminf/offload/ring.py: those of its name, then
-    those of its folder, or of the closest one above that has any."""
+def nearest(tests: Path, source: Path) -> tuple[list[Path], list[Path]]:
+    """Test files in `tests` for a source, such as bminf/offload/ring.py: those of its name, and the
+    others of its folder, or of the closest one above that has any."""
     package, *rooms = source.parent.parts
     stem = (rooms or [package])[-1] if source.stem == "__init__" else source.stem
     named = sorted(tests.rglob(f"test_{stem}.py"))
@@ -207,7 +208,7 @@ def nearest(tests: Path, source: Path) -> list[Path]:
             break
     else:
         own = sorted(tests.glob("test_*.py"))
-    return list(dict.fromkeys([*named, *own]))
+    return named, [file for file in own if file not in named]
 
 
 def _quick(run: _Run, source: Path) -> str | None:

@@ -90,12 +90,13 @@ def test_the_nearest_tests_are_found_by_name(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
 
-    def found(source: str) -> list[str]:
-        return [str(file.relative_to(tmp_path)) for file in nearest(tmp_path, Path(source))]
+    def found(source: str) -> list[list[str]]:
+        groups = nearest(tmp_path, Path(source))
+        return [[str(file.relative_to(tmp_path)) for file in files] for files in groups]
 
-    assert found("bminf/offload/ring.py") == [names[1], names[3], names[2]]
-    assert found("bminf/offload/backends/cuda.py") == [names[2], names[3]]
-    assert found("bminf/units.py") == found("bminf/unheard/of.py") == [names[0]]
+    assert found("bminf/offload/ring.py") == [[names[1], names[3]], [names[2]]]
+    assert found("bminf/offload/backends/cuda.py") == [[], [names[2], names[3]]]
+    assert found("bminf/units.py") == found("bminf/unheard/of.py") == [[], [names[0]]]
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
