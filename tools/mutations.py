@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     checkout = options.checkout.resolve()
     if checkout == ROOT:
         for fault in faults:
-            planted(checkout, fault)
+            located(checkout, fault)
     found = []
     # Processes, because each counts the CPU time of what it has started.
     with ProcessPoolExecutor(options.jobs, get_context("spawn")) as pool:
@@ -91,13 +91,21 @@ def _fell(found: dict[str, Any]) -> bool:
 # ---- one fault -----------------------------------------------------------------------------------
 
 
-def planted(folder: Path, fault: Fault) -> str:
-    """The source with the fault.   Raises ValueError where its line is not there exactly once."""
-    source = folder / fault.file
-    text = source.read_text(encoding="utf-8") if source.exists() else ""
-    if (count := text.count(fault.old)) != 1:
-        raise ValueError(f"{fault.name}: {fault.file} has {fault.old!r} {count} times, not once")
-    return text.replace(fault.old, fault.new)
+def located(folder: Path, fault: Fault) -> Path:
+    """The source with the line, relative to `folder`: the one that is named, or, in a checkout of
+    another time, any of the same package.
+
+    Raises ValueError where the line is not there exactly once.
+    """
+    named = Path(fault.file)
+    counts = {
+        path.relative_to(folder): path.read_text(encoding="utf-8").count(fault.old)
+        for path in sorted((folder / named.parts[0]).rglob("*.py"))
+    }
+    found = {named: counts[named]} if counts.get(named) else counts
+    if (total := sum(found.values())) != 1:
+        raise ValueError(f"{fault.name}: {fault.old!r} stands {total} times in {named}, not once")
+    return next(path for path, count in found.items() if count)
 
 
 def examine(
@@ -106,21 +114,26 @@ def examine(
     """What became of `fault` in a copy of `checkout`."""
     found: dict[str, Any] = {"fault": fault.name, "outcome": SURVIVED, "stage": None, "test": None}
     cpu_s = found["cpu_s"] = {}
+    try:
+        source = located(checkout, fault)
+    except ValueError:
+        return {**found, "outcome": ABSENT}
     with _copied(checkout) as folder:
-        try:
-            text = planted(folder, fault)
-        except ValueError:
-            return {**found, "outcome": ABSENT}
-        (folder / fault.file).write_text(text, encoding="utf-8")
+        plant(folder / source, fault)
         for stage in stages:
             run = _Run(folder, timeout_s)
-            failed = STAGES[stage](run, Path(fault.file))
+            failed = STAGES[stage](run, source)
             cpu_s[stage] = round(run.cpu_s, 1)
             if failed is not None:
-                shutil.copy2(checkout / fault.file, folder / fault.file)
+                shutil.copy2(checkout / source, folder / source)
                 outcome = FELL if _passes(folder, failed, timeout_s) else FAILS_ANYWAY
                 return {**found, "outcome": outcome, "stage": stage, "test": failed}
     return found
+
+
+def plant(source: Path, fault: Fault) -> None:
+    text = source.read_text(encoding="utf-8")
+    source.write_text(text.replace(fault.old, fault.new), encoding="utf-8")
 
 
 @contextmanager

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ast
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from tools import mutations
 from tools.faults import FAULTS, Fault
-from tools.mutations import STAGES, examine, main, nearest, planted
+from tools.mutations import STAGES, examine, located, main, nearest, plant
 
 ROOT = Path(__file__).resolve().parents[2]
 COUNT = """
@@ -78,10 +79,14 @@ def test_what_does_not_end_has_fallen(toy: Path) -> None:
     assert found["outcome"] == "fell" and "no end in 0.001 s" in found["test"]
 
 
-def test_a_fault_whose_line_is_there_twice_is_refused(toy: Path) -> None:
-    (toy / "toy/room/count.py").write_text(2 * COUNT)
-    with pytest.raises(ValueError, match=r"falls: toy/room/count\.py has 'size - 1' 2 times"):
-        planted(toy, FALLS)
+def test_a_line_is_found_where_it_has_moved_to_but_not_twice(toy: Path) -> None:
+    room = toy / "toy" / "room"
+    assert located(toy, FALLS) == Path("toy/room/count.py")
+    (room / "count.py").rename(room / "sizes.py")
+    assert located(toy, FALLS) == Path("toy/room/sizes.py")
+    (room / "again.py").write_text(COUNT)
+    with pytest.raises(ValueError, match=r"falls: 'size - 1' stands 2 times in toy/room/count\.py"):
+        located(toy, FALLS)
 
 
 def test_the_nearest_tests_are_found_by_name(tmp_path: Path) -> None:
@@ -100,12 +105,14 @@ def test_the_nearest_tests_are_found_by_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
-def test_every_fault_can_be_planted(fault: Fault) -> None:
-    """Once, and the file is Python still."""
-    text = planted(ROOT, fault)
-    assert text != (ROOT / fault.file).read_text(encoding="utf-8")
-    ast.parse(text)
-    assert fault.breaks.endswith(".")
+def test_every_fault_can_be_planted(fault: Fault, tmp_path: Path) -> None:
+    """Where it says, and the file is Python still."""
+    assert located(ROOT, fault) == Path(fault.file) and fault.breaks.endswith(".")
+    source = Path(shutil.copy(ROOT / fault.file, tmp_path))
+    plant(source, fault)
+    assert ast.dump(ast.parse(source.read_text())) != ast.dump(
+        ast.parse((ROOT / fault.file).read_text())
+    )
 
 
 def test_the_faults_are_of_all_folders() -> None:
