@@ -44,8 +44,8 @@ FAULTS = (
     Fault(
         name="plan-forgets-reserve",
         file="bminf/offload/plan.py",
-        old="room = budget - outside_bytes - reserved_bytes",
-        new="room = budget - outside_bytes",
+        old="capacity = budget - outside_bytes - reserved_bytes",
+        new="capacity = budget - outside_bytes",
         breaks="With reserve= or max_length= the plan exceeds the memory limit.",
     ),
     Fault(
@@ -114,7 +114,7 @@ FAULTS = (
     Fault(
         name="budget-own-bytes",
         file="bminf/offload/backends/__init__.py",
-        old="return int((free + own_bytes) * _FREE_FRACTION)",
+        old="return int((free + model_bytes) * _FREE_FRACTION)",
         new="return int(free * _FREE_FRACTION)",
         breaks="Without a limit, a model that fills the memory it lies in is streamed from it.",
     ),
@@ -247,7 +247,7 @@ FAULTS = (
     Fault(
         name="glm-codes-clamp",
         file="bminf/quantization/glm_rows.py",
-        old="torch.round(weight / divisor).clamp_(-_most(bits), _most(bits)).to(torch.int8)",
+        old="torch.round(weight / divisor).clamp_(-_qmax(bits), _qmax(bits)).to(torch.int8)",
         new="torch.round(weight / divisor).to(torch.int8)",
         breaks="Codes of tiny rows overflow: large weights become negative.",
     ),
@@ -261,8 +261,8 @@ FAULTS = (
     Fault(
         name="gpt-padding",
         file="bminf/arch/gpt.py",
-        old="is_early = torch.arange(num_keys, device=x.device) < num_padding.unsqueeze(1)",
-        new="is_early = torch.arange(num_keys, device=x.device) <= num_padding.unsqueeze(1)",
+        old="is_padding = torch.arange(num_keys, device=x.device) < num_padding.unsqueeze(1)",
+        new="is_padding = torch.arange(num_keys, device=x.device) <= num_padding.unsqueeze(1)",
         breaks="In a batch the shorter texts lose their first token.",
     ),
     Fault(
@@ -310,7 +310,7 @@ FAULTS = (
     Fault(
         name="names-more-count",
         file="bminf/checkpoint/names.py",
-        old='more = f" and {len(shown) - _MOST_NAMES} more" if',
+        old='more = f" and {len(shown) - _MAX_NAMES} more" if',
         new='more = f" and {len(shown)} more" if',
         breaks="An error about many tensors names a wrong number of them.",
     ),
@@ -345,8 +345,8 @@ FAULTS = (
     Fault(
         name="gpus-lanes",
         file="bminf/cli/gpus.py",
-        old="link = card.lanes * _LANE_GBPS[card.generation] * _REACHED",
-        new="link = 16 * _LANE_GBPS[card.generation] * _REACHED",
+        old="link = card.lanes * _LANE_GBPS[card.generation] * _BUS_EFFICIENCY",
+        new="link = 16 * _LANE_GBPS[card.generation] * _BUS_EFFICIENCY",
         breaks="Cards with half a bus, as an RTX 4060, are predicted to be twice as fast.",
     ),
     Fault(
@@ -408,8 +408,8 @@ FAULTS = (
     Fault(
         name="vocabulary-too-large",
         file="bminf/models/source.py",
-        old="if num_unused < 0 or (num_unused > 0 and not architecture.has_spare_rows):",
-        new="if num_unused > 0 and not architecture.has_spare_rows:",
+        old="if num_unused < 0 or (num_unused > 0 and not architecture.has_padded_vocabulary):",
+        new="if num_unused > 0 and not architecture.has_padded_vocabulary:",
         breaks="A vocabulary larger than the embedding is accepted; some text is an index error.",
     ),
     Fault(
@@ -422,8 +422,8 @@ FAULTS = (
     Fault(
         name="glm-end-of-piece",
         file="bminf/tokenizers/base.py",
-        old="unspoken = {*commands.values(), *textless} - {self.eos_id, self.eop_id}",
-        new="unspoken = {*commands.values(), *textless} - {self.eos_id}",
+        old="unspoken = {*commands.values(), *control_ids} - {self.eos_id, self.eop_id}",
+        new="unspoken = {*commands.values(), *control_ids} - {self.eos_id}",
         breaks="A GLM cannot end the text of a blank.",
     ),
     Fault(
