@@ -332,12 +332,12 @@ def test_the_first_that_is_waited_for_is_there_or_read_next(
 
 def test_the_thread_ends_before_the_interpreter() -> None:
     """In the middle of a read that nobody waits for; what runs at exit later finds no thread."""
-    program = """
+    program = f"""
 import atexit, sys, threading, time
 sys.path.insert(0, sys.argv[1])
 names = lambda: [t.name for t in threading.enumerate()]
 atexit.register(lambda: print("bminf-reader" in names()))
-from test_read_ahead import Bench
+from {Path(__file__).stem} import Bench
 bench = Bench()
 bench.store.may_read.clear()
 waiting = bench.fetch(0)
