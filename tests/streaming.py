@@ -105,6 +105,21 @@ def stream(model: torch.nn.Module, extra_bytes: int = 0, **arguments: Any) -> An
     return model
 
 
+def streamed(**arguments: Any) -> tuple[Any, torch.Tensor, torch.Tensor]:
+    """A stack that streams, an input, and what the stack gives for it when it does not stream."""
+    model, x = make_stack(**arguments), torch.randn(3, arguments.get("width", 16))
+    expected = model(x)
+    return stream(model), x, expected
+
+
+def assert_same_weights(given: torch.nn.Module, expected: torch.nn.Module) -> None:
+    """Bit for bit, in the same order, under the same names."""
+    weights, right = given.state_dict(), expected.state_dict()
+    assert list(weights) == list(right)
+    for name, tensor in weights.items():
+        assert torch.equal(tensor, right[name]), name
+
+
 def raise_once(module: torch.nn.Module, error: BaseException) -> None:
     """Let the next call of `module` raise from inside."""
 

@@ -315,32 +315,6 @@ def test_7_a_copied_weight_is_a_real_one() -> None:
 # 8. Moves and casts
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda module: module.to(torch.bfloat16),
-        lambda module: module.half(),
-        lambda module: module.to("meta"),
-    ],
-)
-@pytest.mark.parametrize("part", ["", "layers.5", "layers.5.up"])
-def test_8_a_cast_or_move_is_refused(part: str, change: Callable[[Any], Any]) -> None:
-    model, x = make_stack(), torch.randn(3, 16)
-    expected = model(x)
-    stream(model)
-    with pytest.raises(UnsupportedModelError, match="converted"):
-        change(model.get_submodule(part))
-    assert torch.equal(model(x), expected)
-
-
-def test_8_a_move_that_changes_nothing_is_accepted() -> None:
-    model, x = make_stack(), torch.randn(3, 16)
-    expected = model(x)
-    stream(model)
-    assert model.to("cpu").float() is model
-    assert torch.equal(model(x), expected)
-
-
 # 9. Threads
 
 

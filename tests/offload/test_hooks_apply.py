@@ -1,4 +1,4 @@
-"""What is done to all tensors of a streamed model at once: carried out, or refused."""
+"""Module._apply of a streamed model, which .to() and .half() call: carried out, or refused."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ CHANGES: dict[str, Callable[[torch.nn.Module], object]] = {
     "channels last and a dtype": lambda model: model.to(torch.float32, memory_format=LAST),
     "around it": lambda model: torch.nn.Sequential(model).to(memory_format=LAST),
     "a block": lambda model: model[2].to(memory_format=LAST),
+    "a part of a block": lambda model: model[2].conv.half(),
     "half": lambda model: model.half(),
+    "bfloat16": lambda model: model.to(torch.bfloat16),
     "meta": lambda model: model.to("meta"),
     "to_empty": lambda model: model.to_empty(device="cpu"),
     "share_memory": lambda model: model.share_memory(),
