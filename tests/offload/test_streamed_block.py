@@ -22,18 +22,6 @@ from bminf.lazy import LazyTensor
 from bminf.offload import memory
 
 
-def test_weights_set_anew_outside_a_forward_are_used() -> None:
-    plain, model, x = make_stack(), stream(make_stack()), torch.randn(3, 16)
-    weight, shift = torch.randn(32, 16), torch.randn(16)
-    for changed in (plain, model):
-        changed.layers[5].up.weight = torch.nn.Parameter(weight)
-        changed.layers[4].shift = shift
-    for _ in range(2):
-        assert torch.equal(model(x), plain(x))
-    bminf.unwrap(model)
-    assert torch.equal(model(x), plain(x)) and torch.equal(model.layers[5].up.weight, weight)
-
-
 def test_functional_call_computes_with_what_it_is_given() -> None:
     plain, model, x = make_stack(), stream(make_stack()), torch.randn(3, 16)
     given = {name: torch.randn_like(p) for name, p in plain.named_parameters()}
@@ -194,13 +182,6 @@ def test_an_output_without_weights_is_the_very_object() -> None:
 
     model = stream(make_stack(block=Dict))
     assert model.layers[5](torch.randn(2, 16)) is model.layers[5].last
-
-
-def test_a_lazy_weight_that_outlives_the_wrapping_reads_on() -> None:
-    model = stream(make_stack())
-    weight = model.layers[5].up.weight
-    bminf.unwrap(model)
-    assert torch.equal(weight, make_stack().layers[5].up.weight)
 
 
 def test_unwrapping_can_be_interrupted_and_done_again(monkeypatch: pytest.MonkeyPatch) -> None:

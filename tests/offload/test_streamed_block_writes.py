@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from streaming import MODES, Stack, make_stack, stream
+from streaming import MODES, Stack, assert_same_weights, make_stack, stream
 
 import bminf
 from bminf.errors import UnsupportedModelError
@@ -44,8 +44,7 @@ def test_a_write_takes_effect(write: str, mode: str) -> None:
                 WRITES[write](layer.up.weight)
         for _ in range(2):
             assert torch.equal(model(x), plain(x))
-    right = plain.state_dict()
-    assert all(torch.equal(v, right[k]) for k, v in model.state_dict().items())
+    assert_same_weights(model, plain)
     bminf.unwrap(model)
     with torch.no_grad():
         assert torch.equal(model(x), plain(x))
@@ -73,10 +72,11 @@ def test_a_weight_written_while_its_block_runs_is_written_in_the_slot_too() -> N
             assert torch.equal(model(x), plain(x))
 
 
-def test_a_weight_that_outlives_the_wrapping_is_written_where_it_is_then() -> None:
+def test_a_weight_that_outlives_the_wrapping_is_read_and_written_where_it_is_then() -> None:
     plain, model, x = make_stack(), stream(make_stack()), torch.randn(3, 16)
     weight = model.layers[5].up.weight
     bminf.unwrap(model)
+    assert torch.equal(weight, plain.layers[5].up.weight)
     with torch.no_grad():
         for written in (weight, plain.layers[5].up.weight):
             written[2].mul_(3)
@@ -175,8 +175,7 @@ def test_a_write_inside_the_forward_is_kept(write: str, monkeypatch: pytest.Monk
     with torch.no_grad():
         for _ in range(3):
             assert torch.equal(model(x), plain(x))
-        right = plain.state_dict()
-        assert all(torch.equal(v, right[k]) for k, v in model.state_dict().items())
+        assert_same_weights(model, plain)
         bminf.unwrap(model)
         assert torch.equal(model(x), plain(x))
 
@@ -209,3 +208,15 @@ def test_a_tensor_that_was_swapped_in_is_used() -> None:
         torch.utils.swap_tensors(model.layers[3].up.weight, other)
         for _ in range(3):
             assert torch.equal(model(x), reference(x))
+
+
+def test_weights_set_anew_outside_a_forward_are_used() -> None:
+    plain, model, x = make_stack(), stream(make_stack()), torch.randn(3, 16)
+    weight, shift = torch.randn(32, 16), torch.randn(16)
+    for changed in (plain, model):
+        changed.layers[5].up.weight = torch.nn.Parameter(weight)
+        changed.layers[4].shift = shift
+    for _ in range(2):
+        assert torch.equal(model(x), plain(x))
+    bminf.unwrap(model)
+    assert torch.equal(model(x), plain(x)) and torch.equal(model.layers[5].up.weight, weight)
