@@ -197,21 +197,6 @@ def test_resident_weights_leave_a_mapped_checkpoint(tmp_path: Path) -> None:
     assert not memory.mapped_files()(model.head.weight.data_ptr())
 
 
-def test_5_activations_that_lie_behind_a_slot_are_not_taken_for_weights() -> None:
-    class Square(Residual):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return super().forward(torch.sin(x))
-
-    model, below = make_stack(block=Square).requires_grad_(False), memory.allocate(2**16)
-    x = torch.randn(3, 16)
-    expected = torch.autograd.functional.jacobian(model, x)
-    stream(model)
-    above = memory.allocate(2**16)
-    for block in (below, above):
-        near = block.view(torch.float32)[:48].view(3, 16).copy_(x)
-        assert torch.equal(torch.autograd.functional.jacobian(model, near), expected)
-
-
 def test_a_block_may_hand_out_a_weight_of_another() -> None:
     class Lending(Residual):
         other: Any = None
@@ -268,25 +253,6 @@ def test_a_read_that_failed_is_made_anew(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(OffloadError, match="gone"):
         model(x)
     assert torch.equal(model.layers[5](x), expected)
-
-
-def test_what_lies_in_a_slot_behind_the_blob_is_not_of_the_block() -> None:
-    class Uneven(Residual):
-        made = 0
-
-        def __init__(self, width: int) -> None:
-            super().__init__(width)
-            Uneven.made += 1
-            self.up.more = torch.nn.Parameter(torch.zeros(64 * (1 + Uneven.made % 2)))
-
-    scheduler = stream(make_stack(block=Uneven))._bminf_scheduler
-    block = min(scheduler.blocks, key=lambda block: block.layout.extent)
-    slot, nbytes = scheduler.backend.slots[0], block.layout.extent
-    block.bind(0)
-    assert nbytes < len(slot)
-    assert block.offset_in_slot(slot[nbytes - 4 :]) == nbytes - 4
-    assert block.offset_in_slot(slot[nbytes:]) is None
-    block.unbind()
 
 
 @pytest.mark.parametrize(

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import threading
-import weakref
 from typing import Any
 
 import pytest
 import torch
-from streaming import MODES, Residual, Stack, make_stack, raise_once, stream
+from streaming import MODES, Stack, make_stack, raise_once, stream
 
 import bminf
 from bminf.errors import UnsupportedModelError
@@ -117,36 +115,6 @@ def test_4_a_tied_model_made_in_inference_mode_stays_tied() -> None:
     stream(model)
     assert model.head.weight is model.layers[2].up.weight
     assert all(parameter.requires_grad for parameter in model.parameters())
-
-
-def test_5_a_pass_with_grad_leaves_nothing_behind() -> None:
-    model = stream(make_stack())
-    model(torch.randn(3, 16))
-    gone = weakref.ref(model)
-    del model
-    gc.collect()
-    assert gone() is None
-
-
-@pytest.mark.parametrize("name", ["meta", "sparse", "subclass"])
-def test_5_tensors_of_other_kinds_pass_through_a_block_with_grad(name: str) -> None:
-    class Kind(torch.Tensor):
-        pass
-
-    values = {
-        "meta": torch.randn(16, device="meta"),
-        "sparse": torch.eye(16).to_sparse(),
-        "subclass": torch.randn(16).as_subclass(Kind),
-    }
-
-    class Passing(Residual):
-        def forward(self, x: torch.Tensor) -> Any:
-            return super().forward(x), values[name]
-
-    model = make_stack(block=Passing)
-    stream(model)
-    assert "layers.5" in bminf.plan_of(model).streamed
-    assert model.layers[5](torch.randn(3, 16))[1] is values[name]
 
 
 def test_6_a_part_refuses_to_load_too() -> None:

@@ -184,60 +184,6 @@ def test_4_a_model_made_in_inference_mode_runs_in_all() -> None:
 # 5. Backward
 
 
-def test_5_gradients_through_frozen_streamed_blocks_are_right() -> None:
-    model, x = make_stack().requires_grad_(False), torch.randn(3, 16)
-    expected = torch.autograd.functional.jacobian(model, x)
-    stream(model)
-    assert torch.equal(torch.autograd.functional.jacobian(model, x), expected)
-
-
-def test_5_gradient_checkpointing_through_frozen_blocks_is_right() -> None:
-    model = make("llama").requires_grad_(False)
-    embeds = torch.randn(1, 5, 32, requires_grad=True)
-
-    def gradient() -> torch.Tensor:
-        model.train()
-        loss = model(inputs_embeds=embeds, use_cache=False).logits.float().square().sum()
-        return torch.autograd.grad(loss, embeds)[0]
-
-    expected = gradient()
-    with pytest.warns(UserWarning, match="nothing in it can be trained"):
-        stream(model)
-    model.activation_checkpointing_enable()
-    assert torch.equal(gradient(), expected)
-
-
-def test_5_training_streamed_weights_is_refused() -> None:
-    model = stream(make_stack())
-    with pytest.raises(UnsupportedModelError, match="freeze"):
-        model(torch.randn(3, 16)).sum().backward()
-
-
-def test_5_a_bias_that_autograd_need_not_save_is_refused_too() -> None:
-    class Shift(torch.nn.Module):
-        def __init__(self, width: int) -> None:
-            super().__init__()
-            self.bias = torch.nn.Parameter(torch.randn(width))
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x + self.bias
-
-    model = stream(make_stack(num_blocks=30, width=64, block=Shift))
-    with pytest.raises(UnsupportedModelError, match="freeze"):
-        model(torch.randn(3, 64)).sum().backward()
-
-
-def test_5_what_lies_outside_the_blocks_can_be_trained() -> None:
-    model, x = make_stack(), torch.randn(3, 16)
-    model.layers.requires_grad_(False)
-    model(x).sum().backward()
-    expected = model.head.weight.grad.clone()
-    model.zero_grad()
-    stream(model)
-    model(x).sum().backward()
-    assert torch.equal(model.head.weight.grad, expected)
-
-
 # 6. state_dict and saving
 
 

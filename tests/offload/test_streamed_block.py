@@ -30,25 +30,6 @@ def test_functional_call_computes_with_what_it_is_given() -> None:
     assert torch.equal(model(x), usual)
 
 
-def test_freezing_after_wrapping_counts() -> None:
-    model, x = stream(make_stack()), torch.randn(3, 16, requires_grad=True)
-    model.requires_grad_(False)
-    expected = torch.autograd.grad(make_stack()(x).sum(), x)[0]
-    assert torch.equal(torch.autograd.grad(model(x).sum(), x)[0], expected)
-    model.requires_grad_(True)
-    with pytest.raises(UnsupportedModelError, match="freeze"):
-        model(x).sum().backward()
-
-
-def test_a_pass_with_grad_needs_no_memory_afterwards() -> None:
-    model, x = stream(make_stack(width=64)), torch.randn(20_000, 64)
-    model(x)
-    before = resident_bytes()
-    for _ in range(5):
-        model(x)
-    assert resident_bytes() - before < 20 * 2**20  # one pass saves about 100 MiB
-
-
 def resident_bytes() -> int:
     memory.trim()
     return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) * 1024
@@ -296,11 +277,3 @@ def test_a_forked_process_gets_an_error_and_does_not_hang() -> None:
     process.join(2 * HANGS_S)
     assert process.exitcode == 0 and "forked process" in queue.get()
     model(x)
-
-
-def test_vmap_over_frozen_blocks_works() -> None:
-    model, x = make_stack().requires_grad_(False), torch.randn(4, 3, 16)
-    expected = torch.vmap(model)(x)
-    stream(model)
-    with torch.no_grad():
-        assert torch.equal(torch.vmap(model)(x), expected)
