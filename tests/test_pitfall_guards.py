@@ -11,7 +11,6 @@ import torch
 from streaming import MODES, Stack, make_stack, raise_once, stream
 
 import bminf
-from bminf.errors import UnsupportedModelError
 
 
 @pytest.mark.parametrize("error", [ValueError("inside"), KeyboardInterrupt()])
@@ -100,13 +99,6 @@ def test_4_unwrapped_in_one_mode_it_is_an_ordinary_model(mode: str) -> None:
         assert parameter.is_leaf and not parameter.is_inference() and parameter.grad is not None
 
 
-def test_4_a_state_dict_taken_in_inference_mode_is_an_ordinary_one() -> None:
-    model = stream(make_stack())
-    with torch.inference_mode():
-        homes = [model._bminf_scheduler.backend.host_copy(0)]
-    assert not any(home.is_inference() for home in homes)
-
-
 def test_4_a_tied_model_made_in_inference_mode_stays_tied() -> None:
     with torch.inference_mode():
         model = make_stack()
@@ -115,16 +107,6 @@ def test_4_a_tied_model_made_in_inference_mode_stays_tied() -> None:
     stream(model)
     assert model.head.weight is model.layers[2].up.weight
     assert all(parameter.requires_grad for parameter in model.parameters())
-
-
-def test_6_a_part_refuses_to_load_too() -> None:
-    model = stream(make_stack())
-    right = make_stack().state_dict()
-    for part in ("layers", "layers.5"):
-        module = model.get_submodule(part)
-        with pytest.raises(UnsupportedModelError, match="load"):
-            module.load_state_dict({k: v + 1 for k, v in module.state_dict().items()})
-    assert all(torch.equal(v, right[k]) for k, v in model.state_dict().items())
 
 
 @pytest.mark.parametrize("part", ["", "layers.5"])

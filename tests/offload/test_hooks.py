@@ -5,13 +5,9 @@ The numbers are those of the project's list of measured pitfalls.
 
 from __future__ import annotations
 
-import copy
-import gc
-import pickle
 import sys
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,7 +17,6 @@ from streaming import HANGS_S, MODES, Residual, Stack, make_stack, raise_once, s
 from tiny_models import greedy, inputs_of, make, output_of
 
 import bminf
-from bminf.errors import UnsupportedModelError
 from bminf.offload import hooks
 
 # 1. A block left by an exception
@@ -106,17 +101,6 @@ def test_2_a_part_of_a_streamed_block_computes_with_the_real_weights() -> None:
     assert torch.equal(model.layers[5].shift + 1, expected[1])
 
 
-def test_2_parameters_are_the_real_weights() -> None:
-    model, reference = stream(make_stack()), make_stack()
-    for given, right in zip(model.parameters(), reference.parameters(), strict=True):
-        assert isinstance(given, torch.nn.Parameter)
-        assert given.shape == right.shape and given.dtype == right.dtype
-        assert torch.equal(given, right) and torch.equal(given.data, right)
-        assert given.tolist() == right.tolist()
-    for given, right in zip(model.buffers(), reference.buffers(), strict=True):
-        assert torch.equal(given, right)
-
-
 # 3. torch.compile
 
 
@@ -187,67 +171,7 @@ def test_4_a_model_made_in_inference_mode_runs_in_all() -> None:
 # 6. state_dict and saving
 
 
-def test_6_state_dict_holds_the_real_weights() -> None:
-    model, reference = stream(make_stack()), make_stack().state_dict()
-    model(torch.randn(3, 16))
-    given = model.state_dict()
-    assert list(given) == list(reference)
-    for name, right in reference.items():
-        assert type(given[name]) is torch.Tensor and torch.equal(given[name], right), name
-    layer = model.layers[5].state_dict()
-    assert all(torch.equal(layer[k], reference[f"layers.5.{k}"]) for k in layer)
-
-
-def test_6_a_streamed_model_can_be_saved(tmp_path: Path) -> None:
-    model, given = make("llama"), inputs_of("llama")
-    expected = output_of(model, given)
-    stream(model)
-    model.save_pretrained(tmp_path / "hf")
-    torch.save(model.state_dict(), tmp_path / "weights.pt")
-    again = type(model).from_pretrained(tmp_path / "hf").eval()
-    assert torch.equal(output_of(again, given), expected)
-    other = make("llama", seed=5)
-    other.load_state_dict(torch.load(tmp_path / "weights.pt"))
-    assert torch.equal(output_of(other, given), expected)
-    assert torch.equal(output_of(model, given), expected)
-
-
-def test_6_the_state_dict_outlives_the_model() -> None:
-    model = stream(make_stack())
-    weights = model.state_dict()
-    bminf.unwrap(model)
-    del model
-    gc.collect()
-    for name, right in make_stack().state_dict().items():
-        assert torch.equal(weights[name], right)
-
-
-def test_6_loading_into_a_streamed_model_is_refused() -> None:
-    model, x = make_stack(), torch.randn(3, 16)
-    expected = model(x)
-    stream(model)
-    with pytest.raises(UnsupportedModelError, match="load"):
-        model.load_state_dict({k: v + 1 for k, v in make_stack().state_dict().items()})
-    assert torch.equal(model(x), expected)
-
-
 # 7. Copies
-
-
-@pytest.mark.parametrize("part", ["", "layers", "layers.5"])
-def test_7_copying_and_pickling_are_refused(part: str) -> None:
-    model = stream(make_stack())
-    with pytest.raises(UnsupportedModelError, match="copied"):
-        copy.deepcopy(model.get_submodule(part))
-    with pytest.raises(UnsupportedModelError, match="pickled"):
-        pickle.dumps(model.get_submodule(part))
-
-
-def test_7_a_copied_weight_is_a_real_one() -> None:
-    model = stream(make_stack())
-    copied = copy.deepcopy(model.layers[5].up.weight)
-    assert type(copied) is torch.nn.Parameter
-    assert torch.equal(copied, make_stack().layers[5].up.weight)
 
 
 # 8. Moves and casts

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import copy
-import multiprocessing
-import os
-import pickle
-import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from streaming import HANGS_S, Residual, Stack, make_stack, stream
+from streaming import Residual, Stack, make_stack, stream
 from tiny_models import make
 
 import bminf
@@ -207,15 +203,6 @@ def test_unwrapping_without_the_memory_for_it_leaves_the_model_streaming(
     bminf.unwrap(model)
 
 
-def test_a_resident_model_can_be_copied_and_pickled() -> None:
-    model, x = make_stack(), torch.randn(3, 16)
-    bminf.wrapper(model, False, "1GB", device="cpu")
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(other(x), model(x)) and bminf.plan_of(other) is None
-        stream(other)
-        assert torch.equal(other(x), model(x))
-
-
 def test_an_activation_shared_by_all_models_belongs_to_none() -> None:
     gelu = torch.nn.GELU()
 
@@ -255,25 +242,3 @@ def test_linears_whose_weight_is_computed_by_a_hook_stay(norm: Any) -> None:
     assert isinstance(model.layers[3].down, bminf.QuantizedLinear)
     expected = bminf.wrapper(normed(), memory_limit="1GB", device="cpu")(x)
     assert torch.equal(model(x), expected)
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_forked_process_gets_an_error_and_does_not_hang() -> None:
-    model, x = stream(make_stack()), torch.randn(3, 16)
-    model(x)
-
-    def use(queue: Any) -> None:
-        signal.alarm(int(HANGS_S))
-        try:
-            model(x)
-        except UnsupportedModelError as error:
-            queue.put(str(error))
-
-    context = multiprocessing.get_context("fork")
-    queue = context.SimpleQueue()
-    process = context.Process(target=use, args=(queue,))
-    process.start()
-    process.join(2 * HANGS_S)
-    assert process.exitcode == 0 and "forked process" in queue.get()
-    model(x)
