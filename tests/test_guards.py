@@ -68,18 +68,6 @@ def test_11_a_module_that_stands_in_two_places_stays() -> None:
     assert torch.equal(model(x), expected)
 
 
-def test_a_forward_of_its_own_on_a_block_is_kept() -> None:
-    model, x = make_stack(), torch.randn(3, 16)
-    for layer in model.layers:
-        layer.forward = lambda x, original=layer.forward: original(x) + 1
-    own, expected = [layer.forward for layer in model.layers], model(x)
-    stream(model)
-    assert torch.equal(model(x), expected)
-    bminf.unwrap(model)
-    assert torch.equal(model(x), expected)
-    assert [layer.forward for layer in model.layers] == own
-
-
 def test_buffers_changed_by_a_block_that_then_fails_are_kept() -> None:
     class Counting(Residual):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -291,32 +291,6 @@ def test_11_views_of_one_storage_are_not_taken_for_tied() -> None:
 # 12. Hooks of others on a block
 
 
-def test_12_blocks_with_accelerate_hooks_stream() -> None:
-    from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
-
-    model, x = make_stack(), torch.randn(3, 16)
-    expected = model(x)
-    for layer in model.layers:
-        add_hook_to_module(layer, AlignDevicesHook(execution_device="cpu", io_same_device=True))
-    stream(model)
-    assert torch.equal(model(x), expected)
-    bminf.unwrap(model)
-    assert torch.equal(model(x), expected)
-    for layer in model.layers:
-        remove_hook_from_module(layer)
-    assert torch.equal(model(x), expected)
-
-
-def test_12_hidden_states_are_captured_once_each() -> None:
-    model, given = make("llama"), inputs_of("llama")
-    with torch.no_grad():
-        expected = model(**given, output_hidden_states=True).hidden_states
-        stream(model)
-        hidden_states = model(**given, output_hidden_states=True).hidden_states
-    assert len(hidden_states) == len(expected) == 8
-    assert all(torch.equal(a, b) for a, b in zip(hidden_states, expected, strict=True))
-
-
 # 13. Several lists, one pair of slots
 
 

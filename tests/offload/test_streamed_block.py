@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -201,21 +200,6 @@ def test_unwrapping_without_the_memory_for_it_leaves_the_model_streaming(
     copies = bminf.stats_of(model).copies
     assert torch.equal(model(x), expected) and bminf.stats_of(model).copies > copies
     bminf.unwrap(model)
-
-
-def test_an_activation_shared_by_all_models_belongs_to_none() -> None:
-    gelu = torch.nn.GELU()
-
-    class Shared(Residual):
-        def __init__(self, width: int) -> None:
-            super().__init__(width)
-            self.act = gelu
-
-    first, second = make_stack(block=Shared), make_stack(block=Shared)
-    stream(first)
-    assert "_apply" not in gelu.__dict__
-    copy.deepcopy(second)
-    stream(second)
 
 
 def test_quantised_weights_are_not_saved_in_a_form_nobody_reads(tmp_path: Path) -> None:
