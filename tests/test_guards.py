@@ -329,21 +329,3 @@ def test_the_limit_of_the_container_bounds_what_is_free(monkeypatch: pytest.Monk
     monkeypatch.setattr(memory, "_system_free_bytes", lambda: 900)
     monkeypatch.setattr(memory, "free_below_limits", lambda root: [700, 800])
     assert memory.free_bytes() == 700
-
-
-def test_a_large_weight_is_packed_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
-    from bminf.quantization import packed
-
-    rows = []
-
-    def counted(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        rows.append(len(x))
-        return int8_rows(x)
-
-    int8_rows = packed.int8_rows
-    monkeypatch.setattr(packed, "int8_rows", counted)
-    linear = torch.nn.Linear(1024, 600)
-    given = bminf.QuantizedLinear(linear)
-    assert rows == [256, 256, 88]
-    codes, scale = int8_rows(linear.weight.detach())
-    assert torch.equal(given.qweight, codes) and torch.equal(given.scale, scale)

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bminf.errors import ArgumentError
+from bminf.quantization import packed as packed_module
 from bminf.quantization.packed import (
     INT4,
     INT8,
@@ -197,14 +198,20 @@ def test_zeros_and_constants_are_kept(form: Format) -> None:
 
 
 def test_rows_are_packed_in_slices_without_a_seam(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight = torch.randn(37, 64)
-    whole = pack(weight, MINIMUM)
-    monkeypatch.setattr("bminf.quantization.packed._SLICE_ELEMENTS", 5 * 64)
-    for ours, theirs in zip(pack(weight, MINIMUM)[:3], whole[:3], strict=True):
-        assert torch.equal(ours, theirs)
-    assert torch.equal(
-        dequantize(whole, torch.float16), dequantize(pack(weight, MINIMUM), torch.float16)
-    )
+    """So that what packing needs beside a weight does not grow with the weight."""
+    weight, sizes = torch.randn(37, 64), []
+    whole, pack_rows = pack(weight, MINIMUM), packed_module._pack_rows
+
+    def counted(rows: torch.Tensor, form: Format, into: PackedWeight) -> None:
+        sizes.append(len(rows))
+        pack_rows(rows, form, into)
+
+    monkeypatch.setattr(packed_module, "_SLICE_ELEMENTS", 5 * 64)
+    monkeypatch.setattr(packed_module, "_pack_rows", counted)
+    in_slices = pack(weight, MINIMUM)
+    assert sizes == [5] * 7 + [2]
+    assert all(torch.equal(a, b) for a, b in zip(in_slices[:3], whole[:3], strict=True))
+    assert torch.equal(dequantize(whole, torch.float16), dequantize(in_slices, torch.float16))
 
 
 def test_code_sums_are_the_sums_of_the_codes() -> None:
