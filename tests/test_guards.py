@@ -243,37 +243,6 @@ def test_a_read_that_failed_is_made_anew(monkeypatch: pytest.MonkeyPatch) -> Non
     assert torch.equal(model.layers[5](x), expected)
 
 
-@pytest.mark.parametrize(
-    ("is_encoder_decoder", "encoder", "uses"),
-    [(True, "layers", 1), (False, "layers", 128), (True, "", 128)],
-)
-def test_only_the_encoder_of_two_parts_is_used_once(
-    is_encoder_decoder: bool, encoder: str, uses: int
-) -> None:
-    from types import SimpleNamespace
-
-    model = make_stack()
-    model.config = SimpleNamespace(is_encoder_decoder=is_encoder_decoder)
-    model.get_encoder = lambda: model.get_submodule(encoder)
-    stream(model)
-    assert bminf.plan_of(model).uses["layers.5"] == uses
-
-
-def test_a_copy_starts_as_soon_as_a_slot_is_free() -> None:
-    from bminf.offload.predict import SimulatedBackend
-    from bminf.offload.ring import Ring
-
-    backend = SimulatedBackend([1] * 5, 1.0)
-    ring = Ring(5, backend)
-    ring.start()
-    assert [copy.block for copy in backend.copies] == [0, 1]
-    for block, after in enumerate([[0, 1, 2], [0, 1, 2, 3], [0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 0]]):
-        ring.enter(block)
-        assert [copy.block for copy in backend.copies] == after[:-1]
-        ring.leave(block)
-        assert [copy.block for copy in backend.copies] == after
-
-
 def test_a_slow_read_that_is_not_wanted_any_more_spoils_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -295,37 +264,3 @@ def test_a_slow_read_that_is_not_wanted_any_more_spoils_nothing(
     model.layers[1].up.register_forward_pre_hook(lambda *_: time.sleep(0.4))
     model.layers[3](x)  # now 4 and 5 are read ahead
     assert torch.equal(model.layers[1](x), expected)
-
-
-def test_short_reads_and_writes_are_continued(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """A call may move less than was asked: 2 GiB at most on Linux."""
-    from bminf.offload.disk import FileStore
-
-    read, write = os.preadv, os.pwrite
-    monkeypatch.setattr(os, "preadv", lambda f, parts, at: read(f, [parts[0][:1000]], at))
-    monkeypatch.setattr(os, "pwrite", lambda f, data, at: write(f, data[:700], at))
-    homes = FileStore([5000, 2500], tmp_path)
-    for number, nbytes in ((1, 2500), (0, 5000)):
-        blob = torch.arange(nbytes).to(torch.uint8)
-        homes.write(number, blob)
-        given = memory.allocate(nbytes)
-        homes.read_into(number, given)
-        assert torch.equal(given, blob)
-
-
-def test_buffers_are_private_memory() -> None:
-    buffer = memory.allocate(4 << 20).fill_(1)
-    lines = Path("/proc/self/maps").read_text().splitlines()
-    for line in lines:
-        span, access, *_ = line.split()
-        begin, end = (int(part, 16) for part in span.split("-"))
-        if begin <= buffer.data_ptr() < end:
-            assert access.endswith("p")
-
-
-def test_the_limit_of_the_container_bounds_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "_system_free_bytes", lambda: 900)
-    monkeypatch.setattr(memory, "free_below_limits", lambda root: [700, 800])
-    assert memory.free_bytes() == 700

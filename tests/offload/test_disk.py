@@ -1,9 +1,12 @@
+"""The file that streamed blobs wait in, and the thread that reads it."""
+
 from __future__ import annotations
 
 import importlib.util
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -11,8 +14,9 @@ import torch
 
 from bminf.errors import OffloadError
 from bminf.offload import disk, memory
-from bminf.offload.disk import FileStore, bytes_of
+from bminf.offload.disk import FileStore, Outcome, Reader, bytes_of
 
+SOON_S = 60.0  # what is waited for takes milliseconds
 SIZES = [5, 4096, 100_001, 64, 0]
 
 
@@ -121,6 +125,16 @@ def test_a_closed_or_cut_file_is_not_read_as_cached() -> None:
     assert not homes.read_cached(2, blob_bytes)
 
 
+def test_short_reads_and_writes_are_continued(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A call may move less than was asked: 2 GiB at most on Linux."""
+    read, write = os.preadv, os.pwrite
+    monkeypatch.setattr(os, "preadv", lambda f, parts, at: read(f, [parts[0][:1000]], at))
+    monkeypatch.setattr(os, "pwrite", lambda f, data, at: write(f, data[:700], at))
+    check_round_trip(FileStore(SIZES, tmp_path))
+
+
 def test_folders_in_memory_are_avoided_or_named(monkeypatch: pytest.MonkeyPatch) -> None:
     mounts = "none / ext4 rw 0 0\nnone /tmp tmpfs rw 0 0\nnone /tmp/with\\040space xfs rw 0 0\n"
     monkeypatch.setattr(Path, "read_text", lambda self: mounts)
@@ -134,45 +148,87 @@ def test_folders_in_memory_are_avoided_or_named(monkeypatch: pytest.MonkeyPatch)
     assert disk._folder("/home") == Path("/home")
 
 
-# Memory
+# The reader
 
 
-def rss_anon() -> int:
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("RssAnon:")[1].split()[0]) * 1024
+def test_a_job_is_waited_for_by_all_who_ask() -> None:
+    reader, may_end = Reader("test-reader"), threading.Event()
+    outcome = reader.submit(lambda: may_end.wait(SOON_S))
+    with pytest.raises(TimeoutError):
+        outcome.wait(0.001)
+    assert not outcome.done()
+    waiting = [threading.Thread(target=outcome.result, args=(SOON_S,)) for _ in range(3)]
+    for thread in waiting:
+        thread.start()
+    may_end.set()
+    for thread in waiting:
+        thread.join(SOON_S)
+    assert outcome.done() and not any(thread.is_alive() for thread in waiting)
+    outcome.wait()
+    reader.stop()
+    reader.join()
 
 
-def test_buffers_are_anonymous_exact_and_given_back_at_once() -> None:
-    before = rss_anon()
-    buffer = memory.allocate(30_000_001).fill_(1)
-    assert buffer.numel() == 30_000_001 and buffer.data_ptr() % 4096 == 0
-    assert 30e6 <= rss_anon() - before < 33e6
-    del buffer
-    assert rss_anon() - before < 2e6
+def test_a_reader_is_idle_once_all_jobs_have_ended() -> None:
+    reader, may_end = Reader("test-reader"), threading.Event()
+    assert reader.is_idle()
+    for job in (lambda: may_end.wait(SOON_S), lambda: None):
+        outcome = reader.submit(job)
+    assert not reader.is_idle()
+    may_end.set()
+    outcome.result(SOON_S)
+    assert reader.is_idle()
+    reader.stop()
+    reader.join()
 
 
-def test_the_limit_of_a_container_counts_as_free_memory(tmp_path: Path) -> None:
-    assert memory.free_below_limits(tmp_path) == []
-    (tmp_path / "memory.max").write_text("max\n")
-    (tmp_path / "memory.current").write_text("700\n")
-    (tmp_path / "memory.stat").write_text("anon 500\ninactive_file 150\n")
-    assert memory.free_below_limits(tmp_path) == []
-    (tmp_path / "memory.max").write_text("1000\n")
-    assert memory.free_below_limits(tmp_path) == [450]
-    old = tmp_path / "memory"
-    old.mkdir()
-    (old / "memory.limit_in_bytes").write_text("900\n")
-    (old / "memory.usage_in_bytes").write_text("950\n")
-    (old / "memory.stat").write_text("total_inactive_file 0\n")
-    assert memory.free_below_limits(tmp_path) == [450, 0]
-    assert 0 < memory.free_bytes() < 2**50
+def test_a_reader_is_not_idle_where_handing_over_was_interrupted() -> None:
+    """The job may have been put; whoever asks is not to do another one before it."""
+
+    class Interrupted:
+        def put(self, job: object) -> None:
+            raise KeyboardInterrupt
+
+    reader = Reader("test-reader")
+    jobs, reader._jobs = reader._jobs, Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        reader.submit(lambda: None)
+    assert not reader.is_idle()
+    reader._jobs = jobs
+    reader.submit(lambda: None).result(SOON_S)
+    assert reader.is_idle()
+    reader.stop()
+    reader.join()
 
 
-def test_mapped_files_are_told_from_anonymous_memory(tmp_path: Path) -> None:
-    path = tmp_path / "weights"
-    path.write_bytes(b"\1" * 8192)
-    mapped = torch.from_file(str(path), size=8192, dtype=torch.uint8, shared=True)
-    is_mapped = memory.mapped_files()
-    assert is_mapped(mapped.data_ptr()) and is_mapped(mapped.data_ptr() + 8191)
-    assert not is_mapped(memory.allocate(8192).data_ptr())
-    assert not is_mapped(8)
+def test_the_error_of_a_job_is_raised_each_time_it_is_asked_for() -> None:
+    def fail() -> None:
+        raise OSError("the disk is gone")
+
+    reader = Reader("test-reader")
+    failed, after = reader.submit(fail), reader.submit(lambda: None)
+    after.result(SOON_S)  # the thread goes on
+    for _ in range(2):
+        with pytest.raises(OSError, match="the disk is gone"):
+            failed.result()
+    reader.stop()
+    reader.join()
+
+
+def test_a_wait_that_is_interrupted_leaves_nobody_waiting() -> None:
+    """Between taking the lock and giving it back: whoever asks later must not wait for it."""
+
+    class Interrupted:
+        def acquire(self, timeout: float) -> bool:
+            outcome.end()
+            raise KeyboardInterrupt
+
+        def release(self) -> None:
+            """The job's, which has ended."""
+
+    outcome = Outcome()
+    outcome._in_progress = Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        outcome.wait()
+    outcome.result()
+    assert outcome.done()

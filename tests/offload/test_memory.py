@@ -1,10 +1,14 @@
-"""How much memory is free, in the control groups of the process: trees as the kernel shows them."""
+"""How much memory is free, in the control groups of the process: trees as the kernel shows them.
+
+Buffers of exact sizes are those of test_pages.py.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+import torch
 
 from bminf.offload import memory
 from bminf.offload.memory import free_below_limits
@@ -178,3 +182,13 @@ def test_the_default_limit_follows_the_group(
 
 def test_the_groups_of_this_process_are_read() -> None:
     assert 0 < memory.free_bytes() < 2**50
+
+
+def test_mapped_files_are_told_from_anonymous_memory(tmp_path: Path) -> None:
+    path = tmp_path / "weights"
+    path.write_bytes(b"\1" * 8192)
+    mapped = torch.from_file(str(path), size=8192, dtype=torch.uint8, shared=True)
+    is_mapped = memory.mapped_files()
+    assert is_mapped(mapped.data_ptr()) and is_mapped(mapped.data_ptr() + 8191)
+    assert not is_mapped(memory.allocate(8192).data_ptr())
+    assert not is_mapped(8)

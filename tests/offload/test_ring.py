@@ -11,14 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bminf.errors import ArgumentError, UnsupportedModelError
-from bminf.offload.plan import Block, plan
+from bminf.errors import UnsupportedModelError
 from bminf.offload.predict import (
     Access,
     SimulatedBackend,
     SimulatedDisk,
     Step,
-    predict,
     run_pass,
 )
 from bminf.offload.ring import Ring
@@ -96,6 +94,18 @@ def optimum_s(copy_s: list[float], steps: list[Step], num_passes: int) -> float:
             else:
                 now_s += step.compute_s
     return now_s
+
+
+def test_a_copy_starts_as_soon_as_a_slot_is_free() -> None:
+    backend = SimulatedBackend([1] * 5, 1.0)
+    ring = Ring(5, backend)
+    ring.start()
+    assert [copy.block for copy in backend.copies] == [0, 1]
+    for block, after in enumerate([[0, 1, 2], [0, 1, 2, 3], [0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 0]]):
+        ring.enter(block)
+        assert [copy.block for copy in backend.copies] == after[:-1]
+        ring.leave(block)
+        assert [copy.block for copy in backend.copies] == after
 
 
 @pytest.mark.parametrize("num_streamed", [1, 2, 3, 4, 7, 12, 15])
@@ -319,96 +329,3 @@ def test_a_seeded_fault_of_the_read_ahead_is_caught(
         disk_bytes_per_s = 2 * LINK  # a slow disk fills no buffer that is still in use
     with pytest.raises(SimulationError, match=said):
         check(run_from_disk(disk_bytes_per_s, fault))
-
-
-@pytest.mark.parametrize(
-    ("link", "memory", "disk", "bound"),
-    [
-        (10e9, 1e15, 1e9, "disk"),  # 10 of 30 blobs at a tenth of the rate: 10/3 of the time
-        (10e9, 1e15, 2e9, "disk"),
-        (10e9, 1e15, 5e9, "link"),  # 2/3 of the time, hidden behind the copies between
-        (10e9, 1e9, 5e9, "compute"),
-        (1e15, 1e15, 5e9, "disk"),
-    ],
-)
-def test_a_prediction_names_what_binds_and_takes_as_long(
-    link: float, memory: float, disk: float, bound: str
-) -> None:
-    blocks = [Block(f"layers.{at}", 10**7, "layers") for at in range(30)]
-    the_plan = plan(blocks, 2 * 10**7, host_bytes=22 * 10**7)
-    assert len(the_plan.streamed) == 30 and len(the_plan.on_disk) == 10
-    prediction = predict(the_plan, link, memory, disk_bytes_per_s=disk)
-    assert prediction.disk_s == pytest.approx(10 * 10**7 / disk)
-    assert prediction.copy_s == pytest.approx(30 * 10**7 / link)
-    assert prediction.bound == bound
-    needs = {
-        "disk": prediction.disk_s,
-        "link": prediction.copy_s,
-        "compute": prediction.compute_s,
-    }
-    assert prediction.pass_s == pytest.approx(needs[bound], rel=0.04)
-    assert (prediction.disk_busy > 0.95) == (bound == "disk")
-    without = predict(plan(blocks, 2 * 10**7), link, memory)
-    assert without.disk_s == without.disk_busy == 0 and without.pass_s <= prediction.pass_s
-
-
-def test_a_prediction_with_blocks_on_disk_needs_its_rate() -> None:
-    blocks = [Block(f"layers.{at}", 100, "layers") for at in range(9)]
-    the_plan = plan(blocks, 200, host_bytes=500)
-    with pytest.raises(ArgumentError, match="disk_bytes_per_s is None, but 6 blocks"):
-        predict(the_plan, 1.0, 1.0)
-    slow = predict(the_plan, 1e9, 1e9, disk_bytes_per_s=1.0)
-    assert slow.bound == "disk" and slow.pass_s == pytest.approx(600)
-
-
-def test_what_binds_is_named_without_a_disk_too() -> None:
-    blocks = [Block(f"layers.{at}", 100, "layers") for at in range(9)]
-    assert predict(plan(blocks, 900), 1.0, 1.0).bound == "compute"
-    assert predict(plan(blocks, 400), 1.0, 100.0).bound == "link"
-    assert predict(plan(blocks, 400), 100.0, 1.0).bound == "compute"
-
-
-def test_a_prediction_is_that_of_the_larger_of_copying_and_computing() -> None:
-    blocks = [Block(f"layers.{i}", 10**7, "layers") for i in range(20)]
-    streaming = plan(blocks, 10 * 10**7, outside_bytes=10**7)
-    prediction = predict(streaming, link_bytes_per_s=10e9, memory_bytes_per_s=100e9)
-    num_streamed = len(streaming.streamed)
-    assert prediction.copy_s == pytest.approx(num_streamed * 1e-3)
-    assert prediction.compute_s == pytest.approx(21e-4)
-    assert prediction.pass_s == pytest.approx(prediction.copy_s, rel=0.02)
-    assert prediction.link_busy > 0.98
-    slow_memory = predict(streaming, link_bytes_per_s=100e9, memory_bytes_per_s=1e9)
-    assert slow_memory.pass_s == pytest.approx(slow_memory.compute_s, rel=0.02)
-    resident = predict(plan(blocks, 10**9), 10e9, 100e9)
-    assert resident.pass_s == pytest.approx(2e-3) and resident.link_busy == 0
-
-
-def test_a_prediction_leaves_an_encoder_out_of_the_decode_pass() -> None:
-    blocks = [Block(f"e.{i}", 100, "e") for i in range(6)] + [
-        Block(f"d.{i}", 100, "d") for i in range(6)
-    ]
-    the_plan = plan(blocks, 800, {"e": 1})
-    assert set(the_plan.streamed) <= {f"e.{i}" for i in range(6)}
-    prediction = predict(the_plan, 1.0, 100.0)
-    assert prediction.copy_s == 0 and prediction.pass_s == pytest.approx(6.0)
-
-
-def test_a_prediction_of_some_lists_is_of_their_blocks_alone() -> None:
-    blocks = [Block(f"{name}.{i}", 100, name) for name in "epd" for i in range(6)]
-    the_plan = plan(blocks, 1000 + 50, {"e": 1, "p": 1}, outside_bytes=50)
-    streamed = {name: sum(block[0] == name for block in the_plan.streamed) for name in "epd"}
-    assert sum(streamed.values()) == 10 and streamed["d"] == 0  # 8 blocks and two slots fit
-    for lists in ("d", "pd", "dp", "ep"):
-        prediction = predict(the_plan, 50.0, 100.0, lists)
-        copy_s = sum(streamed[name] for name in lists) * 100 / 50
-        assert prediction.copy_s == pytest.approx(copy_s)
-        assert prediction.compute_s == pytest.approx(6.0 * len(lists))  # nothing of the 50 bytes
-        assert prediction.pass_s >= max(copy_s, prediction.compute_s) * (1 - 1e-9)
-    whole = predict(the_plan, 50.0, 100.0)
-    assert whole.compute_s == pytest.approx(6.5)
-
-
-def test_a_list_that_a_plan_does_not_have_is_named() -> None:
-    the_plan = plan([Block("d.0", 100, "d")], 1000)
-    with pytest.raises(ArgumentError, match="'e'; the plan has 'd'"):
-        predict(the_plan, 1.0, 1.0, ["d", "e"])

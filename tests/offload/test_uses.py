@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -192,3 +193,16 @@ def test_the_plan_shows_uses_in_words() -> None:
     text = next(row for row in rows if row.startswith("model.language_model.layers:"))
     assert tower.endswith("(once a request)") and text.endswith("(once a token)")
     assert "once a request" in str(whole) and "once a token" in str(whole)
+
+
+@pytest.mark.parametrize(
+    ("is_encoder_decoder", "encoder", "uses"),
+    [(True, "layers", 1), (False, "layers", 128), (True, "", 128)],
+)
+def test_only_the_encoder_of_two_parts_is_used_once(
+    is_encoder_decoder: bool, encoder: str, uses: int
+) -> None:
+    model = make_stack()
+    model.config = SimpleNamespace(is_encoder_decoder=is_encoder_decoder)
+    model.get_encoder = lambda: model.get_submodule(encoder)
+    assert plan_for(model, False).uses["layers.5"] == uses
