@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-import gc
-import os
 import threading
-import time
-from concurrent.futures import thread as executors
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from streaming import (
-    HANGS_S,
     Residual,
     Stack,
     make_stack,
-    num_readers,
     raise_once,
-    settled_readers,
     stream,
-    until,
 )
 from tiny_models import make
 
 import bminf
-from bminf.errors import OffloadError
 from bminf.offload import memory
-from bminf.offload.backends import cpu
 
 
 def test_9_unwrapping_waits_for_the_pass_of_another_thread() -> None:
@@ -112,69 +102,6 @@ def test_an_interrupt_while_wrapping_puts_the_model_back_together(
     assert all(type(p) is torch.nn.Parameter for p in model.parameters())
 
 
-def test_unwrapping_closes_the_file_and_ends_the_reader() -> None:
-    threads = settled_readers()
-    open_files = len(os.listdir("/proc/self/fd"))
-    model = stream(make_stack())
-    assert num_readers() == threads + 1
-    bminf.unwrap(model)
-    assert len(os.listdir("/proc/self/fd")) == open_files
-    assert num_readers() == threads
-
-
-def test_a_model_may_die_while_a_thread_is_being_started() -> None:
-    """The collector may run inside Thread.start, whose locks a finalizer must not ask for."""
-
-    def collect() -> None:
-        with executors._global_shutdown_lock, threading._active_limbo_lock:
-            gc.collect()
-
-    threads = settled_readers()
-    open_files = len(os.listdir("/proc/self/fd"))
-    model = stream(make_stack())
-    model.itself = [model]  # only the collector can free it
-    del model
-    collector = threading.Thread(target=collect, daemon=True)
-    collector.start()
-    collector.join(HANGS_S)
-    assert not collector.is_alive()
-    until(lambda: num_readers() == threads)  # the reader ends by itself
-    assert len(os.listdir("/proc/self/fd")) == open_files
-
-
-def test_a_copy_under_way_ends_before_its_model_is_given_back() -> None:
-    model, may_end = make_stack(), threading.Event()
-    backend = stream(model)._bminf_scheduler.backend
-    store = backend._store
-    backend._reader.submit(may_end.wait)
-    copied = backend.copy(0, 0, None)
-    backend.release()
-    assert not copied.done() and not store._file.closed
-    may_end.set()
-    copied.result(HANGS_S)
-    backend._reader.join()
-    assert store._file.closed
-
-
-def test_a_mapped_model_does_not_count_as_memory_to_come(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """Without a limit: what is free, and what the model itself will let go of."""
-    monkeypatch.setattr(memory, "free_bytes", lambda: 10**6)
-    model, mapped = make_stack(width=64), make_stack(width=64)
-    nbytes = sum(t.nbytes for t in model.state_dict().values())
-    for number, parameter in enumerate(mapped.parameters()):
-        path = tmp_path / str(number)
-        path.write_bytes(parameter.detach().numpy().tobytes())
-        flat = torch.from_file(str(path), size=parameter.numel(), shared=True)
-        parameter.data = flat.view(parameter.shape)
-    bminf.wrapper(model, False, device="cpu")
-    bminf.wrapper(mapped, False, device="cpu")
-    buffer_bytes = sum(buffer.nbytes for buffer in mapped.buffers())
-    assert bminf.plan_of(model).budget == int(0.9 * (10**6 + nbytes))
-    assert bminf.plan_of(mapped).budget == int(0.9 * (10**6 + buffer_bytes))
-
-
 def test_resident_weights_leave_a_mapped_checkpoint(tmp_path: Path) -> None:
     model = make_stack()
     path = tmp_path / "head"
@@ -220,47 +147,3 @@ def test_a_block_that_changes_its_buffers_may_follow_itself() -> None:
             x = torch.randn(3, 16)
             assert torch.equal(model(x), plain(x))
     assert torch.equal(model.layers[5].shift, plain.layers[5].shift)
-
-
-def test_a_read_that_failed_is_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, x, failed = make_stack(), torch.randn(3, 16), []
-    expected = model.layers[5](x)
-    monkeypatch.setattr(cpu, "AT_ONCE_BYTES", 0)
-    stream(model)
-    number = bminf.plan_of(model).streamed.index("layers.5")
-    store = model._bminf_scheduler.backend._store
-    original = store.read_into
-
-    def read_into(block: int, blob: torch.Tensor) -> None:
-        if block == number and not failed:
-            failed.append(block)
-            raise OffloadError("the disk is gone")
-        original(block, blob)
-
-    monkeypatch.setattr(store, "read_into", read_into)
-    with pytest.raises(OffloadError, match="gone"):
-        model(x)
-    assert torch.equal(model.layers[5](x), expected)
-
-
-def test_a_slow_read_that_is_not_wanted_any_more_spoils_nothing(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    model, x = make_stack(), torch.randn(3, 16)
-    expected = model.layers[1](x)
-    monkeypatch.setattr(cpu, "AT_ONCE_BYTES", 0)
-    stream(model)
-    streamed = bminf.plan_of(model).streamed
-    slow = {streamed.index("layers.4"), streamed.index("layers.5")}
-    store = model._bminf_scheduler.backend._store
-    original = store.read_into
-
-    def read_into(block: int, blob: torch.Tensor) -> None:
-        if block in slow:
-            time.sleep(0.1)
-        original(block, blob)
-
-    monkeypatch.setattr(store, "read_into", read_into)
-    model.layers[1].up.register_forward_pre_hook(lambda *_: time.sleep(0.4))
-    model.layers[3](x)  # now 4 and 5 are read ahead
-    assert torch.equal(model.layers[1](x), expected)

@@ -68,16 +68,6 @@ def test_what_fits_entirely_is_not_streamed() -> None:
     model(x).sum().backward()  # an ordinary model still
 
 
-def test_without_a_limit_it_takes_nine_tenths_of_what_is_free() -> None:
-    from bminf.offload import memory
-
-    model = make_stack()
-    bminf.wrapper(model, quantization=False, device="cpu")
-    free = memory.free_bytes()
-    assert 0.8 * free < bminf.plan_of(model).budget < free
-    assert bminf.plan_of(model).streamed == ()
-
-
 def test_uses_are_taken_and_shown() -> None:
     model = make_stack()
     uses = {"layers": 3, "layers.2": 1}

@@ -1,16 +1,23 @@
-"""Which thread copies a blob on the CPU: the one that asks, or the reader."""
+"""Streaming from a file (bminf/offload/backends/cpu.py), by a reader thread or at once.
+
+It is all that bminf/offload/backends/base.py asks for.
+"""
 
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import thread as executors
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from streaming import HANGS_S, make_stack, stream
+from streaming import HANGS_S, make_stack, num_readers, settled_readers, stream, until
 
 import bminf
 from bminf.errors import OffloadError
@@ -167,3 +174,92 @@ def test_a_model_does_not_see_which_thread_copies(monkeypatch: pytest.MonkeyPatc
         bminf.unwrap(model)
     assert len(reads.waiting) == stats.copies  # of the second
     assert counts[0] == counts[1]
+
+
+def test_unwrapping_closes_the_file_and_ends_the_reader() -> None:
+    threads = settled_readers()
+    open_files = len(os.listdir("/proc/self/fd"))
+    model = stream(make_stack())
+    assert num_readers() == threads + 1
+    bminf.unwrap(model)
+    assert len(os.listdir("/proc/self/fd")) == open_files
+    assert num_readers() == threads
+
+
+def test_a_model_may_die_while_a_thread_is_being_started(tmp_path: Path) -> None:
+    """The collector may run inside Thread.start, whose locks a finalizer must not ask for."""
+
+    def collect() -> None:
+        with executors._global_shutdown_lock, threading._active_limbo_lock:
+            gc.collect()
+
+    threads = settled_readers()
+    open_files = len(os.listdir("/proc/self/fd"))
+    model = stream(make_stack(), offload_dir=tmp_path)
+    model.itself = [model]  # only the collector can free it
+    del model
+    collector = threading.Thread(target=collect, daemon=True)
+    collector.start()
+    collector.join(HANGS_S)
+    assert not collector.is_alive()
+    until(lambda: num_readers() == threads)  # the reader ends by itself
+    assert len(os.listdir("/proc/self/fd")) == open_files
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_copy_under_way_ends_before_its_model_is_given_back() -> None:
+    model, may_end = make_stack(), threading.Event()
+    backend = stream(model)._bminf_scheduler.backend
+    store = backend._store
+    backend._reader.submit(may_end.wait)
+    copied = backend.copy(0, 0, None)
+    backend.release()
+    assert not copied.done() and not store._file.closed
+    may_end.set()
+    copied.result(HANGS_S)
+    backend._reader.join()
+    assert store._file.closed
+
+
+def test_a_read_that_failed_is_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x, failed = make_stack(), torch.randn(3, 16), []
+    expected = model.layers[5](x)
+    monkeypatch.setattr(cpu, "AT_ONCE_BYTES", 0)
+    stream(model)
+    number = bminf.plan_of(model).streamed.index("layers.5")
+    store = model._bminf_scheduler.backend._store
+    original = store.read_into
+
+    def read_into(block: int, blob: torch.Tensor) -> None:
+        if block == number and not failed:
+            failed.append(block)
+            raise OffloadError("the disk is gone")
+        original(block, blob)
+
+    monkeypatch.setattr(store, "read_into", read_into)
+    with pytest.raises(OffloadError, match="gone"):
+        model(x)
+    assert torch.equal(model.layers[5](x), expected)
+
+
+def test_a_slow_read_that_is_not_wanted_any_more_spoils_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, x = make_stack(), torch.randn(3, 16)
+    expected = model.layers[1](x)
+    monkeypatch.setattr(cpu, "AT_ONCE_BYTES", 0)
+    stream(model)
+    streamed = bminf.plan_of(model).streamed
+    slow = {streamed.index("layers.4"), streamed.index("layers.5")}
+    store = model._bminf_scheduler.backend._store
+    original = store.read_into
+
+    def read_into(block: int, blob: torch.Tensor) -> None:
+        if block in slow:
+            time.sleep(0.1)
+        original(block, blob)
+
+    monkeypatch.setattr(store, "read_into", read_into)
+    model.layers[1].up.register_forward_pre_hook(lambda *_: time.sleep(0.4))
+    model.layers[3](x)  # now 4 and 5 are read ahead
+    assert torch.equal(model.layers[1](x), expected)

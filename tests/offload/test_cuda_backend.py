@@ -1,4 +1,4 @@
-"""The CUDA backend's hand-overs, on fake streams and events.
+"""The hand-overs of bminf/offload/backends/cuda.py, on fake streams and events.
 
 Of two kinds. FakeStream checks the order: values are right by construction (a copy is done at
 once), and each copy must be queued behind the last use of its slot, and each use behind its copy.
@@ -605,12 +605,3 @@ def test_the_plan_of_a_gpu_counts_what_its_allocator_takes() -> None:
     assert on_gpu.least_limit == 2 * 12 * MIB + HEAD_BYTES
     with pytest.raises(BudgetError, match=str(on_gpu.least_limit)):
         bminf.plan_for(model, False, on_gpu.least_limit - 1, device="cuda")
-
-
-def test_host_memory_is_what_is_free_and_what_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
-    from bminf.offload.backends import host_budget
-
-    monkeypatch.setattr(memory, "free_bytes", lambda: 1000)
-    assert host_budget(torch.device("cuda"), 500) == 1200
-    assert host_budget(torch.device("cuda")) == 800
-    assert host_budget(torch.device("cpu"), 500) is None  # its homes lie in a file anyway
