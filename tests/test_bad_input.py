@@ -139,32 +139,6 @@ def test_wrapping_twice_is_refused() -> None:
     assert torch.equal(model(x), expected)
 
 
-def test_an_error_while_wrapping_puts_the_model_back_together(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    from bminf.offload.disk import FileStore
-
-    model, x = make_stack(), torch.randn(3, 16)
-    expected, written = model(x), []
-    original = FileStore.write
-
-    def write(self: FileStore, block: int, blob: torch.Tensor) -> None:
-        written.append(block)
-        if len(written) == 4:
-            raise OffloadError("the disk is gone")
-        original(self, block, blob)
-
-    monkeypatch.setattr(FileStore, "write", write)
-    with pytest.raises(OffloadError, match="gone"):
-        stream(model, offload_dir=tmp_path)
-    assert bminf.plan_of(model) is None and "forward" not in model.layers[0].__dict__
-    assert torch.equal(model(x), expected)
-    assert list(tmp_path.iterdir()) == []
-    monkeypatch.undo()
-    stream(model)
-    assert torch.equal(model(x), expected)
-
-
 @pytest.mark.parametrize(
     "call",
     [bminf.plan_for, bminf.plan_of, bminf.stats_of, bminf.unwrap, bminf.TransformerBlockList],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +17,6 @@ from streaming import (
 from tiny_models import make
 
 import bminf
-from bminf.offload import memory
 
 
 def test_9_unwrapping_waits_for_the_pass_of_another_thread() -> None:
@@ -79,37 +77,6 @@ def test_buffers_changed_by_a_block_that_then_fails_are_kept() -> None:
         failed(model).items(), failed(make_stack(block=Counting)).values(), strict=True
     ):
         assert torch.equal(given, right), name
-
-
-@pytest.mark.parametrize("error", [MemoryError("none left"), KeyboardInterrupt()])
-def test_an_interrupt_while_wrapping_puts_the_model_back_together(
-    error: BaseException, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    from bminf.offload.hooks import Scheduler
-
-    model, x = make_stack(), torch.randn(3, 16)
-    expected, original = model(x), Scheduler.add
-
-    def add(self: Scheduler, name: str, *rest: Any) -> None:
-        original(self, name, *rest)
-        if len(self.blocks) == 4:
-            raise error
-
-    monkeypatch.setattr(Scheduler, "add", add)
-    with pytest.raises(type(error)):
-        stream(model, offload_dir=tmp_path)
-    assert bminf.plan_of(model) is None and torch.equal(model(x), expected)
-    assert all(type(p) is torch.nn.Parameter for p in model.parameters())
-
-
-def test_resident_weights_leave_a_mapped_checkpoint(tmp_path: Path) -> None:
-    model = make_stack()
-    path = tmp_path / "head"
-    path.write_bytes(model.head.weight.detach().numpy().tobytes())
-    mapped = torch.from_file(str(path), size=model.head.weight.numel(), shared=True)
-    model.head.weight.data = mapped.view(model.head.weight.shape)
-    stream(model)
-    assert not memory.mapped_files()(model.head.weight.data_ptr())
 
 
 def test_a_block_may_hand_out_a_weight_of_another() -> None:

@@ -11,9 +11,6 @@ from streaming import Residual, Stack, least_limit, make_stack, stream
 from tiny_models import inputs_of, make, output_of
 
 import bminf
-from bminf.errors import (
-    ArgumentError,
-)
 from bminf.quantization.packed import Format
 from bminf.units import format_bytes
 from bminf.wrapping import plan_for
@@ -188,40 +185,6 @@ def test_nothing_to_quantise_is_said() -> None:
 
 
 # Unwrapping
-
-
-@pytest.mark.parametrize("quantization", [False, True])
-def test_unwrap_restores_an_ordinary_model(quantization: bool) -> None:
-    model, x = make_stack(), torch.randn(3, 16)
-    before = {name: sorted(module.__dict__) for name, module in make_stack().named_modules()}
-    stream(model, quantization=quantization)
-    expected = model(x)
-    assert bminf.unwrap(model) is model
-    assert torch.equal(model(x), expected)
-    if not quantization:
-        after = {name: sorted(module.__dict__) for name, module in model.named_modules()}
-        assert after == before
-        right = make_stack().state_dict()
-        assert all(torch.equal(v, right[k]) for k, v in model.state_dict().items())
-        assert all(type(p) is torch.nn.Parameter and p.requires_grad for p in model.parameters())
-        model(x).sum().backward()
-        assert all(p.grad is not None for p in model.parameters())
-    stream(model, quantization=False)
-    assert torch.equal(model(x), expected)
-    with pytest.raises(ArgumentError, match="not wrapped"):
-        bminf.unwrap(make_stack())
-
-
-def test_attributes_of_parameters_survive() -> None:
-    model = make_stack()
-    model.layers[5].up.weight.mark = "kept"
-    stream(model)
-    assert "layers.5" in bminf.plan_of(model).streamed
-    seen = []
-    model.layers[5].up.register_forward_pre_hook(lambda m, _: seen.append(m.weight.mark))
-    model(torch.randn(1, 16))
-    bminf.unwrap(model)
-    assert seen == ["kept"] and model.layers[5].up.weight.mark == "kept"
 
 
 # State that blocks change or hand out

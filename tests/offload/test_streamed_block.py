@@ -9,10 +9,8 @@ from typing import Any
 import pytest
 import torch
 from streaming import Residual, Stack, make_stack, stream
-from tiny_models import make
 
 import bminf
-from bminf.errors import BudgetError, UnsupportedModelError
 from bminf.lazy import LazyTensor
 from bminf.offload import memory
 
@@ -158,56 +156,6 @@ def test_an_output_without_weights_is_the_very_object() -> None:
 
     model = stream(make_stack(block=Dict))
     assert model.layers[5](torch.randn(2, 16)) is model.layers[5].last
-
-
-def test_unwrapping_can_be_interrupted_and_done_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    from bminf.offload.streamed_block import StreamedBlock
-
-    model, x = make_stack(), torch.randn(3, 16)
-    expected, original, calls = model(x), StreamedBlock.restore, []
-    stream(model)
-
-    def restore(self: StreamedBlock, blob: torch.Tensor) -> None:
-        original(self, blob)
-        calls.append(self)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(StreamedBlock, "restore", restore)
-    with pytest.raises(KeyboardInterrupt):
-        bminf.unwrap(model)
-    bminf.unwrap(model)
-    assert bminf.plan_of(model) is None and torch.equal(model(x), expected)
-    assert all(type(p) is torch.nn.Parameter for p in model.parameters())
-
-
-def test_unwrapping_without_the_memory_for_it_leaves_the_model_streaming(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    model, x = make_stack(), torch.randn(3, 16)
-    expected = model(x)
-    stream(model)
-
-    def refuse(*_: Any, **__: Any) -> Any:
-        raise OSError(12, "Cannot allocate memory")
-
-    monkeypatch.setattr(memory, "private_pages", refuse)
-    with pytest.raises(BudgetError, match="cannot allocate"):
-        memory.allocate(100)
-    with pytest.raises(BudgetError, match="cannot allocate"):
-        bminf.unwrap(model)
-    monkeypatch.undo()
-    copies = bminf.stats_of(model).copies
-    assert torch.equal(model(x), expected) and bminf.stats_of(model).copies > copies
-    bminf.unwrap(model)
-
-
-def test_quantised_weights_are_not_saved_in_a_form_nobody_reads(tmp_path: Path) -> None:
-    for limit in ("1GB", 60_000):
-        model = bminf.wrapper(make("llama"), memory_limit=limit, device="cpu")
-        with pytest.raises(UnsupportedModelError, match="state_dict"):
-            model.save_pretrained(tmp_path)
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("norm", [torch.nn.utils.weight_norm, torch.nn.utils.spectral_norm])
