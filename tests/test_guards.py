@@ -14,7 +14,6 @@ from streaming import (
     raise_once,
     stream,
 )
-from tiny_models import make
 
 import bminf
 
@@ -34,26 +33,6 @@ def test_9_unwrapping_waits_for_the_pass_of_another_thread() -> None:
     assert torch.equal(model(x), expected)
     thread.join()
     assert bminf.plan_of(model) is None and torch.equal(model(x), expected)
-
-
-def test_11_the_output_head_is_not_quantised_even_as_a_block() -> None:
-    model = make("llama")
-    stream(model, quantization=True, blocks=["model.layers", "lm_head"])
-    assert type(model.lm_head) is torch.nn.Linear
-    assert isinstance(model.model.layers[3].mlp.up_proj, bminf.QuantizedLinear)
-
-
-def test_11_a_module_that_stands_in_two_places_stays() -> None:
-    model, x = make_stack(), torch.randn(3, 16)
-    model.also = model.layers[5].up
-    up_bytes = sum(t.nbytes for t in model.also.state_dict().values())
-    head_bytes = sum(t.nbytes for t in model.head.state_dict().values())
-    expected = model(x)
-    stream(model)
-    assert "layers.5" in bminf.plan_of(model).streamed
-    assert bminf.plan_of(model).outside_bytes >= up_bytes + head_bytes
-    assert type(model.also.weight) is torch.nn.Parameter
-    assert torch.equal(model(x), expected)
 
 
 def test_buffers_changed_by_a_block_that_then_fails_are_kept() -> None:

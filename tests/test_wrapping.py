@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import pytest
 import torch
 from streaming import Residual, Stack, least_limit, make_stack, stream
-from tiny_models import inputs_of, make, output_of
+from tiny_models import make
 
 import bminf
 from bminf.quantization.packed import Format
-from bminf.units import format_bytes
 from bminf.wrapping import plan_for
 
 # The plan
@@ -36,22 +34,6 @@ def test_the_plan_counts_every_byte_and_no_other(width: int, num_fitting: int) -
     model(torch.randn(3, width))
     stats = bminf.stats_of(model)
     assert stats.bytes_copied == stats.copies * block_bytes
-
-
-def test_equal_blocks_are_equal_to_the_planner_wherever_their_weights_lie() -> None:
-    """As in a mapped checkpoint: tensors one after another, at any multiple of 4 bytes."""
-    model = make_stack(num_blocks=8, width=15)
-    flat = torch.cat([t.detach().flatten() for t in model.state_dict().values()])
-    start = 0
-    for tensor in [*model.parameters(), *model.buffers()]:
-        tensor.data = flat[start : start + tensor.numel()].view_as(tensor)
-        start += tensor.numel()
-    stream(model, extra_bytes=4 * 5000)
-    plan = bminf.plan_of(model)
-    assert len({block.nbytes for block in plan.blocks}) == 1
-    numbers = [int(name.split(".")[1]) for name in plan.streamed]
-    gaps = [(b - a) % 8 for a, b in zip(numbers, numbers[1:] + numbers[:1], strict=True)]
-    assert max(gaps) - min(gaps) <= 1
 
 
 def test_what_fits_entirely_is_not_streamed() -> None:
@@ -112,59 +94,6 @@ def test_a_format_may_be_given() -> None:
     assert model.model.layers[0].mlp.up_proj.form == form
 
 
-def test_quantize_chooses_the_linears() -> None:
-    offered = {}
-
-    def wanted(name: str, module: torch.nn.Module) -> bool:
-        offered[name] = module
-        return name == "lm_head" or name.endswith("layers.3.mlp.up_proj")
-
-    model = make("llama")
-    arguments = {"quantization": "int4", "quantize": wanted}
-    limit = plan_for(model, **arguments).total_bytes
-    bminf.wrapper(model, memory_limit=limit, device="cpu", **arguments)
-    packed = [n for n, m in model.named_modules() if isinstance(m, bminf.QuantizedLinear)]
-    assert packed == ["model.layers.3.mlp.up_proj", "lm_head"]
-    assert len(offered) == 7 * 7 + 1 and all(type(m) is torch.nn.Linear for m in offered.values())
-    assert not bminf.plan_of(model).streamed
-
-
-def test_a_chosen_head_is_packed_in_a_streamed_model_too() -> None:
-    everything = {"quantization": "int8", "quantize": lambda name, module: True}
-    given = inputs_of("llama")
-    resident = bminf.wrapper(make("llama"), memory_limit="1GB", device="cpu", **everything)
-    model = stream(make("llama"), **everything)
-    assert isinstance(model.lm_head, bminf.QuantizedLinear)
-    assert torch.equal(output_of(model, given), output_of(resident, given))
-
-
-def test_stacked_experts_that_stay_are_said() -> None:
-    model = make("mixtral")
-    experts = [p for p in model.parameters() if p.dim() == 3]
-    nbytes = format_bytes(sum(p.nbytes for p in experts))
-    with pytest.warns(UserWarning, match=f"{nbytes} in the blocks of MixtralForCausalLM are not"):
-        bminf.wrapper(model, "int4", memory_limit="1GB", device="cpu")
-
-
-def test_convolutions_stay_without_a_word() -> None:
-    """They have three dimensions as well, but are no stacked experts."""
-
-    class Convolved(torch.nn.Module):
-        def __init__(self, width: int) -> None:
-            super().__init__()
-            self.up = torch.nn.Linear(width, width)
-            self.across = torch.nn.Conv1d(width, width, 3, padding=1)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x + self.across(self.up(x).t()).t()
-
-    model = make_stack(block=Convolved)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        bminf.wrapper(model, memory_limit="1GB", device="cpu")
-    assert isinstance(model.layers[0].up, bminf.QuantizedLinear)
-
-
 def test_a_single_linear_may_be_a_block() -> None:
     model, x = make_stack(), torch.randn(3, 16)
     names = [f"layers.{i}.{part}" for i in range(7) for part in ("up", "down")]
@@ -172,16 +101,6 @@ def test_a_single_linear_may_be_a_block() -> None:
     stream(model, quantization=True, blocks=names)
     assert torch.equal(model(x), expected)
     assert isinstance(model.layers[6].up, bminf.QuantizedLinear)
-
-
-def test_nothing_to_quantise_is_said() -> None:
-    class Scale(torch.nn.Module):
-        def __init__(self, width: int) -> None:
-            super().__init__()
-            self.scale = torch.nn.Parameter(torch.randn(width))
-
-    with pytest.warns(UserWarning, match="nothing in the blocks of Stack could be quantized"):
-        bminf.wrapper(make_stack(block=Scale), memory_limit="1GB", device="cpu")
 
 
 # Unwrapping

@@ -6,15 +6,20 @@ import copy
 import warnings
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 import torch.nn.functional as F
-from streaming import Stack, make_stack
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from streaming import Stack, make_stack, stream
+from tiny_models import inputs_of, make, output_of
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 import bminf
 from bminf.layers.quantize import computes_as_linear, is_linear, why_not_quantizable
+from bminf.units import format_bytes
+from bminf.wrapping import plan_for
 
 
 def is_quantizable(module: torch.nn.Module) -> bool:
@@ -285,9 +290,7 @@ def test_a_packed_linear_has_the_methods_of_the_class_it_was() -> None:
 
 
 def test_hooks_of_accelerate_go_along() -> None:
-    hooks = pytest.importorskip("accelerate.hooks")
-
-    class Noted(hooks.ModelHook):  # type: ignore[name-defined, misc]
+    class Noted(ModelHook):
         def pre_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
             seen.append(type(module).__name__)
             return args, kwargs
@@ -295,9 +298,9 @@ def test_hooks_of_accelerate_go_along() -> None:
     seen: list[str] = []
     for is_removed in (False, True):
         model = make_stack()
-        hooks.add_hook_to_module(model.layers[1].up, Noted())
+        add_hook_to_module(model.layers[1].up, Noted())
         if is_removed:
-            hooks.remove_hook_from_module(model, recurse=True)
+            remove_hook_from_module(model, recurse=True)
         bminf.wrapper(model, device="cpu")
         assert type(model.layers[1].up) is bminf.QuantizedLinear
         model(torch.randn(2, 16))
@@ -305,7 +308,7 @@ def test_hooks_of_accelerate_go_along() -> None:
 
 
 def test_a_packed_model_can_be_offloaded_by_accelerate() -> None:
-    accelerate, x = pytest.importorskip("accelerate"), torch.randn(2, 16)
+    x = torch.randn(2, 16)
     model = bminf.unwrap(bminf.wrapper(make_stack(), device="cpu"))
     expected = model(x)
     assert model.get_buffer("layers.0.up.qweight").dtype == torch.int8
@@ -319,3 +322,82 @@ def test_other_reasons_to_stay_are_named() -> None:
     model.layers[2].up.forward = lambda x: x
     with pytest.warns(UserWarning, match=r"of the dtype torch\.float64.*whose forward was repl"):
         bminf.wrapper(model, device="cpu")
+
+
+def test_the_output_head_is_not_quantised_even_as_a_block() -> None:
+    model = make("llama")
+    stream(model, quantization=True, blocks=["model.layers", "lm_head"])
+    assert type(model.lm_head) is torch.nn.Linear
+    assert isinstance(model.model.layers[3].mlp.up_proj, bminf.QuantizedLinear)
+
+
+@pytest.mark.parametrize("norm", [torch.nn.utils.weight_norm, torch.nn.utils.spectral_norm])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*spectral_norm.*:FutureWarning")
+def test_linears_whose_weight_is_computed_by_a_hook_stay(norm: Any) -> None:
+    def normed() -> Stack:
+        model = make_stack()
+        for layer in model.layers:
+            norm(layer.up)
+        return model.eval()
+
+    model, x = normed(), torch.randn(3, 16)
+    stream(model, quantization=True)
+    assert type(model.layers[3].up) is torch.nn.Linear
+    assert isinstance(model.layers[3].down, bminf.QuantizedLinear)
+    expected = bminf.wrapper(normed(), memory_limit="1GB", device="cpu")(x)
+    assert torch.equal(model(x), expected)
+
+
+def test_quantize_chooses_the_linears() -> None:
+    offered = {}
+
+    def wanted(name: str, module: torch.nn.Module) -> bool:
+        offered[name] = module
+        return name == "lm_head" or name.endswith("layers.3.mlp.up_proj")
+
+    model = make("llama")
+    arguments = {"quantization": "int4", "quantize": wanted}
+    limit = plan_for(model, **arguments).total_bytes
+    bminf.wrapper(model, memory_limit=limit, device="cpu", **arguments)
+    assert packed_names(model) == ["model.layers.3.mlp.up_proj", "lm_head"]
+    assert len(offered) == 7 * 7 + 1 and all(type(m) is torch.nn.Linear for m in offered.values())
+    assert not bminf.plan_of(model).streamed
+
+
+def test_a_chosen_head_is_packed_in_a_streamed_model_too() -> None:
+    everything = {"quantization": "int8", "quantize": lambda name, module: True}
+    given = inputs_of("llama")
+    resident = bminf.wrapper(make("llama"), memory_limit="1GB", device="cpu", **everything)
+    model = stream(make("llama"), **everything)
+    assert isinstance(model.lm_head, bminf.QuantizedLinear)
+    assert torch.equal(output_of(model, given), output_of(resident, given))
+
+
+def test_stacked_experts_that_stay_are_said() -> None:
+    model = make("mixtral")
+    nbytes = format_bytes(sum(p.nbytes for p in model.parameters() if p.dim() == 3))
+    (said,) = wrap(model, "int4")
+    assert f"{nbytes} in the blocks of MixtralForCausalLM are not" in said
+
+
+class Convolved(torch.nn.Module):
+    """Three dimensions as well, but no stacked experts."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up = torch.nn.Linear(width, width)
+        self.across = torch.nn.Conv1d(width, width, 3, padding=1)
+
+
+class Scale(torch.nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.randn(width))
+
+
+def test_convolutions_stay_without_a_word_and_nothing_to_pack_is_said() -> None:
+    model = make_stack(block=Convolved)
+    assert wrap(model) == [] and packed_names(model) == [f"layers.{i}.up" for i in range(7)]
+    (said,) = wrap(make_stack(block=Scale))
+    assert "nothing in the blocks of Stack could be quantized" in said

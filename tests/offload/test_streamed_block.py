@@ -156,21 +156,3 @@ def test_an_output_without_weights_is_the_very_object() -> None:
 
     model = stream(make_stack(block=Dict))
     assert model.layers[5](torch.randn(2, 16)) is model.layers[5].last
-
-
-@pytest.mark.parametrize("norm", [torch.nn.utils.weight_norm, torch.nn.utils.spectral_norm])
-@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
-@pytest.mark.filterwarnings("ignore:.*spectral_norm.*:FutureWarning")
-def test_linears_whose_weight_is_computed_by_a_hook_stay(norm: Any) -> None:
-    def normed() -> Stack:
-        model = make_stack()
-        for layer in model.layers:
-            norm(layer.up)
-        return model.eval()
-
-    model, x = normed(), torch.randn(3, 16)
-    stream(model, quantization=True)
-    assert type(model.layers[3].up) is torch.nn.Linear
-    assert isinstance(model.layers[3].down, bminf.QuantizedLinear)
-    expected = bminf.wrapper(normed(), memory_limit="1GB", device="cpu")(x)
-    assert torch.equal(model(x), expected)
