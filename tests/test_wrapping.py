@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from streaming import Residual, Stack, least_limit, make_stack, stream
+from streaming import Stack, least_limit, make_stack, stream
 from tiny_models import make
 
 import bminf
@@ -107,106 +105,3 @@ def test_a_single_linear_may_be_a_block() -> None:
 
 
 # State that blocks change or hand out
-
-
-def test_buffers_that_a_block_changes_in_place_are_kept() -> None:
-    class Norm(Residual):
-        def __init__(self, width: int) -> None:
-            super().__init__(width)
-            self.norm = torch.nn.BatchNorm1d(width)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.norm(super().forward(x))
-
-    plain, model = (make_stack(block=Norm).train() for _ in range(2))
-    stream(model)
-    with torch.no_grad():
-        for _ in range(4):
-            x = torch.randn(8, 16)
-            assert torch.equal(model(x), plain(x))
-    right = plain.state_dict()
-    assert all(torch.equal(v, right[k]) for k, v in model.state_dict().items())
-    assert right["layers.5.norm.num_batches_tracked"] == 4
-
-
-def test_a_buffer_that_a_block_replaces_is_kept() -> None:
-    class Memory(Residual):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            x = super().forward(x)
-            self.shift = x.mean(0)
-            return x
-
-    plain, model = (make_stack(block=Memory) for _ in range(2))
-    stream(model)
-    for _ in range(4):
-        x = torch.randn(8, 16)
-        assert torch.equal(model(x), plain(x))
-    right = plain.state_dict()
-    assert all(torch.equal(v, right[k]) for k, v in model.state_dict().items())
-    bminf.unwrap(model)
-    assert torch.equal(model.layers[5].shift, plain.layers[5].shift)
-
-
-def test_an_output_that_is_a_weight_does_not_change_with_the_slot() -> None:
-    class Table(torch.nn.Module):
-        def __init__(self, width: int) -> None:
-            super().__init__()
-            self.table = torch.nn.Parameter(torch.randn(9, width))
-
-        def forward(self, num_rows: int) -> dict[str, Any]:
-            return {"rows": self.table[:num_rows], "more": [self.table.T]}
-
-    class Tables(Stack):
-        def forward(self, num_rows: int) -> list[Any]:
-            return [layer(num_rows) for layer in self.layers]
-
-    torch.manual_seed(0)
-    model = Tables(7, 16, Table)
-    expected = [layer.table.detach().clone() for layer in model.layers]
-    stream(model)
-    with torch.no_grad():
-        for given, right in zip(model(4), expected, strict=True):
-            assert torch.equal(given["rows"], right[:4]) and torch.equal(given["more"][0], right.T)
-
-
-def test_a_block_may_call_itself_and_another() -> None:
-    class Calling(Residual):
-        other: Any = None
-
-        def forward(self, x: torch.Tensor, depth: int = 0) -> torch.Tensor:
-            if depth < 2:
-                x = self(x, depth + 1)
-            if depth == 0 and self.other is not None:
-                x = self.other[0](x, 2)
-            return super().forward(x)
-
-    def calling() -> Stack:
-        model = make_stack(block=Calling)
-        model.layers[1].other = [model.layers[5]]  # in a list: not a child
-        return model
-
-    model, x = calling(), torch.randn(3, 16)
-    expected = model(x)
-    stream(model)
-    for _ in range(2):
-        assert torch.equal(model(x), expected)
-
-
-def test_blocks_out_of_order_and_twice_and_not_at_all() -> None:
-    class Shuffled(Stack):
-        order: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            for number in self.order:
-                x = self.layers[number](x)
-            return x
-
-    torch.manual_seed(0)
-    model, x = Shuffled(), torch.randn(3, 16)
-    orders = [(6, 5, 4, 3), (0, 0, 0, 1), (2, 6, 2, 6, 2), (0, 1, 2, 3, 4, 5, 6), ()]
-    expected = {}
-    for model.order in orders:
-        expected[model.order] = model(x)
-    stream(model)
-    for model.order in orders * 3:
-        assert torch.equal(model(x), expected[model.order])

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from streaming import Residual, Stack, make_stack, stream
 from tiny_models import TINY, make
 from torch.nn.utils.parametrizations import weight_norm
 
+import bminf
 from bminf.errors import ArgumentError, UnsupportedModelError
 from bminf.offload.blocks import find_blocks
 
@@ -129,3 +132,34 @@ def test_parametrised_items_stream() -> None:
 
     x = torch.randn(2, 8)
     assert torch.equal(stream(make_model())(x), make_model()(x))
+
+
+class Nested(torch.nn.Module):
+    """The usual shape of a model written by hand: a list of [attention, feed-forward] lists."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        pairs = [[Residual(16), Residual(16)] for _ in range(5)]
+        self.layers = torch.nn.ModuleList([inner(pair) for pair in pairs])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for pair in self.layers:
+            items = pair.values() if isinstance(pair, torch.nn.ModuleDict) else pair
+            for part in items:
+                x = part(x)
+        return x
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [torch.nn.ModuleList, lambda pair: torch.nn.ModuleDict(dict(zip("ab", pair, strict=True)))],
+)
+def test_lists_of_lists_stream_by_their_items(inner: Any) -> None:
+    torch.manual_seed(0)
+    model, x = Nested(inner), torch.randn(3, 16)
+    expected = model(x)
+    stream(model)
+    plan = bminf.plan_of(model)
+    assert len(plan.blocks) == 10 and {b.list_name for b in plan.blocks} == {"layers"}
+    assert torch.equal(model(x), expected)
+    assert bminf.stats_of(model).copies >= len(plan.streamed) >= 8

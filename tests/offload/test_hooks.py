@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from streaming import HANGS_S, MODES, Residual, make_stack, raise_once, stream
+from streaming import HANGS_S, MODES, make_stack, raise_once, stream
 from tiny_models import greedy, inputs_of, make
 
 import bminf
@@ -214,22 +214,6 @@ def test_9_two_threads_in_single_blocks_do_not_disturb_each_other() -> None:
 
 
 # 10. Dtypes that have no gradient
-
-
-def test_10_integer_parameters_stream() -> None:
-    class Packed(Residual):
-        def __init__(self, width: int) -> None:
-            super().__init__(width)
-            packed = torch.randint(-9, 9, (width,), dtype=torch.int8)
-            self.packed = torch.nn.Parameter(packed, requires_grad=False)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return super().forward(x) * self.packed
-
-    model, x = make_stack(block=Packed), torch.randn(3, 16)
-    expected = model(x)
-    assert torch.equal(stream(model)(x), expected)
-    assert model.layers[5].packed.dtype == torch.int8
 
 
 # 11. Tied weights
