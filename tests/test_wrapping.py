@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from streaming import Stack, least_limit, make_stack, stream
-from tiny_models import make
+from tiny_models import greedy, inputs_of, make
 
 import bminf
 from bminf.quantization.packed import Format
@@ -105,3 +105,17 @@ def test_a_single_linear_may_be_a_block() -> None:
 
 
 # State that blocks change or hand out
+
+
+def test_13_encoder_and_decoder_share_the_slots_and_the_limit() -> None:
+    model, given = make("bart"), inputs_of("bart")
+    expected = greedy(model, given)
+    stream(model)
+    plan = bminf.plan_of(model)
+    lists = {b.list_name for b in plan.blocks if b.name in plan.streamed}
+    assert lists == {"model.encoder.layers", "model.decoder.layers"}
+    assert plan.slot_bytes == 2 * max(b.nbytes for b in plan.blocks if b.name in plan.streamed)
+    uses = {b.list_name: plan.uses[b.name] for b in plan.blocks}
+    assert uses == {"model.encoder.layers": 1, "model.decoder.layers": 128}
+    for _ in range(2):
+        assert torch.equal(greedy(model, given), expected)
