@@ -1,14 +1,29 @@
-"""wrapper(), unwrap(), plan_of() and stats_of() as a user meets them, on the CPU."""
+"""wrapper(), plan_for(), plan_of() and stats_of() as a user meets them, on the CPU.
+
+Files that begin with this one's name wrap models of other libraries; what streaming then does is in
+tests/offload/.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
-from streaming import Stack, least_limit, make_stack, stream
+from streaming import Residual, Stack, least_limit, make_stack, stream, streamed
 from tiny_models import greedy, inputs_of, make
 
 import bminf
-from bminf.quantization.packed import Format
+from bminf.errors import (
+    ArgumentError,
+    BMInfError,
+    BudgetError,
+    OffloadError,
+    UnknownKeywordError,
+    UnsupportedModelError,
+)
 from bminf.wrapping import plan_for
 
 # The plan
@@ -45,16 +60,6 @@ def test_what_fits_entirely_is_not_streamed() -> None:
     model(x).sum().backward()  # an ordinary model still
 
 
-def test_uses_are_taken_and_shown() -> None:
-    model = make_stack()
-    uses = {"layers": 3, "layers.2": 1}
-    stream(model, uses=uses, extra_bytes=3 * 5000)
-    plan = bminf.plan_of(model)
-    assert plan.uses["layers.0"] == 3 and plan.uses["layers.2"] == 1
-    assert "layers.2" in plan.streamed
-    assert "1-3" in str(plan) or "1 to 3" in str(plan)
-
-
 def test_a_model_that_is_not_wrapped_has_no_plan() -> None:
     model = make_stack()
     assert bminf.plan_of(model) is None and bminf.stats_of(model) is None
@@ -74,6 +79,20 @@ def test_a_plan_can_be_had_without_weights() -> None:
     assert plan_for(tied).outside_bytes == plan_for(make("gpt2")).outside_bytes
 
 
+def test_encoder_and_decoder_share_the_slots_and_the_limit() -> None:
+    model, given = make("bart"), inputs_of("bart")
+    expected = greedy(model, given)
+    stream(model)
+    plan = bminf.plan_of(model)
+    lists = {b.list_name for b in plan.blocks if b.name in plan.streamed}
+    assert lists == {"model.encoder.layers", "model.decoder.layers"}
+    assert plan.slot_bytes == 2 * max(b.nbytes for b in plan.blocks if b.name in plan.streamed)
+    uses = {b.list_name: plan.uses[b.name] for b in plan.blocks}
+    assert uses == {"model.encoder.layers": 1, "model.decoder.layers": 128}
+    for _ in range(2):
+        assert torch.equal(greedy(model, given), expected)
+
+
 # Quantization
 
 
@@ -86,12 +105,6 @@ def test_a_quantised_model_needs_less() -> None:
     assert residents[1] > 2 * residents[0] and residents[2] > residents[1]
 
 
-def test_a_format_may_be_given() -> None:
-    form = Format(4, group_size=64)
-    model = bminf.wrapper(make("llama"), form, memory_limit="1GB", device="cpu")
-    assert model.model.layers[0].mlp.up_proj.form == form
-
-
 def test_a_single_linear_may_be_a_block() -> None:
     model, x = make_stack(), torch.randn(3, 16)
     names = [f"layers.{i}.{part}" for i in range(7) for part in ("up", "down")]
@@ -101,21 +114,181 @@ def test_a_single_linear_may_be_a_block() -> None:
     assert isinstance(model.layers[6].up, bminf.QuantizedLinear)
 
 
-# Unwrapping
+# What is refused, and that the model is then as it was
 
 
-# State that blocks change or hand out
+def snapshot(model: torch.nn.Module) -> list[Any]:
+    """Everything wrapper() could change: classes, tensors with their addresses, attributes."""
+    return [
+        (name, type(module), sorted(module.__dict__), module.training)
+        for name, module in model.named_modules()
+    ] + [
+        (name, id(tensor), tensor.layout == torch.strided and tensor.data_ptr())
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]
+    ]
 
 
-def test_13_encoder_and_decoder_share_the_slots_and_the_limit() -> None:
-    model, given = make("bart"), inputs_of("bart")
-    expected = greedy(model, given)
-    stream(model)
-    plan = bminf.plan_of(model)
-    lists = {b.list_name for b in plan.blocks if b.name in plan.streamed}
-    assert lists == {"model.encoder.layers", "model.decoder.layers"}
-    assert plan.slot_bytes == 2 * max(b.nbytes for b in plan.blocks if b.name in plan.streamed)
-    uses = {b.list_name: plan.uses[b.name] for b in plan.blocks}
-    assert uses == {"model.encoder.layers": 1, "model.decoder.layers": 128}
+@pytest.mark.parametrize(
+    ("arguments", "error", "said"),
+    [
+        ({"memory_limit": 3000}, BudgetError, "raise memory_limit"),
+        ({"memory_limit": -1}, ArgumentError, "memory_limit=-1"),
+        ({"memory_limit": "6 elephants"}, ArgumentError, "unknown unit 'elephants'"),
+        ({"memory_limit": [6]}, ArgumentError, "list"),
+        ({"reserve": "-3MB"}, ArgumentError, "reserve='-3MB'"),
+        ({"memory_limt": "6GB"}, UnknownKeywordError, "did you mean 'memory_limit'"),
+        ({"quantization": "int5"}, ArgumentError, "accepted: True or"),
+        ({"quantization": 4}, ArgumentError, '"int8", "int4"'),
+        ({"quantize": "all"}, ArgumentError, "quantize='all'; give a function"),
+        ({"quantize": lambda name, module: True}, ArgumentError, "quantize= chooses"),
+        ({"device": "gpu"}, ArgumentError, "accepted"),
+        ({"device": "meta"}, ArgumentError, "accepted"),
+        ({"device": "cuda:99"}, ArgumentError, "GPUs"),
+        ({"blocks": ["layers.70"]}, ArgumentError, "layers.70"),
+        ({"blocks": ["layers.1", "layers.1.up"]}, ArgumentError, "inside"),
+        ({"uses": {"layer": 3}}, ArgumentError, "layer"),
+        ({"uses": {"layers": 0}}, ArgumentError, "layers"),
+        ({"uses": [3]}, ArgumentError, "mapping"),
+        ({"offload_dir": "/no/such/folder"}, OffloadError, "/no/such/folder"),
+        ({"offload_dir": "/proc/self"}, OffloadError, "offload_dir"),
+    ],
+)
+def test_bad_arguments_leave_the_model_unchanged(
+    arguments: dict[str, Any], error: type[BMInfError], said: str, tmp_path: Path
+) -> None:
+    model = make_stack()
+    before = snapshot(model)
+    settings = {
+        "quantization": False,
+        "memory_limit": least_limit(model),
+        "device": "cpu",
+        "offload_dir": tmp_path,
+        **arguments,
+    }
+    with pytest.raises(error, match=said):
+        bminf.wrapper(model, **settings)
+    assert snapshot(model) == before
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "call",
+    [bminf.plan_for, bminf.plan_of, bminf.stats_of, bminf.unwrap, bminf.TransformerBlockList],
+)
+def test_every_function_names_the_keyword_that_was_meant(call: Any) -> None:
+    with pytest.raises(UnknownKeywordError, match=r"has no keyword 'modle'.*accepted: "):
+        call(modle=make_stack())
+
+
+def test_what_is_no_model_is_refused() -> None:
+    for call in (bminf.plan_for, bminf.plan_of, bminf.stats_of, bminf.unwrap):
+        with pytest.raises(ArgumentError, match=r"model is a str; give a torch\.nn\.Module"):
+            call("model")
+    for layers, words in (("ab", "a str that holds a str"), (5, "a int"), ([5], "holds a int")):
+        with pytest.raises(ArgumentError, match=rf"layers is .*{words}; give a list"):
+            bminf.TransformerBlockList(layers)  # type: ignore[arg-type]
+
+
+class Sparse(Residual):
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.register_buffer("graph", torch.eye(width).to_sparse())
+
+
+class Subclass(Residual):
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        kind = type("Packed4bit", (torch.nn.Parameter,), {})
+        self.up.weight = kind(self.up.weight.detach())
+
+
+def lazy_stack() -> Stack:
+    model = make_stack()
+    model.layers[3].up = torch.nn.LazyLinear(32)
+    return model
+
+
+def with_scripted(place: str) -> Stack:
+    model = make_stack()
+    parent, _, name = place.rpartition(".")
+    setattr(model.get_submodule(parent), name, torch.jit.script(model.get_submodule(place)))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make_model", "error", "said"),
+    [
+        (lambda: make_stack().to("meta"), UnsupportedModelError, "meta device"),
+        (lambda: make_stack(block=Sparse), UnsupportedModelError, "'layers.0.graph' is.*sparse"),
+        (lambda: make_stack(block=Subclass), UnsupportedModelError, "Packed4bit"),
+        (lazy_stack, UnsupportedModelError, "not initialised"),
+        (lambda: torch.jit.script(make_stack()), UnsupportedModelError, "TorchScript"),
+        (lambda: with_scripted("layers.3"), UnsupportedModelError, "'layers.3' is a TorchScript"),
+        (lambda: with_scripted("head"), UnsupportedModelError, "'head' is a TorchScript"),
+        (lambda: [torch.nn.Linear(3, 3)], ArgumentError, "list; give a torch.nn.Module"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:Lazy modules:UserWarning")
+def test_models_that_cannot_be_wrapped_are_refused(
+    make_model: Any, error: type[BMInfError], said: str
+) -> None:
+    model = make_model()
+    before = snapshot(model) if isinstance(model, Stack) and said != "not initialised" else None
+    with pytest.raises(error, match=said):
+        bminf.wrapper(model, quantization=False, memory_limit="1GB", device="cpu")
+    assert before is None or snapshot(model) == before
+
+
+def test_wrapping_twice_is_refused() -> None:
+    model, x, expected = streamed()
+    outer = torch.nn.Sequential(model)
+    for again in (model, outer, model.layers, model.layers[5]):
+        with pytest.raises(UnsupportedModelError, match="wrapped already"):
+            bminf.wrapper(again, memory_limit="1GB", device="cpu")
+    assert torch.equal(model(x), expected)
+
+
+# Parts that torch.jit made: those without tensors are like any other module
+
+
+class Swish(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.sigmoid(x)
+
+
+def scripted() -> torch.nn.Module:
+    return torch.jit.script(Swish())
+
+
+def traced() -> torch.nn.Module:
+    return torch.jit.trace(Swish(), torch.randn(2, 3))
+
+
+class Activated(Residual):
+    def __init__(self, width: int, make: Callable[[], torch.nn.Module]) -> None:
+        super().__init__(width)
+        self.act = make()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(self.act(self.up(x)))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.parametrize("make", [scripted, traced])
+@pytest.mark.parametrize("quantization", [False, True])
+def test_a_scripted_part_without_tensors_is_in_nobodys_way(
+    make: Callable[[], torch.nn.Module], quantization: bool
+) -> None:
+    def made() -> torch.nn.Module:
+        model = make_stack(block=lambda width: Activated(width, make))
+        model.act = make()
+        return model
+
+    model, x = made(), torch.randn(3, 16)
+    expected = bminf.wrapper(made(), quantization, "1GB", device="cpu")(x)
+    stream(model, quantization=quantization)
     for _ in range(2):
-        assert torch.equal(greedy(model, given), expected)
+        assert torch.equal(model(x), expected)
+    bminf.unwrap(model)
+    assert torch.equal(model(x), expected)

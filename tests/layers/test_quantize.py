@@ -207,6 +207,7 @@ def test_where_all_are_narrow_the_format_was_meant_so() -> None:
     model = make_stack()
     form = bminf.Format(4, group_size=64)
     assert wrap(model, form) == [] and len(packed_names(model)) == 14
+    assert model.layers[0].up.form == form
 
 
 def test_a_narrow_linear_that_was_chosen_is_packed_where_it_can_be() -> None:
