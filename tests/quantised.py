@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 import bminf
+from bminf.quantization.packed import PackedWeight, dequantize
 from bminf.wrapping import plan_for
 
 
@@ -39,6 +40,11 @@ def dequantise(model: torch.nn.Module) -> torch.nn.Module:
                 linear.bias = child.bias
                 setattr(parent, name, linear)
     return model
+
+
+def product(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
+    """x W^T in float64, of what the packed weight means."""
+    return x.double() @ dequantize(weight, torch.float64).T
 
 
 def relative_error(given: torch.Tensor, expected: torch.Tensor) -> float:

@@ -1,7 +1,10 @@
+"""QuantizedLinear in the place of torch.nn.Linear and Conv1D."""
+
 from __future__ import annotations
 
 import pytest
 import torch
+from quantised import relative_error
 from transformers.pytorch_utils import Conv1D
 
 import bminf
@@ -13,11 +16,6 @@ WAYS = [("int8", "auto"), ("int8", "float"), ("int8", "int8"), ("int4", "auto"),
 ERROR = {"int8": 0.02, "int4": 0.15}
 
 
-def relative_error(given: torch.Tensor, expected: torch.Tensor) -> float:
-    given, expected = given.detach().double(), expected.detach()
-    return float((given - expected).norm() / expected.norm())
-
-
 @pytest.mark.parametrize(("quantization", "activations"), WAYS)
 @pytest.mark.parametrize("bias", [True, False])
 def test_it_stands_in_for_a_linear(quantization: str, activations: str, bias: bool) -> None:
@@ -26,9 +24,9 @@ def test_it_stands_in_for_a_linear(quantization: str, activations: str, bias: bo
     bound = ERROR[quantization]
     x = torch.randn(2, 3, 64, requires_grad=True)
     y = quantized(x)
-    assert y.shape == (2, 3, 48) and relative_error(y, linear(x).double()) < bound
+    assert y.shape == (2, 3, 48) and relative_error(y, linear(x)) < bound
     gradient = torch.autograd.grad(y.sum(), x)[0]
-    assert relative_error(gradient, torch.autograd.grad(linear(x).sum(), x)[0].double()) < bound
+    assert relative_error(gradient, torch.autograd.grad(linear(x).sum(), x)[0]) < bound
     assert not any(p.requires_grad for p in quantized.parameters())
     again = bminf.QuantizedLinear(torch.nn.Linear(64, 48, bias=bias), activations, quantization)
     again.load_state_dict(quantized.state_dict())
@@ -42,7 +40,7 @@ def test_it_stands_in_for_conv1d(quantization: str) -> None:
     quantized = bminf.QuantizedLinear(conv, quantization=quantization)
     x = torch.randn(5, 64)
     assert (quantized.in_features, quantized.out_features) == (64, 48)
-    assert relative_error(quantized(x), conv(x).double()) < ERROR[quantization]
+    assert relative_error(quantized(x), conv(x)) < ERROR[quantization]
 
 
 @pytest.mark.parametrize("form", [INT8, INT4, Format(4), Format(8, 6)])

@@ -1,18 +1,21 @@
-"""The linear with packed weights on the CPU: against dequantise, then multiply, in float64."""
+"""The linear with packed weights on the CPU: against dequantise, then multiply, in float64.
+
+It takes its rows by bminf/ops/rows.py and goes by bminf/ops/linear_weight_only.py or
+bminf/ops/linear_w8a8.py. How these launch kernels, and bminf/ops/dequantize.py, is in
+tests/kernels/test_launches.py.
+"""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from quantised import product, relative_error
 from transformers.pytorch_utils import Conv1D
 
 import bminf
 from bminf.errors import ArgumentError
-from bminf.ops import cpu_linear
-from bminf.ops.gated_linear import gated_linear
 from bminf.ops.linear import linear
-from bminf.ops.quantize_rows import quantize_rows, rms_norm_quantize
-from bminf.quantization.packed import INT4, INT8, Format, PackedWeight, dequantize, int8_rows, pack
+from bminf.quantization.packed import INT4, INT8, Format, dequantize, int8_rows, pack
 
 SHAPES = [
     (1, 1, 2),
@@ -37,21 +40,6 @@ FORMATS = [
 # Sums are float32; int8 alone rounds activations, to 16 bits. The rest is the rounding of the
 # result.
 BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 6e-3, torch.float16: 1e-3}
-
-
-@pytest.fixture(autouse=True)
-def _seeded() -> None:
-    """Or a product of few numbers would cancel out, once in a hundred runs or so."""
-    torch.manual_seed(0)
-
-
-def relative_error(given: torch.Tensor, expected: torch.Tensor) -> float:
-    given, expected = given.detach().double(), expected.detach()
-    return float((given - expected).norm() / expected.norm())
-
-
-def product(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
-    return x.double() @ dequantize(weight, torch.float64).T
 
 
 @pytest.mark.parametrize("dtype", BOUNDS)
@@ -87,17 +75,6 @@ def test_codes_and_activations_at_their_limits(m: int, activations: str) -> None
     assert relative_error(linear(-x, weight, None, activations), product(-x, weight)) < 1e-4
 
 
-@pytest.mark.parametrize("m", [1, 3])
-def test_the_digits_of_activations_are_rounded_to_the_nearest(m: int) -> None:
-    """Cut off, they would all err in the same direction, and their errors add up."""
-    weight, some = pack(torch.ones(8, 4096), INT8), torch.rand(m, 4096)
-    for x in (some, -some, 2 * some - 1):
-        step = x.abs().amax(1, keepdim=True).double() / 32512
-        off = (linear(x, weight, None, "float").double() - product(x, weight)) / step
-        # The error of a sum of roundings: 0.29 * sqrt(4096) steps in the mean; cut off, 2048.
-        assert (off.abs() < 6 * 0.29 * 64).all()
-
-
 @pytest.mark.parametrize("activations", ["float", "int8"])
 @pytest.mark.parametrize("m", [1, 2])
 def test_sums_beyond_32_bits(m: int, activations: str) -> None:
@@ -112,53 +89,6 @@ def test_autocast_does_not_round_the_sums(form: Format) -> None:
         assert torch.equal(linear(x, weight), linear(x.clone(), weight))
         given = linear(x, weight)
     assert torch.equal(given, linear(x, weight))
-
-
-@pytest.mark.parametrize("activations", ["float", "int8"])
-@pytest.mark.parametrize("without", [torch.uint8, torch.int8])
-@pytest.mark.parametrize("m", [1, 3])
-def test_a_cpu_whose_integer_products_saturate(
-    m: int, without: torch.dtype, activations: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    left = {torch.uint8: {torch.int8}, torch.int8: set()}[without]
-    monkeypatch.setattr(cpu_linear, "is_exact", left.__contains__)
-    x, weight = torch.randn(m, 70), pack(torch.randn(33, 70), INT8)
-    if activations == "int8":
-        codes, scale = int8_rows(x)
-        expected = product(codes.double() * scale.double().unsqueeze(1), weight)
-    else:
-        expected = product(x, weight)
-    assert relative_error(linear(x, weight, None, activations), expected) < 1e-4
-
-
-@pytest.mark.parametrize("m", [1, 3, 300])
-def test_a_cpu_whose_integer_products_are_slow(m: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Eight bits give the same bits as integers, which float64 adds without loss; in float32
-    activations need not be rounded."""
-    x, weight = torch.randn(m, 2000), pack(torch.randn(300, 2000), INT8)
-    as_integers = linear(x, weight, None, "int8")
-    monkeypatch.setattr(cpu_linear, "is_fast", lambda: False)
-    monkeypatch.setattr(torch, "_int_mm", None)
-    y = linear(x, weight, None, "int8")
-    assert torch.equal(y, as_integers) if m > 1 else relative_error(y, as_integers) < 1e-6
-    assert relative_error(linear(x, weight, None, "float"), product(x, weight)) < 1e-6
-
-
-def test_this_cpu_multiplies_integers_exactly() -> None:
-    # Random codes, and the largest: what is_exact found must hold for them, too.
-    codes = torch.randint(-127, 128, (40, 96), dtype=torch.int8)
-    for dtype in (torch.int8, torch.uint8):
-        if cpu_linear.is_exact(dtype):
-            rows = torch.randint(0, 128, (3, 96), dtype=torch.uint8).to(dtype)
-            expected = rows.double() @ codes.double().T
-            assert torch.equal(torch._int_mm(rows, codes.t()).double(), expected)
-
-
-def test_codes_sums_that_are_missing_are_made() -> None:
-    x, weight = torch.randn(1, 70), pack(torch.randn(33, 70), INT8)
-    for activations in ("float", "int8"):
-        y = linear(x, weight, None, activations)
-        assert torch.equal(linear(x, weight._replace(code_sum=None), None, activations), y)
 
 
 @pytest.mark.parametrize("activations", ["float", "int8"])
@@ -241,34 +171,6 @@ def test_the_gradient_reaches_the_input(m: int, form: Format) -> None:
     assert relative_error(gradient, expected) < 1e-5
 
 
-@pytest.mark.parametrize("activation", ["gelu_tanh", "gelu", "silu"])
-@pytest.mark.parametrize("m", [1, 20])
-def test_gated_linear_is_two_linears(m: int, activation: str) -> None:
-    x = torch.randn(m, 66)
-    gate, up = pack(torch.randn(9, 66), INT4), pack(torch.randn(9, 66), INT4)
-    bias = torch.randn(9)
-    functions = {
-        "gelu_tanh": lambda v: torch.nn.functional.gelu(v, approximate="tanh"),
-        "gelu": torch.nn.functional.gelu,
-        "silu": torch.nn.functional.silu,
-    }
-    expected = functions[activation](product(x, gate) + bias.double()) * product(x, up)
-    assert relative_error(gated_linear(x, gate, up, activation, bias), expected) < 1e-5
-
-
-def test_rms_norm_and_quantise_in_one() -> None:
-    x, weight = torch.randn(2, 3, 70), torch.randn(70)
-    normal = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * weight
-    codes, scale = rms_norm_quantize(x, weight, 1e-6)
-    assert codes.shape == (6, 80) and not codes[:, 70:].any()
-    back = codes[:, :70].float() * scale.unsqueeze(1)
-    assert ((back.view_as(normal) - normal).abs() <= 0.51 * scale.view(2, 3, 1)).all()
-    with pytest.raises(ArgumentError, match="x has shape"):
-        rms_norm_quantize(x, weight[:-1], 1e-6)
-    plain_codes, plain_scale = quantize_rows(normal)
-    assert torch.equal(plain_codes, codes) and torch.allclose(plain_scale, scale)
-
-
 def test_bad_arguments_are_refused_before_any_work() -> None:
     weight = pack(torch.randn(4, 6), INT8)
     x = torch.randn(2, 6)
@@ -282,9 +184,6 @@ def test_bad_arguments_are_refused_before_any_work() -> None:
         (lambda: linear(x, weight._replace(scale=torch.ones(3))), r"scale is .* shape \(3,\)"),
         (lambda: linear(x, weight, None, "int4"), "accepted: auto, float, int8"),
         (lambda: linear(x, pack(torch.randn(4, 6), INT4), None, "int8"), "needs 8-bit weights"),
-        (lambda: gated_linear(x, weight, weight, "relu"), "accepted: gelu_tanh, gelu, silu"),
-        (lambda: gated_linear(x, weight, pack(torch.randn(4, 6), INT4), "silu"), "gate has form"),
-        (lambda: quantize_rows(x.long()), r"x is torch\.int64"),
     ]:
         with pytest.raises(ArgumentError, match=message):
             call()
@@ -309,17 +208,3 @@ def test_torch_compile_takes_it_in_one_graph(quantization: str) -> None:
     ours, theirs = (torch.autograd.grad(value.sum(), x)[0] for value in (y, expected))
     assert torch.allclose(ours, theirs)
     torch.compiler.reset()
-
-
-@pytest.mark.parametrize("num_rows", [1, 5])
-def test_small_weights_on_the_cpu_are_multiplied_in_float32(
-    num_rows: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    torch.manual_seed(0)
-    weight = pack(torch.randn(48, 64), INT8)
-    x = torch.randn(num_rows, 64)
-    exact = x.double() @ dequantize(weight, torch.float64).t()
-    digits = linear(x, weight)
-    monkeypatch.undo()
-    small = linear(x, weight)
-    assert float((small - exact).abs().max()) < 1e-5 < float((digits - exact).abs().max())

@@ -1,0 +1,36 @@
+"""The first half of a gated feed-forward on the CPU: two linears, an activation, a product."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from quantised import product, relative_error
+
+from bminf.errors import ArgumentError
+from bminf.ops.gated_linear import gated_linear
+from bminf.quantization.packed import INT4, INT8, Format, pack
+
+
+@pytest.mark.parametrize("activation", ["gelu_tanh", "gelu", "silu"])
+@pytest.mark.parametrize("m", [1, 20])
+def test_gated_linear_is_two_linears(m: int, activation: str) -> None:
+    x = torch.randn(m, 66)
+    gate, up = pack(torch.randn(9, 66), INT4), pack(torch.randn(9, 66), INT4)
+    bias = torch.randn(9)
+    functions = {
+        "gelu_tanh": lambda v: torch.nn.functional.gelu(v, approximate="tanh"),
+        "gelu": torch.nn.functional.gelu,
+        "silu": torch.nn.functional.silu,
+    }
+    expected = functions[activation](product(x, gate) + bias.double()) * product(x, up)
+    assert relative_error(gated_linear(x, gate, up, activation, bias), expected) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("gate", "activation", "said"),
+    [(INT8, "relu", "accepted: gelu_tanh, gelu, silu"), (INT4, "silu", "gate has form")],
+)
+def test_bad_arguments_are_refused(gate: Format, activation: str, said: str) -> None:
+    weight = torch.randn(4, 6)
+    with pytest.raises(ArgumentError, match=said):
+        gated_linear(torch.randn(2, 6), pack(weight, gate), pack(weight, INT8), activation)
