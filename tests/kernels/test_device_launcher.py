@@ -1,4 +1,7 @@
-"""The launcher of a kernel's device, on a driver of the test's own: what it loads and passes on."""
+"""The launcher of a kernel's device, on a driver of the test's own: what it loads and passes on.
+
+It is that of bminf/cuda/launcher.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Every kernel is compiled for every architecture, as the library does it; no device is needed."""
+"""Every kernel is compiled for every architecture, as the library does it; no device is needed.
+
+The library does it by bminf/cuda/compile.py, out of what bminf/cuda/source.py puts together.
+"""
 
 from __future__ import annotations
 
