@@ -325,7 +325,7 @@ def test_other_reasons_to_stay_are_named() -> None:
         bminf.wrapper(model, device="cpu")
 
 
-def test_the_output_head_is_not_quantised_even_as_a_block() -> None:
+def test_the_output_head_stays_as_it_is_even_as_a_block() -> None:
     model = make("llama")
     stream(model, quantization=True, blocks=["model.layers", "lm_head"])
     assert type(model.lm_head) is torch.nn.Linear
