@@ -1,4 +1,4 @@
-"""The command line itself: help, version, exit codes, errors in one line."""
+"""The command line itself, bminf/cli/__init__.py: help, version, exit codes, one-line errors."""
 
 import argparse
 import os
