@@ -13,6 +13,8 @@ import pytest
 import bminf
 
 PACKAGE = Path(bminf.__file__).parent
+TESTS = Path(__file__).parent
+LONG = 60  # lines of a source that has to be found in the tests
 
 # The package of a module is the longest of these that it begins with.
 LEVELS = {
@@ -135,3 +137,20 @@ def test_the_public_names_are_these() -> None:
     assert bminf.wrapper.__name__ == "wrapper"
     with pytest.raises(AttributeError, match="no_such_name"):
         getattr(bminf, "no_such_name")  # noqa: B009
+
+
+def test_the_tests_of_a_source_are_found_by_its_name() -> None:
+    """tests/<room>/test_<source>.py, or the docstring of the file that holds them names it."""
+    documentation = {
+        path.relative_to(TESTS): ast.get_docstring(ast.parse(path.read_text())) or ""
+        for path in TESTS.rglob("test_*.py")
+    }
+    named = "\n".join(documentation.values())
+    sources = [path for path in MODULES.values() if len(path.read_text().splitlines()) > LONG]
+    places = [path.relative_to(PACKAGE) for path in sources]
+    assert not [
+        f"bminf/{place.as_posix()}"
+        for place in places
+        if place.with_name(f"test_{place.name}") not in documentation
+        and f"bminf/{place.as_posix()}" not in named
+    ]
