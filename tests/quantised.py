@@ -12,21 +12,29 @@ from bminf.quantization.packed import PackedWeight, dequantize
 from bminf.wrapping import plan_for
 
 
-def quantise(model: torch.nn.Module, quantization: str, memory_limit: Any = "1GB") -> Any:
+def quantise(
+    model: torch.nn.Module,
+    quantization: str | bool,
+    memory_limit: Any = "1GB",
+    blocks: list[str] | None = None,
+) -> Any:
     """Wrap `model` on the CPU; stacked experts and narrow linears stay without a word."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*three-dimensional parameters")
         warnings.filterwarnings("ignore", message=".*fewer than share a scale")
-        return bminf.wrapper(model, quantization, memory_limit, device="cpu")
+        return bminf.wrapper(model, quantization, memory_limit, device="cpu", blocks=blocks)
 
 
-def quantise_and_stream(model: torch.nn.Module, quantization: str) -> Any:
+def quantise_and_stream(
+    model: torch.nn.Module, quantization: str | bool, blocks: list[str] | None = None
+) -> Any:
     """As quantise, with fewer than half of the blocks resident."""
-    whole = plan_for(model, quantization)
+    whole = plan_for(model, quantization, blocks=blocks)
     sizes = sorted((block.nbytes for block in whole.blocks), reverse=True)
-    quantise(model, quantization, whole.outside_bytes + 2 * sizes[0] + sum(sizes) // 6)
+    limit = whole.outside_bytes + 2 * sizes[0] + sum(sizes) // 6
+    quantise(model, quantization, limit, blocks)
     plan = bminf.plan_of(model)
-    assert len(plan.resident) < len(plan.blocks) / 2
+    assert len(plan.resident) < len(plan.blocks) / 2 and plan.total_bytes <= limit
     return model
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from streaming import Residual, Stack, make_stack
+from streaming import Residual, Stack, assert_same_weights, make_stack
 
 import bminf
 from bminf.errors import (
@@ -52,8 +52,7 @@ def test_a_block_list_is_called_iterated_and_indexed() -> None:
         assert torch.equal(layers[3](x), stack.layers[3](x))
         model(x)
     assert bminf.stats_of(layers).bytes_copied > 0
-    right = stack.layers.state_dict()
-    assert all(torch.equal(v, right[k]) for k, v in layers.state_dict().items())
+    assert_same_weights(layers, stack.layers)
 
 
 def test_a_block_list_hands_on_the_first_of_a_tuple() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.hooks import LayerwiseCastingHook, add_hook_to_module
-from streaming import Residual, Stack, make_stack, stream
+from streaming import Residual, Stack, assert_same_weights, make_stack, stream, streamed
 
 import bminf
 from bminf.errors import UnsupportedModelError
@@ -74,8 +74,7 @@ def test_what_is_written_while_it_is_cast_is_kept(by: str) -> None:
         for _ in range(3):
             x = torch.randn(5, 16)
             assert torch.equal(model(x), plain(x))
-    right = plain.state_dict()
-    assert all(torch.equal(v, right[k]) for k, v in model.state_dict().items())
+    assert_same_weights(model, plain)
 
 
 def test_a_pass_cut_short_while_cast_leaves_the_model_right() -> None:
@@ -97,9 +96,7 @@ def test_a_pass_cut_short_while_cast_leaves_the_model_right() -> None:
 
 
 def test_hooks_put_on_afterwards_are_refused() -> None:
-    model, x = make_stack(), torch.randn(3, 16)
-    expected = model(x)
-    stream(model)
+    model, x, expected = streamed()
     with pytest.raises(UnsupportedModelError, match="before wrapping"):
         cast(model, torch.bfloat16, torch.float32, "leaves")
     assert torch.equal(model(x), expected)
