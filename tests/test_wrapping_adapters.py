@@ -196,9 +196,3 @@ def test_a_model_in_training_mode_with_nothing_to_train_is_said() -> None:
         bminf.wrapper(model, False, "1GB", device="cpu")
     model = adapt(make("llama"), "lora").train()
     wrap(model, "int8", streams=True)  # warnings are errors
-
-
-def test_gradients_for_a_streamed_base_say_how_it_is_tuned() -> None:
-    model = wrap(make("llama"), False, streams=True)
-    with pytest.raises(UnsupportedModelError, match="adapters"):
-        gradients(model)

@@ -202,7 +202,3 @@ def test_a_part_that_layers_share_does_not_make_them_large() -> None:
         for layer in model.layers[1:3]:
             layer.shared = shared
         assert names(model) == [f"layers.{at}" for at in range(num_blocks)]
-
-
-def test_a_stack_keeps_its_names() -> None:
-    assert names(make_stack(num_blocks=3)) == [f"layers.{at}" for at in range(3)]

@@ -227,15 +227,6 @@ def test_a_blob_that_is_written_while_it_is_read_is_read_anew(bench: Bench) -> N
     assert bench.store.reads[:2] == [0, 0]
 
 
-def test_a_blob_that_was_read_ahead_and_then_written_is_read_anew(bench: Bench) -> None:
-    bench.fetch(0).result(SOON_S)
-    bench.settle()
-    bench.version[1] = 1
-    bench.ahead.write(1, blob(1, 1))
-    bench.fetch(1).result(SOON_S)
-    assert bench.store.reads.count(1) == 2
-
-
 def test_closing_in_the_middle_leaves_nobody_waiting() -> None:
     bench, finished = Bench(), list[int]()
     bench.store.may_read.clear()
@@ -359,18 +350,3 @@ def test_what_is_closed_is_not_kept_for_the_exit() -> None:
     del bench
     gc.collect()
     assert [reference() for reference in kept] == [None, None]
-
-
-def test_a_folder_of_ones_own_is_left_empty(tmp_path: Path) -> None:
-    store, reader = FileStore(SIZES, tmp_path), Reader("bminf-reader")
-    ahead = ReadAhead(store, SIZES, [memory.allocate(max(SIZES)) for _ in range(2)], reader)
-    ahead.write(3, blob(3))
-    seen: list[torch.Tensor] = []
-
-    def use(buffer: torch.Tensor) -> Callable[[], None]:
-        seen.append(buffer.clone())
-        return lambda: None
-
-    ahead.fetch(3, use).result(SOON_S)
-    ahead.close(lambda: None)
-    assert torch.equal(seen[0], blob(3)) and list(tmp_path.iterdir()) == []
