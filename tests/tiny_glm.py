@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny_zoo import write_huggingface, write_ranks
+from tiny_zoo import FUSED, split, tiny, write_huggingface, write_ranks
 
+from bminf.arch.registry import checkpoint_in
+from bminf.models import glm_ranks
 from bminf.tokenizers.icetk import IceTokenizer
 
 sys.path.insert(0, str(Path(__file__).parent / "tokenizers"))
@@ -67,7 +69,9 @@ GLM10B_CONFIG = {
     "attention_scale": 1.0,
     "output_predict": True,
 }
-_COLUMNS = ("attention.dense.weight", "mlp.dense_4h_to_h.weight")
+GLM130B_FUSED = {"dense_h_to_4h": 2}
+"""As tiny_zoo.FUSED; GLM-10B is cut as CPM-1 is."""
+
 _SAT_NAMES = {
     "word_embeddings.weight": "transformer.word_embeddings.weight",
     "transformer.block_position_embeddings.weight": (
@@ -113,40 +117,22 @@ class TinyGLM:
         self, folder: Path, degree: int = 1, bits: int | None = None, **how: Any
     ) -> Path:
         """The authors' layout.   bits: 8 or 4, of each rank's linears.   how: see write_ranks."""
-        ranks = [self.rank(number, degree) for number in range(degree)]
-        if bits is not None:
-            ranks = [quantized(rank, bits) for rank in ranks]
-        return write_ranks(self.write_beside(folder), ranks, **how)
+        return write_ranks(self.write_beside(folder), self.ranks(degree, bits), **how)
 
     def write_huggingface(self, folder: Path, form: str = "zip", prefix: str = "") -> Path:
         """Of a GLM-10B. form: see tiny_zoo.write_huggingface.   prefix: "", or "glm."."""
         named = {prefix + name: tensor for name, tensor in self.tensors.items()}
         return write_huggingface(self.write_beside(folder), named, form)
 
-    def write_sat(self, folder: Path, degree: int = 1) -> Path:
-        """A GLM-10B as SwissArmyTransformer has it."""
+    def as_sat(self) -> TinyGLM:
+        """A GLM-10B under the names that SwissArmyTransformer gives it."""
         named = {_SAT_NAMES.get(name, name): tensor for name, tensor in self.tensors.items()}
-        return replace(self, tensors=named).write_original(folder, degree)
+        return replace(self, tensors=named)
 
-    def rank(self, number: int, degree: int) -> Weights:
-        """What one of the ranks has."""
-        found = {}
-        for name, tensor in self.tensors.items():
-            if name.endswith(_COLUMNS):
-                tensor = tensor.chunk(degree, 1)[number]
-            elif stripes := self._stripes(name):
-                parts = tensor.chunk(stripes)
-                tensor = torch.cat([part.chunk(degree)[number] for part in parts])
-            found[name] = tensor.clone()
-        return found
-
-    def _stripes(self, name: str) -> int:
-        """Matrices, one below another, of each of which a rank has some rows; 0: it has all."""
-        if "query_key_value" in name:
-            return 1 if self.name == "glm130b" else 3
-        if "dense_h_to_4h" in name:
-            return 2 if self.name == "glm130b" else 1
-        return int("word_embeddings" in name)
+    def ranks(self, degree: int, bits: int | None = None) -> list[Weights]:
+        """What each rank of so many has.   bits: see write_original."""
+        found = split(self.tensors, degree, GLM130B_FUSED if self.name == "glm130b" else FUSED)
+        return found if bits is None else [quantized(rank, bits) for rank in found]
 
 
 def quantized(rank: Mapping[str, torch.Tensor], bits: int) -> Weights:
@@ -176,6 +162,7 @@ def tiny_glm130b(
         half = size // config["num_attention_heads"] // 2
         for layer in range(config["num_layers"]):
             made[f"transformer.layers.{layer}.attention.rotary_emb.inv_freq"] = torch.ones(half)
+        made["mixins.rotary-embedding.rotary_emb.inv_freq"] = torch.ones(half)
     return TinyGLM("glm130b", config, made)
 
 
@@ -195,6 +182,27 @@ def tiny_glm10b(seed: int = 10, is_chinese: bool = False, **changed: Any) -> Tin
 
 def tiny_glm(name: str, **changed: Any) -> TinyGLM:
     return {"glm130b": tiny_glm130b, "glm10b": tiny_glm10b}[name](**changed)
+
+
+def tiny_model(name: str, **changed: Any) -> Any:
+    """A TinyGLM, or a TinyModel of tiny_zoo.   changed: fields of its configuration."""
+    return tiny_glm(name, **changed) if name.startswith("glm") else tiny(name, **changed)
+
+
+def dequantized(rank: Mapping[str, torch.Tensor], bits: int | None) -> Weights:
+    """What the codes of one rank stand for: code * scale, rounded to half.   bits: None: floats."""
+    found = {name: tensor for name, tensor in rank.items() if not name.endswith("_scale")}
+    for name in rank.keys() - found.keys():
+        codes = rank[weight := name.removesuffix("_scale")]
+        if bits == 4:
+            codes = torch.stack([codes >> 4, (codes << 4) >> 4], -1).flatten(1)
+        found[weight] = (codes.double() * rank[name].double().unsqueeze(1)).half()
+    return found
+
+
+def reshard(source: Path, destination: Path, degree: int, *options: Any, **more: Any) -> None:
+    """bminf.models.glm_ranks.reshard() of the checkpoint in a folder."""
+    glm_ranks.reshard(checkpoint_in(source), destination, degree, *options, **more)
 
 
 def _random(
@@ -234,3 +242,8 @@ def ice_tokenizer() -> IceTokenizer:
     path = _HOME / "ice_text.model"
     write_piece_model(path, PIECES)
     return IceTokenizer(path, IMAGE_OFFSET)
+
+
+def tokenizer_of(name: str) -> IceTokenizer | None:
+    """What a small model has to be given, because its folder does not tell it."""
+    return ice_tokenizer() if name == "glm130b" else None

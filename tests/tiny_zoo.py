@@ -173,7 +173,11 @@ class TinyModel:
 
     def write_original(self, folder: Path, degree: int = 1, **how: Any) -> Path:
         self.write_beside(folder)
-        return write_ranks(folder, split(self.tensors, degree), **how)
+        return write_ranks(folder, self.ranks(degree), **how)
+
+    def ranks(self, degree: int) -> list[dict[str, torch.Tensor]]:
+        """What each rank of so many has."""
+        return split(self.tensors, degree)
 
     def write_huggingface(
         self, folder: Path, form: str = "zip", prefix: str = "transformer."
@@ -285,6 +289,12 @@ class TinyModel:
         return replace(self, tensors=changed)
 
 
+def with_tensor(made: Any, name: str, tensor: torch.Tensor | None) -> Any:
+    """A model of the tests with another tensor; None: without it."""
+    kept = {n: t for n, t in made.tensors.items() if n != name}
+    return replace(made, tensors=kept if tensor is None else {**made.tensors, name: tensor})
+
+
 def tiny(name: str, **changed: Any) -> TinyModel:
     """A CPM-1, CPM-2 or EVA; `changed` are fields of its configuration."""
     if name == "cpm1":
@@ -330,17 +340,21 @@ def save(saved: object, path: Path, form: str = "zip") -> Path:
 def write_ranks(
     folder: Path,
     ranks: Sequence[Mapping[str, torch.Tensor]],
-    iteration: int = 7,
+    iteration: int | str = 7,
+    /,
     form: str = "zip",
     has_rank_folders: bool = False,
+    tracker: str | None = "latest_checkpointed_iteration.txt",
     **beside: Any,
 ) -> Path:
     """The authors' layout; `beside` stands next to the weights in each file.
 
     has_rank_folders: iter_0000007/mp_rank_00/model_optim_rng.pt, as without DeepSpeed.
+    tracker: the file that names the iteration; None for no such file.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "latest_checkpointed_iteration.txt").write_text(f"{iteration}\n")
+    if tracker is not None:
+        (folder / tracker).write_text(f"{iteration}\n")
     for rank, tensors in enumerate(ranks):
         if has_rank_folders:
             path = folder / f"iter_{iteration:07d}/mp_rank_{rank:02d}/model_optim_rng.pt"
@@ -351,6 +365,22 @@ def write_ranks(
     return folder
 
 
+def rank_file(folder: Path, rank: int) -> Path:
+    (path,) = folder.rglob(f"mp_rank_{rank:02d}_*.pt")
+    return path
+
+
+def saved_ranks(folder: Path) -> list[dict[str, Any]]:
+    """What torch finds in the file of each rank."""
+    paths = sorted(folder.glob("*/mp_rank_*_model_states.pt"))
+    return [torch.load(path, weights_only=True) for path in paths]
+
+
+def modules(folder: Path) -> list[dict[str, torch.Tensor]]:
+    """The weights of each rank."""
+    return [saved["module"] for saved in saved_ranks(folder)]
+
+
 def write_original(
     folder: Path, tensors: Mapping[str, torch.Tensor], iteration: int = 7, **beside: Any
 ) -> Path:
@@ -358,31 +388,67 @@ def write_original(
     return write_ranks(folder, [tensors], iteration, **beside)
 
 
-_STRIPED = {"query_key_value": 3, "self_attn.project.": 3, "project_kv": 2}
+FUSED = {"query_key_value": 3, "self_attn.project.": 3, "project_kv": 2}
+"""In the name of a tensor -> how many matrices lie in it one below another, each cut by itself."""
+
 _COLUMNS = ("attention.dense.weight", "dense_4h_to_h.weight", "attn.dense.weight", ".wo.weight")
-_WHOLE = ("layernorm", "layer_norm", "position_embeddings", "role_embeds", "prompt_embeds")
-_WHOLE_BIASES = ("attention.dense.bias", "dense_4h_to_h.bias")
+_WHOLE = (
+    *("layernorm", "layer_norm", "position_embeddings", "role_embeds", "prompt_embeds"),
+    *("inv_freq", "attention.dense.bias", "dense_4h_to_h.bias"),
+)
 
 
-def split(tensors: Mapping[str, torch.Tensor], degree: int) -> list[dict[str, torch.Tensor]]:
-    """The tensors as each of `degree` ranks has them."""
+def split(
+    tensors: Mapping[str, torch.Tensor], degree: int, fused: Mapping[str, int] = FUSED
+) -> list[dict[str, torch.Tensor]]:
+    """The tensors as each of `degree` ranks has them; apart from the library's own tables."""
     if degree == 1:
         return [dict(tensors)]  # aliases stay aliases
     ranks: list[dict[str, torch.Tensor]] = [{} for _ in range(degree)]
     for name, tensor in tensors.items():
-        for rank, part in zip(ranks, _pieces(name, tensor, degree), strict=True):
+        for rank, part in zip(ranks, _parts(name, tensor, degree, fused), strict=True):
             rank[name] = part.clone()
     return ranks
 
 
-def _pieces(name: str, tensor: torch.Tensor, degree: int) -> list[torch.Tensor]:
-    if any(word in name for word in _WHOLE) or name.endswith(_WHOLE_BIASES):
+def join(
+    ranks: Sequence[Mapping[str, torch.Tensor]], fused: Mapping[str, int] = FUSED
+) -> dict[str, torch.Tensor]:
+    """What split() has cut."""
+    return {name: _whole(name, [rank[name] for rank in ranks], fused) for name in ranks[0]}
+
+
+def _axis(name: str) -> int | None:
+    """Which axis of a tensor is cut; None for one that all ranks have."""
+    if any(word in name for word in _WHOLE):
+        return None
+    return int(name.endswith(_COLUMNS) or "relative_attention_bias" in name)
+
+
+def _num_fused(name: str, fused: Mapping[str, int]) -> int:
+    return next((count for word, count in fused.items() if word in name), 1)
+
+
+def _parts(
+    name: str, tensor: torch.Tensor, degree: int, fused: Mapping[str, int]
+) -> Sequence[torch.Tensor]:
+    axis = _axis(name)
+    if axis is None:
         return [tensor] * degree
-    if name.endswith(_COLUMNS) or "relative_attention_bias" in name:
-        return list(tensor.chunk(degree, 1))
-    count = next((n for word, n in _STRIPED.items() if word in name), 1)
-    stripes = [stripe.chunk(degree) for stripe in tensor.chunk(count)]
-    return [torch.cat([stripe[rank] for stripe in stripes]) for rank in range(degree)]
+    if axis == 1:
+        return tensor.chunk(degree, 1)
+    matrices = [matrix.chunk(degree) for matrix in tensor.chunk(_num_fused(name, fused))]
+    return [torch.cat([matrix[rank] for matrix in matrices]) for rank in range(degree)]
+
+
+def _whole(name: str, parts: Sequence[torch.Tensor], fused: Mapping[str, int]) -> torch.Tensor:
+    axis = _axis(name)
+    if axis is None:
+        return parts[0]
+    if axis == 1:
+        return torch.cat(list(parts), 1)
+    pieces = [part.chunk(_num_fused(name, fused)) for part in parts]
+    return torch.cat([piece for matrix in zip(*pieces, strict=True) for piece in matrix])
 
 
 # ---- Hugging Face, ModelCenter, BMInf 1.x --------------------------------------------------------

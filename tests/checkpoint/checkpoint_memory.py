@@ -14,8 +14,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for smollm2_memory
 
 import torch
-from glm_files import reshard
 from smollm2_memory import Peak, status_bytes
+from tiny_glm import reshard
 
 from bminf.checkpoint.safetensors_file import read_safetensors, write_safetensors
 from bminf.checkpoint.torch_file import read_torch_file, weights_of

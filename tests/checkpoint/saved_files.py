@@ -1,4 +1,4 @@
-"""Files for the tests of bminf.checkpoint: torch files, whole or of given pickles, and BMInf 1.x's.
+"""Files for the tests of bminf.checkpoint: torch files of given pickles, and what is read of them.
 
 The classes and functions here act when a pickle that names them is loaded; no reader of ours may
 let them.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import pickle
 import struct
 import zipfile
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -51,11 +50,6 @@ def check(stored: Stored, expected: torch.Tensor) -> None:
     assert torch.equal(read, expected)
 
 
-def save(saved: object, path: Path, form: str) -> Path:
-    torch.save(saved, path, _use_new_zipfile_serialization=form == "zip")
-    return path
-
-
 def write_pickle(pickled: bytes, path: Path, form: str) -> Path:
     """A torch file of the form whose object is the one of `pickled`, without storages."""
     if form == "zip":
@@ -95,25 +89,6 @@ def read_all(found: object) -> int:
     if isinstance(found, dict):
         return sum(map(read_all, found.values()))
     return sum(map(read_all, found)) if isinstance(found, list | tuple) else 0
-
-
-def bminf1_bytes(tree: Mapping[str, Any]) -> bytes:
-    """checkpoint.pt of BMInf 1.x: tensors of a tree of dicts come before its layers."""
-    tensors = {name: t for name, t in tree.items() if isinstance(t, torch.Tensor)}
-    layers = {name: layer for name, layer in tree.items() if isinstance(layer, Mapping)}
-    parts = [struct.pack("<2I", len(tensors), len(layers))]
-    for name, tensor in tensors.items():
-        code = {torch.int8: 0, torch.float16: 1}[tensor.dtype]
-        shape = tensor.shape
-        parts += [_string(name), struct.pack(f"<B{len(shape)}I", len(shape), *shape)]
-        parts += [struct.pack("<IB", tensor.nbytes, code), tensor.numpy().tobytes()]
-    for name, layer in layers.items():
-        parts += [_string(name), bminf1_bytes(layer)]
-    return b"".join(parts)
-
-
-def _string(text: str) -> bytes:
-    return struct.pack("<I", len(text.encode())) + text.encode()
 
 
 # What acts when it is called, made, built, or filled.

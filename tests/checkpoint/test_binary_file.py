@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from saved_files import bminf1_bytes, read_all, save
+from saved_files import read_all
+from tiny_zoo import bminf1_bytes, save
 
 from bminf.checkpoint import binary_file
 from bminf.checkpoint.binary_file import BinaryFile

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from saved_files import FORMS, bminf1_bytes, save
+from saved_files import FORMS
+from tiny_zoo import bminf1_bytes, save
 from work import executed_lines
 
 from bminf.checkpoint.bminf1_file import read_bminf1

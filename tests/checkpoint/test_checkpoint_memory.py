@@ -7,12 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import glm_files
 import pytest
 import safetensors.torch
 import torch
 from checkpoint_memory import NUM_TENSORS, TENSOR_BYTES
-from saved_files import save
+from tiny_glm import tiny_glm130b
+from tiny_zoo import save, write_ranks
 
 MOST_BYTES = 20 * 2**20
 
@@ -32,10 +32,11 @@ def test_a_file_of_200_mb_takes_less_than_20(what: str, tmp_path: Path) -> None:
 
 
 def test_cutting_ranks_anew_takes_less_than_20_mb(tmp_path: Path) -> None:
-    sizes = glm_files.glm130b_sizes(num_layers=1, hidden=2**11, inner=2**13, rows=2**12)
-    weights = {name: torch.ones(size, dtype=torch.float16) for name, size in sizes.items()}
-    largest = max(tensor.nbytes for tensor in weights.values())
-    report = run("ranks", glm_files.write(tmp_path / "old", weights, 2))
+    made = tiny_glm130b(
+        has_inv_freq=True, num_layers=1, hidden_size=2**11, inner_hidden_size=10 * 2**10
+    )
+    largest = max(tensor.nbytes for tensor in made.tensors.values())
+    report = run("ranks", write_ranks(tmp_path / "old", made.ranks(2)))
     assert report["total_bytes"] > 150 * 10**6 and largest > 3 * MOST_BYTES
     assert report["peak_bytes"] < MOST_BYTES
 

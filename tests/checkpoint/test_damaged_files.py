@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from saved_files import bminf1_bytes, read_all, save
+from saved_files import read_all
+from tiny_zoo import bminf1_bytes, save
 from work import executed_lines
 
 from bminf.checkpoint.bminf1_file import read_bminf1

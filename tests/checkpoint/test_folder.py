@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from saved_files import FORMS, bminf1_bytes, save
+from saved_files import FORMS
+from tiny_zoo import bminf1_bytes, save
 
 from bminf.arch.registry import checkpoint_in
 from bminf.checkpoint.folder import atomic_folder

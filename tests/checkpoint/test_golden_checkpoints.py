@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from saved_files import same, save
+from saved_files import same
+from tiny_zoo import save
 
 from bminf.arch.registry import checkpoint_in
 from bminf.checkpoint.model_parallel import rank_files

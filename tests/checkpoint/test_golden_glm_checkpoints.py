@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from glm_files import join, load, reshard
 from golden import GoldenSet, for_each, golden
+from tiny_glm import GLM130B_FUSED, dequantized, reshard
+from tiny_zoo import FUSED, join, saved_ranks
 
 from bminf.arch.glm import GLM10B, GLM130B
 from bminf.arch.registry import checkpoint_in
@@ -28,6 +29,7 @@ TABLES = {
     "glm130b": (GLM130B.tensors, GLM130B.original_name),
     "glm10b": (GLM10B.tensors, GLM10B.original_name),
 }
+FUSED_IN = {"glm130b": GLM130B_FUSED, "glm10b": FUSED}
 _SCALE = "_scale"
 
 
@@ -37,7 +39,7 @@ def folders(given: GoldenSet) -> list[str]:
 
 @lru_cache
 def saved(folder: Path) -> list[dict[str, Any]]:
-    return load(folder)
+    return saved_ranks(folder)
 
 
 def bits_of(folder: Path) -> int | None:
@@ -88,7 +90,7 @@ def convert(given: GoldenSet, source: Path, target: str, destination: Path) -> N
 
 def expect_same(found: Path, expected: Path, source: Path) -> None:
     """The same files: names, keys in order, bytes; inv_freq where the source has it."""
-    ours, theirs = load(found), saved(expected)
+    ours, theirs = saved_ranks(found), saved(expected)
     assert len(ours) == len(theirs)
     kept = frequencies(saved(source)[0]["module"])
     for mine, their in zip(ours, theirs, strict=True):
@@ -142,7 +144,7 @@ def test_golden_float_folders_are_read_as_one_model(name: str, case: str) -> Non
     folder = golden(name).path / case
     tensors, their_name = TABLES[name]
     found = tensors(checkpoint_in(folder))
-    whole = without(join([rank["module"] for rank in saved(folder)]), set())
+    whole = without(join([rank["module"] for rank in saved(folder)], FUSED_IN[name]), set())
     assert {their_name("original", ours) for ours in found} == set(whole)
     for ours, stored in found.items():
         expected = whole[their_name("original", ours)]
@@ -155,8 +157,8 @@ def test_golden_quantised_folders_are_codes_times_scale(name: str, case: str) ->
     folder = golden(name).path / case
     tensors, their_name = TABLES[name]
     found = tensors(checkpoint_in(folder))
-    whole = join([values_of(rank["module"], bits_of(folder)) for rank in saved(folder)])
-    whole = without(whole, set())
+    ranks = [dequantized(rank["module"], bits_of(folder)) for rank in saved(folder)]
+    whole = without(join(ranks, FUSED_IN[name]), set())
     assert {their_name("original", ours) for ours in found} == set(whole)
     num_quantised = 0
     for ours, stored in found.items():
@@ -169,23 +171,6 @@ def test_golden_quantised_folders_are_codes_times_scale(name: str, case: str) ->
             assert torch.equal(dequantize(stored.packed(), torch.float16), expected), ours
     scales = [key for key in saved(folder)[0]["module"] if key.endswith(_SCALE)]
     assert num_quantised == len(scales) > 0
-
-
-def values_of(module: Weights, bits: int | None) -> Weights:
-    """What the codes of one rank stand for: each times its scale, rounded to half precision."""
-    found: Weights = {}
-    for name, tensor in module.items():
-        if name.endswith(_SCALE):
-            continue
-        scale = module.get(name + _SCALE)
-        if scale is not None:
-            codes = tensor
-            if bits == 4:
-                pairs = [torch.div(tensor, 16, rounding_mode="floor"), (tensor & 15 ^ 8) - 8]
-                codes = torch.stack(pairs, -1).flatten(1)
-            tensor = (codes.double() * scale.double()[:, None]).half()
-        found[name] = tensor
-    return found
 
 
 @for_each(MODELS, folders)

@@ -1,4 +1,5 @@
-"""Folders of the original code: all ranks together are the whole, and mixed ranks are errors."""
+"""bminf/checkpoint/model_parallel.py: all ranks together are the whole, mixed ranks are errors, and
+a tracker names the iteration."""
 
 from __future__ import annotations
 
@@ -9,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from saved_files import FORMS
+from tiny_glm import tiny_glm10b, tiny_glm130b
+from tiny_zoo import rank_file, split, write_ranks
 
-from bminf.arch.registry import split_tables
+from bminf.arch.registry import checkpoint_in, split_tables
 from bminf.checkpoint.model_parallel import (
     COLUMNS,
+    OWN,
     REPLICATED,
     ROWS,
     Split,
@@ -22,7 +25,7 @@ from bminf.checkpoint.model_parallel import (
     read_model_parallel,
     table_for,
 )
-from bminf.errors import CheckpointError
+from bminf.errors import ArgumentError, CheckpointError
 
 # The tables of the published checkpoints: names and how they are cut, for layer 1.
 CPM1 = {
@@ -96,40 +99,16 @@ def whole_weights() -> dict[str, torch.Tensor]:
     }
 
 
-def part(tensor: torch.Tensor, split: Split, rank: int, num_ranks: int) -> torch.Tensor:
-    if split.axis is None:
-        return tensor
-    if split.axis == 1:
-        return tensor.chunk(num_ranks, 1)[rank].clone()
-    matrices = tensor.chunk(split.num_fused)
-    return torch.cat([matrix.chunk(num_ranks)[rank] for matrix in matrices])
+def write(folder: Path, num_ranks: int, **how: Any) -> Path:
+    """A folder of whole_weights(), cut for so many ranks."""
+    ranks = split(whole_weights(), num_ranks)
+    return write_ranks(folder, ranks, optimizer=None, mp_world_size=num_ranks, **how)
 
 
-def write_ranks(
-    folder: Path, num_ranks: int, form: str = "zip", tracker: str | None = "7", **extra: Any
-) -> Path:
-    """A folder of whole_weights(), cut for num_ranks."""
-    (folder / "7").mkdir(parents=True)
-    if tracker is not None:
-        (folder / "latest_checkpointed_iteration.txt").write_text(tracker)
-    for rank in range(num_ranks):
-        weights = {
-            name: part(tensor, {**CPM1, **T5}[name], rank, num_ranks)
-            for name, tensor in whole_weights().items()
-        }
-        saved = {"module": weights, "optimizer": None, "mp_world_size": num_ranks, **extra}
-        torch.save(
-            saved,
-            folder / "7" / f"mp_rank_{rank:02d}_model_states.pt",
-            _use_new_zipfile_serialization=form == "zip",
-        )
-    return folder
-
-
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ["zip", "old"])
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
 def test_the_ranks_together_are_the_whole(num_ranks: int, form: str, tmp_path: Path) -> None:
-    write_ranks(tmp_path, num_ranks, form)
+    write(tmp_path, num_ranks, form=form)
     for folder in (tmp_path, tmp_path / "7"):
         found = read_model_parallel(folder, split_tables())
         assert list(found) == list(whole_weights())
@@ -139,14 +118,8 @@ def test_the_ranks_together_are_the_whole(num_ranks: int, form: str, tmp_path: P
 
 
 def test_the_layout_without_deepspeed_is_read(tmp_path: Path) -> None:
-    write_ranks(tmp_path / "a", 2)
-    folder = tmp_path / "b" / "iter_0000007"
-    for rank in range(2):
-        (folder / f"mp_rank_{rank:02d}").mkdir(parents=True)
-        saved = torch.load(tmp_path / "a" / "7" / f"mp_rank_{rank:02d}_model_states.pt")
-        torch.save({"model": saved["module"]}, folder / f"mp_rank_{rank:02d}/model_optim_rng.pt")
-    (tmp_path / "b" / "latest_checkpointed_iteration.txt").write_text("7\n")
-    for place in (tmp_path / "b", folder):
+    write(tmp_path, 2, has_rank_folders=True)
+    for place in (tmp_path, tmp_path / "iter_0000007"):
         found = read_model_parallel(place, split_tables())
         for name, tensor in whole_weights().items():
             assert torch.equal(found[name].read(), tensor), name
@@ -155,10 +128,6 @@ def test_the_layout_without_deepspeed_is_read(tmp_path: Path) -> None:
 def test_one_rank_is_read_whatever_its_names_are(tmp_path: Path) -> None:
     torch.save({"module": {"mystery": torch.ones(1)}}, tmp_path / "mp_rank_00_model_states.pt")
     assert list(read_model_parallel(tmp_path, split_tables())) == ["mystery"]
-
-
-def rank_file(folder: Path, rank: int) -> Path:
-    return folder / "7" / f"mp_rank_{rank:02d}_model_states.pt"
 
 
 def change(path: Path, **changes: Any) -> None:
@@ -172,16 +141,18 @@ def change_weights(path: Path, **changes: Any) -> None:
 
 
 def mix_degrees(folder: Path) -> None:
-    write_ranks(folder / "other", 4)
-    shutil.copy(rank_file(folder / "other", 1), rank_file(folder, 1))
-    for rank in range(2):
-        change(rank_file(folder, rank), mp_world_size=None)
+    for rank, num_ranks in enumerate((2, 4)):
+        weights = split(whole_weights(), num_ranks)[rank]
+        change(rank_file(folder, rank), module=weights, mp_world_size=None)
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "rank 0 missing": (lambda f: rank_file(f, 0).unlink(), "lacks the file of rank 00"),
     "rank 1 missing": (lambda f: rank_file(f, 1).unlink(), "mp_world_size"),
-    "a gap": (lambda f: rank_file(f, 1).rename(rank_file(f, 2)), "lacks the file of rank 01"),
+    "a gap": (
+        lambda f: rank_file(f, 1).rename(f / "7" / "mp_rank_02_model_states.pt"),
+        "lacks the file of rank 01",
+    ),
     "twice": (
         lambda f: shutil.copy(rank_file(f, 1), f / "7" / "mp_rank_1_model_states.pt"),
         "holds rank 01 twice",
@@ -233,7 +204,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_ranks_that_do_not_go_together_are_errors(damage: str, tmp_path: Path) -> None:
     do, message = DAMAGES[damage]
-    do(write_ranks(tmp_path, 2))
+    do(write(tmp_path, 2))
     with pytest.raises(CheckpointError, match=message) as caught:
         read_model_parallel(tmp_path, split_tables())
     assert str(tmp_path) in str(caught.value) or "CPM family" in message
@@ -241,9 +212,90 @@ def test_ranks_that_do_not_go_together_are_errors(damage: str, tmp_path: Path) -
 
 def test_replicated_tensors_that_differ_are_an_error_when_read(tmp_path: Path) -> None:
     name = "transformer.final_layernorm.bias"
-    write_ranks(tmp_path, 2)
+    write(tmp_path, 2)
     change_weights(rank_file(tmp_path, 1), **{name: torch.ones(24)})
     found = read_model_parallel(tmp_path, split_tables())
     with pytest.raises(CheckpointError, match=r"rank_00.*rank_01.* should be the same, but differ"):
         found[name].read()
     assert torch.equal(found["lm_head.weight"].read(), whole_weights()["lm_head.weight"])
+
+
+# ---- how tensors are cut -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cut", [REPLICATED, ROWS, COLUMNS, fused_rows(2), fused_rows(3)])
+def test_parts_are_the_inverse_of_merging(cut: Split, tmp_path: Path) -> None:
+    write_ranks(tmp_path, [{"w": torch.randn(24, 12)}])
+    whole: Any = checkpoint_in(tmp_path).tensors["w"]
+    for degree in (1, 2, 4):
+        parts = tuple(cut.part(whole, rank, degree) for rank in range(degree))
+        assert torch.equal(cut.merge(parts).read(), whole.read())
+    if cut.axis is not None:
+        with pytest.raises(ArgumentError, match=r"shape \(24, 12\), whose axis . 5 ranks"):
+            cut.part(whole, 0, 5)
+
+
+def test_what_cannot_be_cut_is_named(tmp_path: Path) -> None:
+    write_ranks(tmp_path, [{"w": torch.randn(24)}])
+    vector: Any = checkpoint_in(tmp_path).tensors["w"]
+    with pytest.raises(CheckpointError, match=r"'w' in .* should have 2 dimensions"):
+        COLUMNS.part(vector, 0, 2)
+    with pytest.raises(ArgumentError, match="ranks it was made for"):
+        OWN.part(vector, 0, 2)
+
+
+# ---- trackers ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tracker", ["latest", "latest_checkpointed_iteration.txt"])
+@pytest.mark.parametrize("iteration", ["300", "release", "0"])
+def test_either_tracker_names_a_number_or_release(
+    tracker: str, iteration: str, tmp_path: Path
+) -> None:
+    made = tiny_glm130b()
+    write_ranks(tmp_path, made.ranks(2), iteration, tracker=tracker)
+    for path in (tmp_path, tmp_path / tracker, tmp_path / iteration):
+        tensors = checkpoint_in(path).tensors
+        assert all(torch.equal(tensors[name].read(), t) for name, t in made.tensors.items())
+
+
+def write_latest(folder: Path) -> Path:
+    return write_ranks(folder, [{"w": torch.ones(1)}], "300", tracker="latest")
+
+
+def test_two_trackers_that_agree_are_one(tmp_path: Path) -> None:
+    write_latest(tmp_path)
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text(" 0300\n")
+    assert checkpoint_in(tmp_path).kind == "original"
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ({"latest_checkpointed_iteration.txt": "301"}, "iteration 301, but latest beside it 300"),
+        ({"latest_checkpointed_iteration.txt": "release"}, "release, but latest beside it 300"),
+        ({"latest": "301"}, r"names the iteration 301, but .* no 301/ and no iter_0000301/"),
+        ({"latest": "release"}, r"names the iteration release, but the folder holds no release/;"),
+        ({"latest": "global_step300"}, "'global_step300'; it should be the number .* 'release'"),
+        ({"latest": ""}, "it should be the number"),
+    ],
+)
+def test_trackers_that_lead_nowhere_say_so(
+    texts: dict[str, str], message: str, tmp_path: Path
+) -> None:
+    write_latest(tmp_path)
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(CheckpointError, match=message):
+        checkpoint_in(tmp_path)
+
+
+def test_what_a_trainer_leaves_beside_other_weights_is_no_checkpoint_of_ours(
+    tmp_path: Path,
+) -> None:
+    torch.save(tiny_glm10b().tensors, tmp_path / "pytorch_model.bin")
+    (tmp_path / "latest").write_text("global_step300")
+    assert checkpoint_in(tmp_path).kind == "huggingface"
+    (tmp_path / "latest").write_text("300")
+    with pytest.raises(CheckpointError, match="several layouts"):
+        checkpoint_in(tmp_path)

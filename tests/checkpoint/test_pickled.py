@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from saved_files import FORMS, attacks, create, save, text, write_pickle
+from saved_files import FORMS, attacks, create, text, write_pickle
+from tiny_zoo import save
 from work import executed_lines
 
 from bminf.checkpoint import pickled

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from saved_files import Given, check, save
+from saved_files import Given, check
+from tiny_zoo import save
 
 from bminf.checkpoint.stored import (
     Columns,

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from saved_files import FORMS, same, save, write_pickle
+from saved_files import FORMS, same, write_pickle
+from tiny_zoo import save
 
 from bminf.checkpoint.torch_file import read_torch_file, weights_of
 from bminf.errors import CheckpointError

@@ -524,7 +524,7 @@ def tokenizer_of(name: str) -> Any:
 def test_ranks_of_different_checkpoints(name: str, refuse: Refuse, tmp_path: Path) -> None:
     """Found only while reading, with two slots and a file at work: what all hold alike differs."""
     made = tiny_glm(name)
-    ranks = [made.rank(number, 2) for number in range(2)]
+    ranks = made.ranks(2)
     ranks[1]["transformer.layers.1.post_attention_layernorm.weight"] += 1
     folder = write_ranks(made.write_beside(tmp_path / "a"), ranks)
     plan = plan_glm_of(made)
