@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_glm import ice_tokenizer, tiny_glm10b, tiny_glm130b
+from tiny_glm import tiny_glm10b, tiny_glm130b, tokenizer_of
 from tiny_zoo import write_cpm1, write_cpm2, write_eva
 
 import bminf
@@ -46,9 +46,10 @@ def load(folders: dict[str, Path]) -> Iterator[Loader]:
     loaded = []
 
     def loader(name: str, **arguments: Any) -> Any:
-        settings = {"checkpoint": folders[name], "device": "cpu", "quantization": None, **arguments}
-        if name == "glm130b":
-            settings.setdefault("tokenizer", ice_tokenizer())
+        settings = {
+            **{"checkpoint": folders[name], "device": "cpu", "quantization": None},
+            **{"tokenizer": tokenizer_of(name), **arguments},
+        }
         with warnings.catch_warnings():
             # These CPM-1 folders have no sentencepiece model, and the library says so.
             warnings.filterwarnings("ignore", message="found no sentencepiece model")
@@ -58,6 +59,21 @@ def load(folders: dict[str, Path]) -> Iterator[Loader]:
     yield loader
     for model in loaded:
         model.close()
+
+
+@pytest.fixture
+def silent(load: Loader) -> Loader:
+    """silent("cpm1"): a model that must not be run, of 40 tokens and 2 rows."""
+
+    def run(*_: Any) -> Any:
+        raise AssertionError("something was computed before the error")
+
+    def loader(name: str, **arguments: Any) -> Any:
+        model = load(name, **{"max_length": 40, "max_batch_size": 2, **arguments})
+        model.model.forward = model.model.head = model.model.encode = run
+        return model
+
+    return loader
 
 
 def own_threads() -> list[threading.Thread]:
