@@ -5,13 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tiny_glm import GLM130B_FUSED, TinyGLM, Weights, dequantized, tiny_glm10b, tiny_glm130b
 from tiny_zoo import join, rank_file, write_ranks
 
-from bminf.arch.glm import GLM10B, GLM130B
+from bminf.arch.glm import GLM10B, GLM130B, PUBLISHED_GLM, GLMConfig, glm10b_config, glm130b_config
 from bminf.arch.registry import checkpoint_in, split_tables
 from bminf.checkpoint.folder import Checkpoint
 from bminf.checkpoint.model_parallel import COLUMNS, OWN, REPLICATED, ROWS, fused_rows, table_for
@@ -215,3 +216,48 @@ def test_codes_that_are_none_are_named(damage: str, tmp_path: Path) -> None:
     reshape(rank_file(tmp_path, 0), **change)
     with pytest.raises(CheckpointError, match=message):
         GLM130B.tensors(checkpoint_in(tmp_path))
+
+
+# ---- configurations --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("heads", [2, 4])
+def test_shapes_tell_all_but_the_heads(heads: int, tmp_path: Path) -> None:
+    config = {"num_attention_heads": heads}
+    opened = checkpoint_in(write_ranks(tmp_path / "a", tiny_glm130b().ranks(2)))
+    found = glm130b_config(config, GLM130B.tensors(opened), "there")
+    assert found == GLMConfig("glm-130b", 104, 64, 2, heads, 96, 2048)
+    opened = checkpoint_in(write_ranks(tmp_path / "b", tiny_glm10b().ranks(1)))
+    found = glm10b_config(config, GLM10B.tensors(opened), "there")
+    assert found == GLMConfig("glm-10b", 280, 64, 2, heads, 256, 160)
+
+
+class Shaped:
+    """A tensor of which nothing but the shape is looked at."""
+
+    def __init__(self, *shape: int) -> None:
+        self.shape = shape
+
+
+@pytest.mark.parametrize("title", PUBLISHED_GLM)
+def test_published_models_need_no_configuration(title: str) -> None:
+    published = PUBLISHED_GLM[title]
+    size, positions = published.hidden_size, published.max_position_embeddings
+    tensors: dict[str, Any] = {
+        "embed_tokens.weight": Shaped(published.vocab_size, size),
+        "norm.weight": Shaped(size),
+        "layers.0.feed_forward.down.weight": Shaped(size, published.intermediate_size),
+        f"layers.{published.num_hidden_layers - 1}.norm.weight": Shaped(size),
+    }
+    if published.is_rotary:
+        assert glm130b_config({}, tensors, "there") == published
+        return
+    tensors["embed_positions.weight"] = Shaped(positions + 1, size)
+    assert glm10b_config({}, tensors, "there") == published
+
+
+def test_large_chinese_has_its_own_masks() -> None:
+    small = PUBLISHED_GLM["GLM-10B-chinese"]
+    large = GLMConfig("glm-10b", 50048, 1024, 24, 16, 4096, 1024)
+    assert GLM10B.tokenizer_settings(large) == {"fixed_commands": True}
+    assert GLM10B.tokenizer_settings(small) is None

@@ -1,4 +1,4 @@
-"""Plans of published models, with no checkpoint at hand."""
+"""bminf/models/assemble.py: plans of published models, with no checkpoint, and of folders."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from bminf.arch.glm import PUBLISHED_GLM
 from bminf.arch.registry import ARCHITECTURES
 from bminf.errors import ArgumentError, BudgetError, CheckpointError
 from bminf.models import convert, plan_glm, plan_model
+from bminf.quantization.packed import Format
 
+Loader = Callable[..., Any]
 GIB = 2**30
 
 
@@ -67,7 +69,7 @@ SIZES = {"max_length": 24, "max_batch_size": 2}
 @pytest.mark.parametrize("quantization", [None, "int8", "int4"])
 @pytest.mark.parametrize("name", KINDS)
 def test_the_plan_of_a_folder_is_that_of_the_model(
-    name: str, quantization: str | None, load: Callable[..., Any], folders: dict[str, Path]
+    name: str, quantization: str | None, load: Loader, folders: dict[str, Path]
 ) -> None:
     """At a limit that streams; so is that of its configuration."""
     options: dict[str, Any] = {"quantization": quantization, "dtype": torch.float16, **SIZES}
@@ -79,10 +81,45 @@ def test_the_plan_of_a_folder_is_that_of_the_model(
     assert plan_model(model.config, limit, device="cpu", **options) == plan
 
 
+@pytest.mark.parametrize("name", ["glm130b", "glm10b"])
+@pytest.mark.parametrize(
+    ("quantization", "head", "dtype"),
+    [("int8", "int4", None), ("int4-row", "int8", torch.bfloat16), (Format(8, 32), None, None)],
+)
+def test_the_plan_of_a_packed_head_is_that_of_the_model(
+    name: str, quantization: Any, head: Any, dtype: Any, load: Loader
+) -> None:
+    """In however many parts the configuration has cut its head."""
+    packed = {"quantization": quantization, "head_quantization": head, "dtype": dtype, **SIZES}
+    whole = load(name, **packed)
+    limit = (whole.plan.least_limit + whole.plan.total_bytes) // 2
+    model = load(name, memory_limit=limit, **packed)
+    assert model.plan.streamed and model.plan.resident
+    for config in (model.config, replace(model.config, num_head_parts=1)):
+        assert plan_glm(config, limit, device="cpu", **packed) == model.plan
+
+
+@pytest.mark.parametrize("name", ["glm130b", "glm10b"])
+def test_the_head_is_packed_if_asked_for(load: Loader, name: str) -> None:
+    plain = load(name, quantization="int4")
+    for head, share in (("int8", 4), ("int4", 6)):  # of float32
+        packed = load(name, quantization="int4", head_quantization=head)
+        sizes = [
+            sum(block.nbytes for block in model.plan.blocks if block.name.startswith("lm_head"))
+            for model in (plain, packed)
+        ]
+        assert sizes[1] < sizes[0] / (share - 2)
+        logits = (
+            plain.logits("the blocks of a layer wait"),
+            packed.logits("the blocks of a layer wait"),
+        )
+        assert not torch.equal(*logits) and torch.allclose(*logits, atol=2)
+
+
 @pytest.mark.filterwarnings("ignore:found no sentencepiece model")
 @pytest.mark.parametrize("name", ["cpm1", "cpm2", "glm130b"])
 def test_a_converted_folder_is_planned_as_it_is_packed(
-    name: str, load: Callable[..., Any], folders: dict[str, Path], tmp_path: Path
+    name: str, load: Loader, folders: dict[str, Path], tmp_path: Path
 ) -> None:
     head = {"head_quantization": "int8"} if name == "glm130b" else {}
     tokenizer = ice_tokenizer() if name == "glm130b" else None
@@ -95,9 +132,7 @@ def test_a_converted_folder_is_planned_as_it_is_packed(
         plan_model(made, None, "int8")
 
 
-def test_codes_of_the_authors_are_planned_as_they_are(
-    load: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_codes_of_the_authors_are_planned_as_they_are(load: Loader, tmp_path: Path) -> None:
     """In groups of columns, because two ranks were packed by themselves."""
     original = tiny_glm130b().write_original(tmp_path / "a")
     codes = convert(original, tmp_path / "b", "int4", tp=2)
