@@ -1,4 +1,5 @@
-"""One more decoder-only model is two files and a line in a list: toy_arch.py, toy_model.py."""
+"""bminf/arch/registry.py, architecture.py: one more decoder-only model is two files and a line in a
+list (toy_arch.py, toy_model.py); and the sizes of those that are there."""
 
 from __future__ import annotations
 
@@ -13,9 +14,10 @@ from toy_arch import NAMES, TOY, Toy, ToyConfig
 from toy_model import ToyModel
 
 from bminf.arch import registry
+from bminf.arch.t5 import EVA
 from bminf.errors import CheckpointError
 from bminf.models import CPM1, convert, plan_model
-from bminf.models.source import published
+from bminf.models.source import meta_network, published
 
 SMALL: Any = TOY.published["toy-small"]
 
@@ -122,3 +124,36 @@ def test_what_its_configuration_has_to_say_is_named(tmp_path: Path) -> None:
     config = {"width": 32, "depth": 3, "heads": 4, "inner": 48}
     with ToyModel(folder, device="cpu", config=config) as model:
         assert model.config.num_hidden_layers == 3
+
+
+# ---- the architectures that are there ------------------------------------------------------------
+
+NUM_PARAMETERS = {
+    "cpm1": {"TsinghuaAI/CPM-Generate": 2_597_073_920},
+    "cpm2": {
+        "CPM-2 (Chinese), CPM-2.1": 11_087_097_856, "CPM-2 (Chinese and English)": 11_297_861_632
+    },
+    "eva": {
+        "thu-coai/EVA1.0": 2_841_040_896, "thu-coai/EVA2.0-xlarge": 2_841_040_896,
+        "thu-coai/EVA2.0-large": 967_535_616, "thu-coai/EVA2.0-base": 300_932_352,
+    },
+    "glm130b": {"GLM-130B": 128_697_794_560},
+    "glm10b": {
+        "GLM-10B": 9_880_682_496, "GLM-10B-chinese": 9_879_633_920, "GLM-2B": 1_920_122_880
+    },
+}  # fmt: skip
+"""Counted from the papers: facts that no tiny model knows."""
+
+
+@pytest.mark.parametrize("name", NUM_PARAMETERS)
+def test_the_published_sizes_are_those_of_the_papers(name: str) -> None:
+    architecture = registry.named(name)
+    assert NUM_PARAMETERS[name].keys() == architecture.published.keys()
+    for title, count in NUM_PARAMETERS[name].items():
+        network = meta_network(architecture, architecture.published[title])
+        assert sum(parameter.numel() for parameter in network.parameters()) == count
+
+
+def test_only_eva_2_scales_its_attention() -> None:
+    scaled = [name for name, config in EVA.published.items() if config.is_attention_scaled]
+    assert scaled == [f"thu-coai/EVA2.0-{size}" for size in ("xlarge", "large", "base")]

@@ -1,51 +1,35 @@
-"""Every layout that the models are found in means the same model: the same logits, bit for bit."""
+"""bminf/models/source.py: every layout that the models are found in means the same model, bit for
+bit, wherever its configuration and its vocabulary lie."""
 
 from __future__ import annotations
 
-import argparse
 import json
-import random
+import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from tiny_zoo import (
-    CPM1_CONFIG,
-    TinyModel,
-    save,
-    split,
-    tiny,
-    vocabulary,
-    write_huggingface,
-    write_vocabulary,
-)
+from tiny_glm import tiny_glm130b, tiny_model
+from tiny_zoo import CPM1_CONFIG, TinyModel, save, tiny, write_huggingface
 
-from bminf.arch import t5
 from bminf.arch.gpt import GPTConfig
 from bminf.arch.t5 import T5Config
 from bminf.errors import CheckpointError
-from bminf.models import CPM1, CPM2, EVA
+from bminf.models import CPM1, CPM2, EVA, GLM, convert
 
 Loader = Callable[..., Any]
-MODELS = ("cpm1", "cpm2", "eva")
 GPT_IDS = list(range(11, 31))
 PROMPT, TARGET = list(range(11, 41)), list(range(12, 26))
 
 
 def logits(model: Any) -> torch.Tensor:
-    """Of some ids, with a prompt long enough for shared buckets."""
-    if isinstance(model, CPM1):
-        return model.logits(GPT_IDS)
-    return model.logits(PROMPT, TARGET)
-
-
-@pytest.fixture(scope="module")
-def tinies() -> dict[str, TinyModel]:
-    return {name: tiny(name) for name in MODELS}
+    """Of some ids, with a prompt long enough for shared buckets; of a GLM, of a text."""
+    if isinstance(model, GLM):
+        return model.logits("the blocks of a [MASK] wait on the host")
+    return model.logits(GPT_IDS) if isinstance(model, CPM1) else model.logits(PROMPT, TARGET)
 
 
 @pytest.fixture(scope="module")
@@ -58,89 +42,52 @@ def expected() -> dict[str, torch.Tensor]:
 def same(load: Loader, expected: dict[str, torch.Tensor]) -> Callable[..., Any]:
     """same("cpm2", folder): loads it, and its logits are those of the authors' layout."""
 
-    def check(name: str, folder: Path, **arguments: Any) -> Any:
-        if name not in expected:
-            expected[name] = logits(load(name))
-        model = load(name, checkpoint=folder, **arguments)
-        assert torch.equal(logits(model), expected[name])
+    def check(name: str, folder: Path, quantization: str | None = None, **arguments: Any) -> Any:
+        key = f"{name}, {quantization}"
+        if key not in expected:
+            expected[key] = logits(load(name, quantization=quantization))
+        model = load(name, checkpoint=folder, quantization=quantization, **arguments)
+        assert torch.equal(logits(model), expected[key])
         return model
 
     return check
 
 
-# ---- the authors' files --------------------------------------------------------------------------
+# ---- layouts: those that the golden sets have are compared there, too ----------------------------
+
+Writer = Callable[[Any, Path], Path]
+NO_BUCKETS = {"position_bias_num_buckets": None, "position_bias_max_distance": None}
+LAYOUTS: dict[str, Writer] = {
+    "cpm1, 4 ranks": lambda made, to: made.write_original(to, 4, form="old", has_rank_folders=True),
+    "cpm2, 2 ranks": lambda made, to: made.write_original(to, 2),
+    "eva, 4 ranks": lambda made, to: made.write_original(to, 4, has_rank_folders=True),
+    "cpm2, modelcenter": lambda made, to: made.write_modelcenter(to, "old"),
+    "cpm2, modelcenter's defaults": lambda made, to: made.write_modelcenter(to, **NO_BUCKETS),
+    "cpm1, bin": lambda made, to: made.write_huggingface(to, "old"),
+    "cpm1, sharded": lambda made, to: made.write_huggingface(to, "sharded"),
+    "eva, bin": lambda made, to: made.write_huggingface(to, "zip"),
+    "eva, safetensors": lambda made, to: made.write_huggingface(to, "safetensors"),
+    "glm130b, 2 ranks": lambda made, to: made.write_original(to, 2, has_rank_folders=True),
+    "glm130b, 4 ranks": lambda made, to: made.write_original(to, 4, form="old"),
+    "glm130b, inv_freq": lambda _, to: tiny_glm130b(has_inv_freq=True).write_original(to, 2),
+    "glm10b, 2 ranks": lambda made, to: made.write_original(to, 2, mp_world_size=2),
+    "glm10b, bin": lambda made, to: made.write_huggingface(to),
+    "glm10b, sharded": lambda made, to: made.write_huggingface(to, "sharded", "glm."),
+    "glm10b, SAT": lambda made, to: made.as_sat().write_original(to, 2),
+}
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize(
-    ("degree", "form", "has_rank_folders"),
-    [(2, "zip", False), (4, "old", False), (1, "old", True), (4, "zip", True)],
-)
-def test_original(
-    name: str,
-    degree: int,
-    form: str,
-    has_rank_folders: bool,
-    tinies: dict[str, TinyModel],
-    same: Callable[..., Any],
-    tmp_path: Path,
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_is_the_same_model(
+    layout: str, same: Callable[..., Any], tmp_path: Path
 ) -> None:
-    tinies[name].write_original(tmp_path, degree, form=form, has_rank_folders=has_rank_folders)
-    same(name, tmp_path)
+    name = layout.partition(",")[0]
+    folder = LAYOUTS[layout](tiny_model(name), tmp_path)
+    for quantization in (None, "int4"):
+        same(name, folder, quantization)
 
 
-def test_ranks_are_cut_as_the_authors_cut_them() -> None:
-    """What the tests above stand on: each rank has its heads of Q, of K and of V."""
-    weight = torch.arange(12.0).unsqueeze(1).expand(12, 4)
-    name = "transformer.layers.0.attention.query_key_value.weight"
-    first, second = (rank[name][:, 0].tolist() for rank in split({name: weight}, 2))
-    assert first == [0, 1, 4, 5, 8, 9] and second == [2, 3, 6, 7, 10, 11]
-
-
-class Scaler:
-    """Something that a training program leaves in its files, of a class that nobody else has."""
-
-    def __init__(self) -> None:
-        self.scale, self.history = 2.0**16, [torch.ones(3)]
-
-
-@pytest.mark.parametrize("form", ["zip", "old"])
-@pytest.mark.parametrize("has_rank_folders", [False, True])
-def test_what_stands_beside_the_weights_is_dropped(
-    form: str,
-    has_rank_folders: bool,
-    tinies: dict[str, TinyModel],
-    same: Callable[..., Any],
-    tmp_path: Path,
-) -> None:
-    weight = torch.nn.Parameter(torch.ones(5, 3))
-    optimizer = torch.optim.Adam([weight])
-    weight.sum().backward()
-    optimizer.step()
-    tinies["cpm1"].write_original(
-        tmp_path,
-        form=form,
-        has_rank_folders=has_rank_folders,
-        optimizer=optimizer.state_dict(),
-        optimizer_object=optimizer,
-        lr_scheduler={"start_lr": 1e-4, "decay_style": "cosine"},
-        loss_scaler=Scaler(),
-        args=argparse.Namespace(num_layers=3, device=torch.device("cpu")),
-        random_rng_state=random.getstate(),
-        np_rng_state=np.random.get_state(),
-        torch_rng_state=torch.get_rng_state(),
-        rng_tracker_states={"model-parallel-rng": np.random.RandomState(1)},
-        csr_tensor_module_names=set(),
-        iteration=7,
-        mp_world_size=1,
-    )
-    same("cpm1", tmp_path)
-
-
-# ---- BMInf 1.x -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["cpm1", "cpm2", "eva"])
 def test_bminf1(name: str, load: Loader, tmp_path: Path) -> None:
     """In float32, codes * scale; with quantization="int8", the codes of the file."""
     made = tiny(name, attn_scale=False) if name == "eva" else tiny(name)
@@ -159,170 +106,45 @@ def test_bminf1(name: str, load: Loader, tmp_path: Path) -> None:
     assert torch.allclose(logits(packed), logits(model), atol=2e-3)
 
 
-# ---- ModelCenter ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("form", ["zip", "old"])
-def test_modelcenter(
-    form: str, tinies: dict[str, TinyModel], same: Callable[..., Any], tmp_path: Path
+@pytest.mark.parametrize(("is_scaled", "is_tied"), [(False, True), (True, False), (True, True)])
+def test_modelcenter_with_length_scale_and_tied_weights(
+    is_scaled: bool, is_tied: bool, load: Loader, tmp_path: Path
 ) -> None:
-    same("cpm2", tinies["cpm2"].write_modelcenter(tmp_path, form))
-
-
-def test_modelcenter_without_what_its_own_code_has_a_default_for(
-    tinies: dict[str, TinyModel], same: Callable[..., Any], tmp_path: Path
-) -> None:
-    left_out = {"position_bias_num_buckets": None, "position_bias_max_distance": None}
-    same("cpm2", tinies["cpm2"].write_modelcenter(tmp_path, **left_out))
-
-
-def test_modelcenter_with_the_exact_gelu(
-    tinies: dict[str, TinyModel],
-    load: Loader,
-    expected: dict[str, torch.Tensor],
-    tmp_path: Path,
-) -> None:
-    folder = tinies["cpm2"].write_modelcenter(tmp_path, ffn_activate_fn="gated_gelu")
-    found = logits(load("cpm2", checkpoint=folder))
-    plain = load("cpm2", config={**tinies["cpm2"].config, "hidden_act": "gelu"})
-    assert torch.equal(found, logits(plain))
-    assert 1e-5 < (found - logits(load("cpm2"))).abs().max() < 0.1
-
-
-def test_modelcenter_with_tied_weights(
-    tinies: dict[str, TinyModel], load: Loader, tmp_path: Path
-) -> None:
-    made = tinies["cpm2"]
-    tied = {**made.tensors, "lm_head.weight": made.tensors["word_embeds.weight"]}
-    folder = made.write_modelcenter(tmp_path / "a", tied=True)
-    plain = replace(made, tensors=tied).write_original(tmp_path / "b")
-    assert torch.equal(
-        logits(load("cpm2", checkpoint=folder)), logits(load("cpm2", checkpoint=plain))
-    )
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_modelcenter_with_length_scale(tied: bool, load: Loader, tmp_path: Path) -> None:
     """Sizes are powers of 4, so that their roots round nothing."""
     made = tiny("cpm2", d_model=64, d_ff=256, d_kv=4)
-    if tied:
+    if is_tied:
         made.tensors["lm_head.weight"] = made.tensors["word_embeds.weight"]
-    folder = made.write_modelcenter(tmp_path / "a", length_scale=True, tied=tied)
+    folder = made.write_modelcenter(tmp_path / "a", length_scale=is_scaled, tied=is_tied)
     plain = made.write_original(tmp_path / "b")
-    assert torch.equal(
-        logits(load("cpm2", checkpoint=folder)), logits(load("cpm2", checkpoint=plain))
-    )
-
-
-# ---- Hugging Face --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["cpm1", "eva"])
-@pytest.mark.parametrize("form", ["zip", "old", "safetensors", "sharded"])
-def test_huggingface(
-    name: str,
-    form: str,
-    tinies: dict[str, TinyModel],
-    same: Callable[..., Any],
-    tmp_path: Path,
-) -> None:
-    same(name, tinies[name].write_huggingface(tmp_path, form))
+    found = [logits(load("cpm2", checkpoint=path)) for path in (folder, plain)]
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("prefix", ["transformer.", ""])
 def test_huggingface_with_what_old_files_have_besides(
-    prefix: str, tinies: dict[str, TinyModel], same: Callable[..., Any], tmp_path: Path
+    prefix: str, same: Callable[..., Any], tmp_path: Path
 ) -> None:
-    made = tinies["cpm1"]
+    made = tiny("cpm1")
     tensors = made.huggingface_tensors(prefix)
     tensors["lm_head.weight"] = tensors[f"{prefix}wte.weight"]
     for n in range(made.config["num_layers"]):
         attention = f"{prefix}h.{n}.attn"
         tensors[f"{attention}.bias"] = torch.ones(1, 1, 8, 8, dtype=torch.uint8).tril()
         tensors[f"{attention}.masked_bias"] = torch.tensor(-1e4)
+        tensors[f"{attention}.rotary_emb.inv_freq"] = torch.ones(8)
     made.write_beside(tmp_path, made.huggingface_config())
     same("cpm1", write_huggingface(tmp_path, tensors, "zip"))
 
 
 def test_eva_in_hugging_faces_form_with_role_embeddings(
-    tinies: dict[str, TinyModel], same: Callable[..., Any], tmp_path: Path
+    same: Callable[..., Any], tmp_path: Path
 ) -> None:
-    made = tinies["eva"]
+    made = tiny("eva")
     tensors = made.huggingface_tensors()
     for prefix in ("", "encoder.", "decoder."):
         tensors[f"{prefix}role_embeds.weight"] = torch.zeros(2, made.config["d_model"])
     made.write_beside(tmp_path, made.huggingface_config())
     same("eva", write_huggingface(tmp_path, tensors, "safetensors"))
-
-
-# ---- transformers as an independent reference ----------------------------------------------------
-
-
-def test_cpm1_is_gpt2_of_transformers(load: Loader, tmp_path: Path) -> None:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    tokens = vocabulary(0)
-    torch.manual_seed(1)
-    reference = GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=len(tokens), n_positions=40, n_embd=24, n_layer=2, n_head=2, n_inner=56,
-            initializer_range=0.3,
-        )
-    ).eval()  # fmt: skip
-    reference.save_pretrained(tmp_path)
-    write_vocabulary(tmp_path, tokens)
-    model = load("cpm1", checkpoint=tmp_path)
-    with torch.inference_mode():
-        theirs = reference(torch.tensor([GPT_IDS])).logits[0]
-    assert torch.allclose(logits(model), theirs, atol=2e-5)
-    assert torch.equal(
-        logits(load("cpm1", checkpoint=tmp_path, config=reference.config)), logits(model)
-    )
-
-
-@pytest.mark.parametrize(("name", "is_scaled"), [("cpm2", False), ("eva", True), ("eva", False)])
-def test_the_others_are_t5_of_transformers(
-    name: str, is_scaled: bool, load: Loader, tmp_path: Path
-) -> None:
-    """Written by transformers where nothing has to be folded in, and by the tests where it has."""
-    made = tiny(name, attn_scale=is_scaled, d_kv=16)
-    reference = reference_t5(made)
-    if is_scaled:
-        folder = made.write_original(tmp_path, 2)
-    else:
-        reference.save_pretrained(tmp_path)
-        config = json.loads((tmp_path / "config.json").read_text())
-        (tmp_path / "config.json").write_text(json.dumps({**config, "attn_scale": False}))
-        folder = write_vocabulary(tmp_path, made.tokens).parent
-    with torch.inference_mode():
-        theirs = reference(
-            input_ids=torch.tensor([PROMPT]), decoder_input_ids=torch.tensor([TARGET])
-        ).logits[0]
-    model = load(name, checkpoint=folder)
-    assert torch.allclose(logits(model), theirs, atol=1e-4)
-
-
-def reference_t5(made: TinyModel) -> Any:
-    from transformers import T5Config as TheirConfig
-    from transformers import T5ForConditionalGeneration
-
-    config = made.config
-    reference = T5ForConditionalGeneration(
-        TheirConfig(
-            vocab_size=len(made.tokens), feed_forward_proj="gated-gelu", tie_word_embeddings=False,
-            **{name: config[name] for name in ("d_model", "d_kv", "d_ff", "num_layers",
-            "num_decoder_layers", "num_heads")},
-        )
-    ).eval()  # fmt: skip
-    # transformers 5 ties the head to the embedding whatever the configuration says.
-    reference.lm_head.weight = torch.nn.Parameter(torch.empty_like(reference.lm_head.weight))
-    tensors = {name: tensor.float() for name, tensor in made.huggingface_tensors().items()}
-    if config.get("attn_scale"):  # which theirs cannot do: folded into the queries
-        for name in tensors:
-            if name.endswith("Attention.q.weight"):
-                tensors[name] = tensors[name] * config["d_kv"] ** -0.5
-    reference.load_state_dict(tensors)
-    return reference
 
 
 # ---- depths --------------------------------------------------------------------------------------
@@ -360,21 +182,24 @@ def test_a_number_of_decoder_layers_that_the_authors_code_ignores(
 # ---- where a configuration comes from ------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["cpm1", "eva"])
+@pytest.mark.parametrize("name", ["cpm1", "eva", "glm130b", "glm10b"])
 def test_a_configuration_in_any_form(
-    name: str, tinies: dict[str, TinyModel], same: Callable[..., Any], tmp_path: Path
+    name: str, load: Loader, same: Callable[..., Any], tmp_path: Path
 ) -> None:
-    made = tinies[name]
+    made, own = tiny_model(name), load(name).config
     folder = made.write_original(tmp_path / "checkpoint" / "inner")
     found = next(path for path in folder.iterdir() if path.name.endswith("config.json"))
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     found.rename(elsewhere / "config.json")
-    with pytest.raises(CheckpointError, match=r"neither .* has a config.json"):
-        same(name, folder)
-    for given in (made.config, elsewhere, str(elsewhere / "config.json"), own_config(made)):
-        model = same(name, folder, config=given)
-        assert model.config == own_config(made)
+    with pytest.raises(CheckpointError, match=r"has a config.json|does not say"):
+        load(name, checkpoint=folder)
+    forms = [made.config, elsewhere, str(elsewhere / "config.json"), own, asdict(own)]
+    if name.startswith("glm"):  # as in the authors' golden sets; and its head is cut anew
+        forms += [{"model": made.config, "tokenizer": {"file": "any"}}]
+        forms += [replace(own, num_head_parts=1), asdict(replace(own, num_head_parts=1))]
+    for given in forms:
+        assert same(name, folder, config=given).config == own
     (elsewhere / "config.json").rename(folder.parent / "model_config.json")
     same(name, folder)
 
@@ -392,10 +217,8 @@ def own_config(made: TinyModel) -> GPTConfig | T5Config:
     )  # fmt: skip
 
 
-def test_the_vocabulary_may_lie_in_the_parent(
-    tinies: dict[str, TinyModel], same: Callable[..., Any], tmp_path: Path
-) -> None:
-    folder = tinies["cpm2"].write_original(tmp_path / "inner")
+def test_the_vocabulary_may_lie_in_the_parent(same: Callable[..., Any], tmp_path: Path) -> None:
+    folder = tiny("cpm2").write_original(tmp_path / "inner")
     (folder / "vocab.txt").rename(tmp_path / "vocab.txt")
     model = same("cpm2", folder)
     (tmp_path / "vocab.txt").rename(tmp_path / "words.txt")
@@ -403,6 +226,46 @@ def test_the_vocabulary_may_lie_in_the_parent(
         same("cpm2", folder)
     same("cpm2", folder, tokenizer=tmp_path / "words.txt")
     assert same("cpm2", folder, tokenizer=model.tokenizer).tokenizer is model.tokenizer
+
+
+def mark(folder: Path, encoding: str, endings: set[str]) -> list[str]:
+    """Write each text file of the folder again; the names of those."""
+    found = [path for path in sorted(folder.rglob("*")) if path.suffix in endings]
+    for path in found:
+        path.write_bytes(path.read_bytes().decode().encode(encoding))
+    return [path.name for path in found]
+
+
+@pytest.mark.parametrize("name", ["cpm1", "cpm2", "eva", "glm10b"])
+@pytest.mark.parametrize(
+    ("encoding", "endings"), [("utf-8-sig", {".json", ".txt"}), ("utf-16", {".json"})]
+)
+def test_text_files_with_a_byte_order_mark_are_read_as_without(
+    name: str,
+    encoding: str,
+    endings: set[str],
+    folders: dict[str, Path],
+    load: Loader,
+    tmp_path: Path,
+) -> None:
+    marked = tmp_path / "marked"
+    shutil.copytree(folders[name], marked)
+    assert {"config.json", "model_config.json"} & set(mark(marked, encoding, endings))
+    plain, other = load(name), load(name, checkpoint=marked)
+    assert other.config == plain.config
+    assert other.generate("a", 3, temperature=0) == plain.generate("a", 3, temperature=0)
+    assert other.tokenizer.encode("a b") == plain.tokenizer.encode("a b")
+
+
+def test_a_converted_folder_with_byte_order_marks(
+    folders: dict[str, Path], load: Loader, tmp_path: Path
+) -> None:
+    folder = convert(folders["cpm2"], tmp_path / "own", None, "cpm2")
+    before = load("cpm2", checkpoint=folder).logits([5, 6], [7, 8])
+    assert set(mark(folder, "utf-8-sig", {".json", ".txt"})) == {"config.json", "vocab.txt"}
+    assert torch.equal(load("cpm2", checkpoint=folder).logits([5, 6], [7, 8]), before)
+    own = load("cpm2", checkpoint=folder, config=folder / "config.json")
+    assert own.config == load("cpm2").config
 
 
 # ---- published models, told by their shapes ------------------------------------------------------
@@ -414,20 +277,19 @@ def publish(monkeypatch: pytest.MonkeyPatch, kind: Any, published: dict[str, Any
 
 
 @pytest.fixture
-def bare_eva(tinies: dict[str, TinyModel], tmp_path: Path) -> Path:
+def bare_eva(tmp_path: Path) -> Path:
     """An EVA that nothing but its files tells of."""
-    folder = tinies["eva"].write_original(tmp_path / "inner" / "eva")
+    folder = tiny("eva").write_original(tmp_path / "inner" / "eva")
     (folder / "model_config.json").unlink()
     return folder
 
 
 def test_the_only_published_model_that_fits_is_taken(
     monkeypatch: pytest.MonkeyPatch,
-    tinies: dict[str, TinyModel],
     bare_eva: Path,
     same: Callable[..., Any],
 ) -> None:
-    config = own_config(tinies["eva"])
+    config = own_config(tiny("eva"))
     others = {
         "larger": replace(config, hidden_size=64),
         "deeper": replace(config, num_encoder_layers=3),
@@ -441,27 +303,26 @@ def test_the_only_published_model_that_fits_is_taken(
 
 def test_two_that_differ_in_attention_scaling_are_not_guessed(
     monkeypatch: pytest.MonkeyPatch,
-    tinies: dict[str, TinyModel],
     bare_eva: Path,
     same: Callable[..., Any],
     tmp_path: Path,
 ) -> None:
-    scaled = own_config(tinies["eva"])
+    scaled = own_config(tiny("eva"))
     plain = replace(scaled, is_attention_scaled=False)
     publish(monkeypatch, EVA, {"EVA1.0": plain, "EVA2.0": scaled})
     with pytest.raises(CheckpointError, match=r"EVA1\.0 and of EVA2\.0.*attention scaling"):
         same("eva", bare_eva)
-    (bare_eva.parent / "config.json").write_text(json.dumps(tinies["eva"].config))
+    (bare_eva.parent / "config.json").write_text(json.dumps(tiny("eva").config))
     same("eva", bare_eva)
 
 
 def test_bminf1_is_never_the_scaled_one(
-    monkeypatch: pytest.MonkeyPatch, tinies: dict[str, TinyModel], load: Loader, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, load: Loader, tmp_path: Path
 ) -> None:
-    scaled = own_config(tinies["eva"])
+    scaled = own_config(tiny("eva"))
     plain = replace(scaled, is_attention_scaled=False)
     publish(monkeypatch, EVA, {"EVA1.0": plain, "EVA2.0": scaled})
-    folder = tinies["eva"].write_bminf1(tmp_path / "inner")
+    folder = tiny("eva").write_bminf1(tmp_path / "inner")
     assert load("eva", checkpoint=folder).config == plain
 
 
@@ -470,41 +331,20 @@ def test_the_other_models_are_told_by_their_shapes_too(
     kind: Any,
     name: str,
     monkeypatch: pytest.MonkeyPatch,
-    tinies: dict[str, TinyModel],
     load: Loader,
     tmp_path: Path,
 ) -> None:
-    made = replace(tinies[name], config={"attn_scale": False, **tinies[name].config})
+    made = replace(tiny(name), config={"attn_scale": False, **tiny(name).config})
     config = own_config(made)
     publish(monkeypatch, kind, {"it": config, "other": replace(config, vocab_size=9)})
-    folder = tinies[name].write_bminf1(tmp_path / "inner")
+    folder = tiny(name).write_bminf1(tmp_path / "inner")
     assert load(name, checkpoint=folder).config == config
 
 
-def test_the_published_sizes_are_those_of_the_papers() -> None:
-    """Parameters, counted from the architectures: facts that no tiny model knows."""
-    from bminf.models.source import meta_network
-
-    counts = {
-        (CPM1, "TsinghuaAI/CPM-Generate"): 2_597_073_920,
-        (CPM2, "CPM-2 (Chinese), CPM-2.1"): 11_087_097_856,
-        (CPM2, "CPM-2 (Chinese and English)"): 11_297_861_632,
-        (EVA, "thu-coai/EVA1.0"): 2_841_040_896,
-        (EVA, "thu-coai/EVA2.0-xlarge"): 2_841_040_896,
-        (EVA, "thu-coai/EVA2.0-large"): 967_535_616,
-        (EVA, "thu-coai/EVA2.0-base"): 300_932_352,
-    }
-    for (kind, name), count in counts.items():
-        model = meta_network(kind._architectures[0], kind._architectures[0].published[name])
-        assert sum(parameter.numel() for parameter in model.parameters()) == count
-    scaled = [n for n, c in t5.EVA.published.items() if c.is_attention_scaled]
-    assert scaled == [f"thu-coai/EVA2.0-{size}" for size in ("xlarge", "large", "base")]
-
-
 def test_a_file_may_be_named_instead_of_its_folder(
-    tinies: dict[str, TinyModel], same: Callable[..., Any], tmp_path: Path
+    same: Callable[..., Any], tmp_path: Path
 ) -> None:
-    folder = tinies["cpm1"].write_huggingface(tmp_path)
+    folder = tiny("cpm1").write_huggingface(tmp_path)
     save({"not": torch.ones(1)}, folder / "pytorch_model.pt")  # another layout beside it
     with pytest.raises(CheckpointError, match="several layouts"):
         same("cpm1", folder)
