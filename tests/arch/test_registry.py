@@ -148,7 +148,6 @@ NUM_PARAMETERS = {
 @pytest.mark.parametrize("name", NUM_PARAMETERS)
 def test_the_published_sizes_are_those_of_the_papers(name: str) -> None:
     architecture = registry.named(name)
-    assert NUM_PARAMETERS[name].keys() == architecture.published.keys()
     for title, count in NUM_PARAMETERS[name].items():
         network = meta_network(architecture, architecture.published[title])
         assert sum(parameter.numel() for parameter in network.parameters()) == count
