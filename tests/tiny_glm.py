@@ -23,7 +23,7 @@ from bminf.tokenizers.icetk import IceTokenizer
 
 sys.path.insert(0, str(Path(__file__).parent / "tokenizers"))
 
-from tiny_vocabularies import write_piece_model
+from tiny_vocabularies import GPT2_CHARACTERS, write_gpt2, write_piece_model
 
 Weights = dict[str, torch.Tensor]
 
@@ -45,10 +45,8 @@ PIECES = [
 
 NUM_UNUSED = 3  # rows of the embedding that no token has
 
-_BYTES = [*range(33, 127), *range(161, 173), *range(174, 256)]
-_CHARACTERS = [*map(chr, _BYTES), *map(chr, range(256, 256 + 256 - len(_BYTES)))]
 _MERGES = ["t h", "th e", "\u0120 the", "i n", "\u0120 a", "e r"]
-ENTRIES = [*_CHARACTERS, *(merge.replace(" ", "") for merge in _MERGES), "<|endoftext|>"]
+ENTRIES = [*GPT2_CHARACTERS, *(merge.replace(" ", "") for merge in _MERGES), "<|endoftext|>"]
 """Of GPT-2's vocabulary."""
 
 GLM130B_CONFIG = {
@@ -106,10 +104,8 @@ class TinyGLM:
         elif self.is_chinese:
             write_piece_model(folder / "cog-pretrain.model", PIECES)
         else:
-            ids = {entry: number for number, entry in enumerate(ENTRIES)}
-            (folder / "vocab.json").write_text(json.dumps(ids), encoding="utf-8")
             lines = "\n".join(["#version: 0.2", *_MERGES, ""])
-            (folder / "merges.txt").write_text(lines, encoding="utf-8")
+            write_gpt2(folder, entries=ENTRIES, merges=lines)
         (folder / "config.json").write_text(json.dumps(self.config))
         return folder
 

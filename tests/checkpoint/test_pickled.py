@@ -1,4 +1,5 @@
-"""No pickle makes our reader of torch files do anything but build plain containers."""
+"""bminf/checkpoint/pickled.py, torch_objects.py: no pickle makes our reader of torch files do
+anything but build plain containers."""
 
 from __future__ import annotations
 

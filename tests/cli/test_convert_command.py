@@ -1,4 +1,4 @@
-"""`bminf convert` on small checkpoints that the tests write."""
+"""bminf/cli/convert.py, `bminf convert` on small checkpoints that the tests write."""
 
 from __future__ import annotations
 

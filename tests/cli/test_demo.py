@@ -1,4 +1,5 @@
-"""`bminf demo`: the same text twice, on a tiny model and on the real one."""
+"""bminf/cli/demo.py, models.py, measure.py: the same text twice, on a tiny model and on the real
+one."""
 
 import importlib.util
 import os

@@ -1,4 +1,4 @@
-"""`bminf plan`: from config.json alone to bytes, resident blocks and predicted time."""
+"""bminf/cli/plan.py: from config.json alone to bytes, resident blocks and predicted time."""
 
 import json
 from pathlib import Path

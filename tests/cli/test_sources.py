@@ -1,4 +1,5 @@
-"""What `bminf plan` takes for a model, and what it says of all else before it reads much."""
+"""bminf/cli/sources.py, gpus.py, models.py: what `bminf plan` takes for a model and for a GPU, and
+what it says of all else before it reads much."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GLM's filter rule, by its words."""
+"""bminf/generation/sampling.py: GLM's filter rule, by its words."""
 
 from __future__ import annotations
 

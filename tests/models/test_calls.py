@@ -1,4 +1,5 @@
-"""What comes before the arguments of a call: a closed model, unknown keywords, other names."""
+"""bminf/models/calls.py: what comes before the arguments of a call, a closed model, unknown
+keywords and other names; and bminf/keywords.py."""
 
 from __future__ import annotations
 

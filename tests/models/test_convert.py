@@ -1,4 +1,5 @@
-"""What convert() writes loads by itself as the same model, and appears whole or not at all."""
+"""bminf/models/convert.py: what it writes loads by itself as the same model, and appears whole or
+not at all."""
 
 from __future__ import annotations
 

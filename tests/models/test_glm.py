@@ -4,6 +4,7 @@ network itself."""
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -24,6 +25,7 @@ NAMES = ("glm130b", "glm10b")
 TEXT = "the blocks of a layer wait"
 MASKED = "the blocks of a [MASK] wait on the host"
 SEVERAL = "the [MASK] of a layer [MASK] on the [MASK]."
+MASK = re.compile(r"\[MASK\]")
 
 each_model = pytest.mark.parametrize("name", NAMES)
 
@@ -239,6 +241,7 @@ def test_ends_of_blanks_are_not_read_for_the_next(load: Loader, name: str) -> No
     filled = model.fill_blank(SEVERAL, max_tokens=4, temperature=0, end_tokens=[*ends, 62])
     decode = model.tokenizer.decode
     assert [blank["text"] for blank in filled][:2] == [decode(words), ""]
+    assert [blank["position"] for blank in filled] == [m.start() for m in MASK.finditer(SEVERAL)]
     context, mask = model._masked(SEVERAL).ids, model.tokenizer.masks["[MASK]"]
     sop, (first, second, third) = model.tokenizer.sop_id, model._masked(SEVERAL).mask_indices
     begins = [ids for ids in fed if len(ids) > 1]

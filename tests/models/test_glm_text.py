@@ -10,7 +10,7 @@ import torch
 from tiny_glm import ice_tokenizer
 
 from bminf.errors import ArgumentError
-from bminf.models.glm_text import masked_text, prefix_lm_mask
+from bminf.models.glm_text import blank, masked_text, prefix_lm_mask
 
 Loader = Callable[..., Any]
 TEXT = "the blocks of a layer"
@@ -103,3 +103,12 @@ def test_a_context_is_seen_from_everywhere_and_what_follows_only_from_behind() -
     hidden = prefix_lm_mask(5, 3)
     behind = [[0, 0, 0, 0, 1], [0, 0, 0, 0, 0]]
     assert hidden.dtype == torch.bool and hidden.int().tolist() == [[0, 0, 0, 1, 1]] * 3 + behind
+
+
+def test_answers_behind_a_text_have_the_places_of_their_blanks() -> None:
+    """As in GLM-10B; the last token of an answer is never read for the next blank."""
+    one = blank([5, 9, 6, 9], 3, 7, is_continued=False, earlier=[(1, [20, 21, 8])])
+    assert one.start_ids == [5, 9, 6, 9, 7, 20, 21, 7]
+    assert one.positions[:4] == ((0, 0), (1, 0), (2, 0), (3, 0))
+    assert one.positions[4:] == ((1, 1), (1, 2), (1, 3), (3, 1))
+    assert one.position(1) == (3, 2)

@@ -1,4 +1,4 @@
-"""Which tokenizer a folder has, and what may be given in its place."""
+"""bminf/tokenizers/find.py: which tokenizer a folder has, and what may be given in its place."""
 
 from __future__ import annotations
 
@@ -7,7 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_vocabularies import BILINGUAL, CHINESE, DIALOGUE, PIECES, write_lines, write_piece_model
+from tiny_vocabularies import (
+    BILINGUAL,
+    CHINESE,
+    DIALOGUE,
+    PIECES,
+    write_gpt2,
+    write_ice,
+    write_lines,
+    write_piece_model,
+)
 
 from bminf.errors import ArgumentError, CheckpointError
 from bminf.tokenizers import (
@@ -21,6 +30,9 @@ from bminf.tokenizers import (
     find_tokenizer,
     tokenizer_from,
 )
+from bminf.tokenizers.cog_pretrain import CogPretrainTokenizer
+from bminf.tokenizers.gpt2 import GPT2Tokenizer
+from bminf.tokenizers.icetk import IceTokenizer
 
 
 @pytest.fixture
@@ -166,3 +178,66 @@ def test_the_classes_have_what_the_protocols_ask_for(folder: Path) -> None:
     assert tokenizer_from("cpm1", plain) is plain and tokenizer_from("cpm2", spans) is spans
     with pytest.raises(ArgumentError, match="without num_sentinels"):
         tokenizer_from("eva", plain)
+
+
+# ---- of a GLM ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", ["glm130b", "glm10b"])
+def test_glm_models_are_found_in_the_folder_and_then_in_its_parent(
+    model: str, folder: Path
+) -> None:
+    known, kind = {
+        "glm130b": ("ice_text.model", IceTokenizer),
+        "glm10b": ("cog-pretrain.model", CogPretrainTokenizer),
+    }[model]
+    above = write_ice(folder.parent / "any.model")
+    found = find_tokenizer(model, folder)
+    assert type(found) is kind and found.files == (above,)
+    for name in ("a.model", "b.model"):
+        write_ice(folder / name)
+    with pytest.raises(CheckpointError, match=rf"2 files \*\.model .*none named {known}"):
+        find_tokenizer(model, folder)
+    own = write_ice(folder / known)
+    assert find_tokenizer(model, folder).files == tokenizer_from(model, str(folder)).files == (own,)
+    assert tokenizer_from(model, above).files == (above,)
+
+
+@pytest.mark.parametrize("prefix", ["", "gpt2-"])
+def test_the_english_tokenizer_goes_before_models_of_other_names(prefix: str, folder: Path) -> None:
+    write_gpt2(folder.parent, prefix)
+    found = find_tokenizer("glm10b", folder)
+    assert type(found) is GPT2Tokenizer and found.files[0].parent == folder.parent
+    write_ice(folder.parent / "any.model")
+    assert type(find_tokenizer("glm10b", folder)) is GPT2Tokenizer
+    write_ice(folder.parent / "cog-pretrain.model")
+    with pytest.raises(CheckpointError, match=rf"\({prefix}vocab\.json\) and the Chinese one"):
+        find_tokenizer("glm10b", folder)
+
+
+@pytest.mark.parametrize(
+    ("model", "names"),
+    [
+        ("glm130b", r"ice_text\.model, \*\.model"),
+        ("glm10b", r"vocab\.json and merges\.txt, gpt2-.*, cog-pretrain\.model, \*\.model"),
+    ],
+)
+def test_nothing_found_of_a_glm_lists_names_and_folders(
+    model: str, names: str, folder: Path
+) -> None:
+    (folder / "vocab.json").write_text("{}")  # no merges beside it
+    with pytest.raises(CheckpointError, match=rf"looked for {names} in {folder} and .*/outer;"):
+        find_tokenizer(model, folder)
+
+
+@pytest.mark.parametrize("model", ["glm130b", "glm10b"])
+def test_an_object_must_have_all_of_a_glm_tokenizer(model: str, folder: Path) -> None:
+    plain = CPM1Tokenizer(write_piece_model(folder / "spiece.model"))
+    missing = "eop_id, eos_id, masks, pad_id, prefix_ids, sop_id, strips_before_masks, unspoken_ids"
+    for wrong, lacks in ((plain, missing), (None, "decode"), (7, "decode")):
+        with pytest.raises(ArgumentError, match=rf"without {lacks}.*GLMTokenizer: "):
+            tokenizer_from(model, wrong)
+    spans = SentinelTokenizer.__name__
+    gpt2 = GPT2Tokenizer(write_gpt2(folder))
+    with pytest.raises(ArgumentError, match=f"without num_sentinels.*{spans}"):
+        tokenizer_from("eva", gpt2)

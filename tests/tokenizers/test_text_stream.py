@@ -1,4 +1,5 @@
-"""Text as it comes: all pieces together are the decoded text, and nothing waits without need."""
+"""bminf/tokenizers/base.py, text as it comes: all pieces together are the decoded text, and nothing
+waits without need."""
 
 from __future__ import annotations
 

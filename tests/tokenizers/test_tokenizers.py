@@ -1,4 +1,5 @@
-"""The rules of each tokenizer, with tiny vocabularies."""
+"""The rules of each tokenizer of the CPM models, with tiny vocabularies: bminf/tokenizers/cpm1.py,
+cpm2.py, eva.py, line_tokenizer.py."""
 
 # ruff: noqa: RUF001 - marks of full width are what many rules are about
 

@@ -1,10 +1,18 @@
 """Vocabularies of some hundred tokens, the special ones in their usual places."""
 
+# ruff: noqa: RUF001 - odd characters are what many tests are about
+
 from __future__ import annotations
 
+import functools
+import io
+import json
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
+
+from bminf.tokenizers.pieces import sentencepiece
 
 SPECIAL = ["<unk>", "<s>", "</s>", "▃", "<sep>", "<pad>", "<mask>", "<eod>", "▁", ",", "▂"]
 CHARACTERS = list(
@@ -91,3 +99,64 @@ def _varint(value: int) -> bytes:
     while value > 127:
         head, value = head + bytes([value & 127 | 128]), value >> 7
     return head + bytes([value])
+
+
+# ---- sentencepiece models that are trained, and GPT-2's vocabulary ------------------------------
+
+LINES = [
+    "The weights of a layer wait on the host, and come over the bus when it is their turn.",
+    "one two three four five six seven eight nine ten eleven twelve, eop and sop",
+    "床前明月光，疑是地上霜。举头望明月，低头思故乡。",
+]
+ODD_TEXTS = [
+    *["", " ", "\n", "\r\n\t ", "a\nb", "a\0b", "\0", "ﬁ ½ ＡＢ", "é e\u0301", "\ufffe\u2028"],
+    "😀 ❤\ufe0f 👩\u200d👩\u200d👧",
+]
+
+
+@functools.cache
+def ice_model(**options: Any) -> bytes:
+    """A sentencepiece model with the first ids of the real one."""
+    model = io.BytesIO()
+    settings = {"vocab_size": 150, "user_defined_symbols": ["<n>"], "unk_id": 0, "bos_id": 1}
+    settings |= {"eos_id": 2, "pad_id": 3, "minloglevel": 2, **options}
+    sentencepiece().SentencePieceTrainer.train(
+        sentence_iterator=iter(LINES * 3), model_writer=model, hard_vocab_limit=False, **settings
+    )
+    return model.getvalue()
+
+
+def processor(content: bytes) -> Any:
+    loaded = sentencepiece().SentencePieceProcessor()
+    loaded.LoadFromSerializedProto(content)
+    return loaded
+
+
+def write_ice(path: Path, **options: Any) -> Path:
+    path.write_bytes(ice_model(**options))
+    return path
+
+
+_BYTES = [*range(33, 127), *range(161, 173), *range(174, 256)]
+GPT2_CHARACTERS = [*map(chr, _BYTES), *map(chr, range(256, 256 + 256 - len(_BYTES)))]
+GPT2_MERGES = ["t h", "th e", "Ġ the", "i n", "Ġ a", "ð Ł", "ä ¸", "ä¸ Ń", "Ċ Ċ", "1 2", "' s"]
+GPT2_ENTRIES = [
+    *GPT2_CHARACTERS,
+    *(merge.replace(" ", "") for merge in GPT2_MERGES),
+    "<|endoftext|>",
+]
+
+
+def write_gpt2(
+    folder: Path,
+    prefix: str = "",
+    entries: Sequence[str] | None = None,
+    merges: str | None = None,
+) -> Path:
+    """vocab.json and merges.txt.   entries, merges: GPT2_ENTRIES and GPT2_MERGES unless given."""
+    folder.mkdir(parents=True, exist_ok=True)
+    ids = {entry: number for number, entry in enumerate(entries or GPT2_ENTRIES)}
+    (folder / f"{prefix}vocab.json").write_text(json.dumps(ids), encoding="utf-8")
+    lines = "\n".join(["#version: 0.2", *GPT2_MERGES, ""]) if merges is None else merges
+    (folder / f"{prefix}merges.txt").write_text(lines, encoding="utf-8")
+    return folder
