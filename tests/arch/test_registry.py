@@ -1,5 +1,8 @@
-"""bminf/arch/registry.py, architecture.py: one more decoder-only model is two files and a line in a
-list (toy_arch.py, toy_model.py); and the sizes of those that are there."""
+"""One more decoder-only model is two files and a line in a list: toy_arch.py, toy_model.py. And the
+sizes of those that are there.
+
+bminf/arch/registry.py, bminf/arch/architecture.py.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""bminf/checkpoint/pickled.py, torch_objects.py: no pickle makes our reader of torch files do
-anything but build plain containers."""
+"""No pickle makes our reader of torch files do anything but build plain containers.
+
+bminf/checkpoint/pickled.py, bminf/checkpoint/torch_objects.py.
+"""
 
 from __future__ import annotations
 

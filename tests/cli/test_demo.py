@@ -1,5 +1,7 @@
-"""bminf/cli/demo.py, models.py, measure.py: the same text twice, on a tiny model and on the real
-one."""
+"""`bminf demo`: the same text twice, on a tiny model and on the real one.
+
+bminf/cli/demo.py, bminf/cli/models.py, bminf/cli/measure.py.
+"""
 
 import importlib.util
 import os

@@ -1,5 +1,7 @@
-"""bminf/cli/sources.py, gpus.py, models.py: what `bminf plan` takes for a model and for a GPU, and
-what it says of all else before it reads much."""
+"""What `bminf plan` takes for a model, and what it says of all else before it reads much.
+
+bminf/cli/sources.py, bminf/cli/gpus.py, bminf/cli/models.py.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,8 @@
-"""bminf/models/source.py, assemble.py and bminf/checkpoint/config.py: a folder, a configuration or
-an argument that is wrong is named, and nothing of what was refused stays in memory."""
+"""A folder, a configuration or an argument that is wrong is named, and nothing of what was refused
+stays in memory.
+
+bminf/models/source.py, bminf/models/assemble.py, bminf/checkpoint/config.py.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""The tokenizers of GLM-130B, GLM-10B and GLM-10B-chinese alike; bminf/tokenizers/pieces.py,
-cog_pretrain.py."""
+"""What the tokenizers of GLM-130B, GLM-10B and GLM-10B-chinese have in common.
+
+bminf/tokenizers/pieces.py, bminf/tokenizers/cog_pretrain.py.
+"""
 
 from __future__ import annotations
 

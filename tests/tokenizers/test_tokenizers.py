@@ -1,5 +1,8 @@
-"""The rules of each tokenizer of the CPM models, with tiny vocabularies: bminf/tokenizers/cpm1.py,
-cpm2.py, eva.py, line_tokenizer.py."""
+"""The rules of each tokenizer of the CPM models, with tiny vocabularies.
+
+bminf/tokenizers/cpm1.py, bminf/tokenizers/cpm2.py, bminf/tokenizers/eva.py,
+bminf/tokenizers/line_tokenizer.py.
+"""
 
 # ruff: noqa: RUF001 - marks of full width are what many rules are about
 
