@@ -105,6 +105,14 @@ def write(folder: Path, num_ranks: int, **how: Any) -> Path:
     return write_ranks(folder, ranks, optimizer=None, mp_world_size=num_ranks, **how)
 
 
+def test_ranks_are_cut_as_the_authors_cut_them() -> None:
+    """What the tests below stand on: each rank has its heads of Q, of K and of V."""
+    weight = torch.arange(12.0).unsqueeze(1).expand(12, 4)
+    name = "transformer.layers.0.attention.query_key_value.weight"
+    first, second = (rank[name][:, 0].tolist() for rank in split({name: weight}, 2))
+    assert first == [0, 1, 4, 5, 8, 9] and second == [2, 3, 6, 7, 10, 11]
+
+
 @pytest.mark.parametrize("form", ["zip", "old"])
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
 def test_the_ranks_together_are_the_whole(num_ranks: int, form: str, tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ from scripted import Spied, script
 from tiny_glm import tiny_glm10b
 
 from bminf.errors import ArgumentError
+from bminf.generation.glm_beam import glm_beam_search
 from bminf.models import GLM, Answer
-from bminf.models import glm as module
 from bminf.models.glm_text import pack_choices
 from bminf.models.options import GLMOptions
 
@@ -202,10 +202,23 @@ def test_out_seq_length_counts_the_text(load: Loader, name: str) -> None:
             expected = model.generate(text, max_tokens=5, **options)
             assert model.generate(text, out_seq_length=length + 5, **options) == expected
             assert model.generate_batch([text], out_seq_length=length + 5, **options) == [expected]
+        pieces = model.generate_iter(text, out_seq_length=length + 5, seed=4)
+        assert "".join(pieces) == model.generate(text, max_tokens=5, seed=4)[0]
         candidates = model.generate(
             text, out_seq_length=length + 5, num_beams=2, num_return_sequences=2
         )
         assert candidates == model.generate(text, 5, num_beams=2, num_return_sequences=2)
+
+
+@each_model
+def test_a_text_of_a_batch_ends_long_before_the_others(load: Loader, name: str) -> None:
+    model = load(name, max_batch_size=3)
+    texts = [MASKED, "the blocks [sMASK]", f"{TEXT} {TEXT}"]
+    (stop,) = model.tokenizer.tokens([greedy(model, context_of(model, texts[2]), 2)[1]])
+    options = {"max_tokens": 10, "temperature": 0, "stop_tokens": [stop]}
+    together = model.generate_batch(texts, **options)
+    assert together == [model.generate(text, **options) for text in texts]
+    assert {stopped for _, stopped in together} == {True, False}
 
 
 # ---- blanks --------------------------------------------------------------------------------------
@@ -326,13 +339,13 @@ def test_candidates_come_best_first(load: Loader, name: str, length_penalty: flo
 
 def test_a_search_of_glm130b_has_its_options(load: Loader, monkeypatch: pytest.MonkeyPatch) -> None:
     """What they do is in generation/test_glm_beam.py, and in the golden set."""
-    model, given = load("glm130b", max_batch_size=2), {}
-    search = module.glm_beam_search
-    monkeypatch.setattr(
-        module,
-        "glm_beam_search",
-        lambda *a, **options: given.update(options) or search(*a, **options),
-    )
+    model, given = load("glm130b", max_batch_size=2), dict[str, Any]()
+
+    def search(*arguments: Any, **options: Any) -> Any:
+        given.update(options)
+        return glm_beam_search(*arguments, **options)
+
+    monkeypatch.setattr("bminf.models.glm.glm_beam_search", search)
     settings = {"length_penalty": 0.5, "min_length": 3, "no_repeat_ngram_size": 2}
     sampled = {"deterministic": False, "seed": 7}
     model.generate(TEXT, max_tokens=8, num_beams=2, **settings, **sampled)

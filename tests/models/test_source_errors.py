@@ -189,6 +189,16 @@ def test_scales_of_bminf1_that_are_not_finite(refuse: Refuse, tmp_path: Path) ->
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_codes_without_their_scales(bits: int, refuse: Refuse, tmp_path: Path) -> None:
+    made = tiny_glm130b()
+    ranks = made.ranks(1, bits)
+    del ranks[0]["transformer.layers.0.attention.query_key_value.weight_scale"]
+    folder = write_ranks(made.write_beside(tmp_path / "a"), ranks)
+    words = r"query_key_value\.weight.* (is torch.int8|has the shape)"
+    refuse("glm130b", folder, CheckpointError, words, quantization="int4")
+
+
 # ---- another model, another vocabulary -----------------------------------------------------------
 
 
