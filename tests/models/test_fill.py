@@ -40,7 +40,7 @@ HALF_GROUPS = Format(8, 32)
 # ---- the authors' quantised folders --------------------------------------------------------------
 
 
-def dequantised(made: TinyGLM, bits: int, degree: int) -> TinyGLM:
+def unpacked(made: TinyGLM, bits: int, degree: int) -> TinyGLM:
     """The weights that the authors compute with."""
     ranks = [dequantized(rank, bits) for rank in made.ranks(degree, bits)]
     return replace(made, tensors=join(ranks, GLM130B_FUSED))
@@ -65,7 +65,7 @@ ALL_PACKED = [(bits, degree) for bits in (4, 8) for degree in (1, 2, 4)]
 def test_a_quantised_folder_unpacked(
     bits: int, degree: int, packed: Callable[[int, int], Path], load: Loader, tmp_path: Path
 ) -> None:
-    made = dequantised(tiny_glm130b(), bits, degree)
+    made = unpacked(tiny_glm130b(), bits, degree)
     reference = load("glm130b", checkpoint=made.write_original(tmp_path / "a"))
     expected = reference.logits(TEXT)
     assert not torch.equal(expected, load("glm130b").logits(TEXT))
@@ -80,7 +80,7 @@ def test_a_quantised_folder_keeps_its_codes(
     bits: int, degree: int, packed: Callable[[int, int], Path], load: Loader
 ) -> None:
     """What belongs to one rank has a scale a row, what lies across ranks one a rank and row."""
-    made = dequantised(tiny_glm130b(), bits, degree)
+    made = unpacked(tiny_glm130b(), bits, degree)
     model = load("glm130b", checkpoint=packed(bits, degree), quantization="int4")
     layer = model.model.layers[1]
     for linear, name in (
