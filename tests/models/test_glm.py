@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from scripted import Spied, script
-from tiny_glm import tiny_glm10b
+from tiny_glm import tiny_glm10b, tiny_glm130b
 
 from bminf.errors import ArgumentError
 from bminf.generation.glm_beam import glm_beam_search
@@ -539,7 +539,8 @@ def test_rotary_precision(load: Loader) -> None:
     assert torch.equal(load("glm130b").logits(text), half.logits(text))
     distance = (half.logits(text) - exact.logits(text)).abs().max()
     assert 1e-5 < distance < 0.2
-    for given in (exact.config, asdict(exact.config)):
+    said = {**tiny_glm130b().config, "rotary_precision": "float32"}
+    for given in (exact.config, asdict(exact.config), said):
         assert torch.equal(load("glm130b", config=given).logits(text), exact.logits(text))
         told = load("glm130b", config=given, rotary_precision="float16")
         assert torch.equal(told.logits(text), half.logits(text))
