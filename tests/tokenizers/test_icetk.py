@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import sys
-import tempfile
 import types
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
+from tiny_tokenizers import OFFSET, make, stream
 from tiny_vocabularies import (
     LINES,
     ODD_TEXTS,
@@ -25,20 +22,6 @@ from bminf.errors import ArgumentError, CheckpointError
 from bminf.tokenizers.base import TextStream
 from bminf.tokenizers.find import tokenizer_from
 from bminf.tokenizers.icetk import IcetkPackageTokenizer, IceTokenizer
-
-OFFSET = 7
-
-
-@functools.cache
-def make(kind: str) -> IceTokenizer:
-    with tempfile.TemporaryDirectory() as name:
-        path = write_ice(Path(name, "any.model"))
-        return IceTokenizer(path, OFFSET, ignore_linebreak=kind == "ice")
-
-
-def stream(ours: Any, ids: Sequence[int]) -> list[str]:
-    feeder = TextStream(ours)
-    return [*map(feeder.feed, ids), feeder.finish()]
 
 
 def test_ids_of_icetk_are_those_of_the_model_behind_the_image_tokens() -> None:

@@ -9,34 +9,24 @@ bminf/tokenizers/line_tokenizer.py.
 from __future__ import annotations
 
 import functools
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_vocabularies import BILINGUAL, CHINESE, DIALOGUE, PIECES, write_lines, write_piece_model
+from tiny_tokenizers import KINDS, make, stream, write
+from tiny_vocabularies import BILINGUAL, CHINESE, PIECES, write_lines, write_piece_model
 from work import executed_lines
 
 from bminf.errors import ArgumentError, CheckpointError
 from bminf.tokenizers import (
     CPM1Tokenizer,
-    CPM1WordTokenizer,
     CPM2BilingualTokenizer,
     CPM2Tokenizer,
-    EVATokenizer,
-    TextStream,
 )
 from bminf.tokenizers.line_tokenizer import has_chinese
 
-KINDS: dict[str, Any] = {
-    "cpm1": (CPM1Tokenizer, PIECES),
-    "cpm1_word": (CPM1WordTokenizer, PIECES),
-    "cpm2": (CPM2Tokenizer, CHINESE),
-    "cpm2_bilingual": (CPM2BilingualTokenizer, BILINGUAL),
-    "eva": (EVATokenizer, DIALOGUE),
-}
 T5_KINDS = ["cpm2", "cpm2_bilingual", "eva"]
 LINE_KINDS = [kind for kind in KINDS if kind != "cpm1"]
 
@@ -48,19 +38,6 @@ WORDS_OF_KNOWN = st.lists(st.sampled_from([*KNOWN, "北京大学", "abc", "12"])
     "".join
 )
 KNOWN_TEXT = st.lists(st.sampled_from([" ", "\n"]) | WORDS_OF_KNOWN, max_size=6).map("".join)
-
-
-def write(kind: str, folder: Path, tokens: list[str] | None = None) -> Path:
-    tokens = KINDS[kind][1] if tokens is None else tokens
-    if kind == "cpm1":
-        return write_piece_model(folder / "spiece.model", tokens)
-    return write_lines(folder / "vocab.txt", tokens)
-
-
-@functools.cache
-def make(kind: str) -> Any:
-    with tempfile.TemporaryDirectory() as folder:
-        return KINDS[kind][0](write(kind, Path(folder)))
 
 
 def pieces(kind: str, text: str) -> list[str]:
@@ -86,24 +63,6 @@ def test_a_relative_path_is_kept_as_an_absolute_one(
     path = write(kind, tmp_path)
     monkeypatch.chdir(tmp_path)
     assert KINDS[kind][0](path.name).files == (path,)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_what_is_not_text_is_refused(kind: str) -> None:
-    for wrong in (None, b"abc", 1, ["a"]):
-        with pytest.raises(ArgumentError, match=r"text=.* is a .*; give a str"):
-            make(kind).encode(wrong)
-    with pytest.raises(ArgumentError, match=r"half a surrogate pair, '\\ud83d', at 2"):
-        make(kind).encode("ab\ud83d")
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_an_id_out_of_range_is_refused(kind: str) -> None:
-    size = make(kind).vocab_size
-    for call in (make(kind).decode, make(kind).tokens):
-        for number in (-1, size):
-            with pytest.raises(ArgumentError, match=rf"id {number} is not .* 0 to {size - 1}"):
-                call([0, number])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -408,5 +367,4 @@ def test_long_text_takes_work_that_grows_with_its_length(kind: str, unit: str) -
 def there_and_back(ours: Any, text: str) -> None:
     ids = ours.encode(text)
     decoded = ours.decode(ids)
-    stream = TextStream(ours)
-    assert "".join(map(stream.feed, ids)) + stream.finish() == decoded
+    assert "".join(stream(ours, ids)) == decoded
