@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_glm import tiny_glm10b, tiny_glm130b
-from tiny_zoo import T5_CONFIG, tiny, write_cpm1
+from tiny_zoo import T5_CONFIG, modules, tiny, write_cpm1
 
 import bminf
 from bminf.cli import main
@@ -78,6 +78,9 @@ def test_what_does_not_lie_beside_the_weights_can_be_named(
         (["{cpm1}", "{to}", "--model", "eva"], 1, "holds CPM-1, not EVA"),
         (["{cpm1}", "{to}", "--config", "nowhere.json"], 1, "nowhere.json cannot be read"),
         (["{cpm1}", "{to}", "--tokenizer", "nowhere"], 1, "there is no such file"),
+        (["{cpm1}", "{to}", "--head-quantization", "int8"], 2, "head_quantization is for GLM-130B"),
+        (["{cpm1}", "{to}", "--tp", "2"], 1, "only those have model-parallel files"),
+        (["{cpm1}", "{to}", "--tp", "0"], 2, "tp=0; accepted: an int of at least 1"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(
@@ -96,7 +99,13 @@ def test_what_is_wrong_is_said_in_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("arguments", [[], ["a"], ["a", "b", "--quantization", "int3"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *([], ["a"], ["a", "b", "--quantization", "int3"], ["a", "b", "--tp", "two"]),
+        ["a", "b", "--head-quantization", "int4-row"],
+    ],
+)
 def test_a_wrong_command_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit:
         main(["convert", *arguments])
@@ -139,80 +148,26 @@ def test_a_glm_and_its_head(
         assert torch.equal(model.logits("the layer"), expected)
 
 
-@pytest.mark.parametrize("degree", [1, 4])
 def test_the_files_of_the_authors(
-    degree: int, glm10b: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    glm10b: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    target = tmp_path / "to"
-    assert main(["convert", str(glm10b), str(target), "--tp", str(degree)]) == 0
-    ranks = "1 rank" if degree == 1 else f"{degree} ranks"
-    assert capsys.readouterr().out == f"{target}: {ranks}\n"
-    files = sorted(target.glob("*/mp_rank_*_model_states.pt"))
-    assert len(files) == degree
-    for number, file in enumerate(files):
-        found, wanted = torch.load(file)["module"], tiny_glm10b().ranks(degree)[number]
-        assert list(found) == list(wanted)
-        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    """What they hold is in test_glm_ranks.py."""
+    for tp, said in (("1", "1 rank"), ("4", "4 ranks")):
+        target = tmp_path / tp
+        assert main(["convert", str(glm10b), str(target), "--tp", tp]) == 0
+        assert capsys.readouterr().out == f"{target}: {said}\n"
+        assert len(modules(target)) == int(tp)
 
 
-@pytest.mark.parametrize(("form", "bits"), [("int8", 8), ("int4-row", 4), ("int4", 4)])
-def test_the_files_of_the_authors_quantised(form: str, bits: int, tmp_path: Path) -> None:
+def test_the_files_of_the_authors_quantised(tmp_path: Path) -> None:
     """The number of heads is not in the files, and comes from a configuration elsewhere."""
     made = tiny_glm130b()
     source = made.write_original(tmp_path / "inner" / "from")
     (source / "config.json").rename(tmp_path / "sizes.json")
-    arguments = ["convert", str(source), str(tmp_path / "to"), "--tp", "2", "--quantization", form]
+    target = str(tmp_path / "to")
+    arguments = ["convert", str(source), target, "--tp", "2", "--quantization", "int4-row"]
     assert main(arguments) == 2
     assert main([*arguments, "--config", str(tmp_path / "sizes.json"), "--model", "glm130b"]) == 0
-    for number, file in enumerate(sorted((tmp_path / "to").glob("*/mp_rank_*"))):
-        found, wanted = torch.load(file)["module"], made.ranks(2, bits)[number]
+    for found, wanted in zip(modules(tmp_path / "to"), made.ranks(2, 4), strict=True):
         assert list(found) == list(wanted)
         assert all(torch.equal(found[name], wanted[name]) for name in wanted)
-    assert number == 1
-
-
-@pytest.mark.parametrize(
-    ("options", "code", "words"),
-    [
-        (["--tp", "3"], 2, "degree=3 does not divide the 280 vocabulary rows"),
-        (["--tp", "0"], 2, "tp=0; accepted: an int of at least 1"),
-        (["--tp", "2", "--quantization", "int8"], 2, "GLM-10B, whose code has no quantized files"),
-        (["--tp", "2", "--head-quantization", "int8"], 2, "leave head_quantization out"),
-        (["--tp", "2", "--tokenizer", "nowhere"], 2, "leave tokenizer out"),
-        (["--tp", "2", "--model", "glm130b"], 1, "holds GLM-10B, not GLM-130B"),
-        (["--model", "glm130b"], 1, "holds GLM-10B, not GLM-130B"),
-    ],
-)
-def test_what_is_wrong_with_a_glm(
-    options: list[str],
-    code: int,
-    words: str,
-    glm10b: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    assert main(["convert", str(glm10b), str(tmp_path / "to"), *options]) == code
-    printed = capsys.readouterr()
-    assert words in printed.err and printed.err.count("\n") == 1
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("options", [["--tp", "two"], ["--head-quantization", "int4-row"]])
-def test_a_wrong_command_line_for_a_glm(
-    options: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as exit:
-        main(["convert", "a", "b", *options])
-    assert exit.value.code == 2
-    assert "usage: bminf convert" in capsys.readouterr().err
-
-
-def test_a_head_of_another_model(
-    cpm1: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    to = str(tmp_path / "to")
-    assert main(["convert", str(cpm1), to, "--head-quantization", "int8"]) == 2
-    assert "head_quantization is for GLM-130B, GLM-10B; leave it out" in capsys.readouterr().err
-    assert main(["convert", str(cpm1), to, "--tp", "2"]) == 1
-    assert "only those have model-parallel files" in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []

@@ -9,33 +9,12 @@ import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+from plan_reports import LLAMA, report, write_llama
 
 from bminf.cli import main
 from bminf.cli.demo import half_limit
 from bminf.errors import BudgetError
 from bminf.offload.plan import Block, least_budget, plan
-
-LLAMA = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 4,
-    "vocab_size": 100,
-}
-
-
-def write_llama(folder: Path, **changes: Any) -> Path:
-    config = transformers.LlamaConfig(**LLAMA).to_dict()
-    config |= {"architectures": ["LlamaForCausalLM"]} | changes
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    return folder
-
-
-def report(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, Any]:
-    """The JSON that `bminf plan` prints for `argv`."""
-    assert main(["plan", *argv, "--json"]) == 0
-    parsed: dict[str, Any] = json.loads(capsys.readouterr().out)
-    return parsed
 
 
 def stored_bytes(model: Any) -> int:

@@ -14,6 +14,7 @@ import huggingface_hub
 import pytest
 import torch
 import transformers
+from plan_reports import CONFIG, error, report, write_llama
 from tiny_glm import tiny_glm10b
 from tiny_zoo import write_cpm1, write_cpm2, write_eva
 
@@ -23,37 +24,13 @@ from bminf.cli.gpus import speeds_of
 from bminf.errors import ArgumentError
 from bminf.models.convert import convert
 
-LLAMA: dict[str, Any] = dict(
-    model_type="llama", architectures=["LlamaForCausalLM"], hidden_size=64, intermediate_size=128,
-    num_hidden_layers=4, num_attention_heads=4, vocab_size=100,
-)  # fmt: skip
-
-
-def report(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, Any]:
-    assert main(["plan", *argv, "--json"]) == 0
-    parsed: dict[str, Any] = json.loads(capsys.readouterr().out)
-    return parsed
-
-
-def error(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    """The one line that `bminf plan` fails with."""
-    assert main(["plan", *argv]) in (1, 2)
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("bminf: error: ")
-    return line
-
-
-def write_llama(folder: Path, **changes: Any) -> Path:
-    (folder / "config.json").write_text(json.dumps(LLAMA | changes), encoding="utf-8")
-    return folder
-
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
 def test_a_byte_order_mark_is_read_over(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], encoding: str
 ) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(LLAMA), encoding=encoding)
-    assert len(report(capsys, str(tmp_path))["blocks"]) == 4
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG), encoding=encoding)
+    assert len(report(capsys, str(tmp_path))["blocks"]) == 6
 
 
 @pytest.mark.parametrize("head", [b"GGUF", b"GGUF\x63\0\0\0", b"PK\3\4", b"\0" * 8, b"\x80\2"])
@@ -108,7 +85,7 @@ def test_a_file_of_safetensors_stands_for_its_folder(
     index = tmp_path / "model.safetensors.index.json"
     index.write_text("{}")
     for name in (file, index):
-        assert len(report(capsys, str(name))["blocks"]) == 4
+        assert len(report(capsys, str(name))["blocks"]) == 6
 
 
 def test_a_pointer_of_git_lfs_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -123,7 +100,7 @@ def write_gguf(path: Path, architecture: str) -> Path:
     writer.add_context_length(64)
     writer.add_embedding_length(64)
     writer.add_feed_forward_length(128)
-    writer.add_block_count(4)
+    writer.add_block_count(6)
     writer.add_head_count(4)
     writer.add_head_count_kv(2)
     writer.add_vocab_size(100)
@@ -141,7 +118,7 @@ def test_the_header_of_a_gguf_file_is_enough(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shown = report(capsys, str(write_gguf(tmp_path / "a.gguf", "llama")), "--quantization", "none")
-    config = {name: value for name, value in LLAMA.items() if name != "architectures"}
+    config = {name: value for name, value in CONFIG.items() if name != "architectures"}
     (tmp_path / "b").mkdir()
     written = write_llama(tmp_path / "b", num_key_value_heads=2, dtype="float16", **config)
     same = report(capsys, str(written), "--quantization", "none")
@@ -169,7 +146,7 @@ def test_only_the_configuration_of_a_hub_id_is_fetched(
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     monkeypatch.chdir(tmp_path)
     for name in ("some/model", "model"):
-        assert len(report(capsys, name)["blocks"]) == 4
+        assert len(report(capsys, name)["blocks"]) == 6
     assert asked == [("some/model", "config.json"), ("model", "config.json")]
     said = error(capsys, "some/closed")
     assert "'some/closed'" in said and "401 Unauthorized - give a folder" in said
@@ -273,7 +250,7 @@ def test_max_length_is_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str
     bare, usual = report(capsys, folder), report(capsys, folder, "--max-length", "2048")
     assert bare["context"] is None and bare["usual_context"] == usual["context"]
     context = usual["context"]
-    assert context["cache_bytes"] == 2048 * 4 * 2 * 64 * 4
+    assert context["cache_bytes"] == 2048 * 6 * 2 * 64 * 4
     taken = context["cache_bytes"] + context["workspace_bytes"]
     assert usual["reserved_bytes"] == taken == usual["least_limit"] - bare["least_limit"]
     assert main(["plan", folder]) == 0
@@ -341,7 +318,7 @@ def test_slow_tokens_are_told_in_seconds(
     limit = str(report(capsys, folder)["least_limit"])
     assert main(["plan", folder, "--memory-limit", limit, "--link", "1KB"]) == 0
     line = capsys.readouterr().out.splitlines()[-1]
-    assert "tokens/s" not in line and "a token: 1" in line and " s (" in line
+    assert "tokens/s" not in line and "a token: 2" in line and " s (" in line
     assert main(["plan", folder, "--memory-limit", limit, "--link", "100KB"]) == 0
     assert "tokens/s" in capsys.readouterr().out.splitlines()[-1]
 
