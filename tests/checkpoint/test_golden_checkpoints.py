@@ -1,77 +1,53 @@
-"""The checkpoints that the authors' own programs wrote (BMINF_GOLDEN names their folder).
-
-A set has a folder a model; what a folder holds makes the tests, so that a set with other degrees,
-sizes and iterations, or without some layout, needs no change here.
-"""
+"""The checkpoints that the authors' own programs wrote: what a set holds makes the tests."""
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import pytest
 import torch
+from golden import GoldenSet, for_each, golden
 from saved_files import same
 from tiny_zoo import save
 
 from bminf.arch.registry import checkpoint_in
-from bminf.checkpoint.model_parallel import rank_files
 from bminf.checkpoint.torch_file import read_torch_file
 
-ROOT = Path(__file__).resolve().parents[2]
-GOLDEN = (ROOT / os.environ.get("BMINF_GOLDEN", "../shared/golden")).resolve()
 MODELS = ("cpm1", "cpm2", "eva")
-
-# Folder -> the layout it is recognised as.
-LAYOUTS = {
-    "bminf1": "bminf1",
-    "modelcenter": "modelcenter",
-    "hf_eva": "huggingface",
-    "hf_gpt2": "huggingface",
-}
+ONE_RANK = "original_mp1"
 
 
-def present() -> list[Path]:
-    return [GOLDEN / model for model in MODELS if (GOLDEN / model).is_dir()]
+def layouts(given: GoldenSet) -> list[str]:
+    return given.layouts()
 
 
-def originals() -> list[Path]:
-    return [path for folder in present() for path in sorted(folder.glob("original_mp*"))]
+def kind_of(layout: str) -> str:
+    """What a folder of this name is recognised as."""
+    if layout.startswith("original"):
+        return "original"
+    return "huggingface" if layout.startswith("hf") else layout
 
 
-def others() -> list[Path]:
-    return [f / name for f in present() for name in LAYOUTS if (f / name).is_dir()]
-
-
-def torch_files() -> list[Path]:
-    ranks = [path for folder in originals() for path in rank_files(folder)]
-    return ranks + [path for f in others() for path in sorted(f.glob("pytorch_model.*"))]
-
-
-def keys_of(folder: Path) -> Path:
+def keys_of(given: GoldenSet, layout: str) -> Path:
     """The file that lists the tensors of a layout; all degrees of the original give the same."""
-    name = "mp1" if folder in originals() else folder.name
-    return folder.with_name(f"keys_{name}.json")
+    return given.path / f"keys_{'mp1' if kind_of(layout) == 'original' else layout}.json"
 
 
-def one_rank(folder: Path) -> Path:
-    return folder.with_name("original_mp1")
+def listed(given: GoldenSet) -> list[str]:
+    return [layout for layout in given.layouts() if keys_of(given, layout).is_file()]
 
 
-def golden(argument: str, paths: list[Path]) -> Callable[[Callable[..., None]], Any]:
-    """One test a path, none where there is no path; a skip for a model that is not there at all."""
-    absent = [
-        pytest.param(None, id=model, marks=pytest.mark.skip(reason=f"no {GOLDEN / model}"))
-        for model in MODELS
-        if not (GOLDEN / model).is_dir()
-    ]
-    given = [pytest.param(path, id="-".join(path.relative_to(GOLDEN).parts)) for path in paths]
-    if not given and not absent:
-        return lambda test: None
-    return pytest.mark.parametrize(argument, [*given, *absent])
+def several_ranks(given: GoldenSet) -> list[str]:
+    names = [name for name in given.layouts() if kind_of(name) == "original" and name != ONE_RANK]
+    return names if (given.path / ONE_RANK).is_dir() else []
+
+
+def torch_files(given: GoldenSet) -> Iterator[list[str]]:
+    for layout in given.layouts():
+        found = [*(given.path / layout).rglob("*.pt"), *(given.path / layout).glob("*.bin")]
+        for path in sorted(path for path in found if path.name != "checkpoint.pt"):
+            yield [layout, str(path.relative_to(given.path / layout))]
 
 
 def listed_in(path: Path) -> dict[str, tuple[tuple[int, ...], str | None]]:
@@ -85,39 +61,41 @@ def listed_in(path: Path) -> dict[str, tuple[tuple[int, ...], str | None]]:
     return found
 
 
-@golden("folder", [path for path in [*originals(), *others()] if keys_of(path).is_file()])
-def test_golden_checkpoints_hold_the_listed_tensors(folder: Path) -> None:
-    tensors, expected = checkpoint_in(folder).tensors, listed_in(keys_of(folder))
+@for_each(MODELS, listed)
+def test_golden_checkpoints_hold_the_listed_tensors(name: str, case: str) -> None:
+    given = golden(name)
+    tensors, expected = checkpoint_in(given.path / case).tensors, listed_in(keys_of(given, case))
     assert set(tensors) == set(expected)
-    for name, (shape, dtype) in expected.items():
-        assert tensors[name].shape == shape == tuple(tensors[name].read().shape), name
+    for key, (shape, dtype) in expected.items():
+        assert tensors[key].shape == shape == tuple(tensors[key].read().shape), key
         if dtype is not None:
-            assert str(tensors[name].dtype).removeprefix("torch.") == dtype, name
+            assert str(tensors[key].dtype).removeprefix("torch.") == dtype, key
 
 
-@golden(
-    "folder", [path for path in originals() if path != one_rank(path) and one_rank(path).is_dir()]
-)
-def test_golden_ranks_merge_to_the_values_of_one_rank(folder: Path) -> None:
-    whole, merged = checkpoint_in(one_rank(folder)).tensors, checkpoint_in(folder).tensors
+@for_each(MODELS, several_ranks)
+def test_golden_ranks_merge_to_the_values_of_one_rank(name: str, case: str) -> None:
+    path = golden(name).path
+    whole, merged = (checkpoint_in(path / layout).tensors for layout in (ONE_RANK, case))
     assert set(merged) == set(whole)
-    for name, stored in merged.items():
-        assert torch.equal(stored.read(), whole[name].read()), name
+    for key, stored in merged.items():
+        assert torch.equal(stored.read(), whole[key].read()), key
 
 
-@golden("folder", [*originals(), *others()])
-def test_golden_layouts_are_recognised(folder: Path) -> None:
-    kind = LAYOUTS.get(folder.name, "original")
+@for_each(MODELS, layouts)
+def test_golden_layouts_are_recognised(name: str, case: str) -> None:
+    folder = golden(name).path / case
     for path in (folder, *folder.glob("checkpoint.pt"), *folder.glob("pytorch_model.*")):
         checkpoint = checkpoint_in(path)
-        assert (checkpoint.kind, checkpoint.path) == (kind, folder)
+        assert (checkpoint.kind, checkpoint.path) == (kind_of(case), folder)
         assert checkpoint.tensors
 
 
-@golden("path", torch_files())
-def test_golden_torch_files_hold_what_torch_loads(path: Path, tmp_path: Path) -> None:
+@for_each(MODELS, torch_files)
+def test_golden_torch_files_hold_what_torch_loads(
+    name: str, case: list[str], tmp_path: Path
+) -> None:
+    path = golden(name).path.joinpath(*case)
     theirs = torch.load(path, weights_only=False)
     num_tensors = same(read_torch_file(path), theirs)
     assert num_tensors > 0
-    old = save(theirs, tmp_path / "old.pt", "old")
-    assert same(read_torch_file(old), theirs) == num_tensors
+    assert same(read_torch_file(save(theirs, tmp_path / "old.pt", "old")), theirs) == num_tensors

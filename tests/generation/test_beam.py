@@ -10,6 +10,7 @@ from fake_decoder import FakeDecoder, all_sequences, random_logits
 
 from bminf.errors import ArgumentError, UnsupportedModelError
 from bminf.generation.beam import Hypothesis, beam_search
+from bminf.generation.glm_beam import glm_beam_search
 from bminf.generation.loop import decode
 from bminf.generation.sampling import Sampler, Sampling
 
@@ -69,9 +70,20 @@ def test_one_prompt_among_others_is_searched_as_alone() -> None:
     assert len({len(rows) for rows in decoder.selected}) > 1
 
 
-def test_the_prompt_is_fed_once_and_then_a_token_a_beam() -> None:
+def glm_search(
+    decoder: FakeDecoder, start: list[list[int]], num_beams: int, stop_ids: Any = (),
+    max_new_tokens: int = 4,
+) -> list[list[Hypothesis]]:  # fmt: skip
+    return glm_beam_search(decoder, torch.tensor(start), start, num_beams, stop_ids, max_new_tokens)
+
+
+each_search = pytest.mark.parametrize("find", [search, glm_search])
+
+
+@each_search
+def test_the_prompt_is_fed_once_and_then_a_token_a_beam(find: Any) -> None:
     decoder = FakeDecoder(random_logits(8, seed=2))
-    search(decoder, [[0, 1], [2, 3]], 3, (), 4)
+    find(decoder, [[0, 1], [2, 3]], 3, (), 4)
     assert [tuple(ids.shape) for ids in decoder.fed] == [(2, 2), (6, 1), (6, 1), (6, 1)]
     assert decoder.selected[0] == [0, 0, 0, 1, 1, 1]
     assert all(max(rows[:3]) < 3 <= min(rows[3:]) for rows in decoder.selected[1:])
@@ -96,9 +108,10 @@ def test_a_vocabulary_smaller_than_the_beams() -> None:
     assert sorted(h.ids for h in given) == sorted(itertools.product((0, 2), repeat=2))
 
 
-def test_where_everything_stops_there_is_nothing_left_to_search() -> None:
+@each_search
+def test_where_everything_stops_there_is_nothing_left_to_search(find: Any) -> None:
     decoder = FakeDecoder(random_logits(2, seed=0))
-    given = search(decoder, [[0]], 5, (0, 1), 9)[0]
+    given = find(decoder, [[0]], 5, (0, 1), 9)[0]
     assert sorted(h.ids for h in given) == [(0,), (1,)] and all(h.stopped for h in given)
     assert len(decoder.fed) == 1 and decoder.selected == []
 

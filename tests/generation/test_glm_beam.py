@@ -132,14 +132,6 @@ def test_the_cases_above_have_what_they_are_to_test() -> None:
     )), kinds  # fmt: skip
 
 
-def test_the_prompt_is_fed_once_and_then_a_token_a_beam() -> None:
-    decoder = FakeDecoder(random_logits(8, seed=2))
-    search(decoder, [[0, 1], [2, 3]], 3)
-    assert [tuple(ids.shape) for ids in decoder.fed] == [(2, 2), (6, 1), (6, 1), (6, 1)]
-    assert decoder.selected[0] == [0, 0, 0, 1, 1, 1]
-    assert all(max(rows[:3]) < 3 <= min(rows[3:]) for rows in decoder.selected[1:])
-
-
 def test_a_length_counts_the_context_and_the_stop_token() -> None:
     def logits(history: tuple[int, ...]) -> list[float]:
         return log_shares(0.5, 0.3, 0.2)
@@ -231,13 +223,6 @@ def test_no_stop_token_before_min_length() -> None:
         assert min(lengths) == min_length + 1
     (given,) = search(FakeDecoder(logits_of), [[0]], 3, (1, 2), 4, min_length=9)
     assert all(len(h.ids) == 4 and not {1, 2} & {*h.ids} for h in given)
-
-
-def test_where_everything_stops_there_is_nothing_left_to_search() -> None:
-    decoder = FakeDecoder(random_logits(2, seed=0))
-    (given,) = search(decoder, [[0]], 5, (0, 1), 9)
-    assert sorted(h.ids for h in given) == [(0,), (1,)] and all(h.stopped for h in given)
-    assert len(decoder.fed) == 1 and decoder.selected == []
 
 
 def test_a_beam_for_every_sequence_draws_them_all() -> None:

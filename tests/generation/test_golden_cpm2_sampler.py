@@ -2,47 +2,35 @@
 
 from __future__ import annotations
 
-import json
-import os
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
-import pytest
 import torch
 from distribution import probabilities
+from golden import GoldenSet, for_each, golden
 
 from bminf.generation.sampling import Sampling
 
-ROOT = Path(__file__).resolve().parents[2]
-FOLDER = ROOT / os.environ.get("BMINF_GOLDEN", "../shared/golden") / "cpm2"
 HALF = 2.0**-11  # the relative error of one rounding
 
 
-def _tensors() -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    path = FOLDER / "golden_bminf1.safetensors"
-    return load_file(path) if path.exists() else {}
-
-
-def _cases() -> list[dict[str, Any]]:
-    path = FOLDER / "bminf1_golden.json"
-    listed = json.loads(path.read_text()).get("sampler", []) if path.exists() else []
-    return [
-        case | {"logits": TENSORS["sampler_logits"][case["row"]]}
-        for case in listed
-        if "sampler_logits" in TENSORS
-    ]
+def recorded(given: GoldenSet) -> dict[str, dict[str, Any]]:
+    """Its cases by their number, each with its logits."""
+    if "sampler_logits" not in given.tensors:
+        return {}
+    rows = given.tensors["sampler_logits"]
+    return {
+        str(case["i"]): case | {"logits": rows[case["row"]]}
+        for case in given.bminf1.get("sampler", [])
+    }
 
 
-TENSORS = _tensors()
-CASES = _cases()
-STEPS = [case for case in CASES if case.get("argmax_tokens_of_3_steps")]
-DISTRIBUTIONS = [case for case in CASES if f"sampler_{case['i']}_sorted_p_first" in TENSORS]
+def with_distribution(given: GoldenSet) -> Iterator[str]:
+    yield from (i for i in recorded(given) if f"sampler_{i}_sorted_p_first" in given.tensors)
 
 
-def _id(case: dict[str, Any]) -> str:
-    return f"{case['i']}"
+def with_steps(given: GoldenSet) -> Iterator[str]:
+    yield from (i for i, case in recorded(given).items() if case.get("argmax_tokens_of_3_steps"))
 
 
 def _sampling(case: dict[str, Any], top_p: float | None) -> Sampling:
@@ -80,36 +68,28 @@ def _is_close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> boo
     return bool(close[~lost].all() and ours[lost].sum() <= 4 * HALF)
 
 
-if DISTRIBUTIONS:
-
-    @pytest.mark.parametrize("case", DISTRIBUTIONS, ids=_id)
-    def test_golden_cpm2_distribution(case: dict[str, Any]) -> None:
-        """Half precision may see a sum on the other side of top_p, if it comes that close."""
-        top_p, theirs = case["kwargs"]["top_p"], TENSORS[f"sampler_{case['i']}_sorted_p_first"]
-        shifts = [0.0] if top_p is None else [0.0, -4 * HALF, 4 * HALF]
-        assert any(
-            _is_close(
-                _distribution(case, case["prompt"], top_p and min(1.0, top_p + shift)).sort()[0],
-                theirs.sort()[0],
-                _tolerance(case),
-            )
-            for shift in shifts
+@for_each(("cpm2",), with_distribution)
+def test_golden_cpm2_distribution(name: str, case: str) -> None:
+    """Half precision may see a sum on the other side of top_p, if it comes that close."""
+    one = recorded(golden(name))[case]
+    top_p, theirs = one["kwargs"]["top_p"], golden(name).tensors[f"sampler_{case}_sorted_p_first"]
+    shifts = [0.0] if top_p is None else [0.0, -4 * HALF, 4 * HALF]
+    assert any(
+        _is_close(
+            _distribution(one, one["prompt"], top_p and min(1.0, top_p + shift)).sort()[0],
+            theirs.sort()[0],
+            _tolerance(one),
         )
+        for shift in shifts
+    )
 
 
-if STEPS:
-
-    @pytest.mark.parametrize("case", STEPS, ids=_id)
-    def test_golden_cpm2_likeliest_tokens_of_some_steps(case: dict[str, Any]) -> None:
-        """Each was taken, and counted for the next."""
-        seen = list(case["prompt"])
-        for token in case["argmax_tokens_of_3_steps"]:
-            ours = _distribution(case, seen, case["kwargs"]["top_p"])
-            assert ours[token] >= ours.max() * (1 - _tolerance(case))
-            seen.append(token)
-
-
-if not FOLDER.exists():
-
-    @pytest.mark.skip(reason=f"there is no folder {FOLDER}; set BMINF_GOLDEN")
-    def test_golden_cpm2_sampler() -> None: ...
+@for_each(("cpm2",), with_steps)
+def test_golden_cpm2_likeliest_tokens_of_some_steps(name: str, case: str) -> None:
+    """Each was taken, and counted for the next."""
+    one = recorded(golden(name))[case]
+    seen = list(one["prompt"])
+    for token in one["argmax_tokens_of_3_steps"]:
+        ours = _distribution(one, seen, one["kwargs"]["top_p"])
+        assert ours[token] >= ours.max() * (1 - _tolerance(one))
+        seen.append(token)

@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_zoo import CPM1_CONFIG, T5_CONFIG, TinyModel, tiny, write_cpm1
+from tiny_zoo import CPM1_CONFIG, TinyModel, tiny, write_cpm1
 
 import bminf
 from bminf.checkpoint.stored import InFile
@@ -415,41 +415,6 @@ def test_arguments(
     with pytest.raises((ArgumentError, CheckpointError), match=words):
         convert(folders[name], tmp_path / "to", **given)
     assert list(tmp_path.iterdir()) == []
-
-
-# ---- which model it is ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("layout", "name"),
-    [
-        ("original", "cpm1"),
-        ("original", "eva"),
-        ("huggingface", "cpm1"),
-        ("huggingface", "eva"),
-        ("modelcenter", "cpm2"),
-        ("bminf1", "cpm1"),
-    ],
-)
-def test_the_model_is_told_from_the_files(
-    layout: str, name: str, tinies: dict[str, TinyModel], tmp_path: Path
-) -> None:
-    folder = getattr(tinies[name], f"write_{layout}")(tmp_path / "from")
-    config = tinies[name].config if layout == "bminf1" else None
-    made = convert(folder, tmp_path / "to", config=config)
-    assert json.loads((made / "config.json").read_text())["model"] == name
-
-
-@pytest.mark.parametrize("layout", ["original", "bminf1"])
-def test_the_model_must_be_named_where_cpm2_and_eva_look_alike(
-    layout: str, tinies: dict[str, TinyModel], tmp_path: Path
-) -> None:
-    folder = getattr(tinies["cpm2"], f"write_{layout}")(tmp_path / "from")
-    with pytest.raises(ArgumentError, match='say model="cpm2" or model="eva"'):
-        convert(folder, tmp_path / "to")
-    for name in ("cpm2", "eva"):
-        made = convert(folder, tmp_path / name, model=name, config=T5_CONFIG)
-        assert json.loads((made / "config.json").read_text())["model"] == name
 
 
 # ---- hub ids -------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_glm import tiny_model
 from tiny_zoo import save, tiny, write_huggingface
 
 from bminf.arch.registry import checkpoint_in
@@ -92,18 +93,26 @@ def test_a_gpt2_without_a_vocabulary_of_cpm1(tmp_path: Path) -> None:
     assert recognized(checkpoint_in(folder)).name == "cpm1"
 
 
-@pytest.mark.parametrize("name", ["cpm1", "cpm2", "eva"])
-def test_the_models_of_the_zoo_are_told_as_before(name: str, tmp_path: Path) -> None:
-    made = tiny(name)
-    found = [made.write_original(tmp_path / "original", 2)]
-    if name != "cpm2":
-        found.append(made.write_huggingface(tmp_path / "huggingface", "zip"))
-    for folder in found:
-        if name == "cpm2":
-            with pytest.raises(ArgumentError, match="may hold CPM-2 or EVA"):
-                recognized(checkpoint_in(folder))
-        else:
-            assert recognized(checkpoint_in(folder)).name == name
+@pytest.mark.parametrize(
+    ("layout", "name"),
+    [
+        *(("original", name) for name in ("cpm1", "eva", "glm130b", "glm10b")),
+        *(("huggingface", name) for name in ("cpm1", "eva", "glm10b")),
+        *(("modelcenter", "cpm2"), ("bminf1", "cpm1")),
+    ],
+)
+def test_the_model_is_told_from_the_files(layout: str, name: str, tmp_path: Path) -> None:
+    folder = getattr(tiny_model(name), f"write_{layout}")(tmp_path / "from")
+    assert recognized(checkpoint_in(folder)).name == name
+
+
+@pytest.mark.parametrize("layout", ["original", "bminf1"])
+def test_the_model_must_be_named_where_cpm2_and_eva_look_alike(layout: str, tmp_path: Path) -> None:
+    folder = getattr(tiny("cpm2"), f"write_{layout}")(tmp_path / "from")
+    with pytest.raises(ArgumentError, match=r'may hold CPM-2 or EVA.*say model="cpm2" or mo'):
+        recognized(checkpoint_in(folder))
+    for name in ("cpm2", "eva"):
+        assert [one.name for one in architectures_for(folder, name) or ()] == [name]
 
 
 def test_a_folder_of_nothing(tmp_path: Path) -> None:
