@@ -31,37 +31,8 @@ T5_CONFIG = {
     "feed_forward_proj": "relu",
     "layer_norm_epsilon": 1e-06,
 }
-WORDS = [
-    "今天",
-    "天气",
-    "很",
-    "好",
-    "我们",
-    "去",
-    "公园",
-    "散步",
-    "吧",
-    "，",
-    "。",
-    "？",
-    "你",
-    "是",
-    "谁",
-    "人",
-]
-_SPECIAL = [
-    "<unk>",
-    "<s>",
-    "</s>",
-    "\u2583",
-    "<sep>",
-    "<pad>",
-    "<mask>",
-    "<eod>",
-    "\u2581",
-    ",",
-    "\u2582",
-]
+WORDS = "今天 天气 很 好 我们 去 公园 散步 吧 ， 。 ？ 你 是 谁 人".split()
+_SPECIAL = ("<unk> <s> </s> \u2583 <sep> <pad> <mask> <eod> \u2581 , \u2582").split()
 
 
 def vocabulary(num_sentinels: int = 190) -> list[str]:
@@ -381,13 +352,6 @@ def modules(folder: Path) -> list[dict[str, torch.Tensor]]:
     return [saved["module"] for saved in saved_ranks(folder)]
 
 
-def write_original(
-    folder: Path, tensors: Mapping[str, torch.Tensor], iteration: int = 7, **beside: Any
-) -> Path:
-    """The authors' layout, of one rank."""
-    return write_ranks(folder, [tensors], iteration, **beside)
-
-
 FUSED = {"query_key_value": 3, "self_attn.project.": 3, "project_kv": 2}
 """In the name of a tensor -> how many matrices lie in it one below another, each cut by itself."""
 
@@ -616,24 +580,17 @@ def _inside(tree: dict[str, Any], path: Sequence[str]) -> dict[str, Any]:
 
 def bminf1_bytes(tree: Mapping[str, Any]) -> bytes:
     """A checkpoint.pt of BMInf 1.x: nested mappings of int8 and float16 tensors."""
-    tensors = {k: v for k, v in tree.items() if isinstance(v, torch.Tensor)}
-    layers = {k: v for k, v in tree.items() if k not in tensors}
-    return b"".join(
-        [
-            struct.pack("<II", len(tensors), len(layers)),
-            *(_named(name, _parameter(tensor)) for name, tensor in tensors.items()),
-            *(_named(name, bminf1_bytes(layer)) for name, layer in layers.items()),
-        ]
-    )
+    tensors = {name: t for name, t in tree.items() if isinstance(t, torch.Tensor)}
+    layers = {name: layer for name, layer in tree.items() if name not in tensors}
+    parts = [struct.pack("<2I", len(tensors), len(layers))]
+    for name, tensor in tensors.items():
+        data, code = tensor.contiguous().numpy().tobytes(), int(tensor.dtype != torch.int8)
+        parts += [_named(name), struct.pack(f"<B{tensor.dim()}I", tensor.dim(), *tensor.shape)]
+        parts += [struct.pack("<IB", len(data), code), data]
+    for name, layer in layers.items():
+        parts += [_named(name), bminf1_bytes(layer)]
+    return b"".join(parts)
 
 
-def _named(name: str, data: bytes) -> bytes:
-    encoded = name.encode()
-    return struct.pack("<I", len(encoded)) + encoded + data
-
-
-def _parameter(tensor: torch.Tensor) -> bytes:
-    data = tensor.contiguous().numpy().tobytes()
-    shape = struct.pack(f"<B{tensor.dim()}I", tensor.dim(), *tensor.shape)
-    kind = 0 if tensor.dtype == torch.int8 else 1
-    return shape + struct.pack("<IB", len(data), kind) + data
+def _named(name: str) -> bytes:
+    return struct.pack("<I", len(name.encode())) + name.encode()

@@ -82,13 +82,6 @@ def test_modules_state_dicts_and_parameters_are_read(form: str, tmp_path: Path) 
         assert weights[name].where == f"{name!r} in {path}"
 
 
-def test_a_parameter_with_attributes_is_its_tensor(tmp_path: Path) -> None:
-    weight = torch.nn.Parameter(torch.randn(3))
-    weight.model_parallel = True  # type: ignore[attr-defined]
-    path = save({"w": weight}, tmp_path / "a.pt", "zip")
-    assert torch.equal(weights_of(read_torch_file(path), path)["w"].read(), weight.detach())
-
-
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", NEW_DTYPES, ids=str)
 @pytest.mark.filterwarnings("ignore:ComplexHalf")

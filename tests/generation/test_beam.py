@@ -72,9 +72,11 @@ def test_one_prompt_among_others_is_searched_as_alone() -> None:
 
 def glm_search(
     decoder: FakeDecoder, start: list[list[int]], num_beams: int, stop_ids: Any = (),
-    max_new_tokens: int = 4,
+    max_new_tokens: int = 4, **options: Any,
 ) -> list[list[Hypothesis]]:  # fmt: skip
-    return glm_beam_search(decoder, torch.tensor(start), start, num_beams, stop_ids, max_new_tokens)
+    return glm_beam_search(
+        decoder, torch.tensor(start), start, num_beams, stop_ids, max_new_tokens, **options
+    )
 
 
 each_search = pytest.mark.parametrize("find", [search, glm_search])
@@ -134,9 +136,12 @@ def test_a_penalty_with_which_scores_overflow_is_refused() -> None:
     [({"stop_ids": (6,)}, "stop_ids holds 6"), ({"banned_ids": (-1,)}, "banned_ids holds -1"),
      ({"banned_ids": range(6)}, "banned_ids holds all 6")],
 )  # fmt: skip
-def test_ids_outside_the_vocabulary_are_refused(options: dict[str, Any], message: str) -> None:
+@each_search
+def test_ids_outside_the_vocabulary_are_refused(
+    find: Any, options: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ArgumentError, match=message):
-        search(FakeDecoder(random_logits(6, 0)), [[0]], 2, **options)
+        find(FakeDecoder(random_logits(6, 0)), [[0]], 2, **options)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

@@ -335,16 +335,9 @@ def test_a_penalty_is_measured_at_the_longest_sequence() -> None:
     assert search(decoder, [[0]], length_penalty=100.0) != [[]]
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [({"stop_ids": (6,)}, "stop_ids holds 6"), ({"banned_ids": (-1,)}, "banned_ids holds -1"),
-     ({"banned_ids": range(6)}, "banned_ids holds all 6"),
-     ({"banned_ids": range(5), "stop_ids": [5], "min_length": 1}, "min_length=1 none can")],
-)  # fmt: skip
-def test_ids_that_do_not_fit_the_vocabulary_are_refused(
-    options: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(ArgumentError, match=message):
+def test_a_search_that_cannot_have_a_first_token_is_refused() -> None:
+    options = {"banned_ids": range(5), "stop_ids": [5], "min_length": 1}
+    with pytest.raises(ArgumentError, match="min_length=1 none can"):
         search(FakeDecoder(random_logits(6, 0)), [[0]], **options)
 
 

@@ -23,7 +23,6 @@ from tiny_zoo import (
     tiny,
     with_tensor,
     write_huggingface,
-    write_original,
     write_ranks,
     write_vocabulary,
 )
@@ -250,7 +249,7 @@ def test_a_gpt2_of_other_sizes(refuse: Refuse, tmp_path: Path) -> None:
 
 def test_a_file_of_nothing_that_is_known(refuse: Refuse, tmp_path: Path) -> None:
     folder = tiny("cpm1").write_beside(tmp_path / "a")
-    write_original(folder, {"roberta.embeddings.weight": torch.ones(3, 3)})
+    write_ranks(folder, [{"roberta.embeddings.weight": torch.ones(3, 3)}])
     refuse("cpm1", folder, CheckpointError, "'roberta.embeddings.weight'.*another model")
 
 

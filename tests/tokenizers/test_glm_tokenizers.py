@@ -17,9 +17,8 @@ import pytest
 from tiny_tokenizers import GLM_KINDS, OFFSET, make, stream
 from tiny_vocabularies import LINES, ODD_TEXTS, ice_model, processor, write_ice
 
-from bminf.errors import ArgumentError, CheckpointError
+from bminf.errors import ArgumentError
 from bminf.tokenizers.base import GLMTokenizer
-from bminf.tokenizers.cog_pretrain import CogPretrainTokenizer
 from bminf.tokenizers.find import tokenizer_from
 from bminf.tokenizers.icetk import IceTokenizer
 
@@ -104,19 +103,6 @@ def test_text_is_that_of_the_model_between_special_tokens(
         expected = authors_text(model, ids, OFFSET, specials).replace("<n>", "\n")
         assert ours.decode(ids) == expected, ids
         assert "".join(stream(ours, ids)) == expected, ids
-
-
-@pytest.mark.parametrize("cls", [IceTokenizer, CogPretrainTokenizer])
-@pytest.mark.parametrize("content", [b"", b"\0", b"\x0a\xff\xff", None])
-def test_a_file_that_is_no_sentencepiece_model_is_refused(
-    cls: Any, content: bytes | None, tmp_path: Path
-) -> None:
-    path = tmp_path / "ice_text.model"
-    path.write_bytes(ice_model()[:-40] if content is None else content)
-    with pytest.raises(CheckpointError, match=r"ice_text\.model"):
-        cls(path)
-    with pytest.raises(CheckpointError, match=r"none\.model cannot be read"):
-        cls(tmp_path / "none.model")
 
 
 COG = {

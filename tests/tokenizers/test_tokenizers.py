@@ -25,6 +25,8 @@ from bminf.tokenizers import (
     CPM2BilingualTokenizer,
     CPM2Tokenizer,
 )
+from bminf.tokenizers.cog_pretrain import CogPretrainTokenizer
+from bminf.tokenizers.icetk import IceTokenizer
 from bminf.tokenizers.line_tokenizer import has_chinese
 
 T5_KINDS = ["cpm2", "cpm2_bilingual", "eva"]
@@ -261,15 +263,19 @@ def test_text_of_cpm1_leaves_out_control_pieces_and_spells_the_end() -> None:
     assert ours.decode([0, ours.token_id("▁"), 0]) == "⁇⁇"
 
 
+@pytest.mark.parametrize("kind", [CPM1Tokenizer, IceTokenizer, CogPretrainTokenizer])
 @pytest.mark.parametrize("content", [b"", b"\0", b"<unk>\n<s>\n", b"\x0a\xff\xff", None])
 def test_a_file_that_is_no_sentencepiece_model_is_refused(
-    content: bytes | None, tmp_path: Path
+    kind: Any, content: bytes | None, tmp_path: Path
 ) -> None:
-    path = tmp_path / "spiece.model"
+    """None: one that was cut off."""
+    path = tmp_path / "any.model"
     whole = write_piece_model(path).read_bytes()
     path.write_bytes(whole[:-40] if content is None else content)
-    with pytest.raises(CheckpointError, match=r"spiece\.model"):
-        CPM1Tokenizer(path)
+    with pytest.raises(CheckpointError, match=r"any\.model"):
+        kind(path)
+    with pytest.raises(CheckpointError, match=r"none\.model cannot be read"):
+        kind(tmp_path / "none.model")
 
 
 def test_a_sentencepiece_model_with_bytes_is_not_cpm1_s(tmp_path: Path) -> None:

@@ -40,22 +40,7 @@ def test_what_a_program_does_with_jieba_changes_nothing(monkeypatch: pytest.Monk
 
 
 TEXT = "他来到了网易杭研大厦，我们在野生动物园玩，今天天气不错"
-WORDS = [
-    "他",
-    "来到",
-    "了",
-    "网易",
-    "杭研",
-    "大厦",
-    "，",
-    "我们",
-    "在",
-    "野生",
-    "动物园",
-    "玩",
-    "，",
-]
-WORDS += ["今天天气", "不错"]
+WORDS = "他 来到 了 网易 杭研 大厦 ， 我们 在 野生 动物园 玩 ， 今天天气 不错".split()
 MISUSES = {
     "del_word": "[jieba.del_word(w) for w in ('来到', '杭研', '动物园', '今天天气')]",
     "add_word": "jieba.add_word('了网易杭研', 10**9); jieba.dt.add_word('们在野', 10**9)",

@@ -18,21 +18,7 @@ SPECIAL = ["<unk>", "<s>", "</s>", "▃", "<sep>", "<pad>", "<mask>", "<eod>", "
 CHARACTERS = list(
     "中国北京大学人工智能天安门的是我你好。、了在abcdefgABC0123456789.!?'\"()<>_#%+-/:;~"
 )
-WORDS = [
-    "中国",
-    "北京",
-    "北京大学",
-    "大学",
-    "人工",
-    "智能",
-    "天安门",
-    "ab",
-    "abc",
-    "bc",
-    "12",
-    "...",
-    "--",
-]
+WORDS = "中国 北京 北京大学 大学 人工 智能 天安门 ab abc bc 12 ... --".split()
 SENTINELS = [f"<s_{k}>" for k in range(190)]
 
 CHINESE = list(dict.fromkeys([*SPECIAL, *CHARACTERS, *WORDS, *SENTINELS]))
