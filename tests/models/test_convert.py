@@ -8,7 +8,6 @@ import json
 import signal
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_zoo import CPM1_CONFIG, TinyModel, tiny, write_cpm1
+from tiny_zoo import CPM1_CONFIG, tiny, write_cpm1
 
 import bminf
 from bminf.checkpoint.stored import InFile
@@ -27,20 +26,9 @@ from bminf.quantization.packed import Format
 
 Loader = Callable[..., Any]
 WITH_MINIMUM = Format(bits=4, group_size=8, has_minimum=True)
+# These CPM-1 folders have no sentencepiece model, and the library says so.
+pytestmark = pytest.mark.filterwarnings("ignore:.*no sentencepiece model")
 QUANTIZATIONS = [None, "int8", "int4", WITH_MINIMUM]
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        # These CPM-1 folders have no sentencepiece model, and the library says so.
-        warnings.filterwarnings("ignore", message=".*no sentencepiece model")
-        yield
-
-
-@pytest.fixture(scope="module")
-def tinies() -> dict[str, TinyModel]:
-    return {name: tiny(name) for name in ("cpm1", "cpm2", "eva")}
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -90,13 +78,13 @@ def test_the_folder_alone_is_the_same_model(
     ],
 )
 def test_any_layout(
-    layout: str, name: str, quantization: Any, tinies: dict[str, TinyModel], load: Loader,
+    layout: str, name: str, quantization: Any, load: Loader,
     tmp_path: Path,
 ) -> None:  # fmt: skip
     """Weights that are changed as they are read are stored so, and not changed again."""
     how = {"length_scale": True} if layout == "modelcenter" else {}
-    folder = getattr(tinies[name], f"write_{layout}")(tmp_path / "inner" / "from", **how)
-    config = tinies[name].config if layout == "bminf1" else None
+    folder = getattr(tiny(name), f"write_{layout}")(tmp_path / "inner" / "from", **how)
+    config = tiny(name).config if layout == "bminf1" else None
     made = convert(folder, tmp_path / "to", quantization, model=name, config=config)
     settings = {"quantization": quantization, "config": config}
     original = load(name, checkpoint=folder, **settings)
@@ -112,7 +100,7 @@ def test_what_is_not_packed_keeps_its_dtype(folders: dict[str, Path], tmp_path: 
             assert file.get_tensor("layers.0.attention.qkv.qweight").dtype == torch.int8
 
 
-def test_a_sentencepiece_model_goes_along(tinies: dict[str, TinyModel], tmp_path: Path) -> None:
+def test_a_sentencepiece_model_goes_along(tmp_path: Path) -> None:
     sys.path.insert(0, str(Path(__file__).parents[1] / "tokenizers"))
     from tiny_vocabularies import PIECES, write_piece_model
 
@@ -431,8 +419,8 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
     return known
 
 
-def test_a_hub_id(hub: dict[str, Any], tinies: dict[str, TinyModel], tmp_path: Path) -> None:
-    hub["thu-coai/EVA2.0-base"] = tinies["eva"].write_huggingface(tmp_path / "snapshot")
+def test_a_hub_id(hub: dict[str, Any], tmp_path: Path) -> None:
+    hub["thu-coai/EVA2.0-base"] = tiny("eva").write_huggingface(tmp_path / "snapshot")
     with bminf.models.EVA("thu-coai/EVA2.0-base", device="cpu") as model:
         expected = logits(model)
     made = convert("thu-coai/EVA2.0-base", tmp_path / "to")
@@ -443,9 +431,7 @@ def test_a_hub_id(hub: dict[str, Any], tinies: dict[str, TinyModel], tmp_path: P
     assert not any(pattern.endswith((".py", ".h5")) for pattern in patterns)
 
 
-def test_a_hub_id_that_nobody_knows_needs_its_model(
-    hub: dict[str, Any], tinies: dict[str, TinyModel], tmp_path: Path
-) -> None:
+def test_a_hub_id_that_nobody_knows_needs_its_model(hub: dict[str, Any], tmp_path: Path) -> None:
     hub["someone/cpm"] = write_cpm1(tmp_path / "snapshot")
     with pytest.raises(ArgumentError, match="there is no 'someone/cpm'; for a hub id, say which"):
         convert("someone/cpm", tmp_path / "to")

@@ -10,7 +10,6 @@ import torch
 from tiny_vocabularies import CHINESE, write_lines
 
 from bminf.errors import ArgumentError, CheckpointError
-from bminf.tokenizers.cpm2 import CPM2Tokenizer
 from bminf.tokenizers.line_tokenizer import sentinel_ids
 from bminf.tokenizers.vocabulary import Vocabulary
 
@@ -102,15 +101,6 @@ def test_ids_are_integers_in_range(tmp_path: Path) -> None:
 def test_sentinels_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     tokens = ["a", "<s_10>", *[f"<s_{k}>" for k in range(10)], "<s_01>", "<s_>", "<s_٣>"]
     assert sentinel_ids(Vocabulary(tokens, tmp_path)) == (*range(2, 12), 1)
-
-
-def test_a_sentinel_is_asked_for_by_its_number(tmp_path: Path) -> None:
-    tokenizer = CPM2Tokenizer(write_lines(tmp_path / "vocab.txt", CHINESE))
-    last = tokenizer.num_sentinels - 1
-    assert [tokenizer.sentinel(k) for k in range(last + 1)] == list(tokenizer.sentinel_ids)
-    for k in (-1, last + 1, "0", 1.0, True):
-        with pytest.raises(ArgumentError, match=rf"has the sentinels <s_0> to <s_{last}>"):
-            tokenizer.sentinel(k)  # type: ignore[arg-type]
 
 
 def test_a_vocabulary_without_sentinels_or_with_a_gap_is_refused() -> None:
