@@ -16,7 +16,7 @@ from bminf.checks import (
     check_positive,
     check_sizes,
     is_number,
-    not_numbers,
+    non_finite_logits,
 )
 from bminf.errors import ArgumentError
 
@@ -57,4 +57,4 @@ def test_what_is_right_passes() -> None:
     check_eps("eps", 1e-5)
     assert is_number(0) and is_number(-2.5)
     assert not any(map(is_number, (True, "1", None, float("inf"), float("nan"))))
-    assert "in row 0, 3 of this step" in str(not_numbers([0, 3]))
+    assert "in row 0, 3 of this step" in str(non_finite_logits([0, 3]))

@@ -15,7 +15,14 @@ from tiny_zoo import join, rank_file, write_ranks
 from bminf.arch.glm import GLM10B, GLM130B, PUBLISHED_GLM, GLMConfig, glm10b_config, glm130b_config
 from bminf.arch.registry import checkpoint_in, split_tables
 from bminf.checkpoint.folder import Checkpoint
-from bminf.checkpoint.model_parallel import COLUMNS, OWN, REPLICATED, ROWS, fused_rows, table_for
+from bminf.checkpoint.model_parallel import (
+    COLUMNS,
+    PER_RANK,
+    REPLICATED,
+    ROWS,
+    fused_rows,
+    table_for,
+)
 from bminf.checkpoint.quantized import Quantized
 from bminf.checkpoint.stored import Stored
 from bminf.errors import CheckpointError
@@ -142,8 +149,8 @@ def test_the_tables_of_cuts_depend_on_the_model() -> None:
         "transformer.word_embeddings.weight": ROWS,
         **{f"{layer}.attention.query_key_value.{k}": ROWS for k in ("weight", "weight_scale")},
         **{f"{layer}.mlp.dense_h_to_4h.{k}": fused_rows(2) for k in ("weight_scale", "bias")},
-        f"{layer}.attention.dense.weight_scale": OWN,
-        f"{layer}.mlp.dense_4h_to_h.weight_scale": OWN,
+        f"{layer}.attention.dense.weight_scale": PER_RANK,
+        f"{layer}.mlp.dense_4h_to_h.weight_scale": PER_RANK,
         f"{layer}.attention.rotary_emb.inv_freq": REPLICATED,
         "mixins.rotary-embedding.rotary_emb.inv_freq": REPLICATED,
     }

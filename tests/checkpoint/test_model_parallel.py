@@ -16,7 +16,7 @@ from tiny_zoo import rank_file, split, write_ranks
 from bminf.arch.registry import checkpoint_in, split_tables
 from bminf.checkpoint.model_parallel import (
     COLUMNS,
-    OWN,
+    PER_RANK,
     REPLICATED,
     ROWS,
     Split,
@@ -249,7 +249,7 @@ def test_what_cannot_be_cut_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"'w' in .* should have 2 dimensions"):
         COLUMNS.part(vector, 0, 2)
     with pytest.raises(ArgumentError, match="ranks it was made for"):
-        OWN.part(vector, 0, 2)
+        PER_RANK.part(vector, 0, 2)
 
 
 # ---- trackers ----------------------------------------------------------------------------------

@@ -79,7 +79,7 @@ def test_a_mask_that_the_model_does_not_have(name: str, silent: Loader) -> None:
                 use(f"the {mask}")
         with pytest.raises(ArgumentError, match=rf"mask='\{mask[:-1]}\]'; this model has \[MASK\]"):
             model.score(TEXT, ["a"], mask=mask)
-    assert model._prompt(TEXT).place == model._prompt(f"{TEXT}[MASK]").place
+    assert model._prompt(TEXT).mask_index == model._prompt(f"{TEXT}[MASK]").mask_index
 
 
 @each_model
