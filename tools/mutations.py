@@ -148,8 +148,10 @@ def _copied(checkout: Path) -> Iterator[Path]:
 
 
 def _passes(folder: Path, failed: str, timeout_s: float) -> bool:
-    """Whether the test passes in `folder`, which has no fault any more."""
-    return "::" not in failed or _Run(folder, timeout_s).pytest(failed) is None
+    """Whether the test passes in `folder`, which has no fault any more, with all its parameters:
+    the summary of pytest does not say where those end."""
+    test = failed.partition("[")[0]
+    return "::" not in test or _Run(folder, timeout_s).pytest(test) is None
 
 
 # ---- tests ---------------------------------------------------------------------------------------
