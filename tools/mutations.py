@@ -214,16 +214,12 @@ def _nearest(run: _Run, source: Path) -> str | None:
 
 def nearest(tests: Path, source: Path) -> tuple[list[Path], list[Path]]:
     """Test files in `tests` for a source, such as bminf/offload/ring.py: those of its name, and the
-    others of its folder, or of the closest one above that has any."""
+    others of its room; of a source in no room, those in none."""
     package, *rooms = source.parent.parts
     stem = (rooms or [package])[-1] if source.stem == "__init__" else source.stem
     named = sorted(tests.rglob(f"test_{stem}.py"))
-    for depth in range(len(rooms), 0, -1):
-        if own := sorted(tests.joinpath(*rooms[:depth]).rglob("test_*.py")):
-            break
-    else:
-        own = sorted(tests.glob("test_*.py"))
-    return named, [file for file in own if file not in named]
+    own = (tests / rooms[0]).rglob("test_*.py") if rooms else tests.glob("test_*.py")
+    return named, [file for file in sorted(own) if file not in named]
 
 
 def _quick(run: _Run, source: Path) -> str | None:
