@@ -10,7 +10,7 @@ import torch
 
 from bminf.errors import ArgumentError
 
-_MOST_LOSS = 20.0  # exp of more tells nothing; as in GLM-130B/evaluation
+_MAX_LOSS = 20.0  # exp of more tells nothing; published evaluations stop there, too
 _SCORED_AT_ONCE = 32  # positions whose logits are computed together: as sampling has room for
 
 Ids = TypeVar("Ids", list[int], torch.Tensor)
@@ -58,4 +58,4 @@ def log_probabilities(
 
 def perplexity(loss: float, count: int) -> float:
     """exp of the mean of a loss that is summed over `count` tokens, or words."""
-    return math.exp(min(_MOST_LOSS, loss / count))
+    return math.exp(min(_MAX_LOSS, loss / count))
