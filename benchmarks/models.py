@@ -440,7 +440,7 @@ def plan_entries(plan: Plan) -> dict[str, Any]:
 
 def _formats_text(source: Source, quantization: str, head: str) -> str:
     """For names."""
-    return f"{quantization}, head {head}" if source.architecture.cut_head else quantization
+    return f"{quantization}, head {head}" if source.architecture.split_head else quantization
 
 
 def _format(name: str) -> str | None:
@@ -614,7 +614,7 @@ class Case:
             )
         source, tasks = shortened(whole, arguments.layers), self.tasks(arguments)
         assemble.max_length_for(max(task.length for task in tasks), source)
-        is_cut = whole.architecture.cut_head is not None
+        is_cut = whole.architecture.split_head is not None
         device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
         batches = tuple((task.rows, task.length) for task in tasks)
         if self.is_encoder_decoder:
