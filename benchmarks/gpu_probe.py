@@ -27,8 +27,7 @@ sys.path.append(str(ROOT / "tests" / "kernels"))
 from cases import few_of_each
 from variants import every_variant
 
-from benchmarks.harness import Settings, document
-from benchmarks.whole_file import write_json
+from benchmarks.harness import Settings, document, write_json
 from bminf.cuda.compile import cache_folder, compiler_version, kept_file, read_kept
 from bminf.ops.linear import linear
 from bminf.quantization.packed import INT4, INT8, pack

@@ -9,6 +9,7 @@ by turns, so that a stretch of noise on the machine hits all and not one.
 from __future__ import annotations
 
 import gc
+import json
 import math
 import os
 import platform
@@ -57,18 +58,6 @@ class Settings:
 
 Group = Callable[[Settings], Iterable[list[Result]]]
 """What is measured together: gives results as they come."""
-
-
-def in_time(
-    groups: Iterable[tuple[str, Group]], left_out: list[str], seconds: float
-) -> Iterator[Group]:
-    """The groups, by turns. `left_out`, the names of all, keeps those that would begin after so
-    many seconds, and those that a run which is stopped does not come to."""
-    end = time.monotonic() + seconds
-    for name, group in groups:
-        if time.monotonic() <= end:
-            yield group
-            left_out.remove(name)
 
 
 @contextmanager
@@ -372,6 +361,13 @@ def _graph_calls(call: Call) -> int:
 
 
 # ---- the file ------------------------------------------------------------------------------------
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Under another name, which is then changed: `path` is whole at any moment."""
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    unfinished.write_text(f"{json.dumps(content, indent=1)}\n", encoding="utf-8")
+    os.replace(unfinished, path)
 
 
 def document(case: str, parameters: dict[str, Any], settings: Settings) -> dict[str, Any]:

@@ -12,7 +12,6 @@ import argparse
 import importlib.util
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -26,11 +25,9 @@ from benchmarks.harness import (
     Group,
     Result,
     Settings,
-    in_time,
     measure_calls,
     poisoned,
     relative_error,
-    torch_threads,
 )
 from benchmarks.kernel_inputs import FORMATS, Inputs, Rows, Setup, bytes_of, clones
 from bminf.cuda.launcher import Launcher, launcher_for
@@ -79,9 +76,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"on a GPU, of {', '.join(FORMATS)}; default: int8 int4")  # fmt: skip
     add("--dtype", choices=("float32", "float16", "bfloat16"), help="of activations, on a GPU")
     add("--rotate-bytes", metavar="SIZE", help="that pass before weights are used again")
-    add("--seconds", type=float, default=float("inf"), metavar="S",
-        help="begin no group of calls after so long; what is left out is in the file")  # fmt: skip
-    add("--threads", type=int, default=1, metavar="N", help="of torch on the CPU; default: 1")
     parser.set_defaults(warmup=1, repeats=3, rounds=5)
 
 
@@ -93,8 +87,7 @@ def shape(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-@contextmanager
-def prepare(arguments: argparse.Namespace) -> Iterator[tuple[dict[str, Any], Iterator[Group]]]:
+def prepare(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[tuple[str, Group]]]:
     """The parameters of the run, and groups of calls, each made when its turn comes."""
     setup = setup_of(arguments)
     kind = setup.device.type
@@ -107,18 +100,13 @@ def prepare(arguments: argparse.Namespace) -> Iterator[tuple[dict[str, Any], Ite
         "dtype": str(setup.dtype).removeprefix("torch."),
         "ops": ops,
         "shapes": [f"{n}x{k}" for n, k in setup.shapes],
-        "threads": arguments.threads,
-        # They are made anew for it, which costs nothing before their inputs are.
-        "left_out": [name for name, _ in calls_by_group(setup, ops)],
     }
     torch.manual_seed(0)
-    with torch_threads(arguments.threads):
-        copy = cache(partial(_copy, setup))
-        groups = (
-            (name, partial(measure, name, copy, calls, setup.device))
-            for name, calls in calls_by_group(setup, ops)
-        )
-        yield parameters, in_time(groups, parameters["left_out"], arguments.seconds)
+    copy = cache(partial(_copy, setup))
+    return parameters, [
+        (name, partial(measure, name, copy, calls, setup.device))
+        for name, calls in calls_by_group(setup, ops)
+    ]
 
 
 def setup_of(arguments: argparse.Namespace) -> Setup:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
-from itertools import chain, groupby
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -556,10 +556,8 @@ class Case:
             choices=("float32", "float16", "bfloat16"),
             help="default: float16, on the CPU float32",
         )
-        add("--threads", type=count, metavar="N", help="of torch on the CPU; default: its own")
+        parser.set_defaults(threads=None)  # torch's own number
         add("--offload-dir", type=Path, metavar="DIR", help="for streamed blocks in a file")
-        add("--seconds", type=float, default=float("inf"), metavar="S",
-            help="begin no model after so long; what is left out is in the file")  # fmt: skip
         add("--predict-only", action="store_true", help="measure nothing: this takes seconds")
         self._add_tasks(parser)
         add = parser.add_argument_group("the card of the prediction").add_argument
@@ -584,27 +582,23 @@ class Case:
         # The micro-batch of GLM-130B's authors, whose lengths are multiples of 32.
         add("--cola", nargs=2, default=(30, 32), metavar=("ROWS", "N"), help="default: 30 32")
 
-    @contextmanager
     def prepare(
         self, arguments: argparse.Namespace
-    ) -> Iterator[tuple[dict[str, Any], Iterator[Group]]]:
+    ) -> tuple[dict[str, Any], list[tuple[str, Group]]]:
         """The parameters of the run; the predictions, and then each model when its turn comes."""
-        with harness.torch_threads(arguments.threads):
-            try:
-                whole = find_sizes(arguments.model)
-                runs = self._runs(arguments, whole)
-                for run in runs:
-                    run.planned(2**60 if run.limit is None else run.limit)
-                kinds = list(dict.fromkeys(run.quantization for run in runs))
-                asked = (self.predicted or kinds, runs[0].head_quantization)
-                predicted = list(predictions(whole, _card(arguments), *asked))
-            except (ArgumentError, BudgetError) as error:
-                raise SystemExit(str(error)) from error
-            parameters = _parameters(arguments, runs[0]) | {"quantization": kinds}
-            named = [] if arguments.predict_only else [(run.name, run.measure) for run in runs]
-            parameters["left_out"] = [name for name, _ in named]
-            measured = harness.in_time(named, parameters["left_out"], arguments.seconds)
-            yield parameters, chain([lambda _: [predicted]], measured)
+        try:
+            whole = find_sizes(arguments.model)
+            runs = self._runs(arguments, whole)
+            for run in runs:
+                run.planned(2**60 if run.limit is None else run.limit)
+            kinds = list(dict.fromkeys(run.quantization for run in runs))
+            asked = (self.predicted or kinds, runs[0].head_quantization)
+            predicted = list(predictions(whole, _card(arguments), *asked))
+        except (ArgumentError, BudgetError) as error:
+            raise SystemExit(str(error)) from error
+        parameters = _parameters(arguments, runs[0]) | {"quantization": kinds}
+        measured = [] if arguments.predict_only else [(run.name, run.measure) for run in runs]
+        return parameters, [("predictions", lambda _: [predicted]), *measured]
 
     def _runs(self, arguments: argparse.Namespace, whole: Source) -> list[Run]:
         """Each kind of weights under each limit.   Raises ArgumentError."""
@@ -656,7 +650,6 @@ def _parameters(arguments: argparse.Namespace, run: Run) -> dict[str, Any]:
         "max_length": max(length for _, length in run.batches),
         "device": None if arguments.predict_only else run.device,
         "dtype": str(run.dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
     }
 
 

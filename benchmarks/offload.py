@@ -20,7 +20,7 @@ import torch
 import transformers
 
 import bminf
-from benchmarks.harness import Group, Result, Settings, Variant, Work, measure, torch_threads
+from benchmarks.harness import Group, Result, Settings, Variant, Work, measure
 from bminf.cli import models
 from bminf.cli.demo import half_limit
 from bminf.offload.plan import least_budget
@@ -37,7 +37,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", choices=("cpu", "cuda"), help="default: the CPU, then the GPU if there is one")
     add("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
     add("--tokens", type=int, default=24, metavar="N", help="tokens to generate; default: 24")
-    add("--threads", type=int, default=1, metavar="N", help="of torch on the CPU; default: 1")
     add("--memory-limit", metavar="SIZE", help="default: half the blocks fit")
     group = parser.add_argument_group("the random model, a Llama")
     group.add_argument("--hidden-size", type=int, default=512, metavar="N")
@@ -57,18 +56,24 @@ class Setup:
     least_limit: int
 
 
-@contextmanager
-def prepare(arguments: argparse.Namespace) -> Iterator[tuple[dict[str, Any], list[Group]]]:
-    """The parameters of the run, and the variants on each device, a group each."""
+def prepare(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[tuple[str, Group]]]:
+    """The parameters of the run, and a group for each device."""
     models.quiet()
     is_installed = importlib.util.find_spec(models.PACKAGE) is not None
     name = arguments.model or ("smollm2" if is_installed else "random")
     every = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     devices = [arguments.device] if arguments.device else every
-    options = ["dtype", "tokens", "memory_limit", "threads"]
+    options = ["dtype", "tokens", "memory_limit"]
     options += ["hidden_size", "layers", "vocabulary"] if name == "random" else []
     parameters = {option: vars(arguments)[option] for option in options}
-    with torch_threads(arguments.threads), TemporaryDirectory(prefix="bminf-benchmark-") as text:
+    groups = [(device, partial(_measured, name, device, arguments)) for device in devices]
+    return parameters | {"model": name, "devices": devices}, groups
+
+
+def _measured(
+    name: str, device: str, arguments: argparse.Namespace, settings: Settings
+) -> Iterator[list[Result]]:
+    with TemporaryDirectory(prefix="bminf-benchmark-") as text:
         folder = Path(text)
         if name == "random":
             save_random(folder, arguments)
@@ -77,13 +82,7 @@ def prepare(arguments: argparse.Namespace) -> Iterator[tuple[dict[str, Any], lis
             context = multiprocessing.get_context("spawn")
             with ProcessPoolExecutor(1, mp_context=context) as pool:
                 pool.submit(save_smollm2, folder).result()
-        setups = [_setup(folder, device, arguments) for device in devices]
-        groups = [partial(_measured, variants(setup)) for setup in setups]
-        yield parameters | {"model": name, "devices": devices}, groups
-
-
-def _measured(variants: list[Variant], settings: Settings) -> list[list[Result]]:
-    return [measure(variants, settings)]
+        yield measure(variants(_setup(folder, device, arguments)), settings)
 
 
 def _setup(folder: Path, device: str, arguments: argparse.Namespace) -> Setup:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from benchmarks.harness import Group, Result, Settings, summary, torch_threads
+from benchmarks.harness import Group, Result, Settings, summary
 from bminf.cli import models
 from bminf.models.evaluate import perplexity, window_losses
 from bminf.quantization.packed import Format, dequantize, pack
@@ -58,12 +57,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--text", type=Path, metavar="FILE", help="default: the help topics of Python")
     add("--tokens", type=int, default=20_480, metavar="N", help="at most; default: 20480")
     add("--seeds", type=int, default=3, metavar="N", help="orders of the columns; default: 3")
-    add("--threads", type=int, default=1, metavar="N", help="of torch; default: 1")
     parser.set_defaults(warmup=0, repeats=1, rounds=1)
 
 
-@contextmanager
-def prepare(arguments: argparse.Namespace) -> Iterator[tuple[dict[str, Any], list[Group]]]:
+def prepare(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[tuple[str, Group]]]:
     """The parameters of the run, and a group for fp32 and for each format."""
     if (arguments.warmup, arguments.repeats, arguments.rounds) != (0, 1, 1):
         raise SystemExit("nothing is timed: each reading of the text is one sample")
@@ -73,23 +70,23 @@ def prepare(arguments: argparse.Namespace) -> Iterator[tuple[dict[str, Any], lis
     if arguments.text is not None:
         text = arguments.text.read_text(encoding="utf-8")
     ids = torch.tensor(models.load_tokenizer(source)(text)["input_ids"][: arguments.tokens])
-    with torch_threads(arguments.threads):
-        reader = Reader(models.load_model(source, torch.float32), ids)
-        parameters = {
-            "model": Path(source).name.removesuffix(".gguf"),
-            "linears": len(reader.linears),
-            "weights": sum(linear.weight.numel() for linear in reader.linears),
-            "text": TOPICS if arguments.text is None else "a file",
-            "text_bytes": len(text.encode()),
-            "text_sha256": hashlib.sha256(text.encode()).hexdigest(),
-            "window": WINDOW,
-            "windows": len(reader.plain["nll"]),
-            "kl_windows": len(reader.plain["kl"]),
-            "seeds": arguments.seeds,
-            "threads": arguments.threads,
-        }
-        seeds = range(arguments.seeds)
-        yield parameters, [partial(measure, reader, form, seeds) for form in (None, *FORMATS)]
+    reader = Reader(models.load_model(source, torch.float32), ids)
+    parameters = {
+        "model": Path(source).name.removesuffix(".gguf"),
+        "linears": len(reader.linears),
+        "weights": sum(linear.weight.numel() for linear in reader.linears),
+        "text": TOPICS if arguments.text is None else "a file",
+        "text_bytes": len(text.encode()),
+        "text_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "window": WINDOW,
+        "windows": len(reader.plain["nll"]),
+        "kl_windows": len(reader.plain["kl"]),
+        "seeds": arguments.seeds,
+    }
+    return parameters, [
+        (name_of(form), partial(measure, reader, form, range(arguments.seeds)))
+        for form in (None, *FORMATS)
+    ]
 
 
 def measure(
@@ -97,15 +94,15 @@ def measure(
 ) -> Iterator[list[Result]]:
     """The samples of a format, or of fp32, and what they say of the columns' own order and of the
     permuted ones."""
-    name, bits, samples = "fp32", 32.0, [reader.plain]
+    bits, samples = 32.0, [reader.plain]
     if form is not None:
         # Where a whole row shares a scale, the order of its columns changes nothing.
         orders = [None] if form.group_size is None else [None, *seeds]
         samples = [reader.read(seed, partial(repacked, form=form)) for seed in orders]
-        name, bits = name_of(form), mean_bits(reader.linears, form)
+        bits = mean_bits(reader.linears, form)
     own, *permuted = samples
     result = {
-        "name": name,
+        "name": name_of(form),
         "format": form and asdict(form),
         "bits_per_weight": bits,
         "own_order": summaries([own], reader.plain),
@@ -189,7 +186,9 @@ def repacked(weight: torch.Tensor, form: Format) -> torch.Tensor:
     return dequantize(pack(weight, form), weight.dtype)
 
 
-def name_of(form: Format) -> str:
+def name_of(form: Format | None) -> str:
+    if form is None:
+        return "fp32"
     group = "row" if form.group_size is None else f"g{form.group_size}"
     return f"int{form.bits} {group} {'minimum' if form.has_minimum else 'symmetric'}"
 

@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from benchmarks import kernels, models, offload, perplexity
-from benchmarks.harness import Settings, document
-from benchmarks.report import table
-from benchmarks.whole_file import write_json
+import torch
 
-# A case has add_arguments(parser) and prepare(arguments), a context manager that gives the
-# parameters for the JSON file, and groups, see harness.Group. "left_out" among the parameters names
-# what is not in the file, see harness.in_time().
+from benchmarks import kernels, models, offload, perplexity
+from benchmarks.harness import Group, Result, Settings, document, torch_threads, write_json
+from benchmarks.report import table
+
+# A case has add_arguments(parser) and prepare(arguments), which gives the parameters for the JSON
+# file, and the groups with their names, see harness.Group.
 CASES: dict[str, tuple[Any, str]] = {
     "offload": (offload, "the wrapper against accelerate's offloading, under one limit"),
     "kernels": (kernels, "products with packed weights against those of torch and others"),
@@ -34,21 +35,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     """0, after the case was measured and its file written; 1 if a call could not be measured."""
     arguments = _parser().parse_args(argv)
     settings = Settings(arguments.warmup, arguments.repeats, arguments.rounds)
-    with arguments.prepare(arguments) as (parameters, groups):
+    with torch_threads(arguments.threads):
+        parameters, groups = arguments.prepare(arguments)
+        left_out = [name for name, _ in groups]
+        parameters |= {"threads": torch.get_num_threads(), "left_out": left_out}
         content = document(arguments.case, parameters, settings)
-        for group in groups:
-            _write(arguments.out, content)
-            for results in group(settings):
-                content["results"] += results
-                _write(arguments.out, content)
-        _write(arguments.out, content)
+        for results in _measured(groups, left_out, settings, arguments.seconds):
+            content["results"] += results
+            if arguments.out is not None:
+                write_json(arguments.out, content)
     print(table(content))
     return int(any(result.get("failure") for result in content["results"]))
 
 
-def _write(file: Path | None, content: dict[str, Any]) -> None:
-    if file is not None:
-        write_json(file, content)
+def _measured(
+    groups: list[tuple[str, Group]], left_out: list[str], settings: Settings, seconds: float
+) -> Iterator[list[Result]]:
+    """Results as they come, and none before the first group and after each.
+
+    `left_out`, the names of all, keeps those that would begin after so many seconds, and those that
+    a run which is stopped does not come to. A group is let go of when the next one begins.
+    """
+    end = time.monotonic() + seconds
+    yield []
+    while groups and time.monotonic() <= end:
+        _, group = groups.pop(0)
+        yield from group(settings)
+        left_out.pop(0)
+        yield []
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -56,9 +70,13 @@ def _parser() -> argparse.ArgumentParser:
     cases = parser.add_subparsers(dest="case", metavar="CASE", required=True)
     for name, (case, text) in CASES.items():
         own = cases.add_parser(name, help=text, description=text)
-        own.add_argument("--out", type=Path, metavar="FILE", help="the JSON file to write")
+        add = own.add_argument
+        add("--out", type=Path, metavar="FILE", help="the JSON file to write")
+        add("--threads", type=int, default=1, metavar="N", help="of torch on the CPU; default: 1")
+        add("--seconds", type=float, default=float("inf"), metavar="S",
+            help="begin no group after so long; what is left out is in the file")  # fmt: skip
         for setting in fields(Settings):
-            own.add_argument(f"--{setting.name}", type=int, default=setting.default, metavar="N")
+            add(f"--{setting.name}", type=int, default=setting.default, metavar="N")
         case.add_arguments(own)
         own.set_defaults(prepare=case.prepare)
     return parser

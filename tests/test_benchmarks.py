@@ -26,14 +26,13 @@ from benchmarks.harness import (
     Work,
     WrongResultError,
     document,
-    in_time,
     measure,
     measure_calls,
     num_sets,
     relative_error,
     summary,
+    write_json,
 )
-from benchmarks.whole_file import write_json
 
 CPU = torch.device("cpu")
 PARTS = [f"{group}{part}" for group in "abc" for part in (0, 1)]  # of a ToyCase
@@ -110,7 +109,7 @@ def test_a_file_is_whole_while_another_takes_its_place(
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("benchmarks.whole_file.os.replace", killed)
+    monkeypatch.setattr("benchmarks.harness.os.replace", killed)
     with pytest.raises(KeyboardInterrupt):
         write_json(file, {"n": 2})
     assert json.loads(file.read_text()) == {"n": 1}
@@ -124,13 +123,10 @@ class ToyCase:
         self.done: list[str] = []
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--seconds", type=float, default=3600.0)
+        """None of its own."""
 
-    @contextmanager
-    def prepare(self, arguments: argparse.Namespace) -> Iterator[Any]:
-        left_out = ["a", "b", "c"]
-        groups = [(name, partial(self.parts, name)) for name in left_out]
-        yield {"left_out": left_out}, in_time(groups, left_out, arguments.seconds)
+    def prepare(self, arguments: argparse.Namespace) -> Any:
+        return {}, [(name, partial(self.parts, name)) for name in "abc"]
 
     def parts(self, name: str, settings: Settings) -> Iterator[list[Any]]:
         for part in (f"{name}0", f"{name}1"):
