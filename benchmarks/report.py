@@ -14,6 +14,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
@@ -86,6 +87,14 @@ def _digits(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:#.3g}"
 
 
+def _device(content: Content) -> str:
+    """The GPU where there was one and nothing else was asked for."""
+    hardware, parameters = content["hardware"], content["parameters"]
+    if hardware["gpu"] and parameters.get("device") != "cpu":
+        return str(hardware["gpu"]["name"])
+    return f"{hardware['cpu']}, {parameters['threads']} torch thread(s)"
+
+
 def _name(result: Result) -> str:
     return str(result["name"])
 
@@ -101,12 +110,10 @@ def _peak(result: Result) -> str:
 
 def _offload_parts(content: Content) -> Iterator[str]:
     """The median of each variant, per token."""
-    hardware, parameters, results = (content[k] for k in ("hardware", "parameters", "results"))
-    device = hardware["gpu"]["name"] if hardware["gpu"] else hardware["cpu"]
+    parameters, results = content["parameters"], content["results"]
     yield (
         f"{parameters['model']}, {parameters['dtype']}, {parameters['tokens']} tokens, "
-        f"{parameters['threads']} torch thread(s), {device}, {hardware['cores']} cores; "
-        f"median of {len(results[0]['samples'])} runs:"
+        f"{_device(content)}; median of {len(results[0]['samples'])} runs:"
     )
 
     def ms(result: Result, name: str) -> str:
@@ -184,19 +191,14 @@ def _model_parts(content: Content) -> Iterator[str]:
     """What was measured, if anything was, and what is predicted."""
     predicted = [result for result in content["results"] if "prediction" in result]
     measured = [result for result in content["results"] if "prediction" not in result]
-    hardware, parameters = content["hardware"], content["parameters"]
+    parameters, lengths = content["parameters"], ""
     if measured:
-        device = f"{hardware['cpu']}, {parameters['threads']} torch thread(s)"
-        if parameters["device"] == "cuda":
-            device = hardware["gpu"]["name"]
-        lengths = ""
         if content["case"] == "zoo":  # whose tasks do not have them in their names
-            lengths = "encoder: {prompt_length} tokens, decoder: {steps} steps; ".format(
-                **parameters
-            )
+            lengths = "encoder: {prompt_length} tokens, decoder: {steps} steps; "
         yield (
             f"{parameters['model']}, random weights, {parameters['dtype']} but for what is packed; "
-            f"{lengths}{device}; mean of {len(measured[0]['samples'])} runs:"
+            f"{lengths.format(**parameters)}{_device(content)}; "
+            f"mean of {len(measured[0]['samples'])} runs:"
         )
         yield _by_columns(_MEASURED, measured)
     details = predicted[0]["details"]
@@ -283,11 +285,7 @@ def _kernel_parts(content: Content) -> Iterator[str]:
     yield _kernel_caption(content)
     for op, results in _by_op(content).items():
         yield f"**{op}**"
-        yield _size_table(results, _time_cell, lambda rows: True)
-        is_cuda = content["parameters"]["device"] == "cuda"
-        if is_cuda and any(_is_plain(result["details"]["variant"]) for result in results):
-            yield f"**{op}**, share of the copy's bandwidth:"
-            yield _size_table(results, _share_cell, lambda rows: rows in (1, 4, 16))
+        yield _size_table(results)
     failed = [f"{result['name']}: {result['failure']}" for result in content["results"]
               if result["failure"]]  # fmt: skip
     for title, lines in (("Not measured:", failed), ("Targets:", targets(content))):
@@ -297,16 +295,11 @@ def _kernel_parts(content: Content) -> Iterator[str]:
 
 
 def _kernel_caption(content: Content) -> str:
-    hardware, parameters = content["hardware"], content["parameters"]
-    device, threads = hardware["cpu"], parameters["threads"]
-    device += ", one thread" if threads == 1 else f", {threads} threads"
-    if parameters["device"] == "cuda":
-        device = hardware["gpu"]["name"]
-    copies = [result["gbps"] for result in content["results"] if result["details"]["op"] == "copy"]
-    copies = list(filter(None, copies))
+    copies = [r["gbps"] for r in content["results"] if r["details"]["op"] == "copy" and r["gbps"]]
     copy = f"; copy {statistics.median_low(copies):.0f} GB/s, read and written" if copies else ""
     return (
-        f"{device}, torch {content['versions']['torch']}, {parameters['dtype']}{copy}. "
+        f"{_device(content)}, torch {content['versions']['torch']}, "
+        f"{content['parameters']['dtype']}{copy}. "
         "Median in µs, and in parentheses that over torch's without quantization, or where there "
         "is no such product the share of the copy's bandwidth. Bold: what the op chooses."
     )
@@ -348,44 +341,21 @@ def _over_plain(result: Result, others: dict[str, Result]) -> float | None:
     return None if plain is None else result["time_s"]["median"] / plain["time_s"]["median"]
 
 
-def _size_table(
-    results: list[Result],
-    cell: Callable[[Result, dict[str, Result]], str],
-    is_shown: Callable[[int | None], bool],
-) -> str:
+def _size_table(results: list[Result]) -> str:
     variants = list(dict.fromkeys(result["details"]["variant"] for result in results))
-    rows = [
-        [shape, str(num_rows or ""), *(cell(own[v], own) if v in own else "" for v in variants)]
-        for (shape, num_rows), own in _by_size(results).items()
-        if is_shown(num_rows)
-    ]
+    rows = []
+    for (shape, num_rows), own in _by_size(results).items():
+        cells = [_time_cell(own[name], own) if name in own else "" for name in variants]
+        rows.append([shape, str(num_rows or ""), *cells])
     return markdown(["N x K", "M", *variants], rows)
 
 
 def _time_cell(result: Result, others: dict[str, Result]) -> str:
-    time, over_plain = _digits(result["time_s"]["median"] * 1e6), _over_plain(result, others)
-    share = _share_cell(result, others) if over_plain is None else f"{over_plain:.2f}"
-    text = f"{time} ({share})"
-    return f"**{text}**" if result["details"].get("is_chosen") else text
-
-
-def _share_cell(result: Result, _: dict[str, Result]) -> str:
-    share = result["details"].get("copy_fraction")
-    return "" if share is None else f"{share:.0%}"
-
-
-def lines(content: Content) -> list[str]:
-    """The times in a few lines of text: for each shape and variant, rows of activations:µs."""
-    found = []
-    for op, results in _by_op(content).items():
-        times: dict[str, list[str]] = {}
-        for (shape, num_rows), variants in _by_size(results).items():
-            for variant, result in variants.items():
-                mark = "*" if result["details"].get("is_chosen") else ""
-                time = f"{num_rows or ''}:{_digits(result['time_s']['median'] * 1e6)}{mark}"
-                times.setdefault(f"{op} {shape} {variant}", []).append(time)
-        found += [f"{name:46} {' '.join(each)}" for name, each in times.items()]
-    return found
+    details, over_plain = result["details"], _over_plain(result, others)
+    share = details.get("copy_fraction", math.nan)  # where the copy failed, nobody knows
+    compared = f"{share:.0%}" if over_plain is None else f"{over_plain:.2f}"
+    text = f"{_digits(result['time_s']['median'] * 1e6)} ({compared})"
+    return f"**{text}**" if details.get("is_chosen") else text
 
 
 # ---- what the kernels have to reach --------------------------------------------------------------
@@ -482,76 +452,63 @@ def _cpu_targets(op: str, sizes: dict[Size, dict[str, Result]]) -> Iterator[Targ
 # ---- plots ---------------------------------------------------------------------------------------
 
 _COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2")
-_WIDTH, _HEIGHT = 230, 190  # of a panel, axes included
-_LEFT, _TOP, _RIGHT, _BOTTOM = 34, 22, 10, 34  # between its border and its axes
-_MOST = 8.0  # times torch's time, and as far below it: what lies beyond is drawn at the edge
-_GRID = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
+_STEP_X, _STEP_Y = 26, 22  # for twice the rows, and for twice the time
+_MOST = 3  # doublings of torch's time, and halvings: what lies beyond is drawn at the edge
+_MARGIN, _HEIGHT = 44, 200
 
 
 def plot(content: Content, op: str) -> str:
     """An SVG picture: time over torch's by rows of activations, a panel for each shape."""
-    panels: dict[str, dict[str, list[tuple[int, float]]]] = {}
-    for (shape, num_rows), found in _by_size(_by_op(content)[op]).items():
-        for variant, result in found.items():
-            points = panels.setdefault(shape, {}).setdefault(variant, [])
-            value = _over_plain(result, found)
-            if num_rows is not None and value is not None:
-                points.append((num_rows, value))
-    variants = list(dict.fromkeys(variant for panel in panels.values() for variant in panel))
-    colors = {variant: _COLORS[i % len(_COLORS)] for i, variant in enumerate(variants)}
-    parts = [part for i, (shape, panel) in enumerate(panels.items())
-             for part in _panel(_WIDTH * i, shape, panel, colors)]  # fmt: skip
-    for i, variant in enumerate(variants):
-        x, y = 8 + i % 4 * 230, _HEIGHT + 12 + i // 4 * 15
-        parts += [_line(x, y - 3, x + 18, y - 3, colors[variant], 2), _text(x + 23, y, variant)]
-    width, height = max(_WIDTH * len(panels), 930), _HEIGHT + 24 + (len(variants) - 1) // 4 * 15
-    title = f"{op}: time over that of torch without quantization, by rows of activations"
+    sizes = _by_size(_by_op(content)[op])
+    shapes = list(dict.fromkeys(shape for shape, _ in sizes))
+    variants = dict.fromkeys(variant for found in sizes.values() for variant in found)
+    colors = dict(zip(variants, cycle(_COLORS), strict=False))
+    most_rows = max(num_rows for _, num_rows in sizes if num_rows is not None)
+    width = _MARGIN + round(_STEP_X * math.log2(most_rows))
+    legend = "&#160; ".join(
+        f'<tspan fill="{color}">■ {escape(variant)}</tspan>' for variant, color in colors.items()
+    )
+    panels = [
+        f'<g transform="translate({width * i + _MARGIN - 8} {_HEIGHT / 2 - 10})">\n'
+        f"{_panel(shape, width - _MARGIN, sizes, colors)}</g>"
+        for i, shape in enumerate(shapes)
+    ]
     return "\n".join([
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width * len(shapes)} {_HEIGHT}" '
         'font-family="sans-serif" font-size="10">',
-        f"<title>{escape(title)}</title>",
-        f'<rect width="{width}" height="{height}" fill="white"/>',
-        *parts,
+        f"<title>{op}: time over that of torch without quantization, by rows</title>",
+        '<rect width="100%" height="100%" fill="white"/>',
+        *panels,
+        f'<text x="8" y="{_HEIGHT - 6}">{legend}</text>',
         "</svg>\n",
     ])  # fmt: skip
 
 
 def _panel(
-    left: float, title: str, panel: dict[str, list[tuple[int, float]]], colors: dict[str, str]
-) -> Iterator[str]:
-    """One shape: for each variant its ratios by number of rows.   left: of the whole picture."""
-    rows = sorted({num_rows for points in panel.values() for num_rows, _ in points})
-    start, end = left + _LEFT, left + _WIDTH - _RIGHT
-    span = math.log2(rows[-1] / rows[0]) or 1.0
-
-    def x_of(num_rows: int) -> float:
-        return start + math.log2(num_rows / rows[0]) / span * (end - start)
-
-    for value in _GRID:
-        y, color = _y_of(value), "#555" if value in (1 / _MOST, 1.0) else "#ddd"
-        yield _line(start, y, end, y, color, 0.7)
-        yield _text(start - 4, y + 3, f"{value:g}", "end")
-    for num_rows in rows:
-        yield _text(x_of(num_rows), _HEIGHT - _BOTTOM + 13, str(num_rows), "middle")
-    yield _text(left + _WIDTH / 2, 14, title, "middle")
-    for variant, points in panel.items():
-        where = " ".join(f"{x_of(num_rows):.1f},{_y_of(value):.1f}" for num_rows, value in points)
-        style = f'fill="none" stroke="{colors[variant]}" stroke-width="1.5"'
-        yield f'<polyline points="{where}" {style}/>'
+    shape: str, width: int, sizes: dict[Size, dict[str, Result]], colors: dict[str, str]
+) -> str:
+    """One shape: for each variant its ratios by rows; one row in torch's time is at (0, 0)."""
+    found = {num_rows: own for (one, num_rows), own in sizes.items() if one == shape and num_rows}
+    texts = [(width / 2, -_STEP_Y * _MOST - 8, "middle", shape)]
+    lines = []
+    for power in range(-_MOST, _MOST + 1):
+        y = -_STEP_Y * power
+        lines.append(f'<path d="M0 {y}h{width}" stroke="{"#ddd" if power else "#555"}"/>')
+        texts.append((-4, y + 3, "end", f"{2.0**power:g}"))
+    for num_rows in found:
+        x = _STEP_X * math.log2(num_rows)
+        texts.append((x, _STEP_Y * _MOST + 13, "middle", str(num_rows)))
+    for variant, color in colors.items():
+        ratios = {m: _over_plain(own[variant], own) for m, own in found.items() if variant in own}
+        points = " ".join(_point(m, ratio) for m, ratio in ratios.items() if ratio is not None)
+        lines.append(f'<polyline points="{points}" fill="none" stroke="{color}"/>')
+    lines += [f'<text x="{x:g}" y="{y}" text-anchor="{a}">{text}</text>' for x, y, a, text in texts]
+    return "".join(f"{line}\n" for line in lines)
 
 
-def _y_of(value: float) -> float:
-    power = math.log2(min(max(value, 1 / _MOST), _MOST)) / math.log2(_MOST)
-    return _HEIGHT - _BOTTOM - (power + 1) / 2 * (_HEIGHT - _TOP - _BOTTOM)
-
-
-def _line(x1: float, y1: float, x2: float, y2: float, color: str, width: float) -> str:
-    ends = f'x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"'
-    return f'<line {ends} stroke="{color}" stroke-width="{width}"/>'
-
-
-def _text(x: float, y: float, text: str, anchor: str = "start") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+def _point(num_rows: int, ratio: float) -> str:
+    power = min(max(math.log2(ratio), -_MOST), _MOST)
+    return f"{_STEP_X * math.log2(num_rows):.1f},{-_STEP_Y * power:.1f}"
 
 
 _PARTS: dict[str, Callable[[Content], Iterator[str]]] = {

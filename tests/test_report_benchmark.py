@@ -16,7 +16,6 @@ from benchmarks.report import (
     PLOTS,
     ROOT,
     Target,
-    lines,
     plot,
     plot_of,
     table,
@@ -70,7 +69,6 @@ def test_what_a_gpu_gives_is_shown_with_what_is_chosen_and_what_failed() -> None
     text = table(content(results))
     assert "| 12288x12288 | 1 | 200 (1.00) | **100 (0.50)** |" in text and "A GPU" in text
     assert "- weight-only broken: KernelError: no" in text
-    assert [line.split()[-1] for line in lines(content(results))] == ["1:200", "1:100*", "4:5.00"]
 
 
 def test_a_picture_has_a_line_for_each_variant_of_each_shape() -> None:
@@ -81,7 +79,7 @@ def test_a_picture_has_a_line_for_each_variant_of_each_shape() -> None:
         for variant, us in (("torch float16", 10.0), ("a < b", 5.0))
     ]
     picture = ElementTree.fromstring(plot(content(results), "weight-only"))
-    drawn = picture.findall("{http://www.w3.org/2000/svg}polyline")
+    drawn = picture.findall(".//{http://www.w3.org/2000/svg}polyline")
     assert len(drawn) == 4 and all(len(line.get("points", "").split()) == 2 for line in drawn)
 
 
