@@ -31,6 +31,7 @@ import torch
 
 import bminf
 from bminf.cli.measure import PeakMemory, rss_anon_bytes
+from bminf.offload.plan import Plan
 from bminf.progress import progress_bar
 
 SCHEMA_VERSION = 1
@@ -361,6 +362,18 @@ def _graph_calls(call: Call) -> int:
 
 
 # ---- the file ------------------------------------------------------------------------------------
+
+
+def plan_entries(plan: Plan) -> dict[str, Any]:
+    """The plan in numbers, for a JSON file."""
+    names = ("reserved_bytes", "resident_bytes", "streamed_bytes")
+    counts = ("resident", "streamed", "on_disk")
+    return {
+        "memory_limit": plan.budget,
+        "planned_bytes": plan.total_bytes,
+        **{name: getattr(plan, name) for name in names},
+        **{name: len(getattr(plan, name)) for name in counts},
+    }
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

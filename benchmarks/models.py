@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import harness
-from benchmarks.harness import Group, Result, Settings, Variant, Work
+from benchmarks.harness import Group, Result, Settings, Variant, Work, plan_entries
 from bminf.arch.glm import GLM as GLMNetwork
 from bminf.arch.registry import all_formats
 from bminf.arch.t5 import T5, T5Config
@@ -45,7 +45,6 @@ from bminf.offload.backends import backend_for, free_budget, host_budget
 from bminf.offload.hooks import Scheduler
 from bminf.offload.plan import Plan
 from bminf.offload.predict import predict
-from bminf.ops.linear import ACTIVATIONS
 from bminf.quantization.packed import PackedWeight, Packing, parse_format
 from bminf.units import format_bytes, parse_bytes
 
@@ -56,19 +55,24 @@ _LENGTH = 2**22 - 3  # of a run of numbers, which all weights of one type are vi
 
 @dataclass(frozen=True)
 class Random(Sliced):
-    """A tensor that is made when it is read: mostly a view, which takes no memory of its own."""
+    """A tensor that is there already: mostly a view, which takes no memory of its own."""
 
     where: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    make: Callable[[], torch.Tensor]
+    tensor: torch.Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensor.dtype
 
     def read(self) -> torch.Tensor:
-        return self.make()
+        return self.tensor
 
     def _slice(self, axis: int, start: int, end: int) -> Stored:
-        shape = tuple(end - start if i == axis else n for i, n in enumerate(self.shape))
-        return replace(self, shape=shape, make=lambda: self.make().narrow(axis, start, end - start))
+        return replace(self, tensor=self.tensor.narrow(axis, start, end - start))
 
 
 def random_weights(network: torch.nn.Module) -> Weights:
@@ -78,60 +82,48 @@ def random_weights(network: torch.nn.Module) -> Weights:
     are windows on a few megabytes of random numbers, each some numbers behind the last one: no two
     are alike, nothing more is held while a model is filled, and filling it is copying.
     """
-    tensors: dict[str, Stored] = {}
+    tensors: dict[str, torch.Tensor] = {}
     forms, table = {}, None
     for start, (name, module) in enumerate(network.named_modules()):
         if isinstance(module, QuantizedLinear):
             forms[name] = module.form
-            tensors |= _packed(name, module.packed, start)
+            parts = _packed(module.packed, start)
+            tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
         elif type(module) is torch.nn.Linear:
             shape = (module.out_features, module.in_features)
-            tensors[f"{name}.weight"] = _matrix(name, shape, start, module.in_features**-0.5)
+            tensors[f"{name}.weight"] = _matrix(shape, start, module.in_features**-0.5)
         elif isinstance(module, HostEmbedding):
-            table = _matrix(name, (module.num_rows, module.hidden_size), start, 1.0)
+            table = Random(name, _matrix((module.num_rows, module.hidden_size), start, 1.0))
     generator = torch.Generator().manual_seed(0)
     for name, _, like in tensors_of(network):
         if name not in tensors:
             row = torch.rand(like.shape[-1], generator=generator) + 0.5
-            tensors[name] = _stored(name, row.to(like.dtype).expand(like.shape))
-    return Weights(tensors, Path("random weights"), Packing(None, forms), table=table)
+            tensors[name] = row.to(like.dtype).expand(like.shape)
+    stored = {name: Random(name, tensor) for name, tensor in tensors.items()}
+    return Weights(stored, Path("random weights"), Packing(None, forms), table=table)
 
 
-def _packed(name: str, like: PackedWeight, start: int) -> dict[str, Stored]:
+def _packed(like: PackedWeight, start: int) -> dict[str, torch.Tensor]:
     """The parts of a packed weight of the sizes of `like`, which is on the meta device."""
     num_codes = 255 if like.bits == 8 else 16
     factor = (12 / like.in_features) ** 0.5 / num_codes  # a uniform distribution has 1/12
     scale = torch.full((), factor, dtype=like.scale.dtype).expand(like.scale.shape)
-    num_columns, dtype = like.in_features * like.bits // 8, like.qweight.dtype
+    num_columns = like.in_features * like.bits // 8
     num_rows, padded = like.qweight.shape
-
-    def codes() -> torch.Tensor:
-        rows = _rows(_numbers(dtype), (num_rows, num_columns), start)
-        return rows if padded == num_columns else F.pad(rows, (0, padded - num_columns))
-
-    def sums() -> torch.Tensor:
-        # NumPy makes no wider copy of the codes to add them up.
-        return torch.from_numpy(np.add.reduce(codes().numpy(), 1, dtype=np.int32))
-
-    parts: dict[str, Stored] = {
-        f"{name}.qweight": Random(name, (num_rows, padded), dtype, codes),
-        f"{name}.scale": _stored(name, scale),
-    }
+    codes = _rows(_numbers(like.qweight.dtype), (num_rows, num_columns), start)
+    if padded != num_columns:
+        codes = F.pad(codes, (0, padded - num_columns))
+    parts = {"qweight": codes, "scale": scale}
     if like.minimum is not None:
-        parts[f"{name}.minimum"] = _stored(name, scale * -((num_codes - 1) / 2))
-    if like.code_sum is not None:
-        parts[f"{name}.code_sum"] = Random(name, (num_rows,), torch.int32, sums)
+        parts["minimum"] = scale * -((num_codes - 1) / 2)
+    if like.code_sum is not None:  # NumPy makes no wider copy of the codes to add them up
+        parts["code_sum"] = torch.from_numpy(np.add.reduce(codes.numpy(), 1, dtype=np.int32))
     return parts
 
 
-def _matrix(where: str, shape: tuple[int, int], start: int, scale: float) -> Stored:
+def _matrix(shape: tuple[int, int], start: int, scale: float) -> torch.Tensor:
     """Normal numbers in half precision, times `scale`."""
-    dtype = torch.float16
-    return Random(where, shape, dtype, lambda: _rows(_numbers(dtype, scale), shape, start))
-
-
-def _stored(where: str, tensor: torch.Tensor) -> Stored:
-    return Random(where, tuple(tensor.shape), tensor.dtype, lambda: tensor)
+    return _rows(_numbers(torch.float16, scale), shape, start)
 
 
 @cache
@@ -297,7 +289,7 @@ class Run:
     head_quantization: by the names of the architecture's formats; "none" is not packed.
     batches: (rows, tokens of each) that memory is reserved for, one of them at a time.
     limit: bytes; None is 90% of what is free on `device`, "cpu" or "cuda".
-    activations: see bminf.QuantizedLinear.
+    offload_dir: for streamed blocks in a file.
     """
 
     source: Source
@@ -308,7 +300,6 @@ class Run:
     limit: int | None = None
     device: str = "cpu"
     tasks: tuple[Task, ...] = ()
-    activations: str = "auto"
     offload_dir: Path | None = None
 
     @property
@@ -327,7 +318,7 @@ class Run:
         layers = parse_format(_format(self.quantization), formats=known)
         head = parse_format(_format(self.head_quantization), "head_quantization", known)
         source = find_sizes(self.source)
-        made = assemble.assemble(source, Formats(layers, head), self.dtype, self.activations)
+        made = assemble.assemble(source, Formats(layers, head), self.dtype)
         num_rows, length = max(
             self.batches,
             key=lambda own: assemble.reserved_bytes(made, own[1], own[0], self.device),
@@ -361,7 +352,6 @@ class Run:
                 "loading_peak_rss_anon_bytes": peak.peak_bytes,
                 "quantization": self.quantization,
                 "head_quantization": self.head_quantization,
-                "activations": self.activations,
                 **plan_entries(scheduler.plan),
             }
             held_bytes = (rss_anon_bytes() or 0) - (before or 0)
@@ -426,18 +416,6 @@ def _complete(result: Result, held_bytes: int) -> None:
         result["peak_rss_anon_bytes"] += held_bytes
 
 
-def plan_entries(plan: Plan) -> dict[str, Any]:
-    """The plan in numbers, for a JSON file."""
-    names = ("reserved_bytes", "resident_bytes", "streamed_bytes")
-    counts = ("resident", "streamed", "on_disk")
-    return {
-        "memory_limit": plan.budget,
-        "planned_bytes": plan.total_bytes,
-        **{name: getattr(plan, name) for name in names},
-        **{name: len(getattr(plan, name)) for name in counts},
-    }
-
-
 def _formats_text(source: Source, quantization: str, head: str) -> str:
     """For names."""
     return f"{quantization}, head {head}" if source.architecture.split_head else quantization
@@ -487,20 +465,17 @@ def predictions(
     if isinstance(source.config, T5Config):
         tasks = [Task(ENCODER, _PREDICTED_PROMPT), Task(ANEW, 1), Task(ONCE, 1)]
     for quantization in quantizations:
-        formats = _formats_text(source, quantization, head)
-        facts = {"model": source.title, "quantization": quantization, "head_quantization": head}
         plan = assemble.plan_model(
             source, card.memory_limit, _format(quantization), torch.float16, _PREDICTED_LENGTH,
             head_quantization=_format(head),
         )  # fmt: skip
+        name = f"{card.name} {_formats_text(source, quantization, head)}"
+        facts = {"model": source.title, "quantization": quantization, "head_quantization": head}
         for task in tasks:
             result = _predicted(card, plan, task)
             result["details"] |= facts
             speeds = PUBLISHED_SPEEDS.get(source.title, {}).get(task.work[0], {})
-            yield result | {
-                "name": f"{card.name} {formats}: {task.kind}",
-                "published_tokens_per_s": speeds,
-            }
+            yield {"name": f"{name}: {task.kind}", **result, "published_tokens_per_s": speeds}
 
 
 def _predicted(card: Card, plan: Plan, task: Task) -> Result:
@@ -525,20 +500,15 @@ def _predicted(card: Card, plan: Plan, task: Task) -> Result:
 _RESERVED_LENGTH = 512  # tokens of prompt and answer each of an encoder-decoder, or more
 _LAYERS = ("num_hidden_layers", "num_encoder_layers", "num_decoder_layers")
 _LIMIT = "--memory-limit"
-_CARD_OPTIONS = ("--card", "--card-limit", "--link", "--memory-bandwidth")
 
 
 @dataclass(frozen=True)
 class Case:
-    """A kind of models, by default the model `title`, and a card to predict it for.
-
-    predicted: in which formats; () are those that are asked for.
-    """
+    """A kind of models, by default the model `title`, and a card to predict it for."""
 
     title: str
     card: Card
     is_encoder_decoder: bool
-    predicted: tuple[str, ...] = ()
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Declares the options of this case."""
@@ -550,30 +520,19 @@ class Case:
         add(_LIMIT, nargs="+", metavar="SIZE", default=[None],
             help='one or more, such as "6GB"; default: 90%% of what is free')  # fmt: skip
         add("--quantization", nargs="+", choices=kinds, help="default: int4-row for a GLM, or int8")
-        add("--activations", choices=ACTIVATIONS, default="auto", help="default: auto")
-        add(
-            "--dtype",
-            choices=("float32", "float16", "bfloat16"),
-            help="default: float16, on the CPU float32",
-        )
-        parser.set_defaults(threads=None)  # torch's own number
-        add("--offload-dir", type=Path, metavar="DIR", help="for streamed blocks in a file")
+        parser.set_defaults(threads=None, rounds=1)  # torch's own number
         add("--predict-only", action="store_true", help="measure nothing: this takes seconds")
         self._add_tasks(parser)
-        add = parser.add_argument_group("the card of the prediction").add_argument
-        for option, value in zip(_CARD_OPTIONS, vars(self.card).values(), strict=True):
-            text = value if isinstance(value, str) else f"{value / 1e9:g}GB"
-            add(option, default=text, metavar="SIZE", help=f"default: {text}")
 
     def _add_tasks(self, parser: argparse.ArgumentParser) -> None:
         add = partial(parser.add_argument, type=count)
         if self.is_encoder_decoder:
-            parser.set_defaults(rounds=1, head_quantization=None)
+            parser.set_defaults(head_quantization=None)
             add("--prompt-length", default=256, metavar="N", help="default: 256 tokens")
             add("--steps", default=255, metavar="N", help="of the decoder; default: 255")
             return
         # The run that is checked warms up; at full size each takes minutes.
-        parser.set_defaults(rounds=1, warmup=0, repeats=1)
+        parser.set_defaults(warmup=0, repeats=1)
         heads, tasks = [*all_formats(), "none"], ("encode", "decode", "cola")
         parser.add_argument("--head-quantization", choices=heads, help="default: int8 for a GLM")
         parser.add_argument("--tasks", nargs="+", choices=tasks, default=tasks, help="default: all")
@@ -592,8 +551,7 @@ class Case:
             for run in runs:
                 run.planned(2**60 if run.limit is None else run.limit)
             kinds = list(dict.fromkeys(run.quantization for run in runs))
-            asked = (self.predicted or kinds, runs[0].head_quantization)
-            predicted = list(predictions(whole, _card(arguments), *asked))
+            predicted = list(predictions(whole, self.card, kinds, runs[0].head_quantization))
         except (ArgumentError, BudgetError) as error:
             raise SystemExit(str(error)) from error
         parameters = _parameters(arguments, runs[0]) | {"quantization": kinds}
@@ -603,9 +561,7 @@ class Case:
     def _runs(self, arguments: argparse.Namespace, whole: Source) -> list[Run]:
         """Each kind of weights under each limit.   Raises ArgumentError."""
         if isinstance(whole.config, T5Config) is not self.is_encoder_decoder:
-            raise ArgumentError(
-                f"--model {arguments.model} is a model for the other of zoo and glm"
-            )
+            raise ArgumentError(f"{arguments.model} is a model for the other of zoo and glm")
         source, tasks = shortened(whole, arguments.layers), self.tasks(arguments)
         assemble.max_length_for(max(task.length for task in tasks), source)
         is_cut = whole.architecture.split_head is not None
@@ -615,11 +571,13 @@ class Case:
             batches = ((1, max(_RESERVED_LENGTH, *(length for _, length in batches))),)
         first = Run(
             source,
-            assemble.dtype_for(arguments.dtype, device),
+            assemble.dtype_for(None, device),
             "int4-row" if is_cut else "int8",
             arguments.head_quantization or ("int8" if is_cut else "none"),
-            batches, None, device, tasks, arguments.activations, arguments.offload_dir,
-        )  # fmt: skip
+            batches,
+            device=device,
+            tasks=tasks,
+        )
         return [
             replace(first, quantization=quantization, limit=limit and parse_bytes(limit, _LIMIT))
             for quantization in arguments.quantization or [first.quantization]
@@ -641,7 +599,7 @@ class Case:
 
 def _parameters(arguments: argparse.Namespace, run: Run) -> dict[str, Any]:
     """What was asked for, for the JSON file."""
-    names = ("prompt_length", "steps", "memory_limit", "activations")
+    names = ("prompt_length", "steps", "memory_limit")
     return {name: vars(arguments)[name] for name in names if name in arguments} | {
         "model": run.source.title,
         "config": asdict(run.source.config),
@@ -659,12 +617,6 @@ def count(text: str) -> int:
     if number < 1:
         raise ValueError(text)
     return number
-
-
-def _card(arguments: argparse.Namespace) -> Card:
-    sizes = (arguments.card_limit, arguments.link, arguments.memory_bandwidth)
-    pairs = zip(sizes, _CARD_OPTIONS[1:], strict=True)
-    return Card(arguments.card, *(int(parse_bytes(*pair)) for pair in pairs))
 
 
 def shortened(whole: Source, num_layers: int | None) -> Source:
@@ -686,7 +638,6 @@ ZOO = Case(
     # GB/s, of which about 150 can be had. Both are what `bminf plan` takes.
     Card("GTX 1060 6 GB", 6 * 10**9, 12 * 10**9, 150 * 10**9),
     is_encoder_decoder=True,
-    predicted=("int8", "int4"),
 )
 GLM = Case(
     "GLM-130B",

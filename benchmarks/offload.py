@@ -9,7 +9,7 @@ import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,7 +20,7 @@ import torch
 import transformers
 
 import bminf
-from benchmarks.harness import Group, Result, Settings, Variant, Work, measure
+from benchmarks.harness import Group, Result, Settings, Variant, Work, measure, plan_entries
 from bminf.cli import models
 from bminf.cli.demo import half_limit
 from bminf.offload.plan import least_budget
@@ -176,16 +176,7 @@ def _wrapped(setup: Setup, limit: int | str) -> Iterator[Work]:
 
 
 def _planned(model: Any) -> dict[str, Any]:
-    plan, stats = bminf.plan_of(model), bminf.stats_of(model)
-    return {
-        "memory_limit": plan.budget,
-        "planned_bytes": plan.total_bytes,
-        "resident": len(plan.resident),
-        "streamed": len(plan.streamed),
-        "passes": stats.passes,
-        "bytes_copied": stats.bytes_copied,
-        "waited_s": stats.waited_s,
-    }
+    return plan_entries(bminf.plan_of(model)) | asdict(bminf.stats_of(model))
 
 
 @contextmanager
