@@ -280,81 +280,76 @@ _PREDICTED: dict[str, Column] = {
 # ---- kernels -------------------------------------------------------------------------------------
 
 
+Size = tuple[str, int | None]
+"""The weight's shape and the rows of activations."""
+Variants = dict[str, Result]
+"""Of one size, by the way to compute."""
+_PLAIN = ("torch float32", "torch float16", "torch bfloat16")  # by whose time others are divided
+
+
 def _kernel_parts(content: Content) -> Iterator[str]:
     """A table for each op, sizes down, ways to compute across; then what failed, and targets."""
-    yield _kernel_caption(content)
-    for op, results in _by_op(content).items():
+    copies = [r["gbps"] for r in content["results"] if r["details"]["op"] == "copy" and r["gbps"]]
+    copy = f"; copy {statistics.median_low(copies):.0f} GB/s, read and written" if copies else ""
+    yield (
+        f"{_device(content)}, torch {content['versions']['torch']}, "
+        f"{content['parameters']['dtype']}{copy}. "
+        "Median in µs, and in parentheses that over torch's without quantization, or where there "
+        "is no such product the share of the copy's bandwidth. Bold: what the op chooses."
+    )
+    for op, sizes in _by_op(content).items():
         yield f"**{op}**"
-        yield _size_table(results)
-    failed = [f"{result['name']}: {result['failure']}" for result in content["results"]
-              if result["failure"]]  # fmt: skip
+        yield _size_table(sizes)
+    failed = [f"{r['name']}: {r['failure']}" for r in content["results"] if r["failure"]]
     for title, lines in (("Not measured:", failed), ("Targets:", targets(content))):
         if lines:
             yield title
             yield "".join(f"- {line}\n" for line in lines)
 
 
-def _kernel_caption(content: Content) -> str:
-    copies = [r["gbps"] for r in content["results"] if r["details"]["op"] == "copy" and r["gbps"]]
-    copy = f"; copy {statistics.median_low(copies):.0f} GB/s, read and written" if copies else ""
-    return (
-        f"{_device(content)}, torch {content['versions']['torch']}, "
-        f"{content['parameters']['dtype']}{copy}. "
-        "Median in µs, and in parentheses that over torch's without quantization, or where there "
-        "is no such product the share of the copy's bandwidth. Bold: what the op chooses."
-    )
-
-
-Size = tuple[str, int | None]
-"""The weight's shape and the rows of activations."""
-
-
-def _by_op(content: Content) -> dict[str, list[Result]]:
-    """The results that were measured, without the copies, in the order of the file."""
-    found: dict[str, list[Result]] = {}
+def _by_op(content: Content) -> dict[str, dict[Size, Variants]]:
+    """Op -> size -> way to compute -> result, of what was measured, without the copies."""
+    found: dict[str, dict[Size, Variants]] = {}
     for result in content["results"]:
-        op = result["details"]["op"]
-        if op != "copy" and result["time_s"] is not None:
-            found.setdefault(op, []).append(result)
-    return found
-
-
-def _by_size(results: Iterable[Result]) -> dict[Size, dict[str, Result]]:
-    """Size -> variant -> result."""
-    found: dict[Size, dict[str, Result]] = {}
-    for result in results:
         details = result["details"]
-        sides = (details["out_features"], details["in_features"])
-        shape = "x".join(str(side) for side in sides if side is not None)
-        found.setdefault((shape, details["rows"]), {})[details["variant"]] = result
+        if details["op"] != "copy" and result["time_s"] is not None:
+            sides = (details["out_features"], details["in_features"])
+            shape = "x".join(str(side) for side in sides if side is not None)
+            sizes = found.setdefault(details["op"], {})
+            sizes.setdefault((shape, details["rows"]), {})[details["variant"]] = result
     return found
 
 
-def _is_plain(variant: str) -> bool:
-    """Whether this is torch's product with a weight as it is, by whose time others are divided."""
-    return variant in ("torch float32", "torch float16", "torch bfloat16")
+def _ways(sizes: dict[Size, Variants]) -> list[str]:
+    """All ways to compute, in the order of the file."""
+    return list(dict.fromkeys(name for variants in sizes.values() for name in variants))
 
 
-def _over_plain(result: Result, others: dict[str, Result]) -> float | None:
-    """The time of `result` over that of the first plain product of the same size."""
-    plain = next((own for variant, own in others.items() if _is_plain(variant)), None)
-    return None if plain is None else result["time_s"]["median"] / plain["time_s"]["median"]
+def _over_plain(name: str, variants: Variants, key: str = "median") -> float | None:
+    """The time over that of torch's product with the weight as it is; None without one of them."""
+    plain = next((own for other, own in variants.items() if other in _PLAIN), None)
+    if plain is None or name not in variants:
+        return None
+    ratio: float = variants[name]["time_s"][key] / plain["time_s"][key]
+    return ratio
 
 
-def _size_table(results: list[Result]) -> str:
-    variants = list(dict.fromkeys(result["details"]["variant"] for result in results))
-    rows = []
-    for (shape, num_rows), own in _by_size(results).items():
-        cells = [_time_cell(own[name], own) if name in own else "" for name in variants]
-        rows.append([shape, str(num_rows or ""), *cells])
-    return markdown(["N x K", "M", *variants], rows)
+def _size_table(sizes: dict[Size, Variants]) -> str:
+    ways = _ways(sizes)
+    rows = [
+        [shape, str(num_rows or ""), *(_time_cell(name, variants) for name in ways)]
+        for (shape, num_rows), variants in sizes.items()
+    ]
+    return markdown(["N x K", "M", *ways], rows)
 
 
-def _time_cell(result: Result, others: dict[str, Result]) -> str:
-    details, over_plain = result["details"], _over_plain(result, others)
+def _time_cell(name: str, variants: Variants) -> str:
+    if name not in variants:
+        return ""
+    details, over_plain = variants[name]["details"], _over_plain(name, variants)
     share = details.get("copy_fraction", math.nan)  # where the copy failed, nobody knows
     compared = f"{share:.0%}" if over_plain is None else f"{over_plain:.2f}"
-    text = f"{_digits(result['time_s']['median'] * 1e6)} ({compared})"
+    text = f"{_digits(variants[name]['time_s']['median'] * 1e6)} ({compared})"
     return f"**{text}**" if details.get("is_chosen") else text
 
 
@@ -394,7 +389,7 @@ class Target:
 
 def targets(content: Content) -> list[Target]:
     """All targets for which the file has numbers."""
-    ops = {op: _by_size(results) for op, results in _by_op(content).items()}
+    ops = _by_op(content)
     return [
         *_weight_only_targets(ops.get("weight-only", {})),
         *_w8a8_targets(ops.get("w8a8", {})),
@@ -402,51 +397,51 @@ def targets(content: Content) -> list[Target]:
     ]
 
 
-def _weight_only_targets(sizes: dict[Size, dict[str, Result]]) -> Iterator[Target]:
+def _weight_only_targets(sizes: dict[Size, Variants]) -> Iterator[Target]:
     """Matrices that fill the memory: one row reads codes and scales at the copy's speed, and a few
     rows cost hardly more."""
     for (shape, num_rows), variants in sizes.items():
+        if _num_weights(shape) < _LEAST_WEIGHT_BYTES:
+            continue
         one_row = _chosen(sizes.get((shape, 1), {}))
         for format, chosen in _chosen(variants).items():
-            details, name = chosen["details"], f"{format} {shape} M={num_rows}"
-            if details["out_features"] * details["in_features"] < _LEAST_WEIGHT_BYTES:
-                continue
-            share, least = details.get("copy_fraction"), _LEAST_SHARE.get(format)
-            if num_rows == 1 and least is not None and share is not None:
+            name, share = f"{format} {shape} M={num_rows}", chosen["details"].get("copy_fraction")
+            if num_rows == 1 and format in _LEAST_SHARE and share is not None:
+                least = _LEAST_SHARE[format]
                 yield Target(f"{name}, share of the copy", share, least, is_least=True)
             if num_rows in _MOST_ROW_RATIO and format in one_row:
                 value = chosen["time_s"]["median"] / one_row[format]["time_s"]["median"]
                 yield Target(f"{name} over M=1", value, _MOST_ROW_RATIO[num_rows])
 
 
-def _chosen(variants: dict[str, Result]) -> dict[str, Result]:
+def _num_weights(shape: str) -> int:
+    return math.prod(map(int, shape.split("x")))
+
+
+def _chosen(variants: Variants) -> Variants:
     """Format -> the result of the path that the op takes."""
-    details = [(result["details"], result) for result in variants.values()]
-    return {own["format"]: result for own, result in details if own.get("is_chosen")}
+    chosen = [result for result in variants.values() if result["details"].get("is_chosen")]
+    return {result["details"]["format"]: result for result in chosen}
 
 
-def _w8a8_targets(sizes: dict[Size, dict[str, Result]]) -> Iterator[Target]:
+def _w8a8_targets(sizes: dict[Size, Variants]) -> Iterator[Target]:
     """The chosen product is the fastest one of codes that are there already."""
     for (shape, num_rows), variants in sizes.items():
-        ways = [variants[name] for name in _WAYS_OF_W8A8 if name in variants]
-        chosen = [way for way in ways if way["details"].get("is_chosen")]
-        if num_rows == 2048 and chosen:
-            best = min(way["time_s"]["median"] for way in ways)
-            value = chosen[0]["time_s"]["median"] / best
-            yield Target(f"w8a8 {shape} M=2048, chosen over best", value, _MOST_OVER_BEST)
+        ways = [variants[name]["time_s"]["median"] for name in _WAYS_OF_W8A8 if name in variants]
+        for chosen in _chosen(variants).values():
+            if num_rows == 2048:
+                value = chosen["time_s"]["median"] / min(ways)
+                yield Target(f"w8a8 {shape} M=2048, chosen over best", value, _MOST_OVER_BEST)
 
 
-def _cpu_targets(op: str, sizes: dict[Size, dict[str, Result]]) -> Iterator[Target]:
+def _cpu_targets(op: str, sizes: dict[Size, Variants]) -> Iterator[Target]:
     """The least time over the least time: the machine's noise only ever adds."""
-    variant, most, least_weights = _CPU_RATIOS[op]
+    name, most, least_weights = _CPU_RATIOS[op]
     for (shape, num_rows), variants in sizes.items():
-        sides = [int(side) for side in shape.split("x")]
-        plain = next((own for name, own in variants.items() if _is_plain(name)), None)
-        is_meant = num_rows == 1 and min(sides) >= 576 and math.prod(sides) >= least_weights
-        if is_meant and plain is not None and variant in variants:
-            value = variants[variant]["time_s"]["min"] / plain["time_s"]["min"]
+        ratio = _over_plain(name, variants, "min")
+        if ratio is not None and num_rows == 1 and _num_weights(shape) >= least_weights:
             state = op.removeprefix("linear ")
-            yield Target(f"CPU {variant} {shape} M=1 {state}, over fp32", value, most)
+            yield Target(f"CPU {name} {shape} M=1 {state}, over fp32", ratio, most)
 
 
 # ---- plots ---------------------------------------------------------------------------------------
@@ -459,10 +454,9 @@ _MARGIN, _HEIGHT = 44, 200
 
 def plot(content: Content, op: str) -> str:
     """An SVG picture: time over torch's by rows of activations, a panel for each shape."""
-    sizes = _by_size(_by_op(content)[op])
+    sizes = _by_op(content)[op]
     shapes = list(dict.fromkeys(shape for shape, _ in sizes))
-    variants = dict.fromkeys(variant for found in sizes.values() for variant in found)
-    colors = dict(zip(variants, cycle(_COLORS), strict=False))
+    colors = dict(zip(_ways(sizes), cycle(_COLORS), strict=False))
     most_rows = max(num_rows for _, num_rows in sizes if num_rows is not None)
     width = _MARGIN + round(_STEP_X * math.log2(most_rows))
     legend = "&#160; ".join(
@@ -484,9 +478,7 @@ def plot(content: Content, op: str) -> str:
     ])  # fmt: skip
 
 
-def _panel(
-    shape: str, width: int, sizes: dict[Size, dict[str, Result]], colors: dict[str, str]
-) -> str:
+def _panel(shape: str, width: int, sizes: dict[Size, Variants], colors: dict[str, str]) -> str:
     """One shape: for each variant its ratios by rows; one row in torch's time is at (0, 0)."""
     found = {num_rows: own for (one, num_rows), own in sizes.items() if one == shape and num_rows}
     texts = [(width / 2, -_STEP_Y * _MOST - 8, "middle", shape)]
@@ -499,7 +491,7 @@ def _panel(
         x = _STEP_X * math.log2(num_rows)
         texts.append((x, _STEP_Y * _MOST + 13, "middle", str(num_rows)))
     for variant, color in colors.items():
-        ratios = {m: _over_plain(own[variant], own) for m, own in found.items() if variant in own}
+        ratios = {m: _over_plain(variant, own) for m, own in found.items()}
         points = " ".join(_point(m, ratio) for m, ratio in ratios.items() if ratio is not None)
         lines.append(f'<polyline points="{points}" fill="none" stroke="{color}"/>')
     lines += [f'<text x="{x:g}" y="{y}" text-anchor="{a}">{text}</text>' for x, y, a, text in texts]
