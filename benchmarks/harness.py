@@ -257,11 +257,10 @@ def _rounded(time_s: float) -> float:
 def _complete(result: Result) -> None:
     """What follows from the median, unless a sample failed."""
     if result["failure"] is None:
-        time_s = summary([time_s for times in result["samples_s"] for time_s in times])
-        rates = {"gbps": ("num_bytes", 1e9), "tops": ("num_ops", 1e12)}
-        result["time_s"] = time_s
-        for name, (count, unit) in rates.items():
-            result[name] = result["details"][count] / time_s["median"] / unit
+        details, samples_s = result["details"], result["samples_s"]
+        result["time_s"] = summary([time_s for times in samples_s for time_s in times])
+        result["gbps"] = details["num_bytes"] / result["time_s"]["median"] / 1e9
+        result["tops"] = details["num_ops"] / result["time_s"]["median"] / 1e12
 
 
 @contextmanager
@@ -391,7 +390,12 @@ def document(case: str, parameters: dict[str, Any], settings: Settings) -> dict[
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         # Marked if files differ from the commit; None outside a repository.
         "commit": _output("git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"),
-        "versions": _versions(),
+        "versions": {
+            "bminf": bminf.__version__,
+            "python": platform.python_version(),
+            **{package: _version(package) for package in PACKAGES},
+            "cuda": torch.version.cuda,
+        },
         "hardware": _hardware(),
         "parameters": parameters,
         "settings": asdict(settings),
@@ -399,17 +403,11 @@ def document(case: str, parameters: dict[str, Any], settings: Settings) -> dict[
     }
 
 
-def _versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {
-        "bminf": bminf.__version__,
-        "python": platform.python_version(),
-    }
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    return found | {"cuda": torch.version.cuda}
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _hardware() -> dict[str, Any]:
