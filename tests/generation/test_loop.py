@@ -36,29 +36,18 @@ def test_a_row_alone_is_fed_what_it_drew() -> None:
 
 
 def test_rows_end_at_different_times() -> None:
-    """Each ends with its stop token; the caches of the others go on alone, in order."""
-    scripts = {0: [1, 2, STOP], 1: [STOP], 2: [3, 4, 5, 6], 3: [7, STOP]}
+    """Each ends with a stop token; the caches of the others go on alone, in order."""
+    scripts = {0: [1, 2, STOP], 1: [8], 2: [3, 4, 5, 6], 3: [7, STOP]}
     decoder = FakeDecoder(scripted(scripts, 10))
-    steps = run(decoder, [[0], [1], [2], [3]], 4)
+    steps = run(decoder, [[0], [1], [2], [3]], 4, stop_ids={8, STOP})
     assert steps == [
-        [1, STOP, 3, 7],
+        [1, 8, 3, 7],
         [2, None, 4, STOP],
         [STOP, None, 5, None],
         [None, None, 6, None],
     ]
     assert decoder.selected == [[0, 2, 3], [0, 1], [1]]
     assert [len(ids) for ids in decoder.fed] == [4, 3, 2, 1]
-
-
-def test_a_stop_token_in_the_first_step() -> None:
-    decoder = FakeDecoder(scripted({0: [STOP]}, 10))
-    assert run(decoder, [[0]], 5) == [[STOP]]
-    assert len(decoder.fed) == 1 and decoder.selected == []
-
-
-def test_every_stop_token_stops() -> None:
-    decoder = FakeDecoder(scripted({0: [1, 8], 1: [1, 1, 7]}, 10))
-    assert run(decoder, [[0], [1]], 9, stop_ids={7, 8}) == [[1, 1], [8, 1], [None, 7]]
 
 
 def test_it_ends_when_the_last_row_does() -> None:

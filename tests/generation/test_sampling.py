@@ -9,7 +9,7 @@ import torch
 from distribution import probabilities
 
 from bminf.errors import ArgumentError, UnsupportedModelError
-from bminf.generation.sampling import Sampler, Sampling, top_k_and_top_p, top_k_then_top_p
+from bminf.generation.sampling import Sampler, Sampling, top_k_then_top_p
 
 V = 40
 PLAIN = Sampling(temperature=1.0)
@@ -32,32 +32,18 @@ def draws(own: Sampler, logits: torch.Tensor, steps: int) -> list[list[int]]:
     return [own.draw(logits).tolist() for _ in range(steps)]
 
 
+REFUSED: dict[str, tuple[Any, ...]] = {
+    "temperature": (-0.1, math.nan, math.inf, "hot", True),
+    "top_k": (0, -3, 2.0, True),
+    "top_p": (0.0, 1.0001, -0.5, math.nan, True),
+    "frequency_penalty": (math.nan, math.inf, None),
+    "presence_penalty": (-math.inf, False),
+    "seed": (-1, 1.5, True),
+}
+
+
 @pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("temperature", -0.1),
-        ("temperature", math.nan),
-        ("temperature", math.inf),
-        ("temperature", "hot"),
-        ("temperature", True),
-        ("top_k", 0),
-        ("top_k", -3),
-        ("top_k", 2.0),
-        ("top_k", True),
-        ("top_p", 0.0),
-        ("top_p", 1.0001),
-        ("top_p", -0.5),
-        ("top_p", math.nan),
-        ("top_p", True),
-        ("frequency_penalty", math.nan),
-        ("frequency_penalty", math.inf),
-        ("frequency_penalty", None),
-        ("presence_penalty", -math.inf),
-        ("presence_penalty", False),
-        ("seed", -1),
-        ("seed", 1.5),
-        ("seed", True),
-    ],
+    ("name", "value"), [(name, value) for name, values in REFUSED.items() for value in values]
 )
 def test_arguments_that_mean_nothing_are_refused(name: str, value: Any) -> None:
     with pytest.raises(ArgumentError, match=f"^{name}=.*accepted"):
@@ -88,40 +74,15 @@ def test_what_just_fits_the_vocabulary_is_accepted() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("top_k", [None, 1, 7, V])
-@pytest.mark.parametrize("top_p", [None, 1e-6, 0.5, 0.9, 1.0])
-def test_probabilities_sum_to_one(
-    dtype: torch.dtype, top_k: int | None, top_p: float | None
-) -> None:
-    sampling = Sampling(0.7, top_k, top_p, 0.3, 0.2, banned_ids=(4,))
-    given = probabilities(random_logits().to(dtype), torch.ones(5, V), sampling)
-    assert given.dtype == torch.float32 and given.shape == (5, V)
-    assert (given >= 0).all() and (given[:, 4] == 0).all()
-    torch.testing.assert_close(given.sum(-1), torch.ones(5))
-
-
-def test_logits_and_counts_are_left_as_they_were() -> None:
-    logits, counts = random_logits().requires_grad_(), torch.ones(5, V)
-    before = logits.detach().clone()
-    given = probabilities(logits, counts, Sampling(0.7, 3, 0.9, 1.0, 1.0, (0,)))
-    assert torch.equal(logits, before) and torch.equal(counts, torch.ones(5, V))
-    assert not given.requires_grad
-
-
-def test_penalties_are_taken_off_the_divided_logits() -> None:
-    logits = random_logits(seed=1)
+def test_penalties_are_taken_off_the_divided_logits(dtype: torch.dtype) -> None:
+    logits = random_logits(seed=1).to(dtype).requires_grad_()
     counts = torch.randint(0, 4, (5, V), generator=torch.Generator().manual_seed(2))
-    expected = (logits.double() / 0.6 - 0.7 * counts - 0.4 * (counts > 0)).softmax(-1)
-    given = probabilities(logits, counts.float(), Sampling(0.6, None, None, 0.7, 0.4))
+    before = logits.detach().clone(), counts.clone()
+    expected = (before[0].double() / 0.6 - 0.7 * counts - 0.4 * (counts > 0)).softmax(-1)
+    given = probabilities(logits, counts, Sampling(0.6, None, None, 0.7, 0.4))
     torch.testing.assert_close(given, expected.float())
-    assert torch.equal(given, probabilities(logits, counts, Sampling(0.6, None, None, 0.7, 0.4)))
-
-
-@pytest.mark.parametrize(("penalty", "ratio"), [("frequency", 3), ("presence", 1)])
-def test_one_penalty_alone(penalty: str, ratio: int) -> None:
-    sampling = Sampling(1.0, **{f"{penalty}_penalty": 0.5})
-    given = probabilities(torch.zeros(1, 2), torch.tensor([[3.0, 0.0]]), sampling)[0]
-    assert float(given[1] / given[0]) == pytest.approx(math.exp(0.5 * ratio))
+    assert torch.equal(logits, before[0]) and torch.equal(counts, before[1])
+    assert not given.requires_grad
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 5, 39, V])
@@ -143,12 +104,6 @@ def test_top_p_keeps_the_token_with_which_the_sum_exceeds_it(top_p: float, num_k
     assert given.nonzero()[:, 1].tolist() == sorted([1, 3, 0, 2][:num_kept])
 
 
-def test_both_are_measured_on_the_whole_distribution() -> None:
-    """Measured on what top_k=2 leaves (2/3 and 1/3), top_p=0.6 would keep one token."""
-    given = probabilities(logits_of(0.5, 0.25, 0.125, 0.125), None, Sampling(1.0, 2, 0.6))
-    torch.testing.assert_close(given, torch.tensor([[2 / 3, 1 / 3, 0, 0]]))
-
-
 @pytest.mark.parametrize("top_k", [1, 3, 8, 20])
 @pytest.mark.parametrize("top_p", [0.1, 0.5, 0.8, 0.99])
 def test_the_stricter_of_both_holds(top_k: int, top_p: float) -> None:
@@ -161,23 +116,6 @@ def test_the_stricter_of_both_holds(top_k: int, top_p: float) -> None:
     assert torch.equal(by_both > 0, (by_k > 0) & (by_p > 0))
     kept = whole * (by_both > 0)
     torch.testing.assert_close(by_both, kept / kept.sum(-1, keepdim=True))
-
-
-def test_a_looser_filter_keeps_more() -> None:
-    logits = random_logits(rows=20, seed=4)
-    for looser in ([Sampling(1.0, k) for k in range(1, V + 1)],
-                   [Sampling(1.0, None, p / 50) for p in range(1, 51)]):  # fmt: skip
-        kept = [probabilities(logits, None, sampling) > 0 for sampling in looser]
-        for less, more in itertools.pairwise(kept):
-            assert (less <= more).all()
-        assert (kept[0].sum(-1) == 1).all() and kept[-1].all()
-
-
-def test_a_lower_temperature_favours_the_likeliest() -> None:
-    logits = random_logits(seed=5)
-    tops = [probabilities(logits, None, Sampling(t)).amax(-1) for t in (4, 1, 0.5, 0.1, 1e-45)]
-    assert all((less < more).all() for less, more in itertools.pairwise(tops))
-    assert torch.equal(tops[-1], torch.ones(5))
 
 
 def test_temperatures_beyond_float32_are_their_limits() -> None:
@@ -328,11 +266,6 @@ def test_a_row_draws_what_it_would_draw_alone() -> None:
         assert own == [step[row] for step in steps]
 
 
-def test_rows_with_equal_logits_draw_differently() -> None:
-    steps = draws(sampler(Sampling(1.0, seed=0), 2, 1000), torch.zeros(2, 1000), 10)
-    assert [a for a, _ in steps] != [b for _, b in steps]
-
-
 def test_selected_rows_go_on_as_they_would_have() -> None:
     sampling = Sampling(1.0, None, None, 1.0, seed=3)
     logits, prompts = random_logits(4, 50, seed=9), [[1], [2, 2], [3], [4]]
@@ -390,14 +323,6 @@ def test_a_refused_step_counts_nothing() -> None:
     assert draws(own, torch.tensor([[1.5, 1.0]]), 2) == [[0], [1]]
 
 
-def test_banned_ids_are_never_drawn() -> None:
-    logits = torch.zeros(1000, 6)
-    for temperature in (0.0, 1.0):
-        own = sampler(Sampling(temperature, banned_ids=(0, 3), seed=0), 1000, 6)
-        drawn = set(own.draw(logits).tolist())
-        assert drawn == ({1} if temperature == 0 else {1, 2, 4, 5})
-
-
 def test_sorting_is_only_for_filters(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("sorted")
@@ -415,48 +340,40 @@ def test_a_sampler_made_in_inference_mode_draws_outside_it() -> None:
     assert draws(own, torch.tensor([[1.5, 1.0]]), 3) == [[0], [1], [0]]
 
 
-def test_the_rule_alone() -> None:
-    given = torch.tensor([[0.125, 0.5, 0.25, 0.125], [0.25, 0.25, 0.25, 0.25]])
-    assert top_k_and_top_p(given, None, None) is given
-    assert top_k_and_top_p(given, 2, 1.0).tolist() == [[0, 0.5, 0.25, 0], [0.25, 0.25, 0, 0]]
-    assert top_k_and_top_p(given, 3, 0.5).tolist() == [[0, 0.5, 0.25, 0], [0.25, 0.25, 0.25, 0]]
-
-
 # ---- GLM's rule: top_p of what top_k leaves ------------------------------------------------------
 
 
-def kept_in_turn(logits: torch.Tensor, top_k: int | None, top_p: float | None) -> list[int]:
-    sampling = Sampling(1.0, top_k, top_p, filter=top_k_then_top_p)
-    return probabilities(logits, None, sampling)[0].nonzero().flatten().tolist()
+TIED = (0.35, 0.25, 0.15, 0.15, 0.1)  # of the first four, their sum, .39, .28, .17 and .17
 
 
 @pytest.mark.parametrize(
-    ("top_k", "kept"), [(1, [1]), (2, [1, 2, 4]), (3, [1, 2, 4]), (4, [0, 1, 2, 3, 4])]
+    ("shares", "top_k", "top_ps", "kept"),
+    [
+        # Top-k keeps all that tie with the last.
+        ((1 / 16, 0.5, 3 / 16, 1 / 16, 3 / 16), 1, (None,), [1]),
+        ((1 / 16, 0.5, 3 / 16, 1 / 16, 3 / 16), 2, (None,), [1, 2, 4]),
+        ((1 / 16, 0.5, 3 / 16, 1 / 16, 3 / 16), 4, (None,), [0, 1, 2, 3, 4]),
+        # A token goes when those before it exceed top_p.
+        ((0.125, 0.5, 0.125, 0.25), None, (1e-9, 0.4999), [1]),
+        ((0.125, 0.5, 0.125, 0.25), None, (0.5, 0.7), [1, 3]),
+        ((0.125, 0.5, 0.125, 0.25), None, (0.75, 0.874), [0, 1, 3]),
+        ((0.125, 0.5, 0.125, 0.25), None, (0.875, 1.0), [0, 1, 2, 3]),
+        # Both: top_p is measured on what top_k leaves.
+        (TIED, 3, (0.55, 0.62), [0, 1]),
+        (TIED, 3, (0.68,), [0, 1, 2]),
+        (TIED, 3, (0.84,), [0, 1, 2, 3]),
+        (TIED, 2, (0.7,), [0, 1]),
+        (TIED, None, (0.62,), [0, 1, 2]),
+        (TIED, 1, (0.9,), [0]),
+    ],
 )
-def test_top_k_in_turn_keeps_all_that_tie_with_the_last(top_k: int, kept: list[int]) -> None:
-    assert kept_in_turn(logits_of(1 / 16, 0.5, 3 / 16, 1 / 16, 3 / 16), top_k, None) == kept
-
-
-@pytest.mark.parametrize(
-    ("top_p", "kept"),
-    [(1e-9, [1]), (0.4999, [1]), (0.5, [1, 3]), (0.7, [1, 3]), (0.75, [0, 1, 3]),
-     (0.874, [0, 1, 3]), (0.875, [0, 1, 2, 3]), (1.0, [0, 1, 2, 3])],
-)  # fmt: skip
-def test_a_token_goes_when_those_before_exceed_top_p(top_p: float, kept: list[int]) -> None:
-    assert kept_in_turn(logits_of(0.125, 0.5, 0.125, 0.25), None, top_p) == kept
-
-
-@pytest.mark.parametrize(
-    ("top_k", "top_p", "kept"),
-    [(3, 0.55, [0, 1]), (3, 0.62, [0, 1]), (3, 0.68, [0, 1, 2]), (3, 0.84, [0, 1, 2, 3]),
-     (2, 0.7, [0, 1]), (None, 0.62, [0, 1, 2]), (1, 0.9, [0])],
-)  # fmt: skip
-def test_top_p_is_measured_on_what_top_k_leaves(
-    top_k: int | None, top_p: float, kept: list[int]
+def test_top_k_and_then_top_p_of_what_it_leaves(
+    shares: tuple[float, ...], top_k: int | None, top_ps: tuple[float | None, ...], kept: list[int]
 ) -> None:
-    """Top-k 3 leaves 4, of which two tie: 0.35, 0.25, 0.15, 0.15 of 0.9 are .39, .28, .17, .17."""
-    logits = torch.tensor([[0.35, 0.25, 0.15, 0.15, 0.1]]).log()
-    assert kept_in_turn(logits, top_k, top_p) == kept
+    for top_p in top_ps:
+        sampling = Sampling(1.0, top_k, top_p, filter=top_k_then_top_p)
+        given = probabilities(logits_of(*shares), None, sampling)
+        assert given[0].nonzero().flatten().tolist() == kept
 
 
 def test_rows_are_filtered_each_for_itself() -> None:
@@ -477,18 +394,3 @@ def in_turn_by_hand(logits: list[float], top_k: int | None, top_p: float | None)
             kept[i] = float(masses[i])
         before += float(masses[i])
     return [mass / sum(kept) for mass in kept]
-
-
-def test_the_rule_in_turn_leaves_its_input_as_it_is() -> None:
-    given = torch.tensor([[0.125, 0.5, 0.25, 0.125], [0.25, 0.25, 0.25, 0.25]])
-    before = given.clone()
-    assert top_k_then_top_p(given, None, None) is given
-    assert top_k_then_top_p(given, 2, 1.0).tolist() == [[0, 0.5, 0.25, 0], [0.25] * 4]
-    assert top_k_then_top_p(given, 3, 0.5).tolist() == [[0, 0.5, 0.25, 0], [0.25, 0.25, 0.25, 0]]
-    assert torch.equal(given, before)
-
-
-def test_what_is_drawn_waskept_in_turn() -> None:
-    sampling = Sampling(1.0, 2, 0.7, seed=0, filter=top_k_then_top_p)
-    logits = logits_of(0.125, 0.5, 0.125, 0.25).expand(200, 4)
-    assert set(Sampler(sampling, [[]] * 200, 4, "cpu").draw(logits).tolist()) == {1, 3}
