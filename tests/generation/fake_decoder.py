@@ -78,10 +78,16 @@ def all_sequences(
     found = {}
     for ids in itertools.product(range(vocab_size), repeat=steps):
         end = next((i + 1 for i, token in enumerate(ids) if token in stop_ids), steps)
-        history, total = prompt, 0.0
-        for token in ids[:end]:
-            logits = torch.tensor(logits_of(history), dtype=torch.float64)
-            total += float(logits.log_softmax(0)[token])
-            history = (*history, token)
-        found[ids[:end]] = total
+        found[ids[:end]] = log_probability(logits_of, prompt, ids[:end])
     return found
+
+
+def log_probability(
+    logits_of: Callable[[History], Sequence[float]], prompt: History, ids: History
+) -> float:
+    """Of `ids` behind `prompt`."""
+    total = 0.0
+    for i, token in enumerate(ids):
+        logits = torch.tensor(logits_of((*prompt, *ids[:i])), dtype=torch.float64)
+        total += float(logits.log_softmax(0)[token])
+    return total

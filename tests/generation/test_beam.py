@@ -5,12 +5,12 @@ import math
 from typing import Any
 
 import pytest
+import test_glm_beam
 import torch
 from fake_decoder import FakeDecoder, all_sequences, random_logits
 
 from bminf.errors import ArgumentError, UnsupportedModelError
 from bminf.generation.beam import Hypothesis, beam_search
-from bminf.generation.glm_beam import glm_beam_search
 from bminf.generation.loop import decode
 from bminf.generation.sampling import Sampler, Sampling
 
@@ -70,16 +70,7 @@ def test_one_prompt_among_others_is_searched_as_alone() -> None:
     assert len({len(rows) for rows in decoder.selected}) > 1
 
 
-def glm_search(
-    decoder: FakeDecoder, start: list[list[int]], num_beams: int, stop_ids: Any = (),
-    max_new_tokens: int = 4, **options: Any,
-) -> list[list[Hypothesis]]:  # fmt: skip
-    return glm_beam_search(
-        decoder, torch.tensor(start), start, num_beams, stop_ids, max_new_tokens, **options
-    )
-
-
-each_search = pytest.mark.parametrize("find", [search, glm_search])
+each_search = pytest.mark.parametrize("find", [search, test_glm_beam.search])
 
 
 @each_search
@@ -89,17 +80,6 @@ def test_the_prompt_is_fed_once_and_then_a_token_a_beam(find: Any) -> None:
     assert [tuple(ids.shape) for ids in decoder.fed] == [(2, 2), (6, 1), (6, 1), (6, 1)]
     assert decoder.selected[0] == [0, 0, 0, 1, 1, 1]
     assert all(max(rows[:3]) < 3 <= min(rows[3:]) for rows in decoder.selected[1:])
-
-
-def test_scores_are_the_log_probabilities_of_their_ids() -> None:
-    logits_of = random_logits(9, seed=3)
-    for hypothesis in search(FakeDecoder(logits_of), [[1]], 4, (7, 8), 8, length_penalty=0.5)[0]:
-        history, total = (1,), 0.0
-        for token in hypothesis.ids:
-            logits = torch.tensor(logits_of(history), dtype=torch.float64)
-            total += float(logits.log_softmax(0)[token])
-            history = (*history, token)
-        assert hypothesis.score == pytest.approx(total / len(hypothesis.ids) ** 0.5, abs=1e-5)
 
 
 def test_a_vocabulary_smaller_than_the_beams() -> None:
@@ -116,12 +96,6 @@ def test_where_everything_stops_there_is_nothing_left_to_search(find: Any) -> No
     given = find(decoder, [[0]], 5, (0, 1), 9)[0]
     assert sorted(h.ids for h in given) == [(0,), (1,)] and all(h.stopped for h in given)
     assert len(decoder.fed) == 1 and decoder.selected == []
-
-
-def test_banned_ids_are_in_no_sequence() -> None:
-    given = search(FakeDecoder(random_logits(6, seed=4)), [[0]], 5, (1,), 6, banned_ids=[2, 3])[0]
-    assert len(given) == 5
-    assert all(not {2, 3} & set(h.ids) for h in given)
 
 
 def test_a_penalty_with_which_scores_overflow_is_refused() -> None:
@@ -151,29 +125,6 @@ def test_logits_that_are_not_numbers_are_refused(bad: float) -> None:
 
     with pytest.raises(UnsupportedModelError, match="row 1"):
         search(FakeDecoder(logits), [[0], [1]], 2)
-
-
-def test_it_ends_with_as_many_finished_sequences_as_beams() -> None:
-    """Both likeliest sequences stop at once, though a longer one could have a better score."""
-
-    def logits(history: tuple[int, ...]) -> list[float]:
-        return [0.0, 0.0, -1.0] if len(history) == 1 else [-30.0, -30.0, 30.0]
-
-    decoder = FakeDecoder(logits)
-    given = search(decoder, [[0]], 2, (0, 1), 4)[0]
-    assert [h.ids for h in given] == [(0,), (1,)] and len(decoder.fed) == 1
-
-
-def test_stop_tokens_leave_enough_candidates_to_go_on() -> None:
-    """Behind the likeliest token come three that stop; both beams still find one to go on with."""
-
-    def logits(history: tuple[int, ...]) -> list[float]:
-        return (
-            [2.9, 2.8, 2.7, 3.0, 2.0] if len(history) == 1 else [-30.0, -30.0, -30.0, 30.0, -30.0]
-        )
-
-    given = search(FakeDecoder(logits), [[0]], 2, (0, 1, 2), 6)[0]
-    assert [h.ids for h in given] == [(3, 3, 3, 3, 3, 3), (4, 3, 3, 3, 3, 3)]
 
 
 class CachedModel:
