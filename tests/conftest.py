@@ -26,6 +26,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 # No test may reach for a network; transformers reads this when it is imported.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parent))  # for tiny_models and smollm2
+# For benchmarks and tools, which are not installed; last, so that an installed bminf comes first.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import durations  # noqa: E402
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,9 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-
-# Benchmarks are not installed; at the end of the path, so that an installed bminf is found first.
-sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import run
 from benchmarks.harness import (

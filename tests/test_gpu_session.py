@@ -21,8 +21,6 @@ import jieba
 import pytest
 import torch
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # benchmarks are not installed
-
 from benchmarks import gpu_probe, run
 from benchmarks import gpu_session as session
 from benchmarks.gpu_session import ARCHIVE, CODE, LOG, PACKAGES, ROOT, SUMMARY, Session, Step

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # as in test_benchmarks.py
 sys.path.append(str(Path(__file__).resolve().parent / "kernels"))
 
 from host_launcher import served_by

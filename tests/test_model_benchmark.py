@@ -14,8 +14,6 @@ from typing import Any
 import pytest
 import torch
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # as in test_benchmarks.py
-
 from benchmarks import run
 from benchmarks.models import ANEW, ENCODER, GLM, LISTS, ONCE, ZOO, Run, Task, random_weights
 from benchmarks.report import ROOT

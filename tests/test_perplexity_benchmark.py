@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,6 @@ from typing import Any
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
-
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # as in test_benchmarks.py
 
 from benchmarks import perplexity, report, run
 from benchmarks.harness import Settings

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # as in test_benchmarks.py
 
 from benchmarks.report import (
     DOCUMENTS,

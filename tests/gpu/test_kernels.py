@@ -15,9 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-# The cases are beside this folder; benchmarks are not installed.
+# The cases are beside this folder.
 sys.path.append(str(Path(__file__).resolve().parents[1] / "kernels"))
-sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 from cases import CASES, CUT, LARGEST, ROUNDED, WHOLE, Case, relative_error, weight_on
 

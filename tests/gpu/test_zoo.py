@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -15,13 +14,10 @@ from tiny_glm import tiny_glm10b
 from tiny_zoo import all_writers
 
 import bminf
-from bminf.offload.plan import least_budget
-
-sys.path.append(str(Path(__file__).resolve().parents[2]))  # as in test_benchmarks.py
-
 from benchmarks.harness import Settings
 from benchmarks.models import Run, Task
 from bminf.models.source import find_sizes
+from bminf.offload.plan import least_budget
 
 pytestmark = pytest.mark.gpu
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-sys.path.append(str(Path(__file__).resolve().parents[2]))  # benchmarks are not installed
 sys.path.append(str(Path(__file__).resolve().parents[1] / "gpu"))
 
 import cases
