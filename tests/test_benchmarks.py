@@ -26,7 +26,6 @@ from benchmarks.harness import (
     measure_calls,
     num_sets,
     relative_error,
-    summary,
     write_json,
 )
 
@@ -72,16 +71,6 @@ def test_wrong_result_is_not_timed() -> None:
     with pytest.raises(WrongResultError, match="b gives 2, the reference 1"):
         measure([toy(log, "a", 1), toy(log, "b", 2)], Settings(warmup=0, repeats=1))
     assert log.count("run b") == 1
-
-
-@pytest.mark.parametrize("settings", [{"warmup": -1}, {"repeats": 0}, {"rounds": 0}])
-def test_bad_settings(settings: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match="are needed"):
-        Settings(**settings)
-
-
-def test_summary() -> None:
-    assert summary([3.0, 1.0, 2.0]) == {"min": 1.0, "median": 2.0, "max": 3.0, "spread": 1.0}
 
 
 def test_a_file_says_what_was_run_where_and_by_what() -> None:
@@ -157,12 +146,6 @@ def test_groups_that_would_begin_too_late_are_left_out(
     content = json.loads(file.read_text())
     assert [result["name"] for result in content["results"]] == PARTS[:parts]
     assert content["parameters"]["left_out"] == ([] if parts else ["a", "b", "c"])
-
-
-def test_unknown_case_is_wrong_usage() -> None:
-    with pytest.raises(SystemExit) as exit:
-        run.main(["onload"])
-    assert exit.value.code == 2
 
 
 # ---- calls ---------------------------------------------------------------------------------------

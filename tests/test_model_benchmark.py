@@ -141,8 +141,6 @@ def test_other_models_of_the_zoo(case: str, model: str, tmp_path: Path) -> None:
     [
         ("zoo", ("--memory-limit", "1GB", "1KB"), "below the least"),
         ("zoo", ("--memory-limit", "1XB"), "unknown unit"),
-        ("zoo", ("--layers", "0"), "2"),
-        ("zoo", ("--quantization", "int2"), "2"),
         ("zoo", ("--quantization", "int4-row"), "accepted"),
         ("zoo", ("--model", "GLM-130B"), "the other of zoo and glm"),
         ("zoo", ("--model", "GPT-5"), "accepted"),

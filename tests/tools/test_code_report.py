@@ -16,7 +16,6 @@ from tools.code_report import (
     main,
     measures,
     messages,
-    table,
 )
 
 FIRST = '''"""Two lines
@@ -154,17 +153,6 @@ def test_the_report_has_all_of_it(package: Package) -> None:
     assert found["import cycles, at import"] == "small <-> small.first <-> small.third"
     assert "small.glm_names" in found["import cycles, with TYPE_CHECKING"]
     assert found["files that name GLM"] == "2, 1 of them in their own name"
-
-
-def test_a_long_function_is_named(tmp_path: Path) -> None:
-    (tmp_path / "long.py").write_text("def f():\n" + "    pass\n" * 45)
-    name = f"{tmp_path.name}.long.f"
-    assert measures(Package(tmp_path))["functions over 45 code lines"] == f"1, {name}"
-
-
-def test_two_packages_stand_side_by_side() -> None:
-    shown = table(["old", "new"], [{"files": "10"}, {"files": "9"}])
-    assert shown.splitlines() == ["       old  new", "files  10   9"]
 
 
 def test_messages_show_texts_and_no_names_of_variables(package: Package) -> None:
