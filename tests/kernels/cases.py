@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Concatenate, ParamSpec
 
 import torch
 
@@ -32,6 +33,8 @@ WHOLE = (INT8, Format(8, 32), INT4, MINIMUM, Format(4, 64), Format(4), Format(4,
 CUT = (Format(8, 34), Format(8, 6), Format(4, 6), Format(4, 34, True))
 MOST_COLUMNS, MOST_ROWS = 32768, 150528  # of GLM-130B: its feed-forward, its vocabulary
 
+P = ParamSpec("P")
+
 
 @dataclass(frozen=True)
 class Case:
@@ -42,6 +45,26 @@ class Case:
 
     def __str__(self) -> str:
         return self.name
+
+
+def case(check: Callable[Concatenate[str, P], None]) -> Callable[P, Case]:
+    """Makes of a check on a device what returns a Case, named by its arguments."""
+
+    def make(*arguments: P.args, **options: P.kwargs) -> Case:
+        words = map(_word, (*arguments, *options.values()))
+        name = "-".join([check.__name__.removesuffix("_case"), *words])
+        return Case(name, lambda device: check(device, *arguments, **options))
+
+    return make
+
+
+def _word(argument: object) -> str:
+    if isinstance(argument, Format):
+        kind = "minimum" if argument.has_minimum else "symmetric"
+        return f"{argument.bits}bit-{argument.group_size}-{kind}"
+    if isinstance(argument, tuple):
+        return "x".join(map(str, argument))
+    return str(argument).removeprefix("torch.")
 
 
 def relative_error(given: torch.Tensor, expected: torch.Tensor) -> float:
@@ -57,29 +80,25 @@ def weight_on(device: str, n: int, k: int, form: Format) -> tuple[PackedWeight, 
     return PackedWeight(*moved), dequantize(packed, torch.float64)
 
 
+@case
 def linear_case(
+    device: str,
     form: Format,
     dtype: torch.dtype,
     shape: tuple[int, int, int],
     activations: str = "float",
     has_bias: bool = True,
-) -> Case:
+) -> None:
     m, n, k = shape
-
-    def run(device: str) -> None:
-        x = torch.randn(m, k).to(dtype)
-        bias = torch.randn(n).to(dtype) if has_bias else None
-        weight, values = weight_on(device, n, k, form)
-        y = linear(x.to(device), weight, None if bias is None else bias.to(device), activations)
-        expected = _seen(x, activations) @ values.T
-        if bias is not None:
-            expected += bias.double()
-        assert y.dtype == dtype and y.device.type == device
-        assert relative_error(y, expected) < ROUNDED[dtype], shape
-
-    kind = f"{form.bits}bit-{form.group_size}-{'minimum' if form.has_minimum else 'symmetric'}"
-    bias = "" if has_bias else "-nobias"
-    return Case(f"linear-{kind}-{_name(dtype)}-{m}x{n}x{k}-{activations}{bias}", run)
+    x = torch.randn(m, k).to(dtype)
+    bias = torch.randn(n).to(dtype) if has_bias else None
+    weight, values = weight_on(device, n, k, form)
+    y = linear(x.to(device), weight, None if bias is None else bias.to(device), activations)
+    expected = _seen(x, activations) @ values.T
+    if bias is not None:
+        expected += bias.double()
+    assert y.dtype == dtype and y.device.type == device
+    assert relative_error(y, expected) < ROUNDED[dtype], shape
 
 
 def _seen(x: torch.Tensor, activations: str) -> torch.Tensor:
@@ -90,98 +109,88 @@ def _seen(x: torch.Tensor, activations: str) -> torch.Tensor:
     return codes.double() * scale.double().unsqueeze(-1)
 
 
-def product_case(dtype: torch.dtype, shape: tuple[int, int, int], product: str) -> Case:
+@case
+def product_case(
+    device: str, dtype: torch.dtype, shape: tuple[int, int, int], product: str
+) -> None:
     """The two ways of an 8-bit product: "kernel_product" and "library_product"."""
     m, n, k = shape
-
-    def run(device: str) -> None:
-        x = torch.randn(m, k).to(dtype)
-        bias = torch.randn(n).to(dtype)
-        weight, values = weight_on(device, n, k, INT8)
-        launcher = launcher_for(torch.device(device))
-        codes, scale = quantize_rows(x.to(device))
-        call = getattr(linear_w8a8, product)
-        y = call(launcher, codes, scale, weight, bias.to(device), dtype)
-        expected = _seen(x, "int8") @ values.T + bias.double()
-        assert relative_error(y, expected) < BOUNDS[dtype], shape
-
-    return Case(f"{product}-{_name(dtype)}-{m}x{n}x{k}", run)
+    x = torch.randn(m, k).to(dtype)
+    bias = torch.randn(n).to(dtype)
+    weight, values = weight_on(device, n, k, INT8)
+    launcher = launcher_for(torch.device(device))
+    codes, scale = quantize_rows(x.to(device))
+    call = getattr(linear_w8a8, product)
+    y = call(launcher, codes, scale, weight, bias.to(device), dtype)
+    expected = _seen(x, "int8") @ values.T + bias.double()
+    assert relative_error(y, expected) < BOUNDS[dtype], shape
 
 
+@case
 def gated_case(
-    form: Format, dtype: torch.dtype, shape: tuple[int, int, int], activation: str, bias: bool
-) -> Case:
+    device: str,
+    form: Format,
+    dtype: torch.dtype,
+    shape: tuple[int, int, int],
+    activation: str,
+    bias: bool,
+) -> None:
     m, n, k = shape
-
-    def run(device: str) -> None:
-        x = torch.randn(m, k).to(dtype)
-        (gate, gate_values), (up, up_values) = (weight_on(device, n, k, form) for _ in range(2))
-        gate_bias, up_bias = (torch.randn(n).to(dtype) if bias else None for _ in range(2))
-        on_device = [b if b is None else b.to(device) for b in (gate_bias, up_bias)]
-        y = gated_linear(x.to(device), gate, up, activation, *on_device)
-        gates, ups = x.double() @ gate_values.T, x.double() @ up_values.T
-        if bias:
-            gates, ups = gates + gate_bias.double(), ups + up_bias.double()
-        expected = ACTIVATION_FUNCTIONS[activation](gates) * ups
-        assert relative_error(y, expected) < 2 * BOUNDS[dtype], shape
-
-    kind = f"{form.bits}bit-{form.group_size}"
-    return Case(f"gated-{kind}-{_name(dtype)}-{m}x{n}x{k}-{activation}", run)
+    x = torch.randn(m, k).to(dtype)
+    (gate, gate_values), (up, up_values) = (weight_on(device, n, k, form) for _ in range(2))
+    gate_bias, up_bias = (torch.randn(n).to(dtype) if bias else None for _ in range(2))
+    on_device = [b if b is None else b.to(device) for b in (gate_bias, up_bias)]
+    y = gated_linear(x.to(device), gate, up, activation, *on_device)
+    gates, ups = x.double() @ gate_values.T, x.double() @ up_values.T
+    if bias:
+        gates, ups = gates + gate_bias.double(), ups + up_bias.double()
+    expected = ACTIVATION_FUNCTIONS[activation](gates) * ups
+    assert relative_error(y, expected) < 2 * BOUNDS[dtype], shape
 
 
-def dequantize_case(form: Format, dtype: torch.dtype, n: int, k: int) -> Case:
-    def run(device: str) -> None:
-        weight, values = weight_on(device, n, k, form)
-        given = dequantize_weight(weight, dtype).cpu()
-        # A multiplication and an addition, rounded once together or one by one.
-        assert torch.equal(given, values.float().to(dtype)) or (
-            form.has_minimum and relative_error(given, values) < BOUNDS[dtype]
-        )
-
-    kind = f"{form.bits}bit-{form.group_size}-{form.has_minimum}"
-    return Case(f"dequantize-{kind}-{_name(dtype)}-{n}x{k}", run)
+@case
+def dequantize_case(device: str, form: Format, dtype: torch.dtype, n: int, k: int) -> None:
+    weight, values = weight_on(device, n, k, form)
+    given = dequantize_weight(weight, dtype).cpu()
+    # A multiplication and an addition, rounded once together or one by one.
+    assert torch.equal(given, values.float().to(dtype)) or (
+        form.has_minimum and relative_error(given, values) < BOUNDS[dtype]
+    )
 
 
-def quantize_case(dtype: torch.dtype, m: int, k: int) -> Case:
-    def run(device: str) -> None:
-        x = torch.randn(m, k).to(dtype)
-        x[0, k // 2] = 100
-        x[m // 2] = 0 if m > 1 else x[0]
-        codes, scale = (t.cpu() for t in quantize_rows(x.to(device)))
-        expected_codes, expected_scale = int8_rows(x)
-        assert torch.equal(scale, expected_scale)
-        assert torch.equal(codes[:, :k], expected_codes) and not codes[:, k:].any()
-
-    return Case(f"quantize_rows-{_name(dtype)}-{m}x{k}", run)
+@case
+def quantize_case(device: str, dtype: torch.dtype, m: int, k: int) -> None:
+    x = torch.randn(m, k).to(dtype)
+    x[0, k // 2] = 100
+    x[m // 2] = 0 if m > 1 else x[0]
+    codes, scale = (t.cpu() for t in quantize_rows(x.to(device)))
+    expected_codes, expected_scale = int8_rows(x)
+    assert torch.equal(scale, expected_scale)
+    assert torch.equal(codes[:, :k], expected_codes) and not codes[:, k:].any()
 
 
-def rms_norm_case(dtype: torch.dtype, m: int, k: int) -> Case:
-    def run(device: str) -> None:
-        x, weight = torch.randn(m, k).to(dtype), torch.randn(k).to(dtype)
-        codes, scale = (t.cpu() for t in rms_norm_quantize(x.to(device), weight.to(device), 1e-5))
-        normal = rms_norm_reference(x, weight, 1e-5)
-        assert torch.allclose(scale, normal.abs().amax(-1) / 127, rtol=1e-5)
-        # Where a number lies between two codes, sums in another order may take the other one.
-        error = codes[:, :k].float() * scale.unsqueeze(1) - normal
-        assert (error.abs() <= 0.501 * scale.unsqueeze(1)).all() and not codes[:, k:].any()
-
-    return Case(f"rms_norm_quantize-{_name(dtype)}-{m}x{k}", run)
+@case
+def rms_norm_case(device: str, dtype: torch.dtype, m: int, k: int) -> None:
+    x, weight = torch.randn(m, k).to(dtype), torch.randn(k).to(dtype)
+    codes, scale = (t.cpu() for t in rms_norm_quantize(x.to(device), weight.to(device), 1e-5))
+    normal = rms_norm_reference(x, weight, 1e-5)
+    assert torch.allclose(scale, normal.abs().amax(-1) / 127, rtol=1e-5)
+    # Where a number lies between two codes, sums in another order may take the other one.
+    error = codes[:, :k].float() * scale.unsqueeze(1) - normal
+    assert (error.abs() <= 0.501 * scale.unsqueeze(1)).all() and not codes[:, k:].any()
 
 
-def bad_numbers_case(form: Format, m: int, dtype: torch.dtype = torch.float16) -> Case:
+@case
+def bad_numbers_case(device: str, form: Format, m: int, dtype: torch.dtype = torch.float16) -> None:
     """NaN and infinity in x stay in their row; zeros give zeros."""
-
-    def run(device: str) -> None:
-        weight, _ = weight_on(device, 9, 64, form)
-        x = torch.zeros(m, 64, device=device, dtype=dtype)
-        for activations in ("float", "int8") if form == INT8 else ("float",):
-            assert not linear(torch.zeros_like(x), weight, None, activations).any()
-            for bad in (float("nan"), float("inf")):
-                x[0, 3] = bad
-                y = linear(x, weight, None, activations)
-                assert not y[0].isfinite().any() and not y[1:].any()
-
-    return Case(f"bad_numbers-{form.bits}bit-{form.group_size}-{_name(dtype)}-{m}", run)
+    weight, _ = weight_on(device, 9, 64, form)
+    x = torch.zeros(m, 64, device=device, dtype=dtype)
+    for activations in ("float", "int8") if form == INT8 else ("float",):
+        assert not linear(torch.zeros_like(x), weight, None, activations).any()
+        for bad in (float("nan"), float("inf")):
+            x[0, 3] = bad
+            y = linear(x, weight, None, activations)
+            assert not y[0].isfinite().any() and not y[1:].any()
 
 
 # Infinity, and NaN with the digits that a GPU gives it, which a careless rounding carries over.
@@ -199,53 +208,44 @@ def bad_weights(weight: PackedWeight) -> Iterator[PackedWeight]:
             yield weight._replace(**{name: words.view(values.dtype).view_as(values)})
 
 
+@case
 def bad_scales_case(
-    form: Format, m: int, dtype: torch.dtype = torch.float16, activations: str = "float"
-) -> Case:
+    device: str,
+    form: Format,
+    m: int,
+    dtype: torch.dtype = torch.float16,
+    activations: str = "float",
+) -> None:
     """NaN and infinity in a scale or a minimum stay in their row of the weight."""
-
-    def run(device: str) -> None:
-        x = torch.randn(m, 70, device=device).to(dtype)
-        weight, _ = weight_on(device, 9, 70, form)
-        right = linear(x, weight, None, activations)
-        for bad in bad_weights(weight):
-            check_row_2(linear(x, bad, None, activations).t(), right.t())
-
-    return Case(
-        f"bad_scales-{form.bits}bit-{form.group_size}-{form.has_minimum}-{_name(dtype)}-{m}-"
-        f"{activations}",
-        run,
-    )
+    x = torch.randn(m, 70, device=device).to(dtype)
+    weight, _ = weight_on(device, 9, 70, form)
+    right = linear(x, weight, None, activations)
+    for bad in bad_weights(weight):
+        check_row_2(linear(x, bad, None, activations).t(), right.t())
 
 
-def bad_gated_scales_case(form: Format, m: int) -> Case:
+@case
+def bad_gated_scales_case(device: str, form: Format, m: int) -> None:
     """The same in either weight of the first half of a gated feed-forward."""
-
-    def run(device: str) -> None:
-        x = torch.randn(m, 70, device=device, dtype=torch.float16)
-        gate, up = (weight_on(device, 9, 70, form)[0] for _ in range(2))
-        right = gated_linear(x, gate, up, "silu")
-        for bad in bad_weights(up):
-            check_row_2(gated_linear(x, gate, bad, "silu").t(), right.t())
-        for bad in bad_weights(gate):  # silu(-infinity) is -infinity / infinity
-            check_row_2(gated_linear(x, bad, up, "silu").t(), right.t())
-
-    return Case(f"bad_gated_scales-{form.bits}bit-{form.group_size}-{m}", run)
+    x = torch.randn(m, 70, device=device, dtype=torch.float16)
+    gate, up = (weight_on(device, 9, 70, form)[0] for _ in range(2))
+    right = gated_linear(x, gate, up, "silu")
+    for bad in bad_weights(up):
+        check_row_2(gated_linear(x, gate, bad, "silu").t(), right.t())
+    for bad in bad_weights(gate):  # silu(-infinity) is -infinity / infinity
+        check_row_2(gated_linear(x, bad, up, "silu").t(), right.t())
 
 
-def bad_dequantize_case(form: Format, dtype: torch.dtype) -> Case:
+@case
+def bad_dequantize_case(device: str, form: Format, dtype: torch.dtype) -> None:
     """The same in a weight that is dequantized, where other groups of the row are right, too."""
-
-    def run(device: str) -> None:
-        weight, _ = weight_on(device, 9, 70, form)
-        right = dequantize_weight(weight, dtype)
-        first = 0 if form.group_size is None else (weight.num_groups - 1) * form.group_size
-        for bad in bad_weights(weight):
-            y = dequantize_weight(bad, dtype)
-            check_row_2(y[:, first:], right[:, first:])
-            assert torch.equal(y[:, :first], right[:, :first])
-
-    return Case(f"bad_dequantize-{form.bits}bit-{form.group_size}-{_name(dtype)}", run)
+    weight, _ = weight_on(device, 9, 70, form)
+    right = dequantize_weight(weight, dtype)
+    first = 0 if form.group_size is None else (weight.num_groups - 1) * form.group_size
+    for bad in bad_weights(weight):
+        y = dequantize_weight(bad, dtype)
+        check_row_2(y[:, first:], right[:, first:])
+        assert torch.equal(y[:, :first], right[:, :first])
 
 
 def check_row_2(given: torch.Tensor, right: torch.Tensor) -> None:
@@ -253,42 +253,30 @@ def check_row_2(given: torch.Tensor, right: torch.Tensor) -> None:
     assert not given[2].isfinite().any() and torch.equal(given[others], right[others])
 
 
-def tiny_numbers_case() -> Case:
+@case
+def tiny_numbers_case(device: str) -> None:
     """Where a scale has few digits itself, the largest numbers would be more than 127 of it."""
-
-    def run(device: str) -> None:
-        x = torch.tensor([[190.0, -190.0, 3.0], [-180.0, 90.0, 0.0], [50.0, -1.0, 2.0]]) * 2.0**-149
-        codes, scale = (t.cpu() for t in quantize_rows(x.to(device)))
-        assert torch.equal(scale, int8_rows(x)[1])
-        assert codes[:, :3].tolist() == [[127, -127, 3], [-127, 90, 0], [0, 0, 0]]
-
-    return Case("quantize_rows-tiny-numbers", run)
+    x = torch.tensor([[190.0, -190.0, 3.0], [-180.0, 90.0, 0.0], [50.0, -1.0, 2.0]]) * 2.0**-149
+    codes, scale = (t.cpu() for t in quantize_rows(x.to(device)))
+    assert torch.equal(scale, int8_rows(x)[1])
+    assert codes[:, :3].tolist() == [[127, -127, 3], [-127, 90, 0], [0, 0, 0]]
 
 
-def awkward_inputs_case(form: Format, m: int) -> Case:
+@case
+def awkward_inputs_case(device: str, form: Format, m: int) -> None:
     """Strided, misaligned and empty activations give what ordinary ones give."""
-
-    def run(device: str) -> None:
-        weight, _ = weight_on(device, 9, 70, form)
-        wide = torch.randn(m, 141, device=device, dtype=torch.float16)
-        plain = wide[:, 1::2].contiguous()
-        assert torch.equal(linear(wide[:, 1::2], weight), linear(plain, weight))
-        shifted = torch.empty(m * 70 + 1, device=device, dtype=torch.float16)[1:].view(m, 70)
-        assert torch.equal(linear(shifted.copy_(plain), weight), linear(plain, weight))
-        assert linear(plain[:0], weight).shape == (0, 9)
-        whole, _ = weight_on(device, 9, 64, form)  # no padding that would copy it anyway
-        shifted = torch.empty(m * 64 + 1, device=device, dtype=torch.float16)[1:].view(m, 64)
-        assert torch.equal(
-            linear(shifted.copy_(plain[:, :64]), whole), linear(plain[:, :64], whole)
-        )
-        bias = torch.randn(18, device=device).half()[::2]
-        assert torch.equal(linear(plain, weight, bias), linear(plain, weight, bias.contiguous()))
-
-    return Case(f"awkward_inputs-{form.bits}bit-{form.group_size}-{m}", run)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    weight, _ = weight_on(device, 9, 70, form)
+    wide = torch.randn(m, 141, device=device, dtype=torch.float16)
+    plain = wide[:, 1::2].contiguous()
+    assert torch.equal(linear(wide[:, 1::2], weight), linear(plain, weight))
+    shifted = torch.empty(m * 70 + 1, device=device, dtype=torch.float16)[1:].view(m, 70)
+    assert torch.equal(linear(shifted.copy_(plain), weight), linear(plain, weight))
+    assert linear(plain[:0], weight).shape == (0, 9)
+    whole, _ = weight_on(device, 9, 64, form)  # no padding that would copy it anyway
+    shifted = torch.empty(m * 64 + 1, device=device, dtype=torch.float16)[1:].view(m, 64)
+    assert torch.equal(linear(shifted.copy_(plain[:, :64]), whole), linear(plain[:, :64], whole))
+    bias = torch.randn(18, device=device).half()[::2]
+    assert torch.equal(linear(plain, weight, bias), linear(plain, weight, bias.contiguous()))
 
 
 # ---- the lists -----------------------------------------------------------------------------------
