@@ -36,10 +36,7 @@ def variants(capability: int) -> list[Kernel]:
     begins, and each kernel with its lightest and its heaviest macros on the others."""
     chosen = _few_rows() if capability in (61, 80) else _few_rows_extremes()
     found = [*chosen, *_others(DTYPES if capability in (61, 80) else DTYPES[:1])]
-    if capability < 75:
-        found += [linear_w8a8.dp4a_kernel(dtype) for dtype in DTYPES]
-    else:
-        found += [linear_w8a8.tensor_core_kernel(torch.bfloat16, large) for large in (False, True)]
+    found += _products(capability, DTYPES if capability < 75 else (torch.bfloat16,))
     if capability >= 80:
         found += _tensor_core() if capability == 80 else _tensor_core_extremes()
     return list(dict.fromkeys(found))
@@ -52,17 +49,20 @@ def every_variant(capability: int) -> list[Kernel]:
         for num_rows in range(1, linear_weight_only.MAX_FEW_ROWS + 1):
             weight = weight_of(form)
             found.append(linear_weight_only.few_rows_kernel(dtype, weight, num_rows, is_gated))
-    if capability < 75:
-        found += [linear_w8a8.dp4a_kernel(dtype) for dtype in DTYPES]
-    else:
-        pairs = product(DTYPES, (False, True))
-        found += [linear_w8a8.tensor_core_kernel(dtype, is_large) for dtype, is_large in pairs]
+    found += _products(capability, DTYPES)
     if capability >= 80:
         rows = range(1, linear_weight_only.MAX_TENSOR_CORE_ROWS + 1)
         for dtype, form, num_rows in product(DTYPES[:2], EVERY_FORM, rows):
             weight = weight_of(form)
             found.append(linear_weight_only.tensor_core_kernel(dtype, weight, num_rows))
     return list(dict.fromkeys(found))
+
+
+def _products(capability: int, dtypes: tuple[torch.dtype, ...]) -> list[Kernel]:
+    """Of 8-bit activations."""
+    if capability < 75:
+        return [linear_w8a8.dp4a_kernel(dtype) for dtype in dtypes]
+    return [linear_w8a8.tensor_core_kernel(*pair) for pair in product(dtypes, (False, True))]
 
 
 def _few_rows() -> Iterator[Kernel]:
