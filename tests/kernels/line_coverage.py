@@ -1,7 +1,6 @@
 """Which lines of the kernels were executed, by gcov.
 
 A library writes its counts when the process that loaded it ends, so the launches run in a child.
-Each measurement adds a file to a folder; `read` gives the union of all that are there.
 """
 
 from __future__ import annotations
@@ -11,9 +10,8 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,26 +21,13 @@ PREFIX = "GCOV_PREFIX"
 SUFFIXES = (".cu", ".cuh")
 
 
-@dataclass
-class Lines:
-    """Line numbers of one source file."""
-
-    executable: set[int] = field(default_factory=set)
-    executed: set[int] = field(default_factory=set)
-
-    @property
-    def missed(self) -> list[int]:
-        return sorted(self.executable - self.executed)
-
-
-def read(folder: Path) -> dict[str, Lines]:
-    """The lines of each source file, over all measurements in `folder`."""
-    union: defaultdict[str, Lines] = defaultdict(Lines)
-    for path in sorted(folder.glob("*.json")):
-        for name, lines in json.loads(path.read_text()).items():
-            union[name].executable |= set(lines["executable"])
-            union[name].executed |= set(lines["executed"])
-    return dict(union)
+def missed(file: Path) -> dict[str, list[int]]:
+    """The lines of each source file that were not executed, by what `measure` wrote."""
+    counts: dict[str, dict[str, int]] = json.loads(file.read_text())
+    return {
+        name: [int(line) for line, count in lines.items() if count == 0]
+        for name, lines in counts.items()
+    }
 
 
 def is_measured() -> bool:
@@ -50,32 +35,25 @@ def is_measured() -> bool:
     return PREFIX in os.environ
 
 
-def measure(command: Sequence[str], folder: Path) -> int:
-    """Runs `command` and writes what it executed to `folder`. Returns its exit code."""
-    folder.mkdir(parents=True, exist_ok=True)
+def measure(command: Sequence[str], file: Path) -> int:
+    """Runs `command`, and writes how often it executed each line. Returns its exit code."""
     with tempfile.TemporaryDirectory() as counts:
         environment = {**os.environ, PREFIX: counts, "GCOV_PREFIX_STRIP": "99"}
         done = subprocess.run(command, env=environment)
-        lines = _lines(Path(counts))
-    with tempfile.NamedTemporaryFile("w", suffix=".json", dir=folder, delete=False) as file:
-        json.dump(lines, file)
+        file.write_text(json.dumps(_counts(Path(counts))))
     return done.returncode
 
 
-def _lines(counts: Path) -> dict[str, dict[str, list[int]]]:
-    union: defaultdict[str, Lines] = defaultdict(Lines)
-    for path in sorted(counts.glob("*.gcda")):
+def _counts(folder: Path) -> dict[str, dict[int, int]]:
+    """Of the executable lines of each source file, over all libraries."""
+    union: defaultdict[str, Counter[int]] = defaultdict(Counter)
+    for path in sorted(folder.glob("*.gcda")):
         shutil.copy(coverage_notes(path.name), path.with_suffix(".gcno"))
         for file in _gcov(path):
             if file["file"].endswith(SUFFIXES):
-                lines = union[file["file"]]
-                counted = {line["line_number"]: line["count"] for line in file["lines"]}
-                lines.executable |= counted.keys()
-                lines.executed |= {number for number, count in counted.items() if count}
-    return {
-        name: {"executable": sorted(lines.executable), "executed": sorted(lines.executed)}
-        for name, lines in union.items()
-    }
+                for line in file["lines"]:
+                    union[file["file"]][line["line_number"]] += line["count"]
+    return {name: dict(sorted(lines.items())) for name, lines in union.items()}
 
 
 def _gcov(counts: Path) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from host_build import Build
 from host_memory import Memory, Pointer
-from host_run import Argument, Launch
+from host_run import Launch
 
 SUFFIX = ".launch"
 
@@ -48,8 +48,7 @@ def write(folder: Path, record: Record) -> Path:
         "file": record.file,
         "source": source,
         "build": asdict(replace(record.build, source="")),
-        "launch": asdict(replace(launch, arguments=())),
-        "arguments": [_to_json(argument) for argument in launch.arguments],
+        "launch": asdict(launch),  # a Pointer is a dict
         "modulo_16": record.modulo_16,
         "num_bytes": [len(piece) for piece in record.before],
     }
@@ -69,7 +68,10 @@ def read(path: Path) -> Record:
     build["entries"] = tuple(build["entries"])
     build["macros"] = tuple((name, value) for name, value in build["macros"])
     launch["grid"], launch["block"] = tuple(launch["grid"]), tuple(launch["block"])
-    launch["arguments"] = tuple(_from_json(argument) for argument in header["arguments"])
+    launch["arguments"] = tuple(
+        Pointer(**argument) if isinstance(argument, dict) else argument
+        for argument in launch["arguments"]
+    )
     pieces = _cut(content[end:], header["num_bytes"] * 2)
     half = len(pieces) // 2
     modulo_16 = tuple(header["modulo_16"])
@@ -90,18 +92,6 @@ def _write_source(folder: Path, source: str) -> str:
     if not (folder / name).exists():
         (folder / name).write_text(source)
     return name
-
-
-def _to_json(argument: Argument) -> dict[str, int | float | None]:
-    if isinstance(argument, Pointer):
-        return asdict(argument)
-    return {"float" if isinstance(argument, float) else "value": argument}
-
-
-def _from_json(argument: dict[str, int | float | None]) -> Argument:
-    if "memory" in argument:
-        return Pointer(int(argument["memory"] or 0), int(argument["offset"] or 0))
-    return argument.get("float", argument.get("value"))
 
 
 def _cut(content: bytes, sizes: Sequence[int]) -> list[bytes]:

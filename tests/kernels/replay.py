@@ -1,6 +1,6 @@
 """Runs recorded launches again, built with a sanitizer or for coverage, and compares the results.
 
-    python replay.py FOLDER [--sanitizer address|undefined|thread] [--coverage FOLDER]
+    python replay.py FOLDER [--sanitizer address|undefined|thread] [--coverage FILE]
 
 HostLauncher(record=FOLDER) writes the launches. Results must be the recorded ones, bit for bit.
 Exits with 1 where they are not or a kernel does what it must not; a sanitizer ends the process with
@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--sanitizer", choices=SANITIZERS)
     parser.add_argument("--capability", type=int, help="only launches recorded for this one")
     parser.add_argument("--order", default="forward", help="forward, reverse, or a seed")
-    parser.add_argument("--coverage", type=Path, help="write there which lines were executed")
+    parser.add_argument("--coverage", type=Path, help="write there how often each line ran")
     return parser
 
 
