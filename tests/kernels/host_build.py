@@ -75,10 +75,6 @@ class Build:
     coverage: bool = False
     portable_fibers: bool = False  # ucontext in place of assembly, as on other processors
 
-    def __post_init__(self) -> None:
-        if self.sanitizer is not None and self.sanitizer not in SANITIZERS:
-            raise ValueError(f"sanitizer {self.sanitizer!r}; there are {SANITIZERS} and None")
-
 
 def build(request: Build) -> Path:
     """The shared object of `request`, compiled unless that was done before."""

@@ -38,11 +38,6 @@ class HostLauncher:
 
     capability: of the GPU to stand in for, which sets __CUDA_ARCH__: 61, 70, 75, 80, ...
     order: "forward", "reverse", or the seed of a permutation, of threads and of blocks.
-    strict: threads that meet a barrier at different lines are an error.
-    guard: arguments are copied to memory that ends at a page which nobody may touch, and back;
-    what a kernel takes as const is read-only meanwhile.
-    sanitizer: None or "undefined"; the other two need a process that was started with their
-    library, see replay.py.   coverage: compiled for gcov.
     record: a folder to which every launch is written, for replay.py.
     source_of: the full text of a kernel; the product's unless told.
     num_processors: what the launcher says of its device, for those who size grids by it.
@@ -52,18 +47,13 @@ class HostLauncher:
         self,
         capability: int = 80,
         order: str | int = "forward",
-        strict: bool = True,
-        guard: bool = True,
-        sanitizer: str | None = None,
-        coverage: bool = False,
         record: Path | None = None,
         source_of: Callable[[Kernel], str] | None = None,
         num_processors: int = 2,
     ) -> None:
         self.capability = capability
         self.num_processors = num_processors
-        self.schedule = host_run.Schedule(order, strict)
-        self.guard, self.sanitizer, self.coverage = guard, sanitizer, coverage
+        self.order = order
         self.record = record
         self.source_of = source_of or _source_of
         self._libraries: dict[Kernel, host_run.Library] = {}
@@ -81,20 +71,13 @@ class HostLauncher:
         launch = host_run.Launch(kernel.name, grid, block, values, shared_bytes)
         library = self._library(kernel)
         before = None if self.record is None else recording.bytes_of(memory)
-        library.run(launch, memory, self.schedule, self.guard)
+        library.run(launch, memory, self.order)
         if self.record is not None and before is not None:
             self._write(self.record, kernel, launch, memory, before)
 
     def build_of(self, kernel: Kernel) -> Build:
-        """What g++ is given for `kernel`: for host_build.build_all, ahead of many launches."""
-        return Build(
-            source=self.source_of(kernel),
-            entries=(kernel.name,),
-            macros=kernel.macros,
-            capability=self.capability,
-            sanitizer=self.sanitizer,
-            coverage=self.coverage,
-        )
+        """What g++ is given for `kernel`."""
+        return Build(self.source_of(kernel), (kernel.name,), kernel.macros, self.capability)
 
     def _library(self, kernel: Kernel) -> host_run.Library:
         if kernel not in self._libraries:

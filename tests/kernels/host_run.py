@@ -22,6 +22,7 @@ Argument = Pointer | int | float | None
 MAX_GRID = (2**31 - 1, 65535, 65535)
 MAX_BLOCK = (1024, 1024, 64)
 MAX_SHARED_BYTES = 48 * 1024
+ORDERS = ("forward", "reverse")
 
 
 class LaunchError(Exception):
@@ -48,18 +49,6 @@ class Launch:
         return f"argument {' and '.join(numbers)}"
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """In which order threads and blocks run, and whether divergent barriers are errors."""
-
-    order: str | int = "forward"  # "forward", "reverse", or the seed of a permutation
-    strict: bool = True
-
-    def __post_init__(self) -> None:
-        if isinstance(self.order, str) and self.order not in ("forward", "reverse"):
-            raise ValueError(f'order {self.order!r}; there are "forward", "reverse" and seeds')
-
-
 class Library:
     """A build, loaded."""
 
@@ -83,40 +72,34 @@ class Library:
         self,
         launch: Launch,
         memory: Sequence[Memory] = (),
-        schedule: Schedule = Schedule(),
-        is_guarded: bool = True,
+        order: str | int = "forward",
     ) -> None:
-        """Runs `launch` to its end.
+        """Runs `launch` to its end.   order: see HostLauncher.
 
-        Raises LaunchError before, or HostKernelError; if guarded, no memory has changed then.
+        Raises LaunchError before, or HostKernelError; no memory has changed then.
         """
         signature = self.signature(launch.kernel)
         bound: int = self.library[f"shim_bound_{launch.kernel}"]()
         check_limits(launch, self.static_shared_bytes, bound)
         check_arguments(launch, signature)
-        with _one_launch:
-            if not is_guarded:
-                self._run(launch, [piece.address for piece in memory], schedule, None)
-                return
-            written = _written(launch, signature)
-            with Guarded(self.buffers, memory, written, launch.name_of) as guarded:
-                self._run(launch, guarded.begins(), schedule, guarded)
-                try:
-                    guarded.finish()
-                except HostKernelError as error:
-                    raise HostKernelError(f"kernel {launch.kernel}: {error}") from None
+        written = _written(launch, signature)
+        with _one_launch, Guarded(self.buffers, memory, written, launch.name_of) as guarded:
+            self._run(launch, order, guarded)
+            try:
+                guarded.finish()
+            except HostKernelError as error:
+                raise HostKernelError(f"kernel {launch.kernel}: {error}") from None
 
-    def _run(
-        self, launch: Launch, begins: list[int], schedule: Schedule, guarded: Guarded | None
-    ) -> None:
+    def _run(self, launch: Launch, order: str | int, guarded: Guarded) -> None:
+        begins = guarded.begins()
         values = [_value(argument, begins) for argument in launch.arguments]
         pointers = (ctypes.c_void_p * len(values))(*[ctypes.addressof(v) for v in values])
         failure = _Failure()
         entry = self.library[f"shim_launch_{launch.kernel}"]
-        if not entry(ctypes.byref(_launch(launch, schedule)), pointers, ctypes.byref(failure)):
+        if not entry(ctypes.byref(_launch(launch, order)), pointers, ctypes.byref(failure)):
             return
         message: str = failure.message.decode(errors="replace")
-        if failure.address is not None and guarded is not None:
+        if failure.address is not None:
             message += guarded.explain(failure.address)
         if failure.code is not None:
             message += f" ({_line(failure.code)})"
@@ -201,7 +184,6 @@ class _Launch(ctypes.Structure):
         ("shared_bytes", ctypes.c_uint),
         ("order", ctypes.c_uint),
         ("seed", ctypes.c_uint),
-        ("strict", ctypes.c_uint),
     )
 
 
@@ -232,14 +214,15 @@ def _value(
     return ctypes.c_float(argument) if isinstance(argument, float) else ctypes.c_int(argument)
 
 
-def _launch(launch: Launch, schedule: Schedule) -> _Launch:
-    is_seeded = not isinstance(schedule.order, str)
+def _launch(launch: Launch, order: str | int) -> _Launch:
+    is_seeded = not isinstance(order, str)
+    if not is_seeded and order not in ORDERS:
+        raise ValueError(f"order {order!r}; there are {ORDERS} and seeds")
     return _Launch(
         launch.kernel.encode(),
         _Dim3(*launch.grid),
         _Dim3(*launch.block),
         launch.shared_bytes,
-        2 if is_seeded else ("forward", "reverse").index(str(schedule.order)),
-        int(schedule.order) & 0xFFFFFFFF if is_seeded else 0,
-        int(schedule.strict),
+        len(ORDERS) if is_seeded else ORDERS.index(str(order)),
+        int(order) & 0xFFFFFFFF if is_seeded else 0,
     )

@@ -23,7 +23,7 @@ import line_coverage
 import recording
 from host_build import SANITIZERS, Build, build, build_all, sanitizer_runtime
 from host_memory import HostKernelError, Memory
-from host_run import Schedule, load
+from host_run import ORDERS, load
 
 SANITIZER_OPTIONS = {
     # The leaks of Python itself are not of interest.
@@ -94,14 +94,14 @@ def _replay(record: recording.Record, options: argparse.Namespace) -> str:
     name = f"{record.file}: {record.launch.kernel} {record.launch.grid}"
     if options.sanitizer:
         print(f"--- {name}", file=sys.stderr, flush=True)  # whose report follows
-    order = options.order if options.order in ("forward", "reverse") else int(options.order)
+    order = options.order if options.order in ORDERS else int(options.order)
     held = [
         _Held(content, modulo)
         for content, modulo in zip(record.before, record.modulo_16, strict=True)
     ]
     try:
         memory = [piece.memory for piece in held]
-        load(build(record.build)).run(record.launch, memory, Schedule(order))
+        load(build(record.build)).run(record.launch, memory, order)
     except HostKernelError as error:
         return f"{name}: {error}"
     after = recording.bytes_of(memory)

@@ -47,7 +47,6 @@ class Bug:
     undefined: str = ""
     thread: str = ""
     expected: Callable[[torch.Tensor], torch.Tensor] = _same
-    needs_strict: bool = False
 
     @property
     def text(self) -> str:
@@ -216,7 +215,6 @@ BUGS = [
         if (i < n) y[i] = x[i];
         """,
         "a barrier in a divergent branch",
-        needs_strict=True,
     ),
     Bug(
         "barrier_and_shuffle",
@@ -347,7 +345,6 @@ BUGS = [
         if (i < n) y[i] = x[i] * value;
         """,
         "a warp intrinsic in a divergent branch",
-        needs_strict=True,
     ),
     Bug(
         "lane_outside_of_mask",

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shutil
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -61,13 +59,12 @@ def add(
 # ---- Arguments ----
 
 
-@pytest.mark.parametrize("guard", [True, False])
 @pytest.mark.parametrize("size", [1, 63, 64, 65, 5000])
-def test_results_are_in_the_tensors(guard: bool, size: int) -> None:
+def test_results_are_in_the_tensors(size: int) -> None:
     x, bias, y = torch.randn(3, size).unbind()
-    add(x, y, bias, launcher(guard=guard))
+    add(x, y, bias)
     assert torch.equal(y, 2 * x + bias)
-    add(x, y, None, launcher(guard=guard))
+    add(x, y)
     assert torch.equal(y, 2 * x)
 
 
@@ -104,13 +101,9 @@ def test_bytes_beyond_an_odd_size_are_watched() -> None:
         add(x, y)
     with pytest.raises(HostKernelError, match="byte 256 of the 248 of argument 2"):
         add(torch.randn(65), y)
-    assert torch.isnan(run_reading_beyond()).tolist() == [False] * 62 + [True] * 2
-
-
-def run_reading_beyond() -> torch.Tensor:
-    x, y = torch.randn(62), torch.zeros(64)
-    launcher().launch(KERNEL, (1, 1, 1), (64, 1, 1), [x, None, y, 64, 1.0])
-    return y
+    y = torch.zeros(64)
+    launcher().launch(KERNEL, (1, 1, 1), (64, 1, 1), [torch.randn(62), None, y, 64, 1.0])
+    assert y.isnan().tolist() == [False] * 62 + [True] * 2
 
 
 def test_alignment_is_that_of_the_tensor() -> None:
@@ -183,17 +176,6 @@ def test_tensors_of_other_devices_are_refused() -> None:
         add(torch.empty(1, device="meta"), torch.empty(1))
 
 
-def test_launches_come_from_any_thread() -> None:
-    x, y = torch.randn(2, 1000).unbind()
-    with ThreadPoolExecutor(4) as pool:
-        for _ in range(8):
-            pool.submit(add, x, torch.empty(1000)).result()
-            with pytest.raises(HostKernelError, match="byte 0 of the 0"):
-                pool.submit(add, x, torch.empty(0)).result()
-        list(pool.map(lambda _: add(x, y), range(20)))
-    assert torch.equal(y, 2 * x)
-
-
 # ---- Builds ----
 
 
@@ -217,27 +199,6 @@ def test_what_the_compiler_says_is_told() -> None:
         build(Build(ADD.replace("bias !=", "bais !="), ("add",)))
 
 
-def test_a_missing_compiler_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "which", lambda _: None)
-    host_build._compiler.cache_clear()
-    with pytest.raises(BuildError, match=r"g\+\+, which is not installed"):
-        build(Build(ADD + "// new", ("add",)))
-    host_build._compiler.cache_clear()
-
-
-def test_a_missing_sanitizer_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host_build, "_output", lambda _: "libtsan.so\n")
-    with pytest.raises(BuildError, match=r"no libtsan\.so"):
-        host_build.sanitizer_runtime("thread")
-    with pytest.raises(ValueError, match="sanitizer 'memory'"):
-        Build(ADD, ("add",), sanitizer="memory")
-
-
-def test_a_sanitizer_that_is_not_loaded_is_an_error() -> None:
-    with pytest.raises(BuildError, match=r"replay\.py"):
-        add(torch.zeros(1), torch.zeros(1), None, launcher(sanitizer="thread"))
-
-
 def test_fibers_of_other_processors() -> None:
     source = """extern "C" __global__ void sums(const float* x, float* y) {
         __shared__ float all[2];
@@ -257,6 +218,14 @@ def test_fibers_of_other_processors() -> None:
         assert y.tolist() == [64 * 63 / 2] * 64
         with pytest.raises(HostKernelError, match="byte 128 of the 128"):
             host.launch(kernel, (2, 1, 1), (64, 1, 1), [x[:32], y])
+
+
+def test_the_cache_is_private(monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = build(Build(ADD, ("add",))).parent.parent
+    assert folder.stat().st_uid == os.getuid() and folder.stat().st_mode & 0o077 == 0
+    monkeypatch.setattr(host_build, "_owner", lambda _: os.getuid() + 1)
+    with pytest.raises(BuildError, match="belongs to user"):
+        build(Build(ADD, ("add",)))
 
 
 # ---- Recordings ----
@@ -297,11 +266,3 @@ def test_lines_that_ran_are_counted(tmp_path: Path) -> None:
         done = replay.run(tmp_path, "--coverage", str(tmp_path / "lines"))
         assert done.returncode == 0, done.stdout + done.stderr
         assert line_coverage.missed(tmp_path / "lines") == {"kernels/add.cu": missed}
-
-
-def test_the_cache_is_private(monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = build(Build(ADD, ("add",))).parent.parent
-    assert folder.stat().st_uid == os.getuid() and folder.stat().st_mode & 0o077 == 0
-    monkeypatch.setattr(host_build, "_owner", lambda _: os.getuid() + 1)
-    with pytest.raises(BuildError, match="belongs to user"):
-        build(Build(ADD, ("add",)))

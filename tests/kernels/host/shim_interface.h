@@ -17,7 +17,6 @@ struct ShimLaunch {
     unsigned shared_bytes;
     unsigned order;  // ShimOrder, of threads and of blocks
     unsigned seed;
-    unsigned strict;  // all threads must meet a barrier at the same line
 };
 
 struct ShimFailure {

@@ -9,7 +9,7 @@ namespace {
 
 void check_barrier_site(const Site& site) {
     if (machine.num_at_barrier == 0) machine.barrier = site;
-    if (!machine.launch->strict || site == machine.barrier) return;
+    if (site == machine.barrier) return;
     fail("__syncthreads at %s:%d, while other threads of the block wait at the one in %s:%d: a "
          "barrier in a divergent branch",
          site.file, site.line, machine.barrier.file, machine.barrier.line);
@@ -68,7 +68,7 @@ void check_partner(const Thread& self, unsigned lane) {
     if (warp.mask[lane] != warp.mask[self.lane()])
         fail("%s at %s:%d with mask 0x%08x, while lane %u gives mask 0x%08x", name, own.file,
              own.line, warp.mask[self.lane()], lane, warp.mask[lane]);
-    if (machine.launch->strict && !(other == own))
+    if (!(other == own))
         fail("%s at %s:%d, while lane %u of the warp is at %s:%d: a warp intrinsic in a divergent "
              "branch",
              name, own.file, own.line, lane, other.file, other.line);
