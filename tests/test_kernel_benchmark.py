@@ -13,7 +13,7 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parent / "kernels"))
 
-from host_launcher import served_by
+from host_launcher import NotingLauncher, served_by
 
 from benchmarks import kernels, run
 from benchmarks.harness import Result, Settings, measure_calls
@@ -49,28 +49,10 @@ def test_kernels_case(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "**linear rotated**" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments", [("--shapes", "64"), ("--ops", "gated"), ("--rows", "x")])
-def test_wrong_usage(arguments: tuple[str, ...]) -> None:
-    with pytest.raises(SystemExit):
-        run.main(["kernels", *QUICK, *arguments])
-
-
-class _DoesNothing:
-    """A launcher whose kernels write nothing."""
-
-    capability, num_processors = 80, 1
-
-    def __init__(self) -> None:
-        self.launched: set[str] = set()
-
-    def launch(self, kernel: Any, *_: Any) -> None:
-        self.launched.add(kernel.name)
-
-
 def test_every_kernel_is_checked_before_it_is_timed() -> None:
     formats = ("int8", "int4", "int4-g32-minimum")
     setup = Setup(CPU, torch.float16, ((16, 32),), (1, 32), formats, 0, 16)
-    launcher = _DoesNothing()
+    launcher = NotingLauncher()
     results: list[Result] = []
     ops = [op for op in kernels.OPS if op != "linear"]
     with served_by(launcher):
@@ -82,7 +64,7 @@ def test_every_kernel_is_checked_before_it_is_timed() -> None:
     assert reasons == {"ArithmeticError"}  # they ran, and what they gave was wrong
     one = next(result for result in results if "g32-minimum few rows" in result["name"])
     assert one["details"]["weight_bytes"] == 16 * (32 // 2 + 2 * 2)  # a scale, a minimum a row
-    assert launcher.launched == {
+    assert {*launcher.names} == {
         "linear_few_rows",
         "linear_tensor_core",
         "dequantize",
@@ -105,7 +87,7 @@ def test_another_library_is_compared_and_may_fail(monkeypatch: pytest.MonkeyPatc
         kernels, "_OTHERS", (*kinds, ("w8a8", "no_such_package", "none", 8, broken))
     )
     setup = Setup(CPU, torch.float16, ((16, 32),), (4,), (), 1000, 16)
-    with served_by(_DoesNothing()):
+    with served_by(NotingLauncher()):
         ((_, calls),) = kernels.calls_by_group(setup, ["w8a8"])
         *_, theirs, failing = measure_calls(calls(), ONCE, CPU)
     assert theirs["failure"] is None and 0 < theirs["error"] < 1e-3

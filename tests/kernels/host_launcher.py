@@ -33,14 +33,35 @@ def served_by(launcher: Any) -> Iterator[None]:
             launchers._test_launchers["cpu"] = before
 
 
+class NotingLauncher:
+    """Notes the kernels and their grids, and runs none of them."""
+
+    def __init__(self, capability: int = 80, num_processors: int = 1) -> None:
+        self.capability, self.num_processors = capability, num_processors
+        self.launches: list[tuple[Kernel, host_run.Dim]] = []
+
+    def launch(self, kernel: Kernel, grid: host_run.Dim, *_: object) -> None:
+        self.launches.append((kernel, grid))
+
+    @property
+    def names(self) -> list[str]:
+        """Of the kernels, in the order of their launches."""
+        return [kernel.name for kernel, _ in self.launches]
+
+
 class HostLauncher:
     """Compiles a kernel at its first launch, and runs it on copies between guard pages.
+
+    Arguments are copied to memory that ends at a page which nobody may touch, and back; what a
+    kernel takes as const is read-only meanwhile. Threads that meet a barrier at different lines are
+    an error.
 
     capability: of the GPU to stand in for, which sets __CUDA_ARCH__: 61, 70, 75, 80, ...
     order: "forward", "reverse", or the seed of a permutation, of threads and of blocks.
     record: a folder to which every launch is written, for replay.py.
     source_of: the full text of a kernel; the product's unless told.
     num_processors: what the launcher says of its device, for those who size grids by it.
+    names: of the kernels that were launched, in their order.
     """
 
     def __init__(
@@ -56,6 +77,7 @@ class HostLauncher:
         self.order = order
         self.record = record
         self.source_of = source_of or _source_of
+        self.names: list[str] = []
         self._libraries: dict[Kernel, host_run.Library] = {}
 
     def launch(
@@ -67,6 +89,7 @@ class HostLauncher:
         shared_bytes: int = 0,
     ) -> None:
         """Runs `kernel` to its end. Raises HostKernelError, LaunchError or BuildError."""
+        self.names.append(kernel.name)
         memory, values = _marshal(arguments)
         launch = host_run.Launch(kernel.name, grid, block, values, shared_bytes)
         library = self._library(kernel)

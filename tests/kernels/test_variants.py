@@ -14,25 +14,12 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parents[1] / "gpu"))
 
 import cases
-from host_launcher import served_by
+from host_launcher import NotingLauncher, served_by
 from test_kernels import PATHS, SHAPES, has_path, run_path
 from variants import every_variant
 
 from benchmarks.kernel_inputs import FORMATS
-from bminf.cuda.source import Kernel
 from bminf.quantization.packed import empty
-
-
-class _Recorder:
-    """A launcher that notes which kernels it is asked for."""
-
-    capability, num_processors = 90, 132
-
-    def __init__(self) -> None:
-        self.kernels: set[Kernel] = set()
-
-    def launch(self, kernel: Kernel, *_: Any) -> None:
-        self.kernels.add(kernel)
 
 
 def asked_for() -> Iterator[Callable[[], Any]]:
@@ -47,11 +34,11 @@ def asked_for() -> Iterator[Callable[[], Any]]:
 
 
 def test_every_kernel_that_is_asked_for_is_listed() -> None:
-    recorder = _Recorder()
-    with served_by(recorder), torch.no_grad():
+    launcher = NotingLauncher(capability=90, num_processors=132)
+    with served_by(launcher), torch.no_grad():
         for work in asked_for():
             with suppress(AssertionError):  # nothing was computed
                 work("cpu")
-    listed = every_variant(90)
-    assert recorder.kernels <= {*listed} and len(recorder.kernels) > 100
-    assert {kernel.name for kernel in recorder.kernels} == {kernel.name for kernel in listed}
+    asked, listed = {kernel for kernel, _ in launcher.launches}, every_variant(90)
+    assert asked <= {*listed} and len(asked) > 100
+    assert {*launcher.names} == {kernel.name for kernel in listed}
