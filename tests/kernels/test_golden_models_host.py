@@ -9,16 +9,21 @@ from typing import Any
 
 import pytest
 import torch
-from golden import for_each, golden
+from golden import GoldenSet, for_each, golden
 from host_launcher import HostLauncher, served_by
 from quantised import relative_error
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 from test_golden_forward import MODELS, valid
-from test_golden_quantized import layouts, load
+from test_golden_quantized import load
 
 HALF_ROUNDING = 2**-11  # of a number to float16; the sums here are of many, and stay well below
 NUM_STEPS = 3  # a launch on the host takes as long as a hundred on a GPU
+
+
+def one_layout(given: GoldenSet) -> list[str]:
+    """What is loaded from the others is the same: see test_golden_quantized.py."""
+    return given.layouts()[-1:]
 
 
 def few_outputs(name: str, model: Any) -> dict[str, torch.Tensor]:
@@ -39,7 +44,7 @@ def few_outputs(name: str, model: Any) -> dict[str, torch.Tensor]:
     return found
 
 
-@for_each(MODELS, layouts)
+@for_each(MODELS, one_layout)
 @pytest.mark.parametrize(
     ("quantization", "activations"), [("int8", "float"), ("int8", "int8"), ("int4", "float")]
 )
@@ -53,7 +58,7 @@ def test_golden_kernels_compute_what_the_cpu_does(
         launcher = HostLauncher(capability=61)
         with served_by(launcher):
             computed = few_outputs(name, model)
-    assert launcher._libraries  # it compiled, and ran, kernels
+    assert launcher.names  # it ran kernels
     slots = 2 * max(block.nbytes for block in plan.blocks)
     limit = plan.outside_bytes + plan.reserved_bytes + slots
     with load(given, case, memory_limit=limit, **packing) as model:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import pytest
@@ -33,8 +34,9 @@ def served(request: pytest.FixtureRequest) -> Iterator[HostLauncher]:
 
 
 @pytest.mark.parametrize("served", [80], indirect=True)
-@pytest.mark.parametrize("quantization", ["int8", "int4"])
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize(
+    ("name", "quantization"), [*zip(TINY, itertools.cycle(("int8", "int4")), strict=False)]
+)
 def test_streamed_equals_resident_through_the_kernels(
     name: str, quantization: str, served: HostLauncher
 ) -> None:
