@@ -123,6 +123,25 @@ class HostLauncher:
         recording.write(folder, record)
 
 
+def run(
+    body: str,
+    *arguments: torch.Tensor | int | float | None,
+    parameters: str,
+    before: str = "",
+    block: host_run.Dim = (32, 1, 1),
+    grid: host_run.Dim = (1, 1, 1),
+    shared_bytes: int = 0,
+    capability: int = 80,
+    order: str | int = "forward",
+) -> None:
+    """One launch of a kernel with `parameters` and `body`, and the text `before` it."""
+    from bminf.cuda.source import Kernel
+
+    source = f'{before}\nextern "C" __global__ void word({parameters}) {{\n{body}\n}}\n'
+    launcher = HostLauncher(capability, order, source_of=lambda kernel: source)
+    launcher.launch(Kernel("word.cu", "word"), grid, block, arguments, shared_bytes)
+
+
 def _source_of(kernel: Kernel) -> str:
     from bminf.cuda.source import source_of
 

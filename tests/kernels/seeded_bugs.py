@@ -20,16 +20,10 @@ def _same(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def _blocks(x: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.pad(x, (0, BLOCKS * THREADS - N)).view(BLOCKS, THREADS)
-
-
 def _reversed(x: torch.Tensor) -> torch.Tensor:
-    return _blocks(x).flip(1).reshape(-1)[:N]
-
-
-def _sums(x: torch.Tensor) -> torch.Tensor:
-    return _blocks(x).sum(1, keepdim=True).expand(BLOCKS, THREADS).reshape(-1)[:N]
+    """Each block's threads, the last first."""
+    padded = torch.nn.functional.pad(x, (0, BLOCKS * THREADS - N))
+    return padded.view(BLOCKS, THREADS).flip(1).reshape(-1)[:N]
 
 
 @dataclass(frozen=True)
@@ -87,25 +81,6 @@ BUGS = [
         WRONG,
         thread="data race",
         expected=lambda x: 3 * _reversed(x),
-    ),
-    Bug(
-        "no_barrier_after_reduction",
-        """
-        __shared__ float of_warps[2];
-        float sum = 0;
-        for (int factor = 1; factor <= 2; ++factor) {
-            float value = i < n ? x[i] * factor : 0;
-            for (int d = 16; d > 0; d /= 2) value += __shfl_xor_sync(~0u, value, d);
-            if (t % 32 == 0) of_warps[t / 32] = value;
-            __syncthreads();
-            sum += of_warps[0] + of_warps[1];
-            IF_RIGHT(__syncthreads();)
-        }
-        if (i < n) y[i] = sum;
-        """,
-        WRONG,
-        thread="data race",
-        expected=lambda x: 3 * _sums(x),
     ),
     Bug(
         "shared_array_too_short",
