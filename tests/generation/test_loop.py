@@ -1,13 +1,12 @@
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
 import torch
 from fake_decoder import FakeDecoder, random_logits, scripted
 
-from bminf.errors import ArgumentError, UnsupportedModelError
+from bminf.errors import ArgumentError
 from bminf.generation.loop import decode
 from bminf.generation.sampling import Sampler, Sampling
 
@@ -129,13 +128,3 @@ def test_an_error_in_a_pass_comes_through(error: BaseException) -> None:
     with pytest.raises(type(error)):
         run(FakeDecoder(logits), [[0]], 5, stop_ids=(), vocab_size=2)
     assert torch.is_grad_enabled()
-
-
-def test_logits_that_are_not_numbers_end_it() -> None:
-    def logits(history: tuple[int, ...]) -> list[float]:
-        return [0.0, math.nan if len(history) == 3 else 1.0]
-
-    decoder = FakeDecoder(logits)
-    with pytest.raises(UnsupportedModelError, match="row 0"):
-        run(decoder, [[0]], 5, stop_ids=(), vocab_size=2)
-    assert len(decoder.fed) == 3
