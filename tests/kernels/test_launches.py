@@ -77,19 +77,19 @@ def misaligned(weight: PackedWeight) -> PackedWeight:
 RIGHT = pack(torch.randn(9, 70), INT8)
 
 
-@pytest.mark.parametrize(
-    ("name", "call"),
-    [
-        ("qweight", lambda bad: linear(torch.randn(2, 70), bad)),
-        ("qweight", lambda bad: linear(torch.randn(8, 70).half(), bad)),
-        ("qweight", lambda bad: linear(torch.randn(140, 70).half(), bad)),
-        ("qweight", lambda bad: linear(torch.randn(2, 70), bad, None, "int8")),
-        ("qweight", lambda bad: linear(torch.randn(64, 70), bad, None, "int8")),
-        ("qweight", lambda bad: dequantize_weight(bad, torch.float16)),
-        ("gate", lambda bad: gated_linear(torch.randn(2, 70), bad, RIGHT, "silu")),
-        ("up", lambda bad: gated_linear(torch.randn(2, 70), RIGHT, bad, "silu")),
-    ],
-)
+CALLS: list[tuple[str, Callable[[PackedWeight], object]]] = [
+    ("qweight", lambda bad: linear(torch.randn(2, 70), bad)),
+    ("qweight", lambda bad: linear(torch.randn(8, 70).half(), bad)),
+    ("qweight", lambda bad: linear(torch.randn(140, 70).half(), bad)),
+    ("qweight", lambda bad: linear(torch.randn(2, 70), bad, None, "int8")),
+    ("qweight", lambda bad: linear(torch.randn(64, 70), bad, None, "int8")),
+    ("qweight", lambda bad: dequantize_weight(bad, torch.float16)),
+    ("gate", lambda bad: gated_linear(torch.randn(2, 70), bad, RIGHT, "silu")),
+    ("up", lambda bad: gated_linear(torch.randn(2, 70), RIGHT, bad, "silu")),
+]
+
+
+@pytest.mark.parametrize(("name", "call"), CALLS)
 def test_codes_that_begin_where_no_kernel_can_read_are_refused(
     name: str, call: Callable[[PackedWeight], object], noting: NotingLauncher
 ) -> None:
@@ -101,15 +101,7 @@ def test_codes_that_begin_where_no_kernel_can_read_are_refused(
     assert {*noting.names} <= {"quantize_rows"}
 
 
-@pytest.mark.parametrize(
-    "call",
-    [
-        lambda bad: linear(torch.randn(2, 70), bad),
-        lambda bad: gated_linear(torch.randn(2, 70), bad, RIGHT, "silu"),
-        lambda bad: gated_linear(torch.randn(2, 70), RIGHT, bad, "silu"),
-        lambda bad: dequantize_weight(bad, torch.float16),
-    ],
-)
+@pytest.mark.parametrize("call", [call for _, call in CALLS])
 def test_a_weight_whose_parts_do_not_go_together_is_refused(
     call: Callable[[PackedWeight], object], noting: NotingLauncher
 ) -> None:
