@@ -32,7 +32,7 @@ class GLMSet(GoldenSet):
         return json.loads((self.path / "config.json").read_text())
 
     def folders(self, packed: bool | None = None) -> list[str]:
-        """The checkpoints; packed: only those that are quantised, or are not."""
+        """The checkpoints; packed: only those that are quantized, or are not."""
         found = {path.name: _FOLDER.fullmatch(path.name) for path in self.path.glob("ckpt_*")}
         return sorted(
             name

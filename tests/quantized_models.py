@@ -1,4 +1,4 @@
-"""What tests of quantised models share."""
+"""What tests of quantized models share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bminf.quantization.packed import PackedWeight, dequantize
 from bminf.wrapping import plan_for
 
 
-def quantise(
+def quantize_on_cpu(
     model: torch.nn.Module,
     quantization: str | bool,
     memory_limit: Any = "1GB",
@@ -25,21 +25,21 @@ def quantise(
         return bminf.wrapper(model, quantization, memory_limit, device="cpu", blocks=blocks)
 
 
-def quantise_and_stream(
+def quantize_and_stream(
     model: torch.nn.Module, quantization: str | bool, blocks: list[str] | None = None
 ) -> Any:
-    """As quantise, with fewer than half of the blocks resident."""
+    """As quantize_on_cpu, with fewer than half of the blocks resident."""
     whole = plan_for(model, quantization, blocks=blocks)
     sizes = sorted((block.nbytes for block in whole.blocks), reverse=True)
     limit = whole.outside_bytes + 2 * sizes[0] + sum(sizes) // 6
-    quantise(model, quantization, limit, blocks)
+    quantize_on_cpu(model, quantization, limit, blocks)
     plan = bminf.plan_of(model)
     assert len(plan.resident) < len(plan.blocks) / 2 and plan.total_bytes <= limit
     return model
 
 
-def dequantise(model: torch.nn.Module) -> torch.nn.Module:
-    """Put an ordinary linear with the same weights in the place of each quantised one."""
+def dequantize_linears(model: torch.nn.Module) -> torch.nn.Module:
+    """Put an ordinary linear with the same weights in the place of each quantized one."""
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if isinstance(child, bminf.QuantizedLinear):

@@ -36,7 +36,7 @@ def save_as_safetensors(folder: Path) -> Path:
     model = AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, dtype=torch.float32
     )
-    # transformers takes the dequantised model for a quantised one, and would refuse to save it.
+    # transformers takes the dequantized model for a quantized one, and would refuse to save it.
     model.hf_quantizer = None
     del model.config.quantization_config
     model.save_pretrained(folder)

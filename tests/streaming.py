@@ -96,7 +96,7 @@ def least_limit(model: torch.nn.Module, **arguments: Any) -> int:
 
 
 def stream(model: torch.nn.Module, extra_bytes: int = 0, **arguments: Any) -> Any:
-    """Wrap `model` on the CPU, unquantised, with room for two slots and `extra_bytes`."""
+    """Wrap `model` on the CPU, unquantized, with room for two slots and `extra_bytes`."""
     chosen = {k: v for k, v in arguments.items() if k in ("quantization", "quantize", "blocks")}
     limit = least_limit(model, **chosen) + extra_bytes
     settings = {"quantization": False, "device": "cpu", "memory_limit": limit, **arguments}

@@ -59,7 +59,7 @@ def test_it_keeps_to_the_plan(
     assert report["wrapping_bytes"] <= report["total_bytes"] + 2 * report["block_bytes"]
 
 
-def test_quantised_it_still_speaks(folder: Path) -> None:
+def test_quantized_it_still_speaks(folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)

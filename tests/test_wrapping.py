@@ -96,7 +96,7 @@ def test_encoder_and_decoder_share_the_slots_and_the_limit() -> None:
 # Quantization
 
 
-def test_a_quantised_model_needs_less() -> None:
+def test_a_quantized_model_needs_less() -> None:
     limit = least_limit(make("llama")) + 4_000
     residents = []
     for quantization in (False, True, "int4"):

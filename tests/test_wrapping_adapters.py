@@ -12,7 +12,7 @@ import peft
 import pytest
 import torch
 import transformers
-from quantised import relative_error
+from quantized_models import relative_error
 from streaming import least_limit
 from tiny_models import inputs_of, make
 

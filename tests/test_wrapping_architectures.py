@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from quantised import dequantise, quantise, quantise_and_stream, relative_error
+from quantized_models import (
+    dequantize_linears,
+    quantize_and_stream,
+    quantize_on_cpu,
+    relative_error,
+)
 from tiny_models import TINY, greedy, half_layer_names, inputs_of, make, output_of
 
 import bminf
@@ -16,7 +21,7 @@ def test_streamed_equals_the_unwrapped_model(name: str, by_half_layers: bool) ->
     model, given = make(name), inputs_of(name)
     expected = output_of(model, given)
     ids = greedy(model, given) if TINY[name].generates else None
-    quantise_and_stream(model, False, half_layer_names(name, model) if by_half_layers else None)
+    quantize_and_stream(model, False, half_layer_names(name, model) if by_half_layers else None)
     plan = bminf.plan_of(model)
     for num_passes in (1, 2):
         assert torch.equal(output_of(model, given), expected)
@@ -35,14 +40,14 @@ ROUNDING = {"int8": 5e-3, "int4": 1e-4}
 
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
 @pytest.mark.parametrize("name", TINY)
-def test_streamed_equals_resident_and_agrees_with_the_dequantised_model(
+def test_streamed_equals_resident_and_agrees_with_the_dequantized_model(
     name: str, quantization: str
 ) -> None:
     given = inputs_of(name)
-    resident = quantise(make(name), quantization)
+    resident = quantize_on_cpu(make(name), quantization)
     expected = output_of(resident, given)
     ids = greedy(resident, given) if TINY[name].generates else None
-    model = quantise_and_stream(make(name), quantization)
+    model = quantize_and_stream(make(name), quantization)
     for _ in range(2):
         assert torch.equal(output_of(model, given), expected)
     if ids is not None:
@@ -51,7 +56,7 @@ def test_streamed_equals_resident_and_agrees_with_the_dequantised_model(
     assert linears and all(m.weight.dtype == torch.float32 for m in linears)
     if TINY[name].inputs == "ids":
         assert type(model.get_output_embeddings()) in (torch.nn.Linear, type(None))
-    plain = dequantise(bminf.unwrap(resident))
+    plain = dequantize_linears(bminf.unwrap(resident))
     assert relative_error(expected, output_of(plain, given)) < ROUNDING[quantization]
 
 
@@ -59,7 +64,7 @@ def test_streamed_equals_resident_and_agrees_with_the_dequantised_model(
 def test_a_resident_model_compiles_to_one_graph(name: str) -> None:
     """T5 asks for the dtype of a weight, which must not break the graph."""
     given = inputs_of(name)
-    model = quantise(make(name), "int4")
+    model = quantize_on_cpu(make(name), "int4")
     expected = output_of(model, given)
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -71,9 +76,12 @@ def test_a_resident_model_compiles_to_one_graph(name: str) -> None:
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
 def test_half_precision_models(quantization: str, dtype: torch.dtype) -> None:
     given = inputs_of("llama")
-    resident = quantise(make("llama").to(dtype), quantization)
-    model = quantise_and_stream(make("llama").to(dtype), quantization)
+    resident = quantize_on_cpu(make("llama").to(dtype), quantization)
+    model = quantize_and_stream(make("llama").to(dtype), quantization)
     expected = output_of(resident, given)
     assert expected.dtype == dtype and torch.equal(output_of(model, given), expected)
     assert model.model.layers[0].mlp.up_proj.weight.dtype == dtype
-    assert relative_error(expected, output_of(dequantise(bminf.unwrap(resident)), given)) < 0.03
+    assert (
+        relative_error(expected, output_of(dequantize_linears(bminf.unwrap(resident)), given))
+        < 0.03
+    )

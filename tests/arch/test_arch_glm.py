@@ -166,12 +166,12 @@ def test_the_tables_of_cuts_depend_on_the_model() -> None:
         assert {name: table.split(name) for name in [*same, *own]} == {**same, **own}
 
 
-# ---- quantised folders ---------------------------------------------------------------------------
+# ---- quantized folders ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("degree", [1, 2, 4])
 @pytest.mark.parametrize("bits", [8, 4])
-def test_quantised_ranks_keep_their_own_scales(bits: int, degree: int, tmp_path: Path) -> None:
+def test_quantized_ranks_keep_their_own_scales(bits: int, degree: int, tmp_path: Path) -> None:
     ranks = tiny_glm130b().ranks(degree, bits)
     found = GLM130B.tensors(checkpoint_in(write_ranks(tmp_path, ranks)))
     expect(found, join([dequantized(rank, bits) for rank in ranks], GLM130B_FUSED))

@@ -49,7 +49,7 @@ def write(path: Path) -> int:
 
 def cut_anew(folder: Path) -> int:
     reshard(folder, folder.with_name("more"), 4)
-    reshard(folder, folder.with_name("quantised"), 1, 4)
+    reshard(folder, folder.with_name("quantized"), 1, 4)
     return sum(path.stat().st_size for path in folder.glob("*/*.pt"))
 
 

@@ -1,4 +1,4 @@
-"""GLM-130B's and GLM-10B's own checkpoints: read, re-sharded and quantised as their authors do.
+"""GLM-130B's and GLM-10B's own checkpoints: read, re-sharded and quantized as their authors do.
 
 What a set holds makes the tests: one for each folder, and for each direction between two of them.
 """
@@ -59,7 +59,7 @@ def floats(given: GoldenSet) -> list[str]:
     return [name for name in folders(given) if bits_of(given.path / name) is None]
 
 
-def quantised(given: GoldenSet) -> list[str]:
+def quantized(given: GoldenSet) -> list[str]:
     return [name for name in folders(given) if bits_of(given.path / name) is not None]
 
 
@@ -152,25 +152,25 @@ def test_golden_float_folders_are_read_as_one_model(name: str, case: str) -> Non
         assert torch.equal(stored.read(), expected), ours
 
 
-@for_each(MODELS, quantised)
-def test_golden_quantised_folders_are_codes_times_scale(name: str, case: str) -> None:
+@for_each(MODELS, quantized)
+def test_golden_quantized_folders_are_codes_times_scale(name: str, case: str) -> None:
     folder = golden(name).path / case
     tensors, their_name = TABLES[name]
     found = tensors(checkpoint_in(folder))
     ranks = [dequantized(rank["module"], bits_of(folder)) for rank in saved(folder)]
     whole = without(join(ranks, FUSED_IN[name]), set())
     assert {their_name("original", ours) for ours in found} == set(whole)
-    num_quantised = 0
+    num_quantized = 0
     for ours, stored in found.items():
         expected = whole[their_name("original", ours)]
         assert stored.shape == tuple(expected.shape)
         assert torch.equal(stored.read(), expected), ours
         if isinstance(stored, Quantized):
-            num_quantised += 1
+            num_quantized += 1
             assert stored.bits == bits_of(folder)
             assert torch.equal(dequantize(stored.packed(), torch.float16), expected), ours
     scales = [key for key in saved(folder)[0]["module"] if key.endswith(_SCALE)]
-    assert num_quantised == len(scales) > 0
+    assert num_quantized == len(scales) > 0
 
 
 @for_each(MODELS, folders)
@@ -182,7 +182,7 @@ def test_golden_folders_are_recognised(name: str, case: str) -> None:
         assert list(opened.tensors) == list(saved(folder)[0]["module"])
 
 
-@for_each(MODELS, quantised)
-def test_golden_quantised_folders_are_not_cut_anew(name: str, case: str, tmp_path: Path) -> None:
+@for_each(MODELS, quantized)
+def test_golden_quantized_folders_are_not_cut_anew(name: str, case: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is quantized"):
         reshard(golden(name).path / case, tmp_path / "new", 1)

@@ -159,7 +159,7 @@ def test_the_files_of_the_authors(
         assert len(modules(target)) == int(tp)
 
 
-def test_the_files_of_the_authors_quantised(tmp_path: Path) -> None:
+def test_the_files_of_the_authors_quantized(tmp_path: Path) -> None:
     """The number of heads is not in the files, and comes from a configuration elsewhere."""
     made = tiny_glm130b()
     source = made.write_original(tmp_path / "inner" / "from")

@@ -10,7 +10,7 @@ import torch
 from golden import for_each, golden
 from golden_glm import GLMSet, head, rows, run
 from host_launcher import HostLauncher, served_by
-from quantised import relative_error
+from quantized_models import relative_error
 
 from bminf.models.glm_text import prefix_lm_mask
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from golden import GoldenSet, for_each, golden
 from host_launcher import HostLauncher, served_by
-from quantised import relative_error
+from quantized_models import relative_error
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 from test_golden_forward import MODELS, valid

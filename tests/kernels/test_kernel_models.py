@@ -8,7 +8,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 from host_launcher import HostLauncher, served_by
-from quantised import dequantise, quantise, quantise_and_stream, relative_error
+from quantized_models import (
+    dequantize_linears,
+    quantize_and_stream,
+    quantize_on_cpu,
+    relative_error,
+)
 from tiny_models import TINY, greedy, inputs_of, make, output_of
 
 import bminf
@@ -41,13 +46,13 @@ def test_streamed_equals_resident_through_the_kernels(
     name: str, quantization: str, served: HostLauncher
 ) -> None:
     given = one_of_each_input(name)
-    resident = quantise(make(name), quantization)
+    resident = quantize_on_cpu(make(name), quantization)
     expected = output_of(resident, given)
-    model = quantise_and_stream(make(name), quantization)
+    model = quantize_and_stream(make(name), quantization)
     for _ in range(2):
         assert torch.equal(output_of(model, given), expected)
     assert served.names
-    plain = dequantise(bminf.unwrap(resident))
+    plain = dequantize_linears(bminf.unwrap(resident))
     assert relative_error(expected, output_of(plain, given)) < ROUNDING[served.capability]
 
 
@@ -61,11 +66,11 @@ def test_a_model_in_half_precision_generates(
 ) -> None:
     """The prompt and single tokens take different kernels; streamed and resident take the same."""
     given = one_of_each_input("llama")
-    resident = quantise(make("llama").to(dtype), quantization)
-    model = quantise_and_stream(make("llama").to(dtype), quantization)
+    resident = quantize_on_cpu(make("llama").to(dtype), quantization)
+    model = quantize_and_stream(make("llama").to(dtype), quantization)
     assert torch.equal(greedy(model, given), greedy(resident, given))
     assert torch.equal(output_of(model, given), output_of(resident, given))
-    expected = output_of(dequantise(bminf.unwrap(resident)), given)
+    expected = output_of(dequantize_linears(bminf.unwrap(resident)), given)
     assert relative_error(output_of(model, given), expected) < 0.05
     assert "linear_few_rows" in served.names
 

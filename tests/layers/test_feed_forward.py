@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from quantised import dequantise, relative_error
+from quantized_models import dequantize_linears, relative_error
 
 import bminf
 from bminf.layers.feed_forward import FeedForward, GatedFeedForward, HalvedFeedForward
@@ -29,4 +29,4 @@ def test_gated_is_the_same_packed_in_one_product_or_two(num_rows: int, activatio
     given, by_itself = gated(x), gated.down(F.silu(gated.gate(x)) * gated.up(x))
     assert relative_error(given, by_itself) < 1e-6  # as rounded as each linear alone
     rounding = 1e-3 if activations == "float" else 0.02
-    assert relative_error(given, dequantise(gated)(x)) < rounding
+    assert relative_error(given, dequantize_linears(gated)(x)) < rounding

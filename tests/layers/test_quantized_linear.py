@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from quantised import relative_error
+from quantized_models import relative_error
 from transformers.pytorch_utils import Conv1D
 
 import bminf

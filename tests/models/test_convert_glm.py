@@ -173,7 +173,7 @@ def test_a_converted_folder_carries_the_settings_of_its_tokenizer(
     ("bits", "degree", "head"),
     [(4, 1, "int8"), (4, 2, None), (4, 4, "int4"), (8, 1, None), (8, 2, "int8")],
 )
-def test_converting_a_quantised_folder_rounds_nothing(
+def test_converting_a_quantized_folder_rounds_nothing(
     bits: int, degree: int, head: Any, load: Loader, tmp_path: Path,
 ) -> None:  # fmt: skip
     rows = {4: "int4-row", 8: "int8"}[bits]
@@ -201,7 +201,7 @@ def test_converting_a_quantised_folder_rounds_nothing(
 
 
 @pytest.mark.parametrize(("bits", "degree"), [(4, 2), (8, 1)])
-def test_converting_a_quantised_folder_to_no_packing(
+def test_converting_a_quantized_folder_to_no_packing(
     bits: int, degree: int, load: Loader, tmp_path: Path
 ) -> None:
     folder = tiny_glm130b().write_original(tmp_path / "a", degree, bits)

@@ -1,4 +1,4 @@
-"""bminf/models/fill.py, and what assemble.py packs: the authors' own quantised folders,
+"""bminf/models/fill.py, and what assemble.py packs: the authors' own quantized folders,
 weights that cannot be packed, and where the embedding of a GLM lies."""
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ TEXT = "the blocks of a [MASK] wait on the host"
 HALF_GROUPS = Format(8, 32)
 
 
-# ---- the authors' quantised folders --------------------------------------------------------------
+# ---- the authors' quantized folders --------------------------------------------------------------
 
 
 def unpacked(made: TinyGLM, bits: int, degree: int) -> TinyGLM:
@@ -62,7 +62,7 @@ ALL_PACKED = [(bits, degree) for bits in (4, 8) for degree in (1, 2, 4)]
 
 
 @pytest.mark.parametrize(("bits", "degree"), ALL_PACKED)
-def test_a_quantised_folder_keeps_its_codes(
+def test_a_quantized_folder_keeps_its_codes(
     bits: int, degree: int, packed: Callable[[int, int], Path], load: Loader
 ) -> None:
     """What belongs to one rank has a scale a row, what lies across ranks one a rank and row."""
@@ -92,7 +92,7 @@ def test_a_quantised_folder_keeps_its_codes(
 
 
 @pytest.mark.parametrize(("bits", "degree"), [(4, 1), (4, 4), (8, 2)])
-def test_a_quantised_folder_takes_its_own_format_alone(
+def test_a_quantized_folder_takes_its_own_format_alone(
     bits: int, degree: int, packed: Callable[[int, int], Path], load: Loader, tmp_path: Path
 ) -> None:
     rows = {4: "int4-row", 8: "int8"}[bits]
@@ -163,7 +163,7 @@ def test_an_odd_number_of_columns(refuse: Refuse, load: Loader, tmp_path: Path) 
 
 
 def test_groups_of_an_odd_width(refuse: Refuse, load: Loader, tmp_path: Path) -> None:
-    """Of 8 bits: 51 columns a rank, which two ranks have quantised."""
+    """Of 8 bits: 51 columns a rank, which two ranks have quantized."""
     folder = tiny_glm130b(inner_hidden_size=102).write_original(tmp_path / "a", 2, 8)
     words = r"dense_4h_to_h\.weight' in .* 2 groups of its 102 columns.*quantization=None"
     refuse("glm130b", folder, CheckpointError, words, quantization="int4")

@@ -73,7 +73,7 @@ def test_a_degree_comes_from_another(model: str, source: int, target: int, tmp_p
 
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("degree", [1, 2, 4])
-def test_each_rank_is_quantised_by_itself(degree: int, bits: int, tmp_path: Path) -> None:
+def test_each_rank_is_quantized_by_itself(degree: int, bits: int, tmp_path: Path) -> None:
     made = with_heads()
     reshard(write(tmp_path / "a", made, 2), tmp_path / "b", degree, bits)
     expect(tmp_path / "b", made, degree, bits)
@@ -164,7 +164,7 @@ def test_a_wrong_number_of_heads_is_refused(tmp_path: Path) -> None:
 # ---- bad input: an error before anything is written ----------------------------------------------
 
 
-def quantised(folder: Path) -> None:
+def quantized(folder: Path) -> None:
     write_ranks(folder / "a", tiny_glm130b().ranks(2, 8))
 
 
@@ -210,8 +210,8 @@ BAD: dict[str, tuple[Make, dict[str, Any], type[Exception], str]] = {
     "bits of glm10b": (
         lambda f: write(f / "a", tiny_glm10b()), {"bits": 8}, ArgumentError, "holds GLM-10B"
     ),
-    "quantised": (quantised, {}, CheckpointError, r"a is quantized, each rank .* re-sharded; give"),
-    "quantised again": (quantised, {"bits": 4}, CheckpointError, "a is quantized, each rank"),
+    "quantized": (quantized, {}, CheckpointError, r"a is quantized, each rank .* re-sharded; give"),
+    "quantized again": (quantized, {"bits": 4}, CheckpointError, "a is quantized, each rank"),
     "another model": (
         lambda f: write_ranks(f / "a", [{"word_embeddings.weight": torch.ones(4, 4)}]), {},
         CheckpointError, "no checkpoint of GLM-130B or GLM-10B",
@@ -359,8 +359,8 @@ def test_a_wrong_vocabulary_is_refused_before_anything_is_written(tmp_path: Path
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_quantised_by_convert(bits: int, load: Loader, tmp_path: Path) -> None:
-    """It loads as the authors' own quantised folder does."""
+def test_quantized_by_convert(bits: int, load: Loader, tmp_path: Path) -> None:
+    """It loads as the authors' own quantized folder does."""
     made = tiny_glm130b()
     source = made.write_original(tmp_path / "a" / "from", 2)
     cut = convert(source, tmp_path / "b" / "to", {4: "int4-row", 8: "int8"}[bits], tp=4)

@@ -30,7 +30,7 @@ from bminf.models.options import GLMOptions
 from bminf.ops.dequantize import dequantize_weight
 
 NAMES = ("glm130b",)
-OWN_LINEARS = 0.03  # of logits, where the authors round dequantised weights to half, and we do not
+OWN_LINEARS = 0.03  # of logits, where the authors round dequantized weights to half, and we do not
 BEAM_SCORES = 1e-4
 RELATIVE = 1e-5  # of sums of losses and of log-probabilities
 
@@ -168,10 +168,10 @@ def test_golden_glm130b_rotary_table(name: str, case: str) -> None:
         assert largest(torch.cat([half, half], 1), expected) <= TOLERANCE
 
 
-# ---- quantised checkpoints -----------------------------------------------------------------------
+# ---- quantized checkpoints -----------------------------------------------------------------------
 
 
-def quantised_cases(given: GLMSet) -> Iterator[tuple[str, str, str]]:
+def quantized_cases(given: GLMSet) -> Iterator[tuple[str, str, str]]:
     for key in given.file("quantized.safetensors"):
         prefix, _, rest = key.partition(".")
         folder, (batch, _, kind) = given.packed_folder(prefix), rest.partition(".")
@@ -180,8 +180,8 @@ def quantised_cases(given: GLMSet) -> Iterator[tuple[str, str, str]]:
             yield folder, key, batch
 
 
-@for_each(NAMES, quantised_cases)
-def test_golden_glm130b_quantised_unpacked(name: str, case: tuple[str, str, str]) -> None:
+@for_each(NAMES, quantized_cases)
+def test_golden_glm130b_quantized_unpacked(name: str, case: tuple[str, str, str]) -> None:
     """As the authors compute: weights times their scales, rounded to half, in a float product."""
     folder, key, batch = case
     given = golden(name)
@@ -194,8 +194,8 @@ def test_golden_glm130b_quantised_unpacked(name: str, case: tuple[str, str, str]
     assert largest(logits, expected) <= (HALF_TOLERANCE if is_half else TOLERANCE)
 
 
-@for_each(NAMES, quantised_cases)
-def test_golden_glm130b_quantised_own_linears(name: str, case: tuple[str, str, str]) -> None:
+@for_each(NAMES, quantized_cases)
+def test_golden_glm130b_quantized_own_linears(name: str, case: tuple[str, str, str]) -> None:
     folder, key, batch = case
     given, forward = golden(name), golden(name).file(FORWARD)
     dtype = torch.float16 if "fp16" in key else torch.float32
@@ -206,7 +206,7 @@ def test_golden_glm130b_quantised_own_linears(name: str, case: tuple[str, str, s
     assert largest(logits, expected) <= (HALF_TOLERANCE if "fp16" in key else OWN_LINEARS)
 
 
-def dequantised(given: GLMSet) -> Iterator[tuple[str, str]]:
+def dequantized(given: GLMSet) -> Iterator[tuple[str, str]]:
     for key in given.file("quantized.safetensors"):
         prefix, _, kind = key.partition(".")
         folder = given.packed_folder(prefix)
@@ -214,7 +214,7 @@ def dequantised(given: GLMSet) -> Iterator[tuple[str, str]]:
             yield folder, key
 
 
-@for_each(NAMES, dequantised)
+@for_each(NAMES, dequantized)
 def test_golden_glm130b_codes(name: str, case: tuple[str, str]) -> None:
     folder, key = case
     expected = golden(name).file("quantized.safetensors")[key]

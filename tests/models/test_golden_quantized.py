@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from golden import TOLERANCE, GoldenSet, cases, for_each, golden, largest
-from quantised import dequantise
+from quantized_models import dequantize_linears
 from test_golden_forward import MODELS, all_outputs
 
 # Logits that BMInf 1.x' own 8 bits moved by so much, see bminf1_golden.json; ours may move them by
@@ -39,11 +39,11 @@ def reference_logits(given: GoldenSet, layout: str) -> torch.Tensor:
 
 
 @for_each(MODELS, layouts)
-def test_golden_int8_is_the_float_model_of_its_dequantised_weights(name: str, case: str) -> None:
+def test_golden_int8_is_the_float_model_of_its_dequantized_weights(name: str, case: str) -> None:
     given = golden(name)
     with load(given, case, quantization="int8", activations="float") as model:
         packed = all_outputs(name, model)
-        dequantise(model.model)
+        dequantize_linears(model.model)
         floats = all_outputs(name, model)
     for key, x in packed.items():
         assert largest(x, floats[key]) <= TOLERANCE, key

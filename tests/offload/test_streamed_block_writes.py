@@ -117,7 +117,7 @@ def test_a_write_that_changes_more_than_values_is_refused(write: Callable[[Any],
 
 
 @pytest.mark.parametrize("limit", ["1GB", None])
-def test_a_write_to_a_quantised_weight_says_what_works(limit: str | None) -> None:
+def test_a_write_to_a_quantized_weight_says_what_works(limit: str | None) -> None:
     model: Stack = make_stack()
     if limit is None:
         stream(model, quantization=True)

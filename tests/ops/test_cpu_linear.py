@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from quantised import product, relative_error
+from quantized_models import product, relative_error
 
 from bminf.ops import cpu_linear
 from bminf.ops.linear import linear

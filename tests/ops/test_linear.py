@@ -1,4 +1,4 @@
-"""The linear with packed weights on the CPU: against dequantise, then multiply, in float64.
+"""The linear with packed weights on the CPU: against dequantize, then multiply, in float64.
 
 It takes its rows by bminf/ops/rows.py and goes by bminf/ops/linear_weight_only.py or
 bminf/ops/linear_w8a8.py. How these launch kernels, and bminf/ops/dequantize.py, is in
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from quantised import product, relative_error
+from quantized_models import product, relative_error
 from transformers.pytorch_utils import Conv1D
 
 import bminf

@@ -9,7 +9,7 @@ from bminf.errors import ArgumentError
 from bminf.ops.quantize_rows import quantize_rows, rms_norm_quantize
 
 
-def test_rms_norm_and_quantise_in_one() -> None:
+def test_rms_norm_and_quantize_in_one() -> None:
     x, weight = torch.randn(2, 3, 70), torch.randn(70)
     normal = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * weight
     codes, scale = rms_norm_quantize(x, weight, 1e-6)
