@@ -185,10 +185,11 @@ TINY = {
 }
 
 
-def make(name: str, seed: int = 0) -> torch.nn.Module:
+def make(name: str, seed: int = 0, **changed: Any) -> torch.nn.Module:
+    """changed: fields of its configuration."""
     tiny = TINY[name]
     torch.manual_seed(seed)
-    return tiny.model(tiny.config(**tiny.arguments)).eval()
+    return tiny.model(tiny.config(**{**tiny.arguments, **changed})).eval()
 
 
 def inputs_of(name: str, seed: int = 1) -> dict[str, torch.Tensor]:
