@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_glm import tiny_glm10b, tiny_glm130b
-from tiny_zoo import rank_file, split, write_ranks
+from tiny_zoo import rank_file, split, tiny, write_ranks
 
 from bminf.arch.registry import checkpoint_in, split_tables
 from bminf.checkpoint.model_parallel import (
@@ -27,59 +27,17 @@ from bminf.checkpoint.model_parallel import (
 )
 from bminf.errors import ArgumentError, CheckpointError
 
-# The tables of the published checkpoints: names and how they are cut, for layer 1.
-CPM1 = {
-    "word_embeddings.weight": ROWS,
-    "position_embeddings.weight": REPLICATED,
-    "transformer.layers.1.input_layernorm.weight": REPLICATED,
-    "transformer.layers.1.input_layernorm.bias": REPLICATED,
-    "transformer.layers.1.post_attention_layernorm.weight": REPLICATED,
-    "transformer.layers.1.post_attention_layernorm.bias": REPLICATED,
-    "transformer.layers.1.attention.query_key_value.weight": fused_rows(3),
-    "transformer.layers.1.attention.query_key_value.bias": fused_rows(3),
-    "transformer.layers.1.attention.dense.weight": COLUMNS,
-    "transformer.layers.1.attention.dense.bias": REPLICATED,
-    "transformer.layers.1.mlp.dense_h_to_4h.weight": ROWS,
-    "transformer.layers.1.mlp.dense_h_to_4h.bias": ROWS,
-    "transformer.layers.1.mlp.dense_4h_to_h.weight": COLUMNS,
-    "transformer.layers.1.mlp.dense_4h_to_h.bias": REPLICATED,
-    "transformer.final_layernorm.weight": REPLICATED,
-    "transformer.final_layernorm.bias": REPLICATED,
-}
-T5 = {
-    "word_embeds.weight": ROWS,
-    "lm_head.weight": ROWS,
-    "role_embeds.weight": REPLICATED,
-    "encoder.word_embeds.weight": ROWS,
-    "decoder.word_embeds.weight": ROWS,
-    "encoder.role_embeds.weight": REPLICATED,
-    "encoder.prompt_embeds.weight": REPLICATED,
-    "encoder.final_layernorm.weight": REPLICATED,
-    "encoder.blocks.1.self_attn.layer_norm.weight": REPLICATED,
-    "encoder.blocks.1.self_attn.self_attn.project.weight": fused_rows(3),
-    "encoder.blocks.1.self_attn.self_attn.dense.weight": COLUMNS,
-    "encoder.blocks.0.self_attn.self_attn.relative_attention_bias.weight": COLUMNS,
-    "decoder.blocks.1.cross_attn.layer_norm.weight": REPLICATED,
-    "decoder.blocks.1.cross_attn.cross_attn.project_q.weight": ROWS,
-    "decoder.blocks.1.cross_attn.cross_attn.project_kv.weight": fused_rows(2),
-    "decoder.blocks.1.cross_attn.cross_attn.dense.weight": COLUMNS,
-    "decoder.blocks.1.ff.layer_norm.weight": REPLICATED,
-    "decoder.blocks.1.ff.dense_relu_dense.wi_0.weight": ROWS,
-    "decoder.blocks.1.ff.dense_relu_dense.wi_1.weight": ROWS,
-    "decoder.blocks.1.ff.dense_relu_dense.wo.weight": COLUMNS,
-}
 
-
-@pytest.mark.parametrize("table", [CPM1, T5], ids=["cpm1", "t5"])
-def test_the_tables_of_the_published_checkpoints(table: dict[str, Split]) -> None:
-    cuts = table_for(table, split_tables())
-    assert {name: cuts.split(name) for name in table} == table
+def whole_weights() -> dict[str, torch.Tensor]:
+    """Of a CPM-1 and of an EVA that was prompt-tuned, whose names and cuts one table has."""
+    weights = tiny("cpm1").tensors | tiny("eva").tensors
+    return {**weights, "encoder.prompt_embeds.weight": weights["role_embeds.weight"]}
 
 
 @pytest.mark.parametrize("name", ["transformer.mystery.weight", "weight", "lm_head.weights", ""])
 def test_a_name_of_another_model_is_an_error(name: str) -> None:
     with pytest.raises(CheckpointError, match=f"{name!r}"):
-        table_for([*CPM1, name], split_tables()).split(name)
+        table_for([*whole_weights(), name], split_tables()).split(name)
 
 
 def test_of_several_tables_the_last_one_that_is_for_the_names_counts() -> None:
@@ -89,14 +47,6 @@ def test_of_several_tables_the_last_one_that_is_for_the_names_counts() -> None:
         table_for(["v"], (*split_tables(), toy)).split("v")
     with pytest.raises(CheckpointError, match="no model that is known has the tensors 'v'"):
         table_for(["v"], [toy])
-
-
-def whole_weights() -> dict[str, torch.Tensor]:
-    torch.manual_seed(0)
-    return {
-        name: torch.randn(24, 8) if name.endswith("weight") else torch.randn(24)
-        for name in [*CPM1, *T5]
-    }
 
 
 def write(folder: Path, num_ranks: int, **how: Any) -> Path:
@@ -179,7 +129,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         r"do not hold the same tensors: 'lm_head\.weight'",
     ),
     "another dtype": (
-        lambda f: change_weights(rank_file(f, 1), lm_head__weight=torch.ones(12, 8).half()),
+        lambda f: change_weights(rank_file(f, 1), lm_head__weight=torch.ones(128, 48)),
         r"'lm_head\.weight' in .*rank_00.*'lm_head\.weight' in .*rank_01",
     ),
     "a tensor that no rule cuts": (
@@ -221,7 +171,7 @@ def test_ranks_that_do_not_go_together_are_errors(damage: str, tmp_path: Path) -
 def test_replicated_tensors_that_differ_are_an_error_when_read(tmp_path: Path) -> None:
     name = "transformer.final_layernorm.bias"
     write(tmp_path, 2)
-    change_weights(rank_file(tmp_path, 1), **{name: torch.ones(24)})
+    change_weights(rank_file(tmp_path, 1), **{name: torch.ones(48).half()})
     found = read_model_parallel(tmp_path, split_tables())
     with pytest.raises(CheckpointError, match=r"rank_00.*rank_01.* should be the same, but differ"):
         found[name].read()
