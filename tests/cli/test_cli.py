@@ -138,12 +138,13 @@ def test_a_reader_that_has_enough_is_no_error(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("name", ["/no/such/folder", "../no-such-folder", "./no-such-folder"])
-def test_a_folder_that_does_not_exist_is_named(
+@pytest.mark.parametrize("name", ["/no/such/folder", "../no-such-folder", "./none.gguf"])
+def test_a_model_that_does_not_exist_is_named(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["demo", name, "--device", "cpu"]) == 1
-    assert f"there is no folder {Path(name)}" in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("bminf: error: ") and str(Path(name)) in line
 
 
 def test_a_damaged_gguf_file_is_an_error_of_ours(tmp_path: Path) -> None:

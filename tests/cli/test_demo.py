@@ -202,11 +202,6 @@ def test_damaged_files_are_told_in_one_line(
     assert line.startswith("bminf: error: ") and said in line and "Traceback" not in line
 
 
-def test_limit_too_small(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_here(folder, "--memory-limit", "1KB") == 1
-    assert "bminf: error:" in capsys.readouterr().err
-
-
 def test_a_limit_below_the_weights_is_told_before_anything_is_generated(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -243,16 +238,6 @@ def test_missing_library(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert main(["demo"]) == 1
     assert "pip install transformers gguf accelerate" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name", ["missing.gguf", "missing/folder"])
-def test_missing_model(
-    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert main(["demo", str(tmp_path / name)]) == 1
-    lines = [line for line in capsys.readouterr().err.splitlines() if "bminf: error:" in line]
-    assert len(lines) == 1
-    assert name in lines[0]
 
 
 def test_zero_tokens_is_wrong_usage() -> None:

@@ -91,23 +91,33 @@ def cheapest_of_all(kinds, counts, missing):
     return min(costs)
 
 
-@pytest.mark.parametrize(("name", "form"), ZOO)
-def test_models_of_the_zoo_stream_the_least_there_is(name, form):
-    kinds, counts = kinds_of(plan_model(name, quantization=form))
-    least = cheapest_of_all if len(kinds) < 4 else cheapest_of_equal_uses
-    for missing in missing_of(kinds, counts, 4):
+def assert_least(kinds, counts, num, least=cheapest_of_all):
+    """That the choice is the cheapest, for so many amounts of bytes to free."""
+    for missing in missing_of(kinds, counts, num):
         streamed = streamed_counts(kinds, counts, missing)
         assert_enough(kinds, counts, streamed, missing)
         assert cost_of(kinds, streamed) == least(kinds, counts, missing)
 
 
+@pytest.mark.parametrize(("name", "form"), ZOO)
+def test_models_of_the_zoo_stream_the_least_there_is(name, form):
+    kinds, counts = kinds_of(plan_model(name, quantization=form))
+    assert_least(kinds, counts, 4, cheapest_of_all if len(kinds) < 4 else cheapest_of_equal_uses)
+
+
 @pytest.mark.parametrize("name", sorted(tiny_models.TINY))
 def test_wrapped_models_stream_the_least_there_is(name):
-    kinds, counts = kinds_of(plan_for(tiny_models.make(name), quantization=False, device="cpu"))
-    for missing in missing_of(kinds, counts, 40):
-        streamed = streamed_counts(kinds, counts, missing)
-        assert_enough(kinds, counts, streamed, missing)
-        assert cost_of(kinds, streamed) == cheapest_of_all(kinds, counts, missing)
+    assert_least(*kinds_of(plan_for(tiny_models.make(name), False, device="cpu")), 40)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_four_kinds_of_awkward_sizes_stream_the_least_there_is(seed):
+    """Uses are whole numbers of some unit; of 0.3 and 1 they are beyond 2**50."""
+    rng = random.Random(seed)
+    sizes = [rng.randrange(1, 10 ** rng.choice([2, 6, 9, 12])) for _ in range(4)]
+    uses = rng.choice([[1], [1, 2, 128], [5404319552844595, 2**54]])
+    kinds = sorted({Kind(size, rng.choice(uses)) for size in sizes})
+    assert_least(kinds, [rng.randrange(1, 10) for _ in kinds], 2)
 
 
 @pytest.mark.parametrize("num", [20, 50, 100])
@@ -119,8 +129,13 @@ def test_many_kinds_stay_near_what_cutting_blocks_would_cost(num):
         assert cost_of(kinds, streamed) <= if_cut(kinds, counts, missing) * Fraction(101, 100)
 
 
+@pytest.mark.parametrize("most_points", [None, 2, 5, 20, 100])
 @pytest.mark.parametrize("seed", range(16))
-def test_more_room_never_streams_more(seed):
+def test_more_room_never_streams_more(seed, most_points, monkeypatch):
+    """Also where ways are thinned out to a few."""
+    if most_points is not None:
+        monkeypatch.setattr(choose, "_EXACT_CHOICES", 0)
+        monkeypatch.setattr(choose, "_MAX_POINTS", most_points)
     kinds, counts = drawn(seed, 4 * (seed + 1))
     costs = [
         cost_of(kinds, streamed_counts(kinds, counts, missing))
