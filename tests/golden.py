@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,12 @@ class GoldenSet:
         settings["max_length"] = settings["max_length"] or self.most_tokens()
         return getattr(bminf.models, CLASSES[self.name])(self.path / layout, **settings)
 
+    def load_streaming(self, layout: str, plan: Any, **arguments: Any) -> Any:
+        """With no more memory than two slots of the largest block take."""
+        slots = 2 * max(block.nbytes for block in plan.blocks)
+        limit = plan.outside_bytes + plan.reserved_bytes + slots
+        return self.load(layout, memory_limit=limit, **arguments)
+
     def most_tokens(self) -> int:
         """Of all that is fed to the models."""
         if self.name == "cpm1":
@@ -111,6 +118,32 @@ def for_each(names: Iterable[str], of: Callable[[Any], Iterable[Any]]) -> Any:
         return pytest.mark.parametrize(("name", "case"), found)(test)
 
     return decorate
+
+
+def expect_streamed_is_resident(
+    given: Any, layout: str, outputs: Callable[[Any], dict[str, torch.Tensor]], **arguments: Any
+) -> None:
+    """Bit for bit.   outputs: of a loaded model.   arguments: what it is loaded with."""
+    with given.load(layout, **arguments) as model:
+        assert not model.plan.streamed
+        plan, resident = model.plan, outputs(model)
+    with given.load_streaming(layout, plan, **arguments) as model:
+        assert len(model.plan.streamed) > len(model.plan.resident)
+        streamed = outputs(model)
+        assert model.stats.bytes_copied > 0
+    assert resident and list(streamed) == list(resident)
+    for key, x in resident.items():
+        assert torch.equal(streamed[key], x), key
+
+
+@contextmanager
+def calls_of(layers: Iterable[torch.nn.Module]) -> Iterator[list[Any]]:
+    """(layer, what it was given, its output) of each call within."""
+    calls: list[Any] = []
+    hooks = [layer.register_forward_hook(lambda *call: calls.append(call)) for layer in layers]
+    yield calls
+    for hook in hooks:
+        hook.remove()
 
 
 def largest(given: torch.Tensor, expected: torch.Tensor) -> float:

@@ -90,12 +90,6 @@ class GLMSet(GoldenSet):
         }  # fmt: skip
         return bminf.models.GLM(self.path / layout, **settings)
 
-    def load_streaming(self, layout: str, plan: Any, **arguments: Any) -> Any:
-        """With no more memory than two slots of the largest block take."""
-        slots = 2 * max(block.nbytes for block in plan.blocks)
-        limit = plan.outside_bytes + plan.reserved_bytes + slots
-        return self.load(layout, memory_limit=limit, **arguments)
-
 
 class NamedIds:
     """A tokenizer of special ids alone, for models that are given ids."""

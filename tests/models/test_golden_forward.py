@@ -1,5 +1,5 @@
 """Every float layout of every golden set, against the authors' own code: logits, hidden states,
-caches, position bias and greedy ids, resident and streamed."""
+caches, position bias and greedy ids."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from golden import TOLERANCE, GoldenSet, cases, for_each, golden, largest
+from golden import TOLERANCE, GoldenSet, calls_of, cases, for_each, golden, largest
 
 from bminf.layers.position_bias import buckets
-from bminf.offload.plan import Plan
 
 T5_MODELS = ("cpm2", "eva")
 MODELS = ("cpm1", *T5_MODELS)
@@ -36,16 +35,11 @@ def greedy_layouts(given: GoldenSet) -> list[str]:
 def gpt_outputs(model: Any, given: Tensors) -> Iterator[tuple[str, torch.Tensor]]:
     gpt, ids = model.model, given["input_ids"]
     cache = gpt.new_cache(*ids.shape)
-    hidden: list[torch.Tensor] = []
-    hooks = [
-        layer.register_forward_hook(lambda *call: hidden.append(call[2])) for layer in gpt.layers
-    ]
-    x = gpt(ids, cache)
-    for hook in hooks:
-        hook.remove()
+    with calls_of(gpt.layers) as calls:
+        x = gpt(ids, cache)
     yield "final_hidden", x
     yield "logits", gpt.head(x)
-    yield "layer_hidden", torch.stack(hidden)
+    yield "layer_hidden", torch.stack([output for _, _, output in calls])
     yield "k_cache", cache.keys
     yield "v_cache", cache.values
     cache.reset()
@@ -57,19 +51,14 @@ def t5_outputs(model: Any, given: Tensors) -> Iterator[tuple[str, torch.Tensor]]
     t5, ids, lengths = model.model, given["enc_input_ids"], given["enc_length"]
     dec_ids = given["dec_input_ids"]
     cache = t5.new_cache(len(ids), ids.shape[1], dec_ids.shape[1])
-    hidden: dict[str, list[torch.Tensor]] = {"encoder": [], "decoder": []}
-    hooks = [
-        layer.register_forward_hook(lambda *call, at=stack: hidden[at].append(call[2]))
-        for stack in hidden
-        for layer in getattr(t5, stack).layers
-    ]
-    output = t5.encode(ids, cache, lengths)
+    with calls_of(t5.encoder.layers) as calls:
+        output = t5.encode(ids, cache, lengths)
+    encoded = torch.stack([output for _, _, output in calls], 1)
+    with calls_of(t5.decoder.layers) as calls:
+        x = t5(dec_ids, cache)
     yield "encoder_output", valid(output, lengths)
-    x = t5(dec_ids, cache)
-    for hook in hooks:
-        hook.remove()
-    yield "encoder_layer_hidden", valid(torch.stack(hidden["encoder"], 1), lengths)
-    yield "decoder_layer_hidden", torch.stack(hidden["decoder"])
+    yield "encoder_layer_hidden", valid(encoded, lengths)
+    yield "decoder_layer_hidden", torch.stack([output for _, _, output in calls])
     yield "decoder_last_hidden", x
     yield "logits", t5.head(x)
     yield "self_k_last", cache.own.keys
@@ -154,10 +143,9 @@ def all_outputs(name: str, model: Any) -> dict[str, torch.Tensor]:
 
 
 @lru_cache
-def resident_outputs(name: str, layout: str) -> tuple[dict[str, torch.Tensor], Plan]:
+def outputs_of_layout(name: str, layout: str) -> dict[str, torch.Tensor]:
     with golden(name).load(layout) as model:
-        assert not model.plan.streamed
-        return all_outputs(name, model), model.plan
+        return all_outputs(name, model)
 
 
 def references(given: GoldenSet) -> list[tuple[str, str]]:
@@ -179,23 +167,9 @@ def is_reference(given: GoldenSet, key: str) -> bool:
 @for_each(MODELS, references)
 def test_golden_layout_computes_what_the_authors_did(name: str, case: tuple[str, str]) -> None:
     layout, key = case
-    computed, _ = resident_outputs(name, layout)
-    error = largest(computed[key], expected(key, golden(name).tensors))
+    computed = outputs_of_layout(name, layout)[key]
+    error = largest(computed, expected(key, golden(name).tensors))
     assert error <= TOLERANCE, error
-
-
-@for_each(MODELS, float_layouts)
-def test_golden_layout_streamed_equals_resident(name: str, case: str) -> None:
-    given = golden(name)
-    resident, plan = resident_outputs(name, case)
-    slots = 2 * max(block.nbytes for block in plan.blocks)
-    limit = plan.outside_bytes + plan.reserved_bytes + slots
-    with given.load(case, memory_limit=limit) as model:
-        assert len(model.plan.streamed) > len(model.plan.resident)
-        streamed = all_outputs(name, model)
-        assert model.stats.bytes_copied > 0
-    for key, x in resident.items():
-        assert torch.equal(streamed[key], x), key
 
 
 @for_each(MODELS, greedy_layouts)
@@ -249,30 +223,25 @@ def test_golden_cpm2_modelcenter_follows_its_activation(name: str, case: str) ->
     assert largest(computed["encoder_output"], encoded) <= TOLERANCE
 
 
-def erf_layouts(given: GoldenSet) -> list[str]:
-    return ["hf_eva"] if "hf_eva_logits_erf_gelu" in given.tensors else []
+def other_settings(given: GoldenSet) -> Iterator[tuple[str, str]]:
+    """(layout, key) of logits with the exact GELU, or with the other attention scaling."""
+    if (key := "hf_eva_logits_erf_gelu") in given.tensors:
+        yield "hf_eva", key
+    if (key := "logits_attn_scale_flipped") in given.tensors:
+        yield from ((layout, key) for layout in float_layouts(given))
 
 
-@for_each(("eva",), erf_layouts)
-def test_golden_eva_with_the_exact_gelu(name: str, case: str) -> None:
-    given = golden(name)
-    written = json.loads((given.path / case / "config.json").read_text())
-    with given.load(case, config={**written, "hidden_act": "gelu"}) as model:
+@for_each(("eva",), other_settings)
+def test_golden_eva_with_another_setting(name: str, case: tuple[str, str]) -> None:
+    given, (layout, key) = golden(name), case
+    if key.endswith("gelu"):
+        config = json.loads((given.path / layout / "config.json").read_text())
+        config["hidden_act"] = "gelu"
+    else:
+        config = {**given.info["config"], "attn_scale": not given.info["config"]["attn_scale"]}
+    with given.load(layout, config=config) as model:
         logits = all_outputs(name, model)["logits"]
-    assert largest(logits, given.tensors["hf_eva_logits_erf_gelu"]) <= TOLERANCE
-
-
-def flipped(given: GoldenSet) -> list[str]:
-    return float_layouts(given) if "logits_attn_scale_flipped" in given.tensors else []
-
-
-@for_each(("eva",), flipped)
-def test_golden_eva_with_the_other_attention_scaling(name: str, case: str) -> None:
-    given = golden(name)
-    config = given.info["config"]
-    with given.load(case, config={**config, "attn_scale": not config["attn_scale"]}) as model:
-        logits = all_outputs(name, model)["logits"]
-    assert largest(logits, given.tensors["logits_attn_scale_flipped"]) <= TOLERANCE
+    assert largest(logits, given.tensors[key]) <= TOLERANCE
 
 
 def bucket_cases(given: GoldenSet) -> list[str]:

@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from golden import cases, for_each, golden, largest
+from golden import calls_of, cases, expect_streamed_is_resident, for_each, golden, largest
 from golden_glm import TOLERANCE, GLMSet, head, run
 
 from bminf.models.glm_text import Masked, prefix_lm_mask
@@ -28,12 +28,11 @@ def outputs(model: Any, given: dict[str, torch.Tensor], case: str) -> dict[str, 
     ids, positions = given[f"{case}.tokens"], given[f"{case}.position_ids"]
     contexts, num_tokens = given[f"{case}.sep"].tolist(), ids.shape[1]
     hidden = torch.stack([prefix_lm_mask(num_tokens, context) for context in contexts])
-    network, states = model.model, []
-    hooks = [layer.register_forward_hook(keep_both(states)) for layer in network.layers]
-    whole = head(model, run(model, ids, positions, hidden, network.new_cache(*ids.shape)))
-    for hook in hooks:
-        hook.remove()
-    found = {"logits": whole, "hidden_states": torch.stack([states[0][0], *(s[1] for s in states)])}
+    network = model.model
+    with calls_of(network.layers) as calls:
+        whole = head(model, run(model, ids, positions, hidden, network.new_cache(*ids.shape)))
+    states = [calls[0][1][0], *(output for _, _, output in calls)]
+    found = {"logits": whole, "hidden_states": torch.stack([state[0] for state in states])}
     if len(contexts) == 1:
         cache, begin = network.new_cache(*ids.shape), contexts[0]
         run(model, ids[:, :begin], positions[:, :, :begin], None, cache)
@@ -43,11 +42,6 @@ def outputs(model: Any, given: dict[str, torch.Tensor], case: str) -> dict[str, 
         ]
         found["logits_incremental"] = head(model, torch.cat(steps, 1))
     return found
-
-
-def keep_both(states: list[Any]) -> Any:
-    """A hook that keeps what goes into a layer and what comes out, of the first row."""
-    return lambda layer, given, output: states.append((given[0][0], output[0]))
 
 
 def references(given: GLMSet) -> Iterator[tuple[str, str, str]]:
@@ -102,20 +96,15 @@ def every_way(given: GLMSet) -> Iterator[tuple[str, str]]:
 
 @for_each(NAMES, every_way)
 def test_golden_glm10b_streamed_equals_resident(name: str, case: tuple[str, str]) -> None:
-    folder, way = case
-    given, forward = golden(name), golden(name).file(FORWARD)
+    (folder, way), given = case, golden(name)
+    forward, texts = given.file(FORWARD), given.cases(FORWARD, "tokens")
+
+    def all_outputs(model: Any) -> dict[str, torch.Tensor]:
+        by_text = {text: outputs(model, forward, text) for text in texts}
+        return {f"{text}.{key}": x for text, own in by_text.items() for key, x in own.items()}
+
     packing = {"quantization": None if way == "None" else way}
-    texts = given.cases(FORWARD, "tokens")
-    with given.load(folder, **packing) as model:
-        assert not model.plan.streamed
-        plan, resident = model.plan, [outputs(model, forward, text) for text in texts]
-    with given.load_streaming(folder, plan, **packing) as model:
-        assert len(model.plan.streamed) > len(model.plan.resident)
-        for text, expected in zip(texts, resident, strict=True):
-            found = outputs(model, forward, text)
-            assert all(torch.equal(found[key], x) for key, x in expected.items())
-        assert model.stats.bytes_copied > 0
-    assert resident
+    expect_streamed_is_resident(given, folder, all_outputs, **packing)
 
 
 def test_golden_glm10b_set_gives_tests() -> None:

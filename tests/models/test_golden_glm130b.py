@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from golden import cases, for_each, golden, largest
+from golden import calls_of, cases, expect_streamed_is_resident, for_each, golden, largest
 from golden_glm import (
     HALF_TOLERANCE,
     LONG,
@@ -96,15 +96,9 @@ def test_golden_glm130b_step_by_step(name: str, case: tuple[str, str, str]) -> N
 def step_by_step(model: Any, given: dict[str, torch.Tensor], text: str) -> dict[str, torch.Tensor]:
     ids, positions = given[f"{text}.tokens"], given[f"{text}.position_ids"]
     hidden, begin = given[f"{text}.attention_mask"][:, 0], int(given[f"{text}.context_length"])
-    network, states = model.model, []
-    hooks = [
-        layer.register_forward_hook(lambda *call: states.append(call[2]))
-        for layer in network.layers
-    ]
-    whole = network.new_cache(*ids.shape)
-    full = head(model, run(model, ids, positions, hidden, whole))
-    for hook in hooks:
-        hook.remove()
+    network = model.model
+    with calls_of(network.layers) as calls:
+        full = head(model, run(model, ids, positions, hidden, network.new_cache(*ids.shape)))
     cache = network.new_cache(*ids.shape)
     first = run(model, ids[:, :begin], positions[:, :begin], hidden[:, :begin, :begin], cache)
     keys, values = (
@@ -112,7 +106,7 @@ def step_by_step(model: Any, given: dict[str, torch.Tensor], text: str) -> dict[
     )
     found = {
         "logits_full": full,
-        "hidden_states": torch.stack([x.transpose(0, 1) for x in states]),
+        "hidden_states": torch.stack([x.transpose(0, 1) for _, _, x in calls]),
         "mems_after_prefill_layer0": torch.cat([keys, values], -1),
     }
     steps = [first[:, -1:]]
@@ -181,29 +175,20 @@ def quantized_cases(given: GLMSet) -> Iterator[tuple[str, str, str]]:
 
 
 @for_each(NAMES, quantized_cases)
-def test_golden_glm130b_quantized_unpacked(name: str, case: tuple[str, str, str]) -> None:
-    """As the authors compute: weights times their scales, rounded to half, in a float product."""
-    folder, key, batch = case
-    given = golden(name)
-    is_half = "fp16" in key
+@pytest.mark.parametrize("quantization", [None, "int4"])
+def test_golden_glm130b_quantized(
+    name: str, case: tuple[str, str, str], quantization: str | None
+) -> None:
+    """None: as the authors compute, weights times their scales, rounded to half, in a float
+    product. int4: with linears of our own."""
+    (folder, key, batch), given = case, golden(name)
+    forward, is_half = given.file(FORWARD), "fp16" in key
     dtype = torch.float16 if is_half else torch.float32
-    model = loaded(name, folder, dtype=dtype)
-    forward = given.file(FORWARD)
+    model = loaded(name, folder, quantization=quantization, dtype=dtype)
     logits = at_context_end(batch_logits(model, forward, batch), forward, batch)
+    tolerance = TOLERANCE if quantization is None else OWN_LINEARS
     expected = given.file("quantized.safetensors")[key]
-    assert largest(logits, expected) <= (HALF_TOLERANCE if is_half else TOLERANCE)
-
-
-@for_each(NAMES, quantized_cases)
-def test_golden_glm130b_quantized_own_linears(name: str, case: tuple[str, str, str]) -> None:
-    folder, key, batch = case
-    given, forward = golden(name), golden(name).file(FORWARD)
-    dtype = torch.float16 if "fp16" in key else torch.float32
-    model = loaded(name, folder, quantization="int4", dtype=dtype)
-    assert all(block.nbytes for block in model.plan.blocks)
-    logits = at_context_end(batch_logits(model, forward, batch), forward, batch)
-    expected = given.file("quantized.safetensors")[key]
-    assert largest(logits, expected) <= (HALF_TOLERANCE if "fp16" in key else OWN_LINEARS)
+    assert largest(logits, expected) <= (HALF_TOLERANCE if is_half else tolerance)
 
 
 def dequantized(given: GLMSet) -> Iterator[tuple[str, str]]:
@@ -235,19 +220,13 @@ def every_way(given: GLMSet) -> Iterator[tuple[str, str]]:
 
 @for_each(NAMES, every_way)
 def test_golden_glm130b_streamed_equals_resident(name: str, case: tuple[str, str]) -> None:
-    folder, way = case
-    given, forward = golden(name), golden(name).file(FORWARD)
+    (folder, way), given = case, golden(name)
+    forward, batches = given.file(FORWARD), given.cases(FORWARD, "tokens")
     packing = {"quantization": None if way == "None" else way, "head_quantization": "int8"}
-    with given.load(folder, **packing) as model:
-        assert not model.plan.streamed
-        plan, batches = model.plan, given.cases(FORWARD, "tokens")
-        resident = [batch_logits(model, forward, batch) for batch in batches]
-    with given.load_streaming(folder, plan, **packing) as model:
-        assert len(model.plan.streamed) > len(model.plan.resident)
-        for batch, expected in zip(batches, resident, strict=True):
-            assert torch.equal(batch_logits(model, forward, batch), expected)
-        assert model.stats.bytes_copied > 0
-    assert resident
+    expect_streamed_is_resident(
+        given, folder, lambda m: {batch: batch_logits(m, forward, batch) for batch in batches},
+        **packing,
+    )  # fmt: skip
 
 
 # ---- texts ---------------------------------------------------------------------------------------

@@ -1,12 +1,22 @@
-"""Every layout of every golden set with packed weights: what 8 bits mean, and what they cost."""
+"""Every layout of every golden set with packed weights: what 8 bits mean, and what they cost; and
+streamed, packed or not."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from golden import TOLERANCE, GoldenSet, cases, for_each, golden, largest
+from golden import (
+    TOLERANCE,
+    GoldenSet,
+    cases,
+    expect_streamed_is_resident,
+    for_each,
+    golden,
+    largest,
+)
 from quantized_models import dequantize_linears
 from test_golden_forward import MODELS, all_outputs
 
@@ -26,11 +36,11 @@ def layouts_with_bound(given: GoldenSet) -> list[str]:
     return [layout for layout in given.layouts() if layout != "modelcenter"]
 
 
-def load(given: GoldenSet, layout: str, **arguments: Any) -> Any:
+def settings(given: GoldenSet, layout: str) -> dict[str, Any]:
     """EVA as BMInf ran it, without scaling, where the weights are those of BMInf."""
     if given.name == "eva" and layout == "bminf1":
-        arguments["config"] = {**given.info["config"], "attn_scale": False}
-    return given.load(layout, **arguments)
+        return {"config": {**given.info["config"], "attn_scale": False}}
+    return {}
 
 
 def reference_logits(given: GoldenSet, layout: str) -> torch.Tensor:
@@ -41,7 +51,9 @@ def reference_logits(given: GoldenSet, layout: str) -> torch.Tensor:
 @for_each(MODELS, layouts)
 def test_golden_int8_is_the_float_model_of_its_dequantized_weights(name: str, case: str) -> None:
     given = golden(name)
-    with load(given, case, quantization="int8", activations="float") as model:
+    with given.load(
+        case, **settings(given, case), quantization="int8", activations="float"
+    ) as model:
         packed = all_outputs(name, model)
         dequantize_linears(model.model)
         floats = all_outputs(name, model)
@@ -53,7 +65,9 @@ def test_golden_int8_is_the_float_model_of_its_dequantized_weights(name: str, ca
 def test_golden_int8_activations_cost_what_bminf_paid(name: str, case: str) -> None:
     given = golden(name)
     bound = given.bminf1["int8_logits_abs_diff_vs_fp32"]
-    with load(given, case, quantization="int8", activations="int8") as model:
+    with given.load(
+        case, **settings(given, case), quantization="int8", activations="int8"
+    ) as model:
         logits = all_outputs(name, model)["logits"]
     difference = (logits - reference_logits(given, case)).abs()
     assert float(difference.max()) <= MOST * bound["max"]
@@ -61,18 +75,11 @@ def test_golden_int8_activations_cost_what_bminf_paid(name: str, case: str) -> N
 
 
 @for_each(MODELS, layouts)
-@pytest.mark.parametrize("quantization", ["int8", "int4"])
-def test_golden_packed_streamed_equals_resident(name: str, case: str, quantization: str) -> None:
+@pytest.mark.parametrize("quantization", [None, "int8", "int4"])
+def test_golden_streamed_equals_resident(name: str, case: str, quantization: str | None) -> None:
     given = golden(name)
-    with load(given, case, quantization=quantization) as model:
-        resident, plan = all_outputs(name, model), model.plan
-    slots = 2 * max(block.nbytes for block in plan.blocks)
-    limit = plan.outside_bytes + plan.reserved_bytes + slots
-    with load(given, case, quantization=quantization, memory_limit=limit) as model:
-        assert len(model.plan.streamed) > len(model.plan.resident)
-        streamed = all_outputs(name, model)
-    for key, x in resident.items():
-        assert torch.equal(streamed[key], x), key
+    arguments = {**settings(given, case), "quantization": quantization}
+    expect_streamed_is_resident(given, case, partial(all_outputs, name), **arguments)
 
 
 def bminf_layouts(given: GoldenSet) -> list[str]:
@@ -84,7 +91,7 @@ def test_golden_bminf1_codes_are_taken_as_they_are(name: str, case: str) -> None
     from bminf.checkpoint.bminf1_file import read_bminf1
 
     given = golden(name)
-    with load(given, case, quantization="int8") as model:
+    with given.load(case, **settings(given, case), quantization="int8") as model:
         linears = {n: m for n, m in model.model.named_modules() if hasattr(m, "qweight")}
         first = "layers.0" if name == "cpm1" else "encoder.layers.0"
         codes = linears[f"{first}.feed_forward.down"].packed
