@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from tiny_glm import tiny_glm10b
-from tiny_zoo import write_cpm2, write_eva
+from tiny_zoo import tiny
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
@@ -24,7 +24,7 @@ def run(name: str, *arguments: str | Path, text: str = "") -> str:
 
 @pytest.fixture(scope="module")
 def cpm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_cpm2(tmp_path_factory.mktemp("cpm2") / "original")
+    return tiny("cpm2").write_original(tmp_path_factory.mktemp("cpm2") / "original")
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def test_fill_blank_from_a_converted_folder(converted: Path) -> None:
 
 
 def test_dialogue(tmp_path: Path) -> None:
-    eva = write_eva(tmp_path / "eva" / "original")
+    eva = tiny("eva").write_original(tmp_path / "eva" / "original")
     output = run("dialogue.py", eva, "--seed", "3", text="你是谁\n今天天气很好\n\n")
     assert sum(line.startswith("> ") for line in output.splitlines()) == 3
 

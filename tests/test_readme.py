@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from tiny_glm import tiny_glm10b
-from tiny_zoo import write_cpm2
+from tiny_zoo import tiny
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -30,7 +30,7 @@ def code_blocks(language: str | None = None) -> list[str]:
 
 def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    write_cpm2(tmp_path / "cpm2")
+    tiny("cpm2").write_original(tmp_path / "cpm2")
     tiny_glm10b(max_sequence_length=512).write_original(
         tmp_path / "glm-130b"
     )  # its vocabulary needs fewer rows

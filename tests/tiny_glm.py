@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny_zoo import FUSED, split, tiny, write_huggingface, write_ranks
+from tiny_zoo import FUSED, megatron_layers, split, tiny, write_huggingface, write_ranks
 
 from bminf.arch.registry import checkpoint_in
 from bminf.models import glm_ranks
@@ -205,30 +205,9 @@ def _random(
     shapes: Mapping[str, tuple[int, ...]], num_layers: int, size: int, up: int, down: int, seed: int
 ) -> Weights:
     """Half precision, as in the authors' files. The logits come out with a deviation of 2 to 3."""
-    numbers = torch.Generator().manual_seed(seed)
-    found = {
-        name: 0.3 * torch.randn(shape, generator=numbers).half().float()
-        for name, shape in shapes.items()
-    }
-
-    def norm(name: str) -> None:
-        found[f"{name}.weight"] = 1 + torch.randn(size, generator=numbers) / 8
-        found[f"{name}.bias"] = torch.randn(size, generator=numbers) / 8
-
-    def linear(name: str, rows: int, columns: int) -> None:
-        weight = torch.randn(rows, columns, generator=numbers)
-        found[f"{name}.weight"] = weight * 1.5 / columns**0.5
-        found[f"{name}.bias"] = torch.randn(rows, generator=numbers) / 4
-
-    for number in range(num_layers):
-        layer = f"transformer.layers.{number}"
-        norm(f"{layer}.input_layernorm")
-        linear(f"{layer}.attention.query_key_value", 3 * size, size)
-        linear(f"{layer}.attention.dense", size, size)
-        norm(f"{layer}.post_attention_layernorm")
-        linear(f"{layer}.mlp.dense_h_to_4h", up, size)
-        linear(f"{layer}.mlp.dense_4h_to_h", size, down)
-    norm("transformer.final_layernorm")
+    torch.manual_seed(seed)
+    found = {name: 0.3 * torch.randn(shape).half().float() for name, shape in shapes.items()}
+    found |= megatron_layers(num_layers, size, up, down, gain=1.5, bias=1 / 4)
     return {name: tensor.half() for name, tensor in found.items()}
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,35 @@ def write_vocabulary(folder: Path, tokens: list[str]) -> Path:
     return path
 
 
+def megatron_layers(
+    num_layers: int, size: int, up: int, down: int, gain: float = 1.0, bias: float = 1 / 8
+) -> dict[str, torch.Tensor]:
+    """Random weights of all layers and the last norm, under Megatron's names, float32.
+
+    up: rows of the first matrix of a feed-forward.   down: columns of the second.
+    gain, bias: the deviation of a linear's output for one of 1, and that of its bias.
+    """
+    found: dict[str, torch.Tensor] = {}
+
+    def norm(name: str) -> None:
+        found[f"{name}.weight"] = 1 + torch.randn(size) / 8
+        found[f"{name}.bias"] = torch.randn(size) / 8
+
+    def linear(name: str, rows: int, columns: int) -> None:
+        found[f"{name}.weight"] = torch.randn(rows, columns) * gain / columns**0.5
+        found[f"{name}.bias"] = torch.randn(rows) * bias
+
+    for layer in (f"transformer.layers.{n}" for n in range(num_layers)):
+        norm(f"{layer}.input_layernorm")
+        linear(f"{layer}.attention.query_key_value", 3 * size, size)
+        linear(f"{layer}.attention.dense", size, size)
+        norm(f"{layer}.post_attention_layernorm")
+        linear(f"{layer}.mlp.dense_h_to_4h", up, size)
+        linear(f"{layer}.mlp.dense_4h_to_h", size, down)
+    norm("transformer.final_layernorm")
+    return found
+
+
 def cpm1_tensors(
     config: Mapping[str, Any], vocab_size: int, seed: int = 0
 ) -> dict[str, torch.Tensor]:
@@ -59,24 +88,7 @@ def cpm1_tensors(
         "word_embeddings.weight": torch.randn(vocab_size, size),
         "position_embeddings.weight": torch.randn(config["max_position_embeddings"], size) / 4,
     }
-
-    def norm(name: str) -> None:
-        tensors[f"{name}.weight"] = 1 + torch.randn(size) / 8
-        tensors[f"{name}.bias"] = torch.randn(size) / 8
-
-    def linear(name: str, rows: int, columns: int) -> None:
-        tensors[f"{name}.weight"] = torch.randn(rows, columns) / columns**0.5
-        tensors[f"{name}.bias"] = torch.randn(rows) / 8
-
-    for n in range(config["num_layers"]):
-        layer = f"transformer.layers.{n}"
-        norm(f"{layer}.input_layernorm")
-        linear(f"{layer}.attention.query_key_value", 3 * size, size)
-        linear(f"{layer}.attention.dense", size, size)
-        norm(f"{layer}.post_attention_layernorm")
-        linear(f"{layer}.mlp.dense_h_to_4h", 4 * size, size)
-        linear(f"{layer}.mlp.dense_4h_to_h", size, 4 * size)
-    norm("transformer.final_layernorm")
+    tensors |= megatron_layers(config["num_layers"], size, 4 * size, 4 * size)
     return {name: tensor.half() for name, tensor in tensors.items()}
 
 
@@ -276,26 +288,6 @@ def tiny(name: str, **changed: Any) -> TinyModel:
         config.setdefault("attn_scale", True)
         tokens[8] = ""  # as in the published file
     return TinyModel(name, config, t5_tensors(config, len(tokens), 0, name == "eva"), tokens)
-
-
-def write_cpm1(folder: Path, **changed: Any) -> Path:
-    """A CPM-1 with a vocab.txt, and a config.json beside it; the cheapest model of all."""
-    return tiny("cpm1", **changed).write_original(folder)
-
-
-def write_cpm2(folder: Path, **changed: Any) -> Path:
-    return tiny("cpm2", **changed).write_original(folder)
-
-
-def write_eva(folder: Path, **changed: Any) -> Path:
-    return tiny("eva", **changed).write_original(folder)
-
-
-def all_writers() -> Iterator[tuple[str, Any]]:
-    """(name of the model, function that writes one into a folder)."""
-    yield "cpm1", write_cpm1
-    yield "cpm2", write_cpm2
-    yield "eva", write_eva
 
 
 # ---- torch files ---------------------------------------------------------------------------------

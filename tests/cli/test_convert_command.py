@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_glm import tiny_glm10b, tiny_glm130b
-from tiny_zoo import T5_CONFIG, modules, tiny, write_cpm1
+from tiny_zoo import T5_CONFIG, modules, tiny
 
 import bminf
 from bminf.cli import main
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*no sentencepiece model")
 
 @pytest.fixture(scope="module")
 def cpm1(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_cpm1(tmp_path_factory.mktemp("cpm1") / "from")
+    return tiny("cpm1").write_original(tmp_path_factory.mktemp("cpm1") / "from")
 
 
 @pytest.mark.parametrize(

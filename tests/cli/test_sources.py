@@ -16,7 +16,7 @@ import torch
 import transformers
 from plan_reports import CONFIG, error, report, write_llama
 from tiny_glm import tiny_glm10b
-from tiny_zoo import write_cpm1, write_cpm2, write_eva
+from tiny_zoo import tiny
 
 import bminf
 from bminf.cli import main
@@ -183,9 +183,9 @@ def loaded(kind: Any, folder: Path, **settings: Any) -> Any:
 def test_folders_of_the_zoo_are_planned_as_they_load(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_cpm1(tmp_path / "cpm1")
-    write_cpm2(tmp_path / "cpm2")
-    write_eva(tmp_path / "eva")
+    tiny("cpm1").write_original(tmp_path / "cpm1")
+    tiny("cpm2").write_original(tmp_path / "cpm2")
+    tiny("eva").write_original(tmp_path / "eva")
     tiny_glm10b(max_sequence_length=512).write_original(tmp_path / "glm")
     convert(tmp_path / "cpm2", tmp_path / "packed", "int4", model="cpm2")
     for name, kind in (

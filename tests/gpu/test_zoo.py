@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_glm import tiny_glm10b
-from tiny_zoo import all_writers
+from tiny_zoo import tiny
 
 import bminf
 from benchmarks.harness import Settings
@@ -28,7 +28,10 @@ TEXT = "今天天气很好"
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("zoo")
-    return {name: write(root / name / "original") for name, write in all_writers()}
+    return {
+        name: tiny(name).write_original(root / name / "original")
+        for name in ("cpm1", "cpm2", "eva")
+    }
 
 
 def load(folders: dict[str, Path], name: str, device: str = "cuda", **arguments: Any) -> Any:

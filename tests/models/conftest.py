@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_glm import tiny_glm10b, tiny_glm130b, tokenizer_of
-from tiny_zoo import write_cpm1, write_cpm2, write_eva
+from tiny_glm import tiny_model, tokenizer_of
 
 import bminf
 from bminf.models import LanguageModel
@@ -31,13 +30,7 @@ KINDS = {
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A small checkpoint of each model, in the authors' layout."""
     root = tmp_path_factory.mktemp("zoo")
-    return {
-        "cpm1": write_cpm1(root / "cpm1" / "original"),
-        "cpm2": write_cpm2(root / "cpm2" / "original"),
-        "eva": write_eva(root / "eva" / "original"),
-        "glm130b": tiny_glm130b().write_original(root / "glm130b" / "original"),
-        "glm10b": tiny_glm10b().write_original(root / "glm10b" / "original"),
-    }
+    return {name: tiny_model(name).write_original(root / name / "original") for name in KINDS}
 
 
 @pytest.fixture

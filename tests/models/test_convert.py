@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_zoo import CPM1_CONFIG, tiny, write_cpm1
+from tiny_zoo import CPM1_CONFIG, tiny
 
 import bminf
 from bminf.checkpoint.stored import InFile
@@ -432,7 +432,7 @@ def test_a_hub_id(hub: dict[str, Any], tmp_path: Path) -> None:
 
 
 def test_a_hub_id_that_nobody_knows_needs_its_model(hub: dict[str, Any], tmp_path: Path) -> None:
-    hub["someone/cpm"] = write_cpm1(tmp_path / "snapshot")
+    hub["someone/cpm"] = tiny("cpm1").write_original(tmp_path / "snapshot")
     with pytest.raises(ArgumentError, match="there is no 'someone/cpm'; for a hub id, say which"):
         convert("someone/cpm", tmp_path / "to")
     assert convert("someone/cpm", tmp_path / "to", model="cpm1").is_dir()
@@ -458,7 +458,7 @@ def test_a_hub_that_does_not_answer(hub: dict[str, Any], tmp_path: Path) -> None
 def test_a_folder_comes_before_a_hub_id(
     hub: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_cpm1(tmp_path / "TsinghuaAI" / "CPM-Generate")
+    tiny("cpm1").write_original(tmp_path / "TsinghuaAI" / "CPM-Generate")
     monkeypatch.chdir(tmp_path)
     with bminf.models.CPM1("TsinghuaAI/CPM-Generate", device="cpu") as model:
         assert model.config.hidden_size == CPM1_CONFIG["hidden_size"]
