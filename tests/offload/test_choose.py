@@ -129,13 +129,12 @@ def test_many_kinds_stay_near_what_cutting_blocks_would_cost(num):
         assert cost_of(kinds, streamed) <= if_cut(kinds, counts, missing) * Fraction(101, 100)
 
 
-@pytest.mark.parametrize("most_points", [None, 2, 5, 20, 100])
 @pytest.mark.parametrize("seed", range(16))
-def test_more_room_never_streams_more(seed, most_points, monkeypatch):
+def test_more_room_never_streams_more(seed, monkeypatch):
     """Also where ways are thinned out to a few."""
-    if most_points is not None:
+    if seed % 2:
         monkeypatch.setattr(choose, "_EXACT_CHOICES", 0)
-        monkeypatch.setattr(choose, "_MAX_POINTS", most_points)
+        monkeypatch.setattr(choose, "_MAX_POINTS", [2, 5, 20, 100][seed // 2 % 4])
     kinds, counts = drawn(seed, 4 * (seed + 1))
     costs = [
         cost_of(kinds, streamed_counts(kinds, counts, missing))

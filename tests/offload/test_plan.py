@@ -155,39 +155,6 @@ def test_outside_and_reserved_bytes_come_off_the_budget(problem, outside, reserv
             assert made.total_bytes == plain.total_bytes + outside + reserved
 
 
-def least_cost(blocks, budget, uses):
-    """Least cost over all subsets: per slot size, the most value for every sum of bytes."""
-    total = sum(cost_of({block.name}, blocks, uses) for block in blocks)
-    if sum(block.nbytes for block in blocks) <= budget:
-        return 0
-    best = None
-    for slot in {block.nbytes for block in blocks}:
-        most = {0: Fraction(0)}
-        for block in blocks:
-            value = cost_of({block.name}, blocks, uses)
-            more = {nbytes + block.nbytes: worth + value for nbytes, worth in most.items()}
-            if block.nbytes <= slot:
-                more = {n: max(more.get(n, 0), most.get(n, 0)) for n in more.keys() | most.keys()}
-            most = more
-        for nbytes, worth in most.items():
-            if nbytes + 2 * slot <= budget and (best is None or total - worth < best):
-                best = total - worth
-    return best
-
-
-@given(problems(most=60, size=12, kinds=2), st.floats(0, 1))
-@settings(max_examples=120, deadline=None)
-def test_few_kinds_equal_the_table_of_all_sums(problem, part):
-    blocks, uses = problem  # two sizes, with or without own uses in list a: at most 4 kinds
-    budget = int(part * sum(block.nbytes for block in blocks))
-    made = plan_or_none(blocks, budget, uses)
-    expected = least_cost(blocks, budget, uses)
-    assert (made is None) == (expected is None)
-    if made is not None:
-        assert_sound(made, blocks, uses)
-        assert made.streamed_bytes_per_request == expected
-
-
 def gaps_of(places, length):
     return [
         (after - before - 1) % length + 1
@@ -441,8 +408,8 @@ def test_a_block_name_wins_over_its_list_and_the_rest_is_default():
 
 @pytest.mark.parametrize("uses", [5e-324, 1e-300, 1e300])
 def test_extreme_uses_are_planned_too(uses):
-    blocks = make([3, 5, 7, 11] * 5, "abcd" * 5)
-    made = plan(blocks, 60, {"a": uses})
-    assert made.total_bytes <= 60
+    blocks = make([3, 5, 7, 11] * 2, "abcd" * 2)
+    made = plan(blocks, 36, {"a": uses})
+    assert made.total_bytes <= 36
     cost = cost_of(set(made.streamed), blocks, {"a": uses})
-    assert cost <= least_cost(blocks, 60, {"a": uses}) * Fraction(1 + 1e-12)
+    assert cost <= best_of_all(blocks, 36, {"a": uses}) * Fraction(1 + 1e-12)

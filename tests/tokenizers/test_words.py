@@ -39,6 +39,17 @@ def test_what_a_program_does_with_jieba_changes_nothing(monkeypatch: pytest.Monk
     assert list(JiebaWords().cut(text)) == list(jieba_words().cut(text)) == expected
 
 
+def run(program: str, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Python in a process of its own, and what it says."""
+    return subprocess.run(
+        [sys.executable, *options, "-c", program],
+        capture_output=True,
+        encoding="utf-8",
+        env={**os.environ, "PYTHONIOENCODING": "utf-8", **environment},
+        timeout=300,
+    )
+
+
 TEXT = "他来到了网易杭研大厦，我们在野生动物园玩，今天天气不错"
 WORDS = "他 来到 了 网易 杭研 大厦 ， 我们 在 野生 动物园 玩 ， 今天天气 不错".split()
 MISUSES = {
@@ -81,9 +92,7 @@ for name, misuse in json.load(open({str(tmp_path / "misuses.json")!r})).items():
         print(name, json.dumps(list(jieba_words().cut({TEXT!r}))))
 print("all", json.dumps(list(jieba_words().cut({TEXT!r}))))
 """
-    environment = {**os.environ, "TMPDIR": str(tmp_path)}
-    command = [sys.executable, "-c", program]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    done = run(program, TMPDIR=str(tmp_path))
     found = dict(line.split(" ", 1) for line in done.stdout.splitlines())
     assert found.keys() == ({"all"} if when == "before" else {*MISUSES, "all"}), done.stderr
     wrong = {name: words for name, words in found.items() if json.loads(words) != WORDS}
@@ -93,10 +102,8 @@ print("all", json.dumps(list(jieba_words().cut({TEXT!r}))))
 def test_a_cache_of_another_dictionary_changes_nothing(tmp_path: Path) -> None:
     (tmp_path / "jieba.cache").write_bytes(marshal.dumps(({"了网易": 10**9}, 10**9)))
     program = f"from bminf.tokenizers.words import jieba_words; print(*jieba_words().cut({TEXT!r}))"
-    environment = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONIOENCODING": "utf-8"}
-    command = [sys.executable, "-c", program]
-    done = subprocess.run(command, capture_output=True, env=environment, timeout=120)
-    assert done.stdout.decode().split() == WORDS, done.stderr
+    done = run(program, TMPDIR=str(tmp_path))
+    assert done.stdout.split() == WORDS, done.stderr
 
 
 def test_the_program_has_a_jieba_of_its_own() -> None:
@@ -111,14 +118,7 @@ def test_the_program_has_a_jieba_of_its_own() -> None:
 
 def test_cutting_writes_no_file_logs_nothing_and_warns_of_nothing(tmp_path: Path) -> None:
     program = "from bminf.tokenizers.words import jieba_words; list(jieba_words().cut('北京大学'))"
-    environment = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", program],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=300,
-    )
+    done = run(program, "-W", "error", TMPDIR=str(tmp_path), PYTHONDONTWRITEBYTECODE="1")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert not list(tmp_path.iterdir())
 
@@ -137,11 +137,9 @@ def test_the_warnings_of_jieba_s_import_are_silenced_and_no_others(tmp_path: Pat
         ),
     ]
     program = "import bminf.tokenizers.words as words; words._import_jieba()"
-    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), *sys.path])
+    environment = {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
     for extra, code in (([], 0), ([warning.format("something new", "UserWarning")], 1)):
         (package / "__init__.py").write_text("\n".join(lines + extra))
-        command = [sys.executable, "-W", "error", "-c", program]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+        done = run(program, "-W", "error", PYTHONDONTWRITEBYTECODE="1", **environment)
         assert done.returncode == code, done.stderr
         assert ("something new" in done.stderr) == bool(extra)
