@@ -18,6 +18,10 @@ import torch
 from bminf.checkpoint.stored import InFile, Sliced, Stored
 
 FORMS = ("zip", "old")
+DTYPES = [
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32,
+    torch.int16, torch.int8, torch.uint8, torch.bool, torch.complex64,
+]  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 from saved_files import FORMS
-from tiny_zoo import bminf1_bytes, save
+from tiny_zoo import bminf1_bytes, save, write_ranks
 
 from bminf.arch.registry import checkpoint_in
 from bminf.checkpoint.folder import atomic_folder
@@ -25,20 +25,12 @@ def bminf(folder: Path) -> None:
 
 
 def original(folder: Path) -> None:
-    (folder / "12").mkdir()
-    (folder / "latest_checkpointed_iteration.txt").write_text("12\n")
-    save({"module": WEIGHTS}, folder / "12" / "mp_rank_00_model_states.pt", "zip")
+    write_ranks(folder, [WEIGHTS], 12)
 
 
 def iteration(folder: Path) -> None:
-    save(
-        {"module": WEIGHTS, "rng": torch.Generator()}, folder / "mp_rank_00_model_states.pt", "old"
-    )
-
-
-def without_deepspeed(folder: Path) -> None:
-    (folder / "mp_rank_00").mkdir()
-    save({"model": WEIGHTS}, folder / "mp_rank_00" / "model_optim_rng.pt", "old")
+    weights = {"module": WEIGHTS, "rng": torch.Generator()}
+    save(weights, folder / "mp_rank_00_model_states.pt", "old")
 
 
 def bminf1(folder: Path) -> None:
@@ -54,10 +46,6 @@ def modelcenter(folder: Path) -> None:
 def huggingface_bin(folder: Path) -> None:
     save(WEIGHTS, folder / "pytorch_model.bin", "zip")
     (folder / "config.json").write_text("{}")
-
-
-def huggingface_old_bin(folder: Path) -> None:
-    save(WEIGHTS, folder / "pytorch_model.bin", "old")
 
 
 def huggingface_safetensors(folder: Path) -> None:
@@ -83,15 +71,18 @@ def sharded_bin(folder: Path) -> None:
     write_index(folder, "pytorch_model.bin.index.json", places)
 
 
-LAYOUTS: list[tuple[Callable[[Path], None], str, list[str]]] = [
+LAYOUTS: list[tuple[Callable[[Path], object], str, list[str]]] = [
     (bminf, "bminf", ["config.json", "model.safetensors"]),
     (original, "original", ["latest_checkpointed_iteration.txt"]),
     (iteration, "original", ["mp_rank_00_model_states.pt"]),
-    (without_deepspeed, "original", ["mp_rank_00/model_optim_rng.pt"]),
+    (
+        lambda f: save({"model": WEIGHTS}, f / "mp_rank_00" / "model_optim_rng.pt"),
+        "original",
+        ["mp_rank_00/model_optim_rng.pt"],
+    ),
     (bminf1, "bminf1", ["checkpoint.pt"]),
     (modelcenter, "modelcenter", ["pytorch_model.pt", "config.json"]),
     (huggingface_bin, "huggingface", ["pytorch_model.bin", "config.json"]),
-    (huggingface_old_bin, "huggingface", ["pytorch_model.bin"]),
     (huggingface_safetensors, "huggingface", ["model.safetensors", "config.json"]),
     (sharded_safetensors, "huggingface", ["model.safetensors.index.json"]),
     (sharded_bin, "huggingface", ["pytorch_model.bin.index.json"]),
@@ -100,7 +91,7 @@ LAYOUTS: list[tuple[Callable[[Path], None], str, list[str]]] = [
 
 @pytest.mark.parametrize(("make", "kind", "files"), LAYOUTS)
 def test_each_layout_is_recognised(
-    make: Callable[[Path], None], kind: str, files: list[str], tmp_path: Path
+    make: Callable[[Path], object], kind: str, files: list[str], tmp_path: Path
 ) -> None:
     (tmp_path / "vocab.txt").write_text("a\n")
     make(tmp_path)
@@ -156,9 +147,7 @@ def test_our_own_folder_is_known_by_its_config(tmp_path: Path) -> None:
         (lambda f: (f / "12").mkdir(), "but '12'; accepted"),
         (lambda f: (f / "config.json").write_text("{"), "is not JSON"),
         (lambda f: (f / "config.json").write_text("[]"), "a JSON object is needed"),
-        (lambda f: save(WEIGHTS, f / "checkpoint.pt", "zip"), r"written by torch\.save, not by"),
-        (lambda f: save(WEIGHTS, f / "checkpoint.pt", "old"), r"written by torch\.save, not by"),
-        (lambda f: (f / "checkpoint.pt").touch(), r"BMInf 1\.x"),
+        (lambda f: save(WEIGHTS, f / "checkpoint.pt"), r"written by torch\.save, not by"),
         (lambda f: (f / "pytorch_model.bin").touch(), "it is empty"),
         (lambda f: (f / "model.safetensors").touch(), "truncated"),
     ],

@@ -8,18 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from saved_files import Given, same
+from saved_files import DTYPES, Given, same
 
 from bminf.checkpoint import torch_writer
 from bminf.checkpoint.stored import InFile, Rows, nbytes_of
 from bminf.checkpoint.torch_file import read_torch_file, weights_of
 from bminf.checkpoint.torch_writer import Saved, write_torch_file
 from bminf.errors import ArgumentError
-
-DTYPES = [
-    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32,
-    torch.int16, torch.int8, torch.uint8, torch.bool, torch.complex64,
-]  # fmt: skip
 
 
 def tensors() -> dict[str, torch.Tensor]:
