@@ -13,10 +13,8 @@ from typing import Any
 import pytest
 import torch
 from tiny_glm import tiny_glm130b, tiny_model
-from tiny_zoo import CPM1_CONFIG, TinyModel, save, tiny, write_huggingface
+from tiny_zoo import CPM1_CONFIG, save, tiny, write_huggingface
 
-from bminf.arch.gpt import GPTConfig
-from bminf.arch.t5 import T5Config
 from bminf.errors import CheckpointError
 from bminf.models import CPM1, CPM2, EVA, GLM, convert
 
@@ -204,19 +202,6 @@ def test_a_configuration_in_any_form(
     same(name, folder)
 
 
-def own_config(made: TinyModel) -> GPTConfig | T5Config:
-    size, given = len(made.tokens), made.config
-    if made.name == "cpm1":
-        width = given["hidden_size"]
-        positions = given["max_position_embeddings"]
-        heads = given["num_attention_heads"]
-        return GPTConfig(size, width, given["num_layers"], heads, positions, 4 * width)
-    return T5Config(
-        size, given["d_model"], given["d_ff"], given["num_heads"], given["d_kv"],
-        given["num_layers"], given["num_decoder_layers"], given["attn_scale"],
-    )  # fmt: skip
-
-
 def test_the_vocabulary_may_lie_in_the_parent(same: Callable[..., Any], tmp_path: Path) -> None:
     folder = tiny("cpm2").write_original(tmp_path / "inner")
     (folder / "vocab.txt").rename(tmp_path / "vocab.txt")
@@ -287,9 +272,10 @@ def bare_eva(tmp_path: Path) -> Path:
 def test_the_only_published_model_that_fits_is_taken(
     monkeypatch: pytest.MonkeyPatch,
     bare_eva: Path,
+    load: Loader,
     same: Callable[..., Any],
 ) -> None:
-    config = own_config(tiny("eva"))
+    config = load("eva").config
     others = {
         "larger": replace(config, hidden_size=64),
         "deeper": replace(config, num_encoder_layers=3),
@@ -304,10 +290,10 @@ def test_the_only_published_model_that_fits_is_taken(
 def test_two_that_differ_in_attention_scaling_are_not_guessed(
     monkeypatch: pytest.MonkeyPatch,
     bare_eva: Path,
+    load: Loader,
     same: Callable[..., Any],
-    tmp_path: Path,
 ) -> None:
-    scaled = own_config(tiny("eva"))
+    scaled = load("eva").config
     plain = replace(scaled, is_attention_scaled=False)
     publish(monkeypatch, EVA, {"EVA1.0": plain, "EVA2.0": scaled})
     with pytest.raises(CheckpointError, match=r"EVA1\.0 and of EVA2\.0.*attention scaling"):
@@ -319,7 +305,7 @@ def test_two_that_differ_in_attention_scaling_are_not_guessed(
 def test_bminf1_is_never_the_scaled_one(
     monkeypatch: pytest.MonkeyPatch, load: Loader, tmp_path: Path
 ) -> None:
-    scaled = own_config(tiny("eva"))
+    scaled = load("eva").config
     plain = replace(scaled, is_attention_scaled=False)
     publish(monkeypatch, EVA, {"EVA1.0": plain, "EVA2.0": scaled})
     folder = tiny("eva").write_bminf1(tmp_path / "inner")
@@ -334,8 +320,7 @@ def test_the_other_models_are_told_by_their_shapes_too(
     load: Loader,
     tmp_path: Path,
 ) -> None:
-    made = replace(tiny(name), config={"attn_scale": False, **tiny(name).config})
-    config = own_config(made)
+    config = load(name).config
     publish(monkeypatch, kind, {"it": config, "other": replace(config, vocab_size=9)})
     folder = tiny(name).write_bminf1(tmp_path / "inner")
     assert load(name, checkpoint=folder).config == config
