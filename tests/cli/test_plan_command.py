@@ -44,11 +44,7 @@ def is_little_more(planned: int, stored: int) -> bool:
 
 
 def test_no_dtype_is_float32(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = write_llama(tmp_path)
-    config = json.loads((folder / "config.json").read_text())
-    config.pop("dtype", None)
-    (folder / "config.json").write_text(json.dumps(config))
-    assert report(capsys, str(tmp_path))["dtype"] == "float32"
+    assert report(capsys, str(write_llama(tmp_path)))["dtype"] == "float32"
 
 
 def test_int8_is_smaller(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -35,12 +35,16 @@ BEAM_SCORES = 1e-4
 RELATIVE = 1e-5  # of sums of losses and of log-probabilities
 
 FORWARD, INCREMENTAL = "forward.safetensors", "incremental.safetensors"
-PRECISIONS = {"": "float16", "_rope32": "float32"}
 
 
 @lru_cache(maxsize=16)
 def loaded(name: str, folder: str, **arguments: Any) -> Any:
     return golden(name).load(folder, **arguments)
+
+
+def precision_of(key: str) -> str:
+    """Of the rotary table that a reference was made with."""
+    return "float32" if "rope32" in key else "float16"
 
 
 # ---- logits, states and caches -------------------------------------------------------------------
@@ -59,7 +63,7 @@ def test_golden_glm130b_forward(name: str, case: tuple[str, str, str]) -> None:
     folder, batch, kind = case
     given = golden(name).file(FORWARD)
     is_half = "fp16" in kind
-    precision = PRECISIONS["_rope32" if "rope32" in kind else ""]
+    precision = precision_of(kind)
     dtype = torch.float16 if is_half else torch.float32
     model = loaded(name, folder, dtype=dtype, rotary_precision=precision)
     logits = batch_logits(model, given, batch)
@@ -84,7 +88,7 @@ def incremental_cases(given: GLMSet) -> Iterator[tuple[str, str, str]]:
 def test_golden_glm130b_step_by_step(name: str, case: tuple[str, str, str]) -> None:
     folder, text, kind = case
     given = golden(name).file(INCREMENTAL)
-    precision = PRECISIONS["_rope32" if "rope32" in kind else ""]
+    precision = precision_of(kind)
     model = loaded(name, folder, rotary_precision=precision)
     computed = step_by_step(model, given, text)[kind.removesuffix("_rope32")]
     expected = given[f"{text}.{kind}"]
@@ -129,7 +133,7 @@ def test_golden_glm130b_far_positions(name: str, case: tuple[str, str]) -> None:
     """A long text that ends in [gMASK], and sop behind it."""
     folder, key = case
     given = golden(name).file(LONG)
-    precision = PRECISIONS["_rope32" if "rope32" in key else ""]
+    precision = precision_of(key)
     ids = given["tokens"][0].tolist()
     model = loaded(name, folder, rotary_precision=precision, max_length=len(ids), max_batch_size=1)
     one = blank_of_ids(model, ids)
