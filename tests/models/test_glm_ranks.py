@@ -140,28 +140,10 @@ def test_joining_whole_ranks_needs_no_number_of_heads(tmp_path: Path) -> None:
         expect(tmp_path / str(degree), made, degree)
     with pytest.raises(ArgumentError, match=r"degree=8 has to divide, is unknown; give a"):
         reshard(tmp_path / "a", tmp_path / "b", 8)
+    reshard(tmp_path / "a", tmp_path / "b", 8, num_attention_heads=8)
 
 
-def test_the_rotary_table_tells_the_number_of_heads(tmp_path: Path) -> None:
-    write(tmp_path / "a", with_heads())
-    with pytest.raises(ArgumentError, match=r"divide the 4 attention heads .* accepted: 1, 2, 4$"):
-        reshard(tmp_path / "a", tmp_path / "b", 8)
-    write(tmp_path / "c", tiny_glm130b())
-    with pytest.raises(ArgumentError, match="with num_attention_heads"):
-        reshard(tmp_path / "c", tmp_path / "b", 8)
-    reshard(tmp_path / "c", tmp_path / "b", 8, num_attention_heads=8)
-
-
-def test_a_wrong_number_of_heads_is_refused(tmp_path: Path) -> None:
-    write(tmp_path / "a", with_heads())
-    with pytest.raises(ArgumentError, match=r"num_attention_heads=8; accepted for .*: 4, or None"):
-        reshard(tmp_path / "a", tmp_path / "b", 2, num_attention_heads=8)
-    write(tmp_path / "c", tiny_glm130b())
-    with pytest.raises(ArgumentError, match=r"num_attention_heads=5; accepted for .* of 64, or"):
-        reshard(tmp_path / "c", tmp_path / "b", 2, num_attention_heads=5)
-
-
-# ---- bad input: an error before anything is written ----------------------------------------------
+# ---- bad input: an error that leaves nothing -----------------------------------------------------
 
 
 def quantized(folder: Path) -> None:
@@ -175,6 +157,23 @@ def rank_missing(folder: Path) -> None:
 def another_layout(folder: Path) -> None:
     (folder / "a").mkdir()
     torch.save(tiny_glm130b().tensors, folder / "a" / "pytorch_model.bin")
+
+
+def not_finite(folder: Path) -> None:
+    """Found in the middle of writing."""
+    made = with_heads()
+    made.tensors["transformer.layers.1.mlp.dense_4h_to_h.weight"][3, 1] = torch.nan
+    write(folder / "a", made)
+
+
+def ranks_differ(folder: Path) -> None:
+    ranks = with_heads().ranks(2)
+    ranks[1]["transformer.final_layernorm.bias"] += 1
+    write_ranks(folder / "a", ranks)
+
+
+def without_heads(folder: Path) -> None:
+    write(folder / "a", tiny_glm130b())
 
 
 def with_shape(name: str, *shape: int) -> Callable[[Path], object]:
@@ -192,6 +191,21 @@ Make = Callable[[Path], object]
 BAD: dict[str, tuple[Make, dict[str, Any], type[Exception], str]] = {
     "heads": (
         of_sizes(), {"degree": 8}, ArgumentError, "divide the 4 attention heads of .*1, 2, 4$"
+    ),
+    "heads of another number": (
+        of_sizes(), {"num_attention_heads": 8}, ArgumentError, "=8; accepted for .*: 4, or None"
+    ),
+    "heads that are not told": (
+        without_heads, {"degree": 8}, ArgumentError, "with num_attention_heads"
+    ),
+    "heads of no width": (
+        without_heads, {"num_attention_heads": 5}, ArgumentError, "=5; accepted for .* of 64, or"
+    ),
+    "not finite": (
+        not_finite, {"bits": 8}, CheckpointError, r"4h_to_h\.weight' in .* quantized: .* NaN"
+    ),
+    "ranks differ": (
+        ranks_differ, {"degree": 1}, CheckpointError, "should be the same, but differ"
     ),
     "inner": (
         of_sizes(inner_hidden_size=98), {"degree": 4}, ArgumentError, "the 98 inner .*: 1, 2$"
@@ -235,7 +249,7 @@ BAD: dict[str, tuple[Make, dict[str, Any], type[Exception], str]] = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_an_error_before_anything_is_written(case: str, tmp_path: Path) -> None:
+def test_bad_input_is_an_error_that_leaves_nothing(case: str, tmp_path: Path) -> None:
     make, arguments, error, message = BAD[case]
     make(tmp_path)
     before = sorted(tmp_path.rglob("*"))
@@ -245,29 +259,11 @@ def test_bad_input_is_an_error_before_anything_is_written(case: str, tmp_path: P
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_an_error_in_the_middle_leaves_nothing(tmp_path: Path) -> None:
-    made = with_heads()
-    made.tensors["transformer.layers.1.mlp.dense_4h_to_h.weight"][3, 1] = torch.nan
-    write(tmp_path / "a", made)
-    with pytest.raises(CheckpointError, match=r"4h_to_h\.weight' in .* quantized: .* NaN"):
-        reshard(tmp_path / "a", tmp_path / "b", 2, 8)
-    assert [path.name for path in tmp_path.iterdir()] == ["a"]
-
-
 def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     write(tmp_path / "a", with_heads())
     (tmp_path / "file").write_text("")
     with pytest.raises(ArgumentError, match="cannot be written"):
         reshard(tmp_path / "a", tmp_path / "file" / "b", 2)
-
-
-def test_ranks_that_differ_in_what_all_should_have_are_an_error(tmp_path: Path) -> None:
-    ranks = with_heads().ranks(2)
-    ranks[1]["transformer.final_layernorm.bias"] += 1
-    write_ranks(tmp_path / "a", ranks)
-    with pytest.raises(CheckpointError, match=r"should be the same, but differ"):
-        reshard(tmp_path / "a", tmp_path / "b", 1)
-    assert not (tmp_path / "b").exists()
 
 
 # ---- convert(..., tp=N): what is put beside the weights ------------------------------------------
@@ -359,16 +355,12 @@ def test_a_wrong_vocabulary_is_refused_before_anything_is_written(tmp_path: Path
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_quantized_by_convert(bits: int, load: Loader, tmp_path: Path) -> None:
-    """It loads as the authors' own quantized folder does."""
+def test_quantized_by_convert(bits: int, tmp_path: Path) -> None:
+    """How it loads is in test_fill.py."""
     made = tiny_glm130b()
     source = made.write_original(tmp_path / "a" / "from", 2)
     cut = convert(source, tmp_path / "b" / "to", {4: "int4-row", 8: "int8"}[bits], tp=4)
     expect(cut, made, 4, bits)
-    given = {"tokenizer": ice_tokenizer(), "quantization": "int4"}
-    theirs = made.write_original(tmp_path / "c" / "theirs", 4, bits)
-    logits = [load("glm130b", checkpoint=path, **given).logits(TEXT) for path in (cut, theirs)]
-    assert torch.equal(*logits)
 
 
 @pytest.mark.parametrize(
@@ -377,14 +369,10 @@ def test_quantized_by_convert(bits: int, load: Loader, tmp_path: Path) -> None:
         ({"tp": 3}, ArgumentError, "does not divide the 280 vocabulary rows and the 64 hidden col"),
         ({"tp": 8}, ArgumentError, "does not divide the 4 attention heads"),
         ({"tp": 0}, ArgumentError, "tp=0; accepted: an int of at least 1"),
-        ({"tp": True}, ArgumentError, "tp=True"),
-        ({"tp": "2"}, ArgumentError, "tp='2'"),
-        ({"tp": 2.0}, ArgumentError, r"tp=2\.0"),
         ({"dtype": torch.float16}, ArgumentError, "leave dtype out"),
         ({"tokenizer": "nowhere"}, ArgumentError, "leave tokenizer out"),
         ({"head_quantization": "int8"}, ArgumentError, "leave head_quantization out"),
         ({"quantization": Format(4, 32)}, ArgumentError, "own code cannot read; accepted with tp"),
-        ({"quantization": Format(8, 32)}, ArgumentError, "own code cannot read"),
         ({"quantization": "int8"}, ArgumentError, "GLM-10B, whose code has no quant"),
         ({"quantization": "int3"}, ArgumentError, "quantization='int3'"),
         ({"model": "glm"}, ArgumentError, "model='glm'; accepted: .*glm130b, glm10b"),
