@@ -72,20 +72,6 @@ def test_the_error_names_the_object(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_objects_of_torch_save_do_nothing(form: str, tmp_path: Path) -> None:
-    class Attack:
-        def __reduce__(self) -> object:
-            return create, (str(tmp_path / "created"),)
-
-    path = save({"module": {"w": torch.ones(2)}, "rng": Attack()}, tmp_path / "a.pt", form)
-    found = read_torch_file(path)
-    assert isinstance(found, dict) and found["rng"].name == "saved_files.create()"
-    assert not (tmp_path / "created").exists()
-    torch.load(path, weights_only=False)
-    assert (tmp_path / "created").exists()
-
-
-@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("version", ["", "_v2"])
 def test_what_rebuilds_a_tensor_with_attributes_calls_nothing(
     version: str, form: str, tmp_path: Path
@@ -238,18 +224,8 @@ def bombs(size: int) -> dict[str, bytes]:
     }  # fmt: skip
 
 
-BOMBS = bombs(2**20)
-
-
-@pytest.mark.parametrize("bomb", BOMBS)
-def test_a_bomb_is_refused(bomb: str, tmp_path: Path) -> None:
-    path = write_pickle(b"\x80\x02" + BOMBS[bomb] + b".", tmp_path / "a.pt", "old")
-    with pytest.raises(CheckpointError, match="steps"):
-        read_torch_file(path)
-
-
-@pytest.mark.parametrize("bomb", BOMBS)
-def test_the_steps_of_a_bomb_are_bounded(
+@pytest.mark.parametrize("bomb", bombs(1))
+def test_a_bomb_is_refused_in_a_bounded_number_of_steps(
     bomb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A 64th of the size and of the steps, whose work can be counted."""

@@ -45,10 +45,18 @@ def equal(loaded: Any, expected: Any) -> None:
         assert ours.is_contiguous() and torch.equal(ours, tensor), name
 
 
-@pytest.mark.parametrize("is_mapped", [False, True])
-def test_torch_loads_it_as_weights_alone(is_mapped: bool, tmp_path: Path) -> None:
-    expected = write(tmp_path / "a.pt")
-    equal(torch.load(tmp_path / "a.pt", weights_only=True, mmap=is_mapped), expected)
+@pytest.mark.parametrize("sizes_of_64_bits_from", [None, 8])
+def test_torch_loads_it_as_weights_alone_and_our_reader_reads_it(
+    sizes_of_64_bits_from: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if sizes_of_64_bits_from is not None:
+        monkeypatch.setattr(torch_writer, "_ZIP64_FROM", sizes_of_64_bits_from)
+    path = tmp_path / "a.pt"
+    expected = write(path)
+    for is_mapped in (False, True):
+        equal(torch.load(path, weights_only=True, mmap=is_mapped), expected)
+    assert same(read_torch_file(path), expected) == len(tensors())
+    check_alignment(path)
 
 
 def test_what_lies_beside_the_tensors_is_kept(tmp_path: Path) -> None:
@@ -57,11 +65,6 @@ def test_what_lies_beside_the_tensors_is_kept(tmp_path: Path) -> None:
     loaded = torch.load(tmp_path / "a.pt", weights_only=True)
     equal(loaded, expected)
     assert {name: loaded[name] for name in beside} == beside
-
-
-def test_our_reader_reads_it(tmp_path: Path) -> None:
-    expected = write(tmp_path / "a.pt")
-    assert same(read_torch_file(tmp_path / "a.pt"), expected) == len(tensors())
 
 
 def check_alignment(path: Path) -> int:
@@ -86,18 +89,6 @@ def test_entries_are_named_and_aligned_as_torchs_own(tmp_path: Path) -> None:
         f"{path.stem}/version"
     ]
     assert check_alignment(path) == len(names)
-
-
-def test_entries_with_sizes_of_64_bits_are_read_alike(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch_writer, "_ZIP64_FROM", 8)
-    path = tmp_path / "a.pt"
-    expected = write(path)
-    equal(torch.load(path, weights_only=True), expected)
-    equal(torch.load(path, weights_only=True, mmap=True), expected)
-    assert same(read_torch_file(path), expected) == len(tensors())
-    check_alignment(path)
 
 
 def test_a_tensor_is_read_piece_by_piece(tmp_path: Path) -> None:
