@@ -11,7 +11,6 @@ import torch
 from golden import (
     TOLERANCE,
     GoldenSet,
-    cases,
     expect_streamed_is_resident,
     for_each,
     golden,
@@ -101,8 +100,3 @@ def test_golden_bminf1_codes_are_taken_as_they_are(name: str, case: str) -> None
     stored = tensors[f"{theirs}.ff.linear_out.weight"].read()
     assert torch.equal(codes.qweight[:, :width], stored)
     assert torch.equal(codes.scale, tensors[f"{theirs}.ff.linear_out.scale"].read().float())
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_golden_set_has_layouts_to_pack(name: str) -> None:
-    assert [*cases((name,), layouts)]

@@ -18,16 +18,11 @@ from bminf.wrapping import plan_for
 
 
 def offload(model: torch.nn.Module, how: str, folder: Path) -> torch.nn.Module:
-    if how == "cpu":
-        return accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
-    if how == "cpu with buffers":
-        return accelerate.cpu_offload(
-            model, execution_device=torch.device("cpu"), offload_buffers=True
-        )
+    on_cpu = {"execution_device": torch.device("cpu"), "offload_buffers": how != "cpu"}
+    if how.startswith("cpu"):
+        return accelerate.cpu_offload(model, **on_cpu)
     if how == "disk":
-        return accelerate.disk_offload(
-            model, folder, execution_device=torch.device("cpu"), offload_buffers=True
-        )
+        return accelerate.disk_offload(model, folder, **on_cpu)
     device_map = {name: "disk" for name, _ in model.named_children()}
     *_, last = device_map
     device_map[last] = "cpu"

@@ -272,15 +272,6 @@ def test_a_plan_can_be_copied_and_pickled():
             twin.uses[".1"] = 3
 
 
-def test_cross_attention_stays_out_and_decoder_blocks_stay_in():
-    encoder = [Block(f"encoder.{at}", 100, "encoder") for at in range(24)]
-    decoder = [Block(f"decoder.{at}", 100, "decoder") for at in range(24)]
-    cross = [Block(f"cross.{at}", 40, "cross") for at in range(24)]
-    made = plan(encoder + decoder + cross, 24 * 100 + 200, {"encoder": 1, "cross": 1})
-    assert made.resident == tuple(block.name for block in decoder)
-    assert made.streamed_bytes_per_request == 24 * 140
-
-
 def test_picture_shows_every_block_and_its_numbers():
     blocks = make([1 << 20] * 70 + [1 << 19] * 3, ["decoder.layers"] * 70 + ["head"] * 3)
     text = str(plan(blocks, 40 << 20, {"decoder.layers.0": 1, "head": 2.5}, reserved_bytes=1 << 20))
@@ -343,11 +334,6 @@ def test_equal_blobs_on_disk_are_spread_among_the_streamed_ones():
     assert (made.disk_bytes, made.staging_bytes, made.host_bytes) == (250, 20, 770)
 
 
-def test_what_is_used_seldom_goes_to_disk_first():
-    made = plan(make([10] * 20, ["e"] * 10 + ["d"] * 10), 20, {"e": 1}, host_bytes=150)
-    assert len(made.on_disk) == 7 and all(name.startswith("e.") for name in made.on_disk)
-
-
 def test_picture_shows_three_tiers():
     blocks = make([1 << 20] * 50, ["layers"] * 50)
     made = plan(blocks, 22 << 20, host_bytes=20 << 20)
@@ -399,11 +385,6 @@ BLOCKS = make([4, 5, 6])
 def test_wrong_arguments_are_refused(arguments, keywords, message):
     with pytest.raises(ArgumentError, match=message):
         plan(*arguments, **keywords)
-
-
-def test_a_block_name_wins_over_its_list_and_the_rest_is_default():
-    made = plan(make([1, 1, 1], "aab"), 9, {"a": 3, "a.1": 0.5})
-    assert dict(made.uses) == {"a.0": 3, "a.1": 0.5, "b.2": DEFAULT_USES}
 
 
 @pytest.mark.parametrize("uses", [5e-324, 1e-300, 1e300])
