@@ -18,10 +18,6 @@ MODELS = ("cpm1", "cpm2", "eva")
 ONE_RANK = "original_mp1"
 
 
-def layouts(given: GoldenSet) -> list[str]:
-    return given.layouts()
-
-
 def kind_of(layout: str) -> str:
     """What a folder of this name is recognised as."""
     if layout.startswith("original"):
@@ -81,7 +77,7 @@ def test_golden_ranks_merge_to_the_values_of_one_rank(name: str, case: str) -> N
         assert torch.equal(stored.read(), whole[key].read()), key
 
 
-@for_each(MODELS, layouts)
+@for_each(MODELS, GoldenSet.layouts)
 def test_golden_layouts_are_recognised(name: str, case: str) -> None:
     folder = golden(name).path / case
     for path in (folder, *folder.glob("checkpoint.pt"), *folder.glob("pytorch_model.*")):

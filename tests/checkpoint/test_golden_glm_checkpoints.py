@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from golden import GoldenSet, for_each, golden
+from golden import for_each, golden
+from golden_glm import GLMSet
 from tiny_glm import GLM130B_FUSED, dequantized, reshard
 from tiny_zoo import FUSED, join, saved_ranks
 
@@ -29,10 +30,6 @@ TABLES = {
 }
 FUSED_IN = {"glm130b": GLM130B_FUSED, "glm10b": FUSED}
 _SCALE = "_scale"
-
-
-def folders(given: GoldenSet) -> list[str]:
-    return sorted(path.name for path in given.path.glob("ckpt_*") if any(path.glob("*/*.pt")))
 
 
 @lru_cache
@@ -53,23 +50,19 @@ def norm_of(name: str) -> str:
     return name.replace("attention.query_key_value", "input_layernorm")
 
 
-def floats(given: GoldenSet) -> list[str]:
-    return [name for name in folders(given) if bits_of(given.path / name) is None]
-
-
-def directions(given: GoldenSet) -> Iterator[list[str]]:
-    for source in floats(given):
-        for target in folders(given):
+def directions(given: GLMSet) -> Iterator[list[str]]:
+    for source in given.folders(packed=False):
+        for target in given.folders():
             if target != source:
                 yield [source, target]
 
 
-def heads(given: GoldenSet) -> int:
+def heads(given: GLMSet) -> int:
     config = json.loads((given.path / "config.json").read_text())
     return int(config["model"]["num_attention_heads"])
 
 
-def convert(given: GoldenSet, source: Path, target: str, destination: Path) -> None:
+def convert(given: GLMSet, source: Path, target: str, destination: Path) -> None:
     """To what `target` is."""
     folder = given.path / target
     reshard(source, destination, len(saved(folder)), bits_of(folder), heads(given))
@@ -118,7 +111,7 @@ def test_golden_folders_are_resharded_to_each_other(
         assert (tmp_path / "new" / tracker.name).read_text() == tracker.read_text().strip()
 
 
-@for_each(MODELS, folders)
+@for_each(MODELS, GLMSet.folders)
 def test_golden_folders_are_read_as_one_model(name: str, case: str) -> None:
     """Codes as codes times scale, exactly."""
     folder = golden(name).path / case
@@ -142,7 +135,7 @@ def test_golden_folders_are_read_as_one_model(name: str, case: str) -> None:
     assert num_quantized == len(scales) and bool(scales) == (bits is not None)
 
 
-@for_each(MODELS, folders)
+@for_each(MODELS, GLMSet.folders)
 def test_golden_folders_are_recognised(name: str, case: str) -> None:
     folder = golden(name).path / case
     for path in (folder, *folder.glob("latest*"), *folder.glob("*/mp_rank_00_*")):

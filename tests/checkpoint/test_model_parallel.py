@@ -17,11 +17,7 @@ from bminf.arch.registry import checkpoint_in, split_tables
 from bminf.checkpoint.model_parallel import (
     COLUMNS,
     PER_RANK,
-    REPLICATED,
-    ROWS,
-    Split,
     SplitTable,
-    fused_rows,
     read_model_parallel,
     table_for,
 )
@@ -169,18 +165,6 @@ def test_replicated_tensors_that_differ_are_an_error_when_read(tmp_path: Path) -
 
 
 # ---- how tensors are cut -------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("cut", [REPLICATED, ROWS, COLUMNS, fused_rows(2), fused_rows(3)])
-def test_parts_are_the_inverse_of_merging(cut: Split, tmp_path: Path) -> None:
-    write_ranks(tmp_path, [{"w": torch.randn(24, 12)}])
-    whole: Any = checkpoint_in(tmp_path).tensors["w"]
-    for degree in (1, 2, 4):
-        parts = tuple(cut.part(whole, rank, degree) for rank in range(degree))
-        assert torch.equal(cut.merge(parts).read(), whole.read())
-    if cut.axis is not None:
-        with pytest.raises(ArgumentError, match=r"shape \(24, 12\), whose axis . 5 ranks"):
-            cut.part(whole, 0, 5)
 
 
 def test_what_cannot_be_cut_is_named(tmp_path: Path) -> None:

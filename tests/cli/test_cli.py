@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from plan_reports import write_llama
 
 import bminf.cli
 import bminf.cli.plan
@@ -120,15 +121,8 @@ def test_interrupt_leaves_no_traceback(
     assert capsys.readouterr().err == "bminf: interrupted\n"
 
 
-def write_config(folder: Path, num_layers: int) -> None:
-    (folder / "config.json").write_text(
-        '{"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 32,'
-        f' "num_attention_heads": 4, "num_hidden_layers": {num_layers}, "vocab_size": 64}}'
-    )
-
-
 def test_a_reader_that_has_enough_is_no_error(tmp_path: Path) -> None:
-    write_config(tmp_path, num_layers=2)
+    write_llama(tmp_path)
     command = f"{sys.executable} -m bminf plan {tmp_path} --json | true"  # which reads nothing
     done = subprocess.run(command, shell=True, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")

@@ -183,9 +183,8 @@ def loaded(kind: Any, folder: Path, **settings: Any) -> Any:
 def test_folders_of_the_zoo_are_planned_as_they_load(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tiny("cpm1").write_original(tmp_path / "cpm1")
-    tiny("cpm2").write_original(tmp_path / "cpm2")
-    tiny("eva").write_original(tmp_path / "eva")
+    for name in ("cpm1", "cpm2", "eva"):
+        tiny(name).write_original(tmp_path / name)
     tiny_glm10b(max_sequence_length=512).write_original(tmp_path / "glm")
     convert(tmp_path / "cpm2", tmp_path / "packed", "int4", model="cpm2")
     for name, kind in (

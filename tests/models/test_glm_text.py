@@ -59,17 +59,6 @@ def test_masks_that_cannot_be_filled(name: str, text: str, words: str, silent: L
 
 
 @each_model
-def test_a_text_with_nothing_in_it(name: str, silent: Loader) -> None:
-    model = silent(name)
-    for text in ("", " \n "):
-        for use in uses_of(model)[:4]:
-            with pytest.raises(ArgumentError, match="text is empty; give a text, with or without"):
-                use(text)
-        with pytest.raises(ArgumentError, match="text is empty; give a text, with or without"):
-            model.fill_blank(text, max_tokens=3)
-
-
-@each_model
 def test_a_mask_that_the_model_does_not_have(name: str, silent: Loader) -> None:
     model = silent(name)
     model.tokenizer = OneMask(model.tokenizer)

@@ -24,10 +24,6 @@ from test_golden_forward import MODELS, all_outputs
 MOST, MEAN = 1.5, 1.2
 
 
-def layouts(given: GoldenSet) -> list[str]:
-    return given.layouts()
-
-
 def layouts_with_bound(given: GoldenSet) -> list[str]:
     """Those whose float logits are those of the authors."""
     if "int8_logits_abs_diff_vs_fp32" not in given.bminf1:
@@ -47,7 +43,7 @@ def reference_logits(given: GoldenSet, layout: str) -> torch.Tensor:
     return given.tensors["logits_attn_scale_flipped" if is_flipped else "logits"]
 
 
-@for_each(MODELS, layouts)
+@for_each(MODELS, GoldenSet.layouts)
 def test_golden_int8_is_the_float_model_of_its_dequantized_weights(name: str, case: str) -> None:
     given = golden(name)
     with given.load(
@@ -73,7 +69,7 @@ def test_golden_int8_activations_cost_what_bminf_paid(name: str, case: str) -> N
     assert float(difference.mean()) <= MEAN * bound["mean"]
 
 
-@for_each(MODELS, layouts)
+@for_each(MODELS, GoldenSet.layouts)
 @pytest.mark.parametrize("quantization", [None, "int8", "int4"])
 def test_golden_streamed_equals_resident(name: str, case: str, quantization: str | None) -> None:
     given = golden(name)

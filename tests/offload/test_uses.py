@@ -95,26 +95,22 @@ class TowerByHand(tf.LlamaForCausalLM):
         self.model.visual = torch.nn.Sequential(Residual(8), Residual(8))
 
 
-ONCE = {
-    TowerByHand: {"model.visual"},
-    llava: {"model.vision_tower.encoder.layers"},
-    qwen2_vl: {"model.visual.blocks", "model.visual.merger.mlp"},
-    qwen2_audio: {"model.audio_tower.layers"},
-    blip2: {"vision_model.encoder.layers", "qformer.encoder.layer", "language_model.encoder.block"},
-    git: {"git.image_encoder.vision_model.encoder.layers"},
-    encoder_decoder: {"encoder.layers"},
-    OwnModel: {"audio_tower", "images.encoder.layers"},
-}
-OFTEN = {
-    TowerByHand: {"model.layers"},
-    llava: {"model.language_model.layers"},
-    qwen2_vl: {"model.language_model.layers"},
-    qwen2_audio: {"model.language_model.layers"},
-    blip2: {"language_model.decoder.block"},
-    git: {"git.encoder.layer"},
-    encoder_decoder: {"decoder.bert.encoder.layer"},
-    OwnModel: {"adapters", "text.model.layers"},
-}
+LISTS = {
+    TowerByHand: ({"model.visual"}, {"model.layers"}),
+    llava: ({"model.vision_tower.encoder.layers"}, {"model.language_model.layers"}),
+    qwen2_vl: (
+        {"model.visual.blocks", "model.visual.merger.mlp"}, {"model.language_model.layers"}
+    ),
+    qwen2_audio: ({"model.audio_tower.layers"}, {"model.language_model.layers"}),
+    blip2: (
+        {"vision_model.encoder.layers", "qformer.encoder.layer", "language_model.encoder.block"},
+        {"language_model.decoder.block"},
+    ),
+    git: ({"git.image_encoder.vision_model.encoder.layers"}, {"git.encoder.layer"}),
+    encoder_decoder: ({"encoder.layers"}, {"decoder.bert.encoder.layer"}),
+    OwnModel: ({"audio_tower", "images.encoder.layers"}, {"adapters", "text.model.layers"}),
+}  # fmt: skip
+"""Lists whose blocks run once a request, and once a token."""
 
 
 def lists_by_uses(model: torch.nn.Module) -> dict[float, set[str]]:
@@ -126,10 +122,11 @@ def lists_by_uses(model: torch.nn.Module) -> dict[float, set[str]]:
     return found
 
 
-@pytest.mark.parametrize("make_model", ONCE, ids=lambda made: made.__name__)
+@pytest.mark.parametrize("make_model", LISTS, ids=lambda made: made.__name__)
 def test_towers_run_once_a_request(make_model: Any) -> None:
+    once, often = LISTS[make_model]
     with torch.device("meta"):
-        assert lists_by_uses(make_model()) == {1: ONCE[make_model], 128: OFTEN[make_model]}
+        assert lists_by_uses(make_model()) == {1: once, 128: often}
 
 
 @pytest.mark.parametrize("name", [name for name in TINY if TINY[name].generates])

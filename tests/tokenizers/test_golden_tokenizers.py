@@ -12,10 +12,12 @@ import importlib.metadata
 import json
 import os
 import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from golden import ROOT, GoldenSet, for_each, golden
 
 from bminf.tokenizers import (
     CPM1Tokenizer,
@@ -25,9 +27,8 @@ from bminf.tokenizers import (
     tokenizer_from,
 )
 
-ROOT = Path(__file__).resolve().parents[2]
-GOLDEN = Path(os.environ.get("BMINF_GOLDEN", ROOT.parent / "shared" / "golden")) / "tokenizers"
 VOCAB = Path(os.environ.get("BMINF_VOCAB", ROOT.parent / "shared" / "vocab"))
+NAMES = ("tokenizers",)
 
 VOCAB_FILES = {
     "cpm1_original": "cpm1/chinese_vocab.model",
@@ -41,39 +42,44 @@ VOCAB_FILES = {
 WRONG = "eva_bminf1_with_repo_vocab"  # recorded with the bug that empty lines are skipped
 
 
-def golden_set() -> dict[str, Any]:
+def read(of: GoldenSet, file: str) -> dict[str, Any]:
+    path = of.path / file
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+@functools.cache
+def records(of: GoldenSet) -> dict[str, Any]:
     """name -> {"vocab_size", "cases": [{"text", "ids", "decoded"}], and maybe "vocab"}."""
-    path = GOLDEN / "tokenizer_golden.json"
-    return json.loads(path.read_text(encoding="utf-8")) if GOLDEN.is_dir() else {}
+    return read(of, "tokenizer_golden.json")
+
+
+def right(of: GoldenSet) -> list[str]:
+    return [name for name in records(of) if name in VOCAB_FILES and name != WRONG]
+
+
+def wrong(of: GoldenSet) -> list[str]:
+    return [WRONG] if WRONG in records(of) else []
+
+
+def texts(of: GoldenSet) -> Iterator[tuple[str, str]]:
+    for name in right(of):
+        yield from ((name, str(n)) for n in range(len(records(of)[name]["cases"])))
+
+
+def digests(of: GoldenSet) -> Iterator[tuple[str, str]]:
+    """Of the files that the set was made with, where it tells them."""
+    for name in right(of):
+        for file in records(of)[name].get("vocab", []):
+            if Path(file["file"]).name == vocab_file(name).name:
+                yield name, file["sha256"]
+
+
+def jieba_versions(of: GoldenSet) -> Iterable[str]:
+    return filter(None, [read(of, "meta.json").get("jieba")])
 
 
 def vocab_file(name: str) -> Path:
     return VOCAB / VOCAB_FILES[name]
-
-
-def sha256_recorded(name: str, record: dict[str, Any]) -> str | None:
-    """The digest of the file that the set was made with; None where the set does not tell."""
-    digests = [
-        file["sha256"]
-        for file in record.get("vocab", [])
-        if Path(file["file"]).name == vocab_file(name).name
-    ]
-    return digests[0] if digests else None
-
-
-if not GOLDEN.is_dir():
-    pytest.skip(f"there is no folder {GOLDEN}", allow_module_level=True)
-
-SET = golden_set()
-RIGHT = {name: record for name, record in SET.items() if name in VOCAB_FILES and name != WRONG}
-CASES = [
-    pytest.param(name, case, id=f"{name}-{number}")
-    for name, record in RIGHT.items()
-    for number, case in enumerate(record["cases"])
-]
-DIGESTS = {name: digest for name in RIGHT if (digest := sha256_recorded(name, SET[name]))}
-META = GOLDEN / "meta.json"
-JIEBA = json.loads(META.read_text(encoding="utf-8")).get("jieba") if META.is_file() else None
 
 
 @functools.cache
@@ -94,48 +100,41 @@ def lines_of(model: CPM1Tokenizer) -> CPM1WordTokenizer:
         return CPM1WordTokenizer(path)
 
 
-def test_golden_tokenizers_of_the_set_are_all_known() -> None:
-    assert SET and set(SET) <= set(VOCAB_FILES)
+@for_each(NAMES, lambda of: ["all"])
+def test_golden_tokenizers_of_the_set_are_all_known(name: str, case: str) -> None:
+    assert records(golden(name)) and set(records(golden(name))) <= set(VOCAB_FILES)
 
 
-if CASES:
-
-    @pytest.mark.parametrize(("name", "case"), CASES)
-    def test_golden_tokenizer(name: str, case: dict[str, Any]) -> None:
-        ours = tokenizer(name)
-        assert ours.encode(case["text"]) == case["ids"]
-        assert ours.decode(case["ids"]) == case["decoded"]
-        stream = TextStream(ours)
-        assert "".join(map(stream.feed, case["ids"])) + stream.finish() == case["decoded"]
+@for_each(NAMES, texts)
+def test_golden_tokenizer(name: str, case: tuple[str, str]) -> None:
+    ours, told = tokenizer(case[0]), records(golden(name))[case[0]]["cases"][int(case[1])]
+    assert ours.encode(told["text"]) == told["ids"]
+    assert ours.decode(told["ids"]) == told["decoded"]
+    stream = TextStream(ours)
+    assert "".join(map(stream.feed, told["ids"])) + stream.finish() == told["decoded"]
 
 
-if RIGHT:
-
-    @pytest.mark.parametrize("name", RIGHT)
-    def test_golden_tokenizer_has_the_recorded_number_of_ids(name: str) -> None:
-        assert tokenizer(name).vocab_size == SET[name]["vocab_size"]
+@for_each(NAMES, right)
+def test_golden_tokenizer_has_the_recorded_number_of_ids(name: str, case: str) -> None:
+    assert tokenizer(case).vocab_size == records(golden(name))[case]["vocab_size"]
 
 
-if DIGESTS:
-
-    @pytest.mark.parametrize("name", DIGESTS)
-    def test_golden_tokenizer_reads_the_recorded_vocabulary(name: str) -> None:
-        tokenizer(name)
-        assert hashlib.sha256(vocab_file(name).read_bytes()).hexdigest() == DIGESTS[name]
+@for_each(NAMES, digests)
+def test_golden_tokenizer_reads_the_recorded_vocabulary(name: str, case: tuple[str, str]) -> None:
+    tokenizer(case[0])
+    assert hashlib.sha256(vocab_file(case[0]).read_bytes()).hexdigest() == case[1]
 
 
-if JIEBA:
+@for_each(NAMES, jieba_versions)
+def test_golden_tokenizers_were_recorded_with_this_jieba(name: str, case: str) -> None:
+    assert importlib.metadata.version("jieba") == case
 
-    def test_golden_tokenizers_were_recorded_with_this_jieba() -> None:
-        assert importlib.metadata.version("jieba") == JIEBA
 
-
-if WRONG in SET:
-
-    def test_golden_tokenizer_of_eva_counts_the_empty_line() -> None:
-        """The record skips the empty ninth line: its ids from 8 on are one too small."""
-        ours, record = tokenizer(WRONG), SET[WRONG]
-        assert ours.vocab_size == record["vocab_size"] + 1
-        for case in record["cases"]:
-            if any(number >= 8 for number in case["ids"]):
-                assert ours.encode(case["text"]) != case["ids"], case["text"]
+@for_each(NAMES, wrong)
+def test_golden_tokenizer_of_eva_counts_the_empty_line(name: str, case: str) -> None:
+    """The record skips the empty ninth line: its ids from 8 on are one too small."""
+    ours, record = tokenizer(case), records(golden(name))[case]
+    assert ours.vocab_size == record["vocab_size"] + 1
+    for told in record["cases"]:
+        if any(number >= 8 for number in told["ids"]):
+            assert ours.encode(told["text"]) != told["ids"], told["text"]
