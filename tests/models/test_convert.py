@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from test_source import logits
 from tiny_zoo import CPM1_CONFIG, tiny
 
 import bminf
@@ -29,11 +30,6 @@ WITH_MINIMUM = Format(bits=4, group_size=8, has_minimum=True)
 # These CPM-1 folders have no sentencepiece model, and the library says so.
 pytestmark = pytest.mark.filterwarnings("ignore:.*no sentencepiece model")
 QUANTIZATIONS = [None, "int8", "int4", WITH_MINIMUM]
-
-
-def logits(model: Any) -> torch.Tensor:
-    ids = list(range(11, 31))
-    return model.logits(ids) if isinstance(model, bminf.models.CPM1) else model.logits(ids, ids[:9])
 
 
 def model_class(name: str) -> Any:

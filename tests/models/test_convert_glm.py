@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_glm import ice_tokenizer, tiny_glm, tiny_glm10b, tiny_glm130b, tokenizer_of
+from tiny_glm import ice_tokenizer, tiny_glm10b, tiny_glm130b, tokenizer_of
 
 from bminf.arch.registry import checkpoint_in
 from bminf.errors import ArgumentError, CheckpointError
@@ -25,26 +25,6 @@ HALF_GROUPS = Format(8, 32)
 each_model = pytest.mark.parametrize("name", NAMES)
 
 
-@pytest.fixture(scope="module")
-def expected(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., torch.Tensor]]:
-    """expected("glm10b", "int4"): the logits of the small model, from a folder of one rank."""
-    root, found = tmp_path_factory.mktemp("expected"), {}
-
-    def logits(name: str, quantization: Any = None, head: Any = None) -> torch.Tensor:
-        key = name, quantization, head
-        if key not in found:
-            folder = root / name
-            if not folder.exists():
-                tiny_glm(name).write_original(folder)
-            settings = {"quantization": quantization, "head_quantization": head, "device": "cpu"}
-            with GLM(folder, tokenizer=tokenizer_of(name), **settings) as model:
-                found[key] = model.logits(TEXT)
-        return found[key]
-
-    yield logits
-    assert all(float(one.std()) > 1 for one in found.values())
-
-
 PACKINGS: list[tuple[Any, Any]] = [
     ("auto", None), ("int4", "int8"), ("int4-row", None), ("int8", "int4"), (None, None),
     (None, "int8"), (HALF_GROUPS, HALF_GROUPS),
@@ -54,19 +34,20 @@ PACKINGS: list[tuple[Any, Any]] = [
 @each_model
 @pytest.mark.parametrize(("quantization", "head"), PACKINGS, ids=str)
 def test_a_converted_folder_is_the_same_model(
-    name: str, quantization: Any, head: Any, load: Loader, folders: dict[str, Path],
-    expected: Callable[..., torch.Tensor], tmp_path: Path,
-) -> None:  # fmt: skip
+    name: str, quantization: Any, head: Any, load: Loader, folders: dict[str, Path], tmp_path: Path
+) -> None:
     made = convert(
         folders[name], tmp_path / "b", quantization, tokenizer=tokenizer_of(name),
         head_quantization=head,
     )  # fmt: skip
     asked = "int4" if quantization == "auto" else quantization
-    logits = expected(name, asked, head)
+    original = load(name, quantization=asked, head_quantization=head)
+    logits = original.logits(TEXT)
+    assert float(logits.std()) > 1
     model = load(name, checkpoint=made, quantization=asked)
     assert torch.equal(model.logits(TEXT), logits)
     # Cut for this dtype, too, which is not that of the folder.
-    assert model.plan.blocks == load(name, quantization=asked, head_quantization=head).plan.blocks
+    assert model.plan.blocks == original.plan.blocks
     settings = {"quantization": asked, "head_quantization": head}
     streamed = load(name, checkpoint=made, memory_limit=model.plan.least_limit, **settings)
     assert streamed.plan.streamed and torch.equal(streamed.logits(TEXT), logits)
@@ -86,18 +67,17 @@ def model_form(model: Any) -> Format | None:
 
 @each_model
 def test_what_convert_left_unpacked_is_packed_when_it_is_loaded(
-    name: str, load: Loader, folders: dict[str, Path], expected: Callable[..., torch.Tensor],
-    tmp_path: Path,
-) -> None:  # fmt: skip
+    name: str, load: Loader, folders: dict[str, Path], tmp_path: Path
+) -> None:
     plain = convert(folders[name], tmp_path / "plain", None, tokenizer=tokenizer_of(name))
     assert json.loads((plain / "config.json").read_text())["exceptions"] == {}
     for quantization, head in (("int4", None), ("int8", "int8"), ("int4-row", "int4")):
         packed = {"quantization": quantization, "head_quantization": head}
-        model = load(name, checkpoint=plain, **packed)
-        assert torch.equal(model.logits(TEXT), expected(name, quantization, head))
+        expected = load(name, **packed).logits(TEXT)
+        assert torch.equal(load(name, checkpoint=plain, **packed).logits(TEXT), expected)
         again = convert(plain, tmp_path / quantization, tokenizer=tokenizer_of(name), **packed)
         model = load(name, checkpoint=again, quantization="int4")
-        assert torch.equal(model.logits(TEXT), expected(name, quantization, head))
+        assert torch.equal(model.logits(TEXT), expected)
 
 
 @each_model
