@@ -340,20 +340,17 @@ OF_GLM: list[tuple[str, dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize("name", ["cpm1", "glm10b"])
-@pytest.mark.parametrize(("given", "error", "words"), ARGUMENTS, ids=lambda x: str(x)[:30])
+@pytest.mark.parametrize(
+    ("name", "given", "error", "words"),
+    [(name, *case) for name in ("cpm1", "glm10b") for case in ARGUMENTS]
+    + [(name, given, ArgumentError, words) for name, given, words in OF_GLM],
+    ids=lambda x: str(x)[:30],
+)
 def test_arguments_of_the_constructor(
     name: str, given: dict[str, Any], error: Any, words: str, folders: dict[str, Path],
     refuse: Refuse,
 ) -> None:  # fmt: skip
     refuse(name, folders[name], error, words, **given)
-
-
-@pytest.mark.parametrize(("name", "given", "words"), OF_GLM, ids=lambda x: str(x)[:30])
-def test_arguments_of_glm(
-    name: str, given: dict[str, Any], words: str, folders: dict[str, Path], refuse: Refuse
-) -> None:
-    refuse(name, folders[name], ArgumentError, words, **given)
 
 
 @pytest.mark.parametrize("name", ["cpm2", "glm130b", "glm10b"])
