@@ -210,6 +210,9 @@ def test_offload_case_writes_its_fields_and_leaves_nothing(
     file, temporary, threads = tmp_path / "offload.json", tmp_path / "tmp", torch.get_num_threads()
     temporary.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    monkeypatch.setenv(
+        "TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor")
+    )  # torch's, if it is new
     assert run.main(["offload", *TINY, *QUICK, "--out", str(file)]) == 0
     assert not list(temporary.iterdir()) and torch.get_num_threads() == threads
     content = json.loads(file.read_text())
