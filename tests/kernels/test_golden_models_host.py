@@ -15,7 +15,7 @@ from quantized_models import relative_error
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 from test_golden_forward import MODELS, valid
-from test_golden_quantized import load
+from test_golden_quantized import settings
 
 HALF_ROUNDING = 2**-11  # of a number to float16; the sums here are of many, and stay well below
 NUM_STEPS = 3  # a launch on the host takes as long as a hundred on a GPU
@@ -52,16 +52,14 @@ def test_golden_kernels_compute_what_the_cpu_does(
     name: str, case: str, quantization: str, activations: str
 ) -> None:
     given = golden(name)
-    packing = {"quantization": quantization, "activations": activations}
-    with load(given, case, **packing) as model:
+    arguments = settings(given, case) | {"quantization": quantization, "activations": activations}
+    with given.load(case, **arguments) as model:
         reference, plan = few_outputs(name, model), model.plan
         launcher = HostLauncher(capability=61)
         with served_by(launcher):
             computed = few_outputs(name, model)
     assert launcher.names  # it ran kernels
-    slots = 2 * max(block.nbytes for block in plan.blocks)
-    limit = plan.outside_bytes + plan.reserved_bytes + slots
-    with load(given, case, memory_limit=limit, **packing) as model:
+    with given.load_streaming(case, plan, **arguments) as model:
         assert model.plan.streamed
         with served_by(HostLauncher(capability=61)):
             streamed = few_outputs(name, model)
