@@ -28,6 +28,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parent))  # for tiny_models and smollm2
 # For benchmarks and tools, which are not installed; last, so that an installed bminf comes first.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
+sys.path.append(str(Path(__file__).parent / "kernels"))  # for its cases and launchers
 
 import durations  # noqa: E402
 

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-sys.path.append(str(Path(__file__).resolve().parent / "kernels"))
-
 from host_launcher import NotingLauncher, served_by
 
 from benchmarks import kernels, run

@@ -127,6 +127,18 @@ def test_logits_that_are_not_numbers_are_refused(bad: float) -> None:
         search(FakeDecoder(logits), [[0], [1]], 2)
 
 
+def test_stop_tokens_leave_enough_candidates_to_go_on() -> None:
+    """Behind the likeliest token come three that stop; both beams still find one to go on with."""
+
+    def logits(history: tuple[int, ...]) -> list[float]:
+        return (
+            [2.9, 2.8, 2.7, 3.0, 2.0] if len(history) == 1 else [-30.0, -30.0, -30.0, 30.0, -30.0]
+        )
+
+    given = search(FakeDecoder(logits), [[0]], 2, (0, 1, 2), 6)[0]
+    assert [h.ids for h in given] == [(3, 3, 3, 3, 3, 3), (4, 3, 3, 3, 3, 3)]
+
+
 class CachedModel:
     """A transformers model behind the protocol, with its own cache."""
 

@@ -7,17 +7,12 @@ only a device can show.
 from __future__ import annotations
 
 import json
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
-
-# The cases are beside this folder.
-sys.path.append(str(Path(__file__).resolve().parents[1] / "kernels"))
-
 from cases import CASES, CUT, LARGEST, ROUNDED, WHOLE, Case, relative_error, weight_on
 
 import bminf
