@@ -1,11 +1,13 @@
 """`python -m tools.mutations`: which tests notice a fault that is planted into bminf.
 
 Each fault of tools/faults.py is planted alone, into a copy of the checkout of its own. Tests run in
-stages until one fails:
+two stages until one fails:
 
-nearest  the files called test_<source>.py, then the folder of tests that belongs to the source's
-quick    all that are not marked slow, where there is such a mark
-whole    everything
+quick  those that are not marked slow, where there is such a mark
+whole  everything
+
+In both the nearest come first: the files called test_<source>.py, then the folder of tests that
+belongs to the source's, then all.
 
 The test that fails is run again without the fault, and has to pass. A line of JSON tells of each
 fault whether it fell, in which stage, by which test, and the CPU seconds that each stage took.
@@ -206,10 +208,12 @@ def _children_cpu_s() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def _nearest(run: _Run, source: Path) -> str | None:
-    """The second files are not even collected where one of the first fails."""
-    groups = filter(None, nearest(run.folder / "tests", source))
-    return next(filter(None, (run.pytest(*map(str, files)) for files in groups)), None)
+def _nearest_first(run: _Run, source: Path, *options: str) -> str | None:
+    """Others are not even collected where one of the nearest fails."""
+    for files in filter(None, nearest(run.folder / "tests", source)):
+        if failed := run.pytest(*options, *map(str, files)):
+            return failed
+    return run.pytest(*options)
 
 
 def nearest(tests: Path, source: Path) -> tuple[list[Path], list[Path]]:
@@ -223,16 +227,10 @@ def nearest(tests: Path, source: Path) -> tuple[list[Path], list[Path]]:
 
 
 def _quick(run: _Run, source: Path) -> str | None:
-    return run.pytest("-m", "not slow") if run.has_mark("slow") else None
+    return _nearest_first(run, source, "-m", "not slow") if run.has_mark("slow") else None
 
 
-def _whole(run: _Run, source: Path) -> str | None:
-    return run.pytest()
-
-
-STAGES: dict[str, Callable[[_Run, Path], str | None]] = {
-    "nearest": _nearest, "quick": _quick, "whole": _whole,
-}  # fmt: skip
+STAGES: dict[str, Callable[[_Run, Path], str | None]] = {"quick": _quick, "whole": _nearest_first}
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def test_what_became_of_each_fault_is_told(
     shown = capsys.readouterr()
     found = {line["fault"]: line for line in map(json.loads, shown.out.splitlines())}
     fell = found["falls"]
-    assert fell["outcome"] == "fell" and fell["stage"] == "nearest" and fell["cpu_s"]["nearest"] > 0
+    assert fell["outcome"] == "fell" and fell["stage"] == "quick" and fell["cpu_s"]["quick"] > 0
     assert fell["test"] == "tests/room/test_count.py::test_last"
     assert found["survives"]["outcome"] == "survived" and [*found["survives"]["cpu_s"]] == [*STAGES]
     assert found["absent"]["outcome"] == "absent" and not found["absent"]["cpu_s"]
@@ -69,8 +69,16 @@ def test_what_became_of_each_fault_is_told(
 
 def test_a_test_that_fails_without_the_fault_tells_nothing(toy: Path) -> None:
     (toy / "tests/room/test_count.py").write_text(TEST.replace("== 2", "== 4"))
-    found = examine(FALLS, toy, ["nearest"], 60)
+    found = examine(FALLS, toy, ["quick"], 60)
     assert found["outcome"] == "its test fails anyway" and found["test"].endswith("::test_last")
+
+
+def test_what_only_a_slow_test_sees_falls_in_the_whole(toy: Path) -> None:
+    (toy / "tests/room/test_count.py").write_text(
+        TEST.replace("def test_last", "import pytest\n@pytest.mark.slow\ndef test_last")
+    )
+    found = examine(FALLS, toy, [*STAGES], 60)
+    assert found["outcome"] == "fell" and found["stage"] == "whole"
 
 
 def test_what_does_not_end_has_fallen(toy: Path) -> None:
