@@ -70,7 +70,6 @@ def test_a_truncated_file(
         ("glm130b", "transformer.final_layernorm.weight", 2),
         ("glm10b", "word_embeddings.weight", 1),
         ("glm10b", "transformer.position_embeddings.weight", 2),
-        ("glm10b", "transformer.block_position_embeddings.weight", 1),
     ],
 )
 def test_a_missing_tensor_is_named_as_in_the_file(
