@@ -18,6 +18,9 @@ SLACK = 1.02
 PROGRAM = Path(__file__).parent / "call_counts.py"
 
 
+pytestmark = pytest.mark.slow  # the fixture takes ten seconds
+
+
 @pytest.fixture(scope="module")
 def now() -> dict[str, float]:
     done = subprocess.run([sys.executable, PROGRAM], capture_output=True, text=True)

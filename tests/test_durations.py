@@ -30,6 +30,7 @@ class Item:
 @pytest.fixture
 def items(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(durations, "LIST", tmp_path / "seconds.txt")
+    monkeypatch.setattr(durations, "QUICK_S", 0.2)
     durations.LIST.write_text(LINES, encoding="utf-8")
     many = [f"test_a.py::test_many[{i}]" for i in range(10)]
     short = [f"test_b.py::test_short[{i}]" for i in range(10)]

@@ -14,6 +14,8 @@ from tools.sweep.candidates import Candidate, candidates
 from tools.sweep.check import Wrong, check, compare, held_bytes, prepare
 from tools.sweep.shrink import LAYERS, VOCABULARY, Shrinker
 
+pytestmark = pytest.mark.slow  # the fixture takes ten seconds
+
 BROKEN = ("NotTheSame", "ForeignError", "EndsTheProcess", "Stateful")
 CHOSEN = {
     "llama": "LlamaForCausalLM",
