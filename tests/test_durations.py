@@ -57,6 +57,15 @@ def test_the_longest_file_comes_first_and_files_stay_together(items: Any) -> Non
     assert [item.nodeid for item in items[:11]] == before
 
 
+@pytest.mark.parametrize("file", sorted({name.partition("::")[0] for name in durations.seconds()}))
+def test_what_is_listed_exists(file: str) -> None:
+    """What is renamed and not listed anew would run in the quick run, however long it takes."""
+    text = (Path(__file__).parents[1] / file).read_text(encoding="utf-8")
+    for name in durations.seconds():
+        if name.startswith(f"{file}::"):
+            assert f"def {name.rpartition('::')[2]}(" in text, name
+
+
 def test_without_a_list_nothing_is_slow(items: Any) -> None:
     durations.LIST.unlink()
     durations.mark_slow(items)
