@@ -140,7 +140,7 @@ def test_the_public_names_are_these() -> None:
 
 
 def test_the_tests_of_a_source_are_found_by_its_name() -> None:
-    """tests/<room>/test_<source>.py, or the docstring of the file that holds them names it."""
+    """tests/<package>/test_<source>.py, or the docstring of the file that holds them names it."""
     documentation = {
         path.relative_to(TESTS): ast.get_docstring(ast.parse(path.read_text())) or ""
         for path in TESTS.rglob("test_*.py")

@@ -218,11 +218,11 @@ def _nearest_first(run: _Run, source: Path, *options: str) -> str | None:
 
 def nearest(tests: Path, source: Path) -> tuple[list[Path], list[Path]]:
     """Test files in `tests` for a source, such as bminf/offload/ring.py: those of its name, and the
-    others of its room; of a source in no room, those in none."""
-    package, *rooms = source.parent.parts
-    stem = (rooms or [package])[-1] if source.stem == "__init__" else source.stem
+    others of its package; of a source in none, those in none."""
+    top, *packages = source.parent.parts
+    stem = (packages or [top])[-1] if source.stem == "__init__" else source.stem
     named = sorted(tests.rglob(f"test_{stem}.py"))
-    own = (tests / rooms[0]).rglob("test_*.py") if rooms else tests.glob("test_*.py")
+    own = (tests / packages[0]).rglob("test_*.py") if packages else tests.glob("test_*.py")
     return named, [file for file in sorted(own) if file not in named]
 
 
