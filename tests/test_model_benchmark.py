@@ -13,9 +13,21 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import run
-from benchmarks.models import ANEW, ENCODER, GLM, LISTS, ONCE, ZOO, Run, Task, random_weights
+from benchmarks.models import (
+    ANEW,
+    ENCODER,
+    GLM,
+    LISTS,
+    ONCE,
+    ZOO,
+    Run,
+    Task,
+    _opened,
+    random_weights,
+)
 from benchmarks.report import ROOT
 from bminf.arch.glm import GLM10B, GLM130B, GLMConfig
 from bminf.arch.gpt import CPM1, GPTConfig
@@ -105,6 +117,29 @@ def test_what_streams_is_counted_and_gives_what_stays_does(
     assert abs(beyond) <= 3 * 4 * max(block.nbytes for block in the_plan.blocks)
     printed = capsys.readouterr().out
     assert all(f"| {result['name']} |" in printed for result in [*measured, *predicted])
+
+
+class Seen(TorchDispatchMode):
+    """The names of all operations of torch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.__name__)
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("case", TASKS)
+def test_what_a_task_reads_is_made_before_it_is_timed(case: str) -> None:
+    """To draw it takes longer than a GPU takes for some layers."""
+    kinds = [Task(kind, 4, rows=3 if kind == "cola" else 1) for kind in KINDS[case]]
+    with tiny_run(case, torch.float32, "int8").loaded() as (network, scheduler):
+        for task in kinds:
+            with _opened(task, network, scheduler, {}) as work, Seen() as seen:
+                work.run()
+            assert seen.names and not [name for name in seen.names if "rand" in name]
 
 
 def check_fields(result: dict[str, Any]) -> None:
