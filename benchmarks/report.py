@@ -88,11 +88,11 @@ def _digits(value: float) -> str:
 
 
 def _device(content: Content) -> str:
-    """The GPU where there was one and nothing else was asked for."""
+    """What was measured on: one device, or several by turns."""
     hardware, parameters = content["hardware"], content["parameters"]
-    if hardware["gpu"] and parameters.get("device") != "cpu":
-        return str(hardware["gpu"]["name"])
-    return f"{hardware['cpu']}, {parameters['threads']} torch thread(s)"
+    cpu = f"{hardware['cpu']}, {parameters['threads']} torch thread(s)"
+    kinds = parameters["devices"] if "devices" in parameters else [parameters["device"]]
+    return " and ".join(cpu if kind == "cpu" else hardware["gpu"]["name"] for kind in kinds)
 
 
 def _name(result: Result) -> str:
@@ -119,12 +119,17 @@ def _offload_parts(content: Content) -> Iterator[str]:
     def ms(result: Result, name: str) -> str:
         return f"{result[name]['median'] / result['details']['tokens'] * 1e3:.1f}"
 
-    plain_s = results[0]["cpu_s"]["median"]
+    def over_plain(result: Result) -> str:
+        """That of the same device."""
+        device = result["name"].partition(":")[0]
+        plain = next(other for other in results if other["name"] == f"{device}: plain")
+        return f"{result['cpu_s']['median'] / plain['cpu_s']['median']:.2f}"
+
     columns: dict[str, Column] = {
         "": _name,
         "ms / token": lambda result: ms(result, "wall_s"),
         "CPU ms / token": lambda result: ms(result, "cpu_s"),
-        "CPU, plain = 1": lambda result: f"{result['cpu_s']['median'] / plain_s:.2f}",
+        "CPU, plain = 1": over_plain,
         "peak memory": _peak,
     }
     yield _by_columns(columns, results)

@@ -59,6 +59,28 @@ def test_a_table_names_what_failed() -> None:
     assert "- weight-only broken: KernelError: no" in shown
 
 
+def offload(devices: list[str]) -> dict[str, Any]:
+    """On each device a plain model, and a streamed one of twice the time."""
+    results = [
+        {
+            "name": f"{device}: {name}", "samples": [{}], "details": {"tokens": 10},
+            "wall_s": {"median": seconds}, "cpu_s": {"median": seconds},
+            "peak_cuda_bytes": None, "peak_rss_anon_bytes": None,
+        }
+        for device, plain_s in (("cpu", 1.0), ("cuda", 0.1)) if device in devices
+        for name, seconds in (("plain", plain_s), ("bminf", 2 * plain_s))
+    ]  # fmt: skip
+    own = {"devices": devices, "model": "random", "tokens": 10, "dtype": "float32", "threads": 1}
+    return content(results) | {"case": "offload", "parameters": own}
+
+
+def test_each_device_is_named_and_has_a_plain_model_of_its_own() -> None:
+    both = table(offload(["cpu", "cuda"]))
+    assert "A CPU, 1 torch thread(s) and A GPU; " in both
+    assert both.count("| 1.00 |") == both.count("| 2.00 |") == 2
+    assert "A GPU" not in table(offload(["cpu"])) and "A CPU" not in table(offload(["cuda"]))
+
+
 def test_targets() -> None:
     chosen = {"is_chosen": True, "format": "int8"}
     results = [
