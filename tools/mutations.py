@@ -43,6 +43,8 @@ _LEFT_OUT = shutil.ignore_patterns(".git", ".venv*", ".session", "__pycache__", 
 # They look at the text of the code, which every fault changes.
 _OF_THE_TEXT = ("test_style.py", "test_mutations.py")
 _PASSED, _NO_TESTS = 0, 5  # of pytest
+_LEAST_TIMEOUT_S = 600.0  # of the run without the fault, however little time a stage has
+_NO_TEST = "no test: "
 _FAILED = re.compile(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", re.MULTILINE)
 
 
@@ -50,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """0 where every fault fell, otherwise 1."""
     options = _arguments(argv)
     faults = [each for each in FAULTS if fnmatch.fnmatch(each.name, options.only)]
+    if not faults:
+        raise SystemExit(f"--only {options.only}: no fault has such a name, see tools/faults.py")
     checkout = options.checkout.resolve()
     if checkout == ROOT:
         for fault in faults:
@@ -151,9 +155,11 @@ def _copied(checkout: Path) -> Iterator[Path]:
 
 def _passes(folder: Path, failed: str, timeout_s: float) -> bool:
     """Whether the test passes in `folder`, which has no fault any more, with all its parameters:
-    the summary of pytest does not say where those end."""
-    test = failed.partition("[")[0]
-    return "::" not in test or _Run(folder, timeout_s).pytest(test) is None
+    the summary of pytest does not say where those end. Where no test began, all can be collected.
+    """
+    began = "::" in failed and not failed.startswith(_NO_TEST)
+    run = _Run(folder, max(timeout_s, _LEAST_TIMEOUT_S))
+    return run.pytest(failed.partition("[")[0] if began else "--collect-only") is None
 
 
 # ---- tests ---------------------------------------------------------------------------------------
@@ -175,7 +181,7 @@ class _Run:
         if code in (_PASSED, _NO_TESTS):
             return None
         failed = _FAILED.search(output)
-        return failed[1] if failed else f"no test: pytest ended with {code}: {output[-400:]}"
+        return failed[1] if failed else f"{_NO_TEST}pytest ended with {code}: {output[-400:]}"
 
     def has_mark(self, name: str) -> bool:
         return f"@pytest.mark.{name}:" in self._python("-m", "pytest", "--markers")[1]

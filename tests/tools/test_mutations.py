@@ -73,6 +73,18 @@ def test_a_test_that_fails_without_the_fault_tells_nothing(toy: Path) -> None:
     assert found["outcome"] == "its test fails anyway" and found["test"].endswith("::test_last")
 
 
+def test_files_that_cannot_be_collected_tell_nothing_either(toy: Path) -> None:
+    (toy / "tests/room/test_count.py").write_text("import is_not_there")
+    found = examine(FALLS, toy, ["whole"], 60)
+    assert found["outcome"] == "its test fails anyway"
+    assert found["test"] == "tests/room/test_count.py"
+
+
+def test_a_name_that_no_fault_has_is_refused() -> None:
+    with pytest.raises(SystemExit, match=r"--only ring: no fault has such a name"):
+        main(["--only", "ring"])
+
+
 def test_what_only_a_slow_test_sees_falls_in_the_whole(toy: Path) -> None:
     (toy / "tests/room/test_count.py").write_text(
         TEST.replace("def test_last", "import pytest\n@pytest.mark.slow\ndef test_last")
