@@ -46,6 +46,7 @@ def machine(out: str) -> int:
         try:
             content["found"][part.__name__] = part()
         except Exception as error:
+            traceback.print_exc()
             content["failures"].append(f"{part.__name__}: {type(error).__name__}: {error}")
         write_json(Path(out), content)
     for name in ("versions", "hardware", "found", "failures"):

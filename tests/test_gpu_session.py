@@ -485,7 +485,8 @@ def test_the_probe_keeps_what_it_finds_where_parts_of_it_fail(
     assert content["versions"]["torch"] == torch.__version__
     for found in content["found"]["attention"].values():
         assert len(found["first time, ms"]) == len(found["again, ms"]) == 20
-    assert "torch sees no CUDA device" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "torch sees no CUDA device" in shown.out and "in gpu\n" in shown.err
 
 
 def test_the_probe_locks_pages_and_lets_go_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
