@@ -236,8 +236,6 @@ def test_offload_case_writes_its_fields_and_leaves_nothing(
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("default")  # of accelerate
 def test_offload_case_on_a_gpu(tmp_path: Path) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
     file = tmp_path / "offload.json"
     assert run.main(["offload", *TINY, *QUICK, "--device", "cuda", "--out", str(file)]) == 0
     results = json.loads(file.read_text())["results"]
