@@ -312,10 +312,12 @@ def test_an_empty_folder(refuse: Refuse, tmp_path: Path) -> None:
 
 ARGUMENTS: list[tuple[dict[str, Any], Any, str]] = [
     ({"quantization": "int3"}, ArgumentError, 'quantization=\'int3\'; accepted: "int8", "int4"'),
+    ({"quantization": True}, ArgumentError, "quantization=True; accepted"),
     ({"quantization": "int4", "activations": "int8"}, ArgumentError, 'activations="int8" needs'),
     ({"activations": "int8"}, ArgumentError, "activations='int8', but quantization=None"),
     ({"quantization": "int8", "activations": "int9"}, ArgumentError, "activations='int9'; accep"),
     ({"dtype": torch.int8}, ArgumentError, r"dtype=torch\.int8; accepted: torch\.float32"),
+    ({"dtype": "float15"}, ArgumentError, "dtype='float15'; accepted"),
     ({"device": "tpu"}, ArgumentError, "device='tpu'.*accepted"),
     ({"device": "meta"}, ArgumentError, "device='meta'; accepted"),
     ({"memory_limit": "10KB"}, BudgetError, r"limit of 10 KB .*least .*MiB \(\d+ bytes\)"),

@@ -118,7 +118,7 @@ def problems(draw, most=9, size=6, kinds=None):
         values = st.sampled_from(draw(st.lists(st.integers(1, size), min_size=1, max_size=kinds)))
     lists = draw(st.lists(st.sampled_from("abc"), min_size=count, max_size=count))
     blocks = make(draw(st.lists(values, min_size=count, max_size=count)), lists)
-    number = st.sampled_from([1, 2, 3, 0.5, 1.5])
+    number = st.sampled_from([1, 2, 3, 0.5, 1.5, 1 + 2**-30])
     keys = st.sampled_from(
         sorted({*lists, *(block.name for block in blocks)} if not kinds else "a")
     )
