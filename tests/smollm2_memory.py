@@ -60,7 +60,7 @@ def main(folder: str, mode: str, offload_dir: str) -> None:
     allowed = data_before + plan.total_bytes + 100 * 2**20
     resource.setrlimit(resource.RLIMIT_DATA, (allowed, allowed))
     with Peak() as generating:
-        ids = model.generate(**inputs, max_new_tokens=24, do_sample=False)
+        ids = model.generate(**inputs, max_new_tokens=12, do_sample=False)
     report = {
         "ids": ids.tolist(),
         "total_bytes": plan.total_bytes,

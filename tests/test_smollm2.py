@@ -29,7 +29,7 @@ def plain_ids(folder: Path) -> list[list[int]]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    ids = model.generate(**inputs, max_new_tokens=24, do_sample=False)
+    ids = model.generate(**inputs, max_new_tokens=12, do_sample=False)
     torch.set_num_threads(num_threads)
     return ids.tolist()
 
