@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny_zoo import TinyModel, tiny, write_vocabulary
 
+from bminf.arch.t5 import T5Cache
 from bminf.models import CPM2, EVA
 
 KINDS = {"cpm2": CPM2, "eva": EVA}
@@ -57,3 +58,24 @@ def reference_t5(made: TinyModel) -> Any:
                 tensors[name] = tensors[name] * config["d_kv"] ** -0.5
     reference.load_state_dict(tensors)
     return reference
+
+
+class Selected:
+    """In place of keys and values: what rows became which."""
+
+    def __init__(self) -> None:
+        self.rows: list[list[int]] = []
+
+    def select(self, rows: torch.Tensor) -> None:
+        self.rows.append(rows.tolist())
+
+
+def test_keys_of_prompts_move_only_where_a_row_turns_to_another_prompt() -> None:
+    own, cross = Selected(), Selected()
+    cache = T5Cache(own, cross)  # type: ignore[arg-type]
+    cache.start(2, torch.tensor([1.0, 2.0]))
+    for rows in ([0, 0, 1, 1], [1, 0, 3, 2], [0, 2, 2, 3], [1, 0, 2, 3]):
+        cache.select(torch.tensor(rows))
+    assert own.rows == [[0, 0, 1, 1], [1, 0, 3, 2], [0, 2, 2, 3], [1, 0, 2, 3]]
+    assert cross.rows == [[0, 0, 1, 1], [0, 2, 2, 3], [1, 0, 2, 3]]
+    assert cache.cross_bias is not None and cache.cross_bias.tolist() == [2, 1, 2, 2]

@@ -193,12 +193,13 @@ def test_an_error_names_file_line_and_architecture(
     source = folder / SCALE.file
     lines = source.read_text().splitlines()
     number = next(i for i, line in enumerate(lines, 1) if "if (m >= M) return" in line)
-    lines[number - 1] += " int n = nothing_of_that_name;"
+    lines[number - 1] += " int other = nothing_of_that_name;"
     source.write_text("\n".join(lines) + "\n")
     with pytest.raises(KernelError) as caught:
         compile_kernel(SCALE, 80)
     message = str(caught.value)
-    assert f"kernels/scale_int32.cu({number}): error" in message and "sm_80" in message
+    where = f"kernels/scale_int32.cu({number}): error"
+    assert message.count("): error") == message.count(where) == 1 and "sm_80" in message
     assert "nothing_of_that_name" in message and "install bminf anew" in message
     common = folder / "common.cuh"
     common.write_text("// text\nthis is no C++\n")
