@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 from typing import Any
-from xml.sax.saxutils import escape
 
 from bminf.units import format_bytes
 
@@ -62,7 +61,7 @@ def _content(name: str) -> Content:
 
 def table(content: Content) -> str:
     """Captions and Markdown tables of one run."""
-    parts = [part.rstrip("\n") for part in _PARTS[content["case"]](content)]
+    parts = [part.rstrip() for part in _PARTS[content["case"]](content)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -76,10 +75,23 @@ Column = Callable[[Result], str]
 
 
 def _by_columns(columns: dict[str, Column], results: Sequence[Result]) -> str:
-    """A column that no result has anything for is left out."""
+    """The name of each result, and its columns; one that no result has anything for is left out."""
+    columns = {"": _at("name"), **columns}
     cells = {head: [column(result) for result in results] for head, column in columns.items()}
     cells = {head: own for head, own in cells.items() if any(own)}
     return markdown(list(cells), zip(*cells.values(), strict=True))
+
+
+def _at(path: str, form: Callable[[Any], str] = str) -> Column:
+    """What stands at a path such as "details.tokens", where it is known."""
+
+    def cell(result: Result) -> str:
+        value: Any = result
+        for key in path.split("."):
+            value = None if value is None else value.get(key)
+        return "" if value is None else form(value)
+
+    return cell
 
 
 def _digits(value: float) -> str:
@@ -95,17 +107,13 @@ def _device(content: Content) -> str:
     return " and ".join(cpu if kind == "cpu" else hardware["gpu"]["name"] for kind in kinds)
 
 
-def _name(result: Result) -> str:
-    return str(result["name"])
-
-
 def _peak(result: Result) -> str:
     """Of the GPU where there is one."""
     nbytes = result["peak_cuda_bytes"] or result["peak_rss_anon_bytes"]
     return "" if nbytes is None else format_bytes(nbytes)
 
 
-# ---- offload -------------------------------------------------------------------------------------
+# ---- offload and perplexity ----------------------------------------------------------------------
 
 
 def _offload_parts(content: Content) -> Iterator[str]:
@@ -115,27 +123,18 @@ def _offload_parts(content: Content) -> Iterator[str]:
         f"{parameters['model']}, {parameters['dtype']}, {parameters['tokens']} tokens, "
         f"{_device(content)}; median of {len(results[0]['samples'])} runs:"
     )
-
-    def ms(result: Result, name: str) -> str:
-        return f"{result[name]['median'] / result['details']['tokens'] * 1e3:.1f}"
+    plain = {r["name"].partition(":")[0]: r for r in results if r["name"].endswith(": plain")}
 
     def over_plain(result: Result) -> str:
         """That of the same device."""
-        device = result["name"].partition(":")[0]
-        plain = next(other for other in results if other["name"] == f"{device}: plain")
-        return f"{result['cpu_s']['median'] / plain['cpu_s']['median']:.2f}"
+        own = plain[result["name"].partition(":")[0]]
+        return f"{result['cpu_s']['median'] / own['cpu_s']['median']:.2f}"
 
-    columns: dict[str, Column] = {
-        "": _name,
-        "ms / token": lambda result: ms(result, "wall_s"),
-        "CPU ms / token": lambda result: ms(result, "cpu_s"),
-        "CPU, plain = 1": over_plain,
-        "peak memory": _peak,
-    }
-    yield _by_columns(columns, results)
+    def ms(median_s: float) -> str:
+        return f"{median_s / parameters['tokens'] * 1e3:.1f}"
 
-
-# ---- perplexity ----------------------------------------------------------------------------------
+    columns = {"ms / token": _at("wall_s.median", ms), "CPU ms / token": _at("cpu_s.median", ms)}
+    yield _by_columns(columns | {"CPU, plain = 1": over_plain, "peak memory": _peak}, results)
 
 
 def _perplexity_parts(content: Content) -> Iterator[str]:
@@ -147,21 +146,13 @@ def _perplexity_parts(content: Content) -> Iterator[str]:
         f"{parameters['linears']} linears, {tokens} tokens of text; "
         f"permuted: median (least to most) of {parameters['seeds']} orders:"
     )
-
-    def own(key: str, digits: int) -> Column:
-        return lambda result: f"{result['own_order'][key]['median']:.{digits}f}"
-
-    def permuted(key: str) -> Column:
-        return lambda result: _with_spread(result["permuted"][key])
-
-    columns: dict[str, Column] = {
-        "": _name,
-        "bits / weight": lambda result: f"{result['bits_per_weight']:.3f}",
-        "perplexity": own("perplexity", 3),
-        "/ fp32": own("ratio", 4),
-        "KL": own("kl", 4),
-        "permuted, / fp32": permuted("ratio"),
-        "permuted, KL": permuted("kl"),
+    columns = {
+        "bits / weight": _at("bits_per_weight", "{:.3f}".format),
+        "perplexity": _at("own_order.perplexity.median", "{:.3f}".format),
+        "/ fp32": _at("own_order.ratio.median", "{:.4f}".format),
+        "KL": _at("own_order.kl.median", "{:.4f}".format),
+        "permuted, / fp32": _at("permuted.ratio", _with_spread),
+        "permuted, KL": _at("permuted.kl", _with_spread),
     }
     yield _by_columns(columns, content["results"])
 
@@ -198,7 +189,7 @@ def _model_parts(content: Content) -> Iterator[str]:
     measured = [result for result in content["results"] if "prediction" not in result]
     parameters, lengths = content["parameters"], ""
     if measured:
-        if content["case"] == "zoo":  # whose tasks do not have them in their names
+        if "steps" in parameters:  # of a file from when tasks had no lengths in their names
             lengths = "encoder: {prompt_length} tokens, decoder: {steps} steps; "
         yield (
             f"{parameters['model']}, random weights, {parameters['dtype']} but for what is packed; "
@@ -207,29 +198,18 @@ def _model_parts(content: Content) -> Iterator[str]:
         )
         yield _by_columns(_MEASURED, measured)
     details = predicted[0]["details"]
-    card = details["card"]
+    card, is_published = details["card"], any(r.get("published_tokens_per_s") for r in predicted)
     yield (
         f"Predicted for all of {details['model']} on a {card['name']}: memory limit "
         f"{format_bytes(card['memory_limit'])}, link {card['link_bytes_per_s'] / 1e9:g} GB/s, "
-        f"memory {card['memory_bytes_per_s'] / 1e9:g} GB/s. "
-        f"{_PUBLISHED if any(map(_published_speeds, predicted)) else ''}"
-    ).rstrip()
+        f"memory {card['memory_bytes_per_s'] / 1e9:g} GB/s. {_PUBLISHED if is_published else ''}"
+    )
     yield _by_columns(_PREDICTED, predicted)
 
 
 def _seconds(result: Result) -> float:
     """Of a run."""
     return statistics.fmean(sample["wall_s"] for sample in result["samples"])
-
-
-def _detail(name: str, form: Callable[[float], str]) -> Column:
-    """A number among the details, where it is known."""
-
-    def cell(result: Result) -> str:
-        value = result["details"].get(name)
-        return "" if value is None else form(value)
-
-    return cell
 
 
 def _predicted(name: str, factor: float, word: str) -> Column:
@@ -242,48 +222,42 @@ def _predicted(name: str, factor: float, word: str) -> Column:
     return cell
 
 
-def _published_s(result: Result) -> str:
-    details = result["details"]
-    by_machine = PUBLISHED_S.get(details.get("task"), {})
+def _published_s(details: dict[str, Any]) -> str:
+    by_machine = PUBLISHED_S.get(details.get("task", ""), {})
     found = {name: known.get(details["length"]) for name, known in by_machine.items()}
     return "; ".join(f"{s:g} ({name})" for name, s in found.items() if s is not None)
 
 
-def _published_speeds(result: Result) -> str:
-    speeds = result.get("published_tokens_per_s", {})
-    return ", ".join(f"{speed:g} ({version})" for version, speed in speeds.items())
-
-
-def _blocks(result: Result) -> str:
-    return f"{result['details']['resident']} + {result['details']['streamed']}"
+def _blocks(details: dict[str, Any]) -> str:
+    return f"{details['resident']} + {details['streamed']}"
 
 
 _MEASURED: dict[str, Column] = {
-    "": _name,
     "s": lambda result: _digits(_seconds(result)),
-    "tokens / s": _detail("tokens_per_s", _digits),
+    "tokens / s": _at("details.tokens_per_s", _digits),
     "ms / step": lambda result: _digits(_seconds(result) / result["details"]["steps"] * 1e3),
-    "copied / step": _detail("copied_bytes_per_step", format_bytes),
-    "link GB/s": _detail("link_gbps", _digits),
-    "of the bound": _detail("fraction_of_bound", "{:.0%}".format),
-    "blocks stay + stream": _blocks,
+    "copied / step": _at("details.copied_bytes_per_step", format_bytes),
+    "link GB/s": _at("details.link_gbps", _digits),
+    "of the bound": _at("details.fraction_of_bound", "{:.0%}".format),
+    "blocks stay + stream": _at("details", _blocks),
     "peak memory": _peak,
-    "published s of all layers": _published_s,
+    "published s of all layers": _at("details", _published_s),
 }
 _PREDICTED: dict[str, Column] = {
-    "": _name,
     "tokens / s": _predicted("tokens_per_s", 1.0, "at most"),
     "ms / step": _predicted("pass_s", 1e3, "at least"),
-    "copied / step": _detail("streamed_bytes_per_step", format_bytes),
-    "link busy": lambda result: f"{result['prediction']['link_busy']:.0%}",
-    "bound by": lambda result: str(result["prediction"].get("bound", "")),
-    "blocks stay + stream": _blocks,
-    "published tokens / s": _published_speeds,
+    "copied / step": _at("details.streamed_bytes_per_step", format_bytes),
+    "link busy": _at("prediction.link_busy", "{:.0%}".format),
+    "bound by": _at("prediction.bound"),
+    "blocks stay + stream": _at("details", _blocks),
+    "published tokens / s": _at(
+        "published_tokens_per_s",
+        lambda speeds: ", ".join(f"{speed:g} ({version})" for version, speed in speeds.items()),
+    ),
 }
 
 
 # ---- kernels -------------------------------------------------------------------------------------
-
 
 Size = tuple[str, int | None]
 """The weight's shape and the rows of activations."""
@@ -304,7 +278,11 @@ def _kernel_parts(content: Content) -> Iterator[str]:
     )
     for op, sizes in _by_op(content).items():
         yield f"**{op}**"
-        yield _size_table(sizes)
+        rows = [
+            [shape, str(num_rows or ""), *(_time_cell(name, variants) for name in _ways(sizes))]
+            for (shape, num_rows), variants in sizes.items()
+        ]
+        yield markdown(["N x K", "M", *_ways(sizes)], rows)
     failed = [f"{r['name']}: {r['failure']}" for r in content["results"] if r["failure"]]
     for title, lines in (("Not measured:", failed), ("Targets:", targets(content))):
         if lines:
@@ -339,15 +317,6 @@ def _over_plain(name: str, variants: Variants, key: str = "median") -> float | N
     return ratio
 
 
-def _size_table(sizes: dict[Size, Variants]) -> str:
-    ways = _ways(sizes)
-    rows = [
-        [shape, str(num_rows or ""), *(_time_cell(name, variants) for name in ways)]
-        for (shape, num_rows), variants in sizes.items()
-    ]
-    return markdown(["N x K", "M", *ways], rows)
-
-
 def _time_cell(name: str, variants: Variants) -> str:
     if name not in variants:
         return ""
@@ -360,7 +329,7 @@ def _time_cell(name: str, variants: Variants) -> str:
 
 # ---- what the kernels have to reach --------------------------------------------------------------
 
-_LEAST_WEIGHT_BYTES = 100_000_000  # of a matrix that fills the memory of a large GPU
+_LEAST_WEIGHTS = 100_000_000  # of a matrix that fills the memory of a large GPU
 _LEAST_SHARE = {"int8": 0.85, "int4": 0.75}  # of the copy's bandwidth, for one row
 _MOST_ROW_RATIO = {4: 1.2, 16: 1.3}  # rows: time over that of one row
 _WAYS_OF_W8A8 = ("own kernel", "library", "torch._int_mm and torch")
@@ -395,58 +364,59 @@ class Target:
 def targets(content: Content) -> list[Target]:
     """All targets for which the file has numbers."""
     ops = _by_op(content)
-    return [
-        *_weight_only_targets(ops.get("weight-only", {})),
-        *_w8a8_targets(ops.get("w8a8", {})),
-        *(target for op in _CPU_RATIOS for target in _cpu_targets(op, ops.get(op, {}))),
-    ]
+    found: list[Target] = []
+    for size, variants in ops.get("weight-only", {}).items():
+        found += _weight_only_targets(*size, variants, ops["weight-only"])
+    for (shape, num_rows), variants in ops.get("w8a8", {}).items():
+        # The chosen product is the fastest one of codes that are there already.
+        ways_s = [_median(variants[way]) for way in _WAYS_OF_W8A8 if way in variants]
+        for chosen in _chosen(variants).values():
+            if num_rows == 2048:
+                name, ratio = (
+                    f"w8a8 {shape} M=2048, chosen over best",
+                    _median(chosen) / min(ways_s),
+                )
+                found.append(Target(name, ratio, _MOST_OVER_BEST))
+    for op, (way, most, least_weights) in _CPU_RATIOS.items():
+        for (shape, num_rows), variants in ops.get(op, {}).items():
+            # The least time over the least time: the machine's noise only ever adds.
+            ratio = _over_plain(way, variants, "min")
+            if ratio is not None and num_rows == 1 and _num_weights(shape) >= least_weights:
+                state = op.removeprefix("linear ")
+                found.append(Target(f"CPU {way} {shape} M=1 {state}, over fp32", ratio, most))
+    return found
 
 
-def _weight_only_targets(sizes: dict[Size, Variants]) -> Iterator[Target]:
+def _weight_only_targets(
+    shape: str, num_rows: int | None, variants: Variants, sizes: dict[Size, Variants]
+) -> Iterator[Target]:
     """Matrices that fill the memory: one row reads codes and scales at the copy's speed, and a few
     rows cost hardly more."""
-    for (shape, num_rows), variants in sizes.items():
-        if _num_weights(shape) < _LEAST_WEIGHT_BYTES:
+    one_row = _chosen(sizes.get((shape, 1), {}))
+    for format, chosen in _chosen(variants).items():
+        name, share = f"{format} {shape} M={num_rows}", chosen["details"].get("copy_fraction")
+        if _num_weights(shape) < _LEAST_WEIGHTS:
             continue
-        one_row = _chosen(sizes.get((shape, 1), {}))
-        for format, chosen in _chosen(variants).items():
-            name, share = f"{format} {shape} M={num_rows}", chosen["details"].get("copy_fraction")
-            if num_rows == 1 and format in _LEAST_SHARE and share is not None:
-                least = _LEAST_SHARE[format]
-                yield Target(f"{name}, share of the copy", share, least, is_least=True)
-            if num_rows in _MOST_ROW_RATIO and format in one_row:
-                value = chosen["time_s"]["median"] / one_row[format]["time_s"]["median"]
-                yield Target(f"{name} over M=1", value, _MOST_ROW_RATIO[num_rows])
+        if num_rows == 1 and format in _LEAST_SHARE and share is not None:
+            yield Target(f"{name}, share of the copy", share, _LEAST_SHARE[format], is_least=True)
+        if num_rows in _MOST_ROW_RATIO and format in one_row:
+            ratio = _median(chosen) / _median(one_row[format])
+            yield Target(f"{name} over M=1", ratio, _MOST_ROW_RATIO[num_rows])
 
 
 def _num_weights(shape: str) -> int:
     return math.prod(map(int, shape.split("x")))
 
 
+def _median(result: Result) -> float:
+    median_s: float = result["time_s"]["median"]
+    return median_s
+
+
 def _chosen(variants: Variants) -> Variants:
     """Format -> the result of the path that the op takes."""
     chosen = [result for result in variants.values() if result["details"].get("is_chosen")]
     return {result["details"]["format"]: result for result in chosen}
-
-
-def _w8a8_targets(sizes: dict[Size, Variants]) -> Iterator[Target]:
-    """The chosen product is the fastest one of codes that are there already."""
-    for (shape, num_rows), variants in sizes.items():
-        ways = [variants[name]["time_s"]["median"] for name in _WAYS_OF_W8A8 if name in variants]
-        for chosen in _chosen(variants).values():
-            if num_rows == 2048:
-                value = chosen["time_s"]["median"] / min(ways)
-                yield Target(f"w8a8 {shape} M=2048, chosen over best", value, _MOST_OVER_BEST)
-
-
-def _cpu_targets(op: str, sizes: dict[Size, Variants]) -> Iterator[Target]:
-    """The least time over the least time: the machine's noise only ever adds."""
-    name, most, least_weights = _CPU_RATIOS[op]
-    for (shape, num_rows), variants in sizes.items():
-        ratio = _over_plain(name, variants, "min")
-        if ratio is not None and num_rows == 1 and _num_weights(shape) >= least_weights:
-            state = op.removeprefix("linear ")
-            yield Target(f"CPU {name} {shape} M=1 {state}, over fp32", ratio, most)
 
 
 # ---- plots ---------------------------------------------------------------------------------------
@@ -462,50 +432,49 @@ def plot(content: Content, op: str) -> str:
     sizes = _by_op(content)[op]
     shapes = list(dict.fromkeys(shape for shape, _ in sizes))
     colors = dict(zip(_ways(sizes), cycle(_COLORS), strict=False))
-    most_rows = max(num_rows for _, num_rows in sizes if num_rows is not None)
-    width = _MARGIN + round(_STEP_X * math.log2(most_rows))
+    width = round(_STEP_X * math.log2(max(num_rows or 1 for _, num_rows in sizes)))
     legend = "&#160; ".join(
-        f'<tspan fill="{color}">■ {escape(variant)}</tspan>' for variant, color in colors.items()
+        f'<tspan fill="{color}">■ {variant}</tspan>' for variant, color in colors.items()
     )
-    panels = [
-        f'<g transform="translate({width * i + _MARGIN - 8} {_HEIGHT / 2 - 10})">\n'
-        f"{_panel(shape, width - _MARGIN, sizes, colors)}</g>"
-        for i, shape in enumerate(shapes)
-    ]
-    return "\n".join([
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width * len(shapes)} {_HEIGHT}" '
-        'font-family="sans-serif" font-size="10">',
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" font-size="10" '
+        f'viewBox="0 0 {(width + _MARGIN) * len(shapes)} {_HEIGHT}">',
         f"<title>{op}: time over that of torch without quantization, by rows</title>",
         '<rect width="100%" height="100%" fill="white"/>',
-        *panels,
-        f'<text x="8" y="{_HEIGHT - 6}">{legend}</text>',
-        "</svg>\n",
-    ])  # fmt: skip
+    ]
+    for i, shape in enumerate(shapes):
+        x = (width + _MARGIN) * i + _MARGIN - 8
+        lines.append(f'<g transform="translate({x} {_HEIGHT / 2 - 10})">')
+        lines += [*_panel(shape, width, sizes, colors), "</g>"]
+    return "\n".join([*lines, f'<text x="8" y="{_HEIGHT - 6}">{legend}</text>', "</svg>\n"])
 
 
-def _panel(shape: str, width: int, sizes: dict[Size, Variants], colors: dict[str, str]) -> str:
+def _panel(
+    shape: str, width: int, sizes: dict[Size, Variants], colors: dict[str, str]
+) -> Iterator[str]:
     """One shape: for each variant its ratios by rows; one row in torch's time is at (0, 0)."""
-    found = {num_rows: own for (one, num_rows), own in sizes.items() if one == shape and num_rows}
-    texts = [(width / 2, -_STEP_Y * _MOST - 8, "middle", shape)]
-    lines = []
+
+    def text(x: float, y: float, anchor: str, word: str) -> str:
+        return f'<text x="{x:g}" y="{y}" text-anchor="{anchor}">{word}</text>'
+
+    yield text(width / 2, -_STEP_Y * _MOST - 8, "middle", shape)
     for power in range(-_MOST, _MOST + 1):
         y = -_STEP_Y * power
-        lines.append(f'<path d="M0 {y}h{width}" stroke="{"#ddd" if power else "#555"}"/>')
-        texts.append((-4, y + 3, "end", f"{2.0**power:g}"))
+        yield f'<path d="M0 {y}h{width}" stroke="{"#ddd" if power else "#555"}"/>'
+        yield text(-4, y + 3, "end", f"{2.0**power:g}")
+    found = {m: own for (one, m), own in sizes.items() if one == shape and m}
     for num_rows in found:
         x = _STEP_X * math.log2(num_rows)
-        texts.append((x, _STEP_Y * _MOST + 13, "middle", str(num_rows)))
+        yield text(x, _STEP_Y * _MOST + 13, "middle", str(num_rows))
     for variant, color in colors.items():
         ratios = {m: _over_plain(variant, own) for m, own in found.items()}
-        points = " ".join(_point(m, ratio) for m, ratio in ratios.items() if ratio is not None)
-        lines.append(f'<polyline points="{points}" fill="none" stroke="{color}"/>')
-    lines += [f'<text x="{x:g}" y="{y}" text-anchor="{a}">{text}</text>' for x, y, a, text in texts]
-    return "".join(f"{line}\n" for line in lines)
-
-
-def _point(num_rows: int, ratio: float) -> str:
-    power = min(max(math.log2(ratio), -_MOST), _MOST)
-    return f"{_STEP_X * math.log2(num_rows):.1f},{-_STEP_Y * power:.1f}"
+        points = [
+            f"{_STEP_X * math.log2(m):.1f},"
+            f"{-_STEP_Y * min(max(math.log2(ratio), -_MOST), _MOST):.1f}"
+            for m, ratio in ratios.items()
+            if ratio is not None
+        ]
+        yield f'<polyline points="{" ".join(points)}" fill="none" stroke="{color}"/>'
 
 
 _PARTS: dict[str, Callable[[Content], Iterator[str]]] = {
