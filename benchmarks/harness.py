@@ -20,10 +20,11 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +38,12 @@ from bminf.progress import progress_bar
 SCHEMA_VERSION = 1
 PACKAGES = (
     "torch", "transformers", "accelerate", "numpy", "safetensors", "cupy-cuda12x", "cupy-cuda13x",
-    "bitsandbytes", "torchao",
 )  # fmt: skip
 
 Result = dict[str, Any]
 """What the JSON file has of one variant, call or prediction: a name, details and numbers."""
+Sample = dict[str, float]
+"""A timed run: `round`, `wall_s`, `cpu_s`."""
 
 
 @dataclass(frozen=True)
@@ -91,11 +93,11 @@ class Work:
     """An opened variant.
 
     run: does the work once and returns its result, all of it computed.
-    details: what there is to know besides the times; asked once, after the last run.
+    details: what there is to know besides the times; asked once, of the timed runs.
     """
 
     run: Callable[[], Any]
-    details: Callable[[], dict[str, Any]] = dict
+    details: Callable[[list[Sample]], dict[str, Any]] = lambda samples: {}
 
 
 @dataclass(frozen=True)
@@ -103,11 +105,13 @@ class Variant:
     """One way to do the work. open: builds it, and lets go of everything at the end.
 
     is_cuda: peak memory is the GPU's, besides that of the process.
+    held_bytes: anonymous memory of the process before all of it; None is what it has before open.
     """
 
     name: str
     open: Callable[[], AbstractContextManager[Work]]
     is_cuda: bool = False
+    held_bytes: int | None = None
 
 
 def measure(variants: Sequence[Variant], settings: Settings) -> list[Result]:
@@ -115,18 +119,16 @@ def measure(variants: Sequence[Variant], settings: Settings) -> list[Result]:
 
     Raises WrongResultError for a variant whose result is not equal to the reference.
     """
-    memory = ("peak_rss_anon_bytes", "peak_cuda_bytes")
+    empty = dict.fromkeys(("peak_rss_anon_bytes", "peak_cuda_bytes"))
     results: list[Result] = [
-        {"name": variant.name, "samples": [], **dict.fromkeys(memory), "details": {}}
-        for variant in variants
+        {"name": variant.name, "samples": [], **empty, "details": {}} for variant in variants
     ]
-    reference: Any = None
+    values: list[Any] = []
     with progress_bar(total=settings.rounds * len(variants)) as bar:
         for index in range(settings.rounds):
             for variant, result in zip(variants, results, strict=True):
                 bar.set_description(f"round {index + 1}, {variant.name}")
-                value = _measure_round(variant, result, index, settings, reference)
-                reference = value if reference is None else reference
+                _measure_round(variant, result, index, settings, values)
                 bar.update()
     for result in results:
         for name in ("wall_s", "cpu_s"):
@@ -135,40 +137,32 @@ def measure(variants: Sequence[Variant], settings: Settings) -> list[Result]:
 
 
 def _measure_round(
-    variant: Variant, result: Result, index: int, settings: Settings, reference: Any
-) -> Any:
-    """The variant's value, after it was checked; adds what was measured to `result`."""
+    variant: Variant, result: Result, index: int, settings: Settings, values: list[Any]
+) -> None:
+    """Adds to `result` what was measured, and to `values` what came out of the run that is checked.
+
+    That one is under the eye of the memory meters, which would disturb a timed run.
+    """
     gc.collect()
-    baseline_bytes = rss_anon_bytes()
+    before = rss_anon_bytes() if variant.held_bytes is None else variant.held_bytes
     with variant.open() as work:
-        value = _checked_run(variant, result, work, baseline_bytes, reference)
+        with PeakMemory(False, before) as host, PeakMemory(variant.is_cuda, None) as device:
+            values.append(work.run())
+        if values[-1] != values[0]:
+            raise WrongResultError(
+                f"{variant.name} gives {values[-1]!r}, the reference {values[0]!r}; not timed"
+            )
+        for name, peak in (("peak_rss_anon_bytes", host), ("peak_cuda_bytes", device)):
+            if peak.peak_bytes is not None:
+                result[name] = max(peak.peak_bytes, result[name] or 0)
         for _ in range(settings.warmup):
             work.run()
-        result["samples"] += [_timed_run(work, index) for _ in range(settings.repeats)]
-        result["details"] |= work.details()
-    return value
+        samples = [_timed_run(work, index) for _ in range(settings.repeats)]
+        result["samples"] += samples
+        result["details"] |= work.details(samples)
 
 
-def _checked_run(
-    variant: Variant, result: Result, work: Work, baseline_bytes: int | None, reference: Any
-) -> Any:
-    """One run under the eye of the memory meters, which would disturb a timed run."""
-    with (
-        PeakMemory(is_cuda=False, baseline_bytes=baseline_bytes) as host,
-        PeakMemory(is_cuda=variant.is_cuda, baseline_bytes=None) as device,
-    ):
-        value = work.run()
-    if reference is not None and value != reference:
-        raise WrongResultError(
-            f"{variant.name} gives {value!r}, the reference {reference!r}; nothing was timed"
-        )
-    for name, peak in (("peak_rss_anon_bytes", host), ("peak_cuda_bytes", device)):
-        known = [number for number in (result[name], peak.peak_bytes) if number is not None]
-        result[name] = max(known, default=None)
-    return value
-
-
-def _timed_run(work: Work, index: int) -> dict[str, float]:
+def _timed_run(work: Work, index: int) -> Sample:
     """cpu_s: of all threads of the process."""
     wall_s, cpu_s = time.perf_counter(), time.process_time()
     work.run()
@@ -188,30 +182,17 @@ _BYTES_PER_S, _OPS_PER_S = 3e12, 5e14  # of a large GPU, to guess how many calls
 class Call:
     """One way to do a piece of work.
 
-    run: does it with set number i of the inputs, below `num_sets`; on a GPU it only queues it.
-    error: of a result, the relative norm error; above `bound` the call is wrong and not timed.
-    num_bytes: moved by one call if each input is read and each output written once.
-    num_ops: multiplications and additions.   details: what else there is to know of the call.
+    run: does it with set number i of the inputs; on a GPU it only queues it.
+    error: of a result, the relative norm error.
+    details: `num_sets` of inputs, the `bound` above which an error makes the call wrong, so that it
+    is not timed, `num_bytes` moved if each input is read and each output written once, `num_ops`
+    (multiplications and additions), and what else there is to know.
     """
 
     name: str
     run: Callable[[int], Any]
-    num_sets: int
     error: Callable[[Any], float]
-    bound: float
-    num_bytes: int
-    num_ops: int = 0
-    details: dict[str, Any] = field(default_factory=dict)
-
-    def result(self) -> Result:
-        """Before anything is measured."""
-        counts = ("num_bytes", "num_ops", "num_sets", "bound")
-        return {
-            "name": self.name,
-            "details": self.details | {name: getattr(self, name) for name in counts},
-            "samples_s": [],
-            **dict.fromkeys(("calls_per_sample", "error", "failure", "time_s", "gbps", "tops")),
-        }
+    details: dict[str, Any]
 
 
 def relative_error(given: torch.Tensor, expected: torch.Tensor) -> float:
@@ -221,37 +202,32 @@ def relative_error(given: torch.Tensor, expected: torch.Tensor) -> float:
     return math.inf if math.isnan(error) else error
 
 
-def num_sets(num_bytes: int, rotate_bytes: int) -> int:
-    """Sets of inputs so that, between two uses of one, `rotate_bytes` of others are read."""
-    return 1 + -(-rotate_bytes // max(1, num_bytes))
-
-
 def measure_calls(calls: Sequence[Call], settings: Settings, device: torch.device) -> list[Result]:
     """A result for each call. What fails, or is wrong, says so in its result and is not timed."""
-    results = [call.result() for call in calls]
+    empty = dict.fromkeys(("calls_per_sample", "error", "failure", "time_s", "gbps", "tops"))
+    results: list[Result] = [
+        {"name": call.name, "details": call.details.copy(), "samples_s": [], **empty}
+        for call in calls
+    ]
     clocks: list[_HostClock | _DeviceClock] = []
     pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
     for call, result in zip(calls, results, strict=True):
-        with _noted(result), torch.no_grad():
+        with _noted(result):
             _check(call, result)
-            clock = _HostClock(call) if pool is None else _DeviceClock(call, pool)
-            result["calls_per_sample"] = clock.num_calls
-            clocks.append(clock)
+            clocks.append(_HostClock(call) if pool is None else _DeviceClock(call, pool))
+            result["calls_per_sample"] = clocks[-1].num_calls
     timed = [result for result in results if result["failure"] is None]
     for _ in range(settings.rounds):
         for sample, result in zip(clocks, timed, strict=True):
-            with _noted(result), torch.no_grad():
+            with _noted(result):
                 for _ in range(settings.warmup):
                     sample()
-                result["samples_s"].append([_rounded(sample()) for _ in range(settings.repeats)])
+                # No clock here knows more digits, and a file has thousands of them.
+                times = [float(f"{sample():.4g}") for _ in range(settings.repeats)]
+                result["samples_s"].append(times)
     for result in timed:
         _complete(result)
     return results
-
-
-def _rounded(time_s: float) -> float:
-    """No clock here knows more digits, and a file has thousands of them."""
-    return float(f"{time_s:.4g}")
 
 
 def _complete(result: Result) -> None:
@@ -267,7 +243,8 @@ def _complete(result: Result) -> None:
 def _noted(result: Result) -> Iterator[None]:
     """An error goes into the result: one broken kernel does not cost the numbers of the others."""
     try:
-        yield
+        with torch.no_grad():
+            yield
     except Exception as error:
         result["failure"] = f"{type(error).__name__}: {error}"
 
@@ -275,9 +252,10 @@ def _noted(result: Result) -> Iterator[None]:
 def _check(call: Call, result: Result) -> None:
     with poisoned():
         value = call.run(0)
-    result["error"] = call.error(value)
-    if not result["error"] <= call.bound:
-        raise ArithmeticError(f"relative error {result['error']:.3g}, at most {call.bound:.3g}")
+    error, bound = call.error(value), call.details["bound"]
+    result["error"] = error
+    if not error <= bound:
+        raise ArithmeticError(f"relative error {error:.3g}, at most {bound:.3g}")
 
 
 @contextmanager
@@ -299,42 +277,42 @@ class _HostClock:
     """A sample is the wall time of as many calls as take 2 ms, over their number."""
 
     def __init__(self, call: Call) -> None:
-        self._run, self._num_sets = call.run, call.num_sets
-        self._set = 0
+        self._run, self._sets = call.run, cycle(range(call.details["num_sets"]))
         self.num_calls = 1
         self.num_calls = max(1, math.ceil(_LEAST_SAMPLE_S / self()))
 
     def __call__(self) -> float:
         start_s = time.perf_counter()
-        for _ in range(self.num_calls):
-            self._run(self._set)
-            self._set = (self._set + 1) % self._num_sets
+        for index in islice(self._sets, self.num_calls):
+            self._run(index)
         return (time.perf_counter() - start_s) / self.num_calls
 
 
 class _DeviceClock:
     """A sample is one replay of a graph of many calls, by device events, over their number.
 
-    In a graph the host's share of a launch, far longer than a small kernel, does not count.
+    In a graph the host's share of a launch, far longer than a small kernel, does not count. It has
+    all sets, and those again until it takes about a millisecond.
     """
 
     def __init__(self, call: Call, pool: Any) -> None:
-        self.num_calls = _graph_calls(call)
+        num_bytes, num_ops, num_sets = (
+            call.details[key] for key in ("num_bytes", "num_ops", "num_sets")
+        )
+        shortest_s = max(num_bytes / _BYTES_PER_S, num_ops / _OPS_PER_S)
+        wanted = min(_MOST_GRAPH_CALLS, math.ceil(_GRAPH_S / shortest_s))
+        self.num_calls = num_sets * max(1, wanted // num_sets)
         self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self._graph = torch.cuda.CUDAGraph()
-        stream = _capture_stream()
+        self._graph, stream = torch.cuda.CUDAGraph(), _capture_stream()
         stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # what is set up for a stream is no part of a graph
+            call.run(0)
+        capture = torch.cuda.graph(self._graph, pool, stream, capture_error_mode="thread_local")
         gc.disable()  # a tensor that is collected during a capture would end it
         try:
-            with torch.cuda.stream(stream):
-                call.run(0)
-                torch.cuda.synchronize()
-                self._graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-                try:
-                    for i in range(self.num_calls):
-                        call.run(i % call.num_sets)
-                finally:
-                    self._graph.capture_end()
+            with capture:
+                for i in range(self.num_calls):
+                    call.run(i % num_sets)
         finally:
             gc.enable()
 
@@ -353,25 +331,17 @@ def _capture_stream() -> torch.cuda.Stream:
     return torch.cuda.Stream()
 
 
-def _graph_calls(call: Call) -> int:
-    """All sets, and those again until the graph takes about a millisecond."""
-    shortest_s = max(call.num_bytes / _BYTES_PER_S, call.num_ops / _OPS_PER_S)
-    wanted = min(_MOST_GRAPH_CALLS, math.ceil(_GRAPH_S / shortest_s))
-    return call.num_sets * max(1, wanted // call.num_sets)
-
-
 # ---- the file ------------------------------------------------------------------------------------
 
 
 def plan_entries(plan: Plan) -> dict[str, Any]:
     """The plan in numbers, for a JSON file."""
-    names = ("reserved_bytes", "resident_bytes", "streamed_bytes")
-    counts = ("resident", "streamed", "on_disk")
+    names, counts = ("reserved_bytes", "resident_bytes", "streamed_bytes"), ("resident", "streamed")
     return {
         "memory_limit": plan.budget,
         "planned_bytes": plan.total_bytes,
         **{name: getattr(plan, name) for name in names},
-        **{name: len(getattr(plan, name)) for name in counts},
+        **{name: len(getattr(plan, name)) for name in (*counts, "on_disk")},
     }
 
 
@@ -415,25 +385,25 @@ def _hardware() -> dict[str, Any]:
     text = cpu_info.read_text(encoding="utf-8", errors="replace") if cpu_info.is_file() else ""
     cpu = re.search(r"^model name\s*: (.+)$", text, re.MULTILINE)
     has_sysconf = hasattr(os, "sysconf")  # not on Windows
-    pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if has_sysconf else None
-    return {
+    found = {
         "system": platform.system(),
         "machine": platform.machine(),
         "cpu": cpu[1] if cpu else platform.processor(),
         "cores": os.cpu_count(),
-        "ram_bytes": pages,
-        "gpu": _gpu() if torch.cuda.is_available() else None,
+        "ram_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if has_sysconf
+        else None,
+        "gpu": None,
     }
-
-
-def _gpu() -> dict[str, Any]:
-    properties = torch.cuda.get_device_properties(0)
-    return {
-        "name": properties.name,
-        "memory_bytes": properties.total_memory,
-        "compute_capability": f"{properties.major}.{properties.minor}",
-        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-    }
+    if torch.cuda.is_available():
+        gpu = torch.cuda.get_device_properties(0)
+        found["gpu"] = {
+            "name": gpu.name,
+            "memory_bytes": gpu.total_memory,
+            "compute_capability": f"{gpu.major}.{gpu.minor}",
+            "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        }
+    return found
 
 
 def _output(*command: str) -> str | None:

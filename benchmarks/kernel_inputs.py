@@ -9,16 +9,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import Call, num_sets, relative_error
-from bminf.quantization.packed import (
-    INT4,
-    INT8,
-    Format,
-    PackedWeight,
-    dequantize,
-    int8_rows,
-    pack,
-)
+from benchmarks.harness import Call, relative_error
+from bminf.quantization.packed import INT4, INT8, Format, PackedWeight, dequantize, int8_rows, pack
 
 FORMATS = {
     "int8": INT8,
@@ -78,24 +70,27 @@ class Inputs:
         return self._made[key]
 
     def num_copies(self, num_bytes: int) -> int:
-        """Of a weight of so many bytes."""
-        return num_sets(num_bytes, self.setup.rotate_bytes)
+        """So many that, between two uses of one, `rotate_bytes` of others are read."""
+        return 1 + -(-self.setup.rotate_bytes // max(1, num_bytes))
 
     def packed(self, name: str) -> Sequence[PackedWeight]:
         """Copies of the weight in FORMATS[name]."""
-        return self.once(name, lambda: self._copies(pack(self.weight, FORMATS[name])))
+
+        def make() -> list[PackedWeight]:
+            weight = pack(self.weight, FORMATS[name])
+            count = self.num_copies(bytes_of(weight))
+            parts = [
+                clones(part, count) if isinstance(part, torch.Tensor) else [part] * count
+                for part in weight
+            ]
+            return [PackedWeight(*each) for each in zip(*parts, strict=True)]
+
+        return self.once(name, make)
 
     def plain(self, dtype: torch.dtype) -> Sequence[torch.Tensor]:
-        """Copies of the weight as it is, for the products of others."""
-        return self.once(dtype, lambda: self._copies(self.weight.to(dtype)))
-
-    def _copies(self, weight: Any) -> Sequence[Any]:
-        count = self.num_copies(bytes_of(weight))
-        if isinstance(weight, torch.Tensor):
-            return clones(weight, count)
-        parts = [[one] * count if not isinstance(one, torch.Tensor) else clones(one, count)
-                 for one in weight]  # fmt: skip
-        return [PackedWeight(*each) for each in zip(*parts, strict=True)]
+        """Copies of the weight as it is, for torch's product."""
+        count = self.num_copies(self.weight.numel() * dtype.itemsize)
+        return self.once(dtype, lambda: clones(self.weight.to(dtype), count))
 
     def expected(self, num_rows: int, format: str | None, rounds_x: bool = False) -> torch.Tensor:
         """(num_rows, N) float64: the right product with a format, or with the weight as it is.
@@ -104,10 +99,13 @@ class Inputs:
         """
 
         def make() -> torch.Tensor:
-            weight = self.weight
+            x, weight = self.x.double(), self.weight
             if format is not None:
                 weight = dequantize(self.packed(format)[0], torch.float32)
-            return product(rounded(self.x) if rounds_x else self.x.double(), weight)
+            if rounds_x:
+                x = rows_of(*int8_rows(self.x))
+            step = max(1, _SLICE_ELEMENTS // weight.shape[1])
+            return torch.cat([x @ rows.double().t() for rows in weight.split(step)], dim=1)
 
         return self.once((format, rounds_x), make)[:num_rows]
 
@@ -138,27 +136,23 @@ class Rows:
         bound: float,
         format: str | None = None,
         rounds_x: bool = False,
-        weight_bytes: int | None = None,
         finish: Callable[[torch.Tensor], torch.Tensor] = lambda y: y,
         **details: Any,
     ) -> Call:
         """A product of the rows with one of `weights`, or with two of them at once.
 
         format, rounds_x: see Inputs.expected(), of which the right result is `finish`.
-        weight_bytes: of one of `weights`, where they do not tell.
         The bytes it moves are those of the weights, of the activations and of the result.
         """
-        num_rows, (n, k) = len(self.x), self.inputs.shape
-        nbytes = bytes_of(weights[0]) if weight_bytes is None else weight_bytes
-        num_weights = 2 if weight_bytes is None and type(weights[0]) is tuple else 1
+        num_rows, (n, k), nbytes = len(self.x), self.inputs.shape, bytes_of(weights[0])
+        num_weights = 2 if type(weights[0]) is tuple else 1
 
         def error(y: torch.Tensor) -> float:
             return relative_error(y, finish(self.inputs.expected(num_rows, format, rounds_x)))
 
         return self.call(
             variant, run, weights, error, bound,
-            num_bytes=nbytes + num_rows * (n + k) * self.x.element_size(),
-            num_ops=2 * num_rows * n * k * num_weights,
+            nbytes + num_rows * (n + k) * self.x.element_size(), 2 * num_rows * n * k * num_weights,
             weight_bytes=nbytes, format=format, **details,
         )  # fmt: skip
 
@@ -176,23 +170,15 @@ class Rows:
         """A call of `run` with one of `copies` after the other."""
         n, k = self.inputs.shape
         own = {"op": self.op, "variant": variant, "rows": self.num_rows}
-        own |= {"out_features": n, "in_features": k, **details}
+        own |= {"out_features": n, "in_features": k, "num_bytes": num_bytes, "num_ops": num_ops}
+        own |= {"num_sets": len(copies), "bound": bound, **details}
         name = f"{self.op} {self.size}: {variant}"
-        return Call(
-            name, lambda i: run(copies[i]), len(copies), error, bound, num_bytes, num_ops, own
-        )
+        return Call(name, lambda i: run(copies[i]), error, own)
 
 
-def rounded(x: torch.Tensor) -> torch.Tensor:
-    """x with each token rounded to 8 bits, in float64."""
-    codes, scale = int8_rows(x)
+def rows_of(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """(M, K) float64: what codes with a scale a row stand for."""
     return codes.double() * scale.double().unsqueeze(-1)
-
-
-def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x W^T in float64, some rows of the weight at a time."""
-    num_rows = max(1, _SLICE_ELEMENTS // weight.shape[1])
-    return torch.cat([x @ rows.double().t() for rows in weight.split(num_rows)], dim=1)
 
 
 def bytes_of(weight: Any) -> int:

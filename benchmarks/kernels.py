@@ -1,4 +1,4 @@
-"""The products with packed weights, and what is around them, against those of torch and others.
+"""The products with packed weights, and what is around them, against those of torch.
 
 Groups of calls are made one after the other, so that the weights of one shape only are in memory.
 On a GPU each path of an op is timed, chosen or not: `is_chosen` marks the one that the op takes by
@@ -9,9 +9,8 @@ are called by their private names for that.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -29,7 +28,7 @@ from benchmarks.harness import (
     poisoned,
     relative_error,
 )
-from benchmarks.kernel_inputs import FORMATS, Inputs, Rows, Setup, bytes_of, clones
+from benchmarks.kernel_inputs import FORMATS, Inputs, Rows, Setup, bytes_of, clones, rows_of
 from bminf.cuda.launcher import Launcher, launcher_for
 from bminf.ops import gated_linear, linear_w8a8, linear_weight_only
 from bminf.ops.dequantize import dequantize_weight
@@ -60,9 +59,6 @@ _ACTIVATION = "gelu_tanh"
 _MOST_SETS_OF_ROWS = 256  # few activations come from a cache in a model, too
 _CPU_BOUND = 1e-2  # bfloat16 keeps 8 bits: half of the last one is 2e-3 of a number
 _ROUNDING_BOUND = 2e-3  # of codes: a tie that falls to the other side moves a code by one
-# Against the weight before it was quantized, of others' products: of normally distributed weights,
-# rows of 8 bits lose about 1% of the norm, 4 bits about 10%.
-_BOUNDS_OF_BITS = {8: 3e-2, 4: 2e-1}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -105,7 +101,8 @@ def prepare(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[tuple[s
     copy = cache(partial(_copy, setup))
     return parameters, [
         (name, partial(measure, name, copy, calls, setup.device))
-        for name, calls in calls_by_group(setup, ops)
+        for op in ops
+        for name, calls in calls_by_group(setup, op)
     ]
 
 
@@ -158,40 +155,29 @@ def _copy(setup: Setup) -> Call:
     """From memory to memory of the device: both the reading and the writing count."""
     data = torch.randint(-128, 128, (setup.copy_bytes,), dtype=torch.int8, device=setup.device)
     target = torch.empty_like(data)
+    details = {"op": "copy", "variant": "copy", "num_sets": 1, "bound": 0.0}
+    details |= {"num_bytes": 2 * setup.copy_bytes, "num_ops": 0}
     return Call(
-        name="copy",
-        run=lambda _: target.copy_(data),
-        num_sets=1,
-        error=lambda value: 0.0 if torch.equal(value, data) else float("inf"),
-        bound=0.0,
-        num_bytes=2 * setup.copy_bytes,
-        details={"op": "copy", "variant": "copy"},
+        "copy", lambda _: target.copy_(data), lambda y: float(not torch.equal(y, data)), details
     )
 
 
-def calls_by_group(
-    setup: Setup, ops: Sequence[str]
-) -> Iterator[tuple[str, Callable[[], list[Call]]]]:
-    """The name of each group, and what makes its calls."""
-    for op in ops:
-        shapes, counts = _sizes_of(op, setup)
-        for shape in shapes:
-            inputs = Inputs(setup, shape)
-            for num_rows in counts:
-                rows = Rows(inputs, op, num_rows)
-                yield f"{op} {rows.size}", partial(OPS[op], rows)
-
-
-def _sizes_of(
-    op: str, setup: Setup
-) -> tuple[Sequence[tuple[int | None, int]], Sequence[int | None]]:
-    """The shapes and the numbers of rows that make a difference to an op."""
+def calls_by_group(setup: Setup, op: str) -> Iterator[tuple[str, Callable[[], list[Call]]]]:
+    """The name of each group of an op, and what makes its calls, for the sizes that make a
+    difference to it."""
+    shapes: list[tuple[int | None, int]] = [*setup.shapes]
+    counts: list[int | None] = [*setup.rows]
     if op == "rows":
-        return [(None, k) for k in sorted({k for _, k in setup.shapes})], setup.rows
-    if op == "dequantize":
-        return setup.shapes, [None]
-    most = linear_weight_only.MAX_FEW_ROWS
-    return setup.shapes, [m for m in setup.rows if op != "gated" or m <= most]
+        shapes = [(None, k) for k in sorted({k for _, k in setup.shapes})]
+    elif op == "dequantize":
+        counts = [None]
+    elif op == "gated":
+        counts = [m for m in setup.rows if m <= linear_weight_only.MAX_FEW_ROWS]
+    for sides in shapes:
+        inputs = Inputs(setup, sides)
+        for num_rows in counts:
+            rows = Rows(inputs, op, num_rows)
+            yield f"{op} {rows.size}", partial(OPS[op], rows)
 
 
 # ---- on the CPU ----------------------------------------------------------------------------------
@@ -202,22 +188,16 @@ def _linear_calls(rows: Rows) -> list[Call]:
     calls: list[Call] = []
     for state, count in (("rotated", None), ("cached", 1)):
         own = replace(rows, op=f"linear {state}")
-        for dtype in (torch.float32, torch.bfloat16):
-            calls.append(_plain(own, dtype, _CPU_BOUND, count))
+        calls += [
+            _plain(own, dtype, _CPU_BOUND, count) for dtype in (torch.float32, torch.bfloat16)
+        ]
         for format, activations in (("int8", "float"), ("int8", "int8"), ("int4", "float")):
-            calls.append(_packed(own, format, activations, count))
+            rounds_x = activations == "int8"
+            name = f"{format}, int8 activations" if rounds_x else format
+            run = partial(linear_of_checked, rows.x, bias=None, activations=activations)
+            weights = rows.inputs.packed(format)[:count]
+            calls.append(own.product(name, run, weights, _CPU_BOUND, format, rounds_x))
     return calls
-
-
-def _packed(rows: Rows, format: str, activations: str, count: int | None) -> Call:
-    x, rounds_x = rows.x, activations == "int8"
-    variant = f"{format}, int8 activations" if rounds_x else format
-    weights = rows.inputs.packed(format)[:count]
-
-    def run(weight: PackedWeight) -> torch.Tensor:
-        return linear_of_checked(x, weight, None, activations)
-
-    return rows.product(variant, run, weights, _CPU_BOUND, format, rounds_x)
 
 
 def _plain(rows: Rows, dtype: torch.dtype, bound: float, count: int | None = None) -> Call:
@@ -236,19 +216,19 @@ PATHS = ("few rows", "tensor cores", "dequantized")
 def _weight_only_calls(rows: Rows) -> list[Call]:
     x, num_rows = rows.x, len(rows.x)
     capability, bound = _launcher(x).capability, 2 * BOUNDS[x.dtype]
-    chosen = chosen_path(capability, num_rows, x.dtype)
     paths = [path for path in PATHS if has_path(path, capability, num_rows, x.dtype)]
     if num_rows < linear_weight_only.MAX_FEW_ROWS:
         paths.remove("dequantized")  # it reads the codes and more
-    calls = [
-        rows.product(
-            f"{format} {path}", partial(run_path, path, x), rows.inputs.packed(format), bound,
-            format, is_chosen=path == chosen,
-        )
-        for format in rows.inputs.setup.formats
-        for path in paths
-    ]  # fmt: skip
-    return [_plain(rows, x.dtype, bound), *calls, *_others(rows)]
+    chosen = "few rows" if num_rows <= linear_weight_only.MAX_FEW_ROWS else "dequantized"
+    if linear_weight_only.uses_tensor_cores(capability, num_rows, x.dtype):
+        chosen = "tensor cores"
+    calls = [_plain(rows, x.dtype, bound)]
+    for format in rows.inputs.setup.formats:
+        for path in paths:
+            run, weights = partial(run_path, path, x), rows.inputs.packed(format)
+            name, is_chosen = f"{format} {path}", path == chosen
+            calls.append(rows.product(name, run, weights, bound, format, is_chosen=is_chosen))
+    return calls
 
 
 def has_path(path: str, capability: int, num_rows: int, dtype: torch.dtype) -> bool:
@@ -259,13 +239,6 @@ def has_path(path: str, capability: int, num_rows: int, dtype: torch.dtype) -> b
         most = linear_weight_only.MAX_TENSOR_CORE_ROWS
         return capability >= 80 and dtype != torch.float32 and num_rows <= most
     return True
-
-
-def chosen_path(capability: int, num_rows: int, dtype: torch.dtype) -> str:
-    """The way that linear_weight_only takes."""
-    if linear_weight_only.uses_tensor_cores(capability, num_rows, dtype):
-        return "tensor cores"
-    return "few rows" if num_rows <= linear_weight_only.MAX_FEW_ROWS else "dequantized"
 
 
 def run_path(path: str, x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
@@ -296,33 +269,27 @@ def _w8a8_calls(rows: Rows) -> list[Call]:
     def of_codes(product: Callable[..., torch.Tensor]) -> Callable[[PackedWeight], torch.Tensor]:
         return lambda weight: product(launcher, codes, scale, weight, None, x.dtype)
 
+    def separate(weight: PackedWeight) -> torch.Tensor:
+        """As one would write it in torch."""
+        sums = torch._int_mm(codes, weight.qweight.t())
+        return (sums.float() * scale.unsqueeze(-1) * weight.scale).to(x.dtype)
+
     runs = {
         "own kernel": of_codes(linear_w8a8.kernel_product),
         "library": of_codes(linear_w8a8.library_product),
         "whole": lambda weight: linear_w8a8.linear_w8a8(x, weight, None, launcher),
+        "torch._int_mm and torch": separate,
     }
-    if len(x) >= _LEAST_INT_MM_ROWS:
-        runs["torch._int_mm and torch"] = of_codes(_separate_product)
+    if len(x) < _LEAST_INT_MM_ROWS:
+        del runs["torch._int_mm and torch"]
     is_library = linear_w8a8.is_library_faster(launcher.capability, len(x))
     chosen = "library" if is_library else "own kernel"
-    # The whole rounds x by itself; a tie may fall to the other side.
-    bounds = {"whole": bound + _ROUNDING_BOUND}
-    calls = [
-        rows.product(
-            name, run, packed, bounds.get(name, bound), "int8", True, is_chosen=name == chosen
-        )
-        for name, run in runs.items()
-    ]
-    return [_plain(rows, x.dtype, 2 * bound), *calls, *_others(rows)]
-
-
-def _separate_product(
-    _: Launcher, codes: torch.Tensor, scale: torch.Tensor, weight: PackedWeight, bias: None,
-    dtype: torch.dtype,
-) -> torch.Tensor:  # fmt: skip
-    """As one would write it in torch."""
-    sums = torch._int_mm(codes, weight.qweight.t())
-    return (sums.float() * scale.unsqueeze(-1) * weight.scale).to(dtype)
+    calls = [_plain(rows, x.dtype, 2 * bound)]
+    for name, run in runs.items():
+        # The whole rounds x by itself; a tie may fall to the other side.
+        most = bound + _ROUNDING_BOUND if name == "whole" else bound
+        calls.append(rows.product(name, run, packed, most, "int8", True, is_chosen=name == chosen))
+    return calls
 
 
 # ---- the first half of a gated feed-forward ------------------------------------------------------
@@ -346,42 +313,30 @@ def _gated_calls(rows: Rows) -> list[Call]:
 
     calls: list[Call] = []
     for format in rows.inputs.setup.formats:
-        pairs = _pairs(rows.inputs.packed(format))
-        is_fused = gated_linear._is_fused(_launcher(x), x, x, pairs[0][0])
-        for name, run, is_chosen in (
-            ("fused", fused, is_fused),
-            ("two linears", two_linears, not is_fused),
-        ):
-            call = rows.product(
-                f"{format} {name}", run, pairs, bound, format, is_chosen=is_chosen,
-                finish=lambda y: activation(y) * y,
-            )  # fmt: skip
-            calls.append(call)
+        copies = rows.inputs.packed(format)
+        # Of two copies of one weight: neither is in a cache when it is read.
+        half = len(copies) // 2
+        pairs = list(zip(copies, [*copies[half:], *copies[:half]], strict=True))
+        is_fused = gated_linear._is_fused(_launcher(x), x, x, copies[0])
+        for run, is_chosen in ((fused, is_fused), (two_linears, not is_fused)):
+            name = f"{format} {run.__name__.replace('_', ' ')}"
+            details = {"finish": lambda y: activation(y) * y, "is_chosen": is_chosen}
+            calls.append(rows.product(name, run, pairs, bound, format, **details))
     return calls
-
-
-def _pairs(copies: Sequence[PackedWeight]) -> list[_Pair]:
-    """Of two copies of one weight: neither is in a cache when it is read."""
-    half = len(copies) // 2
-    return [(gate, copies[(i + half) % len(copies)]) for i, gate in enumerate(copies)]
 
 
 # ---- what is around the products -----------------------------------------------------------------
 
 
 def _dequantize_calls(rows: Rows) -> list[Call]:
-    dtype = rows.inputs.setup.dtype
-    written = rows.inputs.weight.numel() * dtype.itemsize
-
-    def call(format: str) -> Call:
+    dtype, calls = rows.inputs.setup.dtype, []
+    for format in rows.inputs.setup.formats:
         packed = rows.inputs.packed(format)
-        return rows.call(
-            format, lambda weight: dequantize_weight(weight, dtype), packed,
-            lambda y: relative_error(y, dequantize(packed[0], torch.float32)), BOUNDS[dtype],
-            bytes_of(packed[0]) + written,
-        )  # fmt: skip
-
-    return [call(format) for format in rows.inputs.setup.formats]
+        num_bytes = bytes_of(packed[0]) + rows.inputs.weight.numel() * dtype.itemsize
+        error = partial(relative_error, expected=dequantize(packed[0], torch.float32))
+        run = partial(dequantize_weight, dtype=dtype)
+        calls.append(rows.call(format, run, packed, error, BOUNDS[dtype], num_bytes))
+    return calls
 
 
 _Codes = tuple[torch.Tensor, torch.Tensor]
@@ -396,28 +351,22 @@ def _rows_calls(rows: Rows) -> list[Call]:
     def norm(x: torch.Tensor) -> torch.Tensor:
         return rms_norm_reference(x, weight, 1e-5)
 
+    def error(expected: _Codes, given: _Codes) -> float:
+        """Of what the codes stand for; they may be padded."""
+        codes, scale = given
+        return relative_error(rows_of(codes[:, : x.shape[1]], scale), rows_of(*expected))
+
     runs: dict[str, tuple[Callable[[torch.Tensor], _Codes], torch.Tensor]] = {
         "quantize_rows": (quantize_rows, x),
         "torch: quantize_rows": (int8_rows, x),
         "rms_norm_quantize": (lambda x: rms_norm_quantize(x, weight, 1e-5), norm(x)),
         "torch: rms_norm_quantize": (lambda x: int8_rows(norm(x)), norm(x)),
     }
+    num_bytes = x.nbytes + x.numel() + 4 * len(x)
     return [
-        rows.call(
-            variant, run, xs, partial(_codes_error, int8_rows(quantized)), _ROUNDING_BOUND,
-            x.nbytes + x.numel() + 4 * len(x),
-        )
-        for variant, (run, quantized) in runs.items()
-    ]  # fmt: skip
-
-
-def _codes_error(expected: _Codes, given: _Codes) -> float:
-    """Of what the codes stand for; they may be padded."""
-    right, got = (
-        codes[:, : expected[0].shape[1]].double() * scale.double().unsqueeze(-1)
-        for codes, scale in (expected, given)
-    )
-    return relative_error(got, right)
+        rows.call(variant, run, xs, partial(error, int8_rows(y)), _ROUNDING_BOUND, num_bytes)
+        for variant, (run, y) in runs.items()
+    ]
 
 
 OPS: dict[str, Callable[[Rows], list[Call]]] = {
@@ -428,85 +377,3 @@ OPS: dict[str, Callable[[Rows], list[Call]]] = {
     "rows": _rows_calls,
     "dequantize": _dequantize_calls,
 }
-
-# ---- by other libraries, where they are installed ------------------------------------------------
-
-_GROUP_SIZE = 128  # of torch's 4-bit product
-_Product = Callable[[torch.Tensor], torch.Tensor]
-
-
-def _others(rows: Rows) -> list[Call]:
-    """Their products. An error in one becomes the failure of its result."""
-    x, inputs = rows.x, rows.inputs
-
-    def call(variant: str, bits: int, make: Callable[[Inputs], _Product]) -> Call:
-        nbytes = inputs.weight.numel() * bits // 8
-        count = inputs.num_copies(nbytes)
-
-        def run(i: int) -> torch.Tensor:
-            copies = inputs.once((rows.op, variant), lambda: [make(inputs) for _ in range(count)])
-            return copies[i](x)
-
-        bound = _BOUNDS_OF_BITS[bits]
-        return rows.product(variant, run, range(count), bound, weight_bytes=nbytes)
-
-    return [
-        call(variant, bits, make)
-        for op, package, variant, bits, make in _OTHERS
-        if op == rows.op and _is_there(package, inputs.setup)
-    ]
-
-
-@cache
-def _is_there(package: str, setup: Setup) -> bool:
-    if package == "torch":  # its own product takes one type on one kind of device
-        return setup.dtype == torch.bfloat16 and torch.cuda.is_available()
-    return importlib.util.find_spec(package) is not None
-
-
-def _torch_int4(inputs: Inputs) -> _Product:
-    """The 4-bit product of torch itself: code 8 is zero, a scale and a zero for a group."""
-    groups = inputs.weight.view(inputs.weight.shape[0], -1, _GROUP_SIZE)
-    scale = groups.abs().amax(-1, keepdim=True) / 7
-    codes = (groups / scale).round_().add_(8).clamp_(0, 15).to(torch.uint8).flatten(1)
-    pairs = (codes[:, ::2] << 4 | codes[:, 1::2]).contiguous()
-    packed = torch._convert_weight_to_int4pack(pairs, 8)
-    scales = scale.squeeze(-1).t()
-    both = torch.stack([scales, torch.zeros_like(scales)], dim=-1).bfloat16().contiguous()
-    return lambda x: torch._weight_int4pack_mm(x, packed, _GROUP_SIZE, both)
-
-
-def _bitsandbytes(bits: int, inputs: Inputs) -> _Product:
-    import bitsandbytes as bnb
-
-    dtype, sizes = inputs.setup.dtype, inputs.weight.shape[::-1]
-    weight = inputs.weight.to(dtype).cpu()  # it is quantized on its way to the GPU
-    if bits == 4:
-        linear = bnb.nn.Linear4bit(*sizes, bias=False, compute_dtype=dtype, quant_type="nf4")
-        linear.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4")
-    else:
-        linear = bnb.nn.Linear8bitLt(*sizes, bias=False, has_fp16_weights=False, threshold=0.0)
-        linear.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
-    product: _Product = linear.to(inputs.setup.device)
-    return product
-
-
-def _torchao(config: str, inputs: Inputs) -> _Product:
-    from torchao import quantization
-
-    weight = inputs.weight.to(inputs.setup.dtype)
-    linear = torch.nn.Linear(*inputs.weight.shape[::-1], bias=False, device="meta")
-    linear.weight = torch.nn.Parameter(weight, requires_grad=False)
-    quantization.quantize_(linear, getattr(quantization, config)())
-    return linear
-
-
-_OTHERS: tuple[tuple[str, str, str, int, Callable[[Inputs], _Product]], ...] = (
-    # op, package, variant, bits, makes a product with one copy of the weight
-    ("weight-only", "torch", f"torch int4 g{_GROUP_SIZE}", 4, _torch_int4),
-    ("weight-only", "bitsandbytes", "bitsandbytes nf4", 4, partial(_bitsandbytes, 4)),
-    ("weight-only", "torchao", "torchao int8", 8, partial(_torchao, "Int8WeightOnlyConfig")),
-    ("w8a8", "bitsandbytes", "bitsandbytes int8", 8, partial(_bitsandbytes, 8)),
-    ("w8a8", "torchao", "torchao int8", 8,
-     partial(_torchao, "Int8DynamicActivationInt8WeightConfig")),
-)  # fmt: skip

@@ -29,80 +29,41 @@ PROMPT_IDS = range(1, 13)  # what is read makes no difference to the time
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of this case."""
     add = parser.add_argument
-    add("--model", choices=("smollm2", "random"), help="default: smollm2 where it is installed")
+    is_installed = importlib.util.find_spec(models.PACKAGE) is not None
+    add("--model", choices=("smollm2", "random"), default="smollm2" if is_installed else "random",
+        help="default: smollm2 where it is installed")  # fmt: skip
     add("--device", choices=("cpu", "cuda"), help="default: the CPU, then the GPU if there is one")
     add("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
     add("--tokens", type=int, default=24, metavar="N", help="tokens to generate; default: 24")
     add("--memory-limit", metavar="SIZE", help="default: half the blocks fit")
-    group = parser.add_argument_group("the random model, a Llama")
-    group.add_argument("--hidden-size", type=int, default=512, metavar="N")
-    group.add_argument("--layers", type=int, default=16, metavar="N")
-    group.add_argument("--vocabulary", type=int, default=8192, metavar="N")
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What all variants on one device have in common."""
-
-    folder: str
-    device: str
-    dtype: torch.dtype
-    tokens: int
-    half_limit: int | str
-    least_limit: int
+    for name, size in (("hidden-size", 512), ("layers", 16), ("vocabulary", 8192)):
+        add(f"--{name}", type=int, default=size, metavar="N", help="of the random model, a Llama")
 
 
 def prepare(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[tuple[str, Group]]]:
     """The parameters of the run, and a group for each device."""
     models.quiet()
-    is_installed = importlib.util.find_spec(models.PACKAGE) is not None
-    name = arguments.model or ("smollm2" if is_installed else "random")
     every = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     devices = [arguments.device] if arguments.device else every
-    options = ["dtype", "tokens", "memory_limit"]
-    options += ["hidden_size", "layers", "vocabulary"] if name == "random" else []
-    parameters = {option: vars(arguments)[option] for option in options}
-    groups = [(device, partial(_measured, name, device, arguments)) for device in devices]
-    return parameters | {"model": name, "devices": devices}, groups
+    names = ["model", "dtype", "tokens", "memory_limit"]
+    names += ["hidden_size", "layers", "vocabulary"] if arguments.model == "random" else []
+    parameters = {name: vars(arguments)[name] for name in names} | {"devices": devices}
+    return parameters, [(device, partial(_measured, device, arguments)) for device in devices]
 
 
 def _measured(
-    name: str, device: str, arguments: argparse.Namespace, settings: Settings
+    device: str, arguments: argparse.Namespace, settings: Settings
 ) -> Iterator[list[Result]]:
     with TemporaryDirectory(prefix="bminf-benchmark-") as folder:
-        if name == "random":
+        if arguments.model == "random":
             save_random(folder, arguments)
         else:
             # In a process of its own: what unpacking leaves behind would blur the memory measured.
             context = multiprocessing.get_context("spawn")
             with ProcessPoolExecutor(1, mp_context=context) as pool:
                 pool.submit(save_smollm2, folder).result()
-        yield measure(variants(_setup(folder, device, arguments)), settings)
-
-
-def _setup(folder: str, device: str, arguments: argparse.Namespace) -> Setup:
-    dtype = getattr(torch, arguments.dtype)
-    model = bminf.wrapper(_load(folder, dtype), quantization=False, device=device)
-    whole = bminf.plan_of(model)
-    bminf.unwrap(model)
-    half = arguments.memory_limit or half_limit(whole)
-    return Setup(folder, device, dtype, arguments.tokens, half, least_budget(whole))
-
-
-def variants(setup: Setup) -> list[Variant]:
-    """The plain model first: its tokens are the reference."""
-    place = "disk" if setup.device == "cpu" else "cpu"
-    opened = {
-        "plain": _plain,
-        "bminf half resident": partial(_wrapped, limit=setup.half_limit),
-        f"accelerate half on {place}": partial(_device_map, place=place),
-        "bminf all streamed": partial(_wrapped, limit=setup.least_limit),
-        f"accelerate all on {place}": partial(_offloaded, place=place),
-    }
-    return [
-        Variant(f"{setup.device}: {name}", partial(open, setup), setup.device == "cuda")
-        for name, open in opened.items()
-    ]
+        setup = Setup(folder, device, getattr(torch, arguments.dtype), arguments.tokens)
+        yield measure(setup.variants(arguments.memory_limit), settings)
 
 
 def save_smollm2(folder: str) -> None:
@@ -130,63 +91,80 @@ def save_random(folder: str, arguments: argparse.Namespace) -> None:
     transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder)
 
 
-def _load(folder: str, dtype: torch.dtype, **options: Any) -> Any:
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options).eval()
+@dataclass(frozen=True)
+class Setup:
+    """What all variants on one device have in common."""
 
+    folder: str
+    device: str
+    dtype: torch.dtype
+    tokens: int
 
-def _work(
-    setup: Setup, model: Any, details: Callable[[Any], dict[str, Any]] = lambda model: {}
-) -> Work:
-    """Greedy generation of exactly `setup.tokens` ids."""
-    prompt = torch.tensor([[*PROMPT_IDS]], device=setup.device)
-    options = {"max_new_tokens": setup.tokens, "min_new_tokens": setup.tokens,
-               "do_sample": False, "pad_token_id": 0}  # fmt: skip
-
-    def run() -> list[int]:
-        mask = torch.ones_like(prompt)
-        ids: list[int] = model.generate(prompt, attention_mask=mask, **options)[0].tolist()
-        return ids
-
-    return Work(run, lambda: {"tokens": setup.tokens} | details(model))
-
-
-@contextmanager
-def _plain(setup: Setup) -> Iterator[Work]:
-    yield _work(setup, _load(setup.folder, setup.dtype).to(setup.device))
-
-
-@contextmanager
-def _wrapped(setup: Setup, limit: int | str) -> Iterator[Work]:
-    model = _load(setup.folder, setup.dtype)
-    bminf.wrapper(model, quantization=False, memory_limit=limit, device=setup.device)
-    try:
-        yield _work(setup, model, _planned)
-    finally:
+    def variants(self, memory_limit: str | None) -> list[Variant]:
+        """The plain model first: its tokens are the reference."""
+        model = bminf.wrapper(self._load(), quantization=False, device=self.device)
+        whole = bminf.plan_of(model)
         bminf.unwrap(model)
+        place = "disk" if self.device == "cpu" else "cpu"
+        opened = {
+            "plain": self._plain,
+            "bminf half resident": partial(self._wrapped, memory_limit or half_limit(whole)),
+            f"accelerate half on {place}": partial(self._device_map, place),
+            "bminf all streamed": partial(self._wrapped, least_budget(whole)),
+            f"accelerate all on {place}": partial(self._offloaded, place),
+        }
+        is_cuda = self.device == "cuda"
+        return [Variant(f"{self.device}: {n}", one, is_cuda) for n, one in opened.items()]
 
+    def _load(self, **options: Any) -> Any:
+        load = transformers.AutoModelForCausalLM.from_pretrained
+        return load(self.folder, dtype=self.dtype, **options).eval()
 
-def _planned(model: Any) -> dict[str, Any]:
-    return plan_entries(bminf.plan_of(model)) | asdict(bminf.stats_of(model))
+    def _work(self, model: Any, details: Callable[[], dict[str, Any]] = dict) -> Work:
+        """Greedy generation of exactly `tokens` ids."""
+        prompt = torch.tensor([[*PROMPT_IDS]], device=self.device)
+        options = {"max_new_tokens": self.tokens, "min_new_tokens": self.tokens,
+                   "do_sample": False, "pad_token_id": 0}  # fmt: skip
 
+        def run() -> list[int]:
+            mask = torch.ones_like(prompt)
+            ids: list[int] = model.generate(prompt, attention_mask=mask, **options)[0].tolist()
+            return ids
 
-@contextmanager
-def _device_map(setup: Setup, place: str) -> Iterator[Work]:
-    with TemporaryDirectory(prefix="bminf-benchmark-") as folder:
-        num_layers = transformers.AutoConfig.from_pretrained(setup.folder).num_hidden_layers
+        return Work(run, lambda _: {"tokens": self.tokens} | details())
+
+    @contextmanager
+    def _plain(self) -> Iterator[Work]:
+        yield self._work(self._load().to(self.device))
+
+    @contextmanager
+    def _wrapped(self, limit: int | str) -> Iterator[Work]:
+        model = self._load()
+        bminf.wrapper(model, quantization=False, memory_limit=limit, device=self.device)
+        try:
+            yield self._work(
+                model, lambda: plan_entries(bminf.plan_of(model)) | asdict(bminf.stats_of(model))
+            )
+        finally:
+            bminf.unwrap(model)
+
+    @contextmanager
+    def _device_map(self, place: str) -> Iterator[Work]:
+        num_layers = transformers.AutoConfig.from_pretrained(self.folder).num_hidden_layers
+        here = 0 if self.device == "cuda" else "cpu"
         others = ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")
-        device_map = dict.fromkeys(others, 0 if setup.device == "cuda" else "cpu")
+        device_map = dict.fromkeys(others, here)
         for i in range(num_layers):
-            is_half = i < num_layers - num_layers // 2
-            device_map[f"model.layers.{i}"] = device_map["lm_head"] if is_half else place
-        options = {"device_map": device_map, "offload_folder": folder}
-        yield _work(setup, _load(setup.folder, setup.dtype, **options))
+            device_map[f"model.layers.{i}"] = here if i < num_layers - num_layers // 2 else place
+        with TemporaryDirectory(prefix="bminf-benchmark-") as folder:
+            yield self._work(self._load(device_map=device_map, offload_folder=folder))
 
-
-@contextmanager
-def _offloaded(setup: Setup, place: str) -> Iterator[Work]:
-    model = _load(setup.folder, setup.dtype)
-    with TemporaryDirectory(prefix="bminf-benchmark-") as folder:
-        own = (model, folder) if place == "disk" else (model,)
-        offload = accelerate.disk_offload if place == "disk" else accelerate.cpu_offload
-        offload(*own, execution_device=torch.device(setup.device))
-        yield _work(setup, model)
+    @contextmanager
+    def _offloaded(self, place: str) -> Iterator[Work]:
+        model, device = self._load(), torch.device(self.device)
+        with TemporaryDirectory(prefix="bminf-benchmark-") as folder:
+            if place == "disk":
+                accelerate.disk_offload(model, folder, execution_device=device)
+            else:
+                accelerate.cpu_offload(model, device)
+            yield self._work(model)

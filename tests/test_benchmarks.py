@@ -7,6 +7,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,6 @@ from benchmarks.harness import (
     document,
     measure,
     measure_calls,
-    num_sets,
     relative_error,
     write_json,
 )
@@ -48,7 +48,7 @@ def toy(log: list[str], name: str, value: int) -> Variant:
             log.append(f"run {name}")
             return value
 
-        yield Work(work, lambda: {"size": value})
+        yield Work(work, lambda samples: {"size": value, "runs": len(samples)})
         log.append(f"close {name}")
 
     return Variant(name, open)
@@ -63,7 +63,7 @@ def test_order_of_a_measurement() -> None:
     assert [[sample["round"] for sample in result["samples"]] for result in results] == [
         [0, 0, 1, 1]
     ] * 2
-    assert results[0]["details"] == {"size": 1}
+    assert results[0]["details"] == {"size": 1, "runs": 2}
 
 
 def test_wrong_result_is_not_timed() -> None:
@@ -152,7 +152,8 @@ def test_groups_that_would_begin_too_late_are_left_out(
 
 
 def call(name: str, run: Callable[[int], Any], error: float = 0.0, num_sets: int = 1) -> Call:
-    return Call(name, run, num_sets, lambda value: error, 0.1, num_bytes=100, num_ops=10)
+    details = {"num_sets": num_sets, "bound": 0.1, "num_bytes": 100, "num_ops": 10}
+    return Call(name, run, lambda value: error, details)
 
 
 def test_calls_take_turns_and_their_sets_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,22 +183,13 @@ def test_what_is_wrong_or_fails_is_not_timed_and_says_why() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_what_is_not_written_is_wrong(dtype: torch.dtype) -> None:
-    unwritten = Call(
-        "unwritten",
-        lambda _: torch.empty(1000, dtype=dtype),
-        1,
-        lambda value: relative_error(value, torch.zeros(1000)),
-        0.1,
-        1,
+    unwritten = replace(
+        call("unwritten", lambda _: torch.empty(1000, dtype=dtype)),
+        error=lambda value: relative_error(value, torch.zeros(1000)),
     )
     (result,) = measure_calls([unwritten], ONCE, CPU)
     assert result["error"] == float("inf")
     assert not torch.are_deterministic_algorithms_enabled()
-
-
-def test_enough_sets_for_the_bytes_between_two_uses() -> None:
-    assert num_sets(100, 0) == 1
-    assert [num_sets(100, size) for size in (1, 100, 101)] == [2, 2, 3]
 
 
 # ---- the offload case ----------------------------------------------------------------------------

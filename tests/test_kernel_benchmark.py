@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -52,7 +51,7 @@ def test_every_kernel_is_checked_before_it_is_timed() -> None:
     results: list[Result] = []
     ops = [op for op in kernels.OPS if op != "linear"]
     with served_by(launcher):
-        for _, calls in kernels.calls_by_group(setup, ops):
+        for _, calls in chain.from_iterable(kernels.calls_by_group(setup, op) for op in ops):
             results += measure_calls(calls(), ONCE, CPU)
     timed = {result["details"]["variant"] for result in results if result["failure"] is None}
     assert timed == {"torch float16", "torch: quantize_rows", "torch: rms_norm_quantize"}
@@ -71,21 +70,9 @@ def test_every_kernel_is_checked_before_it_is_timed() -> None:
     }
 
 
-def test_another_library_is_compared_and_may_fail(monkeypatch: pytest.MonkeyPatch) -> None:
-    def rounded(inputs: Inputs) -> Callable[[torch.Tensor], torch.Tensor]:
-        return lambda x: x @ inputs.weight.half().t()
+def test_enough_copies_for_the_bytes_between_two_uses() -> None:
+    def copies(rotate_bytes: int) -> int:
+        setup = Setup(CPU, torch.float16, (), (), (), rotate_bytes, 16)
+        return Inputs(setup, (16, 32)).num_copies(100)
 
-    def broken(_: Inputs) -> Any:
-        raise ImportError("not for this device")
-
-    kinds = (("w8a8", "json", "theirs", 8, rounded), ("w8a8", "json", "broken", 8, broken))
-    monkeypatch.setattr(
-        kernels, "_OTHERS", (*kinds, ("w8a8", "no_such_package", "none", 8, broken))
-    )
-    setup = Setup(CPU, torch.float16, ((16, 32),), (4,), (), 1000, 16)
-    with served_by(NotingLauncher()):
-        ((_, calls),) = kernels.calls_by_group(setup, ["w8a8"])
-        *_, theirs, failing = measure_calls(calls(), ONCE, CPU)
-    assert theirs["failure"] is None and 0 < theirs["error"] < 1e-3
-    assert theirs["details"]["num_sets"] == 3 and theirs["details"]["weight_bytes"] == 16 * 32
-    assert failing["failure"] == "ImportError: not for this device"
+    assert [copies(size) for size in (0, 1, 100, 101)] == [1, 2, 2, 3]

@@ -109,11 +109,8 @@ def test_full_size_layers_of_glm130b_at_a_limit(quantization: str) -> None:
     published = find_sizes("GLM-130B")
     config = replace(published.config, num_hidden_layers=2, vocab_size=40000)
     tasks = (Task("encode", 256), Task("decode", 8))
-    batches = tuple((task.rows, task.length) for task in tasks)
-    run = Run(
-        replace(published, config=config), torch.float16, quantization, "int8", batches,
-        device="cuda", tasks=tasks,
-    )  # fmt: skip
+    source = replace(published, config=config)
+    run = Run(source, torch.float16, quantization, "int8", tasks, device="cuda")
     _, whole = run.planned(2**40)
     before, digests = torch.cuda.memory_allocated(), []
     for limit in (whole.total_bytes, least_budget(whole)):

@@ -28,7 +28,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.models import Run
+from benchmarks.models import Run, Task
 from bminf.arch.glm import PUBLISHED_GLM
 from bminf.cli.measure import PeakMemory, rss_anon_bytes
 from bminf.generation.loop import decode
@@ -44,7 +44,8 @@ torch.set_num_threads(1)
 
 def take(folder, limit, **sizes):
     config = replace(PUBLISHED_GLM["GLM-130B"], num_hidden_layers=1, **sizes)
-    run = Run(find_sizes(config), torch.float32, "int4-row", "int8", ((1, LENGTH),), limit=limit,
+    tasks = (Task("decode", LENGTH),)
+    run = Run(find_sizes(config), torch.float32, "int4-row", "int8", tasks, limit,
               offload_dir=folder)
     memory.trim()
     with PeakMemory(is_cuda=False, baseline_bytes=rss_anon_bytes()) as peak:
