@@ -21,16 +21,21 @@ import jieba
 import pytest
 import torch
 
+sys.path.append(str(Path(__file__).resolve().parent / "gpu"))
+
+import gpu_reports
+
 from benchmarks import gpu_probe, run
 from benchmarks import gpu_session as session
 from benchmarks.gpu_session import ARCHIVE, CODE, LOG, PACKAGES, ROOT, SUMMARY, Session, Step
+from bminf.cli.gpus import Speeds
 from bminf.cuda import compile as cuda_compile
 from bminf.cuda.compile import compiler_version
 from bminf.cuda.source import Kernel
 
 STEPS = session.steps()
 BENCHMARKS = [step for step in STEPS if "benchmarks.run" in step.command]
-STAND_IN = session._STAND_IN
+STAND_IN = "sh -c 'echo {{}} >\"$1\"' sh {out}"
 
 
 def packed(archive: Path) -> dict[str, bytes]:
@@ -58,7 +63,7 @@ def new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Session:
     monkeypatch.setattr(session, "_LEAST_S", 0.0)
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # quicker
     folder = tmp_path / "out"
-    environment = session.environment_with(tmp_path / "none") | {session._ALLOWED: ""}
+    environment = session.environment_with(tmp_path / "none") | {gpu_reports.ALLOWED: ""}
     return Session(folder, folder / ARCHIVE, environment)
 
 
@@ -127,16 +132,23 @@ def test_each_file_with_tests_for_a_gpu_is_run() -> None:
         assert f"not {choice}" in STEPS[1].command and f"-k {choice}" in commands
 
 
-# ---- a dry run -----------------------------------------------------------------------------------
+# ---- a whole session -----------------------------------------------------------------------------
 
 
-def test_a_dry_run_says_how_each_step_ended_and_leaves_all_files_in_one_archive(
-    tmp_path: Path,
+@pytest.fixture
+def _with_stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place of each command."""
+    stand_ins = [replace(step, command=STAND_IN) for step in STEPS]
+    monkeypatch.setattr(session, "steps", lambda: stand_ins)
+
+
+@pytest.mark.usefixtures("_with_stand_ins")
+def test_a_session_says_how_each_step_ended_and_leaves_all_files_in_one_archive(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "earlier.json").write_text("{}")
-    command = [sys.executable, "-m", "benchmarks.gpu_session", str(tmp_path), "--dry-run"]
-    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    content = packed(tmp_path / ARCHIVE)
+    assert session.main([str(tmp_path)]) == 0
+    printed, content = capsys.readouterr().out, packed(tmp_path / ARCHIVE)
     assert set(content) == {LOG, SUMMARY, "earlier.json", *(step.file for step in STEPS)}
     assert content == {name: (tmp_path / name).read_bytes() for name in content}
     headers = re.findall("^>>>> (.+?):", content[LOG].decode(), re.MULTILINE)
@@ -145,12 +157,25 @@ def test_a_dry_run_says_how_each_step_ended_and_leaves_all_files_in_one_archive(
     assert printed.endswith(content[SUMMARY].decode())
 
 
+@pytest.mark.usefixtures("_with_stand_ins")
 def test_some_steps_and_an_archive_elsewhere(tmp_path: Path) -> None:
     """A machine may hand back a few files only."""
-    options = ["--dry-run", "--only", "zoo", "glm", "--archive", str(tmp_path / "out.tgz")]
+    options = ["--only", "zoo", "glm", "--archive", str(tmp_path / "out.tgz")]
     assert session.main([str(tmp_path / "results"), *options]) == 0
     assert not (tmp_path / "results" / ARCHIVE).exists()
     assert set(packed(tmp_path / "out.tgz")) == {LOG, SUMMARY, "zoo-cuda.json", "glm-cuda.json"}
+
+
+def test_a_dry_run_prints_the_commands_and_runs_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert session.main([str(tmp_path / "out"), "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for step, line in zip(STEPS, lines, strict=True):
+        assert (
+            line == f"{step.name}, {step.seconds:g} s: {shlex.join(step.words(tmp_path / 'out'))}"
+        )
+    assert not (tmp_path / "out").exists()
 
 
 # ---- steps that fail, hang, or are killed --------------------------------------------------------
@@ -228,11 +253,12 @@ def test_a_session_that_is_killed_leaves_a_whole_archive_and_no_process(
 ) -> None:
     program = (
         "import sys\nfrom benchmarks import gpu_session as s\n"
-        "s._LOOK_S, commands = 0.05, {'a': s._STAND_IN, 'b': sys.argv[2], 'c': s._STAND_IN}\n"
+        "s._LOOK_S, commands = 0.05, dict(zip('abc', sys.argv[2:]))\n"
         "s.steps = lambda: [s.Step(name, 60, commands[name], name) for name in commands]\n"
         "sys.exit(s.main([sys.argv[1]]))"
     )
-    command, archive = [sys.executable, "-c", program, str(tmp_path), HANGS], tmp_path / ARCHIVE
+    command = [sys.executable, "-c", program, str(tmp_path), STAND_IN, HANGS, STAND_IN]
+    archive = tmp_path / ARCHIVE
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as running:
         until(lambda: archive.is_file() and packed(archive).get("b") == b"half")
         running.send_signal(number)
@@ -323,18 +349,18 @@ def test_what_pytest_lets_pass_is_a_failure_in_words(
 ) -> None:
     reports = [{"test": "a", "outcome": outcomes[r], "reason": r, "text": r} for r in outcomes]
     (tmp_path / "reports").write_text("".join(f"{json.dumps(each)}\n" for each in reports))
-    monkeypatch.setenv(session._REPORTS, str(tmp_path / "reports"))
-    monkeypatch.setenv(session._ALLOWED, "needs a printer\nneeds luck")
+    monkeypatch.setenv(gpu_reports.REPORTS, str(tmp_path / "reports"))
+    monkeypatch.setenv(gpu_reports.ALLOWED, "needs a printer\nneeds luck")
     ended, interrupted = SimpleNamespace(exitstatus=0), SimpleNamespace(exitstatus=2)
     for each in (ended, interrupted):
-        session.pytest_sessionfinish(each)
+        gpu_reports.pytest_sessionfinish(each)
     assert (ended.exitstatus, interrupted.exitstatus) == (status, 2)
-    assert "\n".join(session.problems_of(reports)) == printed
+    assert "\n".join(gpu_reports.problems_of(reports)) == printed
 
 
 def test_the_declared_skips_are_those_of_the_tests() -> None:
     texts = [file.read_text() for file in (ROOT / "tests" / "gpu").glob("test_*.py")]
-    for reason in session.LEGITIMATE_SKIPS:
+    for reason in gpu_reports.LEGITIMATE_SKIPS:
         assert any(re.search(rf"pytest\.skip\(f?['\"]{reason}", text) for text in texts), reason
 
 
@@ -383,14 +409,16 @@ assert jieba.lcut("今天天气很好") == ["今天天气", "很", "好"]
 def prepare(folder: Path, chosen: list[Kernel], monkeypatch: pytest.MonkeyPatch) -> None:
     """For `chosen` in place of all kernels, and without pip, which needs a network."""
 
-    def pip(python: str, *arguments: str) -> None:
+    def pip(command: list[str], check: bool) -> None:
         packages = str(folder / PACKAGES)
-        assert arguments == ("--no-deps", "--no-compile", "--target", packages, "jieba==0.42.1")
+        options = ["--no-deps", "--no-compile", "--target", packages, "jieba==0.42.1"]
+        assert command[1:3] == ["-m", "pip"] and command[-5:] == options and check
         shutil.copytree(Path(jieba.__file__).parent, Path(packages, "jieba"))
 
-    monkeypatch.setattr(session, "_pip", pip)
+    monkeypatch.setattr(subprocess, "run", pip)
+    monkeypatch.setenv("BMINF_CACHE_DIR", "")  # which is set to the folder, and then as before
     monkeypatch.setattr(gpu_probe, "every_variant", lambda capability: chosen)
-    assert session.main(["prepare", str(folder), "--nvrtc", "installed"]) == 0
+    assert session.main(["prepare", str(folder)]) == 0
 
 
 @pytest.fixture(scope="module")
@@ -431,7 +459,7 @@ def test_prepare_keeps_what_is_right_and_no_other_machine_code(
     after = {file: file.stat().st_mtime_ns for file in (tmp_path / CODE).iterdir()}
     assert len(before) == len(after) == 2 and len(before.items() & after.items()) == 1
     version = ".".join(map(str, compiler_version()))
-    assert f"jieba, 2 kernels by NVRTC {version}; " in capsys.readouterr().out
+    assert f"jieba, 2 kernels by NVRTC {version}\n" in capsys.readouterr().out
 
 
 def test_prepare_leaves_a_folder_of_others_alone(
@@ -446,7 +474,7 @@ def test_prepare_leaves_a_folder_of_others_alone(
 def test_the_probe_misses_jieba_and_kernels_in_words(
     prepared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu_probe, "_capability", lambda: 90)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(gpu_probe, "every_variant", lambda capability: PREPARED)
     monkeypatch.setenv("BMINF_CACHE_DIR", str(prepared / CODE))
     assert gpu_probe.brought() == {"kernels": 2, "kernels to compile": 0}
@@ -483,33 +511,36 @@ def test_the_probe_keeps_what_it_finds_where_parts_of_it_fail(
     content = json.loads((tmp_path / "probe.json").read_text())
     assert content["failures"] == ["gpu: RuntimeError: torch sees no CUDA device"]
     assert content["versions"]["torch"] == torch.__version__
-    for found in content["found"]["attention"].values():
-        assert len(found["first time, ms"]) == len(found["again, ms"]) == 20
+    found = content["found"]["attention"]
+    assert len(found["first time, ms"]) == len(found["again, ms"]) == 20
     shown = capsys.readouterr()
     assert "torch sees no CUDA device" in shown.out and "in gpu\n" in shown.err
 
 
 def test_the_probe_locks_pages_and_lets_go_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
     log: list[str] = []
-    runtime = SimpleNamespace(
-        hostRegister=lambda address, nbytes, _: log.append(f"lock {nbytes}"),
-        hostUnregister=lambda address: log.append("unlock"),
-    )
-    monkeypatch.setitem(sys.modules, "cupy.cuda", SimpleNamespace(runtime=runtime))
-    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda _: log[-1].startswith("lock"))
-    monkeypatch.setattr(gpu_probe, "_COPY_BYTES", 2**20)
+
+    class Memory:
+        def __init__(self, nbytes: int) -> None:
+            log.append(f"lock {nbytes}")
+            self.tensor = SimpleNamespace(is_pinned=lambda: log[-1].startswith("lock"))
+
+        def close(self) -> None:
+            log.append("unlock")
+
+    monkeypatch.setattr(gpu_probe, "PinnedMemory", Memory)
+    monkeypatch.setattr(gpu_probe, "speeds_of", lambda name: Speeds(2 * 10**10, 10**12))
     found = gpu_probe.pinned()
-    assert list(found) == ["shared", "private, huge pages"]
-    for each in found.values():
-        assert each["torch calls it pinned"]
-        assert each["locking, GB/s"] > 0 and each["copying, GB/s"] > 0
-    assert log == ["lock 1048576", "unlock"] * 2
+    assert found.pop("lock") > 0
+    assert found == {"torch calls it pinned": True, "link": 20.0, "memory": 1000.0}
+    assert log == ["lock 536870912", "unlock"]
 
 
 def test_a_tool_that_is_not_there_is_a_failure_in_words(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "env").symlink_to("/usr/bin/env")
+    for name in ("env", "setpriv"):
+        (tmp_path / name).symlink_to(str(shutil.which(name)))
     monkeypatch.setenv("PATH", str(tmp_path))
     assert session.main(["inspect", str(tmp_path / "out")]) == 1
     text = (tmp_path / "out" / SUMMARY).read_text()
@@ -531,20 +562,9 @@ def test_tools_get_python_after_their_options(
     probe = f"{sys.executable} -m benchmarks.gpu_probe"
     for tool in ("memcheck", "racecheck"):
         assert f"--error-exitcode 86 --tool {tool} {probe} cases [1]" in log
-    assert f"--export {tmp_path}/out/kernels.ncu-rep {probe} products []" in log
+    products = f"{sys.executable} -m benchmarks.run kernels --device cuda"
+    assert f"--export {tmp_path}/out/kernels.ncu-rep {products}" in log
     assert f"--import {tmp_path}/out/kernels.ncu-rep []" in log
-
-
-def test_the_profiler_sees_each_product_once_and_no_warm_up(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    log: list[str] = []
-    for name in ("start", "stop"):
-        monkeypatch.setattr(torch.cuda.profiler, name, lambda name=name: log.append(name))
-    monkeypatch.setattr(gpu_probe, "linear", lambda x, w: log.append(f"{len(x)} x {w.bits}"))
-    assert gpu_probe.products(64) == 0
-    products = ["1 x 8", "1 x 4", "16 x 4"]
-    assert log == [*products, "start", *products, "stop"]
 
 
 def test_wrong_cases_fail_and_do_not_keep_others_from_running(
