@@ -42,14 +42,10 @@ class Setup:
 
 
 class Inputs:
-    """A random weight of one shape and random activations, and all that is made of them, once.
+    """A random weight (N, K) and random activations, and all that is made of them, once."""
 
-    shape: out_features may be None where there is no weight.
-    """
-
-    def __init__(self, setup: Setup, shape: tuple[int | None, int]) -> None:
-        self.setup = setup
-        self.shape = shape
+    def __init__(self, setup: Setup, shape: tuple[int, int]) -> None:
+        self.setup, self.shape = setup, shape
         self._made: dict[Any, Any] = {}
 
     @cached_property
@@ -78,19 +74,21 @@ class Inputs:
 
         def make() -> list[PackedWeight]:
             weight = pack(self.weight, FORMATS[name])
-            count = self.num_copies(bytes_of(weight))
-            parts = [
-                clones(part, count) if isinstance(part, torch.Tensor) else [part] * count
-                for part in weight
+            return [
+                PackedWeight(*(p.clone() if isinstance(p, torch.Tensor) else p for p in weight))
+                for _ in range(self.num_copies(bytes_of(weight)))
             ]
-            return [PackedWeight(*each) for each in zip(*parts, strict=True)]
 
         return self.once(name, make)
 
     def plain(self, dtype: torch.dtype) -> Sequence[torch.Tensor]:
         """Copies of the weight as it is, for torch's product."""
-        count = self.num_copies(self.weight.numel() * dtype.itemsize)
-        return self.once(dtype, lambda: clones(self.weight.to(dtype), count))
+
+        def make() -> list[torch.Tensor]:
+            weight = self.weight.to(dtype)
+            return [weight.clone() for _ in range(self.num_copies(weight.nbytes))]
+
+        return self.once(dtype, make)
 
     def expected(self, num_rows: int, format: str | None, rounds_x: bool = False) -> torch.Tensor:
         """(num_rows, N) float64: the right product with a format, or with the weight as it is.
@@ -103,7 +101,8 @@ class Inputs:
             if format is not None:
                 weight = dequantize(self.packed(format)[0], torch.float32)
             if rounds_x:
-                x = rows_of(*int8_rows(self.x))
+                codes, scale = int8_rows(self.x)
+                x = codes.double() * scale.double().unsqueeze(-1)
             step = max(1, _SLICE_ELEMENTS // weight.shape[1])
             return torch.cat([x @ rows.double().t() for rows in weight.split(step)], dim=1)
 
@@ -112,11 +111,11 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Rows:
-    """Some rows of activations for one op; makes its calls.   num_rows: None where none matter."""
+    """Some rows of activations for one op; makes its calls."""
 
     inputs: Inputs
     op: str
-    num_rows: int | None
+    num_rows: int
 
     @property
     def x(self) -> torch.Tensor:
@@ -125,8 +124,8 @@ class Rows:
     @property
     def size(self) -> str:
         """The shape and the number of rows, as names have it."""
-        shape = "x".join(str(side) for side in self.inputs.shape if side is not None)
-        return shape if self.num_rows is None else f"{shape} M={self.num_rows}"
+        n, k = self.inputs.shape
+        return f"{n}x{k} M={self.num_rows}"
 
     def product(
         self,
@@ -139,46 +138,31 @@ class Rows:
         finish: Callable[[torch.Tensor], torch.Tensor] = lambda y: y,
         **details: Any,
     ) -> Call:
-        """A product of the rows with one of `weights`, or with two of them at once.
+        """A product of the rows with one of `weights` after the other, or with two of them at once.
 
         format, rounds_x: see Inputs.expected(), of which the right result is `finish`.
         The bytes it moves are those of the weights, of the activations and of the result.
         """
-        num_rows, (n, k), nbytes = len(self.x), self.inputs.shape, bytes_of(weights[0])
+        num_rows, (n, k), nbytes = self.num_rows, self.inputs.shape, bytes_of(weights[0])
         num_weights = 2 if type(weights[0]) is tuple else 1
 
         def error(y: torch.Tensor) -> float:
             return relative_error(y, finish(self.inputs.expected(num_rows, format, rounds_x)))
 
-        return self.call(
-            variant, run, weights, error, bound,
-            nbytes + num_rows * (n + k) * self.x.element_size(), 2 * num_rows * n * k * num_weights,
-            weight_bytes=nbytes, format=format, **details,
-        )  # fmt: skip
-
-    def call(
-        self,
-        variant: str,
-        run: Callable[[Any], Any],
-        copies: Sequence[Any],
-        error: Callable[[Any], float],
-        bound: float,
-        num_bytes: int,
-        num_ops: int = 0,
-        **details: Any,
-    ) -> Call:
-        """A call of `run` with one of `copies` after the other."""
-        n, k = self.inputs.shape
-        own = {"op": self.op, "variant": variant, "rows": self.num_rows}
-        own |= {"out_features": n, "in_features": k, "num_bytes": num_bytes, "num_ops": num_ops}
-        own |= {"num_sets": len(copies), "bound": bound, **details}
-        name = f"{self.op} {self.size}: {variant}"
-        return Call(name, lambda i: run(copies[i]), error, own)
-
-
-def rows_of(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """(M, K) float64: what codes with a scale a row stand for."""
-    return codes.double() * scale.double().unsqueeze(-1)
+        details |= {
+            "op": self.op,
+            "variant": variant,
+            "format": format,
+            "rows": num_rows,
+            "out_features": n,
+            "in_features": k,
+            "weight_bytes": nbytes,
+            "num_bytes": nbytes + num_rows * (n + k) * self.x.element_size(),
+            "num_ops": 2 * num_rows * n * k * num_weights,
+            "num_sets": len(weights),
+            "bound": bound,
+        }
+        return Call(f"{self.op} {self.size}: {variant}", lambda i: run(weights[i]), error, details)
 
 
 def bytes_of(weight: Any) -> int:
@@ -189,8 +173,3 @@ def bytes_of(weight: Any) -> int:
     if isinstance(weight, PackedWeight):
         weight = [part for part in weight[:3] if part is not None]
     return sum(map(bytes_of, weight))
-
-
-def clones(tensor: torch.Tensor, count: int) -> Sequence[torch.Tensor]:
-    """Equal tensors at different addresses."""
-    return tensor.expand(count, *tensor.shape).contiguous().unbind()

@@ -1,4 +1,4 @@
-"""The products with packed weights, and what is around them, against those of torch.
+"""The products with packed weights against those of torch.
 
 Groups of calls are made one after the other, so that the weights of one shape only are in memory.
 On a GPU each path of an op is timed, chosen or not: `is_chosen` marks the one that the op takes by
@@ -9,7 +9,6 @@ are called by their private names for that.
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache, partial
@@ -26,15 +25,13 @@ from benchmarks.harness import (
     Settings,
     measure_calls,
     poisoned,
-    relative_error,
 )
-from benchmarks.kernel_inputs import FORMATS, Inputs, Rows, Setup, bytes_of, clones, rows_of
+from benchmarks.kernel_inputs import FORMATS, Inputs, Rows, Setup
 from bminf.cuda.launcher import Launcher, launcher_for
 from bminf.ops import gated_linear, linear_w8a8, linear_weight_only
-from bminf.ops.dequantize import dequantize_weight
 from bminf.ops.linear import linear_of_checked
-from bminf.ops.quantize_rows import quantize_rows, rms_norm_quantize, rms_norm_reference
-from bminf.quantization.packed import PackedWeight, dequantize, int8_rows
+from bminf.ops.quantize_rows import quantize_rows
+from bminf.quantization.packed import PackedWeight
 from bminf.units import parse_bytes
 
 _SHAPES = {
@@ -56,7 +53,6 @@ _COPY_BYTES = 2**30  # on a GPU; on the CPU as much as is rotated
 BOUNDS = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 _LEAST_INT_MM_ROWS = 17
 _ACTIVATION = "gelu_tanh"
-_MOST_SETS_OF_ROWS = 256  # few activations come from a cache in a model, too
 _CPU_BOUND = 1e-2  # bfloat16 keeps 8 bits: half of the last one is 2e-3 of a number
 _ROUNDING_BOUND = 2e-3  # of codes: a tie that falls to the other side moves a code by one
 
@@ -77,10 +73,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def shape(text: str) -> tuple[int, int]:
     """NxK as two numbers. Raises ValueError."""
-    match = re.fullmatch(r"(\d+)x(\d+)", text)
-    if match is None:
-        raise ValueError(text)
-    return int(match[1]), int(match[2])
+    n, k = map(int, text.split("x"))
+    return n, k
 
 
 def prepare(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[tuple[str, Group]]]:
@@ -163,20 +157,11 @@ def _copy(setup: Setup) -> Call:
 
 
 def calls_by_group(setup: Setup, op: str) -> Iterator[tuple[str, Callable[[], list[Call]]]]:
-    """The name of each group of an op, and what makes its calls, for the sizes that make a
-    difference to it."""
-    shapes: list[tuple[int | None, int]] = [*setup.shapes]
-    counts: list[int | None] = [*setup.rows]
-    if op == "rows":
-        shapes = [(None, k) for k in sorted({k for _, k in setup.shapes})]
-    elif op == "dequantize":
-        counts = [None]
-    elif op == "gated":
-        counts = [m for m in setup.rows if m <= linear_weight_only.MAX_FEW_ROWS]
-    for sides in shapes:
+    """The name of each group of an op, and what makes its calls."""
+    most = linear_weight_only.MAX_FEW_ROWS if op == "gated" else max(setup.rows)
+    for sides in setup.shapes:
         inputs = Inputs(setup, sides)
-        for num_rows in counts:
-            rows = Rows(inputs, op, num_rows)
+        for rows in (Rows(inputs, op, m) for m in setup.rows if m <= most):
             yield f"{op} {rows.size}", partial(OPS[op], rows)
 
 
@@ -325,55 +310,9 @@ def _gated_calls(rows: Rows) -> list[Call]:
     return calls
 
 
-# ---- what is around the products -----------------------------------------------------------------
-
-
-def _dequantize_calls(rows: Rows) -> list[Call]:
-    dtype, calls = rows.inputs.setup.dtype, []
-    for format in rows.inputs.setup.formats:
-        packed = rows.inputs.packed(format)
-        num_bytes = bytes_of(packed[0]) + rows.inputs.weight.numel() * dtype.itemsize
-        error = partial(relative_error, expected=dequantize(packed[0], torch.float32))
-        run = partial(dequantize_weight, dtype=dtype)
-        calls.append(rows.call(format, run, packed, error, BOUNDS[dtype], num_bytes))
-    return calls
-
-
-_Codes = tuple[torch.Tensor, torch.Tensor]
-
-
-def _rows_calls(rows: Rows) -> list[Call]:
-    """Activations to 8 bits, with and without an RMSNorm before, by one kernel and by torch."""
-    x = rows.x
-    weight = torch.rand(x.shape[1], device=x.device).add_(0.5).to(x.dtype)
-    xs = clones(x, min(_MOST_SETS_OF_ROWS, rows.inputs.num_copies(x.nbytes)))
-
-    def norm(x: torch.Tensor) -> torch.Tensor:
-        return rms_norm_reference(x, weight, 1e-5)
-
-    def error(expected: _Codes, given: _Codes) -> float:
-        """Of what the codes stand for; they may be padded."""
-        codes, scale = given
-        return relative_error(rows_of(codes[:, : x.shape[1]], scale), rows_of(*expected))
-
-    runs: dict[str, tuple[Callable[[torch.Tensor], _Codes], torch.Tensor]] = {
-        "quantize_rows": (quantize_rows, x),
-        "torch: quantize_rows": (int8_rows, x),
-        "rms_norm_quantize": (lambda x: rms_norm_quantize(x, weight, 1e-5), norm(x)),
-        "torch: rms_norm_quantize": (lambda x: int8_rows(norm(x)), norm(x)),
-    }
-    num_bytes = x.nbytes + x.numel() + 4 * len(x)
-    return [
-        rows.call(variant, run, xs, partial(error, int8_rows(y)), _ROUNDING_BOUND, num_bytes)
-        for variant, (run, y) in runs.items()
-    ]
-
-
 OPS: dict[str, Callable[[Rows], list[Call]]] = {
     "linear": _linear_calls,
     "weight-only": _weight_only_calls,
     "w8a8": _w8a8_calls,
     "gated": _gated_calls,
-    "rows": _rows_calls,
-    "dequantize": _dequantize_calls,
 }

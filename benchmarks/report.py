@@ -259,7 +259,7 @@ _PREDICTED: dict[str, Column] = {
 
 # ---- kernels -------------------------------------------------------------------------------------
 
-Size = tuple[str, int | None]
+Size = tuple[str, int]
 """The weight's shape and the rows of activations."""
 Variants = dict[str, Result]
 """Of one size, by the way to compute."""
@@ -279,7 +279,7 @@ def _kernel_parts(content: Content) -> Iterator[str]:
     for op, sizes in _by_op(content).items():
         yield f"**{op}**"
         rows = [
-            [shape, str(num_rows or ""), *(_time_cell(name, variants) for name in _ways(sizes))]
+            [shape, str(num_rows), *(_time_cell(name, variants) for name in _ways(sizes))]
             for (shape, num_rows), variants in sizes.items()
         ]
         yield markdown(["N x K", "M", *_ways(sizes)], rows)
@@ -296,8 +296,7 @@ def _by_op(content: Content) -> dict[str, dict[Size, Variants]]:
     for result in content["results"]:
         details = result["details"]
         if details["op"] != "copy" and result["time_s"] is not None:
-            sides = (details["out_features"], details["in_features"])
-            shape = "x".join(str(side) for side in sides if side is not None)
+            shape = f"{details['out_features']}x{details['in_features']}"
             sizes = found.setdefault(details["op"], {})
             sizes.setdefault((shape, details["rows"]), {})[details["variant"]] = result
     return found
@@ -388,7 +387,7 @@ def targets(content: Content) -> list[Target]:
 
 
 def _weight_only_targets(
-    shape: str, num_rows: int | None, variants: Variants, sizes: dict[Size, Variants]
+    shape: str, num_rows: int, variants: Variants, sizes: dict[Size, Variants]
 ) -> Iterator[Target]:
     """Matrices that fill the memory: one row reads codes and scales at the copy's speed, and a few
     rows cost hardly more."""
@@ -432,7 +431,7 @@ def plot(content: Content, op: str) -> str:
     sizes = _by_op(content)[op]
     shapes = list(dict.fromkeys(shape for shape, _ in sizes))
     colors = dict(zip(_ways(sizes), cycle(_COLORS), strict=False))
-    width = round(_STEP_X * math.log2(max(num_rows or 1 for _, num_rows in sizes)))
+    width = round(_STEP_X * math.log2(max(num_rows for _, num_rows in sizes)))
     legend = "&#160; ".join(
         f'<tspan fill="{color}">■ {variant}</tspan>' for variant, color in colors.items()
     )
@@ -462,7 +461,7 @@ def _panel(
         y = -_STEP_Y * power
         yield f'<path d="M0 {y}h{width}" stroke="{"#ddd" if power else "#555"}"/>'
         yield text(-4, y + 3, "end", f"{2.0**power:g}")
-    found = {m: own for (one, m), own in sizes.items() if one == shape and m}
+    found = {m: own for (one, m), own in sizes.items() if one == shape}
     for num_rows in found:
         x = _STEP_X * math.log2(num_rows)
         yield text(x, _STEP_Y * _MOST + 13, "middle", str(num_rows))
