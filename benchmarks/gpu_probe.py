@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch.nn.attention import SDPBackend
 
 from benchmarks.gpu_session import MARK, ROOT
 
@@ -32,7 +30,6 @@ from bminf.cuda.pinned import PinnedMemory
 
 _DEVICE = "cuda"
 _LOCKED_BYTES = 2**29
-_LENGTHS = range(100, 120)  # of keys; cuDNN makes a plan for each that is new
 
 Found = dict[str, Any]
 
@@ -91,38 +88,7 @@ def pinned() -> Found:
     return {"torch calls it pinned": is_pinned, "lock": _LOCKED_BYTES / lock_s / 1e9, **speeds}
 
 
-def attention() -> Found:
-    """ms of one row of queries by growing lengths of keys, as torch chooses the backend.
-
-    "taken beyond torch" is device memory that no tensor has: the plans that cuDNN keeps.
-    """
-    q = torch.ones(1, 64, 1, 64, device=_DEVICE, dtype=torch.float16)
-    keys = [q.expand(-1, -1, length, -1).contiguous() for length in _LENGTHS]
-    _attend_ms(q, q)  # sets up what no length does
-    before = _taken_bytes()
-    return {
-        "backend": SDPBackend(torch._fused_sdp_choice(q, keys[-1], keys[-1])).name,
-        "first time, ms": [_attend_ms(q, k) for k in keys],
-        "again, ms": [_attend_ms(q, k) for k in keys],
-        "taken beyond torch, bytes": _taken_bytes() - before,
-    }
-
-
-def _attend_ms(q: torch.Tensor, k: torch.Tensor) -> float:
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    F.scaled_dot_product_attention(q, k, k)
-    torch.cuda.synchronize()
-    return round((time.perf_counter() - start) * 1e3, 3)
-
-
-def _taken_bytes() -> int:
-    """Of the device, without what torch's allocator holds."""
-    free_bytes, total_bytes = torch.cuda.mem_get_info()
-    return total_bytes - free_bytes - torch.cuda.memory_reserved()
-
-
-PARTS: tuple[Callable[[], Found], ...] = (gpu, brought, pinned, attention)
+PARTS: tuple[Callable[[], Found], ...] = (gpu, brought, pinned)
 
 
 def cases() -> int:
