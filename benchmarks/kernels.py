@@ -9,9 +9,10 @@ are called by their private names for that.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
-from dataclasses import replace
-from functools import cache, partial
+from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +26,30 @@ from benchmarks.harness import (
     Settings,
     measure_calls,
     poisoned,
-)
-from benchmarks.kernel_inputs import FORMATS, Inputs, Rows, Setup
+    relative_error,
+)  # fmt: skip
 from bminf.cuda.launcher import Launcher, launcher_for
 from bminf.ops import gated_linear, linear_w8a8, linear_weight_only
 from bminf.ops.linear import linear_of_checked
 from bminf.ops.quantize_rows import quantize_rows
-from bminf.quantization.packed import PackedWeight
+from bminf.quantization.packed import INT4, INT8, Format, PackedWeight, dequantize, int8_rows, pack
 from bminf.units import parse_bytes
 
+FORMATS = {
+    "int8": INT8,
+    "int8-g128": Format(8, 128),
+    "int4": INT4,  # groups of 16
+    "int4-g32-minimum": Format(4, 32, has_minimum=True),
+    "int4-g64": Format(4, 64),
+    "int4-g128": Format(4, 128),
+    "int4-row": Format(4),
+}
 _SHAPES = {
     # Of SmolLM2-135M, then of small and of larger models.
     "cpu": ("576x576", "1536x576", "576x1536", "2048x2048", "4096x4096"),
     # A usual one, CPM-2's feed-forward, GLM-130B's attention and feed-forward.
     "cuda": ("4096x4096", "10240x4096", "12288x12288", "32768x12288"),
 }
-_CPU_OPS = ("linear",)  # all others are those of a GPU
 _ROWS = {"cpu": (1, 16, 128), "cuda": (1, 2, 4, 8, 16, 32, 64, 128, 512, 2048)}
 _DTYPES = {"cpu": "float32", "cuda": "float16"}
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
@@ -51,6 +60,7 @@ _COPY_BYTES = 2**30  # on a GPU; on the CPU as much as is rotated
 # Relative norm errors: half of the last bit of the result, and of the weights where these are
 # rounded to the same type for tensor cores or the library, with room for the order of the sums.
 BOUNDS = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+_SLICE_ELEMENTS = 2**26  # of a weight in float64 at a time
 _LEAST_INT_MM_ROWS = 17
 _ACTIVATION = "gelu_tanh"
 _CPU_BOUND = 1e-2  # bfloat16 keeps 8 bits: half of the last one is 2e-3 of a number
@@ -77,14 +87,31 @@ def shape(text: str) -> tuple[int, int]:
     return n, k
 
 
+@dataclass(frozen=True)
+class Setup:
+    """What all calls of a run have in common.
+
+    dtype: of activations.   shapes: (out_features, in_features) of weights.   rows: of activations,
+    in ascending order.   rotate_bytes: of other inputs are read before a set comes again.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    shapes: tuple[tuple[int, int], ...]
+    rows: tuple[int, ...]
+    formats: tuple[str, ...]
+    rotate_bytes: int
+    copy_bytes: int
+
+
 def prepare(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[tuple[str, Group]]]:
     """The parameters of the run, and groups of calls, each made when its turn comes."""
     setup = setup_of(arguments)
     kind = setup.device.type
-    ops = arguments.ops or [op for op in OPS if (op in _CPU_OPS) == (kind == "cpu")]
-    unknown = {op for op in ops if (op in _CPU_OPS) != (kind == "cpu")}
-    if unknown:
-        raise SystemExit(f"--ops {' '.join(sorted(unknown))}: not on {kind}")
+    known = [op for op in OPS if (op == "linear") == (kind == "cpu")]
+    ops = arguments.ops or known
+    if not {*ops} <= {*known}:
+        raise SystemExit(f"--ops: on {kind} these are {', '.join(known)}")
     parameters = vars(setup) | {
         "device": kind,
         "dtype": str(setup.dtype).removeprefix("torch."),
@@ -126,16 +153,140 @@ def _cache_bytes(kind: str) -> int:
     return max((int(size[:-1]) * units[size[-1]] for size in sizes if size[-1] in units), default=0)
 
 
+# ---- weights in several copies, and the right results --------------------------------------------
+
+
+class Inputs:
+    """A random weight (N, K) and random activations, and all that is made of them, once."""
+
+    def __init__(self, setup: Setup, shape: tuple[int, int]) -> None:
+        self.setup, self.shape = setup, shape
+        self._made: dict[Any, Any] = {}
+
+    @cached_property
+    def weight(self) -> torch.Tensor:
+        """(N, K) float32."""
+        return torch.randn(self.shape, device=self.setup.device).div_(self.shape[1] ** 0.5)
+
+    @cached_property
+    def x(self) -> torch.Tensor:
+        """(most rows, K)."""
+        shape = (max(self.setup.rows), self.shape[1])
+        return torch.randn(shape, device=self.setup.device).to(self.setup.dtype)
+
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What `make` gives, which all calls with this key share."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+    def num_copies(self, num_bytes: int) -> int:
+        """So many that, between two uses of one, `rotate_bytes` of others are read."""
+        return 1 + -(-self.setup.rotate_bytes // max(1, num_bytes))
+
+    def copies(self, kind: str | torch.dtype) -> Sequence[Any]:
+        """Of the weight in FORMATS[kind], or as it is in a type of torch."""
+
+        def make() -> list[Any]:
+            weight = (
+                pack(self.weight, FORMATS[kind]) if isinstance(kind, str) else self.weight.to(kind)
+            )
+            return [deepcopy(weight) for _ in range(self.num_copies(bytes_of(weight)))]
+
+        return self.once(kind, make)
+
+    def expected(self, num_rows: int, format: str | None, rounds_x: bool = False) -> torch.Tensor:
+        """(num_rows, N) float64: the right product with a format, or with the weight as it is.
+
+        rounds_x: each token of x is rounded to 8 bits first.
+        """
+
+        def make() -> torch.Tensor:
+            x, weight = self.x.double(), self.weight
+            if format is not None:
+                weight = dequantize(self.copies(format)[0], torch.float32)
+            if rounds_x:
+                codes, scale = int8_rows(self.x)
+                x = codes.double() * scale.double().unsqueeze(-1)
+            step = max(1, _SLICE_ELEMENTS // weight.shape[1])
+            return torch.cat([x @ rows.double().t() for rows in weight.split(step)], dim=1)
+
+        return self.once((format, rounds_x), make)[:num_rows]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows of activations for one op; makes its calls."""
+
+    inputs: Inputs
+    op: str
+    num_rows: int
+
+    @property
+    def x(self) -> torch.Tensor:
+        return self.inputs.x[: self.num_rows]
+
+    @property
+    def size(self) -> str:
+        """The shape and the number of rows, as names have it."""
+        n, k = self.inputs.shape
+        return f"{n}x{k} M={self.num_rows}"
+
+    def product(
+        self,
+        variant: str,
+        run: Callable[[Any], torch.Tensor],
+        weights: Sequence[Any],
+        bound: float,
+        format: str | None = None,
+        rounds_x: bool = False,
+        finish: Callable[[torch.Tensor], torch.Tensor] = lambda y: y,
+        **details: Any,
+    ) -> Call:
+        """A product of the rows with one of `weights` after the other, or with two of them at once.
+
+        format, rounds_x: see Inputs.expected(), of which the right result is `finish`.
+        The bytes it moves are those of the weights, of the activations and of the result.
+        """
+        num_rows, (n, k), nbytes = self.num_rows, self.inputs.shape, bytes_of(weights[0])
+        num_weights = 2 if type(weights[0]) is tuple else 1
+
+        def error(y: torch.Tensor) -> float:
+            return relative_error(y, finish(self.inputs.expected(num_rows, format, rounds_x)))
+
+        details |= {
+            "op": self.op,
+            "variant": variant,
+            "format": format,
+            "rows": num_rows,
+            "out_features": n,
+            "in_features": k,
+            "weight_bytes": nbytes,
+            "num_bytes": nbytes + num_rows * (n + k) * self.x.element_size(),
+            "num_ops": 2 * num_rows * n * k * num_weights,
+            "num_sets": len(weights),
+            "bound": bound,
+        }
+        return Call(f"{self.op} {self.size}: {variant}", lambda i: run(weights[i]), error, details)
+
+
+def bytes_of(weight: Any) -> int:
+    """What a product with float activations has to read: of a packed weight its codes, scales and
+    minima, of several weights all of them."""
+    if isinstance(weight, torch.Tensor):
+        return weight.nbytes
+    if isinstance(weight, PackedWeight):
+        weight = [part for part in weight[:3] if part is not None]
+    return sum(map(bytes_of, weight))
+
+
 # ---- groups --------------------------------------------------------------------------------------
 
 
 def measure(
-    name: str,
-    copy: Callable[[], Call],
-    calls: Callable[[], list[Call]],
-    device: torch.device,
+    name: str, copy: Callable[[], Call], calls: Callable[[], list[Call]], device: torch.device,
     settings: Settings,
-) -> Iterator[list[Result]]:
+) -> Iterator[list[Result]]:  # fmt: skip
     """A result for each call of a group, with its share of the bandwidth of the first, the copy."""
     first = replace(copy(), name=f"{name}: copy")
     results = measure_calls([first, *calls()], settings, device)
@@ -151,9 +302,11 @@ def _copy(setup: Setup) -> Call:
     target = torch.empty_like(data)
     details = {"op": "copy", "variant": "copy", "num_sets": 1, "bound": 0.0}
     details |= {"num_bytes": 2 * setup.copy_bytes, "num_ops": 0}
-    return Call(
-        "copy", lambda _: target.copy_(data), lambda y: float(not torch.equal(y, data)), details
-    )
+
+    def error(value: torch.Tensor) -> float:
+        return 0.0 if torch.equal(value, data) else float("inf")
+
+    return Call("copy", lambda _: target.copy_(data), error, details)
 
 
 def calls_by_group(setup: Setup, op: str) -> Iterator[tuple[str, Callable[[], list[Call]]]]:
@@ -180,7 +333,7 @@ def _linear_calls(rows: Rows) -> list[Call]:
             rounds_x = activations == "int8"
             name = f"{format}, int8 activations" if rounds_x else format
             run = partial(linear_of_checked, rows.x, bias=None, activations=activations)
-            weights = rows.inputs.packed(format)[:count]
+            weights = rows.inputs.copies(format)[:count]
             calls.append(own.product(name, run, weights, _CPU_BOUND, format, rounds_x))
     return calls
 
@@ -188,7 +341,7 @@ def _linear_calls(rows: Rows) -> list[Call]:
 def _plain(rows: Rows, dtype: torch.dtype, bound: float, count: int | None = None) -> Call:
     """torch's product with a weight that is not quantized.   count: of copies, None is all."""
     x, variant = rows.x.to(dtype), f"torch {str(dtype).removeprefix('torch.')}"
-    weights = rows.inputs.plain(dtype)[:count]
+    weights = rows.inputs.copies(dtype)[:count]
     return rows.product(variant, lambda weight: F.linear(x, weight), weights, bound)
 
 
@@ -210,7 +363,7 @@ def _weight_only_calls(rows: Rows) -> list[Call]:
     calls = [_plain(rows, x.dtype, bound)]
     for format in rows.inputs.setup.formats:
         for path in paths:
-            run, weights = partial(run_path, path, x), rows.inputs.packed(format)
+            run, weights = partial(run_path, path, x), rows.inputs.copies(format)
             name, is_chosen = f"{format} {path}", path == chosen
             calls.append(rows.product(name, run, weights, bound, format, is_chosen=is_chosen))
     return calls
@@ -220,19 +373,16 @@ def has_path(path: str, capability: int, num_rows: int, dtype: torch.dtype) -> b
     """Whether that many rows can go that way, chosen or not."""
     if path == "few rows":
         return num_rows <= linear_weight_only.MAX_FEW_ROWS
-    if path == "tensor cores":
-        most = linear_weight_only.MAX_TENSOR_CORE_ROWS
-        return capability >= 80 and dtype != torch.float32 and num_rows <= most
-    return True
+    is_few = num_rows <= linear_weight_only.MAX_TENSOR_CORE_ROWS
+    return path != "tensor cores" or (capability >= 80 and dtype != torch.float32 and is_few)
 
 
 def run_path(path: str, x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
     """x W^T, that way."""
-    if path == "few rows":
-        return linear_weight_only.launch_few_rows(_launcher(x), x, weight, None)
-    if path == "tensor cores":
-        return linear_weight_only._launch_tensor_cores(_launcher(x), x, weight, None)
-    return linear_weight_only._dequantized(x, weight, None)
+    if path == "dequantized":
+        return linear_weight_only._dequantized(x, weight, None)
+    few, cores = linear_weight_only.launch_few_rows, linear_weight_only._launch_tensor_cores
+    return (few if path == "few rows" else cores)(_launcher(x), x, weight, None)
 
 
 def _launcher(x: torch.Tensor) -> Launcher:
@@ -246,7 +396,7 @@ def _launcher(x: torch.Tensor) -> Launcher:
 
 def _w8a8_calls(rows: Rows) -> list[Call]:
     """The products of codes that are there already; "whole" quantizes the activations, too."""
-    x, packed = rows.x, rows.inputs.packed("int8")
+    x, packed = rows.x, rows.inputs.copies("int8")
     launcher, bound = _launcher(x), BOUNDS[x.dtype]
     with poisoned():
         codes, scale = quantize_rows(x)
@@ -298,7 +448,7 @@ def _gated_calls(rows: Rows) -> list[Call]:
 
     calls: list[Call] = []
     for format in rows.inputs.setup.formats:
-        copies = rows.inputs.packed(format)
+        copies = rows.inputs.copies(format)
         # Of two copies of one weight: neither is in a cache when it is read.
         half = len(copies) // 2
         pairs = list(zip(copies, [*copies[half:], *copies[:half]], strict=True))

@@ -12,7 +12,7 @@ from host_launcher import NotingLauncher, served_by
 
 from benchmarks import kernels, run
 from benchmarks.harness import Result, Settings, measure_calls
-from benchmarks.kernel_inputs import Inputs, Setup
+from benchmarks.kernels import Inputs, Setup
 
 CPU = torch.device("cpu")
 ONCE = Settings(warmup=0, repeats=1, rounds=1)
