@@ -19,12 +19,12 @@ import subprocess
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from itertools import cycle, islice
+from itertools import chain, cycle, islice, product
 from pathlib import Path
 from typing import Any
 
@@ -119,17 +119,14 @@ def measure(variants: Sequence[Variant], settings: Settings) -> list[Result]:
 
     Raises WrongResultError for a variant whose result is not equal to the reference.
     """
-    empty = dict.fromkeys(("peak_rss_anon_bytes", "peak_cuda_bytes"))
+    empty = {"peak_rss_anon_bytes": None, "peak_cuda_bytes": None}
     results: list[Result] = [
         {"name": variant.name, "samples": [], **empty, "details": {}} for variant in variants
     ]
+    turns = [*product(range(settings.rounds), zip(variants, results, strict=True))]
     values: list[Any] = []
-    with progress_bar(total=settings.rounds * len(variants)) as bar:
-        for index in range(settings.rounds):
-            for variant, result in zip(variants, results, strict=True):
-                bar.set_description(f"round {index + 1}, {variant.name}")
-                _measure_round(variant, result, index, settings, values)
-                bar.update()
+    for index, (variant, result) in progress_bar(turns, desc="measuring"):
+        _measure_round(variant, result, index, settings, values)
     for result in results:
         for name in ("wall_s", "cpu_s"):
             result[name] = summary([sample[name] for sample in result["samples"]])
@@ -225,18 +222,11 @@ def measure_calls(calls: Sequence[Call], settings: Settings, device: torch.devic
                 # No clock here knows more digits, and a file has thousands of them.
                 times = [float(f"{sample():.4g}") for _ in range(settings.repeats)]
                 result["samples_s"].append(times)
-    for result in timed:
-        _complete(result)
+    for result in (result for result in timed if result["failure"] is None):
+        result["time_s"] = summary([*chain.from_iterable(result["samples_s"])])
+        for rate, count, unit in (("gbps", "num_bytes", 1e9), ("tops", "num_ops", 1e12)):
+            result[rate] = result["details"][count] / result["time_s"]["median"] / unit
     return results
-
-
-def _complete(result: Result) -> None:
-    """What follows from the median, unless a sample failed."""
-    if result["failure"] is None:
-        details, samples_s = result["details"], result["samples_s"]
-        result["time_s"] = summary([time_s for times in samples_s for time_s in times])
-        result["gbps"] = details["num_bytes"] / result["time_s"]["median"] / 1e9
-        result["tops"] = details["num_ops"] / result["time_s"]["median"] / 1e12
 
 
 @contextmanager
@@ -336,12 +326,11 @@ def _capture_stream() -> torch.cuda.Stream:
 
 def plan_entries(plan: Plan) -> dict[str, Any]:
     """The plan in numbers, for a JSON file."""
-    names, counts = ("reserved_bytes", "resident_bytes", "streamed_bytes"), ("resident", "streamed")
-    return {
-        "memory_limit": plan.budget,
-        "planned_bytes": plan.total_bytes,
-        **{name: getattr(plan, name) for name in names},
-        **{name: len(getattr(plan, name)) for name in (*counts, "on_disk")},
+    names = ("reserved_bytes", "resident_bytes", "streamed_bytes")
+    entries = {"memory_limit": plan.budget, "planned_bytes": plan.total_bytes}
+    entries |= {name: getattr(plan, name) for name in names}
+    return entries | {
+        name: len(getattr(plan, name)) for name in ("resident", "streamed", "on_disk")
     }
 
 
@@ -354,18 +343,17 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 def document(case: str, parameters: dict[str, Any], settings: Settings) -> dict[str, Any]:
     """What the JSON file of a run holds, before its results."""
+    versions = {"bminf": bminf.__version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        with suppress(PackageNotFoundError):
+            versions[package] = version(package)
     return {
         "schema_version": SCHEMA_VERSION,
         "case": case,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         # Marked if files differ from the commit; None outside a repository.
         "commit": _output("git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"),
-        "versions": {
-            "bminf": bminf.__version__,
-            "python": platform.python_version(),
-            **{package: _version(package) for package in PACKAGES},
-            "cuda": torch.version.cuda,
-        },
+        "versions": versions | {"cuda": torch.version.cuda},
         "hardware": _hardware(),
         "parameters": parameters,
         "settings": asdict(settings),
@@ -373,37 +361,27 @@ def document(case: str, parameters: dict[str, Any], settings: Settings) -> dict[
     }
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
 def _hardware() -> dict[str, Any]:
     cpu_info = Path("/proc/cpuinfo")
     text = cpu_info.read_text(encoding="utf-8", errors="replace") if cpu_info.is_file() else ""
     cpu = re.search(r"^model name\s*: (.+)$", text, re.MULTILINE)
     has_sysconf = hasattr(os, "sysconf")  # not on Windows
-    found = {
+    pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if has_sysconf else None
+    gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
+    return {
         "system": platform.system(),
         "machine": platform.machine(),
         "cpu": cpu[1] if cpu else platform.processor(),
         "cores": os.cpu_count(),
-        "ram_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        if has_sysconf
-        else None,
-        "gpu": None,
-    }
-    if torch.cuda.is_available():
-        gpu = torch.cuda.get_device_properties(0)
-        found["gpu"] = {
+        "ram_bytes": pages,
+        "gpu": gpu
+        and {
             "name": gpu.name,
             "memory_bytes": gpu.total_memory,
             "compute_capability": f"{gpu.major}.{gpu.minor}",
             "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-        }
-    return found
+        },
+    }
 
 
 def _output(*command: str) -> str | None:

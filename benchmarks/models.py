@@ -261,10 +261,15 @@ class Run:
     offload_dir: Path | None = None
 
     @property
+    def formats(self) -> str:
+        """For names."""
+        is_cut = self.source.architecture.split_head is not None
+        return f"{self.quantization}{f', head {self.head_quantization}' if is_cut else ''}"
+
+    @property
     def name(self) -> str:
         limit = "no limit" if self.limit is None else format_bytes(self.limit)
-        formats = _formats_text(self.source, self.quantization, self.head_quantization)
-        return f"{self.device} {formats}, {limit}"
+        return f"{self.device} {self.formats}, {limit}"
 
     def planned(self, limit: int, host_bytes: int | None = None) -> tuple[Assembly, Plan]:
         """The network on the meta device, and what stays within `limit` bytes, as in the zoo.
@@ -273,8 +278,10 @@ class Run:
         Raises ArgumentError or BudgetError, with numbers.
         """
         known = self.source.architecture.formats
-        layers = parse_format(_format(self.quantization), formats=known)
-        head = parse_format(_format(self.head_quantization), "head_quantization", known)
+        layers, head = (
+            None if name == "none" else parse_format(name, formats=known)
+            for name in (self.quantization, self.head_quantization)
+        )
         made = assemble.assemble(find_sizes(self.source), Formats(layers, head), self.dtype)
         least = _RESERVED_LENGTH if isinstance(made.network, T5) else 1
         length, rows = max(
@@ -358,15 +365,6 @@ def _opened(task: Task, network: Any, scheduler: Scheduler) -> Iterator[Work]:
     yield Work(run, details)
 
 
-def _formats_text(source: Source, quantization: str, head: str) -> str:
-    """For names."""
-    return f"{quantization}, head {head}" if source.architecture.split_head else quantization
-
-
-def _format(name: str) -> str | None:
-    return None if name == "none" else name
-
-
 # ---- predicted -----------------------------------------------------------------------------------
 
 PUBLISHED_SPEEDS = {
@@ -382,8 +380,6 @@ the last norm, keys and values of the 256 prompt tokens projected anew in each. 
 weights; no embedding, head or sampling. That is benchmark/cpm2 of BMInf 1.0.
 """
 
-_PREDICTED_LENGTH = 512
-
 
 @dataclass(frozen=True)
 class Card:
@@ -396,39 +392,35 @@ class Card:
     memory_bytes_per_s: int
 
 
-def predictions(source: Source, card: Card, quantization: str, head: str) -> Iterator[Result]:
-    """A model in full, float16 but for what is packed, in each of its tasks.
+def predictions(run: Run, card: Card) -> Iterator[Result]:
+    """The tasks of the zoo's generation, by the plan of `run` on that card.
 
     is_bound: that a step multiplies many rows, which takes time that bytes do not tell.
     Raises BudgetError for a card that is too small.
     """
-    plan = assemble.plan_model(
-        source, card.memory_limit, _format(quantization), torch.float16, _PREDICTED_LENGTH,
-        head_quantization=_format(head),
-    )  # fmt: skip
+    plan = run.planned(card.memory_limit)[1]
     facts = {
-        "model": source.title,
-        "quantization": quantization,
-        "head_quantization": head,
+        "model": run.source.title,
+        "quantization": run.quantization,
+        "head_quantization": run.head_quantization,
         "card": asdict(card),
-        "max_length": _PREDICTED_LENGTH,
+        "max_length": run.tasks[0].length,
         **plan_entries(plan),
     }
-    is_t5 = isinstance(source.config, T5Config)
-    for task in (
-        (Task(ENCODER, 256), Task(ANEW, 1), Task(ONCE, 1)) if is_t5 else (Task("decode", 1),)
-    ):
-        nbytes, is_bound = task.streamed_bytes(plan), task.kind in (ENCODER, ANEW)
-        own = {"task": task.kind, "tokens": task.length, "streamed_bytes_per_step": nbytes}
-        lists = LISTS.get(task.kind)
+    is_t5 = isinstance(run.source.config, T5Config)
+    steps = (Task(ENCODER, 256), Task(ANEW, 1), Task(ONCE, 1)) if is_t5 else (Task("decode", 1),)
+    for step in steps:
+        own = {"task": step.kind, "tokens": step.length}
+        own["streamed_bytes_per_step"] = step.streamed_bytes(plan)
+        lists = LISTS.get(step.kind)
         found = predict(plan, card.link_bytes_per_s, card.memory_bytes_per_s, lists)
-        rates = {"tokens_per_s": task.length / found.pass_s, "bound": found.bound}
-        speeds = PUBLISHED_SPEEDS.get(source.title, {}).get(task.kind.partition(",")[0], {})
+        rates = {"tokens_per_s": step.length / found.pass_s, "bound": found.bound}
+        speeds = PUBLISHED_SPEEDS.get(run.source.title, {}).get(step.kind.partition(",")[0], {})
         yield {
-            "name": f"{card.name} {_formats_text(source, quantization, head)}: {task.kind}",
+            "name": f"{card.name} {run.formats}: {step.kind}",
             "details": facts | own,
             "prediction": asdict(found) | rates,
-            "is_bound": is_bound,
+            "is_bound": step.kind in (ENCODER, ANEW),
             "published_tokens_per_s": speeds,
         }
 
@@ -479,16 +471,19 @@ class Case:
             runs = _runs(arguments, whole)
             for run in runs:
                 run.planned(2**60 if run.limit is None else run.limit)
-            kinds, head = dict.fromkeys(run.quantization for run in runs), runs[0].head_quantization
-            found = [one for kind in kinds for one in predictions(whole, self.card, kind, head)]
+            # In full, as a GPU has it, and with room for 512 tokens.
+            full = {"source": whole, "dtype": torch.float16, "device": "cuda"}
+            full["tasks"] = (Task("decode", 512),)
+            by_kind = {run.quantization: replace(run, **full) for run in runs}
+            found = [one for run in by_kind.values() for one in predictions(run, self.card)]
         except (ArgumentError, BudgetError) as error:
             raise SystemExit(str(error)) from error
         parameters = {
             "model": runs[0].source.title,
             "config": asdict(runs[0].source.config),
             "memory_limit": arguments.memory_limit,
-            "quantization": [*kinds],
-            "head_quantization": head,
+            "quantization": [*by_kind],
+            "head_quantization": runs[0].head_quantization,
             "tasks": [asdict(task) for task in runs[0].tasks],
             "device": None if arguments.predict_only else runs[0].device,
             "dtype": str(runs[0].dtype).removeprefix("torch."),
