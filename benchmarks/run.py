@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 
-from benchmarks import kernels, models, offload, perplexity
+from benchmarks import kernels, models, offload
 from benchmarks.harness import Group, Result, Settings, document, torch_threads, write_json
 from benchmarks.report import table
+from tools import perplexity
 
 # A case has add_arguments(parser) and prepare(arguments), which gives the parameters for the JSON
 # file, and the groups with their names, see harness.Group.

@@ -1,4 +1,4 @@
-"""The perplexity benchmark on a tiny random model, and what its document says of the results."""
+"""The evaluation of formats on a tiny random model, and what its document says of the results."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks import perplexity, report, run
+from benchmarks import report, run
 from benchmarks.harness import Settings
 from bminf.cli import models
 from bminf.quantization.packed import INT4, INT8, Format
+from tools import perplexity
 
 
 @pytest.fixture
