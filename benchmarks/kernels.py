@@ -52,7 +52,6 @@ _SHAPES = {
 }
 _ROWS = {"cpu": (1, 16, 128), "cuda": (1, 2, 4, 8, 16, 32, 64, 128, 512, 2048)}
 _DTYPES = {"cpu": "float32", "cuda": "float16"}
-_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 _NUM_CACHES = {"cpu": 2, "cuda": 4}  # so many times the cache is rotated
 _LEAST_ROTATE_BYTES = {"cpu": 300_000_000, "cuda": 0}  # a CPU's cache may be shared
 _COPY_BYTES = 2**30  # on a GPU; on the CPU as much as is rotated
@@ -148,9 +147,8 @@ def _cache_bytes(kind: str) -> int:
     """The L2 of the GPU, or the largest cache of the first core; 0 where the system is silent."""
     if kind == "cuda":
         return int(torch.cuda.get_device_properties(0).L2_cache_size)
-    sizes = [file.read_text().strip() for file in _CACHES.glob("index*/size")]
-    units = {"K": 2**10, "M": 2**20}
-    return max((int(size[:-1]) * units[size[-1]] for size in sizes if size[-1] in units), default=0)
+    files = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")  # such as 32768K
+    return max((int(file.read_text().strip("K\n")) * 2**10 for file in files), default=0)
 
 
 # ---- weights in several copies, and the right results --------------------------------------------
@@ -161,7 +159,8 @@ class Inputs:
 
     def __init__(self, setup: Setup, shape: tuple[int, int]) -> None:
         self.setup, self.shape = setup, shape
-        self._made: dict[Any, Any] = {}
+        self._copies: dict[str | torch.dtype, list[Any]] = {}
+        self._products: dict[tuple[str | None, bool], torch.Tensor] = {}
 
     @cached_property
     def weight(self) -> torch.Tensor:
@@ -174,44 +173,35 @@ class Inputs:
         shape = (max(self.setup.rows), self.shape[1])
         return torch.randn(shape, device=self.setup.device).to(self.setup.dtype)
 
-    def once(self, key: Any, make: Callable[[], Any]) -> Any:
-        """What `make` gives, which all calls with this key share."""
-        if key not in self._made:
-            self._made[key] = make()
-        return self._made[key]
-
     def num_copies(self, num_bytes: int) -> int:
         """So many that, between two uses of one, `rotate_bytes` of others are read."""
         return 1 + -(-self.setup.rotate_bytes // max(1, num_bytes))
 
     def copies(self, kind: str | torch.dtype) -> Sequence[Any]:
         """Of the weight in FORMATS[kind], or as it is in a type of torch."""
+        if kind not in self._copies:
+            packs = isinstance(kind, str)
+            weight = pack(self.weight, FORMATS[kind]) if packs else self.weight.to(kind)
+            count = self.num_copies(bytes_of(weight))
+            self._copies[kind] = [deepcopy(weight) for _ in range(count)]
+        return self._copies[kind]
 
-        def make() -> list[Any]:
-            weight = (
-                pack(self.weight, FORMATS[kind]) if isinstance(kind, str) else self.weight.to(kind)
-            )
-            return [deepcopy(weight) for _ in range(self.num_copies(bytes_of(weight)))]
-
-        return self.once(kind, make)
-
-    def expected(self, num_rows: int, format: str | None, rounds_x: bool = False) -> torch.Tensor:
-        """(num_rows, N) float64: the right product with a format, or with the weight as it is.
+    def product(self, format: str | None, rounds_x: bool) -> torch.Tensor:
+        """(most rows, N) float64: the right one with a format, or with the weight as it is.
 
         rounds_x: each token of x is rounded to 8 bits first.
         """
-
-        def make() -> torch.Tensor:
+        if (format, rounds_x) not in self._products:
             x, weight = self.x.double(), self.weight
             if format is not None:
                 weight = dequantize(self.copies(format)[0], torch.float32)
             if rounds_x:
                 codes, scale = int8_rows(self.x)
                 x = codes.double() * scale.double().unsqueeze(-1)
-            step = max(1, _SLICE_ELEMENTS // weight.shape[1])
-            return torch.cat([x @ rows.double().t() for rows in weight.split(step)], dim=1)
-
-        return self.once((format, rounds_x), make)[:num_rows]
+            parts = weight.split(max(1, _SLICE_ELEMENTS // weight.shape[1]))
+            right = torch.cat([x @ part.double().t() for part in parts], dim=1)
+            self._products[format, rounds_x] = right
+        return self._products[format, rounds_x]
 
 
 @dataclass(frozen=True)
@@ -245,14 +235,15 @@ class Rows:
     ) -> Call:
         """A product of the rows with one of `weights` after the other, or with two of them at once.
 
-        format, rounds_x: see Inputs.expected(), of which the right result is `finish`.
+        format, rounds_x: see Inputs.product(), of which the right result is `finish`.
         The bytes it moves are those of the weights, of the activations and of the result.
         """
-        num_rows, (n, k), nbytes = self.num_rows, self.inputs.shape, bytes_of(weights[0])
-        num_weights = 2 if type(weights[0]) is tuple else 1
+        num_rows, (n, k) = self.num_rows, self.inputs.shape
+        each = weights[0] if type(weights[0]) is tuple else weights[:1]
+        nbytes = sum(map(bytes_of, each))
 
         def error(y: torch.Tensor) -> float:
-            return relative_error(y, finish(self.inputs.expected(num_rows, format, rounds_x)))
+            return relative_error(y, finish(self.inputs.product(format, rounds_x)[:num_rows]))
 
         details |= {
             "op": self.op,
@@ -263,21 +254,18 @@ class Rows:
             "in_features": k,
             "weight_bytes": nbytes,
             "num_bytes": nbytes + num_rows * (n + k) * self.x.element_size(),
-            "num_ops": 2 * num_rows * n * k * num_weights,
+            "num_ops": 2 * num_rows * n * k * len(each),
             "num_sets": len(weights),
             "bound": bound,
         }
         return Call(f"{self.op} {self.size}: {variant}", lambda i: run(weights[i]), error, details)
 
 
-def bytes_of(weight: Any) -> int:
-    """What a product with float activations has to read: of a packed weight its codes, scales and
-    minima, of several weights all of them."""
-    if isinstance(weight, torch.Tensor):
-        return weight.nbytes
-    if isinstance(weight, PackedWeight):
-        weight = [part for part in weight[:3] if part is not None]
-    return sum(map(bytes_of, weight))
+def bytes_of(weight: torch.Tensor | PackedWeight) -> int:
+    """That a product with float activations has to read: of a packed weight codes, scales and
+    minima."""
+    parts = [weight] if isinstance(weight, torch.Tensor) else weight[:3]
+    return sum(part.nbytes for part in parts if part is not None)
 
 
 # ---- groups --------------------------------------------------------------------------------------
@@ -329,12 +317,11 @@ def _linear_calls(rows: Rows) -> list[Call]:
         calls += [
             _plain(own, dtype, _CPU_BOUND, count) for dtype in (torch.float32, torch.bfloat16)
         ]
-        for format, activations in (("int8", "float"), ("int8", "int8"), ("int4", "float")):
-            rounds_x = activations == "int8"
-            name = f"{format}, int8 activations" if rounds_x else format
-            run = partial(linear_of_checked, rows.x, bias=None, activations=activations)
+        for format, kind in (("int8", "float"), ("int8", "int8"), ("int4", "float")):
+            name = format if kind == "float" else f"{format}, {kind} activations"
+            run = partial(linear_of_checked, rows.x, bias=None, activations=kind)
             weights = rows.inputs.copies(format)[:count]
-            calls.append(own.product(name, run, weights, _CPU_BOUND, format, rounds_x))
+            calls.append(own.product(name, run, weights, _CPU_BOUND, format, kind == "int8"))
     return calls
 
 
@@ -413,10 +400,9 @@ def _w8a8_calls(rows: Rows) -> list[Call]:
         "own kernel": of_codes(linear_w8a8.kernel_product),
         "library": of_codes(linear_w8a8.library_product),
         "whole": lambda weight: linear_w8a8.linear_w8a8(x, weight, None, launcher),
-        "torch._int_mm and torch": separate,
     }
-    if len(x) < _LEAST_INT_MM_ROWS:
-        del runs["torch._int_mm and torch"]
+    if len(x) >= _LEAST_INT_MM_ROWS:
+        runs["torch._int_mm and torch"] = separate
     is_library = linear_w8a8.is_library_faster(launcher.capability, len(x))
     chosen = "library" if is_library else "own kernel"
     calls = [_plain(rows, x.dtype, 2 * bound)]
