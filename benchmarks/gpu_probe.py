@@ -49,18 +49,6 @@ def machine(out: str) -> int:
     return int(bool(content["failures"]))
 
 
-def gpu() -> Found:
-    """What the head of the file does not say of it."""
-    if not torch.cuda.is_available():
-        raise RuntimeError("torch sees no CUDA device")
-    return {
-        "processors": torch.cuda.get_device_properties(0).multi_processor_count,
-        "free bytes": torch.cuda.mem_get_info()[0],
-        "cuDNN": torch.backends.cudnn.version(),
-        "NVRTC": compiler_version(),
-    }
-
-
 def brought() -> Found:
     """Raises RuntimeError where jieba is not there, or kernels have changed since prepare."""
     remedy = "run python -m benchmarks.gpu_session prepare and bring the folder along"
@@ -75,7 +63,7 @@ def brought() -> Found:
             f"{len(missing)} of {len(wanted)} kernels are not among those brought for {capability} "
             f"and NVRTC {compiler}, such as {missing[0]}; {remedy}"
         )
-    return {"kernels": len(wanted), "kernels to compile": len(missing)}
+    return {"NVRTC": compiler, "kernels": len(wanted), "kernels to compile": len(missing)}
 
 
 def pinned() -> Found:
@@ -88,7 +76,7 @@ def pinned() -> Found:
     return {"torch calls it pinned": is_pinned, "lock": _LOCKED_BYTES / lock_s / 1e9, **speeds}
 
 
-PARTS: tuple[Callable[[], Found], ...] = (gpu, brought, pinned)
+PARTS: tuple[Callable[[], Found], ...] = (brought, pinned)
 
 
 def cases() -> int:

@@ -238,14 +238,9 @@ class Session:
 def environment_with(brought: Path) -> dict[str, str]:
     """Of the steps: the checkout need not be installed, and nothing reaches for a network."""
     packages, code = (brought / PACKAGES).resolve(), (brought / CODE).resolve()
-    paths = [
-        str(ROOT),
-        str(ROOT / "tests" / "gpu"),
-        str(packages),
-        os.environ.get("PYTHONPATH", ""),
-    ]
+    paths = [ROOT, ROOT / "tests" / "gpu", packages, os.environ.get("PYTHONPATH", "")]
     environment = {
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "PYTHONPATH": os.pathsep.join(str(path) for path in paths if path != ""),
         "COLUMNS": "200",  # of what pytest prints
         "PYTHONUNBUFFERED": "1",
         "TQDM_DISABLE": "1",
@@ -254,7 +249,7 @@ def environment_with(brought: Path) -> dict[str, str]:
     return environment | ({"BMINF_CACHE_DIR": str(code)} if code.is_dir() else {})
 
 
-def prepare(folder: Path, capability: Sequence[int], jieba: str) -> None:
+def prepare(folder: Path, capability: Sequence[int]) -> None:
     """Fills `folder`: jieba, which is published as source only, and machine code of all kernels by
     the NVRTC that is installed. What it has of an earlier call is not compiled again.
 
@@ -270,15 +265,15 @@ def prepare(folder: Path, capability: Sequence[int], jieba: str) -> None:
     (folder / MARK).touch()
     shutil.rmtree(packages, ignore_errors=True)
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "install"]
-    target = ["--no-deps", "--no-compile", "--target", str(packages), jieba]
+    target = ["--no-deps", "--no-compile", "--target", str(packages), "jieba==0.42.1"]
     subprocess.run([*pip, *target], check=True)
     for unused in ("lac_small", "posseg", "analyse"):  # most of its bytes
         shutil.rmtree(packages / "jieba" / unused, ignore_errors=True)
     os.environ["BMINF_CACHE_DIR"], compiler = str(code), compiler_version()
-    wanted = set()
-    for kernel, device in ((k, each) for each in capability for k in every_variant(each)):
-        compile_kernel(kernel, device)
-        wanted.add(kept_file(kernel, device, compiler))
+    jobs = [(kernel, each) for each in capability for kernel in every_variant(each)]
+    for job in jobs:
+        compile_kernel(*job)
+    wanted = {kept_file(*job, compiler) for job in jobs}
     for other in {*code.iterdir()} - wanted:  # of changed sources, or another compiler
         other.unlink()
     print(f"{folder}: jieba, {len(wanted)} kernels by NVRTC {'.'.join(map(str, compiler))}")
@@ -286,14 +281,30 @@ def prepare(folder: Path, capability: Sequence[int], jieba: str) -> None:
 
 def main(argv: Sequence[str]) -> int:
     """The exit status of a session, of the inspection, or of prepare."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_session")
+    add = parser.add_argument
     if argv[:1] == ["prepare"]:
-        prepare(**vars(_prepare_parser().parse_args(argv[1:])))
+        add("folder", type=Path, nargs="?", default=BROUGHT)
+        add("--capability", type=int, nargs="+", default=[90], metavar="N", help="without its dot")
+        prepare(**vars(parser.parse_args(argv[1:])))
         return 0
     for number in (signal.SIGTERM, signal.SIGINT):  # which is ignored behind a shell's &
         signal.signal(number, signal.default_int_handler)
     is_inspection = argv[:1] == ["inspect"]
     chosen = inspection() if is_inspection else steps()
-    arguments = _parser([step.name for step in chosen]).parse_args(argv[is_inspection:])
+    names = [step.name for step in chosen]
+    add("folder", type=Path, metavar="FOLDER", help="for the results")
+    add("--archive", type=Path, metavar="FILE", help=f"of the results; default: FOLDER/{ARCHIVE}")
+    add("--brought", type=Path, default=BROUGHT, metavar="DIR", help="what prepare made")
+    add("--seconds", type=float, default=SECONDS, help=f"for all; default: {SECONDS:g}")
+    add("--only", nargs="+", choices=names, metavar="STEP", help=", ".join(names))
+    add("--allow-skip", nargs="+", default=[], metavar="TEXT",
+        help="how the reasons start for which tests may be skipped on this machine")  # fmt: skip
+    add("--dry-run", action="store_true", help="print the commands")
+    return _run(parser.parse_args(argv[is_inspection:]), chosen)
+
+
+def _run(arguments: argparse.Namespace, chosen: Sequence[Step]) -> int:
     chosen = [step for step in chosen if step.name in (arguments.only or [step.name])]
     folder = arguments.folder.resolve()
     if arguments.dry_run:
@@ -304,29 +315,6 @@ def main(argv: Sequence[str]) -> int:
     environment = environment_with(arguments.brought)
     environment["GPU_SESSION_ALLOWED_SKIPS"] = "\n".join(arguments.allow_skip)
     return Session(folder, archive, environment).run(chosen, arguments.seconds)
-
-
-def _parser(names: Sequence[str]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_session [inspect]")
-    add = parser.add_argument
-    add("folder", type=Path, metavar="FOLDER", help="for the results")
-    add("--archive", type=Path, metavar="FILE", help=f"of them; default: FOLDER/{ARCHIVE}")
-    add("--brought", type=Path, default=BROUGHT, metavar="DIR", help="what prepare made")
-    add("--seconds", type=float, default=SECONDS, help=f"for all; default: {SECONDS:g}")
-    add("--only", nargs="+", choices=names, metavar="STEP", help=", ".join(names))
-    add("--allow-skip", nargs="+", default=[], metavar="TEXT",
-        help="how the reasons start for which tests may be skipped on this machine")  # fmt: skip
-    add("--dry-run", action="store_true", help="print the commands")
-    return parser
-
-
-def _prepare_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_session prepare")
-    add = parser.add_argument
-    add("folder", type=Path, nargs="?", default=BROUGHT, metavar="FOLDER")
-    add("--capability", type=int, nargs="+", default=[90], metavar="N", help="without its dot")
-    add("--jieba", default="jieba==0.42.1", metavar="WHEEL", help="in place of that of PyPI")
-    return parser
 
 
 if __name__ == "__main__":

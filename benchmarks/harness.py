@@ -251,16 +251,15 @@ def _check(call: Call, result: Result) -> None:
 @contextmanager
 def poisoned() -> Iterator[None]:
     """Fresh tensors are NaN, or the largest integer: what is not written shows."""
-    before = torch.are_deterministic_algorithms_enabled()
-    only_warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    before = torch.get_deterministic_debug_mode()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         # This mode is what makes torch fill them; it warns of operations that have no such form.
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.set_deterministic_debug_mode("warn")
         try:
             yield
         finally:
-            torch.use_deterministic_algorithms(before, warn_only=only_warns)
+            torch.set_deterministic_debug_mode(before)
 
 
 class _HostClock:
@@ -353,7 +352,8 @@ def document(case: str, parameters: dict[str, Any], settings: Settings) -> dict[
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         # Marked if files differ from the commit; None outside a repository.
         "commit": _output("git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"),
-        "versions": versions | {"cuda": torch.version.cuda},
+        "versions": versions
+        | {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()},
         "hardware": _hardware(),
         "parameters": parameters,
         "settings": asdict(settings),

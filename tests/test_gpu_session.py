@@ -477,7 +477,11 @@ def test_the_probe_misses_jieba_and_kernels_in_words(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(gpu_probe, "every_variant", lambda capability: PREPARED)
     monkeypatch.setenv("BMINF_CACHE_DIR", str(prepared / CODE))
-    assert gpu_probe.brought() == {"kernels": 2, "kernels to compile": 0}
+    assert gpu_probe.brought() == {
+        "NVRTC": compiler_version(),
+        "kernels": 2,
+        "kernels to compile": 0,
+    }
     monkeypatch.setattr(gpu_probe, "every_variant", lambda capability: [*PREPARED, OTHER])
     with pytest.raises(RuntimeError, match="1 of 3 kernels are not among those brought"):
         gpu_probe.brought()
@@ -485,7 +489,7 @@ def test_the_probe_misses_jieba_and_kernels_in_words(
     with pytest.raises(RuntimeError, match="3 of 3 kernels are not among those brought"):
         gpu_probe.brought()
     monkeypatch.setenv("BMINF_CACHE_DIR", str(prepared / "elsewhere" / "code"))
-    assert gpu_probe.brought() == {"kernels": 3, "kernels to compile": 3}
+    assert gpu_probe.brought()["kernels to compile"] == 3
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(RuntimeError, match="jieba is not there"):
         gpu_probe.brought()
@@ -497,17 +501,21 @@ def test_the_probe_misses_jieba_and_kernels_in_words(
 def test_the_probe_keeps_what_it_finds_where_parts_of_it_fail(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    def absent() -> None:
+        raise RuntimeError("torch sees no CUDA device")
+
     def found() -> dict[str, int]:
         return {"n": 1}
 
-    monkeypatch.setattr(gpu_probe, "PARTS", (gpu_probe.gpu, found))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", absent)
+    monkeypatch.setattr(gpu_probe, "PARTS", (gpu_probe.brought, found))
     assert gpu_probe.machine(str(tmp_path / "probe.json")) == 1
     content = json.loads((tmp_path / "probe.json").read_text())
-    assert content["failures"] == ["gpu: RuntimeError: torch sees no CUDA device"]
+    assert content["failures"] == ["brought: RuntimeError: torch sees no CUDA device"]
     assert content["versions"]["torch"] == torch.__version__
     assert content["found"] == {"found": {"n": 1}}
     shown = capsys.readouterr()
-    assert "torch sees no CUDA device" in shown.out and "in gpu\n" in shown.err
+    assert "torch sees no CUDA device" in shown.out and "in brought\n" in shown.err
 
 
 def test_the_probe_locks_pages_and_lets_go_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
