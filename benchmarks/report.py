@@ -310,9 +310,12 @@ def _ways(sizes: dict[Size, Variants]) -> list[str]:
 def _over_plain(name: str, variants: Variants, key: str = "median") -> float | None:
     """The time over that of torch's product with the weight as it is; None without one of them."""
     plain = next((own for other, own in variants.items() if other in _PLAIN), None)
-    if plain is None or name not in variants:
-        return None
-    ratio: float = variants[name]["time_s"][key] / plain["time_s"][key]
+    return _ratio(variants[name], plain, key) if plain and name in variants else None
+
+
+def _ratio(one: Result, other: Result, key: str = "median") -> float:
+    """Of their times."""
+    ratio: float = one["time_s"][key] / other["time_s"][key]
     return ratio
 
 
@@ -362,54 +365,40 @@ class Target:
 
 def targets(content: Content) -> list[Target]:
     """All targets for which the file has numbers."""
-    ops = _by_op(content)
-    found: list[Target] = []
-    for size, variants in ops.get("weight-only", {}).items():
-        found += _weight_only_targets(*size, variants, ops["weight-only"])
-    for (shape, num_rows), variants in ops.get("w8a8", {}).items():
+    return [
+        target
+        for op, sizes in _by_op(content).items()
+        for size in sizes
+        for target in _targets_of(op, size, sizes)
+    ]
+
+
+def _targets_of(op: str, size: Size, sizes: dict[Size, Variants]) -> Iterator[Target]:
+    (shape, num_rows), variants, chosen = size, sizes[size], _chosen(sizes[size])
+    name, num_weights = f"{shape} M={num_rows}", math.prod(map(int, shape.split("x")))
+    if op in _CPU_RATIOS and num_rows == 1:
+        way, most, least_weights = _CPU_RATIOS[op]
+        # The least time over the least time: the machine's noise only ever adds.
+        ratio = _over_plain(way, variants, "min")
+        if ratio is not None and num_weights >= least_weights:
+            yield Target(f"CPU {way} {name} {op.split()[1]}, over fp32", ratio, most)
+    elif op == "w8a8" and num_rows == 2048:
         # The chosen product is the fastest one of codes that are there already.
-        ways_s = [_median(variants[way]) for way in _WAYS_OF_W8A8 if way in variants]
-        for chosen in _chosen(variants).values():
-            if num_rows == 2048:
-                name, ratio = (
-                    f"w8a8 {shape} M=2048, chosen over best",
-                    _median(chosen) / min(ways_s),
-                )
-                found.append(Target(name, ratio, _MOST_OVER_BEST))
-    for op, (way, most, least_weights) in _CPU_RATIOS.items():
-        for (shape, num_rows), variants in ops.get(op, {}).items():
-            # The least time over the least time: the machine's noise only ever adds.
-            ratio = _over_plain(way, variants, "min")
-            if ratio is not None and num_rows == 1 and _num_weights(shape) >= least_weights:
-                state = op.removeprefix("linear ")
-                found.append(Target(f"CPU {way} {shape} M=1 {state}, over fp32", ratio, most))
-    return found
-
-
-def _weight_only_targets(
-    shape: str, num_rows: int, variants: Variants, sizes: dict[Size, Variants]
-) -> Iterator[Target]:
-    """Matrices that fill the memory: one row reads codes and scales at the copy's speed, and a few
-    rows cost hardly more."""
-    one_row = _chosen(sizes.get((shape, 1), {}))
-    for format, chosen in _chosen(variants).items():
-        name, share = f"{format} {shape} M={num_rows}", chosen["details"].get("copy_fraction")
-        if _num_weights(shape) < _LEAST_WEIGHTS:
-            continue
-        if num_rows == 1 and format in _LEAST_SHARE and share is not None:
-            yield Target(f"{name}, share of the copy", share, _LEAST_SHARE[format], is_least=True)
-        if num_rows in _MOST_ROW_RATIO and format in one_row:
-            ratio = _median(chosen) / _median(one_row[format])
-            yield Target(f"{name} over M=1", ratio, _MOST_ROW_RATIO[num_rows])
-
-
-def _num_weights(shape: str) -> int:
-    return math.prod(map(int, shape.split("x")))
-
-
-def _median(result: Result) -> float:
-    median_s: float = result["time_s"]["median"]
-    return median_s
+        ways = [variants[way] for way in _WAYS_OF_W8A8 if way in variants]
+        for own in chosen.values():
+            worst = max(_ratio(own, other) for other in ways)
+            yield Target(f"w8a8 {name}, chosen over best", worst, _MOST_OVER_BEST)
+    elif op == "weight-only" and num_weights >= _LEAST_WEIGHTS:
+        # One row reads codes and scales at the copy's speed, and a few rows cost hardly more.
+        one_row = _chosen(sizes.get((shape, 1), {}))
+        for form, own in chosen.items():
+            share = own["details"].get("copy_fraction")
+            if num_rows == 1 and form in _LEAST_SHARE and share is not None:
+                least = _LEAST_SHARE[form]
+                yield Target(f"{form} {name}, share of the copy", share, least, is_least=True)
+            if num_rows in _MOST_ROW_RATIO and form in one_row:
+                most = _MOST_ROW_RATIO[num_rows]
+                yield Target(f"{form} {name} over M=1", _ratio(own, one_row[form]), most)
 
 
 def _chosen(variants: Variants) -> Variants:
@@ -429,12 +418,9 @@ _MARGIN, _HEIGHT = 44, 200
 def plot(content: Content, op: str) -> str:
     """An SVG picture: time over torch's by rows of activations, a panel for each shape."""
     sizes = _by_op(content)[op]
-    shapes = list(dict.fromkeys(shape for shape, _ in sizes))
+    shapes = dict.fromkeys(shape for shape, _ in sizes)
     colors = dict(zip(_ways(sizes), cycle(_COLORS), strict=False))
     width = round(_STEP_X * math.log2(max(num_rows for _, num_rows in sizes)))
-    legend = "&#160; ".join(
-        f'<tspan fill="{color}">■ {variant}</tspan>' for variant, color in colors.items()
-    )
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" font-size="10" '
         f'viewBox="0 0 {(width + _MARGIN) * len(shapes)} {_HEIGHT}">',
@@ -442,38 +428,39 @@ def plot(content: Content, op: str) -> str:
         '<rect width="100%" height="100%" fill="white"/>',
     ]
     for i, shape in enumerate(shapes):
-        x = (width + _MARGIN) * i + _MARGIN - 8
-        lines.append(f'<g transform="translate({x} {_HEIGHT / 2 - 10})">')
-        lines += [*_panel(shape, width, sizes, colors), "</g>"]
-    return "\n".join([*lines, f'<text x="8" y="{_HEIGHT - 6}">{legend}</text>', "</svg>\n"])
+        x, own = (
+            (width + _MARGIN) * i,
+            {m: each for (one, m), each in sizes.items() if one == shape},
+        )
+        lines.append(f'<g transform="translate({x + _MARGIN - 8} {_HEIGHT / 2 - 10})">')
+        lines += [_text(width / 2, -_STEP_Y * _MOST - 8, "middle", shape)]
+        lines += [*_panel(width, own, colors), "</g>"]
+    names = [f'<tspan fill="{color}">■ {name}</tspan>' for name, color in colors.items()]
+    lines.append(_text(8, _HEIGHT - 6, "start", "&#160; ".join(names)))
+    return "\n".join([*lines, "</svg>\n"])
 
 
-def _panel(
-    shape: str, width: int, sizes: dict[Size, Variants], colors: dict[str, str]
-) -> Iterator[str]:
-    """One shape: for each variant its ratios by rows; one row in torch's time is at (0, 0)."""
-
-    def text(x: float, y: float, anchor: str, word: str) -> str:
-        return f'<text x="{x:g}" y="{y}" text-anchor="{anchor}">{word}</text>'
-
-    yield text(width / 2, -_STEP_Y * _MOST - 8, "middle", shape)
+def _panel(width: int, by_rows: dict[int, Variants], colors: dict[str, str]) -> Iterator[str]:
+    """For each variant its ratios by rows; one row in torch's time is at (0, 0)."""
     for power in range(-_MOST, _MOST + 1):
         y = -_STEP_Y * power
         yield f'<path d="M0 {y}h{width}" stroke="{"#ddd" if power else "#555"}"/>'
-        yield text(-4, y + 3, "end", f"{2.0**power:g}")
-    found = {m: own for (one, m), own in sizes.items() if one == shape}
-    for num_rows in found:
+        yield _text(-4, y + 3, "end", f"{2.0**power:g}")
+    for num_rows in by_rows:
         x = _STEP_X * math.log2(num_rows)
-        yield text(x, _STEP_Y * _MOST + 13, "middle", str(num_rows))
-    for variant, color in colors.items():
-        ratios = {m: _over_plain(variant, own) for m, own in found.items()}
-        points = [
-            f"{_STEP_X * math.log2(m):.1f},"
-            f"{-_STEP_Y * min(max(math.log2(ratio), -_MOST), _MOST):.1f}"
-            for m, ratio in ratios.items()
-            if ratio is not None
-        ]
+        yield _text(x, _STEP_Y * _MOST + 13, "middle", str(num_rows))
+    for name, color in colors.items():
+        points = []
+        for num_rows, variants in by_rows.items():
+            ratio = _over_plain(name, variants)
+            if ratio is not None:
+                power = min(max(math.log2(ratio), -_MOST), _MOST)
+                points.append(f"{_STEP_X * math.log2(num_rows):.1f},{-_STEP_Y * power:.1f}")
         yield f'<polyline points="{" ".join(points)}" fill="none" stroke="{color}"/>'
+
+
+def _text(x: float, y: float, anchor: str, words: str) -> str:
+    return f'<text x="{x:g}" y="{y}" text-anchor="{anchor}">{words}</text>'
 
 
 _PARTS: dict[str, Callable[[Content], Iterator[str]]] = {
