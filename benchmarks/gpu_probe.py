@@ -1,7 +1,6 @@
-"""`python -m benchmarks.gpu_probe machine FILE`: what the machine of a GPU session is.
+"""`python -m benchmarks.gpu_probe FILE`: what the machine of a GPU session is.
 
 In half a minute, before anything else: what it finds explains what the other steps find.
-`cases` in place of `machine FILE` is for compute-sanitizer.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from benchmarks.gpu_session import MARK, ROOT
 
 sys.path.append(str(ROOT / "tests" / "kernels"))
 
-from cases import few_of_each
 from variants import every_variant
 
 from benchmarks.harness import Settings, document, write_json
@@ -28,7 +26,6 @@ from bminf.cli.gpus import THIS, speeds_of
 from bminf.cuda.compile import cache_folder, compiler_version, kept_file, read_kept
 from bminf.cuda.pinned import PinnedMemory
 
-_DEVICE = "cuda"
 _LOCKED_BYTES = 2**29
 
 Found = dict[str, Any]
@@ -79,20 +76,5 @@ def pinned() -> Found:
 PARTS: tuple[Callable[[], Found], ...] = (brought, pinned)
 
 
-def cases() -> int:
-    """Those that reach every line of every kernel; 0 if all give the right result, otherwise 1."""
-    torch.manual_seed(0)
-    is_wrong = False
-    for case in (case for group in few_of_each().values() for case in group):
-        print(case.name, flush=True)
-        try:
-            case.run(_DEVICE)
-        except Exception:  # which does not keep the next one from running
-            traceback.print_exc()
-            is_wrong = True
-    return int(is_wrong)
-
-
 if __name__ == "__main__":
-    commands = {"machine": machine, "cases": cases}
-    sys.exit(commands[sys.argv[1]](*sys.argv[2:]))
+    sys.exit(machine(sys.argv[1]))

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -80,7 +80,7 @@ def steps() -> list[Step]:
     kernel_tests, rows = "tests/gpu/test_kernels.py", "--rows 1 4 16 128 2048"
     weights, one_shape = "--ops weight-only --seconds", "--shapes 12288x12288"
     needed = [
-        Step("probe", 25, "{python} -m benchmarks.gpu_probe machine {out}", "probe.json"),
+        Step("probe", 25, "{python} -m benchmarks.gpu_probe {out}", "probe.json"),
         tests("kernel tests", 60, f"{kernel_tests} -k 'not compiled_layer and not the_targets'"),
         _measured("kernels large", 40, f"{weights} 25 {one_shape} 32768x12288 {rows}"),
         tests("cuda tests", 75, "tests/gpu/test_gpu_attention.py tests/gpu/test_cuda.py"),
@@ -89,7 +89,7 @@ def steps() -> list[Step]:
         tests("zoo tests", 45, "tests/gpu/test_zoo.py"),
         _measured("glm", 45, "--memory-limit 16GB 4GB --layers 6 --tasks encode=512 decode=16 "
                   "cola=30x32 --seconds 25"),
-        _measured("kernels w8a8", 45, f"--ops w8a8 gated --seconds 30 {rows}"),
+        _measured("kernels w8a8", 45, f"--ops w8a8 --seconds 30 {rows}"),
         _measured("kernels small", 30, f"{weights} 15 --shapes 4096x4096 10240x4096 {rows} 512"),
         _measured("kernels bfloat16", 30, "--ops weight-only w8a8 --dtype bfloat16 --seconds 15 "
                   f"{one_shape} {rows}"),
@@ -102,16 +102,9 @@ def steps() -> list[Step]:
         tests("compiled layers", 45, f"{kernel_tests} -k compiled_layer"),
         tests("speed", 40, f"{kernel_tests} -k the_targets"),
         _measured("kernels rows", 45, f"{weights} 30 --rows 2 8 32 64 512"),
-        tests("benchmark tests", 40, " ".join(files_with_gpu_tests())),
+        tests("benchmark tests", 40, "tests/test_benchmarks.py tests/test_model_benchmark.py"),
     ]  # fmt: skip
     return [*needed, *(replace(step, is_spare=True) for step in spare)]
-
-
-def files_with_gpu_tests() -> Iterator[str]:
-    """Those outside of tests/gpu, wherever they lie: to collect all of tests takes too long."""
-    for file in sorted(ROOT.glob("tests/**/test_*.py")):
-        if file.parent.name != "gpu" and "pytest.mark.gpu" in file.read_text(encoding="utf-8"):
-            yield str(file.relative_to(ROOT))
 
 
 def inspection() -> list[Step]:
@@ -121,7 +114,7 @@ def inspection() -> list[Step]:
     clocks stay as they are.
     """
     sanitizer = "env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 86 --tool"
-    cases = "{python} -m benchmarks.gpu_probe cases"
+    cases = "{python} tests/kernels/cases.py cuda"
     profile = "--set full --kernel-name regex:^linear_ --launch-count 6 --clock-control none"
     products = "--device cuda --ops weight-only --shapes 12288x12288 --rows 1 16 --rounds 1"
     return [

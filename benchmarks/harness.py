@@ -35,7 +35,6 @@ from bminf.cli.measure import PeakMemory, rss_anon_bytes
 from bminf.offload.plan import Plan
 from bminf.progress import progress_bar
 
-SCHEMA_VERSION = 1
 PACKAGES = (
     "torch", "transformers", "accelerate", "numpy", "safetensors", "cupy-cuda12x", "cupy-cuda13x",
 )  # fmt: skip
@@ -347,7 +346,7 @@ def document(case: str, parameters: dict[str, Any], settings: Settings) -> dict[
         with suppress(PackageNotFoundError):
             versions[package] = version(package)
     return {
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": 1,
         "case": case,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         # Marked if files differ from the commit; None outside a repository.

@@ -29,7 +29,7 @@ from benchmarks.harness import (
     relative_error,
 )  # fmt: skip
 from bminf.cuda.launcher import Launcher, launcher_for
-from bminf.ops import gated_linear, linear_w8a8, linear_weight_only
+from bminf.ops import linear_w8a8, linear_weight_only
 from bminf.ops.linear import linear_of_checked
 from bminf.ops.quantize_rows import quantize_rows
 from bminf.quantization.packed import INT4, INT8, Format, PackedWeight, dequantize, int8_rows, pack
@@ -61,7 +61,6 @@ _COPY_BYTES = 2**30  # on a GPU; on the CPU as much as is rotated
 BOUNDS = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 _SLICE_ELEMENTS = 2**26  # of a weight in float64 at a time
 _LEAST_INT_MM_ROWS = 17
-_ACTIVATION = "gelu_tanh"
 _CPU_BOUND = 1e-2  # bfloat16 keeps 8 bits: half of the last one is 2e-3 of a number
 _ROUNDING_BOUND = 2e-3  # of codes: a tie that falls to the other side moves a code by one
 
@@ -100,7 +99,6 @@ class Setup:
     rows: tuple[int, ...]
     formats: tuple[str, ...]
     rotate_bytes: int
-    copy_bytes: int
 
 
 def prepare(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[tuple[str, Group]]]:
@@ -139,7 +137,6 @@ def setup_of(arguments: argparse.Namespace) -> Setup:
         rows=tuple(sorted(arguments.rows or _ROWS[kind])),
         formats=tuple(arguments.formats),
         rotate_bytes=rotate_bytes,
-        copy_bytes=_COPY_BYTES if kind == "cuda" else rotate_bytes,
     )
 
 
@@ -230,20 +227,17 @@ class Rows:
         bound: float,
         format: str | None = None,
         rounds_x: bool = False,
-        finish: Callable[[torch.Tensor], torch.Tensor] = lambda y: y,
         **details: Any,
     ) -> Call:
-        """A product of the rows with one of `weights` after the other, or with two of them at once.
+        """A product of the rows with one of `weights` after the other.
 
-        format, rounds_x: see Inputs.product(), of which the right result is `finish`.
+        format, rounds_x: see Inputs.product(), which is the right result.
         The bytes it moves are those of the weights, of the activations and of the result.
         """
-        num_rows, (n, k) = self.num_rows, self.inputs.shape
-        each = weights[0] if type(weights[0]) is tuple else weights[:1]
-        nbytes = sum(map(bytes_of, each))
+        num_rows, (n, k), nbytes = self.num_rows, self.inputs.shape, bytes_of(weights[0])
 
         def error(y: torch.Tensor) -> float:
-            return relative_error(y, finish(self.inputs.product(format, rounds_x)[:num_rows]))
+            return relative_error(y, self.inputs.product(format, rounds_x)[:num_rows])
 
         details |= {
             "op": self.op,
@@ -254,7 +248,7 @@ class Rows:
             "in_features": k,
             "weight_bytes": nbytes,
             "num_bytes": nbytes + num_rows * (n + k) * self.x.element_size(),
-            "num_ops": 2 * num_rows * n * k * len(each),
+            "num_ops": 2 * num_rows * n * k,
             "num_sets": len(weights),
             "bound": bound,
         }
@@ -286,10 +280,11 @@ def measure(
 
 def _copy(setup: Setup) -> Call:
     """From memory to memory of the device: both the reading and the writing count."""
-    data = torch.randint(-128, 128, (setup.copy_bytes,), dtype=torch.int8, device=setup.device)
+    num_bytes = _COPY_BYTES if setup.device.type == "cuda" else setup.rotate_bytes
+    data = torch.randint(-128, 128, (num_bytes,), dtype=torch.int8, device=setup.device)
     target = torch.empty_like(data)
     details = {"op": "copy", "variant": "copy", "num_sets": 1, "bound": 0.0}
-    details |= {"num_bytes": 2 * setup.copy_bytes, "num_ops": 0}
+    details |= {"num_bytes": 2 * num_bytes, "num_ops": 0}
 
     def error(value: torch.Tensor) -> float:
         return 0.0 if torch.equal(value, data) else float("inf")
@@ -299,10 +294,9 @@ def _copy(setup: Setup) -> Call:
 
 def calls_by_group(setup: Setup, op: str) -> Iterator[tuple[str, Callable[[], list[Call]]]]:
     """The name of each group of an op, and what makes its calls."""
-    most = linear_weight_only.MAX_FEW_ROWS if op == "gated" else max(setup.rows)
     for sides in setup.shapes:
         inputs = Inputs(setup, sides)
-        for rows in (Rows(inputs, op, m) for m in setup.rows if m <= most):
+        for rows in (Rows(inputs, op, num_rows) for num_rows in setup.rows):
             yield f"{op} {rows.size}", partial(OPS[op], rows)
 
 
@@ -413,42 +407,8 @@ def _w8a8_calls(rows: Rows) -> list[Call]:
     return calls
 
 
-# ---- the first half of a gated feed-forward ------------------------------------------------------
-
-_Pair = tuple[PackedWeight, PackedWeight]
-
-
-def _gated_calls(rows: Rows) -> list[Call]:
-    x, activation = rows.x, gated_linear.ACTIVATION_FUNCTIONS[_ACTIVATION]
-    index = list(gated_linear.ACTIVATION_FUNCTIONS).index(_ACTIVATION)
-    bound = 4 * BOUNDS[x.dtype]  # each factor of two linears is rounded, and the product again
-
-    def fused(pair: _Pair) -> torch.Tensor:
-        gate, up = pair
-        launch = linear_weight_only.launch_few_rows
-        return launch(_launcher(x), x, gate, None, up, None, index)
-
-    def two_linears(pair: _Pair) -> torch.Tensor:
-        gate, up = (linear_of_checked(x, weight, None, "float") for weight in pair)
-        return activation(gate) * up
-
-    calls: list[Call] = []
-    for format in rows.inputs.setup.formats:
-        copies = rows.inputs.copies(format)
-        # Of two copies of one weight: neither is in a cache when it is read.
-        half = len(copies) // 2
-        pairs = list(zip(copies, [*copies[half:], *copies[:half]], strict=True))
-        is_fused = gated_linear._is_fused(_launcher(x), x, x, copies[0])
-        for run, is_chosen in ((fused, is_fused), (two_linears, not is_fused)):
-            name = f"{format} {run.__name__.replace('_', ' ')}"
-            details = {"finish": lambda y: activation(y) * y, "is_chosen": is_chosen}
-            calls.append(rows.product(name, run, pairs, bound, format, **details))
-    return calls
-
-
 OPS: dict[str, Callable[[Rows], list[Call]]] = {
     "linear": _linear_calls,
     "weight-only": _weight_only_calls,
     "w8a8": _w8a8_calls,
-    "gated": _gated_calls,
 }

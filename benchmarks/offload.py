@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import multiprocessing
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -18,7 +18,7 @@ import torch
 import transformers
 
 import bminf
-from benchmarks.harness import Group, Result, Settings, Variant, Work, measure, plan_entries
+from benchmarks.harness import Group, Result, Sample, Settings, Variant, Work, measure, plan_entries
 from bminf.cli import models
 from bminf.cli.demo import half_limit
 from bminf.offload.plan import least_budget
@@ -120,7 +120,7 @@ class Setup:
         load = transformers.AutoModelForCausalLM.from_pretrained
         return load(self.folder, dtype=self.dtype, **options).eval()
 
-    def _work(self, model: Any, details: Callable[[], dict[str, Any]] = dict) -> Work:
+    def _work(self, model: Any) -> Work:
         """Greedy generation of exactly `tokens` ids."""
         prompt = torch.tensor([[*PROMPT_IDS]], device=self.device)
         options = {"max_new_tokens": self.tokens, "min_new_tokens": self.tokens,
@@ -131,7 +131,11 @@ class Setup:
             ids: list[int] = model.generate(prompt, attention_mask=mask, **options)[0].tolist()
             return ids
 
-        return Work(run, lambda _: {"tokens": self.tokens} | details())
+        def details(_: list[Sample]) -> dict[str, Any]:
+            plan, found = bminf.plan_of(model), {"tokens": self.tokens}
+            return found | (plan_entries(plan) | asdict(bminf.stats_of(model)) if plan else {})
+
+        return Work(run, details)
 
     @contextmanager
     def _plain(self) -> Iterator[Work]:
@@ -142,9 +146,7 @@ class Setup:
         model = self._load()
         bminf.wrapper(model, quantization=False, memory_limit=limit, device=self.device)
         try:
-            yield self._work(
-                model, lambda: plan_entries(bminf.plan_of(model)) | asdict(bminf.stats_of(model))
-            )
+            yield self._work(model)
         finally:
             bminf.unwrap(model)
 

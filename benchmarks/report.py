@@ -207,11 +207,6 @@ def _model_parts(content: Content) -> Iterator[str]:
     yield _by_columns(_PREDICTED, predicted)
 
 
-def _seconds(result: Result) -> float:
-    """Of a run."""
-    return statistics.fmean(sample["wall_s"] for sample in result["samples"])
-
-
 def _predicted(name: str, factor: float, word: str) -> Column:
     """A number with `word` before it where what is not predicted, multiplying, bounds it."""
 
@@ -233,9 +228,11 @@ def _blocks(details: dict[str, Any]) -> str:
 
 
 _MEASURED: dict[str, Column] = {
-    "s": lambda result: _digits(_seconds(result)),
+    "s": _at("details", lambda own: _digits(own["tokens"] / own["tokens_per_s"])),
     "tokens / s": _at("details.tokens_per_s", _digits),
-    "ms / step": lambda result: _digits(_seconds(result) / result["details"]["steps"] * 1e3),
+    "ms / step": _at(
+        "details", lambda own: _digits(own["tokens"] / own["tokens_per_s"] / own["steps"] * 1e3)
+    ),
     "copied / step": _at("details.copied_bytes_per_step", format_bytes),
     "link GB/s": _at("details.link_gbps", _digits),
     "of the bound": _at("details.fraction_of_bound", "{:.0%}".format),

@@ -60,8 +60,7 @@ def _measured(
     end = time.monotonic() + seconds
     yield []
     while groups and time.monotonic() <= end:
-        _, group = groups.pop(0)
-        yield from group(settings)
+        yield from groups.pop(0)[1](settings)
         left_out.pop(0)
         yield []
 

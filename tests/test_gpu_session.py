@@ -23,6 +23,7 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parent / "gpu"))
 
+import cases
 import gpu_reports
 
 from benchmarks import gpu_probe, run
@@ -560,9 +561,9 @@ def test_tools_get_python_after_their_options(
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     assert session.main(["inspect", str(tmp_path / "out")]) == 0
     log = (tmp_path / "out" / LOG).read_text()
-    probe = f"{sys.executable} -m benchmarks.gpu_probe"
+    program = f"{sys.executable} tests/kernels/cases.py cuda"
     for tool in ("memcheck", "racecheck"):
-        assert f"--error-exitcode 86 --tool {tool} {probe} cases [1]" in log
+        assert f"--error-exitcode 86 --tool {tool} {program} [1]" in log
     products = f"{sys.executable} -m benchmarks.run kernels --device cuda"
     assert f"--export {tmp_path}/out/kernels.ncu-rep {products}" in log
     assert f"--import {tmp_path}/out/kernels.ncu-rep []" in log
@@ -575,7 +576,7 @@ def test_wrong_cases_fail_and_do_not_keep_others_from_running(
         SimpleNamespace(name="a", run=lambda device: 1 / 0),
         SimpleNamespace(name="b", run=lambda device: None),
     ]
-    monkeypatch.setattr(gpu_probe, "few_of_each", lambda: {61: found})
-    assert gpu_probe.cases() == 1
+    monkeypatch.setattr(cases, "few_of_each", lambda: {61: found})
+    assert cases.main("cuda") == 1
     assert capsys.readouterr().out == "a\nb\n"
-    assert found.pop(0).name == "a" and gpu_probe.cases() == 0
+    assert found.pop(0).name == "a" and cases.main("cuda") == 0

@@ -46,7 +46,7 @@ def test_kernels_case(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_every_kernel_is_checked_before_it_is_timed() -> None:
     formats = ("int8", "int4", "int4-g32-minimum")
-    setup = Setup(CPU, torch.float16, ((16, 32),), (1, 32), formats, 0, 16)
+    setup = Setup(CPU, torch.float16, ((16, 32),), (1, 32), formats, 0)
     launcher = NotingLauncher()
     results: list[Result] = []
     ops = [op for op in kernels.OPS if op != "linear"]
@@ -71,7 +71,7 @@ def test_every_kernel_is_checked_before_it_is_timed() -> None:
 
 def test_enough_copies_for_the_bytes_between_two_uses() -> None:
     def copies(rotate_bytes: int) -> int:
-        setup = Setup(CPU, torch.float16, (), (), (), rotate_bytes, 16)
+        setup = Setup(CPU, torch.float16, (), (), (), rotate_bytes)
         return Inputs(setup, (16, 32)).num_copies(100)
 
     assert [copies(size) for size in (0, 1, 100, 101)] == [1, 2, 2, 3]
