@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -24,9 +23,6 @@ from variants import every_variant
 from benchmarks.harness import Settings, document, write_json
 from bminf.cli.gpus import THIS, speeds_of
 from bminf.cuda.compile import cache_folder, compiler_version, kept_file, read_kept
-from bminf.cuda.pinned import PinnedMemory
-
-_LOCKED_BYTES = 2**29
 
 Found = dict[str, Any]
 
@@ -63,17 +59,12 @@ def brought() -> Found:
     return {"NVRTC": compiler, "kernels": len(wanted), "kernels to compile": len(missing)}
 
 
-def pinned() -> Found:
-    """How fast memory is locked, and read through the link and on the device."""
-    start = time.perf_counter()
-    memory = PinnedMemory(_LOCKED_BYTES)
-    lock_s, is_pinned = time.perf_counter() - start, memory.tensor.is_pinned()
-    memory.close()
-    speeds = {name: speed / 1e9 for name, speed in speeds_of(THIS)._asdict().items()}
-    return {"torch calls it pinned": is_pinned, "lock": _LOCKED_BYTES / lock_s / 1e9, **speeds}
+def speeds() -> Found:
+    """Bytes a second through the link, out of page-locked memory, and on the device."""
+    return speeds_of(THIS)._asdict()
 
 
-PARTS: tuple[Callable[[], Found], ...] = (brought, pinned)
+PARTS: tuple[Callable[[], Found], ...] = (brought, speeds)
 
 
 if __name__ == "__main__":

@@ -62,17 +62,6 @@ Group = Callable[[Settings], Iterable[list[Result]]]
 """What is measured together: gives results as they come."""
 
 
-@contextmanager
-def torch_threads(count: int | None) -> Iterator[None]:
-    """So many threads of torch on the CPU, its own number for None, and what it was afterwards."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def summary(values: Sequence[float]) -> dict[str, float]:
     """Least, median and most of `values`; spread: (most - least) / median."""
     least, median, most = min(values), statistics.median(values), max(values)

@@ -24,6 +24,7 @@ import torch
 
 from benchmarks import harness
 from benchmarks.harness import Group, Result, Sample, Settings, Variant, Work, plan_entries
+from benchmarks.report import read_result
 from bminf.arch.glm import GLM as GLMNetwork
 from bminf.arch.registry import all_formats
 from bminf.arch.t5 import T5, T5Config
@@ -367,19 +368,6 @@ def _opened(task: Task, network: Any, scheduler: Scheduler) -> Iterator[Work]:
 
 # ---- predicted -----------------------------------------------------------------------------------
 
-PUBLISHED_SPEEDS = {
-    "CPM-2 (Chinese), CPM-2.1": {
-        "encoder": {"BMInf 1.0 to 2.0": 718, "BMInf 0.0.5": 533},
-        "decoder": {"BMInf 1.0 to 2.0": 4.4, "BMInf 0.0.5": 1.6},
-    }
-}
-"""Tokens a second of CPM-2 on a GTX 1060 6 GB: the tables in the READMEs of these versions.
-
-Encoder: 256 tokens through 24 layers and the last norm. Decoder: 255 steps through 24 layers and
-the last norm, keys and values of the 256 prompt tokens projected anew in each. Batch 1, 8-bit
-weights; no embedding, head or sampling. That is benchmark/cpm2 of BMInf 1.0.
-"""
-
 
 @dataclass(frozen=True)
 class Card:
@@ -408,6 +396,7 @@ def predictions(run: Run, card: Card) -> Iterator[Result]:
         **plan_entries(plan),
     }
     is_t5 = isinstance(run.source.config, T5Config)
+    published = read_result("published.json")["tokens_per_s"]
     steps = (Task(ENCODER, 256), Task(ANEW, 1), Task(ONCE, 1)) if is_t5 else (Task("decode", 1),)
     for step in steps:
         own = {"task": step.kind, "tokens": step.length}
@@ -415,7 +404,7 @@ def predictions(run: Run, card: Card) -> Iterator[Result]:
         lists = LISTS.get(step.kind)
         found = predict(plan, card.link_bytes_per_s, card.memory_bytes_per_s, lists)
         rates = {"tokens_per_s": step.length / found.pass_s, "bound": found.bound}
-        speeds = PUBLISHED_SPEEDS.get(run.source.title, {}).get(step.kind.partition(",")[0], {})
+        speeds = published.get(run.source.title, {}).get(step.kind.partition(",")[0], {})
         yield {
             "name": f"{card.name} {run.formats}: {step.kind}",
             "details": facts | own,

@@ -43,17 +43,18 @@ def main() -> int:
 def with_tables(text: str) -> str:
     """`text` with the table of each marked file in its place."""
     return _MARKED.sub(
-        lambda mark: f"<!-- {mark[1]} -->\n{table(_content(mark[1]))}<!-- end -->", text
+        lambda mark: f"<!-- {mark[1]} -->\n{table(read_result(mark[1]))}<!-- end -->", text
     )
 
 
 def plot_of(name: str) -> str:
     """The picture that belongs into the file `name` of PLOTS."""
     file, op = PLOTS[name]
-    return plot(_content(file), op)
+    return plot(read_result(file), op)
 
 
-def _content(name: str) -> Content:
+def read_result(name: str) -> Content:
+    """The content of a file in benchmarks/results."""
     path = ROOT / "benchmarks" / "results" / name
     content: Content = json.loads(path.read_text(encoding="utf-8"))
     return content
@@ -164,19 +165,6 @@ def _with_spread(values: dict[str, float]) -> str:
 
 # ---- zoo and glm ---------------------------------------------------------------------------------
 
-PUBLISHED_S = {
-    "encode": {
-        "8 x A100, fp16, SAT": {512: 0.145, 1024: 0.250, 2048: 0.453},
-        "4 x RTX 3090, int4, FT": {128: 0.374, 512: 1.3},
-    },
-    "decode": {
-        "8 x A100, fp16, SAT": {512: 45.21, 1024: 89.00, 2048: 179.22},
-        "4 x RTX 3090, int4, FT": {128: 8.16, 512: 32.3, 1024: 66.5, 2048: 150.0},
-    },
-}
-"""Seconds that GLM-130B's authors publish, in their own code (SwissArmyTransformer) and in
-FasterTransformer: task -> machine -> tokens -> seconds."""
-
 _PUBLISHED = (
     "Published: by BMInf's authors, with 8-bit weights, batch 1, and as here no embedding, head or "
     'sampling. "At most": bytes are counted, and not what it takes to multiply many rows.'
@@ -218,8 +206,9 @@ def _predicted(name: str, factor: float, word: str) -> Column:
 
 
 def _published_s(details: dict[str, Any]) -> str:
-    by_machine = PUBLISHED_S.get(details.get("task", ""), {})
-    found = {name: known.get(details["length"]) for name, known in by_machine.items()}
+    """Seconds that GLM-130B's authors publish."""
+    by_machine = read_result("published.json")["seconds"].get(details.get("task"), {})
+    found = {name: known.get(str(details["length"])) for name, known in by_machine.items()}
     return "; ".join(f"{s:g} ({name})" for name, s in found.items() if s is not None)
 
 

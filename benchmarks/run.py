@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks import kernels, models, offload
-from benchmarks.harness import Group, Result, Settings, document, torch_threads, write_json
+from benchmarks.harness import Group, Result, Settings, document, write_json
 from benchmarks.report import table
 from tools import perplexity
 
@@ -36,7 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """0, after the case was measured and its file written; 1 if a call could not be measured."""
     arguments = _parser().parse_args(argv)
     settings = Settings(arguments.warmup, arguments.repeats, arguments.rounds)
-    with torch_threads(arguments.threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(arguments.threads or before)
+    try:
         parameters, groups = arguments.prepare(arguments)
         left_out = [name for name, _ in groups]
         parameters |= {"threads": torch.get_num_threads(), "left_out": left_out}
@@ -45,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             content["results"] += results
             if arguments.out is not None:
                 write_json(arguments.out, content)
+    finally:
+        torch.set_num_threads(before)
     print(table(content))
     return int(any(result.get("failure") for result in content["results"]))
 

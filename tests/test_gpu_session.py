@@ -29,7 +29,6 @@ import gpu_reports
 from benchmarks import gpu_probe, run
 from benchmarks import gpu_session as session
 from benchmarks.gpu_session import ARCHIVE, CODE, LOG, PACKAGES, ROOT, SUMMARY, Session, Step
-from bminf.cli.gpus import Speeds
 from bminf.cuda import compile as cuda_compile
 from bminf.cuda.compile import compiler_version
 from bminf.cuda.source import Kernel
@@ -517,25 +516,6 @@ def test_the_probe_keeps_what_it_finds_where_parts_of_it_fail(
     assert content["found"] == {"found": {"n": 1}}
     shown = capsys.readouterr()
     assert "torch sees no CUDA device" in shown.out and "in brought\n" in shown.err
-
-
-def test_the_probe_locks_pages_and_lets_go_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    log: list[str] = []
-
-    class Memory:
-        def __init__(self, nbytes: int) -> None:
-            log.append(f"lock {nbytes}")
-            self.tensor = SimpleNamespace(is_pinned=lambda: log[-1].startswith("lock"))
-
-        def close(self) -> None:
-            log.append("unlock")
-
-    monkeypatch.setattr(gpu_probe, "PinnedMemory", Memory)
-    monkeypatch.setattr(gpu_probe, "speeds_of", lambda name: Speeds(2 * 10**10, 10**12))
-    found = gpu_probe.pinned()
-    assert found.pop("lock") > 0
-    assert found == {"torch calls it pinned": True, "link": 20.0, "memory": 1000.0}
-    assert log == ["lock 536870912", "unlock"]
 
 
 def test_a_tool_that_is_not_there_is_a_failure_in_words(
