@@ -30,12 +30,12 @@ Found = dict[str, Any]
 def machine(out: str) -> int:
     """0, or 1 where a part failed; each part is written as soon as it is known."""
     content = document("probe", {}, Settings()) | {"found": {}, "failures": []}
-    for part in PARTS:
+    for name, part in PARTS.items():
         try:
-            content["found"][part.__name__] = part()
+            content["found"][name] = part()
         except Exception as error:
             traceback.print_exc()
-            content["failures"].append(f"{part.__name__}: {type(error).__name__}: {error}")
+            content["failures"].append(f"{name}: {type(error).__name__}: {error}")
         write_json(Path(out), content)
     for name in ("versions", "hardware", "found", "failures"):
         print(f"{name}: {content[name]}")
@@ -59,13 +59,11 @@ def brought() -> Found:
     return {"NVRTC": compiler, "kernels": len(wanted), "kernels to compile": len(missing)}
 
 
-def speeds() -> Found:
-    """Bytes a second through the link, out of page-locked memory, and on the device."""
-    return speeds_of(THIS)._asdict()
-
-
-PARTS: tuple[Callable[[], Found], ...] = (brought, speeds)
-
+PARTS: dict[str, Callable[[], Found]] = {
+    "brought": brought,
+    # Bytes a second through the link, out of page-locked memory, and on the device.
+    "speeds": lambda: speeds_of(THIS)._asdict(),
+}
 
 if __name__ == "__main__":
     sys.exit(machine(sys.argv[1]))

@@ -289,7 +289,6 @@ def main(argv: Sequence[str]) -> int:
     add("folder", type=Path, metavar="FOLDER", help="for the results")
     add("--archive", type=Path, metavar="FILE", help=f"of the results; default: FOLDER/{ARCHIVE}")
     add("--brought", type=Path, default=BROUGHT, metavar="DIR", help="what prepare made")
-    add("--seconds", type=float, default=SECONDS, help=f"for all; default: {SECONDS:g}")
     add("--only", nargs="+", choices=names, metavar="STEP", help=", ".join(names))
     add("--allow-skip", nargs="+", default=[], metavar="TEXT",
         help="how the reasons start for which tests may be skipped on this machine")  # fmt: skip
@@ -307,7 +306,7 @@ def _run(arguments: argparse.Namespace, chosen: Sequence[Step]) -> int:
     archive = (arguments.archive or folder / ARCHIVE).resolve()
     environment = environment_with(arguments.brought)
     environment["GPU_SESSION_ALLOWED_SKIPS"] = "\n".join(arguments.allow_skip)
-    return Session(folder, archive, environment).run(chosen, arguments.seconds)
+    return Session(folder, archive, environment).run(chosen, SECONDS)
 
 
 if __name__ == "__main__":

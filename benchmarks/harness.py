@@ -273,10 +273,8 @@ class _DeviceClock:
     """
 
     def __init__(self, call: Call, pool: Any) -> None:
-        num_bytes, num_ops, num_sets = (
-            call.details[key] for key in ("num_bytes", "num_ops", "num_sets")
-        )
-        shortest_s = max(num_bytes / _BYTES_PER_S, num_ops / _OPS_PER_S)
+        own, num_sets = call.details, call.details["num_sets"]
+        shortest_s = max(own["num_bytes"] / _BYTES_PER_S, own["num_ops"] / _OPS_PER_S)
         wanted = min(_MOST_GRAPH_CALLS, math.ceil(_GRAPH_S / shortest_s))
         self.num_calls = num_sets * max(1, wanted // num_sets)
         self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -374,9 +372,9 @@ def _hardware() -> dict[str, Any]:
 
 def _output(*command: str) -> str | None:
     """What `command` prints, run in the source tree; None if it fails or is not there."""
-    root = Path(__file__).resolve().parents[1]
+    here = Path(__file__).parent
     try:
-        done = subprocess.run(command, capture_output=True, text=True, cwd=root, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, cwd=here, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip() or None

@@ -28,7 +28,7 @@ from benchmarks.harness import (
     poisoned,
     relative_error,
 )  # fmt: skip
-from bminf.cuda.launcher import Launcher, launcher_for
+from bminf.cuda.launcher import launcher_for
 from bminf.ops import linear_w8a8, linear_weight_only
 from bminf.ops.linear import linear_of_checked
 from bminf.ops.quantize_rows import quantize_rows
@@ -285,11 +285,9 @@ def _copy(setup: Setup) -> Call:
     target = torch.empty_like(data)
     details = {"op": "copy", "variant": "copy", "num_sets": 1, "bound": 0.0}
     details |= {"num_bytes": 2 * num_bytes, "num_ops": 0}
-
-    def error(value: torch.Tensor) -> float:
-        return 0.0 if torch.equal(value, data) else float("inf")
-
-    return Call("copy", lambda _: target.copy_(data), error, details)
+    return Call(
+        "copy", lambda _: target.copy_(data), lambda y: float(not torch.equal(y, data)), details
+    )
 
 
 def calls_by_group(setup: Setup, op: str) -> Iterator[tuple[str, Callable[[], list[Call]]]]:
@@ -334,7 +332,7 @@ PATHS = ("few rows", "tensor cores", "dequantized")
 
 def _weight_only_calls(rows: Rows) -> list[Call]:
     x, num_rows = rows.x, len(rows.x)
-    capability, bound = _launcher(x).capability, 2 * BOUNDS[x.dtype]
+    capability, bound = launcher_for(x.device).capability, 2 * BOUNDS[x.dtype]
     paths = [path for path in PATHS if has_path(path, capability, num_rows, x.dtype)]
     if num_rows < linear_weight_only.MAX_FEW_ROWS:
         paths.remove("dequantized")  # it reads the codes and more
@@ -363,13 +361,7 @@ def run_path(path: str, x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
     if path == "dequantized":
         return linear_weight_only._dequantized(x, weight, None)
     few, cores = linear_weight_only.launch_few_rows, linear_weight_only._launch_tensor_cores
-    return (few if path == "few rows" else cores)(_launcher(x), x, weight, None)
-
-
-def _launcher(x: torch.Tensor) -> Launcher:
-    launcher = launcher_for(x.device)
-    assert launcher is not None, f"nothing runs kernels on {x.device}"
-    return launcher
+    return (few if path == "few rows" else cores)(launcher_for(x.device), x, weight, None)
 
 
 # ---- 8-bit activations ---------------------------------------------------------------------------
@@ -378,7 +370,7 @@ def _launcher(x: torch.Tensor) -> Launcher:
 def _w8a8_calls(rows: Rows) -> list[Call]:
     """The products of codes that are there already; "whole" quantizes the activations, too."""
     x, packed = rows.x, rows.inputs.copies("int8")
-    launcher, bound = _launcher(x), BOUNDS[x.dtype]
+    launcher, bound = launcher_for(x.device), BOUNDS[x.dtype]
     with poisoned():
         codes, scale = quantize_rows(x)
 

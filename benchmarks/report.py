@@ -75,15 +75,15 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 Column = Callable[[Result], str]
 
 
-def _by_columns(columns: dict[str, Column], results: Sequence[Result]) -> str:
+def by_columns(columns: dict[str, Column], results: Sequence[Result]) -> str:
     """The name of each result, and its columns; one that no result has anything for is left out."""
-    columns = {"": _at("name"), **columns}
+    columns = {"": at("name"), **columns}
     cells = {head: [column(result) for result in results] for head, column in columns.items()}
     cells = {head: own for head, own in cells.items() if any(own)}
     return markdown(list(cells), zip(*cells.values(), strict=True))
 
 
-def _at(path: str, form: Callable[[Any], str] = str) -> Column:
+def at(path: str, form: Callable[[Any], str] = str) -> Column:
     """What stands at a path such as "details.tokens", where it is known."""
 
     def cell(result: Result) -> str:
@@ -134,41 +134,17 @@ def _offload_parts(content: Content) -> Iterator[str]:
     def ms(median_s: float) -> str:
         return f"{median_s / parameters['tokens'] * 1e3:.1f}"
 
-    columns = {"ms / token": _at("wall_s.median", ms), "CPU ms / token": _at("cpu_s.median", ms)}
-    yield _by_columns(columns | {"CPU, plain = 1": over_plain, "peak memory": _peak}, results)
+    columns = {"ms / token": at("wall_s.median", ms), "CPU ms / token": at("cpu_s.median", ms)}
+    yield by_columns(columns | {"CPU, plain = 1": over_plain, "peak memory": _peak}, results)
 
 
 def _perplexity_parts(content: Content) -> Iterator[str]:
-    """Perplexity against fp32, and KL, of each format in the columns' own order and permuted."""
-    parameters = content["parameters"]
-    tokens = parameters["windows"] * parameters["window"]
-    yield (
-        f"{parameters['model']}, {parameters['weights'] / 1e6:.0f} M weights in "
-        f"{parameters['linears']} linears, {tokens} tokens of text; "
-        f"permuted: median (least to most) of {parameters['seeds']} orders:"
-    )
-    columns = {
-        "bits / weight": _at("bits_per_weight", "{:.3f}".format),
-        "perplexity": _at("own_order.perplexity.median", "{:.3f}".format),
-        "/ fp32": _at("own_order.ratio.median", "{:.4f}".format),
-        "KL": _at("own_order.kl.median", "{:.4f}".format),
-        "permuted, / fp32": _at("permuted.ratio", _with_spread),
-        "permuted, KL": _at("permuted.kl", _with_spread),
-    }
-    yield _by_columns(columns, content["results"])
+    from tools.perplexity import table_parts  # which imports torch
 
-
-def _with_spread(values: dict[str, float]) -> str:
-    least, median, most = (f"{values[key]:.3f}" for key in ("min", "median", "max"))
-    return median if least == most else f"{median} ({least} to {most})"
+    return table_parts(content)
 
 
 # ---- zoo and glm ---------------------------------------------------------------------------------
-
-_PUBLISHED = (
-    "Published: by BMInf's authors, with 8-bit weights, batch 1, and as here no embedding, head or "
-    'sampling. "At most": bytes are counted, and not what it takes to multiply many rows.'
-)
 
 
 def _model_parts(content: Content) -> Iterator[str]:
@@ -184,15 +160,16 @@ def _model_parts(content: Content) -> Iterator[str]:
             f"{lengths.format(**parameters)}{_device(content)}; "
             f"mean of {len(measured[0]['samples'])} runs:"
         )
-        yield _by_columns(_MEASURED, measured)
+        yield by_columns(_MEASURED, measured)
     details = predicted[0]["details"]
     card, is_published = details["card"], any(r.get("published_tokens_per_s") for r in predicted)
+    caption = read_result("published.json")["tokens_per_s"]["caption"] if is_published else ""
     yield (
         f"Predicted for all of {details['model']} on a {card['name']}: memory limit "
         f"{format_bytes(card['memory_limit'])}, link {card['link_bytes_per_s'] / 1e9:g} GB/s, "
-        f"memory {card['memory_bytes_per_s'] / 1e9:g} GB/s. {_PUBLISHED if is_published else ''}"
+        f"memory {card['memory_bytes_per_s'] / 1e9:g} GB/s. {caption}"
     )
-    yield _by_columns(_PREDICTED, predicted)
+    yield by_columns(_PREDICTED, predicted)
 
 
 def _predicted(name: str, factor: float, word: str) -> Column:
@@ -217,26 +194,26 @@ def _blocks(details: dict[str, Any]) -> str:
 
 
 _MEASURED: dict[str, Column] = {
-    "s": _at("details", lambda own: _digits(own["tokens"] / own["tokens_per_s"])),
-    "tokens / s": _at("details.tokens_per_s", _digits),
-    "ms / step": _at(
+    "s": at("details", lambda own: _digits(own["tokens"] / own["tokens_per_s"])),
+    "tokens / s": at("details.tokens_per_s", _digits),
+    "ms / step": at(
         "details", lambda own: _digits(own["tokens"] / own["tokens_per_s"] / own["steps"] * 1e3)
     ),
-    "copied / step": _at("details.copied_bytes_per_step", format_bytes),
-    "link GB/s": _at("details.link_gbps", _digits),
-    "of the bound": _at("details.fraction_of_bound", "{:.0%}".format),
-    "blocks stay + stream": _at("details", _blocks),
+    "copied / step": at("details.copied_bytes_per_step", format_bytes),
+    "link GB/s": at("details.link_gbps", _digits),
+    "of the bound": at("details.fraction_of_bound", "{:.0%}".format),
+    "blocks stay + stream": at("details", _blocks),
     "peak memory": _peak,
-    "published s of all layers": _at("details", _published_s),
+    "published s of all layers": at("details", _published_s),
 }
 _PREDICTED: dict[str, Column] = {
     "tokens / s": _predicted("tokens_per_s", 1.0, "at most"),
     "ms / step": _predicted("pass_s", 1e3, "at least"),
-    "copied / step": _at("details.streamed_bytes_per_step", format_bytes),
-    "link busy": _at("prediction.link_busy", "{:.0%}".format),
-    "bound by": _at("prediction.bound"),
-    "blocks stay + stream": _at("details", _blocks),
-    "published tokens / s": _at(
+    "copied / step": at("details.streamed_bytes_per_step", format_bytes),
+    "link busy": at("prediction.link_busy", "{:.0%}".format),
+    "bound by": at("prediction.bound"),
+    "blocks stay + stream": at("details", _blocks),
+    "published tokens / s": at(
         "published_tokens_per_s",
         lambda speeds: ", ".join(f"{speed:g} ({version})" for version, speed in speeds.items()),
     ),

@@ -504,16 +504,13 @@ def test_the_probe_keeps_what_it_finds_where_parts_of_it_fail(
     def absent() -> None:
         raise RuntimeError("torch sees no CUDA device")
 
-    def found() -> dict[str, int]:
-        return {"n": 1}
-
     monkeypatch.setattr(torch.cuda, "get_device_capability", absent)
-    monkeypatch.setattr(gpu_probe, "PARTS", (gpu_probe.brought, found))
+    monkeypatch.setattr(gpu_probe, "PARTS", {"a": gpu_probe.brought, "b": lambda: {"n": 1}})
     assert gpu_probe.machine(str(tmp_path / "probe.json")) == 1
     content = json.loads((tmp_path / "probe.json").read_text())
-    assert content["failures"] == ["brought: RuntimeError: torch sees no CUDA device"]
+    assert content["failures"] == ["a: RuntimeError: torch sees no CUDA device"]
     assert content["versions"]["torch"] == torch.__version__
-    assert content["found"] == {"found": {"n": 1}}
+    assert content["found"] == {"b": {"n": 1}}
     shown = capsys.readouterr()
     assert "torch sees no CUDA device" in shown.out and "in brought\n" in shown.err
 

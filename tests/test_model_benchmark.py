@@ -257,8 +257,6 @@ def test_random_weights_are_those_of_a_checkpoint(case: str, quantization: str) 
         whole, half = stored.read(), max(1, stored.shape[0] // 2)
         assert tuple(whole.shape) == tuple(stored.shape) and whole.dtype == stored.dtype
         assert torch.equal(stored.rows(half - 1, half + 1).read(), whole[half - 1 : half + 1])
-        if len(stored.shape) == 2:
-            assert torch.equal(stored.columns(1, 3).read(), whole[:, 1:3])
     stem = "decoder.layers.{}.feed_forward.up" if case == "zoo" else "layers.{}.feed_forward.up"
     key = "weight" if quantization == "none" else "qweight"
     matrix, other = (weights.tensors[f"{stem.format(i)}.{key}"].read() for i in (1, 2))

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.harness import Group, Result, Settings, summary
+from benchmarks.report import at, by_columns
 from bminf.cli import models
 from bminf.models.evaluate import perplexity, window_losses
 from bminf.quantization.packed import Format, dequantize, pack
@@ -199,3 +200,28 @@ def mean_bits(linears: Sequence[torch.nn.Linear], form: Format) -> float:
         form.bits_per_weight(linear.in_features) * linear.weight.numel() for linear in linears
     )
     return bits / sum(linear.weight.numel() for linear in linears)
+
+
+def table_parts(content: Result) -> Iterator[str]:
+    """Perplexity against fp32, and KL, of each format in the columns' own order and permuted."""
+    parameters = content["parameters"]
+    tokens = parameters["windows"] * parameters["window"]
+    yield (
+        f"{parameters['model']}, {parameters['weights'] / 1e6:.0f} M weights in "
+        f"{parameters['linears']} linears, {tokens} tokens of text; "
+        f"permuted: median (least to most) of {parameters['seeds']} orders:"
+    )
+    columns = {
+        "bits / weight": at("bits_per_weight", "{:.3f}".format),
+        "perplexity": at("own_order.perplexity.median", "{:.3f}".format),
+        "/ fp32": at("own_order.ratio.median", "{:.4f}".format),
+        "KL": at("own_order.kl.median", "{:.4f}".format),
+        "permuted, / fp32": at("permuted.ratio", _with_spread),
+        "permuted, KL": at("permuted.kl", _with_spread),
+    }
+    yield by_columns(columns, content["results"])
+
+
+def _with_spread(values: dict[str, float]) -> str:
+    least, median, most = (f"{values[key]:.3f}" for key in ("min", "median", "max"))
+    return median if least == most else f"{median} ({least} to {most})"
