@@ -72,7 +72,7 @@ class Random(Sliced):
         end = self.start + self.num_rows
         if end <= len(self.drawn):
             return self.drawn[self.start : end]
-        return self.drawn[torch.arange(self.start, end) % len(self.drawn)]
+        return self.drawn.index_select(0, torch.arange(self.start, end) % len(self.drawn))
 
     def _slice(self, axis: int, start: int, end: int) -> Stored:
         assert axis == 0, "no loader asks for columns"
