@@ -20,10 +20,11 @@ from bminf.errors import ArgumentError, CheckpointError
 from bminf.keywords import known_keywords
 from bminf.layout import Chunk, Layout, TensorSpec
 from bminf.models.assemble import DTYPES, Assembly, Formats, assemble
-from bminf.models.fill import tensors_of_block
+from bminf.models.fill import contents_of
 from bminf.models.glm_ranks import write_for_ranks
 from bminf.models.recognition import architectures_for
 from bminf.models.source import FORMAT_VERSION, HEAD, open_source, vocabulary_files
+from bminf.offload.reading import tensors_of_block
 from bminf.quantization.packed import Format, parse_format
 
 WEIGHTS_FILE = "model.safetensors"
@@ -118,7 +119,7 @@ def _write(
 
 def _chunks(assembly: Assembly, block: str) -> Iterator[Chunk]:
     if block != _TABLE:
-        yield from tensors_of_block(assembly, block)
+        yield from tensors_of_block(contents_of(assembly), block)
         return
     table = assembly.source.weights.table
     assert table is not None

@@ -22,7 +22,8 @@ from tiny_zoo import CPM1_CONFIG, tiny
 import bminf
 from bminf.checkpoint.stored import InFile
 from bminf.errors import ArgumentError, CheckpointError
-from bminf.models import convert, fill
+from bminf.models import convert
+from bminf.offload import reading
 from bminf.quantization.packed import Format
 
 Loader = Callable[..., Any]
@@ -174,7 +175,7 @@ def test_each_block_of_a_folder_is_read_at_once(
     given = logits(model := load("cpm2", checkpoint=made, quantization="int8", dtype=dtype))
     num_runs = 1 + len(model.plan.blocks)
     assert len(reads) == num_runs if dtype == torch.float16 else len(reads) > 2 * num_runs
-    monkeypatch.setattr(fill, "run_of", lambda *_: None)
+    monkeypatch.setattr(reading, "run_of", lambda *_: None)
     assert torch.equal(
         logits(load("cpm2", checkpoint=made, quantization="int8", dtype=dtype)), given
     )
