@@ -181,12 +181,15 @@ class Layout:
             target.copy_(tensor.detach())
 
     def bind(self, module: torch.nn.Module, buffer: torch.Tensor) -> None:
-        """Put views into `buffer` in place of the tensors of `module` that are laid out here."""
+        """Put views into `buffer` in place of the tensors of `module` that are laid out here; one
+        that has several names stays one."""
+        renewed: dict[int, torch.Tensor] = {}
         for name, place, tensor in tensors_of(module):
             if name in self.specs:
                 view = self.view(buffer, name)
-                is_trained = tensor.requires_grad
-                place.set(torch.nn.Parameter(view, is_trained) if place.is_parameter else view)
+                if place.is_parameter:
+                    view = torch.nn.Parameter(view, requires_grad=tensor.requires_grad)
+                place.set(renewed.setdefault(id(tensor), view))
 
 
 def _stored(tensor: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bminf.layout import Layout, TensorSpec
+from bminf.layout import Layout, TensorSpec, specs_of, tensors_of
 from bminf.offload.memory import allocate
 
 
@@ -101,3 +101,15 @@ def test_distinct_bytes_stay_distinct(starts: list[int], sizes: list[int]) -> No
                     layout.offsets[name] + spec.nbytes <= layout.offsets[other]
                     or layout.offsets[other] + spec2.nbytes <= layout.offsets[name]
                 )
+
+
+def test_a_tensor_of_two_names_stays_one_when_it_is_bound() -> None:
+    with torch.device("meta"):
+        module = torch.nn.ModuleList([torch.nn.Linear(3, 3, bias=False) for _ in range(3)])
+    module[2].weight = module[0].weight.requires_grad_(False)
+    layout = Layout.of(specs_of({n: t for n, _, t in tensors_of(module)}), keep_addresses=False)
+    buffer = allocate(layout.extent).fill_(1)
+    layout.bind(module, buffer)
+    assert module[2].weight is module[0].weight and module[1].weight is not module[0].weight
+    assert [linear.weight.requires_grad for linear in module] == [False, True, False]
+    assert module[2].weight.data_ptr() == buffer.data_ptr()
