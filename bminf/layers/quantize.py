@@ -137,6 +137,19 @@ def replace_linear(linear: torch.nn.Module, format_: Format, places: Places) -> 
         parent._modules[key] = packed
 
 
+def install(root: torch.nn.Module, replacements: Replacements) -> Mapping[str, torch.nn.Module]:
+    """Put replacements, on the meta device as `root` is, in all places of what they replace.
+
+    Returns what they replaced, by each of its names.
+    """
+    replaced: dict[str, torch.nn.Module] = {}
+    for linear, places in places_of(root, replacements).items():
+        for parent, key, name in places:
+            parent._modules[key] = replacements[linear]
+            replaced[name] = linear
+    return replaced
+
+
 @contextmanager
 def _named(name: str) -> Iterator[None]:
     try:

@@ -14,10 +14,9 @@ from bminf.models.assemble import Assembly
 from bminf.models.source import Weights
 from bminf.offload.backends.base import Backend
 from bminf.offload.hooks import Scheduler
-from bminf.offload.placement import load
 from bminf.offload.plan import Plan
-from bminf.offload.reading import Contents, chunks_of_block
-from bminf.offload.start import start
+from bminf.offload.reading import Contents
+from bminf.offload.start import start_from_files
 
 
 def fill(
@@ -28,18 +27,9 @@ def fill(
     Raises CheckpointError for what cannot be read, OffloadError for a backing store that cannot be
     made.
     """
-    network, weights, blobs = assembly.network, assembly.source.weights, assembly.blobs
     scheduler = Scheduler(plan, backend, backend.device)
-    chunks = partial(chunks_of_block, contents_of(assembly))
-
-    def read() -> None:
-        with torch.device("cpu"):  # where files are read to, whatever the caller's default is
-            load(network, blobs, scheduler, chunks)
-        for module in network.modules():
-            if isinstance(module, HostEmbedding):
-                _keep_table(module, weights)
-
-    start(network, blobs, scheduler, offload_dir, read, backend.close)
+    keep_tables = partial(_keep_tables, assembly.network, assembly.source.weights)
+    start_from_files(contents_of(assembly), scheduler, offload_dir, keep_tables)
     return scheduler
 
 
@@ -51,13 +41,18 @@ def contents_of(assembly: Assembly) -> Contents:
     )
 
 
-def _keep_table(embedding: HostEmbedding, weights: Weights) -> None:
-    """Give an embedding its table as the tensors that it consists of, mapped from their files."""
-    table = weights.table
-    assert table is not None, "check_shapes() has seen it"
-    parts = table.parts if isinstance(table, Rows) else (table,)
-    mapped = [part.as_bytes().read() if _is_misaligned(part) else part.read() for part in parts]
-    embedding.keep(mapped, table.dtype)
+def _keep_tables(network: torch.nn.Module, weights: Weights) -> None:
+    """Give each HostEmbedding its table as the tensors that it consists of, mapped from files."""
+    for embedding in network.modules():
+        if isinstance(embedding, HostEmbedding):
+            table = weights.table
+            assert table is not None, "check_shapes() has seen it"
+            parts = table.parts if isinstance(table, Rows) else (table,)
+            embedding.keep([_mapped(part) for part in parts], table.dtype)
+
+
+def _mapped(part: Stored) -> torch.Tensor:
+    return part.as_bytes().read() if _is_misaligned(part) else part.read()
 
 
 def _is_misaligned(part: Stored) -> TypeGuard[InFile]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from bminf.layout import ModuleBlock
 from bminf.offload.backends import allocated_bytes_on
 from bminf.offload.blob import Blobs
 from bminf.offload.hooks import ATTRIBUTE, Scheduler
+from bminf.offload.placement import load
 from bminf.offload.plan import Block, Plan, plan
+from bminf.offload.reading import Contents, chunks_of_block
 
 
 def plan_on(
@@ -66,3 +69,24 @@ def start(
         undo()
         raise
     weakref.finalize(model, backend.release)
+
+
+def start_from_files(
+    contents: Contents,
+    scheduler: Scheduler,
+    offload_dir: str | Path | None,
+    also_read: Callable[[], object] = lambda: None,
+) -> None:
+    """Read a network that lies on the meta device to its places, and begin to stream; on an error
+    nothing is left.
+
+    also_read: what lies outside its blobs.   Raises as start(), and CheckpointError for what cannot
+    be read.
+    """
+
+    def read() -> None:
+        with torch.device("cpu"):  # where files are read to, whatever the caller's default is
+            load(contents.network, contents.blobs, scheduler, partial(chunks_of_block, contents))
+        also_read()
+
+    start(contents.network, contents.blobs, scheduler, offload_dir, read, scheduler.backend.close)
