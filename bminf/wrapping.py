@@ -104,8 +104,8 @@ def wrapper(
     backend = backend_for(device)
     fetch_offloaded(model)
     source_device = check_tensors(model)
-    options = _Options(quantization, blocks, uses, quantize, reserve, max_length, max_batch_size)
-    request = _Request(model, options, backend.device.type, backend.keeps_addresses)
+    options = Options(quantization, blocks, uses, quantize, reserve, max_length, max_batch_size)
+    request = Request(model, options, backend.device.type, backend.keeps_addresses)
     # What lies on the device, or in host memory, is freed as it is wrapped.
     model_bytes = unmapped_bytes(model)
     if memory_limit is None:
@@ -182,8 +182,8 @@ def plan_for(
     Raises as wrapper() does.
     """
     _check_is_module(model)
-    options = _Options(quantization, blocks, uses, quantize, reserve, max_length, max_batch_size)
-    request = _Request(model, options, device_for(device).type, keep_addresses=False)
+    options = Options(quantization, blocks, uses, quantize, reserve, max_length, max_batch_size)
+    request = Request(model, options, device_for(device).type, keep_addresses=False)
     if memory_limit is None:
         elsewhere_bytes = bytes_on(request.unregistered, None)
         return request.plan(request.reserved_bytes + request.allocated_bytes + elsewhere_bytes)
@@ -192,7 +192,7 @@ def plan_for(
 
 
 @dataclass(frozen=True)
-class _Options:
+class Options:
     """What wrapper() and plan_for() are given alike."""
 
     quantization: bool | str | Format | None
@@ -204,11 +204,11 @@ class _Options:
     max_batch_size: int
 
 
-class _Request:
+class Request:
     """What was asked for, resolved against the model: nothing here has touched it yet."""
 
     def __init__(
-        self, model: torch.nn.Module, options: _Options, device_type: str, keep_addresses: bool
+        self, model: torch.nn.Module, options: Options, device_type: str, keep_addresses: bool
     ) -> None:
         self._model, self._device_type = model, device_type
         self.reserved_bytes = int(parse_bytes(options.reserve, "reserve"))
@@ -305,7 +305,7 @@ def _merged_uses(
 
 
 def _apply(
-    model: torch.nn.Module, request: _Request, scheduler: Scheduler, offload_dir: str | Path | None
+    model: torch.nn.Module, request: Request, scheduler: Scheduler, offload_dir: str | Path | None
 ) -> None:
     """Move everything to its place; on any error, put the model back together."""
     replacements = request.choice.replacements
