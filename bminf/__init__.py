@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from bminf import models as models
     from bminf.block_list import TransformerBlockList as TransformerBlockList
     from bminf.layers.quantized_linear import QuantizedLinear as QuantizedLinear
+    from bminf.loading import load as load
     from bminf.offload.hooks import Stats as Stats
     from bminf.offload.plan import Plan as Plan
     from bminf.quantization.packed import Format as Format
@@ -29,6 +30,7 @@ _LAZY_IMPORTS = {
     "QuantizedLinear": "bminf.layers.quantized_linear",
     "Stats": "bminf.offload.hooks",
     "TransformerBlockList": "bminf.block_list",
+    "load": "bminf.loading",
     "plan_for": "bminf.wrapping",
     "plan_of": "bminf.wrapping",
     "stats_of": "bminf.wrapping",

@@ -35,7 +35,7 @@ HEAD = "lm_head.parts."
 PACKED_FIELDS = ("qweight", "scale", "minimum", "code_sum")
 """The buffers of a QuantizedLinear that hold its weight."""
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ("*.json", "*.bin", "*.safetensors", "*.model", "*.txt")
 
 
@@ -269,17 +269,21 @@ def _folder(architectures: Sequence[Architecture], checkpoint: str | Path | None
     path = Path(checkpoint).expanduser().absolute()
     if str(checkpoint) and path.exists():
         return path
-    if isinstance(checkpoint, str) and _HUB_ID.fullmatch(checkpoint):
-        return _download(checkpoint, accepted)
+    if isinstance(checkpoint, str) and HUB_ID.fullmatch(checkpoint):
+        return download(checkpoint, accepted)
     raise CheckpointError(f"there is no {str(checkpoint)!r}; accepted: {accepted}")
 
 
-def _download(hub_id: str, accepted: str) -> Path:
+def download(hub_id: str, accepted: str, patterns: Sequence[str] = _HUB_FILES) -> Path:
+    """The folder that a hub id is downloaded to, of files that match `patterns`.
+
+    accepted: what else could have been given, for the CheckpointError where the hub has none.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=list(_HUB_FILES)))
+        return Path(snapshot_download(hub_id, allow_patterns=list(patterns)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise CheckpointError(

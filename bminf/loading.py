@@ -1,0 +1,175 @@
+"""load(folder, memory_limit=...): a model from its files straight to where the plan wants it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bminf.arch import registry
+from bminf.checkpoint.stored import Stored, Transposed
+from bminf.errors import ArgumentError, CheckpointError
+from bminf.keywords import known_keywords
+from bminf.layers.quantize import Predicate, Replacements, install, warn_of_unquantized
+from bminf.layers.quantized_linear import is_conv1d
+from bminf.layers.saving import refuse_to_save
+from bminf.models import CPM1, CPM2, EVA, GLM, LanguageModel
+from bminf.models.assemble import dtype_for
+from bminf.models.recognition import architectures_for, recognized
+from bminf.models.source import HUB_ID, download
+from bminf.offload.backends import backend_for, free_budget, host_budget
+from bminf.offload.hooks import Scheduler
+from bminf.offload.reading import Contents
+from bminf.offload.start import start_from_files
+from bminf.offload.unregistered import warn_of_unregistered
+from bminf.pretrained import is_pretrained, open_pretrained, tokenizer_in
+from bminf.quantization.packed import Format
+from bminf.units import parse_bytes
+from bminf.wrapping import Options, Request
+
+_AUTO = "auto"
+_ACCEPTED = "a folder with a checkpoint, or a hub id"
+_HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+_ZOO: tuple[type[LanguageModel], ...] = (CPM1, CPM2, EVA, GLM)
+
+
+@known_keywords
+def load(
+    checkpoint: str | Path,
+    memory_limit: int | float | str | None = None,
+    quantization: bool | str | Format | None = _AUTO,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | int | None = None,
+    max_length: int | None = None,
+    max_batch_size: int = 1,
+    offload_dir: str | Path | None = None,
+    *,
+    model: str | None = None,
+    config: Any = None,
+    tokenizer: Any = None,
+    reserve: int | float | str = 0,
+    blocks: Iterable[str] | None = None,
+    uses: Mapping[str, float] | None = None,
+    quantize: Predicate | None = None,
+    trust_remote_code: bool = False,
+) -> Any:
+    """The model in a folder, within `memory_limit`, without ever holding all of it as it was saved.
+
+    A model of transformers comes back as wrapper() would return it, with `tokenizer`, that of the
+    folder or None; one of the zoo as its class in bminf.models, which has more settings.
+
+    checkpoint: a folder of transformers, of save_pretrained() or from the hub; one in any layout of
+        a model of the zoo; or a hub id, which is downloaded.
+    memory_limit, device, max_length, max_batch_size, offload_dir: as for wrapper(); for a model of
+        the zoo, as for its class.
+    quantization: as for wrapper(); "auto" is "int8", or for a model of the zoo what it is there.
+    dtype: of what is not packed; None is that of the checkpoint, or for a model of the zoo float16
+        on a GPU and float32 on the CPU.
+    model: which one of the zoo, where files do not tell: "cpm2" or "eva".
+    config: for a model of the zoo, see bminf.models.LanguageModel.
+    tokenizer: in place of that of the folder; for a model of the zoo, as for its class.
+    reserve, blocks, uses, quantize: as for wrapper(); not for models of the zoo.
+    trust_remote_code: True lets transformers run the code that a folder brings with it.
+
+    Some rows of one tensor are in memory at a time, beside what is loaded; where transformers
+    merges tensors, as it does with experts, those of one are.
+    Raises ArgumentError, BudgetError, CheckpointError, OffloadError or UnsupportedModelError, and
+    nothing stays loaded.
+    """
+    path = _folder(checkpoint, trust_remote_code)
+    kind = _zoo_class(path, model, tokenizer is not None)
+    if kind is not None:
+        _check_not_given(
+            f"models of transformers, and {path} holds one of {kind.__name__}",
+            reserve=reserve, blocks=blocks, uses=uses, quantize=quantize,
+        )  # fmt: skip
+        is_auto = quantization is True or quantization == _AUTO
+        more: dict[str, Any] = {} if is_auto else {"quantization": quantization}
+        return kind(
+            path, memory_limit, dtype=dtype, device=device, max_length=max_length,  # type: ignore
+            max_batch_size=max_batch_size, config=config, tokenizer=tokenizer,
+            offload_dir=offload_dir, **more,
+        )  # fmt: skip
+    _check_not_given(f"models of bminf.models, and {path} holds one of transformers", config=config)
+    found = tokenizer_in(path, trust_remote_code) if tokenizer is None else None
+    wanted = True if quantization == _AUTO else quantization
+    options = Options(wanted, blocks, uses, quantize, reserve, max_length, max_batch_size)
+    weights_dtype = None if dtype is None else dtype_for(dtype, "cpu")
+    loaded = _load_pretrained(
+        path, options, memory_limit, weights_dtype, device, offload_dir, trust_remote_code
+    )
+    loaded.tokenizer = found if tokenizer is None else tokenizer
+    return loaded
+
+
+def _load_pretrained(
+    folder: Path,
+    options: Options,
+    memory_limit: int | float | str | None,
+    dtype: torch.dtype | None,
+    device: torch.device | str | int | None,
+    offload_dir: str | Path | None,
+    trust_remote_code: bool,
+) -> Any:
+    limit = None if memory_limit is None else parse_bytes(memory_limit, "memory_limit")
+    backend = backend_for(device)
+    opened = open_pretrained(folder, dtype, trust_remote_code)
+    model = opened.model
+    request = Request(model, options, backend.device.type, keep_addresses=False)
+    budget = free_budget(backend.device) if limit is None else limit
+    the_plan = request.plan(budget, host_budget(backend.device), backend.device)
+    warn_of_unregistered(request.unregistered, request.blobs.nbytes, stacklevel=4)
+    if request.format is not None:
+        warn_of_unquantized(model, request.blocks, request.choice, stacklevel=4)
+    tensors = _with_replacements(model, opened.tensors, request.choice.replacements)
+    # Where unwrap() brings the weights, as if the model had been loaded before it was wrapped.
+    scheduler = Scheduler(the_plan, backend, torch.device("cpu"))
+    start_from_files(Contents(model, request.blobs, tensors), scheduler, offload_dir)
+    if request.choice.replacements:
+        refuse_to_save(model)
+    return model
+
+
+def _with_replacements(
+    model: torch.nn.Module, tensors: Mapping[str, Stored], replacements: Replacements
+) -> Mapping[str, Stored]:
+    """`tensors` of the model with packed linears in place of others."""
+    replaced = install(model, replacements)
+    weights = {f"{name}.weight": module for name, module in replaced.items()}
+    transposed = [name for name, module in weights.items() if is_conv1d(module)]
+    return {**tensors, **{name: Transposed(tensors[name]) for name in transposed}}
+
+
+def _folder(checkpoint: str | Path, trust_remote_code: bool) -> Path:
+    if not isinstance(checkpoint, str | Path):
+        raise ArgumentError(f"checkpoint is a {type(checkpoint).__name__}; give {_ACCEPTED}")
+    path = Path(checkpoint).expanduser().absolute()
+    if str(checkpoint) and path.exists():
+        return path
+    if not isinstance(checkpoint, str) or not HUB_ID.fullmatch(checkpoint):
+        raise CheckpointError(f"there is no {str(checkpoint)!r}; give {_ACCEPTED}")
+    patterns = (*_HUB_FILES, "*.py") if trust_remote_code else _HUB_FILES
+    found = download(checkpoint, _ACCEPTED, patterns)
+    if any(found.glob("*.safetensors")):
+        return found
+    return download(checkpoint, _ACCEPTED, (*patterns, "*.bin"))
+
+
+def _zoo_class(path: Path, name: str | None, has_tokenizer: bool) -> type[LanguageModel] | None:
+    """The class of a checkpoint of the zoo; None where it is a model of transformers."""
+    try:
+        named = None if name is None else architectures_for(path, name)
+        found = named[0] if named else recognized(registry.checkpoint_in(path), has_tokenizer)
+    except CheckpointError:
+        if is_pretrained(path):
+            return None
+        raise
+    return next(kind for kind in _ZOO if found in kind._architectures)
+
+
+def _check_not_given(others: str, **given: Any) -> None:
+    for name, value in given.items():
+        if value is not None and value != 0:
+            raise ArgumentError(f"{name} is for {others}; leave it out")

@@ -1,0 +1,208 @@
+"""A model of transformers in a folder: its modules, and where each of its weights is to be read.
+
+transformers itself builds the model, renames, merges and casts the weights, ties them and computes
+the buffers that no file holds, as from_pretrained() does for everybody. But it is given tensors
+that are not read yet, and so its results are not, either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bminf.checkpoint.binary_file import read_json
+from bminf.checkpoint.folder import open_checkpoint
+from bminf.checkpoint.names import listed
+from bminf.checkpoint.recorded import InMemory, Recorded
+from bminf.checkpoint.stored import Stored
+from bminf.errors import ArgumentError, CheckpointError
+from bminf.layout import tensors_of
+
+CONFIG_FILE = "config.json"
+_GENERATION_FILE = "generation_config.json"
+_TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """model: on the meta device, for inference.   tensors: what each of its parameters and buffers
+    reads as, by every name that it has in the model."""
+
+    path: Path
+    model: Any
+    tensors: Mapping[str, Stored]
+
+
+def is_pretrained(folder: Path) -> bool:
+    """Whether a folder says which class of transformers it is of."""
+    config = folder / CONFIG_FILE
+    return config.is_file() and isinstance(read_json(config).get("architectures"), list)
+
+
+def open_pretrained(
+    folder: Path, dtype: torch.dtype | None = None, trust_remote_code: bool = False
+) -> Pretrained:
+    """Build the model of a folder; nothing is read but names, shapes and configurations.
+
+    dtype: of the weights; None is that of the configuration, or of the first weight.
+    trust_remote_code: whether code in the folder may be run, as for from_pretrained().
+    Raises ArgumentError where transformers is not installed, CheckpointError for a folder that
+    does not hold all of a model that it knows.
+    """
+    transformers = _transformers()
+    with torch.device("cpu"), torch.inference_mode(False), _without_progress(transformers):
+        config = _config_of(transformers, folder, trust_remote_code)
+        kind = _class_of(transformers, config, folder, trust_remote_code)
+        given = open_checkpoint(folder, []).tensors
+        model = _built(transformers, kind, config, folder, given, dtype)
+        return Pretrained(folder, model, _emptied(model, folder))
+
+
+def tokenizer_in(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The tokenizer in a folder, None where it has none.   Raises CheckpointError for a bad one."""
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        return None
+    with _as_checkpoint_error(f"the tokenizer in {folder} cannot be loaded"):
+        return _transformers().AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=trust_remote_code
+        )
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise ArgumentError(
+            "the folder holds a model of transformers, which is not installed; "
+            "pip install transformers"
+        ) from error
+    return transformers
+
+
+def _config_of(transformers: Any, folder: Path, trust_remote_code: bool) -> Any:
+    read_json(folder / CONFIG_FILE)  # whose errors name the file
+    with _as_checkpoint_error(
+        f"{folder / CONFIG_FILE} is of no model that transformers {transformers.__version__} knows"
+    ):
+        config = transformers.AutoConfig.from_pretrained(
+            folder, trust_remote_code=trust_remote_code
+        )
+    quantized = getattr(config, "quantization_config", None)
+    if quantized is not None:
+        method = quantized.get("quant_method") if isinstance(quantized, Mapping) else quantized
+        raise CheckpointError(
+            f"the weights in {folder} are quantized already ({method}), which bminf.load() "
+            "does not read; load the original, or load this one with transformers"
+        )
+    return config
+
+
+def _class_of(transformers: Any, config: Any, folder: Path, trust_remote_code: bool) -> Any:
+    """The class that a configuration names: of transformers, or of the folder if it is trusted."""
+    name = next(iter(getattr(config, "architectures", None) or []), None)
+    if trust_remote_code:
+        references = (getattr(config, "auto_map", None) or {}).values()
+        for reference in (one for one in references if isinstance(one, str)):
+            if reference.rpartition(".")[2] == name:
+                from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+                with _as_checkpoint_error(f"the code of {name} in {folder} cannot be used"):
+                    return get_class_from_dynamic_module(reference, folder)
+    kind = getattr(transformers, name, None) if isinstance(name, str) else None
+    if not isinstance(kind, type) or not issubclass(kind, transformers.PreTrainedModel):
+        raise CheckpointError(
+            f"{folder / CONFIG_FILE}: architectures is {getattr(config, 'architectures', None)!r}, "
+            f"no class of transformers {transformers.__version__}; name the class that the weights "
+            "were saved from, or give trust_remote_code=True if its code is in the folder"
+        )
+    return kind
+
+
+def _built(
+    transformers: Any,
+    kind: Any,
+    config: Any,
+    folder: Path,
+    given: Mapping[str, Stored],
+    dtype: torch.dtype | None,
+) -> Any:
+    with _as_checkpoint_error(f"the weights in {folder} do not fit a {kind.__name__}"):
+        model, info = kind.from_pretrained(
+            None,
+            config=config,
+            state_dict={name: Recorded(stored) for name, stored in given.items()},
+            dtype="auto" if dtype is None else dtype,
+            generation_config=_generation_config(transformers, kind, folder),
+            output_loading_info=True,
+        )
+    if missing := sorted(info["missing_keys"]):
+        raise CheckpointError(
+            f"for a {kind.__name__}, {folder} lacks {listed(missing)}; see whether the checkpoint "
+            "is complete, and whether the configuration is that of the checkpoint"
+        )
+    model.config.name_or_path = str(folder)
+    return model
+
+
+def _generation_config(transformers: Any, kind: Any, folder: Path) -> Any:
+    """That of the folder; without a file of its own, what the configuration says of it."""
+    if not kind.can_generate():
+        return None
+    if (folder / _GENERATION_FILE).is_file():
+        return transformers.GenerationConfig.from_pretrained(folder)
+    return transformers.GenerationConfig.from_pretrained(
+        folder, config_file_name=CONFIG_FILE, _from_model_config=True
+    )
+
+
+def _emptied(model: torch.nn.Module, folder: Path) -> dict[str, Stored]:
+    """Put all tensors of `model` on the meta device; what they were, by name."""
+    tensors: dict[str, Stored] = {}
+    made: dict[int, torch.Tensor] = {}  # tied ones stay one object
+    for name, place, tensor in tensors_of(model):
+        if tensor.is_meta:
+            raise CheckpointError(
+                f"{folder} has no values for {name!r} of a {type(model).__name__}; fetch it again"
+            )
+        if isinstance(tensor, Recorded):
+            tensors[name] = tensor.stored
+        else:  # a buffer that transformers has computed
+            tensors[name] = InMemory(tensor.detach(), repr(name))
+        meta: Any = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        if place.is_parameter:
+            meta = torch.nn.Parameter(meta, requires_grad=tensor.requires_grad)
+        place.set(made.setdefault(id(tensor), meta))
+    return tensors
+
+
+@contextmanager
+def _as_checkpoint_error(what: str) -> Iterator[None]:
+    """Errors of transformers say what is wrong in a folder, by whatever class."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise CheckpointError(
+            f"{what}: {reason}; see whether the folder is complete, and whether this version of "
+            "transformers is the one that it was made for"
+        ) from error
+
+
+@contextmanager
+def _without_progress(transformers: Any) -> Iterator[None]:
+    """Its bar would show weights as loaded before any is read."""
+    logging = transformers.utils.logging
+    was_enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            logging.enable_progress_bar()

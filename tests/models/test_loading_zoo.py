@@ -1,0 +1,79 @@
+"""bminf.load() of checkpoints of the zoo: the class, and what its own constructor gives."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_glm import ice_tokenizer
+
+import bminf
+from bminf.errors import ArgumentError, CheckpointError
+from bminf.models import convert
+
+Loader = Callable[..., Any]
+KINDS = {
+    "cpm1": bminf.models.CPM1,
+    "cpm2": bminf.models.CPM2,
+    "eva": bminf.models.EVA,
+    "glm130b": bminf.models.GLM,
+    "glm10b": bminf.models.GLM,
+}
+NEEDED = {"cpm2": {"model": "cpm2"}, "eva": {"model": "eva"}}
+MORE = {"glm130b": {"tokenizer": ice_tokenizer()}}
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Any:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="found no sentencepiece model")
+        yield
+
+
+def logits(model: Any, name: str) -> torch.Tensor:
+    if name.startswith("glm"):
+        return model.logits("the [MASK]")
+    ids = list(range(11, 31))
+    return model.logits(ids) if name == "cpm1" else model.logits(ids, ids[:9])
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_folder_of_the_zoo_gives_its_class(
+    name: str, load: Loader, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    expected = logits(load(name), name)
+    converted = convert(folders[name], tmp_path / "to", None, model=name, **MORE.get(name, {}))
+    for folder, needed in ((folders[name], NEEDED.get(name, {})), (converted, {})):
+        more = {} if folder == converted else MORE.get(name, {})
+        with bminf.load(folder, None, None, device="cpu", **needed, **more) as model:
+            assert type(model) is KINDS[name]
+            assert torch.equal(logits(model, name), expected)
+
+
+def test_the_format_is_that_of_the_folder_unless_it_is_said(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = convert(folders["cpm1"], tmp_path / "to", "int4")
+    with (
+        bminf.load(folder, device="cpu") as model,
+        bminf.load(folders["cpm1"], device="cpu") as fresh,
+    ):
+        assert [one.model.layers[0].attention.qkv.form.bits for one in (model, fresh)] == [4, 8]
+    with pytest.raises(ArgumentError, match="is packed as"):
+        bminf.load(folder, quantization=bminf.Format(4), device="cpu")
+
+
+def test_what_only_models_of_transformers_take_is_refused(folders: dict[str, Path]) -> None:
+    with pytest.raises(ArgumentError, match=r"blocks is for models of transformers, .*of CPM1"):
+        bminf.load(folders["cpm1"], device="cpu", blocks=["layers.0"])
+
+
+def test_which_of_two_models_it_is_has_to_be_said(folders: dict[str, Path]) -> None:
+    with pytest.raises(ArgumentError, match='say model="cpm2" or model="eva"'):
+        bminf.load(folders["cpm2"], device="cpu")
+    with pytest.raises(CheckpointError, match=r"holds .*, not CPM-2"):
+        bminf.load(folders["cpm1"], device="cpu", model="cpm2")
