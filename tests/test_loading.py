@@ -15,7 +15,7 @@ import bminf
 from bminf.layout import tensors_of
 from bminf.pretrained import open_pretrained
 
-FEW = ["llama", "mixtral", "gpt2", "t5", "mamba", "whisper"]
+FEW = ["llama", "mixtral", "gpt2", "t5", "gemma3_text", "whisper"]
 
 
 @pytest.fixture(autouse=True)

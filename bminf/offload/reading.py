@@ -17,7 +17,7 @@ from bminf.layout import WHOLE, Chunk, Layout
 from bminf.offload.blob import Blobs
 from bminf.quantization.packed import PACKED_FIELDS, Format, PackedWeight, pack
 
-_CHUNK_ELEMENTS = 2**24  # of a matrix that are read and packed together
+_CHUNK_ELEMENTS = 2**22  # of a matrix that are read and packed together
 
 Packer = Callable[[torch.Tensor, Format], PackedWeight]
 
@@ -64,9 +64,14 @@ def tensors_of_block(contents: Contents, block: str) -> Iterator[Chunk]:
             for key, tensor, first_row in _packed(linear, _joined(block, name), contents):
                 yield inner + key, tensor, first_row
     keys = {f"{name}.{key}".lstrip(".") for name in packed for key in PACKED_FIELDS}
+    filled: set[int] = set()  # offsets: tied tensors are read once
     for name, spec in layout.specs.items():
-        if name not in keys:
+        if name not in keys and layout.offsets[name] not in filled:
+            filled.add(layout.offsets[name])
             stored = sliceable(contents.tensors[_joined(block, name)])
+            if not stored.shape:  # it has no rows
+                yield name, stored.read().to(spec.dtype)
+                continue
             for first_row, tensor in pieces(stored):
                 yield name, tensor.to(spec.dtype), first_row
 
