@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from bminf.offload.hooks import Stats as Stats
     from bminf.offload.plan import Plan as Plan
     from bminf.quantization.packed import Format as Format
+    from bminf.saving import save as save
     from bminf.wrapping import plan_for as plan_for
     from bminf.wrapping import plan_of as plan_of
     from bminf.wrapping import stats_of as stats_of
@@ -33,6 +34,7 @@ _LAZY_IMPORTS = {
     "load": "bminf.loading",
     "plan_for": "bminf.wrapping",
     "plan_of": "bminf.wrapping",
+    "save": "bminf.saving",
     "stats_of": "bminf.wrapping",
     "unwrap": "bminf.wrapping",
     "wrapper": "bminf.wrapping",

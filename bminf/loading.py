@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,13 @@ import torch
 
 from bminf.arch import registry
 from bminf.checkpoint.stored import Stored, Transposed
+from bminf.description import is_saved
 from bminf.errors import ArgumentError, CheckpointError
 from bminf.keywords import known_keywords
 from bminf.layers.quantize import Predicate, Replacements, install, warn_of_unquantized
 from bminf.layers.quantized_linear import is_conv1d
 from bminf.layers.saving import refuse_to_save
+from bminf.layout import tensors_of
 from bminf.models import CPM1, CPM2, EVA, GLM, LanguageModel
 from bminf.models.assemble import dtype_for
 from bminf.models.recognition import architectures_for, recognized
@@ -24,8 +27,8 @@ from bminf.offload.hooks import Scheduler
 from bminf.offload.reading import Contents
 from bminf.offload.start import start_from_files
 from bminf.offload.unregistered import warn_of_unregistered
-from bminf.pretrained import is_pretrained, open_pretrained, tokenizer_in
-from bminf.quantization.packed import Format
+from bminf.pretrained import Pretrained, is_pretrained, open_pretrained, tokenizer_in
+from bminf.quantization.packed import INT8, PACKED_FIELDS, Format, parse_format
 from bminf.units import parse_bytes
 from bminf.wrapping import Options, Request
 
@@ -60,11 +63,12 @@ def load(
     A model of transformers comes back as wrapper() would return it, with `tokenizer`, that of the
     folder or None; one of the zoo as its class in bminf.models, which has more settings.
 
-    checkpoint: a folder of transformers, of save_pretrained() or from the hub; one in any layout of
-        a model of the zoo; or a hub id, which is downloaded.
+    checkpoint: a folder that bminf.save() has written; one of transformers, of save_pretrained() or
+        from the hub; one in any layout of a model of the zoo; or a hub id, which is downloaded.
     memory_limit, device, max_length, max_batch_size, offload_dir: as for wrapper(); for a model of
         the zoo, as for its class.
-    quantization: as for wrapper(); "auto" is "int8", or for a model of the zoo what it is there.
+    quantization: as for wrapper(); "auto" is "int8", for a model of the zoo what it is there, and
+        for a folder of bminf.save() as it was saved, whose packed weights stay as they are.
     dtype: of what is not packed; None is that of the checkpoint, or for a model of the zoo float16
         on a GPU and float32 on the CPU.
     model: which one of the zoo, where files do not tell: "cpm2" or "eva".
@@ -94,8 +98,7 @@ def load(
         )  # fmt: skip
     _check_not_given(f"models of bminf.models, and {path} holds one of transformers", config=config)
     found = tokenizer_in(path, trust_remote_code) if tokenizer is None else None
-    wanted = True if quantization == _AUTO else quantization
-    options = Options(wanted, blocks, uses, quantize, reserve, max_length, max_batch_size)
+    options = Options(quantization, blocks, uses, quantize, reserve, max_length, max_batch_size)
     weights_dtype = None if dtype is None else dtype_for(dtype, "cpu")
     loaded = _load_pretrained(
         path, options, memory_limit, weights_dtype, device, offload_dir, trust_remote_code
@@ -116,14 +119,15 @@ def _load_pretrained(
     limit = None if memory_limit is None else parse_bytes(memory_limit, "memory_limit")
     backend = backend_for(device)
     opened = open_pretrained(folder, dtype, trust_remote_code)
-    model = opened.model
+    options, model = _with_packing(options, opened), opened.model
     request = Request(model, options, backend.device.type, keep_addresses=False)
     budget = free_budget(backend.device) if limit is None else limit
     the_plan = request.plan(budget, host_budget(backend.device), backend.device)
     warn_of_unregistered(request.unregistered, request.blobs.nbytes, stacklevel=4)
-    if request.format is not None:
+    if request.format is not None and options.packed is None:
         warn_of_unquantized(model, request.blocks, request.choice, stacklevel=4)
     tensors = _with_replacements(model, opened.tensors, request.choice.replacements)
+    _check_shapes(model, tensors, folder)
     # Where unwrap() brings the weights, as if the model had been loaded before it was wrapped.
     scheduler = Scheduler(the_plan, backend, torch.device("cpu"))
     start_from_files(Contents(model, request.blobs, tensors), scheduler, offload_dir)
@@ -132,13 +136,54 @@ def _load_pretrained(
     return model
 
 
+def _with_packing(options: Options, opened: Pretrained) -> Options:
+    """`options` with what is packed on disk, which is taken as it is.
+
+    Raises ArgumentError where something else was asked for.
+    """
+    is_auto = isinstance(options.quantization, str) and options.quantization == _AUTO
+    if not opened.packed:  # nothing is
+        default = True if opened.packed is None else None
+        return replace(options, quantization=default) if is_auto else options
+    found = set(opened.packed.values())
+    if not is_auto and {parse_format(options.quantization, default=INT8)} != found:
+        raise ArgumentError(
+            f"quantization is {options.quantization!r}, but {opened.path} is packed as "
+            f"{' and '.join(sorted(map(str, found)))}; leave quantization out, or load the original"
+        )
+    if options.quantize is not None:
+        raise ArgumentError(
+            f"quantize= chooses what is packed, and {opened.path} is packed already; leave it out"
+        )
+    return replace(options, quantization=next(iter(found)), packed=opened.packed)
+
+
+def _check_shapes(model: torch.nn.Module, tensors: Mapping[str, Stored], folder: Path) -> None:
+    """Raise CheckpointError where what is read is of other shapes, or of another kind, than what
+    kernels will take it for."""
+    for name, _, tensor in tensors_of(model):
+        linear, _, key = name.rpartition(".")
+        is_packed = key in PACKED_FIELDS
+        if is_packed and f"{linear}.weight" in tensors:
+            continue  # it is packed as it is read
+        stored = tensors.get(name)
+        is_alike = stored is not None and stored.shape == tuple(tensor.shape)
+        if stored is None or not is_alike or (is_packed and stored.dtype != tensor.dtype):
+            found = "missing" if stored is None else f"{stored.dtype} {stored.shape}"
+            raise CheckpointError(
+                f"{name!r} in {folder} is {found}; a {type(model).__name__} of this configuration "
+                f"has {tensor.dtype} {tuple(tensor.shape)}: it is of another model, or damaged"
+            )
+
+
 def _with_replacements(
     model: torch.nn.Module, tensors: Mapping[str, Stored], replacements: Replacements
 ) -> Mapping[str, Stored]:
     """`tensors` of the model with packed linears in place of others."""
     replaced = install(model, replacements)
     weights = {f"{name}.weight": module for name, module in replaced.items()}
-    transposed = [name for name, module in weights.items() if is_conv1d(module)]
+    is_packed = {name: name not in tensors for name in weights}  # on disk
+    transposed = [n for n, module in weights.items() if is_conv1d(module) and not is_packed[n]]
     return {**tensors, **{name: Transposed(tensors[name]) for name in transposed}}
 
 
@@ -159,6 +204,8 @@ def _folder(checkpoint: str | Path, trust_remote_code: bool) -> Path:
 
 def _zoo_class(path: Path, name: str | None, has_tokenizer: bool) -> type[LanguageModel] | None:
     """The class of a checkpoint of the zoo; None where it is a model of transformers."""
+    if is_saved(path):
+        return None
     try:
         named = None if name is None else architectures_for(path, name)
         found = named[0] if named else recognized(registry.checkpoint_in(path), has_tokenizer)

@@ -20,8 +20,10 @@ from bminf.checkpoint.folder import open_checkpoint
 from bminf.checkpoint.names import listed
 from bminf.checkpoint.recorded import InMemory, Recorded
 from bminf.checkpoint.stored import Stored
+from bminf.description import is_saved, read_description, saved_tensors
 from bminf.errors import ArgumentError, CheckpointError
 from bminf.layout import tensors_of
+from bminf.quantization.packed import PACKED_FIELDS, Format
 
 CONFIG_FILE = "config.json"
 _GENERATION_FILE = "generation_config.json"
@@ -30,12 +32,17 @@ _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
 
 @dataclass(frozen=True)
 class Pretrained:
-    """model: on the meta device, for inference.   tensors: what each of its parameters and buffers
-    reads as, by every name that it has in the model."""
+    """model: on the meta device, for inference, nothing packed.
+
+    tensors: what each of its parameters and buffers reads as, by every name that it has in the
+    model.   packed: formats of the linears that are packed on disk, whose tensors are those of a
+    QuantizedLinear instead; None in a folder that save() has not written.
+    """
 
     path: Path
     model: Any
     tensors: Mapping[str, Stored]
+    packed: Mapping[str, Format] | None = None
 
 
 def is_pretrained(folder: Path) -> bool:
@@ -58,9 +65,32 @@ def open_pretrained(
     with torch.device("cpu"), torch.inference_mode(False), _without_progress(transformers):
         config = _config_of(transformers, folder, trust_remote_code)
         kind = _class_of(transformers, config, folder, trust_remote_code)
+        if is_saved(folder):
+            return _open_saved(transformers, kind, config, folder, dtype)
         given = open_checkpoint(folder, []).tensors
         model = _built(transformers, kind, config, folder, given, dtype)
         return Pretrained(folder, model, _emptied(model, folder))
+
+
+def _open_saved(
+    transformers: Any, kind: Any, config: Any, folder: Path, dtype: torch.dtype | None
+) -> Pretrained:
+    """A folder that save() has written. Its tensors are taken as they are: what transformers would
+    convert is converted already."""
+    packed, held = read_description(folder).packed, saved_tensors(folder)
+    fields = {f"{name}.{key}" for name in packed for key in PACKED_FIELDS}
+    weights = {f"{name}.weight": linear for name, linear in packed.items()}
+    given = {name: one for name, one in held.items() if name not in fields} | weights
+    model = _built(transformers, kind, config, folder, given, dtype)
+    if unexpected := sorted(given.keys() - {name for name, _, _ in tensors_of(model)}):
+        raise CheckpointError(
+            f"{folder} has unexpected tensors: {listed(unexpected)}; they are not of a "
+            f"{kind.__name__} of this configuration"
+        )
+    read = _emptied(model, folder, given, keeps_dtype=dtype is None)
+    tensors = {name: one for name, one in read.items() if name not in weights}
+    tensors |= {name: held[name] for name in fields & held.keys()}
+    return Pretrained(folder, model, tensors, {name: one.form for name, one in packed.items()})
 
 
 def tokenizer_in(folder: Path, trust_remote_code: bool = False) -> Any:
@@ -160,24 +190,38 @@ def _generation_config(transformers: Any, kind: Any, folder: Path) -> Any:
     )
 
 
-def _emptied(model: torch.nn.Module, folder: Path) -> dict[str, Stored]:
-    """Put all tensors of `model` on the meta device; what they were, by name."""
+def _emptied(
+    model: torch.nn.Module,
+    folder: Path,
+    saved: Mapping[str, Stored] | None = None,
+    keeps_dtype: bool = False,
+) -> dict[str, Stored]:
+    """Put all tensors of `model` on the meta device; what they read as, by name.
+
+    saved: in place of what transformers made of them.   keeps_dtype: whether in their own dtype.
+    """
     tensors: dict[str, Stored] = {}
-    made: dict[int, torch.Tensor] = {}  # tied ones stay one object
+    made: dict[int, tuple[Stored, torch.Tensor]] = {}  # tied ones stay one object
     for name, place, tensor in tensors_of(model):
-        if tensor.is_meta:
-            raise CheckpointError(
-                f"{folder} has no values for {name!r} of a {type(model).__name__}; fetch it again"
-            )
-        if isinstance(tensor, Recorded):
-            tensors[name] = tensor.stored
-        else:  # a buffer that transformers has computed
-            tensors[name] = InMemory(tensor.detach(), repr(name))
-        meta: Any = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-        if place.is_parameter:
-            meta = torch.nn.Parameter(meta, requires_grad=tensor.requires_grad)
-        place.set(made.setdefault(id(tensor), meta))
+        if id(tensor) not in made:
+            stored = (saved or {}).get(name) or _stored_of(name, tensor, folder)
+            if not keeps_dtype:
+                stored = Recorded(stored).to(tensor.dtype).stored  # type: ignore[attr-defined]
+            meta: Any = torch.empty(tensor.shape, dtype=stored.dtype, device="meta")
+            if place.is_parameter:
+                meta = torch.nn.Parameter(meta, requires_grad=tensor.requires_grad)
+            made[id(tensor)] = stored, meta
+        tensors[name], renewed = made[id(tensor)]
+        place.set(renewed)
     return tensors
+
+
+def _stored_of(name: str, tensor: torch.Tensor, folder: Path) -> Stored:
+    if isinstance(tensor, Recorded):
+        return tensor.stored
+    if tensor.is_meta:
+        raise CheckpointError(f"{folder} has no values for {name!r}; fetch it again")
+    return InMemory(tensor.detach(), repr(name))  # a buffer that transformers has computed
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import torch
 
 from bminf.errors import ArgumentError, NothingToStreamError, UnsupportedModelError
 from bminf.keywords import check_keywords, keywords_of, known_keywords
-from bminf.layers.quantize import Predicate, choose_linears, warn_of_unquantized
+from bminf.layers.quantize import Predicate, choice_of, choose_linears, warn_of_unquantized
 from bminf.layers.saving import refuse_to_save
 from bminf.layout import ModuleBlock, tensors_of
 from bminf.offload.backends import (
@@ -193,7 +193,10 @@ def plan_for(
 
 @dataclass(frozen=True)
 class Options:
-    """What wrapper() and plan_for() are given alike."""
+    """What wrapper() and plan_for() are given alike.
+
+    packed: formats of linears that are packed on disk; None where none can be, and are chosen.
+    """
 
     quantization: bool | str | Format | None
     blocks: Iterable[str] | None
@@ -202,6 +205,7 @@ class Options:
     reserve: int | float | str
     max_length: int | None
     max_batch_size: int
+    packed: Mapping[str, Format] | None = None
 
 
 class Request:
@@ -222,7 +226,10 @@ class Request:
             with suppress(ArgumentError):  # it cannot be counted, and nobody asked
                 self._unreserved = of_text(DEFAULT_LENGTH)
         self.blocks = find_blocks(model, options.blocks)
-        self.choice = choose_linears(model, self.blocks, self.format, options.quantize)
+        if options.packed is None:
+            self.choice = choose_linears(model, self.blocks, self.format, options.quantize)
+        else:
+            self.choice = choice_of(model, options.packed)
         self.blobs = lay_out(model, self.blocks, self.choice.replacements, keep_addresses)
         self._uses = _merged_uses(model, self.blocks, options.uses)
         self.unregistered = find_unregistered(model)

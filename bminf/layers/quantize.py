@@ -12,7 +12,7 @@ from warnings import warn
 
 import torch
 
-from bminf.errors import ArgumentError
+from bminf.errors import ArgumentError, CheckpointError
 from bminf.layers.quantized_linear import QuantizedLinear, has_accelerate_hook, is_conv1d
 from bminf.layout import ModuleBlock, tensors_of
 from bminf.ops.rows import ELEMENTS
@@ -219,6 +219,19 @@ def choose_linears(
         with _named(name):
             replacements[module] = meta_linear(module, format_)
     return Choice(replacements, kept)
+
+
+def choice_of(model: torch.nn.Module, packed: Mapping[str, Format]) -> Choice:
+    """The linears of these names, each in its format.   Raises CheckpointError for what is none."""
+    modules = dict(model.named_modules())
+    for name in packed:
+        module = modules.get(name)
+        if module is None or not is_linear(module):
+            raise CheckpointError(
+                f"{name!r} is packed on disk and is no linear of a {type(model).__name__}: "
+                "the weights are of another model"
+            )
+    return Choice({modules[n]: meta_linear(modules[n], form) for n, form in packed.items()}, {})
 
 
 def _adapters(model: torch.nn.Module, linears: Sequence[Linear]) -> set[torch.nn.Module]:

@@ -21,7 +21,10 @@ from bminf.quantization.packed import INT8, PACKED_FIELDS, Format, PackedWeight,
 
 def is_conv1d(module: torch.nn.Module) -> bool:
     """Whether `module` is transformers' Conv1D (GPT-2): a linear whose weight is stored (K, N)."""
-    kind = type(module)
+    return _is_class_of_conv1d(type(module))
+
+
+def _is_class_of_conv1d(kind: type) -> bool:
     return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
 
 
@@ -155,6 +158,11 @@ class QuantizedLinear(torch.nn.Linear):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, activations={self.activations!r}, {self.form}"
         )
+
+
+def was_conv1d(linear: QuantizedLinear) -> bool:
+    """Whether it was packed from transformers' Conv1D, whose weight is (K, N)."""
+    return _is_class_of_conv1d(linear._packed_class)
 
 
 def has_accelerate_hook(module: torch.nn.Module) -> bool:

@@ -1,0 +1,191 @@
+"""save(model, folder): a model of transformers, wrapped or not, packed as it is."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bminf.checkpoint.folder import Progress, atomic_folder, require_empty
+from bminf.checkpoint.safetensors_file import write_safetensors
+from bminf.checkpoint.stored import strides_of
+from bminf.description import INDEX_FILE, WEIGHTS_FILE, Description, PackedLinear
+from bminf.errors import ArgumentError, BMInfError
+from bminf.keywords import known_keywords
+from bminf.layers.quantized_linear import QuantizedLinear, was_conv1d
+from bminf.layout import Chunk, Layout, TensorSpec, tensors_of
+from bminf.offload.blocks import find_blocks
+from bminf.pretrained import open_pretrained
+from bminf.units import parse_bytes
+from bminf.wrapping import plan_of
+
+_METADATA = {"format": "pt"}
+
+
+@known_keywords
+def save(
+    model: torch.nn.Module,
+    folder: str | Path,
+    tokenizer: Any = None,
+    max_shard_size: int | float | str = "5GB",
+) -> Path:
+    """Write a model of transformers, wrapped or not, as a folder that bminf.load() takes.
+
+    What is packed stays so, and what is streamed is read from where it waits; some of the model is
+    in memory at a time. Configuration and generation settings go along.
+
+    folder: one that does not exist yet, or is empty; it appears when it is complete.
+    tokenizer: one of transformers; None is the model's own attribute `tokenizer`, if it has one.
+    max_shard_size: bytes, or "5GB": above this the weights are several files, of whole blocks.
+    Returns the folder.   Raises ArgumentError, with nothing written, for a model that would not
+    load again: one of another library, with adapters, or of other tensors than its configuration.
+    """
+    _check_model(model)
+    if not isinstance(folder, str | Path):
+        raise ArgumentError(f"folder is a {type(folder).__name__}; give a path")
+    shard_bytes = int(parse_bytes(max_shard_size, "max_shard_size"))
+    target = require_empty(Path(folder).expanduser().absolute())
+    tokenizer = getattr(model, "tokenizer", None) if tokenizer is None else tokenizer
+    tensors = _tensors_of(model)
+    layouts = _layouts(model, tensors)
+    with atomic_folder(target, sum(x.nbytes for x in layouts.values()), "saving") as (at, progress):
+        _write_weights(at, layouts, tensors, shard_bytes, progress)
+        _describe(model).write(at)
+        _write_settings(model, tokenizer, at)
+        try:
+            open_pretrained(at)
+        except BMInfError as error:
+            raise ArgumentError(
+                f"this {type(model).__name__} would not load again: {error}; save one as its "
+                "class makes it, without adapters and of the sizes of its configuration"
+            ) from error
+    return target
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, torch.nn.Module):
+        raise ArgumentError(f"model is a {type(model).__name__}; give a model of transformers")
+    is_known = type(model).__module__.startswith("transformers.") and hasattr(model, "config")
+    if not is_known or getattr(model, "hf_quantizer", None) is not None:
+        raise ArgumentError(
+            f"a {type(model).__name__} of {type(model).__module__} cannot be saved; accepted: a "
+            "model whose class is in transformers, with weights that no other library has packed"
+        )
+
+
+def _tensors_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What is saved, in the order of the modules: of tied tensors the first."""
+    held = model.state_dict()  # streamed ones as they lie on the host
+    first: dict[int, str] = {}
+    for name, _, tensor in tensors_of(model):
+        first.setdefault(id(tensor), name)
+    kept = set(first.values())
+    return {name: tensor for name, tensor in held.items() if name in kept}
+
+
+def _layouts(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, Layout]:
+    """That of each block, as load() lays it out, and of what lies outside, "", before them."""
+    plan = plan_of(model)
+    names = [b.name for b in (find_blocks(model, None) if plan is None else plan.blocks)]
+    parts: dict[str, dict[str, TensorSpec]] = {"": {}, **{name: {} for name in names}}
+    tied = _tied(model)
+    for name, tensor in tensors.items():
+        shape = tuple(tensor.shape)
+        spec = TensorSpec(shape, strides_of(shape), tensor.dtype)
+        block = "" if name in tied else next((n for n in names if name.startswith(f"{n}.")), "")
+        parts[block][name.removeprefix(f"{block}.") if block else name] = spec
+    return {name: Layout.of(part, keep_addresses=False) for name, part in parts.items()}
+
+
+def _tied(model: torch.nn.Module) -> set[str]:
+    names: dict[int, list[str]] = {}
+    for name, _, tensor in tensors_of(model):
+        names.setdefault(id(tensor), []).append(name)
+    return {name for several in names.values() if len(several) > 1 for name in several}
+
+
+def _write_weights(
+    folder: Path,
+    layouts: Mapping[str, Layout],
+    tensors: Mapping[str, torch.Tensor],
+    shard_bytes: int,
+    progress: Progress,
+) -> None:
+    shards = list(_shards(layouts, shard_bytes))
+    read = _reader(layouts, tensors, progress)
+    if len(shards) == 1:
+        write_safetensors(folder / WEIGHTS_FILE, shards[0], read, _METADATA)
+        return
+    weight_map: dict[str, str] = {}
+    for index, shard in enumerate(shards, 1):
+        stem, _, ending = WEIGHTS_FILE.partition(".")
+        file = f"{stem}-{index:05}-of-{len(shards):05}.{ending}"
+        write_safetensors(folder / file, shard, read, _METADATA)
+        for block, layout in shard.items():
+            weight_map |= {_joined(block, name): file for name in layout.specs}
+    total = sum(layout.nbytes for layout in layouts.values())
+    written = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEX_FILE).write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+
+
+def _shards(layouts: Mapping[str, Layout], max_bytes: int) -> Iterator[dict[str, Layout]]:
+    """As many of the blocks, in order, as go into one file: one at least."""
+    shard: dict[str, Layout] = {}
+    for block, layout in layouts.items():
+        if shard and sum(x.extent for x in shard.values()) + layout.extent > max_bytes:
+            yield shard
+            shard = {}
+        shard[block] = layout
+    yield shard
+
+
+def _reader(
+    layouts: Mapping[str, Layout], tensors: Mapping[str, torch.Tensor], progress: Progress
+) -> Callable[[str], Iterable[Chunk]]:
+    def read(block: str) -> Iterator[Chunk]:
+        for name in layouts[block].specs:
+            tensor = tensors[_joined(block, name)].detach().cpu()
+            yield name, tensor
+            progress(tensor.nbytes)
+
+    return read
+
+
+def _describe(model: torch.nn.Module) -> Description:
+    packed = {
+        name: PackedLinear(module.form, _shape_of(module), module.dtype)
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, QuantizedLinear)
+    }
+    return Description(packed)
+
+
+def _shape_of(linear: QuantizedLinear) -> tuple[int, ...]:
+    """Of the weight that it was packed from."""
+    shape = (linear.out_features, linear.in_features)
+    return shape[::-1] if was_conv1d(linear) else shape
+
+
+def _write_settings(model: Any, tokenizer: Any, folder: Path) -> None:
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    config.dtype = str(model.dtype).removeprefix("torch.")
+    try:
+        config.save_pretrained(folder)
+        if model.can_generate():
+            model.generation_config.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ArgumentError(
+            f"the settings of this {type(model).__name__} cannot be saved: {error}; "
+            "correct its configuration, generation_config or tokenizer"
+        ) from error
+
+
+def _joined(block: str, name: str) -> str:
+    return f"{block}.{name}" if block else name
