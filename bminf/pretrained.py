@@ -115,10 +115,12 @@ def _transformers() -> Any:
 
 
 def _config_of(transformers: Any, folder: Path, trust_remote_code: bool) -> Any:
-    read_json(folder / CONFIG_FILE)  # whose errors name the file
-    with _as_checkpoint_error(
+    fields = read_json(folder / CONFIG_FILE)  # whose errors name the file
+    what = (
         f"{folder / CONFIG_FILE} is of no model that transformers {transformers.__version__} knows"
-    ):
+    )
+    has_code = "auto_map" in fields and not trust_remote_code
+    with _as_checkpoint_error(what, _TRUST if has_code else _COMPLETE):
         config = transformers.AutoConfig.from_pretrained(
             folder, trust_remote_code=trust_remote_code
         )
@@ -224,8 +226,15 @@ def _stored_of(name: str, tensor: torch.Tensor, folder: Path) -> Stored:
     return InMemory(tensor.detach(), repr(name))  # a buffer that transformers has computed
 
 
+_COMPLETE = (
+    "see whether the folder is complete, and whether this version of transformers is the one that "
+    "it was made for"
+)
+_TRUST = "give trust_remote_code=True to run the code that the folder brings, if you trust it"
+
+
 @contextmanager
-def _as_checkpoint_error(what: str) -> Iterator[None]:
+def _as_checkpoint_error(what: str, remedy: str = _COMPLETE) -> Iterator[None]:
     """Errors of transformers say what is wrong in a folder, by whatever class."""
     try:
         yield
@@ -233,10 +242,7 @@ def _as_checkpoint_error(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise CheckpointError(
-            f"{what}: {reason}; see whether the folder is complete, and whether this version of "
-            "transformers is the one that it was made for"
-        ) from error
+        raise CheckpointError(f"{what}: {reason}; {remedy}") from error
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from tiny_glm import tiny_glm10b
+from tiny_models import make
 from tiny_zoo import tiny
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,6 +35,7 @@ def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     tiny_glm10b(max_sequence_length=512).write_original(
         tmp_path / "glm-130b"
     )  # its vocabulary needs fewer rows
+    make("llama").save_pretrained(tmp_path / "my-model")
     blocks = code_blocks("python")
     assert blocks
     for block in blocks:
