@@ -212,3 +212,23 @@ def test_what_is_packed_is_not_packed_otherwise(tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match="quantize= chooses what is packed"):
         bminf.load(tmp_path / "to", quantize=lambda *_: True, device="cpu")
     assert formats(bminf.load(tmp_path / "to", quantization="int8", device="cpu"))
+
+
+@pytest.mark.parametrize("quantization", [None, "int8", "int4"])
+def test_the_state_of_a_wrapped_model_goes_into_another(quantization: str | None) -> None:
+    made, other, given = make("llama"), make("llama", seed=5), inputs_of("llama")
+    limit = half_of(made, quantization)
+    bminf.wrapper(made, quantization, limit, device="cpu")
+    whole = bminf.wrapper(make("llama", seed=6), quantization, device="cpu")
+    bminf.wrapper(other, quantization, limit, device="cpu")
+    assert bminf.plan_of(other).streamed and not bminf.plan_of(whole).streamed
+    other.load_state_dict(made.state_dict())
+    whole.load_state_dict(other.state_dict())
+    for model in (other, whole):
+        torch.testing.assert_close(output_of(model, given), output_of(made, given))
+    weights = make("llama").state_dict()
+    if quantization is not None:
+        with pytest.raises(
+            RuntimeError, match=r"Missing key.*qweight(.|\n)*Unexpected key.*weight"
+        ):
+            other.load_state_dict(weights)

@@ -18,8 +18,8 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
@@ -108,7 +108,8 @@ class Scheduler:
             self._override(module, "forward", _Forward(self, module, blocks.get(module)))
             state_dict = functools.partial(self.call, self.state_dict, module.state_dict)
             self._override(module, "state_dict", state_dict)
-            self._override(module, "load_state_dict", _refuse_loading)
+            load = functools.partial(self.call, self.load_state_dict, module.load_state_dict)
+            self._override(module, "load_state_dict", load)
             self._override(module, "__prepare_scriptable__", _refuse_scripting)
         # Only modules that hold tensors: others, such as activations, may be shared by all models.
         holders = {module: block for block in self.blocks for module in block.holders()}
@@ -184,14 +185,38 @@ class Scheduler:
         weights = function(*args, **kwargs)
         if kwargs.get("keep_vars", False):
             return weights
-        self._reads_host, before = True, self._reads_host
-        try:
+        with self._reading_host():
             for name, tensor in weights.items():
                 if isinstance(tensor, LazyTensor):
                     weights[name] = tensor.fetch()
+        return weights
+
+    def load_state_dict(
+        self,
+        function: Callable[..., Any],
+        /,
+        state_dict: Mapping[str, Any],
+        strict: bool = True,
+        assign: bool = False,
+    ) -> Any:
+        """Run load_state_dict; what it copies into streamed tensors is kept where they lie."""
+        if assign:
+            raise UnsupportedModelError(
+                "load_state_dict(assign=True) would put tensors beyond the plan in place of "
+                "streamed ones; leave assign out, so that their values are copied, or call "
+                "bminf.unwrap(model) first"
+            )
+        with self._reading_host():
+            return function(state_dict, strict=strict)
+
+    @contextmanager
+    def _reading_host(self) -> Iterator[None]:
+        """Streamed tensors are read as they lie on the host, and without a warning."""
+        self._reads_host, before = True, self._reads_host
+        try:
+            yield
         finally:
             self._reads_host = before
-        return weights
 
     def _leave(self, block: StreamedBlock, slot: int) -> None:
         assert self.ring is not None
@@ -395,13 +420,6 @@ class _Forward(_Override):
 
 def _refuse_scripting(*args: Any, **kwargs: Any) -> None:
     raise UnsupportedModelError(f"torch.jit.script {_NO_GRAPH}")
-
-
-def _refuse_loading(*args: Any, **kwargs: Any) -> None:
-    raise UnsupportedModelError(
-        "weights cannot be loaded into a model with streamed blocks; load them before wrapping, "
-        "or call bminf.unwrap(model) first"
-    )
 
 
 class _Apply(_Override):

@@ -106,9 +106,38 @@ def test_a_forked_process_gets_an_error_and_does_not_hang() -> None:
 
 
 @pytest.mark.parametrize("part", ["", "layers", "layers.5"])
-def test_loading_is_refused(part: str) -> None:
+def test_a_state_dict_is_loaded_into_the_homes(part: str) -> None:
+    model, plain, x = stream(make_stack()), make_stack(), torch.randn(3, 16)
+    assert "layers.5" in bminf.plan_of(model).streamed
+    model(x)  # the first blocks of the next pass are being copied already
+    for module in (one.get_submodule(part) for one in (model, plain)):
+        module.load_state_dict({k: v + 1 for k, v in module.state_dict().items()})
+    assert_same_weights(model, plain)
+    assert torch.equal(model(x), plain(x)) and torch.equal(model(x), plain(x))
+    bminf.unwrap(model)
+    assert torch.equal(model(x), plain(x))
+
+
+@pytest.mark.parametrize("part", ["", "layers", "layers.5"])
+def test_loading_by_assignment_is_refused(part: str) -> None:
     model = stream(make_stack())
     module = model.get_submodule(part)
-    with pytest.raises(UnsupportedModelError, match="load"):
-        module.load_state_dict({k: v + 1 for k, v in module.state_dict().items()})
+    weights = {k: v + 1 for k, v in module.state_dict().items()}
+    with pytest.raises(UnsupportedModelError, match="leave assign out"):
+        module.load_state_dict(weights, assign=True)
     assert_same_weights(model, make_stack())
+
+
+def test_what_loading_misses_is_what_torch_says() -> None:
+    weights = make_stack().state_dict()
+    key = next(key for key in weights if key.startswith("layers.5"))
+    weights["other"] = weights.pop(key)
+    plain, model = make_stack(), stream(make_stack())
+    found = [one.load_state_dict(weights, strict=False) for one in (plain, model)]
+    assert found[0] == found[1] and found[1].missing_keys == [key]
+    messages = []
+    for one in (plain, model):
+        with pytest.raises(RuntimeError) as caught:
+            one.load_state_dict(weights)
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]
