@@ -7,20 +7,21 @@ tensors of a checkpoint does so with all of them, and the loader then reads one 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
-from bminf.checkpoint.stored import Sliced, Stored, strides_of
+from bminf.checkpoint.stored import Sliced, Stored, slice_of, strides_of
 from bminf.errors import UnsupportedModelError
 
 _ATEN = torch.ops.aten
 _SAME_VALUES = (_ATEN.detach.default, _ATEN.alias.default, _ATEN.lift_fresh.default)
-# Of one tensor, row by row: some rows of the result are the result of some rows.
-_BY_ROWS = (_ATEN._to_copy.default, _ATEN.clone.default)
+# Of one tensor, element by element: some rows of the result are the result of some rows.
+_BY_ELEMENT = (_ATEN._to_copy.default, _ATEN.clone.default)
+_STACK, _CAT = _ATEN.stack.default, _ATEN.cat.default
 
 
 class Recorded(torch.Tensor):
@@ -119,10 +120,7 @@ class Computed(Sliced):
     @property
     def is_read_by_rows(self) -> bool:
         """Whether some rows can be computed without the others."""
-        if self.operation.function not in _BY_ROWS or not self.shape:
-            return False
-        source = self.operation.args[0]
-        return not isinstance(source, Computed) or source.is_read_by_rows
+        return bool(self.shape) and self._some(0, 0, 1) is not None
 
     def read(self) -> torch.Tensor:
         result = self.operation.run(_read)
@@ -130,12 +128,38 @@ class Computed(Sliced):
         return tensor
 
     def _slice(self, axis: int, start: int, end: int) -> Stored:
-        if not self.is_read_by_rows:
+        operation = self._some(axis, start, end)
+        if operation is None:
             return InMemory(self.read().narrow(axis, start, end - start), self.where)
-        source, *more = self.operation.args
-        source = source.rows(start, end) if axis == 0 else source.columns(start, end)
-        operation = replace(self.operation, args=(source, *more))
         return Computed.of(operation, operation.run(_meta_of, torch.device("meta")))
+
+    def _some(self, axis: int, start: int, end: int) -> Operation | None:
+        """What computes some rows or columns alone; None where nothing less than all does."""
+        function, (given, *more) = self.operation.function, self.operation.args
+        if function in _BY_ELEMENT:
+            parts = _slices([given], axis, start, end)
+            given = parts and parts[0]
+        elif function in (_STACK, _CAT) and self.index is None:
+            dim = (more[0] if more else self.operation.kwargs.get("dim", 0)) % len(self.shape)
+            if function is _STACK and axis == dim == 0:
+                given = given[start:end]  # one for each row
+            else:
+                is_apart = function is _CAT and axis != dim
+                given = _slices(given, axis, start, end) if is_apart else None
+        else:
+            return None
+        return None if given is None else replace(self.operation, args=(given, *more))
+
+
+def _slices(parts: Sequence[Stored], axis: int, start: int, end: int) -> list[Stored] | None:
+    """The same rows or columns of each of them; None where these are no less than all."""
+    if axis == 0 and not all(map(_is_read_by_rows, parts)):
+        return None
+    return [slice_of(part, axis, start, end) for part in parts]
+
+
+def _is_read_by_rows(stored: Stored) -> bool:
+    return not isinstance(stored, Computed) or stored.is_read_by_rows
 
 
 @dataclass(frozen=True)
@@ -166,9 +190,7 @@ class InMemory(Sliced):
 
 def sliceable(stored: Stored) -> Stored:
     """`stored`, read if otherwise all of it would be computed for some of its rows."""
-    if isinstance(stored, Computed) and not stored.is_read_by_rows:
-        return InMemory(stored.read(), stored.where)
-    return stored
+    return stored if _is_read_by_rows(stored) else InMemory(stored.read(), stored.where)
 
 
 def _stored_of(tensor: Recorded) -> Stored:

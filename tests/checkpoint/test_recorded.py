@@ -87,6 +87,17 @@ def test_a_cast_is_read_by_rows() -> None:
     assert stored.reads == [1]
 
 
+def test_experts_are_stacked_some_at_a_time() -> None:
+    stored = [Counted(matrix) for matrix in matrices()]
+    halves = [[Recorded(one) for one in stored[i : i + 2]] for i in (0, 2)]
+    experts = torch.cat([torch.stack(half) for half in halves], dim=-1).half().stored
+    assert sliceable(experts) is experts
+    _, first, _, second = matrices()
+    expected = torch.cat([first, second], dim=1).half().unsqueeze(0)
+    assert torch.equal(experts.rows(1, 2).read(), expected)
+    assert [len(one.reads) for one in stored] == [0, 1, 0, 1]
+
+
 def test_what_is_joined_is_computed_once_for_all_its_rows() -> None:
     stored = [Counted(matrix) for matrix in matrices()]
     joined = sliceable(torch.cat([Recorded(one) for one in stored]).to(torch.float16).stored)
