@@ -72,6 +72,7 @@ def load(
                 scheduler.add(name, module, layout)
             else:
                 _fill(module, layout, scheduler.backend, read(name))
+            memory.trim()  # what was read or merged on the way, which malloc keeps in pieces
 
 
 def restore(model: torch.nn.Module, scheduler: Scheduler) -> None:
