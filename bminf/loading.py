@@ -82,8 +82,7 @@ def load(
     Raises ArgumentError, BudgetError, CheckpointError, OffloadError or UnsupportedModelError, and
     nothing stays loaded.
     """
-    path = _folder(checkpoint, trust_remote_code)
-    kind = _zoo_class(path, model, tokenizer is not None)
+    kind, path = zoo_class(checkpoint, model, tokenizer is not None, trust_remote_code)
     if kind is not None:
         _check_not_given(
             f"models of transformers, and {path} holds one of {kind.__name__}",
@@ -105,6 +104,31 @@ def load(
     )
     loaded.tokenizer = found if tokenizer is None else tokenizer
     return loaded
+
+
+def zoo_class(
+    checkpoint: str | Path,
+    model: str | None = None,
+    has_tokenizer: bool = False,
+    trust_remote_code: bool = False,
+) -> tuple[type[LanguageModel] | None, Path]:
+    """The class of a checkpoint of the zoo, None of a model of transformers; and its folder.
+
+    model, trust_remote_code: see load().   has_tokenizer: whether one is given.
+    Raises as load().
+    """
+    published = [one for one in registry.ARCHITECTURES if str(checkpoint) in one.hub_ids]
+    path = _folder(checkpoint, trust_remote_code)
+    if is_saved(path):
+        return None, path
+    try:
+        named = published if model is None else architectures_for(path, model)
+        found = named[0] if named else recognized(registry.checkpoint_in(path), has_tokenizer)
+    except CheckpointError:
+        if is_pretrained(path):
+            return None, path
+        raise
+    return next(kind for kind in _ZOO if found in kind._architectures), path
 
 
 def _load_pretrained(
@@ -200,20 +224,6 @@ def _folder(checkpoint: str | Path, trust_remote_code: bool) -> Path:
     if any(found.glob("*.safetensors")):
         return found
     return download(checkpoint, _ACCEPTED, (*patterns, "*.bin"))
-
-
-def _zoo_class(path: Path, name: str | None, has_tokenizer: bool) -> type[LanguageModel] | None:
-    """The class of a checkpoint of the zoo; None where it is a model of transformers."""
-    if is_saved(path):
-        return None
-    try:
-        named = None if name is None else architectures_for(path, name)
-        found = named[0] if named else recognized(registry.checkpoint_in(path), has_tokenizer)
-    except CheckpointError:
-        if is_pretrained(path):
-            return None
-        raise
-    return next(kind for kind in _ZOO if found in kind._architectures)
 
 
 def _check_not_given(others: str, **given: Any) -> None:

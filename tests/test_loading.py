@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from tiny_models import TINY, greedy, inputs_of, make, output_of
@@ -103,3 +104,20 @@ def half_of(name: str, quantization: str | None, folder: Path) -> int:
     """A limit under which some blocks are streamed."""
     plan = bminf.plan_for(reference(name, folder), quantization)
     return (plan.least_limit + plan.total_bytes) // 2
+
+
+def test_a_hub_id_is_downloaded(
+    saved: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def download(hub_id: str, allow_patterns: list[str]) -> str:
+        asked.append((hub_id, allow_patterns))
+        return str(saved("llama"))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    model = bminf.load("somebody/llama", quantization=None, device="cpu")
+    assert type(model) is TINY["llama"].model
+    ((hub_id, patterns),) = asked
+    assert hub_id == "somebody/llama" and "*.safetensors" in patterns
+    assert not {"*.bin", "*.py"} & set(patterns)

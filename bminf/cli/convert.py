@@ -1,8 +1,10 @@
-"""`bminf convert`: quantizes a checkpoint of any layout into a folder that loads faster."""
+"""`bminf convert`: quantizes a checkpoint of any layout into a folder that loads faster: of the
+built-in models, or of transformers."""
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from bminf.cli import sources
 from bminf.units import format_bytes
@@ -31,6 +33,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Write the folder; returns 0."""
     from bminf.models.convert import WEIGHTS_FILE, convert
 
+    if arguments.tp is None and _is_of_transformers(arguments):
+        return _convert_pretrained(arguments)
     folder = convert(
         arguments.source,
         arguments.destination,
@@ -46,4 +50,33 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     size = format_bytes((folder / WEIGHTS_FILE).stat().st_size)
     print(f"{folder}: {size} of weights")
+    return 0
+
+
+def _is_of_transformers(arguments: argparse.Namespace) -> bool:
+    from bminf.loading import zoo_class
+    from bminf.models.source import HUB_ID
+
+    source = arguments.source
+    if not Path(source).expanduser().exists() and not HUB_ID.fullmatch(source):
+        return False  # nor is it anything else
+    return zoo_class(source, arguments.model, arguments.tokenizer is not None)[0] is None
+
+
+def _convert_pretrained(arguments: argparse.Namespace) -> int:
+    """Load a model of transformers, in the memory that there is, and save it as it is then."""
+    import bminf
+    from bminf.errors import ArgumentError
+
+    for name in ("model", "config", "tokenizer", "head_quantization"):
+        if getattr(arguments, name) is not None:
+            raise ArgumentError(
+                f"--{name.replace('_', '-')} is for the built-in models, and {arguments.source} "
+                "holds one of transformers; leave it out"
+            )
+    quantization = None if arguments.quantization == "none" else arguments.quantization
+    model = bminf.load(arguments.source, quantization=quantization, device="cpu")
+    folder = bminf.save(model, arguments.destination)
+    nbytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    print(f"{folder}: {format_bytes(nbytes)} of weights")
     return 0

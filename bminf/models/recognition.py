@@ -84,8 +84,8 @@ def _goes_with(model_type: Any, architecture: Architecture | None) -> bool:
 
 
 _ADVICE = (
-    "A model of transformers needs no converting: load it with transformers, and "
-    "bminf.wrapper(model, memory_limit=...) runs it under a limit"
+    "A model of transformers needs no converting: bminf.load(folder, memory_limit=...) runs it "
+    "under a limit, and bminf.wrapper(model, memory_limit=...) one that is loaded already"
 )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_glm import tiny_glm10b, tiny_glm130b
+from tiny_models import inputs_of, make, output_of
 from tiny_zoo import T5_CONFIG, modules, tiny
 
 import bminf
@@ -171,3 +172,34 @@ def test_the_files_of_the_authors_quantized(tmp_path: Path) -> None:
     for found, wanted in zip(modules(tmp_path / "to"), made.ranks(2, 4), strict=True):
         assert list(found) == list(wanted)
         assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize(("option", "bits"), [("auto", 8), ("int4", 4), ("none", None)])
+def test_a_folder_of_transformers(
+    option: str, bits: int | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, target = make("llama"), tmp_path / "to"
+    model.save_pretrained(tmp_path / "from")
+    arguments = ["convert", str(tmp_path / "from"), str(target), "--quantization", option]
+    assert main(arguments) == 0
+    size = bminf.units.format_bytes((target / "bminf.safetensors").stat().st_size)
+    assert capsys.readouterr().out == f"{target}: {size} of weights\n"
+    loaded = bminf.load(target, device="cpu")
+    assert {m.form.bits for m in packed(loaded)} == ({bits} if bits else set())
+    expected = make("llama") if bits is None else bminf.wrapper(model, f"int{bits}", device="cpu")
+    given = inputs_of("llama")
+    torch.testing.assert_close(output_of(loaded, given), output_of(expected, given))
+
+
+def packed(model: torch.nn.Module) -> list[bminf.QuantizedLinear]:
+    return [module for module in model.modules() if isinstance(module, bminf.QuantizedLinear)]
+
+
+def test_what_only_built_in_models_take_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make("llama").save_pretrained(tmp_path / "from")
+    arguments = ["convert", str(tmp_path / "from"), str(tmp_path / "to")]
+    assert main([*arguments, "--head-quantization", "int8"]) == 2
+    assert "--head-quantization is for the built-in models" in capsys.readouterr().err
+    assert not (tmp_path / "to").exists()
