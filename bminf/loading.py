@@ -67,8 +67,8 @@ def load(
         from the hub; one in any layout of a model of the zoo; or a hub id, which is downloaded.
     memory_limit, device, max_length, max_batch_size, offload_dir: as for wrapper(); for a model of
         the zoo, as for its class.
-    quantization: as for wrapper(); "auto" is "int8", for a model of the zoo what it is there, and
-        for a folder of bminf.save() as it was saved, whose packed weights stay as they are.
+    quantization: as for wrapper(); "auto" is "int8", for a model of the zoo the default of its
+        class, and for a folder of bminf.save() as it was saved. Packed weights stay as they are.
     dtype: of what is not packed; None is that of the checkpoint, or for a model of the zoo float16
         on a GPU and float32 on the CPU.
     model: which one of the zoo, where files do not tell: "cpm2" or "eva".

@@ -1,10 +1,11 @@
-"""save(model, folder): a model of transformers, wrapped or not, packed as it is."""
+"""save(model, folder): a model of transformers or of the zoo, packed as it is."""
 
 from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,42 +17,53 @@ from bminf.checkpoint.stored import strides_of
 from bminf.description import INDEX_FILE, WEIGHTS_FILE, Description, PackedLinear
 from bminf.errors import ArgumentError, BMInfError
 from bminf.keywords import known_keywords
+from bminf.layers.embedding import HostEmbedding
 from bminf.layers.quantized_linear import QuantizedLinear, was_conv1d
 from bminf.layout import Chunk, Layout, TensorSpec, tensors_of
+from bminf.models import LanguageModel
+from bminf.models.convert import TABLE, layout_of_table, write_config
+from bminf.models.convert import WEIGHTS_FILE as SINGLE_FILE
+from bminf.models.source import HEAD, vocabulary_files
 from bminf.offload.blocks import find_blocks
 from bminf.pretrained import open_pretrained
 from bminf.units import parse_bytes
 from bminf.wrapping import plan_of
 
 _METADATA = {"format": "pt"}
+_TABLE_ROWS = 1024
 
 
 @known_keywords
 def save(
-    model: torch.nn.Module,
+    model: torch.nn.Module | LanguageModel,
     folder: str | Path,
     tokenizer: Any = None,
     max_shard_size: int | float | str = "5GB",
 ) -> Path:
-    """Write a model of transformers, wrapped or not, as a folder that bminf.load() takes.
+    """Write a model of transformers, wrapped or not, or one of the zoo, for bminf.load() to take.
 
     What is packed stays so, and what is streamed is read from where it waits; some of the model is
     in memory at a time. Configuration and generation settings go along.
 
     folder: one that does not exist yet, or is empty; it appears when it is complete.
     tokenizer: one of transformers; None is the model's own attribute `tokenizer`, if it has one.
-    max_shard_size: bytes, or "5GB": above this the weights are several files, of whole blocks.
+    max_shard_size: bytes, or "5GB": above this the weights are several files, of whole blocks;
+        those of a model of the zoo, with which its vocabulary goes, are one.
     Returns the folder.   Raises ArgumentError, with nothing written, for a model that would not
     load again: one of another library, with adapters, or of other tensors than its configuration.
     """
-    _check_model(model)
     if not isinstance(folder, str | Path):
         raise ArgumentError(f"folder is a {type(folder).__name__}; give a path")
     shard_bytes = int(parse_bytes(max_shard_size, "max_shard_size"))
     target = require_empty(Path(folder).expanduser().absolute())
+    if isinstance(model, LanguageModel):
+        return _save_of_zoo(model, target, tokenizer)
+    _check_model(model)
     tokenizer = getattr(model, "tokenizer", None) if tokenizer is None else tokenizer
     tensors = _tensors_of(model)
-    layouts = _layouts(model, tensors)
+    plan = plan_of(model)
+    blocks = [b.name for b in (find_blocks(model, None) if plan is None else plan.blocks)]
+    layouts = _layouts(model, tensors, blocks)
     with atomic_folder(target, sum(x.nbytes for x in layouts.values()), "saving") as (at, progress):
         _write_weights(at, layouts, tensors, shard_bytes, progress)
         _describe(model).write(at)
@@ -63,6 +75,34 @@ def save(
                 f"this {type(model).__name__} would not load again: {error}; save one as its "
                 "class makes it, without adapters and of the sizes of its configuration"
             ) from error
+    return target
+
+
+def _save_of_zoo(model: LanguageModel, target: Path, tokenizer: Any) -> Path:
+    """In the layout of bminf convert."""
+    if tokenizer is not None:
+        raise ArgumentError("tokenizer is for models of transformers; leave it out")
+    plan, network = model.plan, model.model  # the plan raises for one that is closed
+    files = vocabulary_files(model._architecture, model.tokenizer)
+    tensors = _tensors_of(network)
+    layouts = _layouts(network, tensors, [block.name for block in plan.blocks])
+    tables = [one for one in network.modules() if isinstance(one, HostEmbedding)]
+    if tables and model._packing.of(f"{HEAD}0") is not None:  # or the head stands for both
+        shape = (tables[0].num_rows, tables[0].hidden_size)
+        layouts |= layout_of_table(shape, tables[0].table_dtype)
+    nbytes = sum(layout.nbytes for layout in layouts.values())
+    with atomic_folder(target, nbytes, "saving") as (folder, progress):
+        read = _reader(layouts, tensors, progress)
+
+        def chunks(block: str) -> Iterable[Chunk]:
+            if block != TABLE:
+                return read(block)
+            return (("weight", rows, first) for first, rows in tables[0].pieces(_TABLE_ROWS))
+
+        write_safetensors(folder / SINGLE_FILE, layouts, chunks, _METADATA)
+        write_config(folder, model._architecture, model.config, model._packing, model.tokenizer)
+        for name, path in files.items():
+            shutil.copyfile(path, folder / name)
     return target
 
 
@@ -87,10 +127,10 @@ def _tensors_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in held.items() if name in kept}
 
 
-def _layouts(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, Layout]:
+def _layouts(
+    model: torch.nn.Module, tensors: Mapping[str, torch.Tensor], names: Sequence[str]
+) -> dict[str, Layout]:
     """That of each block, as load() lays it out, and of what lies outside, "", before them."""
-    plan = plan_of(model)
-    names = [b.name for b in (find_blocks(model, None) if plan is None else plan.blocks)]
     parts: dict[str, dict[str, TensorSpec]] = {"": {}, **{name: {} for name in names}}
     tied = _tied(model)
     for name, tensor in tensors.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -41,6 +41,18 @@ class HostEmbedding(torch.nn.Module):
         with torch.device("cpu"):
             sizes = torch.tensor([0, *(len(part) for part in parts)])
         self._parts, self._starts, self._table_dtype = list(parts), sizes.cumsum(0), dtype
+
+    @property
+    def table_dtype(self) -> torch.dtype:
+        """That of the tables, which may be another than the one that rows are given in."""
+        return self._table_dtype
+
+    def pieces(self, max_rows: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """(index of the first, some rows) of the tables, in order, in their own dtype."""
+        for part, start in zip(self._parts, self._starts.tolist(), strict=False):
+            for row in range(0, len(part), max_rows):
+                some = part[row : row + max_rows]
+                yield start + row, some.clone().view(self._table_dtype)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """(...) int64 on any device -> (..., hidden_size) in `dtype` on that device."""

@@ -80,7 +80,7 @@ class LanguageModel:
     _head_format: Format | None = None  # of an output head that is split
     _num_extra_tokens = 0  # that the decoder is fed beyond max_length
     tokenizer: Tokenizer
-    model: Any  # the architecture
+    model: Any  # the network
 
     @known_keywords
     def __init__(
@@ -119,6 +119,7 @@ class LanguageModel:
         self.path, self.device = source.weights.path, backend.device
         self.config, self.tokenizer = assembly.source.config, source.tokenizer
         self.model = assembly.network
+        self._architecture, self._packing = source.architecture, assembly.packing
         self._scheduler: Scheduler | None = None
         self._lock = threading.RLock()
         self._generation = 0  # counts them: which one the cache belongs to

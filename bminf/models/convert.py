@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from bminf.arch import registry
+from bminf.arch.architecture import Architecture
 from bminf.checkpoint.folder import Progress, atomic_folder, require_empty
 from bminf.checkpoint.safetensors_file import write_safetensors
 from bminf.checkpoint.stored import pieces
@@ -25,12 +26,13 @@ from bminf.models.glm_ranks import write_for_ranks
 from bminf.models.recognition import architectures_for
 from bminf.models.source import FORMAT_VERSION, HEAD, open_source, vocabulary_files
 from bminf.offload.reading import tensors_of_block
-from bminf.quantization.packed import Format, parse_format
+from bminf.quantization.packed import Format, Packing, parse_format
 
 WEIGHTS_FILE = "model.safetensors"
 
 _AUTO = "auto"
-_TABLE = "embed_tokens"
+TABLE = "embed_tokens"
+"""The block of an embedding that is no parameter of the network."""
 
 
 @known_keywords
@@ -96,7 +98,7 @@ def convert(
 def _write(
     assembly: Assembly, layouts: Mapping[str, Layout], folder: Path, progress: Progress
 ) -> None:
-    source, packing = assembly.source, assembly.packing
+    source = assembly.source
 
     def tensors(block: str) -> Iterator[Chunk]:
         for chunk in _chunks(assembly, block):
@@ -104,21 +106,28 @@ def _write(
             progress(chunk[1].nbytes)
 
     write_safetensors(folder / WEIGHTS_FILE, layouts, tensors, {"format": "pt"})
+    write_config(folder, source.architecture, source.config, assembly.packing, source.tokenizer)
+
+
+def write_config(
+    folder: Path, architecture: Architecture, config: Any, packing: Packing, tokenizer: Any
+) -> None:
+    """What is to be known of a folder of ours beside its weights and the vocabulary."""
     written = {
         "format": "bminf",
         "format_version": FORMAT_VERSION,
-        "model": source.architecture.name,
-        "config": asdict(source.config),
+        "model": architecture.name,
+        "config": asdict(config),
         "quantization": _as_json(packing.default),
         "exceptions": {name: _as_json(one) for name, one in packing.exceptions.items()},
     }
-    if settings := getattr(source.tokenizer, "settings", None):
+    if settings := getattr(tokenizer, "settings", None):
         written["tokenizer"] = dict(settings)
     (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
 
 
 def _chunks(assembly: Assembly, block: str) -> Iterator[Chunk]:
-    if block != _TABLE:
+    if block != TABLE:
         yield from tensors_of_block(contents_of(assembly), block)
         return
     table = assembly.source.weights.table
@@ -132,8 +141,13 @@ def _layout_of_table(assembly: Assembly) -> dict[str, Layout]:
     table = assembly.source.weights.table
     if table is None or assembly.packing.of(f"{HEAD}0") is None:
         return {}
-    spec = TensorSpec(table.shape, (table.shape[1], 1), table.dtype)
-    return {_TABLE: Layout.of({"weight": spec}, keep_addresses=False)}
+    return layout_of_table(table.shape, table.dtype)
+
+
+def layout_of_table(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Layout]:
+    """That of an embedding which is no parameter of the network."""
+    spec = TensorSpec(shape, (shape[1], 1), dtype)
+    return {TABLE: Layout.of({"weight": spec}, keep_addresses=False)}
 
 
 def _as_json(weight_format: Format | None) -> dict[str, Any] | None:

@@ -12,7 +12,7 @@ import torch
 from tiny_glm import ice_tokenizer
 
 import bminf
-from bminf.errors import ArgumentError, CheckpointError
+from bminf.errors import ArgumentError, CheckpointError, UnsupportedModelError
 from bminf.models import convert
 
 Loader = Callable[..., Any]
@@ -77,3 +77,25 @@ def test_which_of_two_models_it_is_has_to_be_said(folders: dict[str, Path]) -> N
         bminf.load(folders["cpm2"], device="cpu")
     with pytest.raises(CheckpointError, match=r"holds .*, not CPM-2"):
         bminf.load(folders["cpm1"], device="cpu", model="cpm2")
+
+
+@pytest.mark.parametrize("quantization", [None, "int8", "int4"])
+@pytest.mark.parametrize("name", KINDS)
+def test_a_model_of_the_zoo_is_saved_as_it_is(
+    name: str, quantization: str | None, load: Loader, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    head = {"head_quantization": quantization} if name == "glm130b" else {}
+    model = load(name, quantization=quantization, **head)
+    expected, plan = logits(model, name), model.plan
+    bminf.save(model, tmp_path / "whole")
+    as_it_is = {"quantization": None} if quantization is None else {}  # which "auto" would pack
+    with bminf.load(tmp_path / "whole", device="cpu", **as_it_is) as again:
+        assert type(again) is KINDS[name] and torch.equal(logits(again, name), expected)
+    limit = (plan.least_limit + plan.total_bytes) // 2
+    with bminf.load(tmp_path / "whole", limit, device="cpu", **as_it_is) as streamed:
+        assert streamed.plan.streamed
+        bminf.save(streamed, tmp_path / "again")
+    with bminf.load(tmp_path / "again", device="cpu", **as_it_is) as again:
+        assert torch.equal(logits(again, name), expected)
+    with pytest.raises(UnsupportedModelError, match="closed"):
+        bminf.save(streamed, tmp_path / "closed")
