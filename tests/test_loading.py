@@ -10,6 +10,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+from golden import TOLERANCE, for_each, golden, largest
 from tiny_models import TINY, greedy, inputs_of, make, output_of
 
 import bminf
@@ -121,3 +122,13 @@ def test_a_hub_id_is_downloaded(
     ((hub_id, patterns),) = asked
     assert hub_id == "somebody/llama" and "*.safetensors" in patterns
     assert not {"*.bin", "*.py"} & set(patterns)
+
+
+@for_each(("bloom",), lambda given: [n for n in given.layouts() if n.startswith("hf_")])
+def test_golden_folders_of_transformers(name: str, case: str) -> None:
+    given = golden(name)
+    model = bminf.load(given.path / case, quantization=None, dtype="float32", device="cpu")
+    real = given.tensors["attention_mask"]
+    with torch.no_grad():
+        found = model(given.tensors["input_ids"], attention_mask=real).logits
+    assert largest(found[real.bool()], given.tensors["logits"][real.bool()]) <= TOLERANCE

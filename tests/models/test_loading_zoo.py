@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from golden import for_each, golden
 from tiny_glm import ice_tokenizer
 
 import bminf
@@ -99,3 +100,25 @@ def test_a_model_of_the_zoo_is_saved_as_it_is(
         assert torch.equal(logits(again, name), expected)
     with pytest.raises(UnsupportedModelError, match="closed"):
         bminf.save(streamed, tmp_path / "closed")
+
+
+def checkpoints(given: Any) -> list[str]:
+    return [layout for layout in given.layouts() if layout != "tokenizer"]
+
+
+@for_each(("cpm1", "cpm2", "eva", "glm10b", "glm130b"), checkpoints)
+def test_golden_layouts_load_as_their_class_does(name: str, case: str) -> None:
+    given, is_glm = golden(name), name.startswith("glm")
+    own = {"tokenizer": given.tokenizer()} if is_glm else {"config": given.config(case)}
+    settings = dict(quantization=None, device="cpu", dtype=torch.float32, max_batch_size=2, **own)
+    found = []
+    for model in (
+        bminf.load(
+            given.path / case, max_length=given.most_tokens(), **settings, **NEEDED.get(name, {})
+        ),
+        given.load(case, max_batch_size=2),
+    ):
+        with model:
+            found.append(model.logits("11 12 [MASK]") if is_glm else logits(model, name))
+        assert type(model) is KINDS[name]
+    assert torch.equal(*found)
