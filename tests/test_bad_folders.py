@@ -17,7 +17,13 @@ from safetensors.torch import load_file, save_file
 from tiny_models import make
 
 import bminf
-from bminf.errors import ArgumentError, BMInfError, CheckpointError
+from bminf.errors import (
+    ArgumentError,
+    BMInfError,
+    BudgetError,
+    CheckpointError,
+    UnknownKeywordError,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -202,3 +208,17 @@ def damage(path: Path, folder: Path, random: Random) -> None:
     else:
         data = bytearray(random.choice(sorted(folder.iterdir())).read_bytes())
     path.write_bytes(data)
+
+
+def test_arguments_that_cannot_be_kept(originals: dict[str, Path]) -> None:
+    folder = originals["plain"]
+    with pytest.raises(BudgetError, match=r"below the least that would do|not fit"):
+        bminf.load(folder, "1KB", device="cpu")
+    with pytest.raises(UnknownKeywordError, match=r"load\(\) has no keyword 'memory'"):
+        bminf.load(folder, memory="1GB")  # type: ignore[call-arg]
+    with pytest.raises(ArgumentError, match=r"config is for models of bminf\.models"):
+        bminf.load(folder, config={}, device="cpu")
+    with pytest.raises(ArgumentError, match="dtype='int8'; accepted"):
+        bminf.load(folder, dtype="int8", device="cpu")
+    with pytest.raises(ArgumentError, match="quantization='int5'; accepted"):
+        bminf.load(folder, quantization="int5", device="cpu")
