@@ -10,7 +10,7 @@ import torch
 from bminf.checkpoint.quantized import Quantized
 from bminf.checkpoint.recorded import sliceable
 from bminf.checkpoint.safetensors_file import run_of
-from bminf.checkpoint.stored import Stored, pieces
+from bminf.checkpoint.stored import InFile, Stored, pieces
 from bminf.errors import ArgumentError, CheckpointError
 from bminf.layers.quantized_linear import QuantizedLinear
 from bminf.layout import WHOLE, Chunk, Layout
@@ -69,11 +69,17 @@ def tensors_of_block(contents: Contents, block: str) -> Iterator[Chunk]:
         if name not in keys and layout.offsets[name] not in filled:
             filled.add(layout.offsets[name])
             stored = sliceable(contents.tensors[_joined(block, name)])
-            if not stored.shape:  # it has no rows
+            if not stored.shape or _is_mapped_as(stored, spec.dtype):
                 yield name, stored.read().to(spec.dtype)
                 continue
             for first_row, tensor in pieces(stored):
                 yield name, tensor.to(spec.dtype), first_row
+
+
+def _is_mapped_as(stored: Stored, dtype: torch.dtype) -> bool:
+    """Whether reading all of it takes no memory: its pages are those of the file."""
+    is_aligned = type(stored) is InFile and stored.offset % dtype.itemsize == 0
+    return is_aligned and stored.dtype == dtype
 
 
 def _packed(
