@@ -13,7 +13,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from tiny_models import TINY, greedy, inputs_of, make, output_of
+from tiny_models import LLAMA, TINY, greedy, inputs_of, make, output_of
 from tokenizers import models, pre_tokenizers
 
 import bminf
@@ -65,6 +65,41 @@ def test_a_saved_model_loads_as_it_was(name: str, quantization: str | None, tmp_
     torch.testing.assert_close(output_of(loaded, given), expected)
     if TINY[name].generates and TINY[name].inputs != "audio":
         assert torch.equal(greedy(loaded, given), greedy(model, given))
+
+
+HYBRID: dict[str, dict[str, Any]] = {
+    "Jamba": dict(
+        num_experts=4, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2,
+        expert_layer_offset=1, mamba_d_state=4, mamba_dt_rank=4, use_mamba_kernels=False,
+    ),
+    "Qwen3Next": dict(
+        num_experts=4, head_dim=8, linear_key_head_dim=8, linear_value_head_dim=8,
+        linear_num_key_heads=2, linear_num_value_heads=4, moe_intermediate_size=24,
+        shared_expert_intermediate_size=24, layer_types=["linear_attention", "full_attention"] * 3,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("quantization", [None, "int4"])
+@pytest.mark.parametrize("name", HYBRID)
+def test_layers_of_several_kinds(name: str, quantization: str | None, tmp_path: Path) -> None:
+    """Attention, recurrent layers and experts, which transformers merges as it loads."""
+    config, kind = (getattr(transformers, name + end) for end in ("Config", "ForCausalLM"))
+    sizes = {**LLAMA, "num_hidden_layers": 6, "num_experts_per_tok": 2}
+    torch.manual_seed(0)
+    kind(config(**sizes, **HYBRID[name])).save_pretrained(tmp_path / "plain")
+    expected = kind.from_pretrained(tmp_path / "plain")
+    limit, given = half_of(expected, quantization), inputs_of("llama")
+    bminf.wrapper(expected, quantization, limit, device="cpu")
+    loaded = bminf.load(tmp_path / "plain", limit, quantization, device="cpu")
+    bminf.save(loaded, tmp_path / "saved")
+    again = bminf.load(tmp_path / "saved", limit, device="cpu")
+    for model in (loaded, again):
+        assert bminf.plan_of(model) == bminf.plan_of(expected)
+        assert {k: t.tolist() for k, t in values(model).items()} == {
+            k: t.tolist() for k, t in values(expected).items()
+        }
+        assert torch.equal(greedy(model, given), greedy(expected, given))
 
 
 def test_what_is_not_wrapped_is_saved_too(tmp_path: Path) -> None:
