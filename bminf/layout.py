@@ -19,9 +19,6 @@ Chunk = tuple[str, torch.Tensor] | tuple[str, torch.Tensor, int]
 """A tensor by its name; or some rows of it, and the index of the first, so that no copy of the
 whole tensor is ever needed."""
 
-WHOLE = ""
-"""The name of the bytes of a whole blob, in place of those of its tensors."""
-
 ADDRESS_MODULUS = 64  # what a kept address keeps: one cache line, the widest CPU vector
 DEFAULT_ALIGNMENT = 256  # where the address is ours to choose: what CUDA's allocator gives at least
 
@@ -165,13 +162,9 @@ class Layout:
     def fill(self, buffer: torch.Tensor, tensors: Iterable[Chunk]) -> None:
         """Copy named tensors, in any order and one at a time, to their places in `buffer`.
 
-        A tensor named WHOLE is (extent,) uint8, the bytes of all of them.
         Raises KeyError for a name that is not in the layout.
         """
         for name, tensor, *first_row in tensors:
-            if name == WHOLE:
-                buffer[: self.extent].copy_(tensor)
-                continue
             target = self.view(buffer, name)
             if first_row:
                 target = target.narrow(0, first_row[0], tensor.shape[0])

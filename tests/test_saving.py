@@ -126,13 +126,13 @@ def test_it_may_be_packed_and_cast_as_it_is_loaded(tmp_path: Path) -> None:
 def test_each_block_is_read_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = bminf.wrapper(make("llama"), "int8", device="cpu")
     bminf.save(model, tmp_path / "to")
-    read, runs = InFile.read, []
+    read_into, runs = InFile.read_into, []
 
-    def counting(stored: InFile) -> torch.Tensor:
+    def counting(stored: InFile, buffer: torch.Tensor) -> None:
         runs.append((stored.name, stored.dtype))
-        return read(stored)
+        read_into(stored, buffer)
 
-    monkeypatch.setattr(InFile, "read", counting)
+    monkeypatch.setattr(InFile, "read_into", counting)
     bminf.load(tmp_path / "to", device="cpu")
     blocks = [name for name, dtype in runs if dtype == torch.uint8]
     assert blocks == [f"model.layers.{n}" for n in range(7)]

@@ -22,8 +22,7 @@ class BinaryFile:
     """A file that stays open as long as anything refers to it.
 
     Only the 64 files opened last are open at a time; an earlier one is opened anew when it is read.
-    All bytes come from maps, which have no position in common: threads and processes that fork may
-    read one file at the same time.
+    No position is in common: threads and processes that fork may read one file at the same time.
     nbytes: its size when it was opened first.
     Raises CheckpointError where it is missing, no file, or not readable.
     """
@@ -72,16 +71,41 @@ class BinaryFile:
         with torch.inference_mode(False):
             return torch.frombuffer(region, dtype=torch.uint8, offset=start, count=count)
 
+    def read_into(self, offset: int, buffer: torch.Tensor, what: str) -> None:
+        """Fill `buffer`, (bytes,) uint8 in one piece, with the bytes from `offset` on.
+
+        No page of the file is mapped, which takes a fault for every few of them. what: as for at().
+        """
+        if not hasattr(os, "preadv") or buffer.device.type != "cpu":
+            if len(buffer):
+                buffer.copy_(self.mapped(offset, len(buffer), what))
+            return
+        descriptor = self._holding(offset, len(buffer), what)
+        left = memoryview(buffer.numpy())  # type: ignore[arg-type]
+        while left:
+            try:
+                count = os.preadv(descriptor.fd, [left], offset)
+            except OSError as error:
+                raise CheckpointError(f"{self.path}: {what} cannot be read: {error}") from error
+            if count == 0:
+                self.check(offset, len(left), what, nbytes=offset)
+            offset, left = offset + count, left[count:]
+
     def _map(self, offset: int, count: int, what: str, access: int) -> tuple[mmap.mmap, int]:
         """A map that begins with a whole page, and where `offset` is in it."""
-        descriptor = self._opened()
-        self.check(offset, count, what, os.fstat(descriptor.fd).st_size)
+        descriptor = self._holding(offset, count, what)
         start = offset % mmap.ALLOCATIONGRANULARITY
         try:
             region = mmap.mmap(descriptor.fd, start + count, access=access, offset=offset - start)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{self.path}: {what} cannot be mapped: {error}") from error
         return region, start
+
+    def _holding(self, offset: int, count: int, what: str) -> _Descriptor:
+        """The file, opened; CheckpointError where it does not hold these bytes (any more)."""
+        descriptor = self._opened()
+        self.check(offset, count, what, os.fstat(descriptor.fd).st_size)
+        return descriptor
 
     def _opened(self) -> _Descriptor:
         descriptor = self._descriptor

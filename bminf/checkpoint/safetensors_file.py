@@ -109,12 +109,17 @@ def _start(
     tensors: Mapping[str, Stored], block: str, layout: Layout, name: str
 ) -> tuple[BinaryFile, int] | None:
     """Where the run would start of which `name` is a tensor; None where it is not."""
-    spec, stored = layout.specs[name], tensors.get(_full_name(block, name))
-    if type(stored) is not InFile or (stored.shape, stored.dtype) != (spec.shape, spec.dtype):
-        return None
-    if stored.stride != strides_of(stored.shape) or not _is_contiguous(spec):
+    stored = tensors.get(_full_name(block, name))
+    if not lies_as(stored, layout.specs[name]):
         return None
     return stored.file, stored.offset - layout.offsets[name]
+
+
+def lies_as(stored: Stored | None, spec: TensorSpec) -> TypeGuard[InFile]:
+    """Whether the bytes of a tensor lie in a file as `spec` says, one after another."""
+    if type(stored) is not InFile or (stored.shape, stored.dtype) != (spec.shape, spec.dtype):
+        return False
+    return stored.stride == strides_of(stored.shape) and _is_contiguous(spec)
 
 
 def write_safetensors(

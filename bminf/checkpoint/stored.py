@@ -154,6 +154,10 @@ class InFile(Sliced):
                 data = data.clone()
         return data.view(self.dtype).as_strided(self.shape, self.stride)
 
+    def read_into(self, buffer: torch.Tensor) -> None:
+        """Fill `buffer`, (span_bytes,) uint8, with its bytes.   Raises as read()."""
+        self.file.read_into(self.offset, buffer, f"the tensor {self.name!r}")
+
     def _slice(self, axis: int, start: int, end: int) -> InFile:
         offset = self.offset + start * self.stride[axis] * self.dtype.itemsize
         shape = (*self.shape[:axis], end - start, *self.shape[axis + 1 :])

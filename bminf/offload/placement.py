@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 
 import torch
 
 from bminf.layers.quantize import Replacements, places_of, replace_linear
-from bminf.layout import Chunk, Layout, tensors_of
+from bminf.layout import Layout, tensors_of
 from bminf.offload import memory
 from bminf.offload.backends.base import Backend
 from bminf.offload.blob import Blobs, unmapped_bytes
@@ -43,7 +44,8 @@ def place(
             module = model.get_submodule(name)
             if name in streamed:
                 tensors = [(key, t) for key, _, t in tensors_of(module) if key in layout.specs]
-                scheduler.backend.put(len(scheduler.blocks), tensors)
+                fill = partial(layout.fill, tensors=tensors)
+                scheduler.backend.put(len(scheduler.blocks), fill)
                 scheduler.add(name, module, layout)
             else:
                 _move_resident(module, layout, scheduler.backend, scheduler.source_device)
@@ -55,23 +57,23 @@ def load(
     model: torch.nn.Module,
     blobs: Blobs,
     scheduler: Scheduler,
-    read: Callable[[str], Iterable[Chunk]],
+    read: Callable[[str, torch.Tensor], object],
 ) -> None:
     """Fill a model that lies on the meta device, block by block, straight into the blobs.
 
-    read: the name of a block, "" for what lies outside all of them -> its tensors, one at a time,
-    with names relative to the block: all those of its layout.
+    read: fills the blob, (extent,) uint8, of the block of this name, "" for what lies outside all
+    of them.
     """
     streamed = set(scheduler.plan.streamed)
     with torch.inference_mode(False), torch.no_grad():
-        _fill(model, blobs.outside, scheduler.backend, read(""))
+        _fill(model, blobs.outside, scheduler.backend, partial(read, ""))
         for name, layout in _with_progress(blobs.blocks, "loading"):
             module = model.get_submodule(name)
             if name in streamed:
-                scheduler.backend.put(len(scheduler.blocks), read(name))
+                scheduler.backend.put(len(scheduler.blocks), partial(read, name))
                 scheduler.add(name, module, layout)
             else:
-                _fill(module, layout, scheduler.backend, read(name))
+                _fill(module, layout, scheduler.backend, partial(read, name))
             memory.trim()  # what was read or merged on the way, which malloc keeps in pieces
 
 
@@ -133,9 +135,12 @@ def _move_resident(
 
 
 def _fill(
-    module: torch.nn.Module, layout: Layout, backend: Backend, tensors: Iterable[Chunk]
+    module: torch.nn.Module,
+    layout: Layout,
+    backend: Backend,
+    read: Callable[[torch.Tensor], object],
 ) -> None:
     """Give the tensors of `layout`, which have no bytes yet, their place on the device."""
     buffer = backend.allocate(layout.extent)
-    layout.fill(buffer, tensors)
+    read(buffer)
     layout.bind(module, buffer)

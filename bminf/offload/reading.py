@@ -9,11 +9,11 @@ import torch
 
 from bminf.checkpoint.quantized import Quantized
 from bminf.checkpoint.recorded import sliceable
-from bminf.checkpoint.safetensors_file import run_of
+from bminf.checkpoint.safetensors_file import lies_as, run_of
 from bminf.checkpoint.stored import InFile, Stored, pieces
 from bminf.errors import ArgumentError, CheckpointError
 from bminf.layers.quantized_linear import QuantizedLinear
-from bminf.layout import WHOLE, Chunk, Layout
+from bminf.layout import Chunk, Layout
 from bminf.offload.blob import Blobs
 from bminf.quantization.packed import PACKED_FIELDS, Format, PackedWeight, pack
 
@@ -41,33 +41,43 @@ class Contents:
         return self.blobs.blocks[block] if block else self.blobs.outside
 
 
-def chunks_of_block(contents: Contents, block: str) -> Iterable[Chunk]:
-    """All bytes of a block in one read, where they lie in a file as its layout says, as in a folder
-    of our own; otherwise its tensors."""
-    run = run_of(contents.tensors, block, contents.layout(block))
-    if run is not None:
-        return [(WHOLE, run.read())]
-    return tensors_of_block(contents, block)
-
-
-def tensors_of_block(contents: Contents, block: str) -> Iterator[Chunk]:
-    """All tensors of a block's layout by their names in it, read and packed some rows at a time.
-
-    block: "" for what lies outside all blocks.   Raises CheckpointError.
-    """
+def read_block(contents: Contents, block: str, blob: torch.Tensor) -> None:
+    """Fill `blob`, (extent,) uint8: in one read, where the bytes lie in a file as the layout says,
+    as in a folder of our own; otherwise tensor by tensor.   Raises CheckpointError."""
     layout = contents.layout(block)
+    run = run_of(contents.tensors, block, layout)
+    if run is not None:
+        run.read_into(blob)
+        return
+    as_they_are = {
+        layout.offsets[name]: stored
+        for name, spec in layout.specs.items()
+        if lies_as(stored := contents.tensors.get(_joined(block, name)), spec)
+    }
+    for offset, stored in as_they_are.items():
+        stored.read_into(blob[offset : offset + stored.span_bytes])
+    layout.fill(blob, tensors_of_block(contents, block, as_they_are))
+
+
+def tensors_of_block(contents: Contents, block: str, filled: Iterable[int] = ()) -> Iterator[Chunk]:
+    """The tensors of a block's layout by their names in it, read and packed some rows at a time.
+
+    block: "" for what lies outside all blocks.   filled: offsets of tensors that are left out.
+    Raises CheckpointError.
+    """
+    layout, done = contents.layout(block), set(filled)
     root = contents.network.get_submodule(block)
     packed = {name: m for name, m in root.named_modules() if isinstance(m, QuantizedLinear)}
     for name, linear in packed.items():
         inner = f"{name}." if name else ""
         if f"{inner}qweight" in layout.specs:
             for key, tensor, first_row in _packed(linear, _joined(block, name), contents):
-                yield inner + key, tensor, first_row
+                if layout.offsets[inner + key] not in done:
+                    yield inner + key, tensor, first_row
     keys = {f"{name}.{key}".lstrip(".") for name in packed for key in PACKED_FIELDS}
-    filled: set[int] = set()  # offsets: tied tensors are read once
     for name, spec in layout.specs.items():
-        if name not in keys and layout.offsets[name] not in filled:
-            filled.add(layout.offsets[name])
+        if name not in keys and layout.offsets[name] not in done:
+            done.add(layout.offsets[name])  # tied tensors are read once
             stored = sliceable(contents.tensors[_joined(block, name)])
             if not stored.shape or _is_mapped_as(stored, spec.dtype):
                 yield name, stored.read().to(spec.dtype)

@@ -17,7 +17,7 @@ from bminf.offload.blob import Blobs
 from bminf.offload.hooks import ATTRIBUTE, Scheduler
 from bminf.offload.placement import load
 from bminf.offload.plan import Block, Plan, plan
-from bminf.offload.reading import Contents, chunks_of_block
+from bminf.offload.reading import Contents, read_block
 
 
 def plan_on(
@@ -86,7 +86,7 @@ def start_from_files(
 
     def read() -> None:
         with torch.device("cpu"):  # where files are read to, whatever the caller's default is
-            load(contents.network, contents.blobs, scheduler, partial(chunks_of_block, contents))
+            load(contents.network, contents.blobs, scheduler, partial(read_block, contents))
         also_read()
 
     start(contents.network, contents.blobs, scheduler, offload_dir, read, scheduler.backend.close)

@@ -133,3 +133,39 @@ def test_a_pickled_tensor_opens_its_file_anew(tmp_path: Path) -> None:
     pickled = pickle.dumps(read_safetensors(path)["w1"])
     assert not is_open(path)
     assert torch.equal(pickle.loads(pickled).read(), WEIGHTS["w1"])
+
+
+@pytest.mark.parametrize("has_preadv", [True, False])
+def test_bytes_are_read_straight_into_a_buffer(
+    has_preadv: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not has_preadv:
+        monkeypatch.delattr(os, "preadv")
+    (tmp_path / "file").write_bytes(bytes(range(200)))
+    file, buffer = BinaryFile(tmp_path / "file"), torch.zeros(60, dtype=torch.uint8)
+    file.read_into(130, buffer[:50], "some bytes")
+    assert buffer.tolist() == [*range(130, 180), *[0] * 10]
+    file.read_into(200, buffer[:0], "no bytes")
+    with pytest.raises(CheckpointError, match="some bytes should lie at bytes 150 to 210, but"):
+        file.read_into(150, buffer, "some bytes")
+
+
+def test_short_reads_go_on_and_those_that_fail_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_bytes(bytes(range(200)))
+    file, buffer, whole = BinaryFile(tmp_path / "file"), torch.zeros(200).byte(), os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, to, start: whole(fd, [to[0][:7]], start))
+    file.read_into(0, buffer, "all bytes")
+    assert buffer.tolist() == list(range(200))
+
+    def failing(*_: object) -> int:
+        raise OSError("the disk is gone")
+
+    for answer, words in (
+        (failing, "all bytes cannot be read: the disk"),
+        (lambda *_: 0, "trunca"),
+    ):
+        monkeypatch.setattr(os, "preadv", answer)
+        with pytest.raises(CheckpointError, match=words):
+            file.read_into(0, buffer, "all bytes")

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import thread as executors
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def backend() -> Iterator[CpuBackend]:
     layouts = [Layout.of({"weight": TensorSpec.of(weight)}) for weight in WEIGHTS]
     backend.open(layouts, None)
     for block, weight in enumerate(WEIGHTS):
-        backend.put(block, [("weight", weight)])
+        backend.put(block, partial(layouts[block].fill, tensors=[("weight", weight)]))
     yield backend
     backend.close()
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
-from bminf.layout import Chunk, Layout
+from bminf.layout import Layout
 from bminf.offload.ring import Transfers
 
 
@@ -43,8 +43,8 @@ class Backend(Transfers, Protocol):
         on_disk: the blobs, as indices into `layouts`, that are to lie in a file in any case.
         """
 
-    def put(self, block: int, tensors: Iterable[Chunk]) -> None:
-        """Write the host copy of a block, tensor by tensor."""
+    def put(self, block: int, fill: Callable[[torch.Tensor], object]) -> None:
+        """Write the host copy of a block. fill: is given room for its blob, (extent,) uint8."""
 
     def host_copy(self, block: int) -> torch.Tensor:
         """A blob, (extent,) uint8 on the CPU. Writing to it is not defined."""

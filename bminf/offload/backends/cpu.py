@@ -9,13 +9,13 @@ slot is free as soon as its block has been left, and a mark is nothing.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from bminf.layout import Chunk, Layout
+from bminf.layout import Layout
 from bminf.offload import memory
 from bminf.offload.backends.base import Counters
 from bminf.offload.disk import AT_ONCE, FileStore, Outcome, Reader, bytes_of
@@ -52,9 +52,9 @@ class CpuBackend:
         self._slot_bytes = [bytes_of(slot) for slot in self.slots]
         self._reader = Reader("bminf-reader")
 
-    def put(self, block: int, tensors: Iterable[Chunk]) -> None:
+    def put(self, block: int, fill: Callable[[torch.Tensor], object]) -> None:
         blob = self._slot(block, 0)  # no slot is in use yet, so one can stage the blob
-        self._layouts[block].fill(blob, tensors)
+        fill(blob)
         self._opened_store().write(block, blob)
 
     def host_copy(self, block: int) -> torch.Tensor:

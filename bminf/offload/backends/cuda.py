@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +21,7 @@ import torch
 
 from bminf.cuda.pinned import PinnedMemory
 from bminf.errors import BudgetError
-from bminf.layout import Chunk, Layout
+from bminf.layout import Layout
 from bminf.offload.backends.base import Counters
 from bminf.offload.disk import NUM_STAGES, FileStore, Outcome, ReadAhead, Reader
 from bminf.offload.ring import NUM_SLOTS
@@ -128,16 +128,16 @@ class CudaBackend:
         # The memory of the slots may still be read by work queued before they were allocated.
         self._stream.wait_stream(self._compute_stream())
 
-    def put(self, block: int, tensors: Iterable[Chunk]) -> None:
+    def put(self, block: int, fill: Callable[[torch.Tensor], object]) -> None:
         if self._files is not None and block in self._files.places:
             # Nothing is read ahead before the first copy, so a staging buffer is free.
             blob = self._files.stages[0].tensor[: self._layouts[block].extent]
-            self._layouts[block].fill(blob, tensors)
+            fill(blob)
             self._files.read_ahead.write(self._files.places[block], blob)
             return
         copy = self._pinned(self._layouts[block].extent)
         self._host_copies[block] = copy
-        self._layouts[block].fill(copy.tensor, tensors)
+        fill(copy.tensor)
 
     def host_copy(self, block: int) -> torch.Tensor:
         if self._files is not None and block in self._files.places:
