@@ -14,8 +14,6 @@ from golden import TOLERANCE, for_each, golden, largest
 from tiny_models import TINY, greedy, inputs_of, make, output_of
 
 import bminf
-from bminf.layout import tensors_of
-from bminf.pretrained import open_pretrained
 
 FEW = ["llama", "mixtral", "gpt2", "t5", "gemma3_text", "whisper"]
 
@@ -46,40 +44,8 @@ def reference(name: str, folder: Path, **settings: Any) -> Any:
     return TINY[name].model.from_pretrained(folder, **settings)
 
 
-def aliases(model: torch.nn.Module) -> set[frozenset[str]]:
-    """Names of tensors that are one object."""
-    names: dict[int, set[str]] = {}
-    for name, _, tensor in tensors_of(model):
-        names.setdefault(id(tensor), set()).add(name)
-    return set(map(frozenset, names.values()))
-
-
 def attributes(model: torch.nn.Module) -> dict[str, set[str]]:
     return {name: set(vars(module)) for name, module in model.named_modules()}
-
-
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-@pytest.mark.parametrize("name", TINY)
-def test_what_is_to_be_read_is_what_transformers_reads(
-    name: str, dtype: torch.dtype | None, saved: Callable[[str], Path]
-) -> None:
-    expected = reference(name, saved(name), dtype=dtype or "auto")
-    opened = open_pretrained(saved(name), dtype)
-    values = {name: tensor for name, _, tensor in tensors_of(expected)}
-    assert opened.tensors.keys() == values.keys()
-    for key, value in values.items():
-        read = opened.tensors[key].read()
-        assert read.dtype == value.dtype and torch.equal(read, value), key
-    metas = {name: tensor for name, _, tensor in tensors_of(opened.model)}
-    assert all(tensor.is_meta for tensor in metas.values())
-    kinds = [{n: (type(t), t.requires_grad) for n, t in x.items()} for x in (metas, values)]
-    assert kinds[0] == kinds[1]
-    assert aliases(opened.model) == aliases(expected)
-    assert attributes(opened.model) == attributes(expected)
-    assert opened.model.config.to_dict() == expected.config.to_dict()
-    if expected.can_generate():
-        configs = [one.generation_config.to_dict() for one in (opened.model, expected)]
-        assert configs[0] == configs[1]
 
 
 @pytest.mark.parametrize("quantization", [None, "int8", "int4"])

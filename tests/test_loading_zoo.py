@@ -1,16 +1,16 @@
-"""bminf.load() of checkpoints of the zoo: the class, and what its own constructor gives."""
+"""bminf.load() and save() of models of the zoo: the class, and what its own constructor gives."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from golden import for_each, golden
-from tiny_glm import ice_tokenizer
+from tiny_glm import ice_tokenizer, tiny_model, tokenizer_of
 
 import bminf
 from bminf.errors import ArgumentError, CheckpointError, UnsupportedModelError
@@ -29,10 +29,32 @@ MORE = {"glm130b": {"tokenizer": ice_tokenizer()}}
 
 
 @pytest.fixture(autouse=True)
-def _quiet() -> Any:
+def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="found no sentencepiece model")
         yield
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A small checkpoint of each model, in the authors' layout."""
+    root = tmp_path_factory.mktemp("zoo")
+    return {name: tiny_model(name).write_original(root / name) for name in KINDS}
+
+
+@pytest.fixture
+def load(folders: dict[str, Path]) -> Iterator[Loader]:
+    """load("cpm2", quantization=...): a model by its own constructor, closed after the test."""
+    loaded = []
+
+    def loader(name: str, **settings: Any) -> Any:
+        settings = {"quantization": None, "tokenizer": tokenizer_of(name), **settings}
+        loaded.append(KINDS[name](folders[name], device="cpu", **settings))
+        return loaded[-1]
+
+    yield loader
+    for model in loaded:
+        model.close()
 
 
 def logits(model: Any, name: str) -> torch.Tensor:
