@@ -7,11 +7,13 @@ import mmap
 import os
 import weakref
 from collections import deque
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bminf.checkpoint.checksum import PIECE_BYTES, Checksum, Span
 from bminf.errors import CheckpointError
 
 _MAX_JSON_BYTES = 10**8
@@ -27,13 +29,20 @@ class BinaryFile:
     Raises CheckpointError where it is missing, no file, or not readable.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, unread: Iterable[Span] = ()) -> None:
         self.path = path
         self._descriptor: _Descriptor | None = None
         self.nbytes = os.fstat(self._opened().fd).st_size
+        self._unread = tuple(unread)
 
-    def __reduce__(self) -> tuple[type[BinaryFile], tuple[Path]]:
-        return BinaryFile, (self.path,)  # another process does not have this descriptor
+    def __reduce__(self) -> tuple[type[BinaryFile], tuple[Path, tuple[Span, ...]]]:
+        return BinaryFile, (self.path, self._unread)  # another process has no such descriptor
+
+    def expect(self, spans: Iterable[Span]) -> None:
+        """Have mapped() compare the checksum of each span before any of its bytes are given."""
+        self._unread = tuple(spans)
+        for span in self._unread:
+            self.check(span.start, span.end - span.start, "what has a checksum")
 
     def at(self, offset: int, count: int, what: str) -> bytes:
         """`count` bytes from `offset` on.
@@ -67,6 +76,10 @@ class BinaryFile:
 
         what: as for at().   count: at least 1.
         """
+        self._compare_all(offset, offset + count, what)
+        return self._mapped(offset, count, what)
+
+    def _mapped(self, offset: int, count: int, what: str) -> torch.Tensor:
         region, start = self._map(offset, count, what, mmap.ACCESS_COPY)
         with torch.inference_mode(False):
             return torch.frombuffer(region, dtype=torch.uint8, offset=start, count=count)
@@ -80,9 +93,24 @@ class BinaryFile:
             if len(buffer):
                 buffer.copy_(self.mapped(offset, len(buffer), what))
             return
-        descriptor = self._holding(offset, len(buffer), what)
-        left = memoryview(buffer.numpy())  # type: ignore[arg-type]
+        end = offset + len(buffer)
+        span = next((one for one in self._unread if (one.start, one.end) == (offset, end)), None)
+        if span is None:
+            self._compare_all(offset, end, what)
+        self._holding(offset, len(buffer), what)
+        found = Checksum()
+        for piece in buffer.split(PIECE_BYTES):
+            self._fill(offset, piece, what)
+            offset += len(piece)
+            if span is not None:
+                found.update(piece)  # which is in the caches still
+        if span is not None:
+            self._settle(span, found, what)
+
+    def _fill(self, offset: int, piece: torch.Tensor, what: str) -> None:
+        left = memoryview(piece.numpy())  # type: ignore[arg-type]
         while left:
+            descriptor = self._opened()
             try:
                 count = os.preadv(descriptor.fd, [left], offset)
             except OSError as error:
@@ -90,6 +118,29 @@ class BinaryFile:
             if count == 0:
                 self.check(offset, len(left), what, nbytes=offset)
             offset, left = offset + count, left[count:]
+
+    def _compare_all(self, start: int, end: int, what: str) -> None:
+        """Compare the checksums of all spans that have bytes from `start` to `end`."""
+        for span in self._unread:
+            if span.start < end and start < span.end:
+                self._compare(span, what)
+
+    def _compare(self, span: Span, what: str) -> None:
+        """Read a span for its checksum, once."""
+        found = Checksum()
+        for start in range(span.start, span.end, PIECE_BYTES):
+            count = min(PIECE_BYTES, span.end - start)
+            found.update(self._mapped(start, count, what))
+        self._settle(span, found, what)
+
+    def _settle(self, span: Span, found: Checksum, what: str) -> None:
+        """A span has been read: CheckpointError where it is not as it was written."""
+        if found.hexdigest() != span.checksum:
+            raise CheckpointError(
+                f"{self.path} is damaged: between bytes {span.start} and {span.end}, where {what} "
+                "lies, some are not as they were written; fetch it again, or write it anew"
+            )
+        self._unread = tuple(one for one in self._unread if one != span)
 
     def _map(self, offset: int, count: int, what: str, access: int) -> tuple[mmap.mmap, int]:
         """A map that begins with a whole page, and where `offset` is in it."""

@@ -15,6 +15,7 @@ is missed as a hash misses it, but for what is computed to be: this is no signat
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,15 @@ PIECE_BYTES = 2**22
 _PERIODS = (1021, 1031)
 _WORD_BYTES = 8
 _DIGEST_BYTES = 16
+
+
+@dataclass(frozen=True)
+class Span:
+    """Some bytes of a file, from `start` to before `end`, and what their checksum has to be."""
+
+    start: int
+    end: int
+    checksum: str
 
 
 class Checksum:

@@ -3,17 +3,20 @@
 A file is the length of a header (uint64), the header (JSON: name -> dtype, shape and data_offsets),
 and the data, which has no holes. In our own files each block is one run of bytes, its blob as
 bminf/layout.py lays it out, that starts at a multiple of 256 in the file: one read brings it. What
-the alignment leaves open is filled with uint8 tensors named "padding.0", "padding.1", ...
+the alignment leaves open is filled with uint8 tensors named "padding.0", "padding.1", ... Their
+metadata have a checksum of each run, and one of the header, so that damage is noticed.
 
 Source: the safetensors README, "Format"; its reader in Rust is as strict as this one.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import mmap
 import os
+import re
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +26,7 @@ from typing import Any, BinaryIO, TypeGuard
 import torch
 
 from bminf.checkpoint.binary_file import BinaryFile, parse_json
+from bminf.checkpoint.checksum import Span, checksum
 from bminf.checkpoint.stored import InFile, Stored, contiguous, strides_of
 from bminf.errors import ArgumentError, CheckpointError
 from bminf.layout import DEFAULT_ALIGNMENT, Chunk, Layout, TensorSpec
@@ -57,7 +61,10 @@ _MAX_HEADER_BYTES = 10**8
 _MAX_DIMENSIONS = 64
 _METADATA = "__metadata__"
 _PADDING = "padding."
-_PADDING_KEY = "bminf.padding"  # in the metadata: how the names of paddings start
+# In the metadata: how the names of paddings start; "start-end:checksum" of each block, by bytes of
+# the data; the hash of the header, of which this digest itself is zeros.
+_PADDING_KEY, _BLOCKS_KEY, _HEADER_KEY = "bminf.padding", "bminf.blocks", "bminf.header"
+_DIGITS = 32  # of a checksum, and of the hash
 
 
 def read_safetensors(path: Path) -> dict[str, InFile]:
@@ -74,10 +81,13 @@ def read_safetensors(path: Path) -> dict[str, InFile]:
             f"{header_bytes} bytes; at most {_MAX_HEADER_BYTES} are accepted"
         )
     where = f"the header of {path}"
-    entries = parse_json(file.at(8, header_bytes, "the header"), where)
+    text = file.at(8, header_bytes, "the header")
+    entries = parse_json(text, where)
     metadata = entries.pop(_METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise CheckpointError(f"{where} has {_METADATA} that is not a map of texts")
+    _check_header(text, metadata.get(_HEADER_KEY), path)
+    file.expect(_spans(metadata.get(_BLOCKS_KEY, ""), 8 + header_bytes, path))
     tensors = {
         name: _tensor(file, name, entry, 8 + header_bytes) for name, entry in entries.items()
     }
@@ -139,15 +149,19 @@ def write_safetensors(
     Raises ArgumentError where a layout cannot be written so, or other tensors come than it has;
     CheckpointError where there is no room or no permission.
     """
-    if _PADDING_KEY in metadata:
-        raise ArgumentError(f"metadata has the key {_PADDING_KEY!r}, which the writer needs")
+    for key in (_PADDING_KEY, _BLOCKS_KEY, _HEADER_KEY):
+        if key in metadata:
+            raise ArgumentError(f"metadata has the key {key!r}, which the writer needs")
     plan = _Plan.of(layouts)
-    header = plan.header(metadata)
+    header = plan.header(metadata, dict.fromkeys(layouts, "0" * _DIGITS))
     partial = path.with_name(f"{path.name}.part")
     try:
         with open(partial, "wb+") as file:
             _reserve(file, header, plan.nbytes)
-            _write_data(file, len(header), plan, layouts, tensors)
+            checksums = dict(_write_data(file, len(header), plan, layouts, tensors))
+            file.seek(0)
+            file.write(plan.header(metadata, checksums))
+            file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:
@@ -230,22 +244,23 @@ def _full_name(block: str, name: str) -> str:
 
 @dataclass(frozen=True)
 class _Plan:
-    """entries: of the header, without holes.   starts: block -> where its blob starts."""
+    """entries: of the header, without holes.   spans: block -> where its blob starts and ends."""
 
     entries: Mapping[str, Any]
-    starts: Mapping[str, int]
+    spans: Mapping[str, tuple[int, int]]
     nbytes: int
 
     @classmethod
     def of(cls, layouts: Mapping[str, Layout]) -> _Plan:
-        starts: dict[str, int] = {}
+        spans: dict[str, tuple[int, int]] = {}
         entries: dict[str, Any] = {}
         paddings: dict[str, Any] = {}
         end = 0
         for block, layout in layouts.items():
-            starts[block] = -(-end // DEFAULT_ALIGNMENT) * DEFAULT_ALIGNMENT
+            blob = -(-end // DEFAULT_ALIGNMENT) * DEFAULT_ALIGNMENT
+            spans[block] = blob, blob + layout.extent
             for name, spec, offset in _in_order(block, layout):
-                start = starts[block] + offset
+                start = blob + offset
                 if name in entries or name == _METADATA or name.startswith(_PADDING):
                     raise ArgumentError(f"the tensor name {name!r} is taken; rename the block")
                 if start < end:
@@ -255,14 +270,45 @@ class _Plan:
                     paddings[f"{_PADDING}{len(paddings)}"] = gap
                 end = start + spec.nbytes
                 entries[name] = _entry(_DTYPE_NAMES[spec.dtype], spec.shape, start, end)
-        return cls({**entries, **paddings}, starts, end)
+        return cls({**entries, **paddings}, spans, end)
 
-    def header(self, metadata: Mapping[str, str]) -> bytes:
-        """The length and the header, filled with spaces so that the data starts aligned."""
-        given = {_METADATA: {**metadata, _PADDING_KEY: _PADDING}, **self.entries}
+    def header(self, metadata: Mapping[str, str], checksums: Mapping[str, str]) -> bytes:
+        """The length and the header, filled with spaces so that the data starts aligned.
+
+        checksums: of each block; the length does not depend on them.
+        """
+        blocks = [f"{a}-{b}:{checksums[name]}" for name, (a, b) in self.spans.items()]
+        own = {
+            _HEADER_KEY: "0" * _DIGITS, _PADDING_KEY: _PADDING, _BLOCKS_KEY: " ".join(blocks)
+        }  # fmt: skip
+        given = {_METADATA: {**own, **metadata}, **self.entries}
         text = json.dumps(given, separators=(",", ":")).encode()
         text += b" " * (-(8 + len(text)) % DEFAULT_ALIGNMENT)
-        return struct.pack("<Q", len(text)) + text
+        return struct.pack("<Q", len(text)) + _with_hash(text)
+
+
+def _with_hash(header: bytes, digest: str = "0" * _DIGITS) -> bytes:
+    """A header whose hash is `digest`, with the right one."""
+    key = f'"{_HEADER_KEY}":"'.encode()
+    blank = header.replace(key + digest.encode(), key + b"0" * _DIGITS, 1)
+    found = hashlib.blake2b(blank, digest_size=_DIGITS // 2).hexdigest()
+    return blank.replace(key + b"0" * _DIGITS, key + found.encode(), 1)
+
+
+def _check_header(text: bytes, digest: str | None, path: Path) -> None:
+    if digest is not None and _with_hash(text, digest) != text:
+        raise CheckpointError(
+            f"the header of {path} is damaged: it is not as it was written; fetch the file again"
+        )
+
+
+def _spans(given: str, data_start: int, path: Path) -> Iterator[Span]:
+    """Of the file, those in the metadata."""
+    for one in given.split():
+        found = re.fullmatch(rf"(\d{{1,18}})-(\d{{1,18}}):([0-9a-f]{{{_DIGITS}}})", one)
+        if found is None:
+            raise CheckpointError(f"{path} has {one!r} for a checksum; the file is damaged")
+        yield Span(data_start + int(found[1]), data_start + int(found[2]), found[3])
 
 
 def _entry(dtype: str, shape: Sequence[int], start: int, end: int) -> dict[str, Any]:
@@ -312,13 +358,15 @@ def _write_data(
     plan: _Plan,
     layouts: Mapping[str, Layout],
     tensors: Callable[[str], Iterable[Chunk]],
-) -> None:
+) -> Iterator[tuple[str, str]]:
+    """(block, checksum) of each that is written."""
     region = mmap.mmap(file.fileno(), header_bytes + plan.nbytes)
     with torch.inference_mode(False):
         data = torch.frombuffer(region, dtype=torch.uint8)[header_bytes:]
     for block, layout in layouts.items():
-        start = plan.starts[block]
-        _fill(block, layout, data[start : start + layout.extent], tensors(block))
+        start, end = plan.spans[block]
+        _fill(block, layout, data[start:end], tensors(block))
+        yield block, checksum(data[start:end])
     region.flush()
 
 

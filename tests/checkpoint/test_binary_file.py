@@ -20,6 +20,7 @@ from tiny_zoo import bminf1_bytes, save
 from bminf.checkpoint import binary_file
 from bminf.checkpoint.binary_file import BinaryFile
 from bminf.checkpoint.bminf1_file import read_bminf1
+from bminf.checkpoint.checksum import Span, checksum
 from bminf.checkpoint.safetensors_file import read_safetensors
 from bminf.checkpoint.torch_file import read_torch_file
 from bminf.errors import CheckpointError
@@ -125,6 +126,17 @@ def test_a_forked_process_reads_on(tmp_path: Path) -> None:
     child.join()
     assert child.exitcode == 1
     assert torch.equal(found["w2"].read(), WEIGHTS["w2"])
+
+
+def test_a_pickled_file_still_expects_its_checksums(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(bytes(100))
+    file = BinaryFile(tmp_path / "a")
+    file.expect([Span(10, 20, checksum(torch.zeros(10, dtype=torch.uint8))), Span(50, 90, "other")])
+    for one in (file, pickle.loads(pickle.dumps(file))):
+        assert one.mapped(0, 50, "what is as it was").sum() == 0
+        with pytest.raises(CheckpointError, match="between bytes 50 and 90, where this lies, some"):
+            one.mapped(49, 2, "this")
+        assert one.mapped(90, 10, "what has no checksum").sum() == 0
 
 
 def test_a_pickled_tensor_opens_its_file_anew(tmp_path: Path) -> None:

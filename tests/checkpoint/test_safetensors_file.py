@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from saved_files import DTYPES
 
+from bminf.checkpoint.checksum import Checksum
 from bminf.checkpoint.safetensors_file import (
     read_safetensors,
     run_of,
@@ -100,6 +101,81 @@ def test_each_block_is_one_read_of_its_blob(tmp_path: Path) -> None:
         for name in layout.specs:
             view = layout.view(blob, name)
             assert torch.equal(view, blocks[block][name]), (block, name)
+
+
+def test_a_byte_that_changed_is_an_error_or_belongs_to_nothing(tmp_path: Path) -> None:
+    """What has changed is either noticed, or is in no block: in paddings, or in how a checksum is
+    called that is not looked for then."""
+    blocks = make_blocks()
+    path = write(tmp_path / "a.safetensors", blocks)
+    content, expected = path.read_bytes(), named(blocks)
+    spans = {
+        name: (t.offset, t.offset + t.span_bytes) for name, t in read_safetensors(path).items()
+    }
+    for at in range(0, len(content), 31):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+        try:
+            found = {name: tensor.read() for name, tensor in read_safetensors(path).items()}
+        except CheckpointError as error:
+            assert str(path) in str(error)
+            continue
+        assert not [name for name, (start, end) in spans.items() if start <= at < end]
+        for name, tensor in expected.items():
+            assert torch.equal(found[name], tensor), (at, name)
+
+
+def test_all_of_a_block_is_compared_before_any_of_it_is_given(tmp_path: Path) -> None:
+    blocks = make_blocks()
+    path = write(tmp_path / "a.safetensors", blocks)
+    tensors = read_safetensors(path)
+    changed = bytearray(path.read_bytes())
+    changed[tensors["layers.1.norm.weight"].offset] ^= 1
+    path.write_bytes(changed)
+    tensors = read_safetensors(path)
+    for name, tensor in tensors.items():
+        if name.startswith("layers.1.") and 0 not in tensor.shape:
+            with pytest.raises(CheckpointError, match=f"where the tensor '{name}' lies, some are"):
+                tensor.read()
+        else:
+            assert torch.equal(tensor.read(), named(blocks)[name])
+
+
+def test_a_block_is_compared_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "a.safetensors", make_blocks())
+    counted: list[int] = []
+    update = Checksum.update
+    monkeypatch.setattr(
+        Checksum, "update", lambda self, data: (counted.append(len(data)), update(self, data))
+    )
+    tensors = read_safetensors(path)
+    for _ in range(2):
+        for tensor in tensors.values():
+            tensor.read()
+    assert sum(counted) == sum(layout.extent for layout in layouts_of(make_blocks()).values())
+
+
+def test_a_file_without_checksums_is_read(tmp_path: Path) -> None:
+    """Of an earlier version, or of another library."""
+    blocks = make_blocks()
+    path = write(tmp_path / "a.safetensors", blocks)
+    content = path.read_bytes()
+    header_bytes = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + header_bytes])
+    for key in ("bminf.blocks", "bminf.header"):
+        del header["__metadata__"][key]
+    raw(path, header, content[8 + header_bytes :])
+    for name, tensor in read_safetensors(path).items():
+        assert torch.equal(tensor.read(), named(blocks)[name])
+
+
+@pytest.mark.parametrize(
+    "blocks", ["x", "0-1", "0-1:12", "0-99999999:" + "0" * 32, "5-1:" + "0" * 32]
+)
+def test_checksums_of_no_meaning_are_refused(blocks: str, tmp_path: Path) -> None:
+    header = {"__metadata__": {"bminf.blocks": blocks}, "a": entry(0, 4)}
+    path = raw(tmp_path / "a.safetensors", header, b"abcd")
+    with pytest.raises(CheckpointError, match=r"a\.safetensors (is damaged|has .* for a checksum)"):
+        read_safetensors(path)
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
