@@ -20,6 +20,7 @@ import re
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any, BinaryIO, TypeGuard
 
@@ -61,7 +62,7 @@ _MAX_HEADER_BYTES = 10**8
 _MAX_DIMENSIONS = 64
 _METADATA = "__metadata__"
 _PADDING = "padding."
-# In the metadata: how the names of paddings start; "start-end:checksum" of each block, by bytes of
+# In the metadata: how the names of paddings start; "start-end:checksum" of each span, by bytes of
 # the data; the hash of the header, of which this digest itself is zeros.
 _PADDING_KEY, _BLOCKS_KEY, _HEADER_KEY = "bminf.padding", "bminf.blocks", "bminf.header"
 _DIGITS = 32  # of a checksum, and of the hash
@@ -153,12 +154,12 @@ def write_safetensors(
         if key in metadata:
             raise ArgumentError(f"metadata has the key {key!r}, which the writer needs")
     plan = _Plan.of(layouts)
-    header = plan.header(metadata, dict.fromkeys(layouts, "0" * _DIGITS))
+    header = plan.header(metadata, repeat("0" * _DIGITS))
     partial = path.with_name(f"{path.name}.part")
     try:
         with open(partial, "wb+") as file:
             _reserve(file, header, plan.nbytes)
-            checksums = dict(_write_data(file, len(header), plan, layouts, tensors))
+            checksums = list(_write_data(file, len(header), plan, layouts, tensors))
             file.seek(0)
             file.write(plan.header(metadata, checksums))
             file.flush()
@@ -244,21 +245,27 @@ def _full_name(block: str, name: str) -> str:
 
 @dataclass(frozen=True)
 class _Plan:
-    """entries: of the header, without holes.   spans: block -> where its blob starts and ends."""
+    """entries: of the header, without holes.   starts: block -> where its blob starts.
+
+    spans: block -> (start, end) of what has a checksum: all of it; outside all blocks each tensor,
+    because what is laid out there with others is read one by one.
+    """
 
     entries: Mapping[str, Any]
-    spans: Mapping[str, tuple[int, int]]
+    starts: Mapping[str, int]
+    spans: Mapping[str, Sequence[tuple[int, int]]]
     nbytes: int
 
     @classmethod
     def of(cls, layouts: Mapping[str, Layout]) -> _Plan:
-        spans: dict[str, tuple[int, int]] = {}
+        starts: dict[str, int] = {}
+        spans: dict[str, list[tuple[int, int]]] = {}
         entries: dict[str, Any] = {}
         paddings: dict[str, Any] = {}
         end = 0
         for block, layout in layouts.items():
-            blob = -(-end // DEFAULT_ALIGNMENT) * DEFAULT_ALIGNMENT
-            spans[block] = blob, blob + layout.extent
+            starts[block] = blob = -(-end // DEFAULT_ALIGNMENT) * DEFAULT_ALIGNMENT
+            spans[block] = [(blob, blob + layout.extent)] if block else []
             for name, spec, offset in _in_order(block, layout):
                 start = blob + offset
                 if name in entries or name == _METADATA or name.startswith(_PADDING):
@@ -270,14 +277,17 @@ class _Plan:
                     paddings[f"{_PADDING}{len(paddings)}"] = gap
                 end = start + spec.nbytes
                 entries[name] = _entry(_DTYPE_NAMES[spec.dtype], spec.shape, start, end)
-        return cls({**entries, **paddings}, spans, end)
+                if not block:
+                    spans[block].append((start, end))
+        return cls({**entries, **paddings}, starts, spans, end)
 
-    def header(self, metadata: Mapping[str, str], checksums: Mapping[str, str]) -> bytes:
+    def header(self, metadata: Mapping[str, str], checksums: Iterable[str]) -> bytes:
         """The length and the header, filled with spaces so that the data starts aligned.
 
-        checksums: of each block; the length does not depend on them.
+        checksums: of each span; the length does not depend on them.
         """
-        blocks = [f"{a}-{b}:{checksums[name]}" for name, (a, b) in self.spans.items()]
+        spans = chain.from_iterable(self.spans.values())
+        blocks = [f"{a}-{b}:{found}" for (a, b), found in zip(spans, checksums, strict=False)]
         own = {
             _HEADER_KEY: "0" * _DIGITS, _PADDING_KEY: _PADDING, _BLOCKS_KEY: " ".join(blocks)
         }  # fmt: skip
@@ -358,15 +368,15 @@ def _write_data(
     plan: _Plan,
     layouts: Mapping[str, Layout],
     tensors: Callable[[str], Iterable[Chunk]],
-) -> Iterator[tuple[str, str]]:
-    """(block, checksum) of each that is written."""
+) -> Iterator[str]:
+    """The checksum of each span, as it is written."""
     region = mmap.mmap(file.fileno(), header_bytes + plan.nbytes)
     with torch.inference_mode(False):
         data = torch.frombuffer(region, dtype=torch.uint8)[header_bytes:]
     for block, layout in layouts.items():
-        start, end = plan.spans[block]
-        _fill(block, layout, data[start:end], tensors(block))
-        yield block, checksum(data[start:end])
+        blob = plan.starts[block]
+        _fill(block, layout, data[blob : blob + layout.extent], tensors(block))
+        yield from (checksum(data[start:end]) for start, end in plan.spans[block])
     region.flush()
 
 
