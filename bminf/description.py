@@ -8,7 +8,6 @@ from_pretrained(), which knows no packed weights, finds none instead of making u
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 
 from bminf.checkpoint.binary_file import read_json
 from bminf.checkpoint.folder import read_sharded, read_weights
+from bminf.checkpoint.sealed import check_sealed, write_sealed
 from bminf.checkpoint.stored import InFile, Sliced, Stored
 from bminf.errors import ArgumentError, CheckpointError
 from bminf.quantization.packed import Format
@@ -57,6 +57,7 @@ class Description:
     packed: Mapping[str, PackedLinear] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
+        """With hashes of all other files that are in the folder, but of weights."""
         packed = {
             name: {
                 **asdict(linear.form),
@@ -66,8 +67,8 @@ class Description:
             for name, linear in self.packed.items()
         }
         written = {"format": "bminf", "format_version": FORMAT_VERSION, "packed": packed}
-        text = json.dumps(written, indent=1) + "\n"
-        (folder / DESCRIPTION_FILE).write_text(text, encoding="utf-8")
+        beside = [path.name for path in folder.iterdir() if path.suffix != ".safetensors"]
+        write_sealed(folder / DESCRIPTION_FILE, written, beside)
 
 
 def is_saved(folder: Path) -> bool:
@@ -76,7 +77,7 @@ def is_saved(folder: Path) -> bool:
 
 
 def read_description(folder: Path) -> Description:
-    """Raises CheckpointError for another version, and for what is none."""
+    """Raises CheckpointError for another version, for what is none, and for damaged files."""
     path = folder / DESCRIPTION_FILE
     fields = read_json(path)
     version, packed = fields.get("format_version"), fields.get("packed")
@@ -87,6 +88,7 @@ def read_description(folder: Path) -> Description:
             f"{path} has the format_version {version}, and this library reads {FORMAT_VERSION}: a "
             "newer one wrote it; update bminf, or save the model anew"
         )
+    check_sealed(path, fields)
     if not isinstance(packed, Mapping):
         raise CheckpointError(f'{path} has no object "packed"; save the model anew')
     return Description({name: _packed(name, given, path) for name, given in packed.items()})

@@ -11,7 +11,7 @@ import torch
 
 from bminf.arch import registry
 from bminf.checkpoint.stored import Stored, Transposed
-from bminf.description import is_saved
+from bminf.description import is_saved, read_description
 from bminf.errors import ArgumentError, CheckpointError
 from bminf.keywords import known_keywords
 from bminf.layers.quantize import Predicate, Replacements, install, warn_of_unquantized
@@ -96,6 +96,8 @@ def load(
             offload_dir=offload_dir, **more,
         )  # fmt: skip
     _check_not_given(f"models of bminf.models, and {path} holds one of transformers", config=config)
+    if is_saved(path):
+        read_description(path)  # which compares all small files, before any is used
     found = tokenizer_in(path, trust_remote_code) if tokenizer is None else None
     options = Options(quantization, blocks, uses, quantize, reserve, max_length, max_batch_size)
     weights_dtype = None if dtype is None else dtype_for(dtype, "cpu")

@@ -20,7 +20,7 @@ from bminf.checkpoint.folder import open_checkpoint
 from bminf.checkpoint.names import listed
 from bminf.checkpoint.recorded import InMemory, Recorded
 from bminf.checkpoint.stored import Stored
-from bminf.description import is_saved, read_description, saved_tensors
+from bminf.description import Description, is_saved, read_description, saved_tensors
 from bminf.errors import ArgumentError, CheckpointError
 from bminf.layout import tensors_of
 from bminf.quantization.packed import PACKED_FIELDS, Format
@@ -63,21 +63,27 @@ def open_pretrained(
     """
     transformers = _transformers()
     with torch.device("cpu"), torch.inference_mode(False), _without_progress(transformers):
+        description = read_description(folder) if is_saved(folder) else None
         config = _config_of(transformers, folder, trust_remote_code)
         kind = _class_of(transformers, config, folder, trust_remote_code)
-        if is_saved(folder):
-            return _open_saved(transformers, kind, config, folder, dtype)
+        if description is not None:
+            return _open_saved(transformers, kind, config, folder, description, dtype)
         given = open_checkpoint(folder, []).tensors
         model = _built(transformers, kind, config, folder, given, dtype)
         return Pretrained(folder, model, _emptied(model, folder))
 
 
 def _open_saved(
-    transformers: Any, kind: Any, config: Any, folder: Path, dtype: torch.dtype | None
+    transformers: Any,
+    kind: Any,
+    config: Any,
+    folder: Path,
+    description: Description,
+    dtype: torch.dtype | None,
 ) -> Pretrained:
     """A folder that save() has written. Its tensors are taken as they are: what transformers would
     convert is converted already."""
-    packed, held = read_description(folder).packed, saved_tensors(folder)
+    packed, held = description.packed, saved_tensors(folder)
     fields = {f"{name}.{key}" for name in packed for key in PACKED_FIELDS}
     weights = {f"{name}.weight": linear for name, linear in packed.items()}
     given = {name: one for name, one in held.items() if name not in fields} | weights

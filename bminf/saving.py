@@ -66,8 +66,8 @@ def save(
     layouts = _layouts(model, tensors, blocks)
     with atomic_folder(target, sum(x.nbytes for x in layouts.values()), "saving") as (at, progress):
         _write_weights(at, layouts, tensors, shard_bytes, progress)
-        _describe(model).write(at)
         _write_settings(model, tokenizer, at)
+        _describe(model).write(at)
         try:
             open_pretrained(at)
         except BMInfError as error:
@@ -100,9 +100,11 @@ def _save_of_zoo(model: LanguageModel, target: Path, tokenizer: Any) -> Path:
             return (("weight", rows, first) for first, rows in tables[0].pieces(_TABLE_ROWS))
 
         write_safetensors(folder / SINGLE_FILE, layouts, chunks, _METADATA)
-        write_config(folder, model._architecture, model.config, model._packing, model.tokenizer)
         for name, path in files.items():
             shutil.copyfile(path, folder / name)
+        write_config(
+            folder, model._architecture, model.config, model._packing, model.tokenizer, files
+        )
     return target
 
 

@@ -90,6 +90,19 @@ def test_the_format_is_that_of_the_folder_unless_it_is_said(
         bminf.load(folder, quantization=bminf.Format(4), device="cpu")
 
 
+@pytest.mark.parametrize("file", ["config.json", "vocab.txt", "model.safetensors"])
+def test_a_byte_that_changed_is_noticed(
+    file: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """Also where another model would come of it."""
+    path = convert(folders["cpm1"], tmp_path / "to", "int8") / file
+    content = path.read_bytes()
+    at = len(content) // 2
+    path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+    with pytest.raises(CheckpointError, match=r"not as (it was|they were) written|is not JSON"):
+        bminf.load(tmp_path / "to", device="cpu")
+
+
 def test_what_only_models_of_transformers_take_is_refused(folders: dict[str, Path]) -> None:
     with pytest.raises(ArgumentError, match=r"blocks is for models of transformers, .*of CPM1"):
         bminf.load(folders["cpm1"], device="cpu", blocks=["layers.0"])

@@ -3,9 +3,8 @@ into that of its authors, for another number of ranks."""
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from bminf.arch import registry
 from bminf.arch.architecture import Architecture
 from bminf.checkpoint.folder import Progress, atomic_folder, require_empty
 from bminf.checkpoint.safetensors_file import write_safetensors
+from bminf.checkpoint.sealed import write_sealed
 from bminf.checkpoint.stored import pieces
 from bminf.errors import ArgumentError, CheckpointError
 from bminf.keywords import known_keywords
@@ -89,14 +89,18 @@ def convert(
     layouts = {"": blobs.outside, **blobs.blocks, **_layout_of_table(assembly)}
     nbytes = sum(layout.nbytes for layout in layouts.values())
     with atomic_folder(target, nbytes, "converting") as (folder, progress):
-        _write(assembly, layouts, folder, progress)
         for name, path in files.items():
             shutil.copyfile(path, folder / name)
+        _write(assembly, layouts, folder, progress, files)
     return target
 
 
 def _write(
-    assembly: Assembly, layouts: Mapping[str, Layout], folder: Path, progress: Progress
+    assembly: Assembly,
+    layouts: Mapping[str, Layout],
+    folder: Path,
+    progress: Progress,
+    files: Iterable[str],
 ) -> None:
     source = assembly.source
 
@@ -106,13 +110,23 @@ def _write(
             progress(chunk[1].nbytes)
 
     write_safetensors(folder / WEIGHTS_FILE, layouts, tensors, {"format": "pt"})
-    write_config(folder, source.architecture, source.config, assembly.packing, source.tokenizer)
+    write_config(
+        folder, source.architecture, source.config, assembly.packing, source.tokenizer, files
+    )
 
 
 def write_config(
-    folder: Path, architecture: Architecture, config: Any, packing: Packing, tokenizer: Any
+    folder: Path,
+    architecture: Architecture,
+    config: Any,
+    packing: Packing,
+    tokenizer: Any,
+    files: Iterable[str],
 ) -> None:
-    """What is to be known of a folder of ours beside its weights and the vocabulary."""
+    """What is to be known of a folder of ours beside its weights and the vocabulary.
+
+    files: names of those of the vocabulary, which are there.
+    """
     written = {
         "format": "bminf",
         "format_version": FORMAT_VERSION,
@@ -123,7 +137,7 @@ def write_config(
     }
     if settings := getattr(tokenizer, "settings", None):
         written["tokenizer"] = dict(settings)
-    (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+    write_sealed(folder / "config.json", written, files)
 
 
 def _chunks(assembly: Assembly, block: str) -> Iterator[Chunk]:

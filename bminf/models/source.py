@@ -18,6 +18,7 @@ from bminf.checkpoint.binary_file import read_json
 from bminf.checkpoint.config import CONFIG_FILES, as_mapping
 from bminf.checkpoint.folder import Checkpoint
 from bminf.checkpoint.names import listed
+from bminf.checkpoint.sealed import check_sealed
 from bminf.checkpoint.stored import Rows, Scaled, Stored
 from bminf.errors import ArgumentError, CheckpointError
 from bminf.layers.embedding import HostEmbedding
@@ -385,6 +386,7 @@ def _converted(
             f"{path} has the format_version {saved.get('format_version')!r}; this library reads "
             f"{FORMAT_VERSION}: take the one that wrote it, or convert the original anew"
         )
+    check_sealed(path, saved)
     fields = saved.get("config") if given is None else _given_config(given)[0]
     if not isinstance(fields, Mapping):
         raise CheckpointError(f'{path} has no object "config"; convert the original anew')

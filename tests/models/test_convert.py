@@ -322,6 +322,7 @@ def test_a_packed_folder_is_taken_as_it_is(
     with pytest.raises(CheckpointError, match="holds CPM-1, not CPM-2"):
         load("cpm2", checkpoint=made)
     config = json.loads((made / "config.json").read_text())
+    del config["checksums"]  # as an earlier version wrote it
     for changed, words in [
         ({"config": None}, 'has no object "config"'),
         ({"quantization": {"bits": 5}}, "quantization is {'bits': 5}"),
