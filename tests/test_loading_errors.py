@@ -106,6 +106,13 @@ BAD: dict[str, tuple[str, Callable[[Path], Any], str]] = {
         "plain", put(NORM, lambda t: t[:-1].clone()), "do not fit a LlamaForCausalLM"),
     "NaN": (
         "plain", put(PROJECTION, lambda t: t * torch.nan), f"{PROJECTION}.*holds NaN or infinity"),
+    "NaN in what is not packed": (
+        "plain", put(NORM, lambda t: t * torch.nan), f"{NORM}.* holds NaN, and"),
+    "NaN in a scale": (
+        "saved", put("model.layers.3.mlp.up_proj.scale", lambda t: t * torch.nan),
+        r"up_proj\.scale' in .* holds NaN or infinity, and no model"),
+    "infinity in a scale": (
+        "saved", put("model.layers.3.mlp.up_proj.scale", lambda t: t / 0), "holds NaN or infinity"),
     "a file cut off": ("plain", cut, "is damaged or truncated"),
     "no weights": (
         "plain", lambda f: (f / "model.safetensors").unlink(), "holds no checkpoint, but"),

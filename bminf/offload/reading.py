@@ -18,6 +18,7 @@ from bminf.offload.blob import Blobs
 from bminf.quantization.packed import PACKED_FIELDS, Format, PackedWeight, pack
 
 _CHUNK_ELEMENTS = 2**22  # of a matrix that are read and packed together
+_WITH_NAN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # that torch compares
 
 Packer = Callable[[torch.Tensor, Format], PackedWeight]
 
@@ -49,13 +50,15 @@ def read_block(contents: Contents, block: str, blob: torch.Tensor) -> None:
     if run is not None:
         run.read_into(blob)
         return
-    as_they_are = {
-        layout.offsets[name]: stored
-        for name, spec in layout.specs.items()
-        if lies_as(stored := contents.tensors.get(_joined(block, name)), spec)
-    }
-    for offset, stored in as_they_are.items():
-        stored.read_into(blob[offset : offset + stored.span_bytes])
+    as_they_are: set[int] = set()
+    for name, spec in layout.specs.items():
+        stored = contents.tensors.get(_joined(block, name))
+        if lies_as(stored, spec) and (offset := layout.offsets[name]) not in as_they_are:
+            room = blob[offset : offset + stored.span_bytes]
+            stored.read_into(room)
+            is_packed = _is_packed(_joined(block, name), contents)
+            _check_finite(room.view(stored.dtype), stored, takes_infinity=not is_packed)
+            as_they_are.add(offset)
     layout.fill(blob, tensors_of_block(contents, block, as_they_are))
 
 
@@ -80,10 +83,18 @@ def tensors_of_block(contents: Contents, block: str, filled: Iterable[int] = ())
             done.add(layout.offsets[name])  # tied tensors are read once
             stored = sliceable(contents.tensors[_joined(block, name)])
             if not stored.shape or _is_mapped_as(stored, spec.dtype):
-                yield name, stored.read().to(spec.dtype)
+                yield name, _check_finite(stored.read(), stored).to(spec.dtype)
                 continue
             for first_row, tensor in pieces(stored):
-                yield name, tensor.to(spec.dtype), first_row
+                yield name, _check_finite(tensor, stored).to(spec.dtype), first_row
+
+
+def _is_packed(name: str, contents: Contents) -> bool:
+    """Whether a tensor is one that a QuantizedLinear has in place of its weight."""
+    path, _, key = name.rpartition(".")
+    return key in PACKED_FIELDS and isinstance(
+        contents.network.get_submodule(path), QuantizedLinear
+    )
 
 
 def _is_mapped_as(stored: Stored, dtype: torch.dtype) -> bool:
@@ -100,8 +111,9 @@ def _packed(
     keys = [key for key in PACKED_FIELDS if getattr(like, key) is not None]
     if f"{name}.qweight" in tensors:
         for key in keys:
-            for first_row, tensor in pieces(tensors[f"{name}.{key}"]):
-                yield key, tensor, first_row
+            stored = tensors[f"{name}.{key}"]
+            for first_row, tensor in pieces(stored):
+                yield key, _check_finite(tensor, stored, takes_infinity=False), first_row
         return
     stored = sliceable(tensors[f"{name}.weight"])
     num_rows, num_columns = stored.shape
@@ -116,10 +128,30 @@ def _packed(
 def _pack(stored: Stored, weight_format: Format, packer: Packer) -> PackedWeight:
     try:
         if isinstance(stored, Quantized) and weight_format == stored.form:
-            return stored.packed()
+            found = stored.packed()
+            _check_finite(found.scale, stored, takes_infinity=False)
+            return found
         return packer(stored.read(), weight_format)
     except ArgumentError as error:
         raise CheckpointError(f"{stored.where} cannot be quantized: {error}") from error
+
+
+def _check_finite(
+    tensor: torch.Tensor, stored: Stored, takes_infinity: bool = True
+) -> torch.Tensor:
+    """`tensor`, read from `stored`; CheckpointError where it holds NaN, of which maxima are NaN.
+
+    takes_infinity: as masks do, and scales do not.
+    """
+    if tensor.dtype not in _WITH_NAN or tensor.numel() == 0:
+        return tensor
+    extremes = [tensor.max()] if takes_infinity else tensor.aminmax()
+    if any(x.isnan() or (x.isinf() and not takes_infinity) for x in extremes):
+        raise CheckpointError(
+            f"{stored.where} holds NaN{'' if takes_infinity else ' or infinity'}, and no model "
+            "that computes does; it is damaged, or its training went wrong: get another one"
+        )
+    return tensor
 
 
 def _joined(prefix: str, name: str) -> str:

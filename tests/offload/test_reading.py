@@ -117,3 +117,30 @@ def test_tied_tensors_are_read_once() -> None:
     assert torch.equal(found["also.weight"], torch.ones(5, 16))
     assert sorted(reads) == ["also.bias", "head.bias", "head.weight"]
     assert found["also.weight"].data_ptr() == found["head.weight"].data_ptr()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_weight_that_holds_nan_is_named(dtype: torch.dtype) -> None:
+    """Infinity is as good as any number, as in masks; but not where it is a scale."""
+    model = stack()
+    model.layers[1].shift[3] = -math.inf
+    given = contents(None, stored(model.to(dtype)))
+    assert filled(given, "layers.1")["shift"][3] == -math.inf
+    model.layers[1].shift[7] = math.nan
+    with pytest.raises(CheckpointError, match=r"layers\.1\.shift holds NaN, and no model"):
+        filled(given, "layers.1")
+    model.layers[0].shift[0] = math.nan  # of another block
+    assert filled(given, "").keys() == {"head.weight", "head.bias"}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_scale_that_is_not_finite_is_named(value: float) -> None:
+    tensors = stored(stack())
+    scale = torch.rand(32, 1).half()
+    scale[31] = value
+    codes = torch.zeros(32, 16, dtype=torch.uint8)
+    del tensors["layers.0.up.weight"]
+    name = "layers.0.up.scale"
+    tensors |= {"layers.0.up.qweight": InMemory(codes), name: InMemory(scale, name)}
+    with pytest.raises(CheckpointError, match=r"layers\.0\.up\.scale holds NaN or infinity, and"):
+        filled(contents(INT4, tensors), "layers.0")
