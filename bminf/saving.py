@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,10 +10,9 @@ from typing import Any
 
 import torch
 
-from bminf.checkpoint.folder import Progress, atomic_folder, require_empty
-from bminf.checkpoint.safetensors_file import write_safetensors
+from bminf.checkpoint.folder import Progress, atomic_folder, require_empty, write_weights
 from bminf.checkpoint.stored import strides_of
-from bminf.description import INDEX_FILE, WEIGHTS_FILE, Description, PackedLinear
+from bminf.description import WEIGHTS_FILE, Description, PackedLinear
 from bminf.errors import ArgumentError, BMInfError
 from bminf.keywords import known_keywords
 from bminf.layers.embedding import HostEmbedding
@@ -47,8 +45,7 @@ def save(
 
     folder: one that does not exist yet, or is empty; it appears when it is complete.
     tokenizer: one of transformers; None is the model's own attribute `tokenizer`, if it has one.
-    max_shard_size: bytes, or "5GB": above this the weights are several files, of whole blocks;
-        those of a model of the zoo, with which its vocabulary goes, are one.
+    max_shard_size: bytes, or "5GB": above this the weights are several files, of whole blocks.
     Returns the folder.   Raises ArgumentError, with nothing written, for a model that would not
     load again: one of another library, with adapters, or of other tensors than its configuration.
     """
@@ -57,7 +54,7 @@ def save(
     shard_bytes = int(parse_bytes(max_shard_size, "max_shard_size"))
     target = require_empty(Path(folder).expanduser().absolute())
     if isinstance(model, LanguageModel):
-        return _save_of_zoo(model, target, tokenizer)
+        return _save_of_zoo(model, target, tokenizer, shard_bytes)
     _check_model(model)
     tokenizer = getattr(model, "tokenizer", None) if tokenizer is None else tokenizer
     tensors = _tensors_of(model)
@@ -65,7 +62,8 @@ def save(
     blocks = [b.name for b in (find_blocks(model, None) if plan is None else plan.blocks)]
     layouts = _layouts(model, tensors, blocks)
     with atomic_folder(target, sum(x.nbytes for x in layouts.values()), "saving") as (at, progress):
-        _write_weights(at, layouts, tensors, shard_bytes, progress)
+        read = _reader(layouts, tensors, progress)
+        write_weights(at / WEIGHTS_FILE, layouts, read, _METADATA, shard_bytes)
         _write_settings(model, tokenizer, at)
         _describe(model).write(at)
         try:
@@ -78,7 +76,7 @@ def save(
     return target
 
 
-def _save_of_zoo(model: LanguageModel, target: Path, tokenizer: Any) -> Path:
+def _save_of_zoo(model: LanguageModel, target: Path, tokenizer: Any, shard_bytes: int) -> Path:
     """In the layout of bminf convert."""
     if tokenizer is not None:
         raise ArgumentError("tokenizer is for models of transformers; leave it out")
@@ -99,7 +97,7 @@ def _save_of_zoo(model: LanguageModel, target: Path, tokenizer: Any) -> Path:
                 return read(block)
             return (("weight", rows, first) for first, rows in tables[0].pieces(_TABLE_ROWS))
 
-        write_safetensors(folder / SINGLE_FILE, layouts, chunks, _METADATA)
+        write_weights(folder / SINGLE_FILE, layouts, chunks, _METADATA, shard_bytes)
         for name, path in files.items():
             shutil.copyfile(path, folder / name)
         write_config(
@@ -148,41 +146,6 @@ def _tied(model: torch.nn.Module) -> set[str]:
     for name, _, tensor in tensors_of(model):
         names.setdefault(id(tensor), []).append(name)
     return {name for several in names.values() if len(several) > 1 for name in several}
-
-
-def _write_weights(
-    folder: Path,
-    layouts: Mapping[str, Layout],
-    tensors: Mapping[str, torch.Tensor],
-    shard_bytes: int,
-    progress: Progress,
-) -> None:
-    shards = list(_shards(layouts, shard_bytes))
-    read = _reader(layouts, tensors, progress)
-    if len(shards) == 1:
-        write_safetensors(folder / WEIGHTS_FILE, shards[0], read, _METADATA)
-        return
-    weight_map: dict[str, str] = {}
-    for index, shard in enumerate(shards, 1):
-        stem, _, ending = WEIGHTS_FILE.partition(".")
-        file = f"{stem}-{index:05}-of-{len(shards):05}.{ending}"
-        write_safetensors(folder / file, shard, read, _METADATA)
-        for block, layout in shard.items():
-            weight_map |= {_joined(block, name): file for name in layout.specs}
-    total = sum(layout.nbytes for layout in layouts.values())
-    written = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / INDEX_FILE).write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
-
-
-def _shards(layouts: Mapping[str, Layout], max_bytes: int) -> Iterator[dict[str, Layout]]:
-    """As many of the blocks, in order, as go into one file: one at least."""
-    shard: dict[str, Layout] = {}
-    for block, layout in layouts.items():
-        if shard and sum(x.extent for x in shard.values()) + layout.extent > max_bytes:
-            yield shard
-            shard = {}
-        shard[block] = layout
-    yield shard
 
 
 def _reader(

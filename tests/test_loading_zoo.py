@@ -103,6 +103,25 @@ def test_a_byte_that_changed_is_noticed(
         bminf.load(tmp_path / "to", device="cpu")
 
 
+def test_a_model_may_be_converted_to_several_files(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    one, several = (
+        convert(folders["cpm1"], tmp_path / str(size), "int8", max_shard_size=size)
+        for size in ("5GB", 20_000)
+    )
+    files = sorted(path.name for path in several.glob("*.safetensors*"))
+    assert files[0] == f"model-00001-of-{len(files) - 1:05}.safetensors"
+    assert files[-1] == "model.safetensors.index.json"
+    with bminf.load(one, device="cpu") as whole, bminf.load(several, device="cpu") as again:
+        assert torch.equal(logits(again, "cpm1"), logits(whole, "cpm1"))
+    with bminf.load(several / files[-1], device="cpu") as again:  # the path of a file
+        assert type(again) is KINDS["cpm1"]
+    (several / files[1]).unlink()
+    with pytest.raises(CheckpointError, match=f"{files[1]} is missing, which {files[-1]} names"):
+        bminf.load(several, device="cpu")
+
+
 def test_what_only_models_of_transformers_take_is_refused(folders: dict[str, Path]) -> None:
     with pytest.raises(ArgumentError, match=r"blocks is for models of transformers, .*of CPM1"):
         bminf.load(folders["cpm1"], device="cpu", blocks=["layers.0"])
@@ -127,6 +146,10 @@ def test_a_model_of_the_zoo_is_saved_as_it_is(
     as_it_is = {"quantization": None} if quantization is None else {}  # which "auto" would pack
     with bminf.load(tmp_path / "whole", device="cpu", **as_it_is) as again:
         assert type(again) is KINDS[name] and torch.equal(logits(again, name), expected)
+    bminf.save(model, tmp_path / "shards", max_shard_size=20_000)
+    assert len(list((tmp_path / "shards").glob("model-*-of-*.safetensors"))) > 1
+    with bminf.load(tmp_path / "shards", device="cpu", **as_it_is) as again:
+        assert torch.equal(logits(again, name), expected)
     limit = (plan.least_limit + plan.total_bytes) // 2
     with bminf.load(tmp_path / "whole", limit, device="cpu", **as_it_is) as streamed:
         assert streamed.plan.streamed

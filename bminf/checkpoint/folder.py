@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +24,11 @@ from bminf.checkpoint.model_parallel import (
     trackers_in,
 )
 from bminf.checkpoint.names import listed, unwrapped
-from bminf.checkpoint.safetensors_file import read_safetensors
+from bminf.checkpoint.safetensors_file import names_of, read_safetensors, write_safetensors
 from bminf.checkpoint.stored import InFile, Stored
 from bminf.checkpoint.torch_file import read_torch_file, weights_of
 from bminf.errors import ArgumentError, CheckpointError
+from bminf.layout import Chunk, Layout
 from bminf.progress import progress_bar
 
 Progress = Callable[[int], object]
@@ -44,6 +46,8 @@ _FILES: dict[str, Kind] = {
     "checkpoint.pt": "bminf1",
 }
 _CONFIG = "config.json"
+_OURS = "model.safetensors"
+_INDEX = ".index.json"
 _LAYOUTS = (
     "a folder of bminf convert (config.json, model.safetensors), "
     f"of the original code ({', '.join(TRACKERS)} or mp_rank_NN_model_states.pt), "
@@ -83,7 +87,8 @@ def open_checkpoint(path: Path, tables: Sequence[SplitTable]) -> Checkpoint:
 def _layout_of_folder(folder: Path) -> tuple[Kind, Path]:
     """The layout in a folder, and what to open."""
     if _is_ours(folder):
-        return "bminf", folder / "model.safetensors"
+        index = folder / f"{_OURS}{_INDEX}"
+        return "bminf", index if index.is_file() else folder / _OURS
     kinds: dict[Kind, Path] = {}
     for name, kind in _FILES.items():
         if (folder / name).is_file():
@@ -113,7 +118,7 @@ def _layout_of_file(path: Path) -> tuple[Kind, Path]:
         return "original", folder
     if path.name not in _FILES:
         raise CheckpointError(f"{path} is not the file of a checkpoint; accepted: {_LAYOUTS}")
-    is_ours = path.name == "model.safetensors" and _is_ours(folder)
+    is_ours = path.name in (_OURS, f"{_OURS}{_INDEX}") and _is_ours(folder)
     return "bminf" if is_ours else _FILES[path.name], path
 
 
@@ -127,7 +132,7 @@ def _open(kind: Kind, path: Path, tables: Sequence[SplitTable]) -> Checkpoint:
         return Checkpoint(kind, path, read_model_parallel(path, tables))
     if kind == "bminf1":
         return Checkpoint(kind, path.parent, read_bminf1(path))
-    tensors = read_sharded(path) if path.name.endswith(".index.json") else read_weights(path)
+    tensors = read_sharded(path) if path.name.endswith(_INDEX) else read_weights(path)
     return Checkpoint(kind, path.parent, tensors if kind == "bminf" else unwrapped(tensors))
 
 
@@ -173,6 +178,41 @@ def read_sharded(index: Path) -> dict[str, InFile]:
 
 
 # A folder that is written.
+
+
+def write_weights(
+    path: Path,
+    layouts: Mapping[str, Layout],
+    tensors: Callable[[str], Iterable[Chunk]],
+    metadata: Mapping[str, str],
+    max_bytes: int,
+) -> None:
+    """Write one file of safetensors or, above max_bytes, several beside it of whole blocks and the
+    index of them, as Hugging Face calls them.   The rest is as for write_safetensors()."""
+    shards = list(_shards(layouts, max_bytes))
+    if len(shards) == 1:
+        write_safetensors(path, layouts, tensors, metadata)
+        return
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"{path.stem}-{number:05}-of-{len(shards):05}{path.suffix}"
+        write_safetensors(path.with_name(file), shard, tensors, metadata)
+        weight_map |= dict.fromkeys(names_of(shard), file)
+    total = sum(layout.nbytes for layout in layouts.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    text = json.dumps(index, indent=1) + "\n"
+    path.with_name(f"{path.name}{_INDEX}").write_text(text, encoding="utf-8")
+
+
+def _shards(layouts: Mapping[str, Layout], max_bytes: int) -> Iterator[dict[str, Layout]]:
+    """As many of the blocks, in order, as go into one file: one at least."""
+    shard: dict[str, Layout] = {}
+    for block, layout in layouts.items():
+        if shard and sum(x.extent for x in shard.values()) + layout.extent > max_bytes:
+            yield shard
+            shard = {}
+        shard[block] = layout
+    yield shard
 
 
 def require_empty(path: Path) -> Path:

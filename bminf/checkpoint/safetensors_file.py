@@ -239,6 +239,11 @@ def _check_no_holes(entries: Mapping[str, Any], data_bytes: int, path: Path) -> 
         )
 
 
+def names_of(layouts: Mapping[str, Layout]) -> list[str]:
+    """What the tensors of these blocks are called in a file, as write_safetensors() does."""
+    return [_full_name(block, name) for block, layout in layouts.items() for name in layout.specs]
+
+
 def _full_name(block: str, name: str) -> str:
     return f"{block}.{name}" if block else name
 

@@ -13,8 +13,7 @@ import torch
 
 from bminf.arch import registry
 from bminf.arch.architecture import Architecture
-from bminf.checkpoint.folder import Progress, atomic_folder, require_empty
-from bminf.checkpoint.safetensors_file import write_safetensors
+from bminf.checkpoint.folder import Progress, atomic_folder, require_empty, write_weights
 from bminf.checkpoint.sealed import write_sealed
 from bminf.checkpoint.stored import pieces
 from bminf.errors import ArgumentError, CheckpointError
@@ -27,10 +26,12 @@ from bminf.models.recognition import architectures_for
 from bminf.models.source import FORMAT_VERSION, HEAD, open_source, vocabulary_files
 from bminf.offload.reading import tensors_of_block
 from bminf.quantization.packed import Format, Packing, parse_format
+from bminf.units import parse_bytes
 
 WEIGHTS_FILE = "model.safetensors"
 
 _AUTO = "auto"
+_SHARD_SIZE = "5GB"
 TABLE = "embed_tokens"
 """The block of an embedding that is no parameter of the network."""
 
@@ -46,6 +47,7 @@ def convert(
     tokenizer: Any = None,
     head_quantization: str | Format | None = None,
     tp: int | None = None,
+    max_shard_size: int | float | str = _SHARD_SIZE,
 ) -> Path:
     """Write a checkpoint of any layout as a folder of ours, which loads without further work.
 
@@ -59,6 +61,7 @@ def convert(
     tp: writes the files of a GLM's own authors instead, for so many ranks, with configuration and
         vocabulary beside them; quantization is then None (as "auto"), "int8" or "int4", and these
         are the formats of GLM-130B's code.
+    max_shard_size: bytes, or "5GB": above this the weights are several files, of whole blocks.
     Some rows of one tensor are in memory at a time. The folder appears under its name when it is
     complete; a run that is killed leaves at most a folder whose name ends in ".partial".
     Returns the folder.   Raises ArgumentError or CheckpointError.
@@ -68,12 +71,16 @@ def convert(
     head = parse_format(head_quantization, "head_quantization", registry.all_formats())
     if dtype not in (None, *DTYPES):
         raise ArgumentError(f"dtype={dtype!r}; accepted: {', '.join(map(str, DTYPES))}, or None")
+    shard_bytes = int(parse_bytes(max_shard_size, "max_shard_size"))
     for name, path in (("source", source), ("destination", destination)):
         if not isinstance(path, str | Path):
             raise ArgumentError(f"{name} is a {type(path).__name__}; give a path")
     target = require_empty(Path(destination).expanduser())
     if tp is not None:
-        _check_tp_arguments(dtype=dtype, head_quantization=head_quantization)
+        given_size = None if max_shard_size == _SHARD_SIZE else max_shard_size
+        _check_tp_arguments(
+            dtype=dtype, head_quantization=head_quantization, max_shard_size=given_size
+        )
         write_for_ranks(source, target, tp, layers, model, config, tokenizer)
         return target
     opened = open_source(architectures_for(source, model), source, config, tokenizer)
@@ -91,7 +98,7 @@ def convert(
     with atomic_folder(target, nbytes, "converting") as (folder, progress):
         for name, path in files.items():
             shutil.copyfile(path, folder / name)
-        _write(assembly, layouts, folder, progress, files)
+        _write(assembly, layouts, folder, progress, files, shard_bytes)
     return target
 
 
@@ -101,6 +108,7 @@ def _write(
     folder: Path,
     progress: Progress,
     files: Iterable[str],
+    shard_bytes: int,
 ) -> None:
     source = assembly.source
 
@@ -109,7 +117,7 @@ def _write(
             yield chunk
             progress(chunk[1].nbytes)
 
-    write_safetensors(folder / WEIGHTS_FILE, layouts, tensors, {"format": "pt"})
+    write_weights(folder / WEIGHTS_FILE, layouts, tensors, {"format": "pt"}, shard_bytes)
     write_config(
         folder, source.architecture, source.config, assembly.packing, source.tokenizer, files
     )

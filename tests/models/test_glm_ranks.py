@@ -372,6 +372,7 @@ def test_quantized_by_convert(bits: int, tmp_path: Path) -> None:
         ({"dtype": torch.float16}, ArgumentError, "leave dtype out"),
         ({"tokenizer": "nowhere"}, ArgumentError, "leave tokenizer out"),
         ({"head_quantization": "int8"}, ArgumentError, "leave head_quantization out"),
+        ({"max_shard_size": "1GB"}, ArgumentError, "leave max_shard_size out"),
         ({"quantization": Format(4, 32)}, ArgumentError, "own code cannot read; accepted with tp"),
         ({"quantization": "int8"}, ArgumentError, "GLM-10B, whose code has no quant"),
         ({"quantization": "int3"}, ArgumentError, "quantization='int3'"),
