@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from bminf.arch import registry
+from bminf.checkpoint.binary_file import read_json
 from bminf.checkpoint.stored import Stored, Transposed
 from bminf.description import is_saved, read_description
 from bminf.errors import ArgumentError, CheckpointError
@@ -27,7 +28,7 @@ from bminf.offload.hooks import Scheduler
 from bminf.offload.reading import Contents
 from bminf.offload.start import start_from_files
 from bminf.offload.unregistered import warn_of_unregistered
-from bminf.pretrained import Pretrained, is_pretrained, open_pretrained, tokenizer_in
+from bminf.pretrained import CONFIG_FILE, Pretrained, is_pretrained, open_pretrained, tokenizer_in
 from bminf.quantization.packed import INT8, PACKED_FIELDS, Format, parse_format
 from bminf.units import parse_bytes
 from bminf.wrapping import Options, Request
@@ -68,7 +69,8 @@ def load(
     memory_limit, device, max_length, max_batch_size, offload_dir: as for wrapper(); for a model of
         the zoo, as for its class.
     quantization: as for wrapper(); "auto" is "int8", for a model of the zoo the default of its
-        class, and for a folder of bminf.save() as it was saved. Packed weights stay as they are.
+        class, and for a folder of bminf.save() or convert() as it was written. Packed weights stay
+        as they are.
     dtype: of what is not packed; None is that of the checkpoint, or for a model of the zoo float16
         on a GPU and float32 on the CPU.
     model: which one of the zoo, where files do not tell: "cpm2" or "eva".
@@ -88,8 +90,9 @@ def load(
             f"models of transformers, and {path} holds one of {kind.__name__}",
             reserve=reserve, blocks=blocks, uses=uses, quantize=quantize,
         )  # fmt: skip
-        is_auto = quantization is True or quantization == _AUTO
-        more: dict[str, Any] = {} if is_auto else {"quantization": quantization}
+        is_default = quantization is True or (quantization == _AUTO and not _is_unpacked(path))
+        asked = None if quantization == _AUTO else quantization
+        more: dict[str, Any] = {} if is_default else {"quantization": asked}
         return kind(
             path, memory_limit, dtype=dtype, device=device, max_length=max_length,  # type: ignore
             max_batch_size=max_batch_size, config=config, tokenizer=tokenizer,
@@ -226,6 +229,14 @@ def _folder(checkpoint: str | Path, trust_remote_code: bool) -> Path:
     if any(found.glob("*.safetensors")):
         return found
     return download(checkpoint, _ACCEPTED, (*patterns, "*.bin"))
+
+
+def _is_unpacked(path: Path) -> bool:
+    """Whether a folder that save() or convert() wrote of a model of the zoo has nothing packed."""
+    config = (path if path.is_dir() else path.parent) / CONFIG_FILE
+    fields = read_json(config) if config.is_file() else {}
+    is_packed = fields.get("quantization") is not None or bool(fields.get("exceptions"))
+    return fields.get("format") == "bminf" and not is_packed
 
 
 def _check_not_given(others: str, **given: Any) -> None:

@@ -143,18 +143,17 @@ def test_a_model_of_the_zoo_is_saved_as_it_is(
     model = load(name, quantization=quantization, **head)
     expected, plan = logits(model, name), model.plan
     bminf.save(model, tmp_path / "whole")
-    as_it_is = {"quantization": None} if quantization is None else {}  # which "auto" would pack
-    with bminf.load(tmp_path / "whole", device="cpu", **as_it_is) as again:
+    with bminf.load(tmp_path / "whole", device="cpu") as again:
         assert type(again) is KINDS[name] and torch.equal(logits(again, name), expected)
     bminf.save(model, tmp_path / "shards", max_shard_size=20_000)
     assert len(list((tmp_path / "shards").glob("model-*-of-*.safetensors"))) > 1
-    with bminf.load(tmp_path / "shards", device="cpu", **as_it_is) as again:
+    with bminf.load(tmp_path / "shards", device="cpu") as again:
         assert torch.equal(logits(again, name), expected)
     limit = (plan.least_limit + plan.total_bytes) // 2
-    with bminf.load(tmp_path / "whole", limit, device="cpu", **as_it_is) as streamed:
+    with bminf.load(tmp_path / "whole", limit, device="cpu") as streamed:
         assert streamed.plan.streamed
         bminf.save(streamed, tmp_path / "again")
-    with bminf.load(tmp_path / "again", device="cpu", **as_it_is) as again:
+    with bminf.load(tmp_path / "again", device="cpu") as again:
         assert torch.equal(logits(again, name), expected)
     with pytest.raises(UnsupportedModelError, match="closed"):
         bminf.save(streamed, tmp_path / "closed")

@@ -23,7 +23,7 @@ from bminf.checkpoint.stored import Rows, Scaled, Stored
 from bminf.errors import ArgumentError, CheckpointError
 from bminf.layers.embedding import HostEmbedding
 from bminf.models.recognition import recognized
-from bminf.quantization.packed import Format, Packing, pack
+from bminf.quantization.packed import PACKED_FIELDS, Format, Packing, pack
 from bminf.tokenizers.base import Tokenizer
 from bminf.tokenizers.find import find_tokenizer, tokenizer_from
 
@@ -32,9 +32,6 @@ FORMAT_VERSION = 1
 
 HEAD = "lm_head.parts."
 """What the parts of an output head that is split are called before their index."""
-
-PACKED_FIELDS = ("qweight", "scale", "minimum", "code_sum")
-"""The buffers of a QuantizedLinear that hold its weight."""
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ("*.json", "*.bin", "*.safetensors", "*.model", "*.txt")
