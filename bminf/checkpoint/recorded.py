@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
-from bminf.checkpoint.stored import Sliced, Stored, slice_of, strides_of
+from bminf.checkpoint.stored import Sliced, Stored, pieces, slice_of, strides_of
 from bminf.errors import UnsupportedModelError
 
 _ATEN = torch.ops.aten
@@ -63,6 +63,8 @@ class Recorded(torch.Tensor):
             )
         if func in _SAME_VALUES:
             return Recorded(args[0].stored)
+        if func is _ATEN.equal.default and type(args[0]) is type(args[1]) is Recorded:
+            return _are_equal(args[0].stored, args[1].stored)
         operation = Operation(func, *tree_map_only(Recorded, _stored_of, (args, kwargs)))
         if not all("Tensor" in str(result.type) for result in func._schema.returns):
             return operation.run(_read)
@@ -191,6 +193,14 @@ class InMemory(Sliced):
 def sliceable(stored: Stored) -> Stored:
     """`stored`, read if otherwise all of it would be computed for some of its rows."""
     return stored if _is_read_by_rows(stored) else InMemory(stored.read(), stored.where)
+
+
+def _are_equal(one: Stored, other: Stored) -> bool:
+    """As torch.equal() says, some rows at a time: of tied weights that a file holds twice."""
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return torch.equal(one.read(), other.read())
+    pairs = zip(pieces(sliceable(one)), pieces(sliceable(other)), strict=True)
+    return all(torch.equal(first, second) for (_, first), (_, second) in pairs)
 
 
 def _stored_of(tensor: Recorded) -> Stored:

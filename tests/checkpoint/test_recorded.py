@@ -111,6 +111,18 @@ def test_what_gives_no_tensor_is_computed_at_once() -> None:
     assert first.sum().item() == matrices()[0].sum().item()
 
 
+def test_tied_weights_are_compared_some_rows_at_a_time() -> None:
+    """Those that a file holds twice; casts of them, too."""
+    matrix = torch.randn(400_000, 2)
+    other = matrix.clone()
+    other[399_999, 1] += 1
+    stored = [Counted(one) for one in (matrix, matrix.clone(), other)]
+    first, second, third = (Recorded(one).to(torch.float64) for one in stored)
+    assert torch.equal(first, second) and not torch.equal(first, third)
+    assert all(len(one.reads) > 1 and max(one.reads) <= 2**16 for one in stored)
+    assert not torch.equal(first, Recorded(Counted(matrix[:5])).to(torch.float64))
+
+
 def test_writing_is_refused() -> None:
     recorded = Recorded(InMemory(matrices()[0]))
     with pytest.raises(UnsupportedModelError, match=r"writes to a weight that is not read yet"):
