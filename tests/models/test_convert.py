@@ -165,13 +165,17 @@ def test_each_block_of_a_folder_is_read_at_once(
 ) -> None:  # fmt: skip
     """Where it is loaded in the dtype that it has; else its norms come one by one."""
     made = convert(folders["cpm2"], tmp_path / "made", "int8", model="cpm2", dtype=torch.float16)
-    reads, read = [], InFile.read
+    reads: list[tuple[int, ...]] = []
 
-    def counting(stored: InFile) -> torch.Tensor:
-        reads.append(stored.shape)
-        return read(stored)
+    def count(method: Callable[..., Any]) -> Callable[..., Any]:
+        def counting(stored: InFile, *given: torch.Tensor) -> Any:
+            reads.append(stored.shape)
+            return method(stored, *given)
 
-    monkeypatch.setattr(InFile, "read", counting)
+        return counting
+
+    for method in (InFile.read, InFile.read_into):
+        monkeypatch.setattr(InFile, method.__name__, count(method))
     given = logits(model := load("cpm2", checkpoint=made, quantization="int8", dtype=dtype))
     num_runs = 1 + len(model.plan.blocks)
     assert len(reads) == num_runs if dtype == torch.float16 else len(reads) > 2 * num_runs
