@@ -16,45 +16,18 @@ import pytest
 import torch
 import transformers
 from streaming import until
+from tiny_llama import save_llama
 
 import bminf
 from bminf.cli import demo, main, models
 from bminf.cli.measure import PeakMemory, rss_anon_bytes
 
 ROUNDING = 0.11  # MiB: what is printed has one digit behind the point, and two are added
-WORDS = ["[UNK]", "once", "upon", "a", "time", *(f"word{i}" for i in range(95))]
-
-
-def save_tokenizer(folder: Path) -> None:
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import Whitespace
-
-    vocabulary = {word: i for i, word in enumerate(WORDS)}
-    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = Whitespace()
-    wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]")
-    wrapped.save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random Llama and its tokenizer, saved."""
-    folder = tmp_path_factory.mktemp("tiny")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        vocab_size=len(WORDS),
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    save_tokenizer(folder)
-    return folder
+    return save_llama(tmp_path_factory.mktemp("tiny"))
 
 
 def run_demo(*argv: str) -> "subprocess.CompletedProcess[str]":
