@@ -13,7 +13,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Any
+from typing import Any, NoReturn
 
 from bminf import __version__
 from bminf.errors import ArgumentError, BMInfError
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, 2)
     except BrokenPipeError:  # the reader of the output has closed it, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the last flush
-        return 1
+        return 0
     except (BMInfError, OSError) as error:
         return _fail(error, 1)
     except KeyboardInterrupt:
@@ -52,10 +52,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         warnings.formatwarning = shown
 
 
+class _Parser(argparse.ArgumentParser):
+    """Tells wrong usage in one line, as all other errors are."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"bminf: error: {message}; see {self.prog} --help\n")
+
+
 def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="bminf", description="Run a model that is bigger than its memory limit."
-    )
+    parser = _Parser(prog="bminf", description="Run a model that is bigger than its memory limit.")
     parser.add_argument("--version", action="version", version=f"bminf {__version__}")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
     for name, summary in VERBS.items():

@@ -63,10 +63,15 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("argv", [[], ["fly"], ["plan"], ["plan", "x", "--wings"]])
-def test_wrong_usage_exits_with_2(argv: list[str]) -> None:
+def test_wrong_usage_is_one_line_and_exits_with_2(
+    argv: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as exit:
         main(argv)
     assert exit.value.code == 2
+    out, err = capsys.readouterr()
+    (line,) = err.splitlines()
+    assert out == "" and line.startswith("bminf: error: ") and line.endswith(" --help")
 
 
 def raiser(error: BaseException) -> Callable[[argparse.Namespace], int]:
@@ -121,12 +126,14 @@ def test_interrupt_leaves_no_traceback(
 
 
 def test_a_reader_that_has_enough_is_no_error() -> None:
-    plan = f"{sys.executable} -m bminf plan GLM-130B --memory-limit 24GB"
-    command = f"{plan} --json | true"  # which reads nothing
-    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    plan = [sys.executable, "-m", "bminf", "plan", "GLM-130B", "--memory-limit", "24GB"]
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    done = subprocess.run(plan, stdout=write_end, stderr=subprocess.PIPE, text=True)
+    os.close(write_end)
     assert (done.returncode, done.stderr) == (0, "")
-    full = f"{plan} > /dev/full"
-    done = subprocess.run(full, shell=True, capture_output=True, text=True)
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(plan, stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 1 and "No space left" in done.stderr
     assert "Traceback" not in done.stderr
 

@@ -111,7 +111,7 @@ def test_a_wrong_command_line(arguments: list[str], capsys: pytest.CaptureFixtur
     with pytest.raises(SystemExit) as exit:
         main(["convert", *arguments])
     assert exit.value.code == 2
-    assert "usage: bminf convert" in capsys.readouterr().err
+    assert "see bminf convert --help" in capsys.readouterr().err
 
 
 # ---- GLM -----------------------------------------------------------------------------------------
