@@ -48,7 +48,7 @@ def spinner(text: str) -> Iterator[None]:
 def _spin(text: str, stop: threading.Event) -> None:
     if stop.wait(_FIRST_S):
         return
-    with progress_bar(total=0, desc=text, bar_format="{desc}: {elapsed}") as bar:
+    with progress_bar(total=0, desc=text, bar_format="{desc}: {elapsed}", leave=False) as bar:
         if bar.disable:  # TQDM_DISABLE; such a bar has no start either
             return
         bar.start_t -= _FIRST_S

@@ -63,6 +63,11 @@ def test_a_terminal_sees_all_of_it() -> None:
         assert expected in said
 
 
+def test_a_spinner_leaves_no_line() -> None:
+    spun, _, _ = on_terminal().partition("stepping")
+    assert "spinning" in spun and "\n" not in spun
+
+
 def test_tqdm_disable_turns_all_of_it_off() -> None:
     assert on_terminal(TQDM_DISABLE="1") == ""
 
