@@ -21,6 +21,7 @@ from bminf.errors import ArgumentError, BMInfError
 VERBS = {
     "convert": "quantize a checkpoint of CPM-1, CPM-2, EVA or GLM into a folder that loads faster",
     "demo": "generate with everything resident, then under a limit, and compare the texts",
+    "generate": "continue a text, and print it as it comes",
     "plan": "show which blocks a memory limit keeps resident, and predict the time per token",
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -10,7 +11,14 @@ import transformers
 WORDS = ["[UNK]", "once", "upon", "a", "time", *(f"word{i}" for i in range(95))]
 
 
-def save_tokenizer(folder: Path) -> None:
+TEMPLATE = (
+    "{% for message in messages %}{% if message.content == 'refuse' %}"
+    "{{ raise_exception('not this') }}{% endif %}"
+    "{{ message.role }} {{ message.content }} {% endfor %}"
+)
+
+
+def save_tokenizer(folder: Path, **more: Any) -> None:
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import Whitespace
@@ -18,11 +26,14 @@ def save_tokenizer(folder: Path) -> None:
     vocabulary = {word: i for i, word in enumerate(WORDS)}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = Whitespace()
-    wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]")
+    wrapped = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="[UNK]", **more
+    )
     wrapped.save_pretrained(folder)
 
 
-def save_llama(folder: Path) -> Path:
+def save_llama(folder: Path, chat_template: str | None = None, **changed: Any) -> Path:
+    """changed: fields of the configuration."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         hidden_size=64,
@@ -33,7 +44,8 @@ def save_llama(folder: Path) -> Path:
         bos_token_id=None,
         eos_token_id=None,
         pad_token_id=0,
+        **changed,
     )
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    save_tokenizer(folder)
+    save_tokenizer(folder, chat_template=chat_template)
     return folder

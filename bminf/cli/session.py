@@ -1,0 +1,224 @@
+"""A model as the verbs use it: found, loaded, asked. How it generates only sessions know."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from bminf.errors import CheckpointError, UnsupportedModelError
+from bminf.progress import spinner
+from bminf.units import format_bytes
+
+if TYPE_CHECKING:
+    from bminf.offload.plan import Plan
+
+Options = Mapping[str, Any]
+"""Options of generating, under the names of bminf.models.Options; those that were given."""
+
+Message = Mapping[str, str]
+"""{"role": "system", "user" or "assistant", "content": text}."""
+
+Write = Callable[[str], None]
+"""What takes a text as it comes, piece by piece."""
+
+NEW_TOKENS = 256
+"""The most tokens of an answer, unless it was said."""
+
+
+@dataclass(frozen=True)
+class AnswerStats:
+    """Counters of one answer. Times are in seconds since it began; sizes in bytes.
+
+    first_text_s: when its first text came.   decode_tokens, decode_bytes: tokens that were
+    generated after that, and bytes that were copied for them.
+    """
+
+    prompt_tokens: int
+    new_tokens: int
+    first_text_s: float
+    total_s: float
+    bytes_copied: int
+    decode_tokens: int
+    decode_bytes: int
+
+    @property
+    def decode_tokens_per_s(self) -> float | None:
+        """None where there was no token after the first text."""
+        return self.decode_tokens / self.decode_s if self.decode_tokens else None
+
+    @property
+    def decode_bytes_per_token(self) -> float | None:
+        return self.decode_bytes / self.decode_tokens if self.decode_tokens else None
+
+    @property
+    def decode_s(self) -> float:
+        return self.total_s - self.first_text_s
+
+    def as_json(self) -> dict[str, Any]:
+        rates = ("decode_tokens_per_s", "decode_bytes_per_token")
+        return {**vars(self), **{name: getattr(self, name) for name in rates}}
+
+    def __str__(self) -> str:
+        line = (
+            f"{self.prompt_tokens} tokens read and {self.new_tokens} generated in "
+            f"{self.total_s:.2f} s, the first text after {self.first_text_s:.2f} s"
+        )
+        if self.decode_tokens_per_s is None or self.decode_bytes_per_token is None:
+            return line
+        copied = format_bytes(self.decode_bytes_per_token)
+        return f"{line}; then {self.decode_tokens_per_s:.1f} tokens/s, {copied} copied a token"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """finish_reason: "length" where as many tokens came as were allowed, else "stop"."""
+
+    text: str
+    finish_reason: Literal["stop", "length"]
+    stats: AnswerStats
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "text": self.text,
+            "finish_reason": self.finish_reason,
+            "stats": self.stats.as_json(),
+        }
+
+
+def find(arguments: argparse.Namespace) -> Session:
+    """What MODEL is: its tokenizer can be read by then, but no weight.
+
+    Raises ArgumentError or CheckpointError.
+    """
+    path = Path(arguments.model).expanduser()
+    if path.suffix == ".gguf":
+        from bminf.cli.session_pretrained import GGUFSession
+
+        return GGUFSession(arguments, path)
+    _check_holds_no_gguf(path)
+    with spinner("importing torch"):
+        from bminf.loading import zoo_class
+    kind, folder = zoo_class(
+        arguments.model, arguments.built_in, trust_remote_code=arguments.trust_remote_code
+    )
+    if kind is None:
+        from bminf.cli.session_pretrained import PretrainedSession
+
+        return PretrainedSession(arguments, folder)
+    from bminf.cli.session_zoo import ZooSession
+
+    return ZooSession(arguments, folder, kind)
+
+
+def _check_holds_no_gguf(folder: Path) -> None:
+    names = sorted(path.name for path in folder.glob("*.gguf")) if folder.is_dir() else []
+    if names and not (folder / "config.json").exists():
+        raise CheckpointError(f"{folder} has no config.json; name one of {', '.join(names)}")
+
+
+class Session:
+    """One model. A prompt is what prompt(), dialogue() or blanks() makes of a text.
+
+    title: for people.   plan, device: once it is loaded.
+    """
+
+    title: str
+    plan: Plan
+    device: str
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self._arguments = arguments
+
+    def prompt(self, text: str) -> Any:
+        """To be continued.   Raises ArgumentError."""
+        raise NotImplementedError
+
+    def dialogue(self, messages: Sequence[Message], template: str | None = None) -> Any:
+        """To be answered.   template: in place of the model's own chat template.
+
+        Raises ArgumentError, or UnsupportedModelError for a model that answers none.
+        """
+        raise NotImplementedError
+
+    def blanks(self, text: str) -> Any:
+        """To be filled.   Raises UnsupportedModelError for a model that fills no blanks."""
+        raise UnsupportedModelError(
+            f"{self.title} fills no blanks; CPM-2 and GLM do: use bminf generate to continue a text"
+        )
+
+    def count(self, prompt: Any) -> int:
+        """Its tokens; of a built-in model, once it is loaded."""
+        raise NotImplementedError
+
+    def length_for(self, prompt: Any, options: Options) -> int | None:
+        """The length to load() for one answer; None is the model's own."""
+        raise NotImplementedError
+
+    def room(self, prompt: Any) -> int | None:
+        """The most tokens that an answer has room for; None where the prompt takes none of it."""
+        return None
+
+    def load(self, usual_length: int | None) -> None:
+        """Read the weights.
+
+        usual_length: tokens of prompt and answer that memory is set aside for, unless --max-length
+        says it; built-in models have a usual length of their own.
+        """
+        raise NotImplementedError
+
+    def answer(
+        self, prompt: Any, options: Options, write: Write, ignores_end: bool = False
+    ) -> Answer:
+        """Generate, and give the text to `write` as it comes.
+
+        ignores_end: never end before the most tokens that are allowed.
+        Raises ArgumentError or UnsupportedModelError.
+        """
+        raise NotImplementedError
+
+    def fill(self, prompt: Any, options: Options) -> tuple[list[dict[str, Any]], AnswerStats]:
+        """{"position", "text"} of each blank."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Give back what close() of a built-in model does."""
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Meter:
+    """Measures one answer.   read: tokens and bytes, since any time before it."""
+
+    def __init__(self, read: Callable[[], tuple[int, int]]) -> None:
+        self._read = read
+        self._first: tuple[float, int, int] | None = None
+        self._start = self._now()
+
+    def text_came(self) -> None:
+        if self._first is None:
+            self._first = self._now()
+
+    def stats(self, prompt_tokens: int) -> AnswerStats:
+        start_s, old_tokens, old_bytes = self._start
+        end_s, tokens, nbytes = end = self._now()
+        first_s, first_tokens, first_bytes = self._first or end
+        return AnswerStats(
+            prompt_tokens,
+            tokens - old_tokens,
+            first_s - start_s,
+            end_s - start_s,
+            nbytes - old_bytes,
+            tokens - first_tokens,
+            nbytes - first_bytes,
+        )
+
+    def _now(self) -> tuple[float, int, int]:
+        return (time.perf_counter(), *self._read())

@@ -1,0 +1,267 @@
+"""A model of transformers behind the verbs of the command line: of a folder, or a .gguf file."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from bminf.cli import models
+from bminf.cli.session import NEW_TOKENS, Answer, Message, Meter, Options, Session, Write
+from bminf.errors import ArgumentError, BMInfError, CheckpointError, UnsupportedModelError
+from bminf.progress import spinner
+
+
+class PretrainedSession(Session):
+    """A prompt is a list of token ids."""
+
+    _needs: Sequence[str] = ("transformers",)
+
+    def __init__(self, arguments: argparse.Namespace, path: Path) -> None:
+        super().__init__(arguments)
+        models.require(self._needs)
+        with spinner("importing transformers"):
+            models.quiet()
+        self._path, self.title = path, arguments.model
+        self._model: Any = None
+        self._length: int | None = arguments.max_length
+        self._tokenizer = self._tokenizer_in(path)
+        if self._tokenizer is None:
+            raise CheckpointError(
+                f"{path} has no tokenizer; put tokenizer.json and tokenizer_config.json, which "
+                "belong to the weights, into it"
+            )
+
+    def prompt(self, text: str) -> list[int]:
+        ids: list[int] = list(self._tokenizer(text)["input_ids"])
+        if not ids and self._tokenizer.bos_token_id is None:
+            raise ArgumentError(f"{text!r} has no tokens; give a longer text")
+        return ids or [self._tokenizer.bos_token_id]
+
+    def dialogue(self, messages: Sequence[Message], template: str | None = None) -> list[int]:
+        if template is None and not getattr(self._tokenizer, "chat_template", None):
+            raise UnsupportedModelError(
+                f"{self.title} has no chat template, as base models have none; use bminf generate "
+                "to continue a text, or give the template of its authors: --chat-template FILE"
+            )
+        try:
+            text = self._tokenizer.apply_chat_template(
+                list(messages), chat_template=template, tokenize=False, add_generation_prompt=True
+            )
+        # It is a program: it raises what its author, jinja2 or its own errors make it raise.
+        except Exception as error:
+            raise ArgumentError(
+                f"the chat template of {self.title} refuses these messages: "
+                f"{type(error).__name__}: {models.first_line(error)}"
+            ) from error
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def count(self, prompt: list[int]) -> int:
+        return len(prompt)
+
+    def length_for(self, prompt: list[int], options: Options) -> int:
+        return len(prompt) + int(options.get("max_new_tokens", NEW_TOKENS))
+
+    def room(self, prompt: list[int]) -> int | None:
+        length = self._max_length
+        if length is None:
+            return None
+        is_apart = self._model.config.is_encoder_decoder and len(prompt) <= length
+        return length if is_apart else max(length - len(prompt), 0)
+
+    def load(self, usual_length: int | None) -> None:
+        import bminf
+        from bminf.offload.backends import device_for
+
+        if self._length is None:
+            self._length = usual_length
+        given = self._arguments
+        # Without a limit a tenth of the memory is left for the text.
+        is_reserved = given.memory_limit is not None or given.max_length is not None
+        with spinner(f"loading {self.title}"):
+            self._model = self._load(self._length if is_reserved else None)
+        if not self._model.can_generate():
+            raise UnsupportedModelError(f"a {type(self._model).__name__} generates no text")
+        plan = bminf.plan_of(self._model)
+        assert plan is not None, "it is wrapped"
+        self.plan, self.device = plan, str(device_for(given.device))
+
+    def answer(
+        self, prompt: list[int], options: Options, write: Write, ignores_end: bool = False
+    ) -> Answer:
+        import torch
+
+        num_tokens = self._num_new_tokens(prompt, options)
+        settings = self._settings(options)
+        _seed(options)
+        stream = Stream(self._tokenizer, write, self._bytes_copied)
+        ids = torch.tensor([prompt], device=self.device)
+        with _as_our_error(self.title):
+            self._model.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), num_beams=1, streamer=stream,
+                num_return_sequences=1, max_new_tokens=num_tokens, tokenizer=self._tokenizer,
+                **settings,
+                **({"min_new_tokens": num_tokens} if ignores_end else {}),
+            )  # fmt: skip
+        stats = stream.meter.stats(len(prompt))
+        is_stopped = stats.new_tokens < num_tokens or stream.ids[-1] in self._end_ids()
+        return Answer(stream.text, "stop" if is_stopped else "length", stats)
+
+    def _tokenizer_in(self, path: Path) -> Any:
+        from bminf.pretrained import tokenizer_in
+
+        return tokenizer_in(path, self._arguments.trust_remote_code)
+
+    def _load(self, max_length: int | None) -> Any:
+        import bminf
+
+        given = self._arguments
+        return bminf.load(
+            self._path, given.memory_limit, _quantization(given.quantization, "auto"),
+            device=given.device, max_length=max_length, offload_dir=given.offload_dir,
+            tokenizer=self._tokenizer, trust_remote_code=given.trust_remote_code,
+        )  # fmt: skip
+
+    def _settings(self, options: Options) -> dict[str, Any]:
+        """`options` as generate() takes them. Those that choose how to sample ask for sampling."""
+        for name in ("frequency_penalty", "presence_penalty"):
+            if name in options:
+                raise ArgumentError(
+                    f"--{name.replace('_', '-')} is for the built-in models; give "
+                    "--repetition-penalty"
+                )
+        given = {n: v for n, v in options.items() if n not in ("max_new_tokens", "seed")}
+        given["eos_token_id"] = self._end_ids() or None
+        if given.get("temperature") == 0:
+            return {**given, "do_sample": False, "temperature": None, "top_k": None, "top_p": None}
+        is_asked = bool(given.keys() & {"temperature", "top_k", "top_p"})
+        return {**given, "do_sample": True} if is_asked else given
+
+    def _end_ids(self) -> list[int]:
+        """Of the model and of its tokenizer: that of a dialogue is often known to this alone."""
+        known = getattr(self._model.generation_config, "eos_token_id", None)
+        ids = known if isinstance(known, list) else [known]
+        return sorted({i for i in (*ids, self._tokenizer.eos_token_id) if i is not None})
+
+    def _num_new_tokens(self, prompt: list[int], options: Options) -> int:
+        """The most tokens of an answer.   Raises ArgumentError where there is no room for them."""
+        asked, room = options.get("max_new_tokens"), self.room(prompt)
+        if room is None:
+            return int(asked or NEW_TOKENS)
+        if room < (asked or 1):
+            raise ArgumentError(
+                f"{len(prompt)} tokens to start with leave no room for {asked or 'any'} new ones "
+                f"in {self._max_length}, which is --max-length or all that the model has positions "
+                "for; shorten the text, or change --max-new-tokens or --max-length"
+            )
+        return int(asked or min(NEW_TOKENS, room))
+
+    @property
+    def _max_length(self) -> int | None:
+        from bminf.offload.context import first_of, text_config
+
+        positions = first_of(text_config(self._model.config), "max_position_embeddings")
+        return min((n for n in (self._length, positions) if n is not None), default=None)
+
+    def _bytes_copied(self) -> int:
+        import bminf
+
+        stats = bminf.stats_of(self._model)
+        assert stats is not None, "it is wrapped"
+        return stats.bytes_copied
+
+
+class GGUFSession(PretrainedSession):
+    """A .gguf file, whose weights transformers unpacks."""
+
+    _needs = models.DEMO_PACKAGES
+
+    def _tokenizer_in(self, path: Path) -> Any:
+        return models.load_tokenizer(path)
+
+    def _load(self, max_length: int | None) -> Any:
+        import torch
+
+        import bminf
+        from bminf.offload.backends import device_for
+
+        given = self._arguments
+        is_cpu = device_for(given.device).type == "cpu"
+        model = models.load_model(self._path, torch.float32 if is_cpu else torch.float16)
+        return bminf.wrapper(
+            model, _quantization(given.quantization, True), given.memory_limit, given.device,
+            given.offload_dir, max_length=max_length,
+        )  # fmt: skip
+
+
+class Stream:
+    """The streamer of one generate(): writes what is final of the text as tokens come.
+
+    ids: that were generated.   text: that was written.
+    """
+
+    def __init__(self, tokenizer: Any, write: Write, bytes_copied: Callable[[], int]) -> None:
+        self.ids: list[int] = []
+        self.text = ""
+        self.meter = Meter(lambda: (len(self.ids), bytes_copied()))
+        self._tokenizer, self._write = tokenizer, write
+        self._has_prompt = False
+        self._start = self._end = 0  # of the ids that the next piece is told apart by
+
+    def put(self, ids: Any) -> None:
+        """Takes the prompt first, then each token."""
+        if self._has_prompt:
+            self.ids += ids.flatten().tolist()
+            self.meter.text_came()
+            self._give(is_last=False)
+        self._has_prompt = True
+
+    def end(self) -> None:
+        """Writes what was held back."""
+        self._give(is_last=True)
+
+    def _give(self, is_last: bool) -> None:
+        """Only the last few ids are decoded: what they add to those whose text was written."""
+        before = self._decoded(self._start, self._end)
+        now = self._decoded(self._start, len(self.ids))
+        is_cut = now.endswith("\N{REPLACEMENT CHARACTER}")  # within a character, most likely
+        if len(now) <= len(before) or (is_cut and not is_last):
+            return
+        self._start, self._end = self._end, len(self.ids)
+        self.text += now[len(before) :]
+        self._write(now[len(before) :])
+
+    def _decoded(self, start: int, end: int) -> str:
+        text: str = self._tokenizer.decode(self.ids[start:end], skip_special_tokens=True)
+        return text
+
+
+def _quantization(given: str | None, default: bool | str) -> bool | str | None:
+    if given is None:
+        return default
+    return None if given == "none" else given
+
+
+def _seed(options: Options) -> None:
+    """Without a seed, another one each time: torch begins with the same in every process."""
+    import torch
+
+    if "seed" in options:
+        torch.manual_seed(options["seed"])
+    else:
+        torch.seed()
+
+
+@contextmanager
+def _as_our_error(title: str) -> Iterator[None]:
+    """Errors of torch and transformers in generate(), for which there is no one class."""
+    try:
+        yield
+    except (BMInfError, OSError):  # also of a pipe that is written to
+        raise
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"{title} cannot generate: {type(error).__name__}: {models.first_line(error)}"
+        ) from error

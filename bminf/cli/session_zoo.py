@@ -1,0 +1,108 @@
+"""A built-in model behind the verbs of the command line."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from bminf.cli.session import Answer, AnswerStats, Message, Meter, Options, Session, Write
+from bminf.errors import ArgumentError, UnsupportedModelError
+from bminf.progress import spinner
+
+if TYPE_CHECKING:
+    from bminf.models import LanguageModel
+
+
+class ZooSession(Session):
+    """A prompt is a text; of a dialogue, the utterances."""
+
+    def __init__(
+        self, arguments: argparse.Namespace, folder: Path, kind: type[LanguageModel]
+    ) -> None:
+        super().__init__(arguments)
+        self._folder, self._kind = folder, kind
+        self._model: LanguageModel | None = None
+        self.title = kind.__name__
+
+    def prompt(self, text: str) -> str:
+        return text
+
+    def dialogue(self, messages: Sequence[Message], template: str | None = None) -> list[str]:
+        if not hasattr(self._kind, "dialogue"):
+            raise UnsupportedModelError(
+                f"{self.title} is a base model, which holds no dialogue; use bminf generate"
+                + (" or bminf fill" if hasattr(self._kind, "fill_blank") else "")
+            )
+        if template is not None or any(message["role"] == "system" for message in messages):
+            raise ArgumentError(
+                f"{self.title} reads utterances without roles; leave out --system and "
+                "--chat-template"
+            )
+        return [message["content"] for message in messages]
+
+    def blanks(self, text: str) -> str:
+        return text if hasattr(self._kind, "fill_blank") else super().blanks(text)
+
+    def count(self, prompt: str | list[str]) -> int:
+        return len(self._loaded._prompt(prompt).input_ids)
+
+    def length_for(self, prompt: Any, options: Options) -> None:
+        return None
+
+    def load(self, usual_length: int | None) -> None:
+        given = self._arguments
+        more: dict[str, Any] = {}
+        if given.quantization is not None:
+            more["quantization"] = None if given.quantization == "none" else given.quantization
+        with spinner(f"loading {self._folder.name}"):
+            self._model = self._kind(
+                self._folder, given.memory_limit, device=given.device,
+                max_length=given.max_length, offload_dir=given.offload_dir, **more,
+            )  # fmt: skip
+        self.plan, self.device = self._model.plan, str(self._model.device)
+
+    def answer(
+        self, prompt: Any, options: Options, write: Write, ignores_end: bool = False
+    ) -> Answer:
+        options, pieces, model = self._accepted(options), [], self._loaded
+        if ignores_end:
+            ends = sorted(set(model._end_ids()))
+            options["banned_tokens"] = model.tokenizer.tokens(ends)
+        meter = Meter(self._counters)
+        for piece in model.generate_iter(prompt, **options):
+            meter.text_came()
+            pieces.append(piece)
+            write(piece)
+        stats = meter.stats(self.count(prompt))
+        most = options.get("max_new_tokens", model._defaults.max_tokens)
+        reason: Literal["stop", "length"] = "length" if stats.new_tokens == most else "stop"
+        return Answer("".join(pieces), reason, stats)
+
+    def fill(self, prompt: Any, options: Options) -> tuple[list[dict[str, Any]], AnswerStats]:
+        model: Any = self._loaded
+        meter = Meter(self._counters)
+        blanks = model.fill_blank(prompt, **self._accepted(options))
+        return blanks, meter.stats(len(model.tokenizer.encode(prompt)))
+
+    def close(self) -> None:
+        if self._model is not None:
+            self._model.close()
+
+    @property
+    def _loaded(self) -> LanguageModel:
+        assert self._model is not None, "load() comes first"
+        return self._model
+
+    def _counters(self) -> tuple[int, int]:
+        stats = self._loaded.stats
+        return stats.num_tokens, stats.bytes_copied
+
+    def _accepted(self, options: Options) -> dict[str, Any]:
+        if "repetition_penalty" in options:
+            raise ArgumentError(
+                "--repetition-penalty is for models of transformers; give --frequency-penalty or "
+                "--presence-penalty"
+            )
+        return dict(options)

@@ -1,0 +1,19 @@
+"""`bminf` in a process of its own, as a user runs it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import bminf
+
+
+def started(*argv: str, **settings: Any) -> subprocess.Popen[bytes]:
+    """With the bminf that this test imported.   settings: of Popen."""
+    assert bminf.__file__ is not None
+    environment = os.environ | {"PYTHONPATH": str(Path(bminf.__file__).parents[1])}
+    command = [sys.executable, "-m", "bminf", *argv]
+    return subprocess.Popen(command, env=environment, **settings)

@@ -1,0 +1,339 @@
+"""`bminf generate`: the text of the Python functions, as it comes; errors in one line.
+
+bminf/cli/generate.py, bminf/cli/flags.py.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import signal
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from terminal import started
+from tiny_glm import tiny_model
+from tiny_llama import WORDS, save_llama, save_tokenizer
+from tiny_models import make
+
+import bminf
+from bminf.cli import main
+from bminf.models import CPM1, CPM2, EVA, GLM
+
+ZOO = {"cpm1": CPM1, "cpm2": CPM2, "eva": EVA, "glm10b": GLM}
+TEXTS = {"cpm1": "今天天气", "cpm2": "今天天气", "eva": "你是谁", "glm10b": "now is the time"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_llama(tmp_path_factory.mktemp("tiny"))
+
+
+def generate(*argv: str) -> int:
+    return main(["generate", *argv, "--device", "cpu"])
+
+
+def printed(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    capsys.readouterr()
+    assert generate(*argv) == 0
+    return capsys.readouterr().out
+
+
+def failed(capsys: pytest.CaptureFixture[str], code: int, *argv: str) -> str:
+    """The one line that it fails with."""
+    capsys.readouterr()
+    try:
+        assert generate(*argv) == code
+    except SystemExit as exit:
+        assert exit.code == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    (line,) = err.splitlines()
+    assert line.startswith("bminf: error: ")
+    return line
+
+
+class Typed(io.StringIO):
+    """A stdin that is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+# ---- the text ------------------------------------------------------------------------------------
+
+
+def test_the_text_is_that_of_transformers(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    inputs = tokenizer("once upon", return_tensors="pt")
+    ids = model.generate(inputs["input_ids"], max_new_tokens=12, do_sample=False)[0, 2:]
+    options = ("--max-new-tokens", "12", "--temperature", "0", "--quantization", "none")
+    expected = tokenizer.decode(ids) + "\n"
+    assert printed(capsys, str(folder), "once upon", *options) == expected
+    assert printed(capsys, str(folder), "once upon", *options, "--memory-limit", "13MB") == expected
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_the_text_is_that_of_a_built_in_model(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tiny_model(name).write_original(tmp_path / name)
+    options = ("--max-new-tokens", "8", "--top-k", "50", "--temperature", "1.5", "--seed", "3")
+    kind = () if name.startswith("glm") else ("--model", name)
+    with warnings.catch_warnings():
+        # This CPM-1 folder has no sentencepiece model, and the library says so.
+        warnings.filterwarnings("ignore", message="found no sentencepiece model")
+        with ZOO[name](folder, device="cpu") as model:
+            text, _ = model.generate(TEXTS[name], 8, top_k=50, temperature=1.5, seed=3)
+        assert printed(capsys, str(folder), TEXTS[name], *options, *kind) == f"{text}\n"
+
+
+def test_a_saved_folder_is_taken_as_it_is(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = bminf.load(folder, quantization="int4", device="cpu")
+    bminf.save(model, tmp_path / "saved")
+    options = ("once", "--temperature", "0", "--max-new-tokens", "9")
+    text = printed(capsys, str(tmp_path / "saved"), *options)
+    assert text == printed(capsys, str(folder), *options, "--quantization", "int4")
+    assert text != printed(capsys, str(folder), *options, "--quantization", "none")
+
+
+def test_an_encoder_decoder_of_transformers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = make("t5", vocab_size=len(WORDS))
+    model.save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    inputs = tokenizer("once upon a time", return_tensors="pt")
+    ids = model.generate(inputs["input_ids"], max_new_tokens=6, do_sample=False)[0]
+    expected = tokenizer.decode(ids, skip_special_tokens=True) + "\n"
+    options = ("--temperature", "0", "--max-new-tokens", "6", "--quantization", "none")
+    assert printed(capsys, str(tmp_path), "once upon a time", *options) == expected
+
+
+def test_seeds(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = (str(folder), "once", "--temperature", "1", "--max-new-tokens", "16")
+    first = printed(capsys, *options, "--seed", "5")
+    assert printed(capsys, *options, "--seed", "5") == first
+    assert printed(capsys, *options, "--seed", "6") != first
+    torch.manual_seed(0)
+    unseeded = printed(capsys, *options)
+    torch.manual_seed(0)  # as every process begins
+    assert printed(capsys, *options) != unseeded
+
+
+def test_an_end_token_ends_the_text(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also one that only the tokenizer knows, as in many models made for dialogues."""
+    options = ("once", "--temperature", "0", "--max-new-tokens", "12", "--json")
+    whole = json.loads(printed(capsys, str(folder), *options))
+    words = whole["text"].split()
+    assert whole["finish_reason"] == "length" and len(words) == 12
+    save_llama(tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.eos_token = words[3]
+    tokenizer.save_pretrained(tmp_path)
+    cut = json.loads(printed(capsys, str(tmp_path), *options))
+    assert cut["finish_reason"] == "stop"
+    assert cut["text"].split() == words[: words.index(words[3])]
+    assert cut["stats"]["new_tokens"] == words.index(words[3]) + 1
+
+
+def test_the_prompt_comes_from_stdin(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("--temperature", "0", "--max-new-tokens", "5")
+    expected = printed(capsys, str(folder), "once upon", *options)
+    for given in (["-"], []):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("once upon\n"))
+        assert printed(capsys, str(folder), *given, *options) == expected
+
+
+def test_json_and_verbose(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    limit = str(bminf_limit(folder))
+    options = ("--temperature", "0", "--max-new-tokens", "5", "--memory-limit", limit)
+    capsys.readouterr()
+    assert generate(str(folder), "once upon", *options, "--json", "--verbose") == 0
+    out, err = capsys.readouterr()
+    report = json.loads(out)
+    assert report["prompt"] == "once upon" and report["model"] == str(folder)
+    assert report["text"] + "\n" == printed(capsys, str(folder), "once upon", *options)
+    stats = report["stats"]
+    assert (stats["prompt_tokens"], stats["new_tokens"], stats["decode_tokens"]) == (2, 5, 4)
+    assert stats["bytes_copied"] > stats["decode_bytes"] > 0
+    assert "stream (.)" in err and "2 tokens read and 5 generated" in err
+
+
+def bminf_limit(folder: Path) -> int:
+    """One under which some blocks of the model are streamed, with a text of 7 tokens."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    return bminf.plan_for(model, memory_limit="1GB", max_length=7, device="cpu").least_limit
+
+
+# ---- errors --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--max-new-tokens", "0"),
+        ("--max-new-tokens", "1.5"),
+        ("--temperature", "-1"),
+        ("--temperature", "nan"),
+        ("--top-k", "0"),
+        ("--top-p", "0"),
+        ("--top-p", "1.01"),
+        ("--seed", "-1"),
+        ("--seed", "x"),
+        ("--max-length", "0"),
+        ("--memory-limit", "6 bananas"),
+        ("--repetition-penalty", "0"),
+        ("--quantization", "int5"),
+        ("--no-such-option", "1"),
+    ],
+)
+def test_wrong_values_are_told_before_anything_is_read(
+    option: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = failed(capsys, 2, "/no/such/model", "once", option, value)
+    assert option in line and value in line
+
+
+@pytest.mark.parametrize(
+    ("given", "text", "said"),
+    [
+        (None, Typed(""), "no PROMPT is given"),
+        ("-", io.StringIO("\n"), "PROMPT is empty"),
+        ("", io.StringIO("unused"), "PROMPT is empty"),
+        ("caf\udce9", io.StringIO(""), "not UTF-8"),
+        ("-", io.TextIOWrapper(io.BytesIO(b"\xff\xfe"), "utf-8"), "not UTF-8"),
+    ],
+)
+def test_a_prompt_that_is_none(
+    given: str | None,
+    text: Any,
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "stdin", text)
+    prompt = [] if given is None else [given]
+    assert said in failed(capsys, 2, "/no/such/model", *prompt)
+
+
+def test_a_prompt_without_tokens(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no tokens" in failed(capsys, 2, str(folder), " ")
+
+
+def test_what_is_no_model(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "notes.txt").write_text("a shopping list", encoding="utf-8")
+    assert "notes.txt" in failed(capsys, 1, str(tmp_path / "notes.txt"), "once")
+    assert str(tmp_path) in failed(capsys, 1, str(tmp_path), "once")
+    assert "/no/such" in failed(capsys, 1, "/no/such", "once")
+    assert "none.gguf" in failed(capsys, 1, str(tmp_path / "none.gguf"), "once")
+    (tmp_path / "a.gguf").write_bytes(b"GGUF\x03\0\0\0\1")
+    assert "name one of a.gguf" in failed(capsys, 1, str(tmp_path), "once")
+    assert "cannot be loaded" in failed(capsys, 1, str(tmp_path / "a.gguf"), "once")
+    make("llama").save_pretrained(tmp_path / "silent")
+    assert "no tokenizer" in failed(capsys, 1, str(tmp_path / "silent"), "once")
+
+
+def test_a_model_that_generates_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make("bert").save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    assert "BertModel generates no text" in failed(capsys, 1, str(tmp_path), "once")
+
+
+def test_options_of_the_other_kind_of_model(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    built_in = tiny_model("glm10b").write_original(tmp_path)
+    line = failed(capsys, 2, str(built_in), "now", "--repetition-penalty", "1.1")
+    assert "--frequency-penalty" in line
+    for option in ("--frequency-penalty", "--presence-penalty"):
+        line = failed(capsys, 2, str(folder), "once", option, "1")
+        assert option in line and "--repetition-penalty" in line
+
+
+def test_lengths_that_do_not_fit(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompt = "once upon a time"
+    assert "4 tokens" in failed(capsys, 2, str(folder), prompt, "--max-length", "4")
+    line = failed(capsys, 2, str(folder), prompt, "--max-length", "9", "--max-new-tokens", "6")
+    assert "no room for 6 new ones in 9" in line
+    few = str(save_llama(tmp_path, max_position_embeddings=10))
+    assert "in 10" in failed(capsys, 2, few, prompt, "--max-new-tokens", "7")
+    fitting = ("--max-length", "9", "--json")
+    report = json.loads(printed(capsys, str(folder), prompt, *fitting))
+    assert report["stats"]["new_tokens"] == 5
+
+
+def test_a_limit_that_is_too_small(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "below the least" in failed(capsys, 1, str(folder), "once", "--memory-limit", "1KB")
+
+
+def test_what_generating_raises_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_llama(tmp_path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        model.lm_head.weight.fill_(float("nan"))
+    model.save_pretrained(tmp_path)
+    options = ("--quantization", "none", "--temperature", "1")
+    line = failed(capsys, 1, str(tmp_path), "once", *options)
+    assert "cannot generate" in line and "nan" in line
+
+
+# ---- interruptions -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with room for more tokens than any test waits for."""
+    return save_llama(tmp_path_factory.mktemp("endless"), max_position_embeddings=10**6)
+
+
+def speaking(folder: Path) -> subprocess.Popen[bytes]:
+    """A process that has printed the first of many tokens."""
+    process = started(
+        "generate", str(folder), "once", "--max-new-tokens", "900000", "--device", "cpu",
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout is not None and process.stdout.read(1)
+    return process
+
+
+def test_ctrl_c_ends_cleanly(endless: Path) -> None:
+    process = speaking(endless)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert out.endswith(b"\n") and err == b"bminf: interrupted\n"
+
+
+def test_a_closed_pipe_is_no_error(endless: Path) -> None:
+    process = speaking(endless)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.wait(timeout=60) == 0
+    assert process.stderr.read() == b""
+    process.stderr.close()
+
+
+def test_a_gguf_file(capsys: pytest.CaptureFixture[str]) -> None:
+    from smollm2 import gguf_file
+
+    options = ("--temperature", "0", "--max-new-tokens", "4")
+    assert printed(capsys, str(gguf_file()), "Once upon a", *options).startswith(" time")
