@@ -13,6 +13,7 @@ import pytest
 from snapshot_files import REWRITE
 
 from bminf.cli import VERBS, main
+from bminf.cli.chat import COMMANDS
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "command-line.md"
 
@@ -37,3 +38,8 @@ def test_the_page_has_the_help_of(
     (found,) = block.finditer(PAGE.read_text(encoding="utf-8"))
     # Versions of Python break lines at other places.
     assert found[2].split() == shown.split(), f"set {REWRITE}=1 where this is meant"
+
+
+def test_the_page_names_each_command_of_chat() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    assert [name for name in COMMANDS if f"`{name}`" not in text] == []

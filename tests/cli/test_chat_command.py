@@ -1,0 +1,374 @@
+"""`bminf chat`: a conversation on a terminal, and with lines from a pipe.
+
+bminf/cli/chat.py.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+from terminal import started
+from tiny_glm import tiny_model
+from tiny_llama import TEMPLATE, save_llama
+
+from bminf.cli import chat, main
+from bminf.models import EVA
+
+GREEDY = ("--temperature", "0", "--max-new-tokens", "6", "--quantization", "none")
+TIMEOUT_S = 90
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_llama(tmp_path_factory.mktemp("tiny"), chat_template=TEMPLATE)
+
+
+def talk(monkeypatch: pytest.MonkeyPatch, lines: str, *argv: str) -> int:
+    """`bminf chat` with these lines from a pipe."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+    return main(["chat", *argv, "--device", "cpu"])
+
+
+def answers(model: Any, tokenizer: Any, *texts: str, system: str | None = None) -> list[str]:
+    """What transformers itself answers to these texts, one after the other."""
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    for text in texts:
+        messages.append({"role": "user", "content": text})
+        given = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        ids = model.generate(**given, max_new_tokens=6, do_sample=False)
+        said = tokenizer.decode(ids[0, given["input_ids"].shape[1] :], skip_special_tokens=True)
+        messages.append({"role": "assistant", "content": said})
+    return [message["content"] for message in messages if message["role"] == "assistant"]
+
+
+@pytest.fixture(scope="module")
+def plain(folder: Path) -> tuple[Any, Any]:
+    """The model and its tokenizer, as transformers loads them."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    return model, transformers.AutoTokenizer.from_pretrained(folder)
+
+
+# ---- from a pipe ---------------------------------------------------------------------------------
+
+
+def test_each_line_is_answered_with_those_before_it(
+    folder: Path,
+    plain: tuple[Any, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert talk(monkeypatch, "once\n\nupon a\ntime", str(folder), *GREEDY) == 0
+    expected = answers(*plain, "once", "upon a", "time")
+    assert capsys.readouterr() == ("".join(f"{said}\n" for said in expected), "")
+
+
+def test_the_system_message_and_reset(
+    folder: Path,
+    plain: tuple[Any, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    lines = "once\nupon\n/reset\nonce\n"
+    assert talk(monkeypatch, lines, str(folder), *GREEDY, "--system", "a time") == 0
+    said = answers(*plain, "once", "upon", system="a time")
+    assert capsys.readouterr().out.splitlines() == [*said, said[0]]
+    assert said[:1] != answers(*plain, "once")
+
+
+def test_commands_answer_on_stderr(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = "/stats\n/help\n/fly away\n/exit\nonce\n"
+    assert talk(monkeypatch, lines, str(folder), *GREEDY) == 0
+    out, err = capsys.readouterr()
+    assert out == "", "nothing after /exit is answered"
+    assert "no answer yet" in err and "fits entirely" in err
+    assert all(f"{name} " in err for name in chat.COMMANDS)
+    assert "no command /fly" in err
+
+
+def test_what_only_looks_like_a_command_is_answered(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert talk(monkeypatch, "/once/upon a time\n /exit\n", str(folder), *GREEDY) == 0
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 2 and err == ""
+
+
+def test_json_and_verbose(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = "once\nupon\n/stats\n"
+    assert talk(monkeypatch, lines, str(folder), *GREEDY, "--json", "--verbose") == 0
+    out, err = capsys.readouterr()
+    first, second = map(json.loads, out.splitlines())
+    assert first["finish_reason"] == "length"
+    assert second["stats"]["prompt_tokens"] > first["stats"]["prompt_tokens"]
+    assert talk(monkeypatch, "once\nupon\n", str(folder), *GREEDY) == 0
+    assert capsys.readouterr().out.splitlines() == [first["text"], second["text"]]
+    assert len(re.findall(r"tokens read and 6 generated", err)) == 3
+
+
+def test_no_lines_are_no_error(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert talk(monkeypatch, "", str(folder)) == 0
+    assert capsys.readouterr() == ("", "")
+
+
+def test_eva_answers_in_a_dialogue(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tiny_model("eva").write_original(tmp_path)
+    options = (str(folder), "--model", "eva", "--seed", "1", "--max-new-tokens", "6")
+    with EVA(folder, device="cpu") as model:
+        first, _ = model.dialogue(["你是谁"], 6, seed=1)
+        second, _ = model.dialogue(["你是谁", first, "我们"], 6, seed=1)
+    assert talk(monkeypatch, "你是谁\n我们\n", *options) == 0
+    assert capsys.readouterr().out == f"{first}\n{second}\n"
+    assert talk(monkeypatch, "你是谁\n", *options, "--system", "很好") == 2
+    assert "without roles" in capsys.readouterr().err
+
+
+# ---- errors --------------------------------------------------------------------------------------
+
+
+def error(capsys: pytest.CaptureFixture[str]) -> str:
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("bminf: error: ")
+    return line
+
+
+def test_a_base_model_is_told_before_its_weights_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_llama(tmp_path / "llama")
+    (tmp_path / "llama" / "model.safetensors").write_bytes(b"")
+    capsys.readouterr()
+    assert talk(monkeypatch, "once\n", str(tmp_path / "llama")) == 1
+    line = error(capsys)
+    assert "bminf generate" in line and "--chat-template FILE" in line
+    folder = tiny_model("cpm2").write_original(tmp_path / "cpm2")
+    assert talk(monkeypatch, "once\n", str(folder), "--model", "cpm2") == 1
+    assert "bminf fill" in error(capsys)
+
+
+def test_a_template_from_a_file(
+    folder: Path,
+    plain: tuple[Any, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    base = save_llama(tmp_path / "base")
+    capsys.readouterr()
+    file = tmp_path / "template.jinja"
+    file.write_text(TEMPLATE, encoding="utf-8")
+    options = (*GREEDY, "--chat-template", str(file))
+    assert talk(monkeypatch, "once\n", str(base), *options) == 0
+    assert capsys.readouterr().out.splitlines() == answers(*plain, "once")
+    assert talk(monkeypatch, "once\n", str(base), "--chat-template", "/no/such/file") == 2
+    assert "/no/such/file" in error(capsys)
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{{ raise_exception('roles') }}", "{{ ''.__class__ }}{{ x.y }}", "{% for", "{{ 1 / 0 }}"],
+)
+def test_a_template_that_raises_is_told_before_weights_are_read(
+    template: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    save_llama(tmp_path, chat_template=template)
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    capsys.readouterr()
+    assert talk(monkeypatch, "once\n", str(tmp_path)) == 2
+    assert "chat template" in error(capsys)
+
+
+def test_a_message_that_the_template_refuses_ends_a_pipe(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert talk(monkeypatch, "refuse\nonce\n", str(folder), *GREEDY) == 2
+    assert "not this" in error(capsys)
+
+
+def test_a_conversation_that_is_too_long(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The last answer takes what room there is; then there is none."""
+    options = ("--temperature", "0", "--max-length", "12", "--max-new-tokens", "9", "--json")
+    assert talk(monkeypatch, "once upon a time\nonce\n", str(folder), *options) == 2
+    out, err = capsys.readouterr()
+    stats = json.loads(out)["stats"]
+    assert stats["prompt_tokens"] + stats["new_tokens"] == 12
+    assert "no room for 9 new ones in 12" in err
+
+
+def test_stdin_that_is_no_text(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe\n"), "utf-8"))
+    assert main(["chat", str(folder), "--device", "cpu"]) == 2
+    assert "not UTF-8" in error(capsys)
+
+
+# ---- on a terminal -------------------------------------------------------------------------------
+
+
+class Terminal:
+    """A process whose stdin, stdout and stderr are a terminal, as `bminf chat` sees a person."""
+
+    def __init__(self, *argv: str) -> None:
+        import pty
+
+        self._ours, theirs = pty.openpty()
+        self.process = started(
+            "chat", *argv, "--device", "cpu", stdin=theirs, stdout=theirs, stderr=theirs,
+            start_new_session=True, preexec_fn=_take_terminal,
+        )  # fmt: skip
+        os.close(theirs)
+        self.shown = ""
+
+    def wait_for(self, text: str) -> str:
+        """What was shown since the last wait, up to `text`."""
+        deadline = time.monotonic() + TIMEOUT_S
+        while text not in self.shown:
+            assert time.monotonic() < deadline, self.shown
+            self._read()
+        before, _, self.shown = self.shown.partition(text)
+        return before + text
+
+    def type(self, keys: str) -> None:
+        os.write(self._ours, keys.encode())
+
+    def ended(self) -> int:
+        """The exit code; all that was shown until then is in `shown`."""
+        while self._read():
+            pass
+        return self.process.wait(TIMEOUT_S)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self._ours)
+
+    def _read(self) -> bool:
+        try:
+            read = os.read(self._ours, 2**16)
+        except OSError:  # Linux: the process has closed the terminal
+            return False
+        self.shown += read.decode(errors="replace").replace("\r\n", "\n")
+        return bool(read)
+
+
+def _take_terminal() -> None:
+    """So that Ctrl-C and Ctrl-D typed there reach the process."""
+    import fcntl
+    import termios
+
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+@pytest.fixture
+def terminals() -> Iterator[list[Terminal]]:
+    opened: list[Terminal] = []
+    yield opened
+    for terminal in opened:
+        terminal.close()
+
+
+needs_pty = pytest.mark.skipif(os.name != "posix", reason="there are no ptys here")
+
+
+@needs_pty
+def test_a_conversation_on_a_terminal(
+    folder: Path, plain: tuple[Any, Any], terminals: list[Terminal]
+) -> None:
+    first, second = answers(*plain, "once", "upon")
+    terminals.append(terminal := Terminal(str(folder), *GREEDY))
+    assert "/help" in terminal.wait_for("> ")
+    terminal.type("once\n")
+    assert first in terminal.wait_for("> ")
+    terminal.type("upno\x02\x02\x04\x05n\n")  # two to the left, delete there, to the end
+    assert second in terminal.wait_for("> ")
+    terminal.type("/stats\n")
+    assert "generated" in terminal.wait_for("> ")
+    terminal.type("/reset\n")
+    terminal.wait_for("> ")
+    terminal.type("\x1b[A\x1b[A\x1b[A\x1b[A\n")  # four lines up in the history
+    assert first in terminal.wait_for("> ")
+    terminal.type("refuse\n")
+    assert "not this" in terminal.wait_for("> "), "an error does not end it"
+    terminal.type("\x04")  # Ctrl-D
+    assert terminal.ended() == 0
+    assert "Traceback" not in terminal.shown
+
+
+@pytest.fixture(scope="module")
+def talkative(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A model that says more than any test waits for."""
+    folder = tmp_path_factory.mktemp("talkative")
+    save_llama(folder, chat_template=TEMPLATE, max_position_embeddings=10**6)
+    return [str(folder), "--max-length", "10000", "--max-new-tokens", "9900"]
+
+
+@needs_pty
+def test_ctrl_c_stops_an_answer_and_then_ends(
+    talkative: list[str], terminals: list[Terminal]
+) -> None:
+    terminals.append(terminal := Terminal(*talkative))
+    terminal.wait_for("> ")
+    terminal.type("once\n")
+    terminal.wait_for("word")
+    terminal.type("\x03")  # Ctrl-C
+    terminal.wait_for("> ")
+    terminal.type("upon\n")
+    terminal.wait_for("word")
+    terminal.type("\x03")
+    terminal.wait_for("> ")
+    terminal.type("\x03")
+    assert terminal.ended() == 130
+    assert terminal.shown.endswith("bminf: interrupted\n")
+
+
+def test_ctrl_c_ends_a_pipe(talkative: list[str]) -> None:
+    with started("chat", *talkative, "--device", "cpu", stdin=-1, stdout=-1, stderr=-1) as process:
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.write(b"once\n")
+        process.stdin.flush()
+        assert process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=TIMEOUT_S)
+    assert (process.returncode, err) == (130, b"bminf: interrupted\n")
+
+
+# ---- the real model ------------------------------------------------------------------------------
+
+
+def test_a_real_model_knows_a_capital_and_what_was_said(
+    smollm2_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = "What is the capital of France?\nAnd of Italy?\n"
+    options = ("--temperature", "0", "--max-new-tokens", "24", "--memory-limit", "400MB")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert talk(monkeypatch, lines, str(smollm2_folder), *options) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert "Paris" in first and "Rome" in second
