@@ -22,6 +22,7 @@ VERBS = {
     "chat": "talk to a model, on a terminal or with lines from a pipe",
     "convert": "quantize a checkpoint of CPM-1, CPM-2, EVA or GLM into a folder that loads faster",
     "demo": "generate with everything resident, then under a limit, and compare the texts",
+    "fill": "fill the blanks of a text, with CPM-2 or GLM",
     "generate": "continue a text, and print it as it comes",
     "plan": "show which blocks a memory limit keeps resident, and predict the time per token",
 }

@@ -1,0 +1,78 @@
+"""`bminf fill`: the blanks of CPM-2 and of GLM, in their places.
+
+bminf/cli/fill.py.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_glm import tiny_model
+from tiny_llama import save_llama
+
+from bminf.cli import main
+from bminf.models import CPM2, GLM
+
+CASES = {
+    "cpm2": (CPM2, "今天<span>很好，我们<span>吧。", "<span>"),
+    "glm10b": (GLM, "now [MASK] is a [MASK]", "[MASK]"),
+}
+OPTIONS = ("--max-new-tokens", "12", "--seed", "4", "--top-k", "40", "--device", "cpu")
+
+
+def fill(name: str, folder: Path, text: str, *more: str) -> int:
+    kind = () if name.startswith("glm") else ("--model", name)
+    return main(["fill", str(folder), text, *OPTIONS, *kind, *more])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_blanks_are_filled_in_their_places(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kind, text, mark = CASES[name]
+    folder = tiny_model(name).write_original(tmp_path)
+    with kind(folder, device="cpu") as model:
+        blanks: list[dict[str, Any]] = model.fill_blank(text, max_tokens=12, seed=4, top_k=40)
+    before, between, behind = text.split(mark)
+    expected = before + blanks[0]["text"] + between + blanks[1]["text"] + behind
+    assert fill(name, folder, text) == 0
+    assert capsys.readouterr().out == f"{expected}\n"
+    assert fill(name, folder, text, "--json", "--verbose") == 0
+    out, err = capsys.readouterr()
+    report = json.loads(out)
+    assert (report["text"], report["blanks"]) == (expected, blanks)
+    assert report["stats"]["new_tokens"] > 0 and "tokens read" in err
+
+
+def test_a_text_without_a_mask_is_continued(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tiny_model("glm10b").write_original(tmp_path)
+    with GLM(folder, device="cpu") as model:
+        (blank,) = model.fill_blank("now is a", max_tokens=12, seed=4, top_k=40)
+    assert fill("glm10b", folder, "now is a") == 0
+    assert capsys.readouterr().out == f"now is a{blank['text']}\n"
+
+
+@pytest.mark.parametrize("name", ["cpm1", "eva", "llama"])
+def test_models_that_fill_none_are_told_before_weights_are_read(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if name == "llama":
+        (save_llama(tmp_path) / "model.safetensors").write_bytes(b"")
+        folder, kind = tmp_path, []
+    else:
+        folder, kind = tiny_model(name).write_original(tmp_path), ["--model", name]
+    capsys.readouterr()
+    assert main(["fill", str(folder), "a [MASK]", *kind]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "CPM-2 and GLM do" in line
+
+
+def test_wrong_blanks_are_wrong_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tiny_model("cpm2").write_original(tmp_path)
+    assert fill("cpm2", folder, "今天很好") == 2
+    assert "<span>" in capsys.readouterr().err
