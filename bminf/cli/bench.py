@@ -1,0 +1,122 @@
+"""`bminf bench`: how fast a model reads a prompt and generates, and what is copied for a token."""
+
+from __future__ import annotations
+
+import argparse
+import bisect
+import json
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from itertools import cycle, islice
+from typing import Any
+
+from bminf.cli import flags
+from bminf.cli.session import Session, find
+from bminf.progress import progress_bar
+from bminf.units import format_bytes
+
+_WORDS = "the sun was low and a cold wind came over the hills from far away".split()
+_MEASURED = (
+    *("prefill_tokens_per_s", "decode_tokens_per_s", "time_to_first_token_s"),
+    *("bytes_copied_per_token", "new_tokens"),
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the options of this verb."""
+    flags.add_model(parser)
+    add = parser.add_argument
+    add("--prompt-tokens", type=flags.positive, default=128, metavar="N",
+        help="tokens of the prompt, at most; default: 128")  # fmt: skip
+    add("--max-new-tokens", type=flags.above_one, default=32, metavar="N",
+        help="tokens to generate; default: 32")  # fmt: skip
+    add("--runs", type=flags.positive, default=3, metavar="N",
+        help="the median of so many is printed; default: 3")  # fmt: skip
+    flags.add_output(parser, "one JSON object, with each run")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure, and print; returns 0."""
+    with find(arguments) as session:
+        start_s = time.perf_counter()
+        session.load(arguments.prompt_tokens + arguments.max_new_tokens)
+        load_s = time.perf_counter() - start_s
+        if arguments.verbose:
+            print(session.plan, file=sys.stderr, flush=True)
+        prompt = session.prompt(_text(session, arguments.prompt_tokens))
+        runs = list(_runs(session, prompt, arguments))
+        report = {
+            "model": arguments.model,
+            "device": session.device,
+            "memory_limit": arguments.memory_limit,
+            "quantization": arguments.quantization or "default",
+            "resident_bytes": session.plan.resident_bytes,
+            "streamed_bytes": session.plan.streamed_bytes,
+            "load_s": load_s,
+            "prompt_tokens": session.count(prompt),
+            **{name: _median([one[name] for one in runs]) for name in _MEASURED},
+            "runs": runs,
+        }
+    print(json.dumps(report, indent=2) if arguments.json else "\n".join(_lines(report)))
+    return 0
+
+
+def _text(session: Session, num_tokens: int) -> str:
+    """As many words as make at most so many tokens; one at least."""
+
+    def words(number: int) -> str:
+        return " ".join(islice(cycle(_WORDS), number))
+
+    number = bisect.bisect_right(
+        range(1, num_tokens + 1), num_tokens, key=lambda n: session.count(session.prompt(words(n)))
+    )
+    return words(max(number, 1))
+
+
+def _runs(
+    session: Session, prompt: Any, arguments: argparse.Namespace
+) -> Iterator[dict[str, float | None]]:
+    _measure(session, prompt, 2)  # the first passes of a process are slower than others
+    for _ in progress_bar(range(arguments.runs), desc="measuring", leave=False):
+        yield _measure(session, prompt, arguments.max_new_tokens)
+
+
+def _measure(session: Session, prompt: Any, num_tokens: int) -> dict[str, float | None]:
+    """Answers of one token, which is all prefill, and of `num_tokens`."""
+
+    def stats_of(number: int) -> Any:
+        options = {"max_new_tokens": number, "temperature": 0}
+        return session.answer(prompt, options, flags.ignore, ignores_end=True).stats
+
+    first, whole = stats_of(1), stats_of(num_tokens)
+    values = (
+        first.prompt_tokens / first.total_s,
+        whole.decode_tokens_per_s,
+        first.total_s,
+        whole.decode_bytes_per_token,
+        whole.new_tokens,
+    )
+    return dict(zip(_MEASURED, values, strict=True))
+
+
+def _median(values: list[float | None]) -> float | None:
+    """None where it was not measured: a tokenizer may give all of its text at the end."""
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
+
+
+def _lines(report: dict[str, Any]) -> Iterator[str]:
+    resident, streamed = (format_bytes(report[f"{x}_bytes"]) for x in ("resident", "streamed"))
+    yield f"{report['model']}: {resident} resident, {streamed} streamed"
+    yield f"prefill              {_rate(report, 'prefill')}, {report['prompt_tokens']} tokens"
+    yield f"decode               {_rate(report, 'decode')}, {report['new_tokens']:g} tokens"
+    yield f"time to first token  {report['time_to_first_token_s']:.3f} s"
+    copied = report["bytes_copied_per_token"]
+    yield f"copied a token       {'not measured' if copied is None else format_bytes(copied)}"
+
+
+def _rate(report: dict[str, Any], phase: str) -> str:
+    rate = report[f"{phase}_tokens_per_s"]
+    return "not measured" if rate is None else f"{rate:.1f} tokens/s"
