@@ -60,6 +60,8 @@ class _Parser(argparse.ArgumentParser):
     """Tells wrong usage in one line, as all other errors are."""
 
     def error(self, message: str) -> NoReturn:
+        if message.startswith("unrecognized arguments") and " -" not in message:
+            message += "; put a text of several words in quotes"
         self.exit(2, f"bminf: error: {message}; see {self.prog} --help\n")
 
 

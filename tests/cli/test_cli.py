@@ -46,6 +46,18 @@ def test_help_imports_few_modules_and_no_package() -> None:
     assert int(number) < 100
 
 
+def test_help_of_no_verb_imports_torch_or_transformers() -> None:
+    code = (
+        "import contextlib, sys, bminf.cli\n"
+        "for verb in bminf.cli.VERBS:\n"
+        "    with contextlib.suppress(SystemExit): bminf.cli.main([verb, '--help'])\n"
+        "print(*bminf.cli.VERBS, *sys.modules)"
+    )
+    loaded = run_python("-c", code).stdout.splitlines()[-1].split()
+    assert set(VERBS) < set(loaded) and "bminf.cli.chat" in loaded
+    assert not {"torch", "transformers", "numpy", "huggingface_hub"} & set(loaded)
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_help_of_a_verb(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit:
@@ -72,6 +84,15 @@ def test_wrong_usage_is_one_line_and_exits_with_2(
     out, err = capsys.readouterr()
     (line,) = err.splitlines()
     assert out == "" and line.startswith("bminf: error: ") and line.endswith(" --help")
+
+
+def test_a_text_without_quotes_is_told_so(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["generate", "model", "Once", "upon", "a", "time"])
+    assert "upon a time; put a text of several words in quotes" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["generate", "model", "--wings"])
+    assert "quotes" not in capsys.readouterr().err
 
 
 def raiser(error: BaseException) -> Callable[[argparse.Namespace], int]:

@@ -106,6 +106,13 @@ def test_a_saved_folder_is_taken_as_it_is(
     assert text != printed(capsys, str(folder), *options, "--quantization", "none")
 
 
+def test_a_file_of_a_folder_stands_for_it(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("once", "--temperature", "0", "--max-new-tokens", "3")
+    expected = printed(capsys, str(folder), *options)
+    for name in ("config.json", "model.safetensors"):
+        assert printed(capsys, str(folder / name), *options) == expected
+
+
 def test_an_encoder_decoder_of_transformers(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
