@@ -5,6 +5,7 @@ bminf/cli/chat.py.
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import os
@@ -15,7 +16,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import transformers
@@ -112,8 +113,8 @@ def test_what_only_looks_like_a_command_is_answered(
 def test_json_and_verbose(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lines = "once\nupon\n/stats\n"
-    assert talk(monkeypatch, lines, str(folder), *GREEDY, "--json", "--verbose") == 0
+    lines, more = "once\nupon\n/stats\n", ("--memory-limit", "2GB", "--json", "--verbose")
+    assert talk(monkeypatch, lines, str(folder), *GREEDY, *more) == 0
     out, err = capsys.readouterr()
     first, second = map(json.loads, out.splitlines())
     assert first["finish_reason"] == "length"
@@ -121,6 +122,7 @@ def test_json_and_verbose(
     assert talk(monkeypatch, "once\nupon\n", str(folder), *GREEDY) == 0
     assert capsys.readouterr().out.splitlines() == [first["text"], second["text"]]
     assert len(re.findall(r"tokens read and 6 generated", err)) == 3
+    assert "one text of 2,048 tokens" in err
 
 
 def test_no_lines_are_no_error(
@@ -357,6 +359,37 @@ def test_ctrl_c_ends_a_pipe(talkative: list[str]) -> None:
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=TIMEOUT_S)
     assert (process.returncode, err) == (130, b"bminf: interrupted\n")
+
+
+def test_what_was_said_before_ctrl_c_stays(capsys: pytest.CaptureFixture[str]) -> None:
+    class Interrupted:
+        """A session whose answers are interrupted, all but the first before a text came."""
+
+        asked: ClassVar[list[Any]] = []
+        pieces: ClassVar[list[str]] = ["half a", " word"]
+
+        def dialogue(self, messages: Any, template: Any) -> Any:
+            self.asked.append([message["content"] for message in messages])
+
+        def room(self, prompt: Any) -> None:
+            return None
+
+        def answer(self, prompt: Any, options: Any, write: Any) -> Any:
+            for piece in self.pieces:
+                write(piece)
+            self.pieces.clear()
+            raise KeyboardInterrupt
+
+    parser = argparse.ArgumentParser()
+    chat.add_arguments(parser)
+    session: Any = Interrupted()
+    talking = chat._Chat(session, parser.parse_args(["model"]), None, is_typed=True)
+    for line in ("once", "upon", "time"):
+        assert talking.take(line)
+    assert session.asked == [
+        ["once"], ["once", "half a word", "upon"], ["once", "half a word", "time"]
+    ]  # fmt: skip
+    assert capsys.readouterr().out == "half a word\n\n\n"
 
 
 # ---- the real model ------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from tiny_models import make
 
 import bminf
 from bminf.cli import main
+from bminf.errors import BudgetError
 from bminf.models import CPM1, CPM2, EVA, GLM
 
 ZOO = {"cpm1": CPM1, "cpm2": CPM2, "eva": EVA, "glm10b": GLM}
@@ -164,6 +165,9 @@ def test_the_prompt_comes_from_stdin(
     for given in (["-"], []):
         monkeypatch.setattr(sys, "stdin", io.StringIO("once upon\n"))
         assert printed(capsys, str(folder), *given, *options) == expected
+    monkeypatch.setattr(sys, "stdin", io.StringIO(" once\n\n"))
+    report = json.loads(printed(capsys, str(folder), "-", *options, "--json"))
+    assert report["prompt"] == " once\n", "one newline ends the last line, no more is dropped"
 
 
 def test_json_and_verbose(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -179,12 +183,43 @@ def test_json_and_verbose(folder: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert (stats["prompt_tokens"], stats["new_tokens"], stats["decode_tokens"]) == (2, 5, 4)
     assert stats["bytes_copied"] > stats["decode_bytes"] > 0
     assert "stream (.)" in err and "2 tokens read and 5 generated" in err
+    assert "estimated for one text of 7 tokens" in err
 
 
 def bminf_limit(folder: Path) -> int:
     """One under which some blocks of the model are streamed, with a text of 7 tokens."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     return bminf.plan_for(model, memory_limit="1GB", max_length=7, device="cpu").least_limit
+
+
+LOADING = ("--memory-limit", "6GB", "--offload-dir", "/some/disk", "--max-length", "99")
+
+
+def test_how_to_load_is_handed_on(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {}
+
+    def load(path: Path, memory_limit: Any, *arguments: Any, **more: Any) -> None:
+        given.update(more, path=path, memory_limit=memory_limit, arguments=arguments)
+        raise BudgetError("enough was seen")
+
+    common = {"memory_limit": 6 * 10**9, "offload_dir": "/some/disk", "device": "cpu"}
+    monkeypatch.setattr(bminf, "load", load)
+    assert generate(str(folder), "once", *LOADING, "--trust-remote-code") == 1
+    assert given.items() >= {**common, "max_length": 99, "trust_remote_code": True}.items()
+    assert given["path"] == folder and given["arguments"] == ("auto",)
+    for name, quantization in {"none": None, "int4": "int4"}.items():
+        generate(str(folder), "once", "--quantization", name)
+        assert given["arguments"] == (quantization,) and given["max_length"] is None
+    monkeypatch.setattr(GLM, "__init__", lambda self, *arguments, **more: load(*arguments, **more))
+    built_in = str(tiny_model("glm10b").write_original(tmp_path))
+    given.clear()
+    assert generate(built_in, "now", *LOADING) == 1
+    assert given.items() >= {**common, "max_length": 99}.items() and "quantization" not in given
+    for name, quantization in {"none": None, "int4-row": "int4-row"}.items():
+        generate(built_in, "now", "--quantization", name)
+        assert given["quantization"] == quantization
 
 
 # ---- errors --------------------------------------------------------------------------------------
