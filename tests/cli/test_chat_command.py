@@ -23,6 +23,7 @@ import transformers
 from terminal import started
 from tiny_glm import tiny_model
 from tiny_llama import TEMPLATE, save_llama
+from tokenizers.processors import TemplateProcessing
 
 from bminf.cli import chat, main
 from bminf.models import EVA
@@ -123,6 +124,21 @@ def test_json_and_verbose(
     assert capsys.readouterr().out.splitlines() == [first["text"], second["text"]]
     assert len(re.findall(r"tokens read and 6 generated", err)) == 3
     assert "one text of 2,048 tokens" in err
+
+
+def test_a_template_has_its_own_first_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The tokenizer would put another one before it."""
+    folder = save_llama(tmp_path, chat_template="once upon {{ messages[-1].content }}")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    first = TemplateProcessing(single="once $A", special_tokens=[("once", 1)])
+    tokenizer.backend_tokenizer.post_processor = first
+    tokenizer.save_pretrained(folder)
+    assert len(tokenizer("a time")["input_ids"]) == 3
+    capsys.readouterr()
+    assert talk(monkeypatch, "a time\n", str(folder), *GREEDY, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["stats"]["prompt_tokens"] == 4
 
 
 def test_no_lines_are_no_error(
