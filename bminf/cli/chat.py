@@ -117,8 +117,9 @@ class _Chat:
             print()
             if not self._is_typed:
                 raise
-        if said:  # also of an answer that was interrupted
-            self._messages = [*messages, {"role": "assistant", "content": "".join(said)}]
+            if not said:
+                return  # as if it had not been asked
+        self._messages = [*messages, {"role": "assistant", "content": "".join(said)}]
 
     def _options_for(self, prompt: Any) -> Options:
         """As given; near the end of the conversation's length an answer may be shorter."""

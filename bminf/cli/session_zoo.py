@@ -40,7 +40,8 @@ class ZooSession(Session):
                 f"{self.title} reads utterances without roles; leave out --system and "
                 "--chat-template"
             )
-        return [message["content"] for message in messages]
+        # An utterance has tokens, and an answer may have none but its end.
+        return [message["content"] or "。" for message in messages]
 
     def blanks(self, text: str) -> str:
         return text if hasattr(self._kind, "fill_blank") else super().blanks(text)

@@ -10,6 +10,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -139,6 +140,39 @@ def test_a_template_has_its_own_first_token(
     capsys.readouterr()
     assert talk(monkeypatch, "a time\n", str(folder), *GREEDY, "--json") == 0
     assert json.loads(capsys.readouterr().out)["stats"]["prompt_tokens"] == 4
+
+
+def test_an_empty_answer_is_one(
+    folder: Path,
+    plain: tuple[Any, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shutil.copytree(folder, tmp_path / "tiny")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.eos_token = answers(*plain, "once")[0].split()[0]
+    tokenizer.save_pretrained(tmp_path / "tiny")
+    lines = "once\nupon\n"
+    assert talk(monkeypatch, lines, str(tmp_path / "tiny"), *GREEDY, "--json") == 0
+    first, second = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (first["text"], first["finish_reason"]) == ("", "stop")
+    assert second["stats"]["prompt_tokens"] == len("user once assistant user upon".split())
+
+
+def test_eva_reads_an_empty_answer_as_a_full_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+
+    def generate_iter(self: EVA, context: list[str], **options: Any) -> Iterator[str]:
+        asked.append(context)
+        return iter(())
+
+    monkeypatch.setattr(EVA, "generate_iter", generate_iter)
+    folder = tiny_model("eva").write_original(tmp_path)
+    assert talk(monkeypatch, "你\n我\n", str(folder), "--model", "eva") == 0
+    assert asked == [["你"], ["你", "。", "我"]]
 
 
 def test_no_lines_are_no_error(
