@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from bminf.errors import CheckpointError, UnsupportedModelError
+from bminf.errors import ArgumentError, CheckpointError, UnsupportedModelError
 from bminf.progress import spinner
 from bminf.units import format_bytes
 
@@ -136,8 +136,14 @@ class Session:
     title: str
     plan: Plan
     device: str
+    _not_taken: Mapping[str, str] = {}  # options of generating -> what to give instead
 
     def __init__(self, arguments: argparse.Namespace) -> None:
+        for name, instead in self._not_taken.items():
+            if getattr(arguments, name, None) is not None:
+                raise ArgumentError(
+                    f"--{name.replace('_', '-')} is not for this model; give {instead}"
+                )
         self._arguments = arguments
 
     def prompt(self, text: str) -> Any:

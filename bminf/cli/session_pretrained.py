@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,10 @@ from bminf.progress import spinner
 
 class PretrainedSession(Session):
     """A prompt is a list of token ids."""
+
+    _not_taken: Mapping[str, str] = dict.fromkeys(
+        ("frequency_penalty", "presence_penalty"), "--repetition-penalty"
+    )
 
     _needs: Sequence[str] = ("transformers",)
 
@@ -126,12 +130,6 @@ class PretrainedSession(Session):
 
     def _settings(self, options: Options) -> dict[str, Any]:
         """`options` as generate() takes them. Those that choose how to sample ask for sampling."""
-        for name in ("frequency_penalty", "presence_penalty"):
-            if name in options:
-                raise ArgumentError(
-                    f"--{name.replace('_', '-')} is for the built-in models; give "
-                    "--repetition-penalty"
-                )
         given = {n: v for n, v in options.items() if n not in ("max_new_tokens", "seed")}
         given["eos_token_id"] = self._end_ids() or None
         if given.get("temperature") == 0:

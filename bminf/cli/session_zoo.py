@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 
 class ZooSession(Session):
     """A prompt is a text; of a dialogue, the utterances."""
+
+    _not_taken: Mapping[str, str] = {
+        "repetition_penalty": "--frequency-penalty or --presence-penalty"
+    }
 
     def __init__(
         self, arguments: argparse.Namespace, folder: Path, kind: type[LanguageModel]
@@ -67,10 +71,11 @@ class ZooSession(Session):
     def answer(
         self, prompt: Any, options: Options, write: Write, ignores_end: bool = False
     ) -> Answer:
-        options, pieces, model = self._accepted(options), [], self._loaded
+        model = self._loaded
         if ignores_end:
             ends = sorted(set(model._end_ids()))
-            options["banned_tokens"] = model.tokenizer.tokens(ends)
+            options = {**options, "banned_tokens": model.tokenizer.tokens(ends)}
+        pieces = []
         meter = Meter(self._counters)
         for piece in model.generate_iter(prompt, **options):
             meter.text_came()
@@ -84,7 +89,7 @@ class ZooSession(Session):
     def fill(self, prompt: Any, options: Options) -> tuple[list[dict[str, Any]], AnswerStats]:
         model: Any = self._loaded
         meter = Meter(self._counters)
-        blanks = model.fill_blank(prompt, **self._accepted(options))
+        blanks = model.fill_blank(prompt, **options)
         return blanks, meter.stats(len(model.tokenizer.encode(prompt)))
 
     def close(self) -> None:
@@ -99,11 +104,3 @@ class ZooSession(Session):
     def _counters(self) -> tuple[int, int]:
         stats = self._loaded.stats
         return stats.num_tokens, stats.bytes_copied
-
-    def _accepted(self, options: Options) -> dict[str, Any]:
-        if "repetition_penalty" in options:
-            raise ArgumentError(
-                "--repetition-penalty is for models of transformers; give --frequency-penalty or "
-                "--presence-penalty"
-            )
-        return dict(options)

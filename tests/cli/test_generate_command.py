@@ -296,15 +296,30 @@ def test_a_model_that_generates_no_text(tmp_path: Path, capsys: pytest.CaptureFi
     assert "BertModel generates no text" in failed(capsys, 1, str(tmp_path), "once")
 
 
-def test_options_of_the_other_kind_of_model(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_options_of_the_other_kind_are_told_before_weights_are_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    built_in = tiny_model("glm10b").write_original(tmp_path)
+    built_in = tiny_model("glm10b").write_original(tmp_path / "glm")
+    pretrained = save_llama(tmp_path / "llama")
+    monkeypatch.setattr(GLM, "__init__", lambda *_, **__: pytest.fail("it was loaded"))
+    (pretrained / "model.safetensors").write_bytes(b"")  # whose error would be another
+    capsys.readouterr()
     line = failed(capsys, 2, str(built_in), "now", "--repetition-penalty", "1.1")
-    assert "--frequency-penalty" in line
+    assert "--repetition-penalty is not for" in line and "--frequency-penalty" in line
     for option in ("--frequency-penalty", "--presence-penalty"):
-        line = failed(capsys, 2, str(folder), "once", option, "1")
+        line = failed(capsys, 2, str(pretrained), "once", option, "1")
         assert option in line and "--repetition-penalty" in line
+
+
+def test_penalties(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of text that repeats itself without them."""
+    greedy = ("--temperature", "0", "--max-new-tokens", "12")
+    words = printed(capsys, str(folder), "once", *greedy, "--repetition-penalty", "50").split()
+    assert len(set(words)) == len(words) == 12
+    built_in = str(tiny_model("glm10b").write_original(tmp_path))
+    plain = printed(capsys, built_in, "now is", *greedy)
+    for option in ("--frequency-penalty", "--presence-penalty"):
+        assert printed(capsys, built_in, "now is", *greedy, option, "100") != plain
 
 
 def test_lengths_that_do_not_fit(
