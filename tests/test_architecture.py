@@ -25,7 +25,7 @@ LEVELS = {
     "bminf.ops": 1, "bminf.checkpoint": 1, "bminf.tokenizers": 1,
     "bminf.layers": 2,
     "bminf.arch": 3, "bminf.offload": 3,
-    "bminf.generation": 4,
+    "bminf.engine": 4,
     "bminf.description": 4,
     "bminf.wrapping": 5, "bminf.models": 5, "bminf.pretrained": 5,
     "bminf.block_list": 6, "bminf.loading": 6, "bminf.saving": 6,

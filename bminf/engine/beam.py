@@ -17,8 +17,8 @@ from typing import NamedTuple, TypeVar
 import torch
 
 from bminf.checks import check_banned, check_ids, non_finite_logits
+from bminf.engine.loop import Decoder
 from bminf.errors import ArgumentError
-from bminf.generation.loop import Decoder
 
 NEG_INF = -math.inf
 """The score of what is banned, or does not exist."""

@@ -17,8 +17,7 @@ from functools import partial
 import torch
 
 from bminf.checks import check_banned, check_ids, non_finite_logits
-from bminf.errors import ArgumentError
-from bminf.generation.beam import (
+from bminf.engine.beam import (
     NEG_INF,
     Beam,
     BeamConfig,
@@ -28,7 +27,8 @@ from bminf.generation.beam import (
     best_candidates,
     run,
 )
-from bminf.generation.loop import Decoder
+from bminf.engine.loop import Decoder
+from bminf.errors import ArgumentError
 
 _MASKED_LOGIT = -65504.0  # the logit of what is banned: the least that half precision holds
 _MIN_UNIFORM = 2.0**-54  # half of the smallest above 0, in place of 0, which has no logarithm

@@ -8,8 +8,8 @@ from typing import Protocol
 import torch
 
 from bminf.checks import check_ids
+from bminf.engine.sampling import Sampler
 from bminf.errors import ArgumentError
-from bminf.generation.sampling import Sampler
 
 
 class Decoder(Protocol):

@@ -14,10 +14,10 @@ import torch
 
 from bminf.arch.architecture import Architecture
 from bminf.checks import check_banned, check_positive
+from bminf.engine.beam import Hypothesis, beam_search
+from bminf.engine.loop import Decoder, decode
+from bminf.engine.sampling import Sampler, Sampling
 from bminf.errors import ArgumentError, BudgetError, UnsupportedModelError
-from bminf.generation.beam import Hypothesis, beam_search
-from bminf.generation.loop import Decoder, decode
-from bminf.generation.sampling import Sampler, Sampling
 from bminf.keywords import known_keywords
 from bminf.models.arguments import Text, ids_of, ids_of_str, present_ids
 from bminf.models.assemble import (

@@ -9,7 +9,7 @@ import torch
 
 from bminf.arch import gpt
 from bminf.arch.gpt import GPT
-from bminf.generation.loop import Decoder
+from bminf.engine.loop import Decoder
 from bminf.layers.kv_cache import KVCache
 from bminf.models.arguments import Text
 from bminf.models.base import LanguageModel

@@ -16,10 +16,10 @@ from bminf.arch import glm
 from bminf.arch.glm import GLM as Network
 from bminf.arch.glm import GLMConfig
 from bminf.checks import check_bool
+from bminf.engine.glm_beam import glm_beam_search
+from bminf.engine.loop import Decoder
+from bminf.engine.sampling import Sampling, top_k_then_top_p
 from bminf.errors import ArgumentError
-from bminf.generation.glm_beam import glm_beam_search
-from bminf.generation.loop import Decoder
-from bminf.generation.sampling import Sampling, top_k_then_top_p
 from bminf.keywords import known_keywords
 from bminf.layers.kv_cache import KVCache
 from bminf.models.arguments import Text

@@ -7,8 +7,8 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 from bminf.checks import check_bool, check_ids, check_int, check_positive, is_number
+from bminf.engine.sampling import Sampling
 from bminf.errors import ArgumentError
-from bminf.generation.sampling import Sampling
 from bminf.keywords import check_keywords
 from bminf.tokenizers.base import Tokenizer
 

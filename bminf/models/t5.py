@@ -11,8 +11,8 @@ import torch
 from bminf.arch import t5
 from bminf.arch.t5 import T5, T5Cache
 from bminf.checks import check_positive
+from bminf.engine.loop import Decoder
 from bminf.errors import ArgumentError
-from bminf.generation.loop import Decoder
 from bminf.models.arguments import Text
 from bminf.models.base import LanguageModel
 from bminf.models.calls import needs_open_model

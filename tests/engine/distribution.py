@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from bminf.generation.sampling import Sampling, _check_scores, _filtered, _scores
+from bminf.engine.sampling import Sampling, _check_scores, _filtered, _scores
 
 
 def probabilities(

@@ -9,10 +9,10 @@ import test_glm_beam
 import torch
 from fake_decoder import FakeDecoder, all_sequences, random_logits
 
+from bminf.engine.beam import Hypothesis, beam_search
+from bminf.engine.loop import decode
+from bminf.engine.sampling import Sampler, Sampling
 from bminf.errors import ArgumentError, UnsupportedModelError
-from bminf.generation.beam import Hypothesis, beam_search
-from bminf.generation.loop import decode
-from bminf.generation.sampling import Sampler, Sampling
 
 
 def search(

@@ -10,9 +10,9 @@ import pytest
 import torch
 from fake_decoder import FakeDecoder, log_probability, random_logits
 
+from bminf.engine.beam import Hypothesis
+from bminf.engine.glm_beam import glm_beam_search
 from bminf.errors import ArgumentError, UnsupportedModelError
-from bminf.generation.beam import Hypothesis
-from bminf.generation.glm_beam import glm_beam_search
 
 
 def search(

@@ -9,7 +9,7 @@ import torch
 from distribution import probabilities
 from golden import GoldenSet, for_each, golden
 
-from bminf.generation.sampling import Sampling
+from bminf.engine.sampling import Sampling
 
 HALF = 2.0**-11  # the relative error of one rounding
 

@@ -10,7 +10,7 @@ from distribution import probabilities
 from golden import for_each, golden
 from golden_glm import GLMSet
 
-from bminf.generation.sampling import Sampling, top_k_then_top_p
+from bminf.engine.sampling import Sampling, top_k_then_top_p
 
 FILE = "sampling.safetensors"
 REMOVED = -65504.0

@@ -6,9 +6,9 @@ import pytest
 import torch
 from fake_decoder import FakeDecoder, random_logits, scripted
 
+from bminf.engine.loop import decode
+from bminf.engine.sampling import Sampler, Sampling
 from bminf.errors import ArgumentError
-from bminf.generation.loop import decode
-from bminf.generation.sampling import Sampler, Sampling
 
 STOP = 9
 GREEDY = Sampling(0.0)

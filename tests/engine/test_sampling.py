@@ -8,8 +8,8 @@ import pytest
 import torch
 from distribution import probabilities
 
+from bminf.engine.sampling import Sampler, Sampling, top_k_then_top_p
 from bminf.errors import ArgumentError, UnsupportedModelError
-from bminf.generation.sampling import Sampler, Sampling, top_k_then_top_p
 
 V = 40
 PLAIN = Sampling(temperature=1.0)

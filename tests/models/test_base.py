@@ -16,8 +16,8 @@ from scripted import Spied, say
 from streaming import num_readers, settled_readers
 
 import bminf
+from bminf.engine.beam import beam_search
 from bminf.errors import ArgumentError, BudgetError, UnsupportedModelError
-from bminf.generation.beam import beam_search
 from bminf.models.prompt import Prompt
 from bminf.offload import memory
 from bminf.quantization.packed import Format
@@ -266,7 +266,7 @@ def likelihood(model: Any, num_beams: int) -> float:
 def test_a_beam_search_has_its_options(
     load: Loader, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What they do is in generation/test_beam.py."""
+    """What they do is in engine/test_beam.py."""
     model, given = load(name, max_batch_size=2), dict[str, Any]()
 
     def search(*arguments: Any, **options: Any) -> Any:

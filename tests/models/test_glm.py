@@ -14,8 +14,8 @@ import torch
 from scripted import Spied, script
 from tiny_glm import tiny_glm10b, tiny_glm130b
 
+from bminf.engine.glm_beam import glm_beam_search
 from bminf.errors import ArgumentError
-from bminf.generation.glm_beam import glm_beam_search
 from bminf.models import GLM, Answer
 from bminf.models.glm_text import pack_choices
 from bminf.models.options import GLMOptions
@@ -338,7 +338,7 @@ def test_candidates_come_best_first(load: Loader, name: str, length_penalty: flo
 
 
 def test_a_search_of_glm130b_has_its_options(load: Loader, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What they do is in generation/test_glm_beam.py, and in the golden set."""
+    """What they do is in engine/test_glm_beam.py, and in the golden set."""
     model, given = load("glm130b", max_batch_size=2), dict[str, Any]()
 
     def search(*arguments: Any, **options: Any) -> Any:

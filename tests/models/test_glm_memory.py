@@ -31,8 +31,8 @@ import torch
 from benchmarks.models import Run, Task
 from bminf.arch.glm import PUBLISHED_GLM
 from bminf.cli.measure import PeakMemory, rss_anon_bytes
-from bminf.generation.loop import decode
-from bminf.generation.sampling import Sampler, Sampling, top_k_then_top_p
+from bminf.engine.loop import decode
+from bminf.engine.sampling import Sampler, Sampling, top_k_then_top_p
 from bminf.models.glm_text import GLMDecoder, blank
 from bminf.models.source import find_sizes
 from bminf.offload import memory

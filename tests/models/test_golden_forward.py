@@ -184,8 +184,8 @@ def test_golden_greedy_ids(name: str, case: str) -> None:
 
 def greedy(name: str, model: Any, given: Tensors, row: int, num_tokens: int) -> list[int]:
     """The likeliest tokens, never stopped."""
-    from bminf.generation.loop import decode
-    from bminf.generation.sampling import Sampler, Sampling
+    from bminf.engine.loop import decode
+    from bminf.engine.sampling import Sampler, Sampling
     from bminf.models.prompt import Prompt
 
     if name == "cpm1":

@@ -23,7 +23,7 @@ from golden_glm import (
     run,
 )
 
-from bminf.generation.glm_beam import glm_beam_search
+from bminf.engine.glm_beam import glm_beam_search
 from bminf.layers.rotary import rotary_table
 from bminf.models.glm_text import GLMDecoder
 from bminf.models.options import GLMOptions
