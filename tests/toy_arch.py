@@ -14,11 +14,12 @@ from bminf.checkpoint.config import ConfigReader, rows_of
 from bminf.checkpoint.model_parallel import COLUMNS, REPLICATED, ROWS, SplitTable, fused_rows
 from bminf.checkpoint.names import Rule
 from bminf.checkpoint.stored import Stored
-from bminf.layers.attention import attention, causal_mask, mask_to_bias, merge_heads, split_heads
+from bminf.layers.attention import causal_mask, mask_to_bias, merge_heads, split_heads
 from bminf.layers.embedding import embedding
 from bminf.layers.feed_forward import GatedFeedForward
 from bminf.layers.kv_cache import KVCache, decoder_cache, decoder_cache_bytes
 from bminf.layers.norm import RMSNorm
+from bminf.layers.packed_cache import Cache
 
 
 @dataclass(frozen=True)
@@ -55,14 +56,11 @@ class Layer(torch.nn.Module):
         self.qkv = torch.nn.Linear(size, 3 * size, bias=False)
         self.out = torch.nn.Linear(size, size, bias=False)
         self.feed_forward = GatedFeedForward(size, config.intermediate_size, "silu")
-        self.head_dim = config.head_dim
+        self.head_dim, self.scale = config.head_dim, config.head_dim**-0.5
 
-    def forward(
-        self, x: torch.Tensor, bias: torch.Tensor | None, layer: int, cache: KVCache
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, bias: Any, layer: int, cache: Cache) -> torch.Tensor:
         query, key, value = split_heads(self.qkv(self.norm(x)), 3, self.head_dim)
-        key, value = cache.append(layer, key, value)
-        x = x + self.out(merge_heads(attention(query, key, value, bias, self.head_dim**-0.5)))
+        x = x + self.out(merge_heads(cache.attend(layer, query, key, value, bias, self.scale)))
         return x + self.feed_forward(self.second_norm(x))
 
 
@@ -78,14 +76,16 @@ class Toy(torch.nn.Module):
         self.lm_head = torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def forward(
-        self, input_ids: torch.Tensor, cache: KVCache, num_padding: torch.Tensor | None = None
+        self, input_ids: torch.Tensor, cache: Cache, num_padding: torch.Tensor | None = None
     ) -> torch.Tensor:
         assert num_padding is None
         num_tokens = input_ids.shape[1]
         x = self.embed_tokens(input_ids)
-        later = causal_mask(num_tokens, cache.length + num_tokens, x.device)
+        bias = cache.bias(
+            num_tokens, lambda n, keys: mask_to_bias(causal_mask(n, keys, x.device), x.dtype)
+        )
         for number, layer in enumerate(self.layers):
-            x = layer(x, mask_to_bias(later, x.dtype), number, cache)
+            x = layer(x, bias, number, cache)
         cache.advance(num_tokens)
         return self.norm(x)
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal
@@ -44,10 +44,11 @@ from bminf.checkpoint.quantized import Quantized
 from bminf.checkpoint.stored import Stored
 from bminf.checks import check_eps, check_sizes
 from bminf.errors import ArgumentError, CheckpointError
-from bminf.layers.attention import attention, mask_to_bias, merge_heads, split_heads
+from bminf.layers.attention import mask_to_bias, merge_heads, split_heads
 from bminf.layers.embedding import HostEmbedding, embedding
 from bminf.layers.feed_forward import FeedForward, HalvedFeedForward
 from bminf.layers.kv_cache import KVCache, decoder_cache, decoder_cache_bytes
+from bminf.layers.packed_cache import Cache
 from bminf.layers.rotary import Rotary, rotate
 from bminf.quantization import glm_rows
 from bminf.quantization.packed import FORMATS, INT4, Format, PackedWeight, pack
@@ -216,19 +217,18 @@ class Attention(torch.nn.Module):
     def forward(
         self,
         x: torch.Tensor,
-        bias: torch.Tensor | None,
+        bias: Any,
         angles: Angles | None,
         layer: int,
-        cache: KVCache,
+        cache: Cache,
     ) -> torch.Tensor:
         normed = self.norm(x)
         query, key, value = self._heads(self.qkv(normed))
         if angles is not None:
             query, key = rotate(query, *angles), rotate(key, *angles)
-        key, value = cache.append(layer, key, value)
         # GLM-130B's own code divides queries by the layer's index and multiplies scores by
         # it in float32, against overflow: here scores are sums in float32 from the start.
-        y = attention(query, key, value, bias, self.head_dim**-0.5)
+        y = cache.attend(layer, query, key, value, bias, self.head_dim**-0.5)
         y = self.out(merge_heads(y))
         return residual(x, normed, self.config) + y
 
@@ -256,10 +256,10 @@ class Layer(torch.nn.Module):
     def forward(
         self,
         x: torch.Tensor,
-        bias: torch.Tensor | None,
+        bias: Any,
         angles: Angles | None,
         layer: int,
-        cache: KVCache,
+        cache: Cache,
     ) -> torch.Tensor:
         x = self.attention(x, bias, angles, layer, cache)
         normed = self.norm(x)
@@ -273,6 +273,11 @@ def residual(x: torch.Tensor, normed: torch.Tensor, config: GLMConfig) -> torch.
     Source: Wang et al. 2022, arXiv:2203.00555.
     """
     return normed * config.residual_scale if config.is_rotary else x
+
+
+def mask_bias(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """(B, T, S) bool -> (B, 1, T, S)."""
+    return None if mask is None else mask_to_bias(mask.unsqueeze(1), dtype)
 
 
 class Head(torch.nn.Module):
@@ -317,14 +322,15 @@ class GLM(torch.nn.Module):
         self,
         input_ids: torch.Tensor,
         position_ids: torch.Tensor,
-        cache: KVCache,
-        attention_mask: torch.Tensor | None = None,
+        cache: Cache,
+        attention_mask: torch.Tensor | Sequence[torch.Tensor | None] | None = None,
     ) -> torch.Tensor:
         """The hidden states of some more tokens, which the cache grows by.
 
         input_ids: (B, T) int64.   position_ids: (B, T) int64, of a "glm-10b" (B, 2, T): in the
         text, and in the blank.   attention_mask: (1 or B, T, S) bool, true where a token does not
-        attend to one of the S that are in the cache then; None masks nothing.
+        attend to one of the S that are in the cache then; None masks nothing. With a PackedCache B
+        is 1, and the mask a list: (1, T, S) of each row, or None.
         Returns (B, T, C), after the last norm.
         """
         x = self.embed_tokens(input_ids)
@@ -334,9 +340,10 @@ class GLM(torch.nn.Module):
         else:
             x = x + self.embed_positions(position_ids[:, 0])
             x = x + self.embed_block_positions(position_ids[:, 1])
-        bias = None
-        if attention_mask is not None:
-            bias = mask_to_bias(attention_mask.unsqueeze(1), x.dtype)
+        if isinstance(attention_mask, Sequence):
+            bias: Any = [mask_bias(mask, x.dtype) for mask in attention_mask]
+        else:
+            bias = mask_bias(attention_mask, x.dtype)
         for index, layer in enumerate(self.layers):
             x = layer(x, bias, angles, index, cache)
         cache.advance(input_ids.shape[1])

@@ -31,10 +31,11 @@ from bminf.checkpoint.names import MEGATRON_NAMES, Rule, rules_of
 from bminf.checkpoint.stored import Stored
 from bminf.checks import check_eps, check_sizes
 from bminf.errors import ArgumentError, CheckpointError
-from bminf.layers.attention import attention, causal_mask, mask_to_bias, merge_heads, split_heads
+from bminf.layers.attention import causal_mask, mask_to_bias, merge_heads, split_heads
 from bminf.layers.embedding import embedding
 from bminf.layers.feed_forward import FeedForward
 from bminf.layers.kv_cache import KVCache, decoder_cache, decoder_cache_bytes
+from bminf.layers.packed_cache import Cache
 from bminf.ops.gated_linear import check_activation
 
 # ---- configuration -------------------------------------------------------------------------------
@@ -119,12 +120,9 @@ class Attention(torch.nn.Module):
         self.out = torch.nn.Linear(size, size)
         self.head_dim = config.head_dim
 
-    def forward(
-        self, x: torch.Tensor, bias: torch.Tensor | None, layer: int, cache: KVCache
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, bias: Any, layer: int, cache: Cache) -> torch.Tensor:
         query, key, value = split_heads(self.qkv(self.norm(x)), 3, self.head_dim)
-        key, value = cache.append(layer, key, value)
-        y = attention(query, key, value, bias, self.head_dim**-0.5)
+        y = cache.attend(layer, query, key, value, bias, self.head_dim**-0.5)
         return x + self.out(merge_heads(y))
 
 
@@ -136,9 +134,7 @@ class Layer(torch.nn.Module):
         self.norm = torch.nn.LayerNorm(size, config.layer_norm_eps)
         self.feed_forward = FeedForward(size, config.intermediate_size, config.hidden_act)
 
-    def forward(
-        self, x: torch.Tensor, bias: torch.Tensor | None, layer: int, cache: KVCache
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, bias: Any, layer: int, cache: Cache) -> torch.Tensor:
         x = self.attention(x, bias, layer, cache)
         return x + self.feed_forward(self.norm(x))
 
@@ -156,19 +152,20 @@ class GPT(torch.nn.Module):
         self.norm = torch.nn.LayerNorm(size, config.layer_norm_eps)
 
     def forward(
-        self, input_ids: torch.Tensor, cache: KVCache, num_padding: torch.Tensor | None = None
+        self, input_ids: torch.Tensor, cache: Cache, num_padding: torch.Tensor | None = None
     ) -> torch.Tensor:
         """The hidden states of some more tokens, which the cache grows by.
 
-        input_ids: (B, T) int64.   num_padding: (B,) int64, tokens at the beginning of each row that
-        do not count; None is none.   Returns (B, T, C), after the last norm.
+        input_ids: (B, T) int64; with a PackedCache (1, T), of all rows.   num_padding: (B,) int64,
+        tokens at the beginning of each row that do not count; None is none.
+        Returns (B, T, C), after the last norm.
         """
         num_tokens = input_ids.shape[1]
-        positions = torch.arange(cache.length, cache.length + num_tokens, device=input_ids.device)
+        positions = cache.positions(num_tokens)
         if num_padding is not None:
             positions = (positions - num_padding.unsqueeze(1)).clamp(min=0)
         x = self.embed_tokens(input_ids) + self.embed_positions(positions)
-        bias = attention_bias(num_tokens, cache.length + num_tokens, num_padding, x)
+        bias = cache.bias(num_tokens, lambda n, keys: attention_bias(n, keys, num_padding, x))
         for index, layer in enumerate(self.layers):
             x = layer(x, bias, index, cache)
         cache.advance(num_tokens)

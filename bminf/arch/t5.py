@@ -12,8 +12,9 @@ al. 2021, arXiv:2108.01547 (EVA).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ from bminf.layers.embedding import embedding
 from bminf.layers.feed_forward import GatedFeedForward
 from bminf.layers.kv_cache import KVCache, decoder_cache, decoder_cache_bytes
 from bminf.layers.norm import RMSNorm
+from bminf.layers.packed_cache import PackedCache, Segments
 from bminf.layers.position_bias import RelativePositionBias
 from bminf.ops.gated_linear import check_activation
 
@@ -183,6 +185,11 @@ class T5Cache:
         self._prompt_of = list(range(num_prompts))
         self.cross_bias = cross_bias
 
+    def attend_to_prompt(self, layer: int, query: torch.Tensor, scale: float) -> torch.Tensor:
+        """(B, H, T, D), see attention()."""
+        key, value = self.cross.read(layer, len(query), self.cross.length)
+        return attention(query, key, value, self.cross_bias, scale)
+
     def select(self, rows: torch.Tensor) -> None:
         """Row i becomes what row rows[i] was. rows: (B,) int64.
 
@@ -199,8 +206,27 @@ class T5Cache:
             self.cross_bias = self.cross_bias[rows]
 
 
+@dataclass(frozen=True)
+class PackedT5Cache:
+    """The same for a pass over rows that lie one behind another, see PackedCache.
+
+    cross: its rows hold the prompts.
+    """
+
+    own: PackedCache
+    cross: PackedCache
+    num_rows: int
+
+    def attend_to_prompt(self, layer: int, query: torch.Tensor, scale: float) -> torch.Tensor:
+        return self.cross.attend_to_kept(layer, query, [None] * self.num_rows, scale)
+
+
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Any, float], torch.Tensor]
+"""attention(), or one that takes the same and remembers keys and values."""
+
+
 class SelfAttention(torch.nn.Module):
-    """With its norm and its residual connection; in the decoder it appends to a cache."""
+    """With its norm and its residual connection."""
 
     def __init__(self, config: T5Config) -> None:
         super().__init__()
@@ -209,13 +235,9 @@ class SelfAttention(torch.nn.Module):
         self.out = torch.nn.Linear(config.inner_size, config.hidden_size, bias=False)
         self.head_dim, self.scale = config.head_dim, config.attention_scale
 
-    def forward(
-        self, x: torch.Tensor, bias: torch.Tensor, layer: int = 0, cache: KVCache | None = None
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, bias: Any, attend: Attend = attention) -> torch.Tensor:
         query, key, value = split_heads(self.qkv(self.norm(x)), 3, self.head_dim)
-        if cache is not None:
-            key, value = cache.append(layer, key, value)
-        return x + self.out(merge_heads(attention(query, key, value, bias, self.scale)))
+        return x + self.out(merge_heads(attend(query, key, value, bias, self.scale)))
 
 
 class CrossAttention(torch.nn.Module):
@@ -228,11 +250,9 @@ class CrossAttention(torch.nn.Module):
         self.out = torch.nn.Linear(config.inner_size, config.hidden_size, bias=False)
         self.head_dim, self.scale = config.head_dim, config.attention_scale
 
-    def forward(self, x: torch.Tensor, layer: int, cache: T5Cache) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, layer: int, cache: T5Cache | PackedT5Cache) -> torch.Tensor:
         (query,) = split_heads(self.query(self.norm(x)), 1, self.head_dim)
-        key, value = cache.cross.read(layer, len(x), cache.cross.length)
-        y = attention(query, key, value, cache.cross_bias, self.scale)
-        return x + self.out(merge_heads(y))
+        return x + self.out(merge_heads(cache.attend_to_prompt(layer, query, self.scale)))
 
 
 class EncoderLayer(torch.nn.Module):
@@ -244,8 +264,8 @@ class EncoderLayer(torch.nn.Module):
             config.hidden_size, config.intermediate_size, config.hidden_act
         )
 
-    def forward(self, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        x = self.attention(x, bias)
+    def forward(self, x: torch.Tensor, bias: Any, attend: Attend) -> torch.Tensor:
+        x = self.attention(x, bias, attend)
         return x + self.feed_forward(self.norm(x))
 
 
@@ -260,9 +280,9 @@ class DecoderLayer(torch.nn.Module):
         )
 
     def forward(
-        self, x: torch.Tensor, bias: torch.Tensor, layer: int, cache: T5Cache
+        self, x: torch.Tensor, bias: Any, layer: int, cache: T5Cache | PackedT5Cache
     ) -> torch.Tensor:
-        x = self.attention(x, bias, layer, cache.own)
+        x = self.attention(x, bias, partial(cache.own.attend, layer))
         x = self.cross_attention(x, layer, cache)
         return x + self.feed_forward(self.norm(x))
 
@@ -278,13 +298,27 @@ class Encoder(torch.nn.Module):
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: torch.Tensor, padding_bias: torch.Tensor | None = None) -> torch.Tensor:
-        """(B, S, C) embeddings -> (B, S, C). padding_bias: (B, 1, 1, S), or None."""
-        bias = self.position_bias(x.shape[1], x.shape[1])
+    def forward(
+        self,
+        x: torch.Tensor,
+        padding_bias: torch.Tensor | None = None,
+        segments: Segments | None = None,
+    ) -> torch.Tensor:
+        """(B, S, C) embeddings -> (B, S, C).
+
+        padding_bias: (B, 1, 1, S), or None.   segments: texts that lie one behind another, where B
+        is 1; None is one text a row.
+        """
+        if segments is None:
+            bias: Any = self.position_bias(x.shape[1], x.shape[1])
+            attend: Attend = attention
+        else:
+            bias = [self.position_bias(length, length) for length in segments.lengths]
+            attend = segments.attend
         if padding_bias is not None:
             bias = bias + padding_bias
         for layer in self.layers:
-            x = layer(x, bias)
+            x = layer(x, bias, attend)
         return self.norm(x)
 
 
@@ -299,7 +333,7 @@ class CrossProjections(torch.nn.Module):
         )
         self.head_dim = config.head_dim
 
-    def forward(self, encoder_output: torch.Tensor, cache: KVCache) -> None:
+    def forward(self, encoder_output: torch.Tensor, cache: KVCache | PackedCache) -> None:
         """encoder_output: (B, S, C). Writes all layers of the cache."""
         for index, layer in enumerate(self.layers):
             key, value = split_heads(layer(encoder_output), 2, self.head_dim)
@@ -318,12 +352,17 @@ class Decoder(torch.nn.Module):
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: torch.Tensor, cache: T5Cache) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, cache: T5Cache | PackedT5Cache) -> torch.Tensor:
         """(B, T, C) embeddings of some more tokens -> (B, T, C). The cache grows by them."""
         num_tokens = x.shape[1]
-        bias = self.position_bias(num_tokens, cache.own.length + num_tokens)
-        if num_tokens > 1:
-            bias = bias + mask_to_bias(causal_mask(num_tokens, bias.shape[3], x.device), x.dtype)
+
+        def make_bias(num_queries: int, num_keys: int) -> torch.Tensor:
+            bias: torch.Tensor = self.position_bias(num_queries, num_keys)
+            if num_queries == 1:
+                return bias
+            return bias + mask_to_bias(causal_mask(num_queries, num_keys, x.device), x.dtype)
+
+        bias = cache.own.bias(num_tokens, make_bias)
         for index, layer in enumerate(self.layers):
             x = layer(x, bias, index, cache)
         cache.own.advance(num_tokens)
@@ -360,7 +399,14 @@ class T5(torch.nn.Module):
         self.cross_projections(x, cache.cross)
         return x
 
-    def forward(self, input_ids: torch.Tensor, cache: T5Cache) -> torch.Tensor:
+    def encode_packed(
+        self, input_ids: torch.Tensor, segments: Segments, cross: PackedCache
+    ) -> None:
+        """Read prompts that lie one behind another, (1, S) int64, into the rows of `cross`."""
+        x = self.encoder(self.embed_tokens(input_ids), segments=segments)
+        self.cross_projections(x, cross)
+
+    def forward(self, input_ids: torch.Tensor, cache: T5Cache | PackedT5Cache) -> torch.Tensor:
         """The decoder's hidden states of some more tokens: (B, T) int64 -> (B, T, C)."""
         return self.decoder(self.embed_tokens(input_ids), cache)
 

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from bminf.layers.attention import attention
+
+MakeBias = Callable[[int, int], torch.Tensor | None]
+"""From the numbers of queries and keys to a bias of attention(); queries are the last keys."""
 
 
 class KVCache:
@@ -12,6 +18,8 @@ class KVCache:
 
     It begins with zeros, so that no cell holds NaN. `length` tokens are in use, the same number in
     each of the rows in use; a pass appends to every layer and then says advance().
+    The rows lie one behind another, so that `tokens`, the same memory, is a pool for rows of any
+    lengths (see packed_cache.py): two (L, H, batch_size * max_length, D).
     """
 
     def __init__(
@@ -24,9 +32,15 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
-        shape = (num_layers, batch_size, num_heads, max_length, head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        shape = (num_layers, num_heads, batch_size * max_length, head_dim)
+        keys = torch.zeros(shape, dtype=dtype, device=device)
+        values = torch.zeros(shape, dtype=dtype, device=device)
+        self.tokens = keys, values
+        by_row = (num_layers, num_heads, batch_size, max_length, head_dim)
+        self.keys, self.values = (
+            keys.view(by_row).transpose(1, 2),
+            values.view(by_row).transpose(1, 2),
+        )
         self.length = 0
 
     @property
@@ -55,9 +69,36 @@ class KVCache:
         keys, values = self.keys[layer, :num_rows, :, :end], self.values[layer, :num_rows, :, :end]
         return keys, values
 
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        bias: torch.Tensor | None,
+        scale: float,
+    ) -> torch.Tensor:
+        """Append, and attend from the appended tokens to all; see attention()."""
+        key, value = self.append(layer, key, value)
+        return attention(query, key, value, bias, scale)
+
+    def positions(self, num_tokens: int) -> torch.Tensor:
+        """(T,) int64, where the next tokens stand."""
+        return torch.arange(self.length, self.length + num_tokens, device=self.keys.device)
+
+    def bias(self, num_tokens: int, make: MakeBias) -> torch.Tensor | None:
+        """That of the next tokens."""
+        return make(num_tokens, self.length + num_tokens)
+
     def advance(self, num_tokens: int) -> None:
         """All layers hold `num_tokens` more."""
         self.length += num_tokens
+
+    def move_tokens(self, start: int, target: int, count: int) -> None:
+        """Copy `count` cells of `tokens`, which may overlap; layer by layer, see select()."""
+        for tensor in self.tokens:
+            for layer in tensor:
+                layer[:, target : target + count] = layer[:, start : start + count].clone()
 
     def reset(self) -> None:
         """Forget all tokens; the memory stays."""

@@ -1,0 +1,185 @@
+"""A pass over rows of different lengths, whose tokens lie one behind another as one text (1, T, C).
+
+A linear sees T rows, and each row attends to its own keys, which are a range of a pool of tokens:
+nothing is padded, and a row alone is computed by the very calls that a KVCache makes for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from bminf.layers.attention import attention
+from bminf.layers.kv_cache import MakeBias
+
+Bias = Sequence[torch.Tensor | None]
+"""Of each row in a pass: (1, 1 or H, T of the row, S of the row), or None."""
+
+
+class Cache(Protocol):
+    """What the attention of a decoder asks of a KVCache or a PackedCache."""
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        bias: Any,
+        scale: float,
+    ) -> torch.Tensor:
+        """Keep keys and values of more tokens, and attend from these to all of their row."""
+        ...
+
+    def positions(self, num_tokens: int) -> torch.Tensor:
+        """(T,) int64, where the next tokens stand in their rows."""
+        ...
+
+    def bias(self, num_tokens: int, make: MakeBias) -> Any:
+        """What attend() takes as the bias of the next tokens."""
+        ...
+
+    def advance(self, num_tokens: int) -> None:
+        """All layers hold `num_tokens` more."""
+        ...
+
+
+@dataclass(frozen=True)
+class Span:
+    """The tokens of a row in a pass.
+
+    start: where the row begins in the pool.   length: tokens that it held before the pass.
+    num_tokens: of the pass.
+    """
+
+    start: int
+    length: int
+    num_tokens: int
+
+    @property
+    def num_keys(self) -> int:
+        return self.length + self.num_tokens
+
+
+class PackedCache:
+    """The rows of a pass in a pool: two (L, H, N, D), see KVCache.tokens.
+
+    spans: the rows in the order of their tokens; there may be more tokens behind them, which are of
+    no row.   copies: whether queries are copied, so that they lie alike whatever precedes them.
+    What a row holds is known to whoever made the pass; advance() does nothing.
+    """
+
+    def __init__(
+        self, tokens: tuple[torch.Tensor, torch.Tensor], spans: Sequence[Span], copies: bool = False
+    ) -> None:
+        self._keys, self._values = tokens
+        self._spans, self._copies = spans, copies
+
+    def append(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Keep (1, H, T, D) of all rows."""
+        for span, ours in slices(self._spans):
+            cells = slice(span.start + span.length, span.start + span.num_keys)
+            self._keys[layer, :, cells] = key[0, :, ours]
+            self._values[layer, :, cells] = value[0, :, ours]
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        bias: Bias,
+        scale: float,
+    ) -> torch.Tensor:
+        """(1, H, T, D), of each token to those of its row."""
+        self.append(layer, key, value)
+        return self.attend_to_kept(layer, query, bias, scale)
+
+    def attend_to_kept(
+        self, layer: int, query: torch.Tensor, bias: Bias, scale: float
+    ) -> torch.Tensor:
+        """The same without keys and values of their own: rows hold span.num_keys."""
+
+        def of_row(index: int, span: Span, own: torch.Tensor) -> torch.Tensor:
+            cells = slice(span.start, span.start + span.num_keys)
+            keys, values = self._keys[layer, None, :, cells], self._values[layer, None, :, cells]
+            return attention(own, keys, values, bias[index], scale)
+
+        return by_row(self._spans, query, of_row, self._copies)
+
+    def positions(self, num_tokens: int) -> torch.Tensor:
+        parts = [list(range(span.length, span.num_keys)) for span in self._spans]
+        positions = [position for part in parts for position in part]
+        positions += [0] * (num_tokens - len(positions))
+        return torch.tensor(positions, device=self._keys.device)
+
+    def bias(self, num_tokens: int, make: MakeBias) -> Bias:
+        return [make(span.num_tokens, span.num_keys) for span in self._spans]
+
+    def advance(self, num_tokens: int) -> None:
+        pass
+
+
+def slices(spans: Sequence[Span]) -> Iterator[tuple[Span, slice]]:
+    """Each row, and where its tokens are among those of the pass."""
+    end = 0
+    for span in spans:
+        start, end = end, end + span.num_tokens
+        yield span, slice(start, end)
+
+
+def by_row(
+    spans: Sequence[Span],
+    query: torch.Tensor,
+    attend: Callable[[int, Span, torch.Tensor], torch.Tensor],
+    copies: bool = False,
+) -> torch.Tensor:
+    """What `attend` makes of the queries of each row, (1, H, T of the row, D), one behind another.
+
+    attend: gets the index of the row, its span and its queries.   query: (1, H, T, D).
+    Tokens behind the rows get zeros.
+    """
+    num_tokens = sum(span.num_tokens for span in spans)
+    if len(spans) == 1 and num_tokens == query.shape[2] and not copies:
+        return attend(0, spans[0], query)
+    outputs = []
+    for index, (span, ours) in enumerate(slices(spans)):
+        own = query[:, :, ours]
+        outputs.append(attend(index, span, own.clone() if copies else own))
+    if num_tokens < query.shape[2]:
+        heads, size = outputs[0].shape[1], outputs[0].shape[3]
+        outputs.append(query.new_zeros(1, heads, query.shape[2] - num_tokens, size))
+    return torch.cat(outputs, dim=2)
+
+
+class Segments:
+    """Texts one behind another, (1, T, C), each of which attends to itself: of an encoder.
+
+    lengths: of the texts.
+    """
+
+    def __init__(self, lengths: Sequence[int], copies: bool = False) -> None:
+        self.lengths, self._copies = lengths, copies
+        self._spans = [Span(0, 0, length) for length in lengths]
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        bias: Bias,
+        scale: float,
+    ) -> torch.Tensor:
+        """(1, H, T, D), of each token to those of its text."""
+        places = [ours for _, ours in slices(self._spans)]
+
+        def of_text(index: int, span: Span, own: torch.Tensor) -> torch.Tensor:
+            keys, values = key[:, :, places[index]], value[:, :, places[index]]
+            if self._copies:
+                keys, values = keys.clone(), values.clone()
+            return attention(own, keys, values, bias[index], scale)
+
+        return by_row(self._spans, query, of_text, self._copies)
