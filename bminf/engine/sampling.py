@@ -186,14 +186,14 @@ class Sampler:
                 f"logits are {logits.dtype} of shape {tuple(logits.shape)}; this sampler draws "
                 f"from floating-point ({self.num_rows}, {self.vocab_size})"
             )
-        scores = _scores(logits, self._counts, self.sampling)
+        scores = scores_of(logits, self._counts, self.sampling)
         if self.sampling.is_greedy:
             tokens = scores.argmax(-1)
         else:
-            uniforms = _on(
+            uniforms = on_device(
                 logits.device, [generator.random() for generator in self._random], torch.float64
             )
-            tokens = _inverse_cdf(_filtered(scores, self.sampling), uniforms)
+            tokens = inverse_cdf(filtered(scores, self.sampling), uniforms)
         _check_scores(scores)  # last, because it waits for all that was asked of the device
         if self._counts is not None:
             ones = self._is_counted[tokens].unsqueeze(1)
@@ -215,7 +215,9 @@ class Sampler:
             self._counts = self._counts[rows.to(self._counts.device)]
 
 
-def _scores(logits: torch.Tensor, counts: torch.Tensor | None, sampling: Sampling) -> torch.Tensor:
+def scores_of(
+    logits: torch.Tensor, counts: torch.Tensor | None, sampling: Sampling
+) -> torch.Tensor:
     """(B, V) float32 whose softmax, or at temperature 0 whose maximum, is to be taken."""
     scores = logits.detach().float()
     if not sampling.is_greedy:
@@ -227,17 +229,17 @@ def _scores(logits: torch.Tensor, counts: torch.Tensor | None, sampling: Samplin
         scores = scores - sampling.frequency_penalty * counts
         scores = scores - sampling.presence_penalty * (counts > 0)
     if sampling.banned_ids:
-        banned = _on(scores.device, sampling.banned_ids, torch.int64)
+        banned = on_device(scores.device, sampling.banned_ids, torch.int64)
         scores = scores.index_fill(1, banned, -math.inf)
     return scores
 
 
-def _filtered(scores: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+def filtered(scores: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     """Probabilities after the filter, not yet to sum 1."""
     return sampling.filter(scores.softmax(-1), sampling.top_k, sampling.top_p)
 
 
-def _inverse_cdf(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+def inverse_cdf(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     """Inverse transform sampling: the tokens (B,) at which the CDF of `weights` passes `uniforms`.
 
     weights: (B, V) from 0 to 1.   uniforms: (B,) float64 in [0, 1).
@@ -256,6 +258,6 @@ def _check_scores(scores: torch.Tensor) -> None:
         raise non_finite_logits((~is_finite).nonzero().flatten().tolist())
 
 
-def _on(device: torch.device, values: Sequence[float], dtype: torch.dtype) -> torch.Tensor:
+def on_device(device: torch.device, values: Sequence[float], dtype: torch.dtype) -> torch.Tensor:
     """`values` on `device`, without waiting for what that is still computing."""
     return torch.tensor(values, dtype=dtype, device="cpu").to(device, non_blocking=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from bminf.engine.sampling import Sampling, _check_scores, _filtered, _scores
+from bminf.engine.sampling import Sampling, _check_scores, filtered, scores_of
 
 
 def probabilities(
@@ -15,9 +15,9 @@ def probabilities(
     At temperature 0 all is with the highest of the scores, the lowest id among equals.
     """
     sampling.check(logits.shape[1])
-    scores = _scores(logits, counts, sampling)
+    scores = scores_of(logits, counts, sampling)
     _check_scores(scores)
     if sampling.is_greedy:
         return torch.zeros_like(scores).scatter_(1, scores.argmax(-1, keepdim=True), 1)
-    kept = _filtered(scores, sampling)
+    kept = filtered(scores, sampling)
     return kept / kept.sum(-1, keepdim=True)

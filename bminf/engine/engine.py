@@ -1,0 +1,500 @@
+"""Requests decoded together: rows that each have a length, options and an end of their own.
+
+A step is a sweep: one pass over the weights for all rows, for which streamed weights are copied
+once. Newcomers' prompts ride in the sweep in which others decode.
+
+No thread is started. Whoever waits for a token waits for the sweep that another thread is running,
+and where none is, runs one, for all.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from bminf.checks import check_ids, check_positive, non_finite_logits
+from bminf.engine.request import Request, TokenLogprob
+from bminf.engine.row_sampler import RowSampler, draw, log_probabilities
+from bminf.engine.rows import Feed, RowModel
+from bminf.errors import ArgumentError, UnsupportedModelError
+from bminf.keywords import known_keywords
+
+CHUNK = 512
+"""Tokens of prompts that are read in one step while others decode."""
+
+MAX_KEPT = 16
+"""Rows that stay when their request ends, see Request.keep."""
+
+_PATIENCE_S = 1.0
+"""For an iterator of another thread that is not asked and has the room that a newcomer needs."""
+
+_PUSHED_OUT = (
+    "another text was begun on this model and needed the room of this iterator before that was at "
+    "its end; finish one text before the next, or load the model with a larger max_length or "
+    "max_batch_size"
+)
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """Counted since the engine was made. Times in seconds.
+
+    num_sweeps: passes over the weights.   num_rows: of all sweeps together.   num_tokens: drawn,
+    over all rows.   busy_s: what sweeps took.
+    """
+
+    num_sweeps: int = 0
+    num_rows: int = 0
+    num_tokens: int = 0
+    busy_s: float = 0.0
+
+    @property
+    def rows_per_sweep(self) -> float:
+        return self.num_rows / self.num_sweeps if self.num_sweeps else 0.0
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.num_tokens / self.busy_s if self.busy_s else 0.0
+
+
+@dataclass(eq=False)
+class _Running:
+    """A request with a row.   pending: what that is to be fed next.   fed: what it holds."""
+
+    request: Request
+    row: Any
+    sampler: RowSampler
+    pending: list[int]
+    fed: list[int] = field(default_factory=list)
+
+    @property
+    def is_decoding(self) -> bool:
+        return bool(self.request.tokens)
+
+
+@dataclass(eq=False)
+class _Reader:
+    """An iterator over the tokens of a request.
+
+    taken: how many it has given.   is_waiting: whether it is being asked.   thread, since: who
+    asked it last, and when that was over.
+    """
+
+    taken: int = 0
+    is_waiting: bool = False
+    thread: int = 0
+    since: float = 0.0
+
+
+class Engine:
+    """Decodes requests together on one model: `step` by `step`, or as they are waited for.
+
+    model: one of the zoo, which has an engine of its own (`model.engine`), or one of transformers
+        that generates text, wrapped or not; or a RowModel. While it has an engine, a model of
+        transformers that shares its passes should not be called otherwise from the same thread
+        within a step.
+    max_length: the most tokens of prompt and answer together.   max_batch_size: how many such texts
+        the cache has room for; more that are shorter. None is what wrapper() was told; without
+        that, as many tokens as a fifth of the limit holds. Those of the zoo are set by loading.
+    chunk: tokens of prompts that are read in one step while others decode.
+    Raises ArgumentError.
+    """
+
+    @known_keywords
+    def __init__(
+        self,
+        model: Any,
+        max_length: int | None = None,
+        max_batch_size: int | None = None,
+        *,
+        chunk: int = CHUNK,
+    ) -> None:
+        check_positive("chunk", chunk)
+        self._rows, self._chunk = _rows_of(model, max_length, max_batch_size), chunk
+        self._changed = threading.Condition()  # guards what follows; not held within a pass
+        self._sweeper: int | None = None  # the thread that may run passes
+        self._queue: deque[Request] = deque()
+        self._running: list[_Running] = []
+        self._kept: list[_Running] = []  # ended, in case that another request goes on from them
+        self._readers: dict[Request, _Reader] = {}
+        self._closed: BaseException | None = None
+        self._stats = EngineStats()
+
+    # ---- what users call ------------------------------------------------------------------------
+
+    def check(self, request: Request) -> None:
+        """Raise ArgumentError for a request that could never run, or UnsupportedModelError."""
+        if self._closed is not None:
+            raise self._closed
+        if request.clock.added is not None:
+            raise ArgumentError("this request was added before; make another one")
+        check_ids("input_ids", request.input_ids, self._rows.vocab_size)
+        check_ids("stop_ids", request.stop_ids, self._rows.vocab_size)
+        request.sampling.check(self._rows.vocab_size)
+        self._rows.check(request)
+
+    def add(self, request: Request) -> Request:
+        """Queue a request: it takes part from the next step on that has room for it.
+
+        Raises as check().
+        """
+        self.check(request)
+        with self._changed:
+            request.clock.added = time.perf_counter()
+            self._queue.append(request)
+        return request
+
+    def step(self) -> bool:
+        """Run one sweep for all that can go on; False where nothing can.
+
+        An error of one row ends its request alone. KeyboardInterrupt leaves all as it was.
+        """
+        with self._sweeping():
+            self._drop_done()
+            self._admit()
+            feeds = self._feeds()
+            self._sweep(feeds)
+            return bool(feeds)
+
+    def cancel(self, request: Request) -> None:
+        """End a request; its row is gone in the next pass. What has ended stays as it is."""
+        request.finish("cancelled")
+
+    def run(self, requests: Sequence[Request]) -> None:
+        """Wait until all of these have ended, and raise the error of the first that failed.
+
+        If the wait ends in an error or an interrupt, all of them are cancelled.
+        """
+        _check_added(requests)
+        try:
+            for request in requests:
+                self._wait_until(lambda ended=request: ended.is_done)  # type: ignore[misc]
+                if request.error is not None:
+                    raise request.error
+        finally:
+            for request in requests:
+                self.cancel(request)
+
+    def tokens(self, request: Request) -> Iterator[int]:
+        """The tokens of a request as they come; what is left of it is cancelled at the end.
+
+        While it is not asked, its row goes one token ahead at the most, and others go on. Where
+        others need its room then, it ends with an UnsupportedModelError.
+        """
+        _check_added([request])
+        reader = self._readers[request] = _Reader()
+        try:
+            while True:
+                self._ask(request, reader)
+                if reader.taken < len(request.tokens):
+                    reader.taken += 1
+                    yield request.tokens[reader.taken - 1]
+                elif request.error is not None:
+                    raise request.error
+                else:
+                    return
+        finally:
+            self.cancel(request)
+            self._readers.pop(request, None)
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Hold up all sweeps while no request has a row: for passes that use the whole cache.
+
+        Requests under way are run to their end first; idle iterators end.
+        """
+        with self._sweeping():
+            if self._closed is not None:
+                raise self._closed
+            while self._has_rows():
+                self._advance(admits=False)
+            self._changed.release()
+            try:
+                yield
+            finally:
+                self._changed.acquire()
+
+    def close(self, error: BaseException | None = None) -> None:
+        """End all requests; none can be added afterwards. Closing twice is no error."""
+        self._closed = self._closed or error or UnsupportedModelError("this engine was closed")
+        with self._sweeping():
+            for request in [*self._queue, *(one.request for one in self._running)]:
+                request.finish("error", self._closed)
+            self._drop_done()
+            self._forget_kept()
+
+    @property
+    def stats(self) -> EngineStats:
+        return self._stats
+
+    @property
+    def num_running(self) -> int:
+        """Requests that have a row."""
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests without a row yet."""
+        return len(self._queue)
+
+    # ---- waiting --------------------------------------------------------------------------------
+
+    @contextmanager
+    def _sweeping(self) -> Iterator[None]:
+        """The right to run passes, and the lock."""
+        with self._changed:
+            if self._sweeper == threading.get_ident():
+                raise ArgumentError("an engine cannot be stepped from within its own step")
+            while self._sweeper is not None:
+                self._changed.wait()
+            self._sweeper = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._sweeper = None
+                self._changed.notify_all()
+
+    def _wait_until(self, is_over: Callable[[], bool]) -> None:
+        """Run steps for all, or wait for the thread that does."""
+        while not is_over():
+            with self._changed:
+                if self._sweeper is not None and self._sweeper != threading.get_ident():
+                    self._changed.wait()
+                    continue
+            with self._sweeping():
+                if not is_over():
+                    self._advance()
+
+    def _ask(self, request: Request, reader: _Reader) -> None:
+        """Wait for one token more than the reader has taken, or the end."""
+        reader.is_waiting, reader.thread = True, threading.get_ident()
+        try:
+            self._wait_until(lambda: len(request.tokens) > reader.taken or request.is_done)
+        finally:
+            reader.is_waiting, reader.since = False, time.perf_counter()
+
+    def _advance(self, admits: bool = True) -> None:
+        """A step for whoever waits; or room for them, where only idle iterators have it."""
+        self._drop_done()
+        is_blocked = not self._admit() if admits else bool(self._running)
+        if is_blocked and all(self._is_idle(one) for one in self._running):
+            self._push_out()
+            return
+        self._sweep(self._feeds())
+
+    def _push_out(self) -> None:
+        """End the iterator that was not asked for the longest time."""
+        if not self._running:
+            raise UnsupportedModelError(
+                "another engine has all rows of this model; use one engine for all requests"
+            )
+        one = min(self._running, key=lambda running: self._readers[running.request].since)
+        reader = self._readers[one.request]
+        left_s = reader.since + _PATIENCE_S - time.perf_counter()
+        if reader.thread == threading.get_ident() or left_s <= 0:
+            one.request.finish("error", UnsupportedModelError(_PUSHED_OUT))
+        else:
+            self._let_others(left_s)
+
+    def _let_others(self, seconds: float) -> None:
+        """Let other threads run steps for as long."""
+        self._sweeper = None
+        self._changed.notify_all()
+        self._changed.wait(seconds)
+        while self._sweeper is not None:
+            self._changed.wait()
+        self._sweeper = threading.get_ident()
+
+    def _is_idle(self, one: _Running) -> bool:
+        reader = self._readers.get(one.request)
+        return reader is not None and not reader.is_waiting
+
+    def _is_held(self, one: _Running) -> bool:
+        """Whether its iterator has a token that was not asked for."""
+        reader = self._readers.get(one.request)
+        is_ahead = reader is not None and len(one.request.tokens) > reader.taken
+        return is_ahead and self._is_idle(one)
+
+    # ---- rows that come and go ------------------------------------------------------------------
+
+    def _has_rows(self) -> bool:
+        self._drop_done()
+        self._forget_kept()
+        return bool(self._running)
+
+    def _drop_done(self) -> None:
+        for one in [one for one in self._running if one.request.is_done]:
+            self._running.remove(one)
+            if one.request.keep and one.request.error is None and one.fed:
+                self._kept.append(one)
+                self._forget_kept(MAX_KEPT)
+            else:
+                self._rows.close(one.row)
+        for request in [request for request in self._queue if request.is_done]:
+            self._queue.remove(request)
+
+    def _forget_kept(self, number: int = 0) -> None:
+        """All but the last ones."""
+        while len(self._kept) > number:
+            self._rows.close(self._kept.pop(0).row)
+
+    def _admit(self) -> bool:
+        """Give rows to those that wait, first come, first served; whether none is left."""
+        while self._queue:
+            request = self._queue[0]
+            one = None
+            if len(self._running) < self._rows.max_rows:
+                one = self._resumed(request) or self._opened(request)
+            if one is None:
+                return False
+            self._queue.popleft()
+            self._running.append(one)
+        return True
+
+    def _opened(self, request: Request) -> _Running | None:
+        row = self._rows.open(request)
+        while row is None and self._kept:
+            self._rows.close(self._kept.pop(0).row)
+            row = self._rows.open(request)
+        if row is None:
+            return None
+        return _Running(request, row, self._sampler(request), list(self._rows.start_ids(request)))
+
+    def _resumed(self, request: Request) -> _Running | None:
+        """On from the longest of the kept rows that the request begins with."""
+        ids = list(self._rows.start_ids(request))
+        found = [
+            one for one in self._kept if len(one.fed) < len(ids) and ids[: len(one.fed)] == one.fed
+        ]
+        for one in sorted(found, key=lambda kept: -len(kept.fed)):
+            if self._rows.widen(one.row, request):
+                self._kept.remove(one)
+                rest = ids[len(one.fed) :]
+                return _Running(request, one.row, self._sampler(request), rest, one.fed)
+        return None
+
+    def _sampler(self, request: Request) -> RowSampler:
+        device = self._rows.sampler_device()
+        return RowSampler(request.sampling, request.input_ids, self._rows.vocab_size, device)
+
+    # ---- a sweep --------------------------------------------------------------------------------
+
+    def _feeds(self) -> list[tuple[_Running, Feed]]:
+        """What each row that goes on is fed; prompts in parts where others decode."""
+        active = [one for one in self._running if not self._is_held(one)]
+        decoding = [one for one in active if one.is_decoding]
+        feeds = [(one, Feed(one.row, one.pending)) for one in decoding]
+        left = self._chunk if decoding else sum(len(one.pending) for one in active)
+        for one in active:
+            if one.is_decoding or left <= 0:
+                continue
+            part = one.pending[:left] if self._rows.can_chunk else one.pending
+            feeds.append((one, Feed(one.row, part, len(part) == len(one.pending))))
+            left -= len(part)
+        return feeds
+
+    def _sweep(self, feeds: list[tuple[_Running, Feed]]) -> None:
+        if not feeds:
+            return
+        start_s = time.perf_counter()
+        for one, _ in feeds:
+            if one.request.clock.begun is None:
+                one.request.clock.begun = start_s
+        with torch.inference_mode():
+            self._changed.release()  # so that others can add and cancel meanwhile
+            try:
+                tried = self._pass(feeds)
+            finally:
+                self._changed.acquire()
+            num_tokens = sum(self._take(feeds, logits) for feeds, logits in tried)
+        self._drop_done()
+        before = self._stats
+        self._stats = EngineStats(
+            before.num_sweeps + 1,
+            before.num_rows + len(feeds),
+            before.num_tokens + num_tokens,
+            before.busy_s + time.perf_counter() - start_s,
+        )
+
+    def _pass(
+        self, feeds: list[tuple[_Running, Feed]]
+    ) -> list[tuple[list[tuple[_Running, Feed]], torch.Tensor]]:
+        """Feeds and their logits; where a pass fails each row is tried alone, and ends if it fails
+        again."""
+        try:
+            return [(feeds, self._rows.forward([feed for _, feed in feeds]))]
+        except Exception as error:
+            if len(feeds) == 1:
+                feeds[0][0].request.finish("error", error)
+                return []
+        return [done for one in feeds for done in self._pass([one])]
+
+    def _take(self, feeds: list[tuple[_Running, Feed]], logits: torch.Tensor) -> int:
+        """Draw, and let each row go on; how many tokens were drawn."""
+        drawing = [one for one, feed in feeds if feed.has_logits]
+        drawn = draw(logits, [one.sampler for one in drawing]) if drawing else []
+        tokens = {id(one): token for one, token in zip(drawing, drawn, strict=True)}
+        rows = {id(one): row for row, one in enumerate(drawing)}
+        for one, feed in feeds:
+            one.row.length += len(feed.ids)
+            one.fed += feed.ids
+            one.request.clock.num_sweeps += 1
+            if not feed.has_logits:
+                one.pending = one.pending[len(feed.ids) :]
+            elif not one.request.is_done:  # it may have been cancelled meanwhile
+                self._accept(one, tokens[id(one)], logits, rows[id(one)])
+        return len(drawing)
+
+    def _accept(self, one: _Running, token: int | None, logits: torch.Tensor, row: int) -> None:
+        request = one.request
+        if token is None:
+            request.finish("error", non_finite_logits([row]))
+            return
+        if request.num_logprobs is not None:
+            logprob, top = log_probabilities(logits[row], token, request.num_logprobs)
+            request.logprobs.append(TokenLogprob(token, logprob, tuple(top)))
+        one.sampler.accept(token)
+        one.pending = [token]
+        request.tokens.append(token)
+        if request.clock.first_token is None:
+            request.clock.first_token = time.perf_counter()
+        self._end(request, token)
+
+    def _end(self, request: Request, token: int) -> None:
+        """End a request whose last token this is."""
+        try:
+            is_stopped = request.on_token is not None and bool(request.on_token(token))
+        except Exception as error:
+            request.finish("error", error)
+            return
+        if is_stopped or token in request.stop_ids:
+            request.finish("stop")
+        elif len(request.tokens) == request.max_new_tokens:
+            request.finish("length")
+
+
+def _rows_of(model: Any, max_length: int | None, max_batch_size: int | None) -> RowModel:
+    if isinstance(model, torch.nn.Module):
+        from bminf.engine.wrapped import rows_of  # imports transformers
+
+        return rows_of(model, max_length, max_batch_size)
+    if max_length is not None or max_batch_size is not None:
+        raise ArgumentError("max_length and max_batch_size are set when the model is loaded")
+    rows = getattr(model, "row_model", model)
+    if not isinstance(rows, RowModel):
+        raise ArgumentError(
+            f"model is a {type(model).__name__}; give a model of the zoo or of transformers"
+        )
+    return rows
+
+
+def _check_added(requests: Sequence[Request]) -> None:
+    if any(request.clock.added is None for request in requests):
+        raise ArgumentError("a request is waited for that was not added; call add() first")

@@ -1,0 +1,104 @@
+"""What row models have in common whose rows are ranges of one pool of tokens."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bminf.engine.request import Request
+from bminf.engine.rows import Feed
+from bminf.engine.token_pool import Range, TokenPool
+from bminf.errors import ArgumentError
+from bminf.layers.packed_cache import Span
+
+MAX_ROWS = 64
+"""Of a pass, beside what the cache has room for."""
+
+
+@dataclass(eq=False)
+class PoolRow:
+    """cells: its place in the pool."""
+
+    request: Request
+    cells: Range
+    _length: int = 0
+
+    @property
+    def length(self) -> int:
+        return self._length
+
+    @length.setter
+    def length(self, length: int) -> None:
+        self._length = self.cells.used = length
+
+
+class PoolRows:
+    """A RowModel, but for the pass itself.   max_length: the most tokens of a row."""
+
+    can_chunk = True
+
+    def __init__(self, vocab_size: int, num_tokens: int, max_length: int) -> None:
+        self.vocab_size, self.max_rows, self.max_length = vocab_size, MAX_ROWS, max_length
+        self._pool = TokenPool(num_tokens, self.move_tokens)
+        self._lock = threading.RLock()  # of the pool and the cache, for engines that share them
+
+    # ---- what subclasses say --------------------------------------------------------------------
+
+    def sampler_device(self) -> torch.device:
+        raise NotImplementedError
+
+    def move_tokens(self, start: int, target: int, count: int) -> None:
+        """Copy cells of the cache, which may overlap."""
+        raise NotImplementedError
+
+    def compute(self, feeds: Sequence[Feed], spans: Sequence[Span]) -> torch.Tensor:
+        """See RowModel.forward.   spans: where the feeds lie in the pool."""
+        raise NotImplementedError
+
+    # ---- a RowModel -----------------------------------------------------------------------------
+
+    def check(self, request: Request) -> None:
+        needed = self._needed(request)
+        if needed > self.max_length or not self._pool.could_take(needed):
+            raise ArgumentError(
+                f"{len(self.start_ids(request))} tokens to start with and max_new_tokens="
+                f"{request.max_new_tokens} are more than max_length={self.max_length}; lower "
+                "max_new_tokens, shorten the prompt, or take a larger max_length"
+            )
+
+    def start_ids(self, request: Request) -> Sequence[int]:
+        return request.start_ids or request.input_ids
+
+    def open(self, request: Request) -> Any:
+        with self._lock:
+            cells = self._pool.take(self._needed(request))
+        return None if cells is None else PoolRow(request, cells)
+
+    def close(self, row: Any) -> None:
+        with self._lock:
+            self._pool.give(row.cells)
+
+    def widen(self, row: Any, request: Request) -> bool:
+        """By another range, to which the cells are copied: both have room at once, or neither."""
+        with self._lock:
+            if self._needed(request) > row.cells.size:
+                cells = self._pool.take(self._needed(request))
+                if cells is None:
+                    return False
+                self.move_tokens(row.cells.start, cells.start, row.length)
+                self._pool.give(row.cells)
+                row.cells, row.length = cells, row.length
+            row.request = request
+            return True
+
+    def forward(self, feeds: Sequence[Feed]) -> torch.Tensor:
+        with self._lock:
+            spans = [Span(feed.row.cells.start, feed.row.length, len(feed.ids)) for feed in feeds]
+            return self.compute(feeds, spans)
+
+    def _needed(self, request: Request) -> int:
+        return len(self.start_ids(request)) + request.max_new_tokens - 1  # the last is not fed

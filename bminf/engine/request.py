@@ -1,0 +1,155 @@
+"""What is asked of an engine, and what has come of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from bminf.checks import check_int, check_positive
+from bminf.engine.sampling import Sampling
+from bminf.errors import ArgumentError
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+MAX_LOGPROBS = 20
+"""Of the tokens beside the drawn one whose log-probabilities are kept."""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens of a request.   completion_tokens: all that were drawn, with the one that ended it."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """The natural logarithm of the probability that the model itself gave a token, before
+    temperature, penalties and filters.   top: (token, logprob) of the most probable, best first."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class RequestStats:
+    """Times in seconds, from add() on.
+
+    queued_s: until its first sweep.   first_token_s: until its first token; None before.
+    total_s: until its end, or until now.   num_sweeps: in which it had a part.
+    """
+
+    queued_s: float
+    first_token_s: float | None
+    total_s: float
+    num_sweeps: int
+    num_tokens: int
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Behind the first token."""
+        if self.first_token_s is None or self.num_tokens < 2:
+            return 0.0
+        return (self.num_tokens - 1) / max(self.total_s - self.first_token_s, 1e-9)
+
+
+class Request:
+    """A text to go on with, token ids only; made once, and added to one engine.
+
+    input_ids: the prompt; of an encoder-decoder model, what its encoder reads.
+    max_new_tokens: the most tokens of the answer.   sampling: how each of them is chosen.
+    stop_ids: tokens that end the answer; the one that did is its last.
+    num_logprobs: None, or how many of the most probable tokens are kept for each, beside its own.
+    on_token: called with each token, in the thread that happens to run the sweep; what is true of
+        its return ends the answer ("stop"), and an exception ends it with that error.
+    start_ids: what the decoder begins with; None is what the model's configuration says, or the
+        prompt.
+    keep: whether its row stays when it ends, for a request that begins with all of its tokens and
+        goes on (a chat); it is given up where others need the room.
+    prompt: what a built-in model knows of the prompt beside its ids.
+    Raises ArgumentError.
+
+    tokens: what has come, with the token that ended it.   logprobs: one for each of them.
+    finish_reason: None while it is under way; then "stop", "length", "cancelled", or "error" with
+    the error in `error`.
+    """
+
+    def __init__(
+        self,
+        input_ids: Sequence[int],
+        max_new_tokens: int = 128,
+        sampling: Sampling = Sampling(),  # noqa: B008 - it is frozen
+        stop_ids: Collection[int] = (),
+        *,
+        num_logprobs: int | None = None,
+        on_token: Callable[[int], object] | None = None,
+        start_ids: Sequence[int] | None = None,
+        keep: bool = False,
+        prompt: Any = None,
+    ) -> None:
+        check_positive("max_new_tokens", max_new_tokens)
+        check_int("num_logprobs", num_logprobs, minimum=0, none="None")
+        if num_logprobs is not None and num_logprobs > MAX_LOGPROBS:
+            raise ArgumentError(f"num_logprobs={num_logprobs}; accepted: at most {MAX_LOGPROBS}")
+        self.input_ids = _checked_ids("input_ids", input_ids)
+        self.start_ids = None if start_ids is None else _checked_ids("start_ids", start_ids)
+        self.max_new_tokens, self.sampling, self.stop_ids = (
+            max_new_tokens, sampling, frozenset(stop_ids),
+        )  # fmt: skip
+        self.num_logprobs, self.on_token, self.keep, self.prompt = (
+            num_logprobs, on_token, keep, prompt,
+        )  # fmt: skip
+        self.tokens: list[int] = []
+        self.logprobs: list[TokenLogprob] = []
+        self.finish_reason: FinishReason | None = None
+        self.error: BaseException | None = None
+        self.clock = _Clock()
+
+    @property
+    def is_done(self) -> bool:
+        return self.finish_reason is not None
+
+    @property
+    def usage(self) -> Usage:
+        return Usage(len(self.input_ids), len(self.tokens))
+
+    @property
+    def stats(self) -> RequestStats:
+        clock = self.clock
+        now = time.perf_counter() if clock.ended is None else clock.ended
+        added = now if clock.added is None else clock.added
+        first = None if clock.first_token is None else clock.first_token - added
+        begun = now if clock.begun is None else clock.begun
+        return RequestStats(begun - added, first, now - added, clock.num_sweeps, len(self.tokens))
+
+    def finish(self, reason: FinishReason, error: BaseException | None = None) -> None:
+        """For the engine: nothing more will come."""
+        if self.finish_reason is None:
+            self.finish_reason, self.error = reason, error
+            self.clock.ended = time.perf_counter()
+
+
+class _Clock:
+    """When things happened, by time.perf_counter()."""
+
+    def __init__(self) -> None:
+        self.added: float | None = None
+        self.begun: float | None = None
+        self.first_token: float | None = None
+        self.ended: float | None = None
+        self.num_sweeps = 0
+
+
+def _checked_ids(name: str, ids: Sequence[int]) -> list[int]:
+    listed = list(ids)
+    if not listed or not all(type(token) is int and token >= 0 for token in listed):
+        raise ArgumentError(f"{name}={_shown(listed)}; give at least one token id, ints from 0 on")
+    return listed
+
+
+def _shown(ids: Sequence[object]) -> str:
+    return repr(list(ids[:8])) if len(ids) <= 8 else f"{list(ids[:8])!r} and {len(ids) - 8} more"

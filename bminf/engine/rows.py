@@ -1,0 +1,73 @@
+"""What a model has to offer, so that an engine can decode several requests with it together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+
+from bminf.engine.request import Request
+
+
+class Row(Protocol):
+    """What a model keeps for a request: its place in the cache.   length: tokens that are there."""
+
+    length: int
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Tokens that a row is fed in a pass, behind those that it has.
+
+    has_logits: whether those behind the last of them are asked for.
+    """
+
+    row: Any
+    ids: Sequence[int]
+    has_logits: bool = True
+
+
+@runtime_checkable
+class RowModel(Protocol):
+    """A model, and the cache that its rows share.
+
+    vocab_size: of the logits.   max_rows: that a pass may have.   can_chunk: whether a prompt may
+    be fed in several passes.
+    """
+
+    vocab_size: int
+    max_rows: int
+    can_chunk: bool
+
+    def check(self, request: Request) -> None:
+        """Raise ArgumentError for a request that could never have room."""
+        ...
+
+    def start_ids(self, request: Request) -> Sequence[int]:
+        """The first tokens that its row is fed."""
+        ...
+
+    def sampler_device(self) -> torch.device:
+        """Where logits are."""
+        ...
+
+    def open(self, request: Request) -> Row | None:
+        """Room for a request until its end; None where there is none at the moment."""
+        ...
+
+    def close(self, row: Any) -> None:
+        """Give that room back."""
+        ...
+
+    def widen(self, row: Any, request: Request) -> bool:
+        """Make room for a request that goes on from what `row` holds; False where there is none."""
+        ...
+
+    def forward(self, feeds: Sequence[Feed]) -> torch.Tensor:
+        """The logits (R, V) behind the last token of each feed that has_logits; one at least.
+
+        Does not change row.length: the same pass may be asked for again.
+        """
+        ...

@@ -1,0 +1,91 @@
+"""A model of an engine with no network behind: its logits are a function of what a row was fed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from fake_decoder import History
+
+from bminf.engine.request import Request
+from bminf.engine.rows import Feed
+from bminf.engine.token_pool import Range, TokenPool
+from bminf.errors import ArgumentError
+
+
+@dataclass(eq=False)
+class FakeRow:
+    """cells: whose `used` is the length."""
+
+    cells: Range
+    length: int = 0
+
+
+class FakeRows:
+    """A pool of token ids is its cache, so that a cell which is lost or overwritten is noticed.
+
+    passes: of each pass, what each row was fed, for the tests.   before: called before each pass.
+    """
+
+    def __init__(
+        self,
+        logits_of: Callable[[History], Sequence[float]],
+        num_tokens: int = 10_000,
+        vocab_size: int = 10,
+        max_rows: int = 64,
+    ) -> None:
+        self.logits_of, self.vocab_size, self.max_rows = logits_of, vocab_size, max_rows
+        self.can_chunk, self.before = True, lambda feeds: None
+        self.cells = [-1] * num_tokens
+        self.pool = TokenPool(num_tokens, self._move)
+        self.passes: list[list[list[int]]] = []
+
+    def _move(self, start: int, target: int, count: int) -> None:
+        self.cells[target : target + count] = self.cells[start : start + count]
+
+    def _needed(self, request: Request) -> int:
+        return len(request.input_ids) + request.max_new_tokens - 1
+
+    def check(self, request: Request) -> None:
+        if not self.pool.could_take(self._needed(request)):
+            raise ArgumentError("it could never fit")
+
+    def start_ids(self, request: Request) -> Sequence[int]:
+        return request.input_ids
+
+    def sampler_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def open(self, request: Request) -> Any:
+        cells = self.pool.take(self._needed(request))
+        return None if cells is None else FakeRow(cells)
+
+    def close(self, row: Any) -> None:
+        self.pool.give(row.cells)
+
+    def widen(self, row: Any, request: Request) -> bool:
+        cells = self.pool.take(self._needed(request))
+        if cells is None:
+            return False
+        self._move(row.cells.start, cells.start, row.length)
+        self.pool.give(row.cells)
+        row.cells = cells
+        return True
+
+    def forward(self, feeds: Sequence[Feed]) -> torch.Tensor:
+        assert torch.is_inference_mode_enabled()
+        self.passes.append([list(feed.ids) for feed in feeds])
+        self.before(feeds)
+        histories = [self._fed(feed) for feed in feeds]
+        asked = [one for feed, one in zip(feeds, histories, strict=True) if feed.has_logits]
+        return torch.tensor([self.logits_of(history) for history in asked])
+
+    def _fed(self, feed: Feed) -> History:
+        """All that the row has been fed."""
+        start, length = feed.row.cells.start, feed.row.length
+        feed.row.cells.used = end = length + len(feed.ids)
+        assert end <= feed.row.cells.size
+        self.cells[start + length : start + end] = feed.ids
+        return tuple(self.cells[start : start + end])
