@@ -6,10 +6,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bminf.engine.pool_rows import PoolRow, PoolRows
 from bminf.engine.request import Request
@@ -74,17 +76,22 @@ class AloneRows(PoolRows):
     def widen(self, row: Any, request: Request) -> bool:
         return False
 
-    def compute(self, feeds: Sequence[Feed], spans: Sequence[Span]) -> torch.Tensor:
-        return torch.cat([self._logits(feed.row, feed.ids) for feed in feeds])
+    def compute(
+        self, feeds: Sequence[Feed], spans: Sequence[Span], num_tokens: int | None
+    ) -> torch.Tensor:
+        is_fixed = num_tokens is not None
+        return torch.cat([self._logits(feed.row, feed.ids, is_fixed) for feed in feeds])
 
-    def _logits(self, row: AloneRow, ids: Sequence[int]) -> torch.Tensor:
+    def _logits(self, row: AloneRow, ids: Sequence[int], is_fixed: bool) -> torch.Tensor:
         """(1, V). Asked once more for the same pass, it is what was computed."""
         if len(row.ids) == row.length + len(ids):
             return row.logits  # type: ignore[no-any-return]
         if row.is_cut_short:  # the model has written to its cache: from the beginning
             row.cache, ids, row.ids = {}, [*row.ids, *ids], []
         row.is_cut_short = True
-        output = self._model(**self._inputs(row, ids), use_cache=True, return_dict=True)
+        with sdpa_kernel(SDPBackend.MATH) if is_fixed else nullcontext():
+            inputs = self._inputs(row, ids)
+            output = self._model(**inputs, use_cache=True, return_dict=True)
         row.cache = {name: output[name] for name in _CACHES if output.get(name) is not None}
         row.logits = output.logits[:, -1]
         row.ids, row.is_cut_short = [*row.ids, *ids], False

@@ -15,15 +15,16 @@ import inspect
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, AttentionMaskInterface, Cache
 
-from bminf.engine.pool_rows import PoolRows
+from bminf.engine.pool_rows import PoolRows, ids_of, last_tokens
 from bminf.engine.rows import Feed
-from bminf.layers.packed_cache import Span, slices
+from bminf.layers.packed_cache import Span, copied, slices
 from bminf.offload.context import first_of, layer_kinds, num_layers, text_config
 
 _KINDS = ("sdpa", "eager")
@@ -93,13 +94,16 @@ class CausalRows(PoolRows):
             for tensor in tensors:
                 tensor[:, target : target + count] = tensor[:, start : start + count].clone()
 
-    def compute(self, feeds: Sequence[Feed], spans: Sequence[Span]) -> torch.Tensor:
-        device = self.sampler_device()
-        ids = [token for feed in feeds for token in feed.ids]
+    def compute(
+        self, feeds: Sequence[Feed], spans: Sequence[Span], num_tokens: int | None
+    ) -> torch.Tensor:
+        device, ids = self.sampler_device(), ids_of(feeds, num_tokens)
         positions = [n for span in spans for n in range(span.length, span.num_keys)]
-        wanted = _last_tokens(feeds)
-        keep: Any = 1 if len(feeds) == 1 and wanted else torch.tensor(wanted, device=device)
-        current = _Pass(self._layers, spans, self._pool.num_tokens, self._gathers)
+        positions += [0] * (len(ids) - len(positions))
+        wanted, is_alone = last_tokens(feeds, num_tokens), len(feeds) == 1 and num_tokens is None
+        keep: Any = 1 if is_alone and wanted else torch.tensor(wanted, device=device)
+        is_fixed = num_tokens is not None
+        current = _Pass(self._layers, spans, self._pool.num_tokens, self._gathers, is_fixed)
         with self._attending(current):
             logits: torch.Tensor = self._model(
                 input_ids=torch.tensor([ids], device=device),
@@ -108,7 +112,8 @@ class CausalRows(PoolRows):
                 use_cache=True,
                 **({"logits_to_keep": keep} if self._takes_rows and wanted else {}),
             ).logits[0]
-        return logits if self._takes_rows and wanted else logits[wanted]
+        num_wanted = sum(feed.has_logits for feed in feeds)
+        return logits[:num_wanted] if self._takes_rows and wanted else logits[wanted[:num_wanted]]
 
     @contextmanager
     def _attending(self, current: _Pass) -> Iterator[None]:
@@ -132,15 +137,6 @@ def _configs_of(model: Any) -> list[Any]:
     return list(found.values())
 
 
-def _last_tokens(feeds: Sequence[Feed]) -> list[int]:
-    end, wanted = 0, []
-    for feed in feeds:
-        end += len(feed.ids)
-        if feed.has_logits:
-            wanted.append(end - 1)
-    return wanted
-
-
 # ---- a pass --------------------------------------------------------------------------------------
 
 Attention = Callable[..., tuple[torch.Tensor, Any]]
@@ -152,6 +148,7 @@ class _Pass(Cache):  # type: ignore[misc]
 
     layers: their keys and values, (H, N, D) each, made when a layer first asks for them.
     gathers: whether what is kept becomes keys and values only when it is read (latent attention).
+    copies: see PackedCache.
     """
 
     def __init__(
@@ -160,10 +157,11 @@ class _Pass(Cache):  # type: ignore[misc]
         spans: Sequence[Span],
         num_tokens: int,
         gathers: bool,
+        copies: bool,
     ) -> None:
         super().__init__(layers=[])
         self._kept, self._spans = layers, spans
-        self._num_tokens, self._gathers = num_tokens, gathers
+        self._num_tokens, self._gathers, self._copies = num_tokens, gathers, copies
 
     def update(
         self,
@@ -226,9 +224,19 @@ class _Pass(Cache):  # type: ignore[misc]
             own, window = query[:, :, ours], more.get("sliding_window")
             if window is not None and span.num_tokens == 1:
                 keys, values = keys[:, :, -window:], values[:, :, -window:]
+            if self._copies:
+                own, keys, values = copied(own), copied(keys), copied(values)
             mask = _mask(span, window, is_eager, query)
-            outputs.append(original(module, own, keys, values, mask, **more)[0])
+            with self._operators():
+                outputs.append(original(module, own, keys, values, mask, **more)[0])
+        missing = query.shape[2] - sum(span.num_tokens for span in self._spans)
+        if missing:
+            outputs.append(outputs[0].new_zeros(1, missing, *outputs[0].shape[2:]))
         return torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0], None
+
+    def _operators(self) -> AbstractContextManager[Any]:
+        """Of torch, that attention may use; see attention_in_products()."""
+        return sdpa_kernel(SDPBackend.MATH) if self._copies else nullcontext()
 
 
 def _mask(

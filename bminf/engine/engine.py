@@ -19,15 +19,19 @@ from typing import Any
 
 import torch
 
-from bminf.checks import check_ids, check_positive, non_finite_logits
+from bminf.checks import check_bool, check_ids, check_positive, non_finite_logits
 from bminf.engine.request import Request, TokenLogprob
 from bminf.engine.row_sampler import RowSampler, draw, log_probabilities
-from bminf.engine.rows import Feed, RowModel
+from bminf.engine.rows import FIXED_TOKENS, Feed, RowModel
 from bminf.errors import ArgumentError, UnsupportedModelError
 from bminf.keywords import known_keywords
 
 CHUNK = 512
 """Tokens of prompts that are read in one step while others decode."""
+
+FIXED_CHUNK = 16
+"""At the multiples of which a deterministic engine cuts prompts; so many tokens of a pass are
+left for them."""
 
 MAX_KEPT = 16
 """Rows that stay when their request ends, see Request.keep."""
@@ -104,7 +108,11 @@ class Engine:
         the cache has room for; more that are shorter. None is what wrapper() was told; without
         that, as many tokens as a fifth of the limit holds. Those of the zoo are set by loading.
     chunk: tokens of prompts that are read in one step while others decode.
-    Raises ArgumentError.
+    deterministic: a request gives the same tokens, and the same bits of logits, in any company and
+        whenever it joins: each pass has the same number of tokens, and prompts are cut at the same
+        places. Slower, above all for long prompts; rows that end are not kept. Otherwise a row
+        depends on the others by rounding, as everywhere where texts share a product.
+    Raises ArgumentError, UnsupportedModelError.
     """
 
     @known_keywords
@@ -115,9 +123,15 @@ class Engine:
         max_batch_size: int | None = None,
         *,
         chunk: int = CHUNK,
+        deterministic: bool = False,
     ) -> None:
         check_positive("chunk", chunk)
-        self._rows, self._chunk = _rows_of(model, max_length, max_batch_size), chunk
+        check_bool("deterministic", deterministic)
+        self._rows = _rows_of(model, max_length, max_batch_size, deterministic)
+        self._chunk, self._is_fixed = chunk, deterministic
+        self._max_rows = self._rows.max_rows
+        if deterministic:
+            self._max_rows = min(self._max_rows, FIXED_TOKENS - FIXED_CHUNK)
         self._changed = threading.Condition()  # guards what follows; not held within a pass
         self._sweeper: int | None = None  # the thread that may run passes
         self._queue: deque[Request] = deque()
@@ -332,7 +346,7 @@ class Engine:
     def _drop_done(self) -> None:
         for one in [one for one in self._running if one.request.is_done]:
             self._running.remove(one)
-            if one.request.keep and one.request.error is None and one.fed:
+            if one.request.keep and one.request.error is None and one.fed and not self._is_fixed:
                 self._kept.append(one)
                 self._forget_kept(MAX_KEPT)
             else:
@@ -350,7 +364,7 @@ class Engine:
         while self._queue:
             request = self._queue[0]
             one = None
-            if len(self._running) < self._rows.max_rows:
+            if len(self._running) < self._max_rows:
                 one = self._resumed(request) or self._opened(request)
             if one is None:
                 return False
@@ -391,14 +405,40 @@ class Engine:
         active = [one for one in self._running if not self._is_held(one)]
         decoding = [one for one in active if one.is_decoding]
         feeds = [(one, Feed(one.row, one.pending)) for one in decoding]
-        left = self._chunk if decoding else sum(len(one.pending) for one in active)
-        for one in active:
-            if one.is_decoding or left <= 0:
-                continue
+        reading = [one for one in active if not one.is_decoding]
+        if self._is_fixed:
+            return self._fixed_feeds(feeds, reading)
+        left = self._chunk if decoding else sum(len(one.pending) for one in reading)
+        for one in reading:
+            if left <= 0:
+                break
             part = one.pending[:left] if self._rows.can_chunk else one.pending
             feeds.append((one, Feed(one.row, part, len(part) == len(one.pending))))
             left -= len(part)
         return feeds
+
+    def _fixed_feeds(
+        self, feeds: list[tuple[_Running, Feed]], reading: list[_Running]
+    ) -> list[tuple[_Running, Feed]]:
+        """Beside rows that decode whole chunks of prompts, as many as the pass has room for; or one
+        prompt that cannot be read in parts, in a pass of its own."""
+        if reading and not self._rows.can_chunk:
+            return [(reading[0], Feed(reading[0].row, reading[0].pending))]
+        left = FIXED_TOKENS - len(feeds)
+        for one in reading:
+            part = one.pending[:FIXED_CHUNK]
+            if len(part) > left:
+                break
+            feeds.append((one, Feed(one.row, part, len(part) == len(one.pending))))
+            left -= len(part)
+        return feeds
+
+    def _num_tokens(self, feeds: list[tuple[_Running, Feed]]) -> int | None:
+        """How many the pass is to have, see RowModel.forward()."""
+        if not self._is_fixed:
+            return None
+        is_whole = not self._rows.can_chunk and not all(one.is_decoding for one, _ in feeds)
+        return len(feeds[0][1].ids) if is_whole else FIXED_TOKENS
 
     def _sweep(self, feeds: list[tuple[_Running, Feed]]) -> None:
         if not feeds:
@@ -429,7 +469,8 @@ class Engine:
         """Feeds and their logits; where a pass fails each row is tried alone, and ends if it fails
         again."""
         try:
-            return [(feeds, self._rows.forward([feed for _, feed in feeds]))]
+            num_tokens = self._num_tokens(feeds)
+            return [(feeds, self._rows.forward([feed for _, feed in feeds], num_tokens))]
         except Exception as error:
             if len(feeds) == 1:
                 feeds[0][0].request.finish("error", error)
@@ -480,11 +521,13 @@ class Engine:
             request.finish("length")
 
 
-def _rows_of(model: Any, max_length: int | None, max_batch_size: int | None) -> RowModel:
+def _rows_of(
+    model: Any, max_length: int | None, max_batch_size: int | None, deterministic: bool
+) -> RowModel:
     if isinstance(model, torch.nn.Module):
         from bminf.engine.wrapped import rows_of  # imports transformers
 
-        return rows_of(model, max_length, max_batch_size)
+        return rows_of(model, max_length, max_batch_size, deterministic)
     if max_length is not None or max_batch_size is not None:
         raise ArgumentError("max_length and max_batch_size are set when the model is loaded")
     rows = getattr(model, "row_model", model)

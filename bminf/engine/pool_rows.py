@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from bminf.engine.request import Request
-from bminf.engine.rows import Feed
+from bminf.engine.rows import FIXED_TOKENS, Feed
 from bminf.engine.token_pool import Range, TokenPool
 from bminf.errors import ArgumentError
 from bminf.layers.packed_cache import Span
@@ -55,7 +55,9 @@ class PoolRows:
         """Copy cells of the cache, which may overlap."""
         raise NotImplementedError
 
-    def compute(self, feeds: Sequence[Feed], spans: Sequence[Span]) -> torch.Tensor:
+    def compute(
+        self, feeds: Sequence[Feed], spans: Sequence[Span], num_tokens: int | None
+    ) -> torch.Tensor:
         """See RowModel.forward.   spans: where the feeds lie in the pool."""
         raise NotImplementedError
 
@@ -95,10 +97,28 @@ class PoolRows:
             row.request = request
             return True
 
-    def forward(self, feeds: Sequence[Feed]) -> torch.Tensor:
+    def forward(self, feeds: Sequence[Feed], num_tokens: int | None = None) -> torch.Tensor:
         with self._lock:
             spans = [Span(feed.row.cells.start, feed.row.length, len(feed.ids)) for feed in feeds]
-            return self.compute(feeds, spans)
+            return self.compute(feeds, spans, num_tokens)
 
     def _needed(self, request: Request) -> int:
         return len(self.start_ids(request)) + request.max_new_tokens - 1  # the last is not fed
+
+
+def ids_of(feeds: Sequence[Feed], num_tokens: int | None) -> list[int]:
+    """The tokens of a pass, one row behind another, and as many more as are missing."""
+    ids = [token for feed in feeds for token in feed.ids]
+    return ids + [0] * ((num_tokens or 0) - len(ids))
+
+
+def last_tokens(feeds: Sequence[Feed], num_tokens: int | None) -> list[int]:
+    """Where the last token of each feed that has_logits is among those of the pass; always as many
+    if num_tokens is given."""
+    end, wanted = 0, []
+    for feed in feeds:
+        end += len(feed.ids)
+        if feed.has_logits:
+            wanted.append(end - 1)
+    missing = min(num_tokens or 0, FIXED_TOKENS) - len(wanted)
+    return wanted + [0] * missing if wanted else []

@@ -10,6 +10,9 @@ import torch
 
 from bminf.engine.request import Request
 
+FIXED_TOKENS = 32
+"""Of each pass of a deterministic engine, but for prompts that are read in a pass of their own."""
+
 
 class Row(Protocol):
     """What a model keeps for a request: its place in the cache.   length: tokens that are there."""
@@ -65,9 +68,12 @@ class RowModel(Protocol):
         """Make room for a request that goes on from what `row` holds; False where there is none."""
         ...
 
-    def forward(self, feeds: Sequence[Feed]) -> torch.Tensor:
-        """The logits (R, V) behind the last token of each feed that has_logits; one at least.
+    def forward(self, feeds: Sequence[Feed], num_tokens: int | None = None) -> torch.Tensor:
+        """The logits (R, V) behind the last token of each feed that has_logits.
 
+        num_tokens: how many the network is given, so that a row gives the same bits whatever it
+        shares the pass with: the missing ones are of no row, and no row's attention sees how others
+        lie. None is as many as there are.
         Does not change row.length: the same pass may be asked for again.
         """
         ...

@@ -10,7 +10,7 @@ import torch
 
 from bminf.checks import check_positive
 from bminf.engine.pool_rows import PoolRows
-from bminf.errors import ArgumentError
+from bminf.errors import ArgumentError, UnsupportedModelError
 from bminf.offload.backends import free_budget
 from bminf.offload.context import Context, cache_bytes, first_of, generates_text, text_config
 from bminf.offload.hooks import ATTRIBUTE
@@ -24,11 +24,15 @@ _LEAST_TOKENS = 512
 _MOST_TEXTS = 64  # of the model's positions: more rows are not decoded at once
 
 
-def rows_of(model: Any, max_length: int | None, max_batch_size: int | None) -> PoolRows:
+def rows_of(
+    model: Any, max_length: int | None, max_batch_size: int | None, deterministic: bool
+) -> PoolRows:
     """The rows of a model of transformers, wrapped or not.
 
     max_length, max_batch_size: texts that the cache has room for; None is what wrapper() was told,
-    or a fifth of the limit.   Raises ArgumentError for a model that does not generate text.
+    or a fifth of the limit.   deterministic: what the rows are for.
+    Raises ArgumentError for a model that does not generate text, UnsupportedModelError where a row
+    cannot be independent of others.
     """
     check_positive("max_length", max_length, none="None")
     check_positive("max_batch_size", max_batch_size, none="None")
@@ -43,6 +47,11 @@ def rows_of(model: Any, max_length: int | None, max_batch_size: int | None) -> P
 
     longest, num_tokens = _room(model, max_length, max_batch_size)
     reason = why_alone(model)
+    if deterministic and reason is None and _has_experts(model):
+        raise UnsupportedModelError(
+            f"deterministic=True is not for a {type(model).__name__}: how many tokens an expert "
+            "gets, and with that the rounding of its products, depends on all rows of a pass"
+        )
     if reason is None:
         return CausalRows(model, num_tokens, longest)
     warnings.warn(
@@ -51,6 +60,11 @@ def rows_of(model: Any, max_length: int | None, max_batch_size: int | None) -> P
         stacklevel=3,
     )
     return AloneRows(model, num_tokens, longest)
+
+
+def _has_experts(model: Any) -> bool:
+    names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    return first_of(text_config(model.config), *names) is not None
 
 
 def _is_seq2seq(model: Any) -> bool:

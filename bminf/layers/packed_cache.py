@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
-from bminf.layers.attention import attention
+from bminf.layers.attention import attention, attention_in_products
 from bminf.layers.kv_cache import MakeBias
 
 Bias = Sequence[torch.Tensor | None]
@@ -68,7 +68,8 @@ class PackedCache:
     """The rows of a pass in a pool: two (L, H, N, D), see KVCache.tokens.
 
     spans: the rows in the order of their tokens; there may be more tokens behind them, which are of
-    no row.   copies: whether queries are copied, so that they lie alike whatever precedes them.
+    no row.   copies: whether queries, keys and values are copied, so that they lie alike whatever
+    precedes them, and multiplied alike with any number of threads: for the same bits each time.
     What a row holds is known to whoever made the pass; advance() does nothing.
     """
 
@@ -76,7 +77,7 @@ class PackedCache:
         self, tokens: tuple[torch.Tensor, torch.Tensor], spans: Sequence[Span], copies: bool = False
     ) -> None:
         self._keys, self._values = tokens
-        self._spans, self._copies = spans, copies
+        self._spans, self.copies = spans, copies
 
     def append(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Keep (1, H, T, D) of all rows."""
@@ -106,9 +107,11 @@ class PackedCache:
         def of_row(index: int, span: Span, own: torch.Tensor) -> torch.Tensor:
             cells = slice(span.start, span.start + span.num_keys)
             keys, values = self._keys[layer, None, :, cells], self._values[layer, None, :, cells]
-            return attention(own, keys, values, bias[index], scale)
+            if not self.copies:
+                return attention(own, keys, values, bias[index], scale)
+            return attention_in_products(own, copied(keys), copied(values), bias[index], scale)
 
-        return by_row(self._spans, query, of_row, self._copies)
+        return by_row(self._spans, query, of_row, self.copies)
 
     def positions(self, num_tokens: int) -> torch.Tensor:
         parts = [list(range(span.length, span.num_keys)) for span in self._spans]
@@ -148,21 +151,26 @@ def by_row(
     outputs = []
     for index, (span, ours) in enumerate(slices(spans)):
         own = query[:, :, ours]
-        outputs.append(attend(index, span, own.clone() if copies else own))
+        outputs.append(attend(index, span, copied(own) if copies else own))
     if num_tokens < query.shape[2]:
         heads, size = outputs[0].shape[1], outputs[0].shape[3]
         outputs.append(query.new_zeros(1, heads, query.shape[2] - num_tokens, size))
     return torch.cat(outputs, dim=2)
 
 
+def copied(x: torch.Tensor) -> torch.Tensor:
+    """In memory of its own, in order."""
+    return x.clone(memory_format=torch.contiguous_format)
+
+
 class Segments:
     """Texts one behind another, (1, T, C), each of which attends to itself: of an encoder.
 
-    lengths: of the texts.
+    lengths: of the texts.   copies: see PackedCache; there is one text then.
     """
 
     def __init__(self, lengths: Sequence[int], copies: bool = False) -> None:
-        self.lengths, self._copies = lengths, copies
+        self.lengths, self._attention = lengths, attention_in_products if copies else attention
         self._spans = [Span(0, 0, length) for length in lengths]
 
     def attend(
@@ -178,8 +186,6 @@ class Segments:
 
         def of_text(index: int, span: Span, own: torch.Tensor) -> torch.Tensor:
             keys, values = key[:, :, places[index]], value[:, :, places[index]]
-            if self._copies:
-                keys, values = keys.clone(), values.clone()
-            return attention(own, keys, values, bias[index], scale)
+            return self._attention(own, keys, values, bias[index], scale)
 
-        return by_row(self._spans, query, of_text, self._copies)
+        return by_row(self._spans, query, of_text)

@@ -74,7 +74,7 @@ class FakeRows:
         row.cells = cells
         return True
 
-    def forward(self, feeds: Sequence[Feed]) -> torch.Tensor:
+    def forward(self, feeds: Sequence[Feed], num_tokens: int | None = None) -> torch.Tensor:
         assert torch.is_inference_mode_enabled()
         self.passes.append([list(feed.ids) for feed in feeds])
         self.before(feeds)

@@ -1,4 +1,4 @@
-"""bminf/engine/causal.py, bminf/engine/alone.py and bminf/engine/wrapped.py: transformers' models."""
+"""bminf/engine/causal.py, bminf/engine/alone.py, bminf/engine/wrapped.py: transformers' models."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from streaming import stream
-from tiny_models import TINY, VOCAB, make
+from tiny_models import VOCAB, make
 
 import bminf
 from bminf.engine.engine import Engine
