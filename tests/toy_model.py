@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from toy_arch import TOY, Toy
 
-from bminf.engine.loop import Decoder
+from bminf.engine.beam import Decoder
 from bminf.layers.kv_cache import KVCache
 from bminf.models.base import LanguageModel
 from bminf.models.cpm1 import GPTDecoder

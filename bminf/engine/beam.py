@@ -12,18 +12,29 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 
 from bminf.checks import check_banned, check_ids, non_finite_logits
-from bminf.engine.loop import Decoder
 from bminf.errors import ArgumentError
 
 NEG_INF = -math.inf
 """The score of what is banned, or does not exist."""
 
 _LARGEST_EXPONENT = 700.0  # of e, in float64
+
+
+class Decoder(Protocol):
+    """One batch: a model, and the caches of what its rows have been fed."""
+
+    def __call__(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """The logits (B, V) after the last of `input_ids`, (B, T) int64; caches grow by T."""
+        ...
+
+    def select(self, rows: torch.Tensor) -> None:
+        """Keep the caches of `rows`, (n,) int64, in this order; a row may come several times."""
+        ...
 
 
 @dataclass(frozen=True)

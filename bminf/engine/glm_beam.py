@@ -22,12 +22,12 @@ from bminf.engine.beam import (
     Beam,
     BeamConfig,
     Candidate,
+    Decoder,
     Hypothesis,
     Search,
     best_candidates,
     run,
 )
-from bminf.engine.loop import Decoder
 from bminf.errors import ArgumentError
 
 _MASKED_LOGIT = -65504.0  # the logit of what is banned: the least that half precision holds

@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -14,9 +16,11 @@ import torch
 
 from bminf.arch.architecture import Architecture
 from bminf.checks import check_banned, check_positive
-from bminf.engine.beam import Hypothesis, beam_search
-from bminf.engine.loop import Decoder, decode
-from bminf.engine.sampling import Sampler, Sampling
+from bminf.engine.beam import Decoder, Hypothesis, beam_search
+from bminf.engine.engine import Engine
+from bminf.engine.request import Request
+from bminf.engine.rows import RowModel
+from bminf.engine.sampling import Sampling
 from bminf.errors import ArgumentError, BudgetError, UnsupportedModelError
 from bminf.keywords import known_keywords
 from bminf.models.arguments import Text, ids_of, ids_of_str, present_ids
@@ -32,6 +36,7 @@ from bminf.models.calls import needs_open_model
 from bminf.models.fill import fill
 from bminf.models.options import Options
 from bminf.models.prompt import Prompt
+from bminf.models.rows import DecoderRows
 from bminf.models.source import open_source
 from bminf.models.stats import ModelStats
 from bminf.offload import memory
@@ -70,8 +75,10 @@ class LanguageModel:
     offload_dir: folder for the streamed blocks that host memory has no room for; on the CPU, for
         all of them.
 
-    One text is generated at a time; an iterator that was left unfinished cannot go on once the next
-    text was begun. Use it as a context manager, or call close(), to give the memory back at once.
+    Several threads may generate at once, and share each pass over the weights: there is room for
+    max_length times max_batch_size tokens in all. An iterator that was left unfinished keeps its
+    room until another text needs that. Use a model as a context manager, or call close(), to give
+    the memory back at once.
     Raises ArgumentError, CheckpointError, BudgetError or OffloadError, and nothing stays loaded.
     """
 
@@ -121,9 +128,9 @@ class LanguageModel:
         self.model = assembly.network
         self._architecture, self._packing = source.architecture, assembly.packing
         self._scheduler: Scheduler | None = None
-        self._lock = threading.RLock()
-        self._generation = 0  # counts them: which one the cache belongs to
-        self._num_tokens, self._generated_s = 0, 0.0
+        self._engine: Engine | None = None
+        self._lock = threading.RLock()  # of closing
+        self._num_searched, self._searched_s = 0, 0.0
         self._attach(fill(assembly, the_plan, backend, offload_dir))
 
     # ---- what users call ------------------------------------------------------------------------
@@ -134,21 +141,21 @@ class LanguageModel:
 
         options: see bminf.models.Options. Stop early by leaving the loop; the model stays usable.
         Raises ArgumentError before anything is generated; UnsupportedModelError when another text
-        was begun on this model since.
+        that was begun on this model since has needed its room.
         """
         settings = self._settings(self._defaults, options)
         if settings.num_beams > 1:
             raise ArgumentError("a beam search knows its text only at the end; use generate()")
         prompts, settings = self._checked_prompts([text], settings)
-        sampler, stop_ids = self._sampler(prompts, settings), self._stop_ids(settings)
-        steps = self._steps(prompts, sampler, stop_ids, settings.max_tokens)
-        return self._pieces(steps, stop_ids)
+        (request,) = self._requests(prompts, settings, self._stop_ids(settings))
+        return self._pieces(request)
 
     @needs_open_model
     def generate_batch(self, texts: Sequence[Any], **options: Any) -> list[tuple[str, bool]]:
         """(text, stopped) for each of `texts`, which are generated together.
 
-        A text does not depend on the others, but for rounding; text i draws with seed + i.
+        A text does not depend on the others, but for rounding; text i draws with seed + i. Each
+        pass over the weights is shared with what other threads generate.
         Raises ArgumentError, also for more texts (times num_beams) than max_batch_size.
         """
         if isinstance(texts, str) or not isinstance(texts, Sequence) or not texts:
@@ -163,24 +170,34 @@ class LanguageModel:
     @property
     def stats(self) -> ModelStats:
         """What was copied and generated since loading."""
-        scheduler = self._open()
+        scheduler, engine = self._open(), self.engine.stats
         return ModelStats(
             **vars(scheduler.stats()),
-            num_tokens=self._num_tokens,
-            generated_s=self._generated_s,
+            num_tokens=engine.num_tokens + self._num_searched,
+            generated_s=engine.busy_s + self._searched_s,
             resident_bytes=scheduler.plan.resident_bytes,
             streamed_bytes=scheduler.plan.streamed_bytes,
         )
 
+    @property
+    def engine(self) -> Engine:
+        """What decodes the texts of this model, for requests made of token ids (bminf.Request)."""
+        self._open()
+        assert self._engine is not None
+        return self._engine
+
     def close(self) -> None:
         """Give back all memory. The model cannot be used afterwards; closing twice is no error."""
         with self._lock:
-            self._generation += 1
+            if self._engine is not None:
+                self._engine.close(self._closed_error())
             if self._scheduler is not None:  # until all is done: an interrupted run is repeated
                 self._scheduler.uninstall()
                 self._scheduler.backend.close()
                 self.__dict__.pop("model", None)
                 self.__dict__.pop("_cache", None)
+                self.__dict__.pop("row_model", None)
+                self._engine = None
                 self._scheduler = None
 
     def __enter__(self) -> Any:
@@ -222,8 +239,12 @@ class LanguageModel:
         """A cache for max_batch_size and max_length."""
         raise NotImplementedError
 
+    def _new_rows(self) -> RowModel:
+        """The rows of an engine, in the cache."""
+        return DecoderRows(self.model, self._cache, self.max_length, self._begin)
+
     def _decoder(self, prompts: Sequence[Any]) -> tuple[Decoder, torch.Tensor]:
-        """A decoder of these prompts, and what it is fed first."""
+        """A decoder of these prompts in the whole cache, and what it is fed first; for beams."""
         raise NotImplementedError
 
     def _settings(self, options: Options, keywords: dict[str, Any]) -> Options:
@@ -259,14 +280,32 @@ class LanguageModel:
         if settings.num_beams > 1:
             found = self._search(prompts, settings, stop_ids)
             return [list(hypotheses[0].ids) for hypotheses in found]
-        answers: list[list[int]] = [[] for _ in prompts]
-        sampler = self._sampler(prompts, settings)
-        with self._lock:
-            for step in self._steps(prompts, sampler, stop_ids, settings.max_tokens):
-                for answer, token in zip(answers, step, strict=True):
-                    if token is not None:
-                        answer.append(token)
-        return answers
+        requests = self._requests(prompts, settings, stop_ids)
+        engine = self.engine
+        engine.run([engine.add(request) for request in requests])
+        return [request.tokens for request in requests]
+
+    def _requests(
+        self, prompts: Sequence[Any], settings: Any, stop_ids: frozenset[int]
+    ) -> list[Request]:
+        """One for each prompt, checked.   Raises ArgumentError."""
+        self._check_rows(len(prompts))
+        sampling = self._sampling(settings)
+        seeds = [None if sampling.seed is None else sampling.seed + i for i in range(len(prompts))]
+        requests = [
+            Request(
+                prompt.input_ids,
+                settings.max_tokens,
+                replace(sampling, seed=seed),
+                stop_ids,
+                start_ids=prompt.start_ids,
+                prompt=prompt,
+            )
+            for prompt, seed in zip(prompts, seeds, strict=True)
+        ]
+        for request in requests:
+            self.engine.check(request)
+        return requests
 
     def _search(
         self, prompts: Sequence[Any], settings: Any, stop_ids: frozenset[int]
@@ -276,68 +315,37 @@ class LanguageModel:
         check_banned(banned, self.config.vocab_size)
         self._check_rows(len(prompts) * settings.num_beams)
         search = self._beam_search(prompts, settings)
-        with self._lock, torch.inference_mode():
-            self._start_generation()
+        with self._whole_cache():
             start_s = time.perf_counter()
             decoder, start = self._decoder(prompts)
             found = search(
                 decoder, start, num_beams=settings.num_beams, stop_ids=stop_ids,
                 max_new_tokens=settings.max_tokens, banned_ids=banned,
             )  # fmt: skip
-            self._count(sum(len(hypotheses[0].ids) for hypotheses in found), start_s)
+            self._num_searched += sum(len(hypotheses[0].ids) for hypotheses in found)
+            self._searched_s += time.perf_counter() - start_s
         return found
 
-    def _pieces(self, steps: Iterator[list[int | None]], stop_ids: frozenset[int]) -> Iterator[str]:
-        stream = TextStream(self.tokenizer)
-        for (token,) in steps:
-            if token is None or token in stop_ids:
+    def _pieces(self, request: Request) -> Iterator[str]:
+        stream, engine = TextStream(self.tokenizer), self.engine
+        for token in engine.tokens(engine.add(request)):
+            if token in request.stop_ids:
                 break
             if piece := stream.feed(token):
                 yield piece
         if piece := stream.finish():
             yield piece
 
-    def _steps(
-        self,
-        prompts: Sequence[Any],
-        sampler: Sampler,
-        stop_ids: frozenset[int],
-        max_new_tokens: int,
-    ) -> Iterator[list[int | None]]:
-        """The tokens of all rows, step by step; the lock is held within a step only."""
-        with self._lock, torch.inference_mode():
-            generation = self._start_generation()
-            start_s = time.perf_counter()
-            decoder, start = self._decoder(prompts)
-            steps = decode(decoder, start, sampler, stop_ids, max_new_tokens)
-        # Not once more: after the last token another generation may have started.
-        for _ in range(max_new_tokens):
-            with self._lock, torch.inference_mode():
-                self._check_is_current(generation)
-                step = next(steps, None)
-                if step is None:
-                    return
-                self._count(sum(token is not None for token in step), start_s)
-            yield step
-            start_s = time.perf_counter()
+    @contextmanager
+    def _whole_cache(self) -> Iterator[None]:
+        """For passes that fill the cache from its beginning: when no text is under way."""
+        with self.engine.exclusive(), torch.inference_mode():
+            self._begin()
+            yield
 
-    def _start_generation(self) -> int:
-        self._open()
-        self._generation += 1
+    def _begin(self) -> None:
         if self.device.type == "cpu":
             memory.trim()  # the holes that the last text left in malloc's heap
-        return self._generation
-
-    def _check_is_current(self, generation: int) -> None:
-        if generation != self._generation:
-            raise UnsupportedModelError(
-                "another text was begun on this model, or it was closed, before this iterator was "
-                "at its end; finish one text before the next, or load a second model"
-            )
-
-    def _count(self, num_tokens: int, start_s: float) -> None:
-        self._num_tokens += num_tokens
-        self._generated_s += time.perf_counter() - start_s
 
     # ---- checks ---------------------------------------------------------------------------------
 
@@ -376,12 +384,6 @@ class LanguageModel:
         if positions == self.max_length:
             return "take a model with more positions"
         return "load the model with a larger max_length"
-
-    def _sampler(self, prompts: Sequence[Any], settings: Options) -> Sampler:
-        self._check_rows(len(prompts))
-        sampling = self._sampling(settings)
-        counted = [prompt.input_ids for prompt in prompts]
-        return Sampler(sampling, counted, self.config.vocab_size, self.device)
 
     def _sampling(self, settings: Options) -> Sampling:
         banned = {*self._banned_ids(settings), *settings.banned_ids(self.tokenizer)}
@@ -427,16 +429,21 @@ class LanguageModel:
 
     def _open(self) -> Scheduler:
         if self._scheduler is None:
-            raise UnsupportedModelError(
-                f"this {type(self).__name__} was closed; load it again to use it"
-            )
+            raise self._closed_error()
         return self._scheduler
+
+    def _closed_error(self) -> UnsupportedModelError:
+        return UnsupportedModelError(
+            f"this {type(self).__name__} was closed; load it again to use it"
+        )
 
     def _attach(self, scheduler: Scheduler) -> None:
         """Take over what is loaded; if there is no room for the cache, nothing stays loaded."""
         self._scheduler = scheduler
         try:
             self._cache = self._new_cache()
+            self.row_model = self._new_rows()
+            self._engine = Engine(self.row_model)
         except BaseException as error:
             self.close()
             if not isinstance(error, RuntimeError):  # torch's, of a CPU and of a GPU

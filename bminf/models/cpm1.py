@@ -9,7 +9,7 @@ import torch
 
 from bminf.arch import gpt
 from bminf.arch.gpt import GPT
-from bminf.engine.loop import Decoder
+from bminf.engine.beam import Decoder
 from bminf.layers.kv_cache import KVCache
 from bminf.models.arguments import Text
 from bminf.models.base import LanguageModel
@@ -86,8 +86,7 @@ class CPM1(LanguageModel):
         """
         ids = self._ids(text, "text")
         self._check_length(ids, "text")
-        with self._lock, torch.inference_mode():
-            self._start_generation()
+        with self._whole_cache():
             self._cache.reset()
             return self._logits(self.model(self._tensor([ids]), self._cache)[0])
 

@@ -16,8 +16,9 @@ from bminf.arch import glm
 from bminf.arch.glm import GLM as Network
 from bminf.arch.glm import GLMConfig
 from bminf.checks import check_bool
+from bminf.engine.beam import Decoder
 from bminf.engine.glm_beam import glm_beam_search
-from bminf.engine.loop import Decoder
+from bminf.engine.rows import RowModel
 from bminf.engine.sampling import Sampling, top_k_then_top_p
 from bminf.errors import ArgumentError
 from bminf.keywords import known_keywords
@@ -32,6 +33,7 @@ from bminf.models.glm_text import (
     TEXT_MASK,
     Blank,
     GLMDecoder,
+    GLMRows,
     Masked,
     blank,
     has_mask,
@@ -206,8 +208,7 @@ class GLM(LanguageModel):
         one = self._scored_blank(text, mask)
         tokens, positions, attention_mask, rows = pack_choices(one, ids)
         self._check_length(tokens, "text with all choices")
-        with self._lock, torch.inference_mode():
-            self._start_generation()
+        with self._whole_cache():
             x = self._hidden_states(tokens, positions, attention_mask)
             flat_rows = [row for own in rows for row in own]
             flat_ids = [token for choice in ids for token in choice]
@@ -241,8 +242,7 @@ class GLM(LanguageModel):
         one = self._prompt(text)
         self._check_length(one.start_ids, "text")
         attention_mask = prefix_lm_mask(len(one.start_ids), len(one.input_ids))
-        with self._lock, torch.inference_mode():
-            self._start_generation()
+        with self._whole_cache():
             return self._logits(self._hidden_states(one.start_ids, one.positions, attention_mask))
 
     # ---- differences from other models ----------------------------------------------------------
@@ -319,6 +319,9 @@ class GLM(LanguageModel):
 
     def _new_cache(self) -> KVCache:
         return self.model.new_cache(self.max_batch_size, self.max_length)
+
+    def _new_rows(self) -> RowModel:
+        return GLMRows(self.model, self._cache, self.max_length, self._begin)
 
     def _decoder(self, prompts: Sequence[Any]) -> tuple[Decoder, torch.Tensor]:
         rows = [prompt.start_ids for prompt in prompts]
@@ -442,8 +445,7 @@ class GLM(LanguageModel):
         tokens = [*one.start_ids, *targets[:-1]]
         positions = [*one.positions, *(one.position(n) for n in range(1, len(targets)))]
         attention_mask = prefix_lm_mask(len(tokens), len(context))
-        with self._lock, torch.inference_mode():
-            self._start_generation()
+        with self._whole_cache():
             x = self._hidden_states(tokens, positions, attention_mask)[len(context) :]
             return -float(log_probabilities(self.model.head, x, targets).sum())
 

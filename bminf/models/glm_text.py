@@ -18,9 +18,13 @@ from typing import Any
 import torch
 
 from bminf.arch.glm import GLM
+from bminf.engine.request import Request
+from bminf.engine.rows import Feed
 from bminf.errors import ArgumentError
 from bminf.layers.kv_cache import KVCache
+from bminf.layers.packed_cache import PackedCache
 from bminf.models.prompt import Prompt
+from bminf.models.rows import DecoderRows
 from bminf.tokenizers.base import GLMTokenizer
 
 # ---- masks ---------------------------------------------------------------------------------------
@@ -248,3 +252,47 @@ class GLMDecoder:
             for b in self._blanks
         ]
         return is_padding.unsqueeze(1) | torch.stack(later).to(device)
+
+
+class GLMRows(DecoderRows):
+    """Rows of a GLM; each request has its Blank as `prompt`, which is read in one pass."""
+
+    can_chunk = False
+
+    def check(self, request: Request) -> None:
+        if not isinstance(request.prompt, Blank):
+            raise ArgumentError(
+                "a request to a GLM needs to know its blank; use generate() or fill_blank()"
+            )
+        super().check(request)
+
+    def widen(self, row: Any, request: Request) -> bool:
+        return False  # the text would be attended to in both directions
+
+    def hidden_states(
+        self, feeds: Sequence[Feed], ids: torch.Tensor, packed: PackedCache
+    ) -> torch.Tensor:
+        positions = [position for feed in feeds for position in _positions_of(feed)]
+        positions += [(0, 0)] * (ids.shape[1] - len(positions))
+        has_blocks = not self.network.config.is_rotary
+        position_ids = position_tensor([positions], has_blocks).to(ids.device)
+        masks = [_mask_of(feed) for feed in feeds]
+        on_device = [None if mask is None else mask.to(ids.device) for mask in masks]
+        x: torch.Tensor = self.network(ids, position_ids, packed, on_device)
+        return x
+
+
+def _positions_of(feed: Feed) -> Sequence[Position]:
+    one: Blank = feed.row.request.prompt
+    if feed.row.length == 0:
+        return one.positions
+    index = feed.row.length - len(one.start_ids) + 1  # counted from sop
+    return [one.position(index)]
+
+
+def _mask_of(feed: Feed) -> torch.Tensor | None:
+    """(1, T, T) of a whole text; one token attends to all before it."""
+    one: Blank = feed.row.request.prompt
+    if feed.row.length > 0:
+        return None
+    return prefix_lm_mask(len(feed.ids), len(one.input_ids)).unsqueeze(0)

@@ -11,13 +11,15 @@ import torch
 from bminf.arch import t5
 from bminf.arch.t5 import T5, T5Cache
 from bminf.checks import check_positive
-from bminf.engine.loop import Decoder
+from bminf.engine.beam import Decoder
+from bminf.engine.rows import RowModel
 from bminf.errors import ArgumentError
 from bminf.models.arguments import Text
 from bminf.models.base import LanguageModel
 from bminf.models.calls import needs_open_model
 from bminf.models.options import Options
 from bminf.models.prompt import Prompt, padded
+from bminf.models.rows import T5Rows
 from bminf.tokenizers.base import SentinelTokenizer
 
 SPAN = "<span>"
@@ -74,8 +76,7 @@ class T5Model(LanguageModel):
             target_ids = [*self._start_ids(), *target_ids]
         self._check_length(input_ids, "text")
         self._check_length(target_ids, "target")
-        with self._lock, torch.inference_mode():
-            self._start_generation()
+        with self._whole_cache():
             self._cache.reset()
             self.model.encode(self._tensor([input_ids]), self._cache)
             return self._logits(self.model(self._tensor([target_ids]), self._cache)[0])
@@ -88,6 +89,10 @@ class T5Model(LanguageModel):
         return self.model.new_cache(
             self.max_batch_size, self.max_length, self.max_length + self._num_extra_tokens
         )
+
+    def _new_rows(self) -> RowModel:
+        longest = self.max_length + self._num_extra_tokens
+        return T5Rows(self.model, self._cache, longest, self._begin)
 
     def _decoder(self, prompts: Sequence[Any]) -> tuple[Decoder, torch.Tensor]:
         rows = [prompt.input_ids for prompt in prompts]

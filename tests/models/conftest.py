@@ -64,6 +64,7 @@ def silent(load: Loader) -> Loader:
     def loader(name: str, **arguments: Any) -> Any:
         model = load(name, **{"max_length": 40, "max_batch_size": 2, **arguments})
         model.model.forward = model.model.head = model.model.encode = run
+        model.model.encode_packed = run
         return model
 
     return loader

@@ -123,20 +123,35 @@ def test_stopping_early_leaves_the_model_usable(load: Loader) -> None:
 
 
 @pytest.mark.parametrize("name", ["cpm1", *GLMS])
-def test_an_iterator_left_behind_ends_when_another_text_begins(load: Loader, name: str) -> None:
-    model, text = load(name), text_of(name)
-    uses = [lambda: model.generate(text, max_tokens=2, seed=1)]
+def test_an_iterator_left_behind_ends_when_another_text_needs_its_room(
+    load: Loader, name: str
+) -> None:
+    model, text = load(name, max_length=64), text_of(name)
+    most = 64 - len(model._prompt(text).start_ids) + 1
+    uses = [lambda: model.generate(text, max_tokens=most, seed=1)]
+    uses.append(lambda: model.logits(text))
     if name in GLMS:
-        uses.append(lambda: model.fill_blank(SEVERAL, max_tokens=3))
         uses.append(lambda: model.score(text, ["the host"]))
         uses.append(lambda: model.perplexity(text, 12))
-        uses.append(lambda: model.logits(text))
     for use in uses:
         pieces = model.generate_iter(text, temperature=0, max_tokens=8)
         next(pieces)
         use()
         with pytest.raises(UnsupportedModelError, match="another text was begun"):
             next(pieces)
+
+
+@each_model
+def test_iterators_go_on_side_by_side_while_there_is_room(load: Loader, name: str) -> None:
+    model, texts = load(name, max_batch_size=4), texts_of(name)[:3]
+    alone = [model.generate_batch([text], max_tokens=8, seed=4)[0][0] for text in texts]
+    iterators = [model.generate_iter(text, max_tokens=8, seed=4) for text in texts]
+    together, sweeps = [""] * 3, model.engine.stats.num_sweeps
+    for _ in range(9):
+        for i, pieces in enumerate(iterators):
+            together[i] += next(pieces, "")
+    assert together == alone
+    assert model.engine.stats.num_sweeps - sweeps <= 8 + 2  # and not 8 for each
 
 
 def test_an_iterator_at_its_end_does_not_mind_the_next_text(load: Loader) -> None:

@@ -299,7 +299,7 @@ def test_blanks_may_fill_all_positions(load: Loader, name: str) -> None:
 
     def measured(*arguments: Any) -> torch.Tensor:
         result = forward(model.model, *arguments)
-        lengths.append(arguments[2].length)
+        lengths.append(int(arguments[2].positions(arguments[0].shape[1])[-1]) + 1)
         return result
 
     model.model.forward = measured
@@ -313,10 +313,8 @@ def test_blanks_may_fill_all_positions(load: Loader, name: str) -> None:
 def test_blank_i_draws_with_seed_plus_i(name: str, load: Loader) -> None:
     model = load(name)
     seeds = []
-    sampler = model._sampler
-    model._sampler = lambda prompts, settings: (
-        seeds.append(settings.seed) or sampler(prompts, settings)
-    )
+    sampling = model._sampling
+    model._sampling = lambda settings: seeds.append(settings.seed) or sampling(settings)
     model.fill_blank(SEVERAL, max_tokens=2, seed=5)
     assert seeds == [5, 6, 7]
 

@@ -156,13 +156,13 @@ def test_dialogue_reads_all_utterances(load: Loader) -> None:
 def test_dialogue_keeps_the_end_of_a_long_one(load: Loader) -> None:
     model = load("eva")
     seen = []
-    original = type(model.model).encode
+    original = type(model.model).encode_packed
 
     def encode(input_ids: torch.Tensor, *rest: Any) -> torch.Tensor:
         seen.append(input_ids[0].tolist())
         return original(model.model, input_ids, *rest)
 
-    model.model.encode = encode
+    model.model.encode_packed = encode
     utterances = ["今天天气很好"] * 9
     for length in (5, 12, None):
         model.dialogue(utterances, max_tokens=1, truncation_length=length, seed=0)

@@ -1,0 +1,160 @@
+"""The rows of the models of the zoo: how an engine decodes several requests with one together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from bminf.arch.t5 import T5, PackedT5Cache, T5Cache
+from bminf.engine.pool_rows import PoolRow, PoolRows, ids_of, last_tokens
+from bminf.engine.request import Request
+from bminf.engine.rows import Feed
+from bminf.engine.token_pool import Range, TokenPool
+from bminf.errors import ArgumentError
+from bminf.layers.kv_cache import KVCache
+from bminf.layers.packed_cache import PackedCache, Segments, Span
+
+
+class DecoderRows(PoolRows):
+    """Rows of a decoder-only network, which is called with ids (1, T) and a PackedCache.
+
+    max_length: the most tokens of a row.   begin: called when a request gets its row.
+    """
+
+    def __init__(
+        self,
+        network: Any,
+        cache: KVCache,
+        max_length: int,
+        begin: Callable[[], object] = lambda: None,
+    ) -> None:
+        super().__init__(network.config.vocab_size, cache.tokens[0].shape[2], max_length)
+        self.network, self._cache, self._begin = network, cache, begin
+
+    def sampler_device(self) -> torch.device:
+        return self._cache.keys.device
+
+    def move_tokens(self, start: int, target: int, count: int) -> None:
+        self._cache.move_tokens(start, target, count)
+
+    def open(self, request: Request) -> Any:
+        row = super().open(request)
+        if row is not None:
+            self._begin()
+        return row
+
+    def compute(
+        self, feeds: Sequence[Feed], spans: Sequence[Span], num_tokens: int | None
+    ) -> torch.Tensor:
+        ids = self.ids_tensor(ids_of(feeds, num_tokens))
+        packed = PackedCache(self._cache.tokens, spans, copies=num_tokens is not None)
+        x = self.hidden_states(feeds, ids, packed)
+        wanted = last_tokens(feeds, num_tokens)
+        if not wanted:
+            return x.new_empty(0, self.vocab_size)
+        logits: torch.Tensor = self.network.head(_states(x, wanted))
+        return logits[: sum(feed.has_logits for feed in feeds)]
+
+    def hidden_states(
+        self, feeds: Sequence[Feed], ids: torch.Tensor, packed: PackedCache
+    ) -> torch.Tensor:
+        """(1, T, C) of ids (1, T), those of all feeds."""
+        x: torch.Tensor = self.network(ids, packed)
+        return x
+
+    def ids_tensor(self, ids: list[int]) -> torch.Tensor:
+        """(1, T) int64 on the device."""
+        return torch.tensor([ids], device=self.sampler_device())
+
+
+def _states(x: torch.Tensor, wanted: Sequence[int]) -> torch.Tensor:
+    """(1, T, C) -> (R, C), those of these tokens; a view where it can be, as for a text alone."""
+    if len(wanted) == x.shape[1]:
+        return x[0]
+    if len(wanted) == 1:
+        return x[:, wanted[0]]
+    return x[0, torch.tensor(wanted, device=x.device)]
+
+
+@dataclass(eq=False)
+class T5Row(PoolRow):
+    """prompt_cells: in the pool of prompts.   is_encoded: whether they are filled."""
+
+    prompt_cells: Range = field(default_factory=lambda: Range(0, 0))
+    is_encoded: bool = False
+
+
+class T5Rows(DecoderRows):
+    """Rows of an encoder-decoder network. Prompts are encoded in the first pass of their row.
+
+    max_length: of what the decoder is fed; the pool of prompts is that of the cache.
+    """
+
+    can_chunk = False
+    network: T5
+
+    def __init__(
+        self, network: T5, cache: T5Cache, max_length: int, begin: Callable[[], object]
+    ) -> None:
+        super().__init__(network, cache.own, max_length, begin)
+        self._cross = cache.cross
+        self._prompts = TokenPool(cache.cross.tokens[0].shape[2], cache.cross.move_tokens)
+
+    def check(self, request: Request) -> None:
+        super().check(request)
+        if not self._prompts.could_take(len(request.input_ids)):
+            raise ArgumentError(
+                f"the prompt has {len(request.input_ids)} tokens, and there is room for "
+                f"{self._prompts.num_tokens}; shorten it, or load the model with a larger "
+                "max_length"
+            )
+
+    def open(self, request: Request) -> Any:
+        with self._lock:
+            prompt_cells = self._prompts.take(len(request.input_ids))
+            if prompt_cells is None:
+                return None
+            prompt_cells.used = prompt_cells.size
+            row = super().open(request)
+            if row is None:
+                self._prompts.give(prompt_cells)
+                return None
+            return T5Row(request, row.cells, prompt_cells=prompt_cells)
+
+    def close(self, row: Any) -> None:
+        with self._lock:
+            super().close(row)
+            self._prompts.give(row.prompt_cells)
+
+    def widen(self, row: Any, request: Request) -> bool:
+        return False  # another prompt is another text for the encoder
+
+    def hidden_states(
+        self, feeds: Sequence[Feed], ids: torch.Tensor, packed: PackedCache
+    ) -> torch.Tensor:
+        newcomers = [feed.row for feed in feeds if not feed.row.is_encoded]
+        if newcomers:
+            self._encode(newcomers, packed.copies)
+        spans = [_prompt_span(feed.row, len(feed.ids)) for feed in feeds]
+        cross = PackedCache(self._cross.tokens, spans, packed.copies)
+        x: torch.Tensor = self.network(ids, PackedT5Cache(packed, cross, len(feeds)))
+        return x
+
+    def _encode(self, rows: Sequence[T5Row], copies: bool) -> None:
+        prompts = [row.request.input_ids for row in rows]
+        spans = [_prompt_span(row, len(row.request.input_ids)) for row in rows]
+        self.network.encode_packed(
+            self.ids_tensor([token for prompt in prompts for token in prompt]),
+            Segments([len(prompt) for prompt in prompts], copies),
+            PackedCache(self._cross.tokens, spans),
+        )
+        for row in rows:
+            row.is_encoded = True
+
+
+def _prompt_span(row: T5Row, num_tokens: int) -> Span:
+    """All of the prompt, seen from as many tokens."""
+    return Span(row.prompt_cells.start, len(row.request.input_ids) - num_tokens, num_tokens)
