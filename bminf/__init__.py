@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bminf import models as models
     from bminf.block_list import TransformerBlockList as TransformerBlockList
+    from bminf.engine.engine import Engine as Engine
+    from bminf.engine.request import Request as Request
+    from bminf.engine.sampling import Sampling as Sampling
     from bminf.layers.quantized_linear import QuantizedLinear as QuantizedLinear
     from bminf.loading import load as load
     from bminf.offload.hooks import Stats as Stats
@@ -26,9 +29,12 @@ if TYPE_CHECKING:
 __version__ = "3.0.0.dev0"
 
 _LAZY_IMPORTS = {
+    "Engine": "bminf.engine.engine",
     "Format": "bminf.quantization.packed",
     "Plan": "bminf.offload.plan",
     "QuantizedLinear": "bminf.layers.quantized_linear",
+    "Request": "bminf.engine.request",
+    "Sampling": "bminf.engine.sampling",
     "Stats": "bminf.offload.hooks",
     "TransformerBlockList": "bminf.block_list",
     "load": "bminf.loading",

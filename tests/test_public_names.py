@@ -1,4 +1,5 @@
-"""The names that users write, and the arguments that these take, as tests/snapshots has them."""
+"""The names that users write (bminf/__init__.py), and the arguments that these take, as
+tests/snapshots has them."""
 
 from __future__ import annotations
 
