@@ -1,4 +1,5 @@
-"""bminf/engine/causal.py, bminf/engine/alone.py, bminf/engine/wrapped.py: transformers' models."""
+"""Rows of transformers' models: bminf/engine/causal.py, bminf/engine/alone.py,
+bminf/engine/pool_rows.py and bminf/engine/wrapped.py."""
 
 from __future__ import annotations
 

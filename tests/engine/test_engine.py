@@ -1,3 +1,5 @@
+"""bminf/engine/engine.py, bminf/engine/request.py and bminf/engine/rows.py."""
+
 from __future__ import annotations
 
 import math
