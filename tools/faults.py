@@ -175,11 +175,11 @@ FAULTS = (
         breaks="presence_penalty grows with each occurrence.",
     ),
     Fault(
-        name="loop-finished-rows",
-        file="bminf/engine/loop.py",
-        old="tokens, active_rows = tokens[rows], [active_rows[i] for i in unfinished]",
-        new="tokens, active_rows = tokens[rows], unfinished",
-        breaks="Once a second text of a batch has ended, tokens go to the wrong texts.",
+        name="engine-moved-row",
+        file="bminf/engine/token_pool.py",
+        old="one.start = end",
+        new="pass",
+        breaks="Once the rows of a full cache are moved together, texts go on from others' tokens.",
     ),
     Fault(
         name="beam-rows",

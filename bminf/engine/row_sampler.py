@@ -38,9 +38,12 @@ class RowSampler:
         self.counts: torch.Tensor | None = None
         if sampling.frequency_penalty or sampling.presence_penalty:
             self._uncounted = frozenset(sampling.unpenalized_ids)
-            ids = torch.tensor([i for i in prompt if i not in self._uncounted], dtype=torch.int64,
-                device="cpu")  # fmt: skip
-            self.counts = torch.bincount(ids, minlength=vocab_size).float().to(device)
+            ids = [token for token in prompt if token not in self._uncounted]
+            with torch.inference_mode(False):  # it is written to in either mode
+                counts = torch.tensor(ids, dtype=torch.int64, device="cpu").bincount(
+                    minlength=vocab_size
+                )
+                self.counts = counts.float().to(device)
 
     @property
     def uniform(self) -> float:

@@ -8,7 +8,6 @@ the prompt.
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -20,7 +19,6 @@ from bminf.checks import (
     check_int,
     check_positive,
     is_number,
-    non_finite_logits,
 )
 from bminf.errors import ArgumentError
 
@@ -137,84 +135,6 @@ class Sampling:
         return self.temperature == 0
 
 
-class Sampler:
-    """Samples the tokens of a batch, one per row and step, and counts them for the penalties.
-
-    prompts: the token ids of each row's prompt, without padding; they are counted, too.
-    Each row has its own random generator, seeded with seed + row, so that a row does not depend on
-    the others. Random numbers are made on the CPU, and compared with sums of integers, so that the
-    same probabilities give the same tokens on every device.
-    Raises ArgumentError (see Sampling.check; a prompt with ids outside the vocabulary).
-    """
-
-    def __init__(
-        self,
-        sampling: Sampling,
-        prompts: Sequence[Sequence[int]],
-        vocab_size: int,
-        device: torch.device | str,
-    ) -> None:
-        sampling.check(vocab_size)
-        for row, prompt in enumerate(prompts):
-            check_ids(f"prompts[{row}]", prompt, vocab_size)
-        self.sampling, self.vocab_size = sampling, vocab_size
-        seed = random.SystemRandom().getrandbits(64) if sampling.seed is None else sampling.seed
-        self._random = [random.Random(seed + row) for row in range(len(prompts))]
-        self._counts: torch.Tensor | None = None
-        if sampling.frequency_penalty or sampling.presence_penalty:
-            self._is_counted = torch.ones(vocab_size, device="cpu")
-            self._is_counted[list(sampling.unpenalized_ids)] = 0
-            ids = [torch.tensor(prompt, dtype=torch.int64, device="cpu") for prompt in prompts]
-            counts = torch.stack([torch.bincount(prompt, minlength=vocab_size) for prompt in ids])
-            self._counts = (counts * self._is_counted).to(device)
-            self._is_counted = self._is_counted.to(device)
-
-    @property
-    def num_rows(self) -> int:
-        return len(self._random)
-
-    def draw(self, logits: torch.Tensor) -> torch.Tensor:
-        """The next token of each row, which is then counted.
-
-        logits: (B, V) floating point, with the sampler's B and V.
-        Returns (B,) int64 on the logits' device. Synchronizes with that device once, at the end.
-        Raises ArgumentError (shape), UnsupportedModelError where a row holds NaN, +infinity,
-        or nothing but -infinity; nothing is counted then.
-        """
-        if logits.shape != (self.num_rows, self.vocab_size) or not logits.is_floating_point():
-            raise ArgumentError(
-                f"logits are {logits.dtype} of shape {tuple(logits.shape)}; this sampler draws "
-                f"from floating-point ({self.num_rows}, {self.vocab_size})"
-            )
-        scores = scores_of(logits, self._counts, self.sampling)
-        if self.sampling.is_greedy:
-            tokens = scores.argmax(-1)
-        else:
-            uniforms = on_device(
-                logits.device, [generator.random() for generator in self._random], torch.float64
-            )
-            tokens = inverse_cdf(filtered(scores, self.sampling), uniforms)
-        _check_scores(scores)  # last, because it waits for all that was asked of the device
-        if self._counts is not None:
-            ones = self._is_counted[tokens].unsqueeze(1)
-            # Not in place: a sampler made in inference mode may draw outside it.
-            self._counts = self._counts.scatter_add(1, tokens.unsqueeze(1), ones)
-        return tokens
-
-    def select(self, rows: torch.Tensor) -> None:
-        """Keep these rows, in this order, each with its random generator and counts.
-
-        rows: (n,) int64, any device.   Raises ArgumentError where a row is missing or comes twice.
-        """
-        chosen = rows.tolist()
-        check_ids("rows", chosen, self.num_rows)
-        if len(set(chosen)) < len(chosen):
-            raise ArgumentError(f"rows={chosen} name a row twice; two rows cannot draw as one")
-        self._random = [self._random[row] for row in chosen]
-        if self._counts is not None:
-            self._counts = self._counts[rows.to(self._counts.device)]
-
-
 def scores_of(
     logits: torch.Tensor, counts: torch.Tensor | None, sampling: Sampling
 ) -> torch.Tensor:
@@ -250,12 +170,6 @@ def inverse_cdf(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     cdf = masses.cumsum(-1)
     targets = (uniforms * cdf[:, -1]).long()
     return torch.searchsorted(cdf, targets.unsqueeze(1), right=True).squeeze(1)
-
-
-def _check_scores(scores: torch.Tensor) -> None:
-    is_finite = scores.amax(-1).isfinite()  # the maximum of a row with NaN is NaN
-    if not is_finite.all():
-        raise non_finite_logits((~is_finite).nonzero().flatten().tolist())
 
 
 def on_device(device: torch.device, values: Sequence[float], dtype: torch.dtype) -> torch.Tensor:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from bminf.engine.sampling import Sampling, _check_scores, filtered, scores_of
+from bminf.checks import non_finite_logits
+from bminf.engine.sampling import Sampling, filtered, scores_of
 
 
 def probabilities(
@@ -16,7 +17,9 @@ def probabilities(
     """
     sampling.check(logits.shape[1])
     scores = scores_of(logits, counts, sampling)
-    _check_scores(scores)
+    is_finite = scores.amax(-1).isfinite()
+    if not is_finite.all():
+        raise non_finite_logits((~is_finite).nonzero().flatten().tolist())
     if sampling.is_greedy:
         return torch.zeros_like(scores).scatter_(1, scores.argmax(-1, keepdim=True), 1)
     kept = filtered(scores, sampling)

@@ -8,11 +8,15 @@ import pytest
 import test_glm_beam
 import torch
 from fake_decoder import FakeDecoder, all_sequences, random_logits
+from fake_rows import FakeRows
 
 from bminf.engine.beam import Hypothesis, beam_search
-from bminf.engine.loop import decode
-from bminf.engine.sampling import Sampler, Sampling
+from bminf.engine.engine import Engine
+from bminf.engine.request import Request
+from bminf.engine.sampling import Sampling
 from bminf.errors import ArgumentError, UnsupportedModelError
+
+GREEDY = Sampling(0.0)
 
 
 def search(
@@ -48,12 +52,12 @@ def test_with_a_beam_for_every_sequence_it_is_exhaustive(
 def test_one_beam_is_greedy(length_penalty: float, seed: int) -> None:
     for scale in (2.0, 0.0):  # 0: nothing but equals
         logits_of = random_logits(7, seed, scale)
-        sampler = Sampler(Sampling(0.0), [[]], 7, "cpu")
-        greedy = decode(FakeDecoder(logits_of), torch.tensor([[3]]), sampler, (5, 6), 12)
+        engine, greedy = Engine(FakeRows(logits_of, vocab_size=7)), Request([3], 12, GREEDY, (5, 6))
+        engine.run([engine.add(greedy)])
         (given,) = search(
             FakeDecoder(logits_of), [[3]], 1, (5, 6), 12, length_penalty=length_penalty
         )
-        ids = tuple(token for (token,) in greedy)
+        ids = tuple(greedy.tokens)
         assert [(h.ids, h.stopped) for h in given] == [(ids, ids[-1] in (5, 6))]
 
 

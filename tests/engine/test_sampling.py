@@ -1,3 +1,5 @@
+"""bminf/engine/sampling.py and bminf/engine/row_sampler.py."""
+
 from __future__ import annotations
 
 import itertools
@@ -6,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from batch_sampler import Sampler
 from distribution import probabilities
 
-from bminf.engine.sampling import Sampler, Sampling, top_k_then_top_p
+from bminf.engine.row_sampler import log_probabilities
+from bminf.engine.sampling import Sampling, top_k_then_top_p
 from bminf.errors import ArgumentError, UnsupportedModelError
 
 V = 40
@@ -25,7 +29,7 @@ def logits_of(*shares: float) -> torch.Tensor:
 
 
 def sampler(sampling: Sampling, rows: int = 1, vocab_size: int = V) -> Sampler:
-    return Sampler(sampling, [[]] * rows, vocab_size, "cpu")
+    return Sampler(sampling, [[]] * rows, vocab_size)
 
 
 def draws(own: Sampler, logits: torch.Tensor, steps: int) -> list[list[int]]:
@@ -169,13 +173,9 @@ def test_a_row_with_nothing_left_is_refused(temperature: float) -> None:
         probabilities(logits, None, Sampling(temperature, banned_ids=(2,)))
 
 
-def test_a_sampler_refuses_what_it_was_not_made_for() -> None:
-    own = sampler(PLAIN, 2)
-    for wrong in (torch.zeros(1, V), torch.zeros(2, V + 1), torch.zeros(2, V, dtype=torch.int64)):
-        with pytest.raises(ArgumentError, match=rf"this sampler draws from .*\(2, {V}\)"):
-            own.draw(wrong)
-    with pytest.raises(ArgumentError, match=r"prompts\[1\] holds 40, -1"):
-        Sampler(PLAIN, [[0], [1, V, -1]], V, "cpu")
+def test_a_sampler_refuses_a_prompt_of_another_vocabulary() -> None:
+    with pytest.raises(ArgumentError, match=r"prompt holds 40, -1"):
+        Sampler(PLAIN, [[0], [1, V, -1]], V)
 
 
 def chi_square(tokens: list[int], expected: torch.Tensor) -> float:
@@ -232,14 +232,15 @@ class Fixed:
 )
 def test_a_token_with_no_probability_is_never_drawn(uniform: float, token: int) -> None:
     own = sampler(PLAIN, 1, 6)
-    own._random = [Fixed(uniform)]  # type: ignore[list-item]
+    own.rows[0]._random = Fixed(uniform)  # type: ignore[assignment]
     assert own.draw(logits_of(0, 0.5, 0, 0.25, 0.25, 0)).tolist() == [token]
 
 
 def test_the_last_token_is_in_reach_of_every_rounding() -> None:
     logits = random_logits(200, 3001, seed=7)
     own = sampler(PLAIN, 200, 3001)
-    own._random = [Fixed(1 - 2**-53)] * 200  # type: ignore[list-item]
+    for row in own.rows:
+        row._random = Fixed(1 - 2**-53)  # type: ignore[assignment]
     assert (own.draw(logits) > 2990).all()
 
 
@@ -257,30 +258,55 @@ def test_a_row_draws_what_it_would_draw_alone() -> None:
     """Row i with the seed + i; neither the other rows nor their number matter."""
     sampling = Sampling(0.8, 20, 0.95, 0.5, 0.5, seed=11)
     logits, prompts = random_logits(4, 300, seed=8), [[1, 2], [], [5, 5, 5], [299]]
-    together = Sampler(sampling, prompts, 300, "cpu")
+    together = Sampler(sampling, prompts, 300)
     steps = draws(together, logits, 40)
     for row in range(4):
         seeded = Sampling(0.8, 20, 0.95, 0.5, 0.5, seed=11 + row)
-        alone = Sampler(seeded, [prompts[row]], 300, "cpu")
+        alone = Sampler(seeded, [prompts[row]], 300)
         own = [token for (token,) in draws(alone, logits[row : row + 1], 40)]
         assert own == [step[row] for step in steps]
 
 
-def test_selected_rows_go_on_as_they_would_have() -> None:
+def test_rows_that_leave_and_come_do_not_disturb_the_others() -> None:
     sampling = Sampling(1.0, None, None, 1.0, seed=3)
     logits, prompts = random_logits(4, 50, seed=9), [[1], [2, 2], [3], [4]]
-    whole, part = (Sampler(sampling, prompts, 50, "cpu") for _ in range(2))
+    whole, part = (Sampler(sampling, prompts, 50) for _ in range(2))
     assert draws(whole, logits, 5) == draws(part, logits, 5)
-    part.select(torch.tensor([3, 1]))
-    assert part.num_rows == 2
+    part.rows = [part.rows[3], part.rows[1]]
     expected = [[step[3], step[1]] for step in draws(whole, logits, 30)]
     assert draws(part, logits[[3, 1]], 30) == expected
 
 
-@pytest.mark.parametrize(("rows", "message"), [([0, 0], "twice"), ([2], "holds 2"), ([-1], "-1")])
-def test_a_selection_that_cannot_go_on_is_refused(rows: list[int], message: str) -> None:
-    with pytest.raises(ArgumentError, match=message):
-        sampler(PLAIN, 2).select(torch.tensor(rows))
+def test_rows_of_different_rules_draw_as_among_their_own() -> None:
+    rules = [
+        Sampling(0.0),
+        Sampling(1.0, 5, seed=1),
+        Sampling(1.0, seed=2),
+        Sampling(1.0, 5, seed=3),
+    ]
+    logits = random_logits(4, 50, seed=9)
+    mixed = Sampler(PLAIN, [[]] * 4, 50)
+    mixed.rows = [Sampler(rule, [[]], 50).rows[0] for rule in rules]
+    steps = draws(mixed, logits, 20)
+    for row, rule in enumerate(rules):
+        own = draws(Sampler(rule, [[]], 50), logits[row : row + 1], 20)
+        assert [step[row] for step in steps] == [token for (token,) in own]
+
+
+def test_a_number_is_used_up_when_its_token_is_accepted() -> None:
+    logits = random_logits(1, 1000)
+    own, other = (sampler(Sampling(1.0, seed=4), 1, 1000) for _ in range(2))
+    first = own.rows[0].uniform
+    assert own.rows[0].uniform == first
+    assert draws(own, logits, 5) == draws(other, logits, 5) and own.rows[0].uniform != first
+
+
+def test_log_probabilities_are_those_of_the_model() -> None:
+    logits = torch.tensor([1.0, 3.0, 2.0, 3.0])
+    expected = logits.double().log_softmax(-1)
+    own, top = log_probabilities(logits, 2, 3)
+    assert own == pytest.approx(float(expected[2]), abs=1e-6)
+    assert [token for token, _ in top] == [1, 3, 2] and dict(top)[2] == own
 
 
 def counted_by_hand(
@@ -309,7 +335,7 @@ def test_prompt_and_output_are_counted(
     sampling = Sampling(0.0, None, None, frequency, presence, unpenalized_ids=unpenalized)
     logits = [[1.0, 2.5, 3.125, 0.5, 2.0625], [3.0, 1.0, 2.9375, 2.125, 0.0]]
     prompts = [[2, 2, 4], [0, 3]]
-    own = Sampler(sampling, prompts, 5, "cpu")
+    own = Sampler(sampling, prompts, 5)
     steps = draws(own, torch.tensor(logits), 12)
     for row in range(2):
         expected = counted_by_hand(logits[row], prompts[row], 12, sampling)

@@ -31,9 +31,10 @@ import torch
 from benchmarks.models import Run, Task
 from bminf.arch.glm import PUBLISHED_GLM
 from bminf.cli.measure import PeakMemory, rss_anon_bytes
-from bminf.engine.loop import decode
-from bminf.engine.sampling import Sampler, Sampling, top_k_then_top_p
-from bminf.models.glm_text import GLMDecoder, blank
+from bminf.engine.engine import Engine
+from bminf.engine.request import Request
+from bminf.engine.sampling import Sampling, top_k_then_top_p
+from bminf.models.glm_text import GLMRows, blank
 from bminf.models.source import find_sizes
 from bminf.offload import memory
 
@@ -62,18 +63,20 @@ def take(folder, limit, **sizes):
 def written(network):
     ids = [i % 60 for i in range(LENGTH - 2)]
     one = blank(ids, len(ids) - 1, 0, is_continued=True)
-    decoder, digest = GLMDecoder(network, network.new_cache(1, LENGTH), [one]), hashlib.sha256()
+    rows, digest = GLMRows(network, network.new_cache(1, LENGTH), LENGTH), hashlib.sha256()
+    forward = rows.forward
 
-    def watched(input_ids):
-        logits = decoder(input_ids)
+    def watched(feeds, num_tokens):
+        logits = forward(feeds, num_tokens)
         assert logits.isfinite().all()
         digest.update(logits.numpy().tobytes())
         return logits
 
-    sampling = Sampling(top_p=0.9, seed=1, filter=top_k_then_top_p)
-    sampler = Sampler(sampling, [one.input_ids], network.config.vocab_size, "cpu")
-    with torch.inference_mode():
-        assert len(list(decode(watched, torch.tensor([one.start_ids]), sampler, [], 2))) == 2
+    rows.forward = watched
+    sampling, engine = Sampling(top_p=0.9, seed=1, filter=top_k_then_top_p), Engine(rows)
+    request = Request(one.input_ids, 2, sampling, start_ids=one.start_ids, prompt=one)
+    engine.run([engine.add(request)])
+    assert len(request.tokens) == 2
     return digest.hexdigest()
 
 

@@ -184,20 +184,18 @@ def test_golden_greedy_ids(name: str, case: str) -> None:
 
 def greedy(name: str, model: Any, given: Tensors, row: int, num_tokens: int) -> list[int]:
     """The likeliest tokens, never stopped."""
-    from bminf.engine.loop import decode
-    from bminf.engine.sampling import Sampler, Sampling
-    from bminf.models.prompt import Prompt
+    from bminf.engine.request import Request
+    from bminf.engine.sampling import Sampling
 
     if name == "cpm1":
         ids = given["input_ids"][row, : int(given["greedy_prompt_len"][row])].tolist()
-        prompt = Prompt(ids, ids)
+        start_ids = ids
     else:
         ids = given["enc_input_ids"][row, : int(given["enc_length"][row])].tolist()
-        prompt = Prompt(ids, given["greedy_start_token"].tolist())
-    sampler = Sampler(Sampling(temperature=0), [ids], model.config.vocab_size, "cpu")
-    with torch.inference_mode():
-        decoder, start = model._decoder([prompt])
-        return [step[0] for step in decode(decoder, start, sampler, (), num_tokens)]
+        start_ids = given["greedy_start_token"].tolist()
+    request = Request(ids, num_tokens, Sampling(temperature=0), start_ids=start_ids)
+    model.engine.run([model.engine.add(request)])
+    return request.tokens
 
 
 def modelcenter_activations(given: GoldenSet) -> list[str]:
