@@ -4,6 +4,7 @@ bminf/engine/pool_rows.py and bminf/engine/wrapped.py."""
 from __future__ import annotations
 
 import random
+import threading
 import warnings
 from typing import Any
 
@@ -16,6 +17,7 @@ import bminf
 from bminf.engine.engine import Engine
 from bminf.engine.request import Request
 from bminf.engine.sampling import Sampling
+from bminf.errors import ArgumentError
 
 GREEDY = Sampling(0.0)
 TOGETHER = [
@@ -66,3 +68,148 @@ def test_rows_of_unequal_lengths_say_what_generate_says_of_each(
     if is_streamed:
         bminf.unwrap(model)
     assert generated(model, prompts()[0], 12) == expected[0]  # it is what it was
+
+
+def test_sixteen_requests_share_what_is_copied() -> None:
+    """Prompts of 4 to 64 tokens, answers of 16 to 64, added at random steps, on a model of which
+    nearly all is streamed. Together they take about as many passes as the longest answer has
+    tokens; the bytes copied a token fall as the passes do."""
+    chance = random.Random(55)
+    lengths = [chance.randint(4, 64) for _ in range(16)]
+    numbers = [chance.randint(16, 64) for _ in range(16)]
+    asked = list(zip(prompts(tuple(lengths), seed=5), numbers, strict=True))
+    model = stream(make("llama", num_hidden_layers=4, max_position_embeddings=128))
+    engine = Engine(model, max_length=128, max_batch_size=16)
+    copied, passes = [], []
+    for probability in (0.0, 0.8):
+        before, rest = bminf.stats_of(model), list(asked)
+        while rest or engine.num_running or engine.num_waiting:
+            is_free = not engine.num_running and not engine.num_waiting
+            while rest and (chance.random() < probability or (is_free and not probability)):
+                is_free = False
+                ids, max_new_tokens = rest.pop()
+                engine.add(Request(ids, max_new_tokens, GREEDY))
+            engine.step()
+        after = bminf.stats_of(model)
+        copied.append(after.bytes_copied - before.bytes_copied)
+        passes.append(after.passes - before.passes)
+    assert passes[0] == sum(numbers) and passes[1] <= max(numbers) + 16
+    assert engine.stats.num_tokens == 2 * sum(numbers)
+    assert copied[1] <= copied[0] / 10
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "deepseek_v3", "gpt2"])
+def test_logits_of_a_row_are_those_of_the_row_alone(name: str) -> None:
+    """To rounding, over chunks and steps: by the log-probabilities that are told."""
+    model, told = make(name), []
+    for texts in (prompts()[3:4], prompts()):
+        engine = engine_of(model, chunk=6)
+        requests = [Request(ids, 12, GREEDY, num_logprobs=5) for ids in texts]
+        engine.add(requests[0])
+        engine.step()
+        for request in requests[1:]:
+            engine.add(request)
+        engine.run(requests)
+        told.append(next(one for one in requests if one.input_ids == prompts()[3]).logprobs)
+    assert len(told[0]) == len(told[1]) == 12
+    for alone, beside in zip(*told, strict=True):
+        assert alone.token == beside.token
+        assert beside.logprob == pytest.approx(alone.logprob, abs=2e-5)
+
+
+def test_a_chat_goes_on_from_the_row_that_was_kept() -> None:
+    model = make("llama")
+    engine, seen = engine_of(model), list[int]()
+    handle = model.model.embed_tokens.register_forward_pre_hook(
+        lambda _, given: seen.append(given[0].shape[1])
+    )
+    ids, replies = prompts()[1], [[5, 6, 7], [8, 9]]
+    for reply in (*replies, []):
+        request = engine.add(Request(ids, 6, GREEDY, keep=True))
+        engine.run([request])
+        assert request.tokens == generated(model, ids, 6)
+        ids = [*ids, *request.tokens, *reply]
+    handle.remove()
+    ours = [n for n in seen if n > 1]
+    assert 1 + 3 in ours and 1 + 2 in ours  # the last token of the answer, and what was replied
+
+
+def test_a_model_that_is_called_by_another_thread_meanwhile_is_itself() -> None:
+    """While one thread is in a pass of the engine, the attention of the other is the model's."""
+    model, found = make("gemma3_text"), list[torch.Tensor]()
+    ids = torch.tensor(prompts()[3:4])
+    expected = model(ids).logits
+
+    def call_it(*_: Any) -> None:
+        handle.remove()
+        thread = threading.Thread(target=lambda: found.append(model(ids).logits.detach()))
+        thread.start()
+        thread.join(60)
+
+    handle = model.model.layers[3].register_forward_pre_hook(call_it)
+    request = Request(prompts()[1], 6, GREEDY)
+    engine = engine_of(model)
+    engine.run([engine.add(request)])
+    assert torch.equal(found[0], expected)
+    assert request.tokens == generated(model, prompts()[1], 6)
+
+
+def test_room_is_what_wrapping_set_aside_or_a_share_of_the_limit() -> None:
+    model = bminf.wrapper(
+        make("llama"), memory_limit="50MB", device="cpu", max_length=32, max_batch_size=3
+    )
+    engine = Engine(model)
+    for _ in range(4):
+        engine.add(Request([5], 32, GREEDY))
+    with pytest.raises(ArgumentError, match="max_length=32"):
+        engine.add(Request([5], 33, GREEDY))
+    engine.step()
+    assert (engine.num_running, engine.num_waiting) == (3, 1)
+    engine.close()
+    bminf.unwrap(model)
+    wide = make("llama", max_position_embeddings=10**6)
+    token_bytes = 7 * 2 * 2 * 8 * 4
+    bminf.wrapper(wide, quantization=None, memory_limit=f"{10_000 * token_bytes}", device="cpu")
+    engine = Engine(wide)
+    engine.add(Request([5], 2000, GREEDY))
+    with pytest.raises(ArgumentError, match="max_length=2000"):
+        engine.add(Request([5], 2001, GREEDY))
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("mamba", "attention"), ("bloom", "attention"), ("gptj", "attention"), ("t5", "encoder")],
+)
+def test_what_cannot_share_a_pass_says_so_once(name: str, reason: str) -> None:
+    with pytest.warns(UserWarning, match=f"decoded one after another.*{reason}") as said:
+        engine = Engine(make(name), max_length=64, max_batch_size=4)
+        engine.run([engine.add(Request([5, 6], 3, GREEDY)) for _ in range(3)])
+    assert len(said) == 1
+
+
+def test_models_that_generate_no_text_are_refused() -> None:
+    for model in (make("bert"), torch.nn.Linear(2, 2), object()):
+        with pytest.raises(ArgumentError, match="give a model of the zoo"):
+            Engine(model)
+    with pytest.raises(ArgumentError, match="max_length=0"):
+        Engine(make("llama"), max_length=0)
+
+
+def test_a_pass_cut_short_is_repeated_by_a_row_alone() -> None:
+    """Its cache has been written to by some layers: it begins anew."""
+    model = make("mamba")
+    engine = engine_of(model)
+    request = engine.add(Request(prompts()[1], 8, GREEDY))
+    expected = generated(model, prompts()[1], 8)
+    for _ in range(3):
+        engine.step()
+    handle = model.backbone.layers[4].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
+    handle.remove()
+    engine.run([request])
+    assert request.tokens == expected
+
+
+def interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt

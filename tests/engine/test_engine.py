@@ -92,6 +92,24 @@ def test_long_prompts_are_read_in_parts_while_others_decode() -> None:
         assert request.tokens == alone(logits_of, request)
 
 
+@pytest.mark.parametrize("chunk", [8, 512])
+def test_the_first_token_comes_with_the_third_pass_at_the_latest(chunk: int) -> None:
+    """Counted from the first pass that begins after add(), and one more a chunk of the prompt."""
+    for seed in range(20):
+        chance, rows = random.Random(seed), FakeRows(scripted({0: [1] * 99}, 10))
+        engine = Engine(rows, chunk=chunk)
+        for _ in range(5):
+            engine.add(ask([0], 90))
+        for _ in range(10):
+            for _ in range(chance.randint(0, 3)):
+                engine.step()
+            length = chance.randint(1, 40)
+            newcomer, before = engine.add(ask([0] * length, 5)), len(rows.passes)
+            while not newcomer.tokens:
+                engine.step()
+            assert len(rows.passes) - before <= 2 + -(-length // chunk)
+
+
 def test_a_prompt_alone_is_read_at_once() -> None:
     rows = FakeRows(random_logits(10, seed=3))
     engine = Engine(rows, chunk=16)
