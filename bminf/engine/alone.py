@@ -5,13 +5,12 @@ kind that the model makes itself, and a pass of its own. They share the order of
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bminf.engine.pool_rows import PoolRow, PoolRows
 from bminf.engine.request import Request
@@ -89,7 +88,7 @@ class AloneRows(PoolRows):
         if row.is_cut_short:  # the model has written to its cache: from the beginning
             row.cache, ids, row.ids = {}, [*row.ids, *ids], []
         row.is_cut_short = True
-        with sdpa_kernel(SDPBackend.MATH) if is_fixed else nullcontext():
+        with _one_thread() if is_fixed else nullcontext():
             inputs = self._inputs(row, ids)
             output = self._model(**inputs, use_cache=True, return_dict=True)
         row.cache = {name: output[name] for name in _CACHES if output.get(name) is not None}
@@ -116,3 +115,14 @@ class AloneRows(PoolRows):
 
     def _tensor(self, ids: Sequence[int]) -> torch.Tensor:
         return torch.tensor([list(ids)], device=self.sampler_device())
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Products of a few rows, as a short prompt takes them, give other last bits with more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

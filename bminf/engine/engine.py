@@ -22,16 +22,12 @@ import torch
 from bminf.checks import check_bool, check_ids, check_positive, non_finite_logits
 from bminf.engine.request import Request, TokenLogprob
 from bminf.engine.row_sampler import RowSampler, draw, log_probabilities
-from bminf.engine.rows import FIXED_TOKENS, Feed, RowModel
+from bminf.engine.rows import FIXED_CHUNK, FIXED_TOKENS, Feed, RowModel, fixed_length
 from bminf.errors import ArgumentError, UnsupportedModelError
 from bminf.keywords import known_keywords
 
 CHUNK = 512
 """Tokens of prompts that are read in one step while others decode."""
-
-FIXED_CHUNK = 16
-"""At the multiples of which a deterministic engine cuts prompts; so many tokens of a pass are
-left for them."""
 
 MAX_KEPT = 16
 """Rows that stay when their request ends, see Request.keep."""
@@ -438,7 +434,7 @@ class Engine:
         if not self._is_fixed:
             return None
         is_whole = not self._rows.can_chunk and not all(one.is_decoding for one, _ in feeds)
-        return len(feeds[0][1].ids) if is_whole else FIXED_TOKENS
+        return fixed_length(len(feeds[0][1].ids)) if is_whole else FIXED_TOKENS
 
     def _sweep(self, feeds: list[tuple[_Running, Feed]]) -> None:
         if not feeds:

@@ -13,6 +13,15 @@ from bminf.engine.request import Request
 FIXED_TOKENS = 32
 """Of each pass of a deterministic engine, but for prompts that are read in a pass of their own."""
 
+FIXED_CHUNK = 16
+"""At the multiples of which it cuts prompts; so many tokens of a pass are left for them."""
+
+
+def fixed_length(num_tokens: int) -> int:
+    """How many rows a product gets for so many tokens of one prompt: of some numbers below 16, such
+    as 5, torch's products give other last bits with 2 threads than with 1."""
+    return -(-num_tokens // FIXED_CHUNK) * FIXED_CHUNK
+
 
 class Row(Protocol):
     """What a model keeps for a request: its place in the cache.   length: tokens that are there."""

@@ -11,7 +11,7 @@ import torch
 from bminf.arch.t5 import T5, PackedT5Cache, T5Cache
 from bminf.engine.pool_rows import PoolRow, PoolRows, ids_of, last_tokens
 from bminf.engine.request import Request
-from bminf.engine.rows import Feed
+from bminf.engine.rows import Feed, fixed_length
 from bminf.engine.token_pool import Range, TokenPool
 from bminf.errors import ArgumentError
 from bminf.layers.kv_cache import KVCache
@@ -72,7 +72,7 @@ class DecoderRows(PoolRows):
 
 def _states(x: torch.Tensor, wanted: Sequence[int]) -> torch.Tensor:
     """(1, T, C) -> (R, C), those of these tokens; a view where it can be, as for a text alone."""
-    if len(wanted) == x.shape[1]:
+    if wanted == list(range(x.shape[1])):
         return x[0]
     if len(wanted) == 1:
         return x[:, wanted[0]]
@@ -146,8 +146,11 @@ class T5Rows(DecoderRows):
     def _encode(self, rows: Sequence[T5Row], copies: bool) -> None:
         prompts = [row.request.input_ids for row in rows]
         spans = [_prompt_span(row, len(row.request.input_ids)) for row in rows]
+        ids = [token for prompt in prompts for token in prompt]
+        if copies:
+            ids += [0] * (fixed_length(len(ids)) - len(ids))
         self.network.encode_packed(
-            self.ids_tensor([token for prompt in prompts for token in prompt]),
+            self.ids_tensor(ids),
             Segments([len(prompt) for prompt in prompts], copies),
             PackedCache(self._cross.tokens, spans),
         )

@@ -139,7 +139,7 @@ def alone(logits_of: Any, request: Request) -> list[int]:
 
 
 def test_each_row_has_its_own_options_and_says_what_it_says_alone() -> None:
-    """In 100 companies: who joins when, with which options, seeds, penalties and stop tokens."""
+    """In 30 companies: who joins when, with which options, seeds, penalties and stop tokens."""
     logits_of = random_logits(12, seed=1)
     options = [
         GREEDY,
@@ -149,7 +149,7 @@ def test_each_row_has_its_own_options_and_says_what_it_says_alone() -> None:
         Sampling(0.0, presence_penalty=1.5, unpenalized_ids=(3,)),
         Sampling(1.5, banned_ids=(1, 2)),
     ]
-    for seed in range(100):
+    for seed in range(30):
         chance = random.Random(seed)
         rows = FakeRows(logits_of, num_tokens=chance.choice([120, 400]), vocab_size=12)
         engine = Engine(rows, chunk=chance.choice([4, 512]))
@@ -549,6 +549,7 @@ def test_a_kept_row_is_given_up_where_others_need_its_room() -> None:
     assert rows.pool.num_free == 10
 
 
+@pytest.mark.slow
 def test_nothing_is_left_of_ten_thousand_requests() -> None:
     rows = FakeRows(scripted({0: [1, STOP]}, 10), max_rows=50)
     engine = Engine(rows)
