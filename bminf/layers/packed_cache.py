@@ -6,7 +6,7 @@ nothing is padded, and a row alone is computed by the very calls that a KVCache 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -63,6 +63,11 @@ class Span:
     def num_keys(self) -> int:
         return self.length + self.num_tokens
 
+    @property
+    def end(self) -> int:
+        """Behind its last cell."""
+        return self.start + self.num_keys
+
 
 class PackedCache:
     """The rows of a pass in a pool: two (L, H, N, D), see KVCache.tokens.
@@ -78,13 +83,17 @@ class PackedCache:
     ) -> None:
         self._keys, self._values = tokens
         self._spans, self.copies = spans, copies
+        # Of each row: its tokens in the pass, their cells, and all of its cells.
+        self._places = [
+            (ours, slice(one.start + one.length, one.end), slice(one.start, one.end))
+            for one, ours in slices(spans)
+        ]
 
     def append(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Keep (1, H, T, D) of all rows."""
-        for span, ours in slices(self._spans):
-            cells = slice(span.start + span.length, span.start + span.num_keys)
-            self._keys[layer, :, cells] = key[0, :, ours]
-            self._values[layer, :, cells] = value[0, :, ours]
+        for ours, new, _ in self._places:
+            self._keys[layer, :, new] = key[0, :, ours]
+            self._values[layer, :, new] = value[0, :, ours]
 
     def attend(
         self,
@@ -103,15 +112,26 @@ class PackedCache:
         self, layer: int, query: torch.Tensor, bias: Bias, scale: float
     ) -> torch.Tensor:
         """The same without keys and values of their own: rows hold span.num_keys."""
+        if len(self._places) == 1 and not self.copies:
+            return self._attend_row(layer, self._places[0][2], query, bias[0], scale)
+        rows = [
+            self._attend_row(layer, cells, query[:, :, ours], bias[index], scale)
+            for index, (ours, _, cells) in enumerate(self._places)
+        ]
+        return joined(rows, query.shape[2])
 
-        def of_row(index: int, span: Span, own: torch.Tensor) -> torch.Tensor:
-            cells = slice(span.start, span.start + span.num_keys)
-            keys, values = self._keys[layer, None, :, cells], self._values[layer, None, :, cells]
-            if not self.copies:
-                return attention(own, keys, values, bias[index], scale)
-            return attention_in_products(own, copied(keys), copied(values), bias[index], scale)
-
-        return by_row(self._spans, query, of_row, self.copies)
+    def _attend_row(
+        self,
+        layer: int,
+        cells: slice,
+        query: torch.Tensor,
+        bias: torch.Tensor | None,
+        scale: float,
+    ) -> torch.Tensor:
+        keys, values = self._keys[layer, None, :, cells], self._values[layer, None, :, cells]
+        if not self.copies:
+            return attention(query, keys, values, bias, scale)
+        return attention_in_products(copied(query), copied(keys), copied(values), bias, scale)
 
     def positions(self, num_tokens: int) -> torch.Tensor:
         parts = [list(range(span.length, span.num_keys)) for span in self._spans]
@@ -134,28 +154,12 @@ def slices(spans: Sequence[Span]) -> Iterator[tuple[Span, slice]]:
         yield span, slice(start, end)
 
 
-def by_row(
-    spans: Sequence[Span],
-    query: torch.Tensor,
-    attend: Callable[[int, Span, torch.Tensor], torch.Tensor],
-    copies: bool = False,
-) -> torch.Tensor:
-    """What `attend` makes of the queries of each row, (1, H, T of the row, D), one behind another.
-
-    attend: gets the index of the row, its span and its queries.   query: (1, H, T, D).
-    Tokens behind the rows get zeros.
-    """
-    num_tokens = sum(span.num_tokens for span in spans)
-    if len(spans) == 1 and num_tokens == query.shape[2] and not copies:
-        return attend(0, spans[0], query)
-    outputs = []
-    for index, (span, ours) in enumerate(slices(spans)):
-        own = query[:, :, ours]
-        outputs.append(attend(index, span, copied(own) if copies else own))
-    if num_tokens < query.shape[2]:
-        heads, size = outputs[0].shape[1], outputs[0].shape[3]
-        outputs.append(query.new_zeros(1, heads, query.shape[2] - num_tokens, size))
-    return torch.cat(outputs, dim=2)
+def joined(rows: list[torch.Tensor], num_tokens: int) -> torch.Tensor:
+    """(1, H, T of a row, D) each, one behind another, and zeros for tokens of no row."""
+    missing = num_tokens - sum(row.shape[2] for row in rows)
+    if missing:
+        rows.append(rows[0].new_zeros(1, rows[0].shape[1], missing, rows[0].shape[3]))
+    return torch.cat(rows, dim=2)
 
 
 def copied(x: torch.Tensor) -> torch.Tensor:
@@ -171,7 +175,7 @@ class Segments:
 
     def __init__(self, lengths: Sequence[int], copies: bool = False) -> None:
         self.lengths, self._attention = lengths, attention_in_products if copies else attention
-        self._spans = [Span(0, 0, length) for length in lengths]
+        self._places = [ours for _, ours in slices([Span(0, 0, length) for length in lengths])]
 
     def attend(
         self,
@@ -182,10 +186,10 @@ class Segments:
         scale: float,
     ) -> torch.Tensor:
         """(1, H, T, D), of each token to those of its text."""
-        places = [ours for _, ours in slices(self._spans)]
-
-        def of_text(index: int, span: Span, own: torch.Tensor) -> torch.Tensor:
-            keys, values = key[:, :, places[index]], value[:, :, places[index]]
-            return self._attention(own, keys, values, bias[index], scale)
-
-        return by_row(self._spans, query, of_text)
+        if self.lengths == [query.shape[2]]:
+            return self._attention(query, key, value, bias[0], scale)
+        texts = [
+            self._attention(query[:, :, ours], key[:, :, ours], value[:, :, ours], own, scale)
+            for ours, own in zip(self._places, bias, strict=True)
+        ]
+        return joined(texts, query.shape[2])
