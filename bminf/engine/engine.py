@@ -35,6 +35,7 @@ MAX_KEPT = 16
 _PATIENCE_S = 1.0
 """For an iterator of another thread that is not asked and has the room that a newcomer needs."""
 
+_FROM_WITHIN = "an engine cannot be stepped from within its own step"
 _PUSHED_OUT = (
     "another text was begun on this model and needed the room of this iterator before that was at "
     "its end; finish one text before the next, or load the model with a larger max_length or "
@@ -73,10 +74,6 @@ class _Running:
     sampler: RowSampler
     pending: list[int]
     fed: list[int] = field(default_factory=list)
-
-    @property
-    def is_decoding(self) -> bool:
-        return bool(self.request.tokens)
 
 
 @dataclass(eq=False)
@@ -261,7 +258,7 @@ class Engine:
         """The right to run passes, and the lock."""
         with self._changed:
             if self._sweeper == threading.get_ident():
-                raise ArgumentError("an engine cannot be stepped from within its own step")
+                raise ArgumentError(_FROM_WITHIN)
             while self._sweeper is not None:
                 self._changed.wait()
             self._sweeper = threading.get_ident()
@@ -273,14 +270,19 @@ class Engine:
 
     def _wait_until(self, is_over: Callable[[], bool]) -> None:
         """Run steps for all, or wait for the thread that does."""
-        while not is_over():
-            with self._changed:
-                if self._sweeper is not None and self._sweeper != threading.get_ident():
+        with self._changed:
+            while not is_over():
+                if self._sweeper is None:
+                    self._sweeper = threading.get_ident()
+                    try:
+                        self._advance()
+                    finally:
+                        self._sweeper = None
+                        self._changed.notify_all()
+                elif self._sweeper == threading.get_ident():
+                    raise ArgumentError(_FROM_WITHIN)
+                else:
                     self._changed.wait()
-                    continue
-            with self._sweeping():
-                if not is_over():
-                    self._advance()
 
     def _ask(self, request: Request, reader: _Reader) -> None:
         """Wait for one token more than the reader has taken, or the end."""
@@ -340,15 +342,20 @@ class Engine:
         return bool(self._running)
 
     def _drop_done(self) -> None:
-        for one in [one for one in self._running if one.request.is_done]:
-            self._running.remove(one)
-            if one.request.keep and one.request.error is None and one.fed and not self._is_fixed:
-                self._kept.append(one)
-                self._forget_kept(MAX_KEPT)
-            else:
-                self._rows.close(one.row)
-        for request in [request for request in self._queue if request.is_done]:
-            self._queue.remove(request)
+        for one in self._running.copy():
+            if one.request.finish_reason is not None:
+                self._running.remove(one)
+                self._drop(one)
+        for request in self._queue.copy():
+            if request.finish_reason is not None:
+                self._queue.remove(request)
+
+    def _drop(self, one: _Running) -> None:
+        if one.request.keep and one.request.error is None and one.fed and not self._is_fixed:
+            self._kept.append(one)
+            self._forget_kept(MAX_KEPT)
+        else:
+            self._rows.close(one.row)
 
     def _forget_kept(self, number: int = 0) -> None:
         """All but the last ones."""
@@ -398,13 +405,17 @@ class Engine:
 
     def _feeds(self) -> list[tuple[_Running, Feed]]:
         """What each row that goes on is fed; prompts in parts where others decode."""
-        active = [one for one in self._running if not self._is_held(one)]
-        decoding = [one for one in active if one.is_decoding]
-        feeds = [(one, Feed(one.row, one.pending)) for one in decoding]
-        reading = [one for one in active if not one.is_decoding]
+        feeds, reading = [], []
+        for one in self._running:
+            if not one.request.tokens:
+                reading.append(one)
+            elif not self._is_held(one):
+                feeds.append((one, Feed(one.row, one.pending)))
+        if not reading:
+            return feeds
         if self._is_fixed:
             return self._fixed_feeds(feeds, reading)
-        left = self._chunk if decoding else sum(len(one.pending) for one in reading)
+        left = self._chunk if feeds else sum(len(one.pending) for one in reading)
         for one in reading:
             if left <= 0:
                 break
@@ -433,7 +444,7 @@ class Engine:
         """How many the pass is to have, see RowModel.forward()."""
         if not self._is_fixed:
             return None
-        is_whole = not self._rows.can_chunk and not all(one.is_decoding for one, _ in feeds)
+        is_whole = not self._rows.can_chunk and not all(one.request.tokens for one, _ in feeds)
         return fixed_length(len(feeds[0][1].ids)) if is_whole else FIXED_TOKENS
 
     def _sweep(self, feeds: list[tuple[_Running, Feed]]) -> None:
@@ -475,19 +486,21 @@ class Engine:
 
     def _take(self, feeds: list[tuple[_Running, Feed]], logits: torch.Tensor) -> int:
         """Draw, and let each row go on; how many tokens were drawn."""
-        drawing = [one for one, feed in feeds if feed.has_logits]
-        drawn = draw(logits, [one.sampler for one in drawing]) if drawing else []
-        tokens = {id(one): token for one, token in zip(drawing, drawn, strict=True)}
-        rows = {id(one): row for row, one in enumerate(drawing)}
+        samplers = [one.sampler for one, feed in feeds if feed.has_logits]
+        drawn = iter(draw(logits, samplers) if samplers else [])
+        row = 0
         for one, feed in feeds:
             one.row.length += len(feed.ids)
             one.fed += feed.ids
             one.request.clock.num_sweeps += 1
             if not feed.has_logits:
                 one.pending = one.pending[len(feed.ids) :]
-            elif not one.request.is_done:  # it may have been cancelled meanwhile
-                self._accept(one, tokens[id(one)], logits, rows[id(one)])
-        return len(drawing)
+                continue
+            token = next(drawn)
+            if one.request.finish_reason is None:  # it may have been cancelled meanwhile
+                self._accept(one, token, logits, row)
+            row += 1
+        return len(samplers)
 
     def _accept(self, one: _Running, token: int | None, logits: torch.Tensor, row: int) -> None:
         request = one.request

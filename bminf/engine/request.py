@@ -61,7 +61,8 @@ class Request:
     """A text to go on with, token ids only; made once, and added to one engine.
 
     input_ids: the prompt; of an encoder-decoder model, what its encoder reads.
-    max_new_tokens: the most tokens of the answer.   sampling: how each of them is chosen.
+    max_new_tokens: the most tokens of the answer.   sampling: how each of them is chosen; None is
+        as Sampling() says.
     stop_ids: tokens that end the answer; the one that did is its last.
     num_logprobs: None, or how many of the most probable tokens are kept for each, beside its own.
     on_token: called with each token, in the thread that happens to run the sweep; what is true of
@@ -82,7 +83,7 @@ class Request:
         self,
         input_ids: Sequence[int],
         max_new_tokens: int = 128,
-        sampling: Sampling = Sampling(),  # noqa: B008 - it is frozen
+        sampling: Sampling | None = None,
         stop_ids: Collection[int] = (),
         *,
         num_logprobs: int | None = None,
@@ -98,7 +99,7 @@ class Request:
         self.input_ids = _checked_ids("input_ids", input_ids)
         self.start_ids = None if start_ids is None else _checked_ids("start_ids", start_ids)
         self.max_new_tokens, self.sampling, self.stop_ids = (
-            max_new_tokens, sampling, frozenset(stop_ids),
+            max_new_tokens, sampling or Sampling(), frozenset(stop_ids),
         )  # fmt: skip
         self.num_logprobs, self.on_token, self.keep, self.prompt = (
             num_logprobs, on_token, keep, prompt,

@@ -90,7 +90,8 @@ class Sampling:
     presence_penalty: subtracted once if it occurred at all.
     banned_ids: never sampled.   unpenalized_ids: their occurrences are not counted.
     seed: row i of a batch is sampled with seed + i; None for a random seed.
-    filter: how top_k and top_p are applied, which depends on the model family.
+    filter: how top_k and top_p are applied, which depends on the model family; None is
+    top_k_and_top_p.
     Raises ArgumentError for anything else.
     """
 
@@ -102,7 +103,7 @@ class Sampling:
     banned_ids: tuple[int, ...] = ()
     unpenalized_ids: tuple[int, ...] = ()
     seed: int | None = None
-    filter: Filter = top_k_and_top_p
+    filter: Filter | None = None
 
     def __post_init__(self) -> None:
         if not is_number(self.temperature) or self.temperature < 0:
@@ -156,7 +157,8 @@ def scores_of(
 
 def filtered(scores: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     """Probabilities after the filter, not yet to sum 1."""
-    return sampling.filter(scores.softmax(-1), sampling.top_k, sampling.top_p)
+    rule = sampling.filter or top_k_and_top_p
+    return rule(scores.softmax(-1), sampling.top_k, sampling.top_p)
 
 
 def inverse_cdf(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
