@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 
-from bminf.engine.pool_rows import PoolRow, PoolRows
+from bminf.engine.pool_rows import PoolRow, PoolRows, decoder_start
 from bminf.engine.request import Request
 from bminf.engine.rows import Feed
-from bminf.errors import UnsupportedModelError
 from bminf.layers.packed_cache import Span
 from bminf.offload.context import text_config
 
@@ -56,17 +55,8 @@ class AloneRows(PoolRows):
 
     def start_ids(self, request: Request) -> Sequence[int]:
         if request.start_ids is None and self._has_encoder:
-            return [self._decoder_start()]
+            return [decoder_start(self._model)]
         return super().start_ids(request)
-
-    def _decoder_start(self) -> int:
-        for config in (getattr(self._model, "generation_config", None), self._model.config):
-            start = getattr(config, "decoder_start_token_id", None)
-            if isinstance(start, int):
-                return start
-        raise UnsupportedModelError(
-            "the configuration does not say decoder_start_token_id; give start_ids"
-        )
 
     def open(self, request: Request) -> Any:
         row = super().open(request)

@@ -79,7 +79,7 @@ class CausalRows(PoolRows):
         text = text_config(model.config)
         super().__init__(text.vocab_size, num_tokens, max_length or num_tokens)
         self._model = model
-        self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._layers: Kept = {}
         self._gathers = first_of(text, "kv_lora_rank") is not None
         self._configs = _configs_of(model)
         self._takes_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -103,8 +103,8 @@ class CausalRows(PoolRows):
         wanted, is_alone = last_tokens(feeds, num_tokens), len(feeds) == 1 and num_tokens is None
         keep: Any = 1 if is_alone and wanted else torch.tensor(wanted, device=device)
         is_fixed = num_tokens is not None
-        current = _Pass(self._layers, spans, self._pool.num_tokens, self._gathers, is_fixed)
-        with self._attending(current):
+        current = RowsPass(self._layers, spans, self._pool.num_tokens, self._gathers, is_fixed)
+        with self.attending(current):
             logits: torch.Tensor = self._model(
                 input_ids=torch.tensor([ids], device=device),
                 position_ids=torch.tensor([positions], device=device),
@@ -116,7 +116,7 @@ class CausalRows(PoolRows):
         return logits[:num_wanted] if self._takes_rows and wanted else logits[wanted[:num_wanted]]
 
     @contextmanager
-    def _attending(self, current: _Pass) -> Iterator[None]:
+    def attending(self, current: RowsPass) -> Iterator[None]:
         """Within it the model's attention is that of `current`, in this thread."""
         before = [config._attn_implementation_internal for config in self._configs]
         try:
@@ -139,25 +139,27 @@ def _configs_of(model: Any) -> list[Any]:
 
 # ---- a pass --------------------------------------------------------------------------------------
 
+Kept = dict[int, tuple[torch.Tensor, torch.Tensor]]
+"""Layer -> its keys and values, (H, N, D) each, made when the layer first asks for them."""
+
 Attention = Callable[..., tuple[torch.Tensor, Any]]
 """Of transformers: (module, query, key, value, attention_mask, **more) -> (1, T, H, D), weights."""
 
 
-class _Pass(Cache):  # type: ignore[misc]
+class RowsPass(Cache):  # type: ignore[misc]
     """The cache of one pass.
 
-    layers: their keys and values, (H, N, D) each, made when a layer first asks for them.
     gathers: whether what is kept becomes keys and values only when it is read (latent attention).
     copies: see PackedCache.
     """
 
     def __init__(
         self,
-        layers: dict[int, tuple[torch.Tensor, torch.Tensor]],
+        layers: Kept,
         spans: Sequence[Span],
         num_tokens: int,
-        gathers: bool,
-        copies: bool,
+        gathers: bool = False,
+        copies: bool = False,
     ) -> None:
         super().__init__(layers=[])
         self._kept, self._spans = layers, spans
@@ -173,16 +175,22 @@ class _Pass(Cache):  # type: ignore[misc]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keep what is new, (1, H, T, D) each. What is returned is read by attend() alone, or, if
         it is gathered, by the model."""
-        if layer_idx not in self._kept:
-            with torch.inference_mode(False):
-                self._kept[layer_idx] = self._room_for(key_states), self._room_for(value_states)
-        for kept, new in zip(self._kept[layer_idx], (key_states, value_states), strict=True):
-            for span, ours in slices(self._spans):
-                kept[:, span.start + span.length : span.start + span.num_keys] = new[0, :, ours]
+        self.keep(layer_idx, key_states, value_states, self._spans)
         if not self._gathers:
             return key_states, value_states
         keys, values = self._kept[layer_idx]
         return self._gathered(keys), self._gathered(values)
+
+    def keep(
+        self, layer: int, key: torch.Tensor, value: torch.Tensor, spans: Sequence[Span]
+    ) -> None:
+        """(1, H, T, D) each, of these rows."""
+        if layer not in self._kept:
+            with torch.inference_mode(False):
+                self._kept[layer] = self._room_for(key), self._room_for(value)
+        for kept, new in zip(self._kept[layer], (key, value), strict=True):
+            for span, ours in slices(spans):
+                kept[:, span.end - span.num_tokens : span.end] = new[0, :, ours]
 
     def _room_for(self, new: torch.Tensor) -> torch.Tensor:
         shape = (new.shape[1], self._num_tokens, new.shape[3])
@@ -219,20 +227,37 @@ class _Pass(Cache):  # type: ignore[misc]
             if self._gathers:
                 keys, values = key[:, :, start:end], value[:, :, start:end]
             else:
-                cells = slice(span.start, span.start + span.num_keys)
-                keys, values = (kept[None, :, cells] for kept in self._kept[module.layer_idx])
+                keys, values = self._of_row(module.layer_idx, span)
             own, window = query[:, :, ours], more.get("sliding_window")
             if window is not None and span.num_tokens == 1:
                 keys, values = keys[:, :, -window:], values[:, :, -window:]
             if self._copies:
                 own, keys, values = copied(own), copied(keys), copied(values)
             mask = _mask(span, window, is_eager, query)
+            if (bias := more.get("position_bias")) is not None:
+                given = {**more, "position_bias": bias[:, :, ours, : span.num_keys]}
+            else:
+                given = more
             with self._operators():
-                outputs.append(original(module, own, keys, values, mask, **more)[0])
+                outputs.append(original(module, own, keys, values, mask, **given)[0])
         missing = query.shape[2] - sum(span.num_tokens for span in self._spans)
         if missing:
             outputs.append(outputs[0].new_zeros(1, missing, *outputs[0].shape[2:]))
         return torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0], None
+
+    def attend_to_all(
+        self, original: Attention, module: Any, query: torch.Tensor, more: dict[str, Any]
+    ) -> tuple[torch.Tensor, None]:
+        """The same, of each token to all keys of its row, of which it adds none."""
+        outputs = [
+            original(module, query[:, :, ours], *self._of_row(module.layer_idx, span), None, **more)
+            for span, ours in slices(self._spans)
+        ]
+        return torch.cat([output for output, _ in outputs], dim=1), None
+
+    def _of_row(self, layer: int, span: Span) -> list[torch.Tensor]:
+        """Keys and values of a row, (1, H, S, D) each."""
+        return [kept[None, :, span.start : span.end] for kept in self._kept[layer]]
 
     def _operators(self) -> AbstractContextManager[Any]:
         """Of torch, that attention may use; see attention_in_products()."""
@@ -263,7 +288,7 @@ def _mask(
 class _Active(threading.local):
     """The pass that this thread runs."""
 
-    current: _Pass | None = None
+    current: RowsPass | None = None
 
 
 _active = _Active()

@@ -12,7 +12,7 @@ import torch
 from bminf.engine.request import Request
 from bminf.engine.rows import FIXED_TOKENS, Feed
 from bminf.engine.token_pool import Range, TokenPool
-from bminf.errors import ArgumentError
+from bminf.errors import ArgumentError, UnsupportedModelError
 from bminf.layers.packed_cache import Span
 
 MAX_ROWS = 64
@@ -122,3 +122,14 @@ def last_tokens(feeds: Sequence[Feed], num_tokens: int | None) -> list[int]:
             wanted.append(end - 1)
     missing = min(num_tokens or 0, FIXED_TOKENS) - len(wanted)
     return wanted + [0] * missing if wanted else []
+
+
+def decoder_start(model: Any) -> int:
+    """What the decoder of a model of transformers begins with.   Raises UnsupportedModelError."""
+    for config in (getattr(model, "generation_config", None), model.config):
+        start = getattr(config, "decoder_start_token_id", None)
+        if isinstance(start, int):
+            return start
+    raise UnsupportedModelError(
+        "the configuration does not say decoder_start_token_id; give start_ids"
+    )

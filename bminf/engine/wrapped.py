@@ -41,11 +41,14 @@ def rows_of(
             f"a {type(model).__name__} does not generate text; give a model of the zoo, or one of "
             "transformers that does"
         )
-    # Both import transformers, which the rest of the engine does without.
+    # These import transformers, which the rest of the engine does without.
     from bminf.engine.alone import AloneRows
     from bminf.engine.causal import CausalRows, why_alone
+    from bminf.engine.seq2seq import MODEL_TYPES, Seq2SeqRows
 
     longest, num_tokens = _room(model, max_length, max_batch_size)
+    if getattr(model.config, "model_type", None) in MODEL_TYPES and not deterministic:
+        return Seq2SeqRows(model, num_tokens, longest)
     reason = why_alone(model)
     if deterministic and reason is None and _has_experts(model):
         raise UnsupportedModelError(

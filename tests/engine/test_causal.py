@@ -1,5 +1,5 @@
 """Rows of transformers' models: bminf/engine/causal.py, bminf/engine/alone.py,
-bminf/engine/pool_rows.py and bminf/engine/wrapped.py."""
+bminf/engine/seq2seq.py, bminf/engine/pool_rows.py and bminf/engine/wrapped.py."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as tf
 from streaming import stream
-from tiny_models import VOCAB, make
+from tiny_models import TINY, VOCAB, make
 
 import bminf
 from bminf.engine.engine import Engine
@@ -24,7 +25,8 @@ TOGETHER = [
     "llama", "qwen2", "glm4", "gemma3_text", "mixtral", "qwen3_moe", "deepseek_v3", "glm4_moe",
     "gpt_oss", "gpt_neox", "gpt2", "opt",
 ]  # fmt: skip
-ALONE = ["gptj", "bloom", "mamba", "t5", "mt5", "bart"]
+WITH_ENCODERS = ["t5", "mt5", "bart", "umt5", "mbart", "pegasus", "marian", "blenderbot"]
+ALONE = ["gptj", "bloom", "mamba"]
 LENGTHS = (3, 11, 1, 20, 7)
 
 
@@ -43,6 +45,17 @@ def generated(model: Any, ids: list[int], max_new_tokens: int) -> list[int]:
     return found[1:] if model.config.is_encoder_decoder else found[len(ids) :]
 
 
+def made(name: str) -> Any:
+    """Of tiny_models, or as those of the same architecture there."""
+    if name in TINY:
+        return make(name)
+    arguments = TINY["t5" if name == "umt5" else "bart"].arguments
+    kind = {"umt5": tf.UMT5Config, "mbart": tf.MBartConfig, "pegasus": tf.PegasusConfig,
+        "marian": tf.MarianConfig, "blenderbot": tf.BlenderbotConfig}[name]  # fmt: skip
+    torch.manual_seed(0)
+    return tf.AutoModelForSeq2SeqLM.from_config(kind(**arguments)).eval()
+
+
 def engine_of(model: Any, **more: Any) -> Engine:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*one after another")
@@ -50,11 +63,11 @@ def engine_of(model: Any, **more: Any) -> Engine:
 
 
 @pytest.mark.parametrize("is_streamed", [False, True], ids=["plain", "streamed"])
-@pytest.mark.parametrize("name", [*TOGETHER, *ALONE])
+@pytest.mark.parametrize("name", [*TOGETHER, *WITH_ENCODERS, *ALONE])
 def test_rows_of_unequal_lengths_say_what_generate_says_of_each(
     name: str, is_streamed: bool
 ) -> None:
-    model = make(name)
+    model = made(name)
     expected = [generated(model, ids, 12) for ids in prompts()]
     if is_streamed:
         model = stream(model)
@@ -96,6 +109,19 @@ def test_sixteen_requests_share_what_is_copied() -> None:
     assert passes[0] == sum(numbers) and passes[1] <= max(numbers) + 16
     assert engine.stats.num_tokens == 2 * sum(numbers)
     assert copied[1] <= copied[0] / 10
+
+
+@pytest.mark.parametrize("name", ["bart", "t5"])
+def test_a_decoder_runs_once_for_all_rows(name: str) -> None:
+    model, calls = make(name), list[int]()
+    decoder = model.get_decoder()
+    layer = decoder.layers[0] if name == "bart" else decoder.block[0]
+    handle = layer.register_forward_hook(lambda *_: calls.append(1))
+    engine = engine_of(model)
+    requests = [engine.add(Request(ids, 12, GREEDY)) for ids in prompts()]
+    engine.run(requests)
+    handle.remove()
+    assert len(calls) == 12
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "deepseek_v3", "gpt2"])
@@ -178,7 +204,7 @@ def test_room_is_what_wrapping_set_aside_or_a_share_of_the_limit() -> None:
 
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [("mamba", "attention"), ("bloom", "attention"), ("gptj", "attention"), ("t5", "encoder")],
+    [("mamba", "attention"), ("bloom", "attention"), ("gptj", "attention")],
 )
 def test_what_cannot_share_a_pass_says_so_once(name: str, reason: str) -> None:
     with pytest.warns(UserWarning, match=f"decoded one after another.*{reason}") as said:
