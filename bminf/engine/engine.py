@@ -222,8 +222,9 @@ class Engine:
                 raise self._closed
             while self._has_rows():
                 self._advance(admits=False)
-            self._changed.release()
+            # In the try: an interrupt comes after the call, never before it.
             try:
+                self._changed.release()
                 yield
             finally:
                 self._changed.acquire()
@@ -265,8 +266,7 @@ class Engine:
             try:
                 yield
             finally:
-                self._sweeper = None
-                self._changed.notify_all()
+                self._stop_sweeping()
 
     def _wait_until(self, is_over: Callable[[], bool]) -> None:
         """Run steps for all, or wait for the thread that does."""
@@ -277,12 +277,16 @@ class Engine:
                     try:
                         self._advance()
                     finally:
-                        self._sweeper = None
-                        self._changed.notify_all()
+                        self._stop_sweeping()
                 elif self._sweeper == threading.get_ident():
                     raise ArgumentError(_FROM_WITHIN)
                 else:
                     self._changed.wait()
+
+    def _stop_sweeping(self) -> None:
+        if self._sweeper == threading.get_ident():  # or another thread was let in, see _let_others
+            self._sweeper = None
+        self._changed.notify_all()
 
     def _ask(self, request: Request, reader: _Reader) -> None:
         """Wait for one token more than the reader has taken, or the end."""
@@ -317,8 +321,7 @@ class Engine:
 
     def _let_others(self, seconds: float) -> None:
         """Let other threads run steps for as long."""
-        self._sweeper = None
-        self._changed.notify_all()
+        self._stop_sweeping()
         self._changed.wait(seconds)
         while self._sweeper is not None:
             self._changed.wait()
@@ -455,8 +458,8 @@ class Engine:
             if one.request.clock.begun is None:
                 one.request.clock.begun = start_s
         with torch.inference_mode():
-            self._changed.release()  # so that others can add and cancel meanwhile
             try:
+                self._changed.release()  # so that others can add and cancel meanwhile
                 tried = self._pass(feeds)
             finally:
                 self._changed.acquire()

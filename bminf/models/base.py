@@ -177,6 +177,8 @@ class LanguageModel:
             generated_s=engine.busy_s + self._searched_s,
             resident_bytes=scheduler.plan.resident_bytes,
             streamed_bytes=scheduler.plan.streamed_bytes,
+            num_sweeps=engine.num_sweeps,
+            rows_per_sweep=engine.rows_per_sweep,
         )
 
     @property

@@ -360,6 +360,7 @@ def test_stats_tell_what_was_done(load: Loader) -> None:
     model.generate("今天", max_tokens=9, temperature=0)
     stats, plan = model.stats, model.plan
     assert stats.num_tokens == 9 and stats.tokens_per_s > 0
+    assert (stats.num_sweeps, stats.rows_per_sweep) == (9, 1.0)
     assert stats.bytes_copied > stats.streamed_bytes == plan.streamed_bytes > 0
     assert stats.resident_bytes == plan.resident_bytes
     assert bminf.plan_of(model.model) is plan
