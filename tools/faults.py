@@ -392,11 +392,11 @@ FAULTS = (
         breaks="An answer that max_tokens ended lacks its last token.",
     ),
     Fault(
-        name="stats-ended-rows",
-        file="bminf/models/base.py",
-        old="self._count(sum(token is not None for token in step), start_s)",
-        new="self._count(len(step), start_s)",
-        breaks="Tokens per second count texts of a batch that have ended.",
+        name="stats-rows-without-token",
+        file="bminf/engine/engine.py",
+        old="return len(drawing)",
+        new="return len(feeds)",
+        breaks="Tokens per second count parts of prompts, behind which no token is drawn.",
     ),
     Fault(
         name="options-top-k",
