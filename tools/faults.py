@@ -394,7 +394,7 @@ FAULTS = (
     Fault(
         name="stats-rows-without-token",
         file="bminf/engine/engine.py",
-        old="return len(drawing)",
+        old="return len(samplers)",
         new="return len(feeds)",
         breaks="Tokens per second count parts of prompts, behind which no token is drawn.",
     ),

@@ -90,6 +90,7 @@ def test_long_prompts_are_read_in_parts_while_others_decode() -> None:
     assert sizes[:5] == [[1, 16], [1, 16], [1, 16], [1, 2, 14], [1, 1, 6]]
     for request in (short, long, later):
         assert request.tokens == alone(logits_of, request)
+    assert engine.stats.num_tokens == 30 + 4 + 4  # parts of prompts have none
 
 
 @pytest.mark.parametrize("chunk", [8, 512])
