@@ -94,12 +94,12 @@ class Engine:
     """Decodes requests together on one model: `step` by `step`, or as they are waited for.
 
     model: one of the zoo, which has an engine of its own (`model.engine`), or one of transformers
-        that generates text, wrapped or not; or a RowModel. While it has an engine, a model of
-        transformers that shares its passes should not be called otherwise from the same thread
-        within a step.
+        that generates text, wrapped or not; or a RowModel. One engine for all requests: two share
+        neither passes nor, of transformers' models, the cache.
     max_length: the most tokens of prompt and answer together.   max_batch_size: how many such texts
-        the cache has room for; more that are shorter. None is what wrapper() was told; without
-        that, as many tokens as a fifth of the limit holds. Those of the zoo are set by loading.
+        the cache has room for; more that are shorter. None is what wrapper() was told, which has
+        set their room aside; without that, as many tokens as a fifth of the limit holds, beside
+        it. Those of the zoo are set by loading.
     chunk: tokens of prompts that are read in one step while others decode.
     deterministic: a request gives the same tokens, and the same bits of logits, in any company and
         whenever it joins: each pass has the same number of tokens, and prompts are cut at the same
@@ -154,6 +154,8 @@ class Engine:
         """
         self.check(request)
         with self._changed:
+            if self._closed is not None:  # meanwhile
+                raise self._closed
             request.clock.added = time.perf_counter()
             self._queue.append(request)
         return request
@@ -311,11 +313,14 @@ class Engine:
             raise UnsupportedModelError(
                 "another engine has all rows of this model; use one engine for all requests"
             )
-        one = min(self._running, key=lambda running: self._readers[running.request].since)
-        reader = self._readers[one.request]
+        readers = [(self._readers.get(one.request), one.request) for one in self._running]
+        asked = [(reader, request) for reader, request in readers if reader is not None]
+        if not asked:
+            return  # an iterator has been left meanwhile
+        reader, request = min(asked, key=lambda both: both[0].since)
         left_s = reader.since + _PATIENCE_S - time.perf_counter()
         if reader.thread == threading.get_ident() or left_s <= 0:
-            one.request.finish("error", UnsupportedModelError(_PUSHED_OUT))
+            request.finish("error", UnsupportedModelError(_PUSHED_OUT))
         else:
             self._let_others(left_s)
 

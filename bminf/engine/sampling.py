@@ -89,7 +89,7 @@ class Sampling:
     frequency_penalty: subtracted from a token's logit for each occurrence, in prompt and output.
     presence_penalty: subtracted once if it occurred at all.
     banned_ids: never sampled.   unpenalized_ids: their occurrences are not counted.
-    seed: row i of a batch is sampled with seed + i; None for a random seed.
+    seed: the same draws the same tokens; None for a random one.
     filter: how top_k and top_p are applied, which depends on the model family; None is
     top_k_and_top_p.
     Raises ArgumentError for anything else.
