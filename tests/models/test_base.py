@@ -17,6 +17,9 @@ from streaming import num_readers, settled_readers
 
 import bminf
 from bminf.engine.beam import beam_search
+from bminf.engine.engine import Engine
+from bminf.engine.request import Request
+from bminf.engine.sampling import Sampling
 from bminf.errors import ArgumentError, BudgetError, UnsupportedModelError
 from bminf.models.prompt import Prompt
 from bminf.offload import memory
@@ -248,6 +251,46 @@ def prompts_of(model: Any, name: str) -> list[Any]:
         return [model._prompt("a [MASK]."), model._prompt(f"the [MASK] wait, {ENGLISH}")]
     both = [*range(11, 14)], [*range(12, 24)]
     return [Prompt(ids, ids if name == "cpm1" else [1, 2]) for ids in both]
+
+
+# ---- requests ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_requests_of_ids_share_the_passes_of_texts(load: Loader, name: str) -> None:
+    model, start = load(name, max_batch_size=3), None if name == "cpm1" else [1, 2]
+    asked = [([11, 12, 13], 9), ([12] * 7, 12), ([15], 5)]
+
+    def request(number: int) -> Request:
+        ids, max_new_tokens = asked[number]
+        return Request(ids, max_new_tokens, Sampling(0.0), start_ids=start, num_logprobs=1)
+
+    alone = [request(number) for number in range(3)]
+    for one in alone:
+        model.engine.run([model.engine.add(one)])
+    sweeps = model.stats.num_sweeps
+    together = [model.engine.add(request(number)) for number in range(3)]
+    pieces = model.generate_iter("今天", max_tokens=8, seed=1)
+    first = next(pieces)
+    model.engine.run(together)
+    assert [one.tokens for one in together] == [one.tokens for one in alone]
+    for one, other in zip(alone, together, strict=True):
+        expected = [told.logprob for told in one.logprobs]
+        assert [told.logprob for told in other.logprobs] == pytest.approx(expected, abs=2e-5)
+    assert model.stats.num_sweeps - sweeps <= 12 + 1
+    assert first + "".join(pieces) == model.generate("今天", max_tokens=8, seed=1)[0]
+
+
+def test_requests_that_a_model_cannot_take_are_refused(load: Loader) -> None:
+    glm, cpm2 = load("glm10b"), load("cpm2", max_length=20)
+    with pytest.raises(ArgumentError, match=r"generate\(\) or fill_blank\(\)"):
+        glm.engine.add(Request([5, 6]))
+    with pytest.raises(ArgumentError, match="the prompt has 21 tokens"):
+        cpm2.engine.add(Request([5] * 21, 5, start_ids=[1]))
+    with pytest.raises(ArgumentError, match="max_length"):
+        cpm2.engine.add(Request([5] * 5, 22, start_ids=[1]))
+    with pytest.raises(ArgumentError, match="set when the model is loaded"):
+        Engine(cpm2, max_length=30)
 
 
 # ---- beams ---------------------------------------------------------------------------------------
