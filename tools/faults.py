@@ -392,11 +392,11 @@ FAULTS = (
         breaks="An answer that max_tokens ended lacks its last token.",
     ),
     Fault(
-        name="stats-rows-without-token",
+        name="stats-rows",
         file="bminf/engine/engine.py",
-        old="return len(samplers)",
-        new="return len(feeds)",
-        breaks="Tokens per second count parts of prompts, behind which no token is drawn.",
+        old="before.num_rows + len(feeds),",
+        new="before.num_rows + 1,",
+        breaks="The rows of a sweep are one, however many share it.",
     ),
     Fault(
         name="options-top-k",

@@ -60,6 +60,8 @@ def test_rows_end_at_different_times_and_are_gone_in_the_next_pass() -> None:
     assert [request.tokens for request in requests] == list(scripts.values())
     assert [request.finish_reason for request in requests] == ["stop", "stop", "length", "stop"]
     assert [len(feeds) for feeds in rows.passes] == [4, 3, 2, 1]
+    stats = engine.stats
+    assert (stats.num_sweeps, stats.num_rows, stats.num_tokens) == (4, 10, 10)
     assert rows.pool.num_free == rows.pool.num_tokens
 
 
