@@ -445,6 +445,8 @@ class LanguageModel:
         try:
             self._cache = self._new_cache()
             self.row_model = self._new_rows()
+            # So many logits are set aside for; tokens are, by the room in the cache.
+            self.row_model.max_rows = max(LOGITS_CHUNK, self.max_batch_size)
             self._engine = Engine(self.row_model)
         except BaseException as error:
             self.close()

@@ -281,6 +281,16 @@ def test_requests_of_ids_share_the_passes_of_texts(load: Loader, name: str) -> N
     assert first + "".join(pieces) == model.generate("今天", max_tokens=8, seed=1)[0]
 
 
+def test_no_more_rows_than_logits_are_set_aside_for(load: Loader) -> None:
+    """Eight, or max_batch_size if that is more; in the room of its tokens."""
+    for max_batch_size, expected in ((1, 8), (12, 12)):
+        model = load("cpm1", max_batch_size=max_batch_size)
+        for _ in range(20):
+            model.engine.add(Request([11], 2, Sampling(0.0)))
+        model.engine.step()
+        assert model.engine.num_running == expected
+
+
 def test_requests_that_a_model_cannot_take_are_refused(load: Loader) -> None:
     glm, cpm2 = load("glm10b"), load("cpm2", max_length=20)
     with pytest.raises(ArgumentError, match=r"generate\(\) or fill_blank\(\)"):
