@@ -394,8 +394,8 @@ FAULTS = (
     Fault(
         name="stats-rows",
         file="bminf/engine/engine.py",
-        old="before.num_rows + len(feeds),",
-        new="before.num_rows + 1,",
+        old="self._num_rows += len(feeds)",
+        new="self._num_rows += 1",
         breaks="The rows of a sweep are one, however many share it.",
     ),
     Fault(

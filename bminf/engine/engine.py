@@ -132,7 +132,8 @@ class Engine:
         self._kept: list[_Running] = []  # ended, in case that another request goes on from them
         self._readers: dict[Request, _Reader] = {}
         self._closed: BaseException | None = None
-        self._stats = EngineStats()
+        self._num_sweeps = self._num_rows = self._num_tokens_drawn = 0
+        self._busy_s = 0.0
 
     # ---- what users call ------------------------------------------------------------------------
 
@@ -242,7 +243,7 @@ class Engine:
 
     @property
     def stats(self) -> EngineStats:
-        return self._stats
+        return EngineStats(self._num_sweeps, self._num_rows, self._num_tokens_drawn, self._busy_s)
 
     @property
     def num_running(self) -> int:
@@ -470,13 +471,10 @@ class Engine:
                 self._changed.acquire()
             num_tokens = sum(self._take(feeds, logits) for feeds, logits in tried)
         self._drop_done()
-        before = self._stats
-        self._stats = EngineStats(
-            before.num_sweeps + 1,
-            before.num_rows + len(feeds),
-            before.num_tokens + num_tokens,
-            before.busy_s + time.perf_counter() - start_s,
-        )
+        self._num_sweeps += 1
+        self._num_rows += len(feeds)
+        self._num_tokens_drawn += num_tokens
+        self._busy_s += time.perf_counter() - start_s
 
     def _pass(
         self, feeds: list[tuple[_Running, Feed]]

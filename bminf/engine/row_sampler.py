@@ -65,6 +65,9 @@ def draw(logits: torch.Tensor, samplers: Sequence[RowSampler]) -> list[int | Non
     logits: (R, V) floating point.   Rows whose rules are equal are drawn together; the device is
     waited for once, at the end.
     """
+    if len(samplers) == 1:
+        (token,) = _draw_alike(logits, samplers).tolist()
+        return [token if token >= 0 else None]
     groups: dict[Sampling, list[int]] = {}
     for row, sampler in enumerate(samplers):
         groups.setdefault(sampler.rule, []).append(row)

@@ -134,6 +134,9 @@ class PackedCache:
         return attention_in_products(copied(query), copied(keys), copied(values), bias, scale)
 
     def positions(self, num_tokens: int) -> torch.Tensor:
+        first = self._spans[0]
+        if first.num_tokens == num_tokens:
+            return torch.arange(first.length, first.num_keys, device=self._keys.device)
         parts = [list(range(span.length, span.num_keys)) for span in self._spans]
         positions = [position for part in parts for position in part]
         positions += [0] * (num_tokens - len(positions))
