@@ -100,8 +100,11 @@ class CausalRows(PoolRows):
         device, ids = self.sampler_device(), ids_of(feeds, num_tokens)
         positions = [n for span in spans for n in range(span.length, span.num_keys)]
         positions += [0] * (len(ids) - len(positions))
-        wanted, is_alone = last_tokens(feeds, num_tokens), len(feeds) == 1 and num_tokens is None
-        keep: Any = 1 if is_alone and wanted else torch.tensor(wanted, device=device)
+        # One where none is wanted: of a vocabulary, logits of all tokens would be many.
+        wanted, is_alone = last_tokens(feeds, num_tokens) or [0], len(feeds) == 1
+        keep: Any = torch.tensor(wanted, device=device)
+        if is_alone and num_tokens is None:
+            keep = 1  # as generate() has it
         is_fixed = num_tokens is not None
         current = RowsPass(self._layers, spans, self._pool.num_tokens, self._gathers, is_fixed)
         with self.attending(current):
@@ -110,10 +113,10 @@ class CausalRows(PoolRows):
                 position_ids=torch.tensor([positions], device=device),
                 past_key_values=current,
                 use_cache=True,
-                **({"logits_to_keep": keep} if self._takes_rows and wanted else {}),
+                **({"logits_to_keep": keep} if self._takes_rows else {}),
             ).logits[0]
         num_wanted = sum(feed.has_logits for feed in feeds)
-        return logits[:num_wanted] if self._takes_rows and wanted else logits[wanted[:num_wanted]]
+        return logits[:num_wanted] if self._takes_rows else logits[wanted[:num_wanted]]
 
     @contextmanager
     def attending(self, current: RowsPass) -> Iterator[None]:

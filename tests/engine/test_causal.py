@@ -143,6 +143,22 @@ def test_logits_of_a_row_are_those_of_the_row_alone(name: str) -> None:
         assert beside.logprob == pytest.approx(alone.logprob, abs=2e-5)
 
 
+def test_no_logits_are_made_of_the_parts_of_a_prompt() -> None:
+    """But for one row, which a head needs at the least."""
+    model, sizes = make("llama"), list[int]()
+    handle = model.lm_head.register_forward_pre_hook(
+        lambda _, given: sizes.append(given[0].shape[1])
+    )
+    engine = engine_of(model, chunk=6)
+    first, second = Request(prompts()[2], 9, GREEDY), Request(prompts()[3], 9, GREEDY)
+    engine.add(first)
+    engine.step()
+    engine.add(second)
+    engine.run([first, second])
+    handle.remove()
+    assert sizes == [1] * 4 + [2] * 5 + [1] * 4  # a prompt of 20 in parts of 6
+
+
 def test_a_chat_goes_on_from_the_row_that_was_kept() -> None:
     model = make("llama")
     engine, seen = engine_of(model), list[int]()
