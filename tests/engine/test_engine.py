@@ -380,6 +380,12 @@ def test_an_iterator_that_is_not_asked_is_one_token_ahead_and_holds_up_nobody() 
     assert len(list(pieces)) == 8 and idle.finish_reason == "length"
 
 
+def test_the_caller_keeps_its_own_grad_mode() -> None:
+    engine = Engine(FakeRows(scripted({0: [1] * 9}, 10)))  # which asserts inference mode in a pass
+    for _ in engine.tokens(engine.add(ask([0], 3))):
+        assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+
+
 def test_iterators_asked_in_turn_share_their_sweeps() -> None:
     rows = FakeRows(scripted({i: [1] * 9 for i in range(5)}, 10))
     engine = Engine(rows)
