@@ -153,10 +153,8 @@ class Engine:
 
         Raises as check().
         """
-        self.check(request)
-        with self._changed:
-            if self._closed is not None:  # meanwhile
-                raise self._closed
+        with self._changed:  # no other thread may close, or add the same request, in between
+            self.check(request)
             request.clock.added = time.perf_counter()
             self._queue.append(request)
         return request
@@ -234,10 +232,11 @@ class Engine:
 
     def close(self, error: BaseException | None = None) -> None:
         """End all requests; none can be added afterwards. Closing twice is no error."""
-        self._closed = self._closed or error or UnsupportedModelError("this engine was closed")
-        with self._sweeping():
+        with self._changed:  # not held within a pass: one that another thread runs is the last
+            self._closed = self._closed or error or UnsupportedModelError("this engine was closed")
             for request in [*self._queue, *(one.request for one in self._running)]:
                 request.finish("error", self._closed)
+        with self._sweeping():
             self._drop_done()
             self._forget_kept()
 

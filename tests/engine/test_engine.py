@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -357,6 +358,26 @@ def test_closing_ends_all() -> None:
     with pytest.raises(UnsupportedModelError, match="was closed"):
         engine.add(ask([1]))
     assert rows.pool.num_free == 5
+
+
+def test_closing_does_not_wait_for_the_texts_of_another_thread() -> None:
+    rows = FakeRows(random_logits(10, 0), num_tokens=1000)
+    engine = Engine(rows)
+    request = engine.add(ask([1], 900, stop_ids=()))
+    closing = threading.Thread(target=engine.close)
+
+    def close_meanwhile(feeds: Any) -> None:
+        rows.before = lambda feeds: None
+        closing.start()
+        end_s = time.monotonic() + 60  # where close() waits for the text, the test fails
+        while not request.is_done and time.monotonic() < end_s:
+            time.sleep(0.001)
+
+    rows.before = close_meanwhile
+    with pytest.raises(UnsupportedModelError, match="was closed"):
+        engine.run([request])
+    closing.join()
+    assert len(rows.passes) == 1 and rows.pool.num_free == 1000
 
 
 def test_an_engine_is_not_stepped_from_within() -> None:
