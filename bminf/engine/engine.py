@@ -524,15 +524,16 @@ class Engine:
 
     def _end(self, request: Request, token: int) -> None:
         """End a request whose last token this is."""
+        is_stopped = token in request.stop_ids
         try:
-            is_stopped = request.on_token is not None and bool(request.on_token(token))
+            is_stopped |= request.on_token is not None and bool(request.on_token(token))
         except Exception as error:
             request.finish("error", error)
-            return
-        if is_stopped or token in request.stop_ids:
-            request.finish("stop")
-        elif len(request.tokens) == request.max_new_tokens:
-            request.finish("length")
+        finally:  # also where Ctrl-C comes within the call: a row must not go on past its room
+            if is_stopped:
+                request.finish("stop")
+            elif len(request.tokens) == request.max_new_tokens:
+                request.finish("length")
 
 
 def _rows_of(

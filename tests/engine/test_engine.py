@@ -284,6 +284,24 @@ def test_an_interrupt_within_a_sweep_leaves_all_rows_as_they_were() -> None:
     assert requests[1].tokens == alone(logits_of, requests[1])
 
 
+def test_an_interrupt_within_on_token_does_not_keep_a_request_from_its_end() -> None:
+    def interrupt(token: int) -> None:
+        raise KeyboardInterrupt
+
+    logits_of = random_logits(10, seed=4)
+    engine = Engine(FakeRows(logits_of))
+    last = engine.add(ask([1], 1, stop_ids=(), on_token=interrupt))
+    stopped = engine.add(ask([1], 9, stop_ids=set(range(10)), on_token=interrupt))
+    other = engine.add(ask([2], 9, stop_ids=()))
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            engine.step()
+    run_all(engine)
+    assert (last.finish_reason, stopped.finish_reason) == ("length", "stop")
+    assert len(last.tokens) == len(stopped.tokens) == 1
+    assert other.tokens == alone(logits_of, other)
+
+
 def test_cancelling() -> None:
     rows = FakeRows(scripted({i: [1] * 9 for i in range(3)}, 10))
     engine = Engine(rows)
