@@ -144,6 +144,7 @@ class Engine:
         if request.clock.added is not None:
             raise ArgumentError("this request was added before; make another one")
         check_ids("input_ids", request.input_ids, self._rows.vocab_size)
+        check_ids("start_ids", request.start_ids or (), self._rows.vocab_size)
         check_ids("stop_ids", request.stop_ids, self._rows.vocab_size)
         request.sampling.check(self._rows.vocab_size)
         self._rows.check(request)

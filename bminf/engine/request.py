@@ -96,10 +96,15 @@ class Request:
         check_int("num_logprobs", num_logprobs, minimum=0, none="None")
         if num_logprobs is not None and num_logprobs > MAX_LOGPROBS:
             raise ArgumentError(f"num_logprobs={num_logprobs}; accepted: at most {MAX_LOGPROBS}")
+        stops = _listed("stop_ids", stop_ids)
+        if not all(type(token) is int for token in stops):
+            raise ArgumentError(f"stop_ids={_shown(stops)}; give token ids, ints from 0 on")
+        if not isinstance(sampling, Sampling | None):
+            raise ArgumentError(f"sampling is a {type(sampling).__name__}; give a Sampling")
         self.input_ids = _checked_ids("input_ids", input_ids)
         self.start_ids = None if start_ids is None else _checked_ids("start_ids", start_ids)
         self.max_new_tokens, self.sampling, self.stop_ids = (
-            max_new_tokens, sampling or Sampling(), frozenset(stop_ids),
+            max_new_tokens, Sampling() if sampling is None else sampling, frozenset(stops),
         )  # fmt: skip
         self.num_logprobs, self.on_token, self.keep, self.prompt = (
             num_logprobs, on_token, keep, prompt,
@@ -146,10 +151,17 @@ class _Clock:
 
 
 def _checked_ids(name: str, ids: Sequence[int]) -> list[int]:
-    listed = list(ids)
+    listed = _listed(name, ids)
     if not listed or not all(type(token) is int and token >= 0 for token in listed):
         raise ArgumentError(f"{name}={_shown(listed)}; give at least one token id, ints from 0 on")
     return listed
+
+
+def _listed(name: str, ids: Collection[int]) -> list[int]:
+    try:
+        return list(ids)
+    except TypeError as error:
+        raise ArgumentError(f"{name} is a {type(ids).__name__}; give token ids") from error
 
 
 def _shown(ids: Sequence[object]) -> str:

@@ -285,8 +285,11 @@ def test_an_interrupt_within_a_sweep_leaves_all_rows_as_they_were() -> None:
 
 
 def test_an_interrupt_within_on_token_does_not_keep_a_request_from_its_end() -> None:
+    interrupts = [KeyboardInterrupt(), KeyboardInterrupt()]
+
     def interrupt(token: int) -> None:
-        raise KeyboardInterrupt
+        if interrupts:
+            raise interrupts.pop()
 
     logits_of = random_logits(10, seed=4)
     engine = Engine(FakeRows(logits_of))
@@ -337,6 +340,11 @@ def test_a_request_that_waits_can_be_cancelled() -> None:
         (lambda: ask([True]), "input_ids"),
         (lambda: ask([10]), "input_ids holds 10"),
         (lambda: ask([1], stop_ids={10}), "stop_ids holds 10"),
+        (lambda: ask([1], start_ids=[10]), "start_ids holds 10"),
+        (lambda: ask(5), "input_ids is a int"),  # type: ignore[arg-type]
+        (lambda: ask([1], stop_ids=None), "stop_ids is a NoneType"),
+        (lambda: ask([1], stop_ids=[[1]]), r"stop_ids=\[\[1\]\]"),
+        (lambda: ask([1], sampling=0.5), "sampling is a float"),
         (lambda: ask([1], 0), "max_new_tokens=0"),
         (lambda: ask([1], num_logprobs=21), "num_logprobs=21"),
         (lambda: ask([1], num_logprobs=-1), "num_logprobs=-1"),
