@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Write the folder; returns 0."""
-    from bminf.models.convert import WEIGHTS_FILE, convert
+    from bminf.models.convert import convert
 
     if arguments.tp is None and _is_of_transformers(arguments):
         return _convert_pretrained(arguments)
@@ -48,8 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.tp is not None:
         print(f"{folder}: {arguments.tp} rank{'s' if arguments.tp > 1 else ''}")
         return 0
-    size = format_bytes((folder / WEIGHTS_FILE).stat().st_size)
-    print(f"{folder}: {size} of weights")
+    _report(folder)
     return 0
 
 
@@ -76,7 +75,11 @@ def _convert_pretrained(arguments: argparse.Namespace) -> int:
             )
     quantization = None if arguments.quantization == "none" else arguments.quantization
     model = bminf.load(arguments.source, quantization=quantization, device="cpu")
-    folder = bminf.save(model, arguments.destination)
+    _report(bminf.save(model, arguments.destination))
+    return 0
+
+
+def _report(folder: Path) -> None:
+    """The size of the weights, which are several files where they are large."""
     nbytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     print(f"{folder}: {format_bytes(nbytes)} of weights")
-    return 0

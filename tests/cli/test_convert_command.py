@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -45,6 +47,19 @@ def test_it_writes_a_folder_that_loads(
     assert json.loads((target / "config.json").read_text())["quantization"] == packing
     with bminf.models.CPM1(target, device="cpu") as model:
         assert model.logits([11, 12]).shape == (2, model.config.vocab_size)
+
+
+def test_the_size_of_several_files_is_told(
+    cpm1: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = import_module("bminf.models.convert")
+    small = partial(module.convert, max_shard_size="20KB")
+    monkeypatch.setattr(module, "convert", small)
+    assert main(["convert", str(cpm1), str(tmp_path / "to")]) == 0
+    files = list((tmp_path / "to").glob("*.safetensors"))
+    size = bminf.units.format_bytes(sum(file.stat().st_size for file in files))
+    assert len(files) > 1
+    assert capsys.readouterr().out == f"{tmp_path / 'to'}: {size} of weights\n"
 
 
 def test_what_does_not_lie_beside_the_weights_can_be_named(
