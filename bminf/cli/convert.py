@@ -65,8 +65,10 @@ def _is_of_transformers(arguments: argparse.Namespace) -> bool:
 def _convert_pretrained(arguments: argparse.Namespace) -> int:
     """Load a model of transformers, in the memory that there is, and save it as it is then."""
     import bminf
+    from bminf.checkpoint.folder import require_empty
     from bminf.errors import ArgumentError
 
+    require_empty(Path(arguments.destination).expanduser())  # before minutes of loading
     for name in ("model", "config", "tokenizer", "head_quantization"):
         if getattr(arguments, name) is not None:
             raise ArgumentError(

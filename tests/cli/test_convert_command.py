@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_glm import tiny_glm10b, tiny_glm130b
+from tiny_llama import save_llama
 from tiny_models import inputs_of, make, output_of
 from tiny_zoo import T5_CONFIG, modules, tiny
 
@@ -208,6 +209,15 @@ def test_a_folder_of_transformers(
 
 def packed(model: torch.nn.Module) -> list[bminf.QuantizedLinear]:
     return [module for module in model.modules() if isinstance(module, bminf.QuantizedLinear)]
+
+
+def test_a_target_that_exists_is_refused_before_a_weight_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = save_llama(tmp_path / "from")
+    monkeypatch.setattr(bminf, "load", lambda *_, **__: pytest.fail("it was loaded"))
+    assert main(["convert", str(source), str(tmp_path)]) == 2
+    assert "exists already; name a folder" in capsys.readouterr().err
 
 
 def test_what_only_built_in_models_take_is_refused(
