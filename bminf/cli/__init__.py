@@ -21,7 +21,7 @@ from bminf.errors import ArgumentError, BMInfError
 VERBS = {
     "bench": "measure how fast a model reads and generates, and what is copied for a token",
     "chat": "talk to a model, on a terminal or with lines from a pipe",
-    "convert": "quantize a checkpoint of CPM-1, CPM-2, EVA or GLM into a folder that loads faster",
+    "convert": "quantize a checkpoint into a folder that loads faster",
     "demo": "generate with everything resident, then under a limit, and compare the texts",
     "fill": "fill the blanks of a text, with CPM-2 or GLM",
     "generate": "continue a text, and print it as it comes",

@@ -13,7 +13,9 @@ from bminf.units import format_bytes
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of this verb."""
     add = parser.add_argument
-    add("source", metavar="SRC", help="a folder with a checkpoint, or a hub id")
+    add(
+        "source", metavar="SRC", help="a folder or hub id of CPM-1, CPM-2, EVA, GLM or transformers"
+    )
     add("destination", metavar="DST", help="the folder to write; it must not exist yet")
     add(
         "--quantization", choices=("auto", "int8", "int4", "int4-row", "none"), default="auto",
