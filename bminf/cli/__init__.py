@@ -76,6 +76,7 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
             module = import_module(f"bminf.cli.{name}")
             module.add_arguments(verb)
             verb.set_defaults(run=module.run)
+            parser.error = verb.error  # type: ignore[method-assign]  # tells of the verb's help
     return parser
 
 

@@ -89,7 +89,10 @@ def test_wrong_usage_is_one_line_and_exits_with_2(
 def test_a_text_without_quotes_is_told_so(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["generate", "model", "Once", "upon", "a", "time"])
-    assert "upon a time; put a text of several words in quotes" in capsys.readouterr().err
+    assert (
+        "upon a time; put a text of several words in quotes; see bminf generate --help\n"
+        in capsys.readouterr().err
+    )
     with pytest.raises(SystemExit):
         main(["generate", "model", "--wings"])
     assert "quotes" not in capsys.readouterr().err
