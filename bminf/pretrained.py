@@ -247,8 +247,15 @@ def _as_checkpoint_error(what: str, remedy: str = _COMPLETE) -> Iterator[None]:
     except CheckpointError:
         raise
     except Exception as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise CheckpointError(f"{what}: {reason}; {remedy}") from error
+        raise CheckpointError(f"{what}: {_reason(error)}; {remedy}") from error
+
+
+def _reason(error: Exception) -> str:
+    """The line that says what is wrong, of several."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    if "ignore_mismatched_sizes" in lines[0]:  # advice about an option that load() has not
+        return "some of them have other shapes than config.json says"
+    return " ".join(map(str.strip, lines[: 2 if lines[0].endswith(":") else 1]))
 
 
 @contextmanager

@@ -99,7 +99,12 @@ CODE = {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}
 BAD: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "another model's configuration": ("plain", of_gpt2, r"for a GPT2LMHeadModel, .* lacks "),
     "other sizes": (
-        "plain", edit("config.json", hidden_size=64), "do not fit a LlamaForCausalLM"),
+        "plain", edit("config.json", hidden_size=64),
+        "do not fit a LlamaForCausalLM: some of them have other shapes than config.json"),
+    "a size that is none": (
+        "plain", edit("config.json", hidden_size="x"), "'hidden_size': .*expected int"),
+    "a configuration without classes": (
+        "plain", edit("config.json", architectures=None), 'names its class under "architectures"'),
     "more layers": ("plain", edit("config.json", num_hidden_layers=9), r"lacks .*layers\.7\."),
     "a tensor less": ("plain", put(NORM, lambda _: None), f"lacks '{NORM}'"),
     "a tensor of another shape": (

@@ -84,8 +84,9 @@ def _goes_with(model_type: Any, architecture: Architecture | None) -> bool:
 
 
 _ADVICE = (
-    "A model of transformers needs no converting: bminf.load(folder, memory_limit=...) runs it "
-    "under a limit, and bminf.wrapper(model, memory_limit=...) one that is loaded already"
+    "A model of transformers is known by a config.json that names its class under "
+    '"architectures": bminf.load(folder, memory_limit=...) runs it under a limit then, and '
+    "bminf.wrapper(model, memory_limit=...) one that is loaded already"
 )
 
 
