@@ -40,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = _parser(argv).parse_args(argv)
         code = int(arguments.run(arguments))
-        sys.stdout.flush()  # here, where an error can still be reported
+        if sys.stdout is not None:  # closed by `>&-`
+            sys.stdout.flush()  # here, where an error can still be reported
         return code
     except ArgumentError as error:
         return _fail(error, 2)

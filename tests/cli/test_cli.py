@@ -162,6 +162,11 @@ def test_a_reader_that_has_enough_is_no_error() -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_a_closed_stdout_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)  # what Python makes of `>&-`
+    assert main(["plan", "GLM-130B", "--memory-limit", "24GB"]) == 0
+
+
 @pytest.mark.parametrize("name", ["/no/such/folder", "../no-such-folder", "./none.gguf"])
 def test_a_model_that_does_not_exist_is_named(
     name: str, capsys: pytest.CaptureFixture[str]
