@@ -35,6 +35,7 @@ from bminf.wrapping import Options, Request
 
 _AUTO = "auto"
 _ACCEPTED = "a folder with a checkpoint, or a hub id"
+_PARTS = (".json", ".safetensors", ".bin")
 _HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 _ZOO: tuple[type[LanguageModel], ...] = (CPM1, CPM2, EVA, GLM)
 
@@ -130,8 +131,10 @@ def zoo_class(
         named = published if model is None else architectures_for(path, model)
         found = named[0] if named else recognized(registry.checkpoint_in(path), has_tokenizer)
     except CheckpointError:
-        if is_pretrained(path):
-            return None, path
+        # A file of a folder of transformers stands for it, as for models of the zoo.
+        folder = path.parent if path.suffix in _PARTS and path.is_file() else path
+        if is_pretrained(folder):
+            return None, folder
         raise
     return next(kind for kind in _ZOO if found in kind._architectures), path
 

@@ -98,3 +98,11 @@ def test_golden_folders_of_transformers(name: str, case: str) -> None:
     with torch.no_grad():
         found = model(given.tensors["input_ids"], attention_mask=real).logits
     assert largest(found[real.bool()], given.tensors["logits"][real.bool()]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_file_stands_for_its_folder(saved: Callable[[str], Path], name: str) -> None:
+    loaded = bminf.load(saved("llama") / name, quantization=None, device="cpu")
+    expected = bminf.load(saved("llama"), quantization=None, device="cpu")
+    given = inputs_of("llama")
+    assert torch.equal(output_of(loaded, given), output_of(expected, given))

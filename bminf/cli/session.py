@@ -28,8 +28,6 @@ Write = Callable[[str], None]
 NEW_TOKENS = 256
 """The most tokens of an answer, unless it was said."""
 
-_PARTS = (".json", ".safetensors", ".bin")
-
 
 @dataclass(frozen=True)
 class AnswerStats:
@@ -104,13 +102,8 @@ def find(arguments: argparse.Namespace) -> Session:
     _check_holds_no_gguf(path)
     with spinner("importing torch"):
         from bminf.loading import zoo_class
-        from bminf.pretrained import is_pretrained
-    # A file of a folder of transformers stands for it, as for `bminf plan`.
-    is_part = path.suffix in _PARTS and path.is_file() and is_pretrained(path.parent)
     kind, folder = zoo_class(
-        path.parent if is_part else arguments.model,
-        arguments.built_in,
-        trust_remote_code=arguments.trust_remote_code,
+        arguments.model, arguments.built_in, trust_remote_code=arguments.trust_remote_code
     )
     if kind is None:
         from bminf.cli.session_pretrained import PretrainedSession
