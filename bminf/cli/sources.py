@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from bminf.models.source import Source
     from bminf.offload.plan import Plan
+    from bminf.quantization.packed import Format
 
 HELP = (
     "a folder with config.json or that file, a .gguf file, a hub id, a folder of CPM-1, CPM-2, EVA "
@@ -43,7 +44,19 @@ def find(model: str) -> Transformers | Zoo:
     Only headers and configurations are read.   Raises CheckpointError.
     """
     found = _found(model)
-    return _of_transformers(found) if isinstance(found, dict) else Zoo(found)
+    if not isinstance(found, dict):
+        return Zoo(found)
+    return _of_transformers(found, _packed_in(Path(model).expanduser()))
+
+
+def _packed_in(path: Path) -> dict[str, Format] | None:
+    """Formats of the linears of a folder that bminf.save() has written, None for any other."""
+    from bminf.description import is_saved, read_description
+
+    folder = path if path.is_dir() else path.parent
+    if not path.exists() or not is_saved(folder):
+        return None
+    return {name: linear.form for name, linear in read_description(folder).packed.items()}
 
 
 def _found(model: str) -> dict[str, Any] | Source:
@@ -64,22 +77,31 @@ def _found(model: str) -> dict[str, Any] | Source:
 
 
 class Transformers:
-    """A model that transformers builds, on the meta device."""
+    """A model that transformers builds, on the meta device.
 
-    def __init__(self, model: Any) -> None:
-        self._model = model
+    packed: formats of the linears that are packed on disk, by name; None where none can be.
+    """
+
+    def __init__(self, model: Any, packed: dict[str, Format] | None = None) -> None:
+        self._model, self._packed = model, packed
         self.title = type(model).__name__
         self.dtype = str(model.dtype).removeprefix("torch.")
 
     def quantization(self, arguments: argparse.Namespace) -> str:
-        return arguments.quantization or "int8"
+        if self._packed:
+            if arguments.quantization is not None:
+                raise ArgumentError("the weights are packed already; leave out --quantization")
+            return "as stored"
+        return arguments.quantization or ("int8" if self._packed is None else "none")
 
     def plan(self, arguments: argparse.Namespace, memory_limit: str | None) -> Plan:
         from bminf.wrapping import plan_for
 
+        packed = self._packed
         return plan_for(
             self._model,
             quantization=self._format(arguments),
+            quantize=(lambda name, _: name in packed) if packed else None,
             memory_limit=memory_limit,
             reserve=arguments.reserve,
             blocks=arguments.blocks,
@@ -92,7 +114,7 @@ class Transformers:
     def unquantized_bytes(self, arguments: argparse.Namespace) -> int:
         """Bytes of matrices in blocks that are not quantized; the reason goes to stderr."""
         weight_format = self._format(arguments)
-        if weight_format is None:
+        if weight_format is None or self._packed:
             return 0
         from bminf.layers.quantize import choose_linears, warn_of_unquantized
         from bminf.offload.blocks import find_blocks
@@ -110,7 +132,9 @@ class Transformers:
         left = {id(p): p for m in modules for p in m._parameters.values()}
         return sum(p.nbytes for p in left.values() if p is not None and p.dim() > 1)
 
-    def _format(self, arguments: argparse.Namespace) -> str | None:
+    def _format(self, arguments: argparse.Namespace) -> str | Format | None:
+        if self._packed:
+            return next(iter(self._packed.values()))
         kind = self.quantization(arguments)
         if kind == "int4-row":
             raise ArgumentError(
@@ -308,7 +332,7 @@ def _from_hub(hub_id: str) -> Path:
 # ---- models of transformers ----------------------------------------------------------------------
 
 
-def _of_transformers(config: dict[str, Any]) -> Transformers:
+def _of_transformers(config: dict[str, Any], packed: dict[str, Format] | None) -> Transformers:
     models.require(["transformers"])
     if "quantization_config" in config:
         print(
@@ -317,7 +341,7 @@ def _of_transformers(config: dict[str, Any]) -> Transformers:
             file=sys.stderr,
         )
     with spinner("building the architecture"):
-        return Transformers(build_on_meta(config))
+        return Transformers(build_on_meta(config), packed)
 
 
 def build_on_meta(config: dict[str, Any]) -> Any:

@@ -16,6 +16,7 @@ import torch
 import transformers
 from plan_reports import CONFIG, error, report, write_llama
 from tiny_glm import tiny_glm10b
+from tiny_models import make
 from tiny_zoo import tiny
 
 import bminf
@@ -86,6 +87,23 @@ def test_a_file_of_safetensors_stands_for_its_folder(
     index.write_text("{}")
     for name in (file, index):
         assert len(report(capsys, str(name))["blocks"]) == 6
+
+
+@pytest.mark.parametrize("kind", ["int4", "int8", None])
+def test_a_folder_of_save_is_planned_as_it_is_packed(
+    kind: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    some = None if kind is None else (lambda name, _: "mlp" in name)
+    model = bminf.wrapper(make("llama"), kind, device="cpu", quantize=some)
+    bminf.save(model, tmp_path / "saved")
+    found = report(capsys, str(tmp_path / "saved"))
+    expected = bminf.plan_of(bminf.load(tmp_path / "saved", device="cpu"))
+    assert expected is not None
+    assert [block["bytes"] for block in found["blocks"]] == [b.nbytes for b in expected.blocks]
+    assert found["quantization"] == ("none" if kind is None else "as stored")
+    if kind is not None:
+        wrong = error(capsys, str(tmp_path / "saved"), "--quantization", "int8")
+        assert "packed already; leave out --quantization" in wrong
 
 
 def write_gguf(path: Path, architecture: str) -> Path:
