@@ -83,9 +83,12 @@ def _room(model: Any, max_length: int | None, max_batch_size: int | None) -> tup
     if context is not None:
         max_length = max_length or context.max_length
         max_batch_size = max_batch_size or context.max_batch_size
-    if max_length is not None:
-        return max_length, max_length * (max_batch_size or 1)
     positions = _positions_of(model)
+    if max_length is not None:
+        longest = max_length
+        if positions is not None and _has_position_table(model, positions):
+            longest = min(max_length, positions)
+        return longest, max_length * (max_batch_size or 1)
     num_tokens = max(_LEAST_TOKENS, _limit_of(model) // _SHARE // _token_bytes(model))
     if positions is not None:
         num_tokens = min(num_tokens, _MOST_TEXTS * positions)
@@ -119,3 +122,11 @@ def _token_bytes(model: Any) -> int:
 def _positions_of(model: Any) -> int | None:
     found = first_of(text_config(model.config), "max_position_embeddings", "n_positions")
     return found if isinstance(found, int) and found > 0 else None
+
+
+def _has_position_table(model: Any, positions: int) -> bool:
+    """Whether positions are rows of a table, which has none beyond: on a GPU, asking for one ends
+    all that the process computes there. Tables of OPT and BART begin with two rows more."""
+    others = (one for one in model.modules() if one is not model.get_input_embeddings())
+    tables = (one for one in others if isinstance(one, torch.nn.Embedding))
+    return any(positions <= table.num_embeddings <= positions + 2 for table in tables)

@@ -229,6 +229,21 @@ def test_what_cannot_share_a_pass_says_so_once(name: str, reason: str) -> None:
     assert len(said) == 1
 
 
+@pytest.mark.parametrize(("name", "is_bounded"), [("gpt2", True), ("opt", True), ("llama", False)])
+def test_a_row_is_no_longer_than_a_table_of_positions(name: str, is_bounded: bool) -> None:
+    model = make(name)
+    positions = model.config.max_position_embeddings
+    engine = Engine(model, max_length=positions + 9)
+    (ids,) = prompts((positions - 1,))
+    engine.run([engine.add(Request(ids, 2, GREEDY))])  # the last one is not fed
+    longer = Request(ids, 3, GREEDY)
+    if is_bounded:
+        with pytest.raises(ArgumentError, match=f"are more than max_length={positions}"):
+            engine.add(longer)
+    else:
+        engine.run([engine.add(longer)])
+
+
 def test_models_that_generate_no_text_are_refused() -> None:
     for model in (make("bert"), torch.nn.Linear(2, 2), object()):
         with pytest.raises(ArgumentError, match="give a model of the zoo"):
