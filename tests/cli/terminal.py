@@ -17,9 +17,9 @@ def started(*argv: str, **settings: Any) -> subprocess.Popen[bytes]:
     assert bminf.__file__ is not None
     environment = os.environ | {"PYTHONPATH": str(Path(bminf.__file__).parents[1])}
     command = [sys.executable, "-m", "bminf", *argv]
-    return subprocess.Popen(command, env=environment, preexec_fn=_hear_ctrl_c, **settings)
+    return subprocess.Popen(command, env=environment, **{"preexec_fn": hear_ctrl_c, **settings})
 
 
-def _hear_ctrl_c() -> None:
+def hear_ctrl_c() -> None:
     """Also where the tests run in the background of a script, which does not."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)

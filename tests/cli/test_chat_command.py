@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 
 import pytest
 import transformers
-from terminal import started
+from terminal import hear_ctrl_c, started
 from tiny_glm import tiny_model
 from tiny_llama import TEMPLATE, save_llama
 from tokenizers.processors import TemplateProcessing
@@ -336,6 +336,7 @@ def _take_terminal() -> None:
     import termios
 
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    hear_ctrl_c()
 
 
 @pytest.fixture
