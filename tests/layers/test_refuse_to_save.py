@@ -1,4 +1,4 @@
-"""save_pretrained() of packed weights, which from_pretrained() would not read."""
+"""bminf/layers/saving.py: save_pretrained() of packed weights is refused: nothing would read them."""
 
 from __future__ import annotations
 
