@@ -1,4 +1,4 @@
-"""bminf/layers/saving.py: save_pretrained() of packed weights is refused: nothing would read them."""
+"""bminf/layers/saving.py: save_pretrained() of packed weights, which nothing reads, is refused."""
 
 from __future__ import annotations
 
