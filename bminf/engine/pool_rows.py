@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -104,6 +104,49 @@ class PoolRows:
 
     def _needed(self, request: Request) -> int:
         return len(self.start_ids(request)) + request.max_new_tokens - 1  # the last is not fed
+
+
+@dataclass(eq=False)
+class PromptedRow(PoolRow):
+    """prompt_cells: its place in the pool of prompts.   is_read: whether they are filled."""
+
+    prompt_cells: Range = field(default_factory=lambda: Range(0, 0))
+    is_read: bool = False
+
+
+class PromptedRows(PoolRows):
+    """Rows whose prompts, which an encoder reads, lie in a pool of their own: `_prompts`."""
+
+    can_chunk = False
+    _prompts: TokenPool
+
+    def check(self, request: Request) -> None:
+        super().check(request)
+        if not self._prompts.could_take(len(request.input_ids)):
+            raise ArgumentError(
+                f"the prompt has {len(request.input_ids)} tokens, and there is room for "
+                f"{self._prompts.num_tokens}; shorten it, or take a larger max_length"
+            )
+
+    def open(self, request: Request) -> Any:
+        with self._lock:
+            prompt_cells = self._prompts.take(len(request.input_ids))
+            if prompt_cells is None:
+                return None
+            prompt_cells.used = prompt_cells.size
+            row = super().open(request)
+            if row is None:
+                self._prompts.give(prompt_cells)
+                return None
+            return PromptedRow(request, row.cells, prompt_cells=prompt_cells)
+
+    def close(self, row: Any) -> None:
+        with self._lock:
+            super().close(row)
+            self._prompts.give(row.prompt_cells)
+
+    def widen(self, row: Any, request: Request) -> bool:
+        return False  # another prompt is another text for the encoder
 
 
 def ids_of(feeds: Sequence[Feed], num_tokens: int | None) -> list[int]:

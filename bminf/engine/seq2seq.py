@@ -6,7 +6,6 @@ makes of it, layer by layer in the row's first pass, lie in a pool of their own.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,29 +13,18 @@ from transformers import EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from bminf.engine.causal import Attention, CausalRows, Kept, RowsPass
-from bminf.engine.pool_rows import PoolRow, decoder_start, ids_of, last_tokens
+from bminf.engine.pool_rows import PromptedRow, PromptedRows, decoder_start, ids_of, last_tokens
 from bminf.engine.request import Request
 from bminf.engine.rows import Feed
-from bminf.engine.token_pool import Range, TokenPool
-from bminf.errors import ArgumentError
+from bminf.engine.token_pool import TokenPool
 from bminf.layers.packed_cache import Span
 
 MODEL_TYPES = ("bart", "blenderbot", "marian", "mbart", "mt5", "pegasus", "t5", "umt5")
 """Whose decoders count positions from the length of the cache, in one of the ways below."""
 
 
-@dataclass(eq=False)
-class Seq2SeqRow(PoolRow):
-    """prompt_cells: in the pool of prompts.   is_read: whether the decoder has filled them."""
-
-    prompt_cells: Range = field(default_factory=lambda: Range(0, 0))
-    is_read: bool = False
-
-
-class Seq2SeqRows(CausalRows):
+class Seq2SeqRows(PromptedRows, CausalRows):
     """num_tokens: of the decoder's pool, and of that of the prompts."""
-
-    can_chunk = False
 
     def __init__(self, model: Any, num_tokens: int, max_length: int | None = None) -> None:
         super().__init__(model, num_tokens, max_length)
@@ -44,36 +32,8 @@ class Seq2SeqRows(CausalRows):
         self._cross: Kept = {}
         self._states: Any = None  # of the encoder; only their width and type are looked at
 
-    def check(self, request: Request) -> None:
-        super().check(request)
-        if not self._prompts.could_take(len(request.input_ids)):
-            raise ArgumentError(
-                f"the prompt has {len(request.input_ids)} tokens, and there is room for "
-                f"{self._prompts.num_tokens}; shorten it, or take a larger max_length"
-            )
-
     def start_ids(self, request: Request) -> Sequence[int]:
         return request.start_ids or [decoder_start(self._model)]
-
-    def open(self, request: Request) -> Any:
-        with self._lock:
-            cells = self._prompts.take(len(request.input_ids))
-            if cells is None:
-                return None
-            cells.used = cells.size
-            row = super().open(request)
-            if row is None:
-                self._prompts.give(cells)
-                return None
-            return Seq2SeqRow(request, row.cells, prompt_cells=cells)
-
-    def close(self, row: Any) -> None:
-        with self._lock:
-            super().close(row)
-            self._prompts.give(row.prompt_cells)
-
-    def widen(self, row: Any, request: Request) -> bool:
-        return False  # another prompt is another text for the encoder
 
     def _move_prompts(self, start: int, target: int, count: int) -> None:
         for tensors in self._cross.values():
@@ -121,7 +81,7 @@ class Seq2SeqRows(CausalRows):
         return torch.tensor(positions, device=self.sampler_device())
 
 
-def _prompt_span(row: Seq2SeqRow, num_tokens: int) -> Span:
+def _prompt_span(row: PromptedRow, num_tokens: int) -> Span:
     """All of the prompt, seen from as many tokens."""
     return Span(row.prompt_cells.start, len(row.request.input_ids) - num_tokens, num_tokens)
 

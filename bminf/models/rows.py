@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from bminf.arch.t5 import T5, PackedT5Cache, T5Cache
-from bminf.engine.pool_rows import PoolRow, PoolRows, ids_of, last_tokens
+from bminf.engine.pool_rows import PoolRows, PromptedRow, PromptedRows, ids_of, last_tokens
 from bminf.engine.request import Request
 from bminf.engine.rows import Feed, fixed_length
-from bminf.engine.token_pool import Range, TokenPool
-from bminf.errors import ArgumentError
+from bminf.engine.token_pool import TokenPool
 from bminf.layers.kv_cache import KVCache
 from bminf.layers.packed_cache import PackedCache, Segments, Span
 
@@ -79,21 +77,12 @@ def _states(x: torch.Tensor, wanted: Sequence[int]) -> torch.Tensor:
     return x[0, torch.tensor(wanted, device=x.device)]
 
 
-@dataclass(eq=False)
-class T5Row(PoolRow):
-    """prompt_cells: in the pool of prompts.   is_encoded: whether they are filled."""
-
-    prompt_cells: Range = field(default_factory=lambda: Range(0, 0))
-    is_encoded: bool = False
-
-
-class T5Rows(DecoderRows):
+class T5Rows(PromptedRows, DecoderRows):
     """Rows of an encoder-decoder network. Prompts are encoded in the first pass of their row.
 
     max_length: of what the decoder is fed; the pool of prompts is that of the cache.
     """
 
-    can_chunk = False
     network: T5
 
     def __init__(
@@ -103,39 +92,10 @@ class T5Rows(DecoderRows):
         self._cross = cache.cross
         self._prompts = TokenPool(cache.cross.tokens[0].shape[2], cache.cross.move_tokens)
 
-    def check(self, request: Request) -> None:
-        super().check(request)
-        if not self._prompts.could_take(len(request.input_ids)):
-            raise ArgumentError(
-                f"the prompt has {len(request.input_ids)} tokens, and there is room for "
-                f"{self._prompts.num_tokens}; shorten it, or load the model with a larger "
-                "max_length"
-            )
-
-    def open(self, request: Request) -> Any:
-        with self._lock:
-            prompt_cells = self._prompts.take(len(request.input_ids))
-            if prompt_cells is None:
-                return None
-            prompt_cells.used = prompt_cells.size
-            row = super().open(request)
-            if row is None:
-                self._prompts.give(prompt_cells)
-                return None
-            return T5Row(request, row.cells, prompt_cells=prompt_cells)
-
-    def close(self, row: Any) -> None:
-        with self._lock:
-            super().close(row)
-            self._prompts.give(row.prompt_cells)
-
-    def widen(self, row: Any, request: Request) -> bool:
-        return False  # another prompt is another text for the encoder
-
     def hidden_states(
         self, feeds: Sequence[Feed], ids: torch.Tensor, packed: PackedCache
     ) -> torch.Tensor:
-        newcomers = [feed.row for feed in feeds if not feed.row.is_encoded]
+        newcomers = [feed.row for feed in feeds if not feed.row.is_read]
         if newcomers:
             self._encode(newcomers, packed.copies)
         spans = [_prompt_span(feed.row, len(feed.ids)) for feed in feeds]
@@ -143,7 +103,7 @@ class T5Rows(DecoderRows):
         x: torch.Tensor = self.network(ids, PackedT5Cache(packed, cross, len(feeds)))
         return x
 
-    def _encode(self, rows: Sequence[T5Row], copies: bool) -> None:
+    def _encode(self, rows: Sequence[PromptedRow], copies: bool) -> None:
         prompts = [row.request.input_ids for row in rows]
         spans = [_prompt_span(row, len(row.request.input_ids)) for row in rows]
         ids = [token for prompt in prompts for token in prompt]
@@ -155,9 +115,9 @@ class T5Rows(DecoderRows):
             PackedCache(self._cross.tokens, spans),
         )
         for row in rows:
-            row.is_encoded = True
+            row.is_read = True
 
 
-def _prompt_span(row: T5Row, num_tokens: int) -> Span:
+def _prompt_span(row: PromptedRow, num_tokens: int) -> Span:
     """All of the prompt, seen from as many tokens."""
     return Span(row.prompt_cells.start, len(row.request.input_ids) - num_tokens, num_tokens)
