@@ -3,6 +3,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import hypothesis
@@ -53,6 +54,22 @@ def smollm2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     base = tmp_path_factory.getbasetemp()  # in a folder of the whole run, if there are workers
     return save_once_as_safetensors(base.parent if "PYTEST_XDIST_WORKER" in os.environ else base)
+
+
+@pytest.fixture(scope="session")
+def saved_tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a tiny model, written once."""
+    from tiny_models import make
+
+    root, folders = tmp_path_factory.mktemp("pretrained"), dict[str, Path]()
+
+    def folder(name: str) -> Path:
+        if name not in folders:
+            folders[name] = root / name
+            make(name).save_pretrained(folders[name])
+        return folders[name]
+
+    return folder
 
 
 def pytest_collection_finish() -> None:

@@ -11,7 +11,7 @@ import huggingface_hub
 import pytest
 import torch
 from golden import TOLERANCE, for_each, golden, largest
-from tiny_models import TINY, greedy, inputs_of, make, output_of
+from tiny_models import TINY, greedy, inputs_of, output_of
 
 import bminf
 
@@ -26,20 +26,6 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="session")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The folder of a tiny model, written once."""
-    root, folders = tmp_path_factory.mktemp("pretrained"), dict[str, Path]()
-
-    def folder(name: str) -> Path:
-        if name not in folders:
-            folders[name] = root / name
-            make(name).save_pretrained(folders[name])
-        return folders[name]
-
-    return folder
-
-
 def reference(name: str, folder: Path, **settings: Any) -> Any:
     return TINY[name].model.from_pretrained(folder, **settings)
 
@@ -51,12 +37,12 @@ def attributes(model: torch.nn.Module) -> dict[str, set[str]]:
 @pytest.mark.parametrize("quantization", [None, "int8", "int4"])
 @pytest.mark.parametrize("name", FEW)
 def test_it_answers_as_the_wrapped_model_does(
-    name: str, quantization: str | None, saved: Callable[[str], Path]
+    name: str, quantization: str | None, saved_tiny: Callable[[str], Path]
 ) -> None:
-    limit = half_of(name, quantization, saved(name))
+    limit = half_of(name, quantization, saved_tiny(name))
     settings = dict(quantization=quantization, memory_limit=limit, device="cpu")
-    expected = bminf.wrapper(reference(name, saved(name)), **settings)
-    model = bminf.load(saved(name), **settings)
+    expected = bminf.wrapper(reference(name, saved_tiny(name)), **settings)
+    model = bminf.load(saved_tiny(name), **settings)
     assert bminf.plan_of(model) == bminf.plan_of(expected)
     assert bminf.plan_of(model).streamed
     given = inputs_of(name)
@@ -74,13 +60,13 @@ def half_of(name: str, quantization: str | None, folder: Path) -> int:
 
 
 def test_a_hub_id_is_downloaded(
-    saved: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+    saved_tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
 
     def download(hub_id: str, allow_patterns: list[str]) -> str:
         asked.append((hub_id, allow_patterns))
-        return str(saved("llama"))
+        return str(saved_tiny("llama"))
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     model = bminf.load("somebody/llama", quantization=None, device="cpu")
@@ -101,8 +87,8 @@ def test_golden_folders_of_transformers(name: str, case: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
-def test_a_file_stands_for_its_folder(saved: Callable[[str], Path], name: str) -> None:
-    loaded = bminf.load(saved("llama") / name, quantization=None, device="cpu")
-    expected = bminf.load(saved("llama"), quantization=None, device="cpu")
+def test_a_file_stands_for_its_folder(saved_tiny: Callable[[str], Path], name: str) -> None:
+    loaded = bminf.load(saved_tiny("llama") / name, quantization=None, device="cpu")
+    expected = bminf.load(saved_tiny("llama"), quantization=None, device="cpu")
     given = inputs_of("llama")
     assert torch.equal(output_of(loaded, given), output_of(expected, given))

@@ -7,24 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import TINY, make
+from tiny_models import TINY
 
 from bminf.layout import tensors_of
 from bminf.pretrained import open_pretrained
-
-
-@pytest.fixture(scope="session")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The folder of a tiny model, written once."""
-    root, folders = tmp_path_factory.mktemp("pretrained"), dict[str, Path]()
-
-    def folder(name: str) -> Path:
-        if name not in folders:
-            folders[name] = root / name
-            make(name).save_pretrained(folders[name])
-        return folders[name]
-
-    return folder
 
 
 def aliases(model: torch.nn.Module) -> set[frozenset[str]]:
@@ -42,10 +28,10 @@ def attributes(model: torch.nn.Module) -> dict[str, set[str]]:
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 @pytest.mark.parametrize("name", TINY)
 def test_what_is_to_be_read_is_what_transformers_reads(
-    name: str, dtype: torch.dtype | None, saved: Callable[[str], Path]
+    name: str, dtype: torch.dtype | None, saved_tiny: Callable[[str], Path]
 ) -> None:
-    expected = TINY[name].model.from_pretrained(saved(name), dtype=dtype or "auto")
-    opened = open_pretrained(saved(name), dtype)
+    expected = TINY[name].model.from_pretrained(saved_tiny(name), dtype=dtype or "auto")
+    opened = open_pretrained(saved_tiny(name), dtype)
     values = {name: tensor for name, _, tensor in tensors_of(expected)}
     assert opened.tensors.keys() == values.keys()
     for key, value in values.items():
