@@ -6,6 +6,7 @@ Files that are damaged by chance are in test_loading_damaged.py.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import threading
 import warnings
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import make
 
 import bminf
+from bminf import loading
 from bminf.errors import (
     ArgumentError,
     BMInfError,
@@ -26,6 +28,7 @@ from bminf.errors import (
     CheckpointError,
     UnknownKeywordError,
 )
+from bminf.models import source
 
 
 @pytest.fixture(autouse=True)
@@ -216,3 +219,12 @@ def test_arguments_that_cannot_be_kept(originals: dict[str, Path]) -> None:
         bminf.load(folder, dtype="int8", device="cpu")
     with pytest.raises(ArgumentError, match="quantization='int5'; accepted"):
         bminf.load(folder, quantization="int5", device="cpu")
+
+
+@pytest.mark.parametrize("name", ["./nothing", "../nothing", "no/-where", ""])
+def test_a_path_is_not_asked_of_the_hub(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(source, "download")
+    monkeypatch.delattr(loading, "download")
+    for opened in (bminf.load, bminf.models.CPM1):
+        with pytest.raises(CheckpointError, match=rf"there is no '{re.escape(name)}'; "):
+            opened(name)

@@ -33,7 +33,7 @@ FORMAT_VERSION = 1
 HEAD = "lm_head.parts."
 """What the parts of an output head that is split are called before their index."""
 
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # not "./folder"
 _HUB_FILES = ("*.json", "*.bin", "*.safetensors", "*.model", "*.txt")
 
 
