@@ -30,15 +30,15 @@ def save_once_as_safetensors(parent: Path) -> Path:
 def save_as_safetensors(folder: Path) -> Path:
     """The model in float32 and its tokenizer, as a folder that from_pretrained maps lazily."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from bminf.cli import models
 
     path = gguf_file()
-    model = AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.float32
-    )
+    with models.gguf_read_once(path):
+        model, tokenizer = models.load_model(path, torch.float32), models.load_tokenizer(path)
     # transformers takes the dequantized model for a quantized one, and would refuse to save it.
     model.hf_quantizer = None
     del model.config.quantization_config
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder

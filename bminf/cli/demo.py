@@ -88,17 +88,21 @@ class _Demo:
         self._is_cuda = self._device == "cuda"
         if self._is_cuda and not has_cuda:
             raise ArgumentError("--device cuda: torch sees no GPU here; use --device cpu")
+        with models.gguf_read_once(source):
+            self._load(source)
+        if not self._is_cuda:  # libraries allocate their buffers in the first pass
+            with spinner("first pass"):
+                self._model.generate(self._prompt_ids, max_new_tokens=1, do_sample=False)
+        self._baseline_bytes = _other_bytes(self._model)
+        self._max_length = self._countable_length()
+
+    def _load(self, source: str | Path) -> None:
         name = Path(source).name
         with spinner(f"loading the tokenizer of {name}"):
             self._tokenizer = models.load_tokenizer(source)
         self._prompt_ids = self._ids_of_prompt()
         with spinner(f"loading {name}"):
             self._model = models.load_model(source, _dtype(source, self._is_cuda))
-        if not self._is_cuda:  # libraries allocate their buffers in the first pass
-            with spinner("first pass"):
-                self._model.generate(self._prompt_ids, max_new_tokens=1, do_sample=False)
-        self._baseline_bytes = _other_bytes(self._model)
-        self._max_length = self._countable_length()
 
     def check(self, memory_limit: int) -> None:
         """Raise BudgetError, before anything is generated, if the weights alone do not fit."""

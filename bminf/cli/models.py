@@ -6,6 +6,7 @@ import importlib.util
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def load_tokenizer(model: str | Path) -> Any:
     import transformers
 
     source, options = _source(model)
-    with _load_errors(model):
+    with _load_errors(model), gguf_read_once(model):
         return transformers.AutoTokenizer.from_pretrained(source, **options)
 
 
@@ -61,11 +62,31 @@ def load_model(model: str | Path, dtype: Any = "auto") -> Any:
     import transformers
 
     source, options = _source(model)
-    with _load_errors(model):
+    with _load_errors(model), gguf_read_once(model):
         config = transformers.AutoConfig.from_pretrained(source, **options)
         kind = "Seq2SeqLM" if config.is_encoder_decoder else "CausalLM"
         factory = getattr(transformers, f"AutoModelFor{kind}")
         return factory.from_pretrained(source, config=config, dtype=dtype, **options).eval()
+
+
+@contextmanager
+def gguf_read_once(model: str | Path) -> Iterator[None]:
+    """Within it, let transformers read the header of a .gguf file once, and make its table of names
+    once: it reads the one for tokenizer, configuration and weights each, and makes the other for
+    every module. Of SmolLM2 that takes 31 s of CPU time, and 10 with this."""
+    if Path(model).suffix != ".gguf" or importlib.util.find_spec("gguf") is None:
+        yield
+        return
+    import gguf
+
+    before = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    for name, made in before.items():
+        setattr(gguf, name, cache(made))
+    try:
+        yield
+    finally:
+        for name, made in before.items():
+            setattr(gguf, name, made)
 
 
 @contextmanager

@@ -389,8 +389,13 @@ def test_a_closed_pipe_is_no_error(endless: Path) -> None:
     process.stderr.close()
 
 
-def test_a_gguf_file(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_gguf_file(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its header is read for the tokenizer, and once more with the weights."""
+    import gguf
     from smollm2 import gguf_file
 
+    made, read = gguf.GGUFReader, []
+    monkeypatch.setattr(gguf, "GGUFReader", lambda path: read.append(path) or made(path))
     options = ("--temperature", "0", "--max-new-tokens", "4")
     assert printed(capsys, str(gguf_file()), "Once upon a", *options).startswith(" time")
+    assert len(read) == 2
