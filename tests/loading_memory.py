@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from smollm2_memory import Peak, status_bytes
 
 import bminf
+from bminf.cli.measure import PeakMemory, rss_anon_bytes
 from bminf.offload import memory
 
 
@@ -28,17 +28,16 @@ def main(root: Path, names: list[str]) -> None:
     print(json.dumps([growth(root / name, given) for name in names for given in settings]))
 
 
-def growth(folder: Path, settings: dict[str, Any]) -> dict[str, int]:
+def growth(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     gc.collect()
     memory.trim()
-    before = status_bytes("RssAnon")
-    with Peak() as peak:
+    with PeakMemory(is_cuda=False, baseline_bytes=rss_anon_bytes()) as peak:
         model = bminf.load(folder, device="cpu", **settings)
     plan = bminf.plan_of(model)
     assert plan is not None and not plan.streamed
     run(model)
     block_bytes = max(block.nbytes for block in plan.blocks)
-    return {"grown": peak.nbytes - before, "model": plan.total_bytes, "block": block_bytes}
+    return {"grown": peak.peak_bytes, "model": plan.total_bytes, "block": block_bytes}
 
 
 def run(model: Any) -> None:

@@ -8,37 +8,19 @@ from __future__ import annotations
 import json
 import resource
 import sys
-import threading
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
 import bminf
+from bminf.cli.measure import PeakMemory, rss_anon_bytes
 from bminf.wrapping import plan_for
 
 
-def status_bytes(field: str) -> int:
+def data_bytes() -> int:
     text = Path("/proc/self/status").read_text()
-    return int(text.split(f"{field}:")[1].split()[0]) * 1024
-
-
-class Peak:
-    """The highest RssAnon while the block of a `with` runs, sampled every 2 ms."""
-
-    def __enter__(self) -> Peak:
-        self.nbytes, self._stop = status_bytes("RssAnon"), threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while not self._stop.wait(0.002):
-            self.nbytes = max(self.nbytes, status_bytes("RssAnon"))
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
+    return int(text.split("VmData:")[1].split()[0]) * 1024
 
 
 def main(folder: str, mode: str, offload_dir: str) -> None:
@@ -46,20 +28,19 @@ def main(folder: str, mode: str, offload_dir: str) -> None:
     logging.disable_progress_bar()
     torch.set_num_threads(1)
     inputs = AutoTokenizer.from_pretrained(folder)("Once upon a time,", return_tensors="pt")
-    before, data_before = status_bytes("RssAnon"), status_bytes("VmData")
+    before, data_before = rss_anon_bytes(), data_bytes()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     whole = plan_for(model, quantization=False)
     num_resident = len(whole.blocks) // 2 if mode == "half" else 0
     block_bytes = whole.blocks[0].nbytes
     limit = whole.outside_bytes + (num_resident + 2) * block_bytes + block_bytes // 2
-    before_wrapping = status_bytes("RssAnon")
-    with Peak() as wrapping:
+    with PeakMemory(is_cuda=False, baseline_bytes=rss_anon_bytes()) as wrapping:
         bminf.wrapper(model, False, limit, device="cpu", offload_dir=offload_dir)
     plan = bminf.plan_of(model)
     assert plan is not None
     allowed = data_before + plan.total_bytes + 100 * 2**20
     resource.setrlimit(resource.RLIMIT_DATA, (allowed, allowed))
-    with Peak() as generating:
+    with PeakMemory(is_cuda=False, baseline_bytes=before) as generating:
         ids = model.generate(**inputs, max_new_tokens=12, do_sample=False)
     report = {
         "ids": ids.tolist(),
@@ -67,8 +48,8 @@ def main(folder: str, mode: str, offload_dir: str) -> None:
         "block_bytes": block_bytes,
         "num_resident": len(plan.resident),
         "num_streamed": len(plan.streamed),
-        "generating_bytes": generating.nbytes - before,
-        "wrapping_bytes": wrapping.nbytes - before_wrapping,
+        "generating_bytes": generating.peak_bytes,
+        "wrapping_bytes": wrapping.peak_bytes,
     }
     print(json.dumps(report))
 

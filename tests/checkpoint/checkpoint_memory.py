@@ -11,14 +11,14 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # for smollm2_memory
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for tiny_glm
 
 import torch
-from smollm2_memory import Peak, status_bytes
 from tiny_glm import reshard
 
 from bminf.checkpoint.safetensors_file import read_safetensors, write_safetensors
 from bminf.checkpoint.torch_file import read_torch_file, weights_of
+from bminf.cli.measure import PeakMemory, rss_anon_bytes
 from bminf.layout import Layout, TensorSpec
 
 NUM_TENSORS, TENSOR_BYTES = 100, 2**21
@@ -64,10 +64,9 @@ WAYS: dict[str, Callable[[Path], int]] = {
 
 def main(what: str, file: str) -> None:
     torch.ones(2**20).sum()  # what torch sets up at its first operation, threads included
-    before = status_bytes("RssAnon")
-    with Peak() as peak:
+    with PeakMemory(is_cuda=False, baseline_bytes=rss_anon_bytes()) as peak:
         total = WAYS[what](Path(file))
-    print(json.dumps({"total_bytes": total, "peak_bytes": peak.nbytes - before}))
+    print(json.dumps({"total_bytes": total, "peak_bytes": peak.peak_bytes}))
 
 
 if __name__ == "__main__":

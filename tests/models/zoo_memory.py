@@ -10,47 +10,43 @@ import json
 import re
 import sys
 import warnings
-from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # for smollm2_memory
-
 import torch
-from smollm2_memory import Peak, status_bytes
 
 import bminf
+from bminf.cli.measure import PeakMemory, rss_anon_bytes
 from bminf.errors import BudgetError
 from bminf.offload import memory
 
 
-def settled() -> int:
-    """RssAnon after what can be given back was."""
+def measured() -> PeakMemory:
+    """From now on, above RssAnon after what can be given back was."""
     gc.collect()
     memory.trim()
-    return status_bytes("RssAnon")
+    return PeakMemory(is_cuda=False, baseline_bytes=rss_anon_bytes())
 
 
 def checkpoint(source: str, destination: str) -> dict[str, int]:
     """Convert a CPM-2, then load it from where it was, and from where it is now."""
-    report, before = {}, settled()
-    with Peak() as peak:
+    report: dict[str, Any] = {}
+    with measured() as peak:
         made = bminf.models.convert(source, destination, "int8", model="cpm2")
-    report["converting"] = peak.nbytes - before
+    report["converting"] = peak.peak_bytes
     report["packed"] = (made / "model.safetensors").stat().st_size
     for name, folder in (("loading", source), ("loading_converted", destination)):
-        before = settled()
-        with Peak() as peak:
+        with measured() as peak:
             model = bminf.models.CPM2(
                 folder, device="cpu", dtype=torch.float16, max_length=8, memory_limit="8GB"
             )
             assert not model.plan.streamed
-        report[name] = peak.nbytes - before
+        report[name] = peak.peak_bytes
         model.close()
         del model
     return report
 
 
-def limit(name: str, tiny: str, folder: str, arguments: str) -> dict[str, int]:
+def limit(name: str, tiny: str, folder: str, arguments: str) -> dict[str, Any]:
     """Generate with as many rows and tokens as a model was loaded for.
 
     tiny: the folder of another model of the kind, for what this process needs once.
@@ -60,13 +56,12 @@ def limit(name: str, tiny: str, folder: str, arguments: str) -> dict[str, int]:
     given = json.loads(arguments)
     if not given["memory_limit"][0].isdigit():
         given["memory_limit"] = least_limit(kind, folder, given)
-    before = settled()
-    with Peak() as peak:
+    with measured() as peak:
         model = kind(folder, device="cpu", **given)
         plan = model.plan
         run(model)
     return {
-        "used": peak.nbytes - before,
+        "used": peak.peak_bytes,
         "limit": plan.budget,
         "planned": plan.total_bytes,
         "reserved": plan.reserved_bytes,
