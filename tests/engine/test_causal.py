@@ -6,6 +6,7 @@ from __future__ import annotations
 import random
 import threading
 import warnings
+from functools import cache
 from typing import Any
 
 import pytest
@@ -56,6 +57,12 @@ def made(name: str) -> Any:
     return tf.AutoModelForSeq2SeqLM.from_config(kind(**arguments)).eval()
 
 
+@cache
+def said_alone(name: str) -> list[list[int]]:
+    model = made(name)
+    return [generated(model, ids, 12) for ids in prompts()]
+
+
 def engine_of(model: Any, **more: Any) -> Engine:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*one after another")
@@ -67,8 +74,7 @@ def engine_of(model: Any, **more: Any) -> Engine:
 def test_rows_of_unequal_lengths_say_what_generate_says_of_each(
     name: str, is_streamed: bool
 ) -> None:
-    model = made(name)
-    expected = [generated(model, ids, 12) for ids in prompts()]
+    model, expected = made(name), said_alone(name)
     if is_streamed:
         model = stream(model)
     engine = engine_of(model, chunk=6)
