@@ -6,7 +6,9 @@ import tempfile
 import threading
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -70,14 +72,13 @@ def silent(load: Loader) -> Loader:
     return loader
 
 
-def own_threads() -> list[threading.Thread]:
-    """But for the one that tqdm begins with its first bar, and keeps."""
-    return [thread for thread in threading.enumerate() if thread.name != "tqdm_monitor"]
-
-
-def open_files() -> list[str]:
-    folder = Path("/proc/self/fd")
-    return sorted(os.readlink(path) for path in folder.iterdir() if path.is_symlink())
+def held() -> Counter[Any]:
+    """Threads, but for the one that tqdm begins with its first bar, and names of open files."""
+    found: Counter[Any] = Counter(t for t in threading.enumerate() if t.name != "tqdm_monitor")
+    for number in os.listdir("/proc/self/fd"):
+        with suppress(FileNotFoundError):  # one that is closed just now
+            found[os.readlink(f"/proc/self/fd/{number}")] += 1
+    return found
 
 
 def mapped(folder: Path) -> list[str]:
@@ -106,10 +107,10 @@ def refuse(
 
     def check(name: str, folder: Any, error: type[Exception], match: str, **arguments: Any) -> None:
         gc.collect()  # what a load before this one left to the collector of cycles
-        threads, files = own_threads(), open_files()
+        before = held()  # also threads of other tests that are about to end
         with pytest.raises(error, match=match):
             load(name, checkpoint=folder, **arguments)
-        assert own_threads() == threads and open_files() == files
+        assert not held() - before
         assert [path for path in home.rglob("*") if path.is_file()] == []
 
     yield check
