@@ -121,7 +121,6 @@ class Computed(Sliced):
 
     @property
     def is_read_by_rows(self) -> bool:
-        """Whether some rows can be computed without the others."""
         return bool(self.shape) and self._some(0, 0, 1) is not None
 
     def read(self) -> torch.Tensor:
@@ -155,13 +154,9 @@ class Computed(Sliced):
 
 def _slices(parts: Sequence[Stored], axis: int, start: int, end: int) -> list[Stored] | None:
     """The same rows or columns of each of them; None where these are no less than all."""
-    if axis == 0 and not all(map(_is_read_by_rows, parts)):
+    if axis == 0 and not all(part.is_read_by_rows for part in parts):
         return None
     return [slice_of(part, axis, start, end) for part in parts]
-
-
-def _is_read_by_rows(stored: Stored) -> bool:
-    return not isinstance(stored, Computed) or stored.is_read_by_rows
 
 
 @dataclass(frozen=True)
@@ -190,16 +185,11 @@ class InMemory(Sliced):
         return replace(self, tensor=self.tensor.narrow(axis, start, end - start))
 
 
-def sliceable(stored: Stored) -> Stored:
-    """`stored`, read if otherwise all of it would be computed for some of its rows."""
-    return stored if _is_read_by_rows(stored) else InMemory(stored.read(), stored.where)
-
-
 def _are_equal(one: Stored, other: Stored) -> bool:
     """As torch.equal() says, some rows at a time: of tied weights that a file holds twice."""
     if (one.shape, one.dtype) != (other.shape, other.dtype):
         return torch.equal(one.read(), other.read())
-    pairs = zip(pieces(sliceable(one)), pieces(sliceable(other)), strict=True)
+    pairs = zip(pieces(one), pieces(other), strict=True)
     return all(torch.equal(first, second) for (_, first), (_, second) in pairs)
 
 

@@ -108,25 +108,26 @@ def run_of(tensors: Mapping[str, Stored], block: str, layout: Layout) -> InFile 
     tensors: by their names in the file, not read yet.   block, layout: as for write_safetensors.
     None where they lie otherwise, or are of other types or shapes, and have to be read one by one.
     """
-    starts = {_start(tensors, block, layout, name) for name in layout.specs}
-    found = starts.pop() if len(starts) == 1 else None
-    if found is None:
+    found = lying_in_files(tensors, block, layout)
+    starts = {(stored.file, stored.offset - layout.offsets[name]) for name, stored in found}
+    if len(found) < len(layout.specs) or len(starts) != 1:
         return None
-    file, start = found
+    ((file, start),) = starts
     return contiguous(file, start, [layout.extent], torch.uint8, block)
 
 
-def _start(
-    tensors: Mapping[str, Stored], block: str, layout: Layout, name: str
-) -> tuple[BinaryFile, int] | None:
-    """Where the run would start of which `name` is a tensor; None where it is not."""
-    stored = tensors.get(_full_name(block, name))
-    if not lies_as(stored, layout.specs[name]):
-        return None
-    return stored.file, stored.offset - layout.offsets[name]
+def lying_in_files(
+    tensors: Mapping[str, Stored], block: str, layout: Layout
+) -> list[tuple[str, InFile]]:
+    """(name in the layout, tensor) of those whose bytes lie in a file as `layout` says. The
+    arguments are those of run_of."""
+    found = [
+        (name, tensors.get(_full_name(block, name)), spec) for name, spec in layout.specs.items()
+    ]
+    return [(name, stored) for name, stored, spec in found if _lies_as(stored, spec)]
 
 
-def lies_as(stored: Stored | None, spec: TensorSpec) -> TypeGuard[InFile]:
+def _lies_as(stored: Stored | None, spec: TensorSpec) -> TypeGuard[InFile]:
     """Whether the bytes of a tensor lie in a file as `spec` says, one after another."""
     if type(stored) is not InFile or (stored.shape, stored.dtype) != (spec.shape, spec.dtype):
         return False

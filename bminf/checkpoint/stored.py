@@ -36,6 +36,11 @@ class Stored(Protocol):
     @property
     def where(self) -> str: ...
 
+    @property
+    def is_read_by_rows(self) -> bool:
+        """Whether some rows can be read without the others."""
+        ...
+
     def read(self) -> torch.Tensor:
         """The values, on the CPU. It may be a view of a mapped file: never write to it.
 
@@ -58,13 +63,17 @@ class Stored(Protocol):
 def pieces(stored: Stored, max_bytes: int = _PIECE_BYTES) -> Iterable[tuple[int, torch.Tensor]]:
     """(index of its first row, rows) of a tensor that is read some rows at a time, in order.
 
-    max_bytes: of a piece, which still is one row at least. A tensor without axes is one piece.
+    max_bytes: of a piece, which still is one row at least. A tensor without axes is one piece. What
+    can only be read as a whole is read once.
     """
     nbytes = nbytes_of(stored)
     if not stored.shape or nbytes <= max_bytes:
         return [(0, stored.read())] if 0 not in stored.shape[:1] else []
     num_rows = stored.shape[0]
     step = max(1, max_bytes * num_rows // nbytes)
+    if not stored.is_read_by_rows:
+        parts = stored.read().split(step)
+        return [(number * step, part) for number, part in enumerate(parts)]
     return (
         (start, stored.rows(start, min(start + step, num_rows)).read())
         for start in range(0, num_rows, step)
@@ -86,6 +95,7 @@ class Sliced(ABC):
 
     shape: Any
     where: Any
+    is_read_by_rows: Any = True
 
     @abstractmethod
     def _slice(self, axis: int, start: int, end: int) -> Stored: ...

@@ -15,6 +15,9 @@ from bminf.offload.blob import Blobs, unmapped_bytes
 from bminf.offload.hooks import Scheduler
 from bminf.progress import progress_bar
 
+_TRIMMED_BYTES = 2**22
+"""Of blocks that are read before malloc gives back what it keeps: to ask it takes time."""
+
 
 def place(
     model: torch.nn.Module, blobs: Blobs, replacements: Replacements, scheduler: Scheduler
@@ -64,7 +67,7 @@ def load(
     read: fills the blob, (extent,) uint8, of the block of this name, "" for what lies outside all
     of them.
     """
-    streamed = set(scheduler.plan.streamed)
+    streamed, untrimmed_bytes = set(scheduler.plan.streamed), 0
     with torch.inference_mode(False), torch.no_grad():
         _fill(model, blobs.outside, scheduler.backend, partial(read, ""))
         for name, layout in _with_progress(blobs.blocks, "loading"):
@@ -74,7 +77,10 @@ def load(
                 scheduler.add(name, module, layout)
             else:
                 _fill(module, layout, scheduler.backend, partial(read, name))
-            memory.trim()  # what was read or merged on the way, which malloc keeps in pieces
+            untrimmed_bytes += layout.nbytes
+            if untrimmed_bytes >= _TRIMMED_BYTES:
+                untrimmed_bytes = 0
+                memory.trim()  # what was read or merged on the way, which malloc keeps in pieces
 
 
 def restore(model: torch.nn.Module, scheduler: Scheduler) -> None:

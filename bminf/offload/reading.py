@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from bminf.checkpoint.quantized import Quantized
-from bminf.checkpoint.recorded import sliceable
-from bminf.checkpoint.safetensors_file import lies_as, run_of
+from bminf.checkpoint.recorded import InMemory
+from bminf.checkpoint.safetensors_file import lying_in_files, run_of
 from bminf.checkpoint.stored import InFile, Stored, pieces
 from bminf.errors import ArgumentError, CheckpointError
 from bminf.layers.quantized_linear import QuantizedLinear
@@ -51,9 +51,8 @@ def read_block(contents: Contents, block: str, blob: torch.Tensor) -> None:
         run.read_into(blob)
         return
     as_they_are: set[int] = set()
-    for name, spec in layout.specs.items():
-        stored = contents.tensors.get(_joined(block, name))
-        if lies_as(stored, spec) and (offset := layout.offsets[name]) not in as_they_are:
+    for name, stored in lying_in_files(contents.tensors, block, layout):
+        if (offset := layout.offsets[name]) not in as_they_are:
             room = blob[offset : offset + stored.span_bytes]
             stored.read_into(room)
             is_packed = _is_packed(_joined(block, name), contents)
@@ -81,7 +80,7 @@ def tensors_of_block(contents: Contents, block: str, filled: Iterable[int] = ())
     for name, spec in layout.specs.items():
         if name not in keys and layout.offsets[name] not in done:
             done.add(layout.offsets[name])  # tied tensors are read once
-            stored = sliceable(contents.tensors[_joined(block, name)])
+            stored = contents.tensors[_joined(block, name)]
             if not stored.shape or _is_mapped_as(stored, spec.dtype):
                 yield name, _check_finite(stored.read(), stored).to(spec.dtype)
                 continue
@@ -115,7 +114,9 @@ def _packed(
             for first_row, tensor in pieces(stored):
                 yield key, _check_finite(tensor, stored, takes_infinity=False), first_row
         return
-    stored = sliceable(tensors[f"{name}.weight"])
+    stored = tensors[f"{name}.weight"]
+    if not stored.is_read_by_rows:
+        stored = InMemory(stored.read(), stored.where)
     num_rows, num_columns = stored.shape
     step = max(1, _CHUNK_ELEMENTS // max(1, num_columns))
     for first_row in range(0, num_rows, step):

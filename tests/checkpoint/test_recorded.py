@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from bminf.checkpoint.recorded import Computed, InMemory, Recorded, sliceable
+from bminf.checkpoint.recorded import Computed, InMemory, Recorded
 from bminf.checkpoint.safetensors_file import read_safetensors, write_safetensors
-from bminf.checkpoint.stored import InFile, Stored
+from bminf.checkpoint.stored import InFile, Stored, pieces
 from bminf.errors import UnsupportedModelError
 from bminf.layout import Layout, specs_of
 
@@ -73,16 +73,18 @@ def test_rows_of_what_is_recorded_are_rows_of_what_is_computed(name: str) -> Non
     operation, given = OPERATIONS[name], matrices()
     stored = operation([Recorded(InMemory(one)) for one in given]).stored
     expected = operation(given)
-    for one in (stored, sliceable(stored)):
-        assert torch.equal(one.rows(1, 2).read(), expected[1:2])
-        if expected.dim() > 1:
-            assert torch.equal(one.columns(1, 3).read(), expected[:, 1:3])
+    assert torch.equal(stored.rows(1, 2).read(), expected[1:2])
+    if expected.dim() > 1:
+        assert torch.equal(stored.columns(1, 3).read(), expected[:, 1:3])
+    parts = [part for _, part in pieces(stored, max_bytes=1)]
+    assert [len(part) for part in parts] == [1] * len(expected)
+    assert torch.equal(torch.cat(parts), expected)
 
 
 def test_a_cast_is_read_by_rows() -> None:
     stored = Counted(matrices()[0])
     cast = Recorded(stored).to(torch.float16).to(torch.float64).stored
-    assert sliceable(cast) is cast
+    assert cast.is_read_by_rows
     assert cast.rows(2, 3).read().shape == (1, 4)
     assert stored.reads == [1]
 
@@ -91,7 +93,7 @@ def test_experts_are_stacked_some_at_a_time() -> None:
     stored = [Counted(matrix) for matrix in matrices()]
     halves = [[Recorded(one) for one in stored[i : i + 2]] for i in (0, 2)]
     experts = torch.cat([torch.stack(half) for half in halves], dim=-1).half().stored
-    assert sliceable(experts) is experts
+    assert experts.is_read_by_rows
     _, first, _, second = matrices()
     expected = torch.cat([first, second], dim=1).half().unsqueeze(0)
     assert torch.equal(experts.rows(1, 2).read(), expected)
@@ -100,8 +102,8 @@ def test_experts_are_stacked_some_at_a_time() -> None:
 
 def test_what_is_joined_is_computed_once_for_all_its_rows() -> None:
     stored = [Counted(matrix) for matrix in matrices()]
-    joined = sliceable(torch.cat([Recorded(one) for one in stored]).to(torch.float16).stored)
-    assert [joined.rows(i, i + 1).read().shape for i in range(24)] == [(1, 4)] * 24
+    joined = torch.cat([Recorded(one) for one in stored]).to(torch.float16).stored
+    assert [(i, part.shape) for i, part in pieces(joined, 1)] == [(i, (1, 4)) for i in range(24)]
     assert [one.reads for one in stored] == [[6]] * 4
 
 
