@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +47,12 @@ def formats(model: torch.nn.Module) -> dict[str, bminf.Format]:
     return {n: m.form for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
 
 
-@pytest.mark.parametrize("quantization", [None, "int8", "int4"])
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize(
+    ("name", "quantization"),
+    [*((name, None) for name in TINY), *zip(TINY, cycle(("int8", "int4")), strict=False)],
+)
 def test_a_saved_model_loads_as_it_was(name: str, quantization: str | None, tmp_path: Path) -> None:
+    """Each as it is, and packed, in one of two ways by turns."""
     model, given = make(name), inputs_of(name)
     limit = half_of(model, quantization)
     bminf.wrapper(model, quantization, limit, device="cpu")
