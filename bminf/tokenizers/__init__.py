@@ -8,6 +8,7 @@ from bminf.tokenizers.eva import EVATokenizer
 from bminf.tokenizers.find import find_tokenizer, tokenizer_from
 from bminf.tokenizers.gpt2 import GPT2Tokenizer
 from bminf.tokenizers.icetk import IcetkPackageTokenizer, IceTokenizer
+from bminf.tokenizers.stop_strings import StopStrings
 
 __all__ = [
     "CPM1Tokenizer",
@@ -21,6 +22,7 @@ __all__ = [
     "IceTokenizer",
     "IcetkPackageTokenizer",
     "SentinelTokenizer",
+    "StopStrings",
     "TextStream",
     "Tokenizer",
     "find_tokenizer",
