@@ -8,6 +8,7 @@ from bminf.models.glm import GLM, Answer, plan_glm
 from bminf.models.options import GLMOptions, Options
 from bminf.models.stats import ModelStats
 from bminf.models.t5 import CPM2, EVA
+from bminf.models.text import TextIterator
 
 __all__ = [
     "CPM1",
@@ -19,6 +20,7 @@ __all__ = [
     "LanguageModel",
     "ModelStats",
     "Options",
+    "TextIterator",
     "convert",
     "plan_glm",
     "plan_model",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -39,12 +39,14 @@ from bminf.models.prompt import Prompt
 from bminf.models.rows import DecoderRows
 from bminf.models.source import open_source
 from bminf.models.stats import ModelStats
+from bminf.models.text import StopWatch, TextIterator
 from bminf.offload import memory
 from bminf.offload.backends import backend_for, free_budget, host_budget
 from bminf.offload.hooks import Scheduler
 from bminf.offload.plan import Plan
 from bminf.quantization.packed import Format, parse_format
 from bminf.tokenizers.base import TextStream, Tokenizer
+from bminf.tokenizers.stop_strings import StopStrings
 from bminf.units import parse_bytes
 
 BeamSearch = Callable[..., list[list[Hypothesis]]]
@@ -136,10 +138,11 @@ class LanguageModel:
     # ---- what users call ------------------------------------------------------------------------
 
     @needs_open_model
-    def generate_iter(self, text: Any, **options: Any) -> Iterator[str]:
+    def generate_iter(self, text: Any, **options: Any) -> TextIterator:
         """The text as it comes, piece by piece; together, what generate() returns.
 
         options: see bminf.models.Options. Stop early by leaving the loop; the model stays usable.
+        Its `finish_reason` says why it ended.
         Raises ArgumentError before anything is generated; UnsupportedModelError when another text
         that was begun on this model since has needed its room.
         """
@@ -148,7 +151,7 @@ class LanguageModel:
             raise ArgumentError("a beam search knows its text only at the end; use generate()")
         prompts, settings = self._checked_prompts([text], settings)
         (request,) = self._requests(prompts, settings, self._stop_ids(settings))
-        return self._pieces(request)
+        return TextIterator(request, self._pieces(request, settings))
 
     @needs_open_model
     def generate_batch(self, texts: Sequence[Any], **options: Any) -> list[tuple[str, bool]]:
@@ -253,7 +256,7 @@ class LanguageModel:
         """`options` but for `keywords`, for this model.   Raises ArgumentError."""
         settings = options.with_keywords(keywords)
         settings.check(self.config.vocab_size)
-        return settings
+        return settings.with_stop_tokens() if settings.num_beams > 1 else settings
 
     def _within(self, settings: Options, prompts: Sequence[Any]) -> Any:
         """`settings` with the max_tokens that these prompts leave.   Raises ArgumentError."""
@@ -269,11 +272,12 @@ class LanguageModel:
         prompts, settings = self._checked_prompts(texts, settings)
         stop_ids = self._stop_ids(settings)
         answers = self._answers(prompts, settings, stop_ids)
-        return [self._answer(ids, stop_ids) for ids in answers]
+        return [self._answer(ids, stop_ids, settings.stop) for ids in answers]
 
-    def _answer(self, ids: list[int], stop_ids: frozenset[int]) -> tuple[str, bool]:
-        stopped = bool(ids) and ids[-1] in stop_ids
-        return self.tokenizer.decode(ids[:-1] if stopped else ids), stopped
+    def _answer(self, ids: list[int], stop_ids: frozenset[int], stop: Any = ()) -> tuple[str, bool]:
+        stopped, stops = bool(ids) and ids[-1] in stop_ids, StopStrings(stop)
+        text = stops.feed(self.tokenizer.decode(ids[:-1] if stopped else ids))
+        return text + stops.finish(), stopped or stops.is_found
 
     def _answers(
         self, prompts: Sequence[Any], settings: Any, stop_ids: frozenset[int]
@@ -300,6 +304,7 @@ class LanguageModel:
                 settings.max_tokens,
                 replace(sampling, seed=seed),
                 stop_ids,
+                on_token=StopWatch(self.tokenizer, settings) if settings.stop else None,
                 start_ids=prompt.start_ids,
                 prompt=prompt,
             )
@@ -328,14 +333,15 @@ class LanguageModel:
             self._searched_s += time.perf_counter() - start_s
         return found
 
-    def _pieces(self, request: Request) -> Iterator[str]:
+    def _pieces(self, request: Request, settings: Options) -> Generator[str, None, None]:
         stream, engine = TextStream(self.tokenizer), self.engine
+        stops = StopStrings(settings.stop)
         for token in engine.tokens(engine.add(request)):
             if token in request.stop_ids:
                 break
-            if piece := stream.feed(token):
+            if piece := stops.feed(stream.feed(token)):
                 yield piece
-        if piece := stream.finish():
+        if piece := stops.feed(stream.finish()) + stops.finish():
             yield piece
 
     @contextmanager

@@ -183,7 +183,7 @@ class GLM(LanguageModel):
         beam is taken.
         Raises ArgumentError.
         """
-        settings = self._settings(GLMOptions(max_tokens), more)
+        settings = self._settings(GLMOptions(max_tokens), more).with_stop_tokens()
         _check_one_answer(settings)
         masked = self._masked(text)
         stop_ids = self._stop_ids(settings)

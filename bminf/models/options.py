@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 from bminf.checks import check_bool, check_ids, check_int, check_positive, is_number
 from bminf.engine.sampling import Sampling
 from bminf.errors import ArgumentError
 from bminf.keywords import check_keywords
+from bminf.models.arguments import present_ids
 from bminf.tokenizers.base import Tokenizer
+from bminf.tokenizers.stop_strings import check_stop
 
-ALIASES = {"max_new_tokens": "max_tokens", "stop": "stop_tokens"}
+ALIASES = {"max_new_tokens": "max_tokens"}
 """Other libraries' names of options -> their names here; all methods accept both."""
 
 
@@ -26,10 +28,13 @@ class Options:
     temperature: 0 always takes the most probable token (greedy).
     frequency_penalty, presence_penalty: subtracted from the logits of tokens that occurred in the
     prompt or the answer, for each occurrence and once.   stop_tokens: tokens of the vocabulary that
-    end the answer, or one of them (also called stop).   banned_tokens: tokens that are never
-    generated.   seed: the same seed gives the same text.
+    end the answer, or one of them.   banned_tokens: tokens that are never generated.   seed: the
+    same seed gives the same text.
     num_beams: more than 1 searches for the most probable answer instead of sampling one, and
     ignores temperature.   length_penalty: beam scores are divided by length ** length_penalty.
+    stop: a text before which the answer ends, or up to 64 of them, whatever tokens they lie in; a
+    special token such as "<eod>" ends it, too. For a beam search and fill_blank(), which end at
+    tokens alone, each has to be a token.
     Raises ArgumentError.
     """
 
@@ -45,6 +50,7 @@ class Options:
     seed: int | None = None
     num_beams: int = 1
     length_penalty: float = 1.0
+    stop: Sequence[str] | str | None = field(default=(), kw_only=True)
     _of_beams: ClassVar[Sequence[str]] = ("length_penalty",)
 
     def __post_init__(self) -> None:
@@ -55,6 +61,7 @@ class Options:
             raise ArgumentError("top_n and top_k are two names of one option; give one of them")
         if isinstance(self.stop_tokens, str):  # as other libraries take it: one token
             object.__setattr__(self, "stop_tokens", [self.stop_tokens])
+        object.__setattr__(self, "stop", check_stop(self.stop))
         for name in ("stop_tokens", "banned_tokens"):
             value = getattr(self, name)
             if isinstance(value, str) or not isinstance(value, Collection | None):
@@ -80,14 +87,19 @@ class Options:
     @classmethod
     def names(cls) -> list[str]:
         """The names of the options, in order."""
-        return [field.name for field in fields(cls)]
+        return [one.name for one in fields(cls)]
 
     def check(self, vocab_size: int) -> None:
         """Raise ArgumentError for options that do not fit a vocabulary of this size."""
         self.sampling((), ()).check(vocab_size)
 
     def stop_ids(self, tokenizer: Tokenizer) -> list[int]:
-        return _ids("stop_tokens", self.stop_tokens, tokenizer)
+        ids = _ids("stop_tokens", self.stop_tokens, tokenizer)
+        return [*ids, *(token for one in self.stop or () for token in _unseen(one, tokenizer))]
+
+    def with_stop_tokens(self) -> Options:
+        """These options where an answer can end at tokens alone."""
+        return replace(self, stop_tokens=[*(self.stop_tokens or ()), *(self.stop or ())], stop=())
 
     def banned_ids(self, tokenizer: Tokenizer) -> list[int]:
         return _ids("banned_tokens", self.banned_tokens, tokenizer)
@@ -111,8 +123,8 @@ class Options:
 
     def _given(self, names: Sequence[str]) -> list[str]:
         """Those of `names` whose value is not the default."""
-        chosen = [field for field in fields(self) if field.name in names]
-        return [field.name for field in chosen if getattr(self, field.name) != field.default]
+        chosen = [one for one in fields(self) if one.name in names]
+        return [one.name for one in chosen if getattr(self, one.name) != one.default]
 
 
 @dataclass(frozen=True)
@@ -171,6 +183,11 @@ class GLMOptions(Options):
     def _of_sampling(self) -> Sequence[str]:
         names = super()._of_sampling()
         return names if self.deterministic else [name for name in names if name != "seed"]
+
+
+def _unseen(text: str, tokenizer: Tokenizer) -> list[int]:
+    """The id of a token that is called so, and is not that in a text, as special tokens are."""
+    return [one for one in present_ids(tokenizer, [text]) if text not in tokenizer.decode([one])]
 
 
 def _ids(name: str, tokens: Collection[str] | None, tokenizer: Tokenizer) -> list[int]:

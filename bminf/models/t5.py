@@ -166,7 +166,7 @@ class CPM2(T5Model):
         settings = Options(
             max_tokens, top_n, top_p, temperature, frequency_penalty, presence_penalty
         )
-        settings = self._settings(settings, more)
+        settings = self._settings(settings, more).with_stop_tokens()
         if settings.num_beams > 1:
             raise ArgumentError("fill_blank() has no beam search; leave num_beams out")
         texts = self._fill(text, positions, settings)
