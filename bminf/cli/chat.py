@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chat-template", metavar="FILE",
         help="a Jinja template, in place of that of the tokenizer")  # fmt: skip
     flags.add_sampling(parser)
+    flags.add_stop(parser)
     flags.add_output(parser, "a line of JSON for each answer")
 
 

@@ -19,7 +19,7 @@ MODEL_HELP = (
 
 _SAMPLING = (
     *("max_new_tokens", "temperature", "top_k", "top_p", "frequency_penalty"),
-    *("presence_penalty", "repetition_penalty", "seed"),
+    *("presence_penalty", "repetition_penalty", "seed", "stop"),
 )
 
 
@@ -59,6 +59,12 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=whole, metavar="N", help="the same seed gives the same text")
 
 
+def add_stop(parser: argparse.ArgumentParser) -> None:
+    """Texts that end an answer."""
+    parser.add_argument("--stop", type=not_empty, action="append", metavar="TEXT",
+        help="end the answer before this text; may be given up to 64 times")  # fmt: skip
+
+
 def add_output(parser: argparse.ArgumentParser, what: str) -> None:
     """--json and --verbose.   what: is printed as JSON."""
     parser.add_argument("--json", action="store_true", help=f"print {what}")
@@ -67,8 +73,12 @@ def add_output(parser: argparse.ArgumentParser, what: str) -> None:
 
 
 def sampling_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The options of add_sampling() that were given, under the names of the Python functions."""
-    given = {name: getattr(arguments, name) for name in _SAMPLING}
+    """The options of add_sampling() and add_stop() that were given, under the names of the Python
+    functions.   Raises ArgumentError."""
+    from bminf.tokenizers.stop_strings import check_stop
+
+    given = {name: getattr(arguments, name, None) for name in _SAMPLING}
+    check_stop(given["stop"])
     return {name: value for name, value in given.items() if value is not None}
 
 
@@ -121,6 +131,12 @@ def size(text: str) -> int:
         return parse_bytes(text)
     except ArgumentError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def not_empty(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty; give a text")
+    return text
 
 
 def _numbers(

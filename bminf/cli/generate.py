@@ -17,6 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", nargs="?", metavar="PROMPT",
         help="the text to continue, in quotes; - reads it from stdin")  # fmt: skip
     flags.add_sampling(parser)
+    flags.add_stop(parser)
     flags.add_output(parser, "one JSON object, once the text is complete")
 
 

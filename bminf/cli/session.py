@@ -75,7 +75,8 @@ class AnswerStats:
 
 @dataclass(frozen=True)
 class Answer:
-    """finish_reason: "length" where as many tokens came as were allowed, else "stop"."""
+    """finish_reason: "length" where as many tokens came as were allowed, and none of them, nor the
+    text, ended it; else "stop"."""
 
     text: str
     finish_reason: Literal["stop", "length"]

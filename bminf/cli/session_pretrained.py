@@ -6,12 +6,13 @@ import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from bminf.cli import models
 from bminf.cli.session import NEW_TOKENS, Answer, Message, Meter, Options, Session, Write
 from bminf.errors import ArgumentError, BMInfError, CheckpointError, UnsupportedModelError
 from bminf.progress import spinner
+from bminf.tokenizers.stop_strings import StopStrings
 
 
 class PretrainedSession(Session):
@@ -100,18 +101,23 @@ class PretrainedSession(Session):
         num_tokens = self._num_new_tokens(prompt, options)
         settings = self._settings(options)
         _seed(options)
-        stream = Stream(self._tokenizer, write, self._bytes_copied)
+        stream = Stream(self._tokenizer, write, self._bytes_copied, options.get("stop", ()))
         ids = torch.tensor([prompt], device=self.device)
         with _as_our_error(self.title):
             self._model.generate(
                 input_ids=ids, attention_mask=torch.ones_like(ids), num_beams=1, streamer=stream,
                 num_return_sequences=1, max_new_tokens=num_tokens, tokenizer=self._tokenizer,
-                **settings,
+                stopping_criteria=[stream.is_stopped], **settings,
                 **({"min_new_tokens": num_tokens} if ignores_end else {}),
             )  # fmt: skip
         stats = stream.meter.stats(len(prompt))
-        is_stopped = stats.new_tokens < num_tokens or stream.ids[-1] in self._end_ids()
-        return Answer(stream.text, "stop" if is_stopped else "length", stats)
+        is_ended = stats.new_tokens < num_tokens or stream.ids[-1] in (
+            settings["eos_token_id"] or ()
+        )
+        reason: Literal["stop", "length"] = "stop"
+        if not is_ended and not stream.stops.is_found:
+            reason = "length"
+        return Answer(stream.text, reason, stats)
 
     def _tokenizer_in(self, path: Path) -> Any:
         from bminf.pretrained import tokenizer_in
@@ -130,18 +136,23 @@ class PretrainedSession(Session):
 
     def _settings(self, options: Options) -> dict[str, Any]:
         """`options` as generate() takes them. Those that choose how to sample ask for sampling."""
-        given = {n: v for n, v in options.items() if n not in ("max_new_tokens", "seed")}
-        given["eos_token_id"] = self._end_ids() or None
+        given = {n: v for n, v in options.items() if n not in ("max_new_tokens", "seed", "stop")}
+        given["eos_token_id"] = self._end_ids(options.get("stop", ())) or None
         if given.get("temperature") == 0:
             return {**given, "do_sample": False, "temperature": None, "top_k": None, "top_p": None}
         is_asked = bool(given.keys() & {"temperature", "top_k", "top_p"})
         return {**given, "do_sample": True} if is_asked else given
 
-    def _end_ids(self) -> list[int]:
-        """Of the model and of its tokenizer: that of a dialogue is often known to this alone."""
+    def _end_ids(self, stop: Sequence[str]) -> list[int]:
+        """Of the model and of its tokenizer: that of a dialogue is often known to this alone.
+
+        stop: of which some may be the names of special tokens, which texts do not show.
+        """
         known = getattr(self._model.generation_config, "eos_token_id", None)
         ids = known if isinstance(known, list) else [known]
-        return sorted({i for i in (*ids, self._tokenizer.eos_token_id) if i is not None})
+        added = self._tokenizer.added_tokens_encoder
+        named = [added[text] for text in stop if text in added]
+        return sorted({i for i in (*ids, *named, self._tokenizer.eos_token_id) if i is not None})
 
     def _num_new_tokens(self, prompt: list[int], options: Options) -> int:
         """The most tokens of an answer.   Raises ArgumentError where there is no room for them."""
@@ -197,14 +208,20 @@ class GGUFSession(PretrainedSession):
 class Stream:
     """The streamer of one generate(): writes what is final of the text as tokens come.
 
-    ids: that were generated.   text: that was written.
+    stop: texts that end it.   ids: that were generated.   text: that was written.
     """
 
-    def __init__(self, tokenizer: Any, write: Write, bytes_copied: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        write: Write,
+        bytes_copied: Callable[[], int],
+        stop: Sequence[str] = (),
+    ) -> None:
         self.ids: list[int] = []
         self.text = ""
         self.meter = Meter(lambda: (len(self.ids), bytes_copied()))
-        self._tokenizer, self._write = tokenizer, write
+        self._tokenizer, self._write, self.stops = tokenizer, write, StopStrings(stop)
         self._has_prompt = False
         self._start = self._end = 0  # of the ids that the next piece is told apart by
 
@@ -219,6 +236,11 @@ class Stream:
     def end(self) -> None:
         """Writes what was held back."""
         self._give(is_last=True)
+        self._show(self.stops.finish())
+
+    def is_stopped(self, ids: Any, *_: Any, **__: Any) -> Any:
+        """A stopping criterion: (B,) bool, whether a stop string has come.   ids: (B, T)."""
+        return ids.new_full((len(ids),), self.stops.is_found).bool()
 
     def _give(self, is_last: bool) -> None:
         """Only the last few ids are decoded: what they add to those whose text was written."""
@@ -228,8 +250,12 @@ class Stream:
         if len(now) <= len(before) or (is_cut and not is_last):
             return
         self._start, self._end = self._end, len(self.ids)
-        self.text += now[len(before) :]
-        self._write(now[len(before) :])
+        self._show(self.stops.feed(now[len(before) :]))
+
+    def _show(self, text: str) -> None:
+        if text:
+            self.text += text
+            self._write(text)
 
     def _decoded(self, start: int, end: int) -> str:
         text: str = self._tokenizer.decode(self.ids[start:end], skip_special_tokens=True)

@@ -77,13 +77,13 @@ class ZooSession(Session):
             options = {**options, "banned_tokens": model.tokenizer.tokens(ends)}
         pieces = []
         meter = Meter(self._counters)
-        for piece in model.generate_iter(prompt, **options):
+        text = model.generate_iter(prompt, **options)
+        for piece in text:
             meter.text_came()
             pieces.append(piece)
             write(piece)
         stats = meter.stats(self.count(prompt))
-        most = options.get("max_new_tokens", model._defaults.max_tokens)
-        reason: Literal["stop", "length"] = "length" if stats.new_tokens == most else "stop"
+        reason: Literal["stop", "length"] = "length" if text.finish_reason == "length" else "stop"
         return Answer("".join(pieces), reason, stats)
 
     def fill(self, prompt: Any, options: Options) -> tuple[list[dict[str, Any]], AnswerStats]:

@@ -28,7 +28,8 @@ from tiny_llama import TEMPLATE, save_llama
 from tokenizers.processors import TemplateProcessing
 
 from bminf.cli import chat, main
-from bminf.models import EVA
+from bminf.engine.request import Request
+from bminf.models import EVA, TextIterator
 
 GREEDY = ("--temperature", "0", "--max-new-tokens", "6", "--quantization", "none")
 TIMEOUT_S, SILENCE_S = 90, 3
@@ -91,6 +92,29 @@ def test_the_system_message_and_reset(
     said = answers(*plain, "once", "upon", system="a time")
     assert capsys.readouterr().out.splitlines() == [*said, said[0]]
     assert said[:1] != answers(*plain, "once")
+
+
+def test_a_stop_string_ends_each_answer(
+    folder: Path,
+    plain: tuple[Any, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """And the conversation goes on with what was shown of it."""
+    (said,) = answers(*plain, "once")
+    stop = said.split()[3]
+    assert talk(monkeypatch, "once\nupon\n", str(folder), *GREEDY, "--stop", f"{stop} ") == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == said[: said.index(f"{stop} ")]
+    model, tokenizer = plain
+    messages = [("user", "once"), ("assistant", first), ("user", "upon")]
+    given = tokenizer.apply_chat_template(
+        [{"role": role, "content": content} for role, content in messages],
+        add_generation_prompt=True, return_tensors="pt", return_dict=True,
+    )  # fmt: skip
+    ids = model.generate(**given, max_new_tokens=6, do_sample=False)[0]
+    whole = tokenizer.decode(ids[given["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert second == whole.split(f"{stop} ")[0]
 
 
 def test_commands_answer_on_stderr(
@@ -166,9 +190,9 @@ def test_eva_reads_an_empty_answer_as_a_full_stop(
 ) -> None:
     asked: list[list[str]] = []
 
-    def generate_iter(self: EVA, context: list[str], **options: Any) -> Iterator[str]:
+    def generate_iter(self: EVA, context: list[str], **options: Any) -> TextIterator:
         asked.append(context)
-        return iter(())
+        return TextIterator(Request([1]), (piece for piece in ()))
 
     monkeypatch.setattr(EVA, "generate_iter", generate_iter)
     folder = tiny_model("eva").write_original(tmp_path)

@@ -157,6 +157,46 @@ def test_an_end_token_ends_the_text(
     assert cut["stats"]["new_tokens"] == words.index(words[3]) + 1
 
 
+def test_a_stop_string_ends_the_text(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Which lies over the border of two tokens, and in the last that is allowed."""
+    built_in = str(tiny_model("glm10b").write_original(tmp_path))
+    for model, penalty in ((str(folder), "--repetition-penalty"), (built_in, "--presence-penalty")):
+        options = (model, "once", "--temperature", "0", penalty, "50", "--json")
+        whole = json.loads(printed(capsys, *options, "--max-new-tokens", "12"))
+        assert whole["finish_reason"] == "length"
+        at = len(whole["text"]) // 2
+        stop = whole["text"][at : at + 4]
+        stopping = ("--stop", "never", "--stop", stop)
+        cut = json.loads(printed(capsys, *options, "--max-new-tokens", "12", *stopping))
+        assert cut["finish_reason"] == "stop"
+        assert cut["text"] == whole["text"][: whole["text"].index(stop)]
+        most = cut["stats"]["new_tokens"]
+        assert most < 12
+        last = json.loads(printed(capsys, *options, "--max-new-tokens", str(most), *stopping))
+        assert {**last, "stats": None} == {**cut, "stats": None}
+
+
+def test_the_name_of_a_special_token_is_a_stop_string(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("once", "--temperature", "0", "--max-new-tokens", "6", "--json")
+    words = json.loads(printed(capsys, str(folder), *options))["text"].split()
+    save_llama(tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.add_special_tokens({"additional_special_tokens": [words[2]]})
+    tokenizer.save_pretrained(tmp_path)
+    cut = json.loads(printed(capsys, str(tmp_path), *options, "--stop", words[2]))
+    assert cut["finish_reason"] == "stop" and cut["text"].split() == words[: words.index(words[2])]
+
+
+def test_too_many_stop_strings(capsys: pytest.CaptureFixture[str]) -> None:
+    stops = [part for number in range(65) for part in ("--stop", str(number))]
+    assert "at most 64" in failed(capsys, 2, "/no/such/model", "once", *stops)
+    assert "--stop" in failed(capsys, 2, "/no/such/model", "once", "--stop", "")
+
+
 def test_the_prompt_comes_from_stdin(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

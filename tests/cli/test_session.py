@@ -55,6 +55,21 @@ def pieces_of(tokenizer: transformers.PreTrainedTokenizerFast, ids: Sequence[int
     return pieces
 
 
+def test_the_text_ends_before_a_stop_string() -> None:
+    import torch
+
+    tokenizer, pieces = byte_level(), list[str]()
+    stream = Stream(tokenizer, pieces.append, lambda: 0, ["tea!", "今天"])
+    stream.put(torch.tensor([[1, 2, 3]]))
+    was_stopped = []
+    for token in tokenizer("a teapot, 今天")["input_ids"]:
+        stream.put(torch.tensor([token]))
+        was_stopped.append(stream.is_stopped(torch.tensor([[token]])).tolist())
+    stream.end()
+    assert stream.text == "".join(pieces) == "a teapot, " and "teap" in pieces
+    assert was_stopped == [[False]] * (len(was_stopped) - 1) + [[True]]
+
+
 def test_the_pieces_are_the_text_and_no_character_is_cut() -> None:
     tokenizer = byte_level()
     pieces = pieces_of(tokenizer, tokenizer(TEXT)["input_ids"])
