@@ -18,6 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the text to continue, in quotes; - reads it from stdin")  # fmt: skip
     flags.add_sampling(parser)
     flags.add_stop(parser)
+    parser.add_argument("--deterministic", action="store_true", default=None,
+        help="the same bits whatever shares its passes (built-in models)")  # fmt: skip
     flags.add_output(parser, "one JSON object, once the text is complete")
 
 

@@ -18,9 +18,10 @@ from bminf.tokenizers.stop_strings import StopStrings
 class PretrainedSession(Session):
     """A prompt is a list of token ids."""
 
-    _not_taken: Mapping[str, str] = dict.fromkeys(
-        ("frequency_penalty", "presence_penalty"), "--repetition-penalty"
-    )
+    _not_taken: Mapping[str, str] = {
+        **dict.fromkeys(("frequency_penalty", "presence_penalty"), "--repetition-penalty"),
+        "deterministic": "--seed or --temperature 0, since its text shares no pass with others",
+    }
 
     _needs: Sequence[str] = ("transformers",)
 

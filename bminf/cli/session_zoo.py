@@ -59,6 +59,8 @@ class ZooSession(Session):
     def load(self, usual_length: int | None) -> None:
         given = self._arguments
         more: dict[str, Any] = {}
+        if getattr(given, "deterministic", None):
+            more["deterministic"] = True
         if given.quantization is not None:
             more["quantization"] = None if given.quantization == "none" else given.quantization
         with spinner(f"loading {self._folder.name}"):

@@ -14,6 +14,7 @@ from bminf.arch import registry
 from bminf.arch.sizes import Pass
 from bminf.checkpoint.quantized import Quantized
 from bminf.checks import check_positive
+from bminf.engine.rows import FIXED_TOKENS
 from bminf.errors import ArgumentError, BudgetError, CheckpointError
 from bminf.keywords import known_keywords
 from bminf.layers.quantized_linear import QuantizedLinear
@@ -101,14 +102,16 @@ def plan_within(
     max_batch_size: int,
     device_type: str,
     host_bytes: int | None = None,
+    deterministic: bool = False,
 ) -> Plan:
     """What stays and what streams.   budget: bytes of a device of this type ("cpu" or "cuda").
 
     host_bytes: of host memory for streamed blocks; None is as much as it takes.
+    deterministic: see LanguageModel.
     Raises BudgetError, with numbers.
     """
     weight_format, uses = assembly.packing.of_layers, assembly.source.architecture.uses
-    reserved = reserved_bytes(assembly, max_length, max_batch_size, device_type)
+    reserved = reserved_bytes(assembly, max_length, max_batch_size, device_type, deterministic)
 
     planned = partial(
         plan_on, device_type, assembly.blocks, assembly.blobs, uses=uses, reserved_bytes=reserved
@@ -192,7 +195,11 @@ def max_length_for(max_length: int | None, source: Source) -> int:
 
 
 def reserved_bytes(
-    assembly: Assembly, max_length: int, max_batch_size: int, device_type: str
+    assembly: Assembly,
+    max_length: int,
+    max_batch_size: int,
+    device_type: str,
+    deterministic: bool = False,
 ) -> int:
     """Bytes that a model needs beside its weights: the KV cache, and what a pass holds at its peak.
 
@@ -206,6 +213,8 @@ def reserved_bytes(
     sizes = assembly.source.architecture.sizes(assembly.source.config, largest)
     # The last ones of each row while they are sampled from; logits() has fewer at a time.
     head = vocab_size * max(LOGITS_CHUNK, max_batch_size) * _SAMPLING_BYTES
+    if deterministic:  # always as many rows of logits, of which most are of no text
+        head += vocab_size * FIXED_TOKENS * assembly.dtype.itemsize
     aligned = 0 if is_cpu else sizes.bias  # the copy that attention may make of it
     peak = max(sizes.making_bias, sizes.bias + aligned + sizes.layer, head)
     left = sizes.layer if weight_format is not None else 7 * sizes.layer // 4

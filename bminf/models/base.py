@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from bminf.arch.architecture import Architecture
-from bminf.checks import check_banned, check_positive
+from bminf.checks import check_banned, check_bool, check_positive
 from bminf.engine.beam import Decoder, Hypothesis, beam_search
 from bminf.engine.engine import Engine
 from bminf.engine.request import Request
@@ -76,6 +76,10 @@ class LanguageModel:
         parent.
     offload_dir: folder for the streamed blocks that host memory has no room for; on the CPU, for
         all of them.
+    deterministic: every method gives a text the same bits in any company: whatever other texts
+        share its passes, whenever it begins, and, but for beams, with any number of threads.
+        Slower, above all for long prompts and for one text alone; at most 16 texts go on at once,
+        and others wait. The option of a GLM's beam search that is called so is another one.
 
     Several threads may generate at once, and share each pass over the weights: there is room for
     max_length times max_batch_size tokens in all. An iterator that was left unfinished keeps its
@@ -105,8 +109,10 @@ class LanguageModel:
         config: Any = None,
         tokenizer: Any = None,
         offload_dir: str | Path | None = None,
+        deterministic: bool = False,
     ) -> None:
         check_positive("max_batch_size", max_batch_size)
+        check_bool("deterministic", deterministic)
         if max_length is not None:
             check_positive("max_length", max_length)
         layers = parse_format(quantization, formats=self._architectures[0].formats)
@@ -124,11 +130,13 @@ class LanguageModel:
             max_batch_size,
             backend.device.type,
             host_budget(backend.device),
+            deterministic,
         )
         self.path, self.device = source.weights.path, backend.device
         self.config, self.tokenizer = assembly.source.config, source.tokenizer
         self.model = assembly.network
         self._architecture, self._packing = source.architecture, assembly.packing
+        self._is_deterministic = deterministic
         self._scheduler: Scheduler | None = None
         self._engine: Engine | None = None
         self._lock = threading.RLock()  # of closing
@@ -284,7 +292,11 @@ class LanguageModel:
     ) -> list[list[int]]:
         """The tokens of each answer, sampled or searched for, with the one that ended it."""
         if settings.num_beams > 1:
-            found = self._search(prompts, settings, stop_ids)
+            found = [
+                hypotheses
+                for some, settings_of in self._searched_together(prompts, settings)
+                for hypotheses in self._search(some, settings_of, stop_ids)
+            ]
             return [list(hypotheses[0].ids) for hypotheses in found]
         requests = self._requests(prompts, settings, stop_ids)
         engine = self.engine
@@ -297,22 +309,32 @@ class LanguageModel:
         """One for each prompt, checked.   Raises ArgumentError."""
         self._check_rows(len(prompts))
         sampling = self._sampling(settings)
-        seeds = [None if sampling.seed is None else sampling.seed + i for i in range(len(prompts))]
         requests = [
             Request(
                 prompt.input_ids,
                 settings.max_tokens,
-                replace(sampling, seed=seed),
+                replace(sampling, seed=_seed_of(i, settings)),
                 stop_ids,
                 on_token=StopWatch(self.tokenizer, settings) if settings.stop else None,
                 start_ids=prompt.start_ids,
                 prompt=prompt,
             )
-            for prompt, seed in zip(prompts, seeds, strict=True)
+            for i, prompt in enumerate(prompts)
         ]
         for request in requests:
             self.engine.check(request)
         return requests
+
+    def _searched_together(
+        self, prompts: Sequence[Any], settings: Any
+    ) -> list[tuple[Sequence[Any], Any]]:
+        """Prompts whose beams may share passes, and the settings for them."""
+        if not self._is_deterministic:
+            return [(prompts, settings)]
+        return [
+            ([prompt], replace(settings, seed=_seed_of(i, settings)))
+            for i, prompt in enumerate(prompts)
+        ]
 
     def _search(
         self, prompts: Sequence[Any], settings: Any, stop_ids: frozenset[int]
@@ -453,7 +475,7 @@ class LanguageModel:
             self.row_model = self._new_rows()
             # So many logits are set aside for; tokens are, by the room in the cache.
             self.row_model.max_rows = max(LOGITS_CHUNK, self.max_batch_size)
-            self._engine = Engine(self.row_model)
+            self._engine = Engine(self.row_model, deterministic=self._is_deterministic)
         except BaseException as error:
             self.close()
             if not isinstance(error, RuntimeError):  # torch's, of a CPU and of a GPU
@@ -463,3 +485,8 @@ class LanguageModel:
                 f"max_length={self.max_length} cannot be allocated on {self.device}; lower one "
                 "of them"
             ) from error
+
+
+def _seed_of(number: int, settings: Options) -> int | None:
+    """That of a text of a batch."""
+    return None if settings.seed is None else settings.seed + number

@@ -126,12 +126,13 @@ class GLM(LanguageModel):
         offload_dir: str | Path | None = None,
         head_quantization: str | Format | None = None,
         rotary_precision: str | None = None,
+        deterministic: bool = False,
     ) -> None:
         self._head_format = parse_format(head_quantization, "head_quantization", glm.GLM_FORMATS)
         self._rotary_precision = rotary_precision
         super().__init__(
             checkpoint, memory_limit, quantization, activations, dtype, device, max_length,
-            max_batch_size, config, tokenizer, offload_dir,
+            max_batch_size, config, tokenizer, offload_dir, deterministic,
         )  # fmt: skip
 
     # ---- what users call ------------------------------------------------------------------------

@@ -136,7 +136,8 @@ class GLMOptions(Options):
     end_tokens: ids that end an answer, in place of eop and eos.
     min_length: the fewest tokens of an answer.   no_repeat_ngram_size: n-grams of this many tokens
     occur only once in an answer; 0 for no such rule.   deterministic: False samples the sequences
-    that a beam search continues; `seed` then makes them repeatable.
+    that a beam search continues; `seed` then makes them repeatable. (Not that of GLM(...), which is
+    about the company of a text.)
     num_return_sequences: how many of the num_beams sequences are returned.
     The last four are for num_beams above 1, and the first three of these only for GLM-130B.
     length_penalty: GLM-130B's scores are divided by ((5 + tokens, text included) / 6) to its power.

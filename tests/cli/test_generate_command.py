@@ -257,6 +257,9 @@ def test_how_to_load_is_handed_on(
     given.clear()
     assert generate(built_in, "now", *LOADING) == 1
     assert given.items() >= {**common, "max_length": 99}.items() and "quantization" not in given
+    assert "deterministic" not in given
+    generate(built_in, "now", "--deterministic")
+    assert given["deterministic"] is True
     for name, quantization in {"none": None, "int4-row": "int4-row"}.items():
         generate(built_in, "now", "--quantization", name)
         assert given["quantization"] == quantization
@@ -349,6 +352,8 @@ def test_options_of_the_other_kind_are_told_before_weights_are_read(
     for option in ("--frequency-penalty", "--presence-penalty"):
         line = failed(capsys, 2, str(pretrained), "once", option, "1")
         assert option in line and "--repetition-penalty" in line
+    line = failed(capsys, 2, str(pretrained), "once", "--deterministic")
+    assert "--deterministic is not for" in line and "--seed" in line
 
 
 def test_penalties(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
