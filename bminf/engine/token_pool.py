@@ -22,7 +22,7 @@ class Range:
 class TokenPool:
     """Hands out ranges of `num_tokens` cells. Where what is free is scattered, ranges are moved.
 
-    move: (from, to, number) of cells to copy towards the beginning; they may overlap.
+    move: (from, to, number) of cells to copy; they may overlap.
     alignment: every range begins at a multiple of it.
     """
 
@@ -57,6 +57,20 @@ class TokenPool:
         self._ranges.remove(taken)
         self.num_free += taken.size
 
+    def resize(self, taken: Range, size: int) -> bool:
+        """Make a range longer, or shorter, but no shorter than what it holds; False, and nothing is
+        done, where too few cells are free."""
+        more = self._rounded(size) - taken.size
+        if more > self.num_free:
+            return False
+        behind = self._ranges.index(taken) + 1
+        end = self._ranges[behind].start if behind < len(self._ranges) else self.num_tokens
+        if taken.start + taken.size + more > end:
+            self._part(behind)
+        taken.size += more
+        self.num_free -= more
+        return True
+
     def _rounded(self, size: int) -> int:
         return -(-size // self._alignment) * self._alignment
 
@@ -68,10 +82,22 @@ class TokenPool:
             end = one.start + one.size
         return end if self.num_tokens - end >= size else None
 
-    def _compact(self) -> None:
+    def _compact(self, number: int | None = None) -> None:
+        """Move the first ranges to the beginning; None is all of them."""
         end = 0
-        for one in self._ranges:
-            if one.start > end:
-                self._move(one.start, end, one.used)
-                one.start = end
+        for one in self._ranges[:number]:
+            self._shift(one, end)
             end += one.size
+
+    def _part(self, number: int) -> None:
+        """Move the first ranges to the beginning and all others to the end."""
+        self._compact(number)
+        end = self.num_tokens - self.num_tokens % self._alignment
+        for one in reversed(self._ranges[number:]):
+            end -= one.size
+            self._shift(one, end)
+
+    def _shift(self, one: Range, start: int) -> None:
+        if one.start != start:
+            self._move(one.start, start, one.used)
+            one.start = start
