@@ -37,7 +37,7 @@ class AloneRow(PoolRow):
 class AloneRows(PoolRows):
     """num_tokens: of all rows together.   max_length: of a row; None is num_tokens."""
 
-    can_chunk = False
+    can_chunk = can_resume = False  # the caches of some models hold no single tokens
 
     def __init__(self, model: Any, num_tokens: int, max_length: int | None = None) -> None:
         super().__init__(text_config(model.config).vocab_size, num_tokens, max_length or num_tokens)
@@ -61,9 +61,6 @@ class AloneRows(PoolRows):
     def open(self, request: Request) -> Any:
         row = super().open(request)
         return None if row is None else AloneRow(request, row.cells)
-
-    def widen(self, row: Any, request: Request) -> bool:
-        return False
 
     def compute(
         self, feeds: Sequence[Feed], spans: Sequence[Span], num_tokens: int | None

@@ -103,8 +103,9 @@ class Engine:
     chunk: tokens of prompts that are read in one step while others decode.
     deterministic: a request gives the same tokens, and the same bits of logits, in any company and
         whenever it joins: each pass has the same number of tokens, and prompts are cut at the same
-        places. Slower, above all for long prompts; rows that end are not kept. Otherwise a row
-        depends on the others by rounding, as everywhere where texts share a product.
+        places. Slower, above all for long prompts; of rows that are kept, prompts are, to a
+        multiple of 16 tokens. Otherwise a row depends on the others, and on what it goes on from,
+        by rounding, as everywhere where texts share a product.
     Raises ArgumentError, UnsupportedModelError.
     """
 
@@ -360,11 +361,27 @@ class Engine:
                 self._queue.remove(request)
 
     def _drop(self, one: _Running) -> None:
-        if one.request.keep and one.request.error is None and one.fed and not self._is_fixed:
+        length = self._num_resumable(one)
+        if one.request.keep and one.request.error is None and length:
+            self._cut(one, length)
             self._kept.append(one)
             self._forget_kept(MAX_KEPT)
         else:
             self._rows.close(one.row)
+
+    def _num_resumable(self, one: _Running) -> int:
+        """How many tokens of its row another request may begin with."""
+        if not self._rows.can_resume:
+            return 0
+        if not self._is_fixed:
+            return len(one.fed)
+        # What was read in whole pieces: so it would be read again, with the same bits.
+        num_read = min(len(one.fed), len(self._rows.start_ids(one.request)))
+        return num_read - num_read % FIXED_CHUNK
+
+    def _cut(self, one: _Running, length: int) -> None:
+        del one.fed[length:]
+        self._rows.truncate(one.row, length)
 
     def _forget_kept(self, number: int = 0) -> None:
         """All but the last ones."""
@@ -375,36 +392,50 @@ class Engine:
         """Give rows to those that wait, first come, first served; whether none is left."""
         while self._queue:
             request = self._queue[0]
-            one = None
-            if len(self._running) < self._max_rows:
-                one = self._resumed(request) or self._opened(request)
+            is_full = len(self._running) >= self._max_rows
+            one = None if is_full else self._begun(request)
             if one is None:
                 return False
             self._queue.popleft()
             self._running.append(one)
         return True
 
-    def _opened(self, request: Request) -> _Running | None:
-        row = self._rows.open(request)
+    def _begun(self, request: Request) -> _Running | None:
+        """With a kept row that it goes on from, or a new one; None where there is no room, though
+        other kept rows are given up for it, the oldest first."""
+        ids = list(self._rows.start_ids(request))
+        kept = self._kept_for(ids)
+        row = self._row_for(request, kept)
         while row is None and self._kept:
             self._rows.close(self._kept.pop(0).row)
-            row = self._rows.open(request)
+            row = self._row_for(request, kept)
         if row is None:
+            self._kept += [] if kept is None else [kept]
             return None
-        return _Running(request, row, self._sampler(request), list(self._rows.start_ids(request)))
+        fed = [] if kept is None else kept.fed
+        return _Running(request, row, self._sampler(request), ids[len(fed) :], fed)
 
-    def _resumed(self, request: Request) -> _Running | None:
-        """On from the longest of the kept rows that the request begins with."""
-        ids = list(self._rows.start_ids(request))
-        found = [
-            one for one in self._kept if len(one.fed) < len(ids) and ids[: len(one.fed)] == one.fed
-        ]
-        for one in sorted(found, key=lambda kept: -len(kept.fed)):
-            if self._rows.widen(one.row, request):
-                self._kept.remove(one)
-                rest = ids[len(one.fed) :]
-                return _Running(request, one.row, self._sampler(request), rest, one.fed)
-        return None
+    def _row_for(self, request: Request, kept: _Running | None) -> Any:
+        if kept is None:
+            return self._rows.open(request)
+        return kept.row if self._rows.widen(kept.row, request) else None
+
+    def _kept_for(self, ids: Sequence[int]) -> _Running | None:
+        """The kept row that holds most of what `ids` begin with, cut back to that and kept no more;
+        None where it would lose more than half, which others may go on from."""
+        found = max(self._kept, key=lambda one: self._num_common(one.fed, ids), default=None)
+        length = 0 if found is None else self._num_common(found.fed, ids)
+        if found is None or length == 0 or 2 * length < len(found.fed):
+            return None
+        self._cut(found, length)
+        self._kept.remove(found)
+        return found
+
+    def _num_common(self, fed: Sequence[int], ids: Sequence[int]) -> int:
+        """How many of `ids` need not be fed again; not the last, which is asked for its logits."""
+        most = min(len(fed), len(ids) - 1)
+        length = next((at for at in range(most) if fed[at] != ids[at]), most)
+        return length - length % FIXED_CHUNK if self._is_fixed else length
 
     def _sampler(self, request: Request) -> RowSampler:
         device = self._rows.sampler_device()

@@ -39,7 +39,7 @@ class PoolRow:
 class PoolRows:
     """A RowModel, but for the pass itself.   max_length: the most tokens of a row."""
 
-    can_chunk = True
+    can_chunk = can_resume = True
 
     def __init__(self, vocab_size: int, num_tokens: int, max_length: int) -> None:
         self.vocab_size, self.max_rows, self.max_length = vocab_size, MAX_ROWS, max_length
@@ -84,18 +84,16 @@ class PoolRows:
         with self._lock:
             self._pool.give(row.cells)
 
-    def widen(self, row: Any, request: Request) -> bool:
-        """By another range, to which the cells are copied: both have room at once, or neither."""
+    def truncate(self, row: Any, length: int) -> None:
         with self._lock:
-            if self._needed(request) > row.cells.size:
-                cells = self._pool.take(self._needed(request))
-                if cells is None:
-                    return False
-                self.move_tokens(row.cells.start, cells.start, row.length)
-                self._pool.give(row.cells)
-                row.cells, row.length = cells, row.length
-            row.request = request
-            return True
+            row.length = length
+            self._pool.resize(row.cells, length)
+
+    def widen(self, row: Any, request: Request) -> bool:
+        with self._lock:
+            has_room = self._pool.resize(row.cells, self._needed(request))
+            row.request = request if has_room else row.request
+            return has_room
 
     def forward(self, feeds: Sequence[Feed], num_tokens: int | None = None) -> torch.Tensor:
         with self._lock:
@@ -117,7 +115,7 @@ class PromptedRow(PoolRow):
 class PromptedRows(PoolRows):
     """Rows whose prompts, which an encoder reads, lie in a pool of their own: `_prompts`."""
 
-    can_chunk = False
+    can_chunk = can_resume = False  # another prompt is another text for the encoder
     _prompts: TokenPool
 
     def check(self, request: Request) -> None:
@@ -144,9 +142,6 @@ class PromptedRows(PoolRows):
         with self._lock:
             super().close(row)
             self._prompts.give(row.prompt_cells)
-
-    def widen(self, row: Any, request: Request) -> bool:
-        return False  # another prompt is another text for the encoder
 
 
 def ids_of(feeds: Sequence[Feed], num_tokens: int | None) -> list[int]:

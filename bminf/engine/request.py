@@ -69,8 +69,9 @@ class Request:
         its return ends the answer ("stop"), and an exception ends it with that error.
     start_ids: what the decoder begins with; None is what the model's configuration says, or the
         prompt.
-    keep: whether its row stays when it ends, for a request that begins with all of its tokens and
-        goes on (a chat); it is given up where others need the room.
+    keep: whether its row stays when it ends, for a request that begins with at least half of its
+        tokens and goes on (a chat), which are not read again; it is given up where others need the
+        room. Not for encoders, GLM, and models that are decoded row by row.
     prompt: what a built-in model knows of the prompt beside its ids.
     Raises ArgumentError.
 

@@ -46,12 +46,14 @@ class RowModel(Protocol):
     """A model, and the cache that its rows share.
 
     vocab_size: of the logits.   max_rows: that a pass may have.   can_chunk: whether a prompt may
-    be fed in several passes.
+    be fed in several passes.   can_resume: whether another request may go on from the first tokens
+    of a row, see truncate() and widen().
     """
 
     vocab_size: int
     max_rows: int
     can_chunk: bool
+    can_resume: bool
 
     def check(self, request: Request) -> None:
         """Raise ArgumentError for a request that could never have room."""
@@ -71,6 +73,10 @@ class RowModel(Protocol):
 
     def close(self, row: Any) -> None:
         """Give that room back."""
+        ...
+
+    def truncate(self, row: Any, length: int) -> None:
+        """Drop all but the first tokens of a row, and the room for more."""
         ...
 
     def widen(self, row: Any, request: Request) -> bool:

@@ -257,7 +257,7 @@ class GLMDecoder:
 class GLMRows(DecoderRows):
     """Rows of a GLM; each request has its Blank as `prompt`, which is read in one pass."""
 
-    can_chunk = False
+    can_chunk = can_resume = False  # a text is attended to in both directions
 
     def check(self, request: Request) -> None:
         if not isinstance(request.prompt, Blank):
@@ -265,9 +265,6 @@ class GLMRows(DecoderRows):
                 "a request to a GLM needs to know its blank; use generate() or fill_blank()"
             )
         super().check(request)
-
-    def widen(self, row: Any, request: Request) -> bool:
-        return False  # the text would be attended to in both directions
 
     def hidden_states(
         self, feeds: Sequence[Feed], ids: torch.Tensor, packed: PackedCache

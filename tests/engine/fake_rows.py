@@ -37,7 +37,7 @@ class FakeRows:
         max_rows: int = 64,
     ) -> None:
         self.logits_of, self.vocab_size, self.max_rows = logits_of, vocab_size, max_rows
-        self.can_chunk, self.before = True, lambda feeds: None
+        self.can_chunk, self.can_resume, self.before = True, True, lambda feeds: None
         self.cells = [-1] * num_tokens
         self.pool = TokenPool(num_tokens, self._move)
         self.passes: list[list[list[int]]] = []
@@ -65,14 +65,12 @@ class FakeRows:
     def close(self, row: Any) -> None:
         self.pool.give(row.cells)
 
+    def truncate(self, row: Any, length: int) -> None:
+        row.length = row.cells.used = length
+        self.pool.resize(row.cells, length)
+
     def widen(self, row: Any, request: Request) -> bool:
-        cells = self.pool.take(self._needed(request))
-        if cells is None:
-            return False
-        self._move(row.cells.start, cells.start, row.length)
-        self.pool.give(row.cells)
-        row.cells = cells
-        return True
+        return self.pool.resize(row.cells, self._needed(request))
 
     def forward(self, feeds: Sequence[Feed], num_tokens: int | None = None) -> torch.Tensor:
         assert torch.is_inference_mode_enabled()

@@ -78,6 +78,31 @@ def check_companies(model: Any, make_request: Any, **room: int) -> None:
         assert [told(request) for request in requests] == [alone[number] for number in numbers]
 
 
+def turns(engine: Engine, keep: bool) -> tuple[list[list[tuple[int, float]]], int]:
+    """A conversation: what its answers are, and how many tokens the model was fed."""
+    num_fed, forward, said = 0, engine._rows.forward, []
+
+    def counted(feeds: Any, num_tokens: int | None = None) -> torch.Tensor:
+        nonlocal num_fed
+        num_fed += sum(len(feed.ids) for feed in feeds)
+        return forward(feeds, num_tokens)
+
+    engine._rows.forward = counted  # type: ignore[method-assign]
+    ids = [5 + n % 7 for n in range(21)]
+    for turn in range(3):
+        request = engine.add(Request(ids, 9, Sampling(0.0), num_logprobs=0, keep=keep))
+        engine.run([request])
+        said.append(told(request))
+        ids = [*ids, *request.tokens, 6 + turn, 8]
+    engine._rows.forward = forward  # type: ignore[method-assign]
+    return said, num_fed
+
+
+def check_turns(engine: Engine) -> None:
+    anew, num_anew = turns(engine, keep=False)
+    assert turns(engine, keep=True) == (anew, num_anew - 16 - 32)
+
+
 SHALLOW: dict[str, dict[str, Any]] = {
     "llama": {"num_hidden_layers": 4},
     "gemma3_text": {"num_hidden_layers": 2},  # both of sliding attention
@@ -95,6 +120,8 @@ def test_rows_of_transformers_do_not_depend_on_their_company(name: str) -> None:
         check_companies(
             model, lambda number: request_of(number, VOCAB), max_length=64, max_batch_size=8
         )
+    if name != "bart":
+        check_turns(Engine(model, max_length=64, max_batch_size=2, deterministic=True))
 
 
 @pytest.mark.parametrize("quantization", [None, "int8", "int4"])
@@ -113,6 +140,8 @@ def test_rows_of_the_zoo_do_not_depend_on_their_company(
     with model:
         size = model.config.vocab_size
         check_companies(model, lambda number: request_of(number, size, start_ids))
+        if name == "cpm1":
+            check_turns(Engine(model, deterministic=True))
 
 
 @pytest.mark.parametrize("name", ["glm130b", "glm10b"])

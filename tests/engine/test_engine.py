@@ -596,6 +596,101 @@ def test_a_request_goes_on_from_the_row_that_another_has_kept() -> None:
     assert other.tokens == alone(logits_of, other)
 
 
+def kept(engine: Engine, ids: Sequence[int], max_new_tokens: int = 4) -> Request:
+    request = engine.add(ask(ids, max_new_tokens, stop_ids=(), keep=True))
+    engine.run([request])
+    return request
+
+
+def test_a_kept_row_is_cut_back_to_what_a_request_begins_with() -> None:
+    """As where an answer was stopped, or is other tokens in the text of the conversation."""
+    logits_of = random_logits(10, seed=7)
+    rows = FakeRows(logits_of)
+    engine = Engine(rows)
+    first = kept(engine, [1, 2, 3], 5)
+    assert rows.pool.num_tokens - rows.pool.num_free == 7, "no more room than what it holds"
+    changed = (first.tokens[1] + 1) % 10
+    second = kept(engine, [1, 2, 3, first.tokens[0], changed, 5])
+    assert rows.passes[5] == [[changed, 5]] and second.tokens == alone(logits_of, second)
+    again = kept(engine, second.input_ids)
+    assert rows.passes[9] == [[5]], "the last of a prompt is read for its logits"
+    assert again.tokens == second.tokens
+
+
+def test_less_than_half_of_a_row_is_left_to_others() -> None:
+    logits_of = random_logits(10, seed=7)
+    rows = FakeRows(logits_of)
+    engine = Engine(rows)
+    first = kept(engine, [1, 2, 3, 4, 5, 6], 3)
+    other = kept(engine, [1, 2, 3, 5, 5])
+    assert rows.passes[3] == [[1, 2, 3, 5, 5]] and other.tokens == alone(logits_of, other)
+    passes = len(rows.passes)
+    kept(engine, [*first.input_ids, *first.tokens, 7])
+    assert rows.passes[passes] == [[first.tokens[-1], 7]], "and it is still there"
+
+
+def test_a_conversation_goes_on_in_its_row_until_the_pool_is_full() -> None:
+    logits_of = random_logits(10, seed=8)
+    rows = FakeRows(logits_of, num_tokens=24)
+    engine = Engine(rows)
+    ids = [1, 2, 3]
+    for turn in range(4):
+        passes = len(rows.passes)
+        said = kept(engine, ids, 3)
+        assert said.tokens == alone(logits_of, said)
+        assert sum(map(len, rows.passes[passes])) == (3 if turn == 0 else 4)
+        ids = [*ids, *said.tokens, turn, 5, 6]
+    assert len(said.input_ids) + 3 - 1 == 23
+
+
+def test_a_row_that_goes_on_takes_the_room_of_other_kept_rows() -> None:
+    logits_of = random_logits(10, seed=8)
+    rows = FakeRows(logits_of, num_tokens=24)
+    engine = Engine(rows)
+    first = kept(engine, [1, 2, 3], 3)
+    kept(engine, [7, 8, 9], 6)
+    second = kept(engine, [*first.input_ids, *first.tokens, 5], 14)
+    assert rows.passes[9] == [[first.tokens[-1], 5]] and second.tokens == alone(logits_of, second)
+
+
+def test_a_request_waits_for_the_room_to_go_on() -> None:
+    logits_of = random_logits(10, seed=8)
+    rows = FakeRows(logits_of, num_tokens=24)
+    engine = Engine(rows)
+    first = kept(engine, [1, 2, 3], 3)
+    running = engine.add(ask([7], 12, stop_ids=()))
+    engine.step()
+    waiting = engine.add(ask([*first.input_ids, *first.tokens, 5], 10, stop_ids=()))
+    engine.step()
+    assert engine.num_waiting == 1
+    engine.run([running, waiting])
+    assert rows.passes[-10] == [[first.tokens[-1], 5]]
+    assert waiting.tokens == alone(logits_of, waiting)
+
+
+def test_nothing_is_kept_of_rows_that_cannot_go_on() -> None:
+    rows = FakeRows(random_logits(10, seed=8))
+    rows.can_resume = False
+    engine = Engine(rows)
+    first = kept(engine, [1, 2, 3])
+    assert rows.pool.num_free == rows.pool.num_tokens
+    kept(engine, [*first.input_ids, *first.tokens, 5])
+    assert rows.passes[4] == [[1, 2, 3, *first.tokens, 5]]
+
+
+def test_a_deterministic_row_goes_on_from_whole_pieces_of_its_prompt() -> None:
+    logits_of = random_logits(10, seed=8)
+    rows = FakeRows(logits_of)
+    engine = Engine(rows, deterministic=True)
+    first = kept(engine, [n % 9 for n in range(40)], 30)
+    passes = len(rows.passes)
+    second = kept(engine, [*first.input_ids, *first.tokens, 5, 6])
+    read = [ids for feeds in rows.passes[passes:] for ids in feeds]
+    assert [len(ids) for ids in read] == [16, 16, 8, 1, 1, 1]
+    assert [token for ids in read[:3] for token in ids] == second.input_ids[32:]
+    assert second.tokens == alone(logits_of, second)
+
+
 def test_a_kept_row_is_given_up_where_others_need_its_room() -> None:
     rows = FakeRows(scripted({0: [1] * 9, 1: [2] * 9}, 10), num_tokens=10)
     engine = Engine(rows)
