@@ -40,8 +40,8 @@ class AloneRows(PoolRows):
     can_chunk = can_resume = False  # the caches of some models hold no single tokens
 
     def __init__(self, model: Any, num_tokens: int, max_length: int | None = None) -> None:
-        super().__init__(text_config(model.config).vocab_size, num_tokens, max_length or num_tokens)
-        self._model = model
+        vocab_size = text_config(model.config).vocab_size
+        super().__init__(model, vocab_size, num_tokens, max_length or num_tokens)
         self._has_encoder = bool(getattr(model.config, "is_encoder_decoder", False))
         parameters = inspect.signature(model.forward).parameters
         self._more = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}

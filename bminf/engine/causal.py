@@ -77,8 +77,7 @@ class CausalRows(PoolRows):
 
     def __init__(self, model: Any, num_tokens: int, max_length: int | None = None) -> None:
         text = text_config(model.config)
-        super().__init__(text.vocab_size, num_tokens, max_length or num_tokens)
-        self._model = model
+        super().__init__(model, text.vocab_size, num_tokens, max_length or num_tokens)
         self._layers: Kept = {}
         self._gathers = first_of(text, "kv_lora_rank") is not None
         self._configs = _configs_of(model)

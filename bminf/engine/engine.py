@@ -12,9 +12,9 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from bminf.engine.row_sampler import RowSampler, draw, log_probabilities
 from bminf.engine.rows import FIXED_CHUNK, FIXED_TOKENS, Feed, RowModel, fixed_length
 from bminf.errors import ArgumentError, UnsupportedModelError
 from bminf.keywords import known_keywords
+from bminf.offload.phase import NO_PHASE, Phase, phase_between
 
 CHUNK = 512
 """Tokens of prompts that are read in one step while others decode."""
@@ -49,12 +50,28 @@ class EngineStats:
 
     num_sweeps: passes over the weights.   num_rows: of all sweeps together.   num_tokens: drawn,
     over all rows.   busy_s: what sweeps took.
+    num_requests: that have got their first token.   first_tokens_s: what they waited for it, from
+    add() on, together.
+    prefill, decode: sweeps in which a prompt was read, and those that did nothing but decode.
     """
 
     num_sweeps: int = 0
     num_rows: int = 0
     num_tokens: int = 0
     busy_s: float = 0.0
+    num_requests: int = 0
+    first_tokens_s: float = 0.0
+    prefill: Phase = NO_PHASE
+    decode: Phase = NO_PHASE
+
+    @property
+    def first_token_s(self) -> float:
+        """The mean time to the first token."""
+        return self.first_tokens_s / self.num_requests if self.num_requests else 0.0
+
+    @property
+    def bytes_copied(self) -> int:
+        return self.prefill.bytes_copied + self.decode.bytes_copied
 
     @property
     def rows_per_sweep(self) -> float:
@@ -133,8 +150,7 @@ class Engine:
         self._kept: list[_Running] = []  # ended, in case that another request goes on from them
         self._readers: dict[Request, _Reader] = {}
         self._closed: BaseException | None = None
-        self._num_sweeps = self._num_rows = self._num_tokens_drawn = 0
-        self._busy_s = 0.0
+        self._stats = EngineStats()
 
     # ---- what users call ------------------------------------------------------------------------
 
@@ -244,7 +260,7 @@ class Engine:
 
     @property
     def stats(self) -> EngineStats:
-        return EngineStats(self._num_sweeps, self._num_rows, self._num_tokens_drawn, self._busy_s)
+        return self._stats
 
     @property
     def num_running(self) -> int:
@@ -490,7 +506,8 @@ class Engine:
     def _sweep(self, feeds: list[tuple[_Running, Feed]]) -> None:
         if not feeds:
             return
-        start_s = time.perf_counter()
+        start_s, before = time.perf_counter(), self._rows.offload_stats()
+        reading = {one.request for one, _ in feeds if not one.request.tokens}
         for one, _ in feeds:
             if one.request.clock.begun is None:
                 one.request.clock.begun = start_s
@@ -502,10 +519,28 @@ class Engine:
                 self._changed.acquire()
             num_tokens = sum(self._take(feeds, logits) for feeds, logits in tried)
         self._drop_done()
-        self._num_sweeps += 1
-        self._num_rows += len(feeds)
-        self._num_tokens_drawn += num_tokens
-        self._busy_s += time.perf_counter() - start_s
+        sweep = phase_between(before, self._rows.offload_stats(), time.perf_counter() - start_s)
+        for one, _ in feeds:
+            one.request.clock.count(sweep, len(feeds), one.request in reading)
+        self._count(sweep, len(feeds), num_tokens, reading)
+
+    def _count(
+        self, sweep: Phase, num_rows: int, num_tokens: int, reading: Collection[Request]
+    ) -> None:
+        """reading: the requests whose prompts had a part in the sweep."""
+        old = self._stats
+        waited = [request.stats.first_token_s for request in reading if request.tokens]
+        self._stats = replace(
+            old,
+            num_sweeps=old.num_sweeps + 1,
+            num_rows=old.num_rows + num_rows,
+            num_tokens=old.num_tokens + num_tokens,
+            busy_s=old.busy_s + sweep.seconds,
+            num_requests=old.num_requests + len(waited),
+            first_tokens_s=old.first_tokens_s + sum(first_s or 0.0 for first_s in waited),
+            prefill=old.prefill + sweep if reading else old.prefill,
+            decode=old.decode if reading else old.decode + sweep,
+        )
 
     def _pass(
         self, feeds: list[tuple[_Running, Feed]]
@@ -529,7 +564,6 @@ class Engine:
         for one, feed in feeds:
             one.row.length += len(feed.ids)
             one.fed += feed.ids
-            one.request.clock.num_sweeps += 1
             if not feed.has_logits:
                 one.pending = one.pending[len(feed.ids) :]
                 continue

@@ -14,6 +14,7 @@ from bminf.engine.rows import FIXED_TOKENS, Feed
 from bminf.engine.token_pool import Range, TokenPool
 from bminf.errors import ArgumentError, UnsupportedModelError
 from bminf.layers.packed_cache import Span
+from bminf.offload.hooks import ATTRIBUTE, Scheduler, Stats
 
 MAX_ROWS = 64
 """Of a pass, beside what the cache has room for."""
@@ -37,11 +38,13 @@ class PoolRow:
 
 
 class PoolRows:
-    """A RowModel, but for the pass itself.   max_length: the most tokens of a row."""
+    """A RowModel, but for the pass itself.   model: whose blocks may be streamed.   max_length: the
+    most tokens of a row."""
 
     can_chunk = can_resume = True
 
-    def __init__(self, vocab_size: int, num_tokens: int, max_length: int) -> None:
+    def __init__(self, model: Any, vocab_size: int, num_tokens: int, max_length: int) -> None:
+        self._model = model
         self.vocab_size, self.max_rows, self.max_length = vocab_size, MAX_ROWS, max_length
         self._pool = TokenPool(num_tokens, self.move_tokens)
         self._lock = threading.RLock()  # of the pool and the cache, for engines that share them
@@ -99,6 +102,10 @@ class PoolRows:
         with self._lock:
             spans = [Span(feed.row.cells.start, feed.row.length, len(feed.ids)) for feed in feeds]
             return self.compute(feeds, spans, num_tokens)
+
+    def offload_stats(self) -> Stats:
+        scheduler: Scheduler | None = self._model.__dict__.get(ATTRIBUTE)
+        return Stats() if scheduler is None else scheduler.stats()
 
     def _needed(self, request: Request) -> int:
         return len(self.start_ids(request)) + request.max_new_tokens - 1  # the last is not fed

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from bminf.checks import check_int, check_positive
 from bminf.engine.sampling import Sampling
 from bminf.errors import ArgumentError
+from bminf.offload.phase import NO_PHASE, Phase
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
@@ -40,7 +41,10 @@ class RequestStats:
     """Times in seconds, from add() on.
 
     queued_s: until its first sweep.   first_token_s: until its first token; None before.
-    total_s: until its end, or until now.   num_sweeps: in which it had a part.
+    total_s: until its end, or until now.   num_sweeps: in which it had a part, which counts sweeps
+    that are over.   num_rows: of all these sweeps together.
+    prefill, decode: the sweeps up to its first token, and those behind; each is counted as a whole
+    for every request in it.
     """
 
     queued_s: float
@@ -48,6 +52,18 @@ class RequestStats:
     total_s: float
     num_sweeps: int
     num_tokens: int
+    num_rows: int = 0
+    prefill: Phase = NO_PHASE
+    decode: Phase = NO_PHASE
+
+    @property
+    def rows_per_sweep(self) -> float:
+        return self.num_rows / self.num_sweeps if self.num_sweeps else 0.0
+
+    @property
+    def bytes_copied(self) -> int:
+        """In its sweeps, for all rows of each."""
+        return self.prefill.bytes_copied + self.decode.bytes_copied
 
     @property
     def tokens_per_s(self) -> float:
@@ -131,7 +147,10 @@ class Request:
         added = now if clock.added is None else clock.added
         first = None if clock.first_token is None else clock.first_token - added
         begun = now if clock.begun is None else clock.begun
-        return RequestStats(begun - added, first, now - added, clock.num_sweeps, len(self.tokens))
+        return RequestStats(
+            begun - added, first, now - added, clock.num_sweeps, len(self.tokens),
+            clock.num_rows, clock.prefill, clock.decode,
+        )  # fmt: skip
 
     def finish(self, reason: FinishReason, error: BaseException | None = None) -> None:
         """For the engine: nothing more will come."""
@@ -141,14 +160,24 @@ class Request:
 
 
 class _Clock:
-    """When things happened, by time.perf_counter()."""
+    """When things happened, by time.perf_counter(), and what its sweeps took."""
 
     def __init__(self) -> None:
         self.added: float | None = None
         self.begun: float | None = None
         self.first_token: float | None = None
         self.ended: float | None = None
-        self.num_sweeps = 0
+        self.num_sweeps = self.num_rows = 0
+        self.prefill = self.decode = NO_PHASE
+
+    def count(self, sweep: Phase, num_rows: int, is_prefill: bool) -> None:
+        """A sweep is over."""
+        self.num_sweeps += 1
+        self.num_rows += num_rows
+        if is_prefill:
+            self.prefill += sweep
+        else:
+            self.decode += sweep
 
 
 def _checked_ids(name: str, ids: Sequence[int]) -> list[int]:

@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from bminf.engine.request import Request
+from bminf.offload.hooks import Stats
 
 FIXED_TOKENS = 32
 """Of each pass of a deterministic engine, but for prompts that are read in a pass of their own."""
@@ -91,4 +92,8 @@ class RowModel(Protocol):
         lie. None is as many as there are.
         Does not change row.length: the same pass may be asked for again.
         """
+        ...
+
+    def offload_stats(self) -> Stats:
+        """What was copied for passes so far, and how long they waited for it."""
         ...

@@ -190,6 +190,10 @@ class LanguageModel:
             streamed_bytes=scheduler.plan.streamed_bytes,
             num_sweeps=engine.num_sweeps,
             rows_per_sweep=engine.rows_per_sweep,
+            num_requests=engine.num_requests,
+            first_token_s=engine.first_token_s,
+            prefill=engine.prefill,
+            decode=engine.decode,
         )
 
     @property

@@ -29,7 +29,8 @@ class DecoderRows(PoolRows):
         max_length: int,
         begin: Callable[[], object] = lambda: None,
     ) -> None:
-        super().__init__(network.config.vocab_size, cache.tokens[0].shape[2], max_length)
+        num_tokens = cache.tokens[0].shape[2]
+        super().__init__(network, network.config.vocab_size, num_tokens, max_length)
         self.network, self._cache, self._begin = network, cache, begin
 
     def sampler_device(self) -> torch.device:

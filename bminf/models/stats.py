@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bminf.offload.hooks import Stats
+from bminf.offload.phase import NO_PHASE, Phase
 
 
 @dataclass(frozen=True)
@@ -13,6 +14,9 @@ class ModelStats(Stats):
 
     num_tokens, generated_s: tokens generated, over all rows, and the time that took.
     num_sweeps, rows_per_sweep: passes that texts shared, and how many of them had a part in each.
+    num_requests, first_token_s: texts that have got their first token, and the mean time to it.
+    prefill, decode: sweeps in which a prompt was read, and those that did nothing but decode: what
+    they took, and what bound them. Beam searches have no part in these, nor in sweeps.
     resident_bytes: of all that stays on the device.   streamed_bytes: of the streamed blocks.
     """
 
@@ -22,6 +26,10 @@ class ModelStats(Stats):
     streamed_bytes: int = 0
     num_sweeps: int = 0
     rows_per_sweep: float = 0.0
+    num_requests: int = 0
+    first_token_s: float = 0.0
+    prefill: Phase = NO_PHASE
+    decode: Phase = NO_PHASE
 
     @property
     def tokens_per_s(self) -> float:

@@ -13,6 +13,7 @@ from bminf.engine.request import Request
 from bminf.engine.rows import Feed
 from bminf.engine.token_pool import Range, TokenPool
 from bminf.errors import ArgumentError
+from bminf.offload.hooks import Stats
 
 
 @dataclass(eq=False)
@@ -37,7 +38,8 @@ class FakeRows:
         max_rows: int = 64,
     ) -> None:
         self.logits_of, self.vocab_size, self.max_rows = logits_of, vocab_size, max_rows
-        self.can_chunk, self.can_resume, self.before = True, True, lambda feeds: None
+        self.can_chunk, self.can_resume = True, True
+        self.before, self.stats = lambda feeds: None, Stats()
         self.cells = [-1] * num_tokens
         self.pool = TokenPool(num_tokens, self._move)
         self.passes: list[list[list[int]]] = []
@@ -79,6 +81,9 @@ class FakeRows:
         histories = [self._fed(feed) for feed in feeds]
         asked = [one for feed, one in zip(feeds, histories, strict=True) if feed.has_logits]
         return torch.tensor([self.logits_of(history) for history in asked])
+
+    def offload_stats(self) -> Stats:
+        return self.stats
 
     def _fed(self, feed: Feed) -> History:
         """All that the row has been fed."""

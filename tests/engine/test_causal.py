@@ -115,6 +115,9 @@ def test_sixteen_requests_share_what_is_copied() -> None:
     assert passes[0] == sum(numbers) and passes[1] <= max(numbers) + 16
     assert engine.stats.num_tokens == 2 * sum(numbers)
     assert copied[1] <= copied[0] / 10
+    told, plan = engine.stats, bminf.plan_of(model)
+    assert 0 <= sum(copied) - told.bytes_copied <= plan.slot_bytes
+    assert min(told.prefill.bytes_copied, told.decode.bytes_copied) > plan.streamed_bytes
 
 
 @pytest.mark.parametrize("name", ["bart", "t5"])

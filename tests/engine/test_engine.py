@@ -18,6 +18,7 @@ from fake_rows import FakeRows
 from bminf.engine import engine as engine_module
 from bminf.engine.engine import Engine
 from bminf.engine.request import Request
+from bminf.engine.rows import Feed
 from bminf.engine.sampling import Sampling
 from bminf.errors import ArgumentError, UnsupportedModelError
 
@@ -575,6 +576,45 @@ def test_usage_logprobs_and_stats() -> None:
     assert 0 <= stats.queued_s <= stats.first_token_s <= stats.total_s  # type: ignore[operator]
     assert engine.stats.num_sweeps == engine.stats.num_tokens == engine.stats.num_rows == 5
     assert engine.stats.rows_per_sweep == 1 and engine.stats.tokens_per_s > 0
+
+
+def test_phases_tell_what_was_copied_and_waited_for() -> None:
+    rows = FakeRows(scripted({0: [1] * 9, 2: [3] * 9}, 10))
+
+    def copy(feeds: Sequence[Feed]) -> None:
+        """100 bytes a pass; for those that read a prompt nothing waits."""
+        is_prompt = any(len(feed.ids) > 1 for feed in feeds)
+        old = rows.stats
+        waited_s = old.waited_s + (0.0 if is_prompt else 1000.0)
+        rows.stats = replace(old, bytes_copied=old.bytes_copied + 100, waited_s=waited_s)
+
+    rows.before = copy
+    engine = Engine(rows)
+    first = engine.add(ask([0, 0], 4))
+    engine.step()
+    engine.step()
+    second = engine.add(ask([2, 2], 2))
+    run_all(engine)
+    assert [len(feeds) for feeds in rows.passes] == [1, 1, 2, 2]
+    told = first.stats
+    assert (told.num_sweeps, told.num_rows, told.rows_per_sweep) == (4, 6, 1.5)
+    assert (told.prefill.bytes_copied, told.decode.bytes_copied) == (100, 300)
+    assert (told.prefill.waited_s, told.decode.waited_s) == (0.0, 2000.0)
+    assert (told.prefill.bound, told.decode.bound) == ("computing", "copying")
+    assert told.bytes_copied == 400 and second.stats.bytes_copied == 200
+    assert second.stats.rows_per_sweep == 2 and second.stats.prefill.bound == "computing"
+    stats = engine.stats
+    assert (stats.prefill.bytes_copied, stats.decode.bytes_copied) == (200, 200)
+    assert (stats.prefill.bound, stats.decode.bound) == ("computing", "copying")
+    assert stats.prefill.seconds + stats.decode.seconds == pytest.approx(stats.busy_s)
+    assert stats.num_requests == 2
+    waited = [one.stats.first_token_s or 0.0 for one in (first, second)]
+    assert stats.first_token_s == pytest.approx(sum(waited) / 2) and stats.first_token_s > 0
+
+
+def test_a_phase_that_was_not_has_no_bound() -> None:
+    stats = Engine(FakeRows(random_logits(10, seed=0))).stats
+    assert stats.prefill.bound is stats.decode.bound is None and stats.first_token_s == 0.0
 
 
 # ---- going on ------------------------------------------------------------------------------------

@@ -416,6 +416,13 @@ def test_stats_tell_what_was_done(load: Loader) -> None:
     assert (stats.num_sweeps, stats.rows_per_sweep) == (9, 1.0)
     assert stats.bytes_copied > stats.streamed_bytes == plan.streamed_bytes > 0
     assert stats.resident_bytes == plan.resident_bytes
+    # Two blocks are copied ahead before the first pass; the encoder's, in the first pass alone.
+    copied = stats.prefill.bytes_copied + stats.decode.bytes_copied
+    assert 0 < stats.bytes_copied - copied <= plan.slot_bytes
+    per_token = sum(b.nbytes for b in plan.blocks if plan.uses[b.name] == 128)
+    assert abs(stats.decode.bytes_copied - 8 * per_token) <= plan.slot_bytes
+    assert stats.num_requests == 1 and min(stats.first_token_s, stats.prefill.seconds) > 0
+    assert stats.prefill.bound in ("copying", "computing")
     assert bminf.plan_of(model.model) is plan
     assert bminf.stats_of(model.model).bytes_copied == model.stats.bytes_copied
 

@@ -1,0 +1,54 @@
+"""What a phase of generating took: the prefill of a prompt, or the decoding of its answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from bminf.offload.hooks import Stats
+
+_BOUND_FRACTION = 0.1
+"""Of a phase: what faster copies could save of it at the most is what it waited for them."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Times in seconds; sizes in bytes.
+
+    seconds: that it took.   waited_s: of these, in which computing waited for copies.
+    bytes_copied: of streamed blocks, meanwhile.
+    """
+
+    seconds: float = 0.0
+    waited_s: float = 0.0
+    bytes_copied: int = 0
+
+    @property
+    def bound(self) -> Literal["copying", "computing"] | None:
+        """What its speed depends on: copying where more than a tenth of it was waiting for copies.
+
+        None before anything was done.
+        """
+        if self.seconds <= 0:
+            return None
+        return "copying" if self.waited_s > _BOUND_FRACTION * self.seconds else "computing"
+
+    def __add__(self, other: Phase) -> Phase:
+        return Phase(
+            self.seconds + other.seconds,
+            self.waited_s + other.waited_s,
+            self.bytes_copied + other.bytes_copied,
+        )
+
+
+NO_PHASE = Phase()
+"""Before anything was done."""
+
+
+def phase_between(before: Stats, after: Stats, seconds: float) -> Phase:
+    """Of what was counted in so many seconds. On a GPU, waits count once they are over, which those
+    of a pass are when a token was drawn from its logits."""
+    return Phase(
+        seconds, after.waited_s - before.waited_s, after.bytes_copied - before.bytes_copied
+    )
