@@ -8,12 +8,14 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import cycle, islice
 from typing import Any
 
 from bminf.cli import flags
-from bminf.cli.session import Session, find
+from bminf.cli.session import AnswerStats, Session, find
+from bminf.offload.phase import NO_PHASE, Phase
 from bminf.progress import progress_bar
 from bminf.units import format_bytes
 
@@ -22,6 +24,7 @@ _MEASURED = (
     *("prefill_tokens_per_s", "decode_tokens_per_s", "time_to_first_token_s"),
     *("bytes_copied_per_token", "new_tokens"),
 )
+_PHASES = ("prefill", "decode")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,8 +59,9 @@ def run(arguments: argparse.Namespace) -> int:
             "streamed_bytes": session.plan.streamed_bytes,
             "load_s": load_s,
             "prompt_tokens": session.count(prompt),
-            **{name: _median([one[name] for one in runs]) for name in _MEASURED},
-            "runs": runs,
+            **{name: _median([getattr(one, name) for one in runs]) for name in _MEASURED},
+            **{name: _together(getattr(one, name) for one in runs) for name in _PHASES},
+            "runs": [one.as_json() for one in runs],
         }
     print(json.dumps(report, indent=2) if arguments.json else "\n".join(_lines(report)))
     return 0
@@ -75,36 +79,55 @@ def _text(session: Session, num_tokens: int) -> str:
     return words(max(number, 1))
 
 
-def _runs(
-    session: Session, prompt: Any, arguments: argparse.Namespace
-) -> Iterator[dict[str, float | None]]:
+@dataclass(frozen=True)
+class _Run:
+    """What was measured once; see docs/command-line.md."""
+
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float | None
+    time_to_first_token_s: float
+    bytes_copied_per_token: float | None
+    new_tokens: int
+    prefill: Phase
+    decode: Phase
+
+    def as_json(self) -> dict[str, Any]:
+        return {**vars(self), **{name: getattr(self, name).as_json() for name in _PHASES}}
+
+
+def _runs(session: Session, prompt: Any, arguments: argparse.Namespace) -> Iterator[_Run]:
     _measure(session, prompt, 2)  # the first passes of a process are slower than others
     for _ in progress_bar(range(arguments.runs), desc="measuring", leave=False):
         yield _measure(session, prompt, arguments.max_new_tokens)
 
 
-def _measure(session: Session, prompt: Any, num_tokens: int) -> dict[str, float | None]:
+def _measure(session: Session, prompt: Any, num_tokens: int) -> _Run:
     """Answers of one token, which is all prefill, and of `num_tokens`."""
 
-    def stats_of(number: int) -> Any:
+    def stats_of(number: int) -> AnswerStats:
         options = {"max_new_tokens": number, "temperature": 0}
         return session.answer(prompt, options, flags.ignore, ignores_end=True).stats
 
     first, whole = stats_of(1), stats_of(num_tokens)
-    values = (
+    return _Run(
         first.prompt_tokens / first.total_s,
         whole.decode_tokens_per_s,
         first.total_s,
         whole.decode_bytes_per_token,
         whole.new_tokens,
+        first.prefill + first.decode,
+        whole.decode,
     )
-    return dict(zip(_MEASURED, values, strict=True))
 
 
 def _median(values: list[float | None]) -> float | None:
     """None where it was not measured: a tokenizer may give all of its text at the end."""
     known = [value for value in values if value is not None]
     return statistics.median(known) if known else None
+
+
+def _together(phases: Iterable[Phase]) -> dict[str, Any]:
+    return sum(phases, NO_PHASE).as_json()
 
 
 def _lines(report: dict[str, Any]) -> Iterator[str]:
@@ -115,6 +138,15 @@ def _lines(report: dict[str, Any]) -> Iterator[str]:
     yield f"time to first token  {report['time_to_first_token_s']:.3f} s"
     copied = report["bytes_copied_per_token"]
     yield f"copied a token       {'not measured' if copied is None else format_bytes(copied)}"
+    for name in _PHASES:
+        yield f"{f'bound of {name}':<21}{_bound(report[name])}"
+
+
+def _bound(phase: dict[str, Any]) -> str:
+    if phase["bound"] is None:
+        return "not measured"
+    waited = phase["waited_s"] / phase["seconds"]
+    return f"{phase['bound']}; {waited:.0%} of the time was waiting for copies"
 
 
 def _rate(report: dict[str, Any], phase: str) -> str:

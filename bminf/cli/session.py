@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from bminf.errors import ArgumentError, CheckpointError, UnsupportedModelError
+from bminf.offload.phase import Phase, phase_between
 from bminf.progress import spinner
 from bminf.units import format_bytes
 
 if TYPE_CHECKING:
+    from bminf.offload.hooks import Stats
     from bminf.offload.plan import Plan
 
 Options = Mapping[str, Any]
@@ -31,36 +33,50 @@ NEW_TOKENS = 256
 
 @dataclass(frozen=True)
 class AnswerStats:
-    """Counters of one answer. Times are in seconds since it began; sizes in bytes.
+    """Counters of one answer. Times in seconds; sizes in bytes.
 
-    first_text_s: when its first text came.   decode_tokens, decode_bytes: tokens that were
-    generated after that, and bytes that were copied for them.
+    prefill: until its first text came.   decode: after that.   decode_tokens: of the new ones,
+    those that were generated then.
     """
 
     prompt_tokens: int
     new_tokens: int
-    first_text_s: float
-    total_s: float
-    bytes_copied: int
     decode_tokens: int
-    decode_bytes: int
+    prefill: Phase
+    decode: Phase
+
+    @property
+    def first_text_s(self) -> float:
+        return self.prefill.seconds
+
+    @property
+    def total_s(self) -> float:
+        return self.prefill.seconds + self.decode.seconds
+
+    @property
+    def bytes_copied(self) -> int:
+        return self.prefill.bytes_copied + self.decode.bytes_copied
+
+    @property
+    def decode_bytes(self) -> int:
+        return self.decode.bytes_copied
 
     @property
     def decode_tokens_per_s(self) -> float | None:
         """None where there was no token after the first text."""
-        return self.decode_tokens / self.decode_s if self.decode_tokens else None
+        return self.decode_tokens / self.decode.seconds if self.decode_tokens else None
 
     @property
     def decode_bytes_per_token(self) -> float | None:
         return self.decode_bytes / self.decode_tokens if self.decode_tokens else None
 
-    @property
-    def decode_s(self) -> float:
-        return self.total_s - self.first_text_s
-
     def as_json(self) -> dict[str, Any]:
-        rates = ("decode_tokens_per_s", "decode_bytes_per_token")
-        return {**vars(self), **{name: getattr(self, name) for name in rates}}
+        names = (
+            *("prompt_tokens", "new_tokens", "first_text_s", "total_s", "bytes_copied"),
+            *("decode_tokens", "decode_bytes", "decode_tokens_per_s", "decode_bytes_per_token"),
+        )
+        phases = {"prefill": self.prefill.as_json(), "decode": self.decode.as_json()}
+        return {name: getattr(self, name) for name in names} | phases
 
     def __str__(self) -> str:
         line = (
@@ -68,9 +84,10 @@ class AnswerStats:
             f"{self.total_s:.2f} s, the first text after {self.first_text_s:.2f} s"
         )
         if self.decode_tokens_per_s is None or self.decode_bytes_per_token is None:
-            return line
+            return f"{line}\nprefill  {self.prefill}"
         copied = format_bytes(self.decode_bytes_per_token)
-        return f"{line}; then {self.decode_tokens_per_s:.1f} tokens/s, {copied} copied a token"
+        line += f"; then {self.decode_tokens_per_s:.1f} tokens/s, {copied} copied a token"
+        return f"{line}\nprefill  {self.prefill}\ndecode   {self.decode}"
 
 
 @dataclass(frozen=True)
@@ -202,11 +219,11 @@ class Session:
 
 
 class Meter:
-    """Measures one answer.   read: tokens and bytes, since any time before it."""
+    """Measures one answer.   read: tokens, and what was copied, since any time before it."""
 
-    def __init__(self, read: Callable[[], tuple[int, int]]) -> None:
+    def __init__(self, read: Callable[[], tuple[int, Stats]]) -> None:
         self._read = read
-        self._first: tuple[float, int, int] | None = None
+        self._first: tuple[float, int, Stats] | None = None
         self._start = self._now()
 
     def text_came(self) -> None:
@@ -214,18 +231,16 @@ class Meter:
             self._first = self._now()
 
     def stats(self, prompt_tokens: int) -> AnswerStats:
-        start_s, old_tokens, old_bytes = self._start
-        end_s, tokens, nbytes = end = self._now()
-        first_s, first_tokens, first_bytes = self._first or end
+        start_s, old_tokens, old = self._start
+        end_s, tokens, new = end = self._now()
+        first_s, first_tokens, first = self._first or end
         return AnswerStats(
             prompt_tokens,
             tokens - old_tokens,
-            first_s - start_s,
-            end_s - start_s,
-            nbytes - old_bytes,
             tokens - first_tokens,
-            nbytes - first_bytes,
+            phase_between(old, first, first_s - start_s),
+            phase_between(first, new, end_s - first_s),
         )
 
-    def _now(self) -> tuple[float, int, int]:
+    def _now(self) -> tuple[float, int, Stats]:
         return (time.perf_counter(), *self._read())

@@ -6,13 +6,16 @@ import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from bminf.cli import models
 from bminf.cli.session import NEW_TOKENS, Answer, Message, Meter, Options, Session, Write
 from bminf.errors import ArgumentError, BMInfError, CheckpointError, UnsupportedModelError
 from bminf.progress import spinner
 from bminf.tokenizers.stop_strings import StopStrings
+
+if TYPE_CHECKING:
+    from bminf.offload.hooks import Stats
 
 
 class PretrainedSession(Session):
@@ -102,7 +105,7 @@ class PretrainedSession(Session):
         num_tokens = self._num_new_tokens(prompt, options)
         settings = self._settings(options)
         _seed(options)
-        stream = Stream(self._tokenizer, write, self._bytes_copied, options.get("stop", ()))
+        stream = Stream(self._tokenizer, write, self._offload_stats, options.get("stop", ()))
         ids = torch.tensor([prompt], device=self.device)
         with _as_our_error(self.title):
             self._model.generate(
@@ -175,12 +178,12 @@ class PretrainedSession(Session):
         positions = first_of(text_config(self._model.config), "max_position_embeddings")
         return min((n for n in (self._length, positions) if n is not None), default=None)
 
-    def _bytes_copied(self) -> int:
+    def _offload_stats(self) -> Stats:
         import bminf
 
         stats = bminf.stats_of(self._model)
         assert stats is not None, "it is wrapped"
-        return stats.bytes_copied
+        return stats
 
 
 class GGUFSession(PretrainedSession):
@@ -216,12 +219,12 @@ class Stream:
         self,
         tokenizer: Any,
         write: Write,
-        bytes_copied: Callable[[], int],
+        copied: Callable[[], Stats],
         stop: Sequence[str] = (),
     ) -> None:
         self.ids: list[int] = []
         self.text = ""
-        self.meter = Meter(lambda: (len(self.ids), bytes_copied()))
+        self.meter = Meter(lambda: (len(self.ids), copied()))
         self._tokenizer, self._write, self.stops = tokenizer, write, StopStrings(stop)
         self._has_prompt = False
         self._start = self._end = 0  # of the ids that the next piece is told apart by

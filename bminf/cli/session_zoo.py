@@ -13,6 +13,7 @@ from bminf.progress import spinner
 
 if TYPE_CHECKING:
     from bminf.models import LanguageModel
+    from bminf.offload.hooks import Stats
 
 
 class ZooSession(Session):
@@ -90,9 +91,14 @@ class ZooSession(Session):
 
     def fill(self, prompt: Any, options: Options) -> tuple[list[dict[str, Any]], AnswerStats]:
         model: Any = self._loaded
-        meter = Meter(self._counters)
+        old = model.stats
         blanks = model.fill_blank(prompt, **options)
-        return blanks, meter.stats(len(model.tokenizer.encode(prompt)))
+        new, num_read = model.stats, len(model.tokenizer.encode(prompt))
+        num_tokens, num_first = new.num_tokens - old.num_tokens, new.num_requests - old.num_requests
+        return blanks, AnswerStats(
+            num_read, num_tokens, num_tokens - num_first, new.prefill - old.prefill,
+            new.decode - old.decode,
+        )  # fmt: skip
 
     def close(self) -> None:
         if self._model is not None:
@@ -103,6 +109,6 @@ class ZooSession(Session):
         assert self._model is not None, "load() comes first"
         return self._model
 
-    def _counters(self) -> tuple[int, int]:
+    def _counters(self) -> tuple[int, Stats]:
         stats = self._loaded.stats
-        return stats.num_tokens, stats.bytes_copied
+        return stats.num_tokens, stats

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+from bminf.units import format_bytes
 
 if TYPE_CHECKING:
     from bminf.offload.hooks import Stats
@@ -34,11 +36,30 @@ class Phase:
             return None
         return "copying" if self.waited_s > _BOUND_FRACTION * self.seconds else "computing"
 
+    def as_json(self) -> dict[str, Any]:
+        return {**vars(self), "bound": self.bound}
+
+    def __str__(self) -> str:
+        copied = "nothing was copied"
+        if self.bytes_copied:
+            copied = (
+                f"{format_bytes(self.bytes_copied)} copied, {self.waited_s:.2f} s waiting for it"
+            )
+        return f"{self.seconds:.2f} s, {copied}; bound by {self.bound or 'nothing'}"
+
     def __add__(self, other: Phase) -> Phase:
         return Phase(
             self.seconds + other.seconds,
             self.waited_s + other.waited_s,
             self.bytes_copied + other.bytes_copied,
+        )
+
+    def __sub__(self, other: Phase) -> Phase:
+        """What came after `other`, an earlier state of the same."""
+        return Phase(
+            self.seconds - other.seconds,
+            self.waited_s - other.waited_s,
+            self.bytes_copied - other.bytes_copied,
         )
 
 

@@ -55,6 +55,11 @@ def test_a_streamed_model(folder: Path, capsys: pytest.CaptureFixture[str]) -> N
     for run in found["runs"]:
         copied = 6 * run["bytes_copied_per_token"]
         assert abs(copied - 6 * found["streamed_bytes"]) <= 2 * block_bytes
+        assert run["decode"]["bytes_copied"] == pytest.approx(copied)
+    for phase in ("prefill", "decode"):
+        values = [run[phase]["waited_s"] for run in found["runs"]]
+        assert found[phase]["waited_s"] == pytest.approx(sum(values))
+        assert found[phase]["bound"] in ("copying", "computing")
 
 
 def test_a_resident_model_copies_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -84,8 +89,10 @@ def test_text(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     head, *lines = out.splitlines()
     assert head.startswith(str(folder)) and "0 B streamed" in head
     assert [line[:20].strip() for line in lines] == [
-        "prefill", "decode", "time to first token", "copied a token",
+        "prefill", "decode", "time to first token", "copied a token", "bound of prefill",
+        "bound of decode",
     ]  # fmt: skip
+    assert lines[-1].endswith("computing; 0% of the time was waiting for copies")
     assert "fits entirely" in err
 
 

@@ -45,6 +45,7 @@ def test_blanks_are_filled_in_their_places(
     report = json.loads(out)
     assert (report["text"], report["blanks"]) == (expected, blanks)
     assert report["stats"]["new_tokens"] > 0 and "tokens read" in err
+    assert report["stats"]["prefill"]["bound"] == "computing" and "\nprefill " in err
 
 
 def test_a_text_without_a_mask_is_continued(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -222,6 +223,9 @@ def test_json_and_verbose(folder: Path, capsys: pytest.CaptureFixture[str]) -> N
     stats = report["stats"]
     assert (stats["prompt_tokens"], stats["new_tokens"], stats["decode_tokens"]) == (2, 5, 4)
     assert stats["bytes_copied"] > stats["decode_bytes"] > 0
+    assert stats["decode"]["bytes_copied"] == stats["decode_bytes"]
+    for phase in ("prefill", "decode"):
+        assert re.search(rf"^{phase} .*copied.*; bound by {stats[phase]['bound']}$", err, re.M)
     assert "stream (.)" in err and "2 tokens read and 5 generated" in err
     assert "estimated for one text of 7 tokens" in err
 

@@ -18,6 +18,7 @@ from tokenizers.models import BPE, WordLevel
 from bminf.cli import session
 from bminf.cli.session import Meter
 from bminf.cli.session_pretrained import Stream
+from bminf.offload.hooks import Stats
 
 TEXT = "  if x:\n    print('今天天气很好 🙂')\n\n\tCafé — naïve\n"
 
@@ -46,7 +47,7 @@ def pieces_of(tokenizer: transformers.PreTrainedTokenizerFast, ids: Sequence[int
     import torch
 
     pieces: list[str] = []
-    stream = Stream(tokenizer, pieces.append, lambda: 0)
+    stream = Stream(tokenizer, pieces.append, Stats)
     stream.put(torch.tensor([[1, 2, 3]]))  # the prompt
     for token in ids:
         stream.put(torch.tensor([token]))
@@ -104,26 +105,39 @@ def test_any_text_streams_as_it_is(text: str) -> None:
     assert "".join(pieces_of(tokenizer, tokenizer(text)["input_ids"])) == text
 
 
+def counted(num_tokens: int, bytes_copied: int, waited_s: float = 0.0) -> tuple[int, Stats]:
+    return num_tokens, Stats(bytes_copied=bytes_copied, waited_s=waited_s)
+
+
 def test_a_meter_tells_what_came_after_the_first_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    times, counts = iter([10.0, 12.0, 15.0]), iter([(5, 100), (7, 160), (13, 400)])
+    times = iter([10.0, 12.0, 15.0])
+    counts = iter([counted(5, 100, 1.0), counted(7, 160, 1.2), counted(13, 400, 3.2)])
     monkeypatch.setattr(session.time, "perf_counter", lambda: next(times))
     meter = Meter(lambda: next(counts))
     meter.text_came()
     meter.text_came()  # no more is read for it
     stats = meter.stats(prompt_tokens=4)
     assert (stats.prompt_tokens, stats.new_tokens, stats.bytes_copied) == (4, 8, 300)
-    assert (stats.first_text_s, stats.total_s, stats.decode_s) == (2.0, 5.0, 3.0)
+    assert (stats.first_text_s, stats.total_s, stats.decode.seconds) == (2.0, 5.0, 3.0)
     assert (stats.decode_tokens_per_s, stats.decode_bytes_per_token) == (2.0, 40.0)
     assert "4 tokens read and 8 generated in 5.00 s" in str(stats)
-    assert "2.0 tokens/s, 40 B copied a token" in str(stats)
+    head, prefill, decode = str(stats).splitlines()
+    assert head.endswith("2.0 tokens/s, 40 B copied a token")
+    assert prefill == "prefill  2.00 s, 60 B copied, 0.20 s waiting for it; bound by computing"
+    assert decode == "decode   3.00 s, 240 B copied, 2.00 s waiting for it; bound by copying"
+    told = stats.as_json()
+    assert (told["prefill"]["bound"], told["decode"]["bound"]) == ("computing", "copying")
+    assert told["decode"]["waited_s"] == pytest.approx(2.0)
+    assert (told["bytes_copied"], told["decode_bytes"]) == (300, 240)
 
 
 def test_an_answer_that_came_at_once_has_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
-    counts = iter([(0, 0), (3, 50)])
+    counts = iter([counted(0, 0), counted(3, 50)])
     stats = Meter(lambda: next(counts)).stats(prompt_tokens=1)
     assert stats.decode_tokens == 0 and stats.first_text_s == stats.total_s
     assert stats.decode_tokens_per_s is stats.decode_bytes_per_token is None
     assert "tokens/s" not in str(stats) and stats.as_json()["decode_tokens_per_s"] is None
+    assert stats.decode.bound is None and "decode" not in str(stats)
 
 
 def test_the_real_tokenizer(smollm2_folder: Path) -> None:
