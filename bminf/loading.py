@@ -154,7 +154,7 @@ def _load_pretrained(
     options, model = _with_packing(options, opened), opened.model
     request = Request(model, options, backend.device.type, keep_addresses=False)
     budget = free_budget(backend.device) if limit is None else limit
-    the_plan = request.plan(budget, host_budget(backend.device), backend.device)
+    the_plan = request.plan(budget, host_budget(backend.device), backend.device, limit is None)
     warn_of_unregistered(request.unregistered, request.blobs.nbytes, stacklevel=4)
     if request.format is not None and options.packed is None:
         warn_of_unquantized(model, request.blocks, request.choice, stacklevel=4)

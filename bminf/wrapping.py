@@ -23,6 +23,7 @@ from bminf.offload.backends import (
     device_for,
     free_budget,
     host_budget,
+    spare_bytes,
 )
 from bminf.offload.blob import check_tensors, lay_out, remedies, unmapped_bytes
 from bminf.offload.blocks import find_blocks, has_tensors
@@ -113,7 +114,7 @@ def wrapper(
     else:
         budget = parse_bytes(memory_limit, "memory_limit")
     host_bytes = host_budget(backend.device, model_bytes if source_device.type == "cpu" else 0)
-    the_plan = request.plan(budget, host_bytes, backend.device)
+    the_plan = request.plan(budget, host_bytes, backend.device, memory_limit is None)
     warn_of_unregistered(request.unregistered, request.blobs.nbytes, stacklevel=2)
     if request.format is not None:
         warn_of_unquantized(model, request.blocks, request.choice, stacklevel=2)
@@ -243,9 +244,16 @@ class Request:
         )
 
     def plan(
-        self, budget: int, host_bytes: int | None = None, device: torch.device | None = None
+        self,
+        budget: int,
+        host_bytes: int | None = None,
+        device: torch.device | None = None,
+        is_measured: bool = False,
     ) -> Plan:
-        """device: what the budget is of; tensors that are not registered count where they lie."""
+        """device: what the budget is of; tensors that are not registered count where they lie.
+
+        is_measured: whether the budget is that of free_budget().
+        """
         unregistered_bytes = bytes_on(self.unregistered, device)
         if not self.blocks:
             self._check_that_all_fits(self.allocated_bytes + unregistered_bytes, budget)
@@ -253,7 +261,10 @@ class Request:
             self._device_type, self.blocks, self.blobs, budget, self._uses, unregistered_bytes,
             reserved_bytes=self.reserved_bytes, host_bytes=host_bytes, remedies=self._remedies,
         )  # fmt: skip
-        return replace(the_plan, context=self._context, unreserved=self._unreserved)
+        spare = spare_bytes(budget) if is_measured else 0
+        return replace(
+            the_plan, context=self._context, unreserved=self._unreserved, spare_bytes=spare
+        )
 
     def _remedies(self) -> list[Remedy]:
         return remedies(

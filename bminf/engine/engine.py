@@ -115,15 +115,15 @@ class Engine:
         neither passes nor, of transformers' models, the cache.
     max_length: the most tokens of prompt and answer together.   max_batch_size: how many such texts
         the cache has room for; more that are shorter. None is what wrapper() was told, which has
-        set their room aside; without that, as many tokens as a fifth of the limit holds, beside
-        it. Those of the zoo are set by loading.
+        set their room aside; without that, as many tokens as a fifth of the limit holds, or as
+        have room in what its plan leaves, at least 512. Those of the zoo are set by loading.
     chunk: tokens of prompts that are read in one step while others decode.
     deterministic: a request gives the same tokens, and the same bits of logits, in any company and
         whenever it joins: each pass has the same number of tokens, and prompts are cut at the same
         places. Slower, above all for long prompts; of rows that are kept, prompts are, to a
         multiple of 16 tokens. Otherwise a row depends on the others, and on what it goes on from,
         by rounding, as everywhere where texts share a product.
-    Raises ArgumentError, UnsupportedModelError.
+    Raises ArgumentError, UnsupportedModelError, or BudgetError where the limit leaves no room.
     """
 
     @known_keywords

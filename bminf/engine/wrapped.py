@@ -10,10 +10,19 @@ import torch
 
 from bminf.checks import check_positive
 from bminf.engine.pool_rows import PoolRows
-from bminf.errors import ArgumentError, UnsupportedModelError
+from bminf.errors import ArgumentError, BudgetError, UnsupportedModelError
+from bminf.layers.quantized_linear import QuantizedLinear
 from bminf.offload.backends import free_budget
-from bminf.offload.context import Context, cache_bytes, first_of, generates_text, text_config
-from bminf.offload.hooks import ATTRIBUTE
+from bminf.offload.context import (
+    Context,
+    cache_bytes,
+    context_of,
+    first_of,
+    generates_text,
+    layer_kinds,
+    text_config,
+)
+from bminf.offload.hooks import ATTRIBUTE, Scheduler
 from bminf.units import format_bytes
 
 logger = logging.getLogger("bminf")
@@ -30,9 +39,9 @@ def rows_of(
     """The rows of a model of transformers, wrapped or not.
 
     max_length, max_batch_size: texts that the cache has room for; None is what wrapper() was told,
-    or a fifth of the limit.   deterministic: what the rows are for.
+    or a fifth of the limit, within it.   deterministic: what the rows are for.
     Raises ArgumentError for a model that does not generate text, UnsupportedModelError where a row
-    cannot be independent of others.
+    cannot be independent of others, BudgetError where the limit leaves no room.
     """
     check_positive("max_length", max_length, none="None")
     check_positive("max_batch_size", max_batch_size, none="None")
@@ -84,39 +93,94 @@ def _room(model: Any, max_length: int | None, max_batch_size: int | None) -> tup
         max_length = max_length or context.max_length
         max_batch_size = max_batch_size or context.max_batch_size
     positions = _positions_of(model)
-    if max_length is not None:
-        longest = max_length
+    if max_length is None:
+        num_tokens = _share_of_limit(model, positions)
+        longest = min(num_tokens, positions or num_tokens)
+    else:
+        longest, num_tokens = max_length, max_length * (max_batch_size or 1)
         if positions is not None and _has_position_table(model, positions):
             longest = min(max_length, positions)
-        return longest, max_length * (max_batch_size or 1)
-    num_tokens = max(_LEAST_TOKENS, _limit_of(model) // _SHARE // _token_bytes(model))
-    if positions is not None:
-        num_tokens = min(num_tokens, _MOST_TEXTS * positions)
+        _warn_of_limit(model, max_length, num_tokens)
     logger.info(
         "the KV cache has room for %d tokens (%s); max_length and max_batch_size set it",
         num_tokens,
         format_bytes(num_tokens * _token_bytes(model)),
     )
-    return min(num_tokens, positions or num_tokens), num_tokens
+    return longest, num_tokens
+
+
+def _share_of_limit(model: Any, positions: int | None) -> int:
+    """Tokens that a fifth of the limit holds, or as many as have room in what its plan leaves; of
+    this a pass over 512 takes its share, too.   Raises BudgetError for fewer than 512."""
+    token_bytes, scheduler = _token_bytes(model), _scheduler_of(model)
+    num_tokens = max(_LEAST_TOKENS, _limit_of(model) // _SHARE // token_bytes)
+    if positions is not None:
+        num_tokens = min(num_tokens, _MOST_TEXTS * positions)
+    if scheduler is None:
+        return num_tokens
+    workspace_bytes = _workspace_bytes(model, scheduler)
+    num_fitting = (scheduler.plan.unused_bytes - workspace_bytes) // token_bytes
+    if num_fitting >= _LEAST_TOKENS:
+        return min(num_tokens, num_fitting)
+    needed = _LEAST_TOKENS * token_bytes + workspace_bytes
+    raise BudgetError(
+        f"the limit of {format_bytes(scheduler.plan.budget)} leaves "
+        f"{format_bytes(scheduler.plan.unused_bytes)} beside the weights, and {_LEAST_TOKENS} "
+        f"tokens of a text take {format_bytes(needed)} (KV cache and workspace); load or wrap the "
+        f"model with max_length={_LEAST_TOKENS} or more, which sets their room aside"
+    )
+
+
+def _warn_of_limit(model: Any, max_length: int, num_tokens: int) -> None:
+    """Where a cache that was asked for has no room within the limit."""
+    scheduler, nbytes = _scheduler_of(model), num_tokens * _token_bytes(model)
+    if scheduler is not None and nbytes > scheduler.plan.unused_bytes:
+        logger.warning(
+            "the KV cache of %d tokens takes %s, and the limit of %s leaves %s beside the weights: "
+            "the rest is beyond it; load or wrap the model with max_length=%d and "
+            "max_batch_size=%d, which sets its room aside",
+            num_tokens,
+            format_bytes(nbytes),
+            format_bytes(scheduler.plan.budget),
+            format_bytes(scheduler.plan.unused_bytes),
+            max_length,
+            num_tokens // max_length,
+        )
+
+
+def _workspace_bytes(model: Any, scheduler: Scheduler) -> int:
+    """Of a pass over the prompt of a row of 512 tokens."""
+    packed = (module.form for module in model.modules() if isinstance(module, QuantizedLinear))
+    is_cpu = scheduler.backend.device.type == "cpu"
+    return context_of(model, _LEAST_TOKENS, 1, next(packed, None), is_cpu).workspace_bytes
+
+
+def _scheduler_of(model: Any) -> Scheduler | None:
+    scheduler: Scheduler | None = model.__dict__.get(ATTRIBUTE)
+    return scheduler
 
 
 def _context_of(model: Any) -> Context | None:
-    scheduler = model.__dict__.get(ATTRIBUTE)
+    scheduler = _scheduler_of(model)
     return None if scheduler is None else scheduler.plan.context
 
 
 def _limit_of(model: Any) -> int:
     """Bytes that it was wrapped for, or that are free beside it."""
-    scheduler = model.__dict__.get(ATTRIBUTE)
+    scheduler = _scheduler_of(model)
     if scheduler is not None:
-        return int(scheduler.plan.budget)
+        return scheduler.plan.budget
     weight: torch.Tensor = model.get_input_embeddings().weight
     return free_budget(weight.device)
 
 
 def _token_bytes(model: Any) -> int:
+    """Of the cache: a window makes it no smaller, for the pool keeps all tokens of a row; a state
+    that does not grow with them counts for a row of 512."""
     itemsize = next(p.dtype.itemsize for p in model.parameters() if p.is_floating_point())
-    return max(1, cache_bytes(model.config, 1, 1, itemsize))
+    kinds = layer_kinds(text_config(model.config), 1)
+    length = 1 if {"full_attention", "sliding_attention"}.issuperset(kinds) else _LEAST_TOKENS
+    return max(1, cache_bytes(model.config, 1, length, itemsize) // length)
 
 
 def _positions_of(model: Any) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -48,6 +49,8 @@ from bminf.quantization.packed import Format, parse_format
 from bminf.tokenizers.base import TextStream, Tokenizer
 from bminf.tokenizers.stop_strings import StopStrings
 from bminf.units import parse_bytes
+
+logger = logging.getLogger("bminf")
 
 BeamSearch = Callable[..., list[list[Hypothesis]]]
 
@@ -480,6 +483,12 @@ class LanguageModel:
             # So many logits are set aside for; tokens are, by the room in the cache.
             self.row_model.max_rows = max(LOGITS_CHUNK, self.max_batch_size)
             self._engine = Engine(self.row_model, deterministic=self._is_deterministic)
+            logger.info(
+                "the KV cache has room for %d tokens; max_length=%d and max_batch_size=%d set it",
+                self.max_length * self.max_batch_size,
+                self.max_length,
+                self.max_batch_size,
+            )
         except BaseException as error:
             self.close()
             if not isinstance(error, RuntimeError):  # torch's, of a CPU and of a GPU

@@ -73,6 +73,7 @@ class Plan:
     has no room for them; the other streamed ones are kept in host memory.
     context: the texts that `reserved_bytes` is to hold, where max_length was given.
     unreserved: what a text of usual length would take, where nothing was reserved for any.
+    spare_bytes: of the device, free beside `budget` where that was not given but measured.
     """
 
     blocks: tuple[Block, ...]
@@ -87,6 +88,7 @@ class Plan:
     on_disk: tuple[str, ...] = ()
     context: Context | None = None
     unreserved: Context | None = None
+    spare_bytes: int = 0
 
     @property
     def least_limit(self) -> int:
@@ -97,6 +99,12 @@ class Plan:
     def total_bytes(self) -> int:
         """Bytes of device memory that the plan takes; never more than `budget`."""
         return self.resident_bytes + self.slot_bytes + self.reserved_bytes
+
+    @property
+    def unused_bytes(self) -> int:
+        """Bytes of device memory that neither weights nor slots take: `reserved_bytes`, what is too
+        small for a block, and what is spare."""
+        return self.budget + self.spare_bytes - self.resident_bytes - self.slot_bytes
 
     @property
     def streamed_bytes(self) -> int:

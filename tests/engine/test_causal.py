@@ -3,7 +3,9 @@ bminf/engine/seq2seq.py, bminf/engine/pool_rows.py and bminf/engine/wrapped.py."
 
 from __future__ import annotations
 
+import math
 import random
+import re
 import threading
 import warnings
 from functools import cache
@@ -19,7 +21,8 @@ import bminf
 from bminf.engine.engine import Engine
 from bminf.engine.request import Request
 from bminf.engine.sampling import Sampling
-from bminf.errors import ArgumentError
+from bminf.errors import ArgumentError, BudgetError
+from bminf.offload import memory
 
 GREEDY = Sampling(0.0)
 TOGETHER = [
@@ -222,7 +225,7 @@ def test_a_model_that_is_called_by_another_thread_meanwhile_is_itself() -> None:
     assert request.tokens == generated(model, prompts()[1], 6)
 
 
-def test_room_is_what_wrapping_set_aside_or_a_share_of_the_limit() -> None:
+def test_room_is_what_wrapping_set_aside() -> None:
     model = bminf.wrapper(
         make("llama"), memory_limit="50MB", device="cpu", max_length=32, max_batch_size=3
     )
@@ -233,15 +236,67 @@ def test_room_is_what_wrapping_set_aside_or_a_share_of_the_limit() -> None:
         engine.add(Request([5], 33, GREEDY))
     engine.step()
     assert (engine.num_running, engine.num_waiting) == (3, 1)
-    engine.close()
-    bminf.unwrap(model)
-    wide = make("llama", max_position_embeddings=10**6)
-    token_bytes = 7 * 2 * 2 * 8 * 4
-    bminf.wrapper(wide, quantization=None, memory_limit=f"{10_000 * token_bytes}", device="cpu")
-    engine = Engine(wide)
-    engine.add(Request([5], 2000, GREEDY))
-    with pytest.raises(ArgumentError, match="max_length=2000"):
-        engine.add(Request([5], 2001, GREEDY))
+
+
+def wide(memory_limit: int | None, **more: Any) -> Any:
+    """A token of its cache has 896 bytes."""
+    model = make("llama", max_position_embeddings=10**6)
+    return bminf.wrapper(model, False, memory_limit, device="cpu", **more)
+
+
+TOKEN_BYTES = 7 * 2 * 2 * 8 * 4
+
+
+def longest(engine: Engine) -> int:
+    with pytest.raises(ArgumentError, match="max_length=") as refused:
+        engine.add(Request([5], 10**7, GREEDY))
+    number = int(re.findall(r"max_length=(\d+);", str(refused.value))[0])
+    engine.add(Request([5], number, GREEDY))
+    return number
+
+
+def held_bytes(engine: Engine) -> int:
+    """By the cache, once a pass has run."""
+    engine.step()
+    layers: Any = engine._rows
+    return sum(tensor.nbytes for tensors in layers._layers.values() for tensor in tensors)
+
+
+def test_room_is_a_fifth_of_the_limit_unless_told() -> None:
+    engine = Engine(wide(200_000_000))
+    assert longest(engine) == 200_000_000 // 5 // TOKEN_BYTES
+    assert held_bytes(engine) <= 40_000_000
+
+
+@pytest.mark.parametrize("is_given", [True, False])
+def test_room_is_within_what_the_plan_leaves(
+    is_given: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a limit that was given, or of all that is free, of which a tenth is no part of the limit.
+    Nearly all of it is for a pass over 512 tokens."""
+    monkeypatch.setattr(memory, "free_bytes", lambda: 15_000_000)
+    model = wide(15_000_000 if is_given else None)
+    plan = bminf.plan_of(model)
+    assert (plan.spare_bytes > 0) == (not is_given)
+    layers = plan.resident_bytes + plan.slot_bytes
+    engine = Engine(model)
+    assert 512 <= longest(engine) < plan.budget // 5 // TOKEN_BYTES
+    assert layers + held_bytes(engine) <= 15_000_000
+
+
+def test_a_plan_that_leaves_no_room_says_what_to_do(caplog: pytest.LogCaptureFixture) -> None:
+    limit = bminf.plan_for(make("llama"), quantization=False, device="cpu").least_limit
+    with pytest.raises(BudgetError, match="max_length=512") as refused:
+        Engine(wide(limit))
+    needed = re.findall(r"text take ([\d.]+) MiB", str(refused.value))
+    assert needed and "leaves" in str(refused.value)
+    limit += math.ceil(float(needed[0]) * 2**20 * 1.1)
+    engine = Engine(wide(limit, max_length=512))
+    assert longest(engine) == 512
+    assert not caplog.records
+    Engine(wide(limit, max_length=512), max_length=2048, max_batch_size=90)
+    (record,) = caplog.records
+    assert "max_length=2048 and max_batch_size=90" in record.getMessage()
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,11 @@ def free_budget(device: torch.device, model_bytes: int = 0) -> int:
     return int((free + model_bytes) * _FREE_FRACTION)
 
 
+def spare_bytes(budget: int) -> int:
+    """Of the free memory, what free_budget() did not make the limit."""
+    return int(budget * (1 - _FREE_FRACTION) / _FREE_FRACTION)
+
+
 def host_budget(device: torch.device, model_bytes: int = 0) -> int | None:
     """Bytes of host memory for copies of streamed blocks, on this machine as it is now.
 
