@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
         session.load(arguments.prompt_tokens + arguments.max_new_tokens)
         load_s = time.perf_counter() - start_s
         if arguments.verbose:
-            print(session.plan, file=sys.stderr, flush=True)
+            print(session.plan, session.room_line, sep="\n", file=sys.stderr, flush=True)
         prompt = session.prompt(_text(session, arguments.prompt_tokens))
         runs = list(_runs(session, prompt, arguments))
         report = {

@@ -47,8 +47,10 @@ def run(arguments: argparse.Namespace) -> int:
         chat.check()
         session.load(LENGTH)
         if arguments.verbose:
-            print(session.plan, file=sys.stderr, flush=True)
+            print(session.plan, session.room_line, sep="\n", file=sys.stderr, flush=True)
         if flags.is_terminal(sys.stdin):
+            if not arguments.verbose:
+                _tell(session.room_line)
             _tell("/help lists the commands; Ctrl-C stops an answer, and Ctrl-D ends")
         for line in _typed() if is_typed else _piped():
             if not chat.take(line):

@@ -141,12 +141,16 @@ def _check_holds_no_gguf(folder: Path) -> None:
 class Session:
     """One model. A prompt is what prompt(), dialogue() or blanks() makes of a text.
 
-    title: for people.   plan, device: once it is loaded.
+    title: for people.
+    Once it is loaded: plan, device, max_length: tokens of prompt and answer together; where there
+    is an encoder (has_encoder), of each. None where nothing bounds them.
     """
 
     title: str
     plan: Plan
     device: str
+    max_length: int | None
+    has_encoder: bool
     _not_taken: Mapping[str, str] = {}  # options of generating -> what to give instead
 
     def __init__(self, arguments: argparse.Namespace) -> None:
@@ -185,6 +189,16 @@ class Session:
     def room(self, prompt: Any) -> int | None:
         """The most tokens that an answer has room for; None where the prompt takes none of it."""
         return None
+
+    @property
+    def room_line(self) -> str:
+        """For how many tokens there is room, in the user's words; once it is loaded."""
+        if self.max_length is None:
+            return "room for as many tokens as memory has"
+        what = (
+            "for each, prompt and answer" if self.has_encoder else "of prompt and answer together"
+        )
+        return f"room for {self.max_length:,} tokens {what}; --max-length sets it"
 
     def load(self, usual_length: int | None) -> None:
         """Read the weights.

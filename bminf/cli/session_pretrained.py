@@ -74,15 +74,16 @@ class PretrainedSession(Session):
         return len(prompt) + int(options.get("max_new_tokens", NEW_TOKENS))
 
     def room(self, prompt: list[int]) -> int | None:
-        length = self._max_length
+        length = self.max_length
         if length is None:
             return None
-        is_apart = self._model.config.is_encoder_decoder and len(prompt) <= length
+        is_apart = self.has_encoder and len(prompt) <= length
         return length if is_apart else max(length - len(prompt), 0)
 
     def load(self, usual_length: int | None) -> None:
         import bminf
         from bminf.offload.backends import device_for
+        from bminf.offload.context import first_of, text_config
 
         if self._length is None:
             self._length = usual_length
@@ -96,6 +97,10 @@ class PretrainedSession(Session):
         plan = bminf.plan_of(self._model)
         assert plan is not None, "it is wrapped"
         self.plan, self.device = plan, str(device_for(given.device))
+        positions = first_of(text_config(self._model.config), "max_position_embeddings")
+        bounds = (n for n in (self._length, positions) if n is not None)
+        self.max_length = min(bounds, default=None)
+        self.has_encoder = bool(self._model.config.is_encoder_decoder)
 
     def answer(
         self, prompt: list[int], options: Options, write: Write, ignores_end: bool = False
@@ -166,17 +171,10 @@ class PretrainedSession(Session):
         if room < (asked or 1):
             raise ArgumentError(
                 f"{len(prompt)} tokens to start with leave no room for {asked or 'any'} new ones "
-                f"in {self._max_length}, which is --max-length or all that the model has positions "
+                f"in {self.max_length}, which is --max-length or all that the model has positions "
                 "for; shorten the text, or change --max-new-tokens or --max-length"
             )
         return int(asked or min(NEW_TOKENS, room))
-
-    @property
-    def _max_length(self) -> int | None:
-        from bminf.offload.context import first_of, text_config
-
-        positions = first_of(text_config(self._model.config), "max_position_embeddings")
-        return min((n for n in (self._length, positions) if n is not None), default=None)
 
     def _offload_stats(self) -> Stats:
         import bminf

@@ -59,6 +59,8 @@ class ZooSession(Session):
 
     def load(self, usual_length: int | None) -> None:
         given = self._arguments
+        from bminf.models.t5 import T5Model
+
         more: dict[str, Any] = {}
         if getattr(given, "deterministic", None):
             more["deterministic"] = True
@@ -70,6 +72,8 @@ class ZooSession(Session):
                 max_length=given.max_length, offload_dir=given.offload_dir, **more,
             )  # fmt: skip
         self.plan, self.device = self._model.plan, str(self._model.device)
+        self.max_length = self._model.max_length
+        self.has_encoder = isinstance(self._model, T5Model)
 
     def answer(
         self, prompt: Any, options: Options, write: Write, ignores_end: bool = False

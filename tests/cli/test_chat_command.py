@@ -398,7 +398,9 @@ def test_a_conversation_on_a_terminal(
 ) -> None:
     first, second = answers(*plain, "once", "upon")
     terminals.append(terminal := Terminal(str(folder), *GREEDY))
-    assert "/help" in terminal.wait_for("> ")
+    start = terminal.wait_for("> ")
+    assert "/help" in start
+    assert "room for 2,048 tokens of prompt and answer together" in start
     terminal.type("once\n")
     assert first in terminal.wait_for("> ")
     terminal.type("upno\x02\x02\x04\x05n\n")  # two to the left, delete there, to the end

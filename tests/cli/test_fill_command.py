@@ -46,6 +46,7 @@ def test_blanks_are_filled_in_their_places(
     assert (report["text"], report["blanks"]) == (expected, blanks)
     assert report["stats"]["new_tokens"] > 0 and "tokens read" in err
     assert report["stats"]["prefill"]["bound"] == "computing" and "\nprefill " in err
+    assert ("tokens for each, prompt and answer" in err) == (name == "cpm2")
 
 
 def test_a_text_without_a_mask_is_continued(

@@ -228,6 +228,7 @@ def test_json_and_verbose(folder: Path, capsys: pytest.CaptureFixture[str]) -> N
         assert re.search(rf"^{phase} .*copied.*; bound by {stats[phase]['bound']}$", err, re.M)
     assert "stream (.)" in err and "2 tokens read and 5 generated" in err
     assert "estimated for one text of 7 tokens" in err
+    assert "\nroom for 7 tokens of prompt and answer together; --max-length sets it\n" in err
 
 
 def bminf_limit(folder: Path) -> int:
