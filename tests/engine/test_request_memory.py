@@ -1,0 +1,35 @@
+"""10,000 requests leave nothing in an engine, whichever way they end."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_zoo import tiny
+
+from bminf.cli.measure import rss_anon_bytes
+
+MOST_BYTES = 2**20
+"""By which RssAnon may differ: what malloc's heap has not settled yet. 30,000 requests took no more
+of it than 10,000 did, and of 9,000 requests each would have 116 bytes."""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(rss_anon_bytes() is None, reason="the system does not tell RssAnon")
+@pytest.mark.parametrize("name", ["llama", "cpm2"])
+def test_nothing_is_left_of_them_in_memory(name: str, tmp_path: Path) -> None:
+    """The first 1,000 warm up."""
+    folder = [] if name == "llama" else [tiny(name).write_original(tmp_path)]
+    program = Path(__file__).with_name("request_memory.py")
+    done = subprocess.run(
+        [sys.executable, str(program), name, *map(str, folder)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    held, objects = found["held"], found["objects"]
+    assert len(held) == len(objects) == 10
+    assert held[-1] - held[0] <= MOST_BYTES, held
+    assert objects[-1] - objects[0] <= 100, objects
