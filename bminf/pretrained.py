@@ -236,10 +236,7 @@ _COMPLETE = (
     "see whether the folder is complete, and whether this version of transformers is the one that "
     "it was made for"
 )
-_TRUST = (
-    "give trust_remote_code=True (on the command line, --trust-remote-code) to run the code that "
-    "the folder brings, if you trust it"
-)
+_TRUST = "give trust_remote_code=True to run the code that the folder brings, if you trust it"
 
 
 @contextmanager

@@ -137,7 +137,7 @@ BAD: dict[str, tuple[str, Callable[[Path], Any], str]] = {
         "plain", edit("config.json", model_type="llama9"), "of no model that transformers"),
     "code of its own": (
         "plain", edit("config.json", model_type="own", auto_map=CODE),
-        r"trust_remote_code=True \(on the command line, --trust-remote-code\)"),
+        "trust_remote_code=True to run the code"),
     "quantized by others": (
         "plain", edit("config.json", quantization_config={"quant_method": "gptq"}),
         r"quantized already \(gptq\)"),

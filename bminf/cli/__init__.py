@@ -12,10 +12,12 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from importlib import import_module
 from typing import Any, NoReturn
 
 from bminf import __version__
+from bminf.cli.wording import Flag, Flags, flags_of, one_line
 from bminf.errors import ArgumentError, BMInfError
 
 VERBS = {
@@ -36,20 +38,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     _print_anything()
-    shown, warnings.formatwarning = warnings.formatwarning, _one_line
+    flags: dict[str, Flag] = {}  # of the verb, once it is known
+    shown, warnings.formatwarning = warnings.formatwarning, partial(_warning, flags)
     try:
         arguments = _parser(argv).parse_args(argv)
+        flags |= arguments.flags
         code = int(arguments.run(arguments))
         if sys.stdout is not None:  # closed by `>&-`
             sys.stdout.flush()  # here, where an error can still be reported
         return code
     except ArgumentError as error:
-        return _fail(error, 2)
+        return _fail(error, flags, 2)
     except BrokenPipeError:  # the reader of the output has closed it, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the last flush
         return 0
     except (BMInfError, OSError) as error:
-        return _fail(error, 1)
+        return _fail(error, flags, 1)
     except KeyboardInterrupt:
         print("bminf: interrupted", file=sys.stderr)
         return 130  # 128 + SIGINT, as a shell has it
@@ -61,7 +65,8 @@ class _Parser(argparse.ArgumentParser):
     """Tells wrong usage in one line, as all other errors are."""
 
     def error(self, message: str) -> NoReturn:
-        if message.startswith("unrecognized arguments") and " -" not in message:
+        has_text = any(action.dest in ("prompt", "text") for action in self._actions)
+        if message.startswith("unrecognized arguments") and " -" not in message and has_text:
             message += "; put a text of several words in quotes"
         self.exit(2, f"bminf: error: {message}; see {self.prog} --help\n")
 
@@ -76,7 +81,7 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         if argv and argv[0] == name:
             module = import_module(f"bminf.cli.{name}")
             module.add_arguments(verb)
-            verb.set_defaults(run=module.run)
+            verb.set_defaults(run=module.run, flags=flags_of(verb))
             parser.error = verb.error  # type: ignore[method-assign]  # tells of the verb's help
     return parser
 
@@ -88,12 +93,12 @@ def _print_anything() -> None:
             stream.reconfigure(errors="replace")
 
 
-def _one_line(message: Warning | str, *_: Any, **__: Any) -> str:
+def _warning(flags: Flags, message: Warning | str, *_: Any, **__: Any) -> str:
     """A warning as the command line shows it, without the place in the code."""
-    return f"bminf: {' '.join(str(message).split())}\n"
+    return f"bminf: {one_line(message, flags)}\n"
 
 
-def _fail(error: Exception, code: int) -> int:
+def _fail(error: Exception, flags: Flags, code: int) -> int:
     """Print the error in one line, and return `code`."""
-    print(f"bminf: error: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"bminf: error: {one_line(error, flags)}", file=sys.stderr)
     return code

@@ -15,6 +15,7 @@ from typing import Any
 
 from bminf.cli import flags
 from bminf.cli.session import AnswerStats, Session, find
+from bminf.errors import ArgumentError
 from bminf.offload.phase import NO_PHASE, Phase
 from bminf.progress import progress_bar
 from bminf.units import format_bytes
@@ -47,9 +48,12 @@ def run(arguments: argparse.Namespace) -> int:
         session.load(arguments.prompt_tokens + arguments.max_new_tokens)
         load_s = time.perf_counter() - start_s
         if arguments.verbose:
-            print(session.plan, session.room_line, sep="\n", file=sys.stderr, flush=True)
+            print(session.plan_text, session.room_line, sep="\n", file=sys.stderr, flush=True)
         prompt = session.prompt(_text(session, arguments.prompt_tokens))
-        runs = list(_runs(session, prompt, arguments))
+        try:
+            runs = list(_runs(session, prompt, arguments))
+        except ArgumentError as error:
+            raise ArgumentError(f"{error}; --prompt-tokens says how long the text is") from error
         report = {
             "model": arguments.model,
             "device": session.device,

@@ -12,6 +12,7 @@ from typing import Any
 
 from bminf.cli import flags
 from bminf.cli.session import Answer, Message, Options, Session, find
+from bminf.cli.wording import one_line
 from bminf.errors import ArgumentError, BMInfError
 
 LENGTH = 2048
@@ -47,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
         chat.check()
         session.load(LENGTH)
         if arguments.verbose:
-            print(session.plan, session.room_line, sep="\n", file=sys.stderr, flush=True)
+            print(session.plan_text, session.room_line, sep="\n", file=sys.stderr, flush=True)
         if flags.is_terminal(sys.stdin):
             if not arguments.verbose:
                 _tell(session.room_line)
@@ -88,7 +89,8 @@ class _Chat:
         except BMInfError as error:
             if not self._is_typed:
                 raise
-            _tell(f"bminf: error: {' '.join(str(error).split())}; /reset forgets the conversation")
+            told = one_line(error, self._arguments.flags)
+            _tell(f"bminf: error: {told}; /reset forgets the conversation")
         return True
 
     def _carry_out(self, command: str) -> bool:
@@ -96,7 +98,7 @@ class _Chat:
             self._messages = [*self._opening]
         elif command == "/stats":
             _tell("no answer yet" if self._last is None else str(self._last.stats))
-            _tell(str(self._session.plan))
+            _tell(self._session.plan_text)
         elif command == "/help":
             _tell("\n".join(f"{name:<8}{what}" for name, what in COMMANDS.items()))
         elif command != "/exit":

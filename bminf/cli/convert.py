@@ -77,6 +77,7 @@ def _convert_pretrained(arguments: argparse.Namespace) -> int:
                 f"--{name.replace('_', '-')} is for the built-in models, and {arguments.source} "
                 "holds one of transformers; leave it out"
             )
+    sources.check_format(arguments.quantization, is_glm=False)
     quantization = None if arguments.quantization == "none" else arguments.quantization
     model = bminf.load(arguments.source, quantization=quantization, device="cpu")
     _report(bminf.save(model, arguments.destination))

@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
         prompt = session.blanks(text)
         session.load(None)
         if arguments.verbose:
-            print(session.plan, session.room_line, sep="\n", file=sys.stderr, flush=True)
+            print(session.plan_text, session.room_line, sep="\n", file=sys.stderr, flush=True)
         blanks, stats = session.fill(prompt, flags.sampling_of(arguments))
     filled = _filled(text, blanks)
     if arguments.json:

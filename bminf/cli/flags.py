@@ -130,7 +130,7 @@ def size(text: str) -> int:
     try:
         return parse_bytes(text)
     except ArgumentError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+        raise argparse.ArgumentTypeError(str(error).removeprefix("size=")) from error
 
 
 def not_empty(text: str) -> str:

@@ -31,7 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
         prompt = session.prompt(text)
         session.load(session.length_for(prompt, options))
         if arguments.verbose:
-            print(session.plan, session.room_line, sep="\n", file=sys.stderr, flush=True)
+            print(session.plan_text, session.room_line, sep="\n", file=sys.stderr, flush=True)
         answer = _answer(session, prompt, options, arguments.json)
     if arguments.json:
         print(json.dumps({"model": arguments.model, "prompt": text, **answer.as_json()}))

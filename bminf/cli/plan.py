@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from bminf.cli import sources
 from bminf.cli.gpus import Speeds, speeds_of
+from bminf.cli.wording import in_flags
 from bminf.units import format_bytes, parse_bytes, parse_rate
 
 if TYPE_CHECKING:
@@ -74,7 +75,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.memory_limit is not None:
         plan = subject.plan(arguments, arguments.memory_limit)
         report |= _plan_entries(plan, speeds, disk)
-    print(json.dumps(report, indent=2) if arguments.json else _text(report, whole, plan))
+    text = json.dumps(report, indent=2) if arguments.json else _text(report, whole, plan)
+    print(text if arguments.json else in_flags(text, arguments.flags))
     return 0
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from bminf.cli.wording import in_flags
 from bminf.errors import ArgumentError, CheckpointError, UnsupportedModelError
 from bminf.offload.phase import Phase, phase_between
 from bminf.progress import spinner
@@ -189,6 +190,10 @@ class Session:
     def room(self, prompt: Any) -> int | None:
         """The most tokens that an answer has room for; None where the prompt takes none of it."""
         return None
+
+    @property
+    def plan_text(self) -> str:
+        return in_flags(str(self.plan), self._arguments.flags)
 
     @property
     def room_line(self) -> str:

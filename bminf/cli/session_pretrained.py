@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from bminf.cli import models
+from bminf.cli import models, sources
 from bminf.cli.session import NEW_TOKENS, Answer, Message, Meter, Options, Session, Write
 from bminf.errors import ArgumentError, BMInfError, CheckpointError, UnsupportedModelError
 from bminf.progress import spinner
@@ -30,6 +30,7 @@ class PretrainedSession(Session):
 
     def __init__(self, arguments: argparse.Namespace, path: Path) -> None:
         super().__init__(arguments)
+        sources.check_format(arguments.quantization, is_glm=False)
         models.require(self._needs)
         with spinner("importing transformers"):
             models.quiet()

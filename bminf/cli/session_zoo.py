@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from bminf.cli import sources
 from bminf.cli.session import Answer, AnswerStats, Message, Meter, Options, Session, Write
 from bminf.errors import ArgumentError, UnsupportedModelError
 from bminf.progress import spinner
@@ -27,6 +28,7 @@ class ZooSession(Session):
         self, arguments: argparse.Namespace, folder: Path, kind: type[LanguageModel]
     ) -> None:
         super().__init__(arguments)
+        sources.check_format(arguments.quantization, is_glm=kind.__name__ == "GLM")
         self._folder, self._kind = folder, kind
         self._model: LanguageModel | None = None
         self.title = kind.__name__

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bminf.cli import models
+from bminf.cli.wording import one_line
 from bminf.errors import ArgumentError, CheckpointError
 from bminf.progress import spinner
 
@@ -126,7 +127,7 @@ class Transformers:
             warnings.simplefilter("always")
             warn_of_unquantized(self._model, blocks, choice, stacklevel=1)
         for warning in caught:
-            print(f"bminf: {warning.message}", file=sys.stderr)
+            print(f"bminf: {one_line(warning.message, arguments.flags)}", file=sys.stderr)
         modules = {m for b in blocks for m in self._model.get_submodule(b.name).modules()}
         modules -= choice.replacements.keys()
         left = {id(p): p for m in modules for p in m._parameters.values()}
@@ -136,10 +137,7 @@ class Transformers:
         if self._packed:
             return next(iter(self._packed.values()))
         kind = self.quantization(arguments)
-        if kind == "int4-row":
-            raise ArgumentError(
-                "--quantization int4-row is for a GLM; accepted here: int8, int4, none"
-            )
+        check_format(kind, is_glm=False)
         return None if kind == "none" else kind
 
 
@@ -181,6 +179,12 @@ class Zoo:
 
     def unquantized_bytes(self, arguments: argparse.Namespace) -> int:
         return 0
+
+
+def check_format(given: str | None, is_glm: bool) -> None:
+    """Raise ArgumentError for a --quantization that the model is not packed in."""
+    if given == "int4-row" and not is_glm:
+        raise ArgumentError("--quantization int4-row is for a GLM; accepted here: int8, int4, none")
 
 
 # ---- where the configuration comes from ----------------------------------------------------------

@@ -124,10 +124,12 @@ def plan_within(
             raise
         is_wide = weight_format is None or weight_format.bits > 4
         fewer = ", or pack the weights to fewer bits" if is_wide else ""
+        rows = f" and max_batch_size={max_batch_size}" if max_batch_size > 1 else ""
         raise BudgetError(
             f"the limit of {format_bytes(budget)} ({budget} bytes) is below the least that would "
-            f"do, {format_bytes(least)} ({least} bytes), of which {format_bytes(reserved)} "
-            f"are for max_length and max_batch_size; raise memory_limit, lower those two{fewer}"
+            f"do, {format_bytes(least)} ({least} bytes), of which {format_bytes(reserved)} are for "
+            f"max_length={max_length}{rows}; raise memory_limit, lower "
+            f"{'those two' if rows else 'max_length'}{fewer}"
         ) from None
 
 

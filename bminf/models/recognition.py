@@ -46,7 +46,7 @@ def recognized(opened: Checkpoint, has_tokenizer: bool = False) -> Architecture:
     if architecture is None:
         raise ArgumentError(
             f"{opened.path} may hold CPM-2 or EVA, whose tensors have the same names; "
-            'say model="cpm2" or model="eva" (on the command line, --model)'
+            'say model="cpm2" or model="eva"'
         )
     if architecture is CPM1 and opened.kind == "huggingface" and not has_tokenizer:
         _check_vocabulary_of_cpm1(opened)

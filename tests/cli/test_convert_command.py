@@ -72,7 +72,7 @@ def test_what_does_not_lie_beside_the_weights_can_be_named(
     (source / "model_config.json").rename(tmp_path / "sizes.json")
     arguments = ["convert", str(source), str(tmp_path / "to")]
     assert main(arguments) == 2
-    assert 'say model="cpm2" or model="eva"' in capsys.readouterr().err
+    assert "say --model cpm2 or --model eva" in capsys.readouterr().err
     arguments += ["--model", "cpm2"]
     assert main(arguments) == 1
     assert "has a config.json or model_config.json" in capsys.readouterr().err
@@ -95,9 +95,13 @@ def test_what_does_not_lie_beside_the_weights_can_be_named(
         (["{cpm1}", "{to}", "--model", "eva"], 1, "holds CPM-1, not EVA"),
         (["{cpm1}", "{to}", "--config", "nowhere.json"], 1, "nowhere.json cannot be read"),
         (["{cpm1}", "{to}", "--tokenizer", "nowhere"], 1, "there is no such file"),
-        (["{cpm1}", "{to}", "--head-quantization", "int8"], 2, "head_quantization is for GLM-130B"),
+        (
+            ["{cpm1}", "{to}", "--head-quantization", "int8"],
+            2,
+            "--head-quantization is for GLM-130B",
+        ),
         (["{cpm1}", "{to}", "--tp", "2"], 1, "only those have model-parallel files"),
-        (["{cpm1}", "{to}", "--tp", "0"], 2, "tp=0; accepted: an int of at least 1"),
+        (["{cpm1}", "{to}", "--tp", "0"], 2, "--tp 0; accepted: an int of at least 1"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(

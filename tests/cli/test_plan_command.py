@@ -112,7 +112,7 @@ def test_least_limit_can_be_kept(tmp_path: Path, capsys: pytest.CaptureFixture[s
     least = report(capsys, folder)["least_limit"]
     assert report(capsys, folder, "--memory-limit", str(least))["resident"] == []
     assert main(["plan", folder, "--memory-limit", str(least - 1)]) == 1
-    assert "memory_limit" in capsys.readouterr().err
+    assert "raise --memory-limit" in capsys.readouterr().err
 
 
 @given(sizes=st.lists(st.integers(1, 50), min_size=3, max_size=8), outside=st.integers(0, 50))

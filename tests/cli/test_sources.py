@@ -341,4 +341,4 @@ def test_a_model_that_writes_no_text(tmp_path: Path, capsys: pytest.CaptureFixtu
     ).to_dict()  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert report(capsys, str(tmp_path))["usual_context"] is None
-    assert "reserve=" in error(capsys, str(tmp_path), "--max-length", "64")
+    assert "--reserve 1GB" in error(capsys, str(tmp_path), "--max-length", "64")

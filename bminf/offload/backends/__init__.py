@@ -30,9 +30,7 @@ def device_for(device: torch.device | str | int | None) -> torch.device:
     try:
         wanted = torch.device(device)
     except (RuntimeError, TypeError, ValueError) as error:
-        raise ArgumentError(
-            f'device={device!r}: {error}; accepted: "cpu", "cuda", "cuda:1"'
-        ) from error
+        raise ArgumentError(f'device={device!r}; accepted: "cpu", "cuda", "cuda:1"') from error
     if wanted.type not in ("cpu", "cuda"):
         raise ArgumentError(f'device={device!r}; accepted: "cpu", "cuda", "cuda:1"')
     return wanted
