@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
-from bminf.cli import sources
+from bminf.cli import flags, sources
 from bminf.units import format_bytes
 
 
@@ -29,6 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add("--config", metavar="FILE", help="configuration, if not beside the weights")
     add("--tokenizer", metavar="PATH", help="vocabulary, if not beside the weights")
+    add("--max-shard-size", type=flags.size, metavar="SIZE",
+        help="above this the weights are several files, of whole blocks; default: 5GB")  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -46,6 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
         tokenizer=arguments.tokenizer,
         head_quantization=arguments.head_quantization,
         tp=arguments.tp,
+        **_shards(arguments),
     )
     if arguments.tp is not None:
         print(f"{folder}: {arguments.tp} rank{'s' if arguments.tp > 1 else ''}")
@@ -80,8 +84,13 @@ def _convert_pretrained(arguments: argparse.Namespace) -> int:
     sources.check_format(arguments.quantization, is_glm=False)
     quantization = None if arguments.quantization == "none" else arguments.quantization
     model = bminf.load(arguments.source, quantization=quantization, device="cpu")
-    _report(bminf.save(model, arguments.destination))
+    _report(bminf.save(model, arguments.destination, **_shards(arguments)))
     return 0
+
+
+def _shards(arguments: argparse.Namespace) -> dict[str, Any]:
+    given = arguments.max_shard_size
+    return {} if given is None else {"max_shard_size": given}
 
 
 def _report(folder: Path) -> None:

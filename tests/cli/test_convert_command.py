@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import partial
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -50,16 +48,17 @@ def test_it_writes_a_folder_that_loads(
         assert model.logits([11, 12]).shape == (2, model.config.vocab_size)
 
 
-def test_the_size_of_several_files_is_told(
-    cpm1: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("kind", ["cpm1", "llama"])
+def test_several_files(
+    kind: str, cpm1: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    module = import_module("bminf.models.convert")
-    small = partial(module.convert, max_shard_size="20KB")
-    monkeypatch.setattr(module, "convert", small)
-    assert main(["convert", str(cpm1), str(tmp_path / "to")]) == 0
+    source = cpm1 if kind == "cpm1" else save_llama(tmp_path / "from")
+    more = ("--quantization", "none", "--max-shard-size", "100KB")
+    capsys.readouterr()
+    assert main(["convert", str(source), str(tmp_path / "to"), *more]) == 0
     files = list((tmp_path / "to").glob("*.safetensors"))
     size = bminf.units.format_bytes(sum(file.stat().st_size for file in files))
-    assert len(files) > 1
+    assert len(files) > 2
     assert capsys.readouterr().out == f"{tmp_path / 'to'}: {size} of weights\n"
 
 
