@@ -89,6 +89,7 @@ class Sampling:
     frequency_penalty: subtracted from a token's logit for each occurrence, in prompt and output.
     presence_penalty: subtracted once if it occurred at all.
     banned_ids: never sampled.   unpenalized_ids: their occurrences are not counted.
+    logit_bias: (token, what is added to its logit) pairs.
     seed: the same draws the same tokens; None for a random one.
     filter: how top_k and top_p are applied, which depends on the model family; None is
     top_k_and_top_p.
@@ -104,6 +105,7 @@ class Sampling:
     unpenalized_ids: tuple[int, ...] = ()
     seed: int | None = None
     filter: Filter | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         if not is_number(self.temperature) or self.temperature < 0:
@@ -120,6 +122,8 @@ class Sampling:
             if not is_number(getattr(self, name)):
                 raise ArgumentError(f"{name}={getattr(self, name)!r}; accepted: a finite number")
         check_int("seed", self.seed, minimum=0, none="None")
+        if not all(is_number(bias) for _, bias in self.logit_bias):
+            raise ArgumentError(f"logit_bias={self.logit_bias!r}; accepted: finite numbers")
 
     def check(self, vocab_size: int) -> None:
         """Raise ArgumentError for values that do not fit a vocabulary of this size."""
@@ -130,6 +134,7 @@ class Sampling:
             )
         check_banned(self.banned_ids, vocab_size)
         check_ids("unpenalized_ids", self.unpenalized_ids, vocab_size)
+        check_ids("logit_bias", [token for token, _ in self.logit_bias], vocab_size)
 
     @property
     def is_greedy(self) -> bool:
@@ -141,6 +146,12 @@ def scores_of(
 ) -> torch.Tensor:
     """(B, V) float32 whose softmax, or at temperature 0 whose maximum, is to be taken."""
     scores = logits.detach().float()
+    if sampling.logit_bias:
+        ids, biases = zip(*sampling.logit_bias, strict=True)
+        added = on_device(scores.device, biases, scores.dtype)
+        scores = scores.index_add(
+            1, on_device(scores.device, ids, torch.int64), added.expand(len(scores), -1)
+        )
     if not sampling.is_greedy:
         # Of the differences, which are all that counts, no small temperature can make a NaN.
         low, high = _TEMPERATURES

@@ -43,6 +43,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (math.nan, math.inf, None),
     "presence_penalty": (-math.inf, False),
     "seed": (-1, 1.5, True),
+    "logit_bias": (((1, math.nan),), ((1, math.inf),), ((1, "much"),)),
 }
 
 
@@ -136,6 +137,25 @@ def test_temperature_zero_is_the_highest_logit_after_penalties(temperature: floa
     counts = torch.tensor([[1, 0, 0, 0], [0, 0, 0, 0]])
     given = probabilities(logits, counts, sampling)
     assert given.tolist() == [[0, 1, 0, 0], [1, 0, 0, 0]]  # the lowest id of equals
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_a_bias_is_added_to_the_logit_of_its_token(temperature: float) -> None:
+    biased = Sampling(temperature, logit_bias=((3, 1.5), (7, -2.0)))
+    logits = random_logits()
+    moved = logits.clone()
+    moved[:, 3] += 1.5
+    moved[:, 7] -= 2.0
+    expected = probabilities(moved, None, Sampling(temperature))
+    torch.testing.assert_close(probabilities(logits, None, biased), expected)
+
+
+def test_a_bias_moves_the_most_probable_token_too() -> None:
+    logits = random_logits(rows=1)
+    greedy = Sampling(0.0, logit_bias=((11, 100.0),))
+    assert draws(sampler(greedy), logits, 1) == [[11]]
+    with pytest.raises(ArgumentError, match="logit_bias holds 40"):
+        Sampling(logit_bias=((V, 1.0),)).check(V)
 
 
 def test_a_rule_of_another_family_takes_its_place() -> None:
