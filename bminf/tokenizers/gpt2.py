@@ -45,7 +45,7 @@ class GPT2Tokenizer(CommandTokenizer):
         tokens = [*entries, *list(commands)[1:]]
         super().__init__(Vocabulary(tokens, vocab_file, entry="entry"), commands)
         self.files = (vocab_file, merges_file)
-        self._entry_bytes = [bytes(map(_BYTES.__getitem__, entry)) for entry in entries[:-1]]
+        self._entry_bytes = [bytes(map(BYTES.__getitem__, entry)) for entry in entries[:-1]]
         self._texts = {token_id: name for name, token_id in commands.items()}
         self._bpe = _make_bpe(entries, _read_merges(merges_file, set(entries)))
 
@@ -127,12 +127,12 @@ def _check_entries(entries: list[str], path: Path) -> None:
             "special tokens of GLM have their ids; is this the right file?"
         )
     for entry in entries[:-1]:
-        if other := set(entry) - _BYTES.keys():
+        if other := set(entry) - BYTES.keys():
             raise CheckpointError(
                 f"{path}: entry {entry!r} has {min(other)!r}, which stands for no byte; is this "
                 "the right file?"
             )
-    missing = _BYTES.keys() - entries
+    missing = BYTES.keys() - entries
     if missing:
         raise CheckpointError(
             f"{path} has no entry for {len(missing)} of the 256 bytes ({min(missing)!r}), so some "
@@ -181,4 +181,5 @@ def _byte_characters() -> dict[str, int]:
     }
 
 
-_BYTES = _byte_characters()
+BYTES = _byte_characters()
+"""Character -> byte, of all vocabularies that came of GPT-2's."""
