@@ -40,7 +40,12 @@ DEMO = ["transformers>=4.56", "safetensors", "gguf", "accelerate"]
 # GLM-130B's tokenizer as the authors ship it; no hard need, because it asks for an old protobuf and
 # for torchvision. Our own reads the same file.
 ICETK = ["icetk"]
-TEST = ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "accelerate", "peft", *DEMO[:2]]
+# bminf serve.
+SERVE = ["fastapi", "uvicorn", "prometheus-client"]
+TEST = [
+    *("pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "accelerate", "peft", "openai"),
+    *(*DEMO[:2], *SERVE),
+]
 
 setup(
     name="bminf",
@@ -52,10 +57,10 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     install_requires=RUNTIME,
-    extras_require={"demo": DEMO, "icetk": ICETK, "test": TEST},
+    extras_require={"demo": DEMO, "icetk": ICETK, "serve": SERVE, "test": TEST},
     packages=[*find_packages(include=["bminf", "bminf.*"]), "bminf.kernels"],
     package_dir={"bminf.kernels": "kernels"},
-    package_data={"bminf": ["py.typed"], "bminf.kernels": ["*.cu", "*.cuh"]},
+    package_data={"bminf": ["py.typed", "server/page.html"], "bminf.kernels": ["*.cu", "*.cuh"]},
     entry_points={"console_scripts": ["bminf = bminf.cli:main"]},
     classifiers=[
         "Development Status :: 3 - Alpha",

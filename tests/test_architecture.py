@@ -30,8 +30,9 @@ LEVELS = {
     "bminf.wrapping": 5, "bminf.models": 5, "bminf.pretrained": 5,
     "bminf.block_list": 6, "bminf.loading": 6, "bminf.saving": 6,
     "bminf": 7,
-    "bminf.cli": 8, "bminf.server": 8,
-    "bminf.__main__": 9,
+    "bminf.server": 8,
+    "bminf.cli": 9,
+    "bminf.__main__": 10,
 }  # fmt: skip
 # Importable by all.
 COMMON = {

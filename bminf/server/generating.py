@@ -1,0 +1,269 @@
+"""Completions, chats and blanks: from a body to a reply."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from bminf.engine.request import Request, Usage
+from bminf.models.prompt import Prompt
+from bminf.server.bodies import ChatBody, CompletionBody, FillBody, Generating
+from bminf.server.choice import Choice, Inbox, Token
+from bminf.server.errors import ApiError
+from bminf.server.replies import ChatShape, CompletionShape, Shape, usage_json
+from bminf.server.sending import EventStream, Reply, WholeReply
+from bminf.server.texts import Asked, Fills, Settings, Texts
+from bminf.server.worker import Worker
+
+TEXT_TOKENS = 16
+"""The most tokens of a completion, unless it was said; OpenAI's number."""
+
+_LETTERS = 64  # characters of a token; a text with more a token than that is not tokenized
+
+T = TypeVar("T")
+
+
+class Generation:
+    """name: of the model.   ping_s: between bytes, where there are none."""
+
+    def __init__(self, worker: Worker, name: str, ping_s: float) -> None:
+        self._worker, self._name, self._ping_s = worker, name, ping_s
+        # One thread: tokenizers hold the interpreter, and a long text must not hold the loop up.
+        self._tokenizing = ThreadPoolExecutor(1, "bminf-tokenizer")
+
+    async def in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Call what may take long."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._tokenizing, function, *arguments)
+
+    async def complete(self, body: CompletionBody) -> Any:
+        """The reply to POST /v1/completions.   Raises ApiError, BMInfError."""
+        texts = self._worker.ready()
+        if body.echo and body.logprobs is not None and not texts.can_score:
+            raise ApiError(400, "this model does not score its prompt; leave echo out", "echo")
+        if body.suffix is not None and not texts.can_fill:
+            raise ApiError(400, "this model fills no blanks; leave suffix out", "suffix")
+        for prompt in body.prompts:
+            check_letters(texts, prompt, "prompt")
+        asked = [await self.in_thread(texts.prompt, prompt, body.suffix) for prompt in body.prompts]
+        inbox, choices, echoes = Inbox(), list[Choice](), dict[int, str]()
+        for prompt, one in zip(body.prompts, asked, strict=True):
+            echo = await self.in_thread(_echo, texts, prompt) if body.echo else ""
+            scored = None
+            if body.echo and body.logprobs is not None:
+                scored = _scorer(texts, one.prompt.input_ids, body.logprobs)
+            max_tokens = _max_tokens(texts, one.prompt, body.max_tokens, TEXT_TOKENS, "prompt")
+            for number in range(body.n):
+                choices.append(
+                    _choice(
+                        texts, inbox, len(choices), number, one, body, max_tokens, body.logprobs,
+                        scored, len(echo),
+                    )
+                )  # fmt: skip
+                if body.echo:
+                    echoes[choices[-1].index] = echo
+        shape = CompletionShape(self._name, texts.token_bytes, echoes, body.logprobs)
+        return self._reply(body, inbox, choices, asked, shape)
+
+    async def chat(self, body: ChatBody) -> Any:
+        """The reply to POST /v1/chat/completions.   Raises ApiError, BMInfError."""
+        texts = self._worker.ready()
+        if not texts.can_chat:
+            raise ApiError(400, _no_chat(texts), "messages", "chat_not_supported")
+        messages = [message.as_message for message in body.messages]
+        for message in messages:
+            check_letters(texts, message["content"], "messages")
+        asked = await self.in_thread(texts.dialogue, messages)
+        most = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+        max_tokens = _max_tokens(texts, asked.prompt, most, texts.max_length, "messages")
+        inbox, num_top = Inbox(), (body.top_logprobs or 0) if body.logprobs else None
+        choices = [
+            _choice(texts, inbox, number, number, asked, body, max_tokens, num_top)
+            for number in range(body.n)
+        ]
+        shape = ChatShape(self._name, texts.token_bytes, range(body.n), body.logprobs)
+        return self._reply(body, inbox, choices, [asked], shape)
+
+    async def fill(self, body: FillBody) -> Any:
+        """The reply to POST /v1/fill.   Raises ApiError, BMInfError."""
+        texts = self._worker.ready()
+        if not texts.can_fill:
+            raise ApiError(400, "this model fills no blanks; CPM-2 and GLM do", "text")
+        check_letters(texts, body.text, "text")
+        settings = Settings(body.temperature, body.top_p, _top_k(body.top_k), seed=_seed(body.seed))
+        fills = await self.in_thread(texts.fill, body.text, settings, body.max_tokens)
+        return WholeReply(self._filled(fills), self._ping_s)
+
+    # ---- replies --------------------------------------------------------------------------------
+
+    def _reply(
+        self,
+        body: Generating,
+        inbox: Inbox,
+        choices: Sequence[Choice],
+        asked: Sequence[Asked],
+        shape: Shape,
+    ) -> Any:
+        num_prompt_tokens = sum(len(one.prompt.input_ids) for one in asked)
+        reply = Reply(self._worker, inbox, choices, num_prompt_tokens)
+        reply.submit()
+        if body.stream:
+            return EventStream(reply, shape, body.stream_options.include_usage, self._ping_s)
+        return WholeReply(reply.whole(shape), self._ping_s, reply.cancel)
+
+    async def _filled(self, fills: Fills) -> dict[str, Any]:
+        """Blank after blank: each request that `fills` asks for is run before it goes on."""
+        done: Request | None = None
+        usage = Usage(0, 0)
+        while True:
+            request, blanks = await self.in_thread(_next, fills, done)
+            if request is None:
+                return {"model": self._name, "blanks": blanks, "usage": usage_json(usage)}
+            await self._run(request, is_first=done is None)
+            done, own = request, request.usage
+            usage = Usage(
+                usage.prompt_tokens + own.prompt_tokens,
+                usage.completion_tokens + own.completion_tokens,
+            )
+
+    async def _run(self, request: Request, is_first: bool) -> None:
+        """Until its end.   Raises ApiError."""
+        inbox = Inbox()
+        choice = Choice(0, inbox, lambda _: request, _NoText())
+        reply = Reply(self._worker, inbox, [choice], request.usage.prompt_tokens)
+        self._worker.submit([choice], is_continued=not is_first)
+        try:
+            async for _ in reply.pieces(self._ping_s):
+                pass
+        finally:
+            reply.cancel()
+
+
+class _NoText:
+    """Of a request whose tokens are decoded together."""
+
+    def feed(self, token_id: int) -> str:
+        return ""
+
+    def finish(self) -> str:
+        return ""
+
+
+# ---- what is asked -------------------------------------------------------------------------------
+
+
+def _choice(
+    texts: Texts,
+    inbox: Inbox,
+    index: int,
+    number: int,
+    asked: Asked,
+    body: Generating,
+    max_tokens: int,
+    num_logprobs: int | None,
+    scored: Callable[[], Sequence[Token]] | None = None,
+    offset: int = 0,
+) -> Choice:
+    """index: in the reply.   number: among those of one prompt.   Raises ArgumentError."""
+    settings = replace(_settings(body, texts), seed=_seed(body.seed_of(number)))
+
+    def request_of(on_token: Callable[[int], bool]) -> Request:
+        most = max(max_tokens, 1)
+        request = texts.request(asked, settings, most, num_logprobs, on_token)
+        texts.engine.check(request)
+        return request
+
+    return Choice(
+        index, inbox, request_of, texts.pieces(), body.stops, scored, offset, max_tokens == 0
+    )
+
+
+def _settings(body: Generating, texts: Texts) -> Settings:
+    biases = {_token(name, texts): bias for name, bias in body.logit_bias.items()}
+    return Settings(
+        body.temperature, body.top_p, _top_k(body.top_k), body.frequency_penalty,
+        body.presence_penalty, None,
+        tuple((token, bias) for token, bias in biases.items() if -100 < bias and bias != 0),
+        tuple(token for token, bias in biases.items() if bias == -100),
+    )  # fmt: skip
+
+
+def _token(name: str, texts: Texts) -> int:
+    """A key of logit_bias."""
+    if not (name.isascii() and name.isdigit() and len(name) < 10 and int(name) < texts.vocab_size):
+        raise ApiError(
+            400, f"logit_bias: its keys are token ids, 0 to {texts.vocab_size - 1}", "logit_bias"
+        )
+    return int(name)
+
+
+def _top_k(top_k: int | None) -> int | None:
+    """0 and -1 are all tokens, in some clients' words."""
+    return top_k if top_k is not None and top_k > 0 else None
+
+
+def _seed(seed: int | None) -> int | None:
+    return None if seed is None else seed % 2**64
+
+
+def check_letters(texts: Texts, text: str | Sequence[int], param: str) -> None:
+    """Refuse, unread, what is too long for any tokenizer."""
+    if isinstance(text, str) and len(text) > _LETTERS * texts.max_length:
+        raise _too_long(f"{len(text)} characters", texts, param)
+
+
+def _max_tokens(texts: Texts, prompt: Prompt, asked: int | None, default: int, param: str) -> int:
+    """Of the answer, within the room that there is.   Raises ApiError."""
+    if asked is not None and asked > texts.max_length:
+        raise ApiError(
+            400, f"max_tokens={asked if asked < 2**63 else 'a huge number'} is more than this "
+            f"model can hold; accepted: at most {texts.max_length}", "max_tokens",
+        )  # fmt: skip
+    room = texts.room(prompt)
+    if room < 1:
+        raise _too_long(f"{len(prompt.input_ids)} tokens", texts, param)
+    return min(default if asked is None else asked, room)
+
+
+def _too_long(length: str, texts: Texts, param: str) -> ApiError:
+    # Clients look for these words.
+    text = f"prompt is too long: {length}, this model reads at most {texts.max_length} tokens"
+    return ApiError(400, text, param, "context_length_exceeded")
+
+
+def _no_chat(texts: Texts) -> str:
+    also = " and /v1/fill" if texts.can_fill else ""
+    return (
+        f"this model has no chat template; use /v1/completions{also}, or start the server with "
+        "--chat-template FILE, the template of its authors"
+    )
+
+
+def _echo(texts: Texts, prompt: str | Sequence[int]) -> str:
+    return prompt if isinstance(prompt, str) else texts.decode(prompt)
+
+
+def _scorer(texts: Texts, ids: Sequence[int], num_top: int) -> Callable[[], Sequence[Token]]:
+    """The tokens of a prompt with their scores: computed when first asked for, and once."""
+
+    @functools.cache
+    def tokens() -> Sequence[Token]:
+        pieces, offset, found = texts.pieces(), 0, []
+        for token, score in zip(ids, [None, *texts.logprobs(ids, num_top)], strict=True):
+            found.append(Token(token, score, offset))
+            offset += len(pieces.feed(token))
+        return found
+
+    return tokens
+
+
+def _next(fills: Fills, done: Request | None) -> tuple[Request | None, list[dict[str, Any]]]:
+    """The next request; or none, and the blanks."""
+    try:
+        return (next(fills) if done is None else fills.send(done)), []
+    except StopIteration as end:
+        return None, end.value

@@ -1,0 +1,225 @@
+"""A model of transformers to be served."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from bminf.engine.engine import Engine
+from bminf.engine.request import Request, TokenLogprob
+from bminf.engine.row_sampler import log_probabilities
+from bminf.engine.sampling import Sampling
+from bminf.engine.wrapped import rows_of
+from bminf.errors import UnsupportedModelError
+from bminf.models.prompt import Prompt
+from bminf.offload.hooks import Stats
+from bminf.offload.plan import Plan
+from bminf.server.texts import Asked, Fills, Message, Pieces, Settings, token_bytes
+from bminf.wrapping import plan_of, stats_of
+
+_NO_BLANKS = "this model fills no blanks; CPM-2 and GLM do"
+
+_SCORED_AT_ONCE = 8
+"""Positions of a prompt whose logits are in memory at a time: a vocabulary is wide."""
+
+
+class PretrainedTexts:
+    """model: wrapped.   prompt, dialogue: a text, and messages, as token ids.
+
+    end_ids: tokens that end an answer.   template: what messages are put into; None is none.
+    deterministic: see Engine.
+    """
+
+    can_fill = False
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        prompt: Callable[[str], list[int]],
+        dialogue: Callable[[Sequence[Message]], list[int]],
+        end_ids: Sequence[int],
+        template: str | None,
+        deterministic: bool = False,
+    ) -> None:
+        self._model, self._tokenizer = model, tokenizer
+        self._prompt_ids, self._dialogue_ids = prompt, dialogue
+        self._end_ids = frozenset(end_ids)
+        self._rows = rows_of(model, None, None, deterministic)
+        self.engine = Engine(self._rows, deterministic=deterministic)
+        self.max_length, self.vocab_size = self._rows.max_length, self._rows.vocab_size
+        self.can_chat = template is not None
+        self.can_score = not getattr(model.config, "is_encoder_decoder", False)
+        names = ("eos_token", "bos_token", "pad_token")
+        known = {name: getattr(tokenizer, name, None) for name in names}
+        self.special: Mapping[str, str | None] = {**known, "chat_template": template}
+
+    @property
+    def plan(self) -> Plan:
+        plan = plan_of(self._model)
+        assert plan is not None, "it is wrapped"
+        return plan
+
+    @property
+    def stats(self) -> Stats:
+        stats = stats_of(self._model)
+        assert stats is not None, "it is wrapped"
+        return stats
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        ids = self._tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
+        return [int(token) for token in ids]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        text: str = self._tokenizer.decode(list(ids))
+        return text
+
+    def token_bytes(self, token_id: int) -> bytes:
+        piece = self._tokenizer.convert_ids_to_tokens(token_id)
+        return token_bytes(piece or "", self._tokenizer.decode([token_id]))
+
+    def prompt(self, text: str | Sequence[int], suffix: str | None = None) -> Asked:
+        if suffix is not None:
+            raise UnsupportedModelError(_NO_BLANKS)
+        return self._asked(self._prompt_ids(text) if isinstance(text, str) else list(text))
+
+    def dialogue(self, messages: Sequence[Message]) -> Asked:
+        return self._asked(self._dialogue_ids(messages))
+
+    def room(self, prompt: Prompt) -> int:
+        if len(prompt.input_ids) > self.max_length:
+            return 0
+        request = Request(prompt.input_ids, 1)
+        return self.max_length - len(self._rows.start_ids(request)) + 1
+
+    def request(
+        self,
+        asked: Asked,
+        settings: Settings,
+        max_tokens: int,
+        num_logprobs: int | None = None,
+        on_token: Callable[[int], object] | None = None,
+    ) -> Request:
+        return Request(
+            asked.prompt.input_ids, max_tokens, self._sampling(settings), asked.stop_ids,
+            num_logprobs=num_logprobs, on_token=on_token,
+        )  # fmt: skip
+
+    def pieces(self) -> Pieces:
+        return PretrainedPieces(self._tokenizer)
+
+    def logprobs(self, ids: Sequence[int], num_top: int) -> list[TokenLogprob]:
+        found: list[TokenLogprob] = []
+        if len(ids) < 2:
+            return []
+        with torch.inference_mode():
+            for logits in self._logits(ids[:-1]):
+                token = ids[len(found) + 1]
+                logprob, top = log_probabilities(logits, token, num_top)
+                found.append(TokenLogprob(token, logprob, tuple(top)))
+        return found
+
+    def fill(self, text: str, settings: Settings, max_tokens: int) -> Fills:
+        raise UnsupportedModelError(_NO_BLANKS)
+
+    def _asked(self, ids: list[int]) -> Asked:
+        return Asked(Prompt(ids, ids), self._end_ids)
+
+    def _sampling(self, settings: Settings) -> Sampling:
+        """The default is what the model's authors say, if they say that tokens are drawn."""
+        own = self._model.generation_config
+        known = own if own.do_sample else None
+
+        def default(name: str, otherwise: Any) -> Any:
+            found = getattr(known, name, None)
+            return otherwise if found is None else found
+
+        given = settings
+        top_p = default("top_p", None) if given.top_p is None else given.top_p
+        temperature = (
+            default("temperature", 1.0) if given.temperature is None else given.temperature
+        )
+        return Sampling(
+            temperature=0.0 if given.is_greedy else temperature,
+            top_k=(default("top_k", None) or None) if given.top_k is None else given.top_k,
+            top_p=top_p or None,
+            frequency_penalty=given.frequency_penalty,
+            presence_penalty=given.presence_penalty,
+            banned_ids=given.banned_ids,
+            seed=given.seed,
+            logit_bias=given.logit_bias,
+        )
+
+    def _logits(self, ids: Sequence[int]) -> Iterator[torch.Tensor]:
+        """(V,) behind each token, a few at a time: the network runs once, and then its output head
+        as the model itself has it, which may scale and bound what it gives."""
+        model = self._model
+        inputs = torch.tensor([list(ids)], device=self._rows.sampler_device())
+        if "logits_to_keep" not in inspect.signature(model.forward).parameters:
+            yield from model(input_ids=inputs, use_cache=False).logits[0]
+            return
+        trunk = getattr(model, model.base_model_prefix)
+        output = self._output(trunk, inputs)
+        for start in range(0, len(ids), _SCORED_AT_ONCE):
+            part = slice(start, start + _SCORED_AT_ONCE)
+            with _answered(trunk, type(output)(last_hidden_state=output[0][:, part])):
+                yield from model(input_ids=inputs[:, part], use_cache=False).logits[0]
+
+    def _output(self, trunk: Any, inputs: torch.Tensor) -> Any:
+        """What the network below the output head gives."""
+        kept: list[Any] = []
+        hook = trunk.register_forward_hook(lambda module, given, output: kept.append(output))
+        try:
+            self._model(input_ids=inputs, use_cache=False, logits_to_keep=1)
+        finally:
+            hook.remove()
+        return kept[0]
+
+
+@contextmanager
+def _answered(trunk: Any, output: Any) -> Iterator[None]:
+    """Within it `trunk` is not run, and gives `output`."""
+    before = trunk.__dict__.get("forward")
+    trunk.forward = lambda *_, **__: output
+    try:
+        yield
+    finally:
+        del trunk.forward
+        if before is not None:
+            trunk.forward = before
+
+
+class PretrainedPieces:
+    """The text of tokens that come one by one, without special ones."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._start = self._end = 0  # of the ids that the next piece is told apart by
+
+    def feed(self, token_id: int) -> str:
+        """The text that is final now and was not before; it may be empty."""
+        self._ids.append(token_id)
+        return self._next(is_last=False)
+
+    def finish(self) -> str:
+        """The rest."""
+        return self._next(is_last=True)
+
+    def _next(self, is_last: bool) -> str:
+        """Only the last few ids are decoded: what they add to those whose text was given."""
+        before = self._decoded(self._start, self._end)
+        now = self._decoded(self._start, len(self._ids))
+        is_cut = now.endswith("\N{REPLACEMENT CHARACTER}")  # within a character, most likely
+        if len(now) <= len(before) or (is_cut and not is_last):
+            return ""
+        self._start, self._end = self._end, len(self._ids)
+        return now[len(before) :]
+
+    def _decoded(self, start: int, end: int) -> str:
+        text: str = self._tokenizer.decode(self._ids[start:end], skip_special_tokens=True)
+        return text
