@@ -7,7 +7,6 @@ import json
 import re
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from bminf.cli import flags
@@ -32,8 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of this verb."""
     flags.add_model(parser)
     parser.add_argument("--system", metavar="TEXT", help="the system message of the conversation")
-    parser.add_argument("--chat-template", metavar="FILE",
-        help="a Jinja template, in place of that of the tokenizer")  # fmt: skip
+    flags.add_template(parser)
     flags.add_sampling(parser)
     flags.add_stop(parser)
     flags.add_output(parser, "a line of JSON for each answer")
@@ -42,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Answer each line of stdin; returns 0."""
     is_typed = flags.is_terminal(sys.stdin) and flags.is_terminal(sys.stdout)
-    template = None if arguments.chat_template is None else _read(arguments.chat_template)
+    template = flags.template_of(arguments)
     with find(arguments) as session:
         chat = _Chat(session, arguments, template, is_typed)
         chat.check()
@@ -170,10 +168,3 @@ def _piped() -> Iterator[str]:
         yield from sys.stdin or ()
     except UnicodeDecodeError as error:
         raise ArgumentError("stdin is not UTF-8; give a text in UTF-8") from error
-
-
-def _read(file: str) -> str:
-    try:
-        return Path(file).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ArgumentError(f"--chat-template={file!r} cannot be read: {error}") from error

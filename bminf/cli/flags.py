@@ -6,6 +6,7 @@ import argparse
 import math
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from bminf.cli import sources
@@ -70,6 +71,23 @@ def add_output(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--json", action="store_true", help=f"print {what}")
     parser.add_argument("--verbose", action="store_true",
         help="print the plan, and the speed of each answer, to stderr")  # fmt: skip
+
+
+def add_template(parser: argparse.ArgumentParser) -> None:
+    """Of messages."""
+    parser.add_argument("--chat-template", metavar="FILE",
+        help="a Jinja template, in place of that of the tokenizer")  # fmt: skip
+
+
+def template_of(arguments: argparse.Namespace) -> str | None:
+    """The text of the template that was given.   Raises ArgumentError."""
+    file = arguments.chat_template
+    if file is None:
+        return None
+    try:
+        return Path(file).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ArgumentError(f"--chat-template={file!r} cannot be read: {error}") from error
 
 
 def sampling_of(arguments: argparse.Namespace) -> dict[str, Any]:
