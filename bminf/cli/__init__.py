@@ -28,6 +28,7 @@ VERBS = {
     "fill": "fill the blanks of a text, with CPM-2 or GLM",
     "generate": "continue a text, and print it as it comes",
     "plan": "show which blocks a memory limit keeps resident, and predict the time per token",
+    "serve": "answer OpenAI's clients over HTTP, and show a page to write on",
 }
 
 

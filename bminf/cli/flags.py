@@ -39,6 +39,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     add("--model", dest="built_in", choices=("cpm1", "cpm2", "eva", "glm130b", "glm10b"),
         help="the built-in model, where the files do not determine it")  # fmt: skip
     add("--trust-remote-code", action="store_true", help="run the code that the folder contains")
+    parser.set_defaults(max_batch_size=1)  # of most verbs
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
@@ -176,6 +177,7 @@ positive = _numbers(int, "a whole number above 0", lambda n: n > 0)
 above_one = _numbers(int, "a whole number above 1", lambda n: n > 1)
 whole = _numbers(int, "a whole number from 0 to 2**63 - 1", lambda n: 0 <= n < 2**63)
 number = _numbers(float, "a number", math.isfinite)
+port = _numbers(int, "a port, 0 to 65535", lambda n: 0 <= n < 65536)
 not_negative = _numbers(float, "a number from 0 on", lambda x: 0 <= x < math.inf)
 above_zero = _numbers(float, "a number above 0", lambda x: 0 < x < math.inf)
 fraction = _numbers(float, "a number above 0 and up to 1", lambda x: 0 < x <= 1)

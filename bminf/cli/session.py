@@ -18,6 +18,7 @@ from bminf.units import format_bytes
 if TYPE_CHECKING:
     from bminf.offload.hooks import Stats
     from bminf.offload.plan import Plan
+    from bminf.server.texts import Texts
 
 Options = Mapping[str, Any]
 """Options of generating, under the names of bminf.models.Options; those that were given."""
@@ -225,6 +226,11 @@ class Session:
 
     def fill(self, prompt: Any, options: Options) -> tuple[list[dict[str, Any]], AnswerStats]:
         """{"position", "text"} of each blank."""
+        raise NotImplementedError
+
+    def served(self, template: str | None, deterministic: bool) -> Texts:
+        """The loaded model as a server uses it.   template: as of dialogue().   deterministic: see
+        bminf.Engine."""
         raise NotImplementedError
 
     def close(self) -> None:

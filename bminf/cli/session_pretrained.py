@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,6 +17,7 @@ from bminf.tokenizers.stop_strings import StopStrings
 
 if TYPE_CHECKING:
     from bminf.offload.hooks import Stats
+    from bminf.server.texts import Texts
 
 
 class PretrainedSession(Session):
@@ -56,10 +58,12 @@ class PretrainedSession(Session):
                 f"{self.title} has no chat template, as base models have none; use bminf generate "
                 "to continue a text, or give the template of its authors: --chat-template FILE"
             )
+        is_continued = messages[-1]["role"] == "assistant"
         try:
             text = self._tokenizer.apply_chat_template(
-                list(messages), chat_template=template, tokenize=False, add_generation_prompt=True
-            )
+                list(messages), chat_template=template, tokenize=False,
+                add_generation_prompt=not is_continued, continue_final_message=is_continued,
+            )  # fmt: skip
         # It is a program: it raises what its author, jinja2 or its own errors make it raise.
         except Exception as error:
             raise ArgumentError(
@@ -129,6 +133,17 @@ class PretrainedSession(Session):
             reason = "length"
         return Answer(stream.text, reason, stats)
 
+    def served(self, template: str | None, deterministic: bool) -> Texts:
+        from bminf.server.pretrained import PretrainedTexts
+
+        own = template or getattr(self._tokenizer, "chat_template", None)
+        if isinstance(own, dict):  # several, by their names
+            own = own.get("default", next(iter(own.values())))
+        return PretrainedTexts(
+            self._model, self._tokenizer, self.prompt, partial(self.dialogue, template=template),
+            self._end_ids(), own, deterministic,
+        )  # fmt: skip
+
     def _tokenizer_in(self, path: Path) -> Any:
         from bminf.pretrained import tokenizer_in
 
@@ -140,8 +155,9 @@ class PretrainedSession(Session):
         given = self._arguments
         return bminf.load(
             self._path, given.memory_limit, _quantization(given.quantization, "auto"),
-            device=given.device, max_length=max_length, offload_dir=given.offload_dir,
-            tokenizer=self._tokenizer, trust_remote_code=given.trust_remote_code,
+            device=given.device, max_length=max_length, max_batch_size=given.max_batch_size,
+            offload_dir=given.offload_dir, tokenizer=self._tokenizer,
+            trust_remote_code=given.trust_remote_code,
         )  # fmt: skip
 
     def _settings(self, options: Options) -> dict[str, Any]:
@@ -204,7 +220,7 @@ class GGUFSession(PretrainedSession):
         model = models.load_model(self._path, torch.float32 if is_cpu else torch.float16)
         return bminf.wrapper(
             model, _quantization(given.quantization, True), given.memory_limit, given.device,
-            given.offload_dir, max_length=max_length,
+            given.offload_dir, max_length=max_length, max_batch_size=given.max_batch_size,
         )  # fmt: skip
 
 

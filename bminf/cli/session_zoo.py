@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,6 +16,7 @@ from bminf.progress import spinner
 if TYPE_CHECKING:
     from bminf.models import LanguageModel
     from bminf.offload.hooks import Stats
+    from bminf.server.texts import Texts
 
 
 class ZooSession(Session):
@@ -71,7 +73,8 @@ class ZooSession(Session):
         with spinner(f"loading {self._folder.name}"):
             self._model = self._kind(
                 self._folder, given.memory_limit, device=given.device,
-                max_length=given.max_length, offload_dir=given.offload_dir, **more,
+                max_length=given.max_length, max_batch_size=given.max_batch_size,
+                offload_dir=given.offload_dir, **more,
             )  # fmt: skip
         self.plan, self.device = self._model.plan, str(self._model.device)
         self.max_length = self._model.max_length
@@ -105,6 +108,12 @@ class ZooSession(Session):
             num_read, num_tokens, num_tokens - num_first, new.prefill - old.prefill,
             new.decode - old.decode,
         )  # fmt: skip
+
+    def served(self, template: str | None, deterministic: bool) -> Texts:
+        from bminf.server.zoo import ZooTexts
+
+        dialogue = partial(self.dialogue, template=template)
+        return ZooTexts(self._loaded, dialogue, deterministic)
 
     def close(self) -> None:
         if self._model is not None:

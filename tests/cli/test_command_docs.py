@@ -58,7 +58,7 @@ def commands(page: Path) -> list[str]:
     ("page", "verbs"),
     [
         ("README.md", {"chat", "generate", "fill", "bench", "demo"}),
-        ("docs/command-line.md", {"chat", "generate", "fill", "bench", "plan"}),
+        ("docs/command-line.md", {"chat", "generate", "fill", "serve", "bench", "plan"}),
         ("docs/models.md", {"convert"}),
     ],
 )
