@@ -57,7 +57,8 @@ def commands(page: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("page", "verbs"),
     [
-        ("README.md", {"chat", "generate", "fill", "bench", "demo"}),
+        ("README.md", {"chat", "generate", "fill", "serve", "bench", "demo"}),
+        ("docs/serving.md", {"serve"}),
         ("docs/command-line.md", {"chat", "generate", "fill", "serve", "bench", "plan"}),
         ("docs/models.md", {"convert"}),
     ],
