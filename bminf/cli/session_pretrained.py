@@ -141,7 +141,7 @@ class PretrainedSession(Session):
             own = own.get("default", next(iter(own.values())))
         return PretrainedTexts(
             self._model, self._tokenizer, self.prompt, partial(self.dialogue, template=template),
-            self._end_ids(), own, deterministic,
+            self._end_ids(()), own, deterministic,
         )  # fmt: skip
 
     def _tokenizer_in(self, path: Path) -> Any:

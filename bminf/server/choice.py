@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from bminf.engine.request import Request, TokenLogprob, Usage
 from bminf.server.errors import ApiError, api_error
-from bminf.server.stops import StopText
 from bminf.server.texts import Pieces
+from bminf.tokenizers.stop_strings import StopStrings
 
 Offset = int
 """Where the text of a token begins, in characters of the whole text."""
@@ -90,7 +90,7 @@ class Choice:
         is_empty: bool = False,
     ) -> None:
         self.index, self.scored, self.is_empty = index, scored, is_empty
-        self._inbox, self._pieces, self._stops = inbox, pieces, StopText(stops)
+        self._inbox, self._pieces, self._stops = inbox, pieces, StopStrings(stops)
         self._offset = offset
         self.request = request_of(self._take)
 
@@ -113,8 +113,8 @@ class Choice:
             self._inbox.put(Piece(self.index, error=api_error(error)))
             return
         text = self._stops.feed(self._pieces.finish())
-        is_stopped = self._stops.is_stopped or request.finish_reason == "stop"
-        text += "" if self._stops.is_stopped else self._stops.finish()
+        is_stopped = self._stops.is_found or request.finish_reason == "stop"
+        text += "" if self._stops.is_found else self._stops.finish()
         self._inbox.put(Piece(self.index, text, (), "stop" if is_stopped else "length"))
 
     def fail(self, error: BaseException) -> None:
@@ -130,4 +130,4 @@ class Choice:
         tokens = tuple(Token(token, score, offset) for score in scores)
         if text or tokens:
             self._inbox.put(Piece(self.index, text, tokens))
-        return self._stops.is_stopped
+        return self._stops.is_found
