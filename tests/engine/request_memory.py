@@ -1,8 +1,8 @@
-"""Run as a program by test_request_memory.py: what 10,000 requests leave in a process of its own.
+"""Run as a program by test_request_memory.py: what requests leave in a process of its own.
 
-Arguments: the name of a tiny model; of the zoo with its folder. Prints JSON: after each 1,000
-requests the bytes of RssAnon, once what can be given back was, and the number of objects that the
-garbage collector knows.
+Arguments: how many requests, and the name of a tiny model; of the zoo with its folder. Prints JSON:
+after each tenth of the requests the bytes of RssAnon, once what can be given back was, and the number
+of objects that the garbage collector knows.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for the builders of tiny models
 
 import torch
-from smollm2_memory import status_bytes
 from streaming import stream
 from tiny_models import make
 
 import bminf
+from bminf.cli.measure import rss_anon_bytes
 from bminf.engine.engine import Engine
 from bminf.engine.request import Request
 from bminf.engine.sampling import Sampling
@@ -32,12 +32,11 @@ from bminf.models import LanguageModel
 from bminf.offload import memory
 
 ROUND = 50
-NUM_REQUESTS = 10_000
 
 
 def of_transformers(name: str) -> Callable[[int], None]:
     """Requests that end in each of the ways there are, on a model that is streamed."""
-    model = stream(make(name))
+    model = stream(make(name, num_hidden_layers=3))
     engine = Engine(model, max_length=16, max_batch_size=16)
 
     def run(number: int) -> None:
@@ -90,21 +89,21 @@ def settled() -> int:
     """RssAnon after what can be given back was."""
     gc.collect()
     memory.trim()
-    return status_bytes("RssAnon")
+    return rss_anon_bytes()
 
 
-def main(name: str, *folder: str) -> None:
+def main(num_requests: int, name: str, *folder: str) -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", message=".*one after another")
     run = of_zoo(name, *folder) if folder else of_transformers(name)
     held, objects = [], []
-    for number in range(0, NUM_REQUESTS, ROUND):
+    for number in range(0, num_requests, ROUND):
         run(number)
-        if (number + ROUND) % 1000 == 0:
+        if (number + ROUND) % (num_requests // 10) == 0:
             held.append(settled())
             objects.append(len(gc.get_objects()))
     print(json.dumps({"held": held, "objects": objects}))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(int(sys.argv[1]), *sys.argv[2:])

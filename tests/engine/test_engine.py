@@ -1,4 +1,5 @@
-"""bminf/engine/engine.py, bminf/engine/request.py and bminf/engine/rows.py."""
+"""bminf/engine/engine.py, bminf/engine/request.py, bminf/engine/rows.py and
+bminf/offload/phase.py."""
 
 from __future__ import annotations
 
