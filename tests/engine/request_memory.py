@@ -1,8 +1,8 @@
 """Run as a program by test_request_memory.py: what requests leave in a process of its own.
 
 Arguments: how many requests, and the name of a tiny model; of the zoo with its folder. Prints JSON:
-after each tenth of the requests the bytes of RssAnon, once what can be given back was, and the number
-of objects that the garbage collector knows.
+after each tenth of the requests the bytes of RssAnon, once what can be given back was, and the
+number of objects that the garbage collector knows.
 """
 
 from __future__ import annotations
