@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from bminf.cli import models, sources
 from bminf.cli.session import NEW_TOKENS, Answer, Message, Meter, Options, Session, Write
@@ -108,7 +108,11 @@ class PretrainedSession(Session):
         self.has_encoder = bool(self._model.config.is_encoder_decoder)
 
     def answer(
-        self, prompt: list[int], options: Options, write: Write, ignores_end: bool = False
+        self,
+        prompt: list[int],
+        options: Options,
+        write: Write,
+        ignores_end: bool = False,
     ) -> Answer:
         import torch
 
@@ -119,19 +123,16 @@ class PretrainedSession(Session):
         ids = torch.tensor([prompt], device=self.device)
         with _as_our_error(self.title):
             self._model.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), num_beams=1, streamer=stream,
+                input_ids=ids, attention_mask=torch.ones_like(ids), num_beams=1,
                 num_return_sequences=1, max_new_tokens=num_tokens, tokenizer=self._tokenizer,
-                stopping_criteria=[stream.is_stopped], **settings,
+                stopping_criteria=[stream], **settings,
                 **({"min_new_tokens": num_tokens} if ignores_end else {}),
             )  # fmt: skip
+        stream.end()
         stats = stream.meter.stats(len(prompt))
-        is_ended = stats.new_tokens < num_tokens or stream.ids[-1] in (
-            settings["eos_token_id"] or ()
-        )
-        reason: Literal["stop", "length"] = "stop"
-        if not is_ended and not stream.stops.is_found:
-            reason = "length"
-        return Answer(stream.text, reason, stats)
+        is_full = stats.new_tokens == num_tokens and not stream.stops.is_found
+        is_cut = is_full and stream.ids[-1] not in (settings["eos_token_id"] or ())
+        return Answer(stream.text, "length" if is_cut else "stop", stats)
 
     def served(self, template: str | None, deterministic: bool) -> Texts:
         from bminf.server.pretrained import PretrainedTexts
@@ -225,7 +226,8 @@ class GGUFSession(PretrainedSession):
 
 
 class Stream:
-    """The streamer of one generate(): writes what is final of the text as tokens come.
+    """A stopping criterion of one generate(), which asks it with each token, before the next pass:
+    writes what is final of the text as it comes. A streamer is told later.
 
     stop: texts that end it.   ids: that were generated.   text: that was written.
     """
@@ -241,25 +243,19 @@ class Stream:
         self.text = ""
         self.meter = Meter(lambda: (len(self.ids), copied()))
         self._tokenizer, self._write, self.stops = tokenizer, write, StopStrings(stop)
-        self._has_prompt = False
         self._start = self._end = 0  # of the ids that the next piece is told apart by
 
-    def put(self, ids: Any) -> None:
-        """Takes the prompt first, then each token."""
-        if self._has_prompt:
-            self.ids += ids.flatten().tolist()
-            self.meter.text_came()
-            self._give(is_last=False)
-        self._has_prompt = True
+    def __call__(self, ids: Any, *_: Any, **__: Any) -> Any:
+        """(1,) bool, whether a stop string has come.   ids: (1, T), of which the last is new."""
+        self.ids.append(int(ids[0, -1]))
+        self.meter.text_came()
+        self._give(is_last=False)
+        return ids.new_full((1,), self.stops.is_found).bool()
 
     def end(self) -> None:
         """Writes what was held back."""
         self._give(is_last=True)
         self._show(self.stops.finish())
-
-    def is_stopped(self, ids: Any, *_: Any, **__: Any) -> Any:
-        """A stopping criterion: (B,) bool, whether a stop string has come.   ids: (B, T)."""
-        return ids.new_full((len(ids),), self.stops.is_found).bool()
 
     def _give(self, is_last: bool) -> None:
         """Only the last few ids are decoded: what they add to those whose text was written."""

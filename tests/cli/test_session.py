@@ -48,9 +48,8 @@ def pieces_of(tokenizer: transformers.PreTrainedTokenizerFast, ids: Sequence[int
 
     pieces: list[str] = []
     stream = Stream(tokenizer, pieces.append, Stats)
-    stream.put(torch.tensor([[1, 2, 3]]))  # the prompt
-    for token in ids:
-        stream.put(torch.tensor([token]))
+    for end in range(len(ids)):
+        stream(torch.tensor([[1, 2, 3, *ids[: end + 1]]]))
     stream.end()
     assert "".join(pieces) == stream.text and stream.ids == list(ids)
     return pieces
@@ -61,14 +60,11 @@ def test_the_text_ends_before_a_stop_string() -> None:
 
     tokenizer, pieces = byte_level(), list[str]()
     stream = Stream(tokenizer, pieces.append, lambda: 0, ["tea!", "今天"])
-    stream.put(torch.tensor([[1, 2, 3]]))
-    was_stopped = []
-    for token in tokenizer("a teapot, 今天")["input_ids"]:
-        stream.put(torch.tensor([token]))
-        was_stopped.append(stream.is_stopped(torch.tensor([[token]])).tolist())
+    tokens = tokenizer("a teapot, 今天")["input_ids"]
+    was_stopped = [stream(torch.tensor([[1, 2, token]])).tolist() for token in tokens]
     stream.end()
     assert stream.text == "".join(pieces) == "a teapot, " and "teap" in pieces
-    assert was_stopped == [[False]] * (len(was_stopped) - 1) + [[True]]
+    assert was_stopped == [[False]] * (len(tokens) - 1) + [[True]]
 
 
 def test_the_pieces_are_the_text_and_no_character_is_cut() -> None:
