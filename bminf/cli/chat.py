@@ -114,7 +114,8 @@ class _Chat:
                 flags.show(piece)
 
         try:
-            self._last = self._session.answer(prompt, self._options_for(prompt), write)
+            options = self._options_for(prompt)
+            self._last = self._session.answer(prompt, options, write, goes_on=True)
             self._report(self._last)
         except KeyboardInterrupt:
             print()

@@ -215,11 +215,17 @@ class Session:
         raise NotImplementedError
 
     def answer(
-        self, prompt: Any, options: Options, write: Write, ignores_end: bool = False
+        self,
+        prompt: Any,
+        options: Options,
+        write: Write,
+        ignores_end: bool = False,
+        goes_on: bool = False,
     ) -> Answer:
         """Generate, and give the text to `write` as it comes.
 
-        ignores_end: never end before the most tokens that are allowed.
+        ignores_end: never end before the most tokens that are allowed.   goes_on: whether the next
+        prompt may begin with this one and its answer, which is then not read again if it can be.
         Raises ArgumentError or UnsupportedModelError.
         """
         raise NotImplementedError

@@ -39,6 +39,7 @@ class PretrainedSession(Session):
         self._path, self.title = path, arguments.model
         self._model: Any = None
         self._length: int | None = arguments.max_length
+        self._kept = KeptCache()
         self._tokenizer = self._tokenizer_in(path)
         if self._tokenizer is None:
             raise CheckpointError(
@@ -113,6 +114,7 @@ class PretrainedSession(Session):
         options: Options,
         write: Write,
         ignores_end: bool = False,
+        goes_on: bool = False,
     ) -> Answer:
         import torch
 
@@ -122,17 +124,23 @@ class PretrainedSession(Session):
         stream = Stream(self._tokenizer, write, self._offload_stats, options.get("stop", ()))
         ids = torch.tensor([prompt], device=self.device)
         with _as_our_error(self.title):
-            self._model.generate(
+            output = self._model.generate(
                 input_ids=ids, attention_mask=torch.ones_like(ids), num_beams=1,
                 num_return_sequences=1, max_new_tokens=num_tokens, tokenizer=self._tokenizer,
                 stopping_criteria=[stream], **settings,
                 **({"min_new_tokens": num_tokens} if ignores_end else {}),
+                **self._kept.arguments(prompt), return_dict_in_generate=goes_on,
             )  # fmt: skip
         stream.end()
+        if goes_on:
+            self._kept.keep([*prompt, *stream.ids[:-1]], output)
         stats = stream.meter.stats(len(prompt))
         is_full = stats.new_tokens == num_tokens and not stream.stops.is_found
         is_cut = is_full and stream.ids[-1] not in (settings["eos_token_id"] or ())
         return Answer(stream.text, "length" if is_cut else "stop", stats)
+
+    def close(self) -> None:
+        self._kept = KeptCache()
 
     def served(self, template: str | None, deterministic: bool) -> Texts:
         from bminf.server.pretrained import PretrainedTexts
@@ -223,6 +231,41 @@ class GGUFSession(PretrainedSession):
             model, _quantization(given.quantization, True), given.memory_limit, given.device,
             given.offload_dir, max_length=max_length, max_batch_size=given.max_batch_size,
         )  # fmt: skip
+
+
+class KeptCache:
+    """The cache of a prompt and its answer, for the next prompt, if that begins with them. There is
+    one at a time, that of a text which has its room anyway."""
+
+    def __init__(self) -> None:
+        self._ids: list[int] = []
+        self._cache: Any = None
+        self._can_be_cut = False
+
+    def keep(self, ids: Sequence[int], output: Any) -> None:
+        """ids: that the model was fed in all.   output: of generate(), with its cache; those of
+        encoders, and of layers that do not hold keys by their tokens, are not kept."""
+        from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+        cache: Any = getattr(output, "past_key_values", None)
+        kinds = {type(layer) for layer in getattr(cache, "layers", ())}
+        is_known = bool(kinds) and kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
+        if is_known and cache.get_seq_length() == len(ids):
+            self._ids, self._cache = [*ids], cache
+            self._can_be_cut = kinds == {DynamicLayer}
+
+    def arguments(self, prompt: Sequence[int]) -> dict[str, Any]:
+        """For generate(): the cache, cut back to what the prompt begins with, or nothing. It is not
+        kept any more: what is interrupted leaves it in between."""
+        ids, cache = self._ids, self._cache
+        self._ids, self._cache = [], None
+        most = min(len(ids), len(prompt) - 1)
+        length = next((at for at in range(most) if ids[at] != prompt[at]), most)
+        if length == 0 or (length < len(ids) and not self._can_be_cut):
+            return {}
+        if length < len(ids):
+            cache.crop(length - len(ids))  # tokens to remove
+        return {"past_key_values": cache}
 
 
 class Stream:

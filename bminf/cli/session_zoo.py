@@ -81,7 +81,12 @@ class ZooSession(Session):
         self.has_encoder = isinstance(self._model, T5Model)
 
     def answer(
-        self, prompt: Any, options: Options, write: Write, ignores_end: bool = False
+        self,
+        prompt: Any,
+        options: Options,
+        write: Write,
+        ignores_end: bool = False,
+        goes_on: bool = False,
     ) -> Answer:
         model = self._loaded
         if ignores_end:

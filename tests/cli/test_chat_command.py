@@ -24,7 +24,8 @@ import pytest
 import transformers
 from terminal import hear_ctrl_c, started
 from tiny_glm import tiny_model
-from tiny_llama import TEMPLATE, save_llama
+from tiny_llama import TEMPLATE, WORDS, save_llama, save_tokenizer
+from tiny_models import make
 from tokenizers.processors import TemplateProcessing
 
 from bminf.cli import chat, main
@@ -79,6 +80,79 @@ def test_each_line_is_answered_with_those_before_it(
     assert talk(monkeypatch, "once\n\nupon a\ntime", str(folder), *GREEDY) == 0
     expected = answers(*plain, "once", "upon a", "time")
     assert capsys.readouterr() == ("".join(f"{said}\n" for said in expected), "")
+
+
+GOING_ON = (
+    "{% for message in messages %}{{ message.role }} {{ message.content }} {% endfor %}"
+    "{% if add_generation_prompt %}assistant{% endif %}"
+)
+"""Which says of an answer what it said in front of it when that was generated, as those of most
+models do; each word is a token."""
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many tokens each pass reads."""
+    sizes: list[int] = []
+
+    def count(kind: Any) -> None:
+        original = kind.forward
+
+        def forward(self: Any, input_ids: Any = None, *arguments: Any, **more: Any) -> Any:
+            sizes.append(input_ids.shape[1])
+            return original(self, input_ids, *arguments, **more)
+
+        monkeypatch.setattr(kind, "forward", forward)
+
+    count(transformers.LlamaForCausalLM)
+    count(transformers.Gemma3ForCausalLM)
+    return sizes
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
+def test_what_was_said_is_not_read_again(
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    read: list[int],
+) -> None:
+    """Also by layers that see the last 8 tokens only, those of gemma3_text."""
+    if name == "llama":
+        save_llama(tmp_path, chat_template=GOING_ON)
+    else:
+        make(name, vocab_size=len(WORDS), eos_token_id=None).save_pretrained(tmp_path)
+        save_tokenizer(tmp_path, chat_template=GOING_ON)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    expected = answers(model, tokenizer, "once", "upon a", "time")
+    read.clear()
+    assert talk(monkeypatch, "once\nupon a\ntime", str(tmp_path), *GREEDY) == 0
+    assert capsys.readouterr().out.splitlines() == expected
+    # "user once assistant"; the end of the answer, "user upon a assistant"; and so on.
+    assert read == [3, *[1] * 5, 1 + 4, *[1] * 5, 1 + 3, *[1] * 5]
+
+
+def test_a_conversation_that_changed_is_read_from_there(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    read: list[int],
+) -> None:
+    """After /reset, and where a stop string cut an answer."""
+    save_llama(tmp_path, chat_template=GOING_ON)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    once, time = (answers(model, tokenizer, text)[0] for text in ("once", "time"))
+    read.clear()
+    assert talk(monkeypatch, "once\n/reset\ntime\n", str(tmp_path), *GREEDY) == 0
+    assert capsys.readouterr().out.splitlines() == [once, time]
+    assert read == [3, *[1] * 5, 2, *[1] * 5], '"user" is what both begin with'
+    read.clear()
+    stop = " " + " ".join(once.split()[2:4])
+    assert talk(monkeypatch, "once\nupon\n", str(tmp_path), *GREEDY, "--stop", stop) == 0
+    assert capsys.readouterr().out.splitlines()[0] == once[: once.index(stop)]
+    assert read[:5] == [3, 1, 1, 1, 3], '"user upon assistant" behind two words of an answer'
 
 
 def test_the_system_message_and_reset(
@@ -469,7 +543,7 @@ def test_what_was_said_before_ctrl_c_stays(capsys: pytest.CaptureFixture[str]) -
         def room(self, prompt: Any) -> None:
             return None
 
-        def answer(self, prompt: Any, options: Any, write: Any) -> Any:
+        def answer(self, prompt: Any, options: Any, write: Any, goes_on: bool) -> Any:
             for piece in self.pieces:
                 write(piece)
             self.pieces.clear()
