@@ -177,7 +177,7 @@ FAULTS = (
     Fault(
         name="engine-moved-row",
         file="bminf/engine/token_pool.py",
-        old="one.start = end",
+        old="one.start = start",
         new="pass",
         breaks="Once the rows of a full cache are moved together, texts go on from others' tokens.",
     ),
@@ -387,9 +387,23 @@ FAULTS = (
     Fault(
         name="answer-last-token",
         file="bminf/models/base.py",
-        old="return self.tokenizer.decode(ids[:-1] if stopped else ids), stopped",
-        new="return self.tokenizer.decode(ids[:-1]), stopped",
+        old="text = stops.feed(self.tokenizer.decode(ids[:-1] if stopped else ids))",
+        new="text = stops.feed(self.tokenizer.decode(ids[:-1]))",
         breaks="An answer that max_tokens ended lacks its last token.",
+    ),
+    Fault(
+        name="stop-string-border",
+        file="bminf/tokenizers/stop_strings.py",
+        old="text = self._held + piece",
+        new="text = piece",
+        breaks="A stop string over the border of two tokens is missed.",
+    ),
+    Fault(
+        name="kept-row-cut",
+        file="bminf/engine/engine.py",
+        old="length = next((at for at in range(most) if fed[at] != ids[at]), most)",
+        new="length = most",
+        breaks="A conversation goes on from the tokens of another one.",
     ),
     Fault(
         name="stats-rows",
