@@ -18,8 +18,9 @@ from bminf.engine.rows import Feed
 from bminf.layers.packed_cache import Span
 from bminf.offload.context import text_config
 
-_CACHES = ("past_key_values", "cache_params", "state")
-"""What models call the cache that they give back, and take."""
+_CACHES = ("cache", "past_key_values", "cache_params", "state")
+"""What models call the cache that they give back, and take: since transformers 5.24 nearly all the
+first, and the others are not given beside it."""
 
 
 @dataclass(eq=False)
@@ -78,7 +79,8 @@ class AloneRows(PoolRows):
         with _one_thread() if is_fixed else nullcontext():
             inputs = self._inputs(row, ids)
             output = self._model(**inputs, use_cache=True, return_dict=True)
-        row.cache = {name: output[name] for name in _CACHES if output.get(name) is not None}
+        names = _CACHES[:1] if output.get(_CACHES[0]) is not None else _CACHES[1:]
+        row.cache = {name: output[name] for name in names if output.get(name) is not None}
         row.logits = output.logits[:, -1]
         row.ids, row.is_cut_short = [*row.ids, *ids], False
         return row.logits  # type: ignore[no-any-return]

@@ -81,7 +81,10 @@ class CausalRows(PoolRows):
         self._layers: Kept = {}
         self._gathers = first_of(text, "kv_lora_rank") is not None
         self._configs = _configs_of(model)
-        self._takes_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
+        parameters = inspect.signature(model.forward).parameters
+        self._takes_rows = "logits_to_keep" in parameters
+        # transformers 5.24 has renamed it, and warns of the other name.
+        self._cache_name = "cache" if "cache" in parameters else "past_key_values"
         _register()
 
     def sampler_device(self) -> torch.device:
@@ -110,8 +113,8 @@ class CausalRows(PoolRows):
             logits: torch.Tensor = self._model(
                 input_ids=torch.tensor([ids], device=device),
                 position_ids=torch.tensor([positions], device=device),
-                past_key_values=current,
                 use_cache=True,
+                **{self._cache_name: current},
                 **({"logits_to_keep": keep} if self._takes_rows else {}),
             ).logits[0]
         num_wanted = sum(feed.has_logits for feed in feeds)

@@ -59,8 +59,8 @@ class Seq2SeqRows(PromptedRows, CausalRows):
                 ),
                 decoder_input_ids=torch.tensor([ids], device=device),
                 decoder_attention_mask=torch.ones(1, len(ids), dtype=torch.int64, device=device),
-                past_key_values=current,
                 use_cache=True,
+                **{self._cache_name: current},
             ).logits[0]
         for row in newcomers:
             row.is_read = True

@@ -22,7 +22,7 @@ from bminf.offload.blocks import LISTS
 from bminf.offload.plan import DEFAULT_USES
 
 _ONCE = 1
-_CACHES = {"past_key_values", "past_buckets_states", "cache_params", "state", "mems"}
+_CACHES = {"cache", "past_key_values", "past_buckets_states", "cache_params", "state", "mems"}
 _OTHER_MODALITY = re.compile(
     r"(^|_)(vision|visual|vit|image|img|pixel|audio|speech|video|perceiver|resampler|q_?former)"
 )

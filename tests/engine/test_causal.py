@@ -3,6 +3,7 @@ bminf/engine/seq2seq.py, bminf/engine/pool_rows.py and bminf/engine/wrapped.py."
 
 from __future__ import annotations
 
+import inspect
 import math
 import random
 import re
@@ -70,6 +71,29 @@ def engine_of(model: Any, **more: Any) -> Engine:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*one after another")
         return Engine(model, max_length=64, max_batch_size=8, **more)
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_the_cache_has_the_name_that_the_model_takes_it_by(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers 5.24 has renamed it, and warns of the other one."""
+    model, ids = make("llama"), prompts()[0]
+    expected, forward, given = generated(model, ids, 4), model.forward, []
+    own = "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
+
+    def renamed(**arguments: Any) -> Any:
+        given.append(arguments.keys())
+        return forward(**{own if key == name else key: one for key, one in arguments.items()})
+
+    names = [name if n == own else n for n in inspect.signature(forward).parameters]
+    parameters = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY) for n in names]
+    renamed.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    monkeypatch.setitem(model.__dict__, "forward", renamed)
+    request, engine = Request(ids, 4, GREEDY), engine_of(model)
+    engine.run([engine.add(request)])
+    assert request.tokens == expected
+    assert len(given) == 4 and all(name in names for names in given)
 
 
 @pytest.mark.parametrize("is_streamed", [False, True], ids=["plain", "streamed"])
