@@ -12,9 +12,9 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -150,7 +150,9 @@ class Engine:
         self._kept: list[_Running] = []  # ended, in case that another request goes on from them
         self._readers: dict[Request, _Reader] = {}
         self._closed: BaseException | None = None
-        self._stats = EngineStats()
+        self._num_sweeps = self._num_rows = self._num_tokens_drawn = self._num_requests = 0
+        self._first_tokens_s = 0.0
+        self._prefill = self._decode = NO_PHASE
 
     # ---- what users call ------------------------------------------------------------------------
 
@@ -260,7 +262,12 @@ class Engine:
 
     @property
     def stats(self) -> EngineStats:
-        return self._stats
+        prefill, decode = self._prefill, self._decode
+        return EngineStats(
+            self._num_sweeps, self._num_rows, self._num_tokens_drawn,
+            prefill.seconds + decode.seconds, self._num_requests, self._first_tokens_s,
+            prefill, decode,
+        )  # fmt: skip
 
     @property
     def num_running(self) -> int:
@@ -507,10 +514,12 @@ class Engine:
         if not feeds:
             return
         start_s, before = time.perf_counter(), self._rows.offload_stats()
-        reading = {one.request for one, _ in feeds if not one.request.tokens}
+        reading: list[Request] = []
         for one, _ in feeds:
             if one.request.clock.begun is None:
                 one.request.clock.begun = start_s
+            if not one.request.tokens:
+                reading.append(one.request)
         with torch.inference_mode():
             try:
                 self._changed.release()  # so that others can add and cancel meanwhile
@@ -520,27 +529,30 @@ class Engine:
             num_tokens = sum(self._take(feeds, logits) for feeds, logits in tried)
         self._drop_done()
         sweep = phase_between(before, self._rows.offload_stats(), time.perf_counter() - start_s)
-        for one, _ in feeds:
-            one.request.clock.count(sweep, len(feeds), one.request in reading)
-        self._count(sweep, len(feeds), num_tokens, reading)
+        self._num_tokens_drawn += num_tokens
+        self._count(feeds, reading, sweep)
 
     def _count(
-        self, sweep: Phase, num_rows: int, num_tokens: int, reading: Collection[Request]
+        self, feeds: list[tuple[_Running, Feed]], reading: Sequence[Request], sweep: Phase
     ) -> None:
-        """reading: the requests whose prompts had a part in the sweep."""
-        old = self._stats
+        """A sweep is over.   reading: the requests whose prompts had a part in it."""
+        for one, _ in feeds:
+            clock = one.request.clock
+            clock.num_sweeps += 1
+            clock.num_rows += len(feeds)
+            if one.request in reading:
+                clock.prefill += sweep
+            else:
+                clock.decode += sweep
+        self._num_sweeps += 1
+        self._num_rows += len(feeds)
+        if not reading:
+            self._decode += sweep
+            return
+        self._prefill += sweep
         waited = [request.stats.first_token_s for request in reading if request.tokens]
-        self._stats = replace(
-            old,
-            num_sweeps=old.num_sweeps + 1,
-            num_rows=old.num_rows + num_rows,
-            num_tokens=old.num_tokens + num_tokens,
-            busy_s=old.busy_s + sweep.seconds,
-            num_requests=old.num_requests + len(waited),
-            first_tokens_s=old.first_tokens_s + sum(first_s or 0.0 for first_s in waited),
-            prefill=old.prefill + sweep if reading else old.prefill,
-            decode=old.decode if reading else old.decode + sweep,
-        )
+        self._num_requests += len(waited)
+        self._first_tokens_s += sum(first_s or 0.0 for first_s in waited)
 
     def _pass(
         self, feeds: list[tuple[_Running, Feed]]

@@ -19,6 +19,8 @@ from bminf.offload.hooks import ATTRIBUTE, Scheduler, Stats
 MAX_ROWS = 64
 """Of a pass, beside what the cache has room for."""
 
+_NOTHING_COPIED = Stats()
+
 
 @dataclass(eq=False)
 class PoolRow:
@@ -105,7 +107,9 @@ class PoolRows:
 
     def offload_stats(self) -> Stats:
         scheduler: Scheduler | None = self._model.__dict__.get(ATTRIBUTE)
-        return Stats() if scheduler is None else scheduler.stats()
+        if scheduler is None or scheduler.ring is None:  # all stays on the device
+            return _NOTHING_COPIED
+        return scheduler.stats()
 
     def _needed(self, request: Request) -> int:
         return len(self.start_ids(request)) + request.max_new_tokens - 1  # the last is not fed

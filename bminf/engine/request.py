@@ -170,15 +170,6 @@ class _Clock:
         self.num_sweeps = self.num_rows = 0
         self.prefill = self.decode = NO_PHASE
 
-    def count(self, sweep: Phase, num_rows: int, is_prefill: bool) -> None:
-        """A sweep is over."""
-        self.num_sweeps += 1
-        self.num_rows += num_rows
-        if is_prefill:
-            self.prefill += sweep
-        else:
-            self.decode += sweep
-
 
 def _checked_ids(name: str, ids: Sequence[int]) -> list[int]:
     listed = _listed(name, ids)
