@@ -34,6 +34,10 @@ from bminf.server.worker import Worker
 MAX_BODY_BYTES = 4 * 2**20
 _ICON = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 8 8"><path d="M0 0h4v8H0z"/></svg>'
 
+_NAMED = {
+    "parameters": [{"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}]
+}
+
 Kind = TypeVar("Kind", bound=Body)
 Handler = Callable[[Request], Awaitable[Any]]
 
@@ -62,7 +66,9 @@ def create_app(worker: Worker, settings: ServerSettings, metrics: Metrics) -> Ap
     )  # fmt: skip
     schemas: dict[str, Any] = {}
     for method, path, handler, kind in api.routes():
-        more = None if kind is None else _request_body(kind, settings.name, schemas)
+        more = _NAMED if "{" in path else None
+        if kind is not None:
+            more = _request_body(kind, settings.name, schemas)
         app.add_api_route(
             path, _guarded(handler), methods=[method], response_model=None, openapi_extra=more
         )
