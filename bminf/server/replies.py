@@ -47,7 +47,7 @@ class Shape(Protocol):
         """Chunks that come before anything is generated."""
         ...
 
-    def chunk(self, piece: Piece) -> dict[str, Any]: ...
+    def chunks(self, piece: Piece) -> list[dict[str, Any]]: ...
 
     def usage_chunk(self, usage: Usage) -> dict[str, Any]: ...
 
@@ -71,10 +71,11 @@ class CompletionShape:
         self._echoes, self._num_top = echoes, num_top
 
     def opening(self) -> list[dict[str, Any]]:
-        return [self.chunk(Piece(index, text)) for index, text in self._echoes.items()]
+        echoes = [Piece(index, text) for index, text in self._echoes.items()]
+        return [chunk for piece in echoes for chunk in self.chunks(piece)]
 
-    def chunk(self, piece: Piece) -> dict[str, Any]:
-        return self._head.as_json("text_completion", [self._choice(piece)])
+    def chunks(self, piece: Piece) -> list[dict[str, Any]]:
+        return [self._head.as_json("text_completion", [self._choice(piece)])]
 
     def usage_chunk(self, usage: Usage) -> dict[str, Any]:
         return {**self._head.as_json("text_completion", []), "usage": usage_json(usage)}
@@ -129,12 +130,15 @@ class ChatShape:
         role = {"role": "assistant", "content": ""}
         return [self._chunk(index, role, None, None) for index in self._indices]
 
-    def chunk(self, piece: Piece) -> dict[str, Any]:
-        delta = {"content": piece.text} if piece.text or piece.finish_reason is None else {}
-        return self._chunk(
-            piece.index, delta, self._logprobs(piece) if piece.tokens else None,
-            piece.finish_reason,
-        )  # fmt: skip
+    def chunks(self, piece: Piece) -> list[dict[str, Any]]:
+        """Why it has ended comes by itself, behind all text."""
+        chunks = []
+        if piece.text or piece.tokens:
+            logprobs = self._logprobs(piece) if piece.tokens else None
+            chunks.append(self._chunk(piece.index, {"content": piece.text}, logprobs, None))
+        if piece.finish_reason is not None:
+            chunks.append(self._chunk(piece.index, {}, None, piece.finish_reason))
+        return chunks
 
     def usage_chunk(self, usage: Usage) -> dict[str, Any]:
         return {**self._head.as_json("chat.completion.chunk", []), "usage": usage_json(usage)}

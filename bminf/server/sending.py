@@ -20,8 +20,8 @@ from bminf.server.errors import api_error
 from bminf.server.replies import Shape
 from bminf.server.worker import Worker
 
-PING_S = 15.0
-"""Between bytes, where nothing else has come."""
+PING_S = 3.0
+"""Between bytes, where nothing else has come: some clients wait no longer than five seconds."""
 
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 Receive = Callable[[], Awaitable[dict[str, Any]]]
@@ -96,7 +96,7 @@ class EventStream(Response):  # type: ignore[misc]
         await _send_part(send, b"".join(map(_event, self._shape.opening())))
         try:
             async for pieces in self._reply.pieces(self._ping_s):
-                chunks = map(self._shape.chunk, pieces)
+                chunks = [chunk for piece in pieces for chunk in self._shape.chunks(piece)]
                 await _send_part(send, b"".join(map(_event, chunks)) or b": ping\n\n")
         except Exception as error:
             await _send_end(send, _event(api_error(error).as_json()))

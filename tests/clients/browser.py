@@ -1,6 +1,6 @@
 """The page in a headless Chromium: typed on, seen growing, stopped, a blank filled, an error shown.
 
-python browser.py URL MODE FOLDER: MODE is "text" (a chat model) or "blanks"; FOLDER gets screenshots.
+python browser.py URL MODE FOLDER: MODE is "text" (a chat model) or "blanks"; screenshots are kept.
 Needs selenium, and chromium and chromedriver on the PATH.
 """
 

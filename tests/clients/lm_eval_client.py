@@ -1,6 +1,6 @@
 """lm-eval's local-completions against a server, and its log-likelihoods against transformers' own.
 
-python lm_eval_client.py run URL FOLDER       with lm-eval[api]: evaluates, and keeps what it is told
+python lm_eval_client.py run URL FOLDER       with lm-eval[api]: evaluates, keeps what it is told
 python lm_eval_client.py compare GGUF FOLDER  with transformers: computes the same, in this process
 """
 

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,7 @@ TESTS = Path(__file__).parents[1]
 sys.path += [str(TESTS / "engine"), str(TESTS / "cli")]  # for fake_rows and tiny_llama
 
 from fake_texts import FakeTexts  # noqa: E402
-from running_server import Running, running  # noqa: E402
-
-Serve = Callable[..., Running]
+from running_server import Running, Serve, running  # noqa: E402
 
 
 @pytest.fixture

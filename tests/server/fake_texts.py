@@ -41,15 +41,16 @@ def logits_of(history: Sequence[int]) -> list[float]:
 
 
 class Gate:
-    """Holds passes up while it is shut."""
+    """Holds passes up while it is shut.   patience_s: after which nobody opens it any more."""
 
     def __init__(self) -> None:
+        self.patience_s = 30.0
         self._open = threading.Event()
         self._open.set()
         self.shut, self.open = self._open.clear, self._open.set
 
     def wait(self, feeds: object) -> None:
-        assert self._open.wait(30), "no test opened it"
+        assert self._open.wait(self.patience_s), "no test opened it"
 
 
 class Bytes:

@@ -97,6 +97,10 @@ class Running:
         return self.worker.num_running == self.worker.num_waiting == 0
 
 
+Serve = Callable[..., Running]
+"""The fixture: texts and settings -> a server, stopped at the end of the test."""
+
+
 @contextmanager
 def running(load: Callable[[], Any], waits: bool = True, **settings: Any) -> Iterator[Running]:
     """settings: of ServerSettings, or of Server.   waits: until it is loaded."""

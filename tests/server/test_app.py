@@ -12,9 +12,8 @@ import time
 from typing import Any
 
 import pytest
-from conftest import Serve
 from fake_texts import END, FakeTexts
-from running_server import Running, running, until
+from running_server import Running, Serve, running, until
 
 from bminf.server.middleware import OPEN_PATHS
 

@@ -10,10 +10,9 @@ from typing import Any
 
 import openai
 import pytest
-from conftest import Serve
 from fake_texts import FakeTexts
 from openai import APIError, AsyncOpenAI, OpenAI
-from running_server import Running, running, until
+from running_server import Running, Serve, running, until
 
 import bminf
 

@@ -10,17 +10,14 @@ import re
 from typing import Any
 
 import pytest
-from conftest import Serve
 from fake_texts import END, START, FakeTexts
-from running_server import Running
+from running_server import Running, Serve, running
 
 from bminf.server.replies import LEAST_LOGPROB
 
 
 @pytest.fixture(scope="module")
 def server() -> Any:
-    from running_server import running
-
     with running(FakeTexts) as one:
         yield one
 

@@ -5,15 +5,16 @@ bminf/server/sending.py, bminf/server/worker.py, bminf/server/running.py.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import threading
 from typing import Any
 
 import pytest
-from conftest import Serve
+from crowd import crowd
 from fake_texts import FakeTexts
-from running_server import Running, running, until
+from running_server import Running, Serve, running, until
 
 LONG = ">" + "a" * 500
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -231,6 +232,16 @@ def test_fifty_clients_of_four_requests_each_get_what_they_get_alone() -> None:
     assert got == {prompt: prompt.partition(">")[2] for prompt in prompts}
     assert got[prompts[5]] == alone
     assert max(len(feeds) for feeds in texts.rows.passes) > 1  # they shared passes
+
+
+def test_a_crowd_of_which_half_are_killed_leaves_nothing() -> None:
+    texts = FakeTexts(num_tokens=20_000)
+    with running(lambda: texts, max_waiting=10_000) as server:
+        found = asyncio.run(crowd(server.port, num_clients=200, num_requests=1))
+        until(server.is_idle)
+        assert found.keys() == {"killed", "200", "400"} and found.total() == 200
+        assert server.complete(">ab").text == "ab"
+    assert texts.rows.pool.num_free == texts.rows.pool.num_tokens
 
 
 # ---- the end -------------------------------------------------------------------------------------
