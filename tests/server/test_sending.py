@@ -99,7 +99,8 @@ def test_an_error_behind_blanks_is_still_told(serve: Serve) -> None:
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_its_rows_within_a_step(serve: Serve, stream: bool) -> None:
-    server, texts = held(serve, ping_s=0.02)
+    """Whatever stands between it and the handler."""
+    server, texts = held(serve, ping_s=0.02, cors_origins=("https://chat.example",))
     connection = server.begin(COMPLETIONS, body(stream, n=3))
     until(lambda: bool(texts.rows.passes))  # the first pass is held
     connection.close()

@@ -81,6 +81,18 @@ def test_scores_of_a_prompt_are_those_of_the_network(
     assert before == pytest.approx(float(logs[-1].amax()), abs=1e-5)
 
 
+def test_scores_hold_the_logits_of_a_few_positions_at_a_time(llama: Any) -> None:
+    """All of a long prompt's would take more than the model."""
+    sizes: list[int] = []
+    head = llama.get_output_embeddings()
+    hook = head.register_forward_hook(lambda module, given, output: sizes.append(output.shape[1]))
+    try:
+        assert len(texts_of(llama).logprobs(list(range(60)), 1)) == 59
+    finally:
+        hook.remove()
+    assert max(sizes) == 8 and sum(sizes) == 59 + 1
+
+
 SCORED = {"gemma3_text": {"final_logit_softcapping": 0.5}, "gpt2": {}, "mixtral": {}, "mamba": {}}
 
 
