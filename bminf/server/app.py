@@ -34,10 +34,6 @@ from bminf.server.worker import Worker
 MAX_BODY_BYTES = 4 * 2**20
 _ICON = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 8 8"><path d="M0 0h4v8H0z"/></svg>'
 
-_NAMED = {
-    "parameters": [{"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}]
-}
-
 Kind = TypeVar("Kind", bound=Body)
 Handler = Callable[[Request], Awaitable[Any]]
 
@@ -66,7 +62,7 @@ def create_app(worker: Worker, settings: ServerSettings, metrics: Metrics) -> Ap
     )  # fmt: skip
     schemas: dict[str, Any] = {}
     for method, path, handler, kind in api.routes():
-        more = _NAMED if "{" in path else None
+        more = _path_parameter(settings.name) if "{" in path else None
         if kind is not None:
             more = _request_body(kind, settings.name, schemas)
         app.add_api_route(
@@ -210,6 +206,11 @@ async def _refused(request: Request, error: Any) -> Any:
 
 
 # ---- the OpenAPI document ------------------------------------------------------------------------
+
+
+def _path_parameter(name: str) -> dict[str, Any]:
+    schema = {"type": "string", "enum": [name]}
+    return {"parameters": [{"name": "name", "in": "path", "required": True, "schema": schema}]}
 
 
 def _request_body(kind: type[Body], name: str, schemas: dict[str, Any]) -> dict[str, Any]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from typing import Any, TypeVar
 
 from bminf.engine.request import Request, Usage
@@ -43,31 +43,19 @@ class Generation:
     async def complete(self, body: CompletionBody) -> Any:
         """The reply to POST /v1/completions.   Raises ApiError, BMInfError."""
         texts = self._worker.ready()
-        if body.echo and body.logprobs is not None and not texts.can_score:
-            raise ApiError(400, "this model does not score its prompt; leave echo out", "echo")
-        if body.suffix is not None and not texts.can_fill:
-            raise ApiError(400, "this model fills no blanks; leave suffix out", "suffix")
-        for prompt in body.prompts:
-            check_letters(texts, prompt, "prompt")
+        _check_abilities(texts, body)
         asked = [await self.in_thread(texts.prompt, prompt, body.suffix) for prompt in body.prompts]
-        inbox, choices, echoes = Inbox(), list[Choice](), dict[int, str]()
+        making, echoes = _Making(texts, body, body.logprobs), dict[int, str]()
         for prompt, one in zip(body.prompts, asked, strict=True):
             echo = await self.in_thread(_echo, texts, prompt) if body.echo else ""
-            scored = None
-            if body.echo and body.logprobs is not None:
-                scored = _scorer(texts, one.prompt.input_ids, body.logprobs)
             max_tokens = _max_tokens(texts, one.prompt, body.max_tokens, TEXT_TOKENS, "prompt")
-            for number in range(body.n):
-                choices.append(
-                    _choice(
-                        texts, inbox, len(choices), number, one, body, max_tokens, body.logprobs,
-                        scored, len(echo),
-                    )
-                )  # fmt: skip
-                if body.echo:
-                    echoes[choices[-1].index] = echo
+            ids, num_top = one.prompt.input_ids, body.logprobs
+            is_scored = body.echo and num_top is not None
+            scored = _scorer(texts, ids, num_top or 0) if is_scored else None
+            made = making.add(one, max_tokens, scored, len(echo))
+            echoes |= {choice.index: echo for choice in made if body.echo}
         shape = CompletionShape(self._name, texts.token_bytes, echoes, body.logprobs)
-        return self._reply(body, inbox, choices, asked, shape)
+        return self._reply(making, asked, shape)
 
     async def chat(self, body: ChatBody) -> Any:
         """The reply to POST /v1/chat/completions.   Raises ApiError, BMInfError."""
@@ -79,14 +67,10 @@ class Generation:
             check_letters(texts, message["content"], "messages")
         asked = await self.in_thread(texts.dialogue, messages)
         most = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-        max_tokens = _max_tokens(texts, asked.prompt, most, texts.max_length, "messages")
-        inbox, num_top = Inbox(), (body.top_logprobs or 0) if body.logprobs else None
-        choices = [
-            _choice(texts, inbox, number, number, asked, body, max_tokens, num_top)
-            for number in range(body.n)
-        ]
+        making = _Making(texts, body, (body.top_logprobs or 0) if body.logprobs else None)
+        making.add(asked, _max_tokens(texts, asked.prompt, most, texts.max_length, "messages"))
         shape = ChatShape(self._name, texts.token_bytes, range(body.n), body.logprobs)
-        return self._reply(body, inbox, choices, [asked], shape)
+        return self._reply(making, [asked], shape)
 
     async def fill(self, body: FillBody) -> Any:
         """The reply to POST /v1/fill.   Raises ApiError, BMInfError."""
@@ -100,16 +84,10 @@ class Generation:
 
     # ---- replies --------------------------------------------------------------------------------
 
-    def _reply(
-        self,
-        body: Generating,
-        inbox: Inbox,
-        choices: Sequence[Choice],
-        asked: Sequence[Asked],
-        shape: Shape,
-    ) -> Any:
+    def _reply(self, making: _Making, asked: Sequence[Asked], shape: Shape) -> Any:
+        body = making.body
         num_prompt_tokens = sum(len(one.prompt.input_ids) for one in asked)
-        reply = Reply(self._worker, inbox, choices, num_prompt_tokens)
+        reply = Reply(self._worker, making.inbox, making.choices, num_prompt_tokens)
         reply.submit()
         if body.stream:
             return EventStream(reply, shape, body.stream_options.include_usage, self._ping_s)
@@ -156,30 +134,53 @@ class _NoText:
 # ---- what is asked -------------------------------------------------------------------------------
 
 
-def _choice(
-    texts: Texts,
-    inbox: Inbox,
-    index: int,
-    number: int,
-    asked: Asked,
-    body: Generating,
-    max_tokens: int,
-    num_logprobs: int | None,
-    scored: Callable[[], Sequence[Token]] | None = None,
-    offset: int = 0,
-) -> Choice:
-    """index: in the reply.   number: among those of one prompt.   Raises ArgumentError."""
-    settings = replace(_settings(body, texts), seed=_seed(body.seed_of(number)))
+@dataclass
+class _Making:
+    """The choices of one reply.   num_logprobs: of each token, beside its own; None for none."""
 
-    def request_of(on_token: Callable[[int], bool]) -> Request:
-        most = max(max_tokens, 1)
-        request = texts.request(asked, settings, most, num_logprobs, on_token)
-        texts.engine.check(request)
+    texts: Texts
+    body: Generating
+    num_logprobs: int | None
+    inbox: Inbox = field(default_factory=Inbox)
+    choices: list[Choice] = field(default_factory=list)
+
+    def add(
+        self,
+        asked: Asked,
+        max_tokens: int,
+        scored: Callable[[], Sequence[Token]] | None = None,
+        offset: int = 0,
+    ) -> list[Choice]:
+        """Those of one prompt.   scored, offset: see Choice.   Raises ArgumentError."""
+        first = len(self.choices)
+        self.choices += [
+            Choice(
+                first + number, self.inbox, partial(self._request, asked, number, max_tokens),
+                self.texts.pieces(), self.body.stops, scored, offset, max_tokens == 0,
+            )
+            for number in range(self.body.n)
+        ]  # fmt: skip
+        return self.choices[first:]
+
+    def _request(
+        self, asked: Asked, number: int, max_tokens: int, on_token: Callable[[int], bool]
+    ) -> Request:
+        settings = replace(_settings(self.body, self.texts), seed=_seed(self.body.seed_of(number)))
+        request = self.texts.request(
+            asked, settings, max(max_tokens, 1), self.num_logprobs, on_token
+        )
+        self.texts.engine.check(request)
         return request
 
-    return Choice(
-        index, inbox, request_of, texts.pieces(), body.stops, scored, offset, max_tokens == 0
-    )
+
+def _check_abilities(texts: Texts, body: CompletionBody) -> None:
+    """Raise ApiError for what this model cannot do, and for what is too long for any tokenizer."""
+    if body.echo and body.logprobs is not None and not texts.can_score:
+        raise ApiError(400, "this model does not score its prompt; leave echo out", "echo")
+    if body.suffix is not None and not texts.can_fill:
+        raise ApiError(400, "this model fills no blanks; leave suffix out", "suffix")
+    for prompt in body.prompts:
+        check_letters(texts, prompt, "prompt")
 
 
 def _settings(body: Generating, texts: Texts) -> Settings:
@@ -250,7 +251,7 @@ def _echo(texts: Texts, prompt: str | Sequence[int]) -> str:
 def _scorer(texts: Texts, ids: Sequence[int], num_top: int) -> Callable[[], Sequence[Token]]:
     """The tokens of a prompt with their scores: computed when first asked for, and once."""
 
-    @functools.cache
+    @cache
     def tokens() -> Sequence[Token]:
         pieces, offset, found = texts.pieces(), 0, []
         for token, score in zip(ids, [None, *texts.logprobs(ids, num_top)], strict=True):

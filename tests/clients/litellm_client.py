@@ -7,6 +7,7 @@ from typing import Any
 
 import litellm
 
+litellm.suppress_debug_info = True
 URL = f"{sys.argv[1]}/v1"
 SETTINGS: dict[str, Any] = {"api_base": URL, "api_key": "none", "temperature": 0, "max_tokens": 12}
 ASKED: Any = [{"role": "user", "content": "What is the capital of France?"}]

@@ -266,6 +266,8 @@ def test_an_idle_connection_is_kept(server: Running, monkeypatch: pytest.MonkeyP
 def test_the_document_names_the_model_and_every_body(server: Running) -> None:
     """Tests that are made from it get past the model's name."""
     document = server.get("/openapi.json").json
+    (parameter,) = document["paths"]["/v1/models/{name}"]["get"]["parameters"]
+    assert parameter["schema"]["enum"] == ["tiny"]
     for path in ("/v1/completions", "/v1/chat/completions", "/v1/fill", "/tokenize"):
         content = document["paths"][path]["post"]["requestBody"]["content"]
         schema = content["application/json"]["schema"]
