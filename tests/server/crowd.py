@@ -6,6 +6,7 @@ python crowd.py PORT CLIENTS SECONDS PID: against a server process, whose memory
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import random
 import re
@@ -42,8 +43,8 @@ async def ask(port: int, chance: random.Random, num_tokens: int) -> str:
         writer.write(request(kind, num_tokens))
         await writer.drain()
         if is_killed:
-            await asyncio.wait({asyncio.ensure_future(reader.read(1))},
-                               timeout=chance.random() * 0.2)  # fmt: skip
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(reader.read(1), chance.random() * 0.2)
             return "killed"
         content = await reader.read()
         if kind == "stream" and content.startswith(b"HTTP/1.1 200"):
