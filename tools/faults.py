@@ -454,4 +454,18 @@ FAULTS = (
         new="if index >= len(self.tokens):",
         breaks="A negative id is decoded as one from the end of the vocabulary.",
     ),
+    Fault(
+        name="server-queue",
+        file="bminf/server/worker.py",
+        old="if not is_continued and self.num_waiting + len(choices) > self.max_waiting:",
+        new="if not is_continued and self.num_waiting > self.max_waiting:",
+        breaks="A reply of many answers is queued however few there is room for.",
+    ),
+    Fault(
+        name="server-end-token",
+        file="bminf/server/choice.py",
+        old='piece = "" if token in request.stop_ids else self._pieces.feed(token)',
+        new="piece = self._pieces.feed(token)",
+        breaks="The text of an end token is a part of the answer.",
+    ),
 )
