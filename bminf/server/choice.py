@@ -60,11 +60,12 @@ class Inbox:
 
     async def take(self, timeout_s: float) -> list[Piece]:
         """One piece a choice, in the order of their arrival; none where none came in time."""
-        try:
-            await asyncio.wait_for(self._arrived.wait(), timeout_s)
-        except asyncio.TimeoutError:
-            return []
-        self._arrived.clear()
+        while not self._pieces:  # it may have been told of one that was taken with others
+            self._arrived.clear()
+            try:
+                await asyncio.wait_for(self._arrived.wait(), timeout_s)
+            except asyncio.TimeoutError:
+                return []
         merged: dict[int, Piece] = {}
         while self._pieces:
             piece = self._pieces.popleft()

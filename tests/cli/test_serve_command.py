@@ -30,6 +30,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_llama(tmp_path_factory.mktemp("served") / "my-llama", TEMPLATE)
 
 
+OWN_TEMPLATE = (
+    "{% for message in messages %}{{ message.role }} {{ message.content }} {% endfor %}"
+    "{% if add_generation_prompt %}assistant{% endif %}"
+)
+
+
 class Told:
     """What the verb says, and when."""
 
@@ -106,23 +112,25 @@ def test_a_folder_is_served_until_a_signal(folder: Path, told: Told) -> None:
 
 
 def test_ctrl_c_ends_it_and_is_told_apart(folder: Path, told: Told, tmp_path: Path) -> None:
-    (tmp_path / "own.jinja").write_text("{{ messages[0].content }} upon")
+    (tmp_path / "own.jinja").write_text(OWN_TEMPLATE)
+    said = [{"role": "user", "content": "once"}, {"role": "assistant", "content": "upon"}]
 
     def asks(url: str) -> Any:
         key = {"authorization": "Bearer secret"}
-        body = {"messages": [{"role": "user", "content": "once"}], "max_tokens": 3}
+        bodies = [{"messages": said[:n], "max_tokens": 3, "model": "mine"} for n in (1, 2)]
         with pytest.raises(urllib.error.HTTPError, match="401"):
             get(f"{url}/v1/models")
         info = get(f"{url}/tokenizer_info", **key)
-        return info, post(f"{url}/v1/chat/completions", {**body, "model": "mine"}, **key)
+        return info, [post(f"{url}/v1/chat/completions", body, **key) for body in bodies]
 
     argv = (str(folder), "--api-key", "secret", "--served-name", "mine", "--deterministic")
-    code, (info, reply) = served(
+    code, (info, replies) = served(
         told, signal.SIGINT, asks, *argv, "--chat-template", str(tmp_path / "own.jinja")
     )
     assert code == 130
-    assert info["chat_template"] == "{{ messages[0].content }} upon"
-    assert reply["usage"]["prompt_tokens"] == 2
+    assert info["chat_template"] == OWN_TEMPLATE
+    # "user once assistant"; and "user once assistant upon", which is continued.
+    assert [reply["usage"]["prompt_tokens"] for reply in replies] == [3, 4]
 
 
 @pytest.mark.filterwarnings("ignore:found no sentencepiece model")
