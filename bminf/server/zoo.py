@@ -14,7 +14,7 @@ from bminf.models import CPM1, CPM2, EVA, GLM, LanguageModel
 from bminf.models.arguments import present_ids
 from bminf.models.glm_text import GENERATION_MASK, TEXT_MASK
 from bminf.models.prompt import Prompt
-from bminf.models.t5 import SPAN
+from bminf.models.t5 import SPAN, _positions
 from bminf.offload.hooks import Stats
 from bminf.offload.plan import Plan
 from bminf.server.texts import Asked, Fills, Message, Pieces, Settings, token_bytes
@@ -147,7 +147,7 @@ class ZooTexts:
     def _fill_spans(self, text: str, settings: Settings, max_tokens: int) -> Fills:
         """All blanks in one answer, as CPM2.fill_blank()."""
         asked, sentinels = self._spans(text)
-        positions = [i for i in range(len(text)) if text.startswith(SPAN, i)]
+        positions = _positions(text, None)
         self._model._check_room(asked.prompt, self._options(settings, max_tokens))
         done = yield self.request(asked, settings, max_tokens)
         texts = self._model._segments(done.tokens, sentinels, asked.stop_ids)
@@ -182,8 +182,6 @@ class ZooTexts:
 
     def _spans(self, text: str) -> tuple[Asked, list[int]]:
         """The blanks of a CPM-2, and the sentinels of each and of the end."""
-        from bminf.models.t5 import _positions
-
         model = self._model
         positions = _positions(text, None)
         sentinels = [model.tokenizer.sentinel(k) for k in range(len(positions) + 1)]

@@ -241,6 +241,7 @@ def smollm2(smollm2_folder: Path) -> Iterator[Running]:
         yield server
 
 
+@pytest.mark.slow  # the fixture takes twenty seconds
 def test_a_real_model_answers_while_half_of_it_streams(smollm2: Running) -> None:
     with client_of(smollm2) as client:
         reply = client.chat.completions.create(
@@ -257,6 +258,7 @@ def test_a_real_model_answers_while_half_of_it_streams(smollm2: Running) -> None
     assert smollm2.get("/plan").json["stats"]["bytes_copied"] > 0
 
 
+@pytest.mark.slow  # the fixture takes twenty seconds
 def test_a_real_model_streams_what_it_says_as_a_whole(smollm2: Running) -> None:
     async def ask() -> str:
         async with AsyncOpenAI(base_url=f"{smollm2.url}/v1", api_key="none") as client:
