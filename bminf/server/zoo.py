@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -133,9 +134,15 @@ class ZooTexts:
     def logprobs(self, ids: Sequence[int], num_top: int) -> list[TokenLogprob]:
         if not self.can_score:
             raise UnsupportedModelError(f"{type(self._model).__name__} does not score its prompt")
-        rows = zip(ids[1:], self._model.logits(list(ids)), strict=False)
+        rows = zip(ids[1:], self._logits(list(ids)), strict=False)
         found = [(token, *log_probabilities(row, token, num_top)) for token, row in rows]
         return [TokenLogprob(token, logprob, tuple(top)) for token, logprob, top in found]
+
+    def _logits(self, ids: list[int]) -> Any:
+        """(T, V). The model takes all of the cache, and knows of its own engine's rows alone."""
+        is_own = self.engine is self._model.engine
+        with nullcontext() if is_own else self.engine.exclusive():
+            return self._model.logits(ids)
 
     def fill(self, text: str, settings: Settings, max_tokens: int) -> Fills:
         if isinstance(self._model, CPM2):

@@ -20,7 +20,7 @@ from tiny_models import make
 import bminf
 from bminf.models import CPM1, CPM2, EVA, GLM
 from bminf.server.pretrained import PretrainedPieces, PretrainedTexts
-from bminf.server.texts import token_bytes, token_text
+from bminf.server.texts import Settings, token_bytes, token_text
 from bminf.server.zoo import ZooTexts
 
 PROMPT = "once upon a time"
@@ -122,8 +122,6 @@ def test_what_its_authors_say_of_sampling_is_the_default(llama: Any) -> None:
     asked = texts.prompt(PROMPT)
 
     def sampling(**given: Any) -> Any:
-        from bminf.server.texts import Settings
-
         return texts.request(asked, Settings(**given), 1).sampling
 
     assert (sampling().temperature, sampling().top_k) == (1.0, None)
@@ -305,6 +303,21 @@ def test_cpm1_scores_its_prompt(zoo: Loaded) -> None:
     answer = server.complete(ids, echo=True, logprobs=0, max_tokens=0)
     scores = answer.json["choices"][0]["logprobs"]["token_logprobs"]
     assert scores[0] is None and scores[1:] == pytest.approx(expected, abs=1e-6)
+
+
+def test_scores_of_cpm1_leave_deterministic_rows_as_they_are(zoo: Loaded) -> None:
+    """Both use all of the cache, and the rows are of an engine that the model does not know."""
+    model, _ = zoo("cpm1")
+    own = ZooTexts(model, list, deterministic=True)
+    asked = own.prompt(TEXTS["cpm1"])
+    alone, beside = (own.request(asked, Settings(temperature=0), 20, 0) for _ in range(2))
+    own.engine.run([own.engine.add(alone)])
+    own.engine.add(beside)
+    for _ in range(3):
+        own.engine.step()
+    own.logprobs([5, 9, 7, 8] * 6, 1)
+    own.engine.run([beside])
+    assert beside.logprobs == alone.logprobs
 
 
 @pytest.mark.parametrize("name", ["cpm2", "eva", "glm10b"])
