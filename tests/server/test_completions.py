@@ -13,7 +13,9 @@ import pytest
 from fake_texts import END, START, FakeTexts
 from running_server import Running, Serve, running
 
-from bminf.server.replies import LEAST_LOGPROB
+from bminf.engine.request import TokenLogprob
+from bminf.server.choice import Piece, Token
+from bminf.server.replies import LEAST_LOGPROB, ChatShape
 
 
 @pytest.fixture(scope="module")
@@ -295,6 +297,17 @@ def test_logprobs_of_a_chat(server: Running) -> None:
     })  # fmt: skip
     chunks = [choice["logprobs"] for event in events for choice in event["choices"]]
     assert sum(len(one["content"]) for one in chunks if one) == 3
+
+
+def test_a_token_without_text_has_a_chunk_and_the_end_has_its_own() -> None:
+    shape = ChatShape("tiny", lambda token: bytes([token]), [0], has_logprobs=True)
+    tokens = (Token(0xC3, TokenLogprob(0xC3, -1.0, ()), 0),)
+    (held,) = shape.chunks(Piece(0, "", tokens))
+    assert len(held["choices"][0]["logprobs"]["content"]) == 1
+    text, end = shape.chunks(Piece(0, "é", tokens, "stop"))
+    assert text["choices"][0]["delta"] == {"content": "é"}
+    assert text["choices"][0]["finish_reason"] is None
+    assert (end["choices"][0]["delta"], end["choices"][0]["finish_reason"]) == ({}, "stop")
 
 
 def test_a_template_that_refuses_is_the_fault_of_the_request(server: Running) -> None:
