@@ -69,11 +69,11 @@ def test_a_chat_says_its_role_at_once(serve: Serve) -> None:
 
 
 def test_a_whole_reply_is_kept_alive_with_blanks_and_comes_once(serve: Serve) -> None:
-    """A client that waits 0.2 s for a byte gets a reply that takes longer."""
+    """A client that waits two seconds for a byte gets a reply that takes longer."""
     server, texts = held(serve, ping_s=0.02)
-    opened = threading.Timer(0.7, texts.gate.open)
+    opened = threading.Timer(3.0, texts.gate.open)
     opened.start()
-    connection = server.connect(timeout_s=0.2)
+    connection = server.connect(timeout_s=2.0)
     connection.request("POST", COMPLETIONS, json.dumps(body(False, ">ab")),
                        {"content-type": "application/json"})  # fmt: skip
     content = connection.getresponse().read()
