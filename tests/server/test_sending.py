@@ -9,12 +9,15 @@ import asyncio
 import json
 import socket
 import threading
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from crowd import crowd
 from fake_texts import FakeTexts
 from running_server import Running, Serve, running, until
+
+from bminf.engine.request import Request
 
 LONG = ">" + "a" * 500
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -177,6 +180,10 @@ def test_a_full_queue_says_when_to_come_back(serve: Serve) -> None:
     server.worker._mean_s = 1000.0
     assert server.complete(">ab").headers["retry-after"] == "120"
     assert server.get("/v1/models").status == 200
+    request = Request([1], 1)
+    request.finish("cancelled")
+    more: Any = SimpleNamespace(request=request, scored=None, end=lambda: None)
+    server.worker.submit([more], is_continued=True)  # the next blank of a text is not refused
     texts.gate.open()
     for connection in (first, *others):
         read(connection, b'"text": "ab"')

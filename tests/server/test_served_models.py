@@ -126,6 +126,8 @@ def test_what_its_authors_say_of_sampling_is_the_default(llama: Any) -> None:
 
     assert (sampling().temperature, sampling().top_k) == (1.0, None)
     try:
+        own.temperature = 0.6
+        assert sampling().temperature == 1.0  # it is for drawing, which it does not say
         own.do_sample, own.temperature, own.top_k, own.top_p = True, 0.6, 30, 0.9
         assert (sampling().temperature, sampling().top_k, sampling().top_p) == (0.6, 30, 0.9)
         given = sampling(temperature=0.3, top_k=7, top_p=0.4)
