@@ -236,8 +236,12 @@ def test_a_head_that_never_ends_is_not_waited_for(
     server: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answered = server.connect()
-    answered.request("GET", "/health")
-    assert answered.getresponse().read() == b'{"status":"ok"}'
+    answered.connect()
+    own = answered.sock
+    for _ in range(2):
+        answered.request("GET", "/health")
+        assert answered.getresponse().read() == b'{"status":"ok"}'
+        assert answered.sock is own
     connections: Any = server.server.server_state.connections
     assert {one._deadline for one in connections} == {None}  # an idle one is kept
     monkeypatch.setattr("bminf.server.running.Connection.headers_s", 0.05)
