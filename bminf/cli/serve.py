@@ -41,7 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a site whose pages browsers may let in; may be given several times")  # fmt: skip
     add("--max-waiting", type=flags.positive, default=256, metavar="N",
         help="answers that may wait; beyond, requests are refused; default: 256")  # fmt: skip
-    add("--deterministic", action="store_true",
+    # Another one than that of generate: of the server's engine, also for models of transformers.
+    add("--deterministic", action="store_true", dest="shares_deterministically",
         help="answers that do not depend on others under way, not even in their last bits; "
         "slower")  # fmt: skip
 
@@ -57,8 +58,8 @@ def run(arguments: argparse.Namespace) -> int:
 
         settings = ServerSettings(_name(arguments), key, tuple(arguments.cors_origin))
         server = Server(
-            _loader(session, template, arguments.deterministic), settings, arguments.host,
-            arguments.port, arguments.max_waiting,
+            _loader(session, template, arguments.shares_deterministically), settings,
+            arguments.host, arguments.port, arguments.max_waiting,
         )  # fmt: skip
         _tell(f"bminf: listening on {server.url} (OpenAI: {server.url}/v1); loading the model")
         server.serve_until_told()
