@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bminf.cli import flags, models
+from bminf.cli.chat import LENGTH
 from bminf.cli.session import Session, find
 from bminf.errors import ArgumentError
 
@@ -68,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _loader(session: Session, template: str | None, deterministic: bool) -> Callable[[], Texts]:
     def load() -> Texts:
-        session.load(None)
+        session.load(LENGTH)
         texts = session.served(template, deterministic)
         _tell(f"{session.plan}\nbminf: ready; a text has at most {texts.max_length} tokens")
         return texts

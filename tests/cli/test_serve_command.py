@@ -17,10 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 from tiny_glm import tiny_model
 from tiny_llama import TEMPLATE, save_llama
 
+import bminf
 from bminf.cli import main, serve
+from bminf.cli.chat import LENGTH
 
 Ask = Callable[[str], Any]
 
@@ -131,6 +134,17 @@ def test_ctrl_c_ends_it_and_is_told_apart(folder: Path, told: Told, tmp_path: Pa
     assert info["chat_template"] == OWN_TEMPLATE
     # "user once assistant"; and "user once assistant upon", which is continued.
     assert [reply["usage"]["prompt_tokens"] for reply in replies] == [3, 4]
+
+
+def test_a_limit_that_streams_has_room_for_texts_of_its_own(folder: Path, told: Told) -> None:
+    """Without --max-length, as bminf chat has."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    least = bminf.plan_for(model, False, device="cpu", max_length=LENGTH).least_limit
+    asks: Ask = lambda url: post(f"{url}/v1/completions", {"prompt": "once", "max_tokens": 3})  # noqa: E731
+    argv = (str(folder), "--quantization", "none", "--memory-limit", f"{least}B")
+    code, reply = served(told, signal.SIGTERM, asks, *argv)
+    assert code == 0 and reply["usage"]["completion_tokens"] == 3
+    assert re.search("[1-9] stream", "\n".join(told.lines))
 
 
 @pytest.mark.filterwarnings("ignore:found no sentencepiece model")
