@@ -14,6 +14,8 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
+from bminf.layers.alibi import Alibi, attend_with_alibi
+
 Operator = Literal["flash", "efficient", "math"]
 """Of torch: aten::_scaled_dot_product_flash_attention, ..._efficient_attention, ..._math."""
 
@@ -36,14 +38,16 @@ def attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    bias: torch.Tensor | None,
+    bias: torch.Tensor | Alibi | None,
     scale: float,
 ) -> torch.Tensor:
     """softmax(scale * query key^T + bias) value.
 
     query: (B, H, T, D).   key, value: (B, H, S, D).   bias: broadcastable to (B, H, T, S), in the
-    dtype of query, or None.   Returns (B, H, T, D).
+    dtype of query; an Alibi, for scores in float32; or None.   Returns (B, H, T, D).
     """
+    if isinstance(bias, Alibi):
+        return attend_with_alibi(attention, query, key, value, bias, scale)
     if query.device.type != "cuda":
         return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
     gpu = _gpu(query.device)
@@ -55,11 +59,13 @@ def attention_in_products(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    bias: torch.Tensor | None,
+    bias: torch.Tensor | Alibi | None,
     scale: float,
 ) -> torch.Tensor:
     """attention(), whose last bits do not depend on the number of threads: torch's own operator for
     CPUs cuts its work by that."""
+    if isinstance(bias, Alibi):
+        return attend_with_alibi(attention_in_products, query, key, value, bias, scale)
     y: torch.Tensor = torch.ops.aten._scaled_dot_product_attention_math(
         query, key, value, bias, scale=scale
     )[0]

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
+from bminf.layers.alibi import Alibi
 from bminf.layers.attention import attention
 
-MakeBias = Callable[[int, int], torch.Tensor | None]
+MakeBias = Callable[[int, int], torch.Tensor | Alibi | None]
 """From the numbers of queries and keys to a bias of attention(); queries are the last keys."""
 
 
@@ -75,7 +76,7 @@ class KVCache:
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        bias: torch.Tensor | None,
+        bias: torch.Tensor | Alibi | None,
         scale: float,
     ) -> torch.Tensor:
         """Append, and attend from the appended tokens to all; see attention()."""
@@ -86,7 +87,7 @@ class KVCache:
         """(T,) int64, where the next tokens stand."""
         return torch.arange(self.length, self.length + num_tokens, device=self.keys.device)
 
-    def bias(self, num_tokens: int, make: MakeBias) -> torch.Tensor | None:
+    def bias(self, num_tokens: int, make: MakeBias) -> torch.Tensor | Alibi | None:
         """That of the next tokens."""
         return make(num_tokens, self.length + num_tokens)
 

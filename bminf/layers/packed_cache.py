@@ -12,11 +12,13 @@ from typing import Any, Protocol
 
 import torch
 
+from bminf.layers.alibi import Alibi
 from bminf.layers.attention import attention, attention_in_products
 from bminf.layers.kv_cache import MakeBias
 
-Bias = Sequence[torch.Tensor | None]
-"""Of each row in a pass: (1, 1 or H, T of the row, S of the row), or None."""
+Bias = Sequence[torch.Tensor | Alibi | None]
+"""Of each row in a pass: (1, 1 or H, T of the row, S of the row), or what attention() takes in the
+place of that."""
 
 
 class Cache(Protocol):
@@ -125,7 +127,7 @@ class PackedCache:
         layer: int,
         cells: slice,
         query: torch.Tensor,
-        bias: torch.Tensor | None,
+        bias: torch.Tensor | Alibi | None,
         scale: float,
     ) -> torch.Tensor:
         keys, values = self._keys[layer, None, :, cells], self._values[layer, None, :, cells]
