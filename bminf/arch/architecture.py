@@ -39,6 +39,15 @@ def lists_of(model: torch.nn.Module) -> list[str]:
     return [n for n, module in model.named_modules() if isinstance(module, torch.nn.ModuleList)]
 
 
+def matrices_of(model: torch.nn.Module) -> list[str]:
+    """The names of all matrices of the layers and the head, in the order of a pass.
+
+    A layer of 130 billion parameters is large beside a small card: two slots of one matrix leave
+    more room for what stays than two slots of a layer.
+    """
+    return [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
     """name: in files and on the command line.   title: in messages.

@@ -7,7 +7,7 @@ Two architectures share the idea, and little else:
 The embedding is gathered on the host, and the output head, which has the same weights, is split
 into parts that can be streamed like any other matrix.
 
-Top to bottom: configuration, modules, blocks, names on disk, ranks, sizes, the models there are.
+Top to bottom: configuration, modules, names on disk, ranks, sizes, the models there are.
 
 Sources: Du et al. 2022, arXiv:2103.10360; Zeng et al. 2022, arXiv:2210.02414. Of the names on disk:
 GLM-130B, tools/convert_tp.py and quantization/layers.py; GLM, change_mp.py and
@@ -20,12 +20,11 @@ import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any, Literal
 
 import torch
 
-from bminf.arch.architecture import Architecture
+from bminf.arch.architecture import Architecture, matrices_of
 from bminf.arch.sizes import HIDDEN_BYTES, Pass, Sizes, layer_bytes
 from bminf.checkpoint.config import ConfigReader, num_layers_of, rows_of
 from bminf.checkpoint.folder import Checkpoint
@@ -50,6 +49,7 @@ from bminf.layers.feed_forward import FeedForward, HalvedFeedForward
 from bminf.layers.kv_cache import KVCache, decoder_cache, decoder_cache_bytes
 from bminf.layers.packed_cache import Cache
 from bminf.layers.rotary import Rotary, rotate
+from bminf.layers.split_head import Head, split_head
 from bminf.quantization import glm_rows
 from bminf.quantization.packed import FORMATS, INT4, Format, PackedWeight, pack
 
@@ -280,23 +280,6 @@ def mask_bias(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | N
     return None if mask is None else mask_to_bias(mask.unsqueeze(1), dtype)
 
 
-class Head(torch.nn.Module):
-    """The output head, split by rows into equal parts, as far as the rows allow."""
-
-    def __init__(self, config: GLMConfig) -> None:
-        super().__init__()
-        vocab_size, num_parts = config.vocab_size, config.num_head_parts
-        ends = [index * vocab_size // num_parts for index in range(num_parts + 1)]
-        self.parts = torch.nn.ModuleList(
-            torch.nn.Linear(config.hidden_size, end - start, bias=False)
-            for start, end in pairwise(ends)
-        )
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., C) -> logits (..., V) float32."""
-        return torch.cat([part(x) for part in self.parts], dim=-1).float()
-
-
 class GLM(torch.nn.Module):
     """Reads a text with blanks, then goes on token after token; the past is in a cache."""
 
@@ -353,27 +336,9 @@ class GLM(torch.nn.Module):
         """(..., C) -> logits (..., V) float32."""
         return self.lm_head(x)
 
-    def split_head(self, num_parts: int) -> None:
-        """Give the network, which lies on the meta device, a head of so many parts."""
-        self.config = replace(self.config, num_head_parts=num_parts)
-        with torch.device("meta"):
-            self.lm_head = Head(self.config)
-
     def new_cache(self, batch_size: int, max_length: int) -> KVCache:
         """An empty cache in the dtype and on the device of the last norm."""
         return decoder_cache(self.config, batch_size, max_length, self.norm.weight)
-
-
-# ---- blocks --------------------------------------------------------------------------------------
-
-
-def matrices_of(model: torch.nn.Module) -> list[str]:
-    """The names of all matrices of the layers and the head, in the order of a pass: blocks.
-
-    A layer of 130 billion parameters is large beside a small card: two slots of one matrix leave
-    more room for what stays than two slots of a layer.
-    """
-    return [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
 
 
 # ---- names on disk -------------------------------------------------------------------------------
@@ -599,7 +564,7 @@ GLM130B = Architecture(
     formats=GLM_FORMATS,
     default_format=INT4,
     pack=_pack,
-    split_head=GLM.split_head,
+    split_head=split_head,
     is_config_of=lambda config: config.is_rotary,
     vocabulary_name=lambda path: "ice_text.model",
     has_padded_vocabulary=True,
