@@ -198,8 +198,8 @@ def position_tensor(positions: Sequence[Sequence[Position]], has_blocks: bool) -
 
 
 class GLMDecoder:
-    """A batch of blanks. Shorter texts are left-padded, as in a GPTDecoder; the attention mask is
-    that of a prefix LM.
+    """A batch of blanks. Shorter texts are left-padded, as in a PaddedDecoder; the attention mask
+    is that of a prefix LM.
     """
 
     def __init__(self, model: GLM, cache: KVCache, blanks: Sequence[Blank]) -> None:
