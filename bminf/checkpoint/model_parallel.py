@@ -20,6 +20,7 @@ from pathlib import Path
 from bminf.checkpoint.binary_file import BinaryFile
 from bminf.checkpoint.names import listed, unwrapped
 from bminf.checkpoint.stored import (
+    Averaged,
     Columns,
     InFile,
     Replicated,
@@ -53,19 +54,21 @@ class Split:
     axis: None where each rank has the whole.   num_fused: matrices one below another, such as
     Q, K and V, of each of which a rank has its slice.
     is_per_rank: each rank has a vector of its own, of scales of its columns: the whole is a matrix
-    with a column a rank.
+    with a column a rank.   is_averaged: what each rank has of the whole drifted apart from the
+    others' in training, and their mean is meant.
     """
 
     axis: int | None
     num_fused: int = 1
     is_per_rank: bool = False
+    is_averaged: bool = False
 
     def merge(self, parts: tuple[InFile, ...]) -> Stored:
         """The whole tensor, from the ranks' parts in order.   Raises CheckpointError."""
         if len(parts) == 1:
             return parts[0]
         if self.axis is None:
-            return Replicated(parts)
+            return Averaged(parts) if self.is_averaged else Replicated(parts)
         if self.is_per_rank:
             return Columns(tuple(_as_column(part) for part in parts))
         if self.axis == 1:
@@ -105,6 +108,7 @@ def _as_column(vector: InFile) -> InFile:
 
 
 REPLICATED, ROWS, COLUMNS, PER_RANK = Split(None), Split(0), Split(1), Split(1, is_per_rank=True)
+AVERAGED = Split(None, is_averaged=True)
 
 
 def fused_rows(num_fused: int) -> Split:

@@ -314,6 +314,43 @@ class Replicated(_Parts):
 
 
 @dataclass(frozen=True)
+class Averaged(_Parts):
+    """The mean of what several files hold of one tensor, in float32 at least: the loader rounds it.
+
+    Raises CheckpointError where shapes or dtypes differ, or are not of floating point.
+    """
+
+    def __post_init__(self) -> None:
+        _check_floating(self.parts[0])
+        for other in self.parts[1:]:
+            check_alike(self.parts[0], other)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.parts[0].shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.promote_types(self.parts[0].dtype, torch.float32)
+
+    def read(self) -> torch.Tensor:
+        total = torch.zeros(self.shape, dtype=self.dtype)
+        for part in self.parts:
+            total += part.read()
+        return total.div_(len(self.parts))
+
+    def deviation(self) -> float:
+        """The largest distance of a value in a part from the mean; all parts are read for it."""
+        if 0 in self.shape:
+            return 0.0
+        mean = self.read()
+        return max([float((part.read() - mean).abs().max()) for part in self.parts])
+
+    def _slice(self, axis: int, start: int, end: int) -> Stored:
+        return Averaged(tuple(slice_of(part, axis, start, end) for part in self.parts))
+
+
+@dataclass(frozen=True)
 class Transposed(Sliced):
     """A matrix with rows and columns exchanged; read() gives a view.
 
@@ -358,10 +395,7 @@ class Scaled(Sliced):
     factor: float
 
     def __post_init__(self) -> None:
-        if not self.part.dtype.is_floating_point:
-            raise CheckpointError(
-                f"{self.part.where} is {self.part.dtype}; it should be floating point"
-            )
+        _check_floating(self.part)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -396,6 +430,11 @@ def _overlapping(parts: tuple[Stored, ...], axis: int, start: int, end: int) -> 
 
 def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().view(-1).view(torch.uint8)  # so that a NaN equals itself
+
+
+def _check_floating(stored: Stored) -> None:
+    if not stored.dtype.is_floating_point:
+        raise CheckpointError(f"{stored.where} is {stored.dtype}; it should be floating point")
 
 
 def check_alike(first: Stored, other: Stored, axis: int | None = None) -> None:

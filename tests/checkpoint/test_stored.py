@@ -12,6 +12,7 @@ from saved_files import Given, check
 from tiny_zoo import save
 
 from bminf.checkpoint.stored import (
+    Averaged,
     Columns,
     Replicated,
     Rows,
@@ -92,6 +93,27 @@ def test_large_replicated_tensors_are_not_compared() -> None:
     assert Replicated((Given(large), Unread(large))).read() is large
 
 
+@pytest.mark.parametrize(
+    ("dtype", "result"),
+    [
+        (torch.float16, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.float64, torch.float64),
+    ],
+)
+def test_a_mean_is_not_rounded_to_half_precision(dtype: torch.dtype, result: torch.dtype) -> None:
+    parts = [given(3, 2, dtype=dtype) for _ in range(3)]
+    whole = sum(part.tensor.to(result) for part in parts) / 3
+    check(Averaged(tuple(parts)), torch.as_tensor(whole))
+
+
+def test_the_deviation_from_a_mean_is_the_largest_of_any_part() -> None:
+    parts = [torch.zeros(4), torch.tensor([0.0, 3, 0, 0]), torch.tensor([0.0, 0, 0, -1.5])]
+    assert Averaged(tuple(map(Given, parts))).deviation() == 2.0
+    assert Averaged((Given(parts[1]), Given(parts[1].clone()))).deviation() == 0
+    assert Averaged((Given(torch.ones(0, 3)),) * 2).deviation() == 0
+
+
 OTHER: dict[str, Any] = {"where": "'v' in another file"}
 
 
@@ -106,6 +128,9 @@ OTHER: dict[str, Any] = {"where": "'v' in another file"}
         (lambda a: Columns((Unread(torch.ones(3)),)), "2 dimensions or more"),
         (lambda a: merge_fused((a, a), 3), r"shape \(2, 3\); its rows should be 3 equal pieces"),
         (lambda a: Replicated((a, Unread(torch.ones(4, 3), **OTHER))), "'v' in another file"),
+        (lambda a: Averaged((a, Unread(torch.ones(4, 3), **OTHER))), "'v' in another file"),
+        (lambda a: Averaged((a, Unread(torch.ones(2, 3).half(), **OTHER))), "float16"),
+        (lambda a: Averaged((Unread(torch.ones(3).int()),) * 2), "floating point"),
         (lambda a: Transposed(Unread(torch.ones(3))), "should be a matrix"),
         (lambda a: Scaled(Unread(torch.ones(3).int()), 2.0), "floating point"),
     ],
@@ -143,6 +168,7 @@ MADE: dict[str, Callable[[], Stored]] = {
     "striped": lambda: merge_fused((given(4, 3), given(6, 3), given(2, 3)), 2),
     "striped columns": lambda: Columns((merge_fused((given(6, 2), given(6, 2)), 3), given(12, 1))),
     "replicated": lambda: Replicated((given(5, 4),) * 2),
+    "averaged": lambda: Averaged((given(5, 4), given(5, 4), given(5, 4))),
     "transposed": lambda: Transposed(Rows((given(2, 4), given(3, 4)))),
     "scaled": lambda: Scaled(Columns((given(4, 2), given(4, 3))), 1 / 3),
     "vectors": lambda: Rows((given(3), given(4))),
