@@ -19,7 +19,7 @@ from bminf.layers.quantize import Predicate, Replacements, install, warn_of_unqu
 from bminf.layers.quantized_linear import is_conv1d
 from bminf.layers.saving import refuse_to_save
 from bminf.layout import tensors_of
-from bminf.models import CPM1, CPM2, EVA, GLM, LanguageModel
+from bminf.models import BLOOM, CPM1, CPM2, EVA, GLM, LanguageModel
 from bminf.models.assemble import dtype_for
 from bminf.models.recognition import architectures_for, recognized
 from bminf.models.source import HUB_ID, download
@@ -37,7 +37,7 @@ _AUTO = "auto"
 _ACCEPTED = "a folder with a checkpoint, or a hub id"
 _PARTS = (".json", ".safetensors", ".bin")
 _HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
-_ZOO: tuple[type[LanguageModel], ...] = (CPM1, CPM2, EVA, GLM)
+_ZOO: tuple[type[LanguageModel], ...] = (CPM1, CPM2, EVA, GLM, BLOOM)
 
 
 @known_keywords

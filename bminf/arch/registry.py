@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bminf.arch.architecture import Architecture
+from bminf.arch.bloom import BLOOM
 from bminf.arch.glm import GLM10B, GLM130B
 from bminf.arch.gpt import CPM1
 from bminf.arch.t5 import CPM2, EVA
@@ -19,7 +20,7 @@ from bminf.checkpoint.folder import Checkpoint, open_checkpoint
 from bminf.checkpoint.model_parallel import SplitTable
 from bminf.quantization.packed import Format
 
-ARCHITECTURES: tuple[Architecture, ...] = (CPM1, CPM2, EVA, GLM130B, GLM10B)
+ARCHITECTURES: tuple[Architecture, ...] = (CPM1, CPM2, EVA, GLM130B, GLM10B, BLOOM)
 """What two of them claim belongs to the later one: GLM-10B has the names of CPM-1, and more."""
 
 

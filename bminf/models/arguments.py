@@ -15,8 +15,11 @@ Text = str | Sequence[int] | torch.Tensor
 """A text, or its token ids: a sequence of ints or a tensor (T,)."""
 
 
-def ids_of(text: Text, name: str, tokenizer: Tokenizer) -> list[int]:
-    """The token ids of a text, or the checked ids themselves.   Raises ArgumentError."""
+def ids_of(text: Text, name: str, tokenizer: Tokenizer, num_rows: int | None = None) -> list[int]:
+    """The token ids of a text, or the checked ids themselves.   Raises ArgumentError.
+
+    num_rows: of the embedding, where more ids than the tokenizer's are taken.
+    """
     if isinstance(text, str):
         ids = tokenizer.encode(text)
     elif isinstance(text, torch.Tensor):
@@ -25,7 +28,7 @@ def ids_of(text: Text, name: str, tokenizer: Tokenizer) -> list[int]:
         ids = [_as_int(token_id, name) for token_id in text]
     else:
         raise ArgumentError(f"{name} is a {type(text).__name__}; give a str, or token ids")
-    size = tokenizer.vocab_size
+    size = num_rows or tokenizer.vocab_size
     if not ids or not all(0 <= token_id < size for token_id in ids):
         raise ArgumentError(
             f"{name} has {'no tokens' if not ids else 'ids outside the vocabulary'}; give a "

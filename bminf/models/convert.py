@@ -55,8 +55,8 @@ def convert(
     destination: a folder that does not exist yet, or is empty.
     quantization: "int8", "int4", "int4-row" (see GLM), a bminf.Format, or None. "auto" keeps what
         is packed already as it is, and is "int4" for a GLM, "int8" for the others.
-    model: one of "cpm1", "cpm2", "eva", "glm130b", "glm10b"; None tells it from the files, where
-        they do.   dtype: of what is not packed; None is that of the source.
+    model: one of "cpm1", "cpm2", "eva", "glm130b", "glm10b", "bloom"; None tells it from the
+        files, where they do.   dtype: of what is not packed; None is that of the source.
     config, tokenizer: see bminf.models.LanguageModel.   head_quantization: see bminf.models.GLM.
     tp: writes the files of a GLM's own authors instead, for so many ranks, with configuration and
         vocabulary beside them; quantization is then None (as "auto"), "int8" or "int4", and these
