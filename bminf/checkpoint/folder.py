@@ -24,6 +24,7 @@ from bminf.checkpoint.model_parallel import (
     trackers_in,
 )
 from bminf.checkpoint.names import listed, unwrapped
+from bminf.checkpoint.pipeline_layers import has_layers, is_layer_file, read_layers
 from bminf.checkpoint.safetensors_file import names_of, read_safetensors, write_safetensors
 from bminf.checkpoint.stored import InFile, Stored
 from bminf.checkpoint.torch_file import read_torch_file, weights_of
@@ -34,7 +35,7 @@ from bminf.progress import progress_bar
 Progress = Callable[[int], object]
 """To be called with how many more bytes are written."""
 
-Kind = Literal["bminf", "original", "bminf1", "modelcenter", "huggingface"]
+Kind = Literal["bminf", "original", "layers", "bminf1", "modelcenter", "huggingface"]
 
 # In the order of preference where a folder holds several of one kind.
 _FILES: dict[str, Kind] = {
@@ -51,6 +52,7 @@ _INDEX = ".index.json"
 _LAYOUTS = (
     "a folder of bminf convert (config.json, model.safetensors), "
     f"of the original code ({', '.join(TRACKERS)} or mp_rank_NN_model_states.pt), "
+    "of Megatron-DeepSpeed (layer_XX-model_YY-model_states.pt), "
     "of BMInf 1.x (checkpoint.pt), of ModelCenter (pytorch_model.pt), "
     "of Hugging Face (model.safetensors, pytorch_model.bin, or their .index.json)"
 )
@@ -93,7 +95,9 @@ def _layout_of_folder(folder: Path) -> tuple[Kind, Path]:
     for name, kind in _FILES.items():
         if (folder / name).is_file():
             kinds.setdefault(kind, folder / name)
-    if is_model_parallel(folder) or (not kinds and trackers_in(folder)):
+    if has_layers(folder):
+        kinds["layers"] = folder
+    elif is_model_parallel(folder) or (not kinds and trackers_in(folder)):
         kinds["original"] = folder
     if len(kinds) > 1:
         raise CheckpointError(
@@ -112,14 +116,16 @@ def _layout_of_file(path: Path) -> tuple[Kind, Path]:
     folder = path.parent
     if path.name == _CONFIG:
         return _layout_of_folder(folder)
+    if is_layer_file(path) or (path.name in TRACKERS and has_layers(folder)):
+        return "layers", folder
     if path.name == FILE_IN_RANK_FOLDER:
         return "original", folder.parent
+    if path.name in _FILES:
+        is_ours = path.name in (_OURS, f"{_OURS}{_INDEX}") and _is_ours(folder)
+        return "bminf" if is_ours else _FILES[path.name], path
     if path.name in TRACKERS or (is_model_parallel(folder) and path in rank_files(folder)):
         return "original", folder
-    if path.name not in _FILES:
-        raise CheckpointError(f"{path} is not the file of a checkpoint; accepted: {_LAYOUTS}")
-    is_ours = path.name in (_OURS, f"{_OURS}{_INDEX}") and _is_ours(folder)
-    return "bminf" if is_ours else _FILES[path.name], path
+    raise CheckpointError(f"{path} is not the file of a checkpoint; accepted: {_LAYOUTS}")
 
 
 def _is_ours(folder: Path) -> bool:
@@ -130,6 +136,8 @@ def _is_ours(folder: Path) -> bool:
 def _open(kind: Kind, path: Path, tables: Sequence[SplitTable]) -> Checkpoint:
     if kind == "original":
         return Checkpoint(kind, path, read_model_parallel(path, tables))
+    if kind == "layers":
+        return Checkpoint(kind, path, read_layers(path, tables))
     if kind == "bminf1":
         return Checkpoint(kind, path.parent, read_bminf1(path))
     tensors = read_sharded(path) if path.name.endswith(_INDEX) else read_weights(path)

@@ -187,13 +187,13 @@ def read_model_parallel(folder: Path, tables: Sequence[SplitTable]) -> dict[str,
     """
     paths = rank_files(folder)
     ranks = [_read_rank(path, len(paths)) for path in paths]
-    _check_agreement(paths, ranks)
+    check_agreement(paths, ranks)
     table = table_for(ranks[0].keys(), tables)
     merged: dict[str, Stored] = dict(ranks[0])
     if len(ranks) > 1:
         splits = {name: table.split(name) for name in merged}
         merged = {name: splits[name].merge(tuple(rank[name] for rank in ranks)) for name in splits}
-    _check_complete(merged, len(ranks), table)
+    check_complete(merged, len(ranks), table)
     return merged
 
 
@@ -206,7 +206,7 @@ def is_model_parallel(folder: Path) -> bool:
     latest = folder / DEEPSPEED_TRACKER
     if (folder / TRACKER).is_file() or _numbered(folder):
         return True
-    return latest.is_file() and _ITERATION.fullmatch(_text(latest)) is not None
+    return latest.is_file() and _ITERATION.fullmatch(tracker_text(latest)) is not None
 
 
 def rank_files(folder: Path) -> list[Path]:
@@ -268,15 +268,18 @@ def _latest(folder: Path) -> Path:
 
 def _iteration(tracker: Path) -> str:
     """The iteration that one tracker file names, as it is written there."""
-    text = _text(tracker)
+    text = tracker_text(tracker)
     if not _ITERATION.fullmatch(text):
         raise CheckpointError(
-            f"{tracker} holds {text!r}; it should be the number of an iteration, or {RELEASE!r}"
+            f"{tracker} holds {text!r}; it should be the number of an iteration, or {RELEASE!r} "
+            "(or global_stepN, where that is a folder beside it with files "
+            "layer_XX-model_YY-model_states.pt)"
         )
     return text.decode()
 
 
-def _text(tracker: Path) -> bytes:
+def tracker_text(tracker: Path) -> bytes:
+    """What a tracker file holds, without what stands around it."""
     file = BinaryFile(tracker)
     text = file.at(0, min(file.nbytes, _MAX_TRACKER_BYTES), "the iteration")
     return text.removeprefix(codecs.BOM_UTF8).strip()
@@ -300,8 +303,9 @@ def _read_rank(path: Path, num_ranks: int) -> dict[str, InFile]:
     return unwrapped(weights)
 
 
-def _check_agreement(paths: list[Path], ranks: list[dict[str, InFile]]) -> None:
-    """Equal names, dtypes and shapes: every tensor is split into equal parts, or not at all."""
+def check_agreement(paths: Sequence[Path], ranks: Sequence[Mapping[str, Stored]]) -> None:
+    """Raise CheckpointError where names, dtypes or shapes differ: every tensor is split into equal
+    parts, or not at all."""
     first = ranks[0]
     for path, rank in zip(paths[1:], ranks[1:], strict=True):
         if rank.keys() != first.keys():
@@ -313,7 +317,7 @@ def _check_agreement(paths: list[Path], ranks: list[dict[str, InFile]]) -> None:
             check_alike(first[name], tensor)
 
 
-def _check_complete(tensors: Mapping[str, Stored], num_ranks: int, table: SplitTable) -> None:
+def check_complete(tensors: Mapping[str, Stored], num_ranks: int, table: SplitTable) -> None:
     """Raise CheckpointError where the last ranks are missing, which no number of a file tells."""
     for end, other in table.widths.items():
         for name, shared in tensors.items():
