@@ -198,6 +198,22 @@ def read_json(path: Path) -> dict[str, Any]:
     return parse_json(file.at(0, min(file.nbytes, _MAX_JSON_BYTES), "JSON"), str(path))
 
 
+def check_beside(index: Path, name: object) -> None:
+    """Raise CheckpointError where what an index names is not a file in its own folder."""
+    # A path out of the folder would let a downloaded index name any file of this machine.
+    if not isinstance(name, str) or name in ("", ".", "..") or set(name) & {"/", "\\", "\0"}:
+        raise CheckpointError(f"{index} names the file {name!r}; it should be one beside it")
+
+
+def file_beside(index: Path, name: str) -> Path:
+    """The file that an index names.   Raises CheckpointError where it is not there."""
+    check_beside(index, name)
+    path = index.with_name(name)
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing, which {index.name} names; fetch it too")
+    return path
+
+
 def parse_json(text: bytes, where: str) -> dict[str, Any]:
     """The object in a JSON text; a key that comes twice is an error, not the last one's value."""
     try:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from bminf.checkpoint.binary_file import read_json
+from bminf.checkpoint.binary_file import check_beside, file_beside, read_json
 from bminf.checkpoint.bminf1_file import read_bminf1
 from bminf.checkpoint.model_parallel import (
     FILE_IN_RANK_FOLDER,
@@ -164,14 +164,10 @@ def read_sharded(index: Path) -> dict[str, InFile]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f'{index} has no "weight_map" of tensor names and files')
     for name in weight_map.values():
-        # A path out of the folder would let a downloaded index name any file of this machine.
-        if not isinstance(name, str) or name in ("", ".", "..") or set(name) & {"/", "\\", "\0"}:
-            raise CheckpointError(f"{index} names the file {name!r}; it should be one beside it")
+        check_beside(index, name)
     found: dict[str, InFile] = {}
     for shard in dict.fromkeys(weight_map.values()):
-        path = index.with_name(shard)
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing, which {index.name} names; fetch it too")
+        path = file_beside(index, shard)
         tensors = read_weights(path)
         named = {name for name, place in weight_map.items() if place == shard}
         if missing := sorted(named - tensors.keys()):
