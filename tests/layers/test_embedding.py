@@ -20,6 +20,7 @@ def test_rows_come_from_their_part_in_the_dtype_of_the_model(
     host.keep([part.view(torch.uint8) for part in parts] if as_bytes else parts, torch.float16)
     ids = torch.tensor([[8, 0, 3], [4, 4, 7]])
     assert torch.equal(host(ids), table.float()[ids])
+    assert torch.equal(host(ids[:, 1:2]), table.float()[ids[:, 1:2]])  # a column, of a batch
     assert host.bfloat16()(ids).dtype == torch.bfloat16
     assert not list(host.parameters()) and not host.state_dict()
 
