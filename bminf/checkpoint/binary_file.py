@@ -205,10 +205,11 @@ def check_beside(index: Path, name: object) -> None:
         raise CheckpointError(f"{index} names the file {name!r}; it should be one beside it")
 
 
-def file_beside(index: Path, name: str) -> Path:
-    """The file that an index names.   Raises CheckpointError where it is not there."""
+def file_beside(index: Path, name: object) -> Path:
+    """The file that an index names.   Raises CheckpointError as check_beside(), and where it is not
+    there."""
     check_beside(index, name)
-    path = index.with_name(name)
+    path = index.with_name(str(name))
     if not path.is_file():
         raise CheckpointError(f"{path} is missing, which {index.name} names; fetch it too")
     return path

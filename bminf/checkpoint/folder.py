@@ -25,6 +25,7 @@ from bminf.checkpoint.model_parallel import (
 )
 from bminf.checkpoint.names import listed, unwrapped
 from bminf.checkpoint.pipeline_layers import has_layers, is_layer_file, read_layers
+from bminf.checkpoint.presharded import read_presharded
 from bminf.checkpoint.safetensors_file import names_of, read_safetensors, write_safetensors
 from bminf.checkpoint.stored import InFile, Stored
 from bminf.checkpoint.torch_file import read_torch_file, weights_of
@@ -35,7 +36,9 @@ from bminf.progress import progress_bar
 Progress = Callable[[int], object]
 """To be called with how many more bytes are written."""
 
-Kind = Literal["bminf", "original", "layers", "bminf1", "modelcenter", "huggingface"]
+Kind = Literal[
+    "bminf", "original", "layers", "presharded", "bminf1", "modelcenter", "huggingface"
+]  # fmt: skip
 
 # In the order of preference where a folder holds several of one kind.
 _FILES: dict[str, Kind] = {
@@ -45,6 +48,8 @@ _FILES: dict[str, Kind] = {
     "pytorch_model.bin.index.json": "huggingface",
     "pytorch_model.pt": "modelcenter",
     "checkpoint.pt": "bminf1",
+    "ds_inference_config.json": "presharded",
+    "ds-inference_config.json": "presharded",
 }
 _CONFIG = "config.json"
 _OURS = "model.safetensors"
@@ -53,6 +58,7 @@ _LAYOUTS = (
     "a folder of bminf convert (config.json, model.safetensors), "
     f"of the original code ({', '.join(TRACKERS)} or mp_rank_NN_model_states.pt), "
     "of Megatron-DeepSpeed (layer_XX-model_YY-model_states.pt), "
+    "of DeepSpeed's inference (ds_inference_config.json), "
     "of BMInf 1.x (checkpoint.pt), of ModelCenter (pytorch_model.pt), "
     "of Hugging Face (model.safetensors, pytorch_model.bin, or their .index.json)"
 )
@@ -138,6 +144,8 @@ def _open(kind: Kind, path: Path, tables: Sequence[SplitTable]) -> Checkpoint:
         return Checkpoint(kind, path, read_model_parallel(path, tables))
     if kind == "layers":
         return Checkpoint(kind, path, read_layers(path, tables))
+    if kind == "presharded":
+        return Checkpoint(kind, path.parent, read_presharded(path, tables))
     if kind == "bminf1":
         return Checkpoint(kind, path.parent, read_bminf1(path))
     tensors = read_sharded(path) if path.name.endswith(_INDEX) else read_weights(path)

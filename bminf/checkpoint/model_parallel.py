@@ -63,7 +63,7 @@ class Split:
     is_per_rank: bool = False
     is_averaged: bool = False
 
-    def merge(self, parts: tuple[InFile, ...]) -> Stored:
+    def merge(self, parts: tuple[Stored, ...]) -> Stored:
         """The whole tensor, from the ranks' parts in order.   Raises CheckpointError."""
         if len(parts) == 1:
             return parts[0]
@@ -100,9 +100,9 @@ class Split:
         return pieces[0] if len(pieces) == 1 else Rows(pieces)
 
 
-def _as_column(vector: InFile) -> InFile:
+def _as_column(vector: Stored) -> InFile:
     """(N,) as (N, 1)."""
-    if len(vector.shape) != 1:
+    if not isinstance(vector, InFile) or len(vector.shape) != 1:
         raise CheckpointError(f"{vector.where} has shape {vector.shape}; it should be a vector")
     return replace(vector, shape=(*vector.shape, 1), stride=(*vector.stride, 1))
 
