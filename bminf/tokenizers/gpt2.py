@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,14 +50,14 @@ class GPT2Tokenizer(CommandTokenizer):
         self._bpe = _make_bpe(entries, _read_merges(merges_file, set(entries)))
 
     def detokenizer(self) -> Detokenizer:
-        return _ByteDetokenizer(self._entry_bytes, self._texts)
+        return ByteDetokenizer(self._entry_bytes, self._texts)
 
     def _tokenize(self, text: str) -> list[int]:
         ids: list[int] = self._bpe.encode(text, add_special_tokens=False).ids
         return ids
 
 
-class _ByteDetokenizer:
+class ByteDetokenizer:
     """The detokenizer of tokens that are bytes: it holds back a character until it is whole.
 
     token_bytes: of each id.   specials: the text of each other id; no character goes across one.
@@ -126,13 +126,18 @@ def _check_entries(entries: list[str], path: Path) -> None:
             f"{path}: the last entry is {entries[-1]!r}, and GPT-2's is {_END!r}, behind which the "
             "special tokens of GLM have their ids; is this the right file?"
         )
-    for entry in entries[:-1]:
+    check_byte_entries(entries[:-1], path)
+
+
+def check_byte_entries(entries: Collection[str], path: Path) -> None:
+    """Raise CheckpointError where they are not made of the characters in BYTES, or lack one."""
+    for entry in entries:
         if other := set(entry) - BYTES.keys():
             raise CheckpointError(
                 f"{path}: entry {entry!r} has {min(other)!r}, which stands for no byte; is this "
                 "the right file?"
             )
-    missing = BYTES.keys() - entries
+    missing = BYTES.keys() - set(entries)
     if missing:
         raise CheckpointError(
             f"{path} has no entry for {len(missing)} of the 256 bytes ({min(missing)!r}), so some "
