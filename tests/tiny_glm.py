@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tiny_bloom import tiny_bloom
 from tiny_zoo import FUSED, megatron_layers, split, tiny, write_huggingface, write_ranks
 
 from bminf.arch.registry import checkpoint_in
@@ -181,7 +182,9 @@ def tiny_glm(name: str, **changed: Any) -> TinyGLM:
 
 
 def tiny_model(name: str, **changed: Any) -> Any:
-    """A TinyGLM, or a TinyModel of tiny_zoo.   changed: fields of its configuration."""
+    """Any of the small models.   changed: fields of its configuration."""
+    if name == "bloom":
+        return tiny_bloom(**changed)
     return tiny_glm(name, **changed) if name.startswith("glm") else tiny(name, **changed)
 
 

@@ -24,7 +24,7 @@ def ids_of(text: Text, name: str, tokenizer: Tokenizer, num_rows: int | None = N
         ids = tokenizer.encode(text)
     elif isinstance(text, torch.Tensor):
         ids = _ids_of_tensor(text, name)
-    elif isinstance(text, Iterable):
+    elif isinstance(text, Iterable) and not isinstance(text, bytes | bytearray):
         ids = [_as_int(token_id, name) for token_id in text]
     else:
         raise ArgumentError(f"{name} is a {type(text).__name__}; give a str, or token ids")

@@ -144,6 +144,11 @@ NUM_PARAMETERS = {
     "glm10b": {
         "GLM-10B": 9_880_682_496, "GLM-10B-chinese": 9_879_633_920, "GLM-2B": 1_920_122_880
     },
+    "bloom": {
+        "bigscience/bloom-560m": 559_214_592, "bigscience/bloom-1b1": 1_065_314_304,
+        "bigscience/bloom-1b7": 1_722_408_960, "bigscience/bloomz-3b": 3_002_557_440,
+        "bigscience/bloomz-7b1": 7_069_016_064, "bigscience/bloom": 176_247_271_424,
+    },
 }  # fmt: skip
 """Counted from the papers: facts that no tiny model knows."""
 

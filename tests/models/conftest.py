@@ -25,6 +25,7 @@ KINDS = {
     "eva": bminf.models.EVA,
     "glm130b": bminf.models.GLM,
     "glm10b": bminf.models.GLM,
+    "bloom": bminf.models.BLOOM,
 }
 
 

@@ -31,7 +31,7 @@ GLMS = ["glm130b", "glm10b"]
 CHINESE, ENGLISH = "今天天气很好", "the blocks of a layer wait"
 SEVERAL = "the [MASK] of a layer [MASK] on the [MASK]."
 
-each_model = pytest.mark.parametrize("name", ZOO + GLMS)
+each_model = pytest.mark.parametrize("name", [*ZOO, *GLMS, "bloom"])
 
 
 def text_of(name: str) -> str:

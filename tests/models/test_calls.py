@@ -35,7 +35,7 @@ def uses(model: Any, **options: Any) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("name", ["cpm1", "cpm2", "eva", "glm130b", "glm10b"])
+@pytest.mark.parametrize("name", ["cpm1", "cpm2", "eva", "glm130b", "glm10b", "bloom"])
 def test_max_new_tokens_is_max_tokens_and_stop_takes_tokens_too(load: Loader, name: str) -> None:
     model = load(name)
     stop = [next(token for token in CANDIDATES if present_ids(model.tokenizer, [token]))]
@@ -84,7 +84,7 @@ def test_unknown_keywords_name_the_nearest_one() -> None:
             make()
 
 
-@pytest.mark.parametrize("name", ["cpm1", "cpm2", "eva", "glm130b", "glm10b"])
+@pytest.mark.parametrize("name", ["cpm1", "cpm2", "eva", "glm130b", "glm10b", "bloom"])
 def test_unknown_options_name_the_nearest_one(load: Loader, name: str) -> None:
     model = load(name)
     own = type(model).__name__
@@ -106,7 +106,7 @@ def test_unknown_options_name_the_nearest_one(load: Loader, name: str) -> None:
             ask()
 
 
-@pytest.mark.parametrize("name", ["cpm1", "cpm2", "eva", "glm130b", "glm10b"])
+@pytest.mark.parametrize("name", ["cpm1", "cpm2", "eva", "glm130b", "glm10b", "bloom"])
 def test_any_use_of_a_closed_model_says_that_it_was_closed(load: Loader, name: str) -> None:
     model = load(name)
     model.close()

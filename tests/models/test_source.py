@@ -16,7 +16,7 @@ from tiny_glm import tiny_glm130b, tiny_model
 from tiny_zoo import CPM1_CONFIG, save, tiny, write_huggingface
 
 from bminf.errors import CheckpointError
-from bminf.models import CPM1, CPM2, EVA, GLM, convert
+from bminf.models import BLOOM, CPM1, CPM2, EVA, GLM, convert
 
 Loader = Callable[..., Any]
 GPT_IDS = list(range(11, 31))
@@ -27,7 +27,9 @@ def logits(model: Any) -> torch.Tensor:
     """Of some ids, with a prompt long enough for shared buckets; of a GLM, of a text."""
     if isinstance(model, GLM):
         return model.logits("the blocks of a [MASK] wait on the host")
-    return model.logits(GPT_IDS) if isinstance(model, CPM1) else model.logits(PROMPT, TARGET)
+    return (
+        model.logits(GPT_IDS) if isinstance(model, CPM1 | BLOOM) else model.logits(PROMPT, TARGET)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +73,10 @@ LAYOUTS: dict[str, Writer] = {
     "glm10b, 2 ranks": lambda made, to: made.write_original(to, 2, mp_world_size=2),
     "glm10b, bin": lambda made, to: made.write_huggingface(to),
     "glm10b, sharded": lambda made, to: made.write_huggingface(to, "sharded", "glm."),
+    "bloom, bin": lambda made, to: made.write_huggingface(to),
+    "bloom, sharded": lambda made, to: made.write_huggingface(to, "sharded", "transformer."),
+    "bloom, safetensors": lambda made, to: made.write_huggingface(to, "safetensors"),
+    "bloom, 3 ranks": lambda made, to: made.write_original(to, 3),
     "glm10b, SAT": lambda made, to: made.as_sat().write_original(to, 2),
 }
 

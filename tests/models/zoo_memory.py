@@ -102,7 +102,9 @@ def run(model: Any) -> None:
         model.close()
         return
     ids = [11] * model.max_length
-    model.logits(*([ids] if isinstance(model, bminf.models.CPM1) else [ids, ids]))
+    model.logits(
+        *([ids] if isinstance(model, (bminf.models.CPM1, bminf.models.BLOOM)) else [ids, ids])
+    )
     model.close()
 
 
