@@ -1,6 +1,7 @@
 """Text into the ids of a model's vocabulary and back, one file a tokenizer."""
 
 from bminf.tokenizers.base import GLMTokenizer, SentinelTokenizer, TextStream, Tokenizer
+from bminf.tokenizers.bloom import BloomTokenizer
 from bminf.tokenizers.cog_pretrain import CogPretrainTokenizer
 from bminf.tokenizers.cpm1 import CPM1Tokenizer, CPM1WordTokenizer
 from bminf.tokenizers.cpm2 import CPM2BilingualTokenizer, CPM2Tokenizer
@@ -11,6 +12,7 @@ from bminf.tokenizers.icetk import IcetkPackageTokenizer, IceTokenizer
 from bminf.tokenizers.stop_strings import StopStrings
 
 __all__ = [
+    "BloomTokenizer",
     "CPM1Tokenizer",
     "CPM1WordTokenizer",
     "CPM2BilingualTokenizer",

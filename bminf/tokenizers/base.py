@@ -134,7 +134,7 @@ class ConcatDetokenizer:
 class VocabularyTokenizer:
     """What the tokenizers here share. Each says how a text is tokenized, and detokenized.
 
-    Special tokens are never found in a text: `<eod>` in a prompt is five characters.
+    Special tokens are never found in a text: `<eod>` in a prompt is five characters. BLOOM's are.
     settings: what it was made with beside its files, for a converted folder to carry.
     """
 
@@ -164,7 +164,7 @@ class VocabularyTokenizer:
 
     def tokens(self, ids: Sequence[int]) -> list[str]:
         """The vocabulary's own strings. Raises ArgumentError for an id out of range."""
-        return [self._vocabulary.tokens[token_id] for token_id in self._vocabulary.check_ids(ids)]
+        return [self._vocabulary.token(token_id) for token_id in self._vocabulary.check_ids(ids)]
 
     def detokenizer(self) -> Detokenizer:
         """A fresh detokenizer of ids that are in range."""

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from bminf.errors import ArgumentError, CheckpointError
 from bminf.tokenizers.base import GLMTokenizer, SentinelTokenizer, Tokenizer
+from bminf.tokenizers.bloom import TOKENIZER, BloomTokenizer
 from bminf.tokenizers.cog_pretrain import CogPretrainTokenizer
 from bminf.tokenizers.cpm1 import CPM1Tokenizer, CPM1WordTokenizer
 from bminf.tokenizers.cpm2 import CPM2BilingualTokenizer, CPM2Tokenizer
@@ -35,7 +36,7 @@ def find_tokenizer(
     folder, vocab.txt and a warning), "cpm2" (vocab.txt; whether it is the Chinese or the bilingual
     one is seen from its tokens), "eva" (vocab.txt), "glm130b" (ice_text.model or the only *.model)
     or "glm10b" (vocab.json and merges.txt, or both with gpt2- before them, is the English one;
-    cog-pretrain.model, or the only *.model, the Chinese one).
+    cog-pretrain.model, or the only *.model, the Chinese one), "bloom" (tokenizer.json).
     settings: that a converted folder carries, see VocabularyTokenizer.
     Raises CheckpointError where no file is found, or one is not what it should be, and for settings
     that the tokenizer does not have.
@@ -111,6 +112,11 @@ def _vocabulary_file(folder: Path) -> Path | None:
     return path if path.is_file() else None
 
 
+def _bloom_file(folder: Path) -> Path | None:
+    path = folder / TOKENIZER
+    return path if path.is_file() else None
+
+
 def _glm10b_file(folder: Path) -> Path | None:
     """A file of the English or of the Chinese tokenizer."""
     pair = gpt2_files(folder)
@@ -173,6 +179,7 @@ _MODELS = {
         GLMTokenizer, IceTokenizer, _piece_model("ice_text.model"), "ice_text.model, *.model"
     ),
     "glm10b": _Model(GLMTokenizer, _glm10b, _glm10b_file, f"{_GPT2_PAIRS}, {_COG_MODEL}, *.model"),
+    "bloom": _Model(Tokenizer, BloomTokenizer, _bloom_file, TOKENIZER),
 }
 
 

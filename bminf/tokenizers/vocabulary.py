@@ -16,17 +16,18 @@ class Vocabulary:
 
     tokens: the token of each id; an empty one is an id that no text has and that spells nothing.
     path: the file they came from, for messages.   entry: what that file calls one of them.
-    gap, gap_name: ids that are no token, and what they are instead.
+    gap, gap_name: ids that are no token, and what they are instead.   is_open: whether ids go on
+    behind the last token, as rows of an embedding do that is larger; they spell nothing either.
     """
 
     def __init__(
         self, tokens: Iterable[str], path: Path, entry: str = "line",
-        gap: range = range(0), gap_name: str = "",
+        gap: range = range(0), gap_name: str = "", is_open: bool = False,
     ) -> None:  # fmt: skip
         self.tokens = tuple(tokens)
         self.path = path
         self.ids = {token: token_id for token_id, token in enumerate(self.tokens) if token}
-        self._entry, self._gap, self._gap_name = entry, gap, gap_name
+        self._entry, self._gap, self._gap_name, self._is_open = entry, gap, gap_name, is_open
 
     @classmethod
     def read(cls, path: Path) -> Vocabulary:
@@ -78,6 +79,10 @@ class Vocabulary:
             raise ArgumentError(f"token={token!r} is not one of {self.path}{hint}")
         return self.ids[token]
 
+    def token(self, token_id: int) -> str:
+        """The token of an id that check_id() takes."""
+        return self.tokens[token_id] if token_id < len(self.tokens) else ""
+
     def check_id(self, token_id: int) -> int:
         """The id as an int. Raises ArgumentError for what is none of this vocabulary."""
         try:
@@ -86,7 +91,7 @@ class Vocabulary:
             raise ArgumentError(
                 f"id {token_id!r} is a {type(token_id).__name__}; give integers"
             ) from error
-        if not 0 <= index < len(self.tokens):
+        if index < 0 or (index >= len(self.tokens) and not self._is_open):
             raise ArgumentError(
                 f"id {index} is not one of {self.path}; its ids are 0 to {len(self.tokens) - 1}"
             )

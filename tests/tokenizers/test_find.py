@@ -12,6 +12,7 @@ from tiny_vocabularies import (
     CHINESE,
     DIALOGUE,
     PIECES,
+    write_bloom,
     write_gpt2,
     write_ice,
     write_lines,
@@ -20,6 +21,7 @@ from tiny_vocabularies import (
 
 from bminf.errors import ArgumentError, CheckpointError
 from bminf.tokenizers import (
+    BloomTokenizer,
     CPM1Tokenizer,
     CPM1WordTokenizer,
     CPM2BilingualTokenizer,
@@ -108,6 +110,7 @@ def test_a_vocabulary_alone_is_cpm1_of_bminf_1_with_one_warning(folder: Path) ->
         ("eva", r"vocab\.txt"),
         ("glm130b", r"ice_text\.model, \*\.model"),
         ("glm10b", r"vocab\.json and merges\.txt, gpt2-.*, cog-pretrain\.model, \*\.model"),
+        ("bloom", r"tokenizer\.json"),
     ],
 )
 def test_nothing_found_lists_names_and_folders(model: str, names: str, folder: Path) -> None:
@@ -181,6 +184,16 @@ def test_the_classes_have_what_the_protocols_ask_for(folder: Path) -> None:
     assert tokenizer_from("cpm1", plain) is plain and tokenizer_from("cpm2", spans) is spans
     with pytest.raises(ArgumentError, match="without num_sentinels"):
         tokenizer_from("eva", plain)
+
+
+def test_bloom_is_found_in_the_folder_and_then_in_its_parent(folder: Path) -> None:
+    above = write_bloom(folder.parent)
+    found = find_tokenizer("bloom", folder)
+    assert type(found) is BloomTokenizer and found.files == (above,)
+    own = write_bloom(folder)
+    for given in (folder, own, str(own)):
+        assert tokenizer_from("bloom", given).files == (own,)
+    assert tokenizer_from("bloom", found) is found
 
 
 # ---- of a GLM ------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from tiny_vocabularies import (
     CHINESE,
     DIALOGUE,
     PIECES,
+    write_bloom,
     write_gpt2,
     write_ice,
     write_lines,
@@ -20,6 +21,7 @@ from tiny_vocabularies import (
 )
 
 from bminf.tokenizers import (
+    BloomTokenizer,
     CPM1Tokenizer,
     CPM1WordTokenizer,
     CPM2BilingualTokenizer,
@@ -68,6 +70,8 @@ def write(kind: str, folder: Path, tokens: Sequence[str] | None = None) -> Path:
 def make(kind: str) -> Any:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        if kind == "bloom":
+            return BloomTokenizer(write_bloom(folder))
         if kind not in GLM_KINDS:
             return {**KINDS, **ODD_KINDS}[kind][0](write(kind, folder))
         if kind == "gpt2":

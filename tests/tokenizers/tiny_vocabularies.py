@@ -146,3 +146,35 @@ def write_gpt2(
     lines = "\n".join(["#version: 0.2", *GPT2_MERGES, ""]) if merges is None else merges
     (folder / f"{prefix}merges.txt").write_text(lines, encoding="utf-8")
     return folder
+
+
+# ---- BLOOM's tokenizer.json ----------------------------------------------------------------------
+
+BLOOM_SPECIALS = ["<unk>", "<s>", "</s>", "<pad>"]
+BLOOM_WORDS = " ?[^(\\s|[.,!?…。，、।۔،])]+"
+
+
+@functools.cache
+def bloom_json() -> str:
+    """A tokenizer.json with BLOOM's parts and some pairs of bytes."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    made = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(BLOOM_WORDS), "isolated")
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.pre_tokenizer = pre_tokenizers.Sequence([split, as_bytes])
+    made.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=BLOOM_SPECIALS, show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    made.train_from_iterator(LINES, trainer)
+    return str(made.to_str())
+
+
+def write_bloom(folder: Path, **changes: Any) -> Path:
+    """tokenizer.json.   changes: of its parts, at the top."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps({**json.loads(bloom_json()), **changes}), encoding="utf-8")
+    return path
