@@ -308,6 +308,20 @@ FAULTS = (
         breaks="Where the last ranks are missing, a part of the model is taken for all of it.",
     ),
     Fault(
+        name="layers-missing",
+        file="bminf/checkpoint/pipeline_layers.py",
+        old="for layer in range(first + 2, last - 1):",
+        new="for layer in range(first + 2, last - 2):",
+        breaks="A training checkpoint without the file of its last layer is taken for whole.",
+    ),
+    Fault(
+        name="presharded-scales",
+        file="bminf/checkpoint/presharded.py",
+        old="of_runs = self.scales.read().flatten()[: self.scales.shape[0]]",
+        new="of_runs = self.scales.read()[:, 0]",
+        breaks="Codes that DeepSpeed has saved are multiplied by scales of other rows.",
+    ),
+    Fault(
         name="names-more-count",
         file="bminf/checkpoint/names.py",
         old='more = f" and {len(shown) - _MAX_NAMES} more" if',
@@ -448,10 +462,17 @@ FAULTS = (
         breaks="A broken character before a special token comes after it.",
     ),
     Fault(
+        name="bloom-no-token",
+        file="bminf/tokenizers/bloom.py",
+        old='return super().add(token_id) if token_id < len(self._token_bytes) else ""',
+        new="return super().add(token_id) if token_id < len(self._token_bytes) else self.end()",
+        breaks="An id that is no token breaks the character that it stands in.",
+    ),
+    Fault(
         name="vocabulary-negative",
         file="bminf/tokenizers/vocabulary.py",
-        old="if not 0 <= index < len(self.tokens):",
-        new="if index >= len(self.tokens):",
+        old="if index < 0 or (index >= len(self.tokens) and not self._is_open):",
+        new="if index >= len(self.tokens) and not self._is_open:",
         breaks="A negative id is decoded as one from the end of the vocabulary.",
     ),
     Fault(
