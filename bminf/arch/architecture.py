@@ -93,6 +93,8 @@ class Architecture:
 
     model_type: str | None = None
     """What a configuration of Hugging Face says."""
+    classes: tuple[str, ...] = ()
+    """What such a configuration may call the class of the model, if it does; none is any."""
     has_generic_names: bool = False
     """Whether models that are none of these have the same names: their model_type tells."""
     is_config_of: Callable[[Any], bool] = lambda config: True

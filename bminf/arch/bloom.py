@@ -22,7 +22,8 @@ import torch
 
 from bminf.arch.architecture import Architecture, matrices_of
 from bminf.arch.sizes import Pass, Sizes, layer_bytes
-from bminf.checkpoint.config import ConfigReader, num_layers_of, rows_of
+from bminf.checkpoint.binary_file import read_json
+from bminf.checkpoint.config import ConfigReader, find_config, num_layers_of, rows_of
 from bminf.checkpoint.folder import Checkpoint
 from bminf.checkpoint.model_parallel import AVERAGED, COLUMNS, ROWS, SplitTable
 from bminf.checkpoint.names import Rule, rules_of
@@ -101,8 +102,6 @@ def bloom_config(
     pretraining_tp and slow_but_exact, of how training summed, are of no use here.
     """
     reader = ConfigReader(source, where)
-    # Of fine-tuned models whose head has other weights: what is read as the head is the embedding.
-    reader.must_be("tie_word_embeddings", None, True)
     native = reader.native(BloomConfig)
     if native is not None:
         return native
@@ -254,7 +253,7 @@ _INFERENCE = {  # DeepSpeed's: names of weights and of biases differ in their la
 
 def _huggingface(prefix: str) -> Iterator[Rule]:
     yield Rule(f"{prefix}word_embeddings.weight", "embed_tokens.weight")
-    yield Rule("lm_head.weight", None)  # tied
+    yield Rule("lm_head.weight", "lm_head.parts.0.weight")  # which is split later
     names = {f"{prefix}{source}": target for source, target in _HUGGINGFACE.items()}
     yield from rules_of(names, has_bias=True)
 
@@ -276,11 +275,19 @@ _NUM_BEFORE_LAYERS = 3  # in a pipeline: a cast, the embedding, and what moves i
 
 
 def _raw_tensors(checkpoint: Checkpoint) -> Mapping[str, Stored]:
-    """Files of layers under the names that Hugging Face's have."""
+    """Those of layers under the names that Hugging Face's have. A head counts where it is said to
+    have other weights than the embedding."""
     if checkpoint.kind != _LAYERS:
-        return checkpoint.tensors
+        is_tied = not _has_own_head(checkpoint.path)
+        tensors = checkpoint.tensors.items()
+        return {n: t for n, t in tensors if not (is_tied and n == "lm_head.weight")}
     last = max(int(name.partition(".")[0]) for name in checkpoint.tensors)
     return {_numbered(name, last): stored for name, stored in checkpoint.tensors.items()}
+
+
+def _has_own_head(folder: Path) -> bool:
+    path = find_config(folder, ["bloom"])
+    return path is not None and read_json(path).get("tie_word_embeddings") is False
 
 
 def _numbered(name: str, last: int) -> str:
@@ -365,9 +372,7 @@ _NAMES = {
 }
 
 
-def _vocabulary_name(path: Path) -> str:
-    return "tokenizer.json"
-
+_BESIDE = ("tokenizer_config.json", "special_tokens_map.json")  # the tokenizer
 
 BLOOM = Architecture(
     name="bloom",
@@ -386,8 +391,9 @@ BLOOM = Architecture(
     hub_ids=tuple(_NAMES),
     aliases={"bloom176b": "bigscience/bloom", "bloomz176b": "bigscience/bloomz"},
     model_type="bloom",
+    classes=("BloomForCausalLM", "BloomModel"),
     matches_config=lambda source: source.get("model_type") == "bloom",
     split_head=split_head,
-    vocabulary_name=_vocabulary_name,
+    vocabulary_name=lambda path: path.name if path.name in _BESIDE else "tokenizer.json",
     has_padded_vocabulary=True,
 )

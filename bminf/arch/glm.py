@@ -20,6 +20,7 @@ import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -539,6 +540,13 @@ def _is_glm10b(checkpoint: Checkpoint) -> bool:
     return any(name.endswith("block_position_embeddings.weight") for name in checkpoint.tensors)
 
 
+def _vocabulary_name(path: Path) -> str:
+    """Of the Chinese tokenizer, or of the two files of the English one."""
+    if path.suffix == ".model":
+        return "cog-pretrain.model"
+    return "vocab.json" if path.suffix == ".json" else "merges.txt"
+
+
 def _tokenizer_settings(config: GLMConfig) -> Mapping[str, Any] | None:
     """GLM-large-chinese has masks of other ids than GLM-10B-chinese, the only other model with its
     vocabulary."""
@@ -585,6 +593,6 @@ GLM10B = replace(
     is_config_of=lambda config: not config.is_rotary,
     has_generic_names=False,
     matches_config=lambda source: "block_position_encoding" in source,
-    vocabulary_name=lambda path: "cog-pretrain.model",
+    vocabulary_name=_vocabulary_name,
     tokenizer_settings=_tokenizer_settings,
 )

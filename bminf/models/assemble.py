@@ -13,6 +13,7 @@ import torch
 from bminf.arch import registry
 from bminf.arch.sizes import Pass
 from bminf.checkpoint.quantized import Quantized
+from bminf.checkpoint.stored import Rows
 from bminf.checks import check_positive
 from bminf.engine.rows import FIXED_TOKENS
 from bminf.errors import ArgumentError, BudgetError, CheckpointError
@@ -375,14 +376,15 @@ def _head_packing(packing: Packing, head: Format | None, num_parts: int) -> Pack
 
 def _split_weights(source: Source) -> Weights:
     """Those of the head as it is split in the network."""
-    table = source.weights.table
-    if table is None:
+    if source.weights.table is None:
         return source.weights
     tensors = {n: t for n, t in source.weights.tensors.items() if not n.startswith(HEAD)}
+    head = [t for n, t in source.weights.tensors.items() if n.startswith(HEAD)]
+    whole = head[0] if len(head) == 1 else Rows(tuple(head))
     start = 0
     for index, part in enumerate(source.network.get_submodule(HEAD.rstrip(".")).children()):
         end = start + int(part.out_features)  # type: ignore[arg-type]
-        tensors[f"{HEAD}{index}.weight"] = table.rows(start, end)
+        tensors[f"{HEAD}{index}.weight"] = whole.rows(start, end)
         start = end
     return replace(source.weights, tensors=tensors)
 

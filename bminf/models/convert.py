@@ -159,9 +159,11 @@ def _chunks(assembly: Assembly, block: str) -> Iterator[Chunk]:
 
 
 def _layout_of_table(assembly: Assembly) -> dict[str, Layout]:
-    """That of an embedding beside a head that is packed; any other head stands for both."""
-    table = assembly.source.weights.table
-    if table is None or assembly.packing.of(f"{HEAD}0") is None:
+    """That of an embedding beside a head that is packed, or has weights of its own; any other head
+    stands for both."""
+    weights = assembly.source.weights
+    table = weights.table
+    if table is None or not (weights.has_own_head or assembly.packing.of(f"{HEAD}0")):
         return {}
     return layout_of_table(table.shape, table.dtype)
 

@@ -66,7 +66,7 @@ def _check_in_zoo(opened: Checkpoint, architecture: Architecture | None) -> None
     config = _config(opened)
     model_type = config.get("model_type")
     has_names = architecture is not None or is_t5(opened)
-    if has_names and (model_type is None or _goes_with(model_type, architecture)):
+    if has_names and (model_type is None or _goes_with(config, architecture)):
         return
     made = ""
     if architecture is None and has_names:
@@ -77,10 +77,13 @@ def _check_in_zoo(opened: Checkpoint, architecture: Architecture | None) -> None
     )
 
 
-def _goes_with(model_type: Any, architecture: Architecture | None) -> bool:
+def _goes_with(config: Mapping[str, Any], architecture: Architecture | None) -> bool:
     if architecture is None:
         return False
-    return not architecture.has_generic_names or model_type == architecture.model_type
+    named = config.get("architectures")
+    if architecture.classes and named and not {*architecture.classes} & {*named}:
+        return False  # one with the same names, and another head
+    return not architecture.has_generic_names or config["model_type"] == architecture.model_type
 
 
 _ADVICE = (

@@ -43,7 +43,8 @@ class Weights:
 
     packing: how the linears in the blocks are packed there already (named as a QuantizedLinear's
     buffers); None where they are not.   original_name: what the files call a tensor.
-    table: of a HostEmbedding, if the model has one.
+    table: of a HostEmbedding, if the model has one.   has_own_head: whether the head, which is not
+    packed, has other weights than that.
     """
 
     tensors: Mapping[str, Stored]
@@ -51,6 +52,7 @@ class Weights:
     packing: Packing | None = None
     original_name: Callable[[str], str] = str
     table: Stored | None = None
+    has_own_head: bool = False
 
 
 @dataclass(frozen=True)
@@ -247,9 +249,7 @@ def vocabulary_files(architecture: Architecture, tokenizer: Tokenizer) -> dict[s
             f"tokenizer is a {type(tokenizer).__name__} of no files, and the folder needs "
             "them to load by itself; give the path of a vocabulary"
         )
-    if len(files) == 2:
-        return dict(zip(("vocab.json", "merges.txt"), files, strict=True))
-    return {architecture.vocabulary_name(files[0]): files[0]}
+    return {architecture.vocabulary_name(file): file for file in files}
 
 
 # ---- where it lies -------------------------------------------------------------------------------
@@ -357,12 +357,13 @@ def _original(architecture: Architecture, opened: Checkpoint, given: Any) -> tup
 
 def _with_table(weights: Weights, num_head_parts: int) -> Weights:
     """The embedding, which is gathered on the host, apart. A head that is not packed has the same
-    weights: one of the two stands for both."""
+    weights, unless it is there beside it: one of the two stands for both."""
     tensors = dict(weights.tensors)
     table = tensors.pop("embed_tokens.weight", None)
     heads = [f"{HEAD}{index}.weight" for index in range(num_head_parts)]
     if table is not None and weights.packing is None:
         tensors.setdefault(heads[0], table)
+        weights = replace(weights, has_own_head=tensors[heads[0]] is not table)
     elif table is None and all(name in tensors for name in heads):
         table = Rows(tuple(tensors[name] for name in heads))
     return replace(weights, tensors=tensors, table=table)

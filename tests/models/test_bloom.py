@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from tiny_bloom import NUM_UNUSED, TinyBloom, tiny_bloom
 from tiny_zoo import with_tensor
 
+import bminf
 from bminf.errors import ArgumentError, BudgetError, CheckpointError
 from bminf.models import BLOOM, convert, plan_model
 
@@ -64,6 +66,40 @@ def test_what_ranks_drifted_apart_in_is_averaged(
     drifted = load("bloom", checkpoint=made.write_original(tmp_path / "b", degree, 2**-6))
     assert torch.allclose(drifted.logits(TEXT), plain, atol=2e-2)
     assert ("differ between ranks" in caplog.text) == (degree > 1)
+
+
+@pytest.mark.parametrize("form", [None, "int4"])
+def test_a_head_of_its_own_counts_where_the_configuration_says_so(
+    form: str | None, load: Loader, tmp_path: Path
+) -> None:
+    """As in some models that were trained on from it; otherwise a head is the embedding."""
+    made = tiny_bloom()
+    other = made.tensors["word_embeddings.weight"].flip(0).contiguous()
+    whole = replace(made, tensors={**made.tensors, "lm_head.weight": other})
+    tied = load("bloom", checkpoint=whole.write_huggingface(tmp_path / "tied"))
+    assert torch.equal(tied.logits(TEXT), load("bloom").logits(TEXT))
+    own = replace(whole, config={**made.config, "tie_word_embeddings": False})
+    folder = own.write_huggingface(tmp_path / "own")
+    model = load("bloom", checkpoint=folder)
+    assert torch.allclose(model.logits(TEXT), tied.logits(TEXT).flip(-1), atol=1e-5)
+    packed = {"quantization": form, "head_quantization": form}
+    expected = load("bloom", checkpoint=folder, **packed).logits(TEXT)
+    convert(folder, tmp_path / "converted", **packed)
+    with BLOOM(tmp_path / "converted", device="cpu", quantization=form or None) as again:
+        assert torch.equal(again.logits(TEXT), expected)
+
+
+def test_another_head_of_transformers_is_a_model_of_transformers(tmp_path: Path) -> None:
+    from transformers import BloomConfig, BloomForSequenceClassification
+
+    made = tiny_bloom()
+    config = BloomConfig(vocab_size=made.num_rows, hidden_size=48, n_layer=2, n_head=6)
+    BloomForSequenceClassification(config).save_pretrained(tmp_path)
+    model = bminf.load(tmp_path, device="cpu", quantization=None)
+    assert type(model).__name__ == "BloomForSequenceClassification"
+    zoo = bminf.load(made.write_huggingface(tmp_path / "zoo"), device="cpu", quantization=None)
+    assert isinstance(zoo, BLOOM)
+    zoo.close()
 
 
 # ---- what users call -----------------------------------------------------------------------------
@@ -171,7 +207,7 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     "heads": (config_of(n_head=5), r"hidden_size=48 is not a multiple of num_attention_heads=5"),
     "no heads": (config_of(n_head=...), r"does not say n_head, and hidden_size=48 is of no pub"),
     "inner": (config_of(n_inner=100), r"n_inner is 100; accepted: 192, or null"),
-    "a head of its own": (config_of(tie_word_embeddings=False), r"tie_word_embeddings is False"),
+    "no head": (config_of(tie_word_embeddings=False, n_layer=3), r"lacks 'transformer\.h\.2"),
     "layers": (config_of(n_layer=3), r"lacks 'transformer\.h\.2\.input_layernorm\.weight'"),
     "vocabulary": (config_of(vocab_size=999), r"vocab_size is 999, and the embedding has \d+ rows"),
     "a shard": (without("model-00002-*"), r"model-00002-.* is missing, which .* names"),

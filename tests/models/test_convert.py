@@ -396,7 +396,12 @@ def test_a_damaged_folder_of_ours(
         ("glm10b", {"model": "cpm1"}, CheckpointError, "holds GLM-10B.*, not CPM-1"),
         ("glm10b", {"head_quantization": "int3"}, ArgumentError, "head_quantization='int3'"),
         ("glm10b", {"config": {"num_attention_heads": 5}}, CheckpointError, "64 is not a multiple"),
-        ("cpm1", {"head_quantization": "int8"}, ArgumentError, "is for GLM-130B, GLM-10B; leave"),
+        (
+            "cpm1",
+            {"head_quantization": "int8"},
+            ArgumentError,
+            "is for GLM-130B, GLM-10B, BLOOM; leave",
+        ),
     ],
     ids=lambda x: str(x)[:30],
 )

@@ -19,14 +19,14 @@ from bminf.models.recognition import architectures_for, recognized
 LLAMA = ["model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight", "lm_head.weight"]
 BERT = ["bert.embeddings.word_embeddings.weight", "bert.encoder.layer.0.output.dense.weight"]
 # Names that a model of the zoo has, too.
-BLOOM = ["transformer.word_embeddings.weight", "transformer.h.0.input_layernorm.weight"]
+FALCON = ["transformer.word_embeddings.weight", "transformer.h.0.input_layernorm.weight"]
 GPT2 = ["transformer.wte.weight", "transformer.wpe.weight", "transformer.h.0.ln_1.weight"]
 OTHERS: dict[str, tuple[list[str], dict[str, Any]]] = {
     "llama": (LLAMA, {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}),
     "glm4": (LLAMA, {"model_type": "glm", "architectures": ["GlmForCausalLM"]}),
     "bert": (BERT, {"model_type": "bert", "architectures": ["BertForMaskedLM"]}),
-    "bloom": (BLOOM, {"model_type": "bloom", "architectures": ["BloomForCausalLM"]}),
-    "bloom's body": ([name.partition(".")[2] for name in BLOOM], {"model_type": "bloom"}),
+    "falcon": (FALCON, {"model_type": "falcon", "architectures": ["FalconForCausalLM"]}),
+    "falcon's body": ([name.partition(".")[2] for name in FALCON], {"model_type": "falcon"}),
     "gptj": (GPT2, {"model_type": "gptj", "architectures": ["GPTJForCausalLM"]}),
     "unet": (["conv_in.weight", "mid.weight"], {"_class_name": "UNet2DConditionModel"}),
 }
@@ -49,7 +49,7 @@ def test_what_another_model_is_is_said(name: str, tmp_path: Path) -> None:
     said = str(caught.value)
     for word in [config.get("model_type"), *config.get("architectures", []), str(folder)]:
         assert word is None or word in said
-    assert "none of the models here (CPM-1, CPM-2, EVA, GLM-130B, GLM-10B)" in said
+    assert "none of the models here (CPM-1, CPM-2, EVA, GLM-130B, GLM-10B, BLOOM)" in said
     assert "bminf.wrapper(model, memory_limit=...)" in said and "may hold" not in said
     assert not (tmp_path / "to").exists()
 
