@@ -293,7 +293,11 @@ def _is_of_zoo(config: dict[str, Any]) -> bool:
     """Whether a configuration is of a built-in model, by its authors or by bminf convert."""
     if config.get("format") == "bminf" or config.get("model_type") == "eva":
         return True
-    kind = config.get("model_type")
+    kind, classes = config.get("model_type"), config.get("architectures")
+    if kind == "bloom":
+        from bminf.arch.bloom import BLOOM
+
+        return not classes or any(one in classes for one in BLOOM.classes)
     return bool(_ZOO_KEYS & config.keys()) and kind in (None, "glm")
 
 

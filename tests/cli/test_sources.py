@@ -238,6 +238,26 @@ def test_a_configuration_alone_may_be_of_the_zoo(
     assert shown["model"] == "EVA" and len(shown["blocks"]) == 6
 
 
+@pytest.mark.parametrize(
+    ("named", "title", "num_blocks"),
+    [
+        (None, "BLOOM", 3 * 4),
+        ("BloomForCausalLM", "BLOOM", 3 * 4),
+        ("BloomForTokenClassification",) * 2 + (3,),
+    ],
+)
+def test_the_class_of_a_bloom_says_whose_it_is(
+    named: str | None, title: str, num_blocks: int, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    config = dict(model_type="bloom", hidden_size=64, n_layer=3, n_head=4, vocab_size=50)
+    config |= {} if named is None else {"architectures": [named]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    shown = report(capsys, str(tmp_path))
+    layers = [block for block in shown["blocks"] if "lm_head" not in block["name"]]
+    assert shown["model"] == title and len(layers) == num_blocks
+
+
 def test_packed_bytes_of_experts_are_not_promised(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
