@@ -26,7 +26,7 @@ RUNTIME = [
     "torch>=2.4",
     "numpy",
     "tqdm",
-    # The tokenizers of CPM, EVA and GLM, and hub ids. jieba's dictionary decides the ids of a text.
+    # The tokenizers of the zoo, and hub ids. jieba's dictionary decides the ids of a text.
     "jieba==0.42.1",
     "sentencepiece",
     "tokenizers",

@@ -77,6 +77,7 @@ def _read(path: Path) -> Any:
         _check_byte_pairs(content)
         made = tokenizers.Tokenizer.from_str(json.dumps(content))
         _check_bytes(made)
+        check_byte_entries(content["model"]["vocab"], path)
     except CheckpointError:
         raise
     except Exception as error:  # the package has no class of its own for it
@@ -84,7 +85,6 @@ def _read(path: Path) -> Any:
             f"{path} is no tokenizer.json of byte pairs as BLOOM's, or damaged: {error}; "
             "is this the right file?"
         ) from error
-    check_byte_entries(made.get_vocab(with_added_tokens=False), path)
     # Some were saved with the length or the padding of a training.
     made.no_truncation()
     made.no_padding()

@@ -131,13 +131,14 @@ def _check_entries(entries: list[str], path: Path) -> None:
 
 def check_byte_entries(entries: Collection[str], path: Path) -> None:
     """Raise CheckpointError where they are not made of the characters in BYTES, or lack one."""
+    known = frozenset(BYTES)
     for entry in entries:
-        if other := set(entry) - BYTES.keys():
+        if not known.issuperset(entry):
             raise CheckpointError(
-                f"{path}: entry {entry!r} has {min(other)!r}, which stands for no byte; is this "
-                "the right file?"
+                f"{path}: entry {entry!r} has {min(set(entry) - known)!r}, which stands for no "
+                "byte; is this the right file?"
             )
-    missing = BYTES.keys() - set(entries)
+    missing = known - set(entries)
     if missing:
         raise CheckpointError(
             f"{path} has no entry for {len(missing)} of the 256 bytes ({min(missing)!r}), so some "
