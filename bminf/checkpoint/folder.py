@@ -122,15 +122,15 @@ def _layout_of_file(path: Path) -> tuple[Kind, Path]:
     folder = path.parent
     if path.name == _CONFIG:
         return _layout_of_folder(folder)
-    if is_layer_file(path) or (path.name in TRACKERS and has_layers(folder)):
-        return "layers", folder
-    if path.name == FILE_IN_RANK_FOLDER:
-        return "original", folder.parent
     if path.name in _FILES:
         is_ours = path.name in (_OURS, f"{_OURS}{_INDEX}") and _is_ours(folder)
         return "bminf" if is_ours else _FILES[path.name], path
+    if path.name == FILE_IN_RANK_FOLDER:
+        return "original", folder.parent
+    if is_layer_file(path):
+        return "layers", folder
     if path.name in TRACKERS or (is_model_parallel(folder) and path in rank_files(folder)):
-        return "original", folder
+        return "layers" if has_layers(folder) else "original", folder
     raise CheckpointError(f"{path} is not the file of a checkpoint; accepted: {_LAYOUTS}")
 
 

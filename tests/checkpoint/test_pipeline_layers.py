@@ -100,7 +100,8 @@ def test_all_ways_to_name_the_folder_give_the_whole_model(
     layers = whole_layers()
     step = write(tmp_path, num_ranks, layers, form) / STEP
     above = (tmp_path, tmp_path / "latest", tmp_path / "latest_checkpointed_iteration.txt")
-    for path in (*above, step, path_of(tmp_path, 4, num_ranks - 1)):
+    inside = (step, step / "mp_rank_00_model_states.pt", path_of(tmp_path, 4, num_ranks - 1))
+    for path in (*above, *inside):
         found = opened(path)
         assert found.path == (tmp_path if path in above else step)
         expect(found, layers)
