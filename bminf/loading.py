@@ -74,7 +74,8 @@ def load(
         as they are.
     dtype: of what is not packed; None is that of the checkpoint, or for a model of the zoo float16
         on a GPU and float32 on the CPU.
-    model: which one of the zoo, where files do not tell: "cpm2" or "eva".
+    model: which one of the zoo, where files do not tell: "cpm2" or "eva"; "bloom" for that of the
+        zoo where a folder would give that of transformers.
     config: for a model of the zoo, see bminf.models.LanguageModel.
     tokenizer: in place of that of the folder; for a model of the zoo, as for its class.
     reserve, blocks, uses, quantize: as for wrapper(); not for models of the zoo.
@@ -86,6 +87,9 @@ def load(
     nothing stays loaded.
     """
     kind, path = zoo_class(checkpoint, model, tokenizer is not None, trust_remote_code)
+    folder = path.parent if path.is_file() else path
+    if kind is BLOOM and model is None and is_pretrained(folder):
+        kind, path = None, folder  # which transformers has, too
     if kind is not None:
         _check_not_given(
             f"models of transformers, and {path} holds one of {kind.__name__}",

@@ -330,6 +330,8 @@ SPLITS = SplitTable(
         r".*\.(norm_|attn_n)[wb]": AVERAGED,
     },
     is_bloom,
+    # The columns that the ranks have together are as many as the rows of Q, K or V are wide.
+    {"dense.weight": "query_key_value.weight", "attn_ow": "attn_qkvw"},
 )
 """Source: the conversion script of transformers 4.47; DeepSpeed, module_inject/load_checkpoint."""
 

@@ -31,8 +31,8 @@ class BinaryFile:
 
     def __init__(self, path: Path, unread: Iterable[Span] = ()) -> None:
         self.path = path
-        self._descriptor: _Descriptor | None = None
-        self.nbytes = os.fstat(self._opened().fd).st_size
+        self._descriptor: Descriptor | None = None
+        self.nbytes = os.fstat(self.opened().fd).st_size
         self._unread = tuple(unread)
 
     def __reduce__(self) -> tuple[type[BinaryFile], tuple[Path, tuple[Span, ...]]]:
@@ -110,7 +110,7 @@ class BinaryFile:
     def _fill(self, offset: int, piece: torch.Tensor, what: str) -> None:
         left = memoryview(piece.numpy())  # type: ignore[arg-type]
         while left:
-            descriptor = self._opened()
+            descriptor = self.opened()
             try:
                 count = os.preadv(descriptor.fd, [left], offset)
             except OSError as error:
@@ -152,13 +152,14 @@ class BinaryFile:
             raise CheckpointError(f"{self.path}: {what} cannot be mapped: {error}") from error
         return region, start
 
-    def _holding(self, offset: int, count: int, what: str) -> _Descriptor:
+    def _holding(self, offset: int, count: int, what: str) -> Descriptor:
         """The file, opened; CheckpointError where it does not hold these bytes (any more)."""
-        descriptor = self._opened()
+        descriptor = self.opened()
         self.check(offset, count, what, os.fstat(descriptor.fd).st_size)
         return descriptor
 
-    def _opened(self) -> _Descriptor:
+    def opened(self) -> Descriptor:
+        """The file, open for as long as this is held.   Raises CheckpointError."""
         descriptor = self._descriptor
         if descriptor is None:
             descriptor = self._descriptor = _open(self.path)
@@ -169,7 +170,7 @@ class BinaryFile:
         return descriptor
 
 
-class _Descriptor:
+class Descriptor:
     """An open file. It is closed with the last reference, so never in the middle of a read."""
 
     def __init__(self, fd: int) -> None:
@@ -180,11 +181,11 @@ class _Descriptor:
 _OPEN: deque[weakref.ref[BinaryFile]] = deque()  # in the order of opening
 
 
-def _open(path: Path) -> _Descriptor:
+def _open(path: Path) -> Descriptor:
     try:
         if not path.is_file():  # a pipe would be waited for
             raise OSError("no such file" if not path.exists() else "not a file")
-        return _Descriptor(os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0)))
+        return Descriptor(os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0)))
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 

@@ -78,7 +78,8 @@ class LanguageModel:
     tokenizer: a path or an object with encode() and decode(); None looks in the folder and its
         parent.
     offload_dir: folder for the streamed blocks that host memory has no room for; on the CPU, for
-        all of them.
+        all of them. None is a temporary folder, but for what `bminf convert` has written: its
+        blocks are read where they lie.
     deterministic: every method gives a text the same bits in any company: whatever other texts
         share its passes, whenever it begins, and, but for beams, with any number of threads.
         Slower, above all for long prompts and for one text alone; at most 16 texts go on at once,
@@ -114,6 +115,7 @@ class LanguageModel:
         offload_dir: str | Path | None = None,
         deterministic: bool = False,
     ) -> None:
+        start_s = time.perf_counter()
         check_positive("max_batch_size", max_batch_size)
         check_bool("deterministic", deterministic)
         if max_length is not None:
@@ -145,6 +147,7 @@ class LanguageModel:
         self._lock = threading.RLock()  # of closing
         self._num_searched, self._searched_s = 0, 0.0
         self._attach(fill(assembly, the_plan, backend, offload_dir))
+        self._ready_s = time.perf_counter() - start_s
 
     # ---- what users call ------------------------------------------------------------------------
 
@@ -197,6 +200,8 @@ class LanguageModel:
             first_token_s=engine.first_token_s,
             prefill=engine.prefill,
             decode=engine.decode,
+            ready_s=self._ready_s,
+            loaded_bytes=scheduler.loaded_bytes,
         )
 
     @property

@@ -18,6 +18,9 @@ class ModelStats(Stats):
     prefill, decode: sweeps in which a prompt was read, and those that did nothing but decode: what
     they took, and what bound them. Beam searches have no part in these, nor in sweeps.
     resident_bytes: of all that stays on the device.   streamed_bytes: of the streamed blocks.
+    ready_s: from the beginning of loading until a text could be generated.   loaded_bytes: as they
+    are packed, brought to their place in that time; blocks of a folder of ours that are streamed
+    from the folder itself are not among them.
     """
 
     num_tokens: int = 0
@@ -30,6 +33,12 @@ class ModelStats(Stats):
     first_token_s: float = 0.0
     prefill: Phase = NO_PHASE
     decode: Phase = NO_PHASE
+    ready_s: float = 0.0
+    loaded_bytes: int = 0
+
+    @property
+    def loaded_bytes_per_s(self) -> float:
+        return self.loaded_bytes / self.ready_s if self.ready_s else 0.0
 
     @property
     def tokens_per_s(self) -> float:

@@ -1,8 +1,9 @@
 """Blobs that wait in a file: the file, the thread that reads it, and reading ahead.
 
 The file is one nameless temporary file, read straight into a slot, or into staging buffers in host
-memory before they are used. A thread reads the next blobs as soon as a buffer is free, in the order
-learned from the last pass. What is done with a blob, such as queueing its transfer to a device, is
+memory before they are used; what lies in a file of the model, as it is to be read, stays there and
+is on the disk once. A thread reads the next blobs as soon as a buffer is free, in the order learned
+from the last pass. What is done with a blob, such as queueing its transfer to a device, is
 handed over as a job. Jobs are done in the order they are given, also those that need nothing from
 the file: of two transfers into one slot, the later one must be the last. A wrong guess costs one
 read that is waited for.
@@ -21,7 +22,7 @@ import threading
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,7 @@ from typing import Any
 
 import torch
 
+from bminf.checkpoint.stored import InFile
 from bminf.errors import ArgumentError, OffloadError
 from bminf.units import format_bytes
 
@@ -134,12 +136,21 @@ class FileStore:
 
     The file has no name where the system allows that, and vanishes with the process in any case.
     Its room is reserved at once, so that a full disk is found before anything is moved.
+    lying: blobs, by number, that are read from other files as they lie there, until they are
+    written to. The first read of each compares its checksum, and raises CheckpointError.
     Raises OffloadError where the folder cannot be written or has not enough room.
     """
 
-    def __init__(self, blob_bytes: Sequence[int], offload_dir: str | Path | None = None) -> None:
+    def __init__(
+        self,
+        blob_bytes: Sequence[int],
+        offload_dir: str | Path | None = None,
+        lying: Mapping[int, InFile] | None = None,
+    ) -> None:
         self._blob_bytes = list(blob_bytes)
-        self._offsets, end = _offsets(blob_bytes)
+        self._lying = {block: _Lying(run) for block, run in (lying or {}).items()}
+        own = [0 if block in self._lying else size for block, size in enumerate(blob_bytes)]
+        self._offsets, self._end = _offsets(own)
         if offload_dir is not None and not isinstance(offload_dir, str | os.PathLike):
             raise ArgumentError(
                 f"offload_dir={offload_dir!r} is a {type(offload_dir).__name__}; give a path"
@@ -148,39 +159,63 @@ class FileStore:
             folder = _folder(offload_dir)
         except (OSError, ValueError, RuntimeError) as error:  # a loop of links, a NUL
             raise OffloadError(f"offload_dir={offload_dir!r} is not a folder: {error}") from error
-        self._file = _open(folder, end)
+        self._file = _open(folder, self._end)
         self._descriptor = self._file.fileno()
         weakref.finalize(self, self._file.close)
 
+    def is_lying(self, block: int) -> bool:
+        """Whether a blob is read from another file, so that nothing has to be written."""
+        return block in self._lying
+
     def write(self, block: int, blob: torch.Tensor, start: int = 0) -> None:
         """Keep a blob, or the part of one from byte `start` on. blob: (bytes,) uint8, CPU."""
+        if block in self._lying:
+            self._take(block)
         self._transfer("writing", _write_at, bytes_of(blob), self._offsets[block] + start)
 
     def read_into(self, block: int, blob: torch.Tensor | memoryview) -> None:
         """Fetch a blob. blob: (bytes of the block,) uint8, CPU; it is overwritten."""
+        lying = self._lying.get(block)
+        if lying is not None and not lying.is_compared:
+            lying.compare_into(blob)
+            return
         data = bytes_of(blob) if isinstance(blob, torch.Tensor) else blob
-        self._transfer("reading", _read_at, data, self._offsets[block])
+        start = self._offsets[block] if lying is None else lying.run.offset
+        self._transfer("reading", _read_at, data, start, lying)
 
     def read_cached(self, block: int, blob: memoryview) -> bool:
         """Fetch a blob if it is in the page cache; whether it was.
 
         Where not, bytes of `blob` may be overwritten. Errors are left to read_into(), too.
         """
+        lying = self._lying.get(block)
+        if lying is not None and not lying.is_compared:
+            return False
+        start = self._offsets[block] if lying is None else lying.run.offset
         try:
-            return _read_cached_at(self._file, blob, self._offsets[block]) == len(blob)
+            return _read_cached_at(lying or self._file, blob, start) == len(blob)
         except (OSError, ValueError, NotImplementedError):  # the last one: the C library is older
             return False
+
+    def _take(self, block: int) -> None:
+        """Move a blob from where it lies into the temporary file, to be written to."""
+        blob = self.map(block)
+        offset = -(-self._end // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
+        self._transfer("writing", _write_at, bytes_of(blob), offset)
+        self._offsets[block], self._end = offset, offset + len(blob)
+        del self._lying[block]
 
     def _transfer(
         self,
         what: str,
-        move: Callable[[_File[bytes], memoryview, int], int],
+        move: Callable[[Any, memoryview, int], int],
         data: memoryview,
         start: int,
+        lying: _Lying | None = None,
     ) -> None:
         try:
             while data:
-                count = move(self._file, data, start)
+                count = move(lying or self._file, data, start)
                 if count == 0:
                     raise OSError("the file is shorter than what was written to it")
                 data, start = data[count:], start + count
@@ -192,6 +227,8 @@ class FileStore:
 
         Writing to it changes a private copy. It stays valid after close().
         """
+        if block in self._lying:
+            return self._lying[block].run.read()
         nbytes = self._blob_bytes[block]
         region = mmap.mmap(
             self._descriptor, nbytes, access=mmap.ACCESS_COPY, offset=self._offsets[block]
@@ -201,6 +238,29 @@ class FileStore:
 
     def close(self) -> None:
         self._file.close()
+        self._lying = {}
+
+
+class _Lying:
+    """A blob in a file that was there before, which stays open.
+
+    is_compared: whether its checksum was compared, and it is read straight from then on.
+    """
+
+    def __init__(self, run: InFile) -> None:
+        self.run, self.is_compared = run, False
+        self._opened = run.file.opened()
+
+    def fileno(self) -> int:
+        return self._opened.fd
+
+    def compare_into(self, blob: torch.Tensor | memoryview) -> None:
+        """Read it for the first time.   Raises CheckpointError."""
+        with torch.inference_mode(False):
+            if not isinstance(blob, torch.Tensor):
+                blob = torch.frombuffer(blob, dtype=torch.uint8)
+            self.run.read_into(blob)
+        self.is_compared = True
 
 
 def _offsets(blob_bytes: Sequence[int]) -> tuple[list[int], int]:
@@ -273,32 +333,32 @@ def bytes_of(blob: torch.Tensor) -> memoryview:
 # preadv and pwrite move bytes at an offset in one call and without the GIL; Windows has neither.
 if hasattr(os, "preadv"):
 
-    def _read_at(file: _File[bytes], data: memoryview, start: int) -> int:
+    def _read_at(file: Any, data: memoryview, start: int) -> int:
         return os.preadv(file.fileno(), [data], start)
 
-    def _write_at(file: _File[bytes], data: memoryview, start: int) -> int:
+    def _write_at(file: Any, data: memoryview, start: int) -> int:
         return os.pwrite(file.fileno(), data, start)
 
 else:
 
-    def _read_at(file: _File[bytes], data: memoryview, start: int) -> int:
+    def _read_at(file: Any, data: memoryview, start: int) -> int:
         file.seek(start)
-        return file.readinto(data) or 0
+        return int(file.readinto(data) or 0)
 
-    def _write_at(file: _File[bytes], data: memoryview, start: int) -> int:
+    def _write_at(file: Any, data: memoryview, start: int) -> int:
         file.seek(start)
-        return file.write(data)
+        return int(file.write(data))
 
 
 # Linux moves what is in the page cache and stops where it would have to wait for the disk.
 if hasattr(os, "RWF_NOWAIT"):
 
-    def _read_cached_at(file: _File[bytes], data: memoryview, start: int) -> int:
+    def _read_cached_at(file: Any, data: memoryview, start: int) -> int:
         return os.preadv(file.fileno(), [data], start, os.RWF_NOWAIT)
 
 else:
 
-    def _read_cached_at(file: _File[bytes], data: memoryview, start: int) -> int:
+    def _read_cached_at(file: Any, data: memoryview, start: int) -> int:
         return 0
 
 

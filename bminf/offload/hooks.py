@@ -71,6 +71,7 @@ class Scheduler:
         self.plan, self.backend, self.source_device = plan, backend, source_device
         self.blocks: list[StreamedBlock] = []
         self.ring: Ring | None = None
+        self.loaded_bytes = 0  # read from files before it was ready
         self._lock = threading.RLock()
         self._process = os.getpid()
         self._inside = False  # a guarded call is running; only read and set under the lock

@@ -70,13 +70,18 @@ def load(
     streamed, untrimmed_bytes = set(scheduler.plan.streamed), 0
     with torch.inference_mode(False), torch.no_grad():
         _fill(model, blobs.outside, scheduler.backend, partial(read, ""))
+        scheduler.loaded_bytes = blobs.outside.nbytes
         for name, layout in _with_progress(blobs.blocks, "loading"):
             module = model.get_submodule(name)
             if name in streamed:
-                scheduler.backend.put(len(scheduler.blocks), partial(read, name))
+                index = len(scheduler.blocks)
+                if not scheduler.backend.is_lying(index):
+                    scheduler.backend.put(index, partial(read, name))
+                    scheduler.loaded_bytes += layout.nbytes
                 scheduler.add(name, module, layout)
             else:
                 _fill(module, layout, scheduler.backend, partial(read, name))
+                scheduler.loaded_bytes += layout.nbytes
             untrimmed_bytes += layout.nbytes
             if untrimmed_bytes >= _TRIMMED_BYTES:
                 untrimmed_bytes = 0

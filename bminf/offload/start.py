@@ -3,6 +3,7 @@ tensor at the place that the plan gives it."""
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -11,6 +12,8 @@ from typing import Any
 
 import torch
 
+from bminf.checkpoint.safetensors_file import run_of
+from bminf.checkpoint.stored import InFile
 from bminf.layout import ModuleBlock
 from bminf.offload.backends import allocated_bytes_on
 from bminf.offload.blob import Blobs
@@ -50,17 +53,21 @@ def start(
     offload_dir: str | Path | None,
     place: Callable[[], object],
     undo: Callable[[], object],
+    lying: Mapping[str, InFile] | None = None,
 ) -> None:
     """Bring every tensor to its place, and begin to stream.
 
     place: moves the tensors there, or reads them.   undo: what has to be done on any error.
+    lying: blocks whose bytes lie in a file as they are to be read.
     Raises OffloadError for a backing store that cannot be made, and what `place` raises.
     """
     the_plan, backend = scheduler.plan, scheduler.backend
     try:
         if the_plan.streamed:
             layouts = [blobs.blocks[name] for name in the_plan.streamed]
-            backend.open(layouts, offload_dir, the_plan.disk_places)
+            numbers = {name: index for index, name in enumerate(the_plan.streamed)}
+            there = {numbers[name]: run for name, run in (lying or {}).items()}
+            backend.open(layouts, offload_dir, the_plan.disk_places, there)
         model.__dict__[ATTRIBUTE] = scheduler
         place()
         if the_plan.streamed:
@@ -89,4 +96,15 @@ def start_from_files(
             load(contents.network, contents.blobs, scheduler, partial(read_block, contents))
         also_read()
 
-    start(contents.network, contents.blobs, scheduler, offload_dir, read, scheduler.backend.close)
+    # Whoever names a folder wants them there.
+    lying = _lying(contents, scheduler.plan.streamed) if offload_dir is None else {}
+    undo = scheduler.backend.close
+    start(contents.network, contents.blobs, scheduler, offload_dir, read, undo, lying)
+
+
+def _lying(contents: Contents, blocks: Iterable[str]) -> dict[str, InFile]:
+    """Those of `blocks` whose bytes lie in a file as their layouts say, as in a folder of ours."""
+    if not hasattr(os, "preadv"):  # Windows, where a file that is open cannot be replaced either
+        return {}
+    found = {n: run_of(contents.tensors, n, contents.blobs.blocks[n]) for n in blocks}
+    return {name: run for name, run in found.items() if run is not None}

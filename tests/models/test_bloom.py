@@ -97,9 +97,16 @@ def test_another_head_of_transformers_is_a_model_of_transformers(tmp_path: Path)
     BloomForSequenceClassification(config).save_pretrained(tmp_path)
     model = bminf.load(tmp_path, device="cpu", quantization=None)
     assert type(model).__name__ == "BloomForSequenceClassification"
-    zoo = bminf.load(made.write_huggingface(tmp_path / "zoo"), device="cpu", quantization=None)
-    assert isinstance(zoo, BLOOM)
-    zoo.close()
+    folder = made.write_huggingface(tmp_path / "zoo")
+    with bminf.load(folder, device="cpu", quantization=None) as zoo:  # which names no class
+        assert isinstance(zoo, BLOOM)
+    sizes = {"vocab_size": made.num_rows, "architectures": ["BloomForCausalLM"]}
+    named = {**made.config, **sizes}
+    (folder / "config.json").write_text(json.dumps(named))
+    theirs = bminf.load(folder, device="cpu", quantization=None)
+    assert type(theirs).__name__ == "BloomForCausalLM"
+    with bminf.load(folder, device="cpu", quantization=None, model="bloom") as zoo:
+        assert isinstance(zoo, BLOOM)
 
 
 # ---- what users call -----------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,10 +21,11 @@ from test_source import logits
 from tiny_zoo import CPM1_CONFIG, tiny
 
 import bminf
+from bminf.arch.registry import checkpoint_in
 from bminf.checkpoint.stored import InFile
 from bminf.errors import ArgumentError, CheckpointError
 from bminf.models import convert
-from bminf.offload import reading
+from bminf.offload import disk, reading
 from bminf.quantization.packed import Format
 
 Loader = Callable[..., Any]
@@ -35,6 +37,65 @@ QUANTIZATIONS = [None, "int8", "int4", WITH_MINIMUM]
 
 def model_class(name: str) -> Any:
     return getattr(bminf.models, name.upper())
+
+
+# ---- where it is read from ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def converted(folders: dict[str, Path], tmp_path: Path) -> Path:
+    """In the type that it is computed in on a CPU, too."""
+    return convert(folders["cpm1"], tmp_path / "made", "int8", dtype=torch.float32)
+
+
+def least_limit(folder: Path) -> int:
+    return bminf.models.plan_model(folder, device="cpu").least_limit
+
+
+def test_streamed_blocks_are_read_where_they_lie(
+    converted: Path, load: Loader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is written, and what streams is not read before it is used."""
+    written = []
+    monkeypatch.setattr(disk, "_write_at", lambda file, data, start: written.append(data) or 1)
+    whole = load("cpm1", checkpoint=converted, quantization="int8")
+    model = load("cpm1", checkpoint=converted, quantization="int8",
+                 memory_limit=least_limit(converted))  # fmt: skip
+    assert len(model.plan.streamed) == 3
+    stats = model.stats
+    assert stats.loaded_bytes < whole.stats.loaded_bytes / 2 and stats.ready_s > 0
+    assert whole.stats.loaded_bytes == whole.plan.resident_bytes
+    assert stats.loaded_bytes_per_s == stats.loaded_bytes / stats.ready_s
+    shutil.rmtree(converted)  # its files are open
+    assert torch.equal(model.logits("今天天气"), whole.logits("今天天气"))
+    assert torch.equal(model.logits("今天天气"), whole.logits("今天天气"))
+    assert not written
+
+
+def test_a_folder_for_streamed_blocks_is_where_they_are(
+    converted: Path, load: Loader, tmp_path: Path
+) -> None:
+    model = load("cpm1", checkpoint=converted, quantization="int8", offload_dir=tmp_path,
+                 memory_limit=least_limit(converted))  # fmt: skip
+    assert model.stats.loaded_bytes == sum(block.nbytes for block in model.plan.blocks) + (
+        model.plan.outside_bytes
+    )
+
+
+def test_damage_of_a_streamed_block_is_found_when_it_is_first_read(
+    converted: Path, load: Loader
+) -> None:
+    path = converted / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    stored = checkpoint_in(converted).tensors["layers.1.attention.qkv.qweight"]
+    assert isinstance(stored, InFile)
+    content[stored.offset + 5] ^= 1
+    path.write_bytes(content)
+    model = load("cpm1", checkpoint=converted, quantization="int8",
+                 memory_limit=least_limit(converted))  # fmt: skip
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged: between bytes"):
+            model.generate("今天天气", max_tokens=2)
 
 
 # ---- the same model ------------------------------------------------------------------------------

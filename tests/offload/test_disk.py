@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from bminf.errors import OffloadError
+from bminf.checkpoint.safetensors_file import read_safetensors, run_of, write_safetensors
+from bminf.checkpoint.stored import InFile
+from bminf.errors import CheckpointError, OffloadError
+from bminf.layout import Layout, TensorSpec
 from bminf.offload import disk, memory
 from bminf.offload.disk import FileStore, Outcome, Reader, bytes_of
 
@@ -72,6 +75,60 @@ def test_a_mapped_blob_is_a_private_copy_and_outlives_the_store() -> None:
     homes.close()
     assert torch.equal(mapped[10:], blob(100_001, 2)[10:])
     check_round_trip(FileStore(SIZES))
+
+
+def lying_in(path: Path, damaged: bool = False) -> dict[int, InFile]:
+    """Blobs 1 and 2 of SIZES, in a file of ours.   damaged: a bit of blob 2 was changed."""
+    layouts = {str(n): Layout.of({"x": TensorSpec((SIZES[n],), (1,), torch.uint8)}, False)
+               for n in (1, 2)}  # fmt: skip
+    write_safetensors(path, layouts, lambda n: [("x", blob(SIZES[int(n)], int(n)))], {})
+    tensors = read_safetensors(path)
+    runs = {int(n): run_of(tensors, n, layout) for n, layout in layouts.items()}
+    if damaged:
+        content = bytearray(path.read_bytes())
+        content[runs[2].offset + 777] ^= 16
+        path.write_bytes(content)
+    return runs
+
+
+def test_blobs_that_lie_in_a_file_are_read_there(tmp_path: Path) -> None:
+    homes = FileStore(SIZES, tmp_path, lying_in(tmp_path / "model.safetensors"))
+    assert [homes.is_lying(n) for n in range(len(SIZES))] == [False, True, True, False, False]
+    given, room = memory.allocate(SIZES[2]), memory.allocate(SIZES[2])
+    assert not homes.read_cached(2, bytes_of(room))  # which would compare nothing
+    for _ in range(2):
+        homes.read_into(2, given)
+        assert torch.equal(given, blob(SIZES[2], 2))
+    if hasattr(os, "RWF_NOWAIT"):
+        assert homes.read_cached(2, bytes_of(room)) and torch.equal(room, given)
+    assert torch.equal(homes.map(1), blob(SIZES[1], 1))
+    (tmp_path / "model.safetensors").unlink()  # it is open
+    homes.read_into(2, given.zero_())
+    assert torch.equal(given, blob(SIZES[2], 2))
+
+
+def test_what_is_written_to_leaves_the_file_where_it_lay(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    homes = FileStore(SIZES, tmp_path, lying_in(path))
+    before = path.read_bytes()
+    homes.write(2, torch.zeros(10, dtype=torch.uint8), 500)
+    assert not homes.is_lying(2) and path.read_bytes() == before
+    given, expected = memory.allocate(SIZES[2]), blob(SIZES[2], 2)
+    expected[500:510] = 0
+    homes.read_into(2, given)
+    assert torch.equal(given, expected)
+    check_round_trip(homes)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("use", ["read_into", "map", "write"])
+def test_damage_is_found_by_the_first_use(use: str, tmp_path: Path) -> None:
+    homes = FileStore(SIZES, tmp_path, lying_in(tmp_path / "model.safetensors", damaged=True))
+    given = memory.allocate(SIZES[2])
+    arguments = {"read_into": [given], "map": [], "write": [given[:3]]}[use]
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged"):
+            getattr(homes, use)(2, *arguments)
 
 
 def test_unwritable_and_missing_folders_are_refused(tmp_path: Path) -> None:

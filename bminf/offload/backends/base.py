@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
+from bminf.checkpoint.stored import InFile
 from bminf.layout import Layout
 from bminf.offload.ring import Transfers
 
@@ -35,13 +36,21 @@ class Backend(Transfers, Protocol):
         """(nbytes,) uint8 on the device."""
 
     def open(
-        self, layouts: Sequence[Layout], offload_dir: str | Path | None, on_disk: Sequence[int] = ()
+        self,
+        layouts: Sequence[Layout],
+        offload_dir: str | Path | None,
+        on_disk: Sequence[int] = (),
+        lying: Mapping[int, InFile] | None = None,
     ) -> None:
         """Make room for these blobs on the host, and the slots. Raises OffloadError or BudgetError.
 
         offload_dir: folder for host copies that lie in a file; None is a temporary one on a disk.
         on_disk: the blobs, as indices into `layouts`, that are to lie in a file in any case.
+        lying: those that lie in a file already, and may be read from there.
         """
+
+    def is_lying(self, block: int) -> bool:
+        """Whether the host copy of a block is one that was there before: put() is not needed."""
 
     def put(self, block: int, fill: Callable[[torch.Tensor], object]) -> None:
         """Write the host copy of a block. fill: is given room for its blob, (extent,) uint8."""

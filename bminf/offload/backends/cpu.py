@@ -9,12 +9,13 @@ slot is free as soon as its block has been left, and a mark is nothing.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
 
+from bminf.checkpoint.stored import InFile
 from bminf.layout import Layout
 from bminf.offload import memory
 from bminf.offload.backends.base import Counters
@@ -42,15 +43,22 @@ class CpuBackend:
         self._reader: Reader | None = None
 
     def open(
-        self, layouts: Sequence[Layout], offload_dir: str | Path | None, on_disk: Sequence[int] = ()
+        self,
+        layouts: Sequence[Layout],
+        offload_dir: str | Path | None,
+        on_disk: Sequence[int] = (),
+        lying: Mapping[int, InFile] | None = None,
     ) -> None:
         """All are in a file, whatever `on_disk` says."""
         extents = [layout.extent for layout in layouts]
-        self._store = FileStore(extents, offload_dir)
+        self._store = FileStore(extents, offload_dir, lying)
         self._layouts = list(layouts)
         self.slots = [memory.allocate(max(extents)) for _ in range(NUM_SLOTS)]
         self._slot_bytes = [bytes_of(slot) for slot in self.slots]
         self._reader = Reader("bminf-reader")
+
+    def is_lying(self, block: int) -> bool:
+        return self._opened_store().is_lying(block)
 
     def put(self, block: int, fill: Callable[[torch.Tensor], object]) -> None:
         blob = self._slot(block, 0)  # no slot is in use yet, so one can stage the blob

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from bminf.checkpoint.stored import InFile
 from bminf.cuda.pinned import PinnedMemory
 from bminf.errors import BudgetError
 from bminf.layout import Layout
@@ -83,20 +84,30 @@ class CudaBackend:
             ) from error
 
     def open(
-        self, layouts: Sequence[Layout], offload_dir: str | Path | None, on_disk: Sequence[int] = ()
+        self,
+        layouts: Sequence[Layout],
+        offload_dir: str | Path | None,
+        on_disk: Sequence[int] = (),
+        lying: Mapping[int, InFile] | None = None,
     ) -> None:
         self._layouts = list(layouts)
         if on_disk:
-            self._files = self._open_files(on_disk, offload_dir)
+            self._files = self._open_files(on_disk, offload_dir, lying or {})
         try:
             self._open_slots()
         except BaseException:
             self.close()
             raise
 
-    def _open_files(self, on_disk: Sequence[int], offload_dir: str | Path | None) -> _Files:
+    def _open_files(
+        self,
+        on_disk: Sequence[int],
+        offload_dir: str | Path | None,
+        lying: Mapping[int, InFile],
+    ) -> _Files:
         extents = [self._layouts[block].extent for block in on_disk]
-        store = FileStore(extents, offload_dir)
+        there = {place: lying[block] for place, block in enumerate(on_disk) if block in lying}
+        store = FileStore(extents, offload_dir, there)
         stages: dict[int, PinnedMemory] = {}
         try:
             for index in range(NUM_STAGES):
@@ -127,6 +138,14 @@ class CudaBackend:
             slot.record_stream(self._stream)
         # The memory of the slots may still be read by work queued before they were allocated.
         self._stream.wait_stream(self._compute_stream())
+
+    def is_lying(self, block: int) -> bool:
+        files = self._files
+        return (
+            files is not None
+            and block in files.places
+            and files.store.is_lying(files.places[block])
+        )
 
     def put(self, block: int, fill: Callable[[torch.Tensor], object]) -> None:
         if self._files is not None and block in self._files.places:
