@@ -71,10 +71,9 @@ def read_layers(folder: Path, tables: Sequence[SplitTable]) -> dict[str, Stored]
 
 
 def _step_folder(folder: Path) -> Path:
-    """The folder with the files of layers: that of the step that "latest" names, where it is one
-    beside it; else the given one."""
+    """The folder of the step that "latest" names, where that is beside it; else the given one."""
     latest = folder / DEEPSPEED_TRACKER
-    if not latest.is_file() or any(map(is_layer_file, folder.iterdir())):
+    if not latest.is_file():
         return folder
     text = tracker_text(latest)
     step = folder / text.decode() if _STEP.fullmatch(text) else folder

@@ -206,9 +206,15 @@ class _ScaleOfRows(Sliced):
 
 
 def _merged(split: Split, parts: tuple[Stored, ...]) -> Stored:
-    """The ranks' parts as one; codes stay codes."""
+    """The ranks' parts as one; codes stay codes.   Raises CheckpointError."""
+    for other in parts[1:]:
+        if type(other) is not type(parts[0]):
+            raise CheckpointError(
+                f"{parts[0].where} and {other.where} do not go together: one has a scale beside "
+                "it, and the other none; the files are not of one checkpoint"
+            )
     quantized = [part for part in parts if isinstance(part, Quantized)]
-    if len(quantized) < len(parts):
+    if not quantized:
         return split.merge(parts)
     codes, scales = tuple(q.codes for q in quantized), tuple(q.scale for q in quantized)
     return Quantized(split.merge(codes), split.merge(scales))

@@ -107,12 +107,21 @@ def test_all_ways_to_name_the_folder_give_the_whole_model(
         expect(found, layers)
 
 
-def test_places_are_numbers_however_they_are_written(tmp_path: Path) -> None:
+def test_places_and_ranks_are_numbers_however_they_are_written(tmp_path: Path) -> None:
     layers = whole_layers(num_layers=99)
-    write(tmp_path, 1, layers)
-    expect(opened(tmp_path), layers)
-    path_of(tmp_path, 3, 0).rename(tmp_path / STEP / "layer_3-model_0-model_states.pt")
-    expect(opened(tmp_path), layers)
+    write(tmp_path / "1", 1, layers)
+    expect(opened(tmp_path / "1"), layers)
+    layers = whole_layers()
+    write(tmp_path / "4", 4, layers)
+    path_of(tmp_path / "4", 3, 1).rename(tmp_path / "4" / STEP / "layer_3-model_1-model_states.pt")
+    expect(opened(tmp_path / "4"), layers)
+
+
+def test_latest_may_lie_beside_the_files_of_layers(tmp_path: Path) -> None:
+    layers = whole_layers()
+    (write(tmp_path, 2, layers) / "latest").rename(tmp_path / STEP / "latest")
+    for path in (tmp_path / STEP, tmp_path / STEP / "latest"):
+        expect(opened(path), layers)
 
 
 def test_a_folder_without_latest_is_that_of_the_step(tmp_path: Path) -> None:

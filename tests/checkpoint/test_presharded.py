@@ -240,6 +240,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no matrix": (
         lambda f: change(file_of(f, 1, 0), {UP: [torch.ones(4).half(), 1]}), "should be a matrix",
     ),
+    "no scale in one rank": (
+        lambda f: change(file_of(f, 1, 0), {UP: torch.ones(16, WIDTH).half()}),
+        r"'h\.0\.up_w' in .*tp_00_00.*tp_01_00.* one has a scale beside it, and the other none",
+    ),
     "codes without int8": (
         lambda f: change_index(f, dtype="int8"), r"'h\.0\.up_w' .* is torch\.float16, and the index"
     ),
@@ -294,4 +298,11 @@ def test_codes_that_are_no_matrix_or_of_halves_are_errors(tmp_path: Path) -> Non
         opened(folder)
     change(file_of(folder, 0, 0), {UP: [torch.ones(4, 4).half(), torch.ones(4, 3)]})
     with pytest.raises(CheckpointError, match=r"is torch\.float16, and the index says another"):
+        opened(folder)
+
+
+def test_codes_of_one_rank_alone_are_an_error(tmp_path: Path) -> None:
+    folder, _ = write_codes(tmp_path, 2)
+    change(file_of(folder, 1, 0), {UP: torch.ones(16, WIDTH)})
+    with pytest.raises(CheckpointError, match=r"tp_00_00.*tp_01_00.* and the other none"):
         opened(folder)
