@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -73,7 +72,7 @@ def _read(path: Path) -> Any:
     """What the package makes of the file.   Raises as BloomTokenizer."""
     tokenizers = _import_tokenizers()
     try:
-        content = json.loads(read_bytes(path).removeprefix(codecs.BOM_UTF8))
+        content = json.loads(read_bytes(path))
         _check_byte_pairs(content)
         made = tokenizers.Tokenizer.from_str(json.dumps(content))
         _check_bytes(made)
