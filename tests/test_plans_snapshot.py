@@ -33,7 +33,7 @@ ZOO = (
     "TsinghuaAI/CPM-Generate", "mymusise/CPM-Generate-distill", "CPM-2 (Chinese), CPM-2.1",
     "CPM-2 (Chinese and English)", "thu-coai/EVA1.0", "thu-coai/EVA2.0-xlarge",
     "thu-coai/EVA2.0-large", "thu-coai/EVA2.0-base", "GLM-130B", "GLM-10B", "GLM-10B-chinese",
-    "GLM-2B",
+    "GLM-2B", "bloom-560m", "bloom-1b1", "bloom-1b7", "bloom-3b", "bloom-7b1", "bloom",
 )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
@@ -71,6 +71,7 @@ class Scheduler:
         self.plan, self.backend, self.source_device = plan, backend, source_device
         self.blocks: list[StreamedBlock] = []
         self.ring: Ring | None = None
+        self.lying: Collection[int] = ()  # blocks that are read from where they were before
         self.loaded_bytes = 0  # read from files before it was ready
         self._lock = threading.RLock()
         self._process = os.getpid()

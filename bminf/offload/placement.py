@@ -75,7 +75,7 @@ def load(
             module = model.get_submodule(name)
             if name in streamed:
                 index = len(scheduler.blocks)
-                if not scheduler.backend.is_lying(index):
+                if index not in scheduler.lying:
                     scheduler.backend.put(index, partial(read, name))
                     scheduler.loaded_bytes += layout.nbytes
                 scheduler.add(name, module, layout)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -36,6 +36,13 @@ class Contents:
     blobs: Blobs
     tensors: Mapping[str, Stored]
     packer: Packer = pack
+    _runs: dict[str, InFile | None] = field(default_factory=dict, repr=False)
+
+    def run(self, block: str) -> InFile | None:
+        """The bytes of a block, where they lie in a file as the layout says; see run_of()."""
+        if block not in self._runs:
+            self._runs[block] = run_of(self.tensors, block, self.layout(block))
+        return self._runs[block]
 
     def layout(self, block: str) -> Layout:
         """That of a block, or "" for what lies outside all of them."""
@@ -46,7 +53,7 @@ def read_block(contents: Contents, block: str, blob: torch.Tensor) -> None:
     """Fill `blob`, (extent,) uint8: in one read, where the bytes lie in a file as the layout says,
     as in a folder of our own; otherwise tensor by tensor.   Raises CheckpointError."""
     layout = contents.layout(block)
-    run = run_of(contents.tensors, block, layout)
+    run = contents.run(block)
     if run is not None:
         run.read_into(blob)
         return

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from bminf.checkpoint.safetensors_file import run_of
 from bminf.checkpoint.stored import InFile
 from bminf.layout import ModuleBlock
 from bminf.offload.backends import allocated_bytes_on
@@ -67,7 +66,7 @@ def start(
             layouts = [blobs.blocks[name] for name in the_plan.streamed]
             numbers = {name: index for index, name in enumerate(the_plan.streamed)}
             there = {numbers[name]: run for name, run in (lying or {}).items()}
-            backend.open(layouts, offload_dir, the_plan.disk_places, there)
+            scheduler.lying = backend.open(layouts, offload_dir, the_plan.disk_places, there)
         model.__dict__[ATTRIBUTE] = scheduler
         place()
         if the_plan.streamed:
@@ -106,5 +105,5 @@ def _lying(contents: Contents, blocks: Iterable[str]) -> dict[str, InFile]:
     """Those of `blocks` whose bytes lie in a file as their layouts say, as in a folder of ours."""
     if not hasattr(os, "preadv"):  # Windows, where a file that is open cannot be replaced either
         return {}
-    found = {n: run_of(contents.tensors, n, contents.blobs.blocks[n]) for n in blocks}
+    found = {name: contents.run(name) for name in blocks}
     return {name: run for name, run in found.items() if run is not None}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -41,16 +41,14 @@ class Backend(Transfers, Protocol):
         offload_dir: str | Path | None,
         on_disk: Sequence[int] = (),
         lying: Mapping[int, InFile] | None = None,
-    ) -> None:
+    ) -> Collection[int]:
         """Make room for these blobs on the host, and the slots. Raises OffloadError or BudgetError.
 
         offload_dir: folder for host copies that lie in a file; None is a temporary one on a disk.
         on_disk: the blobs, as indices into `layouts`, that are to lie in a file in any case.
         lying: those that lie in a file already, and may be read from there.
+        Returns those that will be, and need no put().
         """
-
-    def is_lying(self, block: int) -> bool:
-        """Whether the host copy of a block is one that was there before: put() is not needed."""
 
     def put(self, block: int, fill: Callable[[torch.Tensor], object]) -> None:
         """Write the host copy of a block. fill: is given room for its blob, (extent,) uint8."""

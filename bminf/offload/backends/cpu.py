@@ -9,7 +9,7 @@ slot is free as soon as its block has been left, and a mark is nothing.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -48,7 +48,7 @@ class CpuBackend:
         offload_dir: str | Path | None,
         on_disk: Sequence[int] = (),
         lying: Mapping[int, InFile] | None = None,
-    ) -> None:
+    ) -> Collection[int]:
         """All are in a file, whatever `on_disk` says."""
         extents = [layout.extent for layout in layouts]
         self._store = FileStore(extents, offload_dir, lying)
@@ -56,9 +56,7 @@ class CpuBackend:
         self.slots = [memory.allocate(max(extents)) for _ in range(NUM_SLOTS)]
         self._slot_bytes = [bytes_of(slot) for slot in self.slots]
         self._reader = Reader("bminf-reader")
-
-    def is_lying(self, block: int) -> bool:
-        return self._opened_store().is_lying(block)
+        return lying or ()
 
     def put(self, block: int, fill: Callable[[torch.Tensor], object]) -> None:
         blob = self._slot(block, 0)  # no slot is in use yet, so one can stage the blob

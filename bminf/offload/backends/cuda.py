@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -89,7 +89,7 @@ class CudaBackend:
         offload_dir: str | Path | None,
         on_disk: Sequence[int] = (),
         lying: Mapping[int, InFile] | None = None,
-    ) -> None:
+    ) -> Collection[int]:
         self._layouts = list(layouts)
         if on_disk:
             self._files = self._open_files(on_disk, offload_dir, lying or {})
@@ -98,6 +98,7 @@ class CudaBackend:
         except BaseException:
             self.close()
             raise
+        return {block for block in lying or () if block in on_disk}
 
     def _open_files(
         self,
@@ -138,14 +139,6 @@ class CudaBackend:
             slot.record_stream(self._stream)
         # The memory of the slots may still be read by work queued before they were allocated.
         self._stream.wait_stream(self._compute_stream())
-
-    def is_lying(self, block: int) -> bool:
-        files = self._files
-        return (
-            files is not None
-            and block in files.places
-            and files.store.is_lying(files.places[block])
-        )
 
     def put(self, block: int, fill: Callable[[torch.Tensor], object]) -> None:
         if self._files is not None and block in self._files.places:
