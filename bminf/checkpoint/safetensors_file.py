@@ -108,23 +108,23 @@ def run_of(tensors: Mapping[str, Stored], block: str, layout: Layout) -> InFile 
     tensors: by their names in the file, not read yet.   block, layout: as for write_safetensors.
     None where they lie otherwise, or are of other types or shapes, and have to be read one by one.
     """
-    found = lying_in_files(tensors, block, layout)
-    starts = {(stored.file, stored.offset - layout.offsets[name]) for name, stored in found}
-    if len(found) < len(layout.specs) or len(starts) != 1:
-        return None
-    ((file, start),) = starts
-    return contiguous(file, start, [layout.extent], torch.uint8, block)
+    return lying_in_files(tensors, block, layout)[0]
 
 
 def lying_in_files(
     tensors: Mapping[str, Stored], block: str, layout: Layout
-) -> list[tuple[str, InFile]]:
-    """(name in the layout, tensor) of those whose bytes lie in a file as `layout` says. The
-    arguments are those of run_of."""
-    found = [
+) -> tuple[InFile | None, list[tuple[str, InFile]]]:
+    """What run_of gives, whose arguments these are; and (name in the layout, tensor) of those whose
+    bytes lie in a file as the layout says."""
+    given = [
         (name, tensors.get(_full_name(block, name)), spec) for name, spec in layout.specs.items()
     ]
-    return [(name, stored) for name, stored, spec in found if _lies_as(stored, spec)]
+    found = [(name, stored) for name, stored, spec in given if _lies_as(stored, spec)]
+    starts = {(stored.file, stored.offset - layout.offsets[name]) for name, stored in found}
+    if len(found) < len(layout.specs) or len(starts) != 1:
+        return None, found
+    ((file, start),) = starts
+    return contiguous(file, start, [layout.extent], torch.uint8, block), found
 
 
 def _lies_as(stored: Stored | None, spec: TensorSpec) -> TypeGuard[InFile]:

@@ -9,7 +9,7 @@ import torch
 
 from bminf.checkpoint.quantized import Quantized
 from bminf.checkpoint.recorded import InMemory
-from bminf.checkpoint.safetensors_file import lying_in_files, run_of
+from bminf.checkpoint.safetensors_file import lying_in_files
 from bminf.checkpoint.stored import InFile, Stored, pieces
 from bminf.errors import ArgumentError, CheckpointError
 from bminf.layers.quantized_linear import QuantizedLinear
@@ -20,6 +20,7 @@ from bminf.quantization.packed import PACKED_FIELDS, Format, PackedWeight, pack
 _CHUNK_ELEMENTS = 2**22  # of a matrix that are read and packed together
 _WITH_NAN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # that torch compares
 
+_Lying = tuple[InFile | None, list[tuple[str, InFile]]]
 Packer = Callable[[torch.Tensor, Format], PackedWeight]
 
 
@@ -36,13 +37,13 @@ class Contents:
     blobs: Blobs
     tensors: Mapping[str, Stored]
     packer: Packer = pack
-    _runs: dict[str, InFile | None] = field(default_factory=dict, repr=False)
+    _lying: dict[str, _Lying] = field(default_factory=dict, repr=False)
 
-    def run(self, block: str) -> InFile | None:
-        """The bytes of a block, where they lie in a file as the layout says; see run_of()."""
-        if block not in self._runs:
-            self._runs[block] = run_of(self.tensors, block, self.layout(block))
-        return self._runs[block]
+    def lying(self, block: str) -> _Lying:
+        """What of a block lies in files as it is to be read; see lying_in_files()."""
+        if block not in self._lying:
+            self._lying[block] = lying_in_files(self.tensors, block, self.layout(block))
+        return self._lying[block]
 
     def layout(self, block: str) -> Layout:
         """That of a block, or "" for what lies outside all of them."""
@@ -53,12 +54,12 @@ def read_block(contents: Contents, block: str, blob: torch.Tensor) -> None:
     """Fill `blob`, (extent,) uint8: in one read, where the bytes lie in a file as the layout says,
     as in a folder of our own; otherwise tensor by tensor.   Raises CheckpointError."""
     layout = contents.layout(block)
-    run = contents.run(block)
+    run, found = contents.lying(block)
     if run is not None:
         run.read_into(blob)
         return
     as_they_are: set[int] = set()
-    for name, stored in lying_in_files(contents.tensors, block, layout):
+    for name, stored in found:
         if (offset := layout.offsets[name]) not in as_they_are:
             room = blob[offset : offset + stored.span_bytes]
             stored.read_into(room)

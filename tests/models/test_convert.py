@@ -240,7 +240,7 @@ def test_each_block_of_a_folder_is_read_at_once(
     given = logits(model := load("cpm2", checkpoint=made, quantization="int8", dtype=dtype))
     num_runs = 1 + len(model.plan.blocks)
     assert len(reads) == num_runs if dtype == torch.float16 else len(reads) > 2 * num_runs
-    monkeypatch.setattr(reading, "run_of", lambda *_: None)
+    monkeypatch.setattr(reading, "lying_in_files", lambda *_: (None, []))  # tensor by tensor
     assert torch.equal(
         logits(load("cpm2", checkpoint=made, quantization="int8", dtype=dtype)), given
     )
