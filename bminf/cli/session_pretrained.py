@@ -13,6 +13,7 @@ from bminf.cli import models, sources
 from bminf.cli.session import NEW_TOKENS, Answer, Message, Meter, Options, Session, Write
 from bminf.errors import ArgumentError, BMInfError, CheckpointError, UnsupportedModelError
 from bminf.progress import spinner
+from bminf.tokenizers.pretrained_stream import PretrainedStream
 from bminf.tokenizers.stop_strings import StopStrings
 
 if TYPE_CHECKING:
@@ -285,39 +286,28 @@ class Stream:
         self.ids: list[int] = []
         self.text = ""
         self.meter = Meter(lambda: (len(self.ids), copied()))
-        self._tokenizer, self._write, self.stops = tokenizer, write, StopStrings(stop)
-        self._start = self._end = 0  # of the ids that the next piece is told apart by
+        self._pieces, self._write, self.stops = (
+            PretrainedStream(tokenizer),
+            write,
+            StopStrings(stop),
+        )
 
     def __call__(self, ids: Any, *_: Any, **__: Any) -> Any:
         """(1,) bool, whether a stop string has come.   ids: (1, T), of which the last is new."""
         self.ids.append(int(ids[0, -1]))
         self.meter.text_came()
-        self._give(is_last=False)
+        self._show(self.stops.feed(self._pieces.feed(self.ids[-1])))
         return ids.new_full((1,), self.stops.is_found).bool()
 
     def end(self) -> None:
         """Writes what was held back."""
-        self._give(is_last=True)
+        self._show(self.stops.feed(self._pieces.finish()))
         self._show(self.stops.finish())
-
-    def _give(self, is_last: bool) -> None:
-        """Only the last few ids are decoded: what they add to those whose text was written."""
-        before = self._decoded(self._start, self._end)
-        now = self._decoded(self._start, len(self.ids))
-        is_cut = now.endswith("\N{REPLACEMENT CHARACTER}")  # within a character, most likely
-        if len(now) <= len(before) or (is_cut and not is_last):
-            return
-        self._start, self._end = self._end, len(self.ids)
-        self._show(self.stops.feed(now[len(before) :]))
 
     def _show(self, text: str) -> None:
         if text:
             self.text += text
             self._write(text)
-
-    def _decoded(self, start: int, end: int) -> str:
-        text: str = self._tokenizer.decode(self.ids[start:end], skip_special_tokens=True)
-        return text
 
 
 def _quantization(given: str | None, default: bool | str) -> bool | str | None:

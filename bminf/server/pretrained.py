@@ -19,6 +19,7 @@ from bminf.models.prompt import Prompt
 from bminf.offload.hooks import Stats
 from bminf.offload.plan import Plan
 from bminf.server.texts import Asked, Fills, Message, Pieces, Settings, token_bytes
+from bminf.tokenizers.pretrained_stream import PretrainedStream
 from bminf.wrapping import plan_of, stats_of
 
 _NO_BLANKS = "this model fills no blanks; CPM-2 and GLM do"
@@ -110,7 +111,7 @@ class PretrainedTexts:
         )  # fmt: skip
 
     def pieces(self) -> Pieces:
-        return PretrainedPieces(self._tokenizer)
+        return PretrainedStream(self._tokenizer)
 
     def logprobs(self, ids: Sequence[int], num_top: int) -> list[TokenLogprob]:
         found: list[TokenLogprob] = []
@@ -191,35 +192,3 @@ def _answered(trunk: Any, output: Any) -> Iterator[None]:
         del trunk.forward
         if before is not None:
             trunk.forward = before
-
-
-class PretrainedPieces:
-    """The text of tokens that come one by one, without special ones."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._start = self._end = 0  # of the ids that the next piece is told apart by
-
-    def feed(self, token_id: int) -> str:
-        """The text that is final now and was not before; it may be empty."""
-        self._ids.append(token_id)
-        return self._next(is_last=False)
-
-    def finish(self) -> str:
-        """The rest."""
-        return self._next(is_last=True)
-
-    def _next(self, is_last: bool) -> str:
-        """Only the last few ids are decoded: what they add to those whose text was given."""
-        before = self._decoded(self._start, self._end)
-        now = self._decoded(self._start, len(self._ids))
-        is_cut = now.endswith("\N{REPLACEMENT CHARACTER}")  # within a character, most likely
-        if len(now) <= len(before) or (is_cut and not is_last):
-            return ""
-        self._start, self._end = self._end, len(self._ids)
-        return now[len(before) :]
-
-    def _decoded(self, start: int, end: int) -> str:
-        text: str = self._tokenizer.decode(self._ids[start:end], skip_special_tokens=True)
-        return text

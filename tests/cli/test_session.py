@@ -1,6 +1,7 @@
 """Text in pieces, and what is counted of an answer; answers themselves are tested with the verbs.
 
-bminf/cli/session.py, bminf/cli/session_pretrained.py, bminf/cli/session_zoo.py.
+bminf/cli/session.py, bminf/cli/session_pretrained.py, bminf/cli/session_zoo.py,
+bminf/tokenizers/pretrained_stream.py.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from tiny_models import make
 
 import bminf
 from bminf.models import CPM1, CPM2, EVA, GLM
-from bminf.server.pretrained import PretrainedPieces, PretrainedTexts
+from bminf.server.pretrained import PretrainedTexts
 from bminf.server.texts import Settings, token_bytes, token_text
 from bminf.server.zoo import ZooTexts
 
@@ -180,16 +180,6 @@ PIECES = [
 def test_a_token_is_its_bytes(piece: str, text: str, nbytes: bytes, shown: str) -> None:
     assert token_bytes(piece, text) == nbytes
     assert token_text(nbytes) == shown
-
-
-def test_pieces_of_an_answer_cut_no_character() -> None:
-    from test_session import TEXT, byte_level  # of the command line, which has the same need
-
-    tokenizer = byte_level()
-    stream, ids = PretrainedPieces(tokenizer), tokenizer(TEXT)["input_ids"]
-    pieces = [*map(stream.feed, ids), stream.finish()]
-    assert "".join(pieces) == TEXT
-    assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
 
 
 # ---- the zoo -------------------------------------------------------------------------------------
