@@ -36,6 +36,13 @@ _ONLY: dict[str, tuple[object, ...]] = {
 }  # fmt: skip
 """What these fields may be, beside null: what asks for nothing. All else is refused by name."""
 
+_KINDS = {
+    "prompt": "give a text, a list of token ids, or a list of such",
+    "stop": "give a text, or a list of texts",
+    "content": "the content of a message is a text, or a list of parts",
+}
+"""Of fields that may be of several kinds."""
+
 
 class Body(BaseModel):  # type: ignore[misc]
     """The JSON of a request. null is as if a field were left out."""
@@ -204,13 +211,22 @@ def parse(kind: type[Parsed], content: bytes) -> Parsed:
     except ValidationError as error:
         errors = error.errors(include_url=False, include_input=False, include_context=False)
         # Of the kinds that a field may be of, the one that it is of says what is wrong.
-        first = next((one for one in errors if not one["type"].endswith("_type")), errors[0])
+        of_right_kind = [one for one in errors if not one["type"].endswith("_type")]
+        first = (of_right_kind or errors)[0]
         place = [str(item) for item in first["loc"] if isinstance(item, str)]
         text = str(first["msg"]).removeprefix("Value error, ")
+        if not of_right_kind:
+            text = _kinds_of(first["loc"]) or text
         if first["type"] == "value_error":  # ours, which begins with the field
             place = [text.split(" ")[0].split("=")[0]]
         param = place[0] if place else None
         raise ApiError(400, _message(first["type"], text, param), param, "invalid_value") from None
+
+
+def _kinds_of(place: Sequence[str | int]) -> str | None:
+    """What a field takes that may be of several kinds, each of which has an error of its own, whose
+    place ends in the kind."""
+    return next((_KINDS[str(name)] for name in place[:-1] if name in _KINDS), None)
 
 
 def _message(kind: str, text: str, param: str | None) -> str:

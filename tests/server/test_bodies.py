@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from bminf.server.bodies import Body, ChatBody, CompletionBody, DetokenizeBody, parse
+from bminf.server.bodies import Body, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, parse
 from bminf.server.errors import ApiError
 
 MESSAGES = [{"role": "user", "content": "a"}]
@@ -56,7 +56,7 @@ WRONG: list[tuple[type[Body], str, Any]] = [
     (ChatBody, "response_format", {"type": "json_object"}),
     (ChatBody, "audio", {"voice": "a"}),
     (ChatBody, "modalities", ["audio"]),
-    (ChatBody, "repetition_penalty", 1.2),
+    *((kind, "repetition_penalty", 1.2) for kind in MINIMAL),
 ]  # fmt: skip
 
 
@@ -66,6 +66,23 @@ def test_a_wrong_value_is_refused_by_the_name_of_its_field(
 ) -> None:
     error = refused(kind, json.dumps({**MINIMAL[kind], name: value}).encode())
     assert error.param == name and name in error.message
+
+
+KINDS: list[tuple[type[Body], dict[str, Any], str]] = [
+    *((CompletionBody, {"prompt": value}, "prompt: give a text, a list of token ids, or a list of")
+      for value in (1, {}, [True], ["a", 1])),
+    (CompletionBody, {"stop": 1}, "stop: give a text, or a list of texts"),
+    (ChatBody, {"messages": [{"role": "user", "content": 1}]}, "messages: the content of a"),
+    (TokenizeBody, {"prompt": 1}, "prompt: Input should be a valid string"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "given", "text"), KINDS)
+def test_a_value_of_a_wrong_kind_is_told_all_that_are_right(
+    kind: type[Body], given: dict[str, Any], text: str
+) -> None:
+    content = json.dumps({**MINIMAL.get(kind, {}), **given}).encode()
+    assert refused(kind, content).message.startswith(text)
 
 
 NOT_JSON = {
