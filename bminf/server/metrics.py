@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram
@@ -10,6 +10,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.exposition import generate_latest
 
 from bminf.engine.request import Request
+from bminf.offload.phase import Phase
 from bminf.server.texts import Texts
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
@@ -77,12 +78,26 @@ def _of_model(texts: Texts) -> Iterator[Any]:
     yield _counter("bminf_sweep_rows", "Rows of all of them.", engine.num_rows)
     yield _gauge("bminf_rows_per_sweep", "On average.", engine.rows_per_sweep)
     yield _counter("bminf_bytes_copied", "For streamed blocks.", texts.stats.bytes_copied)
+    yield from _of_phases({"prefill": engine.prefill, "decode": engine.decode})
     memory = GaugeMetricFamily("bminf_memory_bytes", "As planned.", labels=["kind"])
     sizes = {"resident": plan.resident_bytes, "slots": plan.slot_bytes,
              "reserved": plan.reserved_bytes, "limit": plan.budget}  # fmt: skip
     for kind, nbytes in sizes.items():
         memory.add_metric([kind], nbytes)
     yield memory
+
+
+def _of_phases(phases: Mapping[str, Phase]) -> Iterator[Any]:
+    """Of sweeps that read prompts, and of those that decoded: copying bound a phase where it waited
+    for more than a tenth of its time."""
+    seconds = CounterMetricFamily("bminf_phase_seconds", "In sweeps.", labels=["phase"])
+    waited = CounterMetricFamily(
+        "bminf_phase_waited_seconds", "Of these, for copies.", labels=["phase"]
+    )
+    for name, phase in phases.items():
+        seconds.add_metric([name], phase.seconds)
+        waited.add_metric([name], phase.waited_s)
+    yield from (seconds, waited)
 
 
 def _gauge(name: str, text: str, value: float) -> Any:

@@ -9,7 +9,8 @@ from bminf.server.worker import Worker
 
 
 def plan_json(worker: Worker) -> dict[str, Any]:
-    """Sizes in bytes, times in seconds; counters since the model was loaded."""
+    """Sizes in bytes, times in seconds; counters since the model was loaded, and what bound the
+    sweeps that read prompts and those that decoded: "copying" or "computing"."""
     queue = {"running": worker.num_running, "waiting": worker.num_waiting,
              "max_waiting": worker.max_waiting}  # fmt: skip
     if worker.texts is None:
@@ -24,6 +25,8 @@ def plan_json(worker: Worker) -> dict[str, Any]:
             "sweeps": engine.num_sweeps,
             "rows_per_sweep": engine.rows_per_sweep,
             "busy_s": engine.busy_s,
+            "prefill": engine.prefill.as_json(),
+            "decode": engine.decode.as_json(),
             "bytes_copied": stats.bytes_copied,
             "copied_s": stats.copied_s,
             "waited_s": stats.waited_s,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import threading
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -66,6 +67,27 @@ def test_the_plan_is_told(server: Running) -> None:
     assert (places.count("resident"), places.count("streamed")) == (3, 5)
     assert body["plan"]["streamed_bytes"] == 500 and body["state"] == "ready"
     assert body["queue"] == {"running": 0, "waiting": 0, "max_waiting": 256}
+
+
+def test_what_bound_each_phase_is_told(serve: Serve) -> None:
+    """Copies that sweeps wait for, where they only decode."""
+    server = serve()
+    rows, before = server.worker.texts.rows, server.get("/plan").json["stats"]
+    assert before["prefill"]["bound"] is before["decode"]["bound"] is None
+
+    def copy(feeds: Any) -> None:
+        waited_s = 1000.0 if feeds[0].row.length else 0.0
+        rows.stats = replace(rows.stats, waited_s=rows.stats.waited_s + waited_s)
+
+    rows.before = copy
+    assert server.complete(">ab").text == "ab"
+    told = server.get("/plan").json["stats"]
+    assert (told["prefill"]["bound"], told["decode"]["bound"]) == ("computing", "copying")
+    assert told["busy_s"] == told["prefill"]["seconds"] + told["decode"]["seconds"]
+    metrics = server.get("/metrics").body
+    assert b'bminf_phase_waited_seconds_total{phase="decode"} 2000.0\n' in metrics
+    assert b'bminf_phase_waited_seconds_total{phase="prefill"} 0.0\n' in metrics
+    assert b'bminf_phase_seconds_total{phase="prefill"} ' in metrics
 
 
 def test_the_page_loads_nothing_from_elsewhere(server: Running) -> None:
