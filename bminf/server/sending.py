@@ -23,6 +23,9 @@ from bminf.server.worker import Worker
 PING_S = 3.0
 """Between bytes, where nothing else has come: some clients wait no longer than five seconds."""
 
+_LINE_ENDS = {ord(letter): f"\\u{ord(letter):04x}" for letter in "\x85\u2028\u2029"}
+"""Text to JSON, but ends of lines to Python's str.splitlines(), by which some clients read."""
+
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 Receive = Callable[[], Awaitable[dict[str, Any]]]
 
@@ -176,7 +179,7 @@ async def _left(receive: Receive) -> None:
 
 
 def _json(content: Any) -> bytes:
-    return json.dumps(content, ensure_ascii=False, allow_nan=False).encode()
+    return json.dumps(content, ensure_ascii=False, allow_nan=False).translate(_LINE_ENDS).encode()
 
 
 def _event(content: Any) -> bytes:
