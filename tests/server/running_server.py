@@ -77,12 +77,13 @@ class Running:
     def complete(self, prompt: Any, **more: Any) -> Answer:
         return self.post("/v1/completions", {"prompt": prompt, "temperature": 0, **more})
 
-    def begin(self, path: str, body: Any) -> socket.socket:
+    def begin(self, path: str, body: Any, **headers: str) -> socket.socket:
         """A request whose answer is not read; closed at the end, if not before."""
         content = json.dumps(body).encode()
+        more = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
         head = (
             f"POST {path} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
-            f"Content-Length: {len(content)}\r\n\r\n"
+            f"{more}Content-Length: {len(content)}\r\n\r\n"
         )
         connection = socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE_S)
         self._begun.append(connection)

@@ -35,6 +35,11 @@ def held(serve: Serve, **settings: Any) -> tuple[Running, FakeTexts]:
     return server, texts
 
 
+def pending(server: Running) -> list[Any]:
+    """Choices that the engine has, and those that its thread has not seen yet."""
+    return [*server.worker._choices, *server.worker._inbox]
+
+
 def read(connection: socket.socket, *expected: bytes) -> bytes:
     """What comes, up to the last of these, which come one after another."""
     received, start = b"", 0
@@ -103,8 +108,9 @@ def test_an_error_behind_blanks_is_still_told(serve: Serve) -> None:
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_its_rows_within_a_step(serve: Serve, stream: bool) -> None:
     """Whatever stands between it and the handler."""
-    server, texts = held(serve, ping_s=0.02, cors_origins=("https://chat.example",))
-    connection = server.begin(COMPLETIONS, body(stream, n=3))
+    key = {"authorization": "Bearer secret", "origin": "https://chat.example"}
+    server, texts = held(serve, ping_s=0.02, api_key="secret", cors_origins=(key["origin"],))
+    connection = server.begin(COMPLETIONS, body(stream, n=3), **key)
     until(lambda: bool(texts.rows.passes))  # the first pass is held
     connection.close()
     until(lambda: all(one.request.is_done for one in server.worker._choices))
@@ -112,7 +118,32 @@ def test_a_client_that_leaves_frees_its_rows_within_a_step(serve: Serve, stream:
     until(server.is_idle)
     assert len(texts.rows.passes) <= 2
     assert texts.rows.pool.num_free == texts.rows.pool.num_tokens
-    assert b"bminf_requests_running 0.0" in server.get("/metrics").body
+    assert b"bminf_requests_running 0.0" in server.get("/metrics", **key).body
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_requests_that_are_sent_again_do_not_pile_up(serve: Serve, stream: bool) -> None:
+    """By a client that gives up on each while its prompt is read."""
+    server, texts = held(serve)
+    for number in range(4):
+        connection = server.begin(COMPLETIONS, body(stream))
+        until(lambda so_far=number: server.worker.num_running + server.worker.num_waiting > so_far)
+        connection.close()
+    until(lambda: all(one.request.is_done for one in pending(server)))
+    texts.gate.open()
+    until(server.is_idle)
+    assert len(texts.rows.passes) == 1 and len(texts.rows.passes[0]) == 1
+
+
+def test_others_are_answered_while_a_sweep_runs(serve: Serve) -> None:
+    server, texts = held(serve)
+    connection = server.begin(COMPLETIONS, body(False, ">ab"))
+    until(lambda: bool(texts.rows.passes))
+    for path in ("/v1/models", "/health", "/plan", "/metrics", "/tokenizer_info", "/"):
+        assert server.get(path).status == 200, path
+    assert server.post("/tokenize", {"prompt": "a"}).json["count"] == 2
+    texts.gate.open()
+    read(connection, b'"text": "ab"')
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -14,7 +14,7 @@ import torch
 import transformers
 from running_server import Running, running
 from tiny_glm import tiny_model, tokenizer_of
-from tiny_llama import TEMPLATE, save_llama
+from tiny_llama import TEMPLATE, save_llama, save_tokenizer
 from tiny_models import make
 
 import bminf
@@ -147,6 +147,16 @@ def test_deterministic_answers_are_the_same_in_any_company(llama: Any) -> None:
     assert scores == [choice["logprobs"]["token_logprobs"] for choice in alone]
 
 
+def test_the_text_of_a_special_token_is_its_id(llama: Any, tmp_path: Path) -> None:
+    """As lm-eval asks for the end of a text."""
+    save_tokenizer(tmp_path, eos_token="</s>")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    texts = PretrainedTexts(llama, tokenizer, list, list, [], None)
+    assert texts.special["eos_token"] == "</s>"
+    ids = texts.encode("</s>", add_special_tokens=False)
+    assert ids == [tokenizer.eos_token_id] and texts.decode(ids) == "</s>"
+
+
 def test_an_encoder_decoder_is_served(tmp_path: Path) -> None:
     model = bminf.wrapper(make("t5"), False, device="cpu", max_length=32)
     ids = [5, 6, 7]
@@ -242,6 +252,14 @@ def test_ids_are_read_as_the_text_they_are_of(name: str, zoo: Loaded) -> None:
         assert texts[0] == texts[1]
     assert all(answer.status == 200 for answer in answers)
     assert server.post("/detokenize", {"tokens": ids}).status == 200
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_the_text_of_a_special_token_of_the_zoo_is_its_id(name: str, zoo: Loaded) -> None:
+    model, server = zoo(name)
+    end = server.get("/tokenizer_info").json["eos_token"]
+    body = {"prompt": end, "add_special_tokens": False}
+    assert server.post("/tokenize", body).json["tokens"] == [model.tokenizer.token_id(end)]
 
 
 @pytest.mark.parametrize("name", BLANKS)
