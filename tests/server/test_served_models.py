@@ -16,6 +16,7 @@ from running_server import Running, running
 from tiny_glm import tiny_model, tokenizer_of
 from tiny_llama import TEMPLATE, save_llama, save_tokenizer
 from tiny_models import make
+from tiny_served import texts_of
 
 import bminf
 from bminf.models import CPM1, CPM2, EVA, GLM
@@ -34,18 +35,6 @@ GREEDY = {"temperature": 0, "max_tokens": 6}
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = save_llama(tmp_path_factory.mktemp("llama"), TEMPLATE)
     return bminf.load(folder, quantization=None, device="cpu", max_length=64, max_batch_size=2)
-
-
-def texts_of(model: Any, **more: Any) -> PretrainedTexts:
-    tokenizer = model.tokenizer
-
-    def dialogue(messages: Any) -> list[int]:
-        text = tokenizer.apply_chat_template(list(messages), tokenize=False)
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    return PretrainedTexts(
-        model, tokenizer, lambda text: tokenizer(text)["input_ids"], dialogue, [], TEMPLATE, **more
-    )
 
 
 @pytest.fixture(scope="module")
