@@ -15,6 +15,7 @@ import torch
 from bminf.engine.pool_rows import PoolRow, PoolRows, decoder_start
 from bminf.engine.request import Request
 from bminf.engine.rows import Feed
+from bminf.engine.scoring import Scoring
 from bminf.layers.packed_cache import Span
 from bminf.offload.context import text_config
 
@@ -45,7 +46,8 @@ class AloneRows(PoolRows):
         super().__init__(model, vocab_size, num_tokens, max_length or num_tokens)
         self._has_encoder = bool(getattr(model.config, "is_encoder_decoder", False))
         parameters = inspect.signature(model.forward).parameters
-        self._more = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+        self._takes_rows = "logits_to_keep" in parameters
+        self.can_score = not self._has_encoder
 
     def sampler_device(self) -> torch.device:
         device: torch.device = self._model.get_input_embeddings().weight.device
@@ -67,18 +69,24 @@ class AloneRows(PoolRows):
         self, feeds: Sequence[Feed], spans: Sequence[Span], num_tokens: int | None
     ) -> torch.Tensor:
         is_fixed = num_tokens is not None
-        return torch.cat([self._logits(feed.row, feed.ids, is_fixed) for feed in feeds])
+        return torch.cat([self._logits(feed, is_fixed) for feed in feeds])
 
-    def _logits(self, row: AloneRow, ids: Sequence[int], is_fixed: bool) -> torch.Tensor:
+    def _logits(self, feed: Feed, is_fixed: bool) -> torch.Tensor:
         """(1, V). Asked once more for the same pass, it is what was computed."""
+        row: AloneRow = feed.row
+        ids = feed.ids
         if len(row.ids) == row.length + len(ids):
             return row.logits  # type: ignore[no-any-return]
         if row.is_cut_short:  # the model has written to its cache: from the beginning
             row.cache, ids, row.ids = {}, [*row.ids, *ids], []
         row.is_cut_short = True
+        scoring = Scoring(self._model, [feed], self._takes_rows, is_fixed)
         with _one_thread() if is_fixed else nullcontext():
             inputs = self._inputs(row, ids)
-            output = self._model(**inputs, use_cache=True, return_dict=True)
+            with scoring:
+                output = self._model(**inputs, use_cache=True, return_dict=True)
+            if not self._has_encoder:
+                scoring.give(inputs["input_ids"], output.logits[0])
         names = _CACHES[:1] if output.get(_CACHES[0]) is not None else _CACHES[1:]
         row.cache = {name: output[name] for name in names if output.get(name) is not None}
         row.logits = output.logits[:, -1]
@@ -89,7 +97,8 @@ class AloneRows(PoolRows):
         tokens = self._tensor(ids)
         if not self._has_encoder:
             mask = tokens.new_ones(1, len(row.ids) + len(ids))
-            return {"input_ids": tokens, "attention_mask": mask, **row.cache, **self._more}
+            more = {"logits_to_keep": 1} if self._takes_rows else {}
+            return {"input_ids": tokens, "attention_mask": mask, **row.cache, **more}
         prompt = self._tensor(row.request.input_ids)
         mask = torch.ones_like(prompt)
         if row.encoded is None:

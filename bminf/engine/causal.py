@@ -24,6 +24,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, Cache
 
 from bminf.engine.pool_rows import PoolRows, ids_of, last_tokens
 from bminf.engine.rows import Feed
+from bminf.engine.scoring import Scoring
 from bminf.layers.packed_cache import Span, copied, slices
 from bminf.offload.context import first_of, layer_kinds, num_layers, text_config
 
@@ -109,14 +110,17 @@ class CausalRows(PoolRows):
             keep = 1  # as generate() has it
         is_fixed = num_tokens is not None
         current = RowsPass(self._layers, spans, self._pool.num_tokens, self._gathers, is_fixed)
-        with self.attending(current):
+        given = torch.tensor([ids], device=device)
+        scoring = Scoring(self._model, feeds, self._takes_rows, is_fixed)
+        with self.attending(current), scoring:
             logits: torch.Tensor = self._model(
-                input_ids=torch.tensor([ids], device=device),
+                input_ids=given,
                 position_ids=torch.tensor([positions], device=device),
                 use_cache=True,
                 **{self._cache_name: current},
                 **({"logits_to_keep": keep} if self._takes_rows else {}),
             ).logits[0]
+        scoring.give(given, logits)
         num_wanted = sum(feed.has_logits for feed in feeds)
         return logits[:num_wanted] if self._takes_rows else logits[wanted[:num_wanted]]
 

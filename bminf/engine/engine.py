@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,6 +38,10 @@ _PATIENCE_S = 1.0
 """For an iterator of another thread that is not asked and has the room that a newcomer needs."""
 
 _FROM_WITHIN = "an engine cannot be stepped from within its own step"
+_NOT_SCORED = (
+    "num_prompt_logprobs is for models that read a prompt from its first token to its last; this "
+    "one reads it in both directions, or with an encoder"
+)
 _PUSHED_OUT = (
     "another text was begun on this model and needed the room of this iterator before that was at "
     "its end; finish one text before the next, or load the model with a larger max_length or "
@@ -166,6 +171,8 @@ class Engine:
         check_ids("start_ids", request.start_ids or (), self._rows.vocab_size)
         check_ids("stop_ids", request.stop_ids, self._rows.vocab_size)
         request.sampling.check(self._rows.vocab_size)
+        if request.num_prompt_logprobs is not None and not self._rows.can_score:
+            raise UnsupportedModelError(_NOT_SCORED)
         self._rows.check(request)
 
     def add(self, request: Request) -> Request:
@@ -427,7 +434,8 @@ class Engine:
         """With a kept row that it goes on from, or a new one; None where there is no room, though
         other kept rows are given up for it, the oldest first."""
         ids = list(self._rows.start_ids(request))
-        kept = self._kept_for(ids)
+        is_scored = request.num_prompt_logprobs is not None  # which takes all of its tokens
+        kept = None if is_scored else self._kept_for(ids)
         row = self._row_for(request, kept)
         while row is None and self._kept:
             self._rows.close(self._kept.pop(0).row)
@@ -483,9 +491,23 @@ class Engine:
             if left <= 0:
                 break
             part = one.pending[:left] if self._rows.can_chunk else one.pending
-            feeds.append((one, Feed(one.row, part, len(part) == len(one.pending))))
+            feeds.append((one, self._reading(one, part)))
             left -= len(part)
         return feeds
+
+    def _reading(self, one: _Running, part: list[int]) -> Feed:
+        """A part of its prompt."""
+        is_scored = one.request.num_prompt_logprobs is not None
+        score = partial(self._score, one) if is_scored else None
+        return Feed(one.row, part, len(part) == len(one.pending), score)
+
+    def _score(self, one: _Running, first: int, logits: torch.Tensor) -> None:
+        """Of its prompt, the tokens behind those that these logits are of."""
+        scores, number = one.request.prompt_logprobs, one.request.num_prompt_logprobs
+        assert number is not None, "it was asked for"
+        del scores[len(one.fed) + first :]  # of a pass that has failed
+        for row, token in zip(logits, one.pending[first + 1 :], strict=False):
+            scores.append(_logprob_of(row, token, number))
 
     def _fixed_feeds(
         self, feeds: list[tuple[_Running, Feed]], reading: list[_Running]
@@ -493,13 +515,13 @@ class Engine:
         """Beside rows that decode whole chunks of prompts, as many as the pass has room for; or one
         prompt that cannot be read in parts, in a pass of its own."""
         if reading and not self._rows.can_chunk:
-            return [(reading[0], Feed(reading[0].row, reading[0].pending))]
+            return [(reading[0], self._reading(reading[0], reading[0].pending))]
         left = FIXED_TOKENS - len(feeds)
         for one in reading:
             part = one.pending[:FIXED_CHUNK]
             if len(part) > left:
                 break
-            feeds.append((one, Feed(one.row, part, len(part) == len(one.pending))))
+            feeds.append((one, self._reading(one, part)))
             left -= len(part)
         return feeds
 
@@ -590,9 +612,11 @@ class Engine:
         if token is None:
             request.finish("error", non_finite_logits([row]))
             return
+        if request.max_new_tokens == 0:
+            request.finish("length")
+            return
         if request.num_logprobs is not None:
-            logprob, top = log_probabilities(logits[row], token, request.num_logprobs)
-            request.logprobs.append(TokenLogprob(token, logprob, tuple(top)))
+            request.logprobs.append(_logprob_of(logits[row], token, request.num_logprobs))
         one.sampler.accept(token)
         one.pending = [token]
         request.tokens.append(token)
@@ -629,6 +653,11 @@ def _rows_of(
             f"model is a {type(model).__name__}; give a model of the zoo or of transformers"
         )
     return rows
+
+
+def _logprob_of(logits: torch.Tensor, token: int, num_top: int) -> TokenLogprob:
+    logprob, top = log_probabilities(logits, token, num_top)
+    return TokenLogprob(token, logprob, tuple(top))
 
 
 def _check_added(requests: Sequence[Request]) -> None:

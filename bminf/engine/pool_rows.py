@@ -43,7 +43,7 @@ class PoolRows:
     """A RowModel, but for the pass itself.   model: whose blocks may be streamed.   max_length: the
     most tokens of a row."""
 
-    can_chunk = can_resume = True
+    can_chunk = can_resume = can_score = True
 
     def __init__(self, model: Any, vocab_size: int, num_tokens: int, max_length: int) -> None:
         self._model = model
@@ -112,7 +112,8 @@ class PoolRows:
         return scheduler.stats()
 
     def _needed(self, request: Request) -> int:
-        return len(self.start_ids(request)) + request.max_new_tokens - 1  # the last is not fed
+        # The last one is not fed.
+        return len(self.start_ids(request)) + max(request.max_new_tokens, 1) - 1
 
 
 @dataclass(eq=False)
@@ -126,7 +127,7 @@ class PromptedRow(PoolRow):
 class PromptedRows(PoolRows):
     """Rows whose prompts, which an encoder reads, lie in a pool of their own: `_prompts`."""
 
-    can_chunk = can_resume = False  # another prompt is another text for the encoder
+    can_chunk = can_resume = can_score = False  # another prompt is another text for the encoder
     _prompts: TokenPool
 
     def check(self, request: Request) -> None:

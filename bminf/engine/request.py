@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from bminf.checks import check_int, check_positive
+from bminf.checks import check_int
 from bminf.engine.sampling import Sampling
 from bminf.errors import ArgumentError
 from bminf.offload.phase import NO_PHASE, Phase
@@ -81,6 +81,8 @@ class Request:
         as Sampling() says.
     stop_ids: tokens that end the answer; the one that did is its last.
     num_logprobs: None, or how many of the most probable tokens are kept for each, beside its own.
+    num_prompt_logprobs: the same for the tokens of the prompt, which is then read from its first
+        one; not for models that read it in both directions. max_new_tokens may be 0 with it.
     on_token: called with each token, in the thread that happens to run the sweep; what is true of
         its return ends the answer ("stop"), and an exception ends it with that error.
     start_ids: what the decoder begins with; None is what the model's configuration says, or the
@@ -92,6 +94,7 @@ class Request:
     Raises ArgumentError.
 
     tokens: what has come, with the token that ended it.   logprobs: one for each of them.
+    prompt_logprobs: one for each token of the prompt but the first; all are there before a token.
     finish_reason: None while it is under way; then "stop", "length", "cancelled", or "error" with
     the error in `error`.
     """
@@ -104,15 +107,15 @@ class Request:
         stop_ids: Collection[int] = (),
         *,
         num_logprobs: int | None = None,
+        num_prompt_logprobs: int | None = None,
         on_token: Callable[[int], object] | None = None,
         start_ids: Sequence[int] | None = None,
         keep: bool = False,
         prompt: Any = None,
     ) -> None:
-        check_positive("max_new_tokens", max_new_tokens)
-        check_int("num_logprobs", num_logprobs, minimum=0, none="None")
-        if num_logprobs is not None and num_logprobs > MAX_LOGPROBS:
-            raise ArgumentError(f"num_logprobs={num_logprobs}; accepted: at most {MAX_LOGPROBS}")
+        _check_logprobs("num_logprobs", num_logprobs)
+        _check_logprobs("num_prompt_logprobs", num_prompt_logprobs)
+        check_int("max_new_tokens", max_new_tokens, minimum=int(num_prompt_logprobs is None))
         stops = _listed("stop_ids", stop_ids)
         if not all(type(token) is int for token in stops):
             raise ArgumentError(f"stop_ids={_shown(stops)}; give token ids, ints from 0 on")
@@ -123,11 +126,11 @@ class Request:
         self.max_new_tokens, self.sampling, self.stop_ids = (
             max_new_tokens, Sampling() if sampling is None else sampling, frozenset(stops),
         )  # fmt: skip
-        self.num_logprobs, self.on_token, self.keep, self.prompt = (
-            num_logprobs, on_token, keep, prompt,
-        )  # fmt: skip
+        self.num_logprobs, self.num_prompt_logprobs = num_logprobs, num_prompt_logprobs
+        self.on_token, self.keep, self.prompt = on_token, keep, prompt
         self.tokens: list[int] = []
         self.logprobs: list[TokenLogprob] = []
+        self.prompt_logprobs: list[TokenLogprob] = []
         self.finish_reason: FinishReason | None = None
         self.error: BaseException | None = None
         self.clock = _Clock()
@@ -169,6 +172,12 @@ class _Clock:
         self.ended: float | None = None
         self.num_sweeps = self.num_rows = 0
         self.prefill = self.decode = NO_PHASE
+
+
+def _check_logprobs(name: str, number: int | None) -> None:
+    check_int(name, number, minimum=0, none="None")
+    if number is not None and number > MAX_LOGPROBS:
+        raise ArgumentError(f"{name}={number}; accepted: at most {MAX_LOGPROBS}")
 
 
 def _checked_ids(name: str, ids: Sequence[int]) -> list[int]:

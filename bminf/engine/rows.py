@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -34,12 +34,15 @@ class Row(Protocol):
 class Feed:
     """Tokens that a row is fed in a pass, behind those that it has.
 
-    has_logits: whether those behind the last of them are asked for.
+    has_logits: whether those behind the last of them are asked for.   score: called with the
+    logits (n, V) behind n of them, and which is the first, from the first one on, a few at a time;
+    None where nobody asks.
     """
 
     row: Any
     ids: Sequence[int]
     has_logits: bool = True
+    score: Callable[[int, torch.Tensor], object] | None = None
 
 
 @runtime_checkable
@@ -48,13 +51,15 @@ class RowModel(Protocol):
 
     vocab_size: of the logits.   max_rows: that a pass may have.   can_chunk: whether a prompt may
     be fed in several passes.   can_resume: whether another request may go on from the first tokens
-    of a row, see truncate() and widen().
+    of a row, see truncate() and widen().   can_score: whether it calls Feed.score, as it can where
+    a prompt is read from its first token to its last.
     """
 
     vocab_size: int
     max_rows: int
     can_chunk: bool
     can_resume: bool
+    can_score: bool
 
     def check(self, request: Request) -> None:
         """Raise ArgumentError for a request that could never have room."""

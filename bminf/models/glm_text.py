@@ -257,7 +257,7 @@ class GLMDecoder:
 class GLMRows(DecoderRows):
     """Rows of a GLM; each request has its Blank as `prompt`, which is read in one pass."""
 
-    can_chunk = can_resume = False  # a text is attended to in both directions
+    can_chunk = can_resume = can_score = False  # a text is attended to in both directions
 
     def check(self, request: Request) -> None:
         if not isinstance(request.prompt, Blank):

@@ -11,6 +11,7 @@ from bminf.arch.t5 import T5, PackedT5Cache, T5Cache
 from bminf.engine.pool_rows import PoolRows, PromptedRow, PromptedRows, ids_of, last_tokens
 from bminf.engine.request import Request
 from bminf.engine.rows import Feed, fixed_length
+from bminf.engine.scoring import give_scores
 from bminf.engine.token_pool import TokenPool
 from bminf.layers.kv_cache import KVCache
 from bminf.layers.packed_cache import PackedCache, Segments, Span
@@ -51,6 +52,7 @@ class DecoderRows(PoolRows):
         ids = self.ids_tensor(ids_of(feeds, num_tokens))
         packed = PackedCache(self._cache.tokens, spans, copies=num_tokens is not None)
         x = self.hidden_states(feeds, ids, packed)
+        give_scores(feeds, lambda where: self.network.head(x[0, where.to(x.device)]), packed.copies)
         wanted = last_tokens(feeds, num_tokens)
         if not wanted:
             return x.new_empty(0, self.vocab_size)

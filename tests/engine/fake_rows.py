@@ -38,7 +38,7 @@ class FakeRows:
         max_rows: int = 64,
     ) -> None:
         self.logits_of, self.vocab_size, self.max_rows = logits_of, vocab_size, max_rows
-        self.can_chunk, self.can_resume = True, True
+        self.can_chunk = self.can_resume = self.can_score = True
         self.before, self.stats = lambda feeds: None, Stats()
         self.cells = [-1] * num_tokens
         self.pool = TokenPool(num_tokens, self._move)
@@ -48,7 +48,7 @@ class FakeRows:
         self.cells[target : target + count] = self.cells[start : start + count]
 
     def _needed(self, request: Request) -> int:
-        return len(request.input_ids) + request.max_new_tokens - 1
+        return len(request.input_ids) + max(request.max_new_tokens, 1) - 1
 
     def check(self, request: Request) -> None:
         if not self.pool.could_take(self._needed(request)):
@@ -79,8 +79,18 @@ class FakeRows:
         self.passes.append([list(feed.ids) for feed in feeds])
         self.before(feeds)
         histories = [self._fed(feed) for feed in feeds]
+        for feed, history in zip(feeds, histories, strict=True):
+            self._score(feed, history)
         asked = [one for feed, one in zip(feeds, histories, strict=True) if feed.has_logits]
         return torch.tensor([self.logits_of(history) for history in asked])
+
+    def _score(self, feed: Feed, history: History) -> None:
+        """Two at a time."""
+        if feed.score is None:
+            return
+        logits = [self.logits_of(history[: feed.row.length + n + 1]) for n in range(len(feed.ids))]
+        for first in range(0, len(logits), 2):
+            feed.score(first, torch.tensor(logits[first : first + 2]))
 
     def offload_stats(self) -> Stats:
         return self.stats

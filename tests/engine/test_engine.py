@@ -350,6 +350,8 @@ def test_a_request_that_waits_can_be_cancelled() -> None:
         (lambda: ask([1], 0), "max_new_tokens=0"),
         (lambda: ask([1], num_logprobs=21), "num_logprobs=21"),
         (lambda: ask([1], num_logprobs=-1), "num_logprobs=-1"),
+        (lambda: ask([1], num_prompt_logprobs=21), "num_prompt_logprobs=21"),
+        (lambda: ask([1], -1, num_prompt_logprobs=0), "max_new_tokens=-1"),
         (lambda: ask([1], sampling=Sampling(top_k=11)), "top_k"),
     ],
 )
@@ -577,6 +579,84 @@ def test_usage_logprobs_and_stats() -> None:
     assert 0 <= stats.queued_s <= stats.first_token_s <= stats.total_s  # type: ignore[operator]
     assert engine.stats.num_sweeps == engine.stats.num_tokens == engine.stats.num_rows == 5
     assert engine.stats.rows_per_sweep == 1 and engine.stats.tokens_per_s > 0
+
+
+def scores_of(logits_of: Any, ids: Sequence[int]) -> list[float]:
+    """Of all tokens but the first."""
+    logs = [torch.tensor(logits_of(tuple(ids[:n]))).log_softmax(-1) for n in range(1, len(ids))]
+    return [float(log[token]) for log, token in zip(logs, ids[1:], strict=True)]
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_prompts_are_scored_as_they_are_read(deterministic: bool) -> None:
+    """In parts, beside a row that decodes; and once, though tokens follow."""
+    logits_of = random_logits(10, seed=8)
+    rows = FakeRows(logits_of)
+    engine = Engine(rows, chunk=3, deterministic=deterministic)
+    busy = engine.add(ask([5], 40, stop_ids=()))
+    engine.step()
+    ids = [n * n % 10 for n in range(1, 21)]
+    scored = engine.add(ask(ids, 2, num_prompt_logprobs=2, stop_ids=()))
+    plain = engine.add(ask(ids[:2], 2, stop_ids=()))
+    engine.run([scored, plain, busy])
+    assert [one.logprob for one in scored.prompt_logprobs] == pytest.approx(
+        scores_of(logits_of, ids)
+    )
+    assert [one.token for one in scored.prompt_logprobs] == ids[1:]
+    assert all(len(one.top) == 2 for one in scored.prompt_logprobs)
+    assert plain.prompt_logprobs == busy.prompt_logprobs == [] and len(scored.tokens) == 2
+    fed = [feed for feeds in rows.passes for feed in feeds]
+    assert sum(map(len, fed)) == (1 + 39) + (20 + 1) + (2 + 1)
+    assert max(map(len, rows.passes)) == 3
+
+
+def test_a_prompt_may_be_scored_alone() -> None:
+    logits_of = random_logits(10, seed=8)
+    rows = FakeRows(logits_of, num_tokens=4)
+    engine = Engine(rows)
+    request = engine.add(ask([1, 2, 3, 4], 0, num_prompt_logprobs=0))
+    engine.run([request])
+    assert (request.tokens, request.finish_reason) == ([], "length")
+    scores = [one.logprob for one in request.prompt_logprobs]
+    assert scores == pytest.approx(scores_of(logits_of, [1, 2, 3, 4]))
+    assert rows.passes == [[[1, 2, 3, 4]]] and rows.pool.num_free == 4
+
+
+def test_a_pass_that_is_tried_again_scores_no_token_twice() -> None:
+    logits_of = random_logits(10, seed=8)
+    rows = FakeRows(logits_of)
+
+    def failing(history: Sequence[int]) -> Any:
+        if 7 in history:
+            raise RuntimeError("a row that fails")
+        return logits_of(tuple(history))
+
+    rows.logits_of = failing
+    engine = Engine(rows)
+    good = engine.add(ask([1, 2, 3], 1, num_prompt_logprobs=0, stop_ids=()))
+    bad = engine.add(ask([7], 1))
+    run_all(engine)
+    assert isinstance(bad.error, RuntimeError) and len(rows.passes) == 3
+    scores = [one.logprob for one in good.prompt_logprobs]
+    assert scores == pytest.approx(scores_of(logits_of, [1, 2, 3]))
+
+
+def test_a_prompt_that_is_scored_is_read_from_its_first_token() -> None:
+    """Also where a row is kept that it could go on from, which stays for others."""
+    rows = FakeRows(random_logits(10, seed=8))
+    engine = Engine(rows)
+    engine.run([engine.add(ask([1, 2, 3], 1, keep=True, stop_ids=()))])
+    scored = engine.add(ask([1, 2, 3, 4], 1, num_prompt_logprobs=0, stop_ids=()))
+    engine.run([scored, engine.add(ask([1, 2, 3, 5], 1, stop_ids=()))])
+    assert len(scored.prompt_logprobs) == 3
+    assert rows.passes[1] == [[1, 2, 3, 4], [5]]
+
+
+def test_a_model_that_cannot_score_says_so() -> None:
+    rows = FakeRows(random_logits(10, seed=8))
+    rows.can_score = False
+    with pytest.raises(UnsupportedModelError, match="from its first token to its last"):
+        Engine(rows).add(ask([1], num_prompt_logprobs=0))
 
 
 def test_phases_tell_what_was_copied_and_waited_for() -> None:
