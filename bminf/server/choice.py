@@ -75,8 +75,9 @@ class Inbox:
 
 
 class Choice:
-    """One answer.   index: of it in its reply.   scored: the prompt's tokens, which come before
-    it.   is_empty: whether nothing is generated.   offset: characters of the reply before it.
+    """One answer.   index: of it in its reply.   echoed: the tokens of the prompt, with where each
+    begins, if they come before it with their scores.   offset: characters of the reply before it.
+    is_empty: whether nothing is computed.
     """
 
     def __init__(
@@ -86,11 +87,11 @@ class Choice:
         request_of: Callable[[Callable[[int], bool]], Request],
         pieces: Pieces,
         stops: Sequence[str] = (),
-        scored: Callable[[], Sequence[Token]] | None = None,
+        echoed: Sequence[tuple[int, Offset]] = (),
         offset: Offset = 0,
         is_empty: bool = False,
     ) -> None:
-        self.index, self.scored, self.is_empty = index, scored, is_empty
+        self.index, self._echoed, self.is_empty = index, echoed, is_empty
         self._inbox, self._pieces, self._stops = inbox, pieces, StopStrings(stops)
         self._offset = offset
         self.request = request_of(self._take)
@@ -100,11 +101,6 @@ class Choice:
         return self.request.usage
 
     # ---- in the thread of the engine ------------------------------------------------------------
-
-    def score(self) -> None:
-        """Give the tokens of the prompt."""
-        assert self.scored is not None
-        self._inbox.put(Piece(self.index, tokens=tuple(self.scored())))
 
     def end(self) -> None:
         """Give what was held back, and why it has ended."""
@@ -116,7 +112,8 @@ class Choice:
         text = self._stops.feed(self._pieces.finish())
         is_stopped = self._stops.is_found or request.finish_reason == "stop"
         text += "" if self._stops.is_found else self._stops.finish()
-        self._inbox.put(Piece(self.index, text, (), "stop" if is_stopped else "length"))
+        reason = "stop" if is_stopped else "length"
+        self._inbox.put(Piece(self.index, text, self._prompt(), reason))
 
     def fail(self, error: BaseException) -> None:
         self.request.finish("error", error)
@@ -128,7 +125,14 @@ class Choice:
         self._offset += len(piece)
         text = self._stops.feed(piece)
         scores = request.logprobs[-1:]
-        tokens = tuple(Token(token, score, offset) for score in scores)
+        tokens = (*self._prompt(), *(Token(token, score, offset) for score in scores))
         if text or tokens:
             self._inbox.put(Piece(self.index, text, tokens))
         return self._stops.is_found
+
+    def _prompt(self) -> tuple[Token, ...]:
+        """Its tokens, once."""
+        echoed, self._echoed = self._echoed, ()
+        scores = [None, *self.request.prompt_logprobs] if echoed else []
+        pairs = zip(echoed, scores, strict=True)
+        return tuple(Token(token, score, offset) for (token, offset), score in pairs)

@@ -6,13 +6,13 @@ import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import partial
 from typing import Any, TypeVar
 
 from bminf.engine.request import Request, Usage
 from bminf.models.prompt import Prompt
 from bminf.server.bodies import ChatBody, CompletionBody, FillBody, Generating
-from bminf.server.choice import Choice, Inbox, Token
+from bminf.server.choice import Choice, Inbox
 from bminf.server.errors import ApiError
 from bminf.server.replies import ChatShape, CompletionShape, Shape, usage_json
 from bminf.server.sending import EventStream, Reply, WholeReply
@@ -49,10 +49,9 @@ class Generation:
         for prompt, one in zip(body.prompts, asked, strict=True):
             echo = await self.in_thread(_echo, texts, prompt) if body.echo else ""
             max_tokens = _max_tokens(texts, one.prompt, body.max_tokens, TEXT_TOKENS, "prompt")
-            ids, num_top = one.prompt.input_ids, body.logprobs
-            is_scored = body.echo and num_top is not None
-            scored = _scorer(texts, ids, num_top or 0) if is_scored else None
-            made = making.add(one, max_tokens, scored, len(echo))
+            is_scored, ids = body.echo and body.logprobs is not None, one.prompt.input_ids
+            echoed = await self.in_thread(_offsets, texts, ids) if is_scored else ()
+            made = making.add(one, max_tokens, echoed, len(echo))
             echoes |= {choice.index: echo for choice in made if body.echo}
         shape = CompletionShape(self._name, texts.token_bytes, echoes, body.logprobs)
         return self._reply(making, asked, shape)
@@ -148,27 +147,34 @@ class _Making:
         self,
         asked: Asked,
         max_tokens: int,
-        scored: Callable[[], Sequence[Token]] | None = None,
+        echoed: Sequence[tuple[int, int]] = (),
         offset: int = 0,
     ) -> list[Choice]:
-        """Those of one prompt.   scored, offset: see Choice.   Raises ArgumentError."""
-        first = len(self.choices)
+        """Those of one prompt.   echoed, offset: see Choice.   Raises ArgumentError."""
+        first, is_empty = len(self.choices), max_tokens == 0 and not echoed
+        request_of = partial(self._request, asked, int(is_empty) or max_tokens, bool(echoed))
         self.choices += [
             Choice(
-                first + number, self.inbox, partial(self._request, asked, number, max_tokens),
-                self.texts.pieces(), self.body.stops, scored, offset, max_tokens == 0,
+                first + number, self.inbox, partial(request_of, number),
+                self.texts.pieces(), self.body.stops, echoed, offset, is_empty,
             )
             for number in range(self.body.n)
         ]  # fmt: skip
         return self.choices[first:]
 
     def _request(
-        self, asked: Asked, number: int, max_tokens: int, on_token: Callable[[int], bool]
+        self,
+        asked: Asked,
+        max_tokens: int,
+        is_scored: bool,
+        number: int,
+        on_token: Callable[[int], bool],
     ) -> Request:
         settings = replace(_settings(self.body, self.texts), seed=_seed(self.body.seed_of(number)))
         request = self.texts.request(
-            asked, settings, max(max_tokens, 1), self.num_logprobs, on_token
-        )
+            asked, settings, max_tokens, self.num_logprobs, on_token,
+            self.num_logprobs if is_scored else None,
+        )  # fmt: skip
         self.texts.engine.check(request)
         return request
 
@@ -248,18 +254,13 @@ def _echo(texts: Texts, prompt: str | Sequence[int]) -> str:
     return prompt if isinstance(prompt, str) else texts.decode(prompt)
 
 
-def _scorer(texts: Texts, ids: Sequence[int], num_top: int) -> Callable[[], Sequence[Token]]:
-    """The tokens of a prompt with their scores: computed when first asked for, and once."""
-
-    @cache
-    def tokens() -> Sequence[Token]:
-        pieces, offset, found = texts.pieces(), 0, []
-        for token, score in zip(ids, [None, *texts.logprobs(ids, num_top)], strict=True):
-            found.append(Token(token, score, offset))
-            offset += len(pieces.feed(token))
-        return found
-
-    return tokens
+def _offsets(texts: Texts, ids: Sequence[int]) -> list[tuple[int, int]]:
+    """Each token, and how many characters stand before it."""
+    pieces, offset, found = texts.pieces(), 0, []
+    for token in ids:
+        found.append((token, offset))
+        offset += len(pieces.feed(token))
+    return found
 
 
 def _next(fills: Fills, done: Request | None) -> tuple[Request | None, list[dict[str, Any]]]:

@@ -42,7 +42,7 @@ class Metrics:
 
     def count(self, request: Request) -> None:
         """A request that has ended."""
-        if request.tokens:
+        if request.tokens or request.prompt_logprobs:
             self._prompt_tokens.inc(request.usage.prompt_tokens)
             self._generated.inc(request.usage.completion_tokens)
         if request.stats.first_token_s is not None:

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
-
 from bminf.engine.engine import Engine
-from bminf.engine.request import Request, TokenLogprob
-from bminf.engine.row_sampler import log_probabilities
+from bminf.engine.request import Request
 from bminf.engine.sampling import Sampling
 from bminf.engine.wrapped import rows_of
 from bminf.errors import UnsupportedModelError
@@ -23,9 +18,6 @@ from bminf.tokenizers.pretrained_stream import PretrainedStream
 from bminf.wrapping import plan_of, stats_of
 
 _NO_BLANKS = "this model fills no blanks; CPM-2 and GLM do"
-
-_SCORED_AT_ONCE = 8
-"""Positions of a prompt whose logits are in memory at a time: a vocabulary is wide."""
 
 
 class PretrainedTexts:
@@ -54,7 +46,7 @@ class PretrainedTexts:
         self.engine = Engine(self._rows, deterministic=deterministic)
         self.max_length, self.vocab_size = self._rows.max_length, self._rows.vocab_size
         self.can_chat = template is not None
-        self.can_score = not getattr(model.config, "is_encoder_decoder", False)
+        self.can_score = self._rows.can_score
         names = ("eos_token", "bos_token", "pad_token")
         known = {name: getattr(tokenizer, name, None) for name in names}
         self.special: Mapping[str, str | None] = {**known, "chat_template": template}
@@ -104,25 +96,15 @@ class PretrainedTexts:
         max_tokens: int,
         num_logprobs: int | None = None,
         on_token: Callable[[int], object] | None = None,
+        num_prompt_logprobs: int | None = None,
     ) -> Request:
         return Request(
             asked.prompt.input_ids, max_tokens, self._sampling(settings), asked.stop_ids,
-            num_logprobs=num_logprobs, on_token=on_token,
+            num_logprobs=num_logprobs, num_prompt_logprobs=num_prompt_logprobs, on_token=on_token,
         )  # fmt: skip
 
     def pieces(self) -> Pieces:
         return PretrainedStream(self._tokenizer)
-
-    def logprobs(self, ids: Sequence[int], num_top: int) -> list[TokenLogprob]:
-        found: list[TokenLogprob] = []
-        if len(ids) < 2:
-            return []
-        with torch.inference_mode():
-            for logits in self._logits(ids[:-1]):
-                token = ids[len(found) + 1]
-                logprob, top = log_probabilities(logits, token, num_top)
-                found.append(TokenLogprob(token, logprob, tuple(top)))
-        return found
 
     def fill(self, text: str, settings: Settings, max_tokens: int) -> Fills:
         raise UnsupportedModelError(_NO_BLANKS)
@@ -154,41 +136,3 @@ class PretrainedTexts:
             seed=given.seed,
             logit_bias=given.logit_bias,
         )
-
-    def _logits(self, ids: Sequence[int]) -> Iterator[torch.Tensor]:
-        """(V,) behind each token, a few at a time: the network runs once, and then its output head
-        as the model itself has it, which may scale and bound what it gives."""
-        model = self._model
-        inputs = torch.tensor([list(ids)], device=self._rows.sampler_device())
-        if "logits_to_keep" not in inspect.signature(model.forward).parameters:
-            yield from model(input_ids=inputs, use_cache=False).logits[0]
-            return
-        trunk = getattr(model, model.base_model_prefix)
-        output = self._output(trunk, inputs)
-        for start in range(0, len(ids), _SCORED_AT_ONCE):
-            part = slice(start, start + _SCORED_AT_ONCE)
-            with _answered(trunk, type(output)(last_hidden_state=output[0][:, part])):
-                yield from model(input_ids=inputs[:, part], use_cache=False).logits[0]
-
-    def _output(self, trunk: Any, inputs: torch.Tensor) -> Any:
-        """What the network below the output head gives."""
-        kept: list[Any] = []
-        hook = trunk.register_forward_hook(lambda module, given, output: kept.append(output))
-        try:
-            self._model(input_ids=inputs, use_cache=False, logits_to_keep=1)
-        finally:
-            hook.remove()
-        return kept[0]
-
-
-@contextmanager
-def _answered(trunk: Any, output: Any) -> Iterator[None]:
-    """Within it `trunk` is not run, and gives `output`."""
-    before = trunk.__dict__.get("forward")
-    trunk.forward = lambda *_, **__: output
-    try:
-        yield
-    finally:
-        del trunk.forward
-        if before is not None:
-            trunk.forward = before

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from bminf.engine.engine import Engine
-from bminf.engine.request import Request, TokenLogprob
+from bminf.engine.request import Request
 from bminf.models.prompt import Prompt
 from bminf.offload.hooks import Stats
 from bminf.offload.plan import Plan
@@ -111,13 +111,10 @@ class Texts(Protocol):
         max_tokens: int,
         num_logprobs: int | None = None,
         on_token: Callable[[int], object] | None = None,
+        num_prompt_logprobs: int | None = None,
     ) -> Request: ...
 
     def pieces(self) -> Pieces: ...
-
-    def logprobs(self, ids: Sequence[int], num_top: int) -> list[TokenLogprob]:
-        """Of all tokens but the first. In the engine's thread, between its steps."""
-        ...
 
     def fill(self, text: str, settings: Settings, max_tokens: int) -> Fills: ...
 

@@ -43,7 +43,6 @@ class Worker:
         self.on_failure: Callable[[], object] = lambda: None
         self._changed = threading.Condition()
         self._inbox: deque[Choice] = deque()  # not seen by the thread yet
-        self._unscored: deque[Choice] = deque()
         self._choices: list[Choice] = []  # with the engine
         self._is_stopping = self._is_ending = self._is_closed = False
         self._mean_s = _USUAL_S
@@ -75,8 +74,7 @@ class Worker:
 
     @property
     def num_waiting(self) -> int:
-        waiting = len(self._inbox) + len(self._unscored)
-        return waiting + (0 if self.texts is None else self.texts.engine.num_waiting)
+        return len(self._inbox) + (0 if self.texts is None else self.texts.engine.num_waiting)
 
     def submit(self, choices: Sequence[Choice], is_continued: bool = False) -> None:
         """Queue answers.   is_continued: of a reply of which others were queued before.
@@ -139,34 +137,16 @@ class Worker:
     def _has_work(self) -> bool:
         """Wait for some; False once the worker is closed and nothing is left."""
         with self._changed:
-            while not (self._inbox or self._unscored or self._choices):
+            while not (self._inbox or self._choices):
                 if self._is_closed:
                     return False
                 self._changed.wait()
             return True
 
     def _admit(self) -> None:
-        """Give what has come to the engine. Prompts are scored one a sweep: others go on."""
-        scored = self._scored()
+        """Give what has come to the engine."""
         while self._inbox:
-            choice = self._inbox.popleft()
-            if choice.scored is not None and not choice.request.is_done:
-                self._unscored.append(choice)
-            else:
-                self._add(choice)
-        if scored is not None:
-            self._add(scored)
-
-    def _scored(self) -> Choice | None:
-        if not self._unscored:
-            return None
-        choice = self._unscored[0]  # it waits until it is scored
-        if not choice.request.is_done:
-            try:
-                choice.score()
-            except Exception as error:
-                choice.fail(error)
-        return self._unscored.popleft()
+            self._add(self._inbox.popleft())
 
     def _add(self, choice: Choice) -> None:
         self._choices.append(choice)
@@ -189,7 +169,7 @@ class Worker:
             self._fail_all(error)
 
     def _fail_all(self, error: BaseException) -> None:
-        for choice in [*self._unscored, *self._choices]:
+        for choice in self._choices:
             choice.fail(error)
 
     def _end_done(self) -> None:

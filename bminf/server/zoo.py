@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 from bminf.engine.engine import Engine
-from bminf.engine.request import Request, TokenLogprob
-from bminf.engine.row_sampler import log_probabilities
+from bminf.engine.request import Request
 from bminf.errors import ArgumentError, UnsupportedModelError
 from bminf.models import CPM1, CPM2, EVA, GLM, LanguageModel
 from bminf.models.arguments import present_ids
@@ -42,7 +40,7 @@ class ZooTexts:
         self.engine = Engine(own, deterministic=True) if deterministic else model.engine
         self.max_length, self.vocab_size = model.max_length, model.config.vocab_size
         self.can_chat, self.can_fill = isinstance(model, EVA), isinstance(model, CPM2 | GLM)
-        self.can_score = isinstance(model, CPM1)
+        self.can_score = own.can_score
         known = {name: self._first(tokens) for name, tokens in _SPECIAL.items()}
         self.special: Mapping[str, str | None] = {**known, "chat_template": None}
 
@@ -116,33 +114,22 @@ class ZooTexts:
         max_tokens: int,
         num_logprobs: int | None = None,
         on_token: Callable[[int], object] | None = None,
+        num_prompt_logprobs: int | None = None,
     ) -> Request:
         model, prompt = self._model, asked.prompt
-        sampling = model._sampling(self._options(settings, max_tokens))
+        sampling = model._sampling(self._options(settings, max(max_tokens, 1)))
         banned = {*sampling.banned_ids, *settings.banned_ids}
         return Request(
             prompt.input_ids, max_tokens,
             replace(sampling, banned_ids=tuple(sorted(banned)), logit_bias=settings.logit_bias),
-            asked.stop_ids, num_logprobs=num_logprobs, on_token=on_token,
+            asked.stop_ids, num_logprobs=num_logprobs, num_prompt_logprobs=num_prompt_logprobs,
+            on_token=on_token,
             start_ids=prompt.start_ids, prompt=prompt,
         )  # fmt: skip
 
     def pieces(self) -> Pieces:
         kind = _Unmarked if isinstance(self._model, CPM2) else TextStream
         return kind(self._model.tokenizer)
-
-    def logprobs(self, ids: Sequence[int], num_top: int) -> list[TokenLogprob]:
-        if not self.can_score:
-            raise UnsupportedModelError(f"{type(self._model).__name__} does not score its prompt")
-        rows = zip(ids[1:], self._logits(list(ids)), strict=False)
-        found = [(token, *log_probabilities(row, token, num_top)) for token, row in rows]
-        return [TokenLogprob(token, logprob, tuple(top)) for token, logprob, top in found]
-
-    def _logits(self, ids: list[int]) -> Any:
-        """(T, V). The model takes all of the cache, and knows of its own engine's rows alone."""
-        is_own = self.engine is self._model.engine
-        with nullcontext() if is_own else self.engine.exclusive():
-            return self._model.logits(ids)
 
     def fill(self, text: str, settings: Settings, max_tokens: int) -> Fills:
         if isinstance(self._model, CPM2):

@@ -9,12 +9,10 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from fake_rows import FakeRows
 
 from bminf.engine.engine import Engine
-from bminf.engine.request import Request, TokenLogprob
-from bminf.engine.row_sampler import log_probabilities
+from bminf.engine.request import Request
 from bminf.engine.sampling import Sampling
 from bminf.errors import ArgumentError
 from bminf.models.prompt import Prompt
@@ -127,6 +125,7 @@ class FakeTexts:
         max_tokens: int,
         num_logprobs: int | None = None,
         on_token: Callable[[int], object] | None = None,
+        num_prompt_logprobs: int | None = None,
     ) -> Request:
         temperature = 1.0 if settings.temperature is None else settings.temperature
         sampling = Sampling(
@@ -135,18 +134,11 @@ class FakeTexts:
         )  # fmt: skip
         return Request(
             asked.prompt.input_ids, max_tokens, sampling, asked.stop_ids,
-            num_logprobs=num_logprobs, on_token=on_token,
+            num_logprobs=num_logprobs, num_prompt_logprobs=num_prompt_logprobs, on_token=on_token,
         )  # fmt: skip
 
     def pieces(self) -> Bytes:
         return Bytes()
-
-    def logprobs(self, ids: Sequence[int], num_top: int) -> list[TokenLogprob]:
-        self.gate.wait(ids)
-        rows = [torch.tensor(logits_of(ids[:end])) for end in range(1, len(ids))]
-        pairs = zip(ids[1:], rows, strict=True)
-        found = [(token, *log_probabilities(row, token, num_top)) for token, row in pairs]
-        return [TokenLogprob(token, logprob, tuple(top)) for token, logprob, top in found]
 
     def fill(self, text: str, settings: Settings, max_tokens: int) -> Any:
         """Blanks are "_"; each answer is the text before its blank."""

@@ -230,7 +230,7 @@ def test_a_model_that_cannot_score_says_so(serve: Serve) -> None:
     assert (answer.status, answer.error["param"]) == (400, "echo")
 
 
-def test_prompts_are_scored_while_others_go_on(serve: Serve) -> None:
+def test_prompts_are_read_once_and_together_to_be_scored(serve: Serve) -> None:
     server = serve()
     texts: Any = server.worker.texts
     asked = [*b">ab", START]
@@ -238,7 +238,7 @@ def test_prompts_are_scored_while_others_go_on(serve: Serve) -> None:
     body = server.complete([*prompts], echo=True, logprobs=1, max_tokens=1).json
     numbers = [len(choice["logprobs"]["tokens"]) for choice in body["choices"]]
     assert numbers == [3, 4, 5]
-    assert max(len(feeds) for feeds in texts.rows.passes) == 1  # each joined once it was scored
+    assert texts.rows.passes == [prompts]
 
 
 # ---- chat ----------------------------------------------------------------------------------------

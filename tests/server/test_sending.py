@@ -165,8 +165,8 @@ def test_a_client_that_leaves_while_it_waits_leaves_the_queue(serve: Serve, stre
 def test_a_client_that_leaves_in_the_middle_of_a_prompt_that_is_scored(serve: Serve) -> None:
     server, texts = held(serve)
     connection = server.begin(COMPLETIONS, body(False, ">ab", echo=True, logprobs=1))
-    until(lambda: bool(server.worker._unscored))
-    (choice,) = server.worker._unscored
+    until(lambda: bool(texts.rows.passes))
+    (choice,) = server.worker._choices
     connection.close()
     until(lambda: choice.request.is_done)
     texts.gate.open()
@@ -213,7 +213,7 @@ def test_a_full_queue_says_when_to_come_back(serve: Serve) -> None:
     assert server.get("/v1/models").status == 200
     request = Request([1], 1)
     request.finish("cancelled")
-    more: Any = SimpleNamespace(request=request, scored=None, end=lambda: None)
+    more: Any = SimpleNamespace(request=request, end=lambda: None)
     server.worker.submit([more], is_continued=True)  # the next blank of a text is not refused
     texts.gate.open()
     for connection in (first, *others):

@@ -70,34 +70,6 @@ def test_scores_of_a_prompt_are_those_of_the_network(
     assert before == pytest.approx(float(logs[-1].amax()), abs=1e-5)
 
 
-def test_scores_hold_the_logits_of_a_few_positions_at_a_time(llama: Any) -> None:
-    """All of a long prompt's would take more than the model."""
-    sizes: list[int] = []
-    head = llama.get_output_embeddings()
-    hook = head.register_forward_hook(lambda module, given, output: sizes.append(output.shape[1]))
-    try:
-        assert len(texts_of(llama).logprobs(list(range(60)), 1)) == 59
-    finally:
-        hook.remove()
-    assert max(sizes) == 8 and sum(sizes) == 59 + 1
-
-
-SCORED = {"gemma3_text": {"final_logit_softcapping": 0.5}, "gpt2": {}, "mixtral": {}, "mamba": {}}
-
-
-@pytest.mark.parametrize("name", SCORED)
-@pytest.mark.filterwarnings("ignore:texts of a Mamba")
-def test_scores_are_scaled_and_bounded_as_the_model_has_it(name: str) -> None:
-    model = bminf.wrapper(make(name, **SCORED[name]), False, device="cpu", max_length=64)
-    ids = torch.randint(3, model.config.vocab_size, (1, 20))
-    with torch.inference_mode():
-        expected = model(ids).logits[0].log_softmax(-1)[:-1].gather(1, ids[0, 1:, None]).view(-1)
-    texts = PretrainedTexts(model, object(), list, list, [], None)
-    scores = [one.logprob for one in texts.logprobs(ids[0].tolist(), 1)]
-    assert scores == pytest.approx(expected.tolist(), abs=1e-5)
-    assert "forward" not in model.base_model.__dict__  # it is as it was
-
-
 def test_a_dialogue_is_put_into_the_template(llama: Any, served: Running) -> None:
     messages = [{"role": "user", "content": "upon"}]
     answer = served.post("/v1/chat/completions", {"messages": messages, **GREEDY})
@@ -302,21 +274,6 @@ def test_cpm1_scores_its_prompt(zoo: Loaded) -> None:
     answer = server.complete(ids, echo=True, logprobs=0, max_tokens=0)
     scores = answer.json["choices"][0]["logprobs"]["token_logprobs"]
     assert scores[0] is None and scores[1:] == pytest.approx(expected, abs=1e-6)
-
-
-def test_scores_of_cpm1_leave_deterministic_rows_as_they_are(zoo: Loaded) -> None:
-    """Both use all of the cache, and the rows are of an engine that the model does not know."""
-    model, _ = zoo("cpm1")
-    own = ZooTexts(model, list, deterministic=True)
-    asked = own.prompt(TEXTS["cpm1"])
-    alone, beside = (own.request(asked, Settings(temperature=0), 20, 0) for _ in range(2))
-    own.engine.run([own.engine.add(alone)])
-    own.engine.add(beside)
-    for _ in range(3):
-        own.engine.step()
-    own.logprobs([5, 9, 7, 8] * 6, 1)
-    own.engine.run([beside])
-    assert beside.logprobs == alone.logprobs
 
 
 @pytest.mark.parametrize("name", ["cpm2", "eva", "glm10b"])
