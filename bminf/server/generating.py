@@ -66,7 +66,8 @@ class Generation:
             check_letters(texts, message["content"], "messages")
         asked = await self.in_thread(texts.dialogue, messages)
         most = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-        making = _Making(texts, body, (body.top_logprobs or 0) if body.logprobs else None)
+        num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
+        making = _Making(texts, body, num_logprobs, keep=True)
         making.add(asked, _max_tokens(texts, asked.prompt, most, texts.max_length, "messages"))
         shape = ChatShape(self._name, texts.token_bytes, range(body.n), body.logprobs)
         return self._reply(making, [asked], shape)
@@ -135,11 +136,13 @@ class _NoText:
 
 @dataclass
 class _Making:
-    """The choices of one reply.   num_logprobs: of each token, beside its own; None for none."""
+    """The choices of one reply.   num_logprobs: of each token, beside its own; None for none.
+    keep: whether what they have read stays for a request that goes on from it."""
 
     texts: Texts
     body: Generating
     num_logprobs: int | None
+    keep: bool = False
     inbox: Inbox = field(default_factory=Inbox)
     choices: list[Choice] = field(default_factory=list)
 
@@ -173,7 +176,7 @@ class _Making:
         settings = replace(_settings(self.body, self.texts), seed=_seed(self.body.seed_of(number)))
         request = self.texts.request(
             asked, settings, max_tokens, self.num_logprobs, on_token,
-            self.num_logprobs if is_scored else None,
+            self.num_logprobs if is_scored else None, self.keep,
         )  # fmt: skip
         self.texts.engine.check(request)
         return request

@@ -97,10 +97,12 @@ class PretrainedTexts:
         num_logprobs: int | None = None,
         on_token: Callable[[int], object] | None = None,
         num_prompt_logprobs: int | None = None,
+        keep: bool = False,
     ) -> Request:
         return Request(
             asked.prompt.input_ids, max_tokens, self._sampling(settings), asked.stop_ids,
             num_logprobs=num_logprobs, num_prompt_logprobs=num_prompt_logprobs, on_token=on_token,
+            keep=keep,
         )  # fmt: skip
 
     def pieces(self) -> Pieces:

@@ -112,7 +112,10 @@ class Texts(Protocol):
         num_logprobs: int | None = None,
         on_token: Callable[[int], object] | None = None,
         num_prompt_logprobs: int | None = None,
-    ) -> Request: ...
+        keep: bool = False,
+    ) -> Request:
+        """See Request for num_logprobs and what stands behind it."""
+        ...
 
     def pieces(self) -> Pieces: ...
 

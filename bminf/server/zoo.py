@@ -115,6 +115,7 @@ class ZooTexts:
         num_logprobs: int | None = None,
         on_token: Callable[[int], object] | None = None,
         num_prompt_logprobs: int | None = None,
+        keep: bool = False,
     ) -> Request:
         model, prompt = self._model, asked.prompt
         sampling = model._sampling(self._options(settings, max(max_tokens, 1)))
@@ -123,7 +124,7 @@ class ZooTexts:
             prompt.input_ids, max_tokens,
             replace(sampling, banned_ids=tuple(sorted(banned)), logit_bias=settings.logit_bias),
             asked.stop_ids, num_logprobs=num_logprobs, num_prompt_logprobs=num_prompt_logprobs,
-            on_token=on_token,
+            on_token=on_token, keep=keep,
             start_ids=prompt.start_ids, prompt=prompt,
         )  # fmt: skip
 

@@ -126,6 +126,7 @@ class FakeTexts:
         num_logprobs: int | None = None,
         on_token: Callable[[int], object] | None = None,
         num_prompt_logprobs: int | None = None,
+        keep: bool = False,
     ) -> Request:
         temperature = 1.0 if settings.temperature is None else settings.temperature
         sampling = Sampling(
@@ -135,6 +136,7 @@ class FakeTexts:
         return Request(
             asked.prompt.input_ids, max_tokens, sampling, asked.stop_ids,
             num_logprobs=num_logprobs, num_prompt_logprobs=num_prompt_logprobs, on_token=on_token,
+            keep=keep,
         )  # fmt: skip
 
     def pieces(self) -> Bytes:

@@ -287,6 +287,23 @@ def test_a_chat_has_the_rest_of_the_context_unless_told(server: Running) -> None
     assert both["message"]["content"] == "aa"
 
 
+def test_a_chat_goes_on_from_what_was_read(serve: Serve) -> None:
+    """The prompt that its first answer had; and it is not in the way of others."""
+    server = serve(FakeTexts(num_tokens=100))
+    texts: Any = server.worker.texts
+    first = {"role": "user", "content": ">hello"}
+    more = [first, {"role": "assistant", "content": "hello"}, {"role": "user", "content": ">you"}]
+    for messages, expected in (([first], "hello"), (more, "you")):
+        body = {"messages": messages, "temperature": 0, "max_tokens": 9}
+        message = server.post("/v1/chat/completions", body).json["choices"][0]["message"]
+        assert message["content"] == expected
+    read = [feeds[0] for feeds in texts.rows.passes if len(feeds[0]) > 1]
+    assert read == [[*b"user:>hello", START], [*b"\nassistant:hello\nuser:>you", START]]
+    assert server.worker.num_running == 0 and texts.rows.pool.num_free < 100
+    assert server.complete([65] * 100, max_tokens=1).status == 200  # which takes all of the room
+    assert texts.rows.pool.num_free == 100
+
+
 def test_logprobs_of_a_chat(server: Running) -> None:
     content = chat(server, ">é", logprobs=True, top_logprobs=1).json
     entries = content["choices"][0]["logprobs"]["content"]

@@ -78,6 +78,32 @@ def test_a_dialogue_is_put_into_the_template(llama: Any, served: Running) -> Non
     assert answer.json["usage"] == expected.json["usage"]
 
 
+def test_a_dialogue_is_not_read_again(llama: Any) -> None:
+    """Of the second prompt, what is new is fed, and the answer is that of a server that is new."""
+    messages = [{"role": "user", "content": "upon word3 word4"}]
+    fed: list[int] = []
+    layer = llama.model.layers[0]
+
+    def answered(server: Running) -> str:
+        body = {"messages": messages, "temperature": 0, "max_tokens": 5}
+        answer = server.post("/v1/chat/completions", body).json
+        return answer["choices"][0]["message"]["content"]
+
+    hook = layer.register_forward_hook(lambda module, given, output: fed.append(given[0].shape[1]))
+    try:
+        with running(lambda: texts_of(llama)) as server:
+            said = answered(server)
+            messages[0]["content"] += f" {said} a time"  # as a template that puts both in a line
+            assert (fed, len(said.split())) == ([4, 1, 1, 1, 1], 5)
+            fed.clear()
+            second = answered(server)
+        assert fed == [1 + 2, 1, 1, 1, 1]  # the last token of an answer was not fed yet
+    finally:
+        hook.remove()
+    with running(lambda: texts_of(llama)) as server:
+        assert answered(server) == second
+
+
 def test_what_its_authors_say_of_sampling_is_the_default(llama: Any) -> None:
     texts, own = texts_of(llama), llama.generation_config
     asked = texts.prompt(PROMPT)
