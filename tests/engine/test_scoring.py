@@ -20,6 +20,7 @@ from bminf.engine.request import TokenLogprob
 from bminf.engine.rows import Feed
 from bminf.engine.scoring import SCORED_AT_ONCE, give_scores
 from bminf.models import CPM1
+from bminf.models.assemble import LOGITS_CHUNK
 
 GREEDY = Sampling(0.0)
 pytestmark = pytest.mark.filterwarnings("ignore:found no sentencepiece model")
@@ -99,6 +100,7 @@ def test_logits_of_a_few_tokens_are_in_memory_together() -> None:
     engine = Engine(model)
     engine.run([engine.add(scored([5, 6, 7] * 40))])
     assert max(sizes) == SCORED_AT_ONCE and sum(sizes) == 120 + 1
+    assert SCORED_AT_ONCE <= LOGITS_CHUNK  # which the plan of a built-in model has room for
 
 
 @pytest.fixture(scope="module")
