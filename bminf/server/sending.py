@@ -26,6 +26,10 @@ PING_S = 3.0
 _LINE_ENDS = {ord(letter): f"\\u{ord(letter):04x}" for letter in "\x85\u2028\u2029"}
 """Text to JSON, but ends of lines to Python's str.splitlines(), by which some clients read."""
 
+_UNBUFFERED = {"X-Accel-Buffering": "no"}
+"""Without it nginx, where it speaks HTTP/1.0 to a server, holds bytes back until it has some
+kilobytes."""
+
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 Receive = Callable[[], Awaitable[dict[str, Any]]]
 
@@ -82,8 +86,7 @@ class EventStream(Response):  # type: ignore[misc]
     media_type = "text/event-stream"
 
     def __init__(self, reply: Reply, shape: Shape, has_usage: bool, ping_s: float) -> None:
-        # Without the last one nginx holds events back until it has some kilobytes.
-        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        super().__init__(headers={"Cache-Control": "no-cache", **_UNBUFFERED})
         del self.headers["content-length"]
         self._reply, self._shape = reply, shape
         self._has_usage, self._ping_s = has_usage, ping_s
@@ -120,7 +123,7 @@ class WholeReply(Response):  # type: ignore[misc]
         ping_s: float,
         cancel: Callable[[], object] = lambda: None,
     ) -> None:
-        super().__init__()
+        super().__init__(headers=_UNBUFFERED)
         del self.headers["content-length"]
         self._work, self._ping_s, self._cancel = work, ping_s, cancel
 

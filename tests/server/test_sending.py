@@ -84,7 +84,9 @@ def test_a_whole_reply_is_kept_alive_with_blanks_and_comes_once(serve: Serve) ->
     connection = server.connect(timeout_s=2.0)
     connection.request("POST", COMPLETIONS, json.dumps(body(False, ">ab")),
                        {"content-type": "application/json"})  # fmt: skip
-    content = connection.getresponse().read()
+    response = connection.getresponse()
+    assert response.headers["x-accel-buffering"] == "no"
+    content = response.read()
     assert content[:10] == b" " * 10
     assert json.loads(content)["choices"][0]["text"] == "ab"
     assert len(texts.rows.passes) == 3  # nobody asked again
