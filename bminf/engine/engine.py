@@ -9,6 +9,7 @@ and where none is, runs one, for all.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
@@ -508,6 +509,8 @@ class Engine:
         del scores[len(one.fed) + first :]  # of a pass that has failed
         for row, token in zip(logits, one.pending[first + 1 :], strict=False):
             scores.append(_logprob_of(row, token, number))
+        if any(math.isnan(score.logprob) for score in scores[-len(logits) :]):
+            one.request.finish("error", non_finite_logits([0]))
 
     def _fixed_feeds(
         self, feeds: list[tuple[_Running, Feed]], reading: list[_Running]

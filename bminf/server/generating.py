@@ -155,7 +155,8 @@ class _Making:
     ) -> list[Choice]:
         """Those of one prompt.   echoed, offset: see Choice.   Raises ArgumentError."""
         first, is_empty = len(self.choices), max_tokens == 0 and not echoed
-        request_of = partial(self._request, asked, int(is_empty) or max_tokens, bool(echoed))
+        most = 1 if is_empty else max_tokens  # a request needs one, also if it is not run
+        request_of = partial(self._request, asked, most, bool(echoed))
         self.choices += [
             Choice(
                 first + number, self.inbox, partial(request_of, number),

@@ -641,6 +641,18 @@ def test_a_pass_that_is_tried_again_scores_no_token_twice() -> None:
     assert scores == pytest.approx(scores_of(logits_of, [1, 2, 3]))
 
 
+def test_a_prompt_whose_scores_are_no_numbers_is_an_error() -> None:
+    """Also where the logits behind its last token are."""
+    logits_of = random_logits(10, seed=8)
+    rows = FakeRows(lambda history: [math.nan] * 10 if history[-1] == 7 else logits_of(history))
+    engine = Engine(rows)
+    plain = engine.add(ask([1, 7, 3], 1, stop_ids=()))
+    scored = engine.add(ask([1, 7, 3], 1, num_prompt_logprobs=0))
+    run_all(engine)
+    assert plain.error is None and len(plain.tokens) == 1
+    assert scored.finish_reason == "error" and "not finite" in str(scored.error)
+
+
 def test_a_prompt_that_is_scored_is_read_from_its_first_token() -> None:
     """Also where a row is kept that it could go on from, which stays for others."""
     rows = FakeRows(random_logits(10, seed=8))
