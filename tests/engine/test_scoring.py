@@ -103,6 +103,18 @@ def test_logits_of_a_few_tokens_are_in_memory_together() -> None:
     assert SCORED_AT_ONCE <= LOGITS_CHUNK  # which the plan of a built-in model has room for
 
 
+def test_scores_copy_no_block_once_more() -> None:
+    """Though the head runs several times."""
+    model = make("llama")
+    limit = bminf.plan_for(model, False, device="cpu", max_length=200).least_limit
+    model = bminf.wrapper(model, False, limit, device="cpu", max_length=200)
+    engine, ids, copied = Engine(model), [5, 6, 7, 8] * 10, list[int]()
+    for request in (Request(ids, 3, GREEDY), Request(ids, 3, GREEDY), scored(ids, 1, 3)):
+        engine.run([engine.add(request)])
+        copied.append(bminf.stats_of(model).copies)
+    assert copied[2] - copied[1] == copied[1] - copied[0] > 0  # the ring is full from the first on
+
+
 @pytest.fixture(scope="module")
 def cpm1(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     folder: Path = tiny_model("cpm1").write_original(tmp_path_factory.mktemp("cpm1"))
