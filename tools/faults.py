@@ -489,4 +489,11 @@ FAULTS = (
         new="piece = self._pieces.feed(token)",
         breaks="The text of an end token is a part of the answer.",
     ),
+    Fault(
+        name="prompt-scores",
+        file="bminf/engine/engine.py",
+        old="zip(logits, one.pending[first + 1 :], strict=False)",
+        new="zip(logits, one.pending[first:], strict=False)",
+        breaks="A token of a prompt is scored by the logits behind itself.",
+    ),
 )
