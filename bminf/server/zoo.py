@@ -9,8 +9,9 @@ from typing import Any
 from bminf.engine.engine import Engine
 from bminf.engine.request import Request
 from bminf.errors import ArgumentError, UnsupportedModelError
-from bminf.models import CPM1, CPM2, EVA, GLM, LanguageModel
+from bminf.models import CPM2, EVA, GLM, LanguageModel
 from bminf.models.arguments import present_ids
+from bminf.models.decoder_only import DecoderOnly
 from bminf.models.glm_text import GENERATION_MASK, TEXT_MASK
 from bminf.models.prompt import Prompt
 from bminf.models.t5 import SPAN, _positions
@@ -87,7 +88,7 @@ class ZooTexts:
             masks = model.tokenizer.masks
             mask = GENERATION_MASK if GENERATION_MASK in masks else TEXT_MASK
             return self._asked(model._scored_blank(ids, mask))
-        if isinstance(model, CPM1):
+        if isinstance(model, DecoderOnly):
             return self._asked(Prompt(ids, ids))
         start_ids = model._start_ids()
         return self._asked(Prompt([*ids, start_ids[-1]], start_ids))

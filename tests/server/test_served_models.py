@@ -19,7 +19,7 @@ from tiny_models import make
 from tiny_served import texts_of
 
 import bminf
-from bminf.models import CPM1, CPM2, EVA, GLM
+from bminf.models import BLOOM, CPM1, CPM2, EVA, GLM
 from bminf.server.pretrained import PretrainedTexts
 from bminf.server.texts import Settings, token_bytes, token_text
 from bminf.server.zoo import ZooTexts
@@ -181,8 +181,9 @@ def test_a_token_is_its_bytes(piece: str, text: str, nbytes: bytes, shown: str) 
 
 # ---- the zoo -------------------------------------------------------------------------------------
 
-ZOO = {"cpm1": CPM1, "cpm2": CPM2, "eva": EVA, "glm10b": GLM, "glm130b": GLM}
-TEXTS = {"cpm1": "今天天气", "cpm2": "今天天气", "eva": "你是谁", "glm10b": "now is the time",
+ZOO = {"cpm1": CPM1, "cpm2": CPM2, "eva": EVA, "glm10b": GLM, "glm130b": GLM, "bloom": BLOOM}
+TEXTS = {"cpm1": "今天天气", "cpm2": "今天天气", "eva": "你是谁", "bloom": "now is the time",
+         "glm10b": "now is the time",
          "glm130b": "now is the time"}  # fmt: skip
 BLANKS = {"cpm2": "今天<span>很好，我们<span>吧。", "glm10b": "now [MASK] is a [MASK]",
           "glm130b": "now [MASK] is a [MASK]"}  # fmt: skip
