@@ -19,8 +19,8 @@ import bminf
 from bminf.quantization.packed import Format, codes_of, dequantize, pack
 from bminf.wrapping import plan_for
 
-WINDOW = 512
-NUM_WINDOWS = 4
+WINDOW = 384
+NUM_WINDOWS = 2
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def load(folder: Path) -> Any:
 def windows(folder: Path) -> torch.Tensor:
     from transformers import AutoTokenizer
 
-    text = "\n".join(topics[name] for name in ("types", "customization", "execmodel"))
+    text = topics["customization"]
     ids = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt").input_ids[0]
     return ids[: NUM_WINDOWS * WINDOW].view(NUM_WINDOWS, WINDOW)
 
@@ -109,7 +109,7 @@ def test_token_by_token_agrees_with_the_whole_window(
 ) -> None:
     """Single rows take other operations than many rows do."""
     model = taking(packed["int8"], "auto")
-    window = windows[1, :64]
+    window = windows[1, :32]
     whole = next(log_probs_of(model, window[None]))
     cache, rows = None, []
     with torch.inference_mode():
@@ -118,7 +118,7 @@ def test_token_by_token_agrees_with_the_whole_window(
             cache = out.past_key_values
             rows.append(out.logits[0, -1].log_softmax(-1))
     given = torch.stack(rows)
-    assert divergence(given, plain[1][:63].float()) <= 0.005
+    assert divergence(given, plain[1][:31].float()) <= 0.005
     ratio = perplexity([given], window[None]) / perplexity([whole], window[None])
     assert ratio == pytest.approx(1, abs=0.002)
 
