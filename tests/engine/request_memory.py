@@ -2,7 +2,7 @@
 
 Arguments: how many requests, and the name of a tiny model; of the zoo with its folder. Prints JSON:
 after each tenth of the requests the bytes of RssAnon, once what can be given back was, and the
-number of objects that the garbage collector knows.
+numbers of blocks that Python holds, and of objects that the garbage collector knows.
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for the builders of tiny models
 
 import torch
-from streaming import stream
-from tiny_models import make
 
 import bminf
 from bminf.cli.measure import rss_anon_bytes
@@ -36,6 +34,9 @@ ROUND = 50
 
 def of_transformers(name: str) -> Callable[[int], None]:
     """Requests that end in each of the ways there are, on a model that is streamed."""
+    from streaming import stream  # with transformers: seconds that the other model does not need
+    from tiny_models import make
+
     model = stream(make(name, num_hidden_layers=3))
     engine = Engine(model, max_length=16, max_batch_size=16)
 
@@ -96,13 +97,14 @@ def main(num_requests: int, name: str, *folder: str) -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", message=".*one after another")
     run = of_zoo(name, *folder) if folder else of_transformers(name)
-    held, objects = [], []
+    held, blocks, objects = [], [], []
     for number in range(0, num_requests, ROUND):
         run(number)
         if (number + ROUND) % (num_requests // 10) == 0:
             held.append(settled())
+            blocks.append(sys.getallocatedblocks())
             objects.append(len(gc.get_objects()))
-    print(json.dumps({"held": held, "objects": objects}))
+    print(json.dumps({"held": held, "blocks": blocks, "objects": objects}))
 
 
 if __name__ == "__main__":
