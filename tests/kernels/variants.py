@@ -33,10 +33,13 @@ def weight_of(form: Format) -> PackedWeight:
 
 def variants(capability: int) -> list[Kernel]:
     """What is compiled for `capability`: all that macros tell apart where a branch of the sources
-    begins, and each kernel with its lightest and its heaviest macros on the others."""
-    chosen = _few_rows() if capability in (61, 80) else _few_rows_extremes()
+    begins, for 8.0; elsewhere each kernel with its lightest and its heaviest macros on the others,
+    and for 6.1, where another branch begins, with each element."""
+    chosen = _few_rows() if capability == 80 else _few_rows_extremes()
     found = [*chosen, *_others(DTYPES if capability in (61, 80) else DTYPES[:1])]
     found += _products(capability, DTYPES if capability < 75 else (torch.bfloat16,))
+    if capability == 61:
+        found += [few_rows_of(dtype, form, 1) for dtype in DTYPES for form in (INT8, MINIMUM)]
     if capability >= 80:
         found += _tensor_core() if capability == 80 else _tensor_core_extremes()
     return list(dict.fromkeys(found))
@@ -47,14 +50,12 @@ def every_variant(capability: int) -> list[Kernel]:
     found = [*_others(DTYPES)]
     for dtype, form, is_gated in product(DTYPES, EVERY_FORM, (False, True)):
         for num_rows in range(1, linear_weight_only.MAX_FEW_ROWS + 1):
-            weight = weight_of(form)
-            found.append(linear_weight_only.few_rows_kernel(dtype, weight, num_rows, is_gated))
+            found.append(few_rows_of(dtype, form, num_rows, is_gated))
     found += _products(capability, DTYPES)
     if capability >= 80:
         rows = range(1, linear_weight_only.MAX_TENSOR_CORE_ROWS + 1)
         for dtype, form, num_rows in product(DTYPES[:2], EVERY_FORM, rows):
-            weight = weight_of(form)
-            found.append(linear_weight_only.tensor_core_kernel(dtype, weight, num_rows))
+            found.append(tensor_core_of(dtype, form, num_rows))
     return list(dict.fromkeys(found))
 
 
@@ -65,47 +66,51 @@ def _products(capability: int, dtypes: tuple[torch.dtype, ...]) -> list[Kernel]:
     return [linear_w8a8.tensor_core_kernel(*pair) for pair in product(dtypes, (False, True))]
 
 
+def few_rows_of(
+    dtype: torch.dtype, form: Format, num_rows: int, is_gated: bool = False
+) -> Kernel:
+    return linear_weight_only.few_rows_kernel(dtype, weight_of(form), num_rows, is_gated)
+
+
 def _few_rows() -> Iterator[Kernel]:
-    kernel = linear_weight_only.few_rows_kernel
-    for dtype in DTYPES:
-        for form in FORMS:
-            yield kernel(dtype, weight_of(form), 1)
+    for dtype, form in product(DTYPES, FORMS):
+        yield few_rows_of(dtype, form, 1)
     for num_rows in (2, 4, 8, 16):
         for form in (INT8, INT4, MINIMUM):
-            yield kernel(torch.float16, weight_of(form), num_rows)
-        yield kernel(torch.bfloat16, weight_of(Format(4, 34, True)), num_rows)
-        yield kernel(torch.float32, weight_of(INT4), num_rows)
+            yield few_rows_of(torch.float16, form, num_rows)
+        yield few_rows_of(torch.bfloat16, Format(4, 34, True), num_rows)
+        yield few_rows_of(torch.float32, INT4, num_rows)
     for num_rows in (1, 4, 8, 16):
         for form in (INT8, INT4):
-            yield kernel(torch.bfloat16, weight_of(form), num_rows, is_gated=True)
-    yield kernel(torch.float32, weight_of(Format(4, 34)), 4, is_gated=True)
+            yield few_rows_of(torch.bfloat16, form, num_rows, is_gated=True)
+    yield few_rows_of(torch.float32, Format(4, 34), 4, is_gated=True)
 
 
 def _few_rows_extremes() -> Iterator[Kernel]:
-    kernel = linear_weight_only.few_rows_kernel
-    for form in FORMS:
-        yield kernel(torch.float16, weight_of(form), 1)
+    for form in (INT8, INT4, MINIMUM, Format(4, 34, True)):
+        yield few_rows_of(torch.float16, form, 1)
     for num_rows in (4, 8, 16):
-        yield kernel(torch.bfloat16, weight_of(INT4), num_rows, is_gated=True)
-    yield kernel(torch.float32, weight_of(INT4), 4)
+        yield few_rows_of(torch.bfloat16, INT4, num_rows, is_gated=True)
+    yield few_rows_of(torch.float32, INT4, 4)
+
+
+def tensor_core_of(dtype: torch.dtype, form: Format, num_rows: int) -> Kernel:
+    return linear_weight_only.tensor_core_kernel(dtype, weight_of(form), num_rows)
 
 
 def _tensor_core() -> Iterator[Kernel]:
-    for dtype in DTYPES[:2]:
-        for form in FORMS:
-            yield linear_weight_only.tensor_core_kernel(dtype, weight_of(form), 16)
-        for num_rows in (8, 32, 64):
-            for form in (INT8, INT4, MINIMUM):
-                yield linear_weight_only.tensor_core_kernel(dtype, weight_of(form), num_rows)
+    for dtype, form in product(DTYPES[:2], FORMS):
+        yield tensor_core_of(dtype, form, 16)
+    for num_rows in (8, 32, 64):
+        for form, dtype in ((INT8, DTYPES[0]), (INT4, DTYPES[1]), (MINIMUM, DTYPES[0])):
+            yield tensor_core_of(dtype, form, num_rows)
 
 
 def _tensor_core_extremes() -> Iterator[Kernel]:
-    kernel = linear_weight_only.tensor_core_kernel
     for num_rows in (8, 16, 64):  # some compilers spill here what they do not elsewhere
-        yield kernel(torch.bfloat16, weight_of(Format(4, 34)), num_rows)
-    for form in (INT8, INT4, MINIMUM, Format(4, 34, True)):
-        for num_rows in (8, 64):
-            yield kernel(torch.float16, weight_of(form), num_rows)
+        yield tensor_core_of(torch.bfloat16, Format(4, 34), num_rows)
+    for form, num_rows in ((INT8, 8), (INT4, 64), (MINIMUM, 8), (Format(4, 34, True), 64)):
+        yield tensor_core_of(torch.float16, form, num_rows)
 
 
 def _others(dtypes: tuple[torch.dtype, ...]) -> Iterator[Kernel]:
