@@ -6,6 +6,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -149,15 +150,28 @@ def test_interrupt_leaves_no_traceback(
     assert capsys.readouterr().err == "bminf: interrupted\n"
 
 
+PRINTING = """
+import sys, types
+verb = sys.modules["bminf.cli.plan"] = types.ModuleType("bminf.cli.plan")
+verb.add_arguments = lambda parser: None
+verb.run = lambda arguments: print("text") or 0
+from bminf.cli import main
+sys.exit(main(["plan"]))
+"""
+"""In place of `bminf plan`, a verb that imports nothing."""
+
+
 def test_a_reader_that_has_enough_is_no_error() -> None:
-    plan = [sys.executable, "-m", "bminf", "plan", "GLM-130B", "--memory-limit", "24GB"]
+    """Nor is it one where the interpreter ends, and flushes once more."""
+    buffered = {name: text for name, text in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    run = partial(subprocess.run, env=buffered, stderr=subprocess.PIPE, text=True)
     read_end, write_end = os.pipe()
     os.close(read_end)
-    done = subprocess.run(plan, stdout=write_end, stderr=subprocess.PIPE, text=True)
+    done = run([sys.executable, "-c", PRINTING], stdout=write_end)
     os.close(write_end)
     assert (done.returncode, done.stderr) == (0, "")
     with open("/dev/full", "w") as full:
-        done = subprocess.run(plan, stdout=full, stderr=subprocess.PIPE, text=True)
+        done = run([sys.executable, "-u", "-c", PRINTING], stdout=full)
     assert done.returncode == 1 and "No space left" in done.stderr
     assert "Traceback" not in done.stderr
 

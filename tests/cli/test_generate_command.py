@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
-import signal
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -18,7 +17,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from terminal import started
 from tiny_glm import tiny_model
 from tiny_llama import WORDS, save_llama, save_tokenizer
 from tiny_models import make
@@ -412,46 +410,92 @@ def test_what_generating_raises_is_one_line(
 # ---- interruptions -------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with room for more tokens than any test waits for."""
-    return save_llama(tmp_path_factory.mktemp("endless"), max_position_embeddings=10**6)
+class Interrupted(io.StringIO):
+    """A stdout on which Ctrl-C follows the first text."""
+
+    def write(self, text: str) -> int:
+        super().write(text)
+        if text.strip():
+            raise KeyboardInterrupt
+        return len(text)
 
 
-def speaking(folder: Path) -> subprocess.Popen[bytes]:
-    """A process that has printed the first of many tokens."""
-    process = started(
-        "generate", str(folder), "once", "--max-new-tokens", "900000", "--device", "cpu",
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    assert process.stdout is not None and process.stdout.read(1)
-    return process
+LONG = ("once", "--max-new-tokens", "1000")
 
 
-def test_ctrl_c_ends_cleanly(endless: Path) -> None:
-    process = speaking(endless)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert out.endswith(b"\n") and err == b"bminf: interrupted\n"
+def test_ctrl_c_ends_cleanly(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`bminf chat` is tested with a signal of its own."""
+    monkeypatch.setattr(sys, "stdout", out := Interrupted())
+    assert generate(str(folder), *LONG) == 130
+    (word,) = out.getvalue().split()
+    assert word in WORDS and out.getvalue().endswith("\n")
+    assert capsys.readouterr().err == "bminf: interrupted\n"
 
 
-def test_a_closed_pipe_is_no_error(endless: Path) -> None:
-    process = speaking(endless)
-    assert process.stdout is not None and process.stderr is not None
-    process.stdout.close()
-    assert process.wait(timeout=60) == 0
-    assert process.stderr.read() == b""
-    process.stderr.close()
+def test_a_closed_pipe_is_no_error(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    with os.fdopen(write_end, "w") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        assert generate(str(folder), *LONG) == 0
+        monkeypatch.undo()
+    assert capsys.readouterr().err == ""
 
 
-def test_a_gguf_file(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def write_gguf(path: Path) -> Path:
+    """A llama of one layer and a tokenizer of letters."""
+    import gguf
+
+    letters = ["<unk>", "<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz", "on"]
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name("tiny")
+    writer.add_context_length(64)
+    writer.add_embedding_length(64)
+    writer.add_feed_forward_length(128)
+    writer.add_block_count(1)
+    writer.add_head_count(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(len(letters))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(letters)
+    writer.add_token_merges(["o n"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    sizes = {
+        "token_embd": (len(letters), 64), "output_norm": (64,), "blk.0.attn_norm": (64,),
+        **{f"blk.0.attn_{name}": (64, 64) for name in ("q", "k", "v", "output")},
+        "blk.0.ffn_norm": (64,), "blk.0.ffn_up": (128, 64), "blk.0.ffn_gate": (128, 64),
+        "blk.0.ffn_down": (64, 128),
+    }  # fmt: skip
+    for name, shape in sizes.items():
+        writer.add_tensor(f"{name}.weight", torch.randn(shape).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_a_gguf_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its header is read for the tokenizer, and once more with the weights."""
     import gguf
-    from smollm2 import gguf_file
 
+    path = write_gguf(tmp_path / "tiny.gguf")
+    of_file = {"pretrained_model_name_or_path": tmp_path, "gguf_file": path.name}
+    model = transformers.AutoModelForCausalLM.from_pretrained(**of_file)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(**of_file)
+    inputs = tokenizer("once", return_tensors="pt")["input_ids"]
+    ids = model.generate(inputs, max_new_tokens=4, do_sample=False)[0, inputs.shape[1] :]
     made, read = gguf.GGUFReader, []
     monkeypatch.setattr(gguf, "GGUFReader", lambda path: read.append(path) or made(path))
-    options = ("--temperature", "0", "--max-new-tokens", "4")
-    assert printed(capsys, str(gguf_file()), "Once upon a", *options).startswith(" time")
+    options = ("--temperature", "0", "--max-new-tokens", "4", "--quantization", "none")
+    expected = tokenizer.decode(ids, skip_special_tokens=True) + "\n"
+    assert expected.strip() and len(ids) == 4
+    assert printed(capsys, str(path), "once", *options) == expected
     assert len(read) == 2

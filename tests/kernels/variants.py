@@ -66,9 +66,7 @@ def _products(capability: int, dtypes: tuple[torch.dtype, ...]) -> list[Kernel]:
     return [linear_w8a8.tensor_core_kernel(*pair) for pair in product(dtypes, (False, True))]
 
 
-def few_rows_of(
-    dtype: torch.dtype, form: Format, num_rows: int, is_gated: bool = False
-) -> Kernel:
+def few_rows_of(dtype: torch.dtype, form: Format, num_rows: int, is_gated: bool = False) -> Kernel:
     return linear_weight_only.few_rows_kernel(dtype, weight_of(form), num_rows, is_gated)
 
 
