@@ -1,7 +1,8 @@
-"""`bminf` in a process of its own, as a user runs it."""
+"""`bminf` as a user runs it: in a process of its own, and interrupted in that of the tests."""
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
@@ -23,3 +24,13 @@ def started(*argv: str, **settings: Any) -> subprocess.Popen[bytes]:
 def hear_ctrl_c() -> None:
     """Also where the tests run in the background of a script, which does not."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+class Interrupted(io.StringIO):
+    """A stdout on which Ctrl-C follows the first text."""
+
+    def write(self, text: str) -> int:
+        super().write(text)
+        if text.strip():
+            raise KeyboardInterrupt
+        return len(text)

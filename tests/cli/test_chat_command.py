@@ -12,7 +12,6 @@ import os
 import re
 import select
 import shutil
-import signal
 import sys
 import time
 import warnings
@@ -22,7 +21,7 @@ from typing import Any, ClassVar
 
 import pytest
 import transformers
-from terminal import hear_ctrl_c, started
+from terminal import Interrupted, hear_ctrl_c, started
 from tiny_glm import tiny_model
 from tiny_llama import TEMPLATE, WORDS, save_llama, save_tokenizer
 from tiny_models import make
@@ -519,15 +518,13 @@ def test_ctrl_c_stops_an_answer_and_then_ends(
     assert terminal.shown.endswith("bminf: interrupted\n")
 
 
-def test_ctrl_c_ends_a_pipe(talkative: list[str]) -> None:
-    with started("chat", *talkative, "--device", "cpu", stdin=-1, stdout=-1, stderr=-1) as process:
-        assert process.stdin is not None and process.stdout is not None
-        process.stdin.write(b"once\n")
-        process.stdin.flush()
-        assert process.stdout.read(1)
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=TIMEOUT_S)
-    assert (process.returncode, err) == (130, b"bminf: interrupted\n")
+def test_ctrl_c_ends_a_pipe(
+    talkative: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdout", out := Interrupted())
+    assert talk(monkeypatch, "once\nupon\n", *talkative) == 130
+    assert out.getvalue().strip() in WORDS
+    assert capsys.readouterr().err == "bminf: interrupted\n"
 
 
 def test_what_was_said_before_ctrl_c_stays(capsys: pytest.CaptureFixture[str]) -> None:

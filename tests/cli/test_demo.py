@@ -4,11 +4,9 @@ bminf/cli/demo.py, bminf/cli/models.py, bminf/cli/measure.py.
 """
 
 import importlib.util
-import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +14,9 @@ import pytest
 import torch
 import transformers
 from streaming import until
+from terminal import started
 from tiny_llama import save_llama
 
-import bminf
 from bminf.cli import demo, main, models
 from bminf.cli.measure import PeakMemory, rss_anon_bytes
 
@@ -30,37 +28,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_llama(tmp_path_factory.mktemp("tiny"))
 
 
-def run_demo(*argv: str) -> "subprocess.CompletedProcess[str]":
-    """`bminf demo` in a process of its own, with the bminf that this test imported."""
-    assert bminf.__file__ is not None
-    environment = os.environ | {"PYTHONPATH": str(Path(bminf.__file__).parents[1])}
-    command = [sys.executable, "-m", "bminf", "demo", *argv]
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
-
-
-def test_tiny_model(folder: Path, tmp_path: Path) -> None:
-    options = ("--device", "cpu", "--max-new-tokens", "8", "--prompt", "once upon")
-    done = run_demo(str(folder), *options, "--offload-dir", str(tmp_path))
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    assert lines[-1] == "texts equal: yes"
-    assert sum("tokens/s" in line for line in lines) == 2
-    assert "fits entirely: nothing is streamed" in lines
-    assert any("3 stay (#), 3 stream (.)" in line for line in lines)
-    assert any(line.startswith("once upon") for line in lines)
-    assert done.stderr == ""
-    assert not list(tmp_path.iterdir())
-
-
 def test_real_model() -> None:
-    done = run_demo("--device", "cpu", "--max-new-tokens", "8")
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+    """In a process of its own, whose memory is counted."""
+    options = ("--device", "cpu", "--max-new-tokens", "8")
+    with started("demo", *options, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        out, err = (text.decode() for text in process.communicate())
+    assert (process.returncode, err) == (0, "")
+    lines = out.splitlines()
     assert lines[-1] == "texts equal: yes"
     assert sum(line.startswith("Once upon a time, the") for line in lines) == 2
     assert any("15 stay (#), 15 stream (.)" in line for line in lines)
     if rss_anon_bytes() is not None:
-        assert_peaks_are_planned(done.stdout)
+        assert_peaks_are_planned(out)
 
 
 def sizes(output: str, name: str) -> list[float]:
@@ -80,6 +59,18 @@ def assert_peaks_are_planned(output: str) -> None:
 
 def run_here(folder: Path, *options: str) -> int:
     return main(["demo", str(folder), "--device", "cpu", "--max-new-tokens", "4", *options])
+
+
+def test_tiny_model(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_here(folder, "--prompt", "once upon", "--offload-dir", str(tmp_path)) == 0
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    assert lines[-1] == "texts equal: yes"
+    assert sum("tokens/s" in line for line in lines) == 2
+    assert "fits entirely: nothing is streamed" in lines
+    assert any("3 stay (#), 3 stream (.)" in line for line in lines)
+    assert any(line.startswith("once upon") for line in lines)
+    assert err == "" and not list(tmp_path.iterdir())
 
 
 def test_given_limit(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

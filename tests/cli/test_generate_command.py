@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from terminal import Interrupted
 from tiny_glm import tiny_model
 from tiny_llama import WORDS, save_llama, save_tokenizer
 from tiny_models import make
@@ -408,16 +409,6 @@ def test_what_generating_raises_is_one_line(
 
 
 # ---- interruptions -------------------------------------------------------------------------------
-
-
-class Interrupted(io.StringIO):
-    """A stdout on which Ctrl-C follows the first text."""
-
-    def write(self, text: str) -> int:
-        super().write(text)
-        if text.strip():
-            raise KeyboardInterrupt
-        return len(text)
 
 
 LONG = ("once", "--max-new-tokens", "1000")
