@@ -34,10 +34,14 @@ def plain_ids(folder: Path) -> list[list[int]]:
     return ids.tolist()
 
 
-def run(folder: Path, mode: str, offload_dir: Path) -> dict[str, Any]:
-    program = Path(__file__).with_name("smollm2_memory.py")
+@pytest.fixture(scope="module")
+def reports(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    program, offload_dir = (
+        Path(__file__).with_name("smollm2_memory.py"),
+        tmp_path_factory.mktemp("a"),
+    )
     done = subprocess.run(
-        [sys.executable, str(program), str(folder), mode, str(offload_dir)],
+        [sys.executable, str(program), str(folder), str(offload_dir)],
         capture_output=True,
         text=True,
     )
@@ -48,10 +52,10 @@ def run(folder: Path, mode: str, offload_dir: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("mode", "num_resident"), [("half", 15), ("all", 0)])
 def test_it_keeps_to_the_plan(
-    mode: str, num_resident: int, folder: Path, plain_ids: list[list[int]], tmp_path: Path
+    mode: str, num_resident: int, reports: dict[str, Any], plain_ids: list[list[int]]
 ) -> None:
     """RssAnon within 5% of the plan (the program also sets RLIMIT_DATA to it + 100 MiB)."""
-    report = run(folder, mode, tmp_path)
+    report = reports[mode]
     assert report["ids"] == plain_ids
     assert (report["num_resident"], report["num_streamed"]) == (num_resident, 30 - num_resident)
     if mode == "half":

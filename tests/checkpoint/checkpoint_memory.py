@@ -1,7 +1,7 @@
 """Run as a program by test_checkpoint_memory.py: what reading and writing cost, printed as JSON.
 
-Arguments: what to do (zip, old, safetensors, write or ranks) and the file, or the
-folder of a GLM-130B.
+Arguments: the folder of the files, and what to do there, one after the other: zip, old,
+safetensors, write, or ranks of a GLM-130B, each with the file or folder of its name.
 """
 
 from __future__ import annotations
@@ -62,11 +62,14 @@ WAYS: dict[str, Callable[[Path], int]] = {
 }
 
 
-def main(what: str, file: str) -> None:
+def main(folder: str, *names: str) -> None:
     torch.ones(2**20).sum()  # what torch sets up at its first operation, threads included
-    with PeakMemory(is_cuda=False, baseline_bytes=rss_anon_bytes()) as peak:
-        total = WAYS[what](Path(file))
-    print(json.dumps({"total_bytes": total, "peak_bytes": peak.peak_bytes}))
+    report = {}
+    for name in names:
+        with PeakMemory(is_cuda=False, baseline_bytes=rss_anon_bytes()) as peak:
+            total = WAYS[name](Path(folder, name))
+        report[name] = {"total_bytes": total, "peak_bytes": peak.peak_bytes}
+    print(json.dumps(report))
 
 
 if __name__ == "__main__":
