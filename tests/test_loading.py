@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,10 @@ def attributes(model: torch.nn.Module) -> dict[str, set[str]]:
     return {name: set(vars(module)) for name, module in model.named_modules()}
 
 
-@pytest.mark.parametrize("quantization", [None, "int8", "int4"])
-@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize(
+    ("name", "quantization"),
+    [*((name, None) for name in FEW), *zip(FEW, cycle(("int8", "int4")), strict=False)],
+)
 def test_it_answers_as_the_wrapped_model_does(
     name: str, quantization: str | None, saved_tiny: Callable[[str], Path]
 ) -> None:

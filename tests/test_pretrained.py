@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -25,8 +26,9 @@ def attributes(model: torch.nn.Module) -> dict[str, set[str]]:
     return {name: set(vars(module)) for name, module in model.named_modules()}
 
 
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*zip(TINY, cycle((None, torch.bfloat16)), strict=False)]
+)
 def test_what_is_to_be_read_is_what_transformers_reads(
     name: str, dtype: torch.dtype | None, saved_tiny: Callable[[str], Path]
 ) -> None:

@@ -3,10 +3,11 @@ streamed, packed or not."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
+from itertools import cycle
 from typing import Any
 
-import pytest
 import torch
 from golden import (
     TOLERANCE,
@@ -69,12 +70,16 @@ def test_golden_int8_activations_cost_what_bminf_paid(name: str, case: str) -> N
     assert float(difference.mean()) <= MEAN * bound["mean"]
 
 
-@for_each(MODELS, GoldenSet.layouts)
-@pytest.mark.parametrize("quantization", [None, "int8", "int4"])
-def test_golden_streamed_equals_resident(name: str, case: str, quantization: str | None) -> None:
-    given = golden(name)
-    arguments = {**settings(given, case), "quantization": quantization}
-    expect_streamed_is_resident(given, case, partial(all_outputs, name), **arguments)
+def ways_by_turns(given: GoldenSet) -> Iterator[tuple[str, str]]:
+    return zip(given.layouts(), cycle(("None", "int8", "int4")), strict=False)
+
+
+@for_each(MODELS, ways_by_turns)
+def test_golden_streamed_equals_resident(name: str, case: tuple[str, str]) -> None:
+    """Each model in each way, each layout in one."""
+    (layout, way), given = case, golden(name)
+    arguments = {**settings(given, layout), "quantization": None if way == "None" else way}
+    expect_streamed_is_resident(given, layout, partial(all_outputs, name), **arguments)
 
 
 def bminf_layouts(given: GoldenSet) -> list[str]:
