@@ -7,10 +7,28 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import bminf
+
+
+class Output(NamedTuple):
+    """Of one command."""
+
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """All that there is, the one line of an error."""
+        (line,) = self.err.splitlines()
+        assert self.out == "" and line.startswith("bminf: error: ")
+        return line
+
+
+Command = Callable[..., Output]
 
 
 def started(*argv: str, **settings: Any) -> subprocess.Popen[bytes]:

@@ -21,13 +21,13 @@ from typing import Any, ClassVar
 
 import pytest
 import transformers
-from terminal import Interrupted, hear_ctrl_c, started
+from terminal import Command, Interrupted, Output, hear_ctrl_c, started
 from tiny_glm import tiny_model
 from tiny_llama import TEMPLATE, WORDS, save_llama, save_tokenizer
 from tiny_models import make
 from tokenizers.processors import TemplateProcessing
 
-from bminf.cli import chat, main
+from bminf.cli import chat
 from bminf.engine.request import Request
 from bminf.models import EVA, TextIterator
 
@@ -40,10 +40,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_llama(tmp_path_factory.mktemp("tiny"), chat_template=TEMPLATE)
 
 
-def talk(monkeypatch: pytest.MonkeyPatch, lines: str, *argv: str) -> int:
-    """`bminf chat` with these lines from a pipe."""
-    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
-    return main(["chat", *argv, "--device", "cpu"])
+@pytest.fixture
+def talk(command: Command) -> Command:
+    """talk("lines of a pipe", folder, "--json", code=0)"""
+
+    def run(lines: str, *argv: object, code: int = 0) -> Output:
+        return command("chat", *argv, "--device", "cpu", stdin=lines, code=code)
+
+    return run
 
 
 def answers(model: Any, tokenizer: Any, *texts: str, system: str | None = None) -> list[str]:
@@ -71,14 +75,11 @@ def plain(folder: Path) -> tuple[Any, Any]:
 
 
 def test_each_line_is_answered_with_those_before_it(
-    folder: Path,
-    plain: tuple[Any, Any],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    folder: Path, plain: tuple[Any, Any], talk: Command
 ) -> None:
-    assert talk(monkeypatch, "once\n\nupon a\ntime", str(folder), *GREEDY) == 0
     expected = answers(*plain, "once", "upon a", "time")
-    assert capsys.readouterr() == ("".join(f"{said}\n" for said in expected), "")
+    output = talk("once\n\nupon a\ntime", folder, *GREEDY)
+    assert output == ("".join(f"{said}\n" for said in expected), "")
 
 
 GOING_ON = (
@@ -110,11 +111,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.mark.parametrize("name", ["llama", "gemma3_text"])
 def test_what_was_said_is_not_read_again(
-    name: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    read: list[int],
+    name: str, tmp_path: Path, read: list[int], talk: Command
 ) -> None:
     """Also by layers that see the last 8 tokens only, those of gemma3_text."""
     if name == "llama":
@@ -126,17 +123,13 @@ def test_what_was_said_is_not_read_again(
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
     expected = answers(model, tokenizer, "once", "upon a", "time")
     read.clear()
-    assert talk(monkeypatch, "once\nupon a\ntime", str(tmp_path), *GREEDY) == 0
-    assert capsys.readouterr().out.splitlines() == expected
+    assert talk("once\nupon a\ntime", tmp_path, *GREEDY).out.splitlines() == expected
     # "user once assistant"; the end of the answer, "user upon a assistant"; and so on.
     assert read == [3, *[1] * 5, 1 + 4, *[1] * 5, 1 + 3, *[1] * 5]
 
 
 def test_a_conversation_that_changed_is_read_from_there(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    read: list[int],
+    tmp_path: Path, read: list[int], talk: Command
 ) -> None:
     """After /reset, and where a stop string cut an answer."""
     save_llama(tmp_path, chat_template=GOING_ON)
@@ -144,40 +137,30 @@ def test_a_conversation_that_changed_is_read_from_there(
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
     once, time = (answers(model, tokenizer, text)[0] for text in ("once", "time"))
     read.clear()
-    assert talk(monkeypatch, "once\n/reset\ntime\n", str(tmp_path), *GREEDY) == 0
-    assert capsys.readouterr().out.splitlines() == [once, time]
+    assert talk("once\n/reset\ntime\n", tmp_path, *GREEDY).out.splitlines() == [once, time]
     assert read == [3, *[1] * 5, 2, *[1] * 5], '"user" is what both begin with'
     read.clear()
     stop = " " + " ".join(once.split()[2:4])
-    assert talk(monkeypatch, "once\nupon\n", str(tmp_path), *GREEDY, "--stop", stop) == 0
-    assert capsys.readouterr().out.splitlines()[0] == once[: once.index(stop)]
+    output = talk("once\nupon\n", tmp_path, *GREEDY, "--stop", stop)
+    assert output.out.splitlines()[0] == once[: once.index(stop)]
     assert read[:5] == [3, 1, 1, 1, 3], '"user upon assistant" behind two words of an answer'
 
 
-def test_the_system_message_and_reset(
-    folder: Path,
-    plain: tuple[Any, Any],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_the_system_message_and_reset(folder: Path, plain: tuple[Any, Any], talk: Command) -> None:
     lines = "once\nupon\n/reset\nonce\n"
-    assert talk(monkeypatch, lines, str(folder), *GREEDY, "--system", "a time") == 0
     said = answers(*plain, "once", "upon", system="a time")
-    assert capsys.readouterr().out.splitlines() == [*said, said[0]]
+    output = talk(lines, folder, *GREEDY, "--system", "a time")
+    assert output.out.splitlines() == [*said, said[0]]
     assert said[:1] != answers(*plain, "once")
 
 
 def test_a_stop_string_ends_each_answer(
-    folder: Path,
-    plain: tuple[Any, Any],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    folder: Path, plain: tuple[Any, Any], talk: Command
 ) -> None:
     """And the conversation goes on with what was shown of it."""
     (said,) = answers(*plain, "once")
     stop = said.split()[3]
-    assert talk(monkeypatch, "once\nupon\n", str(folder), *GREEDY, "--stop", f"{stop} ") == 0
-    first, second = capsys.readouterr().out.splitlines()
+    first, second = talk("once\nupon\n", folder, *GREEDY, "--stop", f"{stop} ").out.splitlines()
     assert first == said[: said.index(f"{stop} ")]
     model, tokenizer = plain
     messages = [("user", "once"), ("assistant", first), ("user", "upon")]
@@ -190,44 +173,32 @@ def test_a_stop_string_ends_each_answer(
     assert second == whole.split(f"{stop} ")[0]
 
 
-def test_commands_answer_on_stderr(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_commands_answer_on_stderr(folder: Path, talk: Command) -> None:
     lines = "/stats\n/help\n/fly away\n/exit\nonce\n"
-    assert talk(monkeypatch, lines, str(folder), *GREEDY) == 0
-    out, err = capsys.readouterr()
+    out, err = talk(lines, folder, *GREEDY)
     assert out == "", "nothing after /exit is answered"
     assert "no answer yet" in err and "fits entirely" in err
     assert all(f"{name} " in err for name in chat.COMMANDS)
     assert "no command /fly" in err
 
 
-def test_what_only_looks_like_a_command_is_answered(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert talk(monkeypatch, "/once/upon a time\n /exit\n", str(folder), *GREEDY) == 0
-    out, err = capsys.readouterr()
+def test_what_only_looks_like_a_command_is_answered(folder: Path, talk: Command) -> None:
+    out, err = talk("/once/upon a time\n /exit\n", folder, *GREEDY)
     assert len(out.splitlines()) == 2 and err == ""
 
 
-def test_json_and_verbose(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_json_and_verbose(folder: Path, talk: Command) -> None:
     lines, more = "once\nupon\n/stats\n", ("--memory-limit", "2GB", "--json", "--verbose")
-    assert talk(monkeypatch, lines, str(folder), *GREEDY, *more) == 0
-    out, err = capsys.readouterr()
+    out, err = talk(lines, folder, *GREEDY, *more)
     first, second = map(json.loads, out.splitlines())
     assert first["finish_reason"] == "length"
     assert second["stats"]["prompt_tokens"] > first["stats"]["prompt_tokens"]
-    assert talk(monkeypatch, "once\nupon\n", str(folder), *GREEDY) == 0
-    assert capsys.readouterr().out.splitlines() == [first["text"], second["text"]]
+    assert talk("once\nupon\n", folder, *GREEDY).out.splitlines() == [first["text"], second["text"]]
     assert len(re.findall(r"tokens read and 6 generated", err)) == 3
     assert "one text of 2,048 tokens" in err
 
 
-def test_a_template_has_its_own_first_token(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_template_has_its_own_first_token(tmp_path: Path, talk: Command) -> None:
     """The tokenizer would put another one before it."""
     folder = save_llama(tmp_path, chat_template="once upon {{ messages[-1].content }}")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -235,31 +206,28 @@ def test_a_template_has_its_own_first_token(
     tokenizer.backend_tokenizer.post_processor = first
     tokenizer.save_pretrained(folder)
     assert len(tokenizer("a time")["input_ids"]) == 3
-    capsys.readouterr()
-    assert talk(monkeypatch, "a time\n", str(folder), *GREEDY, "--json") == 0
-    assert json.loads(capsys.readouterr().out)["stats"]["prompt_tokens"] == 4
+    assert (
+        json.loads(talk("a time\n", folder, *GREEDY, "--json").out)["stats"]["prompt_tokens"] == 4
+    )
 
 
 def test_an_empty_answer_is_one(
-    folder: Path,
-    plain: tuple[Any, Any],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    folder: Path, plain: tuple[Any, Any], tmp_path: Path, talk: Command
 ) -> None:
     shutil.copytree(folder, tmp_path / "tiny")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     tokenizer.eos_token = answers(*plain, "once")[0].split()[0]
     tokenizer.save_pretrained(tmp_path / "tiny")
     lines = "once\nupon\n"
-    assert talk(monkeypatch, lines, str(tmp_path / "tiny"), *GREEDY, "--json") == 0
-    first, second = map(json.loads, capsys.readouterr().out.splitlines())
+    first, second = map(
+        json.loads, talk(lines, tmp_path / "tiny", *GREEDY, "--json").out.splitlines()
+    )
     assert (first["text"], first["finish_reason"]) == ("", "stop")
     assert second["stats"]["prompt_tokens"] == len("user once assistant user upon".split())
 
 
 def test_eva_reads_an_empty_answer_as_a_full_stop(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, talk: Command
 ) -> None:
     asked: list[list[str]] = []
 
@@ -269,70 +237,45 @@ def test_eva_reads_an_empty_answer_as_a_full_stop(
 
     monkeypatch.setattr(EVA, "generate_iter", generate_iter)
     folder = tiny_model("eva").write_original(tmp_path)
-    assert talk(monkeypatch, "你\n我\n", str(folder), "--model", "eva") == 0
+    talk("你\n我\n", folder, "--model", "eva")
     assert asked == [["你"], ["你", "。", "我"]]
 
 
-def test_no_lines_are_no_error(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert talk(monkeypatch, "", str(folder)) == 0
-    assert capsys.readouterr() == ("", "")
+def test_no_lines_are_no_error(folder: Path, talk: Command) -> None:
+    assert talk("", folder) == ("", "")
 
 
-def test_eva_answers_in_a_dialogue(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_eva_answers_in_a_dialogue(tmp_path: Path, talk: Command) -> None:
     folder = tiny_model("eva").write_original(tmp_path)
-    options = (str(folder), "--model", "eva", "--seed", "1", "--max-new-tokens", "6")
+    options = (folder, "--model", "eva", "--seed", "1", "--max-new-tokens", "6")
     with EVA(folder, device="cpu") as model:
         first, _ = model.dialogue(["你是谁"], 6, seed=1)
         second, _ = model.dialogue(["你是谁", first, "我们"], 6, seed=1)
-    assert talk(monkeypatch, "你是谁\n我们\n", *options) == 0
-    assert capsys.readouterr().out == f"{first}\n{second}\n"
-    assert talk(monkeypatch, "你是谁\n", *options, "--system", "很好") == 2
-    assert "without roles" in capsys.readouterr().err
+    assert talk("你是谁\n我们\n", *options).out == f"{first}\n{second}\n"
+    assert "without roles" in talk("你是谁\n", *options, "--system", "很好", code=2).error
 
 
 # ---- errors --------------------------------------------------------------------------------------
 
 
-def error(capsys: pytest.CaptureFixture[str]) -> str:
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("bminf: error: ")
-    return line
-
-
-def test_a_base_model_is_told_before_its_weights_are_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_base_model_is_told_before_its_weights_are_read(tmp_path: Path, talk: Command) -> None:
     save_llama(tmp_path / "llama")
     (tmp_path / "llama" / "model.safetensors").write_bytes(b"")
-    capsys.readouterr()
-    assert talk(monkeypatch, "once\n", str(tmp_path / "llama")) == 1
-    line = error(capsys)
+    line = talk("once\n", tmp_path / "llama", code=1).error
     assert "bminf generate" in line and "--chat-template FILE" in line
     folder = tiny_model("cpm2").write_original(tmp_path / "cpm2")
-    assert talk(monkeypatch, "once\n", str(folder), "--model", "cpm2") == 1
-    assert "bminf fill" in error(capsys)
+    assert "bminf fill" in talk("once\n", folder, "--model", "cpm2", code=1).error
 
 
 def test_a_template_from_a_file(
-    folder: Path,
-    plain: tuple[Any, Any],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    folder: Path, plain: tuple[Any, Any], tmp_path: Path, talk: Command
 ) -> None:
     base = save_llama(tmp_path / "base")
-    capsys.readouterr()
     file = tmp_path / "template.jinja"
     file.write_text(TEMPLATE, encoding="utf-8")
     options = (*GREEDY, "--chat-template", str(file))
-    assert talk(monkeypatch, "once\n", str(base), *options) == 0
-    assert capsys.readouterr().out.splitlines() == answers(*plain, "once")
-    assert talk(monkeypatch, "once\n", str(base), "--chat-template", "/no/such/file") == 2
-    assert "/no/such/file" in error(capsys)
+    assert talk("once\n", base, *options).out.splitlines() == answers(*plain, "once")
+    assert "/no/such/file" in talk("once\n", base, "--chat-template", "/no/such/file", code=2).error
 
 
 @pytest.mark.parametrize(
@@ -340,43 +283,31 @@ def test_a_template_from_a_file(
     ["{{ raise_exception('roles') }}", "{{ ''.__class__ }}{{ x.y }}", "{% for", "{{ 1 / 0 }}"],
 )
 def test_a_template_that_raises_is_told_before_weights_are_read(
-    template: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    template: str, tmp_path: Path, talk: Command
 ) -> None:
     save_llama(tmp_path, chat_template=template)
     (tmp_path / "model.safetensors").write_bytes(b"")
-    capsys.readouterr()
-    assert talk(monkeypatch, "once\n", str(tmp_path)) == 2
-    assert "chat template" in error(capsys)
+    assert "chat template" in talk("once\n", tmp_path, code=2).error
 
 
-def test_a_message_that_the_template_refuses_ends_a_pipe(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert talk(monkeypatch, "refuse\nonce\n", str(folder), *GREEDY) == 2
-    assert "not this" in error(capsys)
+def test_a_message_that_the_template_refuses_ends_a_pipe(folder: Path, talk: Command) -> None:
+    assert "not this" in talk("refuse\nonce\n", folder, *GREEDY, code=2).error
 
 
-def test_a_conversation_that_is_too_long(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_conversation_that_is_too_long(folder: Path, talk: Command) -> None:
     """The last answer takes what room there is; then there is none."""
     options = ("--temperature", "0", "--max-length", "12", "--max-new-tokens", "9", "--json")
-    assert talk(monkeypatch, "once upon a time\nonce\n", str(folder), *options) == 2
-    out, err = capsys.readouterr()
+    out, err = talk("once upon a time\nonce\n", folder, *options, code=2)
     stats = json.loads(out)["stats"]
     assert stats["prompt_tokens"] + stats["new_tokens"] == 12
     assert "no room for 9 new ones in 12" in err
 
 
 def test_stdin_that_is_no_text(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path, monkeypatch: pytest.MonkeyPatch, command: Command
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe\n"), "utf-8"))
-    assert main(["chat", str(folder), "--device", "cpu"]) == 2
-    assert "not UTF-8" in error(capsys)
+    assert "not UTF-8" in command("chat", folder, "--device", "cpu", code=2).error
 
 
 # ---- on a terminal -------------------------------------------------------------------------------
@@ -470,7 +401,7 @@ def test_a_conversation_on_a_terminal(
     folder: Path, plain: tuple[Any, Any], terminals: list[Terminal]
 ) -> None:
     first, second = answers(*plain, "once", "upon")
-    terminals.append(terminal := Terminal(str(folder), *GREEDY))
+    terminals.append(terminal := Terminal(folder, *GREEDY))
     start = terminal.wait_for("> ")
     assert "/help" in start
     assert "room for 2,048 tokens of prompt and answer together" in start
@@ -496,7 +427,7 @@ def talkative(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """A model that says more than any test waits for."""
     folder = tmp_path_factory.mktemp("talkative")
     save_llama(folder, chat_template=TEMPLATE, max_position_embeddings=10**6)
-    return [str(folder), "--max-length", "10000", "--max-new-tokens", "9900"]
+    return [folder, "--max-length", "10000", "--max-new-tokens", "9900"]
 
 
 @needs_pty
@@ -519,12 +450,11 @@ def test_ctrl_c_stops_an_answer_and_then_ends(
 
 
 def test_ctrl_c_ends_a_pipe(
-    talkative: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    talkative: list[str], monkeypatch: pytest.MonkeyPatch, talk: Command
 ) -> None:
     monkeypatch.setattr(sys, "stdout", out := Interrupted())
-    assert talk(monkeypatch, "once\nupon\n", *talkative) == 130
+    assert talk("once\nupon\n", *talkative, code=130).err == "bminf: interrupted\n"
     assert out.getvalue().strip() in WORDS
-    assert capsys.readouterr().err == "bminf: interrupted\n"
 
 
 def test_what_was_said_before_ctrl_c_stays(capsys: pytest.CaptureFixture[str]) -> None:
@@ -562,12 +492,11 @@ def test_what_was_said_before_ctrl_c_stays(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_a_real_model_knows_a_capital_and_what_was_said(
-    smollm2_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    smollm2_folder: Path, talk: Command
 ) -> None:
     lines = "What is the capital of France?\nAnd of Italy?\n"
     options = ("--temperature", "0", "--max-new-tokens", "24", "--memory-limit", "400MB")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert talk(monkeypatch, lines, str(smollm2_folder), *options) == 0
-    first, second = capsys.readouterr().out.splitlines()
+        first, second = talk(lines, str(smollm2_folder), *options).out.splitlines()
     assert "Paris" in first and "Rome" in second

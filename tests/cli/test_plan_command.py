@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,14 @@ import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
-from plan_reports import LLAMA, report, write_llama
+from plan_reports import LLAMA, write_llama
+from terminal import Command
 
-from bminf.cli import main
 from bminf.cli.demo import half_limit
 from bminf.offload.plan import Block, least_budget, plan
+
+Report = Callable[..., dict[str, Any]]
+Refused = Callable[..., str]
 
 
 def stored_bytes(model: Any) -> int:
@@ -23,11 +27,9 @@ def stored_bytes(model: Any) -> int:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_bytes_are_those_of_the_model(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], dtype: str
-) -> None:
+def test_bytes_are_those_of_the_model(tmp_path: Path, dtype: str, report: Report) -> None:
     write_llama(tmp_path, dtype=dtype)
-    shown = report(capsys, str(tmp_path), "--quantization", "none")
+    shown = report(tmp_path, "--quantization", "none")
     assert shown["dtype"] == dtype
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA))
     model.to(getattr(torch, dtype))
@@ -43,26 +45,26 @@ def is_little_more(planned: int, stored: int) -> bool:
     return stored <= planned <= 1.01 * stored
 
 
-def test_no_dtype_is_float32(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert report(capsys, str(write_llama(tmp_path)))["dtype"] == "float32"
+def test_no_dtype_is_float32(tmp_path: Path, report: Report) -> None:
+    assert report(write_llama(tmp_path))["dtype"] == "float32"
 
 
-def test_int8_is_smaller(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_int8_is_smaller(tmp_path: Path, report: Report) -> None:
     write_llama(tmp_path)
     packed, plain = (
-        report(capsys, str(tmp_path), "--quantization", choice)["blocks"][0]["bytes"]
+        report(tmp_path, "--quantization", choice)["blocks"][0]["bytes"]
         for choice in ("int8", "none")
     )
     assert plain / 4 < packed < plain / 3
 
 
-def test_limit_is_planned_and_timed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_limit_is_planned_and_timed(tmp_path: Path, report: Report) -> None:
     config = str(write_llama(tmp_path) / "config.json")
-    whole = report(capsys, config)
+    whole = report(config)
     size = whole["blocks"][0]["bytes"]
     limit = whole["outside_bytes"] + 4 * size
     speeds = ("--link", "1MB/s", "--memory-bandwidth", "1GB/s")
-    shown = report(capsys, config, "--memory-limit", str(limit), *speeds)
+    shown = report(config, "--memory-limit", str(limit), *speeds)
     assert len(shown["resident"]) == 2
     assert len(shown["streamed"]) == 4
     assert shown["slot_bytes"] == 2 * size
@@ -73,46 +75,48 @@ def test_limit_is_planned_and_timed(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def test_three_tiers_are_planned_and_timed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, command: Command, report: Report
 ) -> None:
     folder = str(write_llama(tmp_path))
-    whole = report(capsys, folder)
+    whole = report(folder)
     size, least = whole["blocks"][0]["bytes"], str(whole["least_limit"])
     limits = ("--memory-limit", least, "--host-memory", str(4 * size))
     speeds = ("--link", "1GB/s", "--disk", "1MB/s")
-    shown = report(capsys, folder, *limits, *speeds)
+    shown = report(folder, *limits, *speeds)
     assert len(shown["streamed"]) == 6
     assert shown["on_disk"] == [f"model.layers.{at}" for at in (0, 1, 3, 4)]
     assert shown["disk_bytes"] == shown["host_bytes"] == 4 * size
     assert shown["disk_s"] == pytest.approx(4 * size / 1e6)
     assert shown["token_s"] == pytest.approx(shown["disk_s"], rel=0.05)
     assert shown["bound"] == "disk" and shown["disk_busy"] > 0.95
-    assert main(["plan", folder, *limits, *speeds]) == 0
-    out = capsys.readouterr().out
+    out = command("plan", folder, *limits, *speeds).out
     assert "on disk" in out and "reading the disk" in out and "bound by the disk" in out
-    in_host = report(capsys, folder, "--memory-limit", least, *speeds)
+    in_host = report(folder, "--memory-limit", least, *speeds)
     assert in_host["on_disk"] == [] and in_host["disk_bytes"] == in_host["disk_s"] == 0
     assert in_host["bound"] == "link" and in_host["token_s"] < shown["token_s"]
-    assert main(["plan", folder, "--memory-limit", least, *speeds]) == 0
-    out = capsys.readouterr().out
+    out = command("plan", folder, "--memory-limit", least, *speeds).out
     assert "disk" not in out and "bound by the link" in out
 
 
 def test_too_little_host_memory_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, command: Command, report: Report
 ) -> None:
     folder = str(write_llama(tmp_path))
-    least = str(report(capsys, folder)["least_limit"])
-    assert main(["plan", folder, "--memory-limit", least, "--host-memory", "1KB"]) == 1
-    assert "two staging buffers" in capsys.readouterr().err
+    least = str(report(folder)["least_limit"])
+    assert (
+        "two staging buffers"
+        in command("plan", folder, "--memory-limit", least, "--host-memory", "1KB", code=1).err
+    )
 
 
-def test_least_limit_can_be_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_least_limit_can_be_kept(tmp_path: Path, command: Command, report: Report) -> None:
     folder = str(write_llama(tmp_path))
-    least = report(capsys, folder)["least_limit"]
-    assert report(capsys, folder, "--memory-limit", str(least))["resident"] == []
-    assert main(["plan", folder, "--memory-limit", str(least - 1)]) == 1
-    assert "raise --memory-limit" in capsys.readouterr().err
+    least = report(folder)["least_limit"]
+    assert report(folder, "--memory-limit", str(least))["resident"] == []
+    assert (
+        "raise --memory-limit"
+        in command("plan", folder, "--memory-limit", str(least - 1), code=1).err
+    )
 
 
 @given(sizes=st.lists(st.integers(1, 50), min_size=3, max_size=8), outside=st.integers(0, 50))
@@ -130,29 +134,27 @@ def test_half_limit_holds_half() -> None:
     assert len(plan(blocks, half_limit(whole), outside_bytes=5).resident) == 4
 
 
-def test_report_for_people(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_for_people(tmp_path: Path, command: Command) -> None:
     folder = str(write_llama(tmp_path))
-    assert main(["plan", folder]) == 0
-    out = capsys.readouterr().out
+    out = command("plan", folder).out
     assert "model.layers.0 ... model.layers.5: 6 blocks of" in out
     assert "least memory limit" in out
     assert "predicted" not in out
-    assert main(["plan", folder, "--memory-limit", "150KB"]) == 0
-    assert "predicted for a token" in capsys.readouterr().out
+    assert "predicted for a token" in command("plan", folder, "--memory-limit", "150KB").out
 
 
-def test_blocks_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_blocks_by_hand(tmp_path: Path, report: Report) -> None:
     names = ["model.layers.1.mlp", "model.layers.3"]
-    shown = report(capsys, str(write_llama(tmp_path)), "--blocks", *names)
+    shown = report(write_llama(tmp_path), "--blocks", *names)
     assert [block["name"] for block in shown["blocks"]] == names
 
 
-def test_architecture_without_a_head(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_architecture_without_a_head(tmp_path: Path, report: Report) -> None:
     config = transformers.BertConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=2
     )
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
-    assert len(report(capsys, str(tmp_path))["blocks"]) == 4
+    assert len(report(tmp_path)["blocks"]) == 4
 
 
 @pytest.mark.parametrize(
@@ -167,37 +169,32 @@ def test_architecture_without_a_head(tmp_path: Path, capsys: pytest.CaptureFixtu
         ('{"model_type": "llama", "num_attention_heads": 0}', "cannot be built"),
     ],
 )
-def test_bad_config(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, message: str
-) -> None:
+def test_bad_config(tmp_path: Path, text: str, message: str, command: Command) -> None:
     (tmp_path / "config.json").write_text(text)
-    assert main(["plan", str(tmp_path)]) == 1
-    error = capsys.readouterr().err.splitlines()[-1]
+    error = command("plan", tmp_path, code=1).err.splitlines()[-1]
     assert error.startswith("bminf: error:")
     assert message in error
 
 
-def test_quantized_checkpoint_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_quantized_checkpoint_is_told(tmp_path: Path, command: Command) -> None:
     write_llama(tmp_path, quantization_config={"quant_method": "gptq", "bits": 4})
-    assert main(["plan", str(tmp_path)]) == 0
-    assert "quantization_config" in capsys.readouterr().err
+    assert "quantization_config" in command("plan", tmp_path).err
 
 
-def test_two_lists(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_lists(tmp_path: Path, report: Report) -> None:
     sizes = {"d_model": 32, "d_ff": 64, "d_kv": 8, "num_heads": 4, "num_layers": 3}
     config = transformers.T5Config(**sizes, vocab_size=64).to_dict()
     config["architectures"] = ["T5ForConditionalGeneration"]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    blocks = report(capsys, str(tmp_path))["blocks"]
+    blocks = report(tmp_path)["blocks"]
     assert {(block["list"], block["uses"]) for block in blocks} == {
         ("encoder.block", 1),
         ("decoder.block", 128),
     }
 
 
-def test_missing_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", str(tmp_path)]) == 1
-    assert "cannot be read" in capsys.readouterr().err
+def test_missing_file(tmp_path: Path, command: Command) -> None:
+    assert "cannot be read" in command("plan", tmp_path, code=1).err
 
 
 SPEEDS, SIZES = ("--link", "--memory-bandwidth", "--disk"), ("--memory-limit", "--reserve")
@@ -212,22 +209,18 @@ SPEEDS, SIZES = ("--link", "--memory-bandwidth", "--disk"), ("--memory-limit", "
     ],
 )
 def test_values_that_are_none(
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    options: tuple[str, ...],
-    value: str,
-    said: str,
+    tmp_path: Path, options: tuple[str, ...], value: str, said: str, command: Command
 ) -> None:
     folder = str(write_llama(tmp_path))
     for option in options:
-        assert main(["plan", folder, "--memory-limit", "1GB", option, value]) == 2
-        assert re.search(said, capsys.readouterr().err), option
+        assert re.search(
+            said, command("plan", folder, "--memory-limit", "1GB", option, value, code=2).err
+        ), option
 
 
 @pytest.mark.parametrize("config", [{"format": "bminf"}, {"d_kv": 64}, {"dim_model": 64}])
 def test_a_model_of_the_zoo_is_told_apart(
-    config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    config: dict[str, Any], tmp_path: Path, command: Command
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert main(["plan", str(tmp_path)]) == 1
-    assert "load it with bminf.models" in capsys.readouterr().err
+    assert "load it with bminf.models" in command("plan", tmp_path, code=1).err

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import builtins
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,34 +15,31 @@ import huggingface_hub
 import pytest
 import torch
 import transformers
-from plan_reports import CONFIG, error, report, write_llama
+from plan_reports import CONFIG, write_llama
+from terminal import Command
 from tiny_glm import tiny_glm10b
 from tiny_models import make
 from tiny_zoo import tiny
 
 import bminf
-from bminf.cli import main
 from bminf.cli.gpus import speeds_of
 from bminf.errors import ArgumentError
 from bminf.models.convert import convert
 
+Report = Callable[..., dict[str, Any]]
+Refused = Callable[..., str]
+
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
-def test_a_byte_order_mark_is_read_over(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], encoding: str
-) -> None:
+def test_a_byte_order_mark_is_read_over(tmp_path: Path, encoding: str, report: Report) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIG), encoding=encoding)
-    assert len(report(capsys, str(tmp_path))["blocks"]) == 6
+    assert len(report(tmp_path)["blocks"]) == 6
 
 
 @pytest.mark.parametrize("head", [b"GGUF", b"GGUF\x63\0\0\0", b"PK\3\4", b"\0" * 8, b"\x80\2"])
 @pytest.mark.parametrize("name", ["model.gguf", "model.bin", "config.json"])
 def test_a_large_file_is_not_read(
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    head: bytes,
-    name: str,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, head: bytes, name: str, refused: Refused
 ) -> None:
     with open(tmp_path / name, "wb") as out:
         out.write(head)
@@ -71,38 +69,38 @@ def test_a_large_file_is_not_read(
         return file
 
     monkeypatch.setattr(builtins, "open", counting)
-    said = error(capsys, str(tmp_path / name))
+    said = refused(tmp_path / name)
     assert name in said and "give a folder with config.json" in said and "fetch" not in said
     assert num_read < 2**25
 
 
 def test_a_file_of_safetensors_stands_for_its_folder(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, report: Report, refused: Refused
 ) -> None:
     file = tmp_path / "model-00001-of-00002.safetensors"
     file.write_bytes(b"not even opened")
-    assert "no config.json beside it" in error(capsys, str(file))
+    assert "no config.json beside it" in refused(file)
     write_llama(tmp_path)
     index = tmp_path / "model.safetensors.index.json"
     index.write_text("{}")
     for name in (file, index):
-        assert len(report(capsys, str(name))["blocks"]) == 6
+        assert len(report(name)["blocks"]) == 6
 
 
 @pytest.mark.parametrize("kind", ["int4", "int8", None])
 def test_a_folder_of_save_is_planned_as_it_is_packed(
-    kind: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    kind: str | None, tmp_path: Path, report: Report, refused: Refused
 ) -> None:
     some = None if kind is None else (lambda name, _: "mlp" in name)
     model = bminf.wrapper(make("llama"), kind, device="cpu", quantize=some)
     bminf.save(model, tmp_path / "saved")
-    found = report(capsys, str(tmp_path / "saved"))
+    found = report(tmp_path / "saved")
     expected = bminf.plan_of(bminf.load(tmp_path / "saved", device="cpu"))
     assert expected is not None
     assert [block["bytes"] for block in found["blocks"]] == [b.nbytes for b in expected.blocks]
     assert found["quantization"] == ("none" if kind is None else "as stored")
     if kind is not None:
-        wrong = error(capsys, str(tmp_path / "saved"), "--quantization", "int8")
+        wrong = refused(tmp_path / "saved", "--quantization", "int8")
         assert "packed already; leave out --quantization" in wrong
 
 
@@ -127,25 +125,25 @@ def write_gguf(path: Path, architecture: str) -> Path:
 
 
 def test_the_header_of_a_gguf_file_is_enough(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, report: Report, refused: Refused
 ) -> None:
-    shown = report(capsys, str(write_gguf(tmp_path / "a.gguf", "llama")), "--quantization", "none")
+    shown = report(write_gguf(tmp_path / "a.gguf", "llama"), "--quantization", "none")
     config = {name: value for name, value in CONFIG.items() if name != "architectures"}
     (tmp_path / "b").mkdir()
     written = write_llama(tmp_path / "b", num_key_value_heads=2, dtype="float16", **config)
-    same = report(capsys, str(written), "--quantization", "none")
+    same = report(written, "--quantization", "none")
     assert shown["dtype"] == "float16"
     assert [block["bytes"] for block in shown["blocks"]] == [b["bytes"] for b in same["blocks"]]
-    said = error(capsys, str(write_gguf(tmp_path / "c.gguf", "quokka")))
+    said = refused(write_gguf(tmp_path / "c.gguf", "quokka"))
     assert "quokka" in said and "give the folder with the config.json" in said
     folder = tmp_path / "d"
     folder.mkdir()
     write_gguf(folder / "model.gguf", "llama")
-    assert "name one of model.gguf" in error(capsys, str(folder))
+    assert "name one of model.gguf" in refused(folder)
 
 
 def test_only_the_configuration_of_a_hub_id_is_fetched(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, report: Report, refused: Refused
 ) -> None:
     asked = []
 
@@ -158,20 +156,20 @@ def test_only_the_configuration_of_a_hub_id_is_fetched(
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     monkeypatch.chdir(tmp_path)
     for name in ("some/model", "model"):
-        assert len(report(capsys, name)["blocks"]) == 6
+        assert len(report(name)["blocks"]) == 6
     assert asked == [("some/model", "config.json"), ("model", "config.json")]
-    said = error(capsys, "some/closed")
+    said = refused("some/closed")
     assert "'some/closed'" in said and "401 Unauthorized - give a folder" in said
     assert "pages of advice" not in said
 
 
 @pytest.mark.parametrize("name", ["/no/such", "./none", "../none", "~/none", "a b", "x/y/z", ""])
 def test_what_cannot_be_a_hub_id_is_not_asked_for(
-    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, refused: Refused
 ) -> None:
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", None)
     monkeypatch.chdir(tmp_path)
-    assert "give a folder with config.json" in error(capsys, name)
+    assert "give a folder with config.json" in refused(name)
 
 
 @pytest.mark.parametrize(
@@ -183,11 +181,10 @@ def test_what_cannot_be_a_hub_id_is_not_asked_for(
     ],
 )  # fmt: skip
 def test_published_names_need_no_network(
-    name: str, num_blocks: int, bits: int, capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    name: str, num_blocks: int, bits: int, monkeypatch: pytest.MonkeyPatch, report: Report
+) -> None:
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", None)
-    shown = report(capsys, name)
+    shown = report(name)
     assert len(shown["blocks"]) == num_blocks and shown["quantization"] == f"int{bits}"
     assert shown["reserved_bytes"] > 0 and shown["least_limit"] > shown["reserved_bytes"]
 
@@ -198,9 +195,7 @@ def loaded(kind: Any, folder: Path, **settings: Any) -> Any:
 
 
 @pytest.mark.filterwarnings("ignore:found no sentencepiece model")
-def test_folders_of_the_zoo_are_planned_as_they_load(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_folders_of_the_zoo_are_planned_as_they_load(tmp_path: Path, report: Report) -> None:
     for name in ("cpm1", "cpm2", "eva"):
         tiny(name).write_original(tmp_path / name)
     tiny_glm10b(max_sequence_length=512).write_original(tmp_path / "glm")
@@ -210,31 +205,27 @@ def test_folders_of_the_zoo_are_planned_as_they_load(
         ("glm", bminf.models.GLM), ("packed", bminf.models.CPM2),
     ):  # fmt: skip
         plan = loaded(kind, tmp_path / name)
-        shown = report(capsys, str(tmp_path / name))
+        shown = report(tmp_path / name)
         assert [b["bytes"] for b in shown["blocks"]] == [b.nbytes for b in plan.blocks], name
         assert shown["outside_bytes"] == plan.outside_bytes
     limit = str(shown["least_limit"])
-    assert report(capsys, str(tmp_path / "packed"), "--memory-limit", limit)["resident"] == []
+    assert report(tmp_path / "packed", "--memory-limit", limit)["resident"] == []
 
 
-def test_options_of_the_others_are_refused_for_the_zoo(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    assert "leave it out" in error(capsys, "cpm1", "--blocks", "a")
-    assert "leave it out" in error(capsys, "cpm1", "--reserve", "1GB")
-    assert "1024 positions" in error(capsys, "cpm1", "--max-length", "2048")
-    assert "accepted" in error(capsys, "cpm1", "--quantization", "int4-row")
-    longer = report(capsys, "cpm2", "--max-length", "64")["reserved_bytes"]
-    assert longer < report(capsys, "cpm2", "--max-length", "128")["reserved_bytes"]
+def test_options_of_the_others_are_refused_for_the_zoo(report: Report, refused: Refused) -> None:
+    assert "leave it out" in refused("cpm1", "--blocks", "a")
+    assert "leave it out" in refused("cpm1", "--reserve", "1GB")
+    assert "1024 positions" in refused("cpm1", "--max-length", "2048")
+    assert "accepted" in refused("cpm1", "--quantization", "int4-row")
+    longer = report("cpm2", "--max-length", "64")["reserved_bytes"]
+    assert longer < report("cpm2", "--max-length", "128")["reserved_bytes"]
 
 
-def test_a_configuration_alone_may_be_of_the_zoo(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_configuration_alone_may_be_of_the_zoo(tmp_path: Path, report: Report) -> None:
     config = dict(model_type="eva", d_model=48, d_ff=80, d_kv=8, num_heads=4, num_layers=2,
         num_decoder_layers=2, vocab_size=100)  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
-    shown = report(capsys, str(tmp_path))
+    shown = report(tmp_path)
     assert shown["model"] == "EVA" and len(shown["blocks"]) == 6
 
 
@@ -259,44 +250,43 @@ def test_the_class_of_a_bloom_says_whose_it_is(
 
 
 def test_packed_bytes_of_experts_are_not_promised(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, command: Command, report: Report
 ) -> None:
     config = transformers.MixtralConfig(
         vocab_size=100, hidden_size=64, intermediate_size=96, num_hidden_layers=4,
         num_attention_heads=4, num_key_value_heads=2, num_local_experts=4,
     ).to_dict() | {"architectures": ["MixtralForCausalLM"], "dtype": "bfloat16"}  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert main(["plan", str(tmp_path), "--quantization", "int4"]) == 0
-    out, err = capsys.readouterr()
+    out, err = command("plan", tmp_path, "--quantization", "int4")
     assert "not quantized in the blocks: " in out
     assert "stacked experts" in err and "Traceback" not in err
     experts, routers = 4 * 4 * 3 * 64 * 96 * 2, 4 * 4 * 64 * 2  # no norms: only matrices
-    left = report(capsys, str(tmp_path), "--quantization", "int4")["not_quantized_bytes"]
+    left = report(tmp_path, "--quantization", "int4")["not_quantized_bytes"]
     assert left == experts + routers
-    assert report(capsys, str(tmp_path), "--quantization", "none")["not_quantized_bytes"] == 0
+    assert report(tmp_path, "--quantization", "none")["not_quantized_bytes"] == 0
 
 
-def test_max_length_is_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_max_length_is_planned(
+    tmp_path: Path, command: Command, report: Report, refused: Refused
+) -> None:
     folder = str(write_llama(tmp_path))
-    bare, usual = report(capsys, folder), report(capsys, folder, "--max-length", "2048")
+    bare, usual = report(folder), report(folder, "--max-length", "2048")
     assert bare["context"] is None and bare["usual_context"] == usual["context"]
     context = usual["context"]
     assert context["cache_bytes"] == 2048 * 6 * 2 * 64 * 4
     taken = context["cache_bytes"] + context["workspace_bytes"]
     assert usual["reserved_bytes"] == taken == usual["least_limit"] - bare["least_limit"]
-    assert main(["plan", folder]) == 0
-    assert "a context of 2,048 tokens would take about" in capsys.readouterr().out
-    assert main(["plan", folder, "--memory-limit", "1MB"]) == 0
-    assert capsys.readouterr().out.count("2,048") == 1
-    assert "whole number above 0" in error(capsys, folder, "--max-length", "0")
+    assert "a context of 2,048 tokens would take about" in command("plan", folder).out
+    assert command("plan", folder, "--memory-limit", "1MB").out.count("2,048") == 1
+    assert "whole number above 0" in refused(folder, "--max-length", "0")
 
 
-def test_the_speeds_of_a_card(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_speeds_of_a_card(tmp_path: Path, report: Report, refused: Refused) -> None:
     folder = str(write_llama(tmp_path))
-    limit = str(report(capsys, folder)["least_limit"])
+    limit = str(report(folder)["least_limit"])
 
     def speeds(*options: str) -> tuple[float, float]:
-        shown = report(capsys, folder, "--memory-limit", limit, *options)
+        shown = report(folder, "--memory-limit", limit, *options)
         return shown["memory_bytes_per_s"] / 1e9, shown["link_bytes_per_s"] / 1e9
 
     assert speeds() == (150, 12)
@@ -306,7 +296,7 @@ def test_the_speeds_of_a_card(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert speeds("--gpu", "RTX 4090", "--link", "10GB")[1] == 10
     assert speeds("--gpu", "RTX 4060")[1] == pytest.approx(link / 2)
     assert all(speed > 0.01 for speed in speeds("--gpu", "this"))
-    said = error(capsys, folder, "--gpu", "Voodoo 2")
+    said = refused(folder, "--gpu", "Voodoo 2")
     assert "'Voodoo 2'" in said and "RTX 4090" in said and "--memory-bandwidth" in said
 
 
@@ -323,42 +313,38 @@ def test_cards_go_by_the_names_that_the_driver_prints() -> None:
         speeds_of("RTX 3080 12GB")  # which reads its memory faster than the one of 10 GB
 
 
-def test_files_that_hold_something_else_are_told(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_files_that_hold_something_else_are_told(tmp_path: Path, refused: Refused) -> None:
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
     for name in ("model.gguf", "model.safetensors", "pytorch_model.bin", "config.json"):
         (tmp_path / name).write_text(pointer)
-        assert "git lfs pull" in error(capsys, str(tmp_path / name))
+        assert "git lfs pull" in refused(tmp_path / name)
     (tmp_path / "config.json").write_text("{}")
-    assert "has no model_type" in error(capsys, str(tmp_path / "config.json"))
+    assert "has no model_type" in refused(tmp_path / "config.json")
 
 
-def test_slow_tokens_are_told_in_seconds(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_slow_tokens_are_told_in_seconds(tmp_path: Path, command: Command, report: Report) -> None:
     folder = str(write_llama(tmp_path))
-    limit = str(report(capsys, folder)["least_limit"])
-    assert main(["plan", folder, "--memory-limit", limit, "--link", "1KB"]) == 0
-    line = capsys.readouterr().out.splitlines()[-1]
+    limit = str(report(folder)["least_limit"])
+    line = command("plan", folder, "--memory-limit", limit, "--link", "1KB").out.splitlines()[-1]
     assert "tokens/s" not in line and "a token: 2" in line and " s (" in line
-    assert main(["plan", folder, "--memory-limit", limit, "--link", "100KB"]) == 0
-    assert "tokens/s" in capsys.readouterr().out.splitlines()[-1]
+    assert (
+        "tokens/s"
+        in command("plan", folder, "--memory-limit", limit, "--link", "100KB").out.splitlines()[-1]
+    )
 
 
-def test_a_limit_is_printed_as_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_limit_is_printed_as_given(tmp_path: Path, command: Command, refused: Refused) -> None:
     folder = str(write_llama(tmp_path))
     for given, shown in (("6GB", "6 GB"), ("6G", "6 GB"), ("1.25GiB", "1.25 GiB")):
-        assert main(["plan", folder, "--memory-limit", given]) == 0
-        assert f" {shown}   planned" in capsys.readouterr().out
-    assert "the limit of 1 KB (1000 bytes)" in error(capsys, folder, "--memory-limit", "1KB")
+        assert f" {shown}   planned" in command("plan", folder, "--memory-limit", given).out
+    assert "the limit of 1 KB (1000 bytes)" in refused(folder, "--memory-limit", "1KB")
 
 
-def test_a_model_that_writes_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_that_writes_no_text(tmp_path: Path, report: Report, refused: Refused) -> None:
     config = transformers.ViTConfig(
         hidden_size=32, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2,
         image_size=32,
     ).to_dict()  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert report(capsys, str(tmp_path))["usual_context"] is None
-    assert "--reserve 1GB" in error(capsys, str(tmp_path), "--max-length", "64")
+    assert report(tmp_path)["usual_context"] is None
+    assert "--reserve 1GB" in refused(tmp_path, "--max-length", "64")
