@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import ast
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from programs import said_by
 
 import bminf
 
@@ -117,11 +116,7 @@ def test_only_the_command_line_prints() -> None:
 
 
 def modules_after(program: str) -> set[str]:
-    program += "\nimport sys; print(*sys.modules)"
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True
-    )
-    return set(done.stdout.split())
+    return set(said_by(f"{program}\nimport sys; print(*sys.modules)").split())
 
 
 def test_import_bminf_loads_neither_torch_nor_cupy_nor_transformers() -> None:

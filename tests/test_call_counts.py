@@ -3,13 +3,11 @@ is what they took when that was written, and 2% more."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from importlib import import_module
 from pathlib import Path
 
 import pytest
+from programs import told_by
 from snapshot_files import recorded
 from traced import Trace
 
@@ -23,9 +21,7 @@ pytestmark = pytest.mark.slow  # the fixture takes ten seconds
 
 @pytest.fixture(scope="module")
 def now() -> dict[str, float]:
-    done = subprocess.run([sys.executable, PROGRAM], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    counts: dict[str, float] = json.loads(done.stdout)
+    counts: dict[str, float] = told_by(PROGRAM)
     return counts
 
 

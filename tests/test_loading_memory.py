@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import transformers as tf
+from programs import told_by
 from tiny_models import make
 
 MB = 10**6
@@ -31,12 +29,7 @@ def test_peak_memory_of_loading(tmp_path: Path) -> None:
     ):  # fmt: skip
         kind(config).to(torch.bfloat16).save_pretrained(tmp_path / name)
     program = Path(__file__).with_name("loading_memory.py")
-    done = subprocess.run(
-        [sys.executable, str(program), str(tmp_path), "dense", "experts"],
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout.splitlines()[-1])
+    report = told_by(program, tmp_path, "dense", "experts")
     assert len(report) == 4
     for case in report:
         assert case["grown"] <= case["model"] + 2 * case["block"] + 16 * MB, report

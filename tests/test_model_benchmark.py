@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from programs import told_by
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import run
@@ -324,12 +323,7 @@ print(json.dumps([peak.peak_bytes, plan.total_bytes, assembly.blobs.nbytes]))
 @pytest.mark.parametrize("limit", ["whole", "least"])
 def test_loading_takes_the_packed_model_and_little_more(limit: str, tmp_path: Path) -> None:
     """In a process of its own: what others have freed would be taken again without a trace."""
-    done = subprocess.run(
-        [sys.executable, "-c", LOADING, limit, str(tmp_path)],
-        capture_output=True, text=True, cwd=ROOT, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    peak_bytes, planned_bytes, packed_bytes = json.loads(done.stdout)
+    peak_bytes, planned_bytes, packed_bytes = told_by(LOADING, limit, tmp_path, cwd=ROOT)
     # Some rows of each weight, one weight that is read, and what malloc keeps.
     assert peak_bytes <= planned_bytes + 1024 * 4096 + 2 * 10**7
     assert packed_bytes > 9 * 10**7  # so that a second copy, or wider weights, would be seen

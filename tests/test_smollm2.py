@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from programs import told_by
 
 import bminf
 
@@ -40,14 +38,9 @@ def reports(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
         Path(__file__).with_name("smollm2_memory.py"),
         tmp_path_factory.mktemp("a"),
     )
-    done = subprocess.run(
-        [sys.executable, str(program), str(folder), str(offload_dir)],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    report: dict[str, Any] = told_by(program, folder, offload_dir)
     assert list(offload_dir.iterdir()) == []
-    return json.loads(done.stdout.splitlines()[-1])
+    return report
 
 
 @pytest.mark.parametrize(("mode", "num_resident"), [("half", 15), ("all", 0)])

@@ -27,8 +27,9 @@ from benchmarks.harness import summary
 
 MEASUREMENTS = ("token", "load")
 _WORK = Path(__file__).with_name("overheads_work.py")
-# The folder of a script would come first on its path, and hide modules by the names of ours.
-_START = f"import runpy; runpy.run_path({str(_WORK)!r}, run_name='__main__')"
+# The folder of a script would come first on its path, and hide modules by the names of ours; a
+# bminf that cannot be imported is told before torch is.
+_START = f"import bminf, runpy; runpy.run_path({str(_WORK)!r}, run_name='__main__')"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import safetensors.torch
 import torch
 from checkpoint_memory import NUM_TENSORS, TENSOR_BYTES
+from programs import told_by
 from tiny_glm import tiny_glm130b
 from tiny_zoo import save, write_ranks
 
@@ -40,11 +38,8 @@ def test_cutting_ranks_anew_takes_less_than_20_mb(tmp_path: Path) -> None:
 
 
 def run(folder: Path, *names: str) -> dict[str, dict[str, int]]:
-    program = Path(__file__).with_name("checkpoint_memory.py")
-    done = subprocess.run(
-        [sys.executable, str(program), str(folder), *names], capture_output=True, text=True
+    report: dict[str, dict[str, int]] = told_by(
+        Path(__file__).with_name("checkpoint_memory.py"), folder, *names
     )
-    assert done.returncode == 0, done.stderr
-    report: dict[str, dict[str, int]] = json.loads(done.stdout)
     assert list(report) == list(names)
     return report

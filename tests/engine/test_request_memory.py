@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from programs import told_by
 from tiny_zoo import tiny
 
 from bminf.cli.measure import rss_anon_bytes
@@ -25,13 +23,7 @@ def test_nothing_is_left_of_them_in_memory(name: str, number: int, tmp_path: Pat
     or 350 bytes of torch's."""
     folder = [] if name == "llama" else [tiny(name).write_original(tmp_path)]
     program = Path(__file__).with_name("request_memory.py")
-    done = subprocess.run(
-        [sys.executable, str(program), str(number), name, *map(str, folder)],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = told_by(program, number, name, *folder)
     held, blocks, objects = found["held"], found["blocks"], found["objects"]
     assert len(held) == len(blocks) == len(objects) == 10
     assert blocks[-1] - blocks[4] <= number // 4, blocks

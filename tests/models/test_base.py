@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 import pickle
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from programs import said_by
 from scripted import Spied, say
 from streaming import num_readers, settled_readers
 
@@ -522,7 +521,4 @@ def test_building_a_model_does_not_import_the_compiler_of_torch() -> None:
         "    meta_network(one, next(iter(one.published.values())))\n"
         "print('torch._dynamo' in sys.modules)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=False
-    )
-    assert done.stdout == "False\n", done.stderr
+    assert said_by(program) == "False\n"

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+from programs import told_by
 
 from bminf.arch.glm import PUBLISHED_GLM
 from bminf.cli.measure import rss_anon_bytes
@@ -90,10 +88,7 @@ print(json.dumps(take(folder, limit, vocab_size=256)))
 def taken(folder: Path, limit: int) -> dict[str, Any]:
     """What a process of its own reports."""
     folder.mkdir()
-    command = [sys.executable, "-c", SCRIPT, str(folder), str(limit)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    report: dict[str, Any] = json.loads(done.stdout)
+    report: dict[str, Any] = told_by(SCRIPT, folder, limit, cwd=ROOT)
     return report
 
 

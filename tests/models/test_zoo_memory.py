@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from programs import told_by
 from tiny_glm import ice_tokenizer, tiny_glm130b
 from tiny_zoo import (
     CPM1_CONFIG,
@@ -31,12 +30,7 @@ LEAST = "the least that would do"
 
 
 def run(*arguments: object) -> dict[str, int]:
-    program = Path(__file__).with_name("zoo_memory.py")
-    done = subprocess.run(
-        [sys.executable, str(program), *map(str, arguments)], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+    return dict(told_by(Path(__file__).with_name("zoo_memory.py"), *arguments))
 
 
 def write_big(folder: Path, name: str, num_tokens: int, degree: int, **config: Any) -> Path:

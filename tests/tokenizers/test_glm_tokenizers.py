@@ -6,14 +6,13 @@ bminf/tokenizers/pieces.py, bminf/tokenizers/cog_pretrain.py.
 from __future__ import annotations
 
 import random
-import subprocess
-import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from programs import said_by
 from tiny_tokenizers import GLM_KINDS, OFFSET, make, stream
 from tiny_vocabularies import LINES, ODD_TEXTS, ice_model, processor, write_ice
 
@@ -135,11 +134,8 @@ def test_ids_and_text_of_cog_pretrain_are_those_of_its_model(kind: str) -> None:
 
 
 def test_nothing_of_glm_is_imported_before_it_is_used() -> None:
-    program = "import sys, bminf.tokenizers; print(*sys.modules)"
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True
-    )
-    assert not {"tokenizers", "icetk", "sentencepiece"} & set(done.stdout.split())
+    modules = said_by("import sys, bminf.tokenizers; print(*sys.modules)").split()
+    assert not {"tokenizers", "icetk", "sentencepiece"} & set(modules)
 
 
 def test_a_model_is_loaded_without_warnings(tmp_path: Path) -> None:
