@@ -454,8 +454,10 @@ def test_a_gguf_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, printed: P
     tokenizer = transformers.AutoTokenizer.from_pretrained(**of_file)
     inputs = tokenizer("once", return_tensors="pt")["input_ids"]
     ids = model.generate(inputs, max_new_tokens=4, do_sample=False)[0, inputs.shape[1] :]
-    made, read = gguf.GGUFReader, []
-    monkeypatch.setattr(gguf, "GGUFReader", lambda path: read.append(path) or made(path))
+    begin, read = gguf.GGUFReader.__init__, []
+    monkeypatch.setattr(
+        gguf.GGUFReader, "__init__", lambda self, path: read.append(path) or begin(self, path)
+    )
     options = ("--temperature", "0", "--max-new-tokens", "4", "--quantization", "none")
     expected = tokenizer.decode(ids, skip_special_tokens=True) + "\n"
     assert expected.strip() and len(ids) == 4
