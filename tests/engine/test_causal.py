@@ -64,7 +64,7 @@ def made(name: str) -> Any:
 @cache
 def said_alone(name: str) -> list[list[int]]:
     model = made(name)
-    return [generated(model, ids, 12) for ids in prompts()]
+    return [generated(model, ids, 8) for ids in prompts()]
 
 
 def engine_of(model: Any, **more: Any) -> Engine:
@@ -110,7 +110,7 @@ def test_rows_of_unequal_lengths_say_what_generate_says_of_each(
     if is_streamed:
         model = stream(model)
     engine = engine_of(model, chunk=6)
-    requests = [Request(ids, 12, GREEDY) for ids in prompts()]
+    requests = [Request(ids, 8, GREEDY) for ids in prompts()]
     for request in requests:  # each joins while others are under way
         engine.add(request)
         engine.step()
@@ -118,7 +118,7 @@ def test_rows_of_unequal_lengths_say_what_generate_says_of_each(
     assert [request.tokens for request in requests] == expected
     if is_streamed:
         bminf.unwrap(model)
-    assert generated(model, prompts()[0], 12) == expected[0]  # it is what it was
+    assert generated(model, prompts()[0], 8) == expected[0]  # it is what it was
 
 
 def test_sixteen_requests_share_what_is_copied() -> None:
