@@ -342,9 +342,9 @@ SPLITS = SplitTable(
 def bloom_sizes(config: BloomConfig, given: Pass) -> Sizes:
     """Bytes of a pass."""
     size, wide = config.hidden_size, config.intermediate_size
-    cells = given.batch_size * config.num_attention_heads * given.length
-    # The biases of some queries: of one at least, and while they are made.
-    biases = 3 * max(min(4 * cells * given.length, TILE_BYTES), 4 * cells)
+    # The biases of some queries, of one at least, and what is ahead of them.
+    row = 4 * given.batch_size * config.num_attention_heads * given.length
+    biases = 5 * max(min(row * given.length, TILE_BYTES), row) // 4
     half = given.dtype != torch.float32
     exact = 4 * given.batch_size * given.length * 4 * size if half else 0  # q, k, v and y
     return Sizes(

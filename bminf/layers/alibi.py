@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-TILE_BYTES = 2**26
+TILE_BYTES = 2**25
 """Of the biases of some queries, which are made and added before those of others, if they can."""
 
 Attend = Callable[
@@ -52,13 +52,11 @@ class Alibi:
             return self._last[1]  # a token's is the same in all layers
         keys = torch.arange(num_keys, device=self.slopes.device)
         distances = keys - keys[num_keys - num_queries :, None]
-        bias = self.slopes.view(-1, 1, 1) * distances
-        is_hidden = distances > 0
+        bias = (self.slopes.view(-1, 1, 1) * distances).unsqueeze(0)
+        least = torch.finfo(torch.float32).min / 2  # finite, as its sum with a score is, too
+        bias.masked_fill_(distances > 0, least)
         if self.num_padding is not None:
-            is_hidden = is_hidden | (keys < self.num_padding.view(-1, 1, 1, 1))
-        # Finite, so that the sum with a score is, too.
-        bias = bias.masked_fill(is_hidden, torch.finfo(torch.float32).min / 2)
-        bias = bias if bias.dim() == 4 else bias.unsqueeze(0)
+            bias = bias.masked_fill(keys < self.num_padding.view(-1, 1, 1, 1), least)
         if num_queries == 1:
             self._last = num_keys, bias
         return bias

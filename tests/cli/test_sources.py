@@ -234,17 +234,16 @@ def test_a_configuration_alone_may_be_of_the_zoo(tmp_path: Path, report: Report)
     [
         (None, "BLOOM", 3 * 4),
         ("BloomForCausalLM", "BLOOM", 3 * 4),
-        ("BloomForTokenClassification",) * 2 + (3,),
+        ("BloomForTokenClassification", "BloomForTokenClassification", 3),
     ],
 )
 def test_the_class_of_a_bloom_says_whose_it_is(
-    named: str | None, title: str, num_blocks: int, tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    named: str | None, title: str, num_blocks: int, tmp_path: Path, report: Report
+) -> None:
     config = dict(model_type="bloom", hidden_size=64, n_layer=3, n_head=4, vocab_size=50)
     config |= {} if named is None else {"architectures": [named]}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    shown = report(capsys, str(tmp_path))
+    shown = report(tmp_path)
     layers = [block for block in shown["blocks"] if "lm_head" not in block["name"]]
     assert shown["model"] == title and len(layers) == num_blocks
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from programs import told_by
+from tiny_bloom import tiny_bloom
 from tiny_glm import ice_tokenizer, tiny_glm130b
 from tiny_zoo import (
     CPM1_CONFIG,
@@ -95,6 +96,8 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "tiny_cpm2": tiny("cpm2").write_original(root / "d"),
         "glm": write_glm(root / "e", **GLM_SIZES),
         "tiny_glm": write_glm(root / "f"),
+        "bloom": tiny_bloom(hidden_size=512, n_head=8, n_layer=3).write_original(root / "g"),
+        "tiny_bloom": tiny_bloom().write_original(root / "h"),
     }
 
 
@@ -111,13 +114,14 @@ def write_glm(folder: Path, **sizes: int) -> Path:
         ("cpm2", None, "8GB"),
         ("cpm2", "int4", LEAST),
         ("glm", "int4-row", LEAST),
+        ("bloom", "int8", LEAST),
     ],
 )
 def test_a_model_keeps_to_its_limit(
     name: str, quantization: str | None, limit: str, sources: dict[str, Path]
 ) -> None:
     """With as many rows and tokens as it was loaded for, in RssAnon; and it asks for no more than
-    half as much again as it needs, a GLM for a little more."""
+    half as much again as it needs, a GLM and a BLOOM for a little more."""
     arguments = {
         "quantization": quantization,
         "max_length": 512,
@@ -129,5 +133,7 @@ def test_a_model_keeps_to_its_limit(
     assert report["reserved"] > 150 * MB
     assert report["used"] <= report["planned"] <= report["limit"], report
     beside_weights = report["used"] - report["weights"]
-    # A GLM leaves less behind than is reckoned for all models.
-    assert report["reserved"] <= (1.6 if name == "glm" else 1.5) * beside_weights, report
+    # A GLM leaves less behind than is reckoned for all models, and room for the biases of a BLOOM
+    # is that of beams, which are padded together.
+    most = {"glm": 1.6, "bloom": 1.75}.get(name, 1.5)
+    assert report["reserved"] <= most * beside_weights, report
