@@ -162,11 +162,32 @@ def run_pass(backend: SimulatedBackend, ring: Ring, steps: Sequence[Step]) -> No
 
 
 @dataclass(frozen=True)
+class Rows:
+    """What a pass of several tokens does beside reading the weights once for all of them.
+
+    number: tokens in the pass.   weights: block -> its weights, each of which is multiplied and
+    added once a token; that of attention, which is little beside it, is left out.
+    flops_per_s: operations a second, of which those are two.   cache_bytes: of keys and values,
+    read from device memory by all tokens together.
+    """
+
+    number: int
+    weights: Mapping[str, int]
+    flops_per_s: float
+    cache_bytes: int = 0
+
+    def arithmetic_s(self, block: str) -> float:
+        return 2 * self.weights.get(block, 0) * self.number / self.flops_per_s
+
+
+@dataclass(frozen=True)
 class Prediction:
     """One pass in steady state.
 
     compute_s, copy_s, disk_s: what computing, the link and the disk would need, each alone.
     link_busy, disk_busy: fraction of the time in which the link copies, the disk reads.
+    memory_s, arithmetic_s: what of computing reading device memory would need, and multiplying;
+    of each block the longer one counts.
     """
 
     pass_s: float
@@ -175,12 +196,31 @@ class Prediction:
     link_busy: float
     disk_s: float = 0.0
     disk_busy: float = 0.0
+    memory_s: float = 0.0
+    arithmetic_s: float = 0.0
 
     @property
     def bound(self) -> str:
         """What binds, being the slowest: "compute", "link" or "disk"."""
         needs = {"compute": self.compute_s, "link": self.copy_s, "disk": self.disk_s}
         return max(needs, key=needs.__getitem__)
+
+    @property
+    def binds(self) -> str:
+        """As `bound`, with what computing waits for: "link", "disk", "device memory" or
+        "arithmetic"."""
+        if self.bound != "compute":
+            return self.bound
+        return "arithmetic" if self.arithmetic_s > self.memory_s else "device memory"
+
+
+def rows_until_arithmetic(one: Prediction, number: int) -> float:
+    """Tokens in a pass from which on arithmetic takes longer than all else.
+
+    one: of a pass of `number` tokens.   Infinite where nothing is multiplied.
+    """
+    others_s = max(one.memory_s, one.copy_s, one.disk_s)
+    return others_s * number / one.arithmetic_s if one.arithmetic_s else math.inf
 
 
 _SETTLING_PASSES, _MEASURED_PASSES = 2, 4
@@ -192,16 +232,18 @@ def predict(
     memory_bytes_per_s: float,
     lists: Sequence[str] | None = None,
     disk_bytes_per_s: float | None = None,
+    rows: Rows | None = None,
 ) -> Prediction:
     """The time of one decode pass (a token) under `plan`.
 
     A block computes as long as reading its bytes from device memory takes, which is what bounds
-    decoding for one sequence. Blocks used less often than the others (an encoder) are left out;
-    one that is used n times a token comes n times.
+    decoding for one sequence, or as long as multiplying all `rows` takes. Blocks used less often
+    than the others (an encoder) are left out; one that is used n times a token comes n times.
     link_bytes_per_s: host to device; memory_bytes_per_s: device memory.
     lists: names of the lists of blocks that a pass goes through, in this order, and nothing else:
         no other list, and nothing of what lies outside all blocks.
     disk_bytes_per_s: file to host memory; needed where the plan has blocks on disk.
+    rows: that share the pass; None is one, whose arithmetic is not counted.
     Raises ArgumentError for a list that the plan does not have, or a rate that is missing.
     """
     if plan.on_disk and disk_bytes_per_s is None:
@@ -211,25 +253,37 @@ def predict(
         )
     blocks = _used_most(plan) if lists is None else _blocks_of(plan, lists)
     outside_bytes = plan.outside_bytes if lists is None else 0
+    rows = rows or Rows(1, {}, math.inf)
+    memory_s = [block.nbytes / memory_bytes_per_s for block in blocks]
+    arithmetic_s = [rows.arithmetic_s(block.name) for block in blocks]
+    rest_s = (outside_bytes + rows.cache_bytes) / memory_bytes_per_s
+    computing_s = [*map(max, memory_s, arithmetic_s), rest_s]
+    found = _simulated(plan, blocks, computing_s, link_bytes_per_s, disk_bytes_per_s or math.inf)
+    return replace(found, memory_s=sum(memory_s) + rest_s, arithmetic_s=sum(arithmetic_s))
+
+
+def _simulated(
+    plan: Plan,
+    blocks: Sequence[Block],
+    computing_s: Sequence[float],
+    link_bytes_per_s: float,
+    disk_bytes_per_s: float,
+) -> Prediction:
+    """A pass through `blocks`.   computing_s: with each of them, and at last with what is left."""
     streamed_names = set(plan.streamed)
     passing = [block for block in blocks if block.name in streamed_names]
     streamed = list(dict.fromkeys(passing))
-    indices = {block.name: index for index, block in enumerate(streamed)}
-    steps = [
-        Step(block.nbytes / memory_bytes_per_s, indices.get(block.name)) for block in blocks
-    ] + [Step(outside_bytes / memory_bytes_per_s)]
-    compute_s = sum(step.compute_s for step in steps)
-    copy_s = sum(block.nbytes for block in passing) / link_bytes_per_s
+    compute_s = sum(computing_s)
     if not streamed:
         return Prediction(compute_s, compute_s, 0.0, 0.0)
+    indices = {block.name: index for index, block in enumerate(streamed)}
+    numbers = [*(indices.get(block.name) for block in blocks), None]
+    steps = [*map(Step, computing_s, numbers)]
+    copy_s = sum(block.nbytes for block in passing) / link_bytes_per_s
     on_disk = [indices[name] for name in plan.on_disk if name in indices]
-    disk_s = sum(streamed[index].nbytes for index in on_disk) / (disk_bytes_per_s or math.inf)
-    backend = SimulatedBackend(
-        [block.nbytes for block in streamed],
-        link_bytes_per_s,
-        on_disk,
-        disk_bytes_per_s or math.inf,
-    )
+    disk_s = sum(streamed[index].nbytes for index in on_disk) / disk_bytes_per_s
+    sizes = [block.nbytes for block in streamed]
+    backend = SimulatedBackend(sizes, link_bytes_per_s, on_disk, disk_bytes_per_s)
     ring = Ring(len(streamed), backend)
     for _ in range(_SETTLING_PASSES):
         run_pass(backend, ring, steps)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from bminf.errors import ArgumentError
 from bminf.offload.plan import Block, plan
-from bminf.offload.predict import predict
+from bminf.offload.predict import Prediction, Rows, predict, rows_until_arithmetic
 
 
 @pytest.mark.parametrize(
@@ -95,3 +97,50 @@ def test_a_list_that_a_plan_does_not_have_is_named() -> None:
     the_plan = plan([Block("d.0", 100, "d")], 1000)
     with pytest.raises(ArgumentError, match="'e'; the plan has 'd'"):
         predict(the_plan, 1.0, 1.0, ["d", "e"])
+
+
+# ---- several rows --------------------------------------------------------------------------------
+
+BLOCKS = [Block(f"layers.{i}", 10**6, "layers") for i in range(10)]
+WEIGHTS = {block.name: 2 * 10**6 for block in BLOCKS}  # in 4 bits
+
+
+def predicted(number: int, flops: float, cache_bytes: int = 0, limit: int = 10**8) -> Prediction:
+    rows = Rows(number, WEIGHTS, flops, cache_bytes)
+    return predict(plan(BLOCKS, limit), 1e9, 1e10, rows=rows)
+
+
+@pytest.mark.parametrize(
+    ("number", "cache_bytes", "limit", "binds"),
+    [
+        (1, 0, 10**8, "device memory"),  # 1 ms, and 0.04 ms of arithmetic
+        (24, 0, 10**8, "device memory"),
+        (26, 0, 10**8, "arithmetic"),
+        (26, 10**7, 10**8, "device memory"),
+        (240, 0, 2 * 10**6, "link"),  # 10 ms
+        (260, 0, 2 * 10**6, "arithmetic"),
+    ],
+)
+def test_what_binds_passes_of_several_rows(
+    number: int, cache_bytes: int, limit: int, binds: str
+) -> None:
+    found = predicted(number, 1e12, cache_bytes, limit)
+    assert found.arithmetic_s == pytest.approx(number * 4e-5)
+    assert found.memory_s == pytest.approx(1e-3 + cache_bytes / 1e10)
+    assert found.binds == binds
+    needs = (found.memory_s, found.arithmetic_s, found.copy_s)
+    assert found.pass_s >= max(needs) * (1 - 1e-9)
+    assert found.pass_s <= 1.05 * max(needs) + cache_bytes / 1e10
+
+
+def test_rows_share_what_is_streamed_until_arithmetic_binds() -> None:
+    one = predicted(1, 1e12, limit=2 * 10**6)
+    assert rows_until_arithmetic(one, 1) == pytest.approx(250)
+    assert predicted(249, 1e12, limit=2 * 10**6).pass_s == pytest.approx(one.pass_s, rel=0.01)
+    assert predicted(2500, 1e12, limit=2 * 10**6).pass_s == pytest.approx(10 * one.pass_s, rel=0.02)
+
+
+def test_of_one_row_nothing_is_multiplied() -> None:
+    found = predict(plan(BLOCKS, 10**8), 1e9, 1e10)
+    assert found.arithmetic_s == 0 and found.memory_s == found.compute_s == found.pass_s
+    assert rows_until_arithmetic(found, 1) == math.inf
