@@ -1,4 +1,4 @@
-"""Memory and bus bandwidth of known GPUs, and measuring those of this machine."""
+"""What known GPUs can do: their memory, their bus, their arithmetic; and measuring this machine."""
 
 from __future__ import annotations
 
@@ -26,6 +26,19 @@ class Speeds(NamedTuple):
 
     link: int
     memory: int
+
+
+class Card(NamedTuple):
+    """A GPU, or this machine.
+
+    memory_bytes: that it has.   flops: of half precision, operations a second at most; None where
+    it is not known.
+    """
+
+    name: str
+    memory_bytes: int
+    speeds: Speeds
+    flops: float | None
 
 
 class _Card(NamedTuple):
@@ -64,6 +77,28 @@ _CARDS = {
     "A100 SXM4 80GB": _Card(2039, 4),
 }  # fmt: skip
 
+# GiB, which the same pages call GB; of cards with two sizes the smaller one.
+_GIBIBYTES = {
+    "GTX 1060": 6, "GTX 1070": 8, "GTX 1080": 8, "GTX 1080 Ti": 11, "RTX 2060": 6, "RTX 2070": 8,
+    "RTX 2080": 8, "RTX 2080 Ti": 11, "RTX 3060": 12, "RTX 3070": 8, "RTX 3080": 10,
+    "RTX 3090": 24, "RTX 4060": 8, "RTX 4060 Ti": 8, "RTX 4070": 12, "RTX 4080": 16,
+    "RTX 4090": 24, "RTX 5070": 12, "RTX 5080": 16, "RTX 5090": 32, "P40": 24, "P100": 16,
+    "V100": 16, "T4": 16, "A10": 24, "A30": 24, "A40": 48, "A100 40GB": 40, "A100 80GB": 80,
+    "RTX A6000": 48, "L4": 24, "L40": 48, "L40S": 48, "RTX 6000 Ada": 48, "H100 PCIe": 80,
+    "H100": 80, "H200": 140, "A100 SXM4 80GB": 80,
+}  # fmt: skip
+
+# TFLOPS of dense products in float16, summed up in float32, as ours are: of the same whitepapers
+# and data sheets, which give the double where zeros are skipped. The GeForce 10 series has no fast
+# half precision; its float32 stands here. Cards whose page does not tell are left out.
+_TFLOPS = {
+    "GTX 1060": 4.4, "GTX 1080": 8.9, "GTX 1080 Ti": 11.3, "RTX 2080 Ti": 53.8, "RTX 3070": 40.6,
+    "RTX 3080": 59.5, "RTX 3090": 71, "RTX 4080": 97.5, "RTX 4090": 165.2, "RTX 5090": 209.5,
+    "V100": 112, "T4": 65, "A10": 125, "A30": 165, "A40": 149.7, "RTX A6000": 154.8,
+    "A100 40GB": 312, "A100 80GB": 312, "A100 SXM4 80GB": 312, "L4": 121, "L40": 181,
+    "L40S": 362, "RTX 6000 Ada": 364.2, "H100 PCIe": 756, "H100": 989, "H200": 989,
+}  # fmt: skip
+
 # As the driver (nvidia-smi) prints the names of cards that are sold in several forms.
 _PRINTED = {
     "A100-PCIE-40GB": "A100 40GB", "A100-SXM4-40GB": "A100 40GB", "A100 80GB PCIe": "A100 80GB",
@@ -80,20 +115,51 @@ def speeds_of(name: str) -> Speeds:
 
     Raises ArgumentError, with the known names.
     """
-    if _plain(name) in (THIS, "thismachine"):
-        import torch
+    return _of_this_machine() if _is_this(name) else _speeds(_CARDS[_known(name)])
 
-        return _of_gpu() if torch.cuda.is_available() else _of_cpu()
-    cards = {_plain(known): card for known, card in _CARDS.items()}
-    cards |= {_plain(printed): _CARDS[known] for printed, known in _PRINTED.items()}
-    card = cards.get(_plain(name))
-    if card is None:
+
+def card_of(name: str) -> Card:
+    """All of a GPU, as speeds_of(); the arithmetic of this machine is not measured."""
+    if not _is_this(name):
+        known = _known(name)
+        flops = _TFLOPS[known] * 1e12 if known in _TFLOPS else None
+        return Card(known, _GIBIBYTES[known] * 2**30, _speeds(_CARDS[known]), flops)
+    import torch
+
+    from bminf.offload.memory import free_bytes
+
+    if not torch.cuda.is_available():
+        return Card("this CPU", free_bytes(), _of_this_machine(), None)
+    own = torch.cuda.get_device_properties(0)
+    return Card(own.name, own.total_memory, _of_this_machine(), None)
+
+
+def _is_this(name: str) -> bool:
+    return _plain(name) in (THIS, "thismachine")
+
+
+def _known(name: str) -> str:
+    """What it is called here.   Raises ArgumentError."""
+    cards = {_plain(known): known for known in _CARDS}
+    cards |= {_plain(printed): known for printed, known in _PRINTED.items()}
+    found = cards.get(_plain(name))
+    if found is None:
         raise ArgumentError(
             f'--gpu={name!r} is not known; accepted: "this" (measures this machine), '
-            f"{', '.join(_CARDS)}; for another one, give --memory-bandwidth and --link"
+            f"{', '.join(_CARDS)}; for another one, bminf plan takes --memory-bandwidth and --link"
         )
+    return found
+
+
+def _speeds(card: _Card) -> Speeds:
     link = card.lanes * _LANE_GBPS[card.generation] * _BUS_EFFICIENCY
     return Speeds(int(link * _GB), card.memory_gbps * _GB)
+
+
+def _of_this_machine() -> Speeds:
+    import torch
+
+    return _of_gpu() if torch.cuda.is_available() else _of_cpu()
 
 
 def _plain(name: str) -> str:

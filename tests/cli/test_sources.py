@@ -22,7 +22,7 @@ from tiny_models import make
 from tiny_zoo import tiny
 
 import bminf
-from bminf.cli.gpus import speeds_of
+from bminf.cli.gpus import _CARDS, card_of, speeds_of
 from bminf.errors import ArgumentError
 from bminf.models.convert import convert
 
@@ -310,6 +310,17 @@ def test_cards_go_by_the_names_that_the_driver_prints() -> None:
     assert speeds_of("NVIDIA A100-SXM4-80GB").memory == 2039 * 10**9
     with pytest.raises(ArgumentError, match="is not known"):
         speeds_of("RTX 3080 12GB")  # which reads its memory faster than the one of 10 GB
+
+
+def test_what_a_card_has_is_known_of_each() -> None:
+    for name in _CARDS:
+        card = card_of(name)
+        assert card.speeds == speeds_of(name) and 6 * 2**30 <= card.memory_bytes <= 140 * 2**30
+        assert card.flops is None or 4e12 <= card.flops < 1e15
+    assert card_of("NVIDIA A100-SXM4-40GB") == card_of("A100 40GB")
+    assert card_of("A100 40GB").flops == 312e12
+    here = card_of("this")
+    assert here.memory_bytes > 0 and here.speeds.memory > 0 and here.flops is None
 
 
 def test_files_that_hold_something_else_are_told(tmp_path: Path, refused: Refused) -> None:
