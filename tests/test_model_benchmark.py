@@ -1,4 +1,7 @@
-"""The benchmark of whole models at tiny sizes: what is measured, random weights, predictions."""
+"""The benchmark of whole models at tiny sizes: what is measured, random weights, predictions.
+
+bminf/models/random_weights.py.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,6 @@ from benchmarks.models import (
     _opened,
     _runs,
     parse_task,
-    random_weights,
 )
 from benchmarks.report import ROOT
 from bminf.arch.glm import GLM10B, GLM130B, GLMConfig
@@ -37,6 +39,7 @@ from bminf.cli import plan as plan_command
 from bminf.cli.measure import rss_anon_bytes
 from bminf.layers.embedding import HostEmbedding
 from bminf.models.assemble import plan_model
+from bminf.models.random_weights import random_weights
 from bminf.models.source import Source, check_shapes, find_sizes
 from bminf.offload.predict import predict
 from bminf.quantization.packed import codes_of, dequantize
