@@ -1,6 +1,6 @@
 """The benchmark of whole models at tiny sizes: what is measured, random weights, predictions.
 
-bminf/models/random_weights.py.
+bminf/models/random_weights.py, bminf/cli/tables/tasks.py.
 """
 
 from __future__ import annotations
@@ -17,26 +17,15 @@ import torch
 from programs import told_by
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks import run
-from benchmarks.models import (
-    ANEW,
-    ENCODER,
-    GLM,
-    LISTS,
-    ONCE,
-    ZOO,
-    Run,
-    Task,
-    _opened,
-    _runs,
-    parse_task,
-)
+from benchmarks import models, run
+from benchmarks.models import GLM, ZOO, _opened, _runs
 from benchmarks.report import ROOT
 from bminf.arch.glm import GLM10B, GLM130B, GLMConfig
 from bminf.arch.gpt import CPM1, GPTConfig
 from bminf.arch.t5 import CPM2, T5Config
 from bminf.cli import plan as plan_command
 from bminf.cli.measure import rss_anon_bytes
+from bminf.cli.tables.tasks import ANEW, ENCODER, LISTS, ONCE, Run, Task, parse_task
 from bminf.layers.embedding import HostEmbedding
 from bminf.models.assemble import plan_model
 from bminf.models.random_weights import random_weights
@@ -190,7 +179,7 @@ def test_other_models_of_the_zoo(case: str, model: str, tmp_path: Path) -> None:
 def test_wrong_usage_ends_before_anything_is_made(
     case: str, options: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Run, "measure", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(models, "measured", lambda *_: pytest.fail("measured"))
     with pytest.raises(SystemExit) as exit:
         run.main([*tiny(case), *options])
     assert message in str(exit.value)
@@ -303,7 +292,7 @@ LOADING = """
 import json, sys, torch
 from dataclasses import replace
 from pathlib import Path
-from benchmarks.models import ENCODER, Run, Task
+from bminf.cli.tables.tasks import ENCODER, Run, Task
 from bminf.arch.t5 import T5Config
 from bminf.cli.measure import PeakMemory, rss_anon_bytes
 from bminf.models.source import find_sizes
@@ -340,7 +329,7 @@ def predicted(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     """The case, and what it predicts: no weights are made for it."""
     file = tmp_path_factory.mktemp("predicted") / "models.json"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "measure", lambda *_: pytest.fail("measured"))
+        patch.setattr(models, "measured", lambda *_: pytest.fail("measured"))
         assert run.main([request.param, "--predict-only", "--out", str(file)]) == 0
     content, measured, found = results_of(file)
     assert not measured and content["parameters"]["device"] is None

@@ -15,7 +15,8 @@ from tiny_zoo import tiny
 
 import bminf
 from benchmarks.harness import Settings
-from benchmarks.models import Run, Task
+from benchmarks.models import measured
+from bminf.cli.tables.tasks import Run, Task
 from bminf.models.source import find_sizes
 from bminf.offload.plan import least_budget
 
@@ -114,7 +115,7 @@ def test_full_size_layers_of_glm130b_at_a_limit(quantization: str) -> None:
     _, whole = run.planned(2**40)
     before, digests = torch.cuda.memory_allocated(), []
     for limit in (whole.total_bytes, least_budget(whole)):
-        parts = replace(run, limit=limit).measure(Settings(0, 1, 1))
+        parts = measured(replace(run, limit=limit), Settings(0, 1, 1))
         results = [result for part in parts for result in part]
         digests.append([result["details"]["result_sha256"] for result in results])
         for result in results:

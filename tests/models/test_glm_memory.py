@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.models import Run, Task
+from bminf.cli.tables.tasks import Run, Task
 from bminf.arch.glm import PUBLISHED_GLM
 from bminf.cli.measure import PeakMemory, rss_anon_bytes
 from bminf.engine.engine import Engine

@@ -1,0 +1,1 @@
+"""`bminf bench --table`: the tables of other authors, measured, predicted and published."""
