@@ -9,6 +9,7 @@ import importlib.util
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ sys.path.append(str(ROOT / "tests" / "kernels"))
 
 from variants import every_variant
 
-from benchmarks.harness import Settings, document, write_json
+from benchmarks.harness import Settings, write_json
 from bminf.cli.gpus import THIS, speeds_of
+from bminf.cli.tables.document import document
 from bminf.cuda.compile import cache_folder, compiler_version, kept_file, read_kept
 
 Found = dict[str, Any]
@@ -29,7 +31,7 @@ Found = dict[str, Any]
 
 def machine(out: str) -> int:
     """0, or 1 where a part failed; each part is written as soon as it is known."""
-    content = document("probe", {}, Settings()) | {"found": {}, "failures": []}
+    content = document("probe", {}, asdict(Settings())) | {"found": {}, "failures": []}
     for name, part in PARTS.items():
         try:
             content["found"][name] = part()

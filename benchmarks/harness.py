@@ -12,32 +12,21 @@ import gc
 import json
 import math
 import os
-import platform
-import re
 import statistics
-import subprocess
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from itertools import chain, cycle, islice, product
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import bminf
 from bminf.cli.measure import PeakMemory, rss_anon_bytes
-from bminf.offload.plan import Plan
 from bminf.progress import progress_bar
-
-PACKAGES = (
-    "torch", "transformers", "accelerate", "numpy", "safetensors", "cupy-cuda12x", "cupy-cuda13x",
-)  # fmt: skip
 
 Result = dict[str, Any]
 """What the JSON file has of one variant, call or prediction: a name, details and numbers."""
@@ -309,72 +298,8 @@ def _capture_stream() -> torch.cuda.Stream:
 # ---- the file ------------------------------------------------------------------------------------
 
 
-def plan_entries(plan: Plan) -> dict[str, Any]:
-    """The plan in numbers, for a JSON file."""
-    names = ("reserved_bytes", "resident_bytes", "streamed_bytes")
-    entries = {"memory_limit": plan.budget, "planned_bytes": plan.total_bytes}
-    entries |= {name: getattr(plan, name) for name in names}
-    return entries | {
-        name: len(getattr(plan, name)) for name in ("resident", "streamed", "on_disk")
-    }
-
-
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Under another name, which is then changed: `path` is whole at any moment."""
     unfinished = path.with_name(f"{path.name}.unfinished")
     unfinished.write_text(f"{json.dumps(content, indent=1)}\n", encoding="utf-8")
     os.replace(unfinished, path)
-
-
-def document(case: str, parameters: dict[str, Any], settings: Settings) -> dict[str, Any]:
-    """What the JSON file of a run holds, before its results."""
-    versions = {"bminf": bminf.__version__, "python": platform.python_version()}
-    for package in PACKAGES:
-        with suppress(PackageNotFoundError):
-            versions[package] = version(package)
-    return {
-        "schema_version": 1,
-        "case": case,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        # Marked if files differ from the commit; None outside a repository.
-        "commit": _output("git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"),
-        "versions": versions
-        | {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()},
-        "hardware": _hardware(),
-        "parameters": parameters,
-        "settings": asdict(settings),
-        "results": [],
-    }
-
-
-def _hardware() -> dict[str, Any]:
-    cpu_info = Path("/proc/cpuinfo")
-    text = cpu_info.read_text(encoding="utf-8", errors="replace") if cpu_info.is_file() else ""
-    cpu = re.search(r"^model name\s*: (.+)$", text, re.MULTILINE)
-    has_sysconf = hasattr(os, "sysconf")  # not on Windows
-    pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if has_sysconf else None
-    gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
-    return {
-        "system": platform.system(),
-        "machine": platform.machine(),
-        "cpu": cpu[1] if cpu else platform.processor(),
-        "cores": os.cpu_count(),
-        "ram_bytes": pages,
-        "gpu": gpu
-        and {
-            "name": gpu.name,
-            "memory_bytes": gpu.total_memory,
-            "compute_capability": f"{gpu.major}.{gpu.minor}",
-            "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-        },
-    }
-
-
-def _output(*command: str) -> str | None:
-    """What `command` prints, run in the source tree; None if it fails or is not there."""
-    here = Path(__file__).parent
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, cwd=here, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip() or None

@@ -22,11 +22,12 @@ from typing import Any
 import torch
 
 from benchmarks import harness
-from benchmarks.harness import Group, Result, Sample, Settings, Variant, Work, plan_entries
+from benchmarks.harness import Group, Result, Sample, Settings, Variant, Work
 from benchmarks.report import read_result
 from bminf.arch.registry import all_formats
 from bminf.arch.t5 import T5, T5Config
 from bminf.cli.measure import PeakMemory, rss_anon_bytes
+from bminf.cli.tables.document import plan_entries
 from bminf.cli.tables.tasks import (
     ANEW,
     ENCODER,

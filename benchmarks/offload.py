@@ -18,9 +18,10 @@ import torch
 import transformers
 
 import bminf
-from benchmarks.harness import Group, Result, Sample, Settings, Variant, Work, measure, plan_entries
+from benchmarks.harness import Group, Result, Sample, Settings, Variant, Work, measure
 from bminf.cli import models
 from bminf.cli.demo import half_limit
+from bminf.cli.tables.document import plan_entries
 from bminf.offload.plan import least_budget
 
 PROMPT_IDS = range(1, 13)  # what is read makes no difference to the time

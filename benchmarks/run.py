@@ -10,15 +10,16 @@ import argparse
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import kernels, models, offload
-from benchmarks.harness import Group, Result, Settings, document, write_json
+from benchmarks.harness import Group, Result, Settings, write_json
 from benchmarks.report import table
+from bminf.cli.tables.document import document
 from tools import perplexity
 
 # A case has add_arguments(parser) and prepare(arguments), which gives the parameters for the JSON
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parameters, groups = arguments.prepare(arguments)
         left_out = [name for name, _ in groups]
         parameters |= {"threads": torch.get_num_threads(), "left_out": left_out}
-        content = document(arguments.case, parameters, settings)
+        content = document(arguments.case, parameters, asdict(settings))
         for results in _measured(groups, left_out, settings, arguments.seconds):
             content["results"] += results
             if arguments.out is not None:

@@ -1,4 +1,7 @@
-"""The harness on toys, the files that it writes, and the offload case on a tiny model."""
+"""The harness on toys, the files that it writes, and the offload case on a tiny model.
+
+bminf/cli/tables/document.py.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +25,12 @@ from benchmarks.harness import (
     Variant,
     Work,
     WrongResultError,
-    document,
     measure,
     measure_calls,
     relative_error,
     write_json,
 )
+from bminf.cli.tables.document import document
 
 CPU = torch.device("cpu")
 PARTS = [f"{group}{part}" for group in "abc" for part in (0, 1)]  # of a ToyCase
@@ -75,7 +78,7 @@ def test_wrong_result_is_not_timed() -> None:
 
 def test_a_file_says_what_was_run_where_and_by_what() -> None:
     settings = Settings(warmup=0, repeats=3, rounds=1)
-    content = json.loads(json.dumps(document("toy", {"n": 1}, settings)))
+    content = json.loads(json.dumps(document("toy", {"n": 1}, vars(settings))))
     assert content["schema_version"] == 1 and content["parameters"] == {"n": 1}
     assert content["versions"]["torch"] and content["hardware"]["cores"] >= 1
     assert content["commit"] and content["settings"] == vars(settings)
