@@ -60,7 +60,10 @@ setup(
     extras_require={"demo": DEMO, "icetk": ICETK, "serve": SERVE, "test": TEST},
     packages=[*find_packages(include=["bminf", "bminf.*"]), "bminf.kernels"],
     package_dir={"bminf.kernels": "kernels"},
-    package_data={"bminf": ["py.typed", "server/page.html"], "bminf.kernels": ["*.cu", "*.cuh"]},
+    package_data={
+        "bminf": ["py.typed", "server/page.html", "cli/tables/published.json"],
+        "bminf.kernels": ["*.cu", "*.cuh"],
+    },
     entry_points={"console_scripts": ["bminf = bminf.cli:main"]},
     classifiers=[
         "Development Status :: 3 - Alpha",

@@ -23,11 +23,11 @@ import torch
 
 from benchmarks import harness
 from benchmarks.harness import Group, Result, Sample, Settings, Variant, Work
-from benchmarks.report import read_result
 from bminf.arch.registry import all_formats
 from bminf.arch.t5 import T5, T5Config
 from bminf.cli.measure import PeakMemory, rss_anon_bytes
 from bminf.cli.tables.document import plan_entries
+from bminf.cli.tables.published import published
 from bminf.cli.tables.tasks import (
     ANEW,
     ENCODER,
@@ -141,7 +141,7 @@ def predictions(run: Run, card: Card) -> Iterator[Result]:
         **plan_entries(plan),
     }
     is_t5 = isinstance(run.source.config, T5Config)
-    published = read_result("published.json")["tokens_per_s"]
+    known = published()["tokens_per_s"]
     steps = (Task(ENCODER, 256), Task(ANEW, 1), Task(ONCE, 1)) if is_t5 else (Task("decode", 1),)
     for step in steps:
         own = {"task": step.kind, "tokens": step.length}
@@ -149,7 +149,7 @@ def predictions(run: Run, card: Card) -> Iterator[Result]:
         lists = LISTS.get(step.kind)
         found = predict(plan, card.link_bytes_per_s, card.memory_bytes_per_s, lists)
         rates = {"tokens_per_s": step.length / found.pass_s, "bound": found.bound}
-        speeds = published.get(run.source.title, {}).get(step.kind.partition(",")[0], {})
+        speeds = known.get(run.source.title, {}).get(step.kind.partition(",")[0], {})
         yield {
             "name": f"{card.name} {run.formats}: {step.kind}",
             "details": facts | own,

@@ -18,6 +18,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+from bminf.cli.tables.published import published
 from bminf.units import format_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -163,7 +164,7 @@ def _model_parts(content: Content) -> Iterator[str]:
         yield by_columns(_MEASURED, measured)
     details = predicted[0]["details"]
     card, is_published = details["card"], any(r.get("published_tokens_per_s") for r in predicted)
-    caption = read_result("published.json")["tokens_per_s"]["caption"] if is_published else ""
+    caption = published()["tokens_per_s"]["caption"] if is_published else ""
     yield (
         f"Predicted for all of {details['model']} on a {card['name']}: memory limit "
         f"{format_bytes(card['memory_limit'])}, link {card['link_bytes_per_s'] / 1e9:g} GB/s, "
@@ -184,7 +185,7 @@ def _predicted(name: str, factor: float, word: str) -> Column:
 
 def _published_s(details: dict[str, Any]) -> str:
     """Seconds that GLM-130B's authors publish."""
-    by_machine = read_result("published.json")["seconds"].get(details.get("task"), {})
+    by_machine = published()["seconds"].get(details.get("task"), {})
     found = {name: known.get(str(details["length"])) for name, known in by_machine.items()}
     return "; ".join(f"{s:g} ({name})" for name, s in found.items() if s is not None)
 
