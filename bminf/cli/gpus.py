@@ -31,8 +31,8 @@ class Speeds(NamedTuple):
 class Card(NamedTuple):
     """A GPU, or this machine.
 
-    memory_bytes: that it has.   flops: of half precision, operations a second at most; None where
-    it is not known.
+    memory_bytes: that it has.   flops: operations a second at most, of products of many rows; None
+    where it is not known.
     """
 
     name: str
@@ -89,10 +89,12 @@ _GIBIBYTES = {
 }  # fmt: skip
 
 # TFLOPS of dense products in float16, summed up in float32, as ours are: of the same whitepapers
-# and data sheets, which give the double where zeros are skipped. The GeForce 10 series has no fast
-# half precision; its float32 stands here. Cards whose page does not tell are left out.
+# and data sheets, which give the double where zeros are skipped. The GeForce 10 series and the P40
+# have no fast half precision: here are 8-bit integers, four times float32, which products of many
+# rows take there. Cards whose page does not tell are left out.
 _TFLOPS = {
-    "GTX 1060": 4.4, "GTX 1080": 8.9, "GTX 1080 Ti": 11.3, "RTX 2080 Ti": 53.8, "RTX 3070": 40.6,
+    "GTX 1060": 17.5, "GTX 1070": 25.8, "GTX 1080": 35.5, "GTX 1080 Ti": 45.4, "P40": 47,
+    "RTX 2080 Ti": 53.8, "RTX 3070": 40.6,
     "RTX 3080": 59.5, "RTX 3090": 71, "RTX 4080": 97.5, "RTX 4090": 165.2, "RTX 5090": 209.5,
     "V100": 112, "T4": 65, "A10": 125, "A30": 165, "A40": 149.7, "RTX A6000": 154.8,
     "A100 40GB": 312, "A100 80GB": 312, "A100 SXM4 80GB": 312, "L4": 121, "L40": 181,
