@@ -91,7 +91,16 @@ def convert(
         )
     files = vocabulary_files(opened.architecture, opened.tokenizer)
     dtype = dtype or (opened.dtype if opened.dtype in DTYPES else torch.float32)
-    assembly = assemble(opened, Formats(layers, head, is_auto), dtype)
+    write_assembly(
+        assemble(opened, Formats(layers, head, is_auto), dtype), target, files, shard_bytes
+    )
+    return target
+
+
+def write_assembly(
+    assembly: Assembly, target: Path, files: Mapping[str, Path], shard_bytes: int
+) -> None:
+    """Write a folder of ours.   files: of the vocabulary, by what they are called there."""
     blobs = assembly.blobs
     layouts = {"": blobs.outside, **blobs.blocks, **_layout_of_table(assembly)}
     nbytes = sum(layout.nbytes for layout in layouts.values())
@@ -99,7 +108,6 @@ def convert(
         for name, path in files.items():
             shutil.copyfile(path, folder / name)
         _write(assembly, layouts, folder, progress, files, shard_bytes)
-    return target
 
 
 def _write(

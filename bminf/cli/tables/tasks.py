@@ -189,18 +189,22 @@ class Run:
         limit = "no limit" if self.limit is None else format_bytes(self.limit)
         return f"{self.device} {self.formats}, {limit}"
 
+    def assembled(self) -> Assembly:
+        """The network on the meta device.   Raises ArgumentError."""
+        known = self.source.architecture.formats
+        layers, head = (
+            None if name == "none" else parse_format(name, formats=known)
+            for name in (self.quantization, self.head_quantization)
+        )
+        return assemble.assemble(find_sizes(self.source), Formats(layers, head), self.dtype)
+
     def planned(self, limit: int, host_bytes: int | None = None) -> tuple[Assembly, Plan]:
         """The network on the meta device, and what stays within `limit` bytes, as in the zoo.
 
         host_bytes: of host memory for streamed blocks; None is as much as it takes.
         Raises ArgumentError or BudgetError, with numbers.
         """
-        known = self.source.architecture.formats
-        layers, head = (
-            None if name == "none" else parse_format(name, formats=known)
-            for name in (self.quantization, self.head_quantization)
-        )
-        made = assemble.assemble(find_sizes(self.source), Formats(layers, head), self.dtype)
+        made = self.assembled()
         least = _RESERVED_LENGTH if isinstance(made.network, T5) else 1
         length, rows = max(
             ((max(task.length, task.prompt, least), task.rows) for task in self.tasks),
@@ -210,12 +214,15 @@ class Run:
 
     @contextmanager
     def loaded(self) -> Iterator[tuple[Any, Scheduler]]:
-        """The network with random weights, streaming as planned; let go of at the end."""
+        """The network with the weights of the source, or random ones where that has none, streaming
+        as planned; let go of at the end."""
         backend = backend_for(self.device)
         limit = free_budget(backend.device) if self.limit is None else self.limit
         made, plan = self.planned(limit, host_budget(backend.device))
-        source = replace(made.source, weights=random_weights(made.network))
-        scheduler = fill(replace(made, source=source), plan, backend, self.offload_dir)
+        if not made.source.weights.tensors:
+            source = replace(made.source, weights=random_weights(made.network))
+            made = replace(made, source=source)
+        scheduler = fill(made, plan, backend, self.offload_dir)
         try:
             yield made.network, scheduler
         finally:
