@@ -1,4 +1,7 @@
-"""What the authors of other code have published, in published.json with its sources."""
+"""What the authors of other code have published, in published.json with its sources.
+
+A figure that is null stands for out of memory.
+"""
 
 from __future__ import annotations
 
