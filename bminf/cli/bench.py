@@ -1,4 +1,7 @@
-"""`bminf bench`: how fast a model reads a prompt and generates, and what is copied for a token."""
+"""`bminf bench`: how fast a model reads a prompt and generates, and what is copied for a token.
+
+With --table, tables that other authors have published, see cli/tables/.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,10 @@ from bminf.offload.phase import NO_PHASE, Phase
 from bminf.progress import progress_bar
 from bminf.units import format_bytes
 
+_PROMPT_TOKENS, _NEW_TOKENS, _RUNS = 128, 32, 3
+OF_TABLES = ("size", "layers", "batch_sizes", "lengths", "gpu", "predict_only", "stream_all")
+"""Options that only --table has."""
+
 _WORDS = "the sun was low and a cold wind came over the hills from far away".split()
 _MEASURED = (
     *("prefill_tokens_per_s", "decode_tokens_per_s", "time_to_first_token_s"),
@@ -30,19 +37,61 @@ _PHASES = ("prefill", "decode")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of this verb."""
-    flags.add_model(parser)
+    flags.add_model(parser, is_optional=True)
     add = parser.add_argument
-    add("--prompt-tokens", type=flags.positive, default=128, metavar="N",
-        help="tokens of the prompt, at most; default: 128")  # fmt: skip
-    add("--max-new-tokens", type=flags.above_one, default=32, metavar="N",
-        help="tokens to generate; default: 32")  # fmt: skip
-    add("--runs", type=flags.positive, default=3, metavar="N",
-        help="the median of so many is printed; default: 3")  # fmt: skip
+    add("--prompt-tokens", type=flags.positive, metavar="N",
+        help=f"tokens of the prompt, at most; default: {_PROMPT_TOKENS}")  # fmt: skip
+    add("--max-new-tokens", type=flags.above_one, metavar="N",
+        help=f"tokens to generate; default: {_NEW_TOKENS}, of a table 100")  # fmt: skip
+    add("--runs", type=flags.positive, metavar="N",
+        help=f"the median of so many is printed; default: {_RUNS}; of a table the mean, "
+        "default: 1")  # fmt: skip
     flags.add_output(parser, "one JSON object, with each run")
+    _add_table(parser)
+
+
+def _add_table(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("tables", "in place of MODEL, with random weights").add_argument
+    add("--table", choices=("bloom", "glm130b", "cpm2", "binds"),
+        help="that of BLOOM-176B, GLM-130B or CPM-2: measured, predicted and published; or what "
+        "binds the first two on cards of 24, 48 and 80 GB")  # fmt: skip
+    add("--size", metavar="NAME", help="another BLOOM, such as bloom-560m")
+    add("--layers", type=flags.positive, metavar="N",
+        help="that are measured, of each stack; default: as many as memory holds")  # fmt: skip
+    add("--batch-sizes", type=flags.positive, nargs="+", metavar="N",
+        help="texts at once that are measured; default: 1 8 16 32 64 128")  # fmt: skip
+    add("--lengths", type=flags.above_one, nargs="+", metavar="N",
+        help="tokens that are measured; default: those that are published")  # fmt: skip
+    add("--stream-all", action="store_true",
+        help="the least memory limit that does, in place of --memory-limit")  # fmt: skip
+    add("--gpu", metavar="NAME", help="the GPU that the whole model is predicted for; default: "
+        "A100 80GB, for glm130b RTX 3090, for cpm2 GTX 1060")  # fmt: skip
+    add("--predict-only", action="store_true", help="measure nothing: this takes seconds")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure, and print; returns 0."""
+    if (arguments.model is None) == (arguments.table is None):
+        raise ArgumentError("give a MODEL or --table, one of the two")
+    if arguments.table is not None:
+        from bminf.cli.tables import command
+
+        return command.run(arguments)
+    _complete(arguments)
+    return _measure_model(arguments)
+
+
+def _complete(arguments: argparse.Namespace) -> None:
+    """The defaults of a MODEL.   Raises ArgumentError for what only tables have."""
+    for name in OF_TABLES:
+        if getattr(arguments, name) not in (None, False):
+            raise ArgumentError(f"--{name.replace('_', '-')} is for --table; leave it out")
+    arguments.prompt_tokens = arguments.prompt_tokens or _PROMPT_TOKENS
+    arguments.max_new_tokens = arguments.max_new_tokens or _NEW_TOKENS
+    arguments.runs = arguments.runs or _RUNS
+
+
+def _measure_model(arguments: argparse.Namespace) -> int:
     with find(arguments) as session:
         start_s = time.perf_counter()
         session.load(arguments.prompt_tokens + arguments.max_new_tokens)

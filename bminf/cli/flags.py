@@ -24,10 +24,10 @@ _SAMPLING = (
 )
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
+def add_model(parser: argparse.ArgumentParser, is_optional: bool = False) -> None:
     """MODEL, and how it is loaded."""
     add = parser.add_argument
-    add("model", metavar="MODEL", help=MODEL_HELP)
+    add("model", metavar="MODEL", nargs="?" if is_optional else None, help=MODEL_HELP)
     add("--memory-limit", type=size, metavar="SIZE",
         help='such as "6GB"; default: 90%% of the free memory')  # fmt: skip
     add("--quantization", choices=("int8", "int4", "int4-row", "none"),
