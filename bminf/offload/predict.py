@@ -284,15 +284,20 @@ def _simulated(
     disk_s = sum(streamed[index].nbytes for index in on_disk) / disk_bytes_per_s
     sizes = [block.nbytes for block in streamed]
     backend = SimulatedBackend(sizes, link_bytes_per_s, on_disk, disk_bytes_per_s)
-    ring = Ring(len(streamed), backend)
+    since_s = _run_passes(backend, Ring(len(streamed), backend), steps)
+    pass_s = (backend.now_s - since_s) / _MEASURED_PASSES
+    busy = [backend.busy(taken, since_s) for taken in (backend.copies, backend.disk.fills)]
+    return Prediction(pass_s, compute_s, copy_s, busy[0], disk_s, busy[1])
+
+
+def _run_passes(backend: SimulatedBackend, ring: Ring, steps: Sequence[Step]) -> float:
+    """Passes until all is steady, and those that are measured: when these began."""
     for _ in range(_SETTLING_PASSES):
         run_pass(backend, ring, steps)
     since_s = backend.now_s
     for _ in range(_MEASURED_PASSES):
         run_pass(backend, ring, steps)
-    pass_s = (backend.now_s - since_s) / _MEASURED_PASSES
-    busy = [backend.busy(taken, since_s) for taken in (backend.copies, backend.disk.fills)]
-    return Prediction(pass_s, compute_s, copy_s, busy[0], disk_s, busy[1])
+    return since_s
 
 
 def _used_most(plan: Plan) -> list[Block]:
