@@ -302,6 +302,7 @@ def test_what_binds_the_large_models(bound: dict[str, Any]) -> None:
         (["--table", "cpm2", "--batch-sizes", "8"], "--batch-sizes is not for --table cpm2"),
         (["--table", "binds", "--layers", "8"], "--layers is not for --table binds"),
         (["--table", "bloom", "--size", "glm-130b"], "accepted: bigscience/bloom-560m"),
+        (["--table", "bloom", "--device", "cuda:1"], "--device cuda:1"),
         (["--table", "bloom", "--layers", "71"], "--layers 71 is more than"),
         (["--table", "bloom", "--gpu", "Voodoo 2"], "'Voodoo 2'"),
         (["--table", "bloom", "--quantization", "int4-row"], "int4-row"),

@@ -114,6 +114,8 @@ def asked_of(arguments: argparse.Namespace, numbers: tuple[int, ...]) -> Asked:
     table = arguments.table
     whole = _model(table, arguments.size)
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device_for(device).index:
+        raise ArgumentError(f"--device {device}: tables are made on the first GPU, or on the CPU")
     glm = whole.architecture.default_format.bits == 4
     quantization = arguments.quantization or ("int4-row" if glm else "int8")
     asked = Asked(

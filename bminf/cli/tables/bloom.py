@@ -7,6 +7,7 @@ a word becomes an id by a rule, and no tokenizer is timed.
 
 from __future__ import annotations
 
+import gc
 import math
 import shutil
 import statistics
@@ -41,6 +42,7 @@ from bminf.models.convert import write_assembly
 from bminf.models.random_weights import random_weights
 from bminf.models.rows import DecoderRows
 from bminf.models.source import Source, find_sizes
+from bminf.offload.hooks import Scheduler
 
 BATCH_SIZES = (1, 8, 16, 32, 64, 128)
 OPENINGS = (
@@ -114,35 +116,38 @@ def _reason(asked: Asked, batch_size: int) -> str | None:
 
 def _measure(asked: Asked, batch_size: int, where: Source | Path) -> Iterator[Cell]:
     run = _run(asked, batch_size)
+    gc.collect()
+    is_cuda, before_bytes = run.device == "cuda", rss_anon_bytes()
     start_s = time.perf_counter()
     source = where if isinstance(where, Source) else find_sizes(where)
     run = replace(run, source=source)
     with run.loaded() as (network, scheduler):
         engine = _engine(network, run)
         ready_s = time.perf_counter() - start_s
-        is_cuda = run.device == "cuda"
-        with PeakMemory(is_cuda, None if is_cuda else rss_anon_bytes()) as peak:
+        with PeakMemory(is_cuda, before_bytes) as peak:
             _generate(engine, batch_size, _WARM_UP_TOKENS, network.config.vocab_size)
-        before, sweeps = scheduler.stats(), engine.stats.num_sweeps
-        seconds = [
-            _generate(engine, batch_size, asked.new_tokens, network.config.vocab_size)
-            for _ in range(asked.runs)
-        ]
-        after, num_sweeps = scheduler.stats(), engine.stats.num_sweeps - sweeps
-    num_tokens = batch_size * asked.new_tokens
-    ms = statistics.fmean(seconds) / num_tokens * 1e3
-    details = {
-        "seconds": seconds,
-        "step_ms": ms * batch_size,
-        "passes": num_sweeps / asked.runs,
-        "copied_bytes_per_token": (after.bytes_copied - before.bytes_copied)
-        / (num_tokens * asked.runs),
-        "peak_bytes": peak.peak_bytes,
-        **plan_entries(scheduler.plan),
-    }
+        details = _times(asked, engine, scheduler, batch_size)
+        details |= {"peak_bytes": peak.peak_bytes, **plan_entries(scheduler.plan)}
+    ms = details["step_ms"] / batch_size
     yield Cell(SPEED, asked.row, str(batch_size), MEASURED, ms, details=details)
     origin = {"weights": "drawn in memory" if isinstance(where, Source) else "read from a folder"}
     yield Cell(START, asked.row, str(batch_size), MEASURED, ready_s, details=origin)
+
+
+def _times(asked: Asked, engine: Engine, scheduler: Scheduler, batch_size: int) -> dict[str, Any]:
+    """Of all runs, and what was copied in them."""
+    copied, sweeps = scheduler.stats().bytes_copied, engine.stats.num_sweeps
+    vocab_size = asked.whole.config.vocab_size
+    seconds = [
+        _generate(engine, batch_size, asked.new_tokens, vocab_size) for _ in range(asked.runs)
+    ]
+    copied = scheduler.stats().bytes_copied - copied
+    return {
+        "seconds": seconds,
+        "step_ms": statistics.fmean(seconds) / asked.new_tokens * 1e3,
+        "passes": (engine.stats.num_sweeps - sweeps) / asked.runs,
+        "copied_bytes_per_token": copied / (batch_size * asked.new_tokens * asked.runs),
+    }
 
 
 def _run(asked: Asked, batch_size: int) -> Run:
