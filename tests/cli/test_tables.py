@@ -97,6 +97,7 @@ def test_texts_of_a_batch_share_the_weights_that_stream(report: Report) -> None:
     content = report("bloom", *sizes, "--stream-all", "--runs", "2")
     own = cells_of(content, "bminf int8", "ms_per_token")
     one, many = own["1"]["details"], own["16"]["details"]
+    assert (one["tokens"], many["tokens"]) == (4, 64)
     for details in (one, many):
         assert details["resident"] == 0 and details["planned_bytes"] <= details["memory_limit"]
         assert details["passes"] == 4 and len(details["seconds"]) == 2
@@ -126,6 +127,21 @@ def test_a_scaled_number_is_said_to_be_no_measurement(report: Report) -> None:
     whole = report("bloom", *sizes)  # all of them have room
     assert whole["parameters"]["scale"] == 1 and whole["parameters"]["num_layers"] == 4
     assert not any("scaled" in cell["row"] for cell in whole["results"])
+
+
+@pytest.mark.parametrize("number", [1, 2, 4])
+def test_as_many_layers_as_memory_holds(
+    number: int, monkeypatch: pytest.MonkeyPatch, report: Report
+) -> None:
+    def room(layers: int) -> int:
+        config = replace(TINY["bloom"][2], num_hidden_layers=layers)
+        run = Run(find_sizes(config), torch.float32, "int8", "int8", ())
+        return run.assembled().blobs.nbytes
+
+    for beside, expected in ((0, number), (-1, max(1, number - 1)), (10**4, number)):
+        monkeypatch.setattr(asked, "free_budget", lambda device: room(number) + beside)  # noqa: B023
+        parameters = report("bloom", "--predict-only")["parameters"]
+        assert parameters["num_layers"] == expected
 
 
 @pytest.mark.usefixtures("no_peers")

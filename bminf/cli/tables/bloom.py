@@ -136,17 +136,19 @@ def _measure(asked: Asked, batch_size: int, where: Source | Path) -> Iterator[Ce
 
 def _times(asked: Asked, engine: Engine, scheduler: Scheduler, batch_size: int) -> dict[str, Any]:
     """Of all runs, and what was copied in them."""
-    copied, sweeps = scheduler.stats().bytes_copied, engine.stats.num_sweeps
+    copied, before = scheduler.stats().bytes_copied, engine.stats
     vocab_size = asked.whole.config.vocab_size
     seconds = [
         _generate(engine, batch_size, asked.new_tokens, vocab_size) for _ in range(asked.runs)
     ]
-    copied = scheduler.stats().bytes_copied - copied
+    copied, after = scheduler.stats().bytes_copied - copied, engine.stats
+    num_tokens = after.num_tokens - before.num_tokens
     return {
         "seconds": seconds,
         "step_ms": statistics.fmean(seconds) / asked.new_tokens * 1e3,
-        "passes": (engine.stats.num_sweeps - sweeps) / asked.runs,
-        "copied_bytes_per_token": copied / (batch_size * asked.new_tokens * asked.runs),
+        "tokens": num_tokens // asked.runs,
+        "passes": (after.num_sweeps - before.num_sweeps) / asked.runs,
+        "copied_bytes_per_token": copied / num_tokens,
     }
 
 

@@ -139,9 +139,9 @@ def _captions(content: Content) -> Iterator[str]:
         yield _measured(content)
     if own["num_layers"] != own["num_layers_of_all"] and own["is_measured"]:
         yield (
-            f"Scaled: what was measured, times {own['scale']:.3g}, by which all "
-            f"{own['num_layers_of_all']} layers have more weights to read than these "
-            f"{own['num_layers']}; a prediction."
+            f"Scaled: what was measured, times {own['scale']:.3g}: the weights of all "
+            f"{own['num_layers_of_all']} layers over those of the {own['num_layers']} measured; a "
+            "prediction, too."
         )
     yield _predicted(own)
     yield f"Published: {published()[_SOURCES[own['table']]]['source']}"
@@ -155,7 +155,7 @@ def _measured(content: Content) -> str:
         "90% of what is free" if own["memory_limit"] is None else format_bytes(own["memory_limit"])
     )
     if own["streams_all"]:
-        limit = "the least, so that all weights stream"
+        limit = "the least that each cell can have"
     head = own["head_quantization"]
     texts = f", {own['new_tokens']} greedy tokens of each text" if own["table"] == "bloom" else ""
     return (
