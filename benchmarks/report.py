@@ -12,18 +12,26 @@ import math
 import re
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+from bminf.cli.tables import text
 from bminf.cli.tables.published import published
+from bminf.cli.tables.text import digits, markdown
 from bminf.units import format_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = ("README.md", "docs/quantization.md", "docs/kernels.md", "benchmarks/README.md")
-PLOTS = {"docs/kernels-cpu.svg": ("kernels-cpu.json", "linear rotated")}  # of which op
+DOCUMENTS = (
+    *("README.md", "docs/quantization.md", "docs/kernels.md", "docs/tables.md"),
+    "benchmarks/README.md",
+)
+PLOTS = {  # of which op, or of which numbers of a table
+    "docs/kernels-cpu.svg": ("kernels-cpu.json", "linear rotated"),
+    "docs/table-bloom-cpu.svg": ("table-bloom-cpu.json", "ms_per_token"),
+}
 _MARKED = re.compile(r"<!-- (\S+\.json) -->\n.*?<!-- end -->", re.DOTALL)
 
 Result = dict[str, Any]
@@ -50,8 +58,9 @@ def with_tables(text: str) -> str:
 
 def plot_of(name: str) -> str:
     """The picture that belongs into the file `name` of PLOTS."""
-    file, op = PLOTS[name]
-    return plot(read_result(file), op)
+    file, what = PLOTS[name]
+    content = read_result(file)
+    return table_plot(content, what) if content["case"] == "table" else plot(content, what)
 
 
 def read_result(name: str) -> Content:
@@ -65,12 +74,6 @@ def table(content: Content) -> str:
     """Captions and Markdown tables of one run."""
     parts = [part.rstrip() for part in _PARTS[content["case"]](content)]
     return "\n\n".join(parts) + "\n"
-
-
-def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table whose first column is text and whose others are numbers."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 Column = Callable[[Result], str]
@@ -94,11 +97,6 @@ def at(path: str, form: Callable[[Any], str] = str) -> Column:
         return "" if value is None else form(value)
 
     return cell
-
-
-def _digits(value: float) -> str:
-    """Three of them, and all before the point."""
-    return f"{value:.0f}" if value >= 100 else f"{value:#.3g}"
 
 
 def _device(content: Content) -> str:
@@ -177,7 +175,7 @@ def _predicted(name: str, factor: float, word: str) -> Column:
     """A number with `word` before it where what is not predicted, multiplying, bounds it."""
 
     def cell(result: Result) -> str:
-        number = _digits(result["prediction"][name] * factor)
+        number = digits(result["prediction"][name] * factor)
         return f"{word} {number}" if result.get("is_bound") else number
 
     return cell
@@ -195,13 +193,13 @@ def _blocks(details: dict[str, Any]) -> str:
 
 
 _MEASURED: dict[str, Column] = {
-    "s": at("details", lambda own: _digits(own["tokens"] / own["tokens_per_s"])),
-    "tokens / s": at("details.tokens_per_s", _digits),
+    "s": at("details", lambda own: digits(own["tokens"] / own["tokens_per_s"])),
+    "tokens / s": at("details.tokens_per_s", digits),
     "ms / step": at(
-        "details", lambda own: _digits(own["tokens"] / own["tokens_per_s"] / own["steps"] * 1e3)
+        "details", lambda own: digits(own["tokens"] / own["tokens_per_s"] / own["steps"] * 1e3)
     ),
     "copied / step": at("details.copied_bytes_per_step", format_bytes),
-    "link GB/s": at("details.link_gbps", _digits),
+    "link GB/s": at("details.link_gbps", digits),
     "of the bound": at("details.fraction_of_bound", "{:.0%}".format),
     "blocks stay + stream": at("details", _blocks),
     "peak memory": _peak,
@@ -289,7 +287,7 @@ def _time_cell(name: str, variants: Variants) -> str:
     details, over_plain = variants[name]["details"], _over_plain(name, variants)
     share = details.get("copy_fraction", math.nan)  # where the copy failed, nobody knows
     compared = f"{share:.0%}" if over_plain is None else f"{over_plain:.2f}"
-    text = f"{_digits(variants[name]['time_s']['median'] * 1e6)} ({compared})"
+    text = f"{digits(variants[name]['time_s']['median'] * 1e6)} ({compared})"
     return f"**{text}**" if details.get("is_chosen") else text
 
 
@@ -427,12 +425,71 @@ def _text(x: float, y: float, anchor: str, words: str) -> str:
     return f'<text x="{x:g}" y="{y}" text-anchor="{anchor}">{words}</text>'
 
 
+_WIDTH, _DECADE = 260, 50  # of the plot of a table, and the height of ten times the value
+_LINE = 16  # of its legend
+
+Points = list[tuple[int, float]]
+"""Of a row of a table: the number of a column, and the value."""
+
+
+def table_plot(content: Content, quantity: str) -> str:
+    """An SVG picture: the rows of one table by its columns, which are numbers; both logarithmic."""
+    rows: dict[str, Points] = {}
+    for result in content["results"]:
+        if result["quantity"] == quantity and result["value"] is not None:
+            rows.setdefault(result["row"], []).append((int(result["column"]), result["value"]))
+    points = [point for row in rows.values() for point in row]
+    low = math.floor(math.log10(min(value for _, value in points)))
+    high = math.ceil(math.log10(max(value for _, value in points)))
+    height = _DECADE * (high - low)
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" font-size="10" '
+        f'viewBox="0 0 {_WIDTH + 460} {max(height, _LINE * len(rows)) + 50}">',
+        f"<title>{quantity}, by the number of texts at once</title>",
+        '<rect width="100%" height="100%" fill="white"/>',
+        f'<g transform="translate({_MARGIN} 16)">',
+        *_axes(sorted({number for number, _ in points}), low, high),
+    ]
+    for i, (name, row) in enumerate(rows.items()):
+        lines += _row_of_plot(i, name, [_place(n, v, points, high) for n, v in row])
+    return "\n".join([*lines, "</g>", "</svg>\n"])
+
+
+def _place(number: int, value: float, points: Points, high: int) -> tuple[float, float]:
+    widest = math.log2(max(n for n, _ in points)) or 1.0
+    return _WIDTH * math.log2(number) / widest, _DECADE * (high - math.log10(value))
+
+
+def _axes(numbers: Sequence[int], low: int, high: int) -> Iterator[str]:
+    for power in range(low, high + 1):
+        y = _DECADE * (high - power)
+        yield f'<path d="M0 {y}h{_WIDTH}" stroke="#ddd"/>'
+        yield _text(-4, y + 3, "end", f"{10.0**power:g}")
+    bottom = _DECADE * (high - low)
+    for number in numbers:
+        x, _ = _place(number, 1.0, [(numbers[-1], 1.0)], high)
+        yield _text(round(x, 1), bottom + 13, "middle", str(number))
+    yield _text(_WIDTH / 2, bottom + 28, "middle", "texts at once")
+
+
+def _row_of_plot(i: int, name: str, places: Sequence[tuple[float, float]]) -> Iterator[str]:
+    """A line, its points, and its name; the colors come again, dashed."""
+    color, dash = _COLORS[i % len(_COLORS)], ' stroke-dasharray="4 3"' if i >= len(_COLORS) else ""
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+    yield f'<polyline points="{path}" fill="none" stroke="{color}"{dash}/>'
+    for x, y in places:
+        yield f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2" fill="{color}"/>'
+    sign = "◇" if dash else "■"
+    yield _text(_WIDTH + 16, _LINE * i + 6, "start", f'<tspan fill="{color}">{sign} {name}</tspan>')
+
+
 _PARTS: dict[str, Callable[[Content], Iterator[str]]] = {
     "offload": _offload_parts,
     "kernels": _kernel_parts,
     "zoo": _model_parts,
     "glm": _model_parts,
     "perplexity": _perplexity_parts,
+    "table": text.parts,
 }
 
 if __name__ == "__main__":

@@ -12,12 +12,14 @@ from benchmarks.report import (
     ROOT,
     Target,
     plot_of,
+    read_result,
     table,
     targets,
     with_tables,
 )
 
 BIG = (12288, 12288)
+SPEED = "ms_per_token"
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
@@ -101,3 +103,22 @@ def test_targets() -> None:
     ]
     assert Target("speed", 0.6, 0.85, is_least=True).is_met(margin=1.5)
     assert not Target("time", 2.0, 1.2).is_met(margin=1.5)
+
+
+def test_the_link_binds_at_every_batch_size_as_the_page_says() -> None:
+    cells = read_result("table-binds.json")["results"]
+    fitting = [cell for cell in cells if cell["quantity"] == "pass_s" and cell["value"]]
+    assert {int(cell["column"]) for cell in fitting} == {1, 8, 16, 32, 64, 128}
+    assert {cell["details"]["binds"] for cell in fitting} == {"link"}
+    until = [cell["value"] for cell in cells if cell["quantity"] == "rows_until_arithmetic"]
+    assert 500 < min(until) and max(until) < 10_000
+
+
+def test_a_token_of_sixteen_texts_takes_an_eighth_as_long_as_the_page_says() -> None:
+    """Of one machine, as measured; tests/cli/test_tables.py counts passes and bytes."""
+    cells = read_result("table-bloom-cpu.json")["results"]
+    own = {c["column"]: c for c in cells if c["row"] == "bminf int8" and c["quantity"] == SPEED}
+    one, many = own["1"], own["16"]
+    assert one["kind"] == many["kind"] == "measured"
+    assert one["details"]["resident"] == many["details"]["resident"] == 0
+    assert many["value"] <= one["value"] / 8

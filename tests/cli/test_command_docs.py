@@ -61,6 +61,7 @@ def commands(page: Path) -> list[str]:
         ("docs/serving.md", {"serve"}),
         ("docs/command-line.md", {"chat", "generate", "fill", "serve", "bench", "plan"}),
         ("docs/models.md", {"convert"}),
+        ("docs/tables.md", {"bench"}),
     ],
 )
 def test_commands_of_a_page_are_accepted(page: str, verbs: set[str]) -> None:
