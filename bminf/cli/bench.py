@@ -23,7 +23,6 @@ from bminf.offload.phase import NO_PHASE, Phase
 from bminf.progress import progress_bar
 from bminf.units import format_bytes
 
-_PROMPT_TOKENS, _NEW_TOKENS, _RUNS = 128, 32, 3
 OF_TABLES = ("size", "layers", "batch_sizes", "lengths", "gpu", "predict_only", "stream_all")
 """Options that only --table has."""
 
@@ -35,16 +34,20 @@ _MEASURED = (
 _PHASES = ("prefill", "decode")
 
 
+class Default(int):
+    """A number that was not given on the command line, so that a table has its own."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of this verb."""
     flags.add_model(parser, is_optional=True)
     add = parser.add_argument
-    add("--prompt-tokens", type=flags.positive, metavar="N",
-        help=f"tokens of the prompt, at most; default: {_PROMPT_TOKENS}")  # fmt: skip
-    add("--max-new-tokens", type=flags.above_one, metavar="N",
-        help=f"tokens to generate; default: {_NEW_TOKENS}, of a table 100")  # fmt: skip
-    add("--runs", type=flags.positive, metavar="N",
-        help=f"the median of so many is printed; default: {_RUNS}; of a table the mean, "
+    add("--prompt-tokens", type=flags.positive, default=Default(128), metavar="N",
+        help="tokens of the prompt, at most; default: 128")  # fmt: skip
+    add("--max-new-tokens", type=flags.above_one, default=Default(32), metavar="N",
+        help="tokens to generate; default: 32, of a table 100")  # fmt: skip
+    add("--runs", type=flags.positive, default=Default(3), metavar="N",
+        help="the median of so many is printed; default: 3; of a table the mean, "
         "default: 1")  # fmt: skip
     flags.add_output(parser, "one JSON object, with each run")
     _add_table(parser)
@@ -77,18 +80,10 @@ def run(arguments: argparse.Namespace) -> int:
         from bminf.cli.tables import command
 
         return command.run(arguments)
-    _complete(arguments)
-    return _measure_model(arguments)
-
-
-def _complete(arguments: argparse.Namespace) -> None:
-    """The defaults of a MODEL.   Raises ArgumentError for what only tables have."""
     for name in OF_TABLES:
         if getattr(arguments, name) not in (None, False):
             raise ArgumentError(f"--{name.replace('_', '-')} is for --table; leave it out")
-    arguments.prompt_tokens = arguments.prompt_tokens or _PROMPT_TOKENS
-    arguments.max_new_tokens = arguments.max_new_tokens or _NEW_TOKENS
-    arguments.runs = arguments.runs or _RUNS
+    return _measure_model(arguments)
 
 
 def _measure_model(arguments: argparse.Namespace) -> int:

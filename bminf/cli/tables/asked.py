@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from bminf.arch.t5 import T5Config
+from bminf.cli.bench import Default
 from bminf.cli.gpus import Card, card_of
 from bminf.cli.tables.predicted import OnCard, assembled_for_a_card
 from bminf.cli.tables.tasks import Run, Task, shortened
@@ -127,8 +128,8 @@ def asked_of(arguments: argparse.Namespace, numbers: tuple[int, ...]) -> Asked:
         device_for(device).type,
         card_of(arguments.gpu or _GPUS[table]),
         tuple(sorted({*(arguments.batch_sizes or arguments.lengths or numbers)})),
-        arguments.max_new_tokens or 100,
-        arguments.runs or 1,
+        _given(arguments.max_new_tokens, 100),
+        _given(arguments.runs, 1),
         not arguments.predict_only,
     )
     asked.on_card  # noqa: B018  # raises what is wrong with the format
@@ -137,6 +138,10 @@ def asked_of(arguments: argparse.Namespace, numbers: tuple[int, ...]) -> Asked:
             f"--layers {asked.num_layers} is more than {whole.title} has, {num_layers_of(whole)}"
         )
     return asked
+
+
+def _given(value: int, default: int) -> int:
+    return default if isinstance(value, Default) else value
 
 
 def num_layers_of(source: Source) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-from bminf.cli.bench import OF_TABLES
+from bminf.cli.bench import OF_TABLES, Default
 from bminf.cli.tables import binds, bloom, passes
 from bminf.cli.tables.asked import asked_of
 from bminf.cli.tables.cells import Cell
@@ -58,7 +58,8 @@ def _asked(arguments: argparse.Namespace) -> tuple[dict[str, Any], Iterator[Cell
 def _check(arguments: argparse.Namespace) -> None:
     """Raise ArgumentError for what a table does not look at."""
     for name in (*OF_TABLES, *_OF_MODELS):
-        is_given = getattr(arguments, name) not in (None, False)
+        value = getattr(arguments, name)
+        is_given = value not in (None, False) and not isinstance(value, Default)
         if is_given and name not in _OPTIONS[arguments.table]:
             option = "--model" if name == "built_in" else f"--{name.replace('_', '-')}"
             raise ArgumentError(f"{option} is not for --table {arguments.table}; leave it out")
