@@ -364,6 +364,13 @@ FAULTS = (
         breaks="Cards with half a bus, as an RTX 4060, are predicted to be twice as fast.",
     ),
     Fault(
+        name="tables-streams",
+        file="bminf/cli/tables/bloom.py",
+        old="figures, streams)",
+        new="figures, 1)",
+        breaks="One stream of DeepSpeed ZeRO is shown as eight times as fast as it was published.",
+    ),
+    Fault(
         name="sources-unquantized",
         file="bminf/cli/sources.py",
         old="for p in left.values() if p is not None and p.dim() > 1)",
