@@ -43,6 +43,7 @@ from bminf.models.random_weights import random_weights
 from bminf.models.rows import DecoderRows
 from bminf.models.source import Source, find_sizes
 from bminf.offload.hooks import Scheduler
+from bminf.progress import progress_bar
 
 BATCH_SIZES = (1, 8, 16, 32, 64, 128)
 OPENINGS = (
@@ -95,7 +96,7 @@ def _with_one_limit(asked: Asked) -> Asked:
 
 def _measured(asked: Asked, columns: list[str]) -> Iterator[Cell]:
     with _weights(asked) as where:
-        for column in columns:
+        for column in progress_bar(columns, desc="measuring", leave=False):
             reason = _reason(asked, int(column))
             if reason is None:
                 try:

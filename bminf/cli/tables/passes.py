@@ -28,6 +28,7 @@ from bminf.cli.tables.document import plan_entries
 from bminf.cli.tables.published import published
 from bminf.cli.tables.tasks import ANEW, ENCODER, ONCE, Task, decoder_pass, t5_pass
 from bminf.errors import BudgetError
+from bminf.progress import progress_bar
 
 LENGTHS = {"glm130b": (512, 1024, 2048), "cpm2": (256,)}
 QUANTITY = {"glm130b": "seconds", "cpm2": "tokens_per_s"}
@@ -84,7 +85,7 @@ def _timed(table: str, asked: Asked, tasks: list[Task]) -> dict[str, Cell]:
     """By name. Loaded once, with room for the longest."""
     found = {}
     with asked.run(asked.cut, *tasks).loaded() as (network, scheduler):
-        for task in tasks:
+        for task in progress_bar(tasks, desc="measuring", leave=False):
             make = t5_pass if isinstance(network, T5) else decoder_pass
             _seconds(*make(network, replace(task, length=min(task.length, _WARM_UP_TOKENS))))
             before, timed = scheduler.stats(), make(network, task)
