@@ -131,7 +131,7 @@ def card_of(name: str) -> Card:
     from bminf.offload.memory import free_bytes
 
     if not torch.cuda.is_available():
-        return Card("this CPU", free_bytes(), _of_this_machine(), None)
+        return Card("CPU of this machine", free_bytes(), _of_this_machine(), None)
     own = torch.cuda.get_device_properties(0)
     return Card(own.name, own.total_memory, _of_this_machine(), None)
 
