@@ -254,6 +254,19 @@ def test_what_is_published_of_both(report: Report) -> None:
     assert figures["encoder"]["BMInf 1.0 to 2.0"] == 718
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("table", TINY)
+def test_a_table_on_a_gpu(table: str, report: Report) -> None:
+    own = ("--lengths", "6") if table != "bloom" else ("--batch-sizes", "1", "16")
+    content = report(table, *own, "--layers", "2", "--stream-all", "--device", "cuda")
+    measured = [cell for cell in content["results"] if cell["kind"] == MEASURED]
+    assert content["parameters"]["device"] == "cuda" and content["hardware"]["gpu"]
+    peers_rows = {f"accelerate, {place} offload" for place in peers.PLACES}
+    others = {cell["row"] for cell in measured if not cell["row"].startswith("bminf")}
+    assert others == (peers_rows if table == "bloom" else set())
+    assert len(measured) > len(others)
+
+
 # ---- predictions ---------------------------------------------------------------------------------
 
 
