@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,10 @@ import bminf
 FEW = ["llama", "mixtral", "gpt2", "t5", "gemma3_text", "whisper"]
 
 
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".* are not quantized")
-        warnings.filterwarnings("ignore", message="nothing in the blocks of .* could be quantized")
-        yield
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.* are not quantized"),
+    pytest.mark.filterwarnings("ignore:nothing in the blocks of .* could be quantized"),
+]
 
 
 def reference(name: str, folder: Path, **settings: Any) -> Any:

@@ -7,7 +7,6 @@ prints what became of them.
 from __future__ import annotations
 
 import os
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -61,11 +60,7 @@ OTHERS: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of configurations that are odd now
-        yield
+pytestmark = pytest.mark.filterwarnings("ignore")  # of configurations that are odd now
 
 
 def made(make: Callable[[Path], object], root: Path) -> Path:

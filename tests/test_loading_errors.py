@@ -9,8 +9,7 @@ import json
 import re
 import shutil
 import threading
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +29,7 @@ from bminf.errors import (
 )
 from bminf.models import source
 
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".* are not quantized")
-        yield
+pytestmark = pytest.mark.filterwarnings("ignore:.* are not quantized")
 
 
 @pytest.fixture(scope="session")

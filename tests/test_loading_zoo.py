@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,11 +27,7 @@ NEEDED = {"cpm2": {"model": "cpm2"}, "eva": {"model": "eva"}}
 MORE = {"glm130b": {"tokenizer": ice_tokenizer()}}
 
 
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="found no sentencepiece model")
-        yield
+pytestmark = pytest.mark.filterwarnings("ignore:found no sentencepiece model")
 
 
 @pytest.fixture(scope="session")

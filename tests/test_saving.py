@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
-from collections.abc import Iterator
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -23,14 +21,11 @@ from bminf.errors import ArgumentError, CheckpointError
 from bminf.layers.quantized_linear import QuantizedLinear
 from bminf.layout import tensors_of
 
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".* are not quantized")
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-        warnings.filterwarnings("ignore", message="nothing in the blocks of .* could be quantized")
-        yield
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.* are not quantized"),
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),
+    pytest.mark.filterwarnings("ignore:nothing in the blocks of .* could be quantized"),
+]
 
 
 def half_of(model: torch.nn.Module, quantization: str | None) -> int:

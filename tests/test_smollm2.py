@@ -15,16 +15,11 @@ PROMPT = "Once upon a time,"
 
 
 @pytest.fixture(scope="module")
-def folder(smollm2_folder: Path) -> Path:
-    return smollm2_folder
-
-
-@pytest.fixture(scope="module")
-def plain_ids(folder: Path) -> list[list[int]]:
+def plain_ids(smollm2_folder: Path) -> list[list[int]]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    inputs = AutoTokenizer.from_pretrained(folder)(PROMPT, return_tensors="pt")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    inputs = AutoTokenizer.from_pretrained(smollm2_folder)(PROMPT, return_tensors="pt")
+    model = AutoModelForCausalLM.from_pretrained(smollm2_folder, dtype=torch.float32)
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     ids = model.generate(**inputs, max_new_tokens=12, do_sample=False)
@@ -33,12 +28,12 @@ def plain_ids(folder: Path) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def reports(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def reports(smollm2_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     program, offload_dir = (
         Path(__file__).with_name("smollm2_memory.py"),
         tmp_path_factory.mktemp("a"),
     )
-    report: dict[str, Any] = told_by(program, folder, offload_dir)
+    report: dict[str, Any] = told_by(program, smollm2_folder, offload_dir)
     assert list(offload_dir.iterdir()) == []
     return report
 
@@ -56,11 +51,11 @@ def test_it_keeps_to_the_plan(
     assert report["wrapping_bytes"] <= report["total_bytes"] + 2 * report["block_bytes"]
 
 
-def test_quantized_it_still_speaks(folder: Path) -> None:
+def test_quantized_it_still_speaks(smollm2_folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_folder)
+    model = AutoModelForCausalLM.from_pretrained(smollm2_folder, dtype=torch.float32)
     bminf.wrapper(model, memory_limit="200MB", device="cpu")
     assert bminf.plan_of(model).streamed
     inputs = tokenizer("The capital of France is", return_tensors="pt")

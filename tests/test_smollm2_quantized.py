@@ -23,11 +23,6 @@ WINDOW = 384
 NUM_WINDOWS = 2
 
 
-@pytest.fixture(scope="module")
-def folder(smollm2_folder: Path) -> Path:
-    return smollm2_folder
-
-
 def load(folder: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
@@ -35,11 +30,11 @@ def load(folder: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def windows(folder: Path) -> torch.Tensor:
+def windows(smollm2_folder: Path) -> torch.Tensor:
     from transformers import AutoTokenizer
 
     text = topics["customization"]
-    ids = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt").input_ids[0]
+    ids = AutoTokenizer.from_pretrained(smollm2_folder)(text, return_tensors="pt").input_ids[0]
     return ids[: NUM_WINDOWS * WINDOW].view(NUM_WINDOWS, WINDOW)
 
 
@@ -60,15 +55,15 @@ def divergence(log_probs: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 @pytest.fixture(scope="module")
-def plain(folder: Path, windows: torch.Tensor) -> list[torch.Tensor]:
-    return [p.half() for p in log_probs_of(load(folder), windows)]
+def plain(smollm2_folder: Path, windows: torch.Tensor) -> list[torch.Tensor]:
+    return [p.half() for p in log_probs_of(load(smollm2_folder), windows)]
 
 
 @pytest.fixture(scope="module")
-def packed(folder: Path) -> dict[str, Any]:
+def packed(smollm2_folder: Path) -> dict[str, Any]:
     """By what it is packed to; each keeps the activations that it was given last."""
     return {
-        bits: bminf.wrapper(load(folder), bits, memory_limit="4GB", device="cpu")
+        bits: bminf.wrapper(load(smollm2_folder), bits, memory_limit="4GB", device="cpu")
         for bits in ("int8", "int4")
     }
 
@@ -123,9 +118,9 @@ def test_token_by_token_agrees_with_the_whole_window(
     assert ratio == pytest.approx(1, abs=0.002)
 
 
-def test_groups_of_32_with_a_minimum_hold_its_weights_exactly(folder: Path) -> None:
+def test_groups_of_32_with_a_minimum_hold_its_weights_exactly(smollm2_folder: Path) -> None:
     """They come from Q4_1, which is this format."""
-    for name, weight in load(folder).model.layers[7].named_parameters():
+    for name, weight in load(smollm2_folder).model.layers[7].named_parameters():
         if weight.dim() == 2:
             packed = pack(weight, Format(4, 32, has_minimum=True))
             assert torch.equal(dequantize(packed, torch.float32), weight), name
@@ -134,9 +129,9 @@ def test_groups_of_32_with_a_minimum_hold_its_weights_exactly(folder: Path) -> N
 
 @pytest.mark.parametrize(("quantization", "most"), [("int8", 0.51), ("int4", 0.32)])
 def test_streamed_blocks_are_as_small_as_promised(
-    quantization: str, most: float, folder: Path
+    quantization: str, most: float, smollm2_folder: Path
 ) -> None:
-    model = load(folder)
+    model = load(smollm2_folder)
     plan = plan_for(model, quantization)
     layer = model.model.layers[0]
     norms = sum(p.nbytes for p in layer.parameters() if p.dim() == 1)

@@ -6,12 +6,20 @@ import io
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from terminal import Command, Output
+from tiny_llama import save_llama
 
 from bminf.cli import main
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama, which no test changes."""
+    return save_llama(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture

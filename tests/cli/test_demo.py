@@ -15,18 +15,12 @@ import torch
 import transformers
 from streaming import until
 from terminal import Command, started
-from tiny_llama import save_llama
 
 from bminf.cli import demo, models
 from bminf.cli.measure import PeakMemory, rss_anon_bytes
 
 SAME, OTHER = "texts equal: yes", "texts equal: no"
 ROUNDING = 0.11  # MiB: what is printed has one digit behind the point, and two are added
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_llama(tmp_path_factory.mktemp("tiny"))
 
 
 def test_real_model() -> None:

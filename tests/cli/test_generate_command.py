@@ -32,11 +32,6 @@ Printed = Callable[..., str]
 TEXTS = {"cpm1": "今天天气", "cpm2": "今天天气", "eva": "你是谁", "glm10b": "now is the time"}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_llama(tmp_path_factory.mktemp("tiny"))
-
-
 @pytest.fixture
 def generate(command: Command) -> Command:
     """generate(folder, "once", "--json", code=0)"""
