@@ -58,6 +58,7 @@ def load(
     blocks: Iterable[str] | None = None,
     uses: Mapping[str, float] | None = None,
     quantize: Predicate | None = None,
+    deterministic: bool = False,
     trust_remote_code: bool = False,
 ) -> Any:
     """The model in a folder, within `memory_limit`, without ever holding all of it as it was saved.
@@ -79,6 +80,8 @@ def load(
     config: for a model of the zoo, see bminf.models.LanguageModel.
     tokenizer: in place of that of the folder; for a model of the zoo, as for its class.
     reserve, blocks, uses, quantize: as for wrapper(); not for models of the zoo.
+    deterministic: for a model of the zoo, see bminf.models.LanguageModel; for one of transformers
+        give it to bminf.Engine.
     trust_remote_code: True lets transformers run the code that a folder brings with it.
 
     Some rows of one tensor are in memory at a time, beside what is loaded; where transformers
@@ -101,9 +104,12 @@ def load(
         return kind(
             path, memory_limit, dtype=dtype, device=device, max_length=max_length,  # type: ignore
             max_batch_size=max_batch_size, config=config, tokenizer=tokenizer,
-            offload_dir=offload_dir, **more,
+            offload_dir=offload_dir, deterministic=deterministic, **more,
         )  # fmt: skip
-    _check_not_given(f"models of bminf.models, and {path} holds one of transformers", config=config)
+    _check_not_given(
+        f"models of bminf.models, and {path} holds one of transformers",
+        config=config, deterministic=deterministic,
+    )  # fmt: skip
     if is_saved(path):
         read_description(path)  # which compares all small files, before any is used
     found = tokenizer_in(path, trust_remote_code) if tokenizer is None else None

@@ -22,6 +22,7 @@ KINDS = {
     "eva": bminf.models.EVA,
     "glm130b": bminf.models.GLM,
     "glm10b": bminf.models.GLM,
+    "bloom": bminf.models.BLOOM,
 }
 NEEDED = {"cpm2": {"model": "cpm2"}, "eva": {"model": "eva"}}
 MORE = {"glm130b": {"tokenizer": ice_tokenizer()}}
@@ -56,7 +57,7 @@ def logits(model: Any, name: str) -> torch.Tensor:
     if name.startswith("glm"):
         return model.logits("the [MASK]")
     ids = list(range(11, 31))
-    return model.logits(ids) if name == "cpm1" else model.logits(ids, ids[:9])
+    return model.logits(ids) if name in ("cpm1", "bloom") else model.logits(ids, ids[:9])
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -70,6 +71,11 @@ def test_a_folder_of_the_zoo_gives_its_class(
         with bminf.load(folder, None, None, device="cpu", **needed, **more) as model:
             assert type(model) is KINDS[name]
             assert torch.equal(logits(model, name), expected)
+
+
+def test_it_may_be_deterministic(folders: dict[str, Path]) -> None:
+    with bminf.load(folders["cpm1"], device="cpu", deterministic=True) as model:
+        assert model.engine._is_fixed
 
 
 def test_the_format_is_that_of_the_folder_unless_it_is_said(
