@@ -90,8 +90,12 @@ def log_probabilities(
     logits: (V,), of one row, as the model gave them: neither temperature nor penalties.
     """
     logs = logits.detach().float().log_softmax(-1)
-    values, ids = logs.sort(descending=True, stable=True)
-    top = zip(ids[:num_top].tolist(), values[:num_top].tolist(), strict=True)
+    if num_top == 0:
+        return float(logs[token]), []
+    least = logs.topk(min(num_top, len(logs))).values[-1]
+    ids = (logs >= least).nonzero().view(-1)  # with those that tie with the last: few, to be sorted
+    values, order = logs[ids].sort(descending=True, stable=True)
+    top = zip(ids[order[:num_top]].tolist(), values[:num_top].tolist(), strict=True)
     return float(logs[token]), list(top)
 
 

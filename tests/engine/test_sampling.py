@@ -329,6 +329,18 @@ def test_log_probabilities_are_those_of_the_model() -> None:
     assert [token for token, _ in top] == [1, 3, 2] and dict(top)[2] == own
 
 
+@pytest.mark.parametrize("number", [0, 1, 7, 20, 64])
+@pytest.mark.parametrize("step", [1.0, 1e-4])
+def test_the_most_probable_tokens_are_the_first_of_all_sorted(number: int, step: float) -> None:
+    """Of tokens that are equally probable, the ones of the least ids."""
+    logits = (torch.randn(64, generator=torch.Generator().manual_seed(0)) / step).round() * step
+    logits[3] = -math.inf
+    logs = logits.log_softmax(-1).tolist()
+    expected = sorted(range(64), key=lambda token: -logs[token])[:number]
+    own, top = log_probabilities(logits, 5, number)
+    assert own == logs[5] and top == [(token, logs[token]) for token in expected]
+
+
 def counted_by_hand(
     logits: list[float], prompt: list[int], steps: int, sampling: Sampling
 ) -> list[int]:
