@@ -14,7 +14,7 @@ from tiny_zoo import save, write_ranks
 MOST_BYTES = 20 * 2**20
 
 
-def test_files_of_200_mb_take_less_than_20(tmp_path: Path) -> None:
+def test_a_file_of_200_mb_takes_less_than_20(tmp_path: Path) -> None:
     shared = torch.ones(TENSOR_BYTES // 2, dtype=torch.float16)
     weights = {f"t{n}": shared.clone() for n in range(NUM_TENSORS)}
     for form in ("zip", "old"):
