@@ -45,14 +45,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = _parser(argv).parse_args(argv)
         flags |= arguments.flags
         code = int(arguments.run(arguments))
-        if sys.stdout is not None:  # closed by `>&-`
-            sys.stdout.flush()  # here, where an error can still be reported
+        _flush()
         return code
     except ArgumentError as error:
         return _fail(error, flags, 2)
     except BrokenPipeError:  # the reader of the output has closed it, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the last flush
         return 0
+    except SystemExit:
+        try:
+            _flush()  # of --help and --version
+        except OSError as error:
+            return _fail(error, flags, 1)
+        raise
     except (BMInfError, OSError) as error:
         return _fail(error, flags, 1)
     except KeyboardInterrupt:
@@ -60,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130  # 128 + SIGINT, as a shell has it
     finally:
         warnings.formatwarning = shown
+        _give_up_output()
 
 
 class _Parser(argparse.ArgumentParser):
@@ -92,6 +97,21 @@ def _print_anything() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+
+
+def _flush() -> None:
+    """Write what was printed, here, where an error can still be reported."""
+    if sys.stdout is not None:  # closed by `>&-`
+        sys.stdout.flush()
+
+
+def _give_up_output() -> None:
+    """What cannot be written now cannot at the end of the process either, where Python would say so
+    once more, and choose the exit code."""
+    try:
+        _flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _warning(flags: Flags, message: Warning | str, *_: Any, **__: Any) -> str:

@@ -15,7 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of this verb."""
     add = parser.add_argument
     add(
-        "source", metavar="SRC", help="a folder or hub id of CPM-1, CPM-2, EVA, GLM or transformers"
+        "source",
+        metavar="SRC",
+        help="a folder or hub id of CPM-1, CPM-2, EVA, GLM, BLOOM or of transformers",
     )
     add("destination", metavar="DST", help="the folder to write; it must not exist yet")
     add(

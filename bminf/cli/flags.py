@@ -14,8 +14,8 @@ from bminf.errors import ArgumentError
 from bminf.units import parse_bytes
 
 MODEL_HELP = (
-    "a folder or hub id of transformers or of CPM-1, CPM-2, EVA or GLM, a folder of bminf.save() "
-    "or bminf convert, or a .gguf file"
+    "a folder or hub id of transformers or of CPM-1, CPM-2, EVA, GLM or BLOOM, a folder of "
+    "bminf.save() or bminf convert, or a .gguf file"
 )
 
 _SAMPLING = (

@@ -170,10 +170,20 @@ def test_a_reader_that_has_enough_is_no_error() -> None:
     done = run([sys.executable, "-c", PRINTING], stdout=write_end)
     os.close(write_end)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    "options", [["-c", PRINTING], ["-u", "-c", PRINTING], ["-m", "bminf", "--version"]]
+)
+def test_a_full_disk_is_one_line_and_a_failure(options: list[str]) -> None:
+    """Also where nothing was written before the end of the process, which tries once more."""
+    buffered = {name: text for name, text in os.environ.items() if name != "PYTHONUNBUFFERED"}
     with open("/dev/full", "w") as full:
-        done = run([sys.executable, "-u", "-c", PRINTING], stdout=full)
-    assert done.returncode == 1 and "No space left" in done.stderr
-    assert "Traceback" not in done.stderr
+        done = subprocess.run(
+            [sys.executable, *options], env=buffered, stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == 1
+    assert done.stderr == "bminf: error: [Errno 28] No space left on device\n"
 
 
 def test_a_closed_stdout_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
