@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from bminf.engine.beam import Decoder
+from bminf.engine.request import Request
 from bminf.errors import ArgumentError
 from bminf.layers.kv_cache import KVCache
-from bminf.layers.packed_cache import PackedCache, Span
 from bminf.models.arguments import Text
 from bminf.models.base import LanguageModel
 from bminf.models.calls import needs_open_model
-from bminf.models.evaluate import log_probabilities, perplexity, windows
+from bminf.models.evaluate import perplexity, windows
 from bminf.models.prompt import Prompt, padded
 
 
@@ -69,8 +69,8 @@ class DecoderOnly(LanguageModel):
         """The log-probability of each choice as what follows `text`: the largest is the answer.
 
         text: a str or token ids.   choices: texts or token ids. The log-probabilities of a choice's
-        tokens are summed, without dividing by their number. As many choices as the cache has room
-        for share a pass.   Raises ArgumentError.
+        tokens are summed, without dividing by their number. Choices share passes, as texts do.
+        Raises ArgumentError.
         """
         if isinstance(choices, str) or not isinstance(choices, Sequence) or not choices:
             raise ArgumentError(f"choices={choices!r}; give a list with at least one choice")
@@ -78,8 +78,8 @@ class DecoderOnly(LanguageModel):
         rows = []
         for number, choice in enumerate(choices):
             rows.append([*context, *self._ids(choice, f"choices[{number}]")])
-            self._check_length(rows[-1][:-1], f"text with choices[{number}]")
-        return [score for some in self._passes(rows) for score in self._scores(some, len(context))]
+            self._check_length(rows[-1], f"text with choices[{number}]")
+        return [sum(logs[len(context) - 1 :]) for logs in self._scored(rows)]
 
     @needs_open_model
     def perplexity(self, text: Text, stride: int | None = None) -> float:
@@ -88,47 +88,25 @@ class DecoderOnly(LanguageModel):
         The text is read in windows of max_length tokens, each of which begins `stride` tokens after
         the one before; None is as far as a window is long. Tokens that a window shares with the one
         before are read, and not scored again; a token with nothing before it in its window is not
-        scored.
+        scored. Windows share passes, as texts do.
         Raises ArgumentError, also for a text of one token.
         """
         ids = self._ids(text, "text")
         if len(ids) < 2:
             raise ArgumentError("text has one token, and nothing to predict it from; give more")
-        stride = self.max_length if stride is None else stride
-        total, count = 0.0, 0
-        for window, num_known in windows(ids, self.max_length, stride):
-            first = max(1, num_known)
-            if len(window) > first:
-                (loss,) = self._scores([window], first)
-                total, count = total - loss, count + len(window) - first
-        return perplexity(total, count)
+        length = self.max_length
+        found = [*windows(ids, length, length if stride is None else stride)]
+        scored = self._scored([window for window, _ in found])
+        known = (max(0, num_known - 1) for _, num_known in found)
+        logs = [log for own, first in zip(scored, known, strict=True) for log in own[first:]]
+        return perplexity(-sum(logs), len(logs))
 
-    def _passes(self, rows: Sequence[list[int]]) -> Iterator[list[list[int]]]:
-        """`rows` in groups, in order, that the cache has room for."""
-        room = self.max_length * self.max_batch_size
-        some: list[list[int]] = []
-        for row in rows:
-            if some and sum(len(one) - 1 for one in [*some, row]) > room:
-                yield some
-                some = []
-            some.append(row)
-        yield some
-
-    def _scores(self, rows: Sequence[list[int]], num_known: int) -> list[float]:
-        """Of each row the log-probability of its tokens behind the first num_known, in one pass."""
-        spans, wanted = [], list[int]()
-        start = 0
-        for row in rows:
-            length = len(row) - 1  # the last is not fed
-            spans.append(Span(start, 0, length))
-            wanted += range(start + num_known - 1, start + length)
-            start += length
-        ids = [token for row in rows for token in row[:-1]]
-        targets = [token for row in rows for token in row[num_known:]]
-        with self._whole_cache():
-            x = self.model(self._tensor([ids]), PackedCache(self._cache.tokens, spans))[0]
-            logs = log_probabilities(self.model.head, x[wanted], targets)
-        return [float(own.sum()) for own in logs.split([len(row) - num_known for row in rows])]
+    def _scored(self, rows: Sequence[list[int]]) -> list[list[float]]:
+        """Of each row the log-probabilities of all tokens but the first."""
+        requests = [Request(row, 0, num_prompt_logprobs=0) for row in rows]
+        engine = self.engine
+        engine.run([engine.add(request) for request in requests])
+        return [[one.logprob for one in request.prompt_logprobs] for request in requests]
 
     def _prompt(self, text: Any) -> Prompt:
         ids = self._encoded(text)
