@@ -44,6 +44,11 @@ class GoldenSet:
     def info(self) -> dict[str, Any]:
         return json.loads((self.path / "info.json").read_text())
 
+    @property
+    def tolerance(self) -> float:
+        """Of float32: what the reference itself differs by between one pass and many."""
+        return max(TOLERANCE, 3 * float(self.info.get("max_abs_cached_step_vs_full", 0)))
+
     @cached_property
     def bminf1(self) -> dict[str, Any]:
         """What was recorded of BMInf 1.x."""
@@ -80,6 +85,15 @@ class GoldenSet:
             return int(self.info["config"]["max_position_embeddings"])
         ids = [t.shape[1] for name, t in self.tensors.items() if name.endswith("input_ids")]
         return max([*ids, self.tensors["greedy_ids"].shape[1] + 1])
+
+
+def is_int8(given: GoldenSet, layout: str) -> bool:
+    """Whether DeepSpeed stored its linears as codes, which are other weights than the reference's.
+
+    Its versions spell the name of the index in two ways.
+    """
+    files = [*(given.path / layout).glob("ds*inference_config.json")]
+    return any(json.loads(file.read_text()).get("dtype") == "int8" for file in files)
 
 
 def is_absent(name: str) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
-from golden import TOLERANCE, for_each, golden, largest
+from golden import for_each, golden, largest
 from tiny_models import TINY, greedy, inputs_of, output_of
 
 import bminf
@@ -83,7 +83,7 @@ def test_golden_folders_of_transformers(name: str, case: str) -> None:
     real = given.tensors["attention_mask"]
     with torch.no_grad():
         found = model(given.tensors["input_ids"], attention_mask=real).logits
-    assert largest(found[real.bool()], given.tensors["logits"][real.bool()]) <= TOLERANCE
+    assert largest(found[real.bool()], given.tensors["logits"][real.bool()]) <= given.tolerance
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])

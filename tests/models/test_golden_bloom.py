@@ -6,7 +6,6 @@ bminf/arch/bloom.py, bminf/models/bloom.py.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from functools import lru_cache, partial
 from typing import Any
@@ -19,6 +18,7 @@ from golden import (
     expect_streamed_is_resident,
     for_each,
     golden,
+    is_int8,
     largest,
 )
 from quantized_models import dequantize_linears
@@ -29,24 +29,12 @@ from bminf.layers.alibi import Alibi, slopes
 
 NAME = ("bloom",)
 CLASSES["bloom"] = "BLOOM"
-LEAST_TOLERANCE = 2e-5
 Tensors = dict[str, torch.Tensor]
 
 _OUTPUTS = (
     *("embed_hidden", "layer_hidden", "final_hidden", "logits", "k_cache", "v_cache"),
     *("logits_incremental", "long_logits_last4", "greedy_step_logits"),
 )
-
-
-def tolerance(given: GoldenSet) -> float:
-    """Of float32: what the reference itself differs by between one pass and many."""
-    return max(LEAST_TOLERANCE, 3 * float(given.info["max_abs_cached_step_vs_full"]))
-
-
-def is_int8(given: GoldenSet, layout: str) -> bool:
-    """Whether its linears are stored as codes, which are other weights than the reference's."""
-    files = [*(given.path / layout).glob("ds*inference_config.json")]
-    return any(json.loads(file.read_text()).get("dtype") == "int8" for file in files)
 
 
 def float_layouts(given: GoldenSet) -> list[str]:
@@ -134,7 +122,7 @@ def test_golden_bloom_computes_what_transformers_did(name: str, case: tuple[str,
     given = golden(name)
     x, expected = outputs_of_layout(layout)[key], given.tensors[key]
     error = largest(valid(key, x, given.tensors), valid(key, expected, given.tensors))
-    assert error <= tolerance(given), error
+    assert error <= given.tolerance, error
 
 
 def rows_of(given: Tensors) -> list[list[int]]:
@@ -230,7 +218,7 @@ def test_golden_bloom_packed_is_the_float_model_of_its_weights(
         floats = outputs(given, model)
     for key, x in packed.items():
         deviation = max(1.0, float(floats[key].std()))
-        assert largest(x, floats[key]) <= tolerance(given) * deviation, key
+        assert largest(x, floats[key]) <= given.tolerance * deviation, key
 
 
 def streamed_cases(given: GoldenSet) -> list[tuple[str, str]]:
@@ -244,7 +232,7 @@ def streamed_cases(given: GoldenSet) -> list[tuple[str, str]]:
 @for_each(NAME, streamed_cases)
 def test_golden_bloom_streamed_equals_resident(name: str, case: tuple[str, str]) -> None:
     given, (layout, form) = golden(name), case
-    arguments = {**FORMS.get(form, {}), "max_length": 160, "max_batch_size": 3}
+    arguments = FORMS.get(form, {})
     expect_streamed_is_resident(given, layout, partial(outputs, given), **arguments)
 
 
@@ -259,7 +247,7 @@ def test_golden_bloom_codes_of_deepspeed(name: str, case: str) -> None:
     given = golden(name)
     with load(given, case) as model:
         logits = outputs(given, model)["logits"][:, -1]
-    assert largest(logits, given.tensors["ds_int8_logits_last"]) <= tolerance(given)
+    assert largest(logits, given.tensors["ds_int8_logits_last"]) <= given.tolerance
 
 
 def slope_cases(given: GoldenSet) -> list[str]:
