@@ -179,7 +179,9 @@ def read_sharded(index: Path) -> dict[str, InFile]:
         tensors = read_weights(path)
         named = {name for name, place in weight_map.items() if place == shard}
         if missing := sorted(named - tensors.keys()):
-            raise CheckpointError(f"{path} lacks {listed(missing)}")
+            raise CheckpointError(
+                f"{path} lacks {listed(missing)}, which {index.name} places there; fetch both again"
+            )
         if extra := sorted(tensors.keys() - named):
             raise CheckpointError(
                 f"{path} holds {listed(extra)}, which {index.name} does not place there; "

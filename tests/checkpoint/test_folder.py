@@ -186,7 +186,10 @@ def test_a_missing_shard_is_named(make: Callable[[Path], None], tmp_path: Path) 
             {**dict.fromkeys(WEIGHTS, "model-0.safetensors")},
             r"model-0\.safetensors lacks 'b\.weight'",
         ),
-        ({"b.weight": "model-0.safetensors"}, r"lacks 'b\.weight'"),
+        (
+            {"b.weight": "model-0.safetensors"},
+            r"lacks 'b\.weight', which .*\.index\.json places there; fetch both",
+        ),
         ({"x": "../model-0.safetensors"}, "should be one beside it"),
         ({"x": "/etc/passwd"}, "should be one beside it"),
         ({"x": ".."}, "should be one beside it"),
