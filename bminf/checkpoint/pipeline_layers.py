@@ -97,8 +97,10 @@ def _layer_files(folder: Path) -> dict[int, list[Path]]:
 
 
 def _check_layers(folder: Path, found: Mapping[int, Mapping[int, Path]]) -> None:
-    """Raise CheckpointError where one is missing between two others."""
+    """Raise CheckpointError where the first is missing, or one between two others."""
     first, last = min(found), max(found)
+    if first > 1:  # before the embedding there is at most a cast, which has no file
+        raise _missing(folder, 1, 0)
     for layer in range(first + 2, last - 1):
         if layer not in found:
             raise _missing(folder, layer, 0)

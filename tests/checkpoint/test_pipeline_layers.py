@@ -176,6 +176,9 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a layer missing": (
         lambda f: [path_of(f, 4, r).unlink() for r in (0, 1)], "lacks layer_04-model_00",
     ),
+    "the embedding missing": (
+        lambda f: [path_of(f, 1, r).unlink() for r in (0, 1)], "lacks layer_01-model_00",
+    ),
     "the first layer missing": (
         lambda f: [path_of(f, 3, r).unlink() for r in (0, 1)], "lacks layer_03-model_00",
     ),
