@@ -27,7 +27,7 @@ from bminf.checkpoint.config import ConfigReader, find_config, num_layers_of, ro
 from bminf.checkpoint.folder import Checkpoint
 from bminf.checkpoint.model_parallel import AVERAGED, COLUMNS, ROWS, SplitTable
 from bminf.checkpoint.names import Rule, rules_of
-from bminf.checkpoint.stored import Stored
+from bminf.checkpoint.stored import Rows, Stored
 from bminf.checks import check_bool, check_eps, check_sizes
 from bminf.errors import ArgumentError, CheckpointError
 from bminf.layers.alibi import TILE_BYTES, Alibi, slopes
@@ -117,7 +117,7 @@ def bloom_config(
             f"{where}: vocab_size is {source['vocab_size']}, and the embedding has {num_rows} "
             "rows; take the configuration that came with it"
         )
-    return reader.made(
+    config = reader.made(
         BloomConfig,
         vocab_size=num_rows,
         hidden_size=hidden_size,
@@ -129,6 +129,20 @@ def bloom_config(
             "apply_residual_connection_post_layernorm"
         ),
     )
+    _check_heads_of_ranks(config, tensors, where)
+    return config
+
+
+def _check_heads_of_ranks(config: BloomConfig, tensors: Mapping[str, Stored], where: str) -> None:
+    """Raise CheckpointError where a rank would have a part of a head: there are others then."""
+    shared, rows = tensors.get("layers.0.attention.qkv.bias"), 3 * config.head_dim
+    for part in shared.parts if isinstance(shared, Rows) else ():
+        if part.shape[0] % rows:
+            raise CheckpointError(
+                f"{where}: n_head is {config.num_attention_heads}, {rows} rows each, but "
+                f"{part.where} has {part.shape[0]}, and a rank has whole heads; give the n_head "
+                "that this checkpoint was trained with"
+            )
 
 
 def _num_heads(reader: ConfigReader, hidden_size: int) -> int:
@@ -136,7 +150,7 @@ def _num_heads(reader: ConfigReader, hidden_size: int) -> int:
     if found is None:
         raise CheckpointError(
             f"{reader.where} does not say n_head, and hidden_size={hidden_size} is of no published "
-            "BLOOM; give config=..., a path or a mapping with n_head"
+            "BLOOM; put its config.json there, or give config=..., a path or a mapping with n_head"
         )
     return found
 

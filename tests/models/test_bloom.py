@@ -230,6 +230,14 @@ def test_a_wrong_folder_is_named(what: str, refuse: Any, tmp_path: Path) -> None
     refuse("bloom", folder, CheckpointError, words)
 
 
+@pytest.mark.parametrize("degree", [3, 6])
+def test_ranks_have_whole_heads(degree: int, refuse: Any, tmp_path: Path) -> None:
+    """Which is all that tells a wrong number of heads: no shape of the model depends on it."""
+    folder = tiny_bloom(n_head=6).write_original(tmp_path / "model", degree)
+    config_of(n_head=4)(folder)
+    refuse("bloom", folder, CheckpointError, r"n_head is 4, 36 rows each, but .*model_00.* has")
+
+
 def test_a_vocabulary_of_more_tokens_than_rows(refuse: Any, tmp_path: Path) -> None:
     made = tiny_bloom()
     short = with_tensor(made, "word_embeddings.weight", made.tensors["word_embeddings.weight"][:99])
