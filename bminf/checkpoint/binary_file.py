@@ -25,7 +25,8 @@ class BinaryFile:
 
     Only the 64 files opened last are open at a time; an earlier one is opened anew when it is read.
     No position is in common: threads and processes that fork may read one file at the same time.
-    nbytes: its size when it was opened first.
+    nbytes: its size when it was opened first.   has_checksums: whether it came with some, as our
+    own files do, of which each byte is checked when it is read first.
     Raises CheckpointError where it is missing, no file, or not readable.
     """
 
@@ -34,6 +35,7 @@ class BinaryFile:
         self._descriptor: Descriptor | None = None
         self.nbytes = os.fstat(self.opened().fd).st_size
         self._unread = tuple(unread)
+        self.has_checksums = bool(self._unread)
 
     def __reduce__(self) -> tuple[type[BinaryFile], tuple[Path, tuple[Span, ...]]]:
         return BinaryFile, (self.path, self._unread)  # another process has no such descriptor
@@ -41,6 +43,7 @@ class BinaryFile:
     def expect(self, spans: Iterable[Span]) -> None:
         """Have mapped() compare the checksum of each span before any of its bytes are given."""
         self._unread = tuple(spans)
+        self.has_checksums = bool(self._unread)
         for span in self._unread:
             self.check(span.start, span.end - span.start, "what has a checksum")
 

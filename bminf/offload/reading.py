@@ -57,16 +57,32 @@ def read_block(contents: Contents, block: str, blob: torch.Tensor) -> None:
     run, found = contents.lying(block)
     if run is not None:
         run.read_into(blob)
+        if not run.file.has_checksums:
+            for name, stored in found:
+                _check_taken(contents, block, name, stored, layout.view(blob, name))
         return
     as_they_are: set[int] = set()
     for name, stored in found:
         if (offset := layout.offsets[name]) not in as_they_are:
             room = blob[offset : offset + stored.span_bytes]
             stored.read_into(room)
-            is_packed = _is_packed(_joined(block, name), contents)
-            _check_finite(room.view(stored.dtype), stored, takes_infinity=not is_packed)
+            _check_taken(contents, block, name, stored, room.view(stored.dtype))
             as_they_are.add(offset)
     layout.fill(blob, tensors_of_block(contents, block, as_they_are))
+
+
+def streamable_run(contents: Contents, block: str) -> InFile | None:
+    """The bytes of a block, where they can be read from their file in each pass, as they are.
+
+    What of them has no checksum, because another program wrote it, is looked through here, once.
+    Raises CheckpointError where that holds NaN.
+    """
+    run, found = contents.lying(block)
+    if run is not None and not run.file.has_checksums:
+        for name, stored in found:
+            for _, tensor in pieces(stored):
+                _check_taken(contents, block, name, stored, tensor)
+    return run
 
 
 def tensors_of_block(contents: Contents, block: str, filled: Iterable[int] = ()) -> Iterator[Chunk]:
@@ -94,6 +110,14 @@ def tensors_of_block(contents: Contents, block: str, filled: Iterable[int] = ())
                 continue
             for first_row, tensor in pieces(stored):
                 yield name, _check_finite(tensor, stored).to(spec.dtype), first_row
+
+
+def _check_taken(
+    contents: Contents, block: str, name: str, stored: Stored, tensor: torch.Tensor
+) -> None:
+    """Raise CheckpointError where what is taken as it lies in a file is of no use."""
+    is_packed = _is_packed(_joined(block, name), contents)
+    _check_finite(tensor, stored, takes_infinity=not is_packed)
 
 
 def _is_packed(name: str, contents: Contents) -> bool:

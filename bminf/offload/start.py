@@ -19,7 +19,7 @@ from bminf.offload.blob import Blobs
 from bminf.offload.hooks import ATTRIBUTE, Scheduler
 from bminf.offload.placement import load
 from bminf.offload.plan import Block, Plan, plan
-from bminf.offload.reading import Contents, read_block
+from bminf.offload.reading import Contents, read_block, streamable_run
 
 
 def plan_on(
@@ -105,5 +105,5 @@ def _lying(contents: Contents, blocks: Iterable[str]) -> dict[str, InFile]:
     """Those of `blocks` whose bytes lie in a file as their layouts say, as in a folder of ours."""
     if not hasattr(os, "preadv"):  # Windows, where a file that is open cannot be replaced either
         return {}
-    found = {name: contents.lying(name)[0] for name in blocks}
+    found = {name: streamable_run(contents, name) for name in blocks}
     return {name: run for name, run in found.items() if run is not None}

@@ -230,6 +230,25 @@ def test_a_wrong_folder_is_named(what: str, refuse: Any, tmp_path: Path) -> None
     refuse("bloom", folder, CheckpointError, words)
 
 
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_nan_in_a_head_that_is_taken_as_it_lies(
+    is_streamed: bool, load: Loader, refuse: Any, tmp_path: Path
+) -> None:
+    """A block of one tensor, in the dtype of the file, which nothing is made of at loading."""
+    made = tiny_bloom(tie_word_embeddings=False)
+    head = made.tensors["word_embeddings.weight"].clone()
+    whole = with_tensor(made, "lm_head.weight", head)
+    settings: Any = {"dtype": torch.float16, "quantization": None, "max_length": 64}
+    plan = plan_model(
+        whole.write_huggingface(tmp_path / "a", "safetensors"), device="cpu", **settings
+    )
+    limit = plan.least_limit if is_streamed else None
+    head[7, 5] = torch.nan
+    folder = whole.write_huggingface(tmp_path / "model", "safetensors")
+    words = r"'lm_head\.weight' in .*model\.safetensors holds NaN, and no model"
+    refuse("bloom", folder, CheckpointError, words, memory_limit=limit, **settings)
+
+
 @pytest.mark.parametrize("degree", [3, 6])
 def test_ranks_have_whole_heads(degree: int, refuse: Any, tmp_path: Path) -> None:
     """Which is all that tells a wrong number of heads: no shape of the model depends on it."""
