@@ -217,10 +217,11 @@ class FileStore:
             while data:
                 count = move(lying or self._file, data, start)
                 if count == 0:
-                    raise OSError("the file is shorter than what was written to it")
+                    raise OSError("the file is shorter than it was")
                 data, start = data[count:], start + count
         except (OSError, ValueError) as error:
-            raise OffloadError(f"{what} a streamed block failed: {error}") from error
+            place = "" if lying is None else f" from {lying.run.file.path}"
+            raise OffloadError(f"{what} a streamed block{place} failed: {error}") from error
 
     def map(self, block: int) -> torch.Tensor:
         """The blob as (bytes of the block,) uint8, mapped: pages are read when they are touched.

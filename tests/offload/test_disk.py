@@ -121,6 +121,16 @@ def test_what_is_written_to_leaves_the_file_where_it_lay(tmp_path: Path) -> None
     assert path.read_bytes() == before
 
 
+def test_a_file_that_was_cut_short_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    homes = FileStore(SIZES, tmp_path, lying_in(path))
+    given = memory.allocate(SIZES[2])
+    homes.read_into(2, given)
+    os.truncate(path, 10)
+    with pytest.raises(OffloadError, match=r"from .*model\.safetensors failed: .* shorter than it"):
+        homes.read_into(2, given)
+
+
 @pytest.mark.parametrize("use", ["read_into", "map", "write"])
 def test_damage_is_found_by_the_first_use(use: str, tmp_path: Path) -> None:
     homes = FileStore(SIZES, tmp_path, lying_in(tmp_path / "model.safetensors", damaged=True))
