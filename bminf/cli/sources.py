@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from bminf.quantization.packed import Format
 
 HELP = (
-    "a folder with config.json or that file, a .gguf file, a hub id, a folder of CPM-1, CPM-2, EVA "
-    "or GLM, or a published name such as glm-130b"
+    "a folder with config.json or that file, a .gguf file, a hub id, a folder of CPM-1, CPM-2, "
+    "EVA, GLM or BLOOM, or a published name such as glm-130b"
 )
 
 ACCEPTED = f"give {HELP}"
