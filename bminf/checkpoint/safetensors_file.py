@@ -59,6 +59,7 @@ if hasattr(torch, "float8_e8m0fnu"):  # since 2.7
 _BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E8M0": 8}
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MAX_HEADER_BYTES = 10**8
+_POINTER = b"version "  # how git-lfs begins what it leaves in a file's place
 _MAX_DIMENSIONS = 64
 _METADATA = "__metadata__"
 _PADDING = "padding."
@@ -75,11 +76,16 @@ def read_safetensors(path: Path) -> dict[str, InFile]:
     Raises CheckpointError where the header is not valid or does not fit the file.
     """
     file = BinaryFile(path)
-    (header_bytes,) = struct.unpack("<Q", file.at(0, 8, "the length of the header"))
+    start = file.at(0, 8, "the length of the header")
+    if start == _POINTER:
+        raise CheckpointError(
+            f"{path} is a git-lfs pointer to a file that was not fetched; git lfs pull fetches it"
+        )
+    (header_bytes,) = struct.unpack("<Q", start)
     if header_bytes > _MAX_HEADER_BYTES:
         raise CheckpointError(
             f"{path} is no safetensors file, or is damaged: its header would have "
-            f"{header_bytes} bytes; at most {_MAX_HEADER_BYTES} are accepted"
+            f"{header_bytes} bytes; at most {_MAX_HEADER_BYTES} are accepted; fetch it again"
         )
     where = f"the header of {path}"
     text = file.at(8, header_bytes, "the header")

@@ -308,6 +308,13 @@ def test_a_bad_header_is_an_error(case: str, tmp_path: Path) -> None:
             pass
 
 
+def test_a_pointer_of_git_lfs_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is a git-lfs pointer .* pull"):
+        read_safetensors(path)
+
+
 @pytest.mark.parametrize(
     ("length", "message"), [(10**8 + 1, "at most"), (2**64 - 1, "at most"), (10**7, "truncated")]
 )
