@@ -290,11 +290,17 @@ _NUM_BEFORE_LAYERS = 3  # in a pipeline: a cast, the embedding, and what moves i
 
 def _raw_tensors(checkpoint: Checkpoint) -> Mapping[str, Stored]:
     """Those of layers under the names that Hugging Face's have. A head counts where it is said to
-    have other weights than the embedding."""
+    have other weights than the embedding; CheckpointError where it is not there then."""
     if checkpoint.kind != _LAYERS:
-        is_tied = not _has_own_head(checkpoint.path)
+        has_own_head = _has_own_head(checkpoint.path)
+        if has_own_head and "lm_head.weight" not in checkpoint.tensors:
+            raise CheckpointError(
+                f"{checkpoint.path} lacks 'lm_head.weight', and its config.json says that "
+                "tie_word_embeddings is false; fetch it again, or leave that out there if the "
+                "head is the embedding"
+            )
         tensors = checkpoint.tensors.items()
-        return {n: t for n, t in tensors if not (is_tied and n == "lm_head.weight")}
+        return {n: t for n, t in tensors if has_own_head or n != "lm_head.weight"}
     last = max(int(name.partition(".")[0]) for name in checkpoint.tensors)
     return {_numbered(name, last): stored for name, stored in checkpoint.tensors.items()}
 

@@ -214,7 +214,7 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     "heads": (config_of(n_head=5), r"hidden_size=48 is not a multiple of num_attention_heads=5"),
     "no heads": (config_of(n_head=...), r"does not say n_head, and hidden_size=48 is of no pub"),
     "inner": (config_of(n_inner=100), r"n_inner is 100; accepted: 192, or null"),
-    "no head": (config_of(tie_word_embeddings=False, n_layer=3), r"lacks 'transformer\.h\.2"),
+    "no head": (config_of(tie_word_embeddings=False), r"lacks 'lm_head\.weight', and its config"),
     "layers": (config_of(n_layer=3), r"lacks 'transformer\.h\.2\.input_layernorm\.weight'"),
     "vocabulary": (config_of(vocab_size=999), r"vocab_size is 999, and the embedding has \d+ rows"),
     "a shard": (without("model-00002-*"), r"model-00002-.* is missing, which .* names"),
