@@ -31,7 +31,7 @@ Found = dict[str, Any]
 
 def machine(out: str) -> int:
     """0, or 1 where a part failed; each part is written as soon as it is known."""
-    content = document("probe", {}, asdict(Settings())) | {"found": {}, "failures": []}
+    content = document("probe", {}, asdict(Settings()), ROOT) | {"found": {}, "failures": []}
     for name, part in PARTS.items():
         try:
             content["found"][name] = part()

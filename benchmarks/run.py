@@ -18,7 +18,7 @@ import torch
 
 from benchmarks import kernels, models, offload
 from benchmarks.harness import Group, Result, Settings, write_json
-from benchmarks.report import table
+from benchmarks.report import ROOT, table
 from bminf.cli.tables.document import document
 from tools import perplexity
 
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parameters, groups = arguments.prepare(arguments)
         left_out = [name for name, _ in groups]
         parameters |= {"threads": torch.get_num_threads(), "left_out": left_out}
-        content = document(arguments.case, parameters, asdict(settings))
+        content = document(arguments.case, parameters, asdict(settings), ROOT)
         for results in _measured(groups, left_out, settings, arguments.seconds):
             content["results"] += results
             if arguments.out is not None:

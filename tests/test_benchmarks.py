@@ -30,6 +30,7 @@ from benchmarks.harness import (
     relative_error,
     write_json,
 )
+from benchmarks.report import ROOT
 from bminf.cli.tables.document import document
 
 CPU = torch.device("cpu")
@@ -78,7 +79,7 @@ def test_wrong_result_is_not_timed() -> None:
 
 def test_a_file_says_what_was_run_where_and_by_what() -> None:
     settings = Settings(warmup=0, repeats=3, rounds=1)
-    content = json.loads(json.dumps(document("toy", {"n": 1}, vars(settings))))
+    content = json.loads(json.dumps(document("toy", {"n": 1}, vars(settings), ROOT)))
     assert content["schema_version"] == 1 and content["parameters"] == {"n": 1}
     assert content["versions"]["torch"] and content["hardware"]["cores"] >= 1
     assert content["commit"] and content["settings"] == vars(settings)

@@ -58,7 +58,7 @@ class HostEmbedding(torch.nn.Module):
         """(...) int64 on any device -> (..., hidden_size) in `dtype` on that device."""
         if not self._parts:
             raise UnsupportedModelError("the table of the embedding was not given yet; call keep()")
-        rows = self._gather(input_ids.flatten().cpu().contiguous())
+        rows = self._gather(input_ids.ravel().cpu())
         return rows.to(input_ids.device).view(*input_ids.shape, self.hidden_size)
 
     def _gather(self, ids: torch.Tensor) -> torch.Tensor:

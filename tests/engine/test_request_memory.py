@@ -17,7 +17,7 @@ of it than 10,000 did."""
 
 @pytest.mark.slow
 @pytest.mark.skipif(rss_anon_bytes() is None, reason="the system does not tell RssAnon")
-@pytest.mark.parametrize(("name", "number"), [("llama", 3000), ("cpm2", 1000)])
+@pytest.mark.parametrize(("name", "number"), [("llama", 10_000), ("cpm2", 1000)])
 def test_nothing_is_left_of_them_in_memory(name: str, number: int, tmp_path: Path) -> None:
     """The first half warms up: of the second, each would leave a block of Python's, be it a number,
     or 350 bytes of torch's."""

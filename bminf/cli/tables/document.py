@@ -34,8 +34,13 @@ def plan_entries(plan: Plan) -> dict[str, Any]:
     }
 
 
-def document(case: str, parameters: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """What the JSON file of a run holds, before its results."""
+def document(
+    case: str, parameters: dict[str, Any], settings: dict[str, Any], root: Path = _ROOT
+) -> dict[str, Any]:
+    """What the JSON file of a run holds, before its results.
+
+    root: the checkout whose commit it names, if it is one.
+    """
     versions = {"bminf": bminf.__version__, "python": platform.python_version()}
     for package in PACKAGES:
         with suppress(PackageNotFoundError):
@@ -44,7 +49,7 @@ def document(case: str, parameters: dict[str, Any], settings: dict[str, Any]) ->
         "schema_version": 1,
         "case": case,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": _commit(),
+        "commit": _commit(root),
         "versions": versions
         | {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()},
         "hardware": _hardware(),
@@ -77,17 +82,17 @@ def _hardware() -> dict[str, Any]:
     }
 
 
-def _commit() -> str | None:
+def _commit(root: Path) -> str | None:
     """Marked if files differ from it; None outside a repository of ours."""
-    if not (_ROOT / ".git").exists():  # an environment may lie in somebody else's
+    if not (root / ".git").exists():  # an environment may lie in somebody else's
         return None
-    return _output("git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*")
+    return _output("git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*", at=root)
 
 
-def _output(*command: str) -> str | None:
-    """What `command` prints, run in the source tree; None if it fails or is not there."""
+def _output(*command: str, at: Path | None = None) -> str | None:
+    """What `command` prints, run in the folder `at`; None if it fails or is not there."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, cwd=_ROOT, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, cwd=at, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip() or None
