@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from bminf.checkpoint.checksum import PIECE_BYTES, Checksum, Span
+from bminf.checkpoint.checksum import PIECE_BYTES, Bytes, Checksum, Span, pieces_of
 from bminf.errors import CheckpointError
 
 _MAX_JSON_BYTES = 10**8
@@ -102,7 +102,7 @@ class BinaryFile:
             self._compare_all(offset, end, what)
         self._holding(offset, len(buffer), what)
         found = Checksum()
-        for piece in buffer.split(PIECE_BYTES):
+        for piece in pieces_of(buffer.numpy()):
             self._fill(offset, piece, what)
             offset += len(piece)
             if span is not None:
@@ -110,8 +110,8 @@ class BinaryFile:
         if span is not None:
             self._settle(span, found, what)
 
-    def _fill(self, offset: int, piece: torch.Tensor, what: str) -> None:
-        left = memoryview(piece.numpy())  # type: ignore[arg-type]
+    def _fill(self, offset: int, piece: Bytes, what: str) -> None:
+        left = memoryview(piece)  # type: ignore[arg-type]
         while left:
             descriptor = self.opened()
             try:
@@ -133,7 +133,7 @@ class BinaryFile:
         found = Checksum()
         for start in range(span.start, span.end, PIECE_BYTES):
             count = min(PIECE_BYTES, span.end - start)
-            found.update(self._mapped(start, count, what))
+            found.update(self._mapped(start, count, what).numpy())
         self._settle(span, found, what)
 
     def _settle(self, span: Span, found: Checksum, what: str) -> None:

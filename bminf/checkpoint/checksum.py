@@ -15,6 +15,7 @@ is missed as a hash misses it, but for what is computed to be: this is no signat
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ import torch
 PIECE_BYTES = 2**22
 """What is added up at once: little enough to be in a cache still, where it was just read to."""
 
+Bytes = np.ndarray[Any, Any]
 _PERIODS = (1021, 1031)
 _WORD_BYTES = 8
 _DIGEST_BYTES = 16
@@ -45,14 +47,14 @@ class Checksum:
         self._hash = hashlib.blake2b(digest_size=_DIGEST_BYTES)
         self._nbytes = 0
 
-    def update(self, data: torch.Tensor) -> None:
-        """Count more bytes in: (bytes,) uint8 on the CPU, without gaps.
+    def update(self, data: Bytes) -> None:
+        """Count more bytes in: (bytes,) uint8, without gaps.
 
         Whole pieces of PIECE_BYTES; only the last may be shorter.
         """
         assert self._nbytes % PIECE_BYTES == 0, "a piece that is not whole comes last"
-        for piece in data.split(PIECE_BYTES):
-            words = _words(piece.numpy())
+        for piece in pieces_of(data):
+            words = _words(piece)
             for period in _PERIODS:
                 self._hash.update(_sums(words, period).data)
         self._nbytes += len(data)
@@ -67,20 +69,26 @@ class Checksum:
 def checksum(data: torch.Tensor) -> str:
     """Of (bytes,) uint8 on the CPU, without gaps: 32 hexadecimal digits."""
     found = Checksum()
-    found.update(data)
+    found.update(data.numpy())
     return found.hexdigest()
 
 
-def _words(data: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def pieces_of(data: Bytes) -> Iterator[Bytes]:
+    """`data`, PIECE_BYTES at a time. As an array: where a default device is set, torch takes as
+    long to cut a tensor as to add up half a piece."""
+    return (data[start : start + PIECE_BYTES] for start in range(0, len(data), PIECE_BYTES))
+
+
+def _words(data: Bytes) -> Bytes:
     """As uint64; zeros fill up the last one."""
     if missing := -len(data) % _WORD_BYTES:
         data = np.concatenate([data, np.zeros(missing, dtype=np.uint8)])
     return data.view(np.uint64)
 
 
-def _sums(words: np.ndarray[Any, Any], period: int) -> np.ndarray[Any, Any]:
+def _sums(words: Bytes, period: int) -> Bytes:
     """(period,) uint64, modulo 2**64: of each period's first words, of its second ones, ..."""
     whole, rest = np.split(words, [len(words) // period * period])
-    sums: np.ndarray[Any, Any] = whole.reshape(-1, period).sum(axis=0)
+    sums: Bytes = whole.reshape(-1, period).sum(axis=0)
     sums[: len(rest)] += rest
     return sums
