@@ -38,7 +38,7 @@ _DEFAULT_MAX_LENGTH = 512  # of models whose positions have no end
 
 _SAMPLING_BYTES = 64  # of an entry of the logits: in the model's type, and what sampling sorts
 # What stays with the allocators and libraries of a CPU after tensors are gone. Measured, not
-# derived: about as much again as a layer and half of the logits hold (with weights that are not
+# derived: up to 9/8 of what a layer and half of the logits hold (with weights that are not
 # packed up to 7/4 of a layer), and no more than this.
 _MAX_CACHED_BYTES = 7 * 2**25
 _LIBRARY_BYTES = 2**25  # on a GPU, where torch uses again what is gone: of cuBLAS
@@ -220,7 +220,7 @@ def reserved_bytes(
         head += vocab_size * FIXED_TOKENS * assembly.dtype.itemsize
     aligned = 0 if is_cpu else sizes.bias  # the copy that attention may make of it
     peak = max(sizes.making_bias, sizes.bias + aligned + sizes.layer, head)
-    left = sizes.layer if weight_format is not None else 7 * sizes.layer // 4
+    left = (9 if weight_format is not None else 14) * sizes.layer // 8
     cached = min(left + head // 2, _MAX_CACHED_BYTES) if is_cpu else min(peak, _LIBRARY_BYTES)
     return sizes.cache + peak + int(_FRAGMENTATION * peak) + cached
 
