@@ -95,6 +95,11 @@ class DecoderOnly(LanguageModel):
         if len(ids) < 2:
             raise ArgumentError("text has one token, and nothing to predict it from; give more")
         length = self.max_length
+        if length < 2:
+            raise ArgumentError(
+                "max_length=1 leaves no window; perplexity() needs a model that was loaded with at "
+                "least 2"
+            )
         found = [*windows(ids, length, length if stride is None else stride)]
         scored = self._scored([window for window, _ in found])
         known = (max(0, num_known - 1) for _, num_known in found)

@@ -54,6 +54,11 @@ def test_perplexity_scores_each_token_once(load: Loader, stride: int | None) -> 
     assert found == pytest.approx(math.exp(min(20, loss / count)), rel=1e-4)
 
 
+def test_a_window_of_one_token_scores_nothing(load: Loader) -> None:
+    with pytest.raises(ArgumentError, match="max_length=1 leaves no window"):
+        load("cpm1", max_length=1).perplexity(TEXT)
+
+
 def test_what_cannot_be_scored_is_said(load: Loader) -> None:
     model = load("cpm1", max_length=8)
     for wrong, message in (

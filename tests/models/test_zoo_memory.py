@@ -135,5 +135,5 @@ def test_a_model_keeps_to_its_limit(
     beside_weights = report["used"] - report["weights"]
     # A GLM leaves less behind than is reckoned for all models, and room for the biases of a BLOOM
     # is that of beams, which are padded together.
-    most = {"glm": 1.65, "bloom": 1.9}.get(name, 1.5)
+    most = {"glm": 1.6, "bloom": 1.75}.get(name, 1.5)
     assert report["reserved"] <= most * beside_weights, report
