@@ -226,7 +226,8 @@ class Bloom(torch.nn.Module):
         num_tokens = input_ids.shape[1]
         x = self.embed_norm(self.embed_tokens(input_ids))
         steep = torch.tensor(slopes(self.config.num_attention_heads), device=x.device)
-        bias = cache.bias(num_tokens, lambda num_queries, num_keys: Alibi(steep, num_padding))
+        padding = None if num_padding is None else num_padding.tolist()
+        bias = cache.bias(num_tokens, lambda num_queries, num_keys: Alibi(steep, padding))
         for index, layer in enumerate(self.layers):
             x = layer(x, bias, index, cache)
         cache.advance(num_tokens)
@@ -362,9 +363,9 @@ SPLITS = SplitTable(
 def bloom_sizes(config: BloomConfig, given: Pass) -> Sizes:
     """Bytes of a pass."""
     size, wide = config.hidden_size, config.intermediate_size
-    # The biases of some queries, of one at least, and what is ahead of them.
-    row = 4 * given.batch_size * config.num_attention_heads * given.length
-    biases = 5 * max(min(row * given.length, TILE_BYTES), row) // 4
+    # The biases of some queries of a row, of one at least, and what is ahead of them.
+    query = 4 * config.num_attention_heads * given.length
+    biases = 5 * max(min(query * given.length, TILE_BYTES), query) // 4
     half = given.dtype != torch.float32
     exact = 4 * given.batch_size * given.length * 4 * size if half else 0  # q, k, v and y
     return Sizes(

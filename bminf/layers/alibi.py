@@ -9,7 +9,7 @@ Source: Press et al. 2021, arXiv:2108.12409.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -38,35 +38,26 @@ def slopes(num_heads: int) -> list[float]:
 class Alibi:
     """What attention() adds to the scores of a causal model, in place of a bias.
 
-    slopes: (H,) float32.   num_padding: (B,) int64, keys at the beginning of each row that are none
-    and are not attended to; what queries there give is 0. None is none.
+    slopes: (H,) float32.   num_padding: of each row, keys at its beginning that are none, and are
+    not attended to; what queries there give is 0. None is none.
     """
 
     slopes: torch.Tensor
-    num_padding: torch.Tensor | None = None
+    num_padding: Sequence[int] | None = None
     _last: tuple[int, torch.Tensor] | None = field(default=None, repr=False)
 
     def bias(self, num_queries: int, num_keys: int) -> torch.Tensor:
-        """(1 or B, H, T, S) float32, of the last queries among so many keys."""
+        """(1, H, T, S) float32, of the last queries among so many keys."""
         if self._last is not None and num_queries == 1 and self._last[0] == num_keys:
             return self._last[1]  # a token's is the same in all layers
         keys = torch.arange(num_keys, device=self.slopes.device)
         distances = keys - keys[num_keys - num_queries :, None]
         bias = (self.slopes.view(-1, 1, 1) * distances).unsqueeze(0)
-        least = torch.finfo(torch.float32).min / 2  # finite, as its sum with a score is, too
-        bias.masked_fill_(distances > 0, least)
-        if self.num_padding is not None:
-            bias = bias.masked_fill(keys < self.num_padding.view(-1, 1, 1, 1), least)
+        # Finite, as its sum with a score is, too.
+        bias.masked_fill_(distances > 0, torch.finfo(torch.float32).min / 2)
         if num_queries == 1:
             self._last = num_keys, bias
         return bias
-
-    def is_padding(self, num_queries: int, num_keys: int) -> torch.Tensor | None:
-        """(B, 1, T, 1) bool, of the last queries; None where there is none."""
-        if self.num_padding is None:
-            return None
-        positions = torch.arange(num_keys - num_queries, num_keys, device=self.slopes.device)
-        return positions.view(1, 1, -1, 1) < self.num_padding.view(-1, 1, 1, 1)
 
 
 def attend_with_alibi(
@@ -79,28 +70,41 @@ def attend_with_alibi(
 ) -> torch.Tensor:
     """Attention of causal queries, which are the last of the keys; see attention().
 
-    All is computed in float32, and the result is rounded once.
+    All is computed in float32, and the result is rounded once. Rows with padding are computed one
+    by one, as each of them is alone.
     """
-    num_queries, num_keys = query.shape[2], key.shape[2]
     exact = query.float(), key.float(), value.float()
-    step = queries_of_a_tile(query.shape[0], query.shape[1], num_keys)
-    starts = range(0, num_queries, step)
-    tiles = [_tile(attend, exact, alibi, scale, start, step) for start in starts]
-    y = tiles[0] if len(tiles) == 1 else torch.cat(tiles, dim=2)
-    is_padding = alibi.is_padding(num_queries, num_keys)
-    if is_padding is not None:
-        y = y.masked_fill(is_padding, 0)
+    if alibi.num_padding is None:
+        return _attended(attend, exact, alibi, scale).to(query.dtype)
+    y, num_before = torch.zeros_like(exact[0]), key.shape[2] - query.shape[2]
+    for row, padding in enumerate(alibi.num_padding):
+        first = max(0, padding - num_before)  # of the queries, the first that is a token
+        if first < query.shape[2]:
+            starts = zip(exact, (first, padding, padding), strict=True)
+            own = [x[row : row + 1, :, start:] for x, start in starts]
+            y[row, :, first:] = _attended(attend, own, alibi, scale)[0]
     return y.to(query.dtype)
 
 
-def queries_of_a_tile(batch_size: int, num_heads: int, num_keys: int) -> int:
+def queries_of_a_tile(num_heads: int, num_keys: int) -> int:
     """How many queries are attended from at once."""
-    return max(1, TILE_BYTES // (4 * batch_size * num_heads * num_keys))
+    return max(1, TILE_BYTES // (4 * num_heads * num_keys))
+
+
+def _attended(
+    attend: Attend, exact: Sequence[torch.Tensor], alibi: Alibi, scale: float
+) -> torch.Tensor:
+    """(B, H, T, D) float32, of rows without padding, some queries at a time."""
+    query, key, _ = exact
+    step = queries_of_a_tile(query.shape[1], key.shape[2])
+    starts = range(0, query.shape[2], step)
+    tiles = [_tile(attend, exact, alibi, scale, start, step) for start in starts]
+    return tiles[0] if len(tiles) == 1 else torch.cat(tiles, dim=2)
 
 
 def _tile(
     attend: Attend,
-    exact: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    exact: Sequence[torch.Tensor],
     alibi: Alibi,
     scale: float,
     start: int,

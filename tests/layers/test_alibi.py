@@ -23,8 +23,7 @@ def heads(num_keys: int, num_heads: int = 6, batch_size: int = 1, **like: Any) -
 
 
 def made(num_heads: int = 6, padding: list[int] | None = None) -> Alibi:
-    num_padding = None if padding is None else torch.tensor(padding)
-    return Alibi(torch.tensor(slopes(num_heads)), num_padding)
+    return Alibi(torch.tensor(slopes(num_heads)), padding)
 
 
 def reference(
@@ -67,14 +66,22 @@ def test_it_is_causal_attention_with_distances(
     assert torch.allclose(y[0].double(), reference(query[0], key[0], value[0]), atol=2e-6)
 
 
-def test_padding_is_not_seen_and_gives_zeros() -> None:
+@pytest.mark.parametrize("num_queries", [9, 3, 1])
+def test_padding_is_not_seen_and_gives_zeros(num_queries: int) -> None:
+    """Each row has the bits that it has alone."""
     query, key, value = heads(9, batch_size=3)
-    value[1, :, :4], value[2, :, :8] = 1e30, 1e30
+    query = query[:, :, -num_queries:]
+    for row, padding in enumerate([0, 4, 8]):
+        key[row, :, :padding], value[row, :, :padding] = torch.nan, torch.nan
     y = attention(query, key, value, made(padding=[0, 4, 8]), SCALE)
     for row, padding in enumerate([0, 4, 8]):
         expected = reference(query[row], key[row], value[row], padding)
         assert torch.allclose(y[row].double(), expected, atol=2e-6)
-        assert not y[row, :, :padding].any()
+        tokens = max(0, padding - 9 + num_queries)
+        assert not y[row, :, :tokens].any()
+        own = [x[row : row + 1, :, start:] for x, start in
+               ((query, tokens), (key, padding), (value, padding))]  # fmt: skip
+        assert torch.equal(y[row, :, tokens:], attention(*own, made(), SCALE)[0])
 
 
 @pytest.mark.parametrize("padding", [None, [3, 0]])
@@ -83,8 +90,8 @@ def test_some_queries_at_a_time_give_what_all_at_once_do(
 ) -> None:
     query, key, value = heads(23, batch_size=2)
     whole = attention(query, key, value, made(padding=padding), SCALE)
-    monkeypatch.setattr(alibi, "TILE_BYTES", 4 * 2 * 6 * 23 * 5)
-    assert queries_of_a_tile(2, 6, 23) == 5
+    monkeypatch.setattr(alibi, "TILE_BYTES", 4 * 6 * 23 * 5)
+    assert queries_of_a_tile(6, 23) == 5
     tiled = attention(query, key, value, made(padding=padding), SCALE)
     assert torch.allclose(tiled, whole, atol=1e-6)
 
