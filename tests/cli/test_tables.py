@@ -50,8 +50,11 @@ def report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
     def made(table: str, *options: str) -> dict[str, Any]:
         capsys.readouterr()
         assert main(["bench", "--table", table, *QUICK, *options]) == 0
-        content: dict[str, Any] = json.loads(capsys.readouterr().out)
+        out, err = capsys.readouterr()
+        content: dict[str, Any] = json.loads(out)
         check(content)
+        measures = any(cell["kind"] == MEASURED for cell in content["results"])
+        assert ("--predict-only measures nothing" in err) is measures  # said before it begins
         return content
 
     return made

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
 from bminf.cli.bench import OF_TABLES, Default
 from bminf.cli.tables import binds, bloom, passes
-from bminf.cli.tables.asked import asked_of
+from bminf.cli.tables.asked import Asked, asked_of
 from bminf.cli.tables.cells import Cell
 from bminf.cli.tables.document import document
 from bminf.cli.tables.text import markdown_of
@@ -51,8 +52,21 @@ def _asked(arguments: argparse.Namespace) -> tuple[dict[str, Any], Iterator[Cell
         own = {"device": None, "numbers": list(sizes), "length": binds.LENGTH}
         return {"table": table, **own}, binds.cells(sizes)
     asked = asked_of(arguments, passes.LENGTHS.get(table, bloom.BATCH_SIZES))
+    if asked.is_measured:
+        _announce(table, asked)
     cells = bloom.cells(asked) if table == "bloom" else passes.cells(table, asked)
     return {"table": table, **asked.facts()}, cells
+
+
+def _announce(table: str, asked: Asked) -> None:
+    """Say on stderr what will take long, and what takes less."""
+    numbers = ", ".join(map(str, asked.numbers))
+    fewer = ", --size, --batch-sizes and --max-new-tokens" if table == "bloom" else " and --lengths"
+    print(
+        f"bminf: measuring {asked.cut.title} on {asked.device}, at {numbers}: large models take "
+        f"hours on a CPU. --layers{fewer} make it less; --predict-only measures nothing",
+        file=sys.stderr,
+    )
 
 
 def _check(arguments: argparse.Namespace) -> None:
