@@ -98,7 +98,7 @@ def steps() -> list[Step]:
         _measured("offload", 50, "--dtype float16 --model random --hidden-size 2048 --layers 8 "
                   "--tokens 16 --rounds 1 --repeats 2 --seconds 35"),
         _measured("kernels formats", 32, f"{weights} 17 {one_shape} {rows} --formats int4 "
-                  "int4-g32-minimum int4-g64 int4-g128 int4-row int8-g128"),
+                  "int4-g32-integers int4-g32-minimum int4-g64 int4-g128 int4-row int8-g128"),
         tests("compiled layers", 45, f"{kernel_tests} -k compiled_layer"),
         tests("speed", 40, f"{kernel_tests} -k the_targets"),
         _measured("kernels rows", 45, f"{weights} 30 --rows 2 8 32 64 512"),

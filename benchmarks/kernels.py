@@ -32,13 +32,15 @@ from bminf.cuda.launcher import launcher_for
 from bminf.ops import linear_w8a8, linear_weight_only
 from bminf.ops.linear import linear_of_checked
 from bminf.ops.quantize_rows import quantize_rows
-from bminf.quantization.packed import INT4, INT8, Format, PackedWeight, dequantize, int8_rows, pack
+from bminf.quantization.packed import INT4, INT8, Format, PackedWeight, dequantize
+from bminf.quantization.packing import int8_rows, pack
 from bminf.units import parse_bytes
 
 FORMATS = {
     "int8": INT8,
     "int8-g128": Format(8, 128),
     "int4": INT4,  # groups of 16
+    "int4-g32-integers": Format(4, 32, scale_bits=8),
     "int4-g32-minimum": Format(4, 32, has_minimum=True),
     "int4-g64": Format(4, 64),
     "int4-g128": Format(4, 128),

@@ -9,7 +9,7 @@ from_pretrained(), which knows no packed weights, finds none instead of making u
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ class Description:
         """With hashes of all other files that are in the folder, but of weights."""
         packed = {
             name: {
-                **asdict(linear.form),
+                **linear.form.to_json(),
                 "shape": list(linear.shape),
                 "dtype": str(linear.dtype).removeprefix("torch."),
             }
@@ -106,7 +106,8 @@ def saved_tensors(folder: Path) -> dict[str, InFile]:
 
 def _packed(name: str, given: Any, path: Path) -> PackedLinear:
     try:
-        form = Format(given["bits"], given["group_size"], given["has_minimum"])
+        scale_bits = given.get("scale_bits", 16)
+        form = Format(given["bits"], given["group_size"], given["has_minimum"], scale_bits)
         num_rows, num_columns = given["shape"]
         if not all(type(size) is int and size > 0 for size in (num_rows, num_columns)):
             raise ArgumentError(f"shape is {given['shape']!r}")

@@ -29,7 +29,7 @@ from bminf.offload.reading import Contents
 from bminf.offload.start import start_from_files
 from bminf.offload.unregistered import warn_of_unregistered
 from bminf.pretrained import CONFIG_FILE, Pretrained, is_pretrained, open_pretrained, tokenizer_in
-from bminf.quantization.packed import INT8, PACKED_FIELDS, Format, parse_format
+from bminf.quantization.packed import INT8, PACKED_FIELDS, Format, is_asked_for, parse_format
 from bminf.units import parse_bytes
 from bminf.wrapping import Options, Request
 
@@ -188,7 +188,8 @@ def _with_packing(options: Options, opened: Pretrained) -> Options:
         default = True if opened.packed is None else None
         return replace(options, quantization=default) if is_auto else options
     found = set(opened.packed.values())
-    if not is_auto and {parse_format(options.quantization, default=INT8)} != found:
+    asked = None if is_auto else parse_format(options.quantization, default=INT8)
+    if not is_auto and not all(is_asked_for(one, asked) for one in found):
         raise ArgumentError(
             f"quantization is {options.quantization!r}, but {opened.path} is packed as "
             f"{' and '.join(sorted(map(str, found)))}; leave quantization out, or load the original"

@@ -103,6 +103,8 @@ DEVICE void store8(Element* row, int column, int num_columns, const float values
 
 // BITS is the width of a packed weight: 8, or 4 with the even column in the high half of a byte.
 // HAS_MINIMUM, of 4 bits only: codes are 0..15 and a group has a minimum beside its scale.
+// SCALE_BITS is the width of scales and minima: 32 (float) for 8 bits, 16 (half) or 8 for 4. With 8 they
+// are integers, a minimum in steps of -16, and the sum over a row is multiplied with its row_scale.
 // SPAN: that many columns, from each multiple of it on, share a scale: a whole chunk or half of one;
 // 0 where groups begin anywhere.
 #ifdef BITS
@@ -144,20 +146,28 @@ struct Scale {
     float factor, minimum;
 };
 
-DEVICE Scale load_scale(const void* scale, const u16* minimum, size_t index) {
-#if BITS == 8
+DEVICE Scale load_scale(const void* scale, const void* minimum, size_t index) {
+#if SCALE_BITS == 32
     return {static_cast<const float*>(scale)[index], 0.0f};
-#else
+#elif SCALE_BITS == 16
     return {half_to_float(static_cast<const u16*>(scale)[index]),
-            HAS_MINIMUM ? half_to_float(minimum[index]) : 0.0f};
+            HAS_MINIMUM ? half_to_float(static_cast<const u16*>(minimum)[index]) : 0.0f};
+#else
+    return {float(static_cast<const u8*>(scale)[index]),
+            HAS_MINIMUM ? -16.0f * float(static_cast<const u8*>(minimum)[index]) : 0.0f};
 #endif
+}
+
+// What is left to multiply when codes have the scales of their groups.
+DEVICE float load_row_scale(const float* row_scale, size_t row) {
+    return SCALE_BITS == 8 ? row_scale[row] : 1.0f;
 }
 
 #ifdef SPAN
 constexpr int SPANS = SPAN ? CHUNK_COLUMNS / SPAN : 1;  // of a chunk
 
 // The scales of one chunk of a row, whose groups begin at `first_group`.
-DEVICE void load_scales(Scale scales[SPANS], const void* scale, const u16* minimum, int chunk,
+DEVICE void load_scales(Scale scales[SPANS], const void* scale, const void* minimum, int chunk,
                         size_t first_group, int group_size, int num_groups) {
 #pragma unroll
     for (int span = 0; span < SPANS; ++span) {
@@ -170,7 +180,7 @@ DEVICE void load_scales(Scale scales[SPANS], const void* scale, const u16* minim
 
 // Codes to weights with the scale of their own columns, for chunks that lie in several groups. The
 // width of a group is even, so two columns share a scale.
-DEVICE void scale_pairs(float values[8], int column, const void* scale, const u16* minimum,
+DEVICE void scale_pairs(float values[8], int column, const void* scale, const void* minimum,
                         size_t first_group, int group_size, int num_groups) {
 #pragma unroll
     for (int i = 0; i < 8; i += 2) {

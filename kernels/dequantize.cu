@@ -1,6 +1,6 @@
 // A packed weight back to numbers: y = code * scale (+ minimum), rounded once to Element.
 //
-// codes (N, row_bytes), rows padded to 16 bytes.   scale and minimum (N, num_groups): see
+// codes (N, row_bytes), rows padded to 16 bytes.   scale and minimum (N, num_groups), row_scale (N): see
 // linear_few_rows.cu.   y (N, K) Element, row-major, any K.
 //
 // A thread writes 8 columns of a row; neighbours write neighbouring columns.
@@ -11,8 +11,8 @@
 constexpr int THREADS = 256;
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-dequantize(const u8* codes, const void* scale, const u16* minimum, Element* y, int N, int K,
-           int group_size, int num_groups) {
+dequantize(const u8* codes, const void* scale, const void* minimum, const float* row_scale, Element* y,
+           int N, int K, int group_size, int num_groups) {
     const int steps = (K + 7) / 8;
     const size_t index = size_t(blockIdx.x) * THREADS + threadIdx.x;
     const size_t row = index / steps;
@@ -25,5 +25,9 @@ dequantize(const u8* codes, const void* scale, const u16* minimum, Element* y, i
     float values[8];
     unpack8(words, 0, values);
     scale_pairs(values, column, scale, minimum, row * num_groups, group_size, num_groups);
+    if (SCALE_BITS == 8) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) values[i] *= row_scale[row];
+    }
     store8(y + row * K, column, K, values);
 }

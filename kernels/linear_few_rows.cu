@@ -2,7 +2,7 @@
 //
 // x (M, K) and y (M, N) Element, row-major, K a multiple of 8.   codes (N, row_bytes), rows padded to
 // 16 bytes.   scale and minimum (N, num_groups), one for group_size columns: float for 8 bits, half
-// for 4.   bias (N) or null.
+// or 8-bit integers for 4; with these row_scale (N) float, otherwise null.   bias (N) or null.
 // GATED: a second weight of the same shape, and y = activate(x W^T + bias) * (x W2^T + bias2).
 //
 // A block of 128 threads computes ROWS_OF_W weight rows times ROWS_OF_X rows of x: all of them, as
@@ -62,10 +62,10 @@ DEVICE float block_totals(float sums[SUMS]) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
-linear_few_rows(const Element* x, const u8* codes, const void* scale, const u16* minimum,
-                const Element* bias, const u8* codes2, const void* scale2, const u16* minimum2,
-                const Element* bias2, Element* y, int M, int N, int K, int group_size,
-                int num_groups, int activation) {
+linear_few_rows(const Element* x, const u8* codes, const void* scale, const void* minimum,
+                const float* row_scale, const Element* bias, const u8* codes2, const void* scale2,
+                const void* minimum2, const float* row_scale2, const Element* bias2, Element* y,
+                int M, int N, int K, int group_size, int num_groups, int activation) {
     constexpr int OUTPUTS = GATED ? ROWS_OF_W / 2 : ROWS_OF_W;
     const int num_chunks = (K + CHUNK_COLUMNS - 1) / CHUNK_COLUMNS;
     const int first_m = blockIdx.y * ROWS_OF_X;
@@ -130,13 +130,14 @@ linear_few_rows(const Element* x, const u8* codes, const void* scale, const u16*
             }
         }
     }
-    const float total = block_totals(sums);
+    float total = block_totals(sums);
 
     const int m = first_m + threadIdx.x % ROWS_OF_X;
     const int r = threadIdx.x / ROWS_OF_X;
     const int n = blockIdx.x * OUTPUTS + r % OUTPUTS;
     const Element* own_bias = r >= OUTPUTS ? bias2 : bias;
     const bool is_there = threadIdx.x < SUMS && m < M && n < N;
+    if (is_there) total *= load_row_scale(r >= OUTPUTS ? row_scale2 : row_scale, n);
     const float value = is_there && own_bias ? total + to_float(own_bias[n]) : total;
 #if GATED
     __shared__ float gates[SUMS / 2];

@@ -1,7 +1,8 @@
 // y = x W^T + bias for some rows of x (4 to 128) on tensor cores, W packed to 8 or 4 bits. sm_80 and up.
 //
 // x (M, K) and y (M, N) Element of 16 bits, row-major, K a multiple of 8.   codes (N, row_bytes), rows
-// padded to 16 bytes.   scale and minimum (N, num_groups): see linear_few_rows.cu.   bias (N) or null.
+// padded to 16 bytes.   scale and minimum (N, num_groups), row_scale (N): see linear_few_rows.cu.
+// bias (N) or null.
 //
 // A block of 4 warps computes 16 * W_TILES weight rows times 8 * X_TILES rows of x; the warps take turns along K
 // and add up at the end. In mma.m16n8k16 the weights are the (16, 16) matrix and x the (16, 8) one.
@@ -10,7 +11,8 @@
 // bytes at a time. So codes go from memory to registers once and in one step, without shared memory.
 //
 // Codes become floats, get scale and minimum, and are rounded to Element: as a dequantized weight
-// would be. 8-bit codes with one scale a row stay integers, exact in Element, and are scaled at the end.
+// would be. 8-bit codes with one scale a row stay integers, exact in Element, and are scaled at the end;
+// with integer scales weights are integers, too, and the scale of their row comes at the end.
 //
 // Bytes moved: N * row_bytes and the scales once for each 8 * X_TILES rows of x; x from the caches,
 // once for the weight rows of a block.
@@ -46,9 +48,9 @@ DEVICE void load_codes(uint4 packed[2 * W_TILES], const u8* codes, const int row
 }
 
 extern "C" __global__ void __launch_bounds__(WARPS * WARP)
-linear_tensor_core(const Element* x, const u8* codes, const void* scale, const u16* minimum,
-                   const Element* bias, Element* y, int M, int N, int K, int group_size,
-                   int num_groups) {
+linear_tensor_core(const Element* x, const u8* codes, const void* scale, const void* minimum,
+                   const float* row_scale, const Element* bias, Element* y, int M, int N, int K,
+                   int group_size, int num_groups) {
     const Lane lane = lane_of(threadIdx.x);
     const int warp = threadIdx.x / WARP;
     const int num_chunks = (K + CHUNK_COLUMNS - 1) / CHUNK_COLUMNS;
@@ -147,6 +149,7 @@ linear_tensor_core(const Element* x, const u8* codes, const void* scale, const u
 #pragma unroll
         for (int other = 0; other < WARPS; ++other) total += of_warps[other][m][n];
         if (scales_at_end) total *= load_scale(scale, minimum, first_n + n).factor;
+        total *= load_row_scale(row_scale, first_n + n);
         if (bias) total += to_float(bias[first_n + n]);
         y[size_t(first_m + m) * N + first_n + n] = from_float(total);
     }

@@ -26,6 +26,7 @@ from bminf.quantization.packed import INT8, Format
 LINEARS = {
     "a.up": PackedLinear(INT8, (6, 4), torch.bfloat16),
     "a.down": PackedLinear(Format(4, 16, True), (4, 6), torch.float32),
+    "a.side": PackedLinear(Format(4, 16, True, 8), (4, 6), torch.float16),
 }
 
 

@@ -243,6 +243,17 @@ def test_an_error_midway_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     assert bminf.save(model, tmp_path / "to").is_dir()
 
 
+def test_what_is_packed_as_int4_was_stays_so(tmp_path: Path) -> None:
+    model = bminf.wrapper(make("llama"), bminf.Format(4, 16), device="cpu")
+    bminf.save(model, tmp_path / "to")
+    assert '"scale_bits"' not in (tmp_path / "to" / "bminf.json").read_text()
+    for asked in ({}, {"quantization": "int4"}):
+        loaded = bminf.load(tmp_path / "to", device="cpu", **asked)
+        assert formats(loaded) == formats(model)
+    with pytest.raises(ArgumentError, match=r"is packed as .*; leave quantization out"):
+        bminf.load(tmp_path / "to", quantization=bminf.Format(4, 32, scale_bits=8), device="cpu")
+
+
 def test_what_is_packed_is_not_packed_otherwise(tmp_path: Path) -> None:
     bminf.save(bminf.wrapper(make("llama"), "int8", device="cpu"), tmp_path / "to")
     with pytest.raises(ArgumentError, match=r"is packed as .*; leave quantization out"):

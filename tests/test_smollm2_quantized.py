@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 
 import bminf
-from bminf.quantization.packed import Format, codes_of, dequantize, pack
+from bminf.quantization.packed import Format, codes_of, dequantize
+from bminf.quantization.packing import pack
 from bminf.wrapping import plan_for
 
 WINDOW = 384

@@ -253,10 +253,17 @@ FAULTS = (
     ),
     Fault(
         name="packed-last-group",
-        file="bminf/quantization/packed.py",
-        old="weight = torch.cat([weight, weight[:, -1:].expand(-1, missing)], dim=1)",
-        new="weight = torch.nn.functional.pad(weight, (0, missing))",
+        file="bminf/quantization/packing.py",
+        old="last = weight[:, -1:] if format_.has_minimum else torch.zeros_like(weight[:, -1:])",
+        new="last = torch.zeros_like(weight[:, -1:])",
         breaks="The last, shorter group of a row loses precision: its range has to hold 0.",
+    ),
+    Fault(
+        name="packed-last-scale",
+        file="bminf/quantization/packing.py",
+        old="best = torch.where(total < least, scale, best)",
+        new="best = scale",
+        breaks="A group takes the last scale that was tried, not the best.",
     ),
     Fault(
         name="gpt-padding",

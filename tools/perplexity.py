@@ -26,7 +26,8 @@ from benchmarks.harness import Group, Result, Settings, summary
 from benchmarks.report import at, by_columns
 from bminf.cli import models
 from bminf.models.evaluate import perplexity, window_losses
-from bminf.quantization.packed import Format, dequantize, pack
+from bminf.quantization.packed import Format, dequantize
+from bminf.quantization.packing import pack
 
 WINDOW = 512
 TOPICS = "pydoc_data.topics"

@@ -15,7 +15,8 @@ from bminf.checkpoint.model_parallel import SplitTable
 from bminf.checkpoint.names import Rule, rename, source_name_of
 from bminf.checkpoint.stored import Stored
 from bminf.errors import CheckpointError
-from bminf.quantization.packed import FORMATS, INT8, Format, PackedWeight, pack
+from bminf.quantization.packed import FORMATS, INT8, Format, PackedWeight
+from bminf.quantization.packing import pack
 
 
 class Config(Protocol):

@@ -52,7 +52,8 @@ from bminf.layers.packed_cache import Cache
 from bminf.layers.rotary import Rotary, rotate
 from bminf.layers.split_head import Head, split_head
 from bminf.quantization import glm_rows
-from bminf.quantization.packed import FORMATS, INT4, Format, PackedWeight, pack
+from bminf.quantization.packed import FORMATS, INT4, Format, PackedWeight
+from bminf.quantization.packing import pack
 
 # ---- configuration -------------------------------------------------------------------------------
 

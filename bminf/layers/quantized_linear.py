@@ -16,7 +16,17 @@ from bminf.layers.saving import check_not_saved
 from bminf.lazy import PACKED_IS_FROZEN, LazyTensor
 from bminf.ops.dequantize import dequantize_weight
 from bminf.ops.linear import ACTIVATIONS, linear_of_checked
-from bminf.quantization.packed import INT8, PACKED_FIELDS, Format, PackedWeight, pack, parse_format
+from bminf.quantization.packed import (
+    INT8,
+    PACKED_FIELDS,
+    Format,
+    PackedWeight,
+    empty,
+    parse_format,
+)
+from bminf.quantization.packing import pack
+
+_SCALES = ("scale", "minimum", "row_scale")
 
 
 def is_conv1d(module: torch.nn.Module) -> bool:
@@ -40,9 +50,9 @@ class QuantizedLinear(torch.nn.Linear):
         but for many tokens at once on a GPU without fast half precision.
     quantization: "int8", "int4", or a Format.
 
-    Buffers: qweight, scale, minimum, code_sum: the fields of PackedWeight, those that the format
-    has; `packed` gives them together. The bias stays in its dtype. `weight` answers as the
-    dequantized weight would. Frozen: gradients flow to the input only. Raises ArgumentError for
+    Buffers: qweight, scale, minimum, code_sum, row_scale: the fields of PackedWeight, those that
+    the format has; `packed` gives them together. The bias stays in its dtype. `weight` answers as
+    the dequantized weight would. Frozen: gradients flow to the input only. Raises ArgumentError for
     another module or word, an odd number of columns in 4 bits, or a weight that is not finite.
     """
 
@@ -50,6 +60,7 @@ class QuantizedLinear(torch.nn.Linear):
     scale: torch.Tensor
     minimum: torch.Tensor | None
     code_sum: torch.Tensor | None
+    row_scale: torch.Tensor | None
 
     def __init__(
         self,
@@ -58,15 +69,16 @@ class QuantizedLinear(torch.nn.Linear):
         quantization: str | Format = "int8",
     ) -> None:
         torch.nn.Module.__init__(self)  # Linear's own would make a weight
-        format_ = parse_format(quantization, is_optional=False)
-        assert format_ is not None  # or it was an error
-        self.form = format_
+        self.form = format_ = _format_of(quantization)
         _check_activations(activations, format_)
         weight = _weight_of(linear)
         self.out_features, self.in_features = weight.shape
         self.activations = activations
         self.dtype = weight.dtype
-        packed = pack(weight, format_)
+        if weight.is_meta:
+            packed = empty(self.out_features, self.in_features, format_, "meta")
+        else:
+            packed = pack(weight, format_)
         # Not by register_buffer(), which asks for each whether there is such an attribute.
         self._buffers.update({name: getattr(packed, name) for name in PACKED_FIELDS})
         self._parameters["bias"] = None
@@ -91,6 +103,7 @@ class QuantizedLinear(torch.nn.Linear):
             self.in_features,
             self.form.group_size,
             buffers["code_sum"],
+            buffers["row_scale"],
         )
 
     @property
@@ -136,7 +149,7 @@ class QuantizedLinear(torch.nn.Linear):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> QuantizedLinear:
         """Follow moves between devices; a new dtype is for the activations, not for the scales."""
-        before = {name: getattr(self, name) for name in ("scale", "minimum")}
+        before = {name: getattr(self, name) for name in _SCALES}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=before["scale"].device)).dtype
         for name, tensor in before.items():
@@ -158,6 +171,14 @@ class QuantizedLinear(torch.nn.Linear):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, activations={self.activations!r}, {self.form}"
         )
+
+
+def _format_of(quantization: str | Format) -> Format:
+    if isinstance(quantization, Format):
+        return quantization
+    found = parse_format(quantization, is_optional=False)
+    assert found is not None  # or it was an error
+    return found
 
 
 def was_conv1d(linear: QuantizedLinear) -> bool:

@@ -25,7 +25,7 @@ from bminf.offload.blob import Blobs, lay_out
 from bminf.offload.blocks import find_blocks
 from bminf.offload.plan import Plan, least_budget
 from bminf.offload.start import plan_on
-from bminf.quantization.packed import Format, Packing, parse_format
+from bminf.quantization.packed import INT8, Format, Packing, is_asked_for, parse_format
 from bminf.units import format_bytes, parse_bytes
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -38,8 +38,8 @@ _DEFAULT_MAX_LENGTH = 512  # of models whose positions have no end
 
 _SAMPLING_BYTES = 64  # of an entry of the logits: in the model's type, and what sampling sorts
 # What stays with the allocators and libraries of a CPU after tensors are gone. Measured, not
-# derived: up to 9/8 of what a layer and half of the logits hold (with weights that are not
-# packed up to 7/4 of a layer), and no more than this.
+# derived: up to 5/4 of what a layer holds and half of the logits (6/4 of a layer with weights that
+# are unpacked for each product, 7/4 with those that are not packed), and no more than this.
 _MAX_CACHED_BYTES = 7 * 2**25
 _LIBRARY_BYTES = 2**25  # on a GPU, where torch uses again what is gone: of cuBLAS
 _FRAGMENTATION = 0.1  # of the peak, between what is still there
@@ -220,7 +220,8 @@ def reserved_bytes(
         head += vocab_size * FIXED_TOKENS * assembly.dtype.itemsize
     aligned = 0 if is_cpu else sizes.bias  # the copy that attention may make of it
     peak = max(sizes.making_bias, sizes.bias + aligned + sizes.layer, head)
-    left = (9 if weight_format is not None else 14) * sizes.layer // 8
+    quarters = 7 if weight_format is None else 5 if weight_format == INT8 else 6
+    left = quarters * sizes.layer // 4
     cached = min(left + head // 2, _MAX_CACHED_BYTES) if is_cpu else min(peak, _LIBRARY_BYTES)
     return sizes.cache + peak + int(_FRAGMENTATION * peak) + cached
 
@@ -250,14 +251,15 @@ def _stored_packing(source: Source, stored: Packing, formats: Formats) -> Packin
         )
     # A scale a row of each rank, which are groups of columns together, if there are several.
     of_ranks = {Format(one.bits) for one in layers.values() if one is not None}
-    if not formats.is_auto and {asked} not in (found, of_ranks):
+    is_as_asked = {asked} == of_ranks or all(is_asked_for(one, asked) for one in found)
+    if not formats.is_auto and not is_as_asked:
         raise ArgumentError(
             f"quantization is {asked}, but {path} is packed as "
             f"{' and '.join(sorted(map(str, found)))}; leave quantization out, or convert the "
             "original to what you want"
         )
     head = stored.of(f"{HEAD}0")
-    if formats.head is not None and formats.head != head:
+    if formats.head is not None and not is_asked_for(head, formats.head):
         raise ArgumentError(
             f"head_quantization is {formats.head}, but the head in {path} is packed as {head}; "
             "leave head_quantization out, or convert the original to what you want"

@@ -183,7 +183,7 @@ def layout_of_table(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Lay
 
 
 def _as_json(weight_format: Format | None) -> dict[str, Any] | None:
-    return None if weight_format is None else asdict(weight_format)
+    return None if weight_format is None else weight_format.to_json()
 
 
 def _check_tp_arguments(**given: Any) -> None:

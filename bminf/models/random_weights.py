@@ -12,7 +12,8 @@ from bminf.layers.embedding import HostEmbedding
 from bminf.layers.quantized_linear import QuantizedLinear
 from bminf.layout import tensors_of
 from bminf.models.source import Weights
-from bminf.quantization.packed import PACKED_FIELDS, Packing, pack
+from bminf.quantization.packed import PACKED_FIELDS, Packing
+from bminf.quantization.packing import pack
 
 _DRAWN_ROWS = 16  # of a matrix, which come again and again: only they are held before it is read
 

@@ -23,7 +23,7 @@ from bminf.checkpoint.stored import Rows, Scaled, Stored
 from bminf.errors import ArgumentError, CheckpointError
 from bminf.layers.embedding import HostEmbedding
 from bminf.models.recognition import recognized
-from bminf.quantization.packed import PACKED_FIELDS, Format, Packing, pack
+from bminf.quantization.packed import PACKED_FIELDS, Format, Packing, empty
 from bminf.tokenizers.base import Tokenizer
 from bminf.tokenizers.find import find_tokenizer, tokenizer_from
 
@@ -503,7 +503,7 @@ def _expected(
         if packing is not None and type(module) is torch.nn.Linear and start.startswith(inside):
             weight_format = packing.of(prefix)
         if weight_format is not None:
-            packed = pack(module.weight, weight_format)
+            packed = empty(module.out_features, module.in_features, weight_format, "meta")
             for key in PACKED_FIELDS:
                 code: torch.Tensor | None = getattr(packed, key)
                 if code is not None:

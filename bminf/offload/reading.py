@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,7 +15,8 @@ from bminf.errors import ArgumentError, CheckpointError
 from bminf.layers.quantized_linear import QuantizedLinear
 from bminf.layout import Chunk, Layout
 from bminf.offload.blob import Blobs
-from bminf.quantization.packed import PACKED_FIELDS, Format, PackedWeight, pack
+from bminf.quantization.packed import PACKED_FIELDS, Format, PackedWeight
+from bminf.quantization.packing import pack
 
 _CHUNK_ELEMENTS = 2**22  # of a matrix that are read and packed together
 _WITH_NAN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # that torch compares
@@ -97,7 +98,8 @@ def tensors_of_block(contents: Contents, block: str, filled: Iterable[int] = ())
     for name, linear in packed.items():
         inner = f"{name}." if name else ""
         if f"{inner}qweight" in layout.specs:
-            for key, tensor, first_row in _packed(linear, _joined(block, name), contents):
+            held = [key for key in PACKED_FIELDS if inner + key in layout.specs]
+            for key, tensor, first_row in _packed(linear, held, _joined(block, name), contents):
                 if layout.offsets[inner + key] not in done:
                     yield inner + key, tensor, first_row
     keys = {f"{name}.{key}".lstrip(".") for name in packed for key in PACKED_FIELDS}
@@ -135,11 +137,10 @@ def _is_mapped_as(stored: Stored, dtype: torch.dtype) -> bool:
 
 
 def _packed(
-    linear: QuantizedLinear, name: str, contents: Contents
+    linear: QuantizedLinear, keys: Sequence[str], name: str, contents: Contents
 ) -> Iterator[tuple[str, torch.Tensor, int]]:
-    """(buffer, some of its rows, index of the first)."""
-    like, tensors = linear.packed, contents.tensors
-    keys = [key for key in PACKED_FIELDS if getattr(like, key) is not None]
+    """(buffer, some of its rows, index of the first), of the buffers that it has."""
+    tensors = contents.tensors
     if f"{name}.qweight" in tensors:
         for key in keys:
             stored = tensors[f"{name}.{key}"]

@@ -21,7 +21,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from bminf.quantization.packed import PackedWeight, dequantize, int8_rows
+from bminf.quantization.packed import PackedWeight, dequantize, group_minima, group_scales
+from bminf.quantization.packing import int8_rows
 
 MAX_DIGIT_COLUMNS = (2**31 - 1) // (255 * 128)
 """Of products of codes with digits, 0 to 255 or -128 to 127: their sums are sure to fit 32 bits."""
@@ -174,8 +175,8 @@ def _four_bit_product(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
         return _dequantized_product(x, weight)  # a last group longer than the padded row
     x = F.pad(x, (0, 2 * half_columns - x.shape[1]))
     even, odd = x[:, ::2].contiguous(), x[:, 1::2].contiguous()
-    scale = weight.scale.view(-1, weight.num_groups).float()
-    offset = -8 * scale if weight.minimum is None else weight.minimum.view_as(scale).float()
+    scale, minimum = group_scales(weight), group_minima(weight)
+    offset = -8 * scale if minimum is None else minimum
     group_sums = x.view(x.shape[0], weight.num_groups, -1).sum(-1)
     y = F.linear(group_sums, offset)
     num_rows = max(1, _SLICE_ELEMENTS // half_columns)

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 from bminf.cuda.launcher import Launcher, launcher_for
-from bminf.cuda.source import Kernel
+from bminf.cuda.source import Argument, Kernel
 from bminf.errors import ArgumentError
 from bminf.ops.rows import ELEMENTS, check_codes
-from bminf.quantization.packed import PackedWeight, dequantize
+from bminf.quantization.packed import Format, PackedWeight, dequantize
 from bminf.tracing import active_tracer
 
 _THREADS = 256
@@ -24,7 +24,7 @@ def dequantize_weight(weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
     if torch.compiler.is_compiling() or active_tracer() is not None:
         y: torch.Tensor = _traced_dequantize(
             weight.qweight, weight.scale, weight.minimum, weight.in_features, weight.group_size,
-            dtype,
+            dtype, weight.row_scale,
         )  # fmt: skip
         return y
     if dtype not in ELEMENTS:
@@ -36,13 +36,32 @@ def dequantize_weight(weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
     return _launch(launcher, weight, dtype)
 
 
-def kernel(dtype: torch.dtype, bits: int, has_minimum: bool) -> Kernel:
-    """The kernel for a weight of that kind."""
-    return Kernel(
-        "dequantize.cu",
-        "dequantize",
-        (("ELEMENT", ELEMENTS[dtype]), ("BITS", bits), ("HAS_MINIMUM", int(has_minimum))),
+def format_macros(dtype: torch.dtype, form: Format) -> tuple[tuple[str, int], ...]:
+    """What tells a kernel how a weight is packed, and the type it computes with."""
+    return (
+        ("ELEMENT", ELEMENTS[dtype]),
+        ("BITS", form.bits),
+        ("HAS_MINIMUM", int(form.has_minimum)),
+        ("SCALE_BITS", 8 * form.scale_dtype.itemsize),
     )
+
+
+def weight_arguments(weight: PackedWeight | None) -> list[Argument]:
+    """A weight as kernels take it; None is nothing."""
+    if weight is None:
+        return [None] * 4
+    return [weight.qweight, weight.scale, weight.minimum, weight.row_scale]
+
+
+def group_arguments(weight: PackedWeight) -> list[Argument]:
+    """Its groups: columns in each, and how many."""
+    columns = weight.in_features
+    return [min(weight.group_size or columns, columns), weight.num_groups]
+
+
+def kernel(dtype: torch.dtype, form: Format) -> Kernel:
+    """The kernel for a weight of that kind."""
+    return Kernel("dequantize.cu", "dequantize", format_macros(dtype, form))
 
 
 def _launch(launcher: Launcher, weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
@@ -51,12 +70,11 @@ def _launch(launcher: Launcher, weight: PackedWeight, dtype: torch.dtype) -> tor
     y = torch.empty((rows, columns), dtype=dtype, device=weight.qweight.device)
     num_threads = rows * -(-columns // 8)
     launcher.launch(
-        kernel(dtype, weight.bits, weight.minimum is not None),
+        kernel(dtype, weight.form),
         (-(-num_threads // _THREADS), 1, 1),
         (_THREADS, 1, 1),
         [
-            weight.qweight, weight.scale, weight.minimum, y, rows, columns,
-            min(weight.group_size or columns, columns), weight.num_groups,
+            *weight_arguments(weight), y, rows, columns, *group_arguments(weight),
         ],
     )  # fmt: skip
     return y
@@ -65,17 +83,20 @@ def _launch(launcher: Launcher, weight: PackedWeight, dtype: torch.dtype) -> tor
 # For torch.compile: the same, opaque to it, and left out where only the shape is asked for.
 _traced_dequantize: Any = torch.library.custom_op(
     "bminf::dequantize",
-    lambda qweight, scale, minimum, in_features, group_size, dtype: dequantize_weight(
-        PackedWeight(qweight, scale, minimum, in_features, group_size), dtype
+    lambda qweight, scale, minimum, in_features, group_size, dtype, row_scale=None: (
+        dequantize_weight(
+            PackedWeight(qweight, scale, minimum, in_features, group_size, row_scale=row_scale),
+            dtype,
+        )
     ),
     mutates_args=(),
     schema=(
         "(Tensor qweight, Tensor scale, Tensor? minimum, int in_features, int? group_size, "
-        "ScalarType dtype) -> Tensor"
+        "ScalarType dtype, Tensor? row_scale=None) -> Tensor"
     ),
 )
 _traced_dequantize.register_fake(
-    lambda qweight, scale, minimum, in_features, group_size, dtype: qweight.new_empty(
-        (qweight.shape[0], in_features), dtype=dtype
+    lambda qweight, scale, minimum, in_features, group_size, dtype, row_scale=None: (
+        qweight.new_empty((qweight.shape[0], in_features), dtype=dtype)
     )
 )

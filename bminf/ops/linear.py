@@ -52,7 +52,7 @@ def linear_of_checked(
     rows = x if x.dim() in (0, 2) else as_rows(x)
     y: torch.Tensor = _traced_linear(
         rows, weight.qweight, weight.scale, weight.minimum, weight.code_sum, bias,
-        weight.in_features, weight.group_size, activations,
+        weight.in_features, weight.group_size, activations, weight.row_scale,
     )  # fmt: skip
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.out_features)
 
@@ -117,10 +117,10 @@ def _rounds_activations(
 
 _traced_linear: Any = torch.library.custom_op(
     "bminf::linear",
-    lambda x, qweight, scale, minimum, code_sum, bias, in_features, group_size, activations: (
+    lambda x, qweight, scale, minimum, code_sum, bias, columns, size, activations, row_scale=None: (
         _linear(
             x,
-            PackedWeight(qweight, scale, minimum, in_features, group_size, code_sum),
+            PackedWeight(qweight, scale, minimum, columns, size, code_sum, row_scale),
             bias,
             activations,
         )
@@ -128,7 +128,7 @@ _traced_linear: Any = torch.library.custom_op(
     mutates_args=(),
     schema=(
         "(Tensor x, Tensor qweight, Tensor scale, Tensor? minimum, Tensor? code_sum, Tensor? bias, "
-        "int in_features, int? group_size, str activations) -> Tensor"
+        "int in_features, int? group_size, str activations, Tensor? row_scale=None) -> Tensor"
     ),
 )
 
@@ -138,13 +138,15 @@ def _shape_only(x: torch.Tensor, qweight: torch.Tensor, *_: Any) -> torch.Tensor
 
 
 def _keep_weight(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    _, qweight, scale, minimum, _, _, *ctx.sizes, _ = inputs
-    ctx.save_for_backward(qweight, scale, minimum)
+    _, qweight, scale, minimum, _, _, *ctx.sizes, _, row_scale = inputs
+    ctx.save_for_backward(qweight, scale, minimum, row_scale)
 
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-    weight = PackedWeight(*ctx.saved_tensors, *ctx.sizes)
-    return grad @ dequantize_weight(weight, grad.dtype), *[None] * 8
+    qweight, scale, minimum, row_scale = ctx.saved_tensors
+    in_features, group_size = ctx.sizes
+    weight = PackedWeight(qweight, scale, minimum, in_features, group_size, row_scale=row_scale)
+    return grad @ dequantize_weight(weight, grad.dtype), *[None] * 9
 
 
 _traced_linear.register_fake(_shape_only)

@@ -13,8 +13,13 @@ import torch.nn.functional as F
 from bminf.cuda.launcher import Launcher
 from bminf.cuda.source import Kernel
 from bminf.ops.cpu_linear import weight_only_product
-from bminf.ops.dequantize import dequantize_weight
-from bminf.ops.rows import ELEMENTS, check_codes, kernel_rows
+from bminf.ops.dequantize import (
+    dequantize_weight,
+    format_macros,
+    group_arguments,
+    weight_arguments,
+)
+from bminf.ops.rows import check_codes, kernel_rows
 from bminf.quantization.packed import CHUNK_BYTES, PackedWeight
 
 MAX_FEW_ROWS = 16
@@ -122,21 +127,7 @@ def _rows_of_w(rows_of_x: int, span: int, is_gated: bool) -> int:
 
 
 def _weight_macros(dtype: torch.dtype, weight: PackedWeight) -> tuple[tuple[str, int], ...]:
-    return (
-        ("ELEMENT", ELEMENTS[dtype]),
-        ("BITS", weight.bits),
-        ("HAS_MINIMUM", int(weight.minimum is not None)),
-        ("SPAN", span_of(weight)),
-    )
-
-
-def _weight_arguments(weight: PackedWeight | None) -> list[torch.Tensor | None]:
-    return [None] * 3 if weight is None else [weight.qweight, weight.scale, weight.minimum]
-
-
-def _group_arguments(weight: PackedWeight) -> list[int]:
-    size = weight.in_features
-    return [min(weight.group_size or size, size), weight.num_groups]
+    return *format_macros(dtype, weight.form), ("SPAN", span_of(weight))
 
 
 def launch_few_rows(
@@ -157,8 +148,8 @@ def launch_few_rows(
         few_rows_grid(kernel, *y.shape),
         (_FEW_ROWS_THREADS, 1, 1),
         [
-            rows, *_weight_arguments(weight), bias, *_weight_arguments(up), up_bias, y, *y.shape,
-            rows.shape[1], *_group_arguments(weight), activation,
+            rows, *weight_arguments(weight), bias, *weight_arguments(up), up_bias, y, *y.shape,
+            rows.shape[1], *group_arguments(weight), activation,
         ],
     )  # fmt: skip
     return y
@@ -193,8 +184,8 @@ def _launch_tensor_cores(
         (-(-y.shape[1] // rows_of_w), -(-y.shape[0] // rows_of_x), 1),
         (_TENSOR_CORE_THREADS, 1, 1),
         [
-            rows, *_weight_arguments(weight), bias, y, *y.shape, rows.shape[1],
-            *_group_arguments(weight),
+            rows, *weight_arguments(weight), bias, y, *y.shape, rows.shape[1],
+            *group_arguments(weight),
         ],
     )  # fmt: skip
     return y

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from bminf.cuda.launcher import launcher_for
 from bminf.cuda.source import Kernel
 from bminf.ops.rows import ELEMENTS, as_rows, check_activations, check_vector, kernel_rows
-from bminf.quantization.packed import int8_rows, row_bytes
+from bminf.quantization.packed import row_bytes
+from bminf.quantization.packing import int8_rows
 
 _THREADS = 256
 

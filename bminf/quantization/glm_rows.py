@@ -14,7 +14,8 @@ from __future__ import annotations
 import torch
 
 from bminf.errors import ArgumentError
-from bminf.quantization.packed import Format, PackedWeight, pack
+from bminf.quantization.packed import Format, PackedWeight
+from bminf.quantization.packing import pack
 
 BITS = (8, 4)
 

@@ -10,15 +10,23 @@ for each row, or for each group of neighbouring columns of a row:
 column in the high half, signed ones in two's complement; scales and minima are float16. The padding
 holds zeros and stands for nothing.
 
+Scales of groups in 4 bits may be 8-bit integers themselves, and so may minima, of which there are
+none above 0. Then all is integers but one float32 a row:
+
+    weight ~ (code * scale - 16 * minimum) * row_scale
+
+How a weight becomes such numbers is in packing.py.
+
 Sources: absolute-maximum rows, Dettmers et al. 2022, arXiv:2208.07339, section 2; signed codes of 4
 bits, the code of Zeng et al. 2022, arXiv:2210.02414; scale and minimum for a group, the Q4_1 blocks
-of the GGUF file format.
+of the GGUF file format; scales that are quantized themselves, Dettmers et al. 2023,
+arXiv:2305.14314, section 3.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, NamedTuple
 
 import torch
@@ -28,8 +36,13 @@ from bminf.errors import ArgumentError
 CHUNK_BYTES = 16
 """Rows are padded to this: what a thread of a kernel reads at once."""
 
-_SLICE_ELEMENTS = 2**18  # of a weight are packed at once: temporaries stay small beside any block
-_SCALE_DTYPES = {8: torch.float32, 4: torch.float16}
+SLICE_ELEMENTS = 2**18
+"""Of a weight are packed or unpacked at once: temporaries stay small beside any block."""
+
+MINIMUM_STEP = 16
+"""Integer minima count in so many times their row's scale: they reach as deep as 15 steps do."""
+
+_SCALE_DTYPES = {16: torch.float16, 8: torch.uint8}  # of 4-bit codes, by the bits of a scale
 _CODE_DTYPES = {8: torch.int8, 4: torch.uint8}
 
 
@@ -39,12 +52,15 @@ class Format:
 
     bits: 8 or 4.   group_size: columns that share a scale, an even number; None is the whole row.
     has_minimum: codes count from a minimum of their group (4 bits only).
+    scale_bits: of the scales and minima of groups in 4 bits: 16 for float16, 8 for integers that
+        count in one float32 of their row. Scales of 8-bit codes are float32 in any case.
     Raises ArgumentError for anything else.
     """
 
     bits: int
     group_size: int | None = None
     has_minimum: bool = False
+    scale_bits: int = 16
 
     def __post_init__(self) -> None:
         if self.bits not in _CODE_DTYPES:
@@ -54,23 +70,51 @@ class Format:
             raise ArgumentError(f"group_size={size!r}; accepted: an even number, or None")
         if self.has_minimum and self.bits == 8:
             raise ArgumentError("has_minimum=True goes with bits=4; 8-bit codes are symmetric")
+        if self.scale_bits not in (8, 16):
+            raise ArgumentError(f"scale_bits={self.scale_bits!r}; accepted: 16, 8")
+        if self.scale_bits == 8 and (self.bits == 8 or size is None):
+            raise ArgumentError(
+                "scale_bits=8 goes with bits=4 and a group_size; 8-bit codes have float32 scales, "
+                "and a scale for a whole row is one number"
+            )
+
+    def __repr__(self) -> str:
+        """As one would write it."""
+        given = (f"{one.name}={getattr(self, one.name)!r}" for one in fields(self)
+                 if getattr(self, one.name) != one.default)  # fmt: skip
+        return f"Format({', '.join(given)})"
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """Of scales and minima."""
+        return torch.float32 if self.bits == 8 else _SCALE_DTYPES[self.scale_bits]
 
     def bits_per_weight(self, in_features: int) -> float:
         """All that is stored of a row, padding and scales included, over its columns."""
         num_groups = -(-in_features // (self.group_size or in_features))
-        scale_bytes = _SCALE_DTYPES[self.bits].itemsize * (2 if self.has_minimum else 1)
-        sum_bytes = 4 if self == INT8 else 0
-        packed_bytes = row_bytes(in_features, self.bits) + num_groups * scale_bytes + sum_bytes
+        scale_bytes = self.scale_dtype.itemsize * (2 if self.has_minimum else 1)
+        more_bytes = 4 if self == INT8 or self.scale_bits == 8 else 0  # code_sum, or row_scale
+        packed_bytes = row_bytes(in_features, self.bits) + num_groups * scale_bytes + more_bytes
         return 8 * packed_bytes / in_features
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields, as files have them: what older versions do not know only where it counts."""
+        known = asdict(self)
+        if self.scale_bits == 16:
+            del known["scale_bits"]
+        return known
 
 
 INT8 = Format(8)
-INT4 = Format(4, group_size=16)
+INT4 = Format(4, group_size=16, scale_bits=8)
 """The default in 4 bits; docs/quantization.md has the measurements that chose it."""
 
 FORMATS = {"int8": INT8, "int4": INT4}
 
-PACKED_FIELDS = ("qweight", "scale", "minimum", "code_sum")
+_EARLIER_INT4 = Format(4, group_size=16)
+"""What "int4" was before; folders that are packed so stay so."""
+
+PACKED_FIELDS = ("qweight", "scale", "minimum", "code_sum", "row_scale")
 """The tensors of a PackedWeight."""
 
 
@@ -98,6 +142,12 @@ def parse_format(
     choices = [*names, "a bminf.Format", "None"] if is_optional else [*names, "a bminf.Format"]
     known = f"{', '.join(choices[:-1])}, or {choices[-1]}"
     raise ArgumentError(f"{argument}={given!r}; accepted: {known}")
+
+
+def is_asked_for(found: Format | None, asked: Format | None) -> bool:
+    """Whether what is packed as `found` is what was asked for: "int4" is what it was when the
+    folder was written, too."""
+    return found == asked or (asked == INT4 and found == _EARLIER_INT4)
 
 
 @dataclass(frozen=True)
@@ -131,6 +181,8 @@ class PackedWeight(NamedTuple):
     group_size: columns that share a scale; None for a scale a row.
     code_sum: (out_features,) int32, the sum of each row's codes, or None. Only of 8-bit codes with
         a scale a row; it says nothing new, but spares the CPU half of a product with one row.
+    row_scale: (out_features,) float32, what scales and minima count in where they are uint8; None
+        where they are not.
     """
 
     qweight: torch.Tensor
@@ -139,6 +191,7 @@ class PackedWeight(NamedTuple):
     in_features: int
     group_size: int | None = None
     code_sum: torch.Tensor | None = None
+    row_scale: torch.Tensor | None = None
 
     @property
     def out_features(self) -> int:
@@ -150,7 +203,8 @@ class PackedWeight(NamedTuple):
 
     @property
     def form(self) -> Format:
-        return Format(self.bits, self.group_size, self.minimum is not None)
+        scale_bits = 16 if self.row_scale is None else 8
+        return Format(self.bits, self.group_size, self.minimum is not None, scale_bits)
 
     @property
     def num_groups(self) -> int:
@@ -168,38 +222,20 @@ class PackedWeight(NamedTuple):
         shape: tuple[int, ...] = (self.out_features,)
         if self.form.group_size is not None:
             shape += (self.num_groups,)
-        scale = shape, _SCALE_DTYPES[self.bits]
-        sums = (self.out_features,), torch.int32
-        for name, expected in (("scale", scale), ("minimum", scale), ("code_sum", sums)):
+        scale, row = (shape, self.form.scale_dtype), (self.out_features,)
+        expected = {
+            "scale": scale, "minimum": scale, "code_sum": (row, torch.int32),
+            "row_scale": (row, torch.float32),
+        }  # fmt: skip
+        for name, like in expected.items():
             tensor = getattr(self, name)
             if tensor is not None:
-                _check_scale(name, tensor, *expected, self.qweight.device)
-
-
-RowPacker = Callable[[torch.Tensor, Format, PackedWeight], None]
-"""Packs rows of a weight, (n, K), in a format into a PackedWeight of n rows."""
+                _check_scale(name, tensor, *like, self.qweight.device)
 
 
 def row_bytes(in_features: int, bits: int) -> int:
     """Bytes of a packed row: whole chunks."""
     return -(-in_features * bits // (8 * CHUNK_BYTES)) * CHUNK_BYTES
-
-
-def pack(weight: torch.Tensor, format_: Format, pack_rows: RowPacker | None = None) -> PackedWeight:
-    """`weight`, (N, K) floating point, in `format_`; on the meta device shapes only.
-
-    pack_rows: packs some rows into their place; None rounds as this file says.
-    Raises ArgumentError: an odd K in 4 bits, a weight that is not finite or too large for half
-    precision scales.
-    """
-    packed = empty(weight.shape[0], weight.shape[1], format_, weight.device)
-    if weight.is_meta or 0 in weight.shape:
-        return packed
-    num_rows = max(1, _SLICE_ELEMENTS // weight.shape[1])
-    for start in range(0, weight.shape[0], num_rows):
-        rows = slice(start, start + num_rows)
-        (pack_rows or _pack_rows)(weight[rows].detach(), format_, packed.rows(rows))
-    return packed
 
 
 def empty(
@@ -214,27 +250,34 @@ def empty(
     shape: tuple[int, ...] = (out_features,)
     if format_.group_size is not None:
         shape += (_num_groups(in_features, format_.group_size),)
-    scales = torch.zeros(shape, dtype=_SCALE_DTYPES[format_.bits], device=device)
+    scales = torch.zeros(shape, dtype=format_.scale_dtype, device=device)
     codes = torch.zeros(
         (out_features, row_bytes(in_features, format_.bits)),
         dtype=_CODE_DTYPES[format_.bits],
         device=device,
     )
     minimum = torch.zeros_like(scales) if format_.has_minimum else None
-    code_sum = None
+    code_sum = row_scale = None
     if format_ == INT8:
         code_sum = torch.zeros(out_features, dtype=torch.int32, device=device)
-    return PackedWeight(codes, scales, minimum, in_features, format_.group_size, code_sum)
+    if format_.scale_bits == 8:
+        row_scale = torch.zeros(out_features, dtype=torch.float32, device=device)
+    return PackedWeight(
+        codes, scales, minimum, in_features, format_.group_size, code_sum, row_scale
+    )
 
 
 def dequantize(packed: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
-    """(N, K) in `dtype`: code * scale + minimum in float32, rounded once."""
+    """(N, K) in `dtype`: code * scale + minimum in float32, rounded once.
+
+    Integers, where scales are, stay exact until they are multiplied with the scale of their row.
+    """
     out = torch.empty(
         (packed.out_features, packed.in_features), dtype=dtype, device=packed.qweight.device
     )
     if out.is_meta or out.numel() == 0:
         return out
-    num_rows = max(1, _SLICE_ELEMENTS // packed.in_features)
+    num_rows = max(1, SLICE_ELEMENTS // packed.in_features)
     for start in range(0, packed.out_features, num_rows):
         rows = slice(start, start + num_rows)
         out[rows] = _dequantize_rows(packed.rows(rows))
@@ -250,90 +293,28 @@ def codes_of(packed: PackedWeight) -> torch.Tensor:
     return codes if packed.minimum is not None else (codes ^ 8) - 8
 
 
-def store_codes(codes: torch.Tensor, packed: PackedWeight) -> None:
-    """The inverse of codes_of: (N, K) integers into packed.qweight."""
-    if packed.bits == 8:
-        packed.qweight[:, : packed.in_features] = codes.to(torch.int8)
-        return
-    nibbles = (codes.to(torch.int16) & 15).to(torch.uint8)
-    packed.qweight[:, : packed.in_features // 2] = nibbles[:, ::2] << 4 | nibbles[:, 1::2]
+def group_scales(packed: PackedWeight) -> torch.Tensor:
+    """The scale of each group as a number, in float32: (N, G), G = 1 for a scale a row."""
+    scale = packed.scale.view(-1, packed.num_groups).float()
+    return scale if packed.row_scale is None else scale.mul_(packed.row_scale.unsqueeze(1))
 
 
-def _pack_rows(weight: torch.Tensor, format_: Format, packed: PackedWeight) -> None:
-    weight = weight.float()
-    if not weight.isfinite().all():
-        raise ArgumentError("the weight holds NaN or infinity and cannot be quantized")
-    if format_ == INT8:
-        codes, scale = int8_rows(weight)
-        packed.scale.copy_(scale)
-        packed.code_sum.copy_(codes.sum(1, dtype=torch.int32))  # type: ignore[union-attr]
-        store_codes(codes, packed)
-        return
-    groups = _grouped(weight, format_.group_size)
-    if format_.has_minimum:
-        scale, minimum = _range_scale(groups)
-        packed.minimum.copy_(minimum.view_as(packed.scale))  # type: ignore[union-attr]
-        codes = _codes(groups - minimum, scale, 0, 15)
-    elif format_.bits == 4:
-        scale = _signed_scale(groups)
-        codes = _codes(groups, scale, -8, 7)
-    else:
-        scale = groups.abs().amax(-1, keepdim=True) / 127
-        codes = _codes(groups, scale, -127, 127)
-    packed.scale.copy_(scale.view_as(packed.scale))
-    store_codes(codes.flatten(1)[:, : weight.shape[1]], packed)
-
-
-def _range_scale(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and minimum of each group, (N, G, 1), as half precision holds them."""
-    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
-    return _as_half((high - low) / 15), _as_half(low)
-
-
-def _signed_scale(groups: torch.Tensor) -> torch.Tensor:
-    """The scale of each group, (N, G, 1), with the sign that gives the largest weight code -8.
-
-    -8 has no positive twin: this way all 16 codes are used.
-    """
-    largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
-    return _as_half(largest / -8)
-
-
-def _as_half(values: torch.Tensor) -> torch.Tensor:
-    rounded = values.half()
-    if not rounded.isfinite().all():
-        raise ArgumentError(
-            "the weight is too large for half-precision scales "
-            f"(largest of a group {float(values.abs().max()):.3g}); "
-            'use quantization="int8" for it'
-        )
-    return rounded.float()
-
-
-def _codes(values: torch.Tensor, scale: torch.Tensor, qmin: int, qmax: int) -> torch.Tensor:
-    # Of zeros the scale is 0; dividing by 1 instead keeps their codes at 0.
-    divisor = torch.where(scale == 0, torch.ones_like(scale), scale)
-    # The clamp is for scales so small that they have few digits themselves.
-    return torch.round(values / divisor).clamp_(qmin, qmax)
-
-
-def _grouped(weight: torch.Tensor, group_size: int | None) -> torch.Tensor:
-    """(N, G, group_size); the last group is filled with the row's last column, which changes no
-    minimum or maximum."""
-    columns = weight.shape[1]
-    size = min(group_size or columns, columns)
-    missing = -columns % size
-    if missing:
-        weight = torch.cat([weight, weight[:, -1:].expand(-1, missing)], dim=1)
-    return weight.reshape(len(weight), -1, size)
+def group_minima(packed: PackedWeight) -> torch.Tensor | None:
+    """As group_scales; None of symmetric codes."""
+    if packed.minimum is None:
+        return None
+    minimum = packed.minimum.view(-1, packed.num_groups).float()
+    if packed.row_scale is None:
+        return minimum
+    return minimum.mul_(packed.row_scale.unsqueeze(1)).mul_(-MINIMUM_STEP)
 
 
 def _dequantize_rows(packed: PackedWeight) -> torch.Tensor:
-    codes = codes_of(packed).float()
-    scale = _a_column(packed.scale, packed)
-    if packed.minimum is None:
-        return codes.mul_(scale)
-    return codes.mul_(scale).add_(_a_column(packed.minimum, packed))
+    values = codes_of(packed).float().mul_(_a_column(packed.scale, packed))
+    if packed.minimum is not None:
+        step = 1 if packed.row_scale is None else -MINIMUM_STEP
+        values.add_(_a_column(packed.minimum, packed), alpha=step)
+    return values if packed.row_scale is None else values.mul_(packed.row_scale.unsqueeze(1))
 
 
 def _a_column(values: torch.Tensor, packed: PackedWeight) -> torch.Tensor:
@@ -383,18 +364,3 @@ def _check_scale(
         )
     if not tensor.is_contiguous():
         raise ArgumentError(f"{name} is not contiguous; pass {name}.contiguous()")
-
-
-QMAX = 127
-
-
-def int8_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pack each row (last axis) of `x` by its absolute maximum.
-
-    x: (..., K) floating point.   Returns q (..., K) int8 and scale (...) float32.
-    """
-    x = x.detach().float()
-    if x.shape[-1] == 0:
-        return x.to(torch.int8), torch.ones(x.shape[:-1], device=x.device)
-    scale = x.abs().amax(dim=-1) / QMAX
-    return _codes(x, scale.unsqueeze(-1), -QMAX, QMAX).to(torch.int8), scale

@@ -495,7 +495,7 @@ def test_a_real_model_knows_a_capital_and_what_was_said(
     smollm2_folder: Path, talk: Command
 ) -> None:
     lines = "What is the capital of France?\nAnd of Italy?\n"
-    options = ("--temperature", "0", "--max-new-tokens", "24", "--memory-limit", "400MB")
+    options = ("--temperature", "0", "--max-new-tokens", "24", "--memory-limit", "450MB")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         first, second = talk(lines, str(smollm2_folder), *options).out.splitlines()

@@ -32,10 +32,11 @@ def said_of(target: Path) -> str:
     ("options", "packing"),
     [
         ([], {"bits": 8, "group_size": None, "has_minimum": False}),
-        (["--quantization", "int4"], {"bits": 4, "group_size": 16, "has_minimum": False}),
+        (["--quantization", "int4"], {"bits": 4, "group_size": 16, "has_minimum": False,
+                                     "scale_bits": 8}),
         (["--quantization", "none"], None),
     ],
-)
+)  # fmt: skip
 def test_it_writes_a_folder_that_loads(
     options: list[str], packing: object, cpm1: Path, tmp_path: Path, command: Command
 ) -> None:

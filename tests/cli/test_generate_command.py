@@ -86,7 +86,7 @@ def test_the_text_is_that_of_a_built_in_model(name: str, tmp_path: Path, printed
 def test_a_saved_folder_is_taken_as_it_is(folder: Path, tmp_path: Path, printed: Printed) -> None:
     model = bminf.load(folder, quantization="int4", device="cpu")
     bminf.save(model, tmp_path / "saved")
-    options = ("once", "--temperature", "0", "--max-new-tokens", "9")
+    options = ("once", "--temperature", "1", "--seed", "1", "--max-new-tokens", "40")
     text = printed(tmp_path / "saved", *options)
     assert text == printed(folder, *options, "--quantization", "int4")
     assert text != printed(folder, *options, "--quantization", "none")

@@ -26,16 +26,8 @@ from bminf.ops.dequantize import dequantize_weight
 from bminf.ops.gated_linear import gated_linear
 from bminf.ops.linear import linear
 from bminf.ops.quantize_rows import quantize_rows, rms_norm_quantize
-from bminf.quantization.packed import (
-    INT4,
-    INT8,
-    Format,
-    PackedWeight,
-    dequantize,
-    int8_rows,
-    pack,
-    row_bytes,
-)
+from bminf.quantization.packed import INT4, INT8, Format, PackedWeight, dequantize, row_bytes
+from bminf.quantization.packing import int8_rows, pack
 
 pytestmark = pytest.mark.gpu
 

@@ -21,7 +21,8 @@ from bminf.ops.dequantize import dequantize_weight
 from bminf.ops.gated_linear import ACTIVATION_FUNCTIONS, gated_linear
 from bminf.ops.linear import linear
 from bminf.ops.quantize_rows import quantize_rows, rms_norm_quantize, rms_norm_reference
-from bminf.quantization.packed import INT4, INT8, Format, PackedWeight, dequantize, int8_rows, pack
+from bminf.quantization.packed import INT4, INT8, Format, PackedWeight, dequantize
+from bminf.quantization.packing import int8_rows, pack
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # The rounding of the result; float32 sums of some thousand products for float32 itself.
@@ -31,8 +32,11 @@ ROUNDED = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 2e-6}
 
 # With 16 bytes of codes in one group or two, and in any number of them.
 MINIMUM = Format(4, 32, has_minimum=True)
-WHOLE = (INT8, Format(8, 32), INT4, MINIMUM, Format(4, 64), Format(4), Format(4, 48, True))
-CUT = (Format(8, 34), Format(8, 6), Format(4, 6), Format(4, 34, True))
+WHOLE = (
+    INT8, Format(8, 32), INT4, MINIMUM, Format(4, 64), Format(4), Format(4, 48, True),
+    Format(4, 16), Format(4, 32, False, 8), Format(4, 32, True, 8),
+)  # fmt: skip
+CUT = (Format(8, 34), Format(8, 6), Format(4, 6), Format(4, 34, True), Format(4, 34, True, 8))
 MOST_COLUMNS, MOST_ROWS = 32768, 150528  # of GLM-130B: its feed-forward, its vocabulary
 
 P = ParamSpec("P")
@@ -63,7 +67,8 @@ def case(check: Callable[Concatenate[str, P], None]) -> Callable[P, Case]:
 def _word(argument: object) -> str:
     if isinstance(argument, Format):
         kind = "minimum" if argument.has_minimum else "symmetric"
-        return f"{argument.bits}bit-{argument.group_size}-{kind}"
+        integers = "-integers" if argument.scale_bits == 8 else ""
+        return f"{argument.bits}bit-{argument.group_size}-{kind}{integers}"
     if isinstance(argument, tuple):
         return "x".join(map(str, argument))
     return str(argument).removeprefix("torch.")
@@ -200,8 +205,9 @@ BAD_BITS = {torch.float16: (0x7C00, 0x7FFF), torch.float32: (0x7F800000, 0x7FFFF
 
 
 def bad_weights(weight: PackedWeight) -> Iterator[PackedWeight]:
-    """`weight` with a bad scale in row 2, and with a bad minimum; in groups, that of the last."""
-    for name in ("scale", "minimum"):
+    """`weight` with a bad scale in row 2, and with a bad minimum; in groups, that of the last.
+    Where these are integers, with a bad scale of the row."""
+    for name in ("scale", "minimum") if weight.row_scale is None else ("row_scale",):
         values = getattr(weight, name)
         for bits in () if values is None else BAD_BITS[values.dtype]:
             words = values.view(torch.int16 if values.dtype == torch.float16 else torch.int32)
@@ -305,7 +311,7 @@ def few_rows_cases() -> Iterator[Case]:
     for dtype in DTYPES:
         yield bad_scales_case(INT8, 2, dtype)
         yield bad_scales_case(MINIMUM, 2, dtype)
-    for form in (Format(8, 32), Format(8, 34), INT4, Format(4), Format(4, 34, True)):
+    for form in (Format(8, 32), Format(8, 34), INT4, Format(4), Format(4, 34, True), Format(4, 16)):
         yield bad_scales_case(form, 2)
 
 

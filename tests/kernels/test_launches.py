@@ -20,16 +20,8 @@ from bminf.ops.linear_w8a8 import (
     library_product,
 )
 from bminf.ops.rows import check_codes, kernel_rows
-from bminf.quantization.packed import (
-    INT4,
-    INT8,
-    Format,
-    PackedWeight,
-    dequantize,
-    empty,
-    int8_rows,
-    pack,
-)
+from bminf.quantization.packed import INT4, INT8, Format, PackedWeight, dequantize, empty
+from bminf.quantization.packing import int8_rows, pack
 
 
 @pytest.fixture

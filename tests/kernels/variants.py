@@ -17,13 +17,13 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MINIMUM = Format(4, 32, has_minimum=True)
 FORMS = (
     INT8, INT4, MINIMUM, Format(4, 32), Format(4, 16, True), Format(8, 34), Format(4, 34, True),
-    Format(4, 34),
+    Format(4, 34), Format(4, 16), Format(4, 32, True, 8), Format(4, 34, True, 8),
 )  # fmt: skip
 
 # With those that the sources do not tell apart.
 EVERY_FORM = (
-    *FORMS, Format(8, 32), Format(8, 128), Format(4), Format(4, 64), Format(4, 128),
-    Format(4, has_minimum=True), Format(4, 48, True),
+    *FORMS, Format(4, 32, False, 8), Format(8, 32), Format(8, 128), Format(4), Format(4, 64),
+    Format(4, 128), Format(4, has_minimum=True), Format(4, 48, True),
 )  # fmt: skip
 
 
@@ -116,5 +116,5 @@ def _others(dtypes: tuple[torch.dtype, ...]) -> Iterator[Kernel]:
         yield quantize_rows.quantize_rows_kernel(dtype)
         yield quantize_rows.rms_norm_quantize_kernel(dtype)
         yield linear_w8a8.scale_int32_kernel(dtype)
-        for bits, has_minimum in ((8, False), (4, False), (4, True)):
-            yield dequantize.kernel(dtype, bits, has_minimum)
+        for form in (INT8, Format(4), INT4, MINIMUM, Format(4, 32, True, 8)):
+            yield dequantize.kernel(dtype, form)

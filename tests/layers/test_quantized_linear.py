@@ -10,7 +10,8 @@ from transformers.pytorch_utils import Conv1D
 import bminf
 from bminf.errors import ArgumentError
 from bminf.layers.quantize import meta_linear
-from bminf.quantization.packed import INT4, INT8, Format, dequantize, pack
+from bminf.quantization.packed import INT4, INT8, Format, dequantize
+from bminf.quantization.packing import pack
 
 WAYS = [("int8", "auto"), ("int8", "float"), ("int8", "int8"), ("int4", "auto"), ("int4", "float")]
 ERROR = {"int8": 0.02, "int4": 0.15}

@@ -376,6 +376,22 @@ def test_a_source_that_is_packed(folders: dict[str, Path], tmp_path: Path, load:
     assert torch.equal(found, logits(load("cpm1", quantization="int4")))
 
 
+def test_a_folder_stays_in_the_format_that_int4_was(
+    folders: dict[str, Path], load: Loader, tmp_path: Path
+) -> None:
+    """Whose configuration says nothing of the bits of scales."""
+    half = Format(4, 16)
+    made = convert(folders["cpm1"], tmp_path / "made", half)
+    assert json.loads((made / "config.json").read_text())["quantization"] == {
+        "bits": 4, "group_size": 16, "has_minimum": False,
+    }  # fmt: skip
+    expected = logits(load("cpm1", quantization=half))
+    for asked in ("int4", half):
+        assert torch.equal(logits(load("cpm1", checkpoint=made, quantization=asked)), expected)
+    with pytest.raises(ArgumentError, match="is packed as"):
+        load("cpm1", checkpoint=made, quantization=Format(4, 32, scale_bits=8))
+
+
 def test_a_packed_folder_is_taken_as_it_is(
     folders: dict[str, Path], load: Loader, tmp_path: Path
 ) -> None:

@@ -16,7 +16,8 @@ from bminf.layout import ModuleBlock, tensors_of
 from bminf.offload import reading
 from bminf.offload.blob import lay_out
 from bminf.offload.reading import Contents, tensors_of_block
-from bminf.quantization.packed import INT4, Format, pack
+from bminf.quantization.packed import INT4, Format
+from bminf.quantization.packing import pack
 
 BLOCKS = [ModuleBlock(f"layers.{n}", "layers") for n in range(2)]
 
@@ -72,11 +73,12 @@ def test_what_is_packed_already_is_taken_as_it_is() -> None:
     model = stack()
     tensors = stored(model)
     codes = torch.randint(0, 256, (32, 16), dtype=torch.uint8)
-    scale = torch.rand(32, 1).half()
+    scale, row_scale = torch.randint(0, 256, (32, 1), dtype=torch.uint8), torch.rand(32)
     del tensors["layers.0.up.weight"]
-    tensors |= {"layers.0.up.qweight": InMemory(codes), "layers.0.up.scale": InMemory(scale)}
+    parts = {"qweight": codes, "scale": scale, "row_scale": row_scale}
+    tensors |= {f"layers.0.up.{name}": InMemory(tensor) for name, tensor in parts.items()}
     found = filled(contents(INT4, tensors), "layers.0")
-    assert torch.equal(found["up.qweight"], codes) and torch.equal(found["up.scale"], scale)
+    assert all(torch.equal(found[f"up.{name}"], tensor) for name, tensor in parts.items())
 
 
 def test_what_lies_outside_all_blocks_is_the_block_without_a_name() -> None:
@@ -134,13 +136,14 @@ def test_a_weight_that_holds_nan_is_named(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_scale_that_is_not_finite_is_named(value: float) -> None:
+@pytest.mark.parametrize(("form", "bad"), [(Format(4, 16), "scale"), (INT4, "row_scale")], ids=str)
+def test_a_scale_that_is_not_finite_is_named(form: Format, bad: str, value: float) -> None:
     tensors = stored(stack())
-    scale = torch.rand(32, 1).half()
-    scale[31] = value
-    codes = torch.zeros(32, 16, dtype=torch.uint8)
-    del tensors["layers.0.up.weight"]
-    name = "layers.0.up.scale"
-    tensors |= {"layers.0.up.qweight": InMemory(codes), name: InMemory(scale, name)}
-    with pytest.raises(CheckpointError, match=r"layers\.0\.up\.scale holds NaN or infinity, and"):
-        filled(contents(INT4, tensors), "layers.0")
+    parts = pack(tensors.pop("layers.0.up.weight").read(), form)._asdict()
+    parts[bad][31] = value
+    for key, tensor in parts.items():
+        if isinstance(tensor, torch.Tensor):
+            name = f"layers.0.up.{key}"
+            tensors[name] = InMemory(tensor, name)
+    with pytest.raises(CheckpointError, match=rf"layers\.0\.up\.{bad} holds NaN or infinity, and"):
+        filled(contents(form, tensors), "layers.0")

@@ -8,7 +8,8 @@ from quantized_models import product, relative_error
 
 from bminf.ops import cpu_linear
 from bminf.ops.linear import linear
-from bminf.quantization.packed import INT8, int8_rows, pack
+from bminf.quantization.packed import INT8
+from bminf.quantization.packing import int8_rows, pack
 
 
 @pytest.mark.parametrize("m", [1, 3])

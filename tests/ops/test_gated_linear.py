@@ -8,7 +8,8 @@ from quantized_models import product, relative_error
 
 from bminf.errors import ArgumentError
 from bminf.ops.gated_linear import gated_linear
-from bminf.quantization.packed import INT4, INT8, Format, pack
+from bminf.quantization.packed import INT4, INT8, Format
+from bminf.quantization.packing import pack
 
 
 @pytest.mark.parametrize("activation", ["gelu_tanh", "gelu", "silu"])

@@ -15,7 +15,8 @@ from transformers.pytorch_utils import Conv1D
 import bminf
 from bminf.errors import ArgumentError
 from bminf.ops.linear import linear
-from bminf.quantization.packed import INT4, INT8, Format, dequantize, int8_rows, pack
+from bminf.quantization.packed import INT4, INT8, Format, dequantize
+from bminf.quantization.packing import int8_rows, pack
 
 SHAPES = [
     (1, 1, 2),
@@ -30,6 +31,8 @@ WIDE = [(1, 700, 1030), (1, 64, 70000), (2, 8, 70000)]  # several slices; sums b
 FORMATS = [
     INT8,
     INT4,
+    Format(4, 32, True, 8),
+    Format(4, 16),
     Format(4, 32, True),
     Format(4),
     Format(4, None, True),
@@ -109,8 +112,9 @@ def test_zeros_infinity_and_nan_in_the_activations(m: int, form: Format) -> None
 @pytest.mark.parametrize(
     ("form", "name", "activations"),
     [
-        *((form, "scale", "float") for form in FORMATS),
-        *((form, "minimum", "float") for form in FORMATS if form.has_minimum),
+        *((form, "scale", "float") for form in FORMATS if form.scale_bits == 16),
+        *((form, "row_scale", "float") for form in FORMATS if form.scale_bits == 8),
+        *((f, "minimum", "float") for f in FORMATS if f.has_minimum and f.scale_bits == 16),
         (INT8, "scale", "int8"),
     ],
     ids=str,

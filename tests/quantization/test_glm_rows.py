@@ -93,7 +93,7 @@ def test_codes_are_clamped_where_the_scale_has_few_digits(bits: int) -> None:
 def test_a_packed_weight_has_the_same_codes_and_scales(
     bits: int, columns: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bminf.quantization.packed._SLICE_ELEMENTS", 2 * columns)
+    monkeypatch.setattr("bminf.quantization.packing.SLICE_ELEMENTS", 2 * columns)
     weight = torch.randn(5, columns).half()
     weight[2] = 0
     packed = pack_rows(weight, bits)

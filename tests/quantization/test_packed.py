@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bminf.errors import ArgumentError
-from bminf.quantization import packed as packed_module
 from bminf.quantization.packed import (
     INT4,
     INT8,
@@ -17,12 +16,12 @@ from bminf.quantization.packed import (
     codes_of,
     dequantize,
     empty,
-    int8_rows,
-    pack,
+    group_minima,
+    group_scales,
     parse_format,
     row_bytes,
-    store_codes,
 )
+from bminf.quantization.packing import pack, store_codes
 
 MINIMUM = Format(4, 32, has_minimum=True)
 FORMATS = [
@@ -30,6 +29,7 @@ FORMATS = [
     INT4,
     *(Format(4, size, low) for size in (None, 6, 32, 34, 64, 128) for low in (False, True)),
     *(Format(8, size) for size in (6, 32, 34, 128)),
+    *(Format(4, size, low, 8) for size in (6, 32, 34, 128) for low in (False, True)),
 ]
 
 
@@ -42,6 +42,9 @@ def plain_values(packed: PackedWeight) -> torch.Tensor:
     n, k = packed.out_features, packed.in_features
     scale = packed.scale.double().reshape(n, -1)
     low = None if packed.minimum is None else packed.minimum.double().reshape(n, -1)
+    of_row = torch.ones(n) if packed.row_scale is None else packed.row_scale
+    if low is not None and packed.row_scale is not None:
+        low *= -16
     values = torch.empty(n, k, dtype=torch.float64)
     for row in range(n):
         for column in range(k):
@@ -54,7 +57,7 @@ def plain_values(packed: PackedWeight) -> torch.Tensor:
                 if low is None and code > 7:
                     code -= 16
             values[row, column] = code * scale[row, group] + (0 if low is None else low[row, group])
-    return values
+    return values * of_row.double().unsqueeze(1)
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=str)
@@ -69,86 +72,6 @@ def test_dequantize_is_code_times_scale_plus_minimum(form: Format, n: int, k: in
         assert torch.equal(dequantize(packed, dtype), plain_values(packed).float().to(dtype))
 
 
-@settings(max_examples=60, deadline=None)
-@given(form=formats(), n=st.integers(1, 5), pairs=st.integers(1, 70), seed=st.integers(0, 2**31))
-def test_rounding_costs_half_a_step_at_most(form: Format, n: int, pairs: int, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(n, 2 * pairs, generator=generator)
-    packed = pack(weight, form)
-    width = form.group_size or 2 * pairs
-    step = packed.scale.float().abs().reshape(n, -1).repeat_interleave(width, 1)[:, : 2 * pairs]
-    # The largest weights of a group may lie beyond the last code: by half a step in symmetric
-    # 4 bits (+8 is not a code), and by what scale and minimum lost in half precision.
-    slack = 1.01 if form.bits == 4 and not form.has_minimum else 0.5 + 0.02 * (form.bits == 4)
-    assert ((dequantize(packed, torch.float32) - weight).abs() <= slack * step + 1e-6).all()
-
-
-def scale_of_columns(values: torch.Tensor, packed: PackedWeight) -> torch.Tensor:
-    """A scale or minimum of each weight, in float64."""
-    width = packed.group_size or packed.in_features
-    columns = values.double().reshape(packed.out_features, -1).repeat_interleave(width, 1)
-    return columns[:, : packed.in_features]
-
-
-@pytest.mark.parametrize("offset", [0.0, 3.0, -100.0])
-@pytest.mark.parametrize("form", FORMATS, ids=str)
-def test_each_code_is_the_nearest_for_the_scale_and_minimum_that_are_stored(
-    form: Format, offset: float
-) -> None:
-    """They are rounded to half precision first; far from 0 that moves a minimum by many steps."""
-    weight = 0.01 * torch.randn(4, 70) + offset
-    packed = pack(weight, form)
-    least, most = (-127, 127) if form.bits == 8 else (0, 15) if form.has_minimum else (-8, 7)
-    scale = scale_of_columns(packed.scale, packed)
-    wanted = weight.double()
-    if packed.minimum is not None:
-        wanted -= scale_of_columns(packed.minimum, packed)
-    choices = torch.arange(least, most + 1).double() * scale.unsqueeze(-1)
-    nearest = (choices - wanted.unsqueeze(-1)).abs().amin(-1)
-    error = (codes_of(packed).double() * scale - wanted).abs()
-    assert (error <= nearest + 1e-4 * scale.abs()).all()
-
-
-@pytest.mark.parametrize("form", [f for f in FORMATS if f.group_size], ids=str)
-@pytest.mark.parametrize("k", [64, 70])
-def test_a_group_is_packed_as_if_it_stood_alone(form: Format, k: int) -> None:
-    """The last one too, where it is short: what fills it up must not count."""
-    weight = 5 + torch.rand(3, k)  # no zeros in sight
-    weight[:, 0] = 1000
-    weight[:, -3] = 5
-    packed = pack(weight, form)
-    assert form.group_size is not None
-    for group, start in enumerate(range(0, k, form.group_size)):
-        columns = slice(start, start + form.group_size)
-        alone = pack(weight[:, columns], Format(form.bits, None, form.has_minimum))
-        assert torch.equal(packed.scale[:, group], alone.scale)
-        assert torch.equal(codes_of(packed)[:, columns], codes_of(alone))
-        if packed.minimum is not None and alone.minimum is not None:
-            assert torch.equal(packed.minimum[:, group], alone.minimum)
-
-
-@pytest.mark.parametrize("form", [INT4, Format(4), Format(4, 34)], ids=str)
-@pytest.mark.parametrize("sign", [1, -1])
-def test_the_largest_weight_gets_the_code_that_has_no_twin(sign: int, form: Format) -> None:
-    weight = torch.rand(3, 70) - 0.5
-    starts = list(range(0, 70, form.group_size or 70))
-    weight[:, starts] = 2.0 * sign
-    packed = pack(weight, form)
-    assert (codes_of(packed)[:, starts] == -8).all()
-    assert (packed.scale == -0.25 * sign).all()
-    assert (dequantize(packed, torch.float32)[:, starts] == 2.0 * sign).all()
-
-
-def test_a_minimum_is_the_smallest_weight_and_15_steps_end_at_the_largest() -> None:
-    weight = torch.rand(3, 70) + 1
-    weight[:, 5::32], weight[:, 3::32] = 0.5, 4.25
-    packed = pack(weight, MINIMUM)
-    assert packed.minimum is not None
-    assert (packed.minimum == 0.5).all() and (packed.scale == 0.25).all()
-    codes = codes_of(packed)
-    assert not codes[:, 5::32].any() and (codes[:, 3::32] == 15).all()
-
-
 @settings(max_examples=40, deadline=None)
 @given(form=formats(), n=st.integers(1, 4), pairs=st.integers(1, 40), seed=st.integers(0, 2**31))
 def test_codes_survive_being_stored(form: Format, n: int, pairs: int, seed: int) -> None:
@@ -158,15 +81,6 @@ def test_codes_survive_being_stored(form: Format, n: int, pairs: int, seed: int)
     packed = empty(n, 2 * pairs, form, "cpu")
     store_codes(codes, packed)
     assert torch.equal(codes_of(packed), codes)
-
-
-def test_groups_of_32_with_a_minimum_hold_q4_1_blocks_exactly() -> None:
-    scale = (torch.rand(8, 4, 1) * 0.01 + 1e-4).half().float()
-    minimum = (torch.randn(8, 4, 1) * 0.1).half().float()
-    codes = torch.randint(0, 16, (8, 4, 32)).float()
-    codes[..., 3], codes[..., 17] = 0, 15
-    weight = (codes * scale + minimum).flatten(1)
-    assert torch.equal(dequantize(pack(weight, Format(4, 32, True)), torch.float32), weight)
 
 
 def test_the_packing_of_glm_130b_is_read_as_it_is() -> None:
@@ -187,39 +101,6 @@ def test_merged_shards_keep_their_scales_as_column_groups(bits: int) -> None:
     assert torch.equal(dequantize(merged, torch.float32), expected)
 
 
-@pytest.mark.parametrize("form", FORMATS, ids=str)
-def test_zeros_and_constants_are_kept(form: Format) -> None:
-    weight = torch.zeros(4, 64)
-    weight[1], weight[2, :32] = 0.5, -2.0
-    back = dequantize(pack(weight, form), torch.float32)
-    assert back.isfinite().all()
-    assert torch.equal(back[[0, 3]], weight[[0, 3]])
-    assert torch.allclose(back, weight, rtol=1e-3, atol=1e-3)
-
-
-def test_rows_are_packed_in_slices_without_a_seam(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that what packing needs beside a weight does not grow with the weight."""
-    weight, sizes = torch.randn(37, 64), []
-    whole, pack_rows = pack(weight, MINIMUM), packed_module._pack_rows
-
-    def counted(rows: torch.Tensor, form: Format, into: PackedWeight) -> None:
-        sizes.append(len(rows))
-        pack_rows(rows, form, into)
-
-    monkeypatch.setattr(packed_module, "_SLICE_ELEMENTS", 5 * 64)
-    monkeypatch.setattr(packed_module, "_pack_rows", counted)
-    in_slices = pack(weight, MINIMUM)
-    assert sizes == [5] * 7 + [2]
-    assert all(torch.equal(a, b) for a, b in zip(in_slices[:3], whole[:3], strict=True))
-    assert torch.equal(dequantize(whole, torch.float16), dequantize(in_slices, torch.float16))
-
-
-def test_code_sums_are_the_sums_of_the_codes() -> None:
-    packed = pack(torch.randn(9, 65), INT8)
-    assert packed.code_sum is not None and packed.code_sum.dtype == torch.int32
-    assert torch.equal(packed.code_sum, codes_of(packed).sum(1))
-
-
 def test_bits_per_weight_count_everything_that_is_stored() -> None:
     for form in FORMATS:
         packed = pack(torch.randn(3, 70), form)
@@ -227,14 +108,32 @@ def test_bits_per_weight_count_everything_that_is_stored() -> None:
         assert form.bits_per_weight(70) * 70 * 3 == pytest.approx(
             8 * sum(t.nbytes for t in tensors)
         )
-    assert INT4.bits_per_weight(4096) == 5.0
+    assert Format(4, 16).bits_per_weight(4096) == 5.0
+    assert INT4.bits_per_weight(4096) == 4.5 + 32 / 4096  # a float32 a row
+    assert Format(4, 32, scale_bits=8).bits_per_weight(4096) == 4.25 + 32 / 4096
 
 
-def test_a_row_that_is_one_number_and_tiny_numbers() -> None:
-    x = torch.tensor([[1e-45, 0.0], [1e-38, -1e-38], [3.0, 3.0]])
-    codes, scale = int8_rows(x)
-    back = codes.float() * scale.unsqueeze(1)
-    assert (back - x).abs().max() <= 1e-38 and int(codes.abs().max()) <= 127
+def test_group_scales_and_minima_are_what_codes_are_multiplied_with_and_added_to() -> None:
+    for form in FORMATS:
+        packed = pack(torch.randn(5, 140), form)
+        width = form.group_size or 140
+        scale = group_scales(packed).repeat_interleave(width, 1)[:, :140]
+        values = codes_of(packed) * scale
+        if (minima := group_minima(packed)) is not None:
+            values += minima.repeat_interleave(width, 1)[:, :140]
+        assert torch.allclose(values, dequantize(packed, torch.float32), rtol=1e-6, atol=1e-6)
+
+
+def test_a_format_is_shown_as_one_would_write_it() -> None:
+    shown = {"Format(bits=8)": INT8, "Format(bits=4, group_size=16, scale_bits=8)": INT4}
+    assert [str(form) for form in shown.values()] == list(shown)
+    assert all(eval(repr(form)) == form for form in FORMATS)
+
+
+def test_a_file_says_of_a_format_only_what_older_versions_know_where_that_is_all() -> None:
+    for form in FORMATS:
+        assert Format(**form.to_json()) == form
+        assert ("scale_bits" in form.to_json()) is (form.scale_bits == 8)
 
 
 @pytest.mark.parametrize(
@@ -244,10 +143,9 @@ def test_a_row_that_is_one_number_and_tiny_numbers() -> None:
         (lambda: Format(4, 33), "group_size=33; accepted: an even number"),
         (lambda: Format(4, True), "group_size=True"),
         (lambda: Format(8, 32, True), "has_minimum=True goes with bits=4"),
-        (lambda: pack(torch.randn(2, 5), INT4), "5 columns cannot be packed to 4 bits"),
-        (lambda: pack(torch.tensor([[1.0, float("nan")]]), INT8), "NaN or infinity"),
-        (lambda: pack(torch.tensor([[1.0, float("inf")]]), INT4), "NaN or infinity"),
-        (lambda: pack(torch.tensor([[1e6, -1e6]]), INT4), "too large for half-precision"),
+        (lambda: Format(4, 32, scale_bits=4), "scale_bits=4; accepted: 16, 8"),
+        (lambda: Format(8, 32, scale_bits=8), "scale_bits=8 goes with bits=4 and a group_size"),
+        (lambda: Format(4, scale_bits=8), "scale_bits=8 goes with bits=4 and a group_size"),
     ],
 )
 def test_bad_input_is_refused(make: object, message: str) -> None:
@@ -272,6 +170,26 @@ def test_bad_input_is_refused(make: object, message: str) -> None:
 )
 def test_parts_that_do_not_go_together_are_refused(change: object, message: str) -> None:
     packed = pack(torch.randn(3, 70), MINIMUM)
+    packed.check()
+    with pytest.raises(ArgumentError, match=message):
+        change(packed).check()  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p: p._replace(scale=p.scale.half()), "scale is torch.float16"),
+        (lambda p: p._replace(minimum=p.minimum.half()), "minimum is torch.float16"),
+        (lambda p: p._replace(row_scale=None), "scale is torch.uint8"),
+        (lambda p: p._replace(row_scale=p.row_scale[:2]), r"row_scale is .* of shape \(2,\)"),
+        (lambda p: p._replace(row_scale=p.row_scale.half()), "row_scale is torch.float16"),
+        (lambda p: p._replace(group_size=None), "scale_bits=8 goes with"),
+    ],
+)
+def test_integer_scales_without_what_they_count_in_are_refused(
+    change: object, message: str
+) -> None:
+    packed = pack(torch.randn(3, 70), Format(4, 32, True, 8))
     packed.check()
     with pytest.raises(ArgumentError, match=message):
         change(packed).check()  # type: ignore[operator]
