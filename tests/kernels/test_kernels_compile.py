@@ -21,7 +21,7 @@ from bminf.cuda.compile import compile_kernel
 from bminf.cuda.source import Kernel, kernel_folder, source_of
 from bminf.errors import KernelError
 from bminf.ops import linear_w8a8, linear_weight_only
-from bminf.quantization.packed import INT4, INT8
+from bminf.quantization.packed import INT4, INT8, Format
 
 SCALE = linear_w8a8.scale_int32_kernel(torch.float16)
 
@@ -107,11 +107,14 @@ def test_every_source_is_compiled() -> None:
 
 @pytest.mark.parametrize("capability", [61, 75, 90])
 @pytest.mark.parametrize("form", [INT8, INT4], ids=["int8", "int4"])
-def test_few_rows_read_16_bytes_at_a_time(form: object, capability: int) -> None:
+def test_few_rows_read_16_bytes_at_a_time(form: Format, capability: int) -> None:
+    """But for integer scales, two a row of int4."""
     kernel = linear_weight_only.few_rows_kernel(torch.float16, weight_of(form), 1)
     text = ptx_of(kernel, capability)
-    assert text.count("ld.global.nc.v4") == dict(kernel.macros)["ROWS_OF_W"]
-    assert not re.search(r"ld\.global\.(nc\.)?[usb]8", text)
+    rows = int(dict(kernel.macros)["ROWS_OF_W"])
+    assert text.count("ld.global.nc.v4") == rows
+    num_scales = 2 * rows if form.scale_bits == 8 else 0
+    assert len(re.findall(r"ld\.global\.(nc\.)?[usb]8", text)) == num_scales
 
 
 def test_tensor_cores_where_they_are_promised() -> None:
