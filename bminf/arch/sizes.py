@@ -22,12 +22,15 @@ class Sizes:
 
     cache: of keys and values.   layer: the widest moment of a layer, but for its bias.
     bias: of scores, which all layers share.   making_bias: while it is made, before them.
+    kept_quarters: of a layer, what stays with the allocators of a CPU after a pass with packed
+        weights: measured, not derived.
     """
 
     cache: int
     layer: int
     bias: int
     making_bias: int
+    kept_quarters: int = 5
 
 
 def layer_bytes(within: Pass, size: int, inner: int, wide: int, gated: int = 0) -> int:

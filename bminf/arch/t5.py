@@ -608,6 +608,7 @@ def t5_sizes(config: T5Config, given: Pass) -> Sizes:
         layer_bytes(given, config.hidden_size, config.inner_size, wide, gated=wide),
         bias,
         2 * bias + BUCKET_BYTES * given.length**2,
+        kept_quarters=6,
     )
 
 

@@ -25,7 +25,7 @@ from bminf.offload.blob import Blobs, lay_out
 from bminf.offload.blocks import find_blocks
 from bminf.offload.plan import Plan, least_budget
 from bminf.offload.start import plan_on
-from bminf.quantization.packed import INT8, Format, Packing, is_asked_for, parse_format
+from bminf.quantization.packed import Format, Packing, is_asked_for, parse_format
 from bminf.units import format_bytes, parse_bytes
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -38,9 +38,10 @@ _DEFAULT_MAX_LENGTH = 512  # of models whose positions have no end
 
 _SAMPLING_BYTES = 64  # of an entry of the logits: in the model's type, and what sampling sorts
 # What stays with the allocators and libraries of a CPU after tensors are gone. Measured, not
-# derived: up to 5/4 of what a layer holds and half of the logits (6/4 of a layer with weights that
-# are unpacked for each product, 7/4 with those that are not packed), and no more than this.
-_MAX_CACHED_BYTES = 7 * 2**25
+# derived: some quarters of what a layer holds, two more where weights are not packed, and half of
+# the logits; and no more than this.
+_MAX_CACHED_BYTES = 2**28
+_MORE_QUARTERS = 2
 _LIBRARY_BYTES = 2**25  # on a GPU, where torch uses again what is gone: of cuBLAS
 _FRAGMENTATION = 0.1  # of the peak, between what is still there
 
@@ -220,7 +221,7 @@ def reserved_bytes(
         head += vocab_size * FIXED_TOKENS * assembly.dtype.itemsize
     aligned = 0 if is_cpu else sizes.bias  # the copy that attention may make of it
     peak = max(sizes.making_bias, sizes.bias + aligned + sizes.layer, head)
-    quarters = 7 if weight_format is None else 5 if weight_format == INT8 else 6
+    quarters = sizes.kept_quarters + (_MORE_QUARTERS if weight_format is None else 0)
     left = quarters * sizes.layer // 4
     cached = min(left + head // 2, _MAX_CACHED_BYTES) if is_cpu else min(peak, _LIBRARY_BYTES)
     return sizes.cache + peak + int(_FRAGMENTATION * peak) + cached
