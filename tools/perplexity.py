@@ -6,6 +6,8 @@ text: its perplexity, and how far its predictions are from those of fp32 (Kullba
 Each format is measured on the columns of the weights as they are, and on columns in random order:
 weights that were once quantized themselves lie on a grid of neighbouring columns, which a format
 with the same groups finds again and a native model does not have.
+
+The formats of other libraries are measured in the same way (`--others`; tools/other_formats.py).
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import argparse
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -28,6 +31,7 @@ from bminf.cli import models
 from bminf.models.evaluate import perplexity, window_losses
 from bminf.quantization.packed import Format, dequantize
 from bminf.quantization.packing import pack
+from tools.other_formats import OTHER_FORMATS, OtherFormat, possible
 
 WINDOW = 512
 TOPICS = "pydoc_data.topics"
@@ -59,6 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--text", type=Path, metavar="FILE", help="default: the help topics of Python")
     add("--tokens", type=int, default=20_480, metavar="N", help="at most; default: 20480")
     add("--seeds", type=int, default=3, metavar="N", help="orders of the columns; default: 3")
+    add("--others", action="store_true", help="measure what other libraries store, too")
+    add("--formats", nargs="+", default=["*"], metavar="NAME",
+        help="which are measured beside fp32, such as 'int4 g32*'; default: all")  # fmt: skip
     parser.set_defaults(warmup=0, repeats=1, rounds=1)
 
 
@@ -66,6 +73,7 @@ def prepare(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[tuple[s
     """The parameters of the run, and a group for fp32 and for each format."""
     if (arguments.warmup, arguments.repeats, arguments.rounds) != (0, 1, 1):
         raise SystemExit("nothing is timed: each reading of the text is one sample")
+    forms, others = chosen(arguments.formats, OTHER_FORMATS if arguments.others else ())
     models.quiet()
     source = arguments.model or models.packaged_model()
     text = "\n".join(topics.values())  # which every Python carries
@@ -85,10 +93,33 @@ def prepare(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[tuple[s
         "kl_windows": len(reader.plain["kl"]),
         "seeds": arguments.seeds,
     }
-    return parameters, [
-        (name_of(form), partial(measure, reader, form, range(arguments.seeds)))
-        for form in (None, *FORMATS)
+    seeds = range(arguments.seeds)
+    groups: list[tuple[str, Group]] = [
+        (name_of(form), partial(measure, reader, form, seeds)) for form in (None, *forms)
     ]
+    return parameters, groups + [
+        (other.name, partial(measure_other, reader, other, seeds))
+        for other in possible(others, reader.linears)
+    ]
+
+
+def chosen(
+    patterns: Sequence[str], others: Sequence[OtherFormat]
+) -> tuple[list[Format], list[OtherFormat]]:
+    """Those of FORMATS and of `others` whose names match one of the patterns.
+
+    Raises SystemExit for a pattern that matches none.
+    """
+    names = [*map(name_of, FORMATS), *(other.name for other in others)]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise SystemExit(f"--formats {pattern!r} is none of: {', '.join(names)}")
+
+    def is_chosen(name: str) -> bool:
+        return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+    forms = [form for form in FORMATS if is_chosen(name_of(form))]
+    return forms, [other for other in others if is_chosen(other.name)]
 
 
 def measure(
@@ -102,16 +133,39 @@ def measure(
         orders = [None] if form.group_size is None else [None, *seeds]
         samples = [reader.read(seed, partial(repacked, form=form)) for seed in orders]
         bits = mean_bits(reader.linears, form)
+    entries = {"name": name_of(form), "format": form and asdict(form), "bits_per_weight": bits}
+    yield [entries | readings(samples, reader.plain)]
+
+
+def measure_other(
+    reader: Reader, other: OtherFormat, seeds: Sequence[int], _: Settings
+) -> Iterator[list[Result]]:
+    """The same of a format of another library, whose bits are counted from what it stores."""
+    num_bytes: list[int] = []
+
+    def replace(weight: torch.Tensor) -> torch.Tensor:
+        stored = other.quantize(weight)
+        num_bytes.append(stored.num_bytes)
+        return stored.weight
+
+    samples = [reader.read(seed, replace) for seed in (None, *seeds)]
+    num_weights = len(samples) * sum(linear.weight.numel() for linear in reader.linears)
+    entries = {
+        "name": other.name,
+        "library": {"name": other.library, "version": other.version},
+        "bits_per_weight": 8 * sum(num_bytes) / num_weights,
+    }
+    yield [entries | readings(samples, reader.plain)]
+
+
+def readings(samples: Sequence[Sample], plain: Sample) -> dict[str, Any]:
+    """The samples, that of the columns' own order first, and what they say."""
     own, *permuted = samples
-    result = {
-        "name": name_of(form),
-        "format": form and asdict(form),
-        "bits_per_weight": bits,
-        "own_order": summaries([own], reader.plain),
-        "permuted": summaries(permuted or [own], reader.plain),
+    return {
+        "own_order": summaries([own], plain),
+        "permuted": summaries(permuted or [own], plain),
         "samples": samples,
     }
-    yield [result]
 
 
 def summaries(samples: Sequence[Sample], plain: Sample) -> dict[str, Any]:
@@ -213,6 +267,7 @@ def table_parts(content: Result) -> Iterator[str]:
         f"permuted: median (least to most) of {parameters['seeds']} orders:"
     )
     columns = {
+        "library": at("library", "{name} {version}".format_map),
         "bits / weight": at("bits_per_weight", "{:.3f}".format),
         "perplexity": at("own_order.perplexity.median", "{:.3f}".format),
         "/ fp32": at("own_order.ratio.median", "{:.4f}".format),

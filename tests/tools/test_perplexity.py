@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from benchmarks.harness import Settings
 from bminf.cli import models
 from bminf.quantization.packed import INT4, INT8, Format
 from tools import perplexity
+from tools.other_formats import OTHER_FORMATS, OtherFormat, Stored
 
 
 @pytest.fixture
@@ -86,14 +88,68 @@ def test_bits_are_weighted_by_the_size_of_the_linears() -> None:
     )
 
 
-def test_perplexity_case(
-    model: LlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bits_of_another_format_are_counted_from_what_it_stores(model: LlamaForCausalLM) -> None:
+    def pack(_: Any, weight: torch.Tensor) -> Stored:
+        return Stored(torch.zeros_like(weight), 3 * len(weight))
+
+    other = OtherFormat("torch", "nothing", "torch", 1, pack)
+    reader = reader_of(model)
+    ((result,),) = perplexity.measure_other(reader, other, [0, 1], Settings())
+    assert (result["name"], result["library"]["version"]) == ("torch nothing", torch.__version__)
+    num_rows = sum(len(linear.weight) for linear in reader.linears)
+    num_weights = sum(linear.weight.numel() for linear in reader.linears)
+    assert result["bits_per_weight"] == pytest.approx(8 * 3 * num_rows / num_weights)
+    own, *permuted = result["samples"]
+    assert own == reader.read(None, torch.zeros_like)
+    assert [sample["seed"] for sample in permuted] == [0, 1]
+    assert result["permuted"] == perplexity.summaries(permuted, reader.plain)
+
+
+def test_formats_are_chosen_by_name() -> None:
+    forms, others = perplexity.chosen(["int8 *", "gguf Q4_0"], OTHER_FORMATS)
+    assert forms == [form for form in perplexity.FORMATS if form.bits == 8]
+    assert [other.name for other in others] == ["gguf Q4_0"]
+    assert perplexity.chosen(["*"], ()) == (list(perplexity.FORMATS), [])
+    with pytest.raises(SystemExit, match=r"--formats 'gguf\*' is none of: int8 row symmetric, "):
+        perplexity.chosen(["int8*", "gguf*"], ())
+
+
+@pytest.fixture
+def loaded(model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is asked for, it is `model`, and a token is a letter."""
+
     def tokenizer(text: str) -> dict[str, list[int]]:
         return {"input_ids": list(text.encode("ascii", "replace"))}
 
     monkeypatch.setattr(models, "load_model", lambda source, dtype: model)
     monkeypatch.setattr(models, "load_tokenizer", lambda source: tokenizer)
+
+
+@pytest.mark.usefixtures("loaded")
+def test_others_stand_beside_ours_with_their_library(
+    model: LlamaForCausalLM, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "out.json"
+    options = ["perplexity", "--model", "tiny", "--tokens", "512", "--seeds", "1", "--others"]
+    options += ["--formats", "int8 row*", "gguf Q8_0", "gguf Q4_0", "--out", str(file)]
+    assert run.main(options) == 0
+    assert capsys.readouterr().out.splitlines()[:2] == [
+        f"left out: gguf {kind}: 80 columns are no whole groups of 32" for kind in ("Q8_0", "Q4_0")
+    ]
+    model.model.layers[0].mlp = torch.nn.Sequential(torch.nn.Linear(96, 96, bias=False))
+    assert run.main(options) == 0
+    plain, int8, q8_0, q4_0 = json.loads(file.read_text())["results"]
+    assert (plain["name"], int8["name"]) == ("fp32", "int8 row symmetric")
+    assert q8_0["library"] == {"name": "gguf", "version": version("gguf")}
+    assert q8_0["bits_per_weight"] - q4_0["bits_per_weight"] == 4
+    assert 0 < q8_0["own_order"]["kl"]["median"] < q4_0["own_order"]["kl"]["median"]
+    rows = capsys.readouterr().out.strip().splitlines()
+    assert rows[-1].startswith(f"| gguf Q4_0 | gguf {version('gguf')} | ")
+    assert rows[-3].startswith("| int8 row symmetric |  | ")
+
+
+@pytest.mark.usefixtures("loaded")
+def test_perplexity_case(tmp_path: Path) -> None:
     file, text, threads = tmp_path / "out.json", tmp_path / "text", torch.get_num_threads()
     text.write_text("Zwölf" * 200, encoding="utf-8")
     options = ("perplexity", "--model", "tiny.gguf", "--tokens", "600", "--seeds", "1")
