@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -30,7 +29,7 @@ from benchmarks.report import at, by_columns
 from bminf.cli import models
 from bminf.models.evaluate import perplexity, window_losses
 from bminf.quantization.packed import Format, dequantize
-from bminf.quantization.packing import pack
+from bminf.quantization.packing import DIVISORS, pack, pack_rows
 from tools.other_formats import OTHER_FORMATS, OtherFormat, possible
 
 WINDOW = 512
@@ -41,6 +40,9 @@ FORMATS = (
     Format(8),
     Format(8, 128),
     Format(4, 16),
+    Format(4, 16, scale_bits=8),
+    Format(4, 32, scale_bits=8),
+    Format(4, 32, True, 8),
     *(
         Format(4, size, has_minimum)
         for size in (32, 64, 128, None)
@@ -66,6 +68,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--others", action="store_true", help="measure what other libraries store, too")
     add("--formats", nargs="+", default=["*"], metavar="NAME",
         help="which are measured beside fp32, such as 'int4 g32*'; default: all")  # fmt: skip
+    add("--divisors", nargs="+", type=float, default=DIVISORS, metavar="D",
+        help="of the largest weight of a group, to choose an 8-bit scale from; one is no choice; "
+        f"default: {' '.join(map(str, DIVISORS))}")  # fmt: skip
     parser.set_defaults(warmup=0, repeats=1, rounds=1)
 
 
@@ -92,10 +97,12 @@ def prepare(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[tuple[s
         "windows": len(reader.plain["nll"]),
         "kl_windows": len(reader.plain["kl"]),
         "seeds": arguments.seeds,
+        "divisors": list(arguments.divisors),
     }
     seeds = range(arguments.seeds)
     groups: list[tuple[str, Group]] = [
-        (name_of(form), partial(measure, reader, form, seeds)) for form in (None, *forms)
+        (name_of(form), partial(measure, reader, form, seeds, divisors=arguments.divisors))
+        for form in (None, *forms)
     ]
     return parameters, groups + [
         (other.name, partial(measure_other, reader, other, seeds))
@@ -123,7 +130,11 @@ def chosen(
 
 
 def measure(
-    reader: Reader, form: Format | None, seeds: Sequence[int], _: Settings
+    reader: Reader,
+    form: Format | None,
+    seeds: Sequence[int],
+    _: Settings,
+    divisors: Sequence[float] = DIVISORS,
 ) -> Iterator[list[Result]]:
     """The samples of a format, or of fp32, and what they say of the columns' own order and of the
     permuted ones."""
@@ -131,9 +142,10 @@ def measure(
     if form is not None:
         # Where a whole row shares a scale, the order of its columns changes nothing.
         orders = [None] if form.group_size is None else [None, *seeds]
-        samples = [reader.read(seed, partial(repacked, form=form)) for seed in orders]
+        replace = partial(repacked, form=form, divisors=divisors)
+        samples = [reader.read(seed, replace) for seed in orders]
         bits = mean_bits(reader.linears, form)
-    entries = {"name": name_of(form), "format": form and asdict(form), "bits_per_weight": bits}
+    entries = {"name": name_of(form), "format": form and form.to_json(), "bits_per_weight": bits}
     yield [entries | readings(samples, reader.plain)]
 
 
@@ -237,16 +249,19 @@ class Reader:
         return F.kl_div(log_probs, reference, reduction="batchmean", log_target=True).item()
 
 
-def repacked(weight: torch.Tensor, form: Format) -> torch.Tensor:
+def repacked(
+    weight: torch.Tensor, form: Format, divisors: Sequence[float] = DIVISORS
+) -> torch.Tensor:
     """What is left of `weight` after it was packed and unpacked again."""
-    return dequantize(pack(weight, form), weight.dtype)
+    return dequantize(pack(weight, form, partial(pack_rows, divisors=divisors)), weight.dtype)
 
 
 def name_of(form: Format | None) -> str:
     if form is None:
         return "fp32"
     group = "row" if form.group_size is None else f"g{form.group_size}"
-    return f"int{form.bits} {group} {'minimum' if form.has_minimum else 'symmetric'}"
+    kind = "minimum" if form.has_minimum else "symmetric"
+    return f"int{form.bits} {group} {kind}{', 8-bit scales' if form.scale_bits == 8 else ''}"
 
 
 def mean_bits(linears: Sequence[torch.nn.Linear], form: Format) -> float:

@@ -17,6 +17,7 @@ from benchmarks import report, run
 from benchmarks.harness import Settings
 from bminf.cli import models
 from bminf.quantization.packed import INT4, INT8, Format
+from bminf.quantization.packing import DIVISORS
 from tools import perplexity
 from tools.other_formats import OTHER_FORMATS, OtherFormat, Stored
 
@@ -77,6 +78,23 @@ def test_a_grid_of_neighbouring_columns_is_found_only_in_their_own_order(
     assert result["own_order"]["kl"]["max"] < 1e-5
     assert result["permuted"]["kl"]["min"] > 1e-4
     assert [sample["seed"] for sample in result["samples"]] == [None, 0, 1]
+
+
+def test_other_divisors_are_for_integer_scales(model: LlamaForCausalLM) -> None:
+    def kl(form: Format, *divisors: float) -> float:
+        reader = reader_of(model)
+        ((result,),) = perplexity.measure(reader, form, [0], Settings(), divisors or DIVISORS)
+        return float(result["own_order"]["kl"]["median"])
+
+    torch.manual_seed(0)
+    state = torch.random.get_rng_state()
+    found = {}
+    for form in (INT4, Format(4, 16)):
+        for divisors in ((), (6.0,)):
+            torch.random.set_rng_state(state)  # the same text
+            found[form, divisors] = kl(form, *divisors)
+    assert found[INT4, ()] < found[INT4, (6.0,)]
+    assert found[Format(4, 16), ()] == found[Format(4, 16), (6.0,)]
 
 
 def test_bits_are_weighted_by_the_size_of_the_linears() -> None:
@@ -201,11 +219,11 @@ def test_the_defaults_keep_what_the_document_says() -> None:
     int8, int4 = (results[perplexity.name_of(form)] for form in (INT8, INT4))
     assert int8["own_order"]["ratio"]["max"] <= 1.004
     assert int4["own_order"]["ratio"]["max"] <= 1.40
-    assert int4["bits_per_weight"] <= 0.32 * 16
+    assert int4["bits_per_weight"] <= 4.55
     rivals = [
         result
         for result in results.values()
-        if result["name"].startswith("int4") and result["bits_per_weight"] <= 0.32 * 16
+        if result["name"].startswith("int4") and result["bits_per_weight"] <= 4.55
     ]
     for key in ("ratio", "kl"):
         assert min(rivals, key=lambda rival: rival["permuted"][key]["median"]) == int4
