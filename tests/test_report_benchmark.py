@@ -105,11 +105,14 @@ def test_targets() -> None:
     assert not Target("time", 2.0, 1.2).is_met(margin=1.5)
 
 
-def test_the_link_binds_at_every_batch_size_as_the_page_says() -> None:
+def test_the_link_binds_wherever_weights_stream_as_the_page_says() -> None:
     cells = read_result("table-binds.json")["results"]
     fitting = [cell for cell in cells if cell["quantity"] == "pass_s" and cell["value"]]
     assert {int(cell["column"]) for cell in fitting} == {1, 8, 16, 32, 64, 128}
-    assert {cell["details"]["binds"] for cell in fitting} == {"link"}
+    others = [cell for cell in fitting if cell["details"]["binds"] != "link"]
+    assert {cell["row"] for cell in others} == {"GLM-130B, int4, A100 80GB"}
+    assert {cell["details"]["binds"] for cell in others} == {"device memory"}
+    assert {int(cell["column"]) for cell in others} == {1, 8}  # a few texts
     until = [cell["value"] for cell in cells if cell["quantity"] == "rows_until_arithmetic"]
     assert 500 < min(until) and max(until) < 10_000
 
