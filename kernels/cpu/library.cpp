@@ -1,0 +1,112 @@
+// The functions that Python calls, by way of ctypes: plain C.
+//
+// They take a Product whose pointers and sizes have been checked, and return 0, or 1 where there is no
+// memory for the activations or no such level.
+
+#include "product.h"
+#include "threads.h"
+
+#include <cstdlib>
+
+#ifdef __x86_64__
+extern const Level LEVEL_AVX512, LEVEL_AVX2;
+#endif
+extern const Level LEVEL_PORTABLE;
+
+namespace {
+
+constexpr i64 PART_BYTES = 1 << 17;  // of codes: a few microseconds to read, 100 times those of a part
+constexpr i64 PART_ROWS = 4;         // a part has a multiple of these
+constexpr i64 MIN_SHARED = 1 << 18;  // bytes of codes times rows of x: to wake a thread takes longer
+constexpr i64 PARTS_PER_THREAD = 8;  // of which the slower threads take fewer
+
+// The processor's levels, the best first.
+const Level* level_at(i64 index) {
+#ifdef __x86_64__
+    static const Level* const levels[] = {&LEVEL_AVX512, &LEVEL_AVX2, &LEVEL_PORTABLE};
+    return index < 3 ? levels[index] : nullptr;
+#else
+    return index == 0 ? &LEVEL_PORTABLE : nullptr;
+#endif
+}
+
+bool can_run(i64 index) {
+#ifdef __x86_64__
+    __builtin_cpu_init();
+    const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (index == 1) return has_avx2;
+    if (index == 0)
+        return has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+               __builtin_cpu_supports("avx512vnni");
+#endif
+    return level_at(index) != nullptr;
+}
+
+struct Job {
+    const Product& product;
+    const Level& level;
+    const u8* workspace;  // null to unpack
+    i64 part_rows;
+};
+
+void run_part(void* data, i64 index) {
+    const Job& job = *static_cast<const Job*>(data);
+    const i64 first = index * job.part_rows, rows = job.product.out_features;
+    const i64 last = first + job.part_rows < rows ? first + job.part_rows : rows;
+    if (job.workspace) job.level.multiply(job.product, job.workspace, first, last);
+    else job.level.unpack(job.product, first, last);
+}
+
+i64 rows_of_part(const Product& p, i64 num_threads) {
+    const i64 for_bytes = PART_BYTES / p.row_bytes;
+    const i64 for_threads = p.out_features / (PARTS_PER_THREAD * num_threads);
+    const i64 rows = for_bytes < for_threads ? for_bytes : for_threads;
+    return rows < PART_ROWS ? PART_ROWS : rows / PART_ROWS * PART_ROWS;
+}
+
+void run(const Product& p, const Level& level, const u8* workspace) {
+    const i64 work = p.out_features * p.row_bytes * (workspace ? p.num_rows : MAX_ROWS);
+    const i64 num_threads = work < MIN_SHARED ? 1 : p.num_threads;
+    if (num_threads <= 1) {
+        Job job = {p, level, workspace, p.out_features};
+        return run_part(&job, 0);
+    }
+    Job job = {p, level, workspace, rows_of_part(p, num_threads)};
+    run_parts(run_part, &job, (p.out_features + job.part_rows - 1) / job.part_rows, num_threads);
+}
+
+}  // namespace
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+// What Python packs must have as many bytes.
+EXPORT i64 bminf_cpu_product_bytes() { return sizeof(Product); }
+
+EXPORT const char* bminf_cpu_level_name(i64 index) {
+    const Level* level = level_at(index);
+    return level ? level->name : nullptr;
+}
+
+EXPORT i64 bminf_cpu_can_run(i64 index) { return can_run(index); }
+
+// y = x W^T + bias, with M from 1 to 16 and nothing empty.
+EXPORT i64 bminf_cpu_multiply(const Product* product, i64 level_index) {
+    const Level* level = level_at(level_index);
+    if (!level) return 1;
+    // aligned_alloc() takes multiples of the alignment, which workspace_bytes() gives.
+    u8* workspace = static_cast<u8*>(std::aligned_alloc(64, level->workspace_bytes(*product)));
+    if (!workspace) return 1;
+    level->prepare(*product, workspace);
+    run(*product, *level, workspace);
+    std::free(workspace);
+    return 0;
+}
+
+// y = W, as bminf.quantization.packed.dequantize gives it.
+EXPORT i64 bminf_cpu_unpack(const Product* product, i64 level_index) {
+    const Level* level = level_at(level_index);
+    if (!level) return 1;
+    run(*product, *level, nullptr);
+    return 0;
+}

@@ -1,0 +1,56 @@
+// One product with a packed weight, as Python hands it over: what bminf/cpu/library.py packs.
+//
+// Letters: M rows of activations, N output features, K input features, G groups of a weight row.
+// A packed weight is (N, row_bytes), rows padded to 16 bytes; see bminf/quantization/packed.py.
+
+#ifndef BMINF_CPU_PRODUCT_H
+#define BMINF_CPU_PRODUCT_H
+
+#include <cstdint>
+#include <cstring>
+
+typedef std::int8_t i8;
+typedef std::uint8_t u8;
+typedef std::int16_t i16;
+typedef std::uint16_t u16;
+typedef std::int32_t i32;
+typedef std::uint32_t u32;
+typedef std::int64_t i64;
+
+constexpr i64 MAX_ROWS = 16;  // of activations in one call
+
+enum Element : i64 { HALF = 16, BFLOAT16 = 17, FLOAT = 32 };
+
+// Every field has 8 bytes, so that no compiler pads them.
+struct Product {
+    const u8* codes;         // (N, row_bytes)
+    const void* scale;       // (N, G): float for 8 bits; half for 4; u8 with row_scale
+    const void* minimum;     // as scale, or null
+    const float* row_scale;  // (N), or null
+    const void* bias;        // (N) in `element`, or null
+    const void* x;           // (M, K) in `element`, contiguous; null to unpack
+    void* y;                 // (M, N) in `element`; (N, K) to unpack
+    i64 num_rows;            // M
+    i64 out_features;        // N
+    i64 in_features;         // K
+    i64 row_bytes;
+    i64 group_size;          // K for a scale a row
+    i64 num_groups;          // G
+    i64 bits;                // 8 or 4
+    i64 element;             // of x, bias and y
+    i64 num_threads;
+};
+
+// The functions of one level: the same code, compiled for some instructions.
+struct Level {
+    const char* name;
+    // Bytes that prepare() fills for all rows of x.
+    i64 (*workspace_bytes)(const Product&);
+    void (*prepare)(const Product&, u8* workspace);
+    // The columns of y that weight rows first to last give.
+    void (*multiply)(const Product&, const u8* workspace, i64 first, i64 last);
+    // Weight rows first to last as numbers.
+    void (*unpack)(const Product&, i64 first, i64 last);
+};
+
+#endif
