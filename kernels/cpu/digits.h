@@ -17,8 +17,10 @@
 
 constexpr int WORDS = 2 * LANES;
 constexpr float LARGEST_DIGIT = 32767.0f;
-constexpr u32 INFINITE = 0x7F800000;
 constexpr u32 TINY = 0x0DA24260;  // 1e-30: its reciprocal is a number
+// The largest of a row is from 1e-20, beside which TINY is nothing, to 1e30: times codes and scales
+// that are integers it is a number. Other rows, and those with infinities or NaN, stay floats.
+constexpr u32 LEAST = 0x1E3CE508, MOST = 0x7149F2CA;
 constexpr float ROUNDING = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to an integer
 
 template <int BITS, int STEP>
@@ -77,7 +79,7 @@ TARGET bool write_row(const float* x, i64 columns, u8* out) {
         std::memcpy(rest, x + first, (columns - first) * sizeof(float));
         top = larger(top, write_step<BITS, STEP>(rest, out));
     }
-    return top == 0 || (top >= TINY && top < INFINITE);
+    return top == 0 || (top >= LEAST && top < MOST);
 }
 
 #endif

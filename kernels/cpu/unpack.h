@@ -1,5 +1,5 @@
 // Weight rows as floats, and products with them: for formats whose groups fit no vector, for rows of
-// x that hold infinities, NaN or the smallest numbers, and for products with many rows.
+// x that hold infinities, NaN, the largest or the smallest numbers, and for products with many rows.
 //
 // TARGET is the attribute of the level. Sixteen sums a product, added up in one order: a vector of
 // 16 floats is as many registers as the level has for it.
