@@ -1,9 +1,12 @@
 """The one build file; settings of the development tools are in pyproject.toml."""
 
+import os
 import re
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
 
 HERE = Path(__file__).parent
 
@@ -15,6 +18,49 @@ def version() -> str:
     if match is None:
         raise RuntimeError('bminf/__init__.py has no line of the form __version__ = "1.2.3"')
     return match[1]
+
+
+# A shared object with C functions, called through ctypes: one file for every version of Python. The
+# source says which instructions a function may use, so that it runs on any processor.
+CPU_KERNELS = Extension(
+    "bminf.cpu._kernels",
+    sources=sorted(p.relative_to(HERE).as_posix() for p in HERE.glob("kernels/cpu/*.cpp")),
+    depends=sorted(p.relative_to(HERE).as_posix() for p in HERE.glob("kernels/cpu/*.h")),
+    language="c++",
+    extra_compile_args=[
+        *("-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti"),
+        "-ffp-contract=off",  # what is unpacked has the bits of the definition
+        *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),  # wrong of g++'s own headers
+    ],
+    extra_link_args=["-pthread"],
+    optional=True,
+)
+
+
+class BuildKernels(build_ext):
+    """Compiles them under a name without a version of Python; says so where that fails."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return os.path.join(*fullname.split(".")) + ".so"
+
+    def get_export_symbols(self, ext: Extension) -> list[str]:
+        return []  # it is no module of Python
+
+    def run(self) -> None:
+        super().run()
+        if not all(Path(self.get_ext_fullpath(ext.name)).exists() for ext in self.extensions):
+            self.warn(
+                "bminf is installed without its CPU kernels, which need a C++17 compiler (g++ or "
+                "clang; see the error above): products with packed weights on the CPU will take "
+                "torch's operations, which are several times slower. GPUs are not concerned."
+            )
+
+
+class AnyPythonWheel(bdist_wheel):
+    """The wheel of one platform and every Python."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
 
 
 # The CUDA 12 wheels exist for these two platforms; elsewhere the library runs on the CPU.
@@ -64,6 +110,8 @@ setup(
         "bminf": ["py.typed", "server/page.html", "cli/tables/published.json"],
         "bminf.kernels": ["*.cu", "*.cuh"],
     },
+    ext_modules=[CPU_KERNELS] if os.name == "posix" else [],
+    cmdclass={"build_ext": BuildKernels, "bdist_wheel": AnyPythonWheel},
     entry_points={"console_scripts": ["bminf = bminf.cli:main"]},
     classifiers=[
         "Development Status :: 3 - Alpha",

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bminf import models as models
     from bminf.block_list import TransformerBlockList as TransformerBlockList
+    from bminf.cpu.library import CpuInfo as CpuInfo
+    from bminf.cpu.library import cpu_info as cpu_info
     from bminf.engine.engine import Engine as Engine
     from bminf.engine.request import Request as Request
     from bminf.engine.sampling import Sampling as Sampling
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 __version__ = "3.0.0.dev0"
 
 _LAZY_IMPORTS = {
+    "CpuInfo": "bminf.cpu.library",
     "Engine": "bminf.engine.engine",
     "Format": "bminf.quantization.packed",
     "Plan": "bminf.offload.plan",
@@ -37,6 +40,7 @@ _LAZY_IMPORTS = {
     "Sampling": "bminf.engine.sampling",
     "Stats": "bminf.offload.hooks",
     "TransformerBlockList": "bminf.block_list",
+    "cpu_info": "bminf.cpu.library",
     "load": "bminf.loading",
     "plan_for": "bminf.wrapping",
     "plan_of": "bminf.wrapping",

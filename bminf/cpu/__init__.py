@@ -1,0 +1,1 @@
+"""The compiled kernels for the CPU: where they are, and what they can use of it."""
