@@ -231,6 +231,20 @@ FAULTS = (
         breaks="Products with INT8 weights are wrong on CPUs where they are computed by digits.",
     ),
     Fault(
+        name="cpu-linear-gradient",
+        file="bminf/ops/cpu_linear.py",
+        old="if (x.requires_grad and torch.is_grad_enabled()) or not weight.qweight.shape[0]:",
+        new="if not weight.qweight.shape[0]:",
+        breaks="No gradient passes through a packed linear on the CPU for up to 16 rows.",
+    ),
+    Fault(
+        name="cpu-library-level",
+        file="bminf/cpu/library.py",
+        old="level = asked or next(iter(levels))",
+        new="level = next(iter(levels))",
+        breaks="BMINF_CPU_LEVEL is not followed.",
+    ),
+    Fault(
         name="four-bit-columns",
         file="bminf/ops/cpu_linear.py",
         old="even, odd = x[:, ::2].contiguous(), x[:, 1::2].contiguous()",

@@ -1,11 +1,16 @@
-"""Products with packed weights on the CPU, by the fastest operation of torch that is right.
+"""Products with packed weights on the CPU: by the kernels of kernels/cpu/, or by torch.
 
-Where the CPU has AVX-512, 8-bit codes are multiplied as integers, several times faster than in
-float32 even in large products; for weight-only products the activations are written with two
-base-256 digits: 16 bits a token, finer than bfloat16. With AVX2 alone torch has no fast product of
-integers (it is 15 to 60 times slower than float32). There, for small weights, where it saves
-nothing, and for 4-bit codes the weights become float32, a slice of rows at a time so that it stays
-in the cache.
+Up to 16 rows the kernels multiply the codes as they are. For more rows they unpack some rows of the
+weight at a time, which torch multiplies in float32 while they are in the cache; weights of 8 bits
+with a scale a row go by torch's product of integers where that is fast.
+
+Where the kernels are not compiled, and for what is no plain tensor in memory (traced, fake, wrapped
+by functorch, a subclass), the fastest operation of torch that is right is taken. Where the CPU has
+AVX-512, 8-bit codes are multiplied as integers, several times faster than in float32 even in large
+products; for weight-only products the activations are written with two base-256 digits: 16 bits a
+token, finer than bfloat16. With AVX2 alone torch has no fast product of integers (it is 15 to 60
+times slower than float32). There, for small weights, where it saves nothing, and for 4-bit codes
+the weights become float32, a slice of rows at a time so that it stays in the cache.
 
 `torch._weight_int8pack_mm` is not used: it is no faster, rounds activations and results to
 bfloat16, and reads out of bounds where K is no multiple of 16. `torch._weight_int4pack_mm_for_cpu`
@@ -20,7 +25,11 @@ from functools import cache
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 
+from bminf.cpu.library import MAX_ROWS, PRODUCT, Kernels, kernels
+from bminf.cuda.launcher import launcher_for
+from bminf.ops.rows import ELEMENTS
 from bminf.quantization.packed import PackedWeight, dequantize, group_minima, group_scales
 from bminf.quantization.packing import int8_rows
 
@@ -33,9 +42,122 @@ _SMALL_ELEMENTS = 2**16  # of a weight whose products take about as long in floa
 _TINY = 1e-30  # in place of a maximum of 0, whose reciprocal would be infinite
 
 
+def few_rows_linear(
+    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None
+) -> torch.Tensor | None:
+    """x W^T + bias by the kernels, for 1 to 16 rows in all; None for whatever they do not take.
+
+    This is the only check between a layer and its product, so it takes nothing for granted but that
+    the parts of the weight match.   x: (..., K) float32, float16 or bfloat16.   bias: (N,) or None.
+    Returns (..., N) in the dtype of x.
+    """
+    if torch.compiler.is_compiling() or not (_is_plain(x) and _is_plain(weight.qweight)):
+        return None
+    num_rows = x.numel() // max(1, weight.in_features)
+    if not 0 < num_rows <= MAX_ROWS or not x.dim() or x.shape[-1] != weight.in_features:
+        return None
+    if x.dtype not in ELEMENTS or not x.is_contiguous():
+        return None
+    if (x.requires_grad and torch.is_grad_enabled()) or not weight.qweight.shape[0]:
+        return None
+    if bias is not None and not _is_bias_of(bias, x, weight):
+        return None
+    found = kernels()
+    if found is None or launcher_for(x.device) is not None:
+        return None
+    y = x.new_empty((*x.shape[:-1], weight.qweight.shape[0]))
+    found.multiply(_product(x, weight, bias, y, num_rows))
+    return y
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether `tensor` is numbers in memory and nothing else, and nothing watches operations."""
+    return (
+        _is_ordinary(type(tensor))
+        and tensor.is_cpu
+        and tensor.layout is torch.strided
+        and not tensor.is_neg()  # a view of negative numbers
+        and not torch._C._len_torch_dispatch_stack()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._get_tracing_state() is None
+        and forward_ad._current_level < 0  # a tensor may carry its derivative
+    )
+
+
+@cache
+def _is_ordinary(kind: type) -> bool:
+    """Whether tensors of this class do what those of torch.Tensor do, as those in a slot."""
+    if kind is torch.Tensor:
+        return True
+    functions = getattr(kind, "__torch_function__", None), getattr(kind, "__torch_dispatch__", None)
+    return functions == (
+        torch._C._disabled_torch_function_impl,
+        torch._C._disabled_torch_dispatch_impl,
+    )
+
+
+def _is_bias_of(bias: torch.Tensor, x: torch.Tensor, weight: PackedWeight) -> bool:
+    return (
+        _is_ordinary(type(bias))
+        and bias.dtype == x.dtype
+        and bias.is_cpu
+        and bias.shape == weight.qweight.shape[:1]
+        and bias.is_contiguous()
+        and not (bias.requires_grad and torch.is_grad_enabled())
+    )
+
+
+def _product(
+    x: torch.Tensor | None,
+    weight: PackedWeight,
+    bias: torch.Tensor | None,
+    y: torch.Tensor,
+    num_rows: int,
+) -> bytes:
+    """The PRODUCT of these tensors, which the caller keeps."""
+    codes, scale, minimum, columns, group_size, _, row_scale = weight
+    out_features, row_bytes = codes.shape
+    return PRODUCT.pack(
+        codes.data_ptr(),
+        scale.data_ptr(),
+        0 if minimum is None else minimum.data_ptr(),
+        0 if row_scale is None else row_scale.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        0 if x is None else x.data_ptr(),
+        y.data_ptr(),
+        num_rows,
+        out_features,
+        columns,
+        row_bytes,
+        group_size or columns,
+        1 if group_size is None else -(-columns // group_size),
+        8 if codes.dtype is torch.int8 else 4,
+        ELEMENTS[y.dtype],
+        torch.get_num_threads(),
+    )
+
+
+def weight_only_linear(
+    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """x W^T + bias, (M, N) in the dtype of x.   x: (M, K).   bias: (N,) in that dtype, or None."""
+    x = x.detach() if x.requires_grad else x
+    y = few_rows_linear(x.contiguous(), weight, bias)
+    if y is not None:
+        return y
+    y = weight_only_product(x, weight)
+    y = y if bias is None else y.add_(bias)
+    return y if y.dtype == x.dtype else y.to(x.dtype)
+
+
 def weight_only_product(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
     """x W^T. x: (M, K) floating point.   Returns (M, N) float32."""
     x = _float(x)
+    if _is_plain(x) and _is_plain(weight.qweight) and launcher_for(x.device) is None:
+        is_left_to_torch = weight.group_size is None and _has_integer_product(weight)
+        found = None if is_left_to_torch and weight.bits == 8 else kernels()
+        if found is not None:
+            return _unpacked_product(x, weight, found)
     if weight.qweight.dtype == torch.uint8:
         return _four_bit_product(x, weight)
     # Where integers save less than their digits cost, nothing need be rounded either.
@@ -193,6 +315,18 @@ def _four_bit_product(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
 def _scaled(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """codes: (n, K) unsigned.   scale: (n, G, 1).   Returns (n, K) float32."""
     return codes.float().view(*scale.shape[:2], -1).mul_(scale).flatten(1)
+
+
+def _unpacked_product(x: torch.Tensor, weight: PackedWeight, found: Kernels) -> torch.Tensor:
+    num_rows = max(1, _SLICE_ELEMENTS // weight.in_features)
+    y = x.new_empty((x.shape[0], weight.out_features))
+    space = x.new_empty((min(num_rows, weight.out_features), weight.in_features))
+    for start in range(0, weight.out_features, num_rows):
+        part = weight.rows(slice(start, start + num_rows))
+        numbers = space[: part.out_features]
+        found.unpack(_product(None, part, None, numbers, 0))
+        y[:, start : start + num_rows] = F.linear(x, numbers)
+    return y
 
 
 def _dequantized_product(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch.fx
 
 from bminf.cuda.launcher import Launcher, launcher_for
 from bminf.errors import ArgumentError, UnsupportedModelError
-from bminf.ops.cpu_linear import is_fast
+from bminf.ops.cpu_linear import few_rows_linear, is_fast
 from bminf.ops.dequantize import dequantize_weight
 from bminf.ops.linear_w8a8 import MAX_CODE_COLUMNS, check_columns, linear_w8a8
 from bminf.ops.linear_weight_only import MAX_FEW_ROWS, linear_weight_only
@@ -46,6 +46,10 @@ def linear_of_checked(
     x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, activations: str
 ) -> torch.Tensor:
     """As linear, for a weight whose parts are known to match, as in a layer of ours."""
+    if activations == "auto" or activations == "float":
+        few = few_rows_linear(x, weight, bias)
+        if few is not None:
+            return few
     if not _is_recorded(x):
         return _linear(x, weight, bias, activations)
     # Rows in, rows out: an output that is a view made inside could not be written to in place.

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from bminf.cuda.launcher import Launcher
 from bminf.cuda.source import Kernel
-from bminf.ops.cpu_linear import weight_only_product
+from bminf.ops.cpu_linear import weight_only_linear
 from bminf.ops.dequantize import (
     dequantize_weight,
     format_macros,
@@ -42,10 +42,8 @@ def linear_weight_only(
 
     The arguments are taken to be right and not empty; bminf.ops.linear sees to that.
     """
-    if launcher is None:  # in torch, on the CPU; sums in float32
-        y = weight_only_product(x, weight)
-        y = y if bias is None else y.add_(bias)
-        return y if y.dtype == x.dtype else y.to(x.dtype)
+    if launcher is None:
+        return weight_only_linear(x, weight, bias)
     if uses_tensor_cores(launcher.capability, x.shape[0], x.dtype):
         return _launch_tensor_cores(launcher, x, weight, bias)
     if x.shape[0] <= MAX_FEW_ROWS:

@@ -109,6 +109,11 @@ def coverage_notes(counts: str) -> Path:
     return _folder(False) / f"{counts.split('.so-')[0]}.gcno"
 
 
+def run_compiler(arguments: Sequence[str]) -> None:
+    """g++ with these arguments. Raises BuildError with what it says."""
+    _run([_compiler(), *arguments])
+
+
 def sanitizer_runtime(sanitizer: str) -> Path | None:
     """The library to preload before a build with `sanitizer` is loaded; None where none is."""
     names = {"address": "libasan.so", "thread": "libtsan.so"}

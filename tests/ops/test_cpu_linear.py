@@ -1,4 +1,6 @@
-"""Products with 8-bit weights on CPUs that multiply integers exactly, slowly or wrongly."""
+"""Products with 8-bit weights by torch, on CPUs that multiply integers exactly, slowly or wrongly.
+
+How the kernels are called is in test_cpu_kernels.py."""
 
 from __future__ import annotations
 
@@ -10,6 +12,11 @@ from bminf.ops import cpu_linear
 from bminf.ops.linear import linear
 from bminf.quantization.packed import INT8
 from bminf.quantization.packing import int8_rows, pack
+
+
+@pytest.fixture(autouse=True)
+def _without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_linear, "kernels", lambda: None)
 
 
 @pytest.mark.parametrize("m", [1, 3])
@@ -78,5 +85,6 @@ def test_small_weights_on_the_cpu_are_multiplied_in_float32(
     exact = product(x, weight)
     digits = linear(x, weight)
     monkeypatch.undo()
+    monkeypatch.setattr(cpu_linear, "kernels", lambda: None)
     small = linear(x, weight)
     assert float((small - exact).abs().max()) < 1e-5 < float((digits - exact).abs().max())

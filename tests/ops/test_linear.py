@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 import bminf
 from bminf.errors import ArgumentError
+from bminf.ops import cpu_linear
 from bminf.ops.linear import linear
 from bminf.quantization.packed import INT4, INT8, Format, dequantize
 from bminf.quantization.packing import int8_rows, pack
@@ -43,6 +44,12 @@ FORMATS = [
 # Sums are float32; int8 alone rounds activations, to 16 bits. The rest is the rounding of the
 # result.
 BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 6e-3, torch.float16: 1e-3}
+
+
+@pytest.fixture(autouse=True, params=["kernels", "torch"])
+def _path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "torch":
+        monkeypatch.setattr(cpu_linear, "kernels", lambda: None)
 
 
 @pytest.mark.parametrize("dtype", BOUNDS)

@@ -1,0 +1,73 @@
+"""Products by the kernels of kernels/cpu/, of a library and at a level of one's choice.
+
+As a program it computes some of every kind with a library that a sanitizer watches.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+from bminf.cpu.library import Kernels, at_level, levels_of, open_library
+from bminf.ops import cpu_linear
+from bminf.quantization.packed import Format, PackedWeight
+from bminf.quantization.packing import pack
+
+FORMATS = [
+    Format(8), Format(8, 4), Format(8, 16), Format(8, 32), Format(8, 6), Format(8, 100),
+    Format(4), Format(4, None, True),
+    Format(4, 8), Format(4, 16), Format(4, 32), Format(4, 48), Format(4, 128), Format(4, 10),
+    Format(4, 16, True), Format(4, 24, True), Format(4, 6, True),
+    Format(4, 16, scale_bits=8), Format(4, 32, scale_bits=8), Format(4, 20, scale_bits=8),
+    Format(4, 32, True, 8), Format(4, 16, True, 8),
+]  # fmt: skip
+COLUMNS = (2, 30, 66, 130, 400, 1030)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def multiply(
+    kernels: Kernels,
+    x: torch.Tensor,
+    weight: PackedWeight,
+    bias: torch.Tensor | None = None,
+    y: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """x W^T + bias in the dtype of x, into a poisoned y. x: (M, K)."""
+    if y is None:
+        y = x.new_full((len(x), weight.out_features), float("nan"))
+    kernels.multiply(cpu_linear._product(x, weight, bias, y, len(x)))
+    return y
+
+
+def unpack(kernels: Kernels, weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
+    y = torch.full((weight.out_features, weight.in_features), float("nan"), dtype=dtype)
+    kernels.unpack(cpu_linear._product(None, weight, None, y, 0))
+    return y
+
+
+def random_weight(out_features: int, in_features: int, form: Format) -> PackedWeight:
+    return pack(torch.randn(out_features, in_features), form)
+
+
+def main(path: Path) -> None:
+    torch.manual_seed(0)
+    torch.set_num_threads(2)
+    library = open_library(path)
+    for level in levels_of(library):
+        kernels = at_level(library, level)
+        for form in FORMATS:
+            for columns in (30, 1030):
+                weight = random_weight(7, columns, form)
+                for num_rows, dtype in ((1, DTYPES[0]), (7, DTYPES[1]), (16, DTYPES[2])):
+                    x = torch.randn(num_rows, columns).to(dtype)
+                    x[0, 0], x[-1] = float("inf"), 1e-36
+                    y = multiply(kernels, x, weight, torch.randn(7).to(dtype))
+                    assert y[1:].isfinite().all()
+                    assert unpack(kernels, weight, dtype).isfinite().all()
+    print("clean")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

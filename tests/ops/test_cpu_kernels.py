@@ -1,0 +1,191 @@
+"""Which products bminf/ops/cpu_linear.py leaves to the kernels of kernels/cpu/, and which to torch.
+
+What the kernels compute is in tests/kernels/test_cpu_products.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from quantized_models import product, relative_error
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import bminf
+from bminf.cpu.library import Kernels, kernels
+from bminf.ops import cpu_linear
+from bminf.ops.linear import linear
+from bminf.quantization.packed import INT4, INT8, Format, PackedWeight
+from bminf.quantization.packing import pack
+
+BOUND = 2**-13
+
+JIT_IS_OLD = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+
+pytestmark = pytest.mark.skipif(kernels() is None, reason="the kernels are not compiled")
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the kernels' functions that are called."""
+    real, called = kernels(), []
+    assert real is not None
+
+    def noted(name: str) -> Callable[[bytes], None]:
+        function = getattr(real, name)
+        return lambda given: called.append(name) or function(given)  # type: ignore[func-returns-value]
+
+    watched = Kernels(real.level, real.path, noted("multiply"), noted("unpack"))
+    monkeypatch.setattr(cpu_linear, "kernels", lambda: watched)
+    return called
+
+
+@pytest.fixture
+def weight() -> PackedWeight:
+    return pack(torch.randn(24, 64), INT4)
+
+
+@pytest.mark.parametrize("form", [INT8, INT4, Format(8, 6), Format(4, 32, True)], ids=str)
+@pytest.mark.parametrize("shape", [(64,), (1, 64), (16, 64), (2, 3, 64)], ids=str)
+def test_few_rows_are_multiplied_by_the_kernels(
+    shape: tuple[int, ...], form: Format, calls: list[str]
+) -> None:
+    x, weight = torch.randn(shape), pack(torch.randn(24, 64), form)
+    y = linear(x, weight)
+    assert calls == ["multiply"] and y.shape == (*shape[:-1], 24)
+    assert relative_error(y, product(x, weight)) < BOUND
+
+
+def test_more_rows_are_multiplied_with_numbers(calls: list[str], monkeypatch: Any) -> None:
+    monkeypatch.setattr(cpu_linear, "_SLICE_ELEMENTS", 640)  # ten rows at a time, then four
+    for form in (INT4, Format(8, 32)):
+        weight = pack(torch.randn(24, 64), form)
+        for dtype, bound in ((torch.float32, 1e-6), (torch.bfloat16, 6e-3)):
+            x = torch.randn(17, 64).to(dtype)
+            y = linear(x, weight, torch.ones(24).to(dtype))
+            assert y.dtype == dtype
+            assert relative_error(y, product(x, weight) + 1) < bound
+    assert calls == ["unpack"] * 3 * 4
+
+
+def test_what_is_not_in_rows_is_copied_first(calls: list[str], weight: PackedWeight) -> None:
+    x, bias = torch.randn(3, 128)[:, ::2], torch.randn(48)[::2]
+    for given in (x, torch.randn(64, 3).t()):
+        y = linear(given, weight, bias)
+        assert torch.equal(y, linear(given.contiguous(), weight, bias.contiguous()))
+    assert calls == ["multiply"] * 4
+
+
+def test_a_bias_of_another_type_is_converted(calls: list[str], weight: PackedWeight) -> None:
+    x, bias = torch.randn(3, 64), torch.randn(24)
+    assert torch.equal(linear(x, weight, bias.half()), linear(x, weight, bias.half().float()))
+    assert calls == ["multiply"] * 2
+
+
+def test_activations_in_8_bits_are_multiplied_by_torch(calls: list[str]) -> None:
+    linear(torch.randn(1, 64), pack(torch.randn(24, 64), INT8), None, "int8")
+    assert not calls
+
+
+def test_a_layer_takes_one_call(calls: list[str]) -> None:
+    layer = bminf.QuantizedLinear(torch.nn.Linear(64, 24))
+    x = torch.randn(1, 2, 64)
+    assert relative_error(layer(x), product(x, layer.packed) + layer.bias.double()) < BOUND
+    assert calls == ["multiply"]
+
+
+# ---- what the kernels would not see --------------------------------------------------------------
+
+
+def test_a_gradient_goes_its_way(weight: PackedWeight) -> None:
+    x = torch.randn(2, 64, requires_grad=True)
+    y = linear(x, weight)
+    assert y.requires_grad
+    with torch.no_grad():
+        assert not linear(x, weight).requires_grad and torch.equal(linear(x, weight), y)
+
+
+def test_a_bias_with_a_gradient_keeps_it(weight: PackedWeight) -> None:
+    bias = torch.randn(24, requires_grad=True)
+    linear(torch.randn(2, 64), weight, bias).sum().backward()
+    assert torch.equal(bias.grad, torch.full((24,), 2.0))
+
+
+@JIT_IS_OLD
+def test_a_derivative_forwards_is_no_matter_of_the_kernels(
+    calls: list[str], weight: PackedWeight
+) -> None:
+    x, direction = torch.randn(2, 64), torch.randn(2, 64)
+    with forward_ad.dual_level():
+        dual = linear(forward_ad.make_dual(x, direction), weight)
+        tangent = forward_ad.unpack_dual(dual).tangent
+    assert not calls
+    assert relative_error(tangent, product(direction, weight)) < 1e-5
+
+
+def test_functorch_sees_the_operations_of_torch(calls: list[str], weight: PackedWeight) -> None:
+    x = torch.randn(5, 2, 64)
+    y = torch.func.vmap(lambda rows: linear(rows, weight))(x)
+    assert not calls and relative_error(y, product(x, weight)) < BOUND
+
+
+@JIT_IS_OLD
+def test_traces_hold_the_product(calls: list[str]) -> None:
+    layer, x = bminf.QuantizedLinear(torch.nn.Linear(64, 24, bias=False)), torch.randn(2, 64)
+    traced = torch.jit.trace(layer, x, check_trace=False)
+    graph = make_fx(layer)(x)
+    calls.clear()
+    for program in (traced, graph):
+        assert relative_error(program(2 * x), product(2 * x, layer.packed)) < BOUND
+    assert calls == ["multiply"] * 2  # in the traces as one operation
+
+
+def test_modes_are_asked(weight: PackedWeight) -> None:
+    class Counting(TorchDispatchMode):
+        number = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore
+            self.number += 1
+            return function(*args, **(kwargs or {}))
+
+    with Counting() as mode:
+        linear(torch.randn(2, 64), weight)
+    assert mode.number > 1
+
+
+class Marked(torch.Tensor):
+    """Whatever is computed with it is marked."""
+
+
+def test_a_subclass_stays_one(calls: list[str], weight: PackedWeight) -> None:
+    x = torch.randn(2, 64)
+    y = linear(x.as_subclass(Marked), weight)
+    assert type(y) is Marked and not calls
+    assert relative_error(y.as_subclass(torch.Tensor), product(x, weight)) < BOUND
+
+
+def test_parameters_are_numbers_in_memory(calls: list[str], weight: PackedWeight) -> None:
+    linear(torch.nn.Parameter(torch.randn(2, 64), requires_grad=False), weight)
+    assert calls == ["multiply"]
+
+
+def test_a_view_of_negative_numbers(weight: PackedWeight) -> None:
+    x = torch.randn(2, 64, dtype=torch.complex64).conj().imag
+    assert x.is_neg()
+    assert torch.equal(linear(x, weight), linear(x.resolve_neg().clone(), weight))
+
+
+def test_functions_of_a_mode_do_no_harm(weight: PackedWeight) -> None:
+    class Through(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):  # type: ignore
+            return function(*args, **(kwargs or {}))
+
+    x = torch.randn(2, 64)
+    with Through():
+        given = linear(x, weight)
+    assert torch.equal(given, linear(x, weight))
