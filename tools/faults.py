@@ -233,8 +233,8 @@ FAULTS = (
     Fault(
         name="cpu-linear-gradient",
         file="bminf/ops/cpu_linear.py",
-        old="if (x.requires_grad and torch.is_grad_enabled()) or not weight.qweight.shape[0]:",
-        new="if not weight.qweight.shape[0]:",
+        old="(x.requires_grad and torch.is_grad_enabled())",
+        new="False",
         breaks="No gradient passes through a packed linear on the CPU for up to 16 rows.",
     ),
     Fault(

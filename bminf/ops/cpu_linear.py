@@ -1,8 +1,10 @@
 """Products with packed weights on the CPU: by the kernels of kernels/cpu/, or by torch.
 
-Up to 16 rows the kernels multiply the codes as they are. For more rows they unpack some rows of the
-weight at a time, which torch multiplies in float32 while they are in the cache; weights of 8 bits
-with a scale a row go by torch's product of integers where that is fast.
+Up to 16 rows the kernels multiply the codes as they are, and more rows 16 at a time: as integers
+that is twice as fast as a product in float32. Many rows times weights of 8 bits with a scale a row
+go by torch's product of integers where that is faster still. What the kernels would multiply as
+floats they unpack, some rows of the weight at a time, for torch to multiply in float32 while they
+are in the cache.
 
 Where the kernels are not compiled, and for what is no plain tensor in memory (traced, fake, wrapped
 by functorch, a subclass), the fastest operation of torch that is right is taken. Where the CPU has
@@ -51,23 +53,31 @@ def few_rows_linear(
     the parts of the weight match.   x: (..., K) float32, float16 or bfloat16.   bias: (N,) or None.
     Returns (..., N) in the dtype of x.
     """
-    if torch.compiler.is_compiling() or not (_is_plain(x) and _is_plain(weight.qweight)):
-        return None
-    num_rows = x.numel() // max(1, weight.in_features)
-    if not 0 < num_rows <= MAX_ROWS or not x.dim() or x.shape[-1] != weight.in_features:
-        return None
-    if x.dtype not in ELEMENTS or not x.is_contiguous():
-        return None
-    if (x.requires_grad and torch.is_grad_enabled()) or not weight.qweight.shape[0]:
-        return None
-    if bias is not None and not _is_bias_of(bias, x, weight):
-        return None
-    found = kernels()
-    if found is None or launcher_for(x.device) is not None:
+    found = _kernels_for(x, weight, bias)
+    if found is None or x.numel() > MAX_ROWS * weight.in_features:
         return None
     y = x.new_empty((*x.shape[:-1], weight.qweight.shape[0]))
-    found.multiply(_product(x, weight, bias, y, num_rows))
+    found.multiply(_product(x, weight, bias, y, x.numel() // weight.in_features))
     return y
+
+
+def _kernels_for(
+    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None
+) -> Kernels | None:
+    """The kernels, where they can compute the whole of x W^T + bias and nothing would be missed."""
+    if torch.compiler.is_compiling() or not (_is_plain(x) and _is_plain(weight.qweight)):
+        return None
+    if (
+        x.dtype not in ELEMENTS
+        or not x.is_contiguous()
+        or (x.requires_grad and torch.is_grad_enabled())
+    ):
+        return None
+    if not x.numel() or not x.dim() or x.shape[-1] != weight.in_features:
+        return None
+    if not weight.qweight.shape[0] or not (bias is None or _is_bias_of(bias, x, weight)):
+        return None
+    return kernels() if launcher_for(x.device) is None else None
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
@@ -141,21 +151,43 @@ def weight_only_linear(
     x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None
 ) -> torch.Tensor:
     """x W^T + bias, (M, N) in the dtype of x.   x: (M, K).   bias: (N,) in that dtype, or None."""
-    x = x.detach() if x.requires_grad else x
-    y = few_rows_linear(x.contiguous(), weight, bias)
-    if y is not None:
-        return y
+    x = (x.detach() if x.requires_grad else x).contiguous()
+    found = _kernels_for(x, weight, bias)
+    if found is not None and (len(x) <= MAX_ROWS or _is_fast_for_many(found, weight)):
+        return _product_of_all(x, weight, bias, found)
     y = weight_only_product(x, weight)
     y = y if bias is None else y.add_(bias)
     return y if y.dtype == x.dtype else y.to(x.dtype)
+
+
+def _is_fast_for_many(found: Kernels, weight: PackedWeight) -> bool:
+    """Whether the kernels are the fastest for any number of rows, as where they multiply integers
+    and torch has no such product."""
+    is_by_integers = (
+        found.level != "portable" and (weight.group_size or 0) % (32 // weight.bits) == 0
+    )
+    return is_by_integers and not _is_left_to_torch(weight)
+
+
+def _is_left_to_torch(weight: PackedWeight) -> bool:
+    return weight.bits == 8 and weight.group_size is None and _has_integer_product(weight)
+
+
+def _product_of_all(
+    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, found: Kernels
+) -> torch.Tensor:
+    y = x.new_empty((x.shape[0], weight.out_features))
+    for start in range(0, x.shape[0], MAX_ROWS):
+        rows = slice(start, start + MAX_ROWS)
+        found.multiply(_product(x[rows], weight, bias, y[rows], len(x[rows])))
+    return y
 
 
 def weight_only_product(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
     """x W^T. x: (M, K) floating point.   Returns (M, N) float32."""
     x = _float(x)
     if _is_plain(x) and _is_plain(weight.qweight) and launcher_for(x.device) is None:
-        is_left_to_torch = weight.group_size is None and _has_integer_product(weight)
-        found = None if is_left_to_torch and weight.bits == 8 else kernels()
+        found = None if _is_left_to_torch(weight) else kernels()
         if found is not None:
             return _unpacked_product(x, weight, found)
     if weight.qweight.dtype == torch.uint8:

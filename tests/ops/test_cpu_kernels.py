@@ -61,9 +61,33 @@ def test_few_rows_are_multiplied_by_the_kernels(
     assert relative_error(y, product(x, weight)) < BOUND
 
 
-def test_more_rows_are_multiplied_with_numbers(calls: list[str], monkeypatch: Any) -> None:
+@pytest.mark.parametrize("form", [INT4, Format(4), Format(8, 32)], ids=str)
+def test_more_rows_are_multiplied_16_at_a_time(form: Format, calls: list[str]) -> None:
+    found = kernels()
+    if found is None or found.level == "portable":
+        pytest.skip("the portable level has no product of integers")
+    x, weight, bias = torch.randn(40, 64), pack(torch.randn(24, 64), form), torch.randn(24)
+    y = linear(x, weight, bias)
+    assert calls == ["multiply"] * 3
+    assert relative_error(y, product(x, weight) + bias) < BOUND
+    assert torch.equal(linear(x[17:18], weight, bias), y[17:18])
+
+
+def test_many_rows_of_8_bits_are_multiplied_by_torch_where_it_is_fast(
+    calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, x = pack(torch.randn(24, 64), INT8), torch.randn(40, 64)
+    for is_fast, expected in ((True, []), (False, ["multiply"] * 3)):
+        monkeypatch.setattr(cpu_linear, "_has_integer_product", lambda _, fast=is_fast: fast)
+        assert relative_error(linear(x, weight), product(x, weight)) < BOUND
+        assert calls == expected
+
+
+def test_rows_that_cannot_be_integers_are_multiplied_with_numbers(
+    calls: list[str], monkeypatch: Any
+) -> None:
     monkeypatch.setattr(cpu_linear, "_SLICE_ELEMENTS", 640)  # ten rows at a time, then four
-    for form in (INT4, Format(8, 32)):
+    for form in (Format(4, 6), Format(8, 6)):
         weight = pack(torch.randn(24, 64), form)
         for dtype, bound in ((torch.float32, 1e-6), (torch.bfloat16, 6e-3)):
             x = torch.randn(17, 64).to(dtype)
