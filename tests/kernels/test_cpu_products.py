@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import signal
 from collections.abc import Iterator
@@ -147,9 +148,10 @@ def test_more_than_2_to_the_31_codes(kernels: Kernels) -> None:
     if kernels.level != "avx512":
         pytest.skip("one level is enough: addresses are computed in code that all share")
     rows, columns = 2**16 + 3, 2**16
-    weight = PackedWeight(
-        torch.zeros(rows, columns // 2, dtype=torch.uint8), torch.ones(rows).half(), None, columns
-    )
+    memory = mmap.mmap(-1, rows * columns // 2)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    codes = torch.frombuffer(memory, dtype=torch.uint8).view(rows, columns // 2)
+    weight = PackedWeight(codes, torch.ones(rows).half(), None, columns)
     weight.qweight[-1] = 0x11  # every code is 1
     y = multiply(kernels, torch.ones(1, columns), weight)
     assert y[0, -1] == columns and not y[0, :-1].any()
@@ -166,7 +168,7 @@ def test_two_threads_of_python_at_once(kernels: Kernels, threads: None) -> None:
 
     def many(weight: PackedWeight) -> list[torch.Tensor]:
         torch.set_num_threads(2)
-        return [multiply(kernels, x, weight) for _ in range(50)]
+        return [multiply(kernels, x, weight) for _ in range(20)]
 
     with ThreadPoolExecutor(2) as pool:
         given = list(pool.map(many, weights))
