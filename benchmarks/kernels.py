@@ -41,6 +41,8 @@ FORMATS = {
     "int8-g128": Format(8, 128),
     "int4": INT4,  # groups of 16
     "int4-g32-integers": Format(4, 32, scale_bits=8),
+    "int4-g16": Format(4, 16),
+    "int4-g32": Format(4, 32),
     "int4-g32-minimum": Format(4, 32, has_minimum=True),
     "int4-g64": Format(4, 64),
     "int4-g128": Format(4, 128),
@@ -56,7 +58,7 @@ _ROWS = {"cpu": (1, 16, 128), "cuda": (1, 2, 4, 8, 16, 32, 64, 128, 512, 2048)}
 _DTYPES = {"cpu": "float32", "cuda": "float16"}
 _NUM_CACHES = {"cpu": 2, "cuda": 4}  # so many times the cache is rotated
 _LEAST_ROTATE_BYTES = {"cpu": 300_000_000, "cuda": 0}  # a CPU's cache may be shared
-_COPY_BYTES = 2**30  # on a GPU; on the CPU as much as is rotated
+_COPY_BYTES = 2**30
 
 # Relative norm errors: half of the last bit of the result, and of the weights where these are
 # rounded to the same type for tensor cores or the library, with room for the order of the sums.
@@ -75,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--shapes", nargs="+", type=shape, metavar="NxK", help="of weights (out x in features)")
     add("--rows", nargs="+", type=int, metavar="M", help="rows of activations")
     add("--formats", nargs="+", choices=FORMATS, default=["int8", "int4"], metavar="FORMAT",
-        help=f"on a GPU, of {', '.join(FORMATS)}; default: int8 int4")  # fmt: skip
+        help=f"of {', '.join(FORMATS)}; default: int8 int4")  # fmt: skip
     add("--dtype", choices=("float32", "float16", "bfloat16"), help="of activations, on a GPU")
     add("--rotate-bytes", metavar="SIZE", help="that pass before weights are used again")
     parser.set_defaults(warmup=1, repeats=3, rounds=5)
@@ -118,9 +120,9 @@ def prepare(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[tuple[s
         "shapes": [f"{n}x{k}" for n, k in setup.shapes],
     }
     torch.manual_seed(0)
-    copy = cache(partial(_copy, setup))
+    bandwidth = cache(partial(_read if kind == "cpu" else _copy, setup))
     return parameters, [
-        (name, partial(measure, name, copy, calls, setup.device))
+        (name, partial(measure, name, bandwidth, calls, setup.device))
         for op in ops
         for name, calls in calls_by_group(setup, op)
     ]
@@ -259,8 +261,8 @@ class Rows:
 
 def bytes_of(weight: torch.Tensor | PackedWeight) -> int:
     """That a product with float activations has to read: of a packed weight codes, scales and
-    minima."""
-    parts = [weight] if isinstance(weight, torch.Tensor) else weight[:3]
+    minima, of groups and of rows."""
+    parts = [weight] if isinstance(weight, torch.Tensor) else [*weight[:3], weight.row_scale]
     return sum(part.nbytes for part in parts if part is not None)
 
 
@@ -268,25 +270,36 @@ def bytes_of(weight: torch.Tensor | PackedWeight) -> int:
 
 
 def measure(
-    name: str, copy: Callable[[], Call], calls: Callable[[], list[Call]], device: torch.device,
-    settings: Settings,
+    name: str, bandwidth: Callable[[], Call], calls: Callable[[], list[Call]],
+    device: torch.device, settings: Settings,
 ) -> Iterator[list[Result]]:  # fmt: skip
-    """A result for each call of a group, with its share of the bandwidth of the first, the copy."""
-    first = replace(copy(), name=f"{name}: copy")
-    results = measure_calls([first, *calls()], settings, device)
+    """A result for each call of a group, with its share of the bandwidth of the first, which copies
+    on a GPU and reads on the CPU."""
+    first = bandwidth()
+    results = measure_calls(
+        [replace(first, name=f"{name}: {first.name}"), *calls()], settings, device
+    )
     for result in results:
         if result["gbps"] is not None and results[0]["gbps"] is not None:
-            result["details"]["copy_fraction"] = result["gbps"] / results[0]["gbps"]
+            share = result["gbps"] / results[0]["gbps"]
+            result["details"][f"{first.name}_fraction"] = share
     yield results
+
+
+def _read(setup: Setup) -> Call:
+    """All of memory that no cache holds, by all threads of torch: the fastest of its sums."""
+    data = torch.empty(setup.rotate_bytes // 4, device=setup.device).fill_(0)
+    details = {"op": "read", "variant": "read", "num_sets": 1, "bound": 0.0}
+    details |= {"num_bytes": data.nbytes, "num_ops": 0}
+    return Call("read", lambda _: data.sum(), lambda y: float(y.abs()), details)
 
 
 def _copy(setup: Setup) -> Call:
     """From memory to memory of the device: both the reading and the writing count."""
-    num_bytes = _COPY_BYTES if setup.device.type == "cuda" else setup.rotate_bytes
-    data = torch.randint(-128, 128, (num_bytes,), dtype=torch.int8, device=setup.device)
+    data = torch.randint(-128, 128, (_COPY_BYTES,), dtype=torch.int8, device=setup.device)
     target = torch.empty_like(data)
     details = {"op": "copy", "variant": "copy", "num_sets": 1, "bound": 0.0}
-    details |= {"num_bytes": 2 * num_bytes, "num_ops": 0}
+    details |= {"num_bytes": 2 * data.nbytes, "num_ops": 0}
     return Call(
         "copy", lambda _: target.copy_(data), lambda y: float(not torch.equal(y, data)), details
     )
@@ -311,7 +324,8 @@ def _linear_calls(rows: Rows) -> list[Call]:
         calls += [
             _plain(own, dtype, _CPU_BOUND, count) for dtype in (torch.float32, torch.bfloat16)
         ]
-        for format, kind in (("int8", "float"), ("int8", "int8"), ("int4", "float")):
+        rounded = [("int8", "int8")] if "int8" in rows.inputs.setup.formats else []
+        for format, kind in [*((f, "float") for f in rows.inputs.setup.formats), *rounded]:
             name = format if kind == "float" else f"{format}, {kind} activations"
             run = partial(linear_of_checked, rows.x, bias=None, activations=kind)
             weights = rows.inputs.copies(format)[:count]

@@ -230,11 +230,9 @@ _PLAIN = ("torch float32", "torch float16", "torch bfloat16")  # by whose time o
 
 def _kernel_parts(content: Content) -> Iterator[str]:
     """A table for each op, sizes down, ways to compute across; then what failed, and targets."""
-    copies = [r["gbps"] for r in content["results"] if r["details"]["op"] == "copy" and r["gbps"]]
-    copy = f"; copy {statistics.median_low(copies):.0f} GB/s, read and written" if copies else ""
     yield (
         f"{_device(content)}, torch {content['versions']['torch']}, "
-        f"{content['parameters']['dtype']}{copy}. "
+        f"{content['parameters']['dtype']}{_bandwidth(content)}. "
         "Median in µs, and in parentheses that over torch's without quantization, or where there "
         "is no such product the share of the copy's bandwidth. Bold: what the op chooses."
     )
@@ -252,12 +250,25 @@ def _kernel_parts(content: Content) -> Iterator[str]:
             yield "".join(f"- {line}\n" for line in lines)
 
 
+_BANDWIDTHS = {"copy": "copy {:.0f} GB/s, read and written", "read": "{:.1f} GB/s read"}
+"""How that of the memory was measured: what is said of it."""
+
+
+def _bandwidth(content: Content) -> str:
+    """What the file says of that of the memory."""
+    said = ""
+    for op, words in _BANDWIDTHS.items():
+        found = [r["gbps"] for r in content["results"] if r["details"]["op"] == op and r["gbps"]]
+        said += f"; {words.format(statistics.median_low(found))}" if found else ""
+    return said
+
+
 def _by_op(content: Content) -> dict[str, dict[Size, Variants]]:
-    """Op -> size -> way to compute -> result, of what was measured, without the copies."""
+    """Op -> size -> way to compute -> result, of what was measured, without the bandwidths."""
     found: dict[str, dict[Size, Variants]] = {}
     for result in content["results"]:
         details = result["details"]
-        if details["op"] != "copy" and result["time_s"] is not None:
+        if details["op"] not in _BANDWIDTHS and result["time_s"] is not None:
             shape = f"{details['out_features']}x{details['in_features']}"
             sizes = found.setdefault(details["op"], {})
             sizes.setdefault((shape, details["rows"]), {})[details["variant"]] = result
@@ -295,6 +306,8 @@ def _time_cell(name: str, variants: Variants) -> str:
 
 _LEAST_WEIGHTS = 100_000_000  # of a matrix that fills the memory of a large GPU
 _LEAST_SHARE = {"int8": 0.85, "int4": 0.75}  # of the copy's bandwidth, for one row
+_LEAST_READ = {"int8": 0.8, "int4-g32": 0.42}  # of the bandwidth of reading, for one row on one CPU
+_LEAST_READ_WEIGHTS = 4096 * 4096
 _MOST_ROW_RATIO = {4: 1.2, 16: 1.3}  # rows: time over that of one row
 _WAYS_OF_W8A8 = ("own kernel", "library", "torch._int_mm and torch")
 _MOST_OVER_BEST = 1.03
@@ -344,6 +357,11 @@ def _targets_of(op: str, size: Size, sizes: dict[Size, Variants]) -> Iterator[Ta
         ratio = _over_plain(way, variants, "min")
         if ratio is not None and num_weights >= least_weights:
             yield Target(f"CPU {way} {name} {op.split()[1]}, over fp32", ratio, most)
+        if op == "linear rotated" and num_weights >= _LEAST_READ_WEIGHTS:
+            for form, least in _LEAST_READ.items():
+                share = variants.get(form, {"details": {}})["details"].get("read_fraction")
+                if share is not None:
+                    yield Target(f"CPU {form} {name}, share of reading", share, least, True)
     elif op == "w8a8" and num_rows == 2048:
         # The chosen product is the fastest one of codes that are there already.
         ways = [variants[way] for way in _WAYS_OF_W8A8 if way in variants]

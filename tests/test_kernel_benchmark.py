@@ -30,7 +30,7 @@ def test_kernels_case(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     results = {result["name"]: result for result in content["results"]}
     assert len(results) == 2 * 2 * (1 + 2 * 5)
     assert list(results)[:3] == [
-        "linear 64x64 M=1: copy",
+        "linear 64x64 M=1: read",
         "linear rotated 64x64 M=1: torch float32",
         "linear rotated 64x64 M=1: torch bfloat16",
     ]
@@ -39,7 +39,7 @@ def test_kernels_case(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert rotated["details"]["num_sets"] == 38  # of 40 * 64 codes and 40 scales
     assert rotated["details"]["num_ops"] == 2 * 3 * 40 * 64
     assert rotated["details"]["num_bytes"] == 40 * 64 + 4 * 40 + 4 * 3 * (40 + 64)
-    assert rotated["details"]["copy_fraction"] > 0
+    assert rotated["details"]["read_fraction"] > 0
     assert results["linear cached 40x64 M=3: int4"]["details"]["num_sets"] == 1
     assert "**linear rotated**" in capsys.readouterr().out
 

@@ -94,12 +94,17 @@ def test_targets() -> None:
         result("w8a8", (2048, *BIG), "library", 105.0, **chosen),
         result("linear rotated", (1, 576, 576), "torch float32", 10.0),
         result("linear rotated", (1, 576, 576), "int8", 5.0),
+        result("linear rotated", (1, 4096, 4096), "int8", 5.0, read_fraction=0.79),
+        result("linear rotated", (1, 4096, 4096), "int4-g32", 5.0, read_fraction=0.5),
+        result("linear rotated", (4, 4096, 4096), "int4-g32", 5.0, read_fraction=0.1),
     ]
     assert [str(target) for target in targets(content(results))] == [
         "int8 12288x12288 M=1, share of the copy: 0.860, at least 0.85: reached",
         "int8 12288x12288 M=4 over M=1: 1.210, at most 1.20: MISSED",
         "w8a8 12288x12288 M=2048, chosen over best: 1.050, at most 1.03: MISSED",
         "CPU int8 576x576 M=1 rotated, over fp32: 0.500, at most 0.60: reached",
+        "CPU int8 4096x4096 M=1, share of reading: 0.790, at least 0.80: MISSED",
+        "CPU int4-g32 4096x4096 M=1, share of reading: 0.500, at least 0.42: reached",
     ]
     assert Target("speed", 0.6, 0.85, is_least=True).is_met(margin=1.5)
     assert not Target("time", 2.0, 1.2).is_met(margin=1.5)
