@@ -17,7 +17,8 @@ namespace {
 
 constexpr i64 PART_BYTES = 1 << 17;  // of codes: a few microseconds to read, 100 times those of a part
 constexpr i64 PART_ROWS = 4;         // a part has a multiple of these
-constexpr i64 MIN_SHARED = 1 << 18;  // bytes of codes times rows of x: to wake a thread takes longer
+// Bytes of codes times rows of x, of one thread: it takes as long to wake another as to compute less.
+constexpr i64 LEAST_WORK = 1 << 19;
 constexpr i64 PARTS_PER_THREAD = 8;  // of which the slower threads take fewer
 
 // The processor's levels, the best first.
@@ -67,7 +68,7 @@ i64 rows_of_part(const Product& p, i64 num_threads) {
 
 void run(const Product& p, const Level& level, const u8* workspace) {
     const i64 work = p.out_features * p.row_bytes * (workspace ? p.num_rows : MAX_ROWS);
-    const i64 num_threads = work < MIN_SHARED ? 1 : p.num_threads;
+    const i64 most = work / LEAST_WORK, num_threads = most < p.num_threads ? most : p.num_threads;
     if (num_threads <= 1) {
         Job job = {p, level, workspace, p.out_features};
         return run_part(&job, 0);

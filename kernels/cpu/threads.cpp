@@ -18,7 +18,7 @@
 namespace {
 
 constexpr i64 MAX_THREADS = 256;
-constexpr int SPINS = 2000;  // a few microseconds: the last part of another thread is short
+constexpr int SPINS = 2000;  // some ten microseconds: the last part of another thread is short
 
 inline void pause_processor() {
 #if defined(__x86_64__)
@@ -91,7 +91,8 @@ void begin(Pool& p, i64 helpers) {
     pthread_mutex_lock(&p.lock);
     p.wanted = helpers < p.num_threads ? helpers : p.num_threads;
     pthread_mutex_unlock(&p.lock);
-    for (i64 i = 0; i < helpers; ++i) pthread_cond_signal(&p.has_work);
+    if (helpers >= p.num_threads) pthread_cond_broadcast(&p.has_work);
+    else for (i64 i = 0; i < helpers; ++i) pthread_cond_signal(&p.has_work);
 }
 
 // Lets no more threads in, and waits for those that are.

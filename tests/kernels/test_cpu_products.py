@@ -86,7 +86,7 @@ def test_a_row_depends_on_no_other(form: Format, kernels: Kernels) -> None:
 def test_so_many_threads_as_there_are_give_the_same_bits(
     form: Format, kernels: Kernels, threads: None
 ) -> None:
-    weight, x = random_weight(1031, 512, form), torch.randn(3, 512)
+    weight, x = random_weight(2063, 512, form), torch.randn(3, 512)
     expected = multiply(kernels, x, weight), unpack(kernels, weight, torch.float32)
     for num_threads in (2, 3):
         torch.set_num_threads(num_threads)
@@ -162,8 +162,8 @@ def test_more_than_2_to_the_31_codes(kernels: Kernels) -> None:
 
 def test_two_threads_of_python_at_once(kernels: Kernels, threads: None) -> None:
     torch.set_num_threads(2)
-    weights = [random_weight(600, 1024, form) for form in (INT8, INT4)]
-    x = torch.randn(1, 1024)
+    weights = [random_weight(1200, 1024, form) for form in (INT8, INT4)]
+    x = torch.randn(2, 1024)
     expected = [multiply(kernels, x, weight) for weight in weights]
 
     def many(weight: PackedWeight) -> list[torch.Tensor]:
@@ -178,7 +178,7 @@ def test_two_threads_of_python_at_once(kernels: Kernels, threads: None) -> None:
 
 def test_a_child_has_threads_of_its_own(kernels: Kernels, threads: None) -> None:
     torch.set_num_threads(2)
-    weight, x = random_weight(600, 1024, INT8), torch.randn(1, 1024)
+    weight, x = random_weight(1200, 1024, INT8), torch.randn(1, 1024)
     expected = multiply(kernels, x, weight)
     child = os.fork()
     if child == 0:
@@ -192,7 +192,7 @@ def test_a_keyboard_interrupt_leaves_the_threads_in_order(
     kernels: Kernels, threads: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.set_num_threads(2)
-    weight, x = random_weight(600, 1024, INT8), torch.randn(1, 1024)
+    weight, x = random_weight(1200, 1024, INT8), torch.randn(1, 1024)
     expected = multiply(kernels, x, weight)
     for _ in range(10):
         signal.setitimer(signal.ITIMER_REAL, 2e-3)
