@@ -75,8 +75,9 @@ _test_launchers: dict[str, Launcher] = {}
 
 def launcher_for(device: torch.device) -> Launcher | None:
     """The launcher of `device`; None for a device that runs no kernels."""
-    of_test = _test_launchers.get(device.type)
-    if of_test is not None or device.type != "cuda":
+    kind = device.type
+    of_test = _test_launchers.get(kind)
+    if of_test is not None or kind != "cuda":
         return of_test
     return device_launcher(device)
 

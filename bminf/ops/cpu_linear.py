@@ -65,7 +65,9 @@ def _kernels_for(
     x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None
 ) -> Kernels | None:
     """The kernels, where they can compute the whole of x W^T + bias and nothing would be missed."""
-    if torch.compiler.is_compiling() or not (_is_plain(x) and _is_plain(weight.qweight)):
+    if torch.compiler.is_compiling() or _is_watched():
+        return None
+    if not (_is_plain(x) and _is_plain(weight.qweight)):
         return None
     if (
         x.dtype not in ELEMENTS
@@ -80,17 +82,24 @@ def _kernels_for(
     return kernels() if launcher_for(x.device) is None else None
 
 
+def _is_watched() -> bool:
+    """Whether someone is told of every operation: a mode, functorch, a trace, derivatives that
+    tensors carry forwards."""
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+    )
+
+
 def _is_plain(tensor: torch.Tensor) -> bool:
-    """Whether `tensor` is numbers in memory and nothing else, and nothing watches operations."""
+    """Whether `tensor` is numbers in the memory of the CPU and nothing else."""
     return (
         _is_ordinary(type(tensor))
         and tensor.is_cpu
         and tensor.layout is torch.strided
         and not tensor.is_neg()  # a view of negative numbers
-        and not torch._C._len_torch_dispatch_stack()
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch._C._get_tracing_state() is None
-        and forward_ad._current_level < 0  # a tensor may carry its derivative
     )
 
 
@@ -186,7 +195,8 @@ def _product_of_all(
 def weight_only_product(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
     """x W^T. x: (M, K) floating point.   Returns (M, N) float32."""
     x = _float(x)
-    if _is_plain(x) and _is_plain(weight.qweight) and launcher_for(x.device) is None:
+    is_plain = not _is_watched() and _is_plain(x) and _is_plain(weight.qweight)
+    if is_plain and launcher_for(x.device) is None:
         found = None if _is_left_to_torch(weight) else kernels()
         if found is not None:
             return _unpacked_product(x, weight, found)
