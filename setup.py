@@ -91,6 +91,7 @@ SERVE = ["fastapi", "uvicorn", "prometheus-client"]
 TEST = [
     *("pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "accelerate", "peft", "openai"),
     *(*DEMO[:2], *SERVE),
+    "setuptools>=70.1",  # they build wheels
 ]
 
 setup(
