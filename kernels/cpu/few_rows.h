@@ -182,10 +182,9 @@ constexpr i64 LINE = 64;
 
 constexpr i64 bytes_of(Scale scale) { return scale == REAL ? 4 : scale == HALVES ? 2 : 1; }
 
-// Beyond the end of a tensor, too: it reads nothing there. CACHE: 3 for the nearest, 2 for the second.
-template <int CACHE = 3>
+// Beyond the end of a tensor, too: it reads nothing there.
 INLINE void ask_for(const u8* start, i64 bytes) {
-    for (i64 i = 0; i < bytes; i += LINE) __builtin_prefetch(start + i, 0, CACHE);
+    for (i64 i = 0; i < bytes; i += LINE) __builtin_prefetch(start + i);
 }
 
 INLINE void write_result(const Product& p, i64 n, i64 m, float value) {
@@ -245,10 +244,10 @@ struct Tile {
     template <bool IS_WHOLE, bool IS_ASKING>
     INLINE void add(i64 step) {
         const i64 offset = step * L::BYTES_OF_STEP, start = step * STEP * BYTES;
-        // Of one stream, or of the next block, for which the nearest cache has no room beside x.
+        // Of one stream, or of the next block, whose rows are as far from each other as these.
         const i64 ahead = X_ROWS == 1 ? AHEAD : BLOCK_ROWS * p.row_bytes;
         for (int r = 0; r < W_ROWS; ++r) {
-            if (IS_ASKING) ask_for<X_ROWS == 1 ? 3 : 2>(codes[r] + start + ahead, STEP * BYTES);
+            if (IS_ASKING) ask_for(codes[r] + start + ahead, STEP * BYTES);
             Ints products[X_ROWS];
             for (int m = 0; m < X_ROWS; ++m) products[m] = no_ints();
             add_step<BITS, SIGNED, STEP, X_ROWS, IS_WHOLE>(
