@@ -188,17 +188,15 @@ def test_a_child_has_threads_of_its_own(kernels: Kernels, threads: None) -> None
     assert torch.equal(multiply(kernels, x, weight), expected)
 
 
-def test_a_keyboard_interrupt_leaves_the_threads_in_order(
-    kernels: Kernels, threads: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_keyboard_interrupt_leaves_the_threads_in_order(kernels: Kernels, threads: None) -> None:
     torch.set_num_threads(2)
     weight, x = random_weight(1200, 1024, INT8), torch.randn(1, 1024)
     expected = multiply(kernels, x, weight)
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
     for _ in range(10):
-        signal.setitimer(signal.ITIMER_REAL, 2e-3)
-        before = signal.signal(signal.SIGALRM, signal.default_int_handler)
         with pytest.raises(KeyboardInterrupt):
+            signal.setitimer(signal.ITIMER_REAL, 2e-3)
             while True:
                 multiply(kernels, x, weight)
-        signal.signal(signal.SIGALRM, before)
         assert torch.equal(multiply(kernels, x, weight), expected)
+    signal.signal(signal.SIGALRM, before)
