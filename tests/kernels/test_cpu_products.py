@@ -176,6 +176,7 @@ def test_two_threads_of_python_at_once(kernels: Kernels, threads: None) -> None:
         assert all(torch.equal(y, right) for y in products)
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_a_child_has_threads_of_its_own(kernels: Kernels, threads: None) -> None:
     torch.set_num_threads(2)
     weight, x = random_weight(1200, 1024, INT8), torch.randn(1, 1024)
