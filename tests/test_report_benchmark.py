@@ -10,13 +10,12 @@ from benchmarks.report import (
     DOCUMENTS,
     PLOTS,
     ROOT,
-    Target,
     plot_of,
     read_result,
     table,
-    targets,
     with_tables,
 )
+from benchmarks.targets import Target, targets
 
 BIG = (12288, 12288)
 SPEED = "ms_per_token"

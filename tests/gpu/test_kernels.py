@@ -19,7 +19,7 @@ import bminf
 from benchmarks import run
 from benchmarks.harness import poisoned
 from benchmarks.kernels import PATHS, has_path, run_path
-from benchmarks.report import targets
+from benchmarks.targets import targets
 from bminf.cuda.launcher import Launcher, launcher_for
 from bminf.ops import linear_w8a8
 from bminf.ops.dequantize import dequantize_weight
