@@ -16,7 +16,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from itertools import chain, cycle, islice, product
@@ -161,12 +161,14 @@ class Call:
     details: `num_sets` of inputs, the `bound` above which an error makes the call wrong, so that it
     is not timed, `num_bytes` moved if each input is read and each output written once, `num_ops`
     (multiplications and additions), and what else there is to know.
+    around: within it all this is done; on the CPU each sample, with no time of its own.
     """
 
     name: str
     run: Callable[[int], Any]
     error: Callable[[Any], float]
     details: dict[str, Any]
+    around: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
 def relative_error(given: torch.Tensor, expected: torch.Tensor) -> float:
@@ -176,11 +178,16 @@ def relative_error(given: torch.Tensor, expected: torch.Tensor) -> float:
     return math.inf if math.isnan(error) else error
 
 
+_SAMPLES = {"time_s": "samples_s", "cpu_s": "samples_cpu_s"}
+
+
 def measure_calls(calls: Sequence[Call], settings: Settings, device: torch.device) -> list[Result]:
     """A result for each call. What fails, or is wrong, says so in its result and is not timed."""
-    empty = dict.fromkeys(("calls_per_sample", "error", "failure", "time_s", "gbps", "tops"))
+    names = ("calls_per_sample", "error", "failure", "time_s", "cpu_s", "gbps", "tops")
+    empty = dict.fromkeys(names)
     results: list[Result] = [
-        {"name": call.name, "details": call.details.copy(), "samples_s": [], **empty}
+        {"name": call.name, "details": call.details.copy(), "samples_s": [], "samples_cpu_s": []}
+        | empty
         for call in calls
     ]
     clocks: list[_HostClock | _DeviceClock] = []
@@ -196,11 +203,13 @@ def measure_calls(calls: Sequence[Call], settings: Settings, device: torch.devic
             with _noted(result):
                 for _ in range(settings.warmup):
                     sample()
-                # No clock here knows more digits, and a file has thousands of them.
-                times = [float(f"{sample():.4g}") for _ in range(settings.repeats)]
-                result["samples_s"].append(times)
+                taken = [sample() for _ in range(settings.repeats)]
+                for key, times in zip(_SAMPLES.values(), zip(*taken, strict=True), strict=False):
+                    result[key].append([*times])
     for result in (result for result in timed if result["failure"] is None):
-        result["time_s"] = summary([*chain.from_iterable(result["samples_s"])])
+        for key, samples in _SAMPLES.items():
+            if result[samples]:
+                result[key] = summary([*chain.from_iterable(result[samples])])
         for rate, count, unit in (("gbps", "num_bytes", 1e9), ("tops", "num_ops", 1e12)):
             result[rate] = result["details"][count] / result["time_s"]["median"] / unit
     return results
@@ -217,7 +226,7 @@ def _noted(result: Result) -> Iterator[None]:
 
 
 def _check(call: Call, result: Result) -> None:
-    with poisoned():
+    with poisoned(), call.around():
         value = call.run(0)
     error, bound = call.error(value), call.details["bound"]
     result["error"] = error
@@ -239,19 +248,29 @@ def poisoned() -> Iterator[None]:
             torch.set_deterministic_debug_mode(before)
 
 
+def _rounded(seconds: float) -> float:
+    """No clock here knows more digits, and a file has thousands of them."""
+    return float(f"{seconds:.4g}")
+
+
 class _HostClock:
-    """A sample is the wall time of as many calls as take 2 ms, over their number."""
+    """A sample is the time of as many calls as take 2 ms, over their number: on the wall, and of
+    the CPU for all threads of the process."""
 
     def __init__(self, call: Call) -> None:
-        self._run, self._sets = call.run, cycle(range(call.details["num_sets"]))
+        self._call, self._sets = call, cycle(range(call.details["num_sets"]))
         self.num_calls = 1
-        self.num_calls = max(1, math.ceil(_LEAST_SAMPLE_S / self()))
+        shortest_s = min(self()[0], self()[0])  # the first one may find nothing ready
+        self.num_calls = max(1, math.ceil(_LEAST_SAMPLE_S / shortest_s))
 
-    def __call__(self) -> float:
-        start_s = time.perf_counter()
-        for index in islice(self._sets, self.num_calls):
-            self._run(index)
-        return (time.perf_counter() - start_s) / self.num_calls
+    def __call__(self) -> tuple[float, float]:
+        run = self._call.run
+        with self._call.around():
+            wall_s, cpu_s = time.perf_counter(), time.process_time()
+            for index in islice(self._sets, self.num_calls):
+                run(index)
+            wall_s, cpu_s = time.perf_counter() - wall_s, time.process_time() - cpu_s
+        return _rounded(wall_s / self.num_calls), _rounded(cpu_s / self.num_calls)
 
 
 class _DeviceClock:
@@ -280,13 +299,13 @@ class _DeviceClock:
         finally:
             gc.enable()
 
-    def __call__(self) -> float:
+    def __call__(self) -> tuple[float]:
         self._start.record()
         self._graph.replay()
         self._end.record()
         self._end.synchronize()
         ms: float = self._start.elapsed_time(self._end)
-        return ms / 1e3 / self.num_calls
+        return (_rounded(ms / 1e3 / self.num_calls),)
 
 
 @cache

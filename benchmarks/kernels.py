@@ -9,63 +9,41 @@ are called by their private names for that.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
-from copy import deepcopy
-from dataclasses import dataclass, replace
-from functools import cache, cached_property, partial
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
-from benchmarks.harness import (
-    Call,
-    Group,
-    Result,
-    Settings,
-    measure_calls,
-    poisoned,
-    relative_error,
-)  # fmt: skip
+from benchmarks import cpu_products
+from benchmarks.by_size import bytes_per_s
+from benchmarks.harness import Call, Group, Result, Settings, measure_calls, poisoned
+from benchmarks.products import BOUNDS, FORMATS, Inputs, Rows, Setup
 from bminf.cuda.launcher import launcher_for
 from bminf.ops import linear_w8a8, linear_weight_only
-from bminf.ops.linear import linear_of_checked
 from bminf.ops.quantize_rows import quantize_rows
-from bminf.quantization.packed import INT4, INT8, Format, PackedWeight, dequantize
-from bminf.quantization.packing import int8_rows, pack
+from bminf.quantization.packed import PackedWeight
 from bminf.units import parse_bytes
 
-FORMATS = {
-    "int8": INT8,
-    "int8-g128": Format(8, 128),
-    "int4": INT4,  # groups of 16
-    "int4-g32-integers": Format(4, 32, scale_bits=8),
-    "int4-g16": Format(4, 16),
-    "int4-g32": Format(4, 32),
-    "int4-g32-minimum": Format(4, 32, has_minimum=True),
-    "int4-g64": Format(4, 64),
-    "int4-g128": Format(4, 128),
-    "int4-row": Format(4),
-}
 _SHAPES = {
+    # Of small and of large models. The largest first: what malloc keeps of it serves the others.
+    "levels": ("8192x8192", "4096x4096", "2048x2048", "1024x1024"),
     # Of SmolLM2-135M, then of small and of larger models.
-    "cpu": ("576x576", "1536x576", "576x1536", "2048x2048", "4096x4096"),
+    "linear": ("576x576", "1536x576", "576x1536", "2048x2048", "4096x4096"),
     # A usual one, CPM-2's feed-forward, GLM-130B's attention and feed-forward.
     "cuda": ("4096x4096", "10240x4096", "12288x12288", "32768x12288"),
 }
-_ROWS = {"cpu": (1, 16, 128), "cuda": (1, 2, 4, 8, 16, 32, 64, 128, 512, 2048)}
+_ROWS = {"levels": (1,), "linear": (1, 16, 128)}
+_GPU_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512, 2048)
+_FORMATS = {"levels": ("int8", "int4", "int4-g32", "int4-g32-integers", "int4-g32-minimum")}
 _DTYPES = {"cpu": "float32", "cuda": "float16"}
 _NUM_CACHES = {"cpu": 2, "cuda": 4}  # so many times the cache is rotated
-_LEAST_ROTATE_BYTES = {"cpu": 300_000_000, "cuda": 0}  # a CPU's cache may be shared
+_LEAST_ROTATE_BYTES = {"cpu": 10**9, "cuda": 0}  # a CPU's cache may be shared
 _COPY_BYTES = 2**30
 
-# Relative norm errors: half of the last bit of the result, and of the weights where these are
-# rounded to the same type for tensor cores or the library, with room for the order of the sums.
-BOUNDS = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-_SLICE_ELEMENTS = 2**26  # of a weight in float64 at a time
 _LEAST_INT_MM_ROWS = 17
-_CPU_BOUND = 1e-2  # bfloat16 keeps 8 bits: half of the last one is 2e-3 of a number
 _ROUNDING_BOUND = 2e-3  # of codes: a tie that falls to the other side moves a code by one
 
 
@@ -76,8 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--ops", nargs="+", choices=OPS, metavar="OP", help=f"of {', '.join(OPS)}")
     add("--shapes", nargs="+", type=shape, metavar="NxK", help="of weights (out x in features)")
     add("--rows", nargs="+", type=int, metavar="M", help="rows of activations")
-    add("--formats", nargs="+", choices=FORMATS, default=["int8", "int4"], metavar="FORMAT",
-        help=f"of {', '.join(FORMATS)}; default: int8 int4")  # fmt: skip
+    add("--formats", nargs="+", choices=FORMATS, metavar="FORMAT", help=", ".join(FORMATS))
     add("--dtype", choices=("float32", "float16", "bfloat16"), help="of activations, on a GPU")
     add("--rotate-bytes", metavar="SIZE", help="that pass before weights are used again")
     parser.set_defaults(warmup=1, repeats=3, rounds=5)
@@ -89,30 +66,14 @@ def shape(text: str) -> tuple[int, int]:
     return n, k
 
 
-@dataclass(frozen=True)
-class Setup:
-    """What all calls of a run have in common.
-
-    dtype: of activations.   shapes: (out_features, in_features) of weights.   rows: of activations,
-    in ascending order.   rotate_bytes: of other inputs are read before a set comes again.
-    """
-
-    device: torch.device
-    dtype: torch.dtype
-    shapes: tuple[tuple[int, int], ...]
-    rows: tuple[int, ...]
-    formats: tuple[str, ...]
-    rotate_bytes: int
-
-
 def prepare(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[tuple[str, Group]]]:
     """The parameters of the run, and groups of calls, each made when its turn comes."""
-    setup = setup_of(arguments)
-    kind = setup.device.type
-    known = [op for op in OPS if (op == "linear") == (kind == "cpu")]
-    ops = arguments.ops or known
+    kind = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    known = [op for op in OPS if (op in CPU_OPS) == (kind == "cpu")]
+    ops = arguments.ops or (["levels"] if kind == "cpu" else known)
     if not {*ops} <= {*known}:
         raise SystemExit(f"--ops: on {kind} these are {', '.join(known)}")
+    setup = setup_of(arguments, kind, ops[0] if kind == "cpu" else kind)
     parameters = vars(setup) | {
         "device": kind,
         "dtype": str(setup.dtype).removeprefix("torch."),
@@ -120,27 +81,27 @@ def prepare(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[tuple[s
         "shapes": [f"{n}x{k}" for n, k in setup.shapes],
     }
     torch.manual_seed(0)
-    bandwidth = cache(partial(_read if kind == "cpu" else _copy, setup))
+    firsts = cache(partial(cpu_products.reads if kind == "cpu" else _copies, setup))
     return parameters, [
-        (name, partial(measure, name, bandwidth, calls, setup.device))
+        (name, partial(measure, name, firsts, calls, setup.device))
         for op in ops
         for name, calls in calls_by_group(setup, op)
     ]
 
 
-def setup_of(arguments: argparse.Namespace) -> Setup:
-    """The arguments, with the defaults of the device in place of what was not given."""
-    kind = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+def setup_of(arguments: argparse.Namespace, kind: str, defaults: str) -> Setup:
+    """The arguments, with defaults in place of what was not given.   kind: of device."""
     rotate_bytes = max(_LEAST_ROTATE_BYTES[kind], _NUM_CACHES[kind] * _cache_bytes(kind))
     if arguments.rotate_bytes is not None:
         rotate_bytes = parse_bytes(arguments.rotate_bytes, "--rotate-bytes")
     return Setup(
         device=torch.device(kind),
         dtype=getattr(torch, arguments.dtype or _DTYPES[kind]),
-        shapes=tuple(arguments.shapes or map(shape, _SHAPES[kind])),
-        rows=tuple(sorted(arguments.rows or _ROWS[kind])),
-        formats=tuple(arguments.formats),
+        shapes=tuple(arguments.shapes or map(shape, _SHAPES[defaults])),
+        rows=tuple(sorted(arguments.rows or _ROWS.get(defaults, _GPU_ROWS))),
+        formats=tuple(arguments.formats or _FORMATS.get(defaults, ("int8", "int4"))),
         rotate_bytes=rotate_bytes,
+        threads=torch.get_num_threads(),
     )
 
 
@@ -152,157 +113,33 @@ def _cache_bytes(kind: str) -> int:
     return max((int(file.read_text().strip("K\n")) * 2**10 for file in files), default=0)
 
 
-# ---- weights in several copies, and the right results --------------------------------------------
-
-
-class Inputs:
-    """A random weight (N, K) and random activations, and all that is made of them, once."""
-
-    def __init__(self, setup: Setup, shape: tuple[int, int]) -> None:
-        self.setup, self.shape = setup, shape
-        self._copies: dict[str | torch.dtype, list[Any]] = {}
-        self._products: dict[tuple[str | None, bool], torch.Tensor] = {}
-
-    @cached_property
-    def weight(self) -> torch.Tensor:
-        """(N, K) float32."""
-        return torch.randn(self.shape, device=self.setup.device).div_(self.shape[1] ** 0.5)
-
-    @cached_property
-    def x(self) -> torch.Tensor:
-        """(most rows, K)."""
-        shape = (max(self.setup.rows), self.shape[1])
-        return torch.randn(shape, device=self.setup.device).to(self.setup.dtype)
-
-    def num_copies(self, num_bytes: int) -> int:
-        """So many that, between two uses of one, `rotate_bytes` of others are read."""
-        return 1 + -(-self.setup.rotate_bytes // max(1, num_bytes))
-
-    def copies(self, kind: str | torch.dtype) -> Sequence[Any]:
-        """Of the weight in FORMATS[kind], or as it is in a type of torch."""
-        if kind not in self._copies:
-            packs = isinstance(kind, str)
-            weight = pack(self.weight, FORMATS[kind]) if packs else self.weight.to(kind)
-            count = self.num_copies(bytes_of(weight))
-            self._copies[kind] = [deepcopy(weight) for _ in range(count)]
-        return self._copies[kind]
-
-    def product(self, format: str | None, rounds_x: bool) -> torch.Tensor:
-        """(most rows, N) float64: the right one with a format, or with the weight as it is.
-
-        rounds_x: each token of x is rounded to 8 bits first.
-        """
-        if (format, rounds_x) not in self._products:
-            x, weight = self.x.double(), self.weight
-            if format is not None:
-                weight = dequantize(self.copies(format)[0], torch.float32)
-            if rounds_x:
-                codes, scale = int8_rows(self.x)
-                x = codes.double() * scale.double().unsqueeze(-1)
-            parts = weight.split(max(1, _SLICE_ELEMENTS // weight.shape[1]))
-            right = torch.cat([x @ part.double().t() for part in parts], dim=1)
-            self._products[format, rounds_x] = right
-        return self._products[format, rounds_x]
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Some rows of activations for one op; makes its calls."""
-
-    inputs: Inputs
-    op: str
-    num_rows: int
-
-    @property
-    def x(self) -> torch.Tensor:
-        return self.inputs.x[: self.num_rows]
-
-    @property
-    def size(self) -> str:
-        """The shape and the number of rows, as names have it."""
-        n, k = self.inputs.shape
-        return f"{n}x{k} M={self.num_rows}"
-
-    def product(
-        self,
-        variant: str,
-        run: Callable[[Any], torch.Tensor],
-        weights: Sequence[Any],
-        bound: float,
-        format: str | None = None,
-        rounds_x: bool = False,
-        **details: Any,
-    ) -> Call:
-        """A product of the rows with one of `weights` after the other.
-
-        format, rounds_x: see Inputs.product(), which is the right result.
-        The bytes it moves are those of the weights, of the activations and of the result.
-        """
-        num_rows, (n, k), nbytes = self.num_rows, self.inputs.shape, bytes_of(weights[0])
-
-        def error(y: torch.Tensor) -> float:
-            return relative_error(y, self.inputs.product(format, rounds_x)[:num_rows])
-
-        details |= {
-            "op": self.op,
-            "variant": variant,
-            "format": format,
-            "rows": num_rows,
-            "out_features": n,
-            "in_features": k,
-            "weight_bytes": nbytes,
-            "num_bytes": nbytes + num_rows * (n + k) * self.x.element_size(),
-            "num_ops": 2 * num_rows * n * k,
-            "num_sets": len(weights),
-            "bound": bound,
-        }
-        return Call(f"{self.op} {self.size}: {variant}", lambda i: run(weights[i]), error, details)
-
-
-def bytes_of(weight: torch.Tensor | PackedWeight) -> int:
-    """That a product with float activations has to read: of a packed weight codes, scales and
-    minima, of groups and of rows."""
-    parts = [weight] if isinstance(weight, torch.Tensor) else [*weight[:3], weight.row_scale]
-    return sum(part.nbytes for part in parts if part is not None)
-
-
 # ---- groups --------------------------------------------------------------------------------------
 
 
 def measure(
-    name: str, bandwidth: Callable[[], Call], calls: Callable[[], list[Call]],
+    name: str, firsts: Callable[[], list[Call]], calls: Callable[[], list[Call]],
     device: torch.device, settings: Settings,
 ) -> Iterator[list[Result]]:  # fmt: skip
-    """A result for each call of a group, with its share of the bandwidth of the first, which copies
-    on a GPU and reads on the CPU."""
-    first = bandwidth()
-    results = measure_calls(
-        [replace(first, name=f"{name}: {first.name}"), *calls()], settings, device
-    )
-    for result in results:
-        if result["gbps"] is not None and results[0]["gbps"] is not None:
-            share = result["gbps"] / results[0]["gbps"]
-            result["details"][f"{first.name}_fraction"] = share
+    """A result for each call of a group, with its share of the bandwidth of the first: the copy, or
+    on the CPU the reading of as many threads."""
+    first = [replace(call, name=f"{name}: {call.name}") for call in firsts()]
+    results = measure_calls([*first, *calls()], settings, device)
+    known = {r["details"].get("threads"): r for r in results[: len(first)] if r["time_s"]}
+    for result in (result for result in results if result["time_s"]):
+        if (own := known.get(result["details"].get("threads"))) is not None:
+            key = f"{own['details']['op']}_fraction"
+            result["details"][key] = bytes_per_s(result) / bytes_per_s(own)
     yield results
 
 
-def _read(setup: Setup) -> Call:
-    """All of memory that no cache holds, by all threads of torch: the fastest of its sums."""
-    data = torch.empty(setup.rotate_bytes // 4, device=setup.device).fill_(0)
-    details = {"op": "read", "variant": "read", "num_sets": 1, "bound": 0.0}
-    details |= {"num_bytes": data.nbytes, "num_ops": 0}
-    return Call("read", lambda _: data.sum(), lambda y: float(y.abs()), details)
-
-
-def _copy(setup: Setup) -> Call:
-    """From memory to memory of the device: both the reading and the writing count."""
+def _copies(setup: Setup) -> list[Call]:
+    """From memory to memory of the GPU: both the reading and the writing count."""
     data = torch.randint(-128, 128, (_COPY_BYTES,), dtype=torch.int8, device=setup.device)
     target = torch.empty_like(data)
     details = {"op": "copy", "variant": "copy", "num_sets": 1, "bound": 0.0}
     details |= {"num_bytes": 2 * data.nbytes, "num_ops": 0}
-    return Call(
-        "copy", lambda _: target.copy_(data), lambda y: float(not torch.equal(y, data)), details
-    )
+    run, error = (lambda _: target.copy_(data)), (lambda y: float(not torch.equal(y, data)))
+    return [Call("copy", run, error, details)]
 
 
 def calls_by_group(setup: Setup, op: str) -> Iterator[tuple[str, Callable[[], list[Call]]]]:
@@ -311,33 +148,6 @@ def calls_by_group(setup: Setup, op: str) -> Iterator[tuple[str, Callable[[], li
         inputs = Inputs(setup, sides)
         for rows in (Rows(inputs, op, num_rows) for num_rows in setup.rows):
             yield f"{op} {rows.size}", partial(OPS[op], rows)
-
-
-# ---- on the CPU ----------------------------------------------------------------------------------
-
-
-def _linear_calls(rows: Rows) -> list[Call]:
-    """torch's linears, and those with packed weights: from memory, and from a cache."""
-    calls: list[Call] = []
-    for state, count in (("rotated", None), ("cached", 1)):
-        own = replace(rows, op=f"linear {state}")
-        calls += [
-            _plain(own, dtype, _CPU_BOUND, count) for dtype in (torch.float32, torch.bfloat16)
-        ]
-        rounded = [("int8", "int8")] if "int8" in rows.inputs.setup.formats else []
-        for format, kind in [*((f, "float") for f in rows.inputs.setup.formats), *rounded]:
-            name = format if kind == "float" else f"{format}, {kind} activations"
-            run = partial(linear_of_checked, rows.x, bias=None, activations=kind)
-            weights = rows.inputs.copies(format)[:count]
-            calls.append(own.product(name, run, weights, _CPU_BOUND, format, kind == "int8"))
-    return calls
-
-
-def _plain(rows: Rows, dtype: torch.dtype, bound: float, count: int | None = None) -> Call:
-    """torch's product with a weight that is not quantized.   count: of copies, None is all."""
-    x, variant = rows.x.to(dtype), f"torch {str(dtype).removeprefix('torch.')}"
-    weights = rows.inputs.copies(dtype)[:count]
-    return rows.product(variant, lambda weight: F.linear(x, weight), weights, bound)
 
 
 # ---- float activations ---------------------------------------------------------------------------
@@ -355,7 +165,7 @@ def _weight_only_calls(rows: Rows) -> list[Call]:
     chosen = "few rows" if num_rows <= linear_weight_only.MAX_FEW_ROWS else "dequantized"
     if linear_weight_only.uses_tensor_cores(capability, num_rows, x.dtype):
         chosen = "tensor cores"
-    calls = [_plain(rows, x.dtype, bound)]
+    calls = [rows.plain(x.dtype, bound)]
     for format in rows.inputs.setup.formats:
         for path in paths:
             run, weights = partial(run_path, path, x), rows.inputs.copies(format)
@@ -407,7 +217,7 @@ def _w8a8_calls(rows: Rows) -> list[Call]:
         runs["torch._int_mm and torch"] = separate
     is_library = linear_w8a8.is_library_faster(launcher.capability, len(x))
     chosen = "library" if is_library else "own kernel"
-    calls = [_plain(rows, x.dtype, 2 * bound)]
+    calls = [rows.plain(x.dtype, 2 * bound)]
     for name, run in runs.items():
         # The whole rounds x by itself; a tie may fall to the other side.
         most = bound + _ROUNDING_BOUND if name == "whole" else bound
@@ -415,8 +225,10 @@ def _w8a8_calls(rows: Rows) -> list[Call]:
     return calls
 
 
+CPU_OPS = ("levels", "linear")
 OPS: dict[str, Callable[[Rows], list[Call]]] = {
-    "linear": _linear_calls,
+    "levels": cpu_products.level_calls,
+    "linear": cpu_products.linear_calls,
     "weight-only": _weight_only_calls,
     "w8a8": _w8a8_calls,
 }

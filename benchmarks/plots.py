@@ -62,6 +62,31 @@ def _text(x: float, y: float, anchor: str, words: str) -> str:
     return f'<text x="{x:g}" y="{y}" text-anchor="{anchor}">{words}</text>'
 
 
+_BAR, _STEP = 9, 12  # of the bars of levels: their thickness, and from one to the next
+_LEVEL_COLORS = {"avx512": _COLORS[0], "avx2": _COLORS[2], "portable": _COLORS[3], "none": "#888"}
+
+
+def levels_plot(content: Content, op: str) -> str:
+    """An SVG picture of bars: how many times as fast as torch in float32, for the largest shape."""
+    size, variants = next(iter(by_op(content)[op].items()))  # they begin with the largest
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" font-size="9" '
+        f'viewBox="0 0 {_WIDTH + 330} {_STEP * len(variants) + 26}">',
+        '<rect width="100%" height="100%" fill="white"/>',
+        _text(8, 14, "start", f"{size[0]}, M={size[1]}: speed, that of torch in float32 = 1"),
+    ]
+    speeds = {name: 1 / (over_plain(name, variants) or math.inf) for name in variants}
+    for i, (name, speed) in enumerate(speeds.items()):
+        y, length = _STEP * i + 32, _WIDTH * speed / max(speeds.values())
+        color = _LEVEL_COLORS.get(variants[name]["details"].get("level"), _COLORS[4])
+        lines.append(_text(240, y, "end", name))
+        lines.append(
+            f'<path d="M246 {y - 3}h{length:.1f}" stroke="{color}" stroke-width="{_BAR}"/>'
+        )
+        lines.append(_text(round(250 + length, 1), y, "start", f"{speed:.2f}"))
+    return "\n".join([*lines, "</svg>\n"])
+
+
 _WIDTH, _DECADE = 260, 50  # of the plot of a table, and the height of ten times the value
 _LINE = 16  # of its legend
 

@@ -13,11 +13,13 @@ import re
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from benchmarks.by_size import BANDWIDTHS, Content, Result, Variants, by_op, over_plain, ways_of
-from benchmarks.plots import plot, table_plot
+from benchmarks import by_size
+from benchmarks.by_size import Content, Result, Size, Variants, by_op, over_plain, ways_of
+from benchmarks.plots import levels_plot, plot, table_plot
 from benchmarks.targets import targets
 from bminf.cli.tables import text
 from bminf.cli.tables.published import published
@@ -31,6 +33,7 @@ DOCUMENTS = (
 )
 PLOTS = {  # of which op, or of which numbers of a table
     "docs/kernels-cpu.svg": ("kernels-cpu.json", "linear rotated"),
+    "docs/kernels-cpu-levels.svg": ("kernels-cpu-levels.json", "levels"),
     "docs/table-bloom-cpu.svg": ("table-bloom-cpu.json", "ms_per_token"),
 }
 _MARKED = re.compile(r"<!-- (\S+\.json) -->\n.*?<!-- end -->", re.DOTALL)
@@ -57,7 +60,8 @@ def plot_of(name: str) -> str:
     """The picture that belongs into the file `name` of PLOTS."""
     file, what = PLOTS[name]
     content = read_result(file)
-    return table_plot(content, what) if content["case"] == "table" else plot(content, what)
+    kinds = {"table": table_plot, "levels": levels_plot}
+    return kinds.get(content["case"], kinds.get(what, plot))(content, what)
 
 
 def read_result(name: str) -> Content:
@@ -134,10 +138,10 @@ def _offload_parts(content: Content) -> Iterator[str]:
     yield by_columns(columns | {"CPU, plain = 1": over_plain, "peak memory": _peak}, results)
 
 
-def _perplexity_parts(content: Content) -> Iterator[str]:
-    from tools.perplexity import table_parts  # which imports torch
-
-    return table_parts(content)
+def _parts_of_tool(content: Content) -> Iterator[str]:
+    """Those of the case that lies in tools/, whose module imports torch."""
+    parts: Iterator[str] = import_module(f"tools.{content['case']}").table_parts(content)
+    return parts
 
 
 # ---- zoo and glm ---------------------------------------------------------------------------------
@@ -223,17 +227,15 @@ def _kernel_parts(content: Content) -> Iterator[str]:
     """A table for each op, sizes down, ways to compute across; then what failed, and targets."""
     yield (
         f"{_device(content)}, torch {content['versions']['torch']}, "
-        f"{content['parameters']['dtype']}{_bandwidth(content)}. "
-        "Median in µs, and in parentheses that over torch's without quantization, or where there "
-        "is no such product the share of the copy's bandwidth. Bold: what the op chooses."
+        f"{content['parameters']['dtype']}{''.join(_bandwidths(content))}. "
+        "Median in µs, where one thread of the CPU computes of CPU time; in parentheses that over "
+        "torch's without quantization, or, where there is no such product and for levels, the "
+        "share of the bandwidth of the copy or of as many threads that read. "
+        "Bold: what the op chooses."
     )
     for op, sizes in by_op(content).items():
         yield f"**{op}**"
-        rows = [
-            [shape, str(num_rows), *(_time_cell(name, variants) for name in ways_of(sizes))]
-            for (shape, num_rows), variants in sizes.items()
-        ]
-        yield markdown(["N x K", "M", *ways_of(sizes)], rows)
+        yield _levels_table(sizes) if op == "levels" else _sizes_table(sizes)
     failed = [f"{r['name']}: {r['failure']}" for r in content["results"] if r["failure"]]
     for title, lines in (("Not measured:", failed), ("Targets:", targets(content))):
         if lines:
@@ -241,13 +243,35 @@ def _kernel_parts(content: Content) -> Iterator[str]:
             yield "".join(f"- {line}\n" for line in lines)
 
 
-def _bandwidth(content: Content) -> str:
-    """What the file says of that of the memory."""
-    said = ""
-    for op, words in BANDWIDTHS.items():
-        found = [r["gbps"] for r in content["results"] if r["details"]["op"] == op and r["gbps"]]
-        said += f"; {words.format(statistics.median_low(found))}" if found else ""
-    return said
+def _bandwidths(content: Content) -> Iterator[str]:
+    """Of what the others are compared with; medians of all groups."""
+    found: dict[str, list[float]] = {}
+    for result in (r for r in content["results"] if r["details"]["op"] in by_size.FIRST):
+        if result["time_s"]:
+            name = result["name"].partition(": ")[2]
+            found.setdefault(name, []).append(by_size.bytes_per_s(result) / 1e9)
+    yield from (f"; {name}: {statistics.median(own):.1f} GB/s" for name, own in found.items())
+
+
+def _sizes_table(sizes: dict[Size, Variants]) -> str:
+    rows = [
+        [shape, str(num_rows), *(_time_cell(name, variants) for name in ways_of(sizes))]
+        for (shape, num_rows), variants in sizes.items()
+    ]
+    return markdown(["N x K", "M", *ways_of(sizes)], rows)
+
+
+def _levels_table(sizes: dict[Size, Variants]) -> str:
+    """Ways to compute down, as there are many, and sizes across."""
+
+    def cell(own: Result | None) -> str:
+        if own is None:
+            return ""
+        share = own["details"].get("read_fraction", math.nan)
+        return f"{digits(by_size.seconds(own) * 1e6)} ({share:.0%})"
+
+    rows = [[way, *(cell(own.get(way)) for own in sizes.values())] for way in ways_of(sizes)]
+    return markdown(["", *(f"{shape} M={num_rows}" for shape, num_rows in sizes)], rows)
 
 
 def _time_cell(name: str, variants: Variants) -> str:
@@ -256,7 +280,7 @@ def _time_cell(name: str, variants: Variants) -> str:
     details, over = variants[name]["details"], over_plain(name, variants)
     share = details.get("copy_fraction", math.nan)  # where the copy failed, nobody knows
     compared = f"{share:.0%}" if over is None else f"{over:.2f}"
-    text = f"{digits(variants[name]['time_s']['median'] * 1e6)} ({compared})"
+    text = f"{digits(by_size.seconds(variants[name]) * 1e6)} ({compared})"
     return f"**{text}**" if details.get("is_chosen") else text
 
 
@@ -265,7 +289,7 @@ _PARTS: dict[str, Callable[[Content], Iterator[str]]] = {
     "kernels": _kernel_parts,
     "zoo": _model_parts,
     "glm": _model_parts,
-    "perplexity": _perplexity_parts,
+    "perplexity": _parts_of_tool,
     "table": text.parts,
 }
 

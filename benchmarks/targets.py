@@ -6,12 +6,10 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from benchmarks.by_size import Content, Size, Variants, by_op, over_plain, ratio
+from benchmarks.by_size import Content, Size, Variants, by_op, over_plain, ratio, seconds
 
 _LEAST_WEIGHTS = 100_000_000  # of a matrix that fills the memory of a large GPU
 _LEAST_SHARE = {"int8": 0.85, "int4": 0.75}  # of the copy's bandwidth, for one row
-_LEAST_READ = {"int8": 0.8, "int4-g32": 0.42}  # of the bandwidth of reading, for one row on one CPU
-_LEAST_READ_WEIGHTS = 4096 * 4096
 _MOST_ROW_RATIO = {4: 1.2, 16: 1.3}  # rows: time over that of one row
 _WAYS_OF_W8A8 = ("own kernel", "library", "torch._int_mm and torch")
 _MOST_OVER_BEST = 1.03
@@ -19,6 +17,14 @@ _CPU_RATIOS = {  # op: variant, most over fp32, least number of weights
     "linear rotated": ("int8", 0.6, 576 * 576),
     "linear cached": ("int8, int8 activations", 0.5, 1536 * 576),
 }
+_LEVEL = "avx512"  # of these targets; one row, weights of 4096x4096 and more
+_LEAST_READ = {"int8": 0.8, "int4-g32": 0.42, "int4-g32-integers": 0.42}  # by one thread
+_LEAST_READ_OF_ALL = {"int8": 0.75}  # by all threads, of what they read together
+_MOST_OVER_G32 = {"int4": 1.35, "int4-g32-minimum": 1.35}
+_LEAST_OVER_TORCH = {"int8": 1.8, "int4": 14, "int4-g32": 9}  # than torch's operations, one thread
+_LEAST_OF_ALL, _MOST_CPU_OF_ALL = 1.5, 1.15  # all threads over one: speed, and CPU time
+_LARGE = 4096
+_MOST_CONSTANT_US = 15  # of smaller products, beyond their share of the time of a large one
 
 
 @dataclass(frozen=True)
@@ -61,11 +67,12 @@ def _targets_of(op: str, size: Size, sizes: dict[Size, Variants]) -> Iterator[Ta
         over = over_plain(way, variants, "min")
         if over is not None and num_weights >= least_weights:
             yield Target(f"CPU {way} {name} {op.split()[1]}, over fp32", over, most)
-        if op == "linear rotated" and num_weights >= _LEAST_READ_WEIGHTS:
-            for form, least in _LEAST_READ.items():
-                share = variants.get(form, {"details": {}})["details"].get("read_fraction")
-                if share is not None:
-                    yield Target(f"CPU {form} {name}, share of reading", share, least, True)
+    elif op == "levels" and num_rows == 1:
+        large = sizes.get((f"{_LARGE}x{_LARGE}", 1), {})
+        if num_weights >= _LARGE**2:
+            yield from _level_targets(name, variants)
+        else:
+            yield from _small_targets(name, variants, large)
     elif op == "w8a8" and num_rows == 2048:
         # The chosen product is the fastest one of codes that are there already.
         ways = [variants[way] for way in _WAYS_OF_W8A8 if way in variants]
@@ -83,6 +90,40 @@ def _targets_of(op: str, size: Size, sizes: dict[Size, Variants]) -> Iterator[Ta
             if num_rows in _MOST_ROW_RATIO and form in one_row:
                 most = _MOST_ROW_RATIO[num_rows]
                 yield Target(f"{form} {name} over M=1", ratio(own, one_row[form]), most)
+
+
+def _level_targets(name: str, variants: Variants) -> Iterator[Target]:
+    """Of the formats that were measured by the best level, and with torch's operations."""
+    by_way = _by_level(variants)
+    for way, own in by_way.items():
+        form, is_one = own["details"]["format"], own["details"]["threads"] == 1
+        share, torchs = own["details"].get("read_fraction"), variants.get(f"{form} none")
+        g32, one = by_way.get(f"int4-g32 {_LEVEL}"), by_way.get(f"{form} {_LEVEL}")
+        least = (_LEAST_READ if is_one else _LEAST_READ_OF_ALL).get(form)
+        if least is not None and share is not None:
+            yield Target(f"{way} {name}, share of reading", share, least, is_least=True)
+        if is_one and form in _MOST_OVER_G32 and g32:
+            yield Target(f"{way} {name} over g32", ratio(own, g32), _MOST_OVER_G32[form])
+        if is_one and form in _LEAST_OVER_TORCH and torchs:
+            least = _LEAST_OVER_TORCH[form]
+            yield Target(f"{way} {name}, torch's over it", ratio(torchs, own), least, is_least=True)
+        if not is_one and form.startswith("int4-g32") and one:
+            speed, cpu = ratio(one, own), own["cpu_s"]["median"] / one["cpu_s"]["median"]
+            yield Target(f"{way} {name}, speed over one", speed, _LEAST_OF_ALL, is_least=True)
+            yield Target(f"{way} {name}, CPU time over one", cpu, _MOST_CPU_OF_ALL)
+
+
+def _by_level(variants: Variants) -> Variants:
+    """Those of the level that has targets."""
+    return {way: own for way, own in variants.items() if own["details"].get("level") == _LEVEL}
+
+
+def _small_targets(name: str, variants: Variants, large: Variants) -> Iterator[Target]:
+    """Of one thread and of all, for weights smaller than those of `large`."""
+    for way, own in ((w, own) for w, own in _by_level(variants).items() if w in large):
+        share = own["details"]["num_ops"] / large[way]["details"]["num_ops"]
+        us = (seconds(own) - seconds(large[way]) * share) * 1e6
+        yield Target(f"{way} {name}, µs beyond its share of {_LARGE}", us, _MOST_CONSTANT_US)
 
 
 def _chosen(variants: Variants) -> Variants:

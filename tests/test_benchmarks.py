@@ -165,10 +165,28 @@ def test_calls_take_turns_and_their_sets_in_order(monkeypatch: pytest.MonkeyPatc
     log: list[str] = []
     calls = [call(name, lambda i, n=name: log.append(f"{n}{i}"), num_sets=3) for name in "ab"]
     results = measure_calls(calls, Settings(warmup=1, repeats=2, rounds=2), CPU)
-    check_and_estimate = ["a0", "a0", "b0", "b0"]
-    rounds = ["a1", "a2", "a0", "b1", "b2", "b0"] * 2
+    check_and_estimate = ["a0", "a0", "a1", "b0", "b0", "b1"]
+    rounds = ["a2", "a0", "a1", "b2", "b0", "b1"] * 2
     assert log == check_and_estimate + rounds
-    assert [[len(times) for times in result["samples_s"]] for result in results] == [[2, 2]] * 2
+    for name in ("samples_s", "samples_cpu_s"):
+        assert [[len(times) for times in result[name]] for result in results] == [[2, 2]] * 2
+
+
+def test_a_call_is_checked_and_timed_within_what_is_around_it() -> None:
+    entered: list[int] = []
+
+    @contextmanager
+    def around() -> Iterator[None]:
+        entered.append(1)
+        yield
+        entered.pop()
+
+    seen: list[list[int]] = []
+    (result,) = measure_calls(
+        [replace(call("in", lambda _: seen.append([*entered])), around=around)], ONCE, CPU
+    )
+    assert result["failure"] is None and not entered
+    assert seen and all(one == [1] for one in seen)
 
 
 def test_what_is_wrong_or_fails_is_not_timed_and_says_why() -> None:

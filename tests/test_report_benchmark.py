@@ -93,20 +93,72 @@ def test_targets() -> None:
         result("w8a8", (2048, *BIG), "library", 105.0, **chosen),
         result("linear rotated", (1, 576, 576), "torch float32", 10.0),
         result("linear rotated", (1, 576, 576), "int8", 5.0),
-        result("linear rotated", (1, 4096, 4096), "int8", 5.0, read_fraction=0.79),
-        result("linear rotated", (1, 4096, 4096), "int4-g32", 5.0, read_fraction=0.5),
-        result("linear rotated", (4, 4096, 4096), "int4-g32", 5.0, read_fraction=0.1),
     ]
     assert [str(target) for target in targets(content(results))] == [
         "int8 12288x12288 M=1, share of the copy: 0.860, at least 0.85: reached",
         "int8 12288x12288 M=4 over M=1: 1.210, at most 1.20: MISSED",
         "w8a8 12288x12288 M=2048, chosen over best: 1.050, at most 1.03: MISSED",
         "CPU int8 576x576 M=1 rotated, over fp32: 0.500, at most 0.60: reached",
-        "CPU int8 4096x4096 M=1, share of reading: 0.790, at least 0.80: MISSED",
-        "CPU int4-g32 4096x4096 M=1, share of reading: 0.500, at least 0.42: reached",
     ]
     assert Target("speed", 0.6, 0.85, is_least=True).is_met(margin=1.5)
     assert not Target("time", 2.0, 1.2).is_met(margin=1.5)
+
+
+def level(
+    form: str, level: str, us: float, threads: int = 1, side: int = 4096, cpu_us: float = 0.0,
+    share: float = 0.5,
+) -> Any:  # fmt: skip
+    variant = f"{form} {level}" + (f", {threads} threads" if threads > 1 else "")
+    own = {
+        "format": form,
+        "level": level,
+        "threads": threads,
+        "read_fraction": share,
+        "num_ops": 2 * side**2,
+    }
+    found = result("levels", (1, side, side), variant, us, **own)
+    return found | {"cpu_s": {"median": (cpu_us or us) / 1e6}}
+
+
+def test_targets_of_levels() -> None:
+    results = [
+        level("int8", "avx512", 600.0, share=0.9),
+        level("int8", "avx512", 400.0, threads=2, share=0.7),
+        level("int8", "none", 1200.0),
+        level("int4-g32", "avx512", 500.0),
+        level("int4-g32", "avx512", 250.0, threads=2, cpu_us=600.0),
+        level("int4-g32", "avx2", 900.0, share=0.2),  # no target
+        level("int4", "avx512", 600.0),
+        level("int4", "none", 6000.0),
+        level("int4-g32", "avx512", 50.0, side=1024),  # a sixteenth is 31.25
+    ]
+    assert [str(target) for target in targets(content(results))] == [
+        "int8 avx512 4096x4096 M=1, share of reading: 0.900, at least 0.80: reached",
+        "int8 avx512 4096x4096 M=1, torch's over it: 2.000, at least 1.80: reached",
+        "int8 avx512, 2 threads 4096x4096 M=1, share of reading: 0.700, at least 0.75: MISSED",
+        "int4-g32 avx512 4096x4096 M=1, share of reading: 0.500, at least 0.42: reached",
+        "int4-g32 avx512, 2 threads 4096x4096 M=1, speed over one: 2.000, at least 1.50: reached",
+        "int4-g32 avx512, 2 threads 4096x4096 M=1, CPU time over one: 1.200, at most 1.15: MISSED",
+        "int4 avx512 4096x4096 M=1 over g32: 1.200, at most 1.35: reached",
+        "int4 avx512 4096x4096 M=1, torch's over it: 10.000, at least 14.00: MISSED",
+        "int4-g32 avx512 1024x1024 M=1, µs beyond its share of 4096: 18.750, at most 15.00: MISSED",
+    ]
+
+
+def test_one_thread_is_measured_in_its_cpu_time_and_more_on_the_wall() -> None:
+    """Two sizes across, the ways down; and what reading takes in the caption."""
+    read = level("read", "", 1000.0)
+    read["details"] |= {"op": "read", "num_bytes": 25_000_000}
+    read["name"] = "a group: read, 1 thread(s)"
+    shown = table(content([
+        read,
+        level("int8", "avx2", 700.0, cpu_us=600.0, share=0.9),
+        level("int8", "avx2", 400.0, threads=2, cpu_us=800.0, side=1024),
+    ]))  # fmt: skip
+    assert "; read, 1 thread(s): 25.0 GB/s" in shown
+    assert "|  | 4096x4096 M=1 | 1024x1024 M=1 |" in shown
+    assert "| int8 avx2 | 600 (90%) |  |" in shown
+    assert "| int8 avx2, 2 threads |  | 400 (50%) |" in shown
 
 
 def test_the_link_binds_wherever_weights_stream_as_the_page_says() -> None:

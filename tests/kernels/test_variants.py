@@ -18,7 +18,7 @@ from host_launcher import NotingLauncher, served_by
 from test_kernels import PATHS, SHAPES, has_path, run_path
 from variants import every_variant
 
-from benchmarks.kernels import FORMATS
+from benchmarks.products import FORMATS
 from bminf.quantization.packed import empty
 
 
