@@ -290,6 +290,7 @@ _PARTS: dict[str, Callable[[Content], Iterator[str]]] = {
     "zoo": _model_parts,
     "glm": _model_parts,
     "perplexity": _parts_of_tool,
+    "decoding": _parts_of_tool,
     "table": text.parts,
 }
 

@@ -20,7 +20,7 @@ from benchmarks import kernels, models, offload
 from benchmarks.harness import Group, Result, Settings, write_json
 from benchmarks.report import ROOT, table
 from bminf.cli.tables.document import document
-from tools import perplexity
+from tools import decoding, perplexity
 
 # A case has add_arguments(parser) and prepare(arguments), which gives the parameters for the JSON
 # file, and the groups with their names, see harness.Group.
@@ -29,6 +29,7 @@ CASES: dict[str, tuple[Any, str]] = {
     "kernels": (kernels, "products with packed weights against those of torch and others"),
     "zoo": (models.ZOO, "CPM-2 or EVA with random weights, and a prediction for a small card"),
     "glm": (models.GLM, "a GLM or CPM-1 with random weights, and a prediction for one card"),
+    "decoding": (decoding, "what a token costs on the CPU, in each format and in llama.cpp"),
     "perplexity": (perplexity, "what packing does to the predictions of a model"),
 }
 
