@@ -18,13 +18,13 @@ _CPU_RATIOS = {  # op: variant, most over fp32, least number of weights
     "linear cached": ("int8, int8 activations", 0.5, 1536 * 576),
 }
 _LEVEL = "avx512"  # of these targets; one row, weights of 4096x4096 and more
-_LEAST_READ = {"int8": 0.8, "int4-g32": 0.42, "int4-g32-integers": 0.42}  # by one thread
+_GROUPS_OF_32 = ("int4-g32", "int4-g32-integers")
+_LEAST_READ = {"int8": 0.8} | dict.fromkeys(_GROUPS_OF_32, 0.42)  # by one thread
 _LEAST_READ_OF_ALL = {"int8": 0.75}  # by all threads, of what they read together
 _MOST_OVER_G32 = {"int4": 1.35, "int4-g32-minimum": 1.35}
 _LEAST_OVER_TORCH = {"int8": 1.8, "int4": 14, "int4-g32": 9}  # than torch's operations, one thread
 _LEAST_OF_ALL, _MOST_CPU_OF_ALL = 1.5, 1.15  # all threads over one: speed, and CPU time
-_LARGE = 4096
-_MOST_CONSTANT_US = 15  # of smaller products, beyond their share of the time of a large one
+_LARGE, _MOST_CONSTANT_US = 4096, 15  # of smaller ones, beyond their share of the time of a large
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,10 @@ def _targets_of(op: str, size: Size, sizes: dict[Size, Variants]) -> Iterator[Ta
         if over is not None and num_weights >= least_weights:
             yield Target(f"CPU {way} {name} {op.split()[1]}, over fp32", over, most)
     elif op == "levels" and num_rows == 1:
-        large = sizes.get((f"{_LARGE}x{_LARGE}", 1), {})
         if num_weights >= _LARGE**2:
             yield from _level_targets(name, variants)
         else:
-            yield from _small_targets(name, variants, large)
+            yield from _small_targets(name, variants, sizes.get((f"{_LARGE}x{_LARGE}", 1), {}))
     elif op == "w8a8" and num_rows == 2048:
         # The chosen product is the fastest one of codes that are there already.
         ways = [variants[way] for way in _WAYS_OF_W8A8 if way in variants]
@@ -107,7 +106,7 @@ def _level_targets(name: str, variants: Variants) -> Iterator[Target]:
         if is_one and form in _LEAST_OVER_TORCH and torchs:
             least = _LEAST_OVER_TORCH[form]
             yield Target(f"{way} {name}, torch's over it", ratio(torchs, own), least, is_least=True)
-        if not is_one and form.startswith("int4-g32") and one:
+        if not is_one and form in _GROUPS_OF_32 and one:
             speed, cpu = ratio(one, own), own["cpu_s"]["median"] / one["cpu_s"]["median"]
             yield Target(f"{way} {name}, speed over one", speed, _LEAST_OF_ALL, is_least=True)
             yield Target(f"{way} {name}, CPU time over one", cpu, _MOST_CPU_OF_ALL)
@@ -119,8 +118,10 @@ def _by_level(variants: Variants) -> Variants:
 
 
 def _small_targets(name: str, variants: Variants, large: Variants) -> Iterator[Target]:
-    """Of one thread and of all, for weights smaller than those of `large`."""
-    for way, own in ((w, own) for w, own in _by_level(variants).items() if w in large):
+    """Of one thread, for weights smaller than those of `large`."""
+    for way, own in _by_level(variants).items():
+        if way not in large or own["details"]["threads"] > 1:
+            continue
         share = own["details"]["num_ops"] / large[way]["details"]["num_ops"]
         us = (seconds(own) - seconds(large[way]) * share) * 1e6
         yield Target(f"{way} {name}, µs beyond its share of {_LARGE}", us, _MOST_CONSTANT_US)
