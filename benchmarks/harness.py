@@ -183,8 +183,7 @@ _SAMPLES = {"time_s": "samples_s", "cpu_s": "samples_cpu_s"}
 
 def measure_calls(calls: Sequence[Call], settings: Settings, device: torch.device) -> list[Result]:
     """A result for each call. What fails, or is wrong, says so in its result and is not timed."""
-    names = ("calls_per_sample", "error", "failure", "time_s", "cpu_s", "gbps", "tops")
-    empty = dict.fromkeys(names)
+    empty = dict.fromkeys(("calls_per_sample", "error", "failure", *_SAMPLES, "gbps", "tops"))
     results: list[Result] = [
         {"name": call.name, "details": call.details.copy(), "samples_s": [], "samples_cpu_s": []}
         | empty
@@ -255,7 +254,8 @@ def _rounded(seconds: float) -> float:
 
 class _HostClock:
     """A sample is the time of as many calls as take 2 ms, over their number: on the wall, and of
-    the CPU for all threads of the process."""
+    the CPU: of the process, or of this thread where it is the only one that computes. Those of
+    OpenMP wait busily for some milliseconds after a call before it."""
 
     def __init__(self, call: Call) -> None:
         self._call, self._sets = call, cycle(range(call.details["num_sets"]))
@@ -264,12 +264,13 @@ class _HostClock:
         self.num_calls = max(1, math.ceil(_LEAST_SAMPLE_S / shortest_s))
 
     def __call__(self) -> tuple[float, float]:
-        run = self._call.run
+        run, is_alone = self._call.run, self._call.details.get("threads") == 1
+        cpu_time = time.thread_time if is_alone else time.process_time
         with self._call.around():
-            wall_s, cpu_s = time.perf_counter(), time.process_time()
+            wall_s, cpu_s = time.perf_counter(), cpu_time()
             for index in islice(self._sets, self.num_calls):
                 run(index)
-            wall_s, cpu_s = time.perf_counter() - wall_s, time.process_time() - cpu_s
+            wall_s, cpu_s = time.perf_counter() - wall_s, cpu_time() - cpu_s
         return _rounded(wall_s / self.num_calls), _rounded(cpu_s / self.num_calls)
 
 

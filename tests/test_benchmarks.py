@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -187,6 +189,27 @@ def test_a_call_is_checked_and_timed_within_what_is_around_it() -> None:
     )
     assert result["failure"] is None and not entered
     assert seen and all(one == [1] for one in seen)
+
+
+def test_one_thread_does_not_pay_for_others_that_are_busy() -> None:
+    """As those of OpenMP are after a call; more threads are counted together."""
+    done = threading.Event()
+
+    def wait_busily() -> None:
+        while not done.is_set():
+            sum(range(1000))
+
+    other = threading.Thread(target=wait_busily)
+    calls = [call("asleep", lambda _: time.sleep(0.05)) for _ in range(2)]
+    calls[0].details["threads"] = 1
+    other.start()
+    try:
+        one, both = measure_calls(calls, ONCE, CPU)
+    finally:
+        done.set()
+        other.join()
+    assert one["cpu_s"]["median"] < 0.01 < one["time_s"]["median"]
+    assert both["cpu_s"]["median"] > one["cpu_s"]["median"]
 
 
 def test_what_is_wrong_or_fails_is_not_timed_and_says_why() -> None:
