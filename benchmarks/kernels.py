@@ -41,7 +41,6 @@ _FORMATS = {"levels": ("int8", "int4", "int4-g32", "int4-g32-integers", "int4-g3
 _DTYPES = {"cpu": "float32", "cuda": "float16"}
 _NUM_CACHES = {"cpu": 2, "cuda": 4}  # so many times the cache is rotated
 _LEAST_ROTATE_BYTES = {"cpu": 10**9, "cuda": 0}  # a CPU's cache may be shared
-_COPY_BYTES = 2**30
 
 _LEAST_INT_MM_ROWS = 17
 _ROUNDING_BOUND = 2e-3  # of codes: a tie that falls to the other side moves a code by one
@@ -134,7 +133,7 @@ def measure(
 
 def _copies(setup: Setup) -> list[Call]:
     """From memory to memory of the GPU: both the reading and the writing count."""
-    data = torch.randint(-128, 128, (_COPY_BYTES,), dtype=torch.int8, device=setup.device)
+    data = torch.randint(-128, 128, (2**30,), dtype=torch.int8, device=setup.device)
     target = torch.empty_like(data)
     details = {"op": "copy", "variant": "copy", "num_sets": 1, "bound": 0.0}
     details |= {"num_bytes": 2 * data.nbytes, "num_ops": 0}
