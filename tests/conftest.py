@@ -40,18 +40,6 @@ def _same_numbers() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture
-def float_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Products with few rows and packed weights on the CPU in float32, as those of a float model:
-    through several layers the rounding of activations to 16 bits is larger than float32's."""
-    from bminf.cpu.library import at_level, kernels, open_library
-    from bminf.ops import cpu_linear
-
-    found = kernels()
-    floats = None if found is None else at_level(open_library(found.path), "portable")
-    monkeypatch.setattr(cpu_linear, "kernels", lambda: floats)
-
-
 @pytest.fixture(autouse=True)
 def _quiet_transformers() -> None:
     import transformers

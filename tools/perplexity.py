@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
@@ -50,6 +51,9 @@ FORMATS = (
     ),
 )
 
+_SAME = ("model", "text_sha256", "window", "windows", "kl_windows", "seeds")
+_SAME_NLL = 1e-3  # nats a token of a window, between one CPU and another
+
 Sample = dict[str, Any]
 """One reading of the text.
 
@@ -71,6 +75,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--divisors", nargs="+", type=float, default=DIVISORS, metavar="D",
         help="of the largest weight of a group, to choose an 8-bit scale from; one is no choice; "
         f"default: {' '.join(map(str, DIVISORS))}")  # fmt: skip
+    add("--keep", nargs="+", type=Path, default=[], metavar="FILE",
+        help="results of earlier runs over the same text, of what is not measured now")  # fmt: skip
     parser.set_defaults(warmup=0, repeats=1, rounds=1)
 
 
@@ -104,10 +110,44 @@ def prepare(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[tuple[s
         (name_of(form), partial(measure, reader, form, seeds, divisors=arguments.divisors))
         for form in (None, *forms)
     ]
-    return parameters, groups + [
+    groups += [
         (other.name, partial(measure_other, reader, other, seeds))
         for other in possible(others, reader.linears)
     ]
+    names = [name_of(None), *map(name_of, FORMATS), *(other.name for other in OTHER_FORMATS)]
+    earlier = kept(arguments.keep, parameters, reader.plain)
+    groups += [
+        (name, partial(as_before, result))
+        for name, result in earlier.items()
+        if name not in dict(groups)
+    ]
+    return parameters, sorted(groups, key=lambda group: names.index(group[0]))
+
+
+def kept(files: Sequence[Path], parameters: dict[str, Any], plain: Sample) -> dict[str, Result]:
+    """Results of earlier runs by their names, the first of each, with the run that they are of.
+
+    Raises SystemExit for a run with another model, another text, or another fp32.
+    """
+    found: dict[str, Result] = {}
+    for file in files:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        for key in _SAME:
+            if content["parameters"][key] != parameters[key]:
+                raise SystemExit(f"--keep {file}: {key} is {content['parameters'][key]!r}")
+        results = {result["name"]: result for result in content["results"]}
+        before = results[name_of(None)]["samples"][0]["nll"]
+        if max(abs(a - b) for a, b in zip(before, plain["nll"], strict=True)) > _SAME_NLL:
+            raise SystemExit(f"--keep {file}: fp32 reads the text otherwise")
+        run = {"commit": content["commit"], "date": content["date"]}
+        for name, result in results.items():
+            found.setdefault(name, {"kept_from": run, **result})
+    return found
+
+
+def as_before(result: Result, _: Settings) -> Iterator[list[Result]]:
+    """A result that is kept."""
+    yield [result]
 
 
 def chosen(

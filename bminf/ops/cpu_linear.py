@@ -41,6 +41,7 @@ MAX_DIGIT_COLUMNS = (2**31 - 1) // (255 * 128)
 _SLICE_BYTES = 2**20  # codes that stay in the second-level cache between two products
 _SLICE_ELEMENTS = 2**18  # float32 weights that do
 _SMALL_ELEMENTS = 2**16  # of a weight whose products take about as long in float32
+_FLOAT_ELEMENTS = 2**15  # the same by the kernels: a few microseconds, and nothing is rounded
 _TINY = 1e-30  # in place of a maximum of 0, whose reciprocal would be infinite
 
 
@@ -132,6 +133,7 @@ def _product(
     bias: torch.Tensor | None,
     y: torch.Tensor,
     num_rows: int,
+    float_elements: int = _FLOAT_ELEMENTS,
 ) -> bytes:
     """The PRODUCT of these tensors, which the caller keeps."""
     codes, scale, minimum, columns, group_size, _, row_scale = weight
@@ -153,6 +155,7 @@ def _product(
         8 if codes.dtype is torch.int8 else 4,
         ELEMENTS[y.dtype],
         torch.get_num_threads(),
+        float_elements,
     )
 
 

@@ -26,7 +26,7 @@ from bminf.quantization.packed import (
 )
 
 QMAX = 127
-DIVISORS = tuple(7 + i / 8 for i in range(9))
+DIVISORS = (7.0, 7.25, 7.5, 7.75, 8.0)
 """That are tried for integer scales: 7 reaches the largest weight, whatever its sign, and 8 gives
 it the code -8."""
 

@@ -87,6 +87,7 @@ TARGET const float* as_floats_of(const Product& p, i64 row, float* space) {
 }
 
 TARGET bool write_digits(const Product& p, const float* x, u8* digits) {
+    if (p.out_features * p.in_features <= p.float_elements) return false;
     switch (scale_of(p)) {
         case UNALIGNED: return false;
         case OF_ROW:

@@ -39,6 +39,7 @@ struct Product {
     i64 bits;                // 8 or 4
     i64 element;             // of x, bias and y
     i64 num_threads;
+    i64 float_elements;      // a weight of at most so many is multiplied as floats
 };
 
 // The functions of one level: the same code, compiled for some instructions.

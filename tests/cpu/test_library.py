@@ -114,5 +114,5 @@ def test_a_file_that_is_no_library_is_said_to_be_none(
 
 @needs_kernels
 def test_kernels_of_another_version_are_not_called(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "PRODUCT", struct.Struct("=15q"))
+    monkeypatch.setattr(library, "PRODUCT", struct.Struct("=16q"))
     assert "another version" in str(bminf.cpu_info().reason)

@@ -34,10 +34,11 @@ def multiply(
     bias: torch.Tensor | None = None,
     y: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """x W^T + bias in the dtype of x, into a poisoned y. x: (M, K)."""
+    """x W^T + bias in the dtype of x, into a poisoned y, as integers however small the weight is.
+    x: (M, K)."""
     if y is None:
         y = x.new_full((len(x), weight.out_features), float("nan"))
-    kernels.multiply(cpu_linear._product(x, weight, bias, y, len(x)))
+    kernels.multiply(cpu_linear._product(x, weight, bias, y, len(x), float_elements=0))
     return y
 
 

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from functools import lru_cache, partial
 from typing import Any
 
-import pytest
 import torch
 from golden import (
     CLASSES,
@@ -209,7 +208,6 @@ def packed_cases(given: GoldenSet) -> list[tuple[str, str]]:
 
 
 @for_each(NAME, packed_cases)
-@pytest.mark.usefixtures("float_products")
 def test_golden_bloom_packed_is_the_float_model_of_its_weights(
     name: str, case: tuple[str, str]
 ) -> None:

@@ -8,7 +8,6 @@ from functools import partial
 from itertools import cycle
 from typing import Any
 
-import pytest
 import torch
 from golden import (
     TOLERANCE,
@@ -46,7 +45,6 @@ def reference_logits(given: GoldenSet, layout: str) -> torch.Tensor:
 
 
 @for_each(MODELS, GoldenSet.layouts)
-@pytest.mark.usefixtures("float_products")
 def test_golden_int8_is_the_float_model_of_its_dequantized_weights(name: str, case: str) -> None:
     given = golden(name)
     with given.load(

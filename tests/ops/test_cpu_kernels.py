@@ -61,6 +61,18 @@ def test_few_rows_are_multiplied_by_the_kernels(
     assert relative_error(y, product(x, weight)) < BOUND
 
 
+@pytest.mark.parametrize("num_rows", [1, 16, 40])
+@pytest.mark.parametrize("form", [INT4, Format(4), Format(8, 32)], ids=str)
+def test_nothing_is_rounded_where_a_weight_is_small(form: Format, num_rows: int) -> None:
+    found = kernels()
+    x = torch.randn(num_rows, 128)
+    for out_features, is_small in ((256, True), (258, False)):
+        weight = pack(torch.randn(out_features, 128), form)
+        error = relative_error(linear(x, weight), product(x, weight))
+        is_in_floats = is_small or (found is not None and found.level == "portable")
+        assert (error < 1e-6) is is_in_floats and error < BOUND
+
+
 @pytest.mark.parametrize("form", [INT4, Format(4), Format(8, 32)], ids=str)
 def test_more_rows_are_multiplied_16_at_a_time(form: Format, calls: list[str]) -> None:
     found = kernels()

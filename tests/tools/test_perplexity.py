@@ -184,6 +184,40 @@ def test_perplexity_case(tmp_path: Path) -> None:
         run.main([*options, "--repeats", "2"])
 
 
+@pytest.mark.usefixtures("loaded")
+def test_what_is_not_measured_is_kept_of_earlier_runs(tmp_path: Path) -> None:
+    texts = {name: tmp_path / name for name in ("one", "two")}
+    for name, text in texts.items():
+        text.write_text(name * 400, encoding="utf-8")
+
+    def results(*options: str, text: str = "one") -> list[dict[str, Any]]:
+        file = tmp_path / "out.json"
+        given = ("perplexity", "--model", "tiny.gguf", "--tokens", "600", "--seeds", "0")
+        assert run.main([*given, "--text", str(texts[text]), "--out", str(file), *options]) == 0
+        found: list[dict[str, Any]] = json.loads(file.read_text())["results"]
+        return found
+
+    first = results("--formats", "int4 row symmetric", "int4 g32 m*")
+    earlier = tmp_path / "earlier.json"
+    (tmp_path / "out.json").rename(earlier)
+    both = results("--formats", "int4 row*", "int8 row*", "--keep", str(earlier))
+    names = ["fp32", "int8 row symmetric", "int4 g32 minimum, 8-bit scales", "int4 g32 minimum",
+             "int4 row minimum", "int4 row symmetric"]  # fmt: skip
+    assert [result["name"] for result in both] == names
+    kept = [result for result in both if "kept_from" in result]
+    run_of = json.loads(earlier.read_text())
+    assert [result["name"] for result in kept] == names[2:4]
+    for result in kept:
+        origin = result.pop("kept_from")
+        assert origin == {key: run_of[key] for key in ("commit", "date")} and result in first
+    with pytest.raises(SystemExit, match=r"earlier.json: text_sha256 is '"):
+        results("--keep", str(earlier), text="two")
+    changed = {**run_of, "results": [{**first[0], "samples": [{"nll": [1.0]}]}]}
+    earlier.write_text(json.dumps(changed))
+    with pytest.raises(SystemExit, match="fp32 reads the text otherwise"):
+        results("--keep", str(earlier))
+
+
 # ---- what the document says ----------------------------------------------------------------------
 
 
