@@ -373,6 +373,7 @@ def bloom_sizes(config: BloomConfig, given: Pass) -> Sizes:
         layer_bytes(given, size, size, wide) + exact,
         biases,
         biases,
+        kept_quarters=6,
     )
 
 

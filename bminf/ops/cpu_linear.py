@@ -32,13 +32,21 @@ from torch.autograd import forward_ad
 from bminf.cpu.library import MAX_ROWS, PRODUCT, Kernels, kernels
 from bminf.cuda.launcher import launcher_for
 from bminf.ops.rows import ELEMENTS
-from bminf.quantization.packed import PackedWeight, dequantize, group_minima, group_scales
+from bminf.quantization.packed import (
+    INT8,
+    Format,
+    PackedWeight,
+    dequantize,
+    group_minima,
+    group_scales,
+)
 from bminf.quantization.packing import int8_rows
 
 MAX_DIGIT_COLUMNS = (2**31 - 1) // (255 * 128)
 """Of products of codes with digits, 0 to 255 or -128 to 127: their sums are sure to fit 32 bits."""
 
 _SLICE_BYTES = 2**20  # codes that stay in the second-level cache between two products
+_ROWS_IN_CACHE = 64
 _SLICE_ELEMENTS = 2**18  # float32 weights that do
 _SMALL_ELEMENTS = 2**16  # of a weight whose products take about as long in float32
 _FLOAT_ELEMENTS = 2**15  # the same by the kernels: a few microseconds, and nothing is rounded
@@ -173,12 +181,32 @@ def weight_only_linear(
 
 
 def _is_fast_for_many(found: Kernels, weight: PackedWeight) -> bool:
-    """Whether the kernels are the fastest for any number of rows, as where they multiply integers
-    and torch has no such product."""
-    is_by_integers = (
-        found.level != "portable" and (weight.group_size or 0) % (32 // weight.bits) == 0
-    )
-    return is_by_integers and not _is_left_to_torch(weight)
+    """Whether the kernels are the fastest for any number of rows."""
+    return _has_integers(found, weight.form) and not _is_left_to_torch(weight)
+
+
+def _has_integers(found: Kernels, form: Format) -> bool:
+    """Whether the kernels multiply integers, in this format: nothing is then unpacked."""
+    return found.level != "portable" and (form.group_size or 0) % (32 // form.bits) == 0
+
+
+def row_bytes_of_many(inputs: int, outputs: int, itemsize: int, form: Format) -> int:
+    """Bytes that a product of many rows holds for each row, beside its input and its result.
+
+    itemsize: of activations.
+    """
+    found, is_int8 = kernels(), form == INT8
+    is_integers_of_torch = is_int8 and is_fast()
+    if found is not None and _has_integers(found, form) and not is_integers_of_torch:
+        return 0
+    wide = 0 if itemsize == 4 else 4 * (inputs + outputs)  # all is done in float32
+    if is_integers_of_torch and inputs * outputs <= _SLICE_BYTES:  # of a few rows at a time
+        return wide
+    if is_integers_of_torch:  # numbers, two digits of each, the sums of both
+        return wide + max(20 * inputs, 10 * inputs + 16 * outputs)
+    if is_int8 or found is not None:  # the parts of the result
+        return wide + 4 * outputs
+    return wide + 5 * inputs + 4 * outputs
 
 
 def _is_left_to_torch(weight: PackedWeight) -> bool:
@@ -212,7 +240,13 @@ def weight_only_product(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
     ordinary = _ordinary_row(x)
     if ordinary is not None:
         return _one_row_as_digits(*ordinary, weight)
-    return _rows_as_digits(x, weight)
+    if weight.qweight.numel() > _SLICE_BYTES:
+        return _rows_as_digits(x, weight)
+    # Few at a time, where that reads the codes from a cache: what is held on the way stays in one.
+    y = x.new_empty((x.shape[0], weight.out_features))
+    for rows, part in zip(x.split(_ROWS_IN_CACHE), y.split(_ROWS_IN_CACHE), strict=True):
+        part.copy_(_rows_as_digits(rows, weight))
+    return y
 
 
 def w8a8_product(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch.fx
 
 from bminf.cuda.launcher import Launcher, launcher_for
 from bminf.errors import ArgumentError, UnsupportedModelError
-from bminf.ops.cpu_linear import few_rows_linear, is_fast
+from bminf.ops.cpu_linear import few_rows_linear, row_bytes_of_many
 from bminf.ops.dequantize import dequantize_weight
 from bminf.ops.linear_w8a8 import MAX_CODE_COLUMNS, check_columns, linear_w8a8
 from bminf.ops.linear_weight_only import MAX_FEW_ROWS, linear_weight_only
@@ -184,7 +184,7 @@ class Pass:
         """Bytes of the result of a product, and of what is held on the way beside its input."""
         itemsize, temporary, weight = self.dtype.itemsize, 0, 0
         if self.weight_format is not None and self.is_cpu:
-            temporary = _cpu_bytes(inputs, outputs, itemsize, self.weight_format)
+            temporary = row_bytes_of_many(inputs, outputs, itemsize, self.weight_format)
         elif self.weight_format is not None:
             weight = min(_SLICE_BYTES, inputs * outputs * itemsize)
             temporary = (
@@ -195,13 +195,3 @@ class Pass:
     def score_bytes(self, num_heads: int = 1) -> int:
         """Bytes of a bias of scores, of all heads or of each."""
         return self.batch_size * self.length**2 * num_heads * self.dtype.itemsize
-
-
-def _cpu_bytes(inputs: int, outputs: int, itemsize: int, format_: Format) -> int:
-    """Bytes of a row, see cpu_linear.py."""
-    wide = 0 if itemsize == 4 else 4 * (inputs + outputs)  # all is done in float32
-    if format_ == INT8 and is_fast():  # numbers, two digits of each, the sums of both
-        return wide + max(20 * inputs, 10 * inputs + 16 * outputs)
-    if format_ == INT8:  # the parts of the result
-        return wide + 4 * outputs
-    return wide + 5 * inputs + 4 * outputs
