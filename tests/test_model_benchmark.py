@@ -31,7 +31,7 @@ from bminf.models.assemble import plan_model
 from bminf.models.random_weights import random_weights
 from bminf.models.source import Source, check_shapes, find_sizes
 from bminf.offload.predict import predict
-from bminf.quantization.packed import codes_of, dequantize
+from bminf.quantization.packed import PACKED_FIELDS, codes_of, dequantize
 from bminf.units import parse_bytes
 
 TASKS = {
@@ -259,7 +259,7 @@ def test_random_packed_weights_stand_for_numbers_of_the_right_size(quantization:
     _, network = sized("zoo", quantization, intermediate_size=328)  # rows with padding
     name = "decoder.layers.2.feed_forward.down"
     like, weights = network.get_submodule(name).packed, random_weights(network)
-    found = {key: weights.tensors.get(f"{name}.{key}") for key in ("qweight", "scale", "code_sum")}
+    found = {key: weights.tensors.get(f"{name}.{key}") for key in PACKED_FIELDS}
     parts = {key: stored and stored.read().contiguous() for key, stored in found.items()}
     packed = like._replace(**parts)
     packed.check()
