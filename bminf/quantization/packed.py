@@ -36,7 +36,7 @@ from bminf.errors import ArgumentError
 CHUNK_BYTES = 16
 """Rows are padded to this: what a thread of a kernel reads at once."""
 
-SLICE_ELEMENTS = 2**17
+SLICE_ELEMENTS = 2**18
 """Of a weight are packed or unpacked at once: temporaries stay small beside any block."""
 
 MINIMUM_STEP = 16

@@ -31,6 +31,7 @@ DIVISORS = (7.0, 7.25, 7.5, 7.75, 8.0)
 it the code -8."""
 
 _MOST_SCALE = 255  # of an integer scale
+_CHOOSING = 8  # so many times as much is held while one is chosen
 
 RowPacker = Callable[[torch.Tensor, Format, PackedWeight], None]
 """Packs rows of a weight, (n, K), in a format into a PackedWeight of n rows."""
@@ -46,7 +47,8 @@ def pack(weight: torch.Tensor, format_: Format, packer: RowPacker | None = None)
     packed = empty(weight.shape[0], weight.shape[1], format_, weight.device)
     if weight.is_meta or 0 in weight.shape:
         return packed
-    num_rows, weight = max(1, SLICE_ELEMENTS // weight.shape[1]), weight.detach()
+    elements = SLICE_ELEMENTS if format_.scale_bits == 16 else SLICE_ELEMENTS // _CHOOSING
+    num_rows, weight = max(1, elements // weight.shape[1]), weight.detach()
     if len(weight) <= num_rows:
         (packer or pack_rows)(weight, format_, packed)
         return packed
