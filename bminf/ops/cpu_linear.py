@@ -39,6 +39,7 @@ from bminf.quantization.packed import (
     dequantize,
     group_minima,
     group_scales,
+    row_bytes,
 )
 from bminf.quantization.packing import int8_rows
 
@@ -200,7 +201,8 @@ def row_bytes_of_many(inputs: int, outputs: int, itemsize: int, form: Format) ->
     if found is not None and _has_integers(found, form) and not is_integers_of_torch:
         return 0
     wide = 0 if itemsize == 4 else 4 * (inputs + outputs)  # all is done in float32
-    if is_integers_of_torch and inputs * outputs <= _SLICE_BYTES:  # of a few rows at a time
+    is_in_cache = row_bytes(inputs, 8) * outputs <= _SLICE_BYTES
+    if is_integers_of_torch and is_in_cache:  # of a few rows at a time
         return wide
     if is_integers_of_torch:  # numbers, two digits of each, the sums of both
         return wide + max(20 * inputs, 10 * inputs + 16 * outputs)
