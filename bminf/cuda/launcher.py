@@ -6,7 +6,10 @@ its tensors. Where none does, on a CPU outside the tests, the op takes its plain
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from typing import Any
 
@@ -80,6 +83,27 @@ def launcher_for(device: torch.device) -> Launcher | None:
     if of_test is not None or kind != "cuda":
         return of_test
     return device_launcher(device)
+
+
+_VARIABLE = "BMINF_FUSED_KERNELS"
+_uses_fused: ContextVar[bool] = ContextVar("uses_fused", default=os.environ.get(_VARIABLE) != "0")
+
+
+def fused_launcher(device: torch.device) -> Launcher | None:
+    """The launcher for kernels in whose place there are operators of torch: attention, norms,
+    positions. None takes these instead: on a CPU, and where fused_kernels() or the environment
+    variable BMINF_FUSED_KERNELS, which is 0 then, says so."""
+    return launcher_for(device) if _uses_fused.get() else None
+
+
+@contextmanager
+def fused_kernels(is_on: bool) -> Iterator[None]:
+    """Take kernels of our own, or torch's operators in place of them, in what this thread runs."""
+    token = _uses_fused.set(is_on)
+    try:
+        yield
+    finally:
+        _uses_fused.reset(token)
 
 
 @cache
