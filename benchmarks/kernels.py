@@ -185,7 +185,7 @@ def run_path(path: str, x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
     """x W^T, that way."""
     if path == "dequantized":
         return linear_weight_only._dequantized(x, weight, None)
-    few, cores = linear_weight_only.launch_few_rows, linear_weight_only._launch_tensor_cores
+    few, cores = linear_weight_only.launch_few_rows, linear_weight_only.launch_tensor_cores
     return (few if path == "few rows" else cores)(launcher_for(x.device), x, weight, None)
 
 

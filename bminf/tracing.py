@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 from torch.fx import _symbolic_trace
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
@@ -30,6 +31,17 @@ def active_tracer() -> str | None:
     if _symbolic_trace._is_fx_tracing_flag:
         return "torch.fx.symbolic_trace"
     return None
+
+
+def is_watched() -> bool:
+    """Whether someone is told of every operation: a mode, functorch, a trace, derivatives that
+    tensors carry forwards."""
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+    )
 
 
 def active_capture() -> str | None:

@@ -6,14 +6,17 @@ its tensors. Where none does, on a CPU outside the tests, the op takes its plain
 
 from __future__ import annotations
 
+import ctypes
 import os
-from collections.abc import Iterator, Sequence
+import struct
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
-import numpy as np
 import torch
 
 from bminf.cuda.compile import compile_kernel
@@ -22,34 +25,40 @@ from bminf.errors import KernelError
 
 
 class Launcher:
-    """Runs kernels on one device: loaded once, launched through CuPy on torch's current stream.
+    """Runs kernels on one device: loaded once by CuPy, launched on torch's current stream.
 
     capability: of the device, the compute capability as one number: 61, 75, 80, ...
+    num_processors: its streaming multiprocessors.
     """
 
     def __init__(self, device: torch.device) -> None:
         properties = torch.cuda.get_device_properties(device)
         self.device = device
         self.capability = 10 * properties.major + properties.minor
-        self._functions: dict[Kernel, Any] = {}
+        self.num_processors: int = properties.multi_processor_count
+        self._functions: dict[Kernel, Callable[..., None]] = {}
+        self._modules: list[Any] = []  # a function is there for as long as its module
 
     def launch(
         self, kernel: Kernel, grid: Grid, block: Grid, arguments: Sequence[Argument]
     ) -> None:
         """Queue one launch; nothing is allocated or waited for.   Raises KernelError."""
-        with torch.cuda.device(self.device):
-            function = self._functions.get(kernel) or self._load(kernel)
-            values = tuple(map(_packed, arguments))
-            try:
-                stream = torch.cuda.current_stream(self.device).cuda_stream
-                function(grid, block, values, 0, _cupy_stream(stream))
-            except Exception as error:  # CuPy's drivers' errors share no public base
-                raise KernelError(
-                    f"{kernel} cannot be launched on {self.device} with a grid of {grid} and "
-                    f"blocks of {block}: {error}"
-                ) from error
+        if torch.cuda.current_device() != self.device.index:
+            with torch.cuda.device(self.device):
+                return self.launch(kernel, grid, block, arguments)
+        function = self._functions.get(kernel) or self._load(kernel)
+        cells = _cells(len(arguments))
+        cells.pack(*map(_number, arguments))
+        try:
+            function(*grid, *block, 0, _stream(self.device), cells.addresses, 0)
+        except Exception as error:  # CuPy's drivers' errors share no public base
+            raise KernelError(
+                f"{kernel} cannot be launched on {self.device} with a grid of {grid} and "
+                f"blocks of {block}: {error}"
+            ) from error
 
-    def _load(self, kernel: Kernel) -> Any:
+    def _load(self, kernel: Kernel) -> Callable[..., None]:
+        from cupy.cuda import driver
         from cupy.cuda.function import Module
 
         if torch.cuda.is_current_stream_capturing():
@@ -68,8 +77,11 @@ class Launcher:
                 f"{kernel} cannot be loaded on {self.device}: {error}; if the driver is older than "
                 "the compiler (NVRTC), update the driver"
             ) from error
-        self._functions[kernel] = function
-        return function
+        self._modules.append(module)
+        # Not the function's own call, which looks at each argument for what it may be.
+        launch: Callable[..., None] = partial(driver.launchKernel, function.ptr)
+        self._functions[kernel] = launch
+        return launch
 
 
 _test_launchers: dict[str, Launcher] = {}
@@ -114,28 +126,56 @@ def device_launcher(device: torch.device) -> Launcher:
     return Launcher(device)
 
 
-def _packed(argument: Argument) -> Any:
+# ---- a launch, in as few steps as Python takes ---------------------------------------------------
+
+
+class _Cells:
+    """Memory for the arguments of a launch, 8 bytes each, and the address of their addresses.
+
+    pack: writes all of them. A kernel that takes 4 bytes reads the first ones of its cell.
+    """
+
+    def __init__(self, count: int) -> None:
+        values, pointers = (ctypes.c_uint64 * count)(), (ctypes.c_uint64 * count)()
+        start = ctypes.addressof(values)
+        pointers[:] = [start + 8 * i for i in range(count)]
+        self.pack = partial(struct.Struct(f"={count}Q").pack_into, values, 0)
+        self.addresses, self._pointers = ctypes.addressof(pointers), pointers
+
+
+class _CellsOfThread(threading.local):
+    """By their number. The driver reads them while other threads may run."""
+
+    def __init__(self) -> None:
+        self.of_count: dict[int, _Cells] = {}
+
+
+_cells_of_thread = _CellsOfThread()
+
+
+def _cells(count: int) -> _Cells:
+    known = _cells_of_thread.of_count
+    return known.get(count) or known.setdefault(count, _Cells(count))
+
+
+def _number(argument: Argument) -> int:
+    """The bytes of an argument as one number."""
     if argument is None:
-        return np.uint64(0)
+        return 0
     if isinstance(argument, torch.Tensor):
-        return np.uint64(argument.data_ptr())
-    return np.int32(argument) if isinstance(argument, int) else np.float32(argument)
+        return argument.data_ptr()
+    if isinstance(argument, int):
+        return argument & 0xFFFFFFFF
+    return int.from_bytes(struct.pack("=f", argument), sys.byteorder)
 
 
-class _TorchStream:
-    """What CuPy asks of another library's stream; torch's own class answers since 2.7 only."""
-
-    def __init__(self, handle: int) -> None:
-        self._handle = handle
-
-    def __cuda_stream__(self) -> tuple[int, int]:
-        return 0, self._handle
+def _stream(device: torch.device) -> int:
+    """The handle of torch's current stream."""
+    if _raw_stream is not None:
+        handle: int = _raw_stream(device.index)
+        return handle
+    return torch.cuda.current_stream(device).cuda_stream
 
 
-@cache
-def _cupy_stream(handle: int) -> Any:
-    import cupy
-
-    if hasattr(cupy.cuda.Stream, "from_external"):
-        return cupy.cuda.Stream.from_external(_TorchStream(handle))
-    return cupy.cuda.ExternalStream(handle)
+# What torch's own compiler takes.
+_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)

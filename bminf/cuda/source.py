@@ -38,6 +38,19 @@ class Kernel:
         return f"{self.name} ({settings})" if settings else self.name
 
 
+@dataclass(frozen=True)
+class LaunchPlan:
+    """All of a launch but its tensors: what is the same each time for sizes that recur.
+
+    numbers: the arguments behind the tensors.
+    """
+
+    kernel: Kernel
+    grid: Grid
+    block: Grid
+    numbers: tuple[int | float, ...]
+
+
 def kernel_folder() -> Path:
     """Where the sources lie: inside the installed package, or beside it in a checkout."""
     for folder in (_PACKAGE / "kernels", _PACKAGE.parent / "kernels"):

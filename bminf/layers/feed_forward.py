@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from bminf.layers.quantized_linear import QuantizedLinear
-from bminf.ops.gated_linear import ACTIVATION_FUNCTIONS, gated_linear
+from bminf.ops.gated_linear import ACTIVATION_FUNCTIONS, gated_linear_of_checked
 from bminf.ops.linear_weight_only import MAX_FEW_ROWS
 
 
@@ -42,8 +42,8 @@ class GatedFeedForward(torch.nn.Module):
     def _gated(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = self.gate, self.up
         if isinstance(gate, QuantizedLinear) and isinstance(up, QuantizedLinear):
-            if _is_fused(gate, x):
-                return gated_linear(x, gate.packed, up.packed, self.activation)
+            if _is_fused(gate, up, x):
+                return gated_linear_of_checked(x, gate.packed, up.packed, self.activation)
         return ACTIVATION_FUNCTIONS[self.activation](gate(x)) * up(x)
 
 
@@ -65,6 +65,7 @@ class HalvedFeedForward(torch.nn.Module):
         return self.down(value * F.gelu(gate))
 
 
-def _is_fused(gate: QuantizedLinear, x: torch.Tensor) -> bool:
+def _is_fused(gate: QuantizedLinear, up: QuantizedLinear, x: torch.Tensor) -> bool:
     """Whether one kernel reads both packed weights; it does not round activations."""
-    return gate.activations != "int8" and x.numel() <= MAX_FEW_ROWS * x.shape[-1]
+    is_alike = gate.form is up.form or gate.form == up.form
+    return is_alike and gate.activations != "int8" and x.numel() <= MAX_FEW_ROWS * x.shape[-1]

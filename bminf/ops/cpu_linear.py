@@ -27,11 +27,10 @@ from functools import cache
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.autograd import forward_ad
 
 from bminf.cpu.library import MAX_ROWS, PRODUCT, Kernels, kernels
 from bminf.cuda.launcher import launcher_for
-from bminf.ops.rows import ELEMENTS
+from bminf.ops.rows import ELEMENTS, is_ordinary
 from bminf.quantization.packed import (
     INT8,
     Format,
@@ -42,6 +41,7 @@ from bminf.quantization.packed import (
     row_bytes,
 )
 from bminf.quantization.packing import int8_rows
+from bminf.tracing import is_watched
 
 MAX_DIGIT_COLUMNS = (2**31 - 1) // (255 * 128)
 """Of products of codes with digits, 0 to 255 or -128 to 127: their sums are sure to fit 32 bits."""
@@ -75,7 +75,7 @@ def _kernels_for(
     x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None
 ) -> Kernels | None:
     """The kernels, where they can compute the whole of x W^T + bias and nothing would be missed."""
-    if torch.compiler.is_compiling() or _is_watched():
+    if torch.compiler.is_compiling() or is_watched():
         return None
     if not (_is_plain(x) and _is_plain(weight.qweight)):
         return None
@@ -89,45 +89,22 @@ def _kernels_for(
         return None
     if not weight.qweight.shape[0] or not (bias is None or _is_bias_of(bias, x, weight)):
         return None
-    return kernels() if launcher_for(x.device) is None else None
-
-
-def _is_watched() -> bool:
-    """Whether someone is told of every operation: a mode, functorch, a trace, derivatives that
-    tensors carry forwards."""
-    return (
-        torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
-        or forward_ad._current_level >= 0
-    )
+    return kernels()
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
     """Whether `tensor` is numbers in the memory of the CPU and nothing else."""
     return (
-        _is_ordinary(type(tensor))
+        is_ordinary(type(tensor))
         and tensor.is_cpu
         and tensor.layout is torch.strided
         and not tensor.is_neg()  # a view of negative numbers
     )
 
 
-@cache
-def _is_ordinary(kind: type) -> bool:
-    """Whether tensors of this class do what those of torch.Tensor do, as those in a slot."""
-    if kind is torch.Tensor:
-        return True
-    functions = getattr(kind, "__torch_function__", None), getattr(kind, "__torch_dispatch__", None)
-    return functions == (
-        torch._C._disabled_torch_function_impl,
-        torch._C._disabled_torch_dispatch_impl,
-    )
-
-
 def _is_bias_of(bias: torch.Tensor, x: torch.Tensor, weight: PackedWeight) -> bool:
     return (
-        _is_ordinary(type(bias))
+        is_ordinary(type(bias))
         and bias.dtype == x.dtype
         and bias.is_cpu
         and bias.shape == weight.qweight.shape[:1]
@@ -228,7 +205,7 @@ def _product_of_all(
 def weight_only_product(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
     """x W^T. x: (M, K) floating point.   Returns (M, N) float32."""
     x = _float(x)
-    is_plain = not _is_watched() and _is_plain(x) and _is_plain(weight.qweight)
+    is_plain = not is_watched() and _is_plain(x) and _is_plain(weight.qweight)
     if is_plain and launcher_for(x.device) is None:
         found = None if _is_left_to_torch(weight) else kernels()
         if found is not None:

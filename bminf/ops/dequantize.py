@@ -53,7 +53,7 @@ def weight_arguments(weight: PackedWeight | None) -> list[Argument]:
     return [weight.qweight, weight.scale, weight.minimum, weight.row_scale]
 
 
-def group_arguments(weight: PackedWeight) -> list[Argument]:
+def group_arguments(weight: PackedWeight) -> list[int]:
     """Its groups: columns in each, and how many."""
     columns = weight.in_features
     return [min(weight.group_size or columns, columns), weight.num_groups]

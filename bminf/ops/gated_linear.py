@@ -14,8 +14,13 @@ import torch.nn.functional as F
 from bminf.cuda.launcher import Launcher, launcher_for
 from bminf.errors import ArgumentError
 from bminf.ops.linear import linear
-from bminf.ops.linear_weight_only import MAX_FEW_ROWS, launch_few_rows, uses_tensor_cores
-from bminf.ops.rows import as_rows, check_activations, check_codes, check_vector
+from bminf.ops.linear_weight_only import (
+    MAX_FEW_ROWS,
+    can_be_launched,
+    launch_few_rows,
+    uses_tensor_cores,
+)
+from bminf.ops.rows import as_rows, check_activations, check_codes, check_vector, kernel_rows
 from bminf.quantization.packed import PackedWeight
 
 ACTIVATION_FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -24,6 +29,7 @@ ACTIVATION_FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
 }
 """In the order of `activate` in kernels/common.cuh."""
+_INDICES = {name: index for index, name in enumerate(ACTIVATION_FUNCTIONS)}
 
 
 def check_activation(name: str, where: str = "") -> None:
@@ -53,25 +59,41 @@ def gated_linear(
     check_activation(activation)
     _check_alike(gate, up)
     check_activations(x, gate.in_features, gate.qweight.device)
+    return gated_linear_of_checked(x, gate, up, activation, gate_bias, up_bias)
+
+
+def gated_linear_of_checked(
+    x: torch.Tensor,
+    gate: PackedWeight,
+    up: PackedWeight,
+    activation: str,
+    gate_bias: torch.Tensor | None = None,
+    up_bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """As gated_linear, for weights that are known to be alike and their parts to match, and an
+    activation that is known, as in a layer of ours."""
     launcher = launcher_for(x.device)
-    rows = as_rows(x.detach())
-    is_fused = launcher is not None and _is_fused(launcher, x, rows, gate)
-    if launcher is None or not is_fused:
+    if launcher is None or not _is_fused(launcher, x, gate):
         function = ACTIVATION_FUNCTIONS[activation]
         return function(linear(x, gate, gate_bias)) * linear(x, up, up_bias)
-    gate_bias, up_bias = (_checked(bias, gate, x.dtype) for bias in (gate_bias, up_bias))
+    index = _INDICES[activation]
+    if can_be_launched(x, gate, gate_bias) and can_be_launched(x, up, up_bias):
+        return launch_few_rows(launcher, x, gate, gate_bias, up, up_bias, index)
     check_codes("gate", gate.qweight)
     check_codes("up", up.qweight)
-    index = list(ACTIVATION_FUNCTIONS).index(activation)
+    gate_bias, up_bias = (_checked(bias, gate, x.dtype) for bias in (gate_bias, up_bias))
+    rows = kernel_rows(as_rows(x.detach()))
     y = launch_few_rows(launcher, rows, gate, gate_bias, up, up_bias, index)
     return y.view(*x.shape[:-1], gate.out_features)
 
 
-def _is_fused(launcher: Launcher, x: torch.Tensor, rows: torch.Tensor, gate: PackedWeight) -> bool:
+def _is_fused(launcher: Launcher, x: torch.Tensor, gate: PackedWeight) -> bool:
+    columns = gate.in_features
+    num_rows = x.numel() // columns if columns and x.dim() else 0
     return (
-        0 < len(rows) <= MAX_FEW_ROWS
-        and 0 not in (gate.in_features, gate.out_features)
-        and not uses_tensor_cores(launcher.capability, len(rows), x.dtype)
+        0 < num_rows <= MAX_FEW_ROWS
+        and gate.out_features > 0
+        and not uses_tensor_cores(launcher.capability, num_rows, x.dtype)
         and not (torch.is_grad_enabled() and x.requires_grad)
     )
 

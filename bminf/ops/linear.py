@@ -13,7 +13,7 @@ from bminf.errors import ArgumentError, UnsupportedModelError
 from bminf.ops.cpu_linear import few_rows_linear, row_bytes_of_many
 from bminf.ops.dequantize import dequantize_weight
 from bminf.ops.linear_w8a8 import MAX_CODE_COLUMNS, check_columns, linear_w8a8
-from bminf.ops.linear_weight_only import MAX_FEW_ROWS, linear_weight_only
+from bminf.ops.linear_weight_only import MAX_FEW_ROWS, few_rows_launched, linear_weight_only
 from bminf.ops.rows import as_rows, check_activations, check_vector
 from bminf.quantization.packed import INT8, Format, PackedWeight
 from bminf.tracing import active_tracer
@@ -46,8 +46,13 @@ def linear_of_checked(
     x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, activations: str
 ) -> torch.Tensor:
     """As linear, for a weight whose parts are known to match, as in a layer of ours."""
-    if activations == "auto" or activations == "float":
-        few = few_rows_linear(x, weight, bias)
+    is_float = activations == "auto" or activations == "float"  # for so few rows
+    if is_float and not torch.compiler.is_compiling():
+        launcher = launcher_for(x.device)
+        if launcher is None:
+            few = few_rows_linear(x, weight, bias)
+        else:
+            few = few_rows_launched(launcher, x, weight, bias)
         if few is not None:
             return few
     if not _is_recorded(x):

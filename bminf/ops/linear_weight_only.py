@@ -7,11 +7,14 @@ Kernels: kernels/linear_few_rows.cu, kernels/linear_tensor_core.cu, kernels/dequ
 
 from __future__ import annotations
 
+from functools import cache
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
 from bminf.cuda.launcher import Launcher
-from bminf.cuda.source import Kernel
+from bminf.cuda.source import Kernel, LaunchPlan
 from bminf.ops.cpu_linear import weight_only_linear
 from bminf.ops.dequantize import (
     dequantize_weight,
@@ -19,8 +22,16 @@ from bminf.ops.dequantize import (
     group_arguments,
     weight_arguments,
 )
-from bminf.ops.rows import check_codes, kernel_rows
+from bminf.ops.rows import (
+    ELEMENTS,
+    KERNEL_COLUMNS,
+    check_codes,
+    is_aligned,
+    is_ordinary,
+    kernel_rows,
+)
 from bminf.quantization.packed import CHUNK_BYTES, PackedWeight
+from bminf.tracing import is_watched
 
 MAX_FEW_ROWS = 16
 MIN_TENSOR_CORE_ROWS = 4
@@ -45,11 +56,53 @@ def linear_weight_only(
     if launcher is None:
         return weight_only_linear(x, weight, bias)
     if uses_tensor_cores(launcher.capability, x.shape[0], x.dtype):
-        return _launch_tensor_cores(launcher, x, weight, bias)
+        check_codes("qweight", weight.qweight)
+        return launch_tensor_cores(launcher, kernel_rows(x), weight, bias)
     if x.shape[0] <= MAX_FEW_ROWS:
         check_codes("qweight", weight.qweight)
-        return launch_few_rows(launcher, x, weight, bias)
+        return launch_few_rows(launcher, kernel_rows(x), weight, bias)
     return _dequantized(x, weight, bias)
+
+
+def few_rows_launched(
+    launcher: Launcher, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None
+) -> torch.Tensor | None:
+    """x W^T + bias by a kernel, for 1 to 16 rows in all that it can read as they lie; None for
+    whatever else.
+
+    This is the only check between a layer and its launch, so it takes nothing for granted but that
+    the parts of the weight match.   x: (..., K).   Returns (..., N) in the dtype of x.
+    """
+    if not can_be_launched(x, weight, bias):
+        return None
+    is_tiled = uses_tensor_cores(launcher.capability, x.numel() // weight.in_features, x.dtype)
+    launch = launch_tensor_cores if is_tiled else launch_few_rows
+    return launch(launcher, x, weight, bias)
+
+
+def can_be_launched(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> bool:
+    """Whether a kernel can read a product of 1 to 16 rows as it lies, and nobody records it."""
+    if is_watched() or not is_ordinary(type(x)) or (x.requires_grad and torch.is_grad_enabled()):
+        return False
+    codes, columns = weight.qweight, weight.in_features
+    if x.dtype not in ELEMENTS or not 0 < x.numel() <= MAX_FEW_ROWS * columns or not len(codes):
+        return False
+    if columns % KERNEL_COLUMNS or not x.dim() or x.shape[-1] != columns or not x.is_contiguous():
+        return False
+    if not (is_aligned(x) and is_aligned(codes)) or x.device != codes.device:
+        return False
+    is_plain = bias is None or _is_bias_of(bias, x, codes)
+    return is_plain and not torch.is_autocast_enabled(x.device.type)
+
+
+def _is_bias_of(bias: torch.Tensor, x: torch.Tensor, codes: torch.Tensor) -> bool:
+    return (
+        is_ordinary(type(bias))
+        and bias.dtype == x.dtype
+        and bias.device == x.device
+        and bias.shape == codes.shape[:1]
+        and bias.is_contiguous()
+    )
 
 
 def uses_tensor_cores(capability: int, num_rows: int, dtype: torch.dtype) -> bool:
@@ -137,20 +190,46 @@ def launch_few_rows(
     up_bias: torch.Tensor | None = None,
     activation: int = 0,
 ) -> torch.Tensor:
-    """One product; with `up`, activation(the one with `weight`) * the one with `up`."""
-    rows = kernel_rows(x)
-    y = torch.empty((x.shape[0], weight.out_features), dtype=x.dtype, device=x.device)
-    kernel = few_rows_kernel(x.dtype, weight, x.shape[0], is_gated=up is not None)
-    launcher.launch(
-        kernel,
-        few_rows_grid(kernel, *y.shape),
-        (_FEW_ROWS_THREADS, 1, 1),
-        [
-            rows, *weight_arguments(weight), bias, *weight_arguments(up), up_bias, y, *y.shape,
-            rows.shape[1], *group_arguments(weight), activation,
-        ],
-    )  # fmt: skip
+    """One product; with `up`, activation(the one with `weight`) * the one with `up`.
+
+    x: as kernel_rows() gives it, with any number of axes.   Returns (..., N).
+    """
+    y = x.new_empty((*x.shape[:-1], weight.qweight.shape[0]))
+    plan = few_rows_plan(x, weight, up is not None, activation)
+    tensors = x, *weight_arguments(weight), bias, *weight_arguments(up), up_bias, y
+    launcher.launch(plan.kernel, plan.grid, plan.block, (*tensors, *plan.numbers))
     return y
+
+
+def few_rows_plan(
+    x: torch.Tensor, weight: PackedWeight, is_gated: bool, activation: int
+) -> LaunchPlan:
+    """How such a product is launched, worked out once for such sizes."""
+    key = (x.numel(), x.shape[-1], x.dtype, is_gated, activation, *_sizes_of(weight))
+    plan = _few_rows_plans.get(key)
+    if plan is None:
+        num_rows, num_columns = x.numel() // x.shape[-1], x.shape[-1]
+        kernel = _same(few_rows_kernel(x.dtype, weight, num_rows, is_gated))
+        numbers = num_rows, weight.out_features, num_columns, *group_arguments(weight), activation
+        grid = few_rows_grid(kernel, num_rows, weight.out_features)
+        plan = LaunchPlan(kernel, grid, (_FEW_ROWS_THREADS, 1, 1), numbers)
+        _few_rows_plans[key] = plan
+    return plan
+
+
+_few_rows_plans: dict[tuple[Any, ...], LaunchPlan] = {}
+
+
+@cache
+def _same(kernel: Kernel) -> Kernel:
+    """The one of equal kernels that was made first: a launcher finds that without comparing."""
+    return kernel
+
+
+def _sizes_of(weight: PackedWeight) -> tuple[Any, ...]:
+    """All of a weight that a launch depends on."""
+    codes, _, minimum, columns, group_size, _, row_scale = weight
+    return codes.shape[0], codes.dtype, columns, group_size, minimum is None, row_scale is None
 
 
 # ---- tensor cores --------------------------------------------------------------------------------
@@ -168,22 +247,35 @@ def tensor_core_kernel(dtype: torch.dtype, weight: PackedWeight, num_rows: int) 
     )
 
 
-def _launch_tensor_cores(
+def launch_tensor_cores(
     launcher: Launcher, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    check_codes("qweight", weight.qweight)
-    rows = kernel_rows(x)
-    y = torch.empty((x.shape[0], weight.out_features), dtype=x.dtype, device=x.device)
-    kernel = tensor_core_kernel(x.dtype, weight, x.shape[0])
+    """One product.   x: as kernel_rows() gives it, with any number of axes.   Returns (..., N)."""
+    y = x.new_empty((*x.shape[:-1], weight.qweight.shape[0]))
+    plan = tensor_core_plan(x, weight)
+    tensors = x, *weight_arguments(weight), bias, y
+    launcher.launch(plan.kernel, plan.grid, plan.block, (*tensors, *plan.numbers))
+    return y
+
+
+def tensor_core_plan(x: torch.Tensor, weight: PackedWeight) -> LaunchPlan:
+    """As few_rows_plan."""
+    key = (x.numel(), x.shape[-1], x.dtype, *_sizes_of(weight))
+    plan = _tensor_core_plans.get(key)
+    if plan is None:
+        num_rows, num_columns = x.numel() // x.shape[-1], x.shape[-1]
+        kernel = _same(tensor_core_kernel(x.dtype, weight, num_rows))
+        grid = tensor_core_grid(kernel, num_rows, weight.out_features)
+        numbers = num_rows, weight.out_features, num_columns, *group_arguments(weight)
+        plan = LaunchPlan(kernel, grid, (_TENSOR_CORE_THREADS, 1, 1), numbers)
+        _tensor_core_plans[key] = plan
+    return plan
+
+
+def tensor_core_grid(kernel: Kernel, num_rows: int, out_features: int) -> tuple[int, int, int]:
     macros = dict(kernel.macros)
     rows_of_x, rows_of_w = 8 * int(macros["X_TILES"]), 16 * int(macros["W_TILES"])
-    launcher.launch(
-        kernel,
-        (-(-y.shape[1] // rows_of_w), -(-y.shape[0] // rows_of_x), 1),
-        (_TENSOR_CORE_THREADS, 1, 1),
-        [
-            rows, *weight_arguments(weight), bias, y, *y.shape, rows.shape[1],
-            *group_arguments(weight),
-        ],
-    )  # fmt: skip
-    return y
+    return -(-out_features // rows_of_w), -(-num_rows // rows_of_x), 1
+
+
+_tensor_core_plans: dict[tuple[Any, ...], LaunchPlan] = {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 
@@ -38,6 +40,18 @@ def check_vector(name: str, vector: torch.Tensor | None, size: int, device: torc
         )
     if vector.device != device:
         raise ArgumentError(f"{name} is on {vector.device}, the weight on {device}")
+
+
+@cache
+def is_ordinary(kind: type) -> bool:
+    """Whether tensors of this class do what those of torch.Tensor do, as those in a slot."""
+    if kind is torch.Tensor:
+        return True
+    functions = getattr(kind, "__torch_function__", None), getattr(kind, "__torch_dispatch__", None)
+    return functions == (
+        torch._C._disabled_torch_function_impl,
+        torch._C._disabled_torch_dispatch_impl,
+    )
 
 
 def as_rows(x: torch.Tensor) -> torch.Tensor:

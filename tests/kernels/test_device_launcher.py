@@ -5,13 +5,15 @@ It is that of bminf/cuda/launcher.py.
 
 from __future__ import annotations
 
+import ctypes
+import struct
+import threading
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -21,6 +23,7 @@ from bminf.cuda.source import Kernel
 from bminf.errors import KernelError
 from bminf.ops.linear_w8a8 import scale_int32_kernel
 
+POINTER = 1234  # of any function
 KERNEL = scale_int32_kernel(torch.float16)
 
 
@@ -30,11 +33,12 @@ class Driver:
     def __init__(self) -> None:
         self.loaded: list[bytes] = []
         self.launches: list[tuple[Any, ...]] = []
+        self.arguments: list[tuple[bytes, ...]] = []  # of each launch
+        self.num_arguments = 0  # of the next ones
         self.stream = 7
         self.error: Exception | None = None
         self.is_capturing = False
-        self.current_device: torch.device | None = None
-        self.needed_device = torch.device("cuda", 0)
+        self.current_device = self.needed_device = torch.device("cuda", 0)
 
     @contextmanager
     def device(self, device: torch.device) -> Iterator[None]:
@@ -43,17 +47,23 @@ class Driver:
         self.current_device = before
 
     def module(self) -> Any:
-        return types.SimpleNamespace(load=self.load, get_function=lambda name: self.launch)
+        function = types.SimpleNamespace(ptr=POINTER)
+        return types.SimpleNamespace(load=self.load, get_function=lambda name: function)
 
     def load(self, code: bytes) -> None:
         assert self.current_device == self.needed_device
         self.loaded.append(code)
 
-    def launch(self, *arguments: Any) -> None:
+    def launch(self, *arguments: int) -> None:
+        """cuLaunchKernel: the last but one is the address of the arguments' addresses."""
         assert self.current_device == self.needed_device
         if self.error is not None:
             raise self.error
-        self.launches.append(arguments)
+        *around, addresses, extra = arguments
+        assert extra == 0
+        self.launches.append(tuple(around))
+        pointers = (ctypes.c_uint64 * self.num_arguments).from_address(addresses)
+        self.arguments.append(tuple(ctypes.string_at(pointer, 8) for pointer in pointers))
 
 
 @pytest.fixture
@@ -65,30 +75,56 @@ def driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Driver:
     monkeypatch.setenv("BMINF_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(torch.cuda, "device", driver.device)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: driver.current_device.index)
     monkeypatch.setattr(
         torch.cuda,
         "current_stream",
         lambda device: types.SimpleNamespace(cuda_stream=driver.stream),
     )
+    monkeypatch.setattr(launcher_module, "_raw_stream", None)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: driver.is_capturing)
-    monkeypatch.setattr(launcher_module, "_cupy_stream", lambda handle: ("stream", handle))
     monkeypatch.setattr(cupy.cuda.function, "Module", driver.module)
+    monkeypatch.setattr(cupy.cuda.driver, "launchKernel", driver.launch)
     return driver
 
 
 def test_a_kernel_is_loaded_once_and_launched_on_the_current_stream(driver: Driver) -> None:
     launcher = Launcher(torch.device("cuda", 0))
     assert launcher.capability == 86
-    tensor = torch.zeros(4)
-    launcher.launch(KERNEL, (3, 1, 1), (256, 1, 1), [tensor, None, 5, 0.5])
+    tensor, driver.num_arguments = torch.zeros(4), 5
+    launcher.launch(KERNEL, (3, 1, 1), (256, 1, 1), [tensor, None, 5, -2, 0.5])
     driver.stream = 9
-    launcher.launch(KERNEL, (3, 1, 1), (256, 1, 1), [tensor, None, 5, 0.5])
+    launcher.launch(KERNEL, (3, 1, 2), (256, 1, 1), [None, tensor, 2**31 - 1, 7, -1.5])
     assert len(driver.loaded) == 1 and driver.loaded[0][:4] == b"\x7fELF"
-    (grid, block, values, shared_bytes, stream), second = driver.launches
-    assert (grid, block, shared_bytes, stream) == ((3, 1, 1), (256, 1, 1), 0, ("stream", 7))
-    assert second[3:] == (0, ("stream", 9))
-    assert values == (tensor.data_ptr(), 0, 5, 0.5)
-    assert [type(v) for v in values] == [np.uint64, np.uint64, np.int32, np.float32]
+    assert driver.launches == [
+        (POINTER, 3, 1, 1, 256, 1, 1, 0, 7),
+        (POINTER, 3, 1, 2, 256, 1, 1, 0, 9),
+    ]
+    address = struct.pack("=Q", tensor.data_ptr())
+    assert [(a, b, c[:4], d[:4], e[:4]) for a, b, c, d, e in driver.arguments] == [
+        (address, bytes(8), *map(struct.pack, "iif", (5, -2, 0.5))),
+        (bytes(8), address, *map(struct.pack, "iif", (2**31 - 1, 7, -1.5))),
+    ]
+
+
+def test_each_thread_has_memory_of_its_own_for_arguments(driver: Driver) -> None:
+    """The driver reads it while other threads run."""
+    launcher, addresses = Launcher(torch.device("cuda", 0)), set[int]()
+    driver.launch = lambda *arguments: addresses.add(arguments[-2])  # type: ignore[method-assign]
+    barrier = threading.Barrier(4)
+
+    def launch() -> None:
+        for _ in range(3):
+            barrier.wait(60)
+            launcher.launch(KERNEL, (1, 1, 1), (256, 1, 1), [1])
+
+    launcher._functions[KERNEL] = driver.launch
+    threads = [threading.Thread(target=launch) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(addresses) == 4
 
 
 def test_a_kernel_is_loaded_and_launched_on_its_own_device(driver: Driver) -> None:
@@ -136,6 +172,11 @@ def test_code_that_cannot_be_loaded_is_said(
         launcher.launch(Kernel("no_such.cu", "nothing"), (1, 1, 1), (1, 1, 1), [])
 
 
-def test_torchs_stream_becomes_cupys() -> None:
-    stream = launcher_module._cupy_stream(0)
-    assert stream.ptr == 0
+def test_the_stream_is_asked_for_by_the_number_of_its_device(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where torch has a function that gives no more than the handle."""
+    launcher = Launcher(torch.device("cuda", 0))
+    monkeypatch.setattr(launcher_module, "_raw_stream", {0: 11}.__getitem__)
+    launcher.launch(KERNEL, (1, 1, 1), (256, 1, 1), [])
+    assert driver.launches[0][-1] == 11
