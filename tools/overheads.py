@@ -29,7 +29,7 @@ MEASUREMENTS = ("token", "load")
 _WORK = Path(__file__).with_name("overheads_work.py")
 # The folder of a script would come first on its path, and hide modules by the names of ours; a
 # bminf that cannot be imported is told before torch is.
-_START = f"import bminf, runpy; runpy.run_path({str(_WORK)!r}, run_name='__main__')"
+_START = "import bminf, runpy; runpy.run_path({!r}, run_name='__main__')"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sizes = (arguments.blocks, arguments.tokens)
     with ExitStack() as stack:
         checkouts = [stack.enter_context(running(path, sizes)) for path in arguments.checkouts]
-        measure(checkouts, arguments.repeats)
+        measure(checkouts, arguments.repeats, MEASUREMENTS)
     found = [checkout.as_json(arguments.blocks) for checkout in checkouts]
     print(table(found))
     if arguments.out is not None:
@@ -85,8 +85,11 @@ class Checkout:
             raise RuntimeError(f"the process of {self.folder} has ended; its error stands above")
         return json.loads(line)
 
-    def as_json(self, num_blocks: int) -> dict[str, Any]:
-        samples_s = {**self.samples_s, "block": [s / num_blocks for s in self.samples_s["token"]]}
+    def as_json(self, num_blocks: int | None = None) -> dict[str, Any]:
+        """num_blocks: that the measurement "token" is the sum of; there is "block", too, then."""
+        samples_s = dict(self.samples_s)
+        if num_blocks is not None:
+            samples_s["block"] = [s / num_blocks for s in samples_s["token"]]
         return {
             "checkout": str(self.folder),
             "samples_s": samples_s,
@@ -95,17 +98,18 @@ class Checkout:
 
 
 @contextmanager
-def running(folder: Path, sizes: tuple[int, int]) -> Iterator[Checkout]:
+def running(folder: Path, sizes: Sequence[int], work: Path = _WORK) -> Iterator[Checkout]:
     """The process of a checkout; it ends at the end.
 
-    sizes: blocks of the Llama, and tokens in a measurement.
+    work: the file that it runs, with `sizes`: by default blocks of the Llama, and tokens in a
+    measurement.
     Raises RuntimeError where there is no bminf, or another one would be measured.
     """
     folder = folder.resolve()
     if not (folder / "bminf" / "__init__.py").is_file():
         raise RuntimeError(f"{folder} has no bminf; give the folder of a checkout")
     process = subprocess.Popen(
-        [sys.executable, "-c", _START, *map(str, sizes)],
+        [sys.executable, "-c", _START.format(str(work)), *map(str, sizes)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=folder,
         env={**os.environ, "PYTHONPATH": str(folder), "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
@@ -118,10 +122,10 @@ def running(folder: Path, sizes: tuple[int, int]) -> Iterator[Checkout]:
         process.communicate()  # the end of its input ends it
 
 
-def measure(checkouts: Sequence[Checkout], repeats: int) -> None:
+def measure(checkouts: Sequence[Checkout], repeats: int, names: Sequence[str]) -> None:
     """`repeats` samples of each measurement and checkout, in turns; the first round is dropped."""
     for number in range(repeats + 1):
-        for name in MEASUREMENTS:
+        for name in names:
             for checkout in checkouts:
                 sample_s = checkout.ask(name)
                 if number:

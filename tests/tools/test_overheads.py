@@ -61,7 +61,7 @@ def test_checkouts_take_turns_and_the_first_round_is_dropped() -> None:
     for name in ("a", "b"):
         both.append(Told(Path(name), None))  # type: ignore[arg-type]
         both[-1].order = order
-    measure(both, 2)
+    measure(both, 2, ["token", "load"])
     a, b = Path("a"), Path("b")
     assert order == 3 * [(a, "token"), (b, "token"), (a, "load"), (b, "load")]
     assert both[0].samples_s == {"token": [5.0, 9.0], "load": [7.0, 11.0]}
