@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import os
 import struct
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from typing import Any
 import torch
 
 from bminf.cuda.compile import compile_kernel
-from bminf.cuda.source import Argument, Grid, Kernel
+from bminf.cuda.source import Argument, Grid, Kernel, LaunchPlan, cell_of
 from bminf.errors import KernelError
 
 
@@ -43,12 +42,20 @@ class Launcher:
         self, kernel: Kernel, grid: Grid, block: Grid, arguments: Sequence[Argument]
     ) -> None:
         """Queue one launch; nothing is allocated or waited for.   Raises KernelError."""
+        self._launch(kernel, grid, block, [*map(_number, arguments)])
+
+    def run(self, plan: LaunchPlan, tensors: Sequence[torch.Tensor | None]) -> None:
+        """The same, of what was worked out before."""
+        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        self._launch(plan.kernel, plan.grid, plan.block, [*addresses, *plan.cells])
+
+    def _launch(self, kernel: Kernel, grid: Grid, block: Grid, values: list[int]) -> None:
         if torch.cuda.current_device() != self.device.index:
             with torch.cuda.device(self.device):
-                return self.launch(kernel, grid, block, arguments)
+                return self._launch(kernel, grid, block, values)
         function = self._functions.get(kernel) or self._load(kernel)
-        cells = _cells(len(arguments))
-        cells.pack(*map(_number, arguments))
+        cells = _cells(len(values))
+        cells.pack(*values)
         try:
             function(*grid, *block, 0, _stream(self.device), cells.addresses, 0)
         except Exception as error:  # CuPy's drivers' errors share no public base
@@ -164,9 +171,7 @@ def _number(argument: Argument) -> int:
         return 0
     if isinstance(argument, torch.Tensor):
         return argument.data_ptr()
-    if isinstance(argument, int):
-        return argument & 0xFFFFFFFF
-    return int.from_bytes(struct.pack("=f", argument), sys.byteorder)
+    return cell_of(argument)
 
 
 def _stream(device: torch.device) -> int:

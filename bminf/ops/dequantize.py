@@ -46,7 +46,7 @@ def format_macros(dtype: torch.dtype, form: Format) -> tuple[tuple[str, int], ..
     )
 
 
-def weight_arguments(weight: PackedWeight | None) -> list[Argument]:
+def weight_arguments(weight: PackedWeight | None) -> list[torch.Tensor | None]:
     """A weight as kernels take it; None is nothing."""
     if weight is None:
         return [None] * 4

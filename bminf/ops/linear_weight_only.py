@@ -7,7 +7,6 @@ Kernels: kernels/linear_few_rows.cu, kernels/linear_tensor_core.cu, kernels/dequ
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -24,9 +23,9 @@ from bminf.ops.dequantize import (
 )
 from bminf.ops.rows import (
     ELEMENTS,
+    KERNEL_ALIGNMENT,
     KERNEL_COLUMNS,
     check_codes,
-    is_aligned,
     is_ordinary,
     kernel_rows,
 )
@@ -85,14 +84,15 @@ def can_be_launched(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | 
     if is_watched() or not is_ordinary(type(x)) or (x.requires_grad and torch.is_grad_enabled()):
         return False
     codes, columns = weight.qweight, weight.in_features
-    if x.dtype not in ELEMENTS or not 0 < x.numel() <= MAX_FEW_ROWS * columns or not len(codes):
+    if x.dtype not in ELEMENTS or not 0 < x.numel() <= MAX_FEW_ROWS * columns:
         return False
     if columns % KERNEL_COLUMNS or not x.dim() or x.shape[-1] != columns or not x.is_contiguous():
         return False
-    if not (is_aligned(x) and is_aligned(codes)) or x.device != codes.device:
+    device, is_readable = x.device, not (x.data_ptr() | codes.data_ptr()) % KERNEL_ALIGNMENT
+    if not is_readable or device != codes.device or not codes.numel():
         return False
     is_plain = bias is None or _is_bias_of(bias, x, codes)
-    return is_plain and not torch.is_autocast_enabled(x.device.type)
+    return is_plain and not torch.is_autocast_enabled(device.type)
 
 
 def _is_bias_of(bias: torch.Tensor, x: torch.Tensor, codes: torch.Tensor) -> bool:
@@ -197,7 +197,7 @@ def launch_few_rows(
     y = x.new_empty((*x.shape[:-1], weight.qweight.shape[0]))
     plan = few_rows_plan(x, weight, up is not None, activation)
     tensors = x, *weight_arguments(weight), bias, *weight_arguments(up), up_bias, y
-    launcher.launch(plan.kernel, plan.grid, plan.block, (*tensors, *plan.numbers))
+    launcher.run(plan, tensors)
     return y
 
 
@@ -209,7 +209,7 @@ def few_rows_plan(
     plan = _few_rows_plans.get(key)
     if plan is None:
         num_rows, num_columns = x.numel() // x.shape[-1], x.shape[-1]
-        kernel = _same(few_rows_kernel(x.dtype, weight, num_rows, is_gated))
+        kernel = few_rows_kernel(x.dtype, weight, num_rows, is_gated)
         numbers = num_rows, weight.out_features, num_columns, *group_arguments(weight), activation
         grid = few_rows_grid(kernel, num_rows, weight.out_features)
         plan = LaunchPlan(kernel, grid, (_FEW_ROWS_THREADS, 1, 1), numbers)
@@ -218,12 +218,6 @@ def few_rows_plan(
 
 
 _few_rows_plans: dict[tuple[Any, ...], LaunchPlan] = {}
-
-
-@cache
-def _same(kernel: Kernel) -> Kernel:
-    """The one of equal kernels that was made first: a launcher finds that without comparing."""
-    return kernel
 
 
 def _sizes_of(weight: PackedWeight) -> tuple[Any, ...]:
@@ -254,7 +248,7 @@ def launch_tensor_cores(
     y = x.new_empty((*x.shape[:-1], weight.qweight.shape[0]))
     plan = tensor_core_plan(x, weight)
     tensors = x, *weight_arguments(weight), bias, y
-    launcher.launch(plan.kernel, plan.grid, plan.block, (*tensors, *plan.numbers))
+    launcher.run(plan, tensors)
     return y
 
 
@@ -264,7 +258,7 @@ def tensor_core_plan(x: torch.Tensor, weight: PackedWeight) -> LaunchPlan:
     plan = _tensor_core_plans.get(key)
     if plan is None:
         num_rows, num_columns = x.numel() // x.shape[-1], x.shape[-1]
-        kernel = _same(tensor_core_kernel(x.dtype, weight, num_rows))
+        kernel = tensor_core_kernel(x.dtype, weight, num_rows)
         grid = tensor_core_grid(kernel, num_rows, weight.out_features)
         numbers = num_rows, weight.out_features, num_columns, *group_arguments(weight)
         plan = LaunchPlan(kernel, grid, (_TENSOR_CORE_THREADS, 1, 1), numbers)

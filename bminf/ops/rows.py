@@ -13,7 +13,7 @@ ELEMENTS = {torch.float16: 16, torch.bfloat16: 17, torch.float32: 32}
 """dtype of activations -> the macro ELEMENT of the kernels."""
 
 KERNEL_COLUMNS = 8  # kernels read this many neighbours at once
-_KERNEL_ALIGNMENT = 16  # bytes
+KERNEL_ALIGNMENT = 16  # bytes
 _MAX_SIZE = 2**31 - 1
 
 
@@ -73,7 +73,7 @@ def kernel_rows(x: torch.Tensor) -> torch.Tensor:
 
 def is_aligned(tensor: torch.Tensor) -> bool:
     """Whether kernels can read `tensor` 16 bytes at a time."""
-    return tensor.data_ptr() % _KERNEL_ALIGNMENT == 0
+    return tensor.data_ptr() % KERNEL_ALIGNMENT == 0
 
 
 def check_codes(name: str, codes: torch.Tensor) -> None:
@@ -81,7 +81,7 @@ def check_codes(name: str, codes: torch.Tensor) -> None:
     if not is_aligned(codes):
         raise ArgumentError(
             f"{name} begins at {codes.data_ptr():#x}, which is no multiple of "
-            f"{_KERNEL_ALIGNMENT} bytes; pass {name}.clone()"
+            f"{KERNEL_ALIGNMENT} bytes; pass {name}.clone()"
         )
     if max(codes.shape) > _MAX_SIZE:
         raise ArgumentError(f"{name} has shape {tuple(codes.shape)}; kernels count to {_MAX_SIZE}")

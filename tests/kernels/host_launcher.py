@@ -15,7 +15,7 @@ from host_build import Build, build
 if TYPE_CHECKING:
     import torch
 
-    from bminf.cuda.source import Kernel
+    from bminf.cuda.source import Kernel, LaunchPlan
 
 
 @contextmanager
@@ -42,6 +42,9 @@ class NotingLauncher:
 
     def launch(self, kernel: Kernel, grid: host_run.Dim, *_: object) -> None:
         self.launches.append((kernel, grid))
+
+    def run(self, plan: LaunchPlan, tensors: object) -> None:
+        self.launch(plan.kernel, plan.grid)
 
     @property
     def names(self) -> list[str]:
@@ -97,6 +100,10 @@ class HostLauncher:
         library.run(launch, memory, self.order)
         if self.record is not None and before is not None:
             self._write(self.record, kernel, launch, memory, before)
+
+    def run(self, plan: LaunchPlan, tensors: Sequence[torch.Tensor | None]) -> None:
+        """The same, as a launcher runs what was worked out before."""
+        self.launch(plan.kernel, plan.grid, plan.block, [*tensors, *plan.numbers])
 
     def build_of(self, kernel: Kernel) -> Build:
         """What g++ is given for `kernel`."""

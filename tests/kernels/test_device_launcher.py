@@ -19,7 +19,7 @@ import torch
 
 from bminf.cuda import launcher as launcher_module
 from bminf.cuda.launcher import Launcher
-from bminf.cuda.source import Kernel
+from bminf.cuda.source import Kernel, LaunchPlan
 from bminf.errors import KernelError
 from bminf.ops.linear_w8a8 import scale_int32_kernel
 
@@ -105,6 +105,14 @@ def test_a_kernel_is_loaded_once_and_launched_on_the_current_stream(driver: Driv
         (address, bytes(8), *map(struct.pack, "iif", (5, -2, 0.5))),
         (bytes(8), address, *map(struct.pack, "iif", (2**31 - 1, 7, -1.5))),
     ]
+
+
+def test_what_was_worked_out_before_is_launched_alike(driver: Driver) -> None:
+    launcher, tensor, driver.num_arguments = Launcher(torch.device("cuda", 0)), torch.zeros(4), 4
+    launcher.launch(KERNEL, (3, 1, 1), (256, 1, 1), [tensor, None, -5, 0.5])
+    launcher.run(LaunchPlan(KERNEL, (3, 1, 1), (256, 1, 1), (-5, 0.5)), [tensor, None])
+    assert driver.launches[0] == driver.launches[1]
+    assert driver.arguments[0] == driver.arguments[1] and driver.arguments[0][2][:4] != bytes(4)
 
 
 def test_each_thread_has_memory_of_its_own_for_arguments(driver: Driver) -> None:
