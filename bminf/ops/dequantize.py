@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from bminf.cuda.launcher import Launcher, launcher_for
-from bminf.cuda.source import Argument, Kernel
+from bminf.cuda.source import Kernel
 from bminf.errors import ArgumentError
 from bminf.ops.rows import ELEMENTS, check_codes
 from bminf.quantization.packed import Format, PackedWeight, dequantize
