@@ -353,3 +353,73 @@ DEVICE void wait_for_copies() {
 #endif
 #endif
 }
+
+// ---- rows of any length --------------------------------------------------------------------------
+
+// is_wide: whether rows are of a multiple of 8 elements and begin at multiples of 16 bytes.
+#ifdef ELEMENT
+// What is left of a number that is stored as an Element and read again.
+DEVICE float rounded(float value) { return to_float(from_float(value)); }
+
+DEVICE void load8_of(const Element* row, int column, int num_columns, bool is_wide, float values[8]) {
+    if (is_wide) return load8(row, column, num_columns, values);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        values[i] = column + i < num_columns ? to_float(row[column + i]) : 0.0f;
+    }
+}
+
+DEVICE void store8_of(Element* row, int column, int num_columns, bool is_wide, const float values[8]) {
+    if (!is_wide) return store8(row, column, num_columns, values);
+    if (column >= num_columns) return;
+#if ELEMENT == 32
+    float4* wide = reinterpret_cast<float4*>(row + column);
+    wide[0] = make_float4(values[0], values[1], values[2], values[3]);
+    wide[1] = make_float4(values[4], values[5], values[6], values[7]);
+#else
+    *reinterpret_cast<uint4*>(row + column) =
+        make_uint4(pack2(values[0], values[1]), pack2(values[2], values[3]),
+                   pack2(values[4], values[5]), pack2(values[6], values[7]));
+#endif
+}
+#endif  // ELEMENT
+
+// CHUNKS: a block holds a row in its registers, that many times 8 columns in each thread: thread i has
+// columns 8 i to 8 i + 7, and so on in steps of 8 blockDim.x; zeros beyond the end.
+#ifdef CHUNKS
+DEVICE int column_of(int chunk) { return 8 * (threadIdx.x + chunk * blockDim.x); }
+
+// Row blockIdx.x of x; where there is a delta, x * scale + delta, which is written to `sum`, too. Each
+// of the two steps is rounded, as by an operator of torch: neither is contracted with the other.
+DEVICE void load_row(float values[CHUNKS][8], const Element* __restrict__ x,
+                     const Element* __restrict__ delta, Element* __restrict__ sum, int num_columns,
+                     bool is_wide, float scale) {
+    const size_t first = size_t(blockIdx.x) * num_columns;
+#pragma unroll
+    for (int chunk = 0; chunk < CHUNKS; ++chunk) {
+        load8_of(x + first, column_of(chunk), num_columns, is_wide, values[chunk]);
+    }
+    if (delta == nullptr) return;
+#pragma unroll
+    for (int chunk = 0; chunk < CHUNKS; ++chunk) {
+        float* own = values[chunk];
+        float more[8];
+        load8_of(delta + first, column_of(chunk), num_columns, is_wide, more);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            own[i] = rounded(__fadd_rn(rounded(__fmul_rn(own[i], scale)), more[i]));
+        }
+        store8_of(sum + first, column_of(chunk), num_columns, is_wide, own);
+    }
+}
+
+// The sum over all threads of a block.   of_warps: in shared memory, for this sum alone.
+DEVICE float block_sum(float value, float* of_warps) {
+    value = warp_sum(value);
+    if (threadIdx.x % WARP == 0) of_warps[threadIdx.x / WARP] = value;
+    __syncthreads();
+    float sum = of_warps[0];
+    for (int warp = 1; warp < blockDim.x / WARP; ++warp) sum += of_warps[warp];
+    return sum;
+}
+#endif  // CHUNKS

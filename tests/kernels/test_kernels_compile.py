@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from variants import CAPABILITIES, variants, weight_of
+from variants import CAPABILITIES, fused_extremes, variants, weight_of
 
 from bminf.cuda import compile as cuda_compile
 from bminf.cuda.compile import compile_kernel
@@ -56,6 +56,10 @@ def registers_allowed(kernel: Kernel) -> int:
         return 128 if macros["ROWS_OF_X"] <= 2 else 168 if macros["ROWS_OF_X"] <= 8 else 255
     if kernel.name == "linear_tensor_core":
         return 136 if macros["X_TILES"] <= 2 else 168 if macros["X_TILES"] <= 4 else 255
+    if kernel.name in ("rms_norm", "layer_norm"):
+        return 80 if macros["WIDE"] else 128
+    if kernel.name == "rotary_append":
+        return 64
     return {"gemm_w8a8_tensor_core": 160, "gemm_w8a8_dp4a": 64}.get(kernel.name, 48)
 
 
@@ -132,6 +136,17 @@ def test_dp4a_where_there_are_no_tensor_cores_for_8_bits() -> None:
     text = ptx_of(linear_w8a8.dp4a_kernel(torch.float16), 61)
     products = re.findall(r"\bdp4a\.s32\.s32\b", text)
     assert len(products) == 8 * 16 and "ld.global.nc.v4" in text
+
+
+def test_norms_and_appends_read_16_bytes_at_a_time_and_divide_no_integers() -> None:
+    """A division of integers takes tens of instructions, on 6.1 above all."""
+    for capability in (61, 90):
+        for kernel in fused_extremes():
+            text, is_wide = ptx_of(kernel, capability), 0 < dict(kernel.macros).get("WIDE", 1)
+            assert not re.search(r"\b(div|rem)\.[su]\d", text), kernel
+            if dict(kernel.macros).get("WIDTH", 8) == 8:
+                assert bool(re.search(r"ld\.global\.(nc\.)?v4", text)) is is_wide, kernel
+                assert ("st.global.v4" in text) is is_wide, kernel
 
 
 # ---- the compiler and its cache ------------------------------------------------------------------

@@ -8,11 +8,13 @@ from itertools import product
 import torch
 
 from bminf.cuda.source import Kernel
-from bminf.ops import dequantize, linear_w8a8, linear_weight_only, quantize_rows
+from bminf.ops import dequantize, linear_w8a8, linear_weight_only, norm, quantize_rows
+from bminf.ops.rotary_append import rotary_append_kernel
 from bminf.quantization.packed import INT4, INT8, Format, PackedWeight, empty
 
 CAPABILITIES = (61, 70, 75, 80, 86, 89, 90, 100, 120)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+NORMS = ("rms_norm", "layer_norm")
 # One of each kind that the sources tell apart: bits, minimum, chunks in one, two or any groups.
 MINIMUM = Format(4, 32, has_minimum=True)
 FORMS = (
@@ -37,6 +39,7 @@ def variants(capability: int) -> list[Kernel]:
     and for 6.1, where another branch begins, with each element."""
     chosen = _few_rows() if capability == 80 else _few_rows_extremes()
     found = [*chosen, *_others(DTYPES if capability in (61, 80) else DTYPES[:1])]
+    found += _fused(DTYPES) if capability == 80 else fused_extremes()
     found += _products(capability, DTYPES if capability < 75 else (torch.bfloat16,))
     if capability == 61:
         found += [few_rows_of(dtype, form, 1) for dtype in DTYPES for form in (INT8, MINIMUM)]
@@ -47,7 +50,7 @@ def variants(capability: int) -> list[Kernel]:
 
 def every_variant(capability: int) -> list[Kernel]:
     """All that tests and benchmarks ask for on a device of `capability`."""
-    found = [*_others(DTYPES)]
+    found = [*_others(DTYPES), *_fused(DTYPES)]
     for dtype, form, is_gated in product(DTYPES, EVERY_FORM, (False, True)):
         for num_rows in range(1, linear_weight_only.MAX_FEW_ROWS + 1):
             found.append(few_rows_of(dtype, form, num_rows, is_gated))
@@ -118,3 +121,20 @@ def _others(dtypes: tuple[torch.dtype, ...]) -> Iterator[Kernel]:
         yield linear_w8a8.scale_int32_kernel(dtype)
         for form in (INT8, Format(4), INT4, MINIMUM, Format(4, 32, True, 8)):
             yield dequantize.kernel(dtype, form)
+
+
+def _fused(dtypes: tuple[torch.dtype, ...]) -> Iterator[Kernel]:
+    for dtype in dtypes:
+        for name, chunks, is_wide in product(NORMS, (1, 2, 4), (True, False)):
+            yield norm.norm_kernel(name, dtype, chunks, is_wide)
+        for angle, width in product((torch.float16, torch.float32, None), (8, 1)):
+            yield rotary_append_kernel(dtype, angle, width)
+
+
+def fused_extremes() -> Iterator[Kernel]:
+    for dtype, chunks in ((torch.float16, 1), (torch.bfloat16, 2), (torch.float32, 4)):
+        yield norm.norm_kernel("layer_norm", dtype, chunks, True)
+    yield norm.norm_kernel("layer_norm", torch.float16, 4, False)
+    yield norm.norm_kernel("rms_norm", torch.bfloat16, 4, True)
+    yield rotary_append_kernel(torch.float16, torch.float16, 8)
+    yield rotary_append_kernel(torch.bfloat16, None, 1)

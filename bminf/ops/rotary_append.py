@@ -1,0 +1,168 @@
+"""New keys and values to their cells of a cache, and rotary positions on the way: one launch.
+
+Kernel: kernels/rotary_append.cu, which rounds where torch's operators do, to the same bits.
+Source: Su et al. 2021, arXiv:2104.09864. In the order of halves: column j is rotated together with
+column j + head_dim / 2.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+from bminf.cuda.launcher import Launcher
+from bminf.cuda.source import Kernel
+from bminf.errors import ArgumentError
+from bminf.ops.rows import ELEMENTS, is_aligned
+
+_WIDTHS = (8, 1)  # columns that a thread takes
+_THREADS = 64  # of a block: a single token has to keep many multiprocessors busy
+_MAX_THREADS = 1024
+
+Angles = tuple[torch.Tensor, torch.Tensor]
+"""Cosines and sines, (B, 1, T, D / 2) float32 or float16."""
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """x: (B, H, T, D).   cos, sin: (B, 1, T, D / 2).   Returns (B, H, T, D) in the dtype of x."""
+    first, second = x.chunk(2, dim=-1)
+    rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return rotated.to(x.dtype)
+
+
+def rotary_append(
+    launcher: Launcher,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    angles: Angles | None,
+    cells: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+) -> torch.Tensor:
+    """Write keys and values to `cells` of a layer of a cache, and return the queries.
+
+    query, key, value: (B, H, T, D), parts of one projection.   angles: rotate queries and keys by
+    these; None does not.   cells: (B * T,) int64, where each token goes; below 0 for nowhere.
+    keys, values: (H, N, D), contiguous.   Returns (B, H, T, D).   Raises ArgumentError.
+    """
+    _check(query, key, value, angles, cells, keys, values)
+    query, key, value = _alike(query, key, value)
+    batch_size, num_heads, num_tokens, head_dim = key.shape
+    rotated = None
+    if angles is not None:
+        shape = (batch_size, num_tokens, num_heads, head_dim)
+        rotated = torch.empty(shape, dtype=key.dtype, device=key.device)
+        angles = angles[0].contiguous(), angles[1].contiguous()
+    width = _width(query, key, value, angles, keys, values)
+    block = _block(num_heads, head_dim // width if angles is None else head_dim // (2 * width))
+    launcher.launch(
+        rotary_append_kernel(key.dtype, None if angles is None else angles[0].dtype, width),
+        (batch_size * num_tokens, -(-num_heads // block[1]), 1),
+        block,
+        [
+            None if angles is None else query, key, value, *(angles or (None, None)), cells,
+            rotated, keys, values, num_heads, head_dim, key.stride(2), key.stride(1),
+            keys.shape[1],
+        ],
+    )  # fmt: skip
+    return query if rotated is None else rotated.transpose(1, 2)
+
+
+def rotary_append_reference(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    angles: Angles | None,
+    cells: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+) -> torch.Tensor:
+    """The same by operators of torch."""
+    if angles is not None:
+        query, key = rotate(query, *angles), rotate(key, *angles)
+    is_kept = cells >= 0
+    for cache_, new in ((keys, key), (values, value)):
+        by_token = new.transpose(1, 2).flatten(0, 1)  # (B * T, H, D)
+        cache_[:, cells[is_kept]] = by_token[is_kept].transpose(0, 1)
+    return query
+
+
+@cache
+def rotary_append_kernel(dtype: torch.dtype, angle: torch.dtype | None, width: int) -> Kernel:
+    """angle: dtype of cosines and sines; None is no rotation.   width: 8 or 1."""
+    macros = (
+        ("ELEMENT", ELEMENTS[dtype]),
+        ("ANGLE", 0 if angle is None else ELEMENTS[angle]),
+        ("WIDTH", width),
+    )
+    return Kernel("rotary_append.cu", "rotary_append", macros)
+
+
+def _check(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    angles: Angles | None,
+    cells: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+) -> None:
+    batch_size, num_heads, num_tokens, head_dim = key.shape
+    fits = query.shape == key.shape == value.shape and keys.shape == values.shape
+    fits = fits and (num_heads, head_dim) == (keys.shape[0], keys.shape[2])
+    if not fits or cells.shape != (batch_size * num_tokens,) or cells.dtype != torch.int64:
+        raise ArgumentError(
+            f"query, key and value are {[tuple(x.shape) for x in (query, key, value)]}, cells "
+            f"{cells.dtype} {tuple(cells.shape)}, keys and values of the cache "
+            f"{[tuple(x.shape) for x in (keys, values)]}; three (B, H, T, D), int64 (B * T,) and "
+            "two (H, N, D) go together"
+        )
+    if not all(x.is_contiguous() and x.device == key.device for x in (cells, keys, values)):
+        raise ArgumentError(
+            f"cells, and keys and values of the cache, have to be contiguous, on {key.device}"
+        )
+    if angles is None:
+        return
+    expected, dtypes = (batch_size, 1, num_tokens, head_dim // 2), {x.dtype for x in angles}
+    if head_dim % 2 or len(dtypes) > 1 or not dtypes <= {torch.float16, torch.float32}:
+        raise ArgumentError(
+            f"heads of {head_dim} columns, cosines and sines in {dtypes}; an even number of "
+            "columns, and float16 or float32 for both, are accepted"
+        )
+    if any(x.shape != expected for x in angles):
+        raise ArgumentError(f"angles are {[tuple(x.shape) for x in angles]}, not {expected} each")
+
+
+def _alike(*parts: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The parts, copied unless the tokens of all lie in one line with the same strides."""
+    first = parts[0]
+    in_line = first.shape[0] == 1 or first.stride(0) == first.shape[2] * first.stride(2)
+    if in_line and first.stride(3) == 1 and all(x.stride() == first.stride() for x in parts):
+        return parts
+    return tuple(x.transpose(1, 2).contiguous().transpose(1, 2) for x in parts)
+
+
+def _width(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    angles: Angles | None,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+) -> int:
+    """The most columns that can be read and written at once."""
+    columns = key.shape[3] if angles is None else key.shape[3] // 2
+    tensors = [query, key, value, keys, values, *(angles or ())]
+    widest, narrow = _WIDTHS
+    sizes = (columns, key.stride(1), key.stride(2))
+    is_wide = not any(size % widest for size in sizes) and all(map(is_aligned, tensors))
+    return widest if is_wide else narrow
+
+
+def _block(num_heads: int, columns: int) -> tuple[int, int, int]:
+    """Threads for the columns of a head, and for heads."""
+    if columns > _MAX_THREADS:
+        raise ArgumentError(f"{columns} columns of a head at once; at most {_MAX_THREADS}")
+    return columns, min(num_heads, max(1, _THREADS // columns)), 1
