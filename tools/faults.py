@@ -190,7 +190,7 @@ FAULTS = (
     ),
     Fault(
         name="rotary-sign",
-        file="bminf/layers/rotary.py",
+        file="bminf/ops/rotary_append.py",
         old="second * cos + first * sin], dim=-1)",
         new="second * cos - first * sin], dim=-1)",
         breaks="GLM-130B writes nonsense.",

@@ -35,6 +35,7 @@ from bminf.layers.attention import causal_mask, mask_to_bias, merge_heads, split
 from bminf.layers.embedding import embedding
 from bminf.layers.feed_forward import FeedForward
 from bminf.layers.kv_cache import KVCache, decoder_cache, decoder_cache_bytes
+from bminf.layers.norm import LayerNorm
 from bminf.layers.packed_cache import Cache
 from bminf.ops.gated_linear import check_activation
 
@@ -110,20 +111,20 @@ def gpt_config(source: Mapping[str, Any], tensors: Mapping[str, Stored], where: 
 
 
 class Attention(torch.nn.Module):
-    """Causal self-attention with its norm and its residual connection."""
+    """Causal self-attention; its norm is called by the layer."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         size = config.hidden_size
-        self.norm = torch.nn.LayerNorm(size, config.layer_norm_eps)
+        self.norm = LayerNorm(size, config.layer_norm_eps)
         self.qkv = torch.nn.Linear(size, 3 * size)
         self.out = torch.nn.Linear(size, size)
         self.head_dim = config.head_dim
 
-    def forward(self, x: torch.Tensor, bias: Any, layer: int, cache: Cache) -> torch.Tensor:
-        query, key, value = split_heads(self.qkv(self.norm(x)), 3, self.head_dim)
+    def forward(self, normed: torch.Tensor, bias: Any, layer: int, cache: Cache) -> torch.Tensor:
+        query, key, value = split_heads(self.qkv(normed), 3, self.head_dim)
         y = cache.attend(layer, query, key, value, bias, self.head_dim**-0.5)
-        return x + self.out(merge_heads(y))
+        return self.out(merge_heads(y))
 
 
 class Layer(torch.nn.Module):
@@ -131,12 +132,13 @@ class Layer(torch.nn.Module):
         super().__init__()
         size = config.hidden_size
         self.attention = Attention(config)
-        self.norm = torch.nn.LayerNorm(size, config.layer_norm_eps)
+        self.norm = LayerNorm(size, config.layer_norm_eps)
         self.feed_forward = FeedForward(size, config.intermediate_size, config.hidden_act)
 
     def forward(self, x: torch.Tensor, bias: Any, layer: int, cache: Cache) -> torch.Tensor:
-        x = self.attention(x, bias, layer, cache)
-        return x + self.feed_forward(self.norm(x))
+        y = self.attention(self.attention.norm(x), bias, layer, cache)
+        x, normed = self.norm.add(x, y)
+        return x + self.feed_forward(normed)
 
 
 class GPT(torch.nn.Module):
@@ -149,7 +151,7 @@ class GPT(torch.nn.Module):
         self.embed_tokens = embedding(config.vocab_size, size)
         self.embed_positions = embedding(config.max_position_embeddings, size)
         self.layers = torch.nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
-        self.norm = torch.nn.LayerNorm(size, config.layer_norm_eps)
+        self.norm = LayerNorm(size, config.layer_norm_eps)
 
     def forward(
         self, input_ids: torch.Tensor, cache: Cache, num_padding: torch.Tensor | None = None

@@ -226,7 +226,7 @@ Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Any, float], torch.
 
 
 class SelfAttention(torch.nn.Module):
-    """With its norm and its residual connection."""
+    """Its norm is called by the layer."""
 
     def __init__(self, config: T5Config) -> None:
         super().__init__()
@@ -235,13 +235,13 @@ class SelfAttention(torch.nn.Module):
         self.out = torch.nn.Linear(config.inner_size, config.hidden_size, bias=False)
         self.head_dim, self.scale = config.head_dim, config.attention_scale
 
-    def forward(self, x: torch.Tensor, bias: Any, attend: Attend = attention) -> torch.Tensor:
-        query, key, value = split_heads(self.qkv(self.norm(x)), 3, self.head_dim)
-        return x + self.out(merge_heads(attend(query, key, value, bias, self.scale)))
+    def forward(self, normed: torch.Tensor, bias: Any, attend: Attend = attention) -> torch.Tensor:
+        query, key, value = split_heads(self.qkv(normed), 3, self.head_dim)
+        return self.out(merge_heads(attend(query, key, value, bias, self.scale)))
 
 
 class CrossAttention(torch.nn.Module):
-    """Looks at the prompt, whose keys and values are in the cache."""
+    """Looks at the prompt, whose keys and values are in the cache; the layer calls its norm."""
 
     def __init__(self, config: T5Config) -> None:
         super().__init__()
@@ -250,9 +250,11 @@ class CrossAttention(torch.nn.Module):
         self.out = torch.nn.Linear(config.inner_size, config.hidden_size, bias=False)
         self.head_dim, self.scale = config.head_dim, config.attention_scale
 
-    def forward(self, x: torch.Tensor, layer: int, cache: T5Cache | PackedT5Cache) -> torch.Tensor:
-        (query,) = split_heads(self.query(self.norm(x)), 1, self.head_dim)
-        return x + self.out(merge_heads(cache.attend_to_prompt(layer, query, self.scale)))
+    def forward(
+        self, normed: torch.Tensor, layer: int, cache: T5Cache | PackedT5Cache
+    ) -> torch.Tensor:
+        (query,) = split_heads(self.query(normed), 1, self.head_dim)
+        return self.out(merge_heads(cache.attend_to_prompt(layer, query, self.scale)))
 
 
 class EncoderLayer(torch.nn.Module):
@@ -265,8 +267,9 @@ class EncoderLayer(torch.nn.Module):
         )
 
     def forward(self, x: torch.Tensor, bias: Any, attend: Attend) -> torch.Tensor:
-        x = self.attention(x, bias, attend)
-        return x + self.feed_forward(self.norm(x))
+        y = self.attention(self.attention.norm(x), bias, attend)
+        x, normed = self.norm.add(x, y)
+        return x + self.feed_forward(normed)
 
 
 class DecoderLayer(torch.nn.Module):
@@ -282,9 +285,10 @@ class DecoderLayer(torch.nn.Module):
     def forward(
         self, x: torch.Tensor, bias: Any, layer: int, cache: T5Cache | PackedT5Cache
     ) -> torch.Tensor:
-        x = self.attention(x, bias, partial(cache.own.attend, layer))
-        x = self.cross_attention(x, layer, cache)
-        return x + self.feed_forward(self.norm(x))
+        y = self.attention(self.attention.norm(x), bias, partial(cache.own.attend, layer))
+        x, normed = self.cross_attention.norm.add(x, y)
+        x, normed = self.norm.add(x, self.cross_attention(normed, layer, cache))
+        return x + self.feed_forward(normed)
 
 
 class Encoder(torch.nn.Module):

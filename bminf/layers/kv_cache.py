@@ -7,8 +7,11 @@ from typing import Any
 
 import torch
 
+from bminf.cuda.launcher import fused_launcher
 from bminf.layers.alibi import Alibi
 from bminf.layers.attention import attention
+from bminf.ops.fused import is_fusible
+from bminf.ops.rotary_append import Angles, rotary_append, rotate
 
 MakeBias = Callable[[int, int], torch.Tensor | Alibi | None]
 """From the numbers of queries and keys to a bias of attention(); queries are the last keys."""
@@ -43,6 +46,7 @@ class KVCache:
             values.view(by_row).transpose(1, 2),
         )
         self.length = 0
+        self._cells: tuple[tuple[int, int, int], torch.Tensor] | None = None  # of the last append
 
     @property
     def batch_size(self) -> int:
@@ -59,11 +63,48 @@ class KVCache:
 
         B may be less than batch_size. Returns two (B, H, length + T, D).
         """
+        self._keep(layer, key, key, value, None)
+        return self.read(layer, len(key), self.length + key.shape[2])
+
+    def _keep(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        angles: Angles | None,
+    ) -> torch.Tensor:
+        """The queries, rotated like the keys that are written."""
         num_rows, _, num_tokens, _ = key.shape
         end = self.length + num_tokens
+        launcher = fused_launcher(key.device)
+        if launcher is not None and self._has_room(key, value, end):
+            keys, values = self.tokens
+            cells = self._cells_of(num_rows, num_tokens)
+            return rotary_append(
+                launcher, query, key, value, angles, cells, keys[layer], values[layer]
+            )
+        if angles is not None:
+            query, key = rotate(query, *angles), rotate(key, *angles)
         self.keys[layer, :num_rows, :, self.length : end] = key
         self.values[layer, :num_rows, :, self.length : end] = value
-        return self.read(layer, num_rows, end)
+        return query
+
+    def _has_room(self, key: torch.Tensor, value: torch.Tensor, end: int) -> bool:
+        """For the kernel; torch's operators say what is wrong."""
+        fits = len(key) <= self.batch_size and end <= self.max_length
+        return fits and is_fusible(key, value, self.keys)
+
+    def _cells_of(self, num_rows: int, num_tokens: int) -> torch.Tensor:
+        """(B * T,) int64, where the next tokens go; made once for all layers."""
+        asked = self.length, num_rows, num_tokens
+        if self._cells is None or self._cells[0] != asked:
+            cells = self.positions(num_tokens)
+            if num_rows > 1:
+                starts = torch.arange(num_rows, device=cells.device) * self.max_length
+                cells = (starts.unsqueeze(1) + cells).flatten()
+            self._cells = asked, cells
+        return self._cells[1]
 
     def read(self, layer: int, num_rows: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The first `end` tokens of the first rows of a layer: two (num_rows, H, end, D) views."""
@@ -78,9 +119,14 @@ class KVCache:
         value: torch.Tensor,
         bias: torch.Tensor | Alibi | None,
         scale: float,
+        angles: Angles | None = None,
     ) -> torch.Tensor:
-        """Append, and attend from the appended tokens to all; see attention()."""
-        key, value = self.append(layer, key, value)
+        """Append, and attend from the appended tokens to all; see attention().
+
+        angles: that rotate queries and keys before, see Rotary.
+        """
+        query = self._keep(layer, query, key, value, angles)
+        key, value = self.read(layer, len(key), self.length + key.shape[2])
         return attention(query, key, value, bias, scale)
 
     def positions(self, num_tokens: int) -> torch.Tensor:

@@ -12,9 +12,12 @@ from typing import Any, Protocol
 
 import torch
 
+from bminf.cuda.launcher import fused_launcher
 from bminf.layers.alibi import Alibi
 from bminf.layers.attention import attention, attention_in_products
 from bminf.layers.kv_cache import MakeBias
+from bminf.ops.fused import is_fusible
+from bminf.ops.rotary_append import Angles, rotary_append, rotate
 
 Bias = Sequence[torch.Tensor | Alibi | None]
 """Of each row in a pass: (1, 1 or H, T of the row, S of the row), or what attention() takes in the
@@ -32,8 +35,12 @@ class Cache(Protocol):
         value: torch.Tensor,
         bias: Any,
         scale: float,
+        angles: Angles | None = None,
     ) -> torch.Tensor:
-        """Keep keys and values of more tokens, and attend from these to all of their row."""
+        """Keep keys and values of more tokens, and attend from these to all of their row.
+
+        angles: that rotate queries and keys before, see Rotary.
+        """
         ...
 
     def positions(self, num_tokens: int) -> torch.Tensor:
@@ -90,12 +97,38 @@ class PackedCache:
             (ours, slice(one.start + one.length, one.end), slice(one.start, one.end))
             for one, ours in slices(spans)
         ]
+        self._cells: torch.Tensor | None = None  # of all tokens of the pass, on the device
 
-    def append(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Keep (1, H, T, D) of all rows."""
+    def append(
+        self,
+        layer: int,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        query: torch.Tensor | None = None,
+        angles: Angles | None = None,
+    ) -> torch.Tensor:
+        """Keep (1, H, T, D) of all rows; returns queries, rotated like the keys."""
+        query = key if query is None else query
+        launcher = fused_launcher(key.device)
+        if launcher is not None and is_fusible(key, value, self._keys):
+            keys, values = self._keys[layer], self._values[layer]
+            return rotary_append(
+                launcher, query, key, value, angles, self._cells_of(key.shape[2]), keys, values
+            )
+        if angles is not None:
+            query, key = rotate(query, *angles), rotate(key, *angles)
         for ours, new, _ in self._places:
             self._keys[layer, :, new] = key[0, :, ours]
             self._values[layer, :, new] = value[0, :, ours]
+        return query
+
+    def _cells_of(self, num_tokens: int) -> torch.Tensor:
+        """(T,) int64, where the tokens of the pass go; -1 for those of no row."""
+        if self._cells is None:
+            cells = [cell for _, new, _ in self._places for cell in range(new.start, new.stop)]
+            cells += [-1] * (num_tokens - len(cells))
+            self._cells = torch.tensor(cells, device=self._keys.device)
+        return self._cells
 
     def attend(
         self,
@@ -105,9 +138,10 @@ class PackedCache:
         value: torch.Tensor,
         bias: Bias,
         scale: float,
+        angles: Angles | None = None,
     ) -> torch.Tensor:
         """(1, H, T, D), of each token to those of its row."""
-        self.append(layer, key, value)
+        query = self.append(layer, key, value, query, angles)
         return self.attend_to_kept(layer, query, bias, scale)
 
     def attend_to_kept(

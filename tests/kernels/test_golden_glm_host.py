@@ -59,7 +59,7 @@ def test_golden_glm_kernels_compute_what_the_cpu_does(name: str, case: tuple[str
         launcher = HostLauncher(capability=61)
         with served_by(launcher):
             computed = few_logits(model, forward, text)
-    assert launcher.names  # it ran kernels
+    assert {"layer_norm", "rotary_append"} < {*launcher.names}
     with given.load_streaming(folder, plan, **packing) as model:
         assert model.plan.streamed
         with served_by(HostLauncher(capability=61)):
