@@ -22,11 +22,11 @@ Operator = Literal["flash", "efficient", "math"]
 _ALIGNMENT = 8  # elements that the rows of a bias have to begin at a multiple of
 
 
-def split_heads(x: torch.Tensor, num_parts: int, head_dim: int) -> list[torch.Tensor]:
+def split_heads(x: torch.Tensor, num_parts: int, head_dim: int) -> tuple[torch.Tensor, ...]:
     """(B, T, num_parts * H * D) -> num_parts tensors (B, H, T, D), views."""
     batch_size, num_tokens, _ = x.shape
     parts = x.view(batch_size, num_tokens, num_parts, -1, head_dim)
-    return [parts[:, :, part].transpose(1, 2) for part in range(num_parts)]
+    return parts.permute(2, 0, 3, 1, 4).unbind()
 
 
 def merge_heads(x: torch.Tensor) -> torch.Tensor:

@@ -45,6 +45,7 @@ class KVCache:
             keys.view(by_row).transpose(1, 2),
             values.view(by_row).transpose(1, 2),
         )
+        self._layers = [*zip(keys, values, strict=True)]  # of `tokens`
         self.length = 0
         self._cells: tuple[tuple[int, int, int], torch.Tensor] | None = None  # of the last append
 
@@ -79,11 +80,8 @@ class KVCache:
         end = self.length + num_tokens
         launcher = fused_launcher(key.device)
         if launcher is not None and self._has_room(key, value, end):
-            keys, values = self.tokens
             cells = self._cells_of(num_rows, num_tokens)
-            return rotary_append(
-                launcher, query, key, value, angles, cells, keys[layer], values[layer]
-            )
+            return rotary_append(launcher, query, key, value, angles, cells, *self._layers[layer])
         if angles is not None:
             query, key = rotate(query, *angles), rotate(key, *angles)
         self.keys[layer, :num_rows, :, self.length : end] = key

@@ -14,8 +14,12 @@ def is_fusible(x: torch.Tensor, *others: torch.Tensor) -> bool:
 
     Asked behind fused_launcher(), which says most often that there is no launcher.
     """
-    if x.dtype not in ELEMENTS or not x.numel() or any(y.dtype != x.dtype for y in others):
+    dtype = x.dtype
+    if dtype not in ELEMENTS or not x.numel():
         return False
+    for other in others:
+        if other.dtype is not dtype:
+            return False
     if torch.is_grad_enabled() and any(y.requires_grad for y in (x, *others)):
         return False
     return not torch.compiler.is_compiling() and active_tracer() is None

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 
 from bminf.cuda.launcher import Launcher, fused_launcher
-from bminf.cuda.source import Kernel
+from bminf.cuda.source import Kernel, LaunchPlan
 from bminf.errors import ArgumentError
 from bminf.ops.fused import is_fusible
-from bminf.ops.rows import ELEMENTS, KERNEL_COLUMNS, is_aligned
+from bminf.ops.rows import ELEMENTS, KERNEL_ALIGNMENT, KERNEL_COLUMNS
 
 _MAX_THREADS = 512
 _WARP = 32
@@ -50,7 +50,7 @@ def add_rms_norm(
     Raises ArgumentError.
     """
     launcher = fused_launcher(x.device)
-    if launcher is None or not _is_taken(x, weight, delta=delta):
+    if launcher is None or not _is_taken(x, delta, weight, has_delta=True):
         total = _added(x, delta, scale)
         return total, rms_norm_reference(total, weight, eps)
     return _launch(launcher, "rms_norm", x, delta, [weight], scale, eps)
@@ -83,7 +83,7 @@ def add_layer_norm(
     scale: DeepNorm's alpha (Wang et al. 2022, arXiv:2203.00555).   Raises ArgumentError.
     """
     launcher = fused_launcher(x.device)
-    if launcher is None or not _is_taken(x, weight, bias, delta=delta):
+    if launcher is None or not _is_taken(x, delta, weight, bias, has_delta=True):
         total = _added(x, delta, scale)
         return total, F.layer_norm(total, weight.shape, weight, bias, eps)
     return _launch(launcher, "layer_norm", x, delta, [weight, bias], scale, eps)
@@ -108,25 +108,21 @@ def norm_kernel(name: str, dtype: torch.dtype, chunks: int, is_wide: bool) -> Ke
     return Kernel(f"{name}.cu", name, macros)
 
 
-def _is_taken(x: torch.Tensor, *weights: torch.Tensor, delta: torch.Tensor | None = None) -> bool:
+def _is_taken(x: torch.Tensor, *others: torch.Tensor, has_delta: bool = False) -> bool:
     """By the kernel; otherwise by torch's operators, which check by themselves.
 
-    Raises ArgumentError.
+    others: delta, if there is one, and weights.   Raises ArgumentError.
     """
-    others = weights if delta is None else (*weights, delta)
     if x.shape[-1] > MAX_COLUMNS or not is_fusible(x, *others):
         return False
-    for weight in weights:
-        if weight.shape != x.shape[-1:] or weight.device != x.device:
+    columns, device = x.shape[-1:], x.device
+    for index, other in enumerate(others):
+        is_delta = has_delta and not index
+        if other.shape != (x.shape if is_delta else columns) or other.device != device:
             raise ArgumentError(
-                f"a weight of the norm is {tuple(weight.shape)} on {weight.device}; x is "
-                f"{tuple(x.shape)} on {x.device}, and takes {tuple(x.shape[-1:])} there"
+                f"{'delta' if is_delta else 'a weight'} of a norm is {tuple(other.shape)} on "
+                f"{other.device}; it does not go with x, {tuple(x.shape)} on {device}"
             )
-    if delta is not None and (delta.shape != x.shape or delta.device != x.device):
-        raise ArgumentError(
-            f"delta is {tuple(delta.shape)} on {delta.device}, x {tuple(x.shape)} on {x.device}; "
-            "they must be alike"
-        )
     return True
 
 
@@ -140,25 +136,35 @@ def _launch(
     eps: float,
 ) -> Added:
     """Without a delta the sum is x."""
-    x, delta = x.contiguous(), None if delta is None else delta.contiguous()
+    x, total = x.contiguous(), None
+    columns, addresses = x.shape[-1], x.data_ptr()
+    if delta is not None:
+        delta, total = delta.contiguous(), torch.empty_like(x)
+        addresses |= delta.data_ptr()
     weights = [weight.contiguous() for weight in weights]
-    columns = x.shape[-1]
-    total, y = None if delta is None else torch.empty_like(x), torch.empty_like(x)
-    read = (x, *weights) if delta is None else (x, delta, *weights)
-    is_wide = columns % KERNEL_COLUMNS == 0 and all(map(is_aligned, read))
-    chunks, threads = _shares(columns)
-    launcher.launch(
-        norm_kernel(name, x.dtype, chunks, is_wide),
-        (x.numel() // columns, 1, 1),
-        (threads, 1, 1),
-        [x, delta, *weights, total, y, columns, float(scale), float(eps)],
-    )
+    for weight in weights:
+        addresses |= weight.data_ptr()
+    y = torch.empty_like(x)
+    is_aligned = addresses % KERNEL_ALIGNMENT == 0
+    plan = _plan(name, x.dtype, x.numel() // columns, columns, is_aligned, scale, eps)
+    tensors = (x, delta, *weights, total, y)
+    launcher.run(plan, tensors)
     return x if total is None else total, y
 
 
 @cache
-def _shares(columns: int) -> tuple[int, int]:
-    """Chunks of 8 columns for each thread, and threads."""
+def _plan(
+    name: str,
+    dtype: torch.dtype,
+    rows: int,
+    columns: int,
+    is_aligned: bool,
+    scale: float,
+    eps: float,
+) -> LaunchPlan:
     needed = -(-columns // KERNEL_COLUMNS)
     chunks = next(n for n in _CHUNKS if needed <= n * _MAX_THREADS)
-    return chunks, -(-needed // (chunks * _WARP)) * _WARP
+    threads = -(-needed // (chunks * _WARP)) * _WARP
+    is_wide = is_aligned and columns % KERNEL_COLUMNS == 0
+    kernel, numbers = norm_kernel(name, dtype, chunks, is_wide), (columns, float(scale), float(eps))
+    return LaunchPlan(kernel, (rows, 1, 1), (threads, 1, 1), numbers)

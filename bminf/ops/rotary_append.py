@@ -8,13 +8,14 @@ column j + head_dim / 2.
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 
 from bminf.cuda.launcher import Launcher
-from bminf.cuda.source import Kernel
+from bminf.cuda.source import Kernel, LaunchPlan
 from bminf.errors import ArgumentError
-from bminf.ops.rows import ELEMENTS, is_aligned
+from bminf.ops.rows import ELEMENTS, KERNEL_ALIGNMENT, is_aligned
 
 _WIDTHS = (8, 1)  # columns that a thread takes
 _THREADS = 64  # of a block: a single token has to keep many multiprocessors busy
@@ -47,27 +48,24 @@ def rotary_append(
     these; None does not.   cells: (B * T,) int64, where each token goes; below 0 for nowhere.
     keys, values: (H, N, D), contiguous.   Returns (B, H, T, D).   Raises ArgumentError.
     """
-    _check(query, key, value, angles, cells, keys, values)
-    query, key, value = _alike(query, key, value)
-    batch_size, num_heads, num_tokens, head_dim = key.shape
-    rotated = None
+    given = (query, key, value, angles, cells, keys, values)
+    known = _known(*given)
+    plan = _plans.get(known)
+    if plan is None:
+        _check(*given)
+        if not _is_in_line(query, key, value):
+            query, key, value = map(_in_line, (query, key, value))
+            return rotary_append(launcher, query, key, value, angles, cells, keys, values)
+        plan = _plans[known] = _plan(*given)
+    tensors: list[torch.Tensor | None] = [None, key, value, None, None, cells, None, keys, values]
+    rotated = query
     if angles is not None:
-        shape = (batch_size, num_tokens, num_heads, head_dim)
-        rotated = torch.empty(shape, dtype=key.dtype, device=key.device)
-        angles = angles[0].contiguous(), angles[1].contiguous()
-    width = _width(query, key, value, angles, keys, values)
-    block = _block(num_heads, head_dim // width if angles is None else head_dim // (2 * width))
-    launcher.launch(
-        rotary_append_kernel(key.dtype, None if angles is None else angles[0].dtype, width),
-        (batch_size * num_tokens, -(-num_heads // block[1]), 1),
-        block,
-        [
-            None if angles is None else query, key, value, *(angles or (None, None)), cells,
-            rotated, keys, values, num_heads, head_dim, key.stride(2), key.stride(1),
-            keys.shape[1],
-        ],
-    )  # fmt: skip
-    return query if rotated is None else rotated.transpose(1, 2)
+        by_token = torch.empty_like(key.transpose(1, 2), memory_format=torch.contiguous_format)
+        cos, sin = (x.contiguous() for x in angles)
+        tensors = [query, key, value, cos, sin, cells, by_token, keys, values]
+        rotated = by_token.transpose(1, 2)
+    launcher.run(plan, tensors)
+    return rotated
 
 
 def rotary_append_reference(
@@ -135,30 +133,67 @@ def _check(
         raise ArgumentError(f"angles are {[tuple(x.shape) for x in angles]}, not {expected} each")
 
 
-def _alike(*parts: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The parts, copied unless the tokens of all lie in one line with the same strides."""
+def _is_in_line(*parts: torch.Tensor) -> bool:
+    """Whether the tokens of all lie in one line, with the same strides."""
     first = parts[0]
     in_line = first.shape[0] == 1 or first.stride(0) == first.shape[2] * first.stride(2)
-    if in_line and first.stride(3) == 1 and all(x.stride() == first.stride() for x in parts):
-        return parts
-    return tuple(x.transpose(1, 2).contiguous().transpose(1, 2) for x in parts)
+    return in_line and first.stride(3) == 1 and all(x.stride() == first.stride() for x in parts)
 
 
-def _width(
+def _in_line(x: torch.Tensor) -> torch.Tensor:
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+_plans: dict[tuple[Any, ...], LaunchPlan] = {}
+"""By what _known() tells: what has a plan was checked."""
+
+
+def _known(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     angles: Angles | None,
+    cells: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
-) -> int:
-    """The most columns that can be read and written at once."""
-    columns = key.shape[3] if angles is None else key.shape[3] // 2
-    tensors = [query, key, value, keys, values, *(angles or ())]
+) -> tuple[Any, ...]:
+    """All that a check looks at and a plan depends on."""
+    addresses = query.data_ptr() | key.data_ptr() | value.data_ptr()
+    addresses |= keys.data_ptr() | values.data_ptr()
+    of_angles = None
+    if angles is not None:
+        cos, sin = angles
+        of_angles = cos.dtype, cos.shape, sin.dtype, sin.shape
+        addresses |= cos.data_ptr() | sin.data_ptr()
+    return (
+        *(key.dtype, query.shape, query.stride(), key.shape, key.stride(), value.shape),
+        *(value.stride(), of_angles, cells.dtype, cells.shape, cells.stride(), keys.shape),
+        *(keys.stride(), values.shape, values.stride(), key.device, keys.device, values.device),
+        *(cells.device, addresses % KERNEL_ALIGNMENT == 0),
+    )
+
+
+def _plan(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    angles: Angles | None,
+    cells: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+) -> LaunchPlan:
+    batch_size, num_heads, num_tokens, head_dim = key.shape
+    columns = head_dim if angles is None else head_dim // 2
+    tensors = (query, key, value, keys, values, *(angles or ()))
+    # The most columns that can be read and written at once.
     widest, narrow = _WIDTHS
-    sizes = (columns, key.stride(1), key.stride(2))
-    is_wide = not any(size % widest for size in sizes) and all(map(is_aligned, tensors))
-    return widest if is_wide else narrow
+    is_even = not any(n % widest for n in (columns, key.stride(1), key.stride(2)))
+    width = widest if is_even and all(map(is_aligned, tensors)) else narrow
+    block = _block(num_heads, columns // width)
+    kernel = rotary_append_kernel(key.dtype, None if angles is None else angles[0].dtype, width)
+    grid = (batch_size * num_tokens, -(-num_heads // block[1]), 1)
+    numbers = (num_heads, head_dim, key.stride(2), key.stride(1), keys.shape[1])
+    return LaunchPlan(kernel, grid, block, numbers)
 
 
 def _block(num_heads: int, columns: int) -> tuple[int, int, int]:
