@@ -59,6 +59,7 @@ def load(
     uses: Mapping[str, float] | None = None,
     quantize: Predicate | None = None,
     deterministic: bool = False,
+    fused_kernels: bool = True,
     trust_remote_code: bool = False,
 ) -> Any:
     """The model in a folder, within `memory_limit`, without ever holding all of it as it was saved.
@@ -82,6 +83,7 @@ def load(
     reserve, blocks, uses, quantize: as for wrapper(); not for models of the zoo.
     deterministic: for a model of the zoo, see bminf.models.LanguageModel; for one of transformers
         give it to bminf.Engine.
+    fused_kernels: for a model of the zoo, see bminf.models.LanguageModel.
     trust_remote_code: True lets transformers run the code that a folder brings with it.
 
     Some rows of one tensor are in memory at a time, beside what is loaded; where transformers
@@ -104,11 +106,12 @@ def load(
         return kind(
             path, memory_limit, dtype=dtype, device=device, max_length=max_length,  # type: ignore
             max_batch_size=max_batch_size, config=config, tokenizer=tokenizer,
-            offload_dir=offload_dir, deterministic=deterministic, **more,
+            offload_dir=offload_dir, deterministic=deterministic, fused_kernels=fused_kernels,
+            **more,
         )  # fmt: skip
     _check_not_given(
         f"models of bminf.models, and {path} holds one of transformers",
-        config=config, deterministic=deterministic,
+        config=config, deterministic=deterministic, fused_kernels=not fused_kernels or None,
     )  # fmt: skip
     if is_saved(path):
         read_description(path)  # which compares all small files, before any is used

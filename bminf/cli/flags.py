@@ -39,6 +39,9 @@ def add_model(parser: argparse.ArgumentParser, is_optional: bool = False) -> Non
     add("--model", dest="built_in", choices=("cpm1", "cpm2", "eva", "glm130b", "glm10b", "bloom"),
         help="the built-in model, where the files do not determine it")  # fmt: skip
     add("--trust-remote-code", action="store_true", help="run the code that the folder contains")
+    add("--no-fused-kernels", action="store_true", default=None,
+        help="on a GPU, torch's operators for norms, positions and attention, in place of kernels "
+        "of bminf (built-in models)")  # fmt: skip
     parser.set_defaults(max_batch_size=1)  # of most verbs
 
 

@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ import torch
 
 from bminf.arch.architecture import Architecture
 from bminf.checks import check_banned, check_bool, check_positive
+from bminf.cuda.launcher import fused_by_default, fused_kernels
 from bminf.engine.beam import Decoder, Hypothesis, beam_search
 from bminf.engine.engine import Engine
 from bminf.engine.request import Request
@@ -84,6 +85,9 @@ class LanguageModel:
         share its passes, whenever it begins, and, but for beams, with any number of threads.
         Slower, above all for long prompts and for one text alone; at most 16 texts go on at once,
         and others wait. The option of a GLM's beam search that is called so is another one.
+    fused_kernels: on a GPU, False takes torch's operators for norms, positions and attention in
+        place of kernels that do several steps of them at once; so does the environment variable
+        BMINF_FUSED_KERNELS=0. Slower; to find out whether a kernel is to blame. A CPU has none.
 
     Several threads may generate at once, and share each pass over the weights: there is room for
     max_length times max_batch_size tokens in all. An iterator that was left unfinished keeps its
@@ -114,10 +118,14 @@ class LanguageModel:
         tokenizer: Any = None,
         offload_dir: str | Path | None = None,
         deterministic: bool = False,
+        fused_kernels: bool = True,
     ) -> None:
         start_s = time.perf_counter()
         check_positive("max_batch_size", max_batch_size)
         check_bool("deterministic", deterministic)
+        check_bool("fused_kernels", fused_kernels)
+        fused_by_default()  # which may refuse what the environment says
+        self._uses_fused_kernels = fused_kernels
         if max_length is not None:
             check_positive("max_length", max_length)
         layers = parse_format(quantization, formats=self._architectures[0].formats)
@@ -266,7 +274,9 @@ class LanguageModel:
 
     def _new_rows(self) -> RowModel:
         """The rows of an engine, in the cache."""
-        return DecoderRows(self.model, self._cache, self.max_length, self._begin)
+        return DecoderRows(
+            self.model, self._cache, self.max_length, self._begin, self._uses_fused_kernels
+        )
 
     def _decoder(self, prompts: Sequence[Any]) -> tuple[Decoder, torch.Tensor]:
         """A decoder of these prompts in the whole cache, and what it is fed first; for beams."""
@@ -381,9 +391,13 @@ class LanguageModel:
     @contextmanager
     def _whole_cache(self) -> Iterator[None]:
         """For passes that fill the cache from its beginning: when no text is under way."""
-        with self.engine.exclusive(), torch.inference_mode():
+        with self.engine.exclusive(), torch.inference_mode(), self._kernels():
             self._begin()
             yield
+
+    def _kernels(self) -> AbstractContextManager[None]:
+        """For a pass."""
+        return nullcontext() if self._uses_fused_kernels else fused_kernels(False)
 
     def _begin(self) -> None:
         if self.device.type == "cpu":

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from bminf.arch.t5 import T5, PackedT5Cache, T5Cache
+from bminf.cuda.launcher import fused_kernels
 from bminf.engine.pool_rows import PoolRows, PromptedRow, PromptedRows, ids_of, last_tokens
 from bminf.engine.request import Request
 from bminf.engine.rows import Feed, fixed_length
@@ -21,6 +22,7 @@ class DecoderRows(PoolRows):
     """Rows of a decoder-only network, which is called with ids (1, T) and a PackedCache.
 
     max_length: the most tokens of a row.   begin: called when a request gets its row.
+    uses_fused_kernels: see LanguageModel.
     """
 
     def __init__(
@@ -29,10 +31,12 @@ class DecoderRows(PoolRows):
         cache: KVCache,
         max_length: int,
         begin: Callable[[], object] = lambda: None,
+        uses_fused_kernels: bool = True,
     ) -> None:
         num_tokens = cache.tokens[0].shape[2]
         super().__init__(network, network.config.vocab_size, num_tokens, max_length)
         self.network, self._cache, self._begin = network, cache, begin
+        self._uses_fused_kernels = uses_fused_kernels
 
     def sampler_device(self) -> torch.device:
         return self._cache.keys.device
@@ -45,6 +49,12 @@ class DecoderRows(PoolRows):
         if row is not None:
             self._begin()
         return row
+
+    def forward(self, feeds: Sequence[Feed], num_tokens: int | None = None) -> torch.Tensor:
+        if self._uses_fused_kernels:
+            return super().forward(feeds, num_tokens)
+        with fused_kernels(False):
+            return super().forward(feeds, num_tokens)
 
     def compute(
         self, feeds: Sequence[Feed], spans: Sequence[Span], num_tokens: int | None
@@ -89,9 +99,14 @@ class T5Rows(PromptedRows, DecoderRows):
     network: T5
 
     def __init__(
-        self, network: T5, cache: T5Cache, max_length: int, begin: Callable[[], object]
+        self,
+        network: T5,
+        cache: T5Cache,
+        max_length: int,
+        begin: Callable[[], object],
+        uses_fused_kernels: bool = True,
     ) -> None:
-        super().__init__(network, cache.own, max_length, begin)
+        super().__init__(network, cache.own, max_length, begin, uses_fused_kernels)
         self._cross = cache.cross
         self._prompts = TokenPool(cache.cross.tokens[0].shape[2], cache.cross.move_tokens)
 
