@@ -294,6 +294,27 @@ FAULTS = (
         breaks="In a batch the shorter texts have wrong positions.",
     ),
     Fault(
+        name="norm-of-a-trained-weight",
+        file="bminf/ops/fused.py",
+        old="any(y.requires_grad for y in (x, *others))",
+        new="x.requires_grad",
+        breaks="On a GPU the weight of a norm gets no gradient.",
+    ),
+    Fault(
+        name="append-cells-of-rows",
+        file="bminf/layers/kv_cache.py",
+        old="device=cells.device) * self.max_length",
+        new="device=cells.device) * self.length",
+        breaks="On a GPU the rows of a beam search write over each other.",
+    ),
+    Fault(
+        name="append-tokens-of-no-row",
+        file="bminf/layers/packed_cache.py",
+        old="cells += [-1] * (num_tokens - len(cells))",
+        new="cells += [0] * (num_tokens - len(cells))",
+        breaks="On a GPU a deterministic engine writes over the first token in its pool.",
+    ),
+    Fault(
         name="t5-prompts-of-rows",
         file="bminf/arch/t5.py",
         old="if prompt_of == self._prompt_of:",

@@ -41,6 +41,7 @@ def test_a_norm_is_one_launch_and_with_what_is_added_too(noting: NotingLauncher)
         noting.launches.clear()
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # by torch's own jvp
 def test_torchs_operators_are_taken_where_they_have_to_be(noting: NotingLauncher) -> None:
     weight, x = torch.randn(24), torch.randn(2, 24)
     expected = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * weight
@@ -51,9 +52,15 @@ def test_torchs_operators_are_taken_where_they_have_to_be(noting: NotingLauncher
             lambda x: rms_norm(x, weight, 1e-6)
         )(x)(x),
     }
+    cases |= {
+        "vmap": lambda: torch.vmap(lambda row: rms_norm(row, weight, 1e-6))(x),
+        "jvp": lambda: torch.func.jvp(lambda x: rms_norm(x, weight, 1e-6), (x,), (x,))[0],
+    }
     for name, call in cases.items():
         torch.testing.assert_close(call(), expected, msg=name)
         assert not noting.launches, name
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(rms_norm(x, weight, 1e-6), expected)
     wide = torch.ones(1, MAX_COLUMNS + 1)
     torch.testing.assert_close(rms_norm(wide, wide[0], 0.0), wide)
     assert rms_norm(x.double(), weight.double(), 1e-6).dtype == torch.float64
