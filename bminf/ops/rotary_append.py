@@ -107,6 +107,11 @@ def _check(
     keys: torch.Tensor,
     values: torch.Tensor,
 ) -> None:
+    if any(x.dtype != key.dtype for x in (query, value, keys, values)):
+        raise ArgumentError(
+            f"query, key and value are {query.dtype}, {key.dtype}, {value.dtype}, keys and values "
+            f"of the cache {keys.dtype}, {values.dtype}; all have to be of one dtype"
+        )
     batch_size, num_heads, num_tokens, head_dim = key.shape
     fits = query.shape == key.shape == value.shape and keys.shape == values.shape
     fits = fits and (num_heads, head_dim) == (keys.shape[0], keys.shape[2])
@@ -166,7 +171,8 @@ def _known(
         of_angles = cos.dtype, cos.shape, sin.dtype, sin.shape
         addresses |= cos.data_ptr() | sin.data_ptr()
     return (
-        *(key.dtype, query.shape, query.stride(), key.shape, key.stride(), value.shape),
+        *(query.dtype, key.dtype, value.dtype, keys.dtype, values.dtype),
+        *(query.shape, query.stride(), key.shape, key.stride(), value.shape),
         *(value.stride(), of_angles, cells.dtype, cells.shape, cells.stride(), keys.shape),
         *(keys.stride(), values.shape, values.stride(), key.device, keys.device, values.device),
         *(cells.device, addresses % KERNEL_ALIGNMENT == 0),

@@ -155,6 +155,8 @@ def test_appends_refuse_what_does_not_go_together(noting: NotingLauncher) -> Non
     short = angles[0][:, :, :2], angles[1][:, :, :2]
     odd = torch.zeros(1, 2, 3, 7)
     for message, wrong in (
+        ("all have to be of one dtype", {"value": key.half()}),
+        ("all have to be of one dtype", {"keys": kept.half()}),
         ("go together", {"cells": cells[1:]}),
         ("go together", {"cells": cells.int()}),
         ("go together", {"keys": torch.zeros(3, 9, 8)}),
