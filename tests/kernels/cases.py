@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Concatenate, ParamSpec
+from collections.abc import Iterator
 
 import torch
+from kernel_case import BOUNDS, DTYPES, Case, case, relative_error
 
 from bminf.cuda.launcher import launcher_for
 from bminf.ops import linear_w8a8
@@ -24,9 +23,6 @@ from bminf.ops.quantize_rows import quantize_rows, rms_norm_quantize, rms_norm_r
 from bminf.quantization.packed import INT4, INT8, Format, PackedWeight, dequantize
 from bminf.quantization.packing import int8_rows, pack
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-# The rounding of the result; float32 sums of some thousand products for float32 itself.
-BOUNDS = {torch.float16: 1e-3, torch.bfloat16: 6e-3, torch.float32: 2e-6}
 # Tensor cores take dequantized weights rounded to 16 bits, as the library's product does.
 ROUNDED = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 2e-6}
 
@@ -38,46 +34,6 @@ WHOLE = (
 )  # fmt: skip
 CUT = (Format(8, 34), Format(8, 6), Format(4, 6), Format(4, 34, True), Format(4, 34, True, 8))
 MOST_COLUMNS, MOST_ROWS = 32768, 150528  # of GLM-130B: its feed-forward, its vocabulary
-
-P = ParamSpec("P")
-
-
-@dataclass(frozen=True)
-class Case:
-    """name: what a report shows.   run: the check, for tensors on a device."""
-
-    name: str
-    run: Callable[[str], None] = field(repr=False)
-
-    def __str__(self) -> str:
-        return self.name
-
-
-def case(check: Callable[Concatenate[str, P], None]) -> Callable[P, Case]:
-    """Makes of a check on a device what returns a Case, named by its arguments."""
-
-    def make(*arguments: P.args, **options: P.kwargs) -> Case:
-        words = map(_word, (*arguments, *options.values()))
-        name = "-".join([check.__name__.removesuffix("_case"), *words])
-        return Case(name, lambda device: check(device, *arguments, **options))
-
-    return make
-
-
-def _word(argument: object) -> str:
-    if isinstance(argument, Format):
-        kind = "minimum" if argument.has_minimum else "symmetric"
-        integers = "-integers" if argument.scale_bits == 8 else ""
-        return f"{argument.bits}bit-{argument.group_size}-{kind}{integers}"
-    if isinstance(argument, tuple):
-        return "x".join(map(str, argument))
-    return str(argument).removeprefix("torch.")
-
-
-def relative_error(given: torch.Tensor, expected: torch.Tensor) -> float:
-    given, expected = given.detach().double().cpu(), expected.double().cpu()
-    assert given.shape == expected.shape
-    return float((given - expected).norm() / expected.norm().clamp_min(1e-30))
 
 
 def weight_on(device: str, n: int, k: int, form: Format) -> tuple[PackedWeight, torch.Tensor]:
@@ -400,7 +356,12 @@ def largest_cases() -> Iterator[Case]:
 
 # What to run for each compute capability: the branches of a source by architecture.
 CASES = {
-    61: [*few_rows_cases(), *gated_cases(), *w8a8_cases(), *other_cases()],
+    61: [
+        *few_rows_cases(),
+        *gated_cases(),
+        *w8a8_cases(),
+        *other_cases(),
+    ],
     75: [*w8a8_cases()],
     80: [*tensor_core_cases(), *w8a8_cases()],
 }
@@ -446,10 +407,10 @@ def main(device: str) -> int:
     """0 if few_of_each() give the right result, otherwise 1: a program for NVIDIA's tools."""
     torch.manual_seed(0)
     is_wrong = False
-    for case in (case for group in few_of_each().values() for case in group):
-        print(case.name, flush=True)
+    for one in (one for group in few_of_each().values() for one in group):
+        print(one.name, flush=True)
         try:
-            case.run(device)
+            one.run(device)
         except Exception:  # which does not keep the next one from running
             traceback.print_exc()
             is_wrong = True
