@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Iterator
 
 import torch
+from attention_cases import attention_cases, few_attention_cases
 from kernel_case import BOUNDS, DTYPES, Case, case, relative_error
 
 from bminf.cuda.launcher import launcher_for
@@ -361,6 +362,7 @@ CASES = {
         *gated_cases(),
         *w8a8_cases(),
         *other_cases(),
+        *attention_cases(),
     ],
     75: [*w8a8_cases()],
     80: [*tensor_core_cases(), *w8a8_cases()],
@@ -389,6 +391,7 @@ def few_of_each() -> dict[int, list[Case]]:
             dequantize_case(INT4, half, 5, 70),
             dequantize_case(Format(8, 34), bfloat16, 5, 70),
             bad_numbers_case(INT8, 2),
+            *few_attention_cases(),
         ],
         75: [product_case(half, (5, 70, 90), "kernel_product")],
         80: [

@@ -1,4 +1,7 @@
-"""Attention, masks, norms and position bias, against plain statements of what they mean."""
+"""Attention, masks, norms and position bias, against plain statements of what they mean.
+
+bminf/layers/position_bias.py.
+"""
 
 from __future__ import annotations
 
