@@ -112,6 +112,8 @@ def fused_launcher(device: torch.device) -> Launcher | None:
     """The launcher for kernels in whose place there are operators of torch: attention, norms,
     positions. None takes these instead: on a CPU, and where fused_kernels() or the environment
     variable BMINF_FUSED_KERNELS, which is 0 then, says so."""
+    if device.type == "cpu" and not _test_launchers:
+        return None
     return launcher_for(device) if _uses_fused.get() else None
 
 

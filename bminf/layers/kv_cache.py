@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 
-from bminf.layers.alibi import Alibi
-from bminf.layers.attention import attention
+from bminf.layers.attention import ScoreBias, attention
 
-MakeBias = Callable[[int, int], torch.Tensor | Alibi | None]
+MakeBias = Callable[[int, int], ScoreBias]
 """From the numbers of queries and keys to a bias of attention(); queries are the last keys."""
 
 
@@ -76,7 +75,7 @@ class KVCache:
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        bias: torch.Tensor | Alibi | None,
+        bias: ScoreBias,
         scale: float,
     ) -> torch.Tensor:
         """Append, and attend from the appended tokens to all; see attention()."""
@@ -87,7 +86,7 @@ class KVCache:
         """(T,) int64, where the next tokens stand."""
         return torch.arange(self.length, self.length + num_tokens, device=self.keys.device)
 
-    def bias(self, num_tokens: int, make: MakeBias) -> torch.Tensor | Alibi | None:
+    def bias(self, num_tokens: int, make: MakeBias) -> ScoreBias:
         """That of the next tokens."""
         return make(num_tokens, self.length + num_tokens)
 
