@@ -217,6 +217,20 @@ FAULTS = (
         breaks="Attention with a bias fails on a GPU for most numbers of keys.",
     ),
     Fault(
+        name="attention-flash-of-chunks",
+        file="bminf/layers/attention.py",
+        old='is_whole = num_queries == num_keys and bias != "tensor"',
+        new='is_whole = bias != "tensor"',
+        breaks="On a GPU the later parts of a prompt that is read in parts see the wrong keys.",
+    ),
+    Fault(
+        name="attention-chunks",
+        file="bminf/ops/attention.py",
+        old="return -(-num_keys // CHUNK) or 1",
+        new="return num_keys // CHUNK or 1",
+        breaks="While decoding on a GPU the last keys of long texts are not attended to.",
+    ),
+    Fault(
         name="rows-padding",
         file="bminf/ops/rows.py",
         old="missing = -x.shape[1] % KERNEL_COLUMNS",
@@ -281,9 +295,9 @@ FAULTS = (
     ),
     Fault(
         name="gpt-padding",
-        file="bminf/arch/gpt.py",
-        old="is_padding = torch.arange(num_keys, device=x.device) < num_padding.unsqueeze(1)",
-        new="is_padding = torch.arange(num_keys, device=x.device) <= num_padding.unsqueeze(1)",
+        file="bminf/layers/attention.py",
+        old="mask = mask | (keys < bias.num_padding.unsqueeze(1))[:, None]",
+        new="mask = mask | (keys <= bias.num_padding.unsqueeze(1))[:, None]",
         breaks="In a batch the shorter texts lose their first token.",
     ),
     Fault(

@@ -228,7 +228,8 @@ class Bloom(torch.nn.Module):
         x = self.embed_norm(self.embed_tokens(input_ids))
         steep = torch.tensor(slopes(self.config.num_attention_heads), device=x.device)
         padding = None if num_padding is None else num_padding.tolist()
-        bias = cache.bias(num_tokens, lambda num_queries, num_keys: Alibi(steep, padding))
+        alibi = Alibi(steep, padding)
+        bias = cache.bias(num_tokens, lambda *_: alibi)
         for index, layer in enumerate(self.layers):
             x = layer(x, bias, index, cache)
         cache.advance(num_tokens)

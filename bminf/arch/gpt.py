@@ -31,7 +31,7 @@ from bminf.checkpoint.names import MEGATRON_NAMES, Rule, rules_of
 from bminf.checkpoint.stored import Stored
 from bminf.checks import check_eps, check_sizes
 from bminf.errors import ArgumentError, CheckpointError
-from bminf.layers.attention import causal_mask, mask_to_bias, merge_heads, split_heads
+from bminf.layers.attention import Causal, merge_heads, split_heads
 from bminf.layers.embedding import embedding
 from bminf.layers.feed_forward import FeedForward
 from bminf.layers.kv_cache import KVCache, decoder_cache, decoder_cache_bytes
@@ -167,7 +167,8 @@ class GPT(torch.nn.Module):
         if num_padding is not None:
             positions = (positions - num_padding.unsqueeze(1)).clamp(min=0)
         x = self.embed_tokens(input_ids) + self.embed_positions(positions)
-        bias = cache.bias(num_tokens, lambda n, keys: attention_bias(n, keys, num_padding, x))
+        causal = Causal(num_padding)
+        bias = cache.bias(num_tokens, lambda *_: causal)
         for index, layer in enumerate(self.layers):
             x = layer(x, bias, index, cache)
         cache.advance(num_tokens)
@@ -180,19 +181,6 @@ class GPT(torch.nn.Module):
     def new_cache(self, batch_size: int, max_length: int) -> KVCache:
         """An empty cache in the dtype and on the device of the embedding."""
         return decoder_cache(self.config, batch_size, max_length, self.embed_tokens.weight)
-
-
-def attention_bias(
-    num_queries: int, num_keys: int, num_padding: torch.Tensor | None, x: torch.Tensor
-) -> torch.Tensor | None:
-    """(1 or B, 1, T, S): masks later tokens and padding; None where there is nothing to mask."""
-    mask = causal_mask(num_queries, num_keys, x.device) if num_queries > 1 else None
-    if num_padding is not None:
-        is_padding = torch.arange(num_keys, device=x.device) < num_padding.unsqueeze(1)
-        mask = is_padding[:, None] if mask is None else mask | is_padding[:, None]
-    if mask is None:
-        return None
-    return mask_to_bias(mask.view(-1, 1, num_queries, num_keys), x.dtype)
 
 
 # ---- names on disk -------------------------------------------------------------------------------

@@ -31,7 +31,6 @@ from bminf.checks import check_eps, check_sizes
 from bminf.errors import ArgumentError, CheckpointError
 from bminf.layers.attention import (
     attention,
-    causal_mask,
     mask_to_bias,
     merge_heads,
     padding_mask,
@@ -358,15 +357,8 @@ class Decoder(torch.nn.Module):
 
     def forward(self, x: torch.Tensor, cache: T5Cache | PackedT5Cache) -> torch.Tensor:
         """(B, T, C) embeddings of some more tokens -> (B, T, C). The cache grows by them."""
-        num_tokens = x.shape[1]
-
-        def make_bias(num_queries: int, num_keys: int) -> torch.Tensor:
-            bias: torch.Tensor = self.position_bias(num_queries, num_keys)
-            if num_queries == 1:
-                return bias
-            return bias + mask_to_bias(causal_mask(num_queries, num_keys, x.device), x.dtype)
-
-        bias = cache.own.bias(num_tokens, make_bias)
+        num_tokens, own = x.shape[1], self.position_bias.of_decoder()
+        bias = cache.own.bias(num_tokens, lambda *_: own)
         for index, layer in enumerate(self.layers):
             x = layer(x, bias, index, cache)
         cache.own.advance(num_tokens)

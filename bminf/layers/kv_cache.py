@@ -8,12 +8,11 @@ from typing import Any
 import torch
 
 from bminf.cuda.launcher import fused_launcher
-from bminf.layers.alibi import Alibi
-from bminf.layers.attention import attention
+from bminf.layers.attention import ScoreBias, attention
 from bminf.ops.fused import is_fusible
 from bminf.ops.rotary_append import Angles, rotary_append, rotate
 
-MakeBias = Callable[[int, int], torch.Tensor | Alibi | None]
+MakeBias = Callable[[int, int], ScoreBias]
 """From the numbers of queries and keys to a bias of attention(); queries are the last keys."""
 
 
@@ -115,7 +114,7 @@ class KVCache:
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        bias: torch.Tensor | Alibi | None,
+        bias: ScoreBias,
         scale: float,
         angles: Angles | None = None,
     ) -> torch.Tensor:
@@ -131,7 +130,7 @@ class KVCache:
         """(T,) int64, where the next tokens stand."""
         return torch.arange(self.length, self.length + num_tokens, device=self.keys.device)
 
-    def bias(self, num_tokens: int, make: MakeBias) -> torch.Tensor | Alibi | None:
+    def bias(self, num_tokens: int, make: MakeBias) -> ScoreBias:
         """That of the next tokens."""
         return make(num_tokens, self.length + num_tokens)
 

@@ -1,7 +1,8 @@
 """A pass over rows of different lengths, whose tokens lie one behind another as one text (1, T, C).
 
 A linear sees T rows, and each row attends to its own keys, which are a range of a pool of tokens:
-nothing is padded, and a row alone is computed by the very calls that a KVCache makes for it.
+nothing is padded, and a row alone is computed by the very calls that a KVCache makes for it. On a
+GPU rows of as many tokens each, as in decoding, are one launch.
 """
 
 from __future__ import annotations
@@ -13,13 +14,18 @@ from typing import Any, Protocol
 import torch
 
 from bminf.cuda.launcher import fused_launcher
-from bminf.layers.alibi import Alibi
-from bminf.layers.attention import attention, attention_in_products
+from bminf.layers.attention import (
+    ScoreBias,
+    attention,
+    attention_in_products,
+    attention_of_rows,
+)
 from bminf.layers.kv_cache import MakeBias
+from bminf.ops.attention import MAX_QUERIES, Rows
 from bminf.ops.fused import is_fusible
 from bminf.ops.rotary_append import Angles, rotary_append, rotate
 
-Bias = Sequence[torch.Tensor | Alibi | None]
+Bias = Sequence[ScoreBias]
 """Of each row in a pass: (1, 1 or H, T of the row, S of the row), or what attention() takes in the
 place of that."""
 
@@ -92,6 +98,7 @@ class PackedCache:
     ) -> None:
         self._keys, self._values = tokens
         self._spans, self.copies = spans, copies
+        self._rows: Rows | None = None
         # Of each row: its tokens in the pass, their cells, and all of its cells.
         self._places = [
             (ours, slice(one.start + one.length, one.end), slice(one.start, one.end))
@@ -150,18 +157,41 @@ class PackedCache:
         """The same without keys and values of their own: rows hold span.num_keys."""
         if len(self._places) == 1 and not self.copies:
             return self._attend_row(layer, self._places[0][2], query, bias[0], scale)
+        if not self.copies:
+            together = self._attend_together(layer, query, bias, scale)
+            if together is not None:
+                return together
         rows = [
             self._attend_row(layer, cells, query[:, :, ours], bias[index], scale)
             for index, (ours, _, cells) in enumerate(self._places)
         ]
         return joined(rows, query.shape[2])
 
+    def _attend_together(
+        self, layer: int, query: torch.Tensor, bias: Bias, scale: float
+    ) -> torch.Tensor | None:
+        """All rows in one launch; None where they differ in more than their lengths, or where
+        there is no kernel for them."""
+        num_rows, num_tokens = len(self._spans), self._spans[0].num_tokens
+        if num_tokens > MAX_QUERIES or fused_launcher(query.device) is None:
+            return None
+        is_full = query.shape[2] == num_rows * num_tokens
+        are_alike = all(span.num_tokens == num_tokens for span in self._spans)
+        if not (is_full and are_alike and all(own is bias[0] for own in bias)):
+            return None
+        if self._rows is None:
+            self._rows = rows_of(self._spans, query.device)
+        by_row = query[0].unflatten(1, (num_rows, num_tokens)).transpose(0, 1)
+        keys, values = self._keys[layer, None], self._values[layer, None]
+        y = attention_of_rows(by_row, keys, values, bias[0], scale, self._rows)
+        return None if y is None else y.transpose(1, 2).flatten(0, 1).unsqueeze(0).transpose(1, 2)
+
     def _attend_row(
         self,
         layer: int,
         cells: slice,
         query: torch.Tensor,
-        bias: torch.Tensor | Alibi | None,
+        bias: ScoreBias,
         scale: float,
     ) -> torch.Tensor:
         keys, values = self._keys[layer, None, :, cells], self._values[layer, None, :, cells]
@@ -183,6 +213,13 @@ class PackedCache:
 
     def advance(self, num_tokens: int) -> None:
         pass
+
+
+def rows_of(spans: Sequence[Span], device: torch.device) -> Rows:
+    """Where they are, for a kernel."""
+    places = [[span.start for span in spans], [span.num_keys for span in spans]]
+    starts, lengths = torch.tensor(places, dtype=torch.int32, device=device)
+    return Rows(max(span.num_keys for span in spans), lengths, starts)
 
 
 def slices(spans: Sequence[Span]) -> Iterator[tuple[Span, slice]]:

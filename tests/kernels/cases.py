@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Iterator
 
 import torch
+from attention_cases import attention_cases, few_attention_cases
 from case import BOUNDS, DTYPES, Case, case, relative_error
 from fused_cases import few_fused, fused_cases
 
@@ -357,7 +358,14 @@ def largest_cases() -> Iterator[Case]:
 
 # What to run for each compute capability: the branches of a source by architecture.
 CASES = {
-    61: [*few_rows_cases(), *gated_cases(), *w8a8_cases(), *other_cases(), *fused_cases()],
+    61: [
+        *few_rows_cases(),
+        *gated_cases(),
+        *w8a8_cases(),
+        *other_cases(),
+        *fused_cases(),
+        *attention_cases(),
+    ],
     75: [*w8a8_cases()],
     80: [*tensor_core_cases(), *w8a8_cases()],
 }
@@ -386,6 +394,7 @@ def few_of_each() -> dict[int, list[Case]]:
             dequantize_case(Format(8, 34), bfloat16, 5, 70),
             bad_numbers_case(INT8, 2),
             *few_fused(),
+            *few_attention_cases(),
         ],
         75: [product_case(half, (5, 70, 90), "kernel_product")],
         80: [

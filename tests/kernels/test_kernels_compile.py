@@ -20,7 +20,7 @@ from bminf.cuda import compile as cuda_compile
 from bminf.cuda.compile import compile_kernel
 from bminf.cuda.source import Kernel, kernel_folder, source_of
 from bminf.errors import KernelError
-from bminf.ops import linear_w8a8, linear_weight_only
+from bminf.ops import attention, linear_w8a8, linear_weight_only
 from bminf.quantization.packed import INT4, INT8, Format
 
 SCALE = linear_w8a8.scale_int32_kernel(torch.float16)
@@ -58,9 +58,14 @@ def registers_allowed(kernel: Kernel) -> int:
         return 136 if macros["X_TILES"] <= 2 else 168 if macros["X_TILES"] <= 4 else 255
     if kernel.name in ("rms_norm", "layer_norm"):
         return 80 if macros["WIDE"] else 128
-    if kernel.name == "rotary_append":
-        return 64
-    return {"gemm_w8a8_tensor_core": 160, "gemm_w8a8_dp4a": 64}.get(kernel.name, 48)
+    if kernel.name == "attention_decode":  # two blocks of 256 threads, or one
+        return 128 if macros["ROWS"] <= 2 else 200
+    return {
+        "gemm_w8a8_tensor_core": 160,
+        "gemm_w8a8_dp4a": 64,
+        "attention_decode_merge": 64,
+        "rotary_append": 64,
+    }.get(kernel.name, 48)
 
 
 HALF_ARITHMETIC = re.compile(
@@ -119,6 +124,19 @@ def test_few_rows_read_16_bytes_at_a_time(form: Format, capability: int) -> None
     assert text.count("ld.global.nc.v4") == rows
     num_scales = 2 * rows if form.scale_bits == 8 else 0
     assert len(re.findall(r"ld\.global\.(nc\.)?[usb]8", text)) == num_scales
+
+
+@pytest.mark.parametrize("capability", [61, 80, 90])
+@pytest.mark.parametrize("num_rows", [1, 4])
+def test_attention_reads_16_bytes_at_a_time_and_divides_nothing(
+    num_rows: int, capability: int
+) -> None:
+    """Keys and values, DEPTH of them in one step of a loop that is not unrolled."""
+    kernel = attention.attention_kernel(torch.float16, 128, num_rows)
+    text = ptx_of(kernel, capability)
+    assert text.count("ld.global.nc.v4") == 2 * (4 if num_rows == 1 else 2)
+    for own in (kernel, attention.merge_kernel(torch.float16, 128)):
+        assert not re.search(r"\b(div|rem)\.[us]\d+", ptx_of(own, capability))
 
 
 def test_tensor_cores_where_they_are_promised() -> None:

@@ -8,13 +8,14 @@ from itertools import product
 import torch
 
 from bminf.cuda.source import Kernel
-from bminf.ops import dequantize, linear_w8a8, linear_weight_only, norm, quantize_rows
+from bminf.ops import attention, dequantize, linear_w8a8, linear_weight_only, norm, quantize_rows
 from bminf.ops.rotary_append import rotary_append_kernel
 from bminf.quantization.packed import INT4, INT8, Format, PackedWeight, empty
 
 CAPABILITIES = (61, 70, 75, 80, 86, 89, 90, 100, 120)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 NORMS = ("rms_norm", "layer_norm")
+HEAD_DIMS = (8, 16, 24, 64, 80, 96, 128, 256)
 # One of each kind that the sources tell apart: bits, minimum, chunks in one, two or any groups.
 MINIMUM = Format(4, 32, has_minimum=True)
 FORMS = (
@@ -41,6 +42,7 @@ def variants(capability: int) -> list[Kernel]:
     found = [*chosen, *_others(DTYPES if capability in (61, 80) else DTYPES[:1])]
     found += _fused(DTYPES) if capability == 80 else fused_extremes()
     found += _products(capability, DTYPES if capability < 75 else (torch.bfloat16,))
+    found += _attention() if capability in (61, 80) else _attention_extremes()
     if capability == 61:
         found += [few_rows_of(dtype, form, 1) for dtype in DTYPES for form in (INT8, MINIMUM)]
     if capability >= 80:
@@ -50,7 +52,7 @@ def variants(capability: int) -> list[Kernel]:
 
 def every_variant(capability: int) -> list[Kernel]:
     """All that tests and benchmarks ask for on a device of `capability`."""
-    found = [*_others(DTYPES), *_fused(DTYPES)]
+    found = [*_others(DTYPES), *_fused(DTYPES), *every_attention()]
     for dtype, form, is_gated in product(DTYPES, EVERY_FORM, (False, True)):
         for num_rows in range(1, linear_weight_only.MAX_FEW_ROWS + 1):
             found.append(few_rows_of(dtype, form, num_rows, is_gated))
@@ -112,6 +114,29 @@ def _tensor_core_extremes() -> Iterator[Kernel]:
         yield tensor_core_of(torch.bfloat16, Format(4, 34), num_rows)
     for form, num_rows in ((INT8, 8), (INT4, 64), (MINIMUM, 8), (Format(4, 34, True), 64)):
         yield tensor_core_of(torch.float16, form, num_rows)
+
+
+def every_attention() -> Iterator[Kernel]:
+    for dtype, head_dim in product(DTYPES, HEAD_DIMS):
+        yield attention.merge_kernel(dtype, head_dim)
+        for num_rows in (1, 2, 4):
+            yield attention.attention_kernel(dtype, head_dim, num_rows)
+
+
+def _attention() -> Iterator[Kernel]:
+    for dtype, num_rows in product(DTYPES, (1, 2, 4)):
+        yield attention.attention_kernel(dtype, 80, num_rows)
+    for head_dim, num_rows in ((8, 4), (64, 1), (256, 4)):
+        yield attention.attention_kernel(torch.float16, head_dim, num_rows)
+    yield attention.merge_kernel(torch.float16, 256)
+
+
+def _attention_extremes() -> Iterator[Kernel]:
+    """Those with most registers for their bounds."""
+    yield attention.attention_kernel(torch.bfloat16, 128, 1)
+    for dtype in (torch.float16, torch.float32):
+        yield attention.attention_kernel(dtype, 80, 4)
+    yield attention.merge_kernel(torch.float16, 128)
 
 
 def _others(dtypes: tuple[torch.dtype, ...]) -> Iterator[Kernel]:
