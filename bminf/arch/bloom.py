@@ -30,9 +30,9 @@ from bminf.checkpoint.names import Rule, rules_of
 from bminf.checkpoint.stored import Rows, Stored
 from bminf.checks import check_bool, check_eps, check_sizes
 from bminf.errors import ArgumentError, CheckpointError
-from bminf.layers.alibi import TILE_BYTES, Alibi, slopes
+from bminf.layers.alibi import TILE_BYTES, Alibi, slopes_on
 from bminf.layers.attention import merge_heads
-from bminf.layers.embedding import HostEmbedding
+from bminf.layers.embedding import HostEmbedding, embedded
 from bminf.layers.feed_forward import FeedForward
 from bminf.layers.kv_cache import KVCache, decoder_cache, decoder_cache_bytes
 from bminf.layers.norm import LayerNorm
@@ -220,13 +220,14 @@ class Bloom(torch.nn.Module):
     ) -> torch.Tensor:
         """The hidden states of some more tokens, which the cache grows by.
 
-        input_ids: (B, T) int64; with a PackedCache (1, T), of all rows.   num_padding: (B,) int64,
-        tokens at the beginning of each row that do not count; None is none.
+        input_ids: (B, T) int64, or the embeddings of these, (B, T, C); with a PackedCache B is 1,
+        and T the tokens of all rows.   num_padding: (B,) int64, tokens at the beginning of each row
+        that do not count; None is none.
         Returns (B, T, C), after the last norm.
         """
         num_tokens = input_ids.shape[1]
-        x = self.embed_norm(self.embed_tokens(input_ids))
-        steep = torch.tensor(slopes(self.config.num_attention_heads), device=x.device)
+        x = self.embed_norm(embedded(self.embed_tokens, input_ids))
+        steep = slopes_on(x.device, self.config.num_attention_heads)
         padding = None if num_padding is None else num_padding.tolist()
         alibi = Alibi(steep, padding)
         bias = cache.bias(num_tokens, lambda *_: alibi)

@@ -45,7 +45,7 @@ from bminf.checkpoint.stored import Stored
 from bminf.checks import check_eps, check_sizes
 from bminf.errors import ArgumentError, CheckpointError
 from bminf.layers.attention import mask_to_bias, merge_heads, split_heads
-from bminf.layers.embedding import HostEmbedding, embedding
+from bminf.layers.embedding import HostEmbedding, embedded, embedding
 from bminf.layers.feed_forward import FeedForward, HalvedFeedForward
 from bminf.layers.kv_cache import KVCache, decoder_cache, decoder_cache_bytes
 from bminf.layers.norm import LayerNorm
@@ -306,13 +306,14 @@ class GLM(torch.nn.Module):
     ) -> torch.Tensor:
         """The hidden states of some more tokens, which the cache grows by.
 
-        input_ids: (B, T) int64.   position_ids: (B, T) int64, of a "glm-10b" (B, 2, T): in the
-        text, and in the blank.   attention_mask: (1 or B, T, S) bool, true where a token does not
-        attend to one of the S that are in the cache then; None masks nothing. With a PackedCache B
-        is 1, and the mask a list: (1, T, S) of each row, or None.
+        input_ids: (B, T) int64, or the embeddings of these, (B, T, C).   position_ids: (B, T)
+        int64, of a "glm-10b" (B, 2, T): in the text, and in the blank.   attention_mask: (1 or B,
+        T, S) bool, true where a token does not attend to one of the S that are in the cache then;
+        None masks nothing. With a PackedCache B is 1, and the mask a list: (1, T, S) of each row,
+        or None.
         Returns (B, T, C), after the last norm.
         """
-        x = self.embed_tokens(input_ids)
+        x = embedded(self.embed_tokens, input_ids)
         angles: Angles | None = None
         if self.config.is_rotary:
             angles = self.rotary(position_ids)

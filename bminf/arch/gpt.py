@@ -32,7 +32,7 @@ from bminf.checkpoint.stored import Stored
 from bminf.checks import check_eps, check_sizes
 from bminf.errors import ArgumentError, CheckpointError
 from bminf.layers.attention import Causal, merge_heads, split_heads
-from bminf.layers.embedding import embedding
+from bminf.layers.embedding import embedded, embedding
 from bminf.layers.feed_forward import FeedForward
 from bminf.layers.kv_cache import KVCache, decoder_cache, decoder_cache_bytes
 from bminf.layers.norm import LayerNorm
@@ -158,15 +158,16 @@ class GPT(torch.nn.Module):
     ) -> torch.Tensor:
         """The hidden states of some more tokens, which the cache grows by.
 
-        input_ids: (B, T) int64; with a PackedCache (1, T), of all rows.   num_padding: (B,) int64,
-        tokens at the beginning of each row that do not count; None is none.
+        input_ids: (B, T) int64, or the embeddings of these, (B, T, C); with a PackedCache B is 1,
+        and T the tokens of all rows.   num_padding: (B,) int64, tokens at the beginning of each row
+        that do not count; None is none.
         Returns (B, T, C), after the last norm.
         """
         num_tokens = input_ids.shape[1]
         positions = cache.positions(num_tokens)
         if num_padding is not None:
             positions = (positions - num_padding.unsqueeze(1)).clamp(min=0)
-        x = self.embed_tokens(input_ids) + self.embed_positions(positions)
+        x = embedded(self.embed_tokens, input_ids) + self.embed_positions(positions)
         causal = Causal(num_padding)
         bias = cache.bias(num_tokens, lambda *_: causal)
         for index, layer in enumerate(self.layers):

@@ -36,12 +36,13 @@ from bminf.layers.attention import (
     padding_mask,
     split_heads,
 )
-from bminf.layers.embedding import embedding
+from bminf.layers.embedding import embedded, embedding
 from bminf.layers.feed_forward import GatedFeedForward
 from bminf.layers.kv_cache import KVCache, decoder_cache, decoder_cache_bytes
 from bminf.layers.norm import RMSNorm
 from bminf.layers.packed_cache import PackedCache, Segments
 from bminf.layers.position_bias import RelativePositionBias
+from bminf.layers.step_cache import StepCache
 from bminf.ops.gated_linear import check_activation
 
 # ---- configuration -------------------------------------------------------------------------------
@@ -212,11 +213,13 @@ class PackedT5Cache:
     cross: its rows hold the prompts.
     """
 
-    own: PackedCache
-    cross: PackedCache
+    own: PackedCache | StepCache
+    cross: PackedCache | StepCache
     num_rows: int
 
     def attend_to_prompt(self, layer: int, query: torch.Tensor, scale: float) -> torch.Tensor:
+        if isinstance(self.cross, StepCache):
+            return self.cross.attend_to_kept(layer, query, None, scale)
         return self.cross.attend_to_kept(layer, query, [None] * self.num_rows, scale)
 
 
@@ -403,8 +406,9 @@ class T5(torch.nn.Module):
         self.cross_projections(x, cross)
 
     def forward(self, input_ids: torch.Tensor, cache: T5Cache | PackedT5Cache) -> torch.Tensor:
-        """The decoder's hidden states of some more tokens: (B, T) int64 -> (B, T, C)."""
-        return self.decoder(self.embed_tokens(input_ids), cache)
+        """The decoder's hidden states of some more tokens: (B, T) int64, or the embeddings of
+        these, (B, T, C) -> (B, T, C)."""
+        return self.decoder(embedded(self.embed_tokens, input_ids), cache)
 
     def head(self, x: torch.Tensor) -> torch.Tensor:
         """(..., C) -> logits (..., V) float32."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 
@@ -34,6 +35,13 @@ def slopes(num_heads: int) -> list[float]:
     power = 1 << (num_heads.bit_length() - 1)
     first = [2 ** (-8 * (i + 1) / power) for i in range(power)]
     return first + [2 ** (-4 * (2 * i + 1) / power) for i in range(num_heads - power)]
+
+
+@cache
+def slopes_on(device: torch.device, num_heads: int) -> torch.Tensor:
+    """(H,) float32, copied to a device once."""
+    with torch.inference_mode(False):
+        return torch.tensor(slopes(num_heads), device=device)
 
 
 @dataclass(eq=False)

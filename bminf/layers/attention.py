@@ -83,7 +83,7 @@ def attention(
     launch = decode_launch(query, key, value)
     if launch is not None:
         rows = bias.rows(key.shape[2]) if isinstance(bias, Causal | Alibi) else None
-        return launch(query, key, value, scale, *_added(bias), rows or Rows(key.shape[2]))
+        return launch(query, key, value, scale, *added_of(bias), rows or Rows(key.shape[2]))
     if isinstance(bias, Alibi):
         return attend_with_alibi(attention, query, key, value, bias, scale)
     if query.device.type != "cuda":
@@ -113,10 +113,10 @@ def attention_of_rows(
     if is_padded or isinstance(bias, torch.Tensor):
         return None
     launch = decode_launch(query, key, value)
-    return None if launch is None else launch(query, key, value, scale, *_added(bias), rows)
+    return None if launch is None else launch(query, key, value, scale, *added_of(bias), rows)
 
 
-def _added(bias: ScoreBias) -> tuple[Added, bool]:
+def added_of(bias: ScoreBias) -> tuple[Added, bool]:
     """What a kernel adds to scores, and whether it masks later keys."""
     if bias is None:
         return None, False

@@ -128,12 +128,14 @@ class GLM(LanguageModel):
         rotary_precision: str | None = None,
         deterministic: bool = False,
         fused_kernels: bool = True,
+        cuda_graph: bool = False,
     ) -> None:
         self._head_format = parse_format(head_quantization, "head_quantization", glm.GLM_FORMATS)
         self._rotary_precision = rotary_precision
         super().__init__(
             checkpoint, memory_limit, quantization, activations, dtype, device, max_length,
             max_batch_size, config, tokenizer, offload_dir, deterministic, fused_kernels,
+            cuda_graph,
         )  # fmt: skip
 
     # ---- what users call ------------------------------------------------------------------------
