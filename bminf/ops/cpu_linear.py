@@ -71,6 +71,32 @@ def few_rows_linear(
     return y
 
 
+def few_rows_gated(
+    x: torch.Tensor,
+    gate: PackedWeight,
+    up: PackedWeight,
+    activation: int,
+    gate_bias: torch.Tensor | None,
+    up_bias: torch.Tensor | None,
+) -> torch.Tensor | None:
+    """activation(x W_gate^T + gate_bias) * (x W_up^T + up_bias), as few_rows_linear.
+
+    gate, up: of one format.   activation: its place in ACTIVATION_FUNCTIONS.
+    """
+    found = _kernels_for(x, gate, gate_bias)
+    if found is None or x.numel() > MAX_ROWS * gate.in_features or not _is_plain(up.qweight):
+        return None
+    if up.qweight.shape != gate.qweight.shape or up.in_features != gate.in_features:
+        return None
+    if not (up_bias is None or _is_bias_of(up_bias, x, up)):
+        return None
+    y = x.new_empty((*x.shape[:-1], gate.qweight.shape[0]))
+    num_rows = x.numel() // gate.in_features
+    first = _product(x, gate, gate_bias, y, num_rows)
+    found.multiply_gated(first, _product(x, up, up_bias, y, num_rows), activation)
+    return y
+
+
 def _kernels_for(
     x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None
 ) -> Kernels | None:

@@ -188,11 +188,6 @@ INLINE void ask_for(const u8* start, i64 bytes) {
     for (i64 i = 0; i < bytes; i += LINE) __builtin_prefetch(start + i);
 }
 
-INLINE void write_result(const Product& p, i64 n, i64 m, float value) {
-    if (p.bias) value += load(p.bias, p.element, n);
-    store(p.y, p.element, m * p.out_features + n, value);
-}
-
 template <Scale SCALE>
 INLINE Floats scales_of(const void* scale, i64 first, i64 count) {
     if constexpr (SCALE == REAL) return load_floats(static_cast<const float*>(scale) + first, count);
@@ -227,6 +222,7 @@ struct Tile {
     typedef Layout<BITS, STEP> L;
 
     const Product& p;
+    const Result& y;
     const Prepared& x;
     i64 rows[W_ROWS];
     const u8* codes[W_ROWS];
@@ -296,7 +292,7 @@ struct Tile {
                 if constexpr (!SIGNED)
                     value += of_minima(r, x.group_sums[first_x + m]) * minimum_step(p);
                 if constexpr (SCALE == INTEGERS) value *= p.row_scale[rows[r]];
-                write_result(p, rows[r], x.digit_rows[first_x + m], value);
+                write_result(p, y, rows[r], x.digit_rows[first_x + m], value);
             }
         }
     }
@@ -304,8 +300,9 @@ struct Tile {
 
 // Weight rows first to first + num_w, at most W_ROWS: the last stands for those that are not there.
 template <int BITS, bool SIGNED, Scale SCALE, int X_ROWS, int W_ROWS>
-TARGET void multiply_tile(const Product& p, const Prepared& x, i64 first, i64 num_w, int first_x) {
-    Tile<BITS, SIGNED, SCALE, X_ROWS, W_ROWS> tile = {p, x, {}, {}, {}, {}};
+TARGET void multiply_tile(const Product& p, const Result& y, const Prepared& x, i64 first, i64 num_w,
+                          int first_x) {
+    Tile<BITS, SIGNED, SCALE, X_ROWS, W_ROWS> tile = {p, y, x, {}, {}, {}, {}};
     for (int r = 0; r < W_ROWS; ++r) {
         tile.rows[r] = first + (r < num_w ? r : num_w - 1);
         tile.codes[r] = p.codes + tile.rows[r] * p.row_bytes;
@@ -321,29 +318,33 @@ TARGET void multiply_tile(const Product& p, const Prepared& x, i64 first, i64 nu
 }
 
 template <int BITS, bool SIGNED, Scale SCALE, int X_ROWS>
-TARGET void multiply_block(const Product& p, const Prepared& x, i64 first, i64 last, int first_x) {
+TARGET void multiply_block(const Product& p, const Result& y, const Prepared& x, i64 first, i64 last,
+                           int first_x) {
     constexpr int W_ROWS = rows_of_w(X_ROWS);
     for (i64 row = first; row < last; row += W_ROWS)
-        multiply_tile<BITS, SIGNED, SCALE, X_ROWS, W_ROWS>(p, x, row, last - row, first_x);
+        multiply_tile<BITS, SIGNED, SCALE, X_ROWS, W_ROWS>(p, y, x, row, last - row, first_x);
 }
 
 template <int BITS, bool SIGNED, Scale SCALE>
-TARGET void multiply_digits(const Product& p, const Prepared& x, i64 first, i64 last) {
+TARGET void multiply_digits(
+    const Product& p, const Result& y, const Prepared& x, i64 first, i64 last) {
     int m = 0;
-    for (; m + 4 <= x.num_digits; m += 4) multiply_block<BITS, SIGNED, SCALE, 4>(p, x, first, last, m);
-    for (; m + 2 <= x.num_digits; m += 2) multiply_block<BITS, SIGNED, SCALE, 2>(p, x, first, last, m);
-    for (; m < x.num_digits; ++m) multiply_block<BITS, SIGNED, SCALE, 1>(p, x, first, last, m);
+    for (; m + 4 <= x.num_digits; m += 4)
+        multiply_block<BITS, SIGNED, SCALE, 4>(p, y, x, first, last, m);
+    for (; m + 2 <= x.num_digits; m += 2)
+        multiply_block<BITS, SIGNED, SCALE, 2>(p, y, x, first, last, m);
+    for (; m < x.num_digits; ++m) multiply_block<BITS, SIGNED, SCALE, 1>(p, y, x, first, last, m);
 }
 
-TARGET void multiply_plain(const Product& p, const Prepared& x, i64 first, i64 last) {
+TARGET void multiply_plain(const Product& p, const Result& y, const Prepared& x, i64 first, i64 last) {
     float totals[MAX_ROWS];
     for (i64 row = first; row < last; ++row) {
         plain_products(p, row, x.plain, x.num_plain, totals);
-        for (int m = 0; m < x.num_plain; ++m) write_result(p, row, x.plain_rows[m], totals[m]);
+        for (int m = 0; m < x.num_plain; ++m) write_result(p, y, row, x.plain_rows[m], totals[m]);
     }
 }
 
-typedef void (*Multiply)(const Product&, const Prepared&, i64 first, i64 last);
+typedef void (*Multiply)(const Product&, const Result&, const Prepared&, i64 first, i64 last);
 
 inline Multiply multiply_for(const Product& p) {
     const bool has_minimum = p.minimum;
@@ -359,13 +360,13 @@ inline Multiply multiply_for(const Product& p) {
     }
 }
 
-void multiply(const Product& p, const u8* workspace, i64 first, i64 last) {
+void multiply(const Product& p, const Result& y, const u8* workspace, i64 first, i64 last) {
     const Prepared& x = *reinterpret_cast<const Prepared*>(workspace);
     const Multiply function = multiply_for(p);
     for (i64 row = first; row < last; row += BLOCK_ROWS) {
         const i64 end = row + BLOCK_ROWS < last ? row + BLOCK_ROWS : last;
-        if (x.num_digits) function(p, x, row, end);
-        if (x.num_plain) multiply_plain(p, x, row, end);
+        if (x.num_digits) function(p, y, x, row, end);
+        if (x.num_plain) multiply_plain(p, y, x, row, end);
     }
 }
 

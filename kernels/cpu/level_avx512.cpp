@@ -64,9 +64,11 @@ INLINE Floats pick(Floats values, const i32* lanes) {
 #include "unpack.h"
 #include "digits.h"
 #include "few_rows.h"
+#include "gated.h"
 
 }  // namespace
 
-extern const Level LEVEL_AVX512 = {"avx512", workspace_bytes, prepare, multiply, unpack_rows};
+extern const Level LEVEL_AVX512 = {
+    "avx512", workspace_bytes, prepare, multiply, multiply_gated, unpack_rows};
 
 #endif

@@ -11,7 +11,9 @@ namespace {
 #include "numbers.h"
 #include "unpack.h"
 #include "portable.h"
+#include "gated.h"
 
 }  // namespace
 
-extern const Level LEVEL_PORTABLE = {"portable", workspace_bytes, prepare, multiply, unpack_rows};
+extern const Level LEVEL_PORTABLE = {
+    "portable", workspace_bytes, prepare, multiply, multiply_gated, unpack_rows};

@@ -37,6 +37,8 @@ inline u16 float_to_half(float value) {
     return u16(sign | ((rest + 0xFFF + ((rest >> 13) & 1) - (112u << 23)) >> 13));
 }
 
+constexpr float ROUNDING = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to an integer
+
 inline float bfloat16_to_float(u16 value) { return float_of(u32(value) << 16); }
 
 inline u16 float_to_bfloat16(float value) {
@@ -58,6 +60,11 @@ inline void store(void* values, i64 element, i64 i, float value) {
         const u16 bits = element == HALF ? float_to_half(value) : float_to_bfloat16(value);
         static_cast<u16*>(values)[i] = bits;
     }
+}
+
+inline void write_result(const Product& p, const Result& y, i64 n, i64 m, float value) {
+    if (p.bias) value += load(p.bias, p.element, n);
+    store(y.values, y.element, m * y.stride + n - y.first, value);
 }
 
 // weight = (code * scale + minimum) * factor.

@@ -1,4 +1,4 @@
-// The three functions of a level, for processors without vectors that we know: all rows of x are
+// The functions of a level, for processors without vectors that we know: all rows of x are
 // multiplied as floats. Included in the unnamed namespace of a level.
 
 #ifndef BMINF_CPU_PORTABLE_H
@@ -16,17 +16,14 @@ void prepare(const Product& p, u8* workspace) {
     for (i64 i = 0; i < p.num_rows * p.in_features; ++i) x[i] = load(p.x, p.element, i);
 }
 
-void multiply(const Product& p, const u8* workspace, i64 first, i64 last) {
+void multiply(const Product& p, const Result& y, const u8* workspace, i64 first, i64 last) {
     const float* x[MAX_ROWS];
     float totals[MAX_ROWS];
     for (i64 m = 0; m < p.num_rows; ++m)
         x[m] = reinterpret_cast<const float*>(workspace) + m * p.in_features;
     for (i64 n = first; n < last; ++n) {
         plain_products(p, n, x, int(p.num_rows), totals);
-        for (i64 m = 0; m < p.num_rows; ++m) {
-            const float value = totals[m] + (p.bias ? load(p.bias, p.element, n) : 0.0f);
-            store(p.y, p.element, m * p.out_features + n, value);
-        }
+        for (i64 m = 0; m < p.num_rows; ++m) write_result(p, y, n, m, totals[m]);
     }
 }
 
