@@ -20,7 +20,7 @@ import torch
 
 from bminf.errors import ArgumentError, KernelError
 
-PRODUCT = struct.Struct("=17q")
+PRODUCT = struct.Struct("=18q")
 """The fields of Product in kernels/cpu/product.h, in its order."""
 
 MAX_ROWS = 16

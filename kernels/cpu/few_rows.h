@@ -45,10 +45,6 @@ constexpr int step_of(int bits, Scale scale) { return scale != OF_ROW ? 1 : bits
 
 // ---- preparing x ---------------------------------------------------------------------------------
 
-constexpr i64 ALIGNMENT = 64;
-
-inline i64 aligned(i64 bytes) { return (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT; }
-
 struct Sizes {
     i64 num_steps, floats, digits, sums, first_groups, lane_groups;  // bytes, of one row for x
 };
@@ -70,20 +66,10 @@ inline Sizes sizes_of(const Product& p) {
 }
 
 inline i64 workspace_bytes(const Product& p) {
+    if (p.activation_bits == 8) return bytes_of_rounded(p);
     const Sizes sizes = sizes_of(p);
     const i64 of_row = sizes.floats + sizes.digits + sizes.sums;
     return aligned(sizeof(Prepared)) + p.num_rows * of_row + sizes.first_groups + sizes.lane_groups;
-}
-
-TARGET const float* as_floats_of(const Product& p, i64 row, float* space) {
-    const i64 start = row * p.in_features;
-    if (p.element == FLOAT) return static_cast<const float*>(p.x) + start;
-    const u16* x = static_cast<const u16*>(p.x) + start;
-    if (p.element == HALF)
-        for (i64 i = 0; i < p.in_features; ++i) space[i] = half_to_float(x[i]);
-    else
-        for (i64 i = 0; i < p.in_features; ++i) space[i] = bfloat16_to_float(x[i]);
-    return space;
 }
 
 TARGET bool write_digits(const Product& p, const float* x, u8* digits) {
@@ -144,6 +130,7 @@ TARGET void write_lane_groups(
 }
 
 TARGET void prepare(const Product& p, u8* workspace) {
+    if (p.activation_bits == 8) return round_rows(p, workspace);
     const Sizes sizes = sizes_of(p);
     Prepared& x = *reinterpret_cast<Prepared*>(workspace);
     u8* place = workspace + aligned(sizeof(Prepared));
@@ -176,17 +163,8 @@ TARGET void prepare(const Product& p, u8* workspace) {
 
 // ---- multiplying ---------------------------------------------------------------------------------
 
-constexpr i64 BLOCK_ROWS = 4;   // of W: they stay in the nearest cache for further rows of x
-constexpr i64 AHEAD = 4096;     // bytes of codes that are asked for before they are needed
-constexpr i64 SCALES_AHEAD = 2048;
-constexpr i64 LINE = 64;
 
 constexpr i64 bytes_of(Scale scale) { return scale == REAL ? 4 : scale == HALVES ? 2 : 1; }
-
-// Beyond the end of a tensor, too: it reads nothing there.
-INLINE void ask_for(const u8* start, i64 bytes) {
-    for (i64 i = 0; i < bytes; i += LINE) __builtin_prefetch(start + i);
-}
 
 template <Scale SCALE>
 INLINE Floats scales_of(const void* scale, i64 first, i64 count) {
@@ -361,6 +339,7 @@ inline Multiply multiply_for(const Product& p) {
 }
 
 void multiply(const Product& p, const Result& y, const u8* workspace, i64 first, i64 last) {
+    if (p.activation_bits == 8) return multiply_rounded(p, y, workspace, first, last);
     const Prepared& x = *reinterpret_cast<const Prepared*>(workspace);
     const Multiply function = multiply_for(p);
     for (i64 row = first; row < last; row += BLOCK_ROWS) {

@@ -15,7 +15,7 @@ extern const Level LEVEL_PORTABLE;
 
 namespace {
 
-constexpr i64 PART_BYTES = 1 << 17;  // of a weight: a few microseconds to read, 100 times those of a part
+constexpr i64 PART_BYTES = 1 << 17;  // of codes: a few microseconds to read, 100 times those of a part
 constexpr i64 PART_ROWS = 4;         // a part has a multiple of these
 // Bytes of codes times rows of x, of one thread: it takes as long to wake another as to compute less.
 constexpr i64 LEAST_WORK = 1 << 19;
@@ -71,7 +71,8 @@ i64 rows_of_part(const Product& p, i64 num_threads) {
 
 void run(const Product& p, const Gated* gated, const Level& level, const u8* workspace) {
     const i64 work = p.out_features * p.row_bytes * (workspace ? p.num_rows : MAX_ROWS);
-    const i64 most = (gated ? 2 * work : work) / LEAST_WORK, num_threads = most < p.num_threads ? most : p.num_threads;
+    const i64 most = (gated ? 2 * work : work) / LEAST_WORK;
+    const i64 num_threads = most < p.num_threads ? most : p.num_threads;
     if (num_threads <= 1) {
         Job job = {p, gated, level, workspace, p.out_features};
         return run_part(&job, 0);

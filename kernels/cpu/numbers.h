@@ -53,6 +53,18 @@ inline float load(const void* values, i64 element, i64 i) {
     return element == HALF ? half_to_float(bits) : bfloat16_to_float(bits);
 }
 
+// Row `row` of x, which is in `space` where it is not of floats.
+TARGET const float* as_floats_of(const Product& p, i64 row, float* space) {
+    const i64 start = row * p.in_features;
+    if (p.element == FLOAT) return static_cast<const float*>(p.x) + start;
+    const u16* x = static_cast<const u16*>(p.x) + start;
+    if (p.element == HALF)
+        for (i64 i = 0; i < p.in_features; ++i) space[i] = half_to_float(x[i]);
+    else
+        for (i64 i = 0; i < p.in_features; ++i) space[i] = bfloat16_to_float(x[i]);
+    return space;
+}
+
 inline void store(void* values, i64 element, i64 i, float value) {
     if (element == FLOAT) {
         static_cast<float*>(values)[i] = value;

@@ -18,6 +18,11 @@ typedef std::uint32_t u32;
 typedef std::int64_t i64;
 
 constexpr i64 MAX_ROWS = 16;  // of activations in one call
+constexpr i64 ALIGNMENT = 64;  // of a workspace, and of its parts
+
+inline i64 aligned(i64 bytes) { return (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT; }
+
+constexpr i64 BLOCK_ROWS = 4;  // of W: they stay in the nearest cache for further rows of x
 
 enum Element : i64 { HALF = 16, BFLOAT16 = 17, FLOAT = 32 };
 
@@ -40,6 +45,7 @@ struct Product {
     i64 element;             // of x, bias and y
     i64 num_threads;
     i64 float_elements;      // a weight of at most so many is multiplied as floats
+    i64 activation_bits;     // 16, or 8 of a token and W in 8 bits with a scale a row
 };
 
 // Two products of the same form, sizes, x and y: y = activation(gate) * up.

@@ -13,7 +13,7 @@ import torch
 from bminf.cpu.library import Kernels, at_level, levels_of, open_library
 from bminf.ops import cpu_linear
 from bminf.ops.gated_linear import ACTIVATION_FUNCTIONS
-from bminf.quantization.packed import Format, PackedWeight
+from bminf.quantization.packed import INT8, Format, PackedWeight
 from bminf.quantization.packing import pack
 
 FORMATS = [
@@ -35,12 +35,13 @@ def multiply(
     weight: PackedWeight,
     bias: torch.Tensor | None = None,
     y: torch.Tensor | None = None,
+    activation_bits: int = cpu_linear.FINEST_BITS,
 ) -> torch.Tensor:
     """x W^T + bias in the dtype of x, into a poisoned y, as integers however small the weight is.
     x: (M, K)."""
     if y is None:
         y = x.new_full((len(x), weight.out_features), float("nan"))
-    kernels.multiply(cpu_linear._product(x, weight, bias, y, len(x), float_elements=0))
+    kernels.multiply(cpu_linear._product(x, weight, bias, y, len(x), 0, activation_bits))
     return y
 
 
@@ -88,6 +89,9 @@ def main(path: Path) -> None:
                     bias = torch.randn(7).to(dtype)
                     y = multiply(kernels, x, weight, bias)
                     assert y[1:].isfinite().all()
+                    if form == INT8:
+                        y = multiply(kernels, x, weight, bias, activation_bits=8)
+                        assert y[1:].isfinite().all()
                     for name in ACTIVATION_FUNCTIONS:
                         y = multiply_gated(kernels, x, (weight, up), name, (None, bias))
                         assert y[1:].isfinite().all()

@@ -24,7 +24,7 @@ from bminf.ops import cpu_linear
 from bminf.ops.gated_linear import gated_linear
 from bminf.ops.linear import linear
 from bminf.quantization.packed import INT4, INT8, Format, PackedWeight
-from bminf.quantization.packing import pack
+from bminf.quantization.packing import int8_rows, pack
 
 BOUND = 2**-13
 
@@ -127,9 +127,42 @@ def test_a_bias_of_another_type_is_converted(calls: list[str], weight: PackedWei
     assert calls == ["multiply"] * 2
 
 
-def test_activations_in_8_bits_are_multiplied_by_torch(calls: list[str]) -> None:
-    linear(torch.randn(1, 64), pack(torch.randn(24, 64), INT8), None, "int8")
+@pytest.mark.parametrize("shape", [(64,), (1, 64), (16, 64), (2, 3, 64)], ids=str)
+def test_few_rows_in_8_bits_have_the_bits_of_many(shape: tuple[int, ...], calls: list[str]) -> None:
+    x, weight, bias = torch.randn(shape), pack(torch.randn(24, 64), INT8), torch.randn(24)
+    y = linear(x, weight, bias, "int8")
+    assert calls == ["multiply"] and y.shape == (*shape[:-1], 24)
+    many = torch.cat([x.view(-1, 64), torch.randn(20, 64)])
+    assert torch.equal(linear(many, weight, bias, "int8")[: x.numel() // 64], y.view(-1, 24))
+    assert not torch.equal(linear(x, weight, bias), y)
+
+
+def test_many_rows_in_8_bits_are_multiplied_by_torch_where_it_is_fast(
+    calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, x, bias = pack(torch.randn(24, 64), INT8), torch.randn(40, 64), torch.randn(24)
+    results = []
+    for is_fast, expected in ((True, []), (False, ["multiply"] * 3)):
+        monkeypatch.setattr(cpu_linear, "_has_integer_product", lambda _, fast=is_fast: fast)
+        results.append(linear(x, weight, bias, "int8"))
+        assert calls == expected
+    assert torch.equal(*results)
+
+
+def test_rows_in_8_bits_that_are_too_long_are_multiplied_by_torch(calls: list[str]) -> None:
+    columns = cpu_linear.MAX_DIGIT_COLUMNS + 1
+    x, weight = torch.randn(1, columns), pack(torch.randn(2, columns), INT8)
+    codes, scale = int8_rows(x)
+    expected = product(codes * scale.unsqueeze(1), weight)
+    for given in (x, x[0]):
+        assert relative_error(linear(given, weight, None, "int8"), expected) < 1e-5
     assert not calls
+
+
+def test_a_strided_input_in_8_bits_is_copied_first(calls: list[str]) -> None:
+    x, weight = torch.randn(3, 128)[:, ::2], pack(torch.randn(24, 64), INT8)
+    y = linear(x, weight, None, "int8")
+    assert calls == ["multiply"] and torch.equal(y, linear(x.contiguous(), weight, None, "int8"))
 
 
 def test_a_layer_takes_one_call(calls: list[str]) -> None:
