@@ -11,7 +11,6 @@ template <int X_ROWS, int W_ROWS>
 TARGET void byte_sums(
     const u8* const* rows, i64 row_bytes, const u8* const* codes, i32 (*totals)[X_ROWS]) {
     constexpr int CHAINS = X_ROWS * W_ROWS == 1 ? 4 : 1, STEP = CHAINS * BYTES;
-    const i64 ahead = X_ROWS == 1 ? AHEAD : BLOCK_ROWS * row_bytes;
     Ints sums[W_ROWS][X_ROWS][CHAINS];
     for (int r = 0; r < W_ROWS; ++r)
         for (int m = 0; m < X_ROWS; ++m)
@@ -19,7 +18,7 @@ TARGET void byte_sums(
     i64 first = 0;
     for (; first + STEP <= row_bytes; first += STEP) {
         for (int r = 0; r < W_ROWS; ++r) {
-            ask_for(rows[r] + first + ahead, STEP);
+            ask_beyond<X_ROWS>(rows[r] + first, row_bytes, STEP);
             for (int c = 0; c < CHAINS; ++c) {
                 const i64 place = first + c * BYTES;
                 const Ints weights = load_ints(rows[r] + place);

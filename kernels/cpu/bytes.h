@@ -2,9 +2,10 @@
 // the unnamed namespace of a level, after its byte_sums().
 //
 // A row of x is codes times a scale, its largest absolute value over 127; codes are rounded to the
-// nearest, of ties to the even one. Sums are integers, exact, and become floats that are multiplied with
-// the scale of x, then that of W: all bits are those of torch's operations in bminf/ops/cpu_linear.py. A
-// row with infinity or NaN is NaN, as there: that is its scale, or infinity, and then all codes are 0.
+// nearest, of ties to the even one. Sums are integers, exact, and become floats that are multiplied
+// with the scale of x, then that of W: all bits are those of torch's operations in
+// bminf/ops/cpu_linear.py. A row with infinity or NaN is NaN, as there: that is its scale, or infinity,
+// and then all codes are 0.
 //
 // Layout of the workspace: Rounded; for each row its codes, zeros up to ALIGNMENT; K floats.
 //

@@ -210,8 +210,9 @@ struct Tile {
     INLINE void ask_for_scales() {
         if constexpr (SCALE != OF_ROW) {
             const i64 of_row = p.num_groups * bytes_of(SCALE), start = rows[0] * of_row + SCALES_AHEAD;
-            ask_for(static_cast<const u8*>(p.scale) + start, W_ROWS * of_row);
-            if constexpr (!SIGNED) ask_for(static_cast<const u8*>(p.minimum) + start, W_ROWS * of_row);
+            ask_for_stream(static_cast<const u8*>(p.scale) + start, W_ROWS * of_row);
+            if constexpr (!SIGNED)
+                ask_for_stream(static_cast<const u8*>(p.minimum) + start, W_ROWS * of_row);
         }
     }
 
@@ -219,10 +220,8 @@ struct Tile {
     template <bool IS_WHOLE, bool IS_ASKING>
     INLINE void add(i64 step) {
         const i64 offset = step * L::BYTES_OF_STEP, start = step * STEP * BYTES;
-        // Of one stream, or of the next block, whose rows are as far from each other as these.
-        const i64 ahead = X_ROWS == 1 ? AHEAD : BLOCK_ROWS * p.row_bytes;
         for (int r = 0; r < W_ROWS; ++r) {
-            if (IS_ASKING) ask_for(codes[r] + start + ahead, STEP * BYTES);
+            if (IS_ASKING) ask_beyond<X_ROWS>(codes[r] + start, p.row_bytes, STEP * BYTES);
             Ints products[X_ROWS];
             for (int m = 0; m < X_ROWS; ++m) products[m] = no_ints();
             add_step<BITS, SIGNED, STEP, X_ROWS, IS_WHOLE>(
