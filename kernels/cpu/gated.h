@@ -15,8 +15,8 @@
 #ifndef BMINF_CPU_GATED_H
 #define BMINF_CPU_GATED_H
 
-// Of each weight at a time: so many that two streams in turn cost little more than one.
-constexpr i64 GATED_ROWS = 128;
+// Results of each weight at a time: so many that two streams in turn cost no more than one.
+constexpr i64 GATED_RESULTS = 2048;
 constexpr i64 AT_ONCE = 16;  // results: a vector, or some
 
 // 0 below -104, infinity above 104, NaN of NaN.
@@ -73,14 +73,15 @@ TARGET void gate(i64 activation, float* gates, const float* ups, i64 count) {
 
 TARGET void multiply_gated(const Gated& g, const u8* workspace, i64 first, i64 last) {
     const Product& p = g.gate;
-    float gates[MAX_ROWS * GATED_ROWS] = {}, ups[MAX_ROWS * GATED_ROWS] = {};
-    for (i64 row = first; row < last; row += GATED_ROWS) {
-        const i64 end = row + GATED_ROWS < last ? row + GATED_ROWS : last;
-        multiply(g.gate, {gates, FLOAT, GATED_ROWS, row}, workspace, row, end);
-        multiply(g.up, {ups, FLOAT, GATED_ROWS, row}, workspace, row, end);
+    float gates[GATED_RESULTS] = {}, ups[GATED_RESULTS] = {};
+    const i64 num_w = GATED_RESULTS / p.num_rows / AT_ONCE * AT_ONCE;
+    for (i64 row = first; row < last; row += num_w) {
+        const i64 end = row + num_w < last ? row + num_w : last;
+        multiply(g.gate, {gates, FLOAT, num_w, row}, workspace, row, end);
+        multiply(g.up, {ups, FLOAT, num_w, row}, workspace, row, end);
         for (i64 m = 0; m < p.num_rows; ++m) {
-            float* values = gates + m * GATED_ROWS;
-            gate(g.activation, values, ups + m * GATED_ROWS, end - row);
+            float* values = gates + m * num_w;
+            gate(g.activation, values, ups + m * num_w, end - row);
             for (i64 n = row; n < end; ++n)
                 store(p.y, p.element, m * p.out_features + n, values[n - row]);
         }
