@@ -10,7 +10,7 @@ import torch.fx
 
 from bminf.cuda.launcher import Launcher, launcher_for
 from bminf.errors import ArgumentError, UnsupportedModelError
-from bminf.ops.cpu_linear import few_rows_linear, row_bytes_of_many
+from bminf.ops.cpu_linear import FINEST_BITS, few_rows_linear, row_bytes_of_many
 from bminf.ops.dequantize import dequantize_weight
 from bminf.ops.linear_w8a8 import MAX_CODE_COLUMNS, check_columns, linear_w8a8
 from bminf.ops.linear_weight_only import MAX_FEW_ROWS, few_rows_launched, linear_weight_only
@@ -46,13 +46,12 @@ def linear_of_checked(
     x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, activations: str
 ) -> torch.Tensor:
     """As linear, for a weight whose parts are known to match, as in a layer of ours."""
-    is_float = activations == "auto" or activations == "float"  # for so few rows
-    if is_float and not torch.compiler.is_compiling():
-        launcher = launcher_for(x.device)
+    if activations in ACTIVATIONS and not torch.compiler.is_compiling():
+        launcher, is_int8 = launcher_for(x.device), activations == "int8"
         if launcher is None:
-            few = few_rows_linear(x, weight, bias)
-        else:
-            few = few_rows_launched(launcher, x, weight, bias)
+            few = few_rows_linear(x, weight, bias, 8 if is_int8 else FINEST_BITS)
+        else:  # in "auto" as in "float", for so few rows
+            few = None if is_int8 else few_rows_launched(launcher, x, weight, bias)
         if few is not None:
             return few
     if not _is_recorded(x):
