@@ -7,8 +7,7 @@ nothing is padded, and a row alone is computed by the very calls that a KVCache 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -19,6 +18,9 @@ from bminf.layers.kv_cache import MakeBias
 Bias = Sequence[torch.Tensor | Alibi | None]
 """Of each row in a pass: (1, 1 or H, T of the row, S of the row), or what attention() takes in the
 place of that."""
+
+Views = tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]
+"""Keys and values of a row in each layer, (1, H, n, D) each, views of the pool."""
 
 
 class Cache(Protocol):
@@ -49,8 +51,7 @@ class Cache(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Span:
+class Span(NamedTuple):  # which is made faster than a frozen dataclass, for each row of each pass
     """The tokens of a row in a pass.
 
     start: where the row begins in the pool.   length: tokens that it held before the pass.
@@ -85,17 +86,26 @@ class PackedCache:
     ) -> None:
         self._keys, self._values = tokens
         self._spans, self.copies = spans, copies
-        # Of each row: its tokens in the pass, their cells, and all of its cells.
-        self._places = [
-            (ours, slice(one.start + one.length, one.end), slice(one.start, one.end))
-            for one, ours in slices(spans)
-        ]
+        self._ours = [ours for _, ours in slices(spans)]
+        # Of each row: all of its tokens, and of them those of the pass, once they are asked for.
+        self._all = [self._views(span.start, span.num_keys) for span in spans]
+        self._new: list[Views] | None = None
+
+    def _views(self, start: int, number: int) -> Views:
+        # Of all layers at once: for short rows a view takes as long as a small product.
+        num_layers = self._keys.shape[0]
+        keys, values = self._keys.narrow(2, start, number), self._values.narrow(2, start, number)
+        return keys.chunk(num_layers), values.chunk(num_layers)
 
     def append(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Keep (1, H, T, D) of all rows."""
-        for ours, new, _ in self._places:
-            self._keys[layer, :, new] = key[0, :, ours]
-            self._values[layer, :, new] = value[0, :, ours]
+        if self._new is None:
+            self._new = [
+                self._views(span.end - span.num_tokens, span.num_tokens) for span in self._spans
+            ]
+        for (keys, values), ours in zip(self._new, self._ours, strict=True):
+            keys[layer].copy_(key[:, :, ours])
+            values[layer].copy_(value[:, :, ours])
 
     def attend(
         self,
@@ -114,23 +124,23 @@ class PackedCache:
         self, layer: int, query: torch.Tensor, bias: Bias, scale: float
     ) -> torch.Tensor:
         """The same without keys and values of their own: rows hold span.num_keys."""
-        if len(self._places) == 1 and not self.copies:
-            return self._attend_row(layer, self._places[0][2], query, bias[0], scale)
+        if len(self._spans) == 1 and not self.copies:
+            return self._attend_row(layer, self._all[0], query, bias[0], scale)
         rows = [
-            self._attend_row(layer, cells, query[:, :, ours], bias[index], scale)
-            for index, (ours, _, cells) in enumerate(self._places)
+            self._attend_row(layer, row, query[:, :, ours], bias[index], scale)
+            for index, (row, ours) in enumerate(zip(self._all, self._ours, strict=True))
         ]
         return joined(rows, query.shape[2])
 
     def _attend_row(
         self,
         layer: int,
-        cells: slice,
+        row: Views,
         query: torch.Tensor,
         bias: torch.Tensor | Alibi | None,
         scale: float,
     ) -> torch.Tensor:
-        keys, values = self._keys[layer, None, :, cells], self._values[layer, None, :, cells]
+        keys, values = row[0][layer], row[1][layer]
         if not self.copies:
             return attention(query, keys, values, bias, scale)
         return attention_in_products(copied(query), copied(keys), copied(values), bias, scale)
