@@ -36,7 +36,7 @@ def add_model(parser: argparse.ArgumentParser, is_optional: bool = False) -> Non
     add("--offload-dir", metavar="DIR", help="folder for the file of streamed blocks")
     add("--max-length", type=positive, metavar="N",
         help="tokens of prompt and answer together that memory is set aside for")  # fmt: skip
-    add("--model", dest="built_in", choices=("cpm1", "cpm2", "eva", "glm130b", "glm10b", "bloom"),
+    add("--model", dest="built_in", choices=sources.BUILT_IN,
         help="the built-in model, where the files do not determine it")  # fmt: skip
     add("--trust-remote-code", action="store_true", help="run the code that the folder contains")
     add("--no-fused-kernels", action="store_true", default=None,

@@ -30,6 +30,9 @@ HELP = (
 
 ACCEPTED = f"give {HELP}"
 
+BUILT_IN = ("cpm1", "cpm2", "eva", "glm130b", "glm10b", "bloom")
+"""Models by the names of bminf.arch.registry, which `--help` is not to import."""
+
 QUANTIZATION_HELP = "default: int8, for a GLM int4; quantized checkpoints keep their format"
 
 _MAX_CONFIG_BYTES = 2**24

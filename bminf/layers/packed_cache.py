@@ -8,8 +8,7 @@ GPU rows of as many tokens each, as in decoding, are one launch.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -28,6 +27,9 @@ from bminf.ops.rotary_append import Angles, rotary_append, rotate
 Bias = Sequence[ScoreBias]
 """Of each row in a pass: (1, 1 or H, T of the row, S of the row), or what attention() takes in the
 place of that."""
+
+Views = tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]
+"""Keys and values of a row in each layer, (1, H, n, D) each, views of the pool."""
 
 
 class Cache(Protocol):
@@ -62,8 +64,7 @@ class Cache(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Span:
+class Span(NamedTuple):  # which is made faster than a frozen dataclass, for each row of each pass
     """The tokens of a row in a pass.
 
     start: where the row begins in the pool.   length: tokens that it held before the pass.
@@ -98,13 +99,19 @@ class PackedCache:
     ) -> None:
         self._keys, self._values = tokens
         self._spans, self.copies = spans, copies
+        self._ours = [ours for _, ours in slices(spans)]
+        # Of each row: all of its tokens, and of them those of the pass, once they are asked for.
+        self._all = [self._views(span.start, span.num_keys) for span in spans]
+        self._new: list[Views] | None = None
+        # For kernels: where rows are, and the cells of all tokens of the pass, on the device.
         self._rows: Rows | None = None
-        # Of each row: its tokens in the pass, their cells, and all of its cells.
-        self._places = [
-            (ours, slice(one.start + one.length, one.end), slice(one.start, one.end))
-            for one, ours in slices(spans)
-        ]
-        self._cells: torch.Tensor | None = None  # of all tokens of the pass, on the device
+        self._cells: torch.Tensor | None = None
+
+    def _views(self, start: int, number: int) -> Views:
+        # Of all layers at once: for short rows a view takes as long as a small product.
+        num_layers = self._keys.shape[0]
+        keys, values = self._keys.narrow(2, start, number), self._values.narrow(2, start, number)
+        return keys.chunk(num_layers), values.chunk(num_layers)
 
     def append(
         self,
@@ -124,15 +131,20 @@ class PackedCache:
             )
         if angles is not None:
             query, key = rotate(query, *angles), rotate(key, *angles)
-        for ours, new, _ in self._places:
-            self._keys[layer, :, new] = key[0, :, ours]
-            self._values[layer, :, new] = value[0, :, ours]
+        if self._new is None:
+            self._new = [
+                self._views(span.end - span.num_tokens, span.num_tokens) for span in self._spans
+            ]
+        for (new_keys, new_values), ours in zip(self._new, self._ours, strict=True):
+            new_keys[layer].copy_(key[:, :, ours])
+            new_values[layer].copy_(value[:, :, ours])
         return query
 
     def _cells_of(self, num_tokens: int) -> torch.Tensor:
         """(T,) int64, where the tokens of the pass go; -1 for those of no row."""
         if self._cells is None:
-            cells = [cell for _, new, _ in self._places for cell in range(new.start, new.stop)]
+            ends = [(span.end - span.num_tokens, span.end) for span in self._spans]
+            cells = [cell for first, end in ends for cell in range(first, end)]
             cells += [-1] * (num_tokens - len(cells))
             self._cells = torch.tensor(cells, device=self._keys.device)
         return self._cells
@@ -155,15 +167,15 @@ class PackedCache:
         self, layer: int, query: torch.Tensor, bias: Bias, scale: float
     ) -> torch.Tensor:
         """The same without keys and values of their own: rows hold span.num_keys."""
-        if len(self._places) == 1 and not self.copies:
-            return self._attend_row(layer, self._places[0][2], query, bias[0], scale)
+        if len(self._spans) == 1 and not self.copies:
+            return self._attend_row(layer, self._all[0], query, bias[0], scale)
         if not self.copies:
             together = self._attend_together(layer, query, bias, scale)
             if together is not None:
                 return together
         rows = [
-            self._attend_row(layer, cells, query[:, :, ours], bias[index], scale)
-            for index, (ours, _, cells) in enumerate(self._places)
+            self._attend_row(layer, row, query[:, :, ours], bias[index], scale)
+            for index, (row, ours) in enumerate(zip(self._all, self._ours, strict=True))
         ]
         return joined(rows, query.shape[2])
 
@@ -189,12 +201,12 @@ class PackedCache:
     def _attend_row(
         self,
         layer: int,
-        cells: slice,
+        row: Views,
         query: torch.Tensor,
         bias: ScoreBias,
         scale: float,
     ) -> torch.Tensor:
-        keys, values = self._keys[layer, None, :, cells], self._values[layer, None, :, cells]
+        keys, values = row[0][layer], row[1][layer]
         if not self.copies:
             return attention(query, keys, values, bias, scale)
         return attention_in_products(copied(query), copied(keys), copied(values), bias, scale)

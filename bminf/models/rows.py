@@ -75,7 +75,7 @@ class DecoderRows(PoolRows):
         if not wanted:
             return x.new_empty(0, self.vocab_size)
         logits: torch.Tensor = self.network.head(_states(x, wanted))
-        return logits[: sum(feed.has_logits for feed in feeds)]
+        return logits if num_tokens is None else logits[: sum(feed.has_logits for feed in feeds)]
 
     def hidden_states(
         self, feeds: Sequence[Feed], ids: torch.Tensor, packed: PackedCache
