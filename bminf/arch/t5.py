@@ -187,7 +187,7 @@ class T5Cache:
 
     def attend_to_prompt(self, layer: int, query: torch.Tensor, scale: float) -> torch.Tensor:
         """(B, H, T, D), see attention()."""
-        key, value = self.cross.read(layer, len(query), self.cross.length)
+        key, value = self.cross.read(layer, query.shape[0], self.cross.length)
         return attention(query, key, value, self.cross_bias, scale)
 
     def select(self, rows: torch.Tensor) -> None:

@@ -47,6 +47,7 @@ class KVCache:
         self._layers = [*zip(keys, values, strict=True)]  # of `tokens`
         self.length = 0
         self._cells: tuple[tuple[int, int, int], torch.Tensor] | None = None  # of the last append
+        self._read: tuple[tuple[int, int], list[tuple[torch.Tensor, torch.Tensor]]] | None = None
 
     @property
     def batch_size(self) -> int:
@@ -64,7 +65,7 @@ class KVCache:
         B may be less than batch_size. Returns two (B, H, length + T, D).
         """
         self._keep(layer, key, key, value, None)
-        return self.read(layer, len(key), self.length + key.shape[2])
+        return self.read(layer, key.shape[0], self.length + key.shape[2])
 
     def _keep(
         self,
@@ -89,7 +90,7 @@ class KVCache:
 
     def _has_room(self, key: torch.Tensor, value: torch.Tensor, end: int) -> bool:
         """For the kernel; torch's operators say what is wrong."""
-        fits = len(key) <= self.batch_size and end <= self.max_length
+        fits = key.shape[0] <= self.batch_size and end <= self.max_length
         return fits and is_fusible(key, value, self.keys)
 
     def _cells_of(self, num_rows: int, num_tokens: int) -> torch.Tensor:
@@ -105,8 +106,11 @@ class KVCache:
 
     def read(self, layer: int, num_rows: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The first `end` tokens of the first rows of a layer: two (num_rows, H, end, D) views."""
-        keys, values = self.keys[layer, :num_rows, :, :end], self.values[layer, :num_rows, :, :end]
-        return keys, values
+        asked = num_rows, end
+        if self._read is None or self._read[0] != asked:  # of all layers at once, once a pass
+            keys, values = (tokens[:, :num_rows, :, :end] for tokens in (self.keys, self.values))
+            self._read = asked, [*zip(keys.unbind(), values.unbind(), strict=True)]
+        return self._read[1][layer]
 
     def attend(
         self,
@@ -123,7 +127,7 @@ class KVCache:
         angles: that rotate queries and keys before, see Rotary.
         """
         query = self._keep(layer, query, key, value, angles)
-        key, value = self.read(layer, len(key), self.length + key.shape[2])
+        key, value = self.read(layer, key.shape[0], self.length + key.shape[2])
         return attention(query, key, value, bias, scale)
 
     def positions(self, num_tokens: int) -> torch.Tensor:

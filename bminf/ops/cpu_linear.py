@@ -114,7 +114,7 @@ def _kernels_for(
     x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None
 ) -> Kernels | None:
     """The kernels, where they can compute the whole of x W^T + bias and nothing would be missed."""
-    if torch.compiler.is_compiling() or is_watched():
+    if torch.compiler.is_compiling() or is_watched() or kernels() is None:
         return None
     if not (_is_plain(x) and _is_plain(weight.qweight)):
         return None
