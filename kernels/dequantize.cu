@@ -12,7 +12,7 @@ constexpr int THREADS = 256;
 
 extern "C" __global__ void __launch_bounds__(THREADS)
 dequantize(const u8* codes, const void* scale, const void* minimum, const float* row_scale, Element* y,
-           int N, int K, int group_size, int num_groups) {
+           int N, int K, u32 group_multiplier, int group_shift, int num_groups) {
     const int steps = (K + 7) / 8;
     const size_t index = size_t(blockIdx.x) * THREADS + threadIdx.x;
     const size_t row = index / steps;
@@ -20,11 +20,12 @@ dequantize(const u8* codes, const void* scale, const void* minimum, const float*
     const int column = 8 * int(index % steps);
 
     const size_t row_bytes = size_t(K + CHUNK_COLUMNS - 1) / CHUNK_COLUMNS * 16;
-    const u32* packed = reinterpret_cast<const u32*>(codes + row * row_bytes + column * BITS / 8);
-    const u32 words[4] = {packed[0], BITS == 8 ? packed[1] : 0};
+    u32 words[2];
+    load_words(words, codes + row * row_bytes + size_t(column) * BITS / 8);
     float values[8];
-    unpack8(words, 0, values);
-    scale_pairs(values, column, scale, minimum, row * num_groups, group_size, num_groups);
+    unpack8(words, values);
+    scale_pairs(values, column, {scale, minimum}, row * num_groups,
+                {group_multiplier, group_shift, num_groups});
     if (SCALE_BITS == 8) {
 #pragma unroll
         for (int i = 0; i < 8; ++i) values[i] *= row_scale[row];

@@ -54,9 +54,20 @@ def weight_arguments(weight: PackedWeight | None) -> list[torch.Tensor | None]:
 
 
 def group_arguments(weight: PackedWeight) -> list[int]:
-    """Its groups: columns in each, and how many."""
+    """Its groups: what divides a column by their width, and how many there are."""
     columns = weight.in_features
-    return [min(weight.group_size or columns, columns), weight.num_groups]
+    return [*divider(max(2, min(weight.group_size or columns, columns))), weight.num_groups]
+
+
+def divider(width: int) -> tuple[int, int]:
+    """A multiplier and a shift: n // width is the upper 32 bits of n * multiplier, shifted, for n
+    from 0 to 2**31 - 1 and a width of at least 2. The multiplier as a 32-bit integer with a sign.
+
+    Source: Granlund & Montgomery 1994, doi:10.1145/773473.178249, section 4.
+    """
+    shift = (width - 1).bit_length() - 1
+    multiplier = -(-(2 ** (32 + shift)) // width)
+    return multiplier - 2**32 if multiplier >= 2**31 else multiplier, shift
 
 
 def kernel(dtype: torch.dtype, form: Format) -> Kernel:

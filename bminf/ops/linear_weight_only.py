@@ -156,10 +156,10 @@ def rows_of_x_for(dtype: torch.dtype, num_rows: int) -> int:
 
 def span_of(weight: PackedWeight) -> int:
     """Columns that surely share a scale, counted from multiples of themselves: those of 16 bytes of
-    codes, or 16; 0 where groups begin anywhere."""
-    columns = 8 * CHUNK_BYTES // weight.bits
+    codes, or 16; 0 where groups begin anywhere, -1 where a row has one scale."""
     if weight.num_groups == 1:
-        return columns
+        return -1
+    columns = 8 * CHUNK_BYTES // weight.bits
     assert weight.group_size is not None
     return next((span for span in (columns, 16) if weight.group_size % span == 0), 0)
 
@@ -232,9 +232,8 @@ def _sizes_of(weight: PackedWeight) -> tuple[Any, ...]:
 def tensor_core_kernel(dtype: torch.dtype, weight: PackedWeight, num_rows: int) -> Kernel:
     """The kernel that takes the rows of activations in as few tiles of 8 to 64 as they fill."""
     tiles = min(8, 1 << (-(-num_rows // 8) - 1).bit_length())
-    # Fewer rows of the weight where more sums of activations are in registers; and for one tile of
-    # groups that begin anywhere, of which NVRTC 12.9 would spill some for sm_86 and sm_89.
-    is_narrow = tiles == 8 or (tiles == 1 and span_of(weight) == 0)
+    # Fewer rows of the weight where more sums are in registers, and where groups begin anywhere.
+    is_narrow = tiles == 8 or span_of(weight) == 0
     macros = (("X_TILES", tiles), ("W_TILES", 1 if is_narrow else 2))
     return Kernel(
         "linear_tensor_core.cu", "linear_tensor_core", (*_weight_macros(dtype, weight), *macros)

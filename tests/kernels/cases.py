@@ -345,6 +345,8 @@ def tensor_core_cases() -> Iterator[Case]:
     ):
         yield linear_case(form, torch.float16, (m, 33, 136), has_bias=m != 8)
     yield linear_case(INT4, torch.bfloat16, (8, 3, MOST_COLUMNS))
+    for form in (INT8, MINIMUM):  # several steps of each warp, and columns left
+        yield linear_case(form, torch.float16, (8, 3, 1160))
     yield bad_numbers_case(INT8, 8)
     yield bad_numbers_case(INT4, 8, torch.bfloat16)
     yield awkward_inputs_case(INT4, 8)
@@ -432,8 +434,12 @@ def few_of_each() -> dict[int, list[Case]]:
         75: [product_case(half, (5, 70, 90), "kernel_product")],
         80: [
             linear_case(INT8, half, (9, 37, 200)),
+            linear_case(INT8, bfloat16, (9, 5, 200)),
             linear_case(INT4, bfloat16, (9, 37, 200)),
+            linear_case(INT4, half, (9, 5, 200)),
+            linear_case(Format(4), bfloat16, (9, 5, 200)),
             linear_case(MINIMUM, half, (9, 37, 200)),
+            linear_case(Format(4, 32, True, 8), half, (9, 5, 200)),
             linear_case(Format(4, 6), half, (40, 21, 136), has_bias=False),
             linear_case(Format(8, 34), bfloat16, (8, 5, 70)),
             product_case(half, (33, 70, 200), "kernel_product"),
