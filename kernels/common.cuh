@@ -93,8 +93,38 @@ DEVICE void load8_or_zeros(const Element* row, int column, int num_columns, floa
     for (int i = 0; i < 8; ++i) values[i] = 0.0f;
 }
 
-// The inverse, for rows of any length: writes what lies inside the row.
-DEVICE void store8(Element* row, int column, int num_columns, const float values[8]) {
+// Two floats rounded to the 16-bit Element, the first in the low half.
+#if ELEMENT != 32
+DEVICE u32 pack2(float low, float high) {
+#if defined(BMINF_HOST_SHIM) || __CUDA_ARCH__ < 800
+    return u32(from_float(low)) | u32(from_float(high)) << 16;
+#else
+    u32 pair;
+#if ELEMENT == 17
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+#else
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+#endif
+    return pair;
+#endif
+}
+#endif
+
+// The inverse of load8: 8 neighbouring elements, from a multiple of 16 bytes on.
+DEVICE void store8(Element* data, const float values[8]) {
+#if ELEMENT == 32
+    float4* wide = reinterpret_cast<float4*>(data);
+    wide[0] = make_float4(values[0], values[1], values[2], values[3]);
+    wide[1] = make_float4(values[4], values[5], values[6], values[7]);
+#else
+    *reinterpret_cast<uint4*>(data) =
+        make_uint4(pack2(values[0], values[1]), pack2(values[2], values[3]),
+                   pack2(values[4], values[5]), pack2(values[6], values[7]));
+#endif
+}
+
+// The same from `column` of a row of any length on: writes what lies inside the row.
+DEVICE void store8_within(Element* row, int column, int num_columns, const float values[8]) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
         if (column + i < num_columns) row[column + i] = from_float(values[i]);
@@ -283,22 +313,7 @@ DEVICE float activate(float x, int kind) {
 
 // ---- tensor cores and asynchronous copies --------------------------------------------------------
 
-// Two floats rounded to the 16-bit Element, the first in the low half.
 #if defined(ELEMENT) && ELEMENT != 32
-DEVICE u32 pack2(float low, float high) {
-#if defined(BMINF_HOST_SHIM) || __CUDA_ARCH__ < 800
-    return u32(from_float(low)) | u32(from_float(high)) << 16;
-#else
-    u32 pair;
-#if ELEMENT == 17
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-#else
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-#endif
-    return pair;
-#endif
-}
-
 // Arithmetic with two 16-bit Elements in a word, each rounded once.
 DEVICE u32 fma2(u32 a, u32 b, u32 c) {
     u32 pair;

@@ -101,7 +101,7 @@ def tensor_core(dtype: torch.dtype, form: Format, num_rows: int) -> Kernel:
 
 
 def dequantize_kernel(dtype: torch.dtype, form: Format) -> Kernel:
-    return dequantize.kernel(dtype, form)
+    return dequantize.kernel(dtype, form, 4096)
 
 
 def count(kernel: Kernel, capability: int) -> Count:

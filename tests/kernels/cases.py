@@ -381,6 +381,7 @@ def other_cases() -> Iterator[Case]:
             yield rms_norm_case(dtype, m, k)
         for form in WHOLE + CUT:
             yield dequantize_case(form, dtype, 5, 70)
+            yield dequantize_case(form, dtype, 3, 72)  # in whole stores
         for form in (INT8, Format(8, 34), MINIMUM, Format(4)):
             yield bad_dequantize_case(form, dtype)
     yield dequantize_case(INT8, torch.float16, 3, 33)
@@ -428,6 +429,8 @@ def few_of_each() -> dict[int, list[Case]]:
             quantize_case(single, 2, 2100),
             rms_norm_case(bfloat16, 2, 70),
             dequantize_case(INT4, half, 5, 70),
+            dequantize_case(INT4, half, 5, 72),
+            dequantize_case(MINIMUM, single, 5, 72),
             dequantize_case(Format(8, 34), bfloat16, 5, 70),
             bad_numbers_case(INT8, 2),
         ],

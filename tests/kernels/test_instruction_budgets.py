@@ -13,7 +13,14 @@ import torch
 from test_kernels_compile import check
 
 from bminf.cuda.source import Kernel, kernel_folder
-from tools.instructions import NAMES, count, few_rows, tensor_core
+from tools.instructions import (
+    NAMES,
+    code_of,
+    count,
+    dequantize_kernel,
+    few_rows,
+    tensor_core,
+)
 
 HALF, BFLOAT16 = torch.float16, torch.bfloat16
 CAPABILITY = 90
@@ -49,6 +56,17 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("kernel", "budget"), BUDGETS, ids=str)
 def test_a_weight_costs_no_more_than(kernel: Kernel, budget: float) -> None:
     assert count(kernel, CAPABILITY).per_weight <= budget
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [HALF, BFLOAT16])
+def test_a_weight_is_written_back_in_few_instructions_and_one_store(
+    dtype: torch.dtype, name: str
+) -> None:
+    """All that a thread does, for 8 weights."""
+    code = code_of(dequantize_kernel(dtype, NAMES[name]), CAPABILITY)
+    stores = [i.opcode for i in code if i.opcode.startswith("ST")]
+    assert len(code) <= 90 and stores == ["STG.E.128"]
 
 
 # ---- what kernels did before ---------------------------------------------------------------------
@@ -97,6 +115,14 @@ def test_each_budget_notices_what_kernels_did_before(
     }[kernel.name]
     before(tmp_path, monkeypatch, *replacements)
     assert count(kernel, CAPABILITY).per_weight > budget
+
+
+def test_a_store_for_each_weight_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before(tmp_path, monkeypatch, ("if (IS_ALIGNED) {", "if (false) {"))
+    with pytest.raises(AssertionError):
+        test_a_weight_is_written_back_in_few_instructions_and_one_store(HALF, "int8")
 
 
 def test_a_division_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,17 +13,19 @@ from bminf.quantization.packed import INT4, INT8, Format, PackedWeight, empty
 
 CAPABILITIES = (61, 70, 75, 80, 86, 89, 90, 100, 120)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-# One of each kind that the sources tell apart: bits, minimum, chunks in one, two or any groups.
+# One of each kind that the sources tell apart: bits, minimum, a scale a row, chunks in one, two or
+# any groups.
 MINIMUM = Format(4, 32, has_minimum=True)
 FORMS = (
     INT8, INT4, MINIMUM, Format(4, 32), Format(4, 16, True), Format(8, 34), Format(4, 34, True),
-    Format(4, 34), Format(4, 16), Format(4, 32, True, 8), Format(4, 34, True, 8),
+    Format(4, 34), Format(4, 16), Format(4, 32, True, 8), Format(4, 34, True, 8), Format(4),
 )  # fmt: skip
 
 # With those that the sources do not tell apart.
 EVERY_FORM = (
-    *FORMS, Format(4, 32, False, 8), Format(8, 32), Format(8, 128), Format(4), Format(4, 64),
-    Format(4, 128), Format(4, has_minimum=True), Format(4, 48, True),
+    *FORMS, Format(4, 32, False, 8), Format(8, 32), Format(8, 128), Format(4, 64), Format(4, 128),
+    Format(4, has_minimum=True), Format(4, 48, True), Format(4, 256, False, 8),
+    Format(4, 256, True, 8), Format(4, 34, False, 8), Format(4, 16, True, 8),
 )  # fmt: skip
 
 
@@ -47,7 +49,7 @@ def variants(capability: int) -> list[Kernel]:
 
 def every_variant(capability: int) -> list[Kernel]:
     """All that tests and benchmarks ask for on a device of `capability`."""
-    found = [*_others(DTYPES)]
+    found = [*_others(DTYPES, EVERY_FORM)]
     for dtype, form, is_gated in product(DTYPES, EVERY_FORM, (False, True)):
         for num_rows in range(1, linear_weight_only.MAX_FEW_ROWS + 1):
             found.append(few_rows_of(dtype, form, num_rows, is_gated))
@@ -111,10 +113,18 @@ def _tensor_core_extremes() -> Iterator[Kernel]:
         yield tensor_core_of(torch.float16, form, num_rows)
 
 
-def _others(dtypes: tuple[torch.dtype, ...]) -> Iterator[Kernel]:
+def _others(
+    dtypes: tuple[torch.dtype, ...],
+    forms: tuple[Format, ...] = (
+        *FORMS[:3],
+        Format(4),
+        Format(4, 32, True, 8),
+        Format(4, 34, True),
+    ),
+) -> Iterator[Kernel]:
     for dtype in dtypes:
         yield quantize_rows.quantize_rows_kernel(dtype)
         yield quantize_rows.rms_norm_quantize_kernel(dtype)
         yield linear_w8a8.scale_int32_kernel(dtype)
-        for form in (INT8, Format(4), INT4, MINIMUM, Format(4, 32, True, 8)):
-            yield dequantize.kernel(dtype, form)
+        for form in forms:
+            yield from (dequantize.kernel(dtype, form, columns) for columns in (248, 249))
