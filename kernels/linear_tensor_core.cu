@@ -1,11 +1,11 @@
-// y = x W^T + bias for some rows of x (4 to 128) on tensor cores, W packed to 8 or 4 bits. sm_80 and up.
+// y = x W^T + bias for some rows of x (3 to 64) on tensor cores, W packed to 8 or 4 bits. sm_80 and up.
 //
 // x (M, K) and y (M, N) Element of 16 bits, row-major, K a multiple of 8.   codes (N, row_bytes), rows
 // padded to 16 bytes.   scale and minimum (N, num_groups), row_scale (N): see linear_few_rows.cu.
 // bias (N) or null.
 //
-// A block of 4 warps computes 16 * W_TILES weight rows times 8 * X_TILES rows of x; the warps take turns along K
-// and add up at the end. In mma.m16n8k16 the weights are the (16, 16) matrix and x the (16, 8) one.
+// A block of WARPS, 4 or more, computes 16 * W_TILES weight rows times 8 * X_TILES rows of x; the warps
+// take turns along K and add up at the end. In mma.m16n8k16 the weights are the (16, 16) matrix and x the (16, 8) one.
 // The sum over k may be taken in any order, so each lane reads 16 contiguous bytes of a weight row and
 // declares them to be the columns that the instruction wants from it; the same columns of x follow, 16
 // bytes at a time. So codes go from memory to registers once and in one step, without shared memory.
@@ -25,8 +25,8 @@
 #error "the tensor cores that this kernel needs begin at sm_80"
 #endif
 
-constexpr int WARPS = 4;
-// Blocks a multiprocessor shall hold: the compiler may then take registers enough not to spill.
+// Blocks of four warps a multiprocessor shall hold: the compiler may then take registers enough not to
+// spill.
 constexpr int BLOCKS = X_TILES == 1 ? 4 : X_TILES == 2 ? 3 : 2;
 constexpr int ROWS_OF_W = 16 * W_TILES;
 constexpr int ROWS_OF_X = 8 * X_TILES;
@@ -226,7 +226,7 @@ DEVICE void multiply(float sums[W_TILES][X_TILES][4], int tile, const u32 a[LANE
     }
 }
 
-extern "C" __global__ void __launch_bounds__(WARPS * WARP, BLOCKS)
+extern "C" __global__ void __launch_bounds__(WARPS * WARP, BLOCKS * 4 / WARPS)
 linear_tensor_core(const Element* x, const u8* codes, const void* scale, const void* minimum,
                    const float* row_scale, const Element* bias, Element* y, int M, int N, int K,
                    u32 group_multiplier, int group_shift, int num_groups) {
@@ -308,7 +308,7 @@ linear_tensor_core(const Element* x, const u8* codes, const void* scale, const v
         }
     }
 
-    // The four warps' sums, (row of x, row of W), added up by the threads that write them.
+    // The warps' sums, (row of x, row of W), added up by the threads that write them.
     __shared__ float of_warps[WARPS][ROWS_OF_X][ROWS_OF_W + 1];
 #pragma unroll
     for (int w_tile = 0; w_tile < W_TILES; ++w_tile) {

@@ -97,7 +97,8 @@ def few_rows(dtype: torch.dtype, form: Format, num_rows: int) -> Kernel:
 
 
 def tensor_core(dtype: torch.dtype, form: Format, num_rows: int) -> Kernel:
-    return tensor_core_kernel(dtype, empty(4096, 4096, form, "meta"), num_rows)
+    """For a matrix that is not narrow."""
+    return tensor_core_kernel(dtype, empty(4096, 4096, form, "meta"), num_rows, num_processors=1)
 
 
 def dequantize_kernel(dtype: torch.dtype, form: Format) -> Kernel:

@@ -11,6 +11,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Concatenate, ParamSpec
 
 import torch
@@ -330,7 +331,7 @@ def gated_cases() -> Iterator[Case]:
 
 
 def tensor_core_cases() -> Iterator[Case]:
-    """kernels/linear_tensor_core.cu: 4 to 128 rows, from compute capability 8.0 on."""
+    """kernels/linear_tensor_core.cu: 3 to 64 rows, from compute capability 8.0 on."""
     for dtype in DTYPES[:2]:
         for form in WHOLE + CUT:
             yield linear_case(form, dtype, (9, 37, 200))
@@ -340,11 +341,13 @@ def tensor_core_cases() -> Iterator[Case]:
         (8, INT4),
         (17, INT8),
         (40, INT4),
-        (128, INT8),
-        (100, Format(4, 6)),
+        (64, INT8),
+        (50, Format(4, 6)),
     ):
         yield linear_case(form, torch.float16, (m, 33, 136), has_bias=m != 8)
     yield linear_case(INT4, torch.bfloat16, (8, 3, MOST_COLUMNS))
+    for form, dtype in product((INT8, INT4, MINIMUM, Format(4)), DTYPES[:2]):  # 32 rows a block
+        yield linear_case(form, dtype, (9, 260, 200))
     for form in (INT8, MINIMUM):  # several steps of each warp, and columns left
         yield linear_case(form, torch.float16, (8, 3, 1160))
     yield bad_numbers_case(INT8, 8)

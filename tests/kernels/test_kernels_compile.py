@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from variants import CAPABILITIES, variants, weight_of
+from variants import CAPABILITIES, tensor_core_of, variants, weight_of
 
 from bminf.cuda import compile as cuda_compile
 from bminf.cuda.compile import compile_kernel
@@ -123,7 +123,7 @@ def test_few_rows_read_16_bytes_at_a_time(form: Format, capability: int) -> None
 
 
 def test_tensor_cores_where_they_are_promised() -> None:
-    kernel = linear_weight_only.tensor_core_kernel(torch.bfloat16, weight_of(INT4), 16)
+    kernel = tensor_core_of(torch.bfloat16, INT4, 16)
     text = ptx_of(kernel, 80)
     assert "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32" in text
     assert "ld.global.nc.v4" in text

@@ -56,8 +56,10 @@ def every_variant(capability: int) -> list[Kernel]:
     found += _products(capability, DTYPES)
     if capability >= 80:
         rows = range(1, linear_weight_only.MAX_TENSOR_CORE_ROWS + 1)
-        for dtype, form, num_rows in product(DTYPES[:2], EVERY_FORM, rows):
-            found.append(tensor_core_of(dtype, form, num_rows))
+        for dtype, form, num_rows, is_narrow in product(
+            DTYPES[:2], EVERY_FORM, rows, (False, True)
+        ):
+            found.append(tensor_core_of(dtype, form, num_rows, is_narrow))
     return list(dict.fromkeys(found))
 
 
@@ -94,8 +96,11 @@ def _few_rows_extremes() -> Iterator[Kernel]:
     yield few_rows_of(torch.float32, INT4, 4)
 
 
-def tensor_core_of(dtype: torch.dtype, form: Format, num_rows: int) -> Kernel:
-    return linear_weight_only.tensor_core_kernel(dtype, weight_of(form), num_rows)
+def tensor_core_of(
+    dtype: torch.dtype, form: Format, num_rows: int, is_narrow: bool = False
+) -> Kernel:
+    weight, num_processors = weight_of(form), 1 if is_narrow else 0
+    return linear_weight_only.tensor_core_kernel(dtype, weight, num_rows, num_processors)
 
 
 def _tensor_core() -> Iterator[Kernel]:
@@ -104,11 +109,12 @@ def _tensor_core() -> Iterator[Kernel]:
     for num_rows in (8, 32, 64):
         for form, dtype in ((INT8, DTYPES[0]), (INT4, DTYPES[1]), (MINIMUM, DTYPES[0])):
             yield tensor_core_of(dtype, form, num_rows)
+            yield tensor_core_of(dtype, form, num_rows, is_narrow=True)
 
 
 def _tensor_core_extremes() -> Iterator[Kernel]:
     for num_rows in (8, 16, 64):  # some compilers spill here what they do not elsewhere
-        yield tensor_core_of(torch.bfloat16, Format(4, 34), num_rows)
+        yield tensor_core_of(torch.bfloat16, Format(4, 34), num_rows, is_narrow=num_rows == 64)
     for form, num_rows in ((INT8, 8), (INT4, 64), (MINIMUM, 8), (Format(4, 34, True), 64)):
         yield tensor_core_of(torch.float16, form, num_rows)
 
