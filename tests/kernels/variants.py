@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from itertools import product
 
@@ -10,6 +11,9 @@ import torch
 from bminf.cuda.source import Kernel
 from bminf.ops import dequantize, linear_w8a8, linear_weight_only, quantize_rows
 from bminf.quantization.packed import INT4, INT8, Format, PackedWeight, empty
+
+IS_EVERY = "BMINF_EVERY_VARIANT" in os.environ
+"""Whether all that can be asked for is compiled, which takes many minutes."""
 
 CAPABILITIES = (61, 70, 75, 80, 86, 89, 90, 100, 120)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -37,6 +41,8 @@ def variants(capability: int) -> list[Kernel]:
     """What is compiled for `capability`: all that macros tell apart where a branch of the sources
     begins, for 8.0; elsewhere each kernel with its lightest and its heaviest macros on the others,
     and for 6.1, where another branch begins, with each element."""
+    if IS_EVERY:
+        return every_variant(capability)
     chosen = _few_rows() if capability == 80 else _few_rows_extremes()
     found = [*chosen, *_others(DTYPES if capability in (61, 80) else DTYPES[:1])]
     found += _products(capability, DTYPES if capability < 75 else (torch.bfloat16,))
