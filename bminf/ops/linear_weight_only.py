@@ -139,7 +139,7 @@ def few_rows_kernel(
 ) -> Kernel:
     """The kernel for `num_rows` rows of activations and a weight of this kind."""
     rows_of_x = rows_of_x_for(dtype, num_rows)
-    if is_gated and span_of(weight) == 0:
+    if is_gated and (span_of(weight) == 0 or weight.form.has_minimum):
         rows_of_x = min(rows_of_x, 8)  # more would not fit the registers
     return Kernel(
         "linear_few_rows.cu",
