@@ -61,14 +61,13 @@ def group_arguments(weight: PackedWeight) -> list[int]:
 
 
 def divider(width: int) -> tuple[int, int]:
-    """A multiplier and a shift: n // width is the upper 32 bits of n * multiplier, shifted, for n
-    from 0 to 2**31 - 1 and a width of at least 2. The multiplier as a 32-bit integer with a sign.
+    """A multiplier of 32 bits and a shift: n // width is the upper 32 bits of n * multiplier,
+    shifted, for n from 0 to 2**31 - 1 and a width of at least 2.
 
     Source: Granlund & Montgomery 1994, doi:10.1145/773473.178249, section 4.
     """
     shift = (width - 1).bit_length() - 1
-    multiplier = -(-(2 ** (32 + shift)) // width)
-    return multiplier - 2**32 if multiplier >= 2**31 else multiplier, shift
+    return -(-(2 ** (32 + shift)) // width), shift
 
 
 def kernel(dtype: torch.dtype, form: Format, in_features: int) -> Kernel:
