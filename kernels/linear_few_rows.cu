@@ -28,7 +28,8 @@ constexpr int SUMS = ROWS_OF_W * ROWS_OF_X;
 constexpr int SPANS = SPAN > 0 ? CHUNK_COLUMNS / SPAN : 1;  // of a chunk
 // Blocks a multiprocessor shall hold: the compiler may then take registers enough not to spill.
 constexpr bool IS_LIGHT = ROWS_OF_X <= 8 && !HAS_MINIMUM && ELEMENT != 32;
-constexpr int BLOCKS = ROWS_OF_X <= 2 ? 4 : IS_LIGHT ? 3 : 2;
+constexpr bool IS_HEAVY = SPAN == 0 && HAS_MINIMUM && ELEMENT == 32;  // in spite of few rows
+constexpr int BLOCKS = ROWS_OF_X <= 2 ? 4 - (ROWS_OF_X == 2 && IS_HEAVY) : IS_LIGHT ? 3 : 2;
 // Whether the next codes are read while the last are multiplied; with more rows of x the sums take the
 // registers, and the products more time than the memory.
 constexpr bool PREFETCHES = SPAN != 0 && SUMS <= (HAS_MINIMUM ? 4 : 8);

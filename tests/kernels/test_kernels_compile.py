@@ -53,9 +53,11 @@ def registers_allowed(kernel: Kernel) -> int:
     """What leaves room for enough warps on a multiprocessor: 65536 registers are there."""
     macros = dict(kernel.macros)
     if kernel.name == "linear_few_rows":
-        is_heavy = macros["HAS_MINIMUM"] or macros["ELEMENT"] == 32
+        has_minimum, is_float = macros["HAS_MINIMUM"], macros["ELEMENT"] == 32
         rows = macros["ROWS_OF_X"]
-        return 128 if rows <= 2 else 168 if rows <= 8 and not is_heavy else 255
+        if rows <= 2:
+            return 168 if has_minimum and is_float and not macros["SPAN"] else 128
+        return 168 if rows <= 8 and not has_minimum and not is_float else 255
     if kernel.name == "linear_tensor_core":
         return {1: 128, 2: 168}.get(macros["X_TILES"], 255)
     return {"gemm_w8a8_tensor_core": 160, "gemm_w8a8_dp4a": 64}.get(kernel.name, 48)
