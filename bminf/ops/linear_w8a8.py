@@ -16,6 +16,7 @@ from bminf.cuda.launcher import Launcher
 from bminf.cuda.source import Grid, Kernel
 from bminf.errors import ArgumentError
 from bminf.ops.cpu_linear import w8a8_linear
+from bminf.ops.dequantize import row_grid
 from bminf.ops.quantize_rows import quantize_rows
 from bminf.ops.rows import ELEMENTS, check_codes
 from bminf.quantization.packed import PackedWeight
@@ -27,6 +28,7 @@ MAX_CODE_COLUMNS = (2**31 - 1) // 127**2
 """Of products of codes with codes, -127 to 127: their sums are sure to fit 32 bits."""
 
 _DP4A_TILE = 64
+_SCALE_THREADS = 256
 _MAX_GRID_ROWS = 65535  # tiles along M in one launch
 
 
@@ -78,9 +80,9 @@ def library_product(
     y = torch.empty((num_rows, weight.out_features), dtype=dtype, device=codes.device)
     launcher.launch(
         scale_int32_kernel(dtype),
-        (-(-y.numel() // 256), 1, 1),
-        (256, 1, 1),
-        [sums, x_scale, weight.scale, bias, y, *y.shape, sums.shape[1]],
+        row_grid(num_rows, weight.out_features, _SCALE_THREADS),
+        (_SCALE_THREADS, 1, 1),
+        [sums, x_scale, weight.scale, bias, y, weight.out_features, sums.shape[1]],
     )
     return y
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Iterator
+from itertools import product
 
 import torch
 from attention_cases import attention_cases, few_attention_cases
@@ -288,7 +289,7 @@ def gated_cases() -> Iterator[Case]:
 
 
 def tensor_core_cases() -> Iterator[Case]:
-    """kernels/linear_tensor_core.cu: 4 to 128 rows, from compute capability 8.0 on."""
+    """kernels/linear_tensor_core.cu: 3 to 64 rows, from compute capability 8.0 on."""
     for dtype in DTYPES[:2]:
         for form in WHOLE + CUT:
             yield linear_case(form, dtype, (9, 37, 200))
@@ -298,11 +299,15 @@ def tensor_core_cases() -> Iterator[Case]:
         (8, INT4),
         (17, INT8),
         (40, INT4),
-        (128, INT8),
-        (100, Format(4, 6)),
+        (64, INT8),
+        (50, Format(4, 6)),
     ):
         yield linear_case(form, torch.float16, (m, 33, 136), has_bias=m != 8)
     yield linear_case(INT4, torch.bfloat16, (8, 3, MOST_COLUMNS))
+    for form, dtype in product((INT8, INT4, MINIMUM, Format(4)), DTYPES[:2]):  # 32 rows a block
+        yield linear_case(form, dtype, (9, 260, 200))
+    for form in (INT8, MINIMUM):  # several steps of each warp, and columns left
+        yield linear_case(form, torch.float16, (8, 3, 1160))
     yield bad_numbers_case(INT8, 8)
     yield bad_numbers_case(INT4, 8, torch.bfloat16)
     yield awkward_inputs_case(INT4, 8)
@@ -337,6 +342,7 @@ def other_cases() -> Iterator[Case]:
             yield rms_norm_case(dtype, m, k)
         for form in WHOLE + CUT:
             yield dequantize_case(form, dtype, 5, 70)
+            yield dequantize_case(form, dtype, 3, 72)  # in whole stores
         for form in (INT8, Format(8, 34), MINIMUM, Format(4)):
             yield bad_dequantize_case(form, dtype)
     yield dequantize_case(INT8, torch.float16, 3, 33)
@@ -391,6 +397,8 @@ def few_of_each() -> dict[int, list[Case]]:
             quantize_case(single, 2, 2100),
             rms_norm_case(bfloat16, 2, 70),
             dequantize_case(INT4, half, 5, 70),
+            dequantize_case(INT4, half, 5, 72),
+            dequantize_case(MINIMUM, single, 5, 72),
             dequantize_case(Format(8, 34), bfloat16, 5, 70),
             bad_numbers_case(INT8, 2),
             *few_fused(),
@@ -399,8 +407,12 @@ def few_of_each() -> dict[int, list[Case]]:
         75: [product_case(half, (5, 70, 90), "kernel_product")],
         80: [
             linear_case(INT8, half, (9, 37, 200)),
+            linear_case(INT8, bfloat16, (9, 5, 200)),
             linear_case(INT4, bfloat16, (9, 37, 200)),
+            linear_case(INT4, half, (9, 5, 200)),
+            linear_case(Format(4), bfloat16, (9, 5, 200)),
             linear_case(MINIMUM, half, (9, 37, 200)),
+            linear_case(Format(4, 32, True, 8), half, (9, 5, 200)),
             linear_case(Format(4, 6), half, (40, 21, 136), has_bias=False),
             linear_case(Format(8, 34), bfloat16, (8, 5, 70)),
             product_case(half, (33, 70, 200), "kernel_product"),

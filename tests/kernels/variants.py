@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from itertools import product
 
@@ -12,21 +13,26 @@ from bminf.ops import attention, dequantize, linear_w8a8, linear_weight_only, no
 from bminf.ops.rotary_append import rotary_append_kernel
 from bminf.quantization.packed import INT4, INT8, Format, PackedWeight, empty
 
+IS_EVERY = "BMINF_EVERY_VARIANT" in os.environ
+"""Whether all that can be asked for is compiled, which takes many minutes."""
+
 CAPABILITIES = (61, 70, 75, 80, 86, 89, 90, 100, 120)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 NORMS = ("rms_norm", "layer_norm")
 HEAD_DIMS = (8, 16, 24, 64, 80, 96, 128, 256)
-# One of each kind that the sources tell apart: bits, minimum, chunks in one, two or any groups.
+# One of each kind that the sources tell apart: bits, minimum, a scale a row, chunks in one, two or
+# any groups.
 MINIMUM = Format(4, 32, has_minimum=True)
 FORMS = (
     INT8, INT4, MINIMUM, Format(4, 32), Format(4, 16, True), Format(8, 34), Format(4, 34, True),
-    Format(4, 34), Format(4, 16), Format(4, 32, True, 8), Format(4, 34, True, 8),
+    Format(4, 34), Format(4, 16), Format(4, 32, True, 8), Format(4, 34, True, 8), Format(4),
 )  # fmt: skip
 
 # With those that the sources do not tell apart.
 EVERY_FORM = (
-    *FORMS, Format(4, 32, False, 8), Format(8, 32), Format(8, 128), Format(4), Format(4, 64),
-    Format(4, 128), Format(4, has_minimum=True), Format(4, 48, True),
+    *FORMS, Format(4, 32, False, 8), Format(8, 32), Format(8, 128), Format(4, 64), Format(4, 128),
+    Format(4, has_minimum=True), Format(4, 48, True), Format(4, 256, False, 8),
+    Format(4, 256, True, 8), Format(4, 34, False, 8), Format(4, 16, True, 8),
 )  # fmt: skip
 
 
@@ -38,6 +44,8 @@ def variants(capability: int) -> list[Kernel]:
     """What is compiled for `capability`: all that macros tell apart where a branch of the sources
     begins, for 8.0; elsewhere each kernel with its lightest and its heaviest macros on the others,
     and for 6.1, where another branch begins, with each element."""
+    if IS_EVERY:
+        return every_variant(capability)
     chosen = _few_rows() if capability == 80 else _few_rows_extremes()
     found = [*chosen, *_others(DTYPES if capability in (61, 80) else DTYPES[:1])]
     found += _fused(DTYPES) if capability == 80 else fused_extremes()
@@ -52,15 +60,17 @@ def variants(capability: int) -> list[Kernel]:
 
 def every_variant(capability: int) -> list[Kernel]:
     """All that tests and benchmarks ask for on a device of `capability`."""
-    found = [*_others(DTYPES), *_fused(DTYPES), *every_attention()]
+    found = [*_others(DTYPES, EVERY_FORM), *_fused(DTYPES), *every_attention()]
     for dtype, form, is_gated in product(DTYPES, EVERY_FORM, (False, True)):
         for num_rows in range(1, linear_weight_only.MAX_FEW_ROWS + 1):
             found.append(few_rows_of(dtype, form, num_rows, is_gated))
     found += _products(capability, DTYPES)
     if capability >= 80:
         rows = range(1, linear_weight_only.MAX_TENSOR_CORE_ROWS + 1)
-        for dtype, form, num_rows in product(DTYPES[:2], EVERY_FORM, rows):
-            found.append(tensor_core_of(dtype, form, num_rows))
+        for dtype, form, num_rows, is_narrow in product(
+            DTYPES[:2], EVERY_FORM, rows, (False, True)
+        ):
+            found.append(tensor_core_of(dtype, form, num_rows, is_narrow))
     return list(dict.fromkeys(found))
 
 
@@ -97,8 +107,11 @@ def _few_rows_extremes() -> Iterator[Kernel]:
     yield few_rows_of(torch.float32, INT4, 4)
 
 
-def tensor_core_of(dtype: torch.dtype, form: Format, num_rows: int) -> Kernel:
-    return linear_weight_only.tensor_core_kernel(dtype, weight_of(form), num_rows)
+def tensor_core_of(
+    dtype: torch.dtype, form: Format, num_rows: int, is_narrow: bool = False
+) -> Kernel:
+    weight, num_processors = weight_of(form), 1 if is_narrow else 0
+    return linear_weight_only.tensor_core_kernel(dtype, weight, num_rows, num_processors)
 
 
 def _tensor_core() -> Iterator[Kernel]:
@@ -107,11 +120,12 @@ def _tensor_core() -> Iterator[Kernel]:
     for num_rows in (8, 32, 64):
         for form, dtype in ((INT8, DTYPES[0]), (INT4, DTYPES[1]), (MINIMUM, DTYPES[0])):
             yield tensor_core_of(dtype, form, num_rows)
+            yield tensor_core_of(dtype, form, num_rows, is_narrow=True)
 
 
 def _tensor_core_extremes() -> Iterator[Kernel]:
     for num_rows in (8, 16, 64):  # some compilers spill here what they do not elsewhere
-        yield tensor_core_of(torch.bfloat16, Format(4, 34), num_rows)
+        yield tensor_core_of(torch.bfloat16, Format(4, 34), num_rows, is_narrow=num_rows == 64)
     for form, num_rows in ((INT8, 8), (INT4, 64), (MINIMUM, 8), (Format(4, 34, True), 64)):
         yield tensor_core_of(torch.float16, form, num_rows)
 
@@ -139,13 +153,21 @@ def _attention_extremes() -> Iterator[Kernel]:
     yield attention.merge_kernel(torch.float16, 128)
 
 
-def _others(dtypes: tuple[torch.dtype, ...]) -> Iterator[Kernel]:
+def _others(
+    dtypes: tuple[torch.dtype, ...],
+    forms: tuple[Format, ...] = (
+        *FORMS[:3],
+        Format(4),
+        Format(4, 32, True, 8),
+        Format(4, 34, True),
+    ),
+) -> Iterator[Kernel]:
     for dtype in dtypes:
         yield quantize_rows.quantize_rows_kernel(dtype)
         yield quantize_rows.rms_norm_quantize_kernel(dtype)
         yield linear_w8a8.scale_int32_kernel(dtype)
-        for form in (INT8, Format(4), INT4, MINIMUM, Format(4, 32, True, 8)):
-            yield dequantize.kernel(dtype, form)
+        for form in forms:
+            yield from (dequantize.kernel(dtype, form, columns) for columns in (248, 249))
 
 
 def _fused(dtypes: tuple[torch.dtype, ...]) -> Iterator[Kernel]:
