@@ -132,7 +132,7 @@ attention_decode(const Element* query, const Element* key, const Element* value,
         end = max(end, min(rows[r].num_seen, begin + CHUNK));
         const Element* place = query + 8 * (size_t(batch) * q_batch + size_t(rows[r].head) * q_head
                                             + size_t(rows[r].token) * q_token);
-        load8(place, column, HEAD_DIM, rows[r].values);
+        load8_or_zeros(place, column, HEAD_DIM, rows[r].values);
 #pragma unroll
         for (int i = 0; i < 8; ++i) rows[r].values[i] *= scale;
     }

@@ -449,7 +449,7 @@ DEVICE void wait_for_copies() {
 DEVICE float rounded(float value) { return to_float(from_float(value)); }
 
 DEVICE void load8_of(const Element* row, int column, int num_columns, bool is_wide, float values[8]) {
-    if (is_wide) return load8(row, column, num_columns, values);
+    if (is_wide) return load8_or_zeros(row, column, num_columns, values);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
         values[i] = column + i < num_columns ? to_float(row[column + i]) : 0.0f;
@@ -457,17 +457,8 @@ DEVICE void load8_of(const Element* row, int column, int num_columns, bool is_wi
 }
 
 DEVICE void store8_of(Element* row, int column, int num_columns, bool is_wide, const float values[8]) {
-    if (!is_wide) return store8(row, column, num_columns, values);
-    if (column >= num_columns) return;
-#if ELEMENT == 32
-    float4* wide = reinterpret_cast<float4*>(row + column);
-    wide[0] = make_float4(values[0], values[1], values[2], values[3]);
-    wide[1] = make_float4(values[4], values[5], values[6], values[7]);
-#else
-    *reinterpret_cast<uint4*>(row + column) =
-        make_uint4(pack2(values[0], values[1]), pack2(values[2], values[3]),
-                   pack2(values[4], values[5]), pack2(values[6], values[7]));
-#endif
+    if (!is_wide) return store8_within(row, column, num_columns, values);
+    if (column < num_columns) store8(row + column, values);
 }
 #endif  // ELEMENT
 

@@ -21,7 +21,7 @@ typedef long long i64;
 
 DEVICE void load_columns(const Element* from, float values[WIDTH]) {
 #if WIDTH == 8
-    load8(from, 0, 8, values);
+    load8(from, values);
 #else
     values[0] = to_float(*from);
 #endif
@@ -29,7 +29,7 @@ DEVICE void load_columns(const Element* from, float values[WIDTH]) {
 
 DEVICE void store_columns(Element* to, const float values[WIDTH]) {
 #if WIDTH == 8
-    store8_of(to, 0, 8, true, values);
+    store8(to, values);
 #else
     *to = from_float(values[0]);
 #endif
