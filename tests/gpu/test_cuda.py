@@ -51,7 +51,7 @@ def stream(model: torch.nn.Module, num_resident: int = 0, **arguments: Any) -> A
     chosen = {k: v for k, v in settings.items() if k in ("quantization", "blocks")}
     whole = plan_for(model, **chosen)
     largest = max(block.nbytes for block in whole.blocks)
-    limit = whole.outside_bytes + (2 + num_resident) * largest
+    limit = whole.fixed_bytes + (2 + num_resident) * largest
     bminf.wrapper(model, memory_limit=limit, device="cuda", **settings)
     plan = bminf.plan_of(model)
     assert plan.streamed and plan.total_bytes <= limit
