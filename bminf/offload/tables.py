@@ -95,7 +95,7 @@ def _input_embeddings(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
         get = getattr(module, "get_input_embeddings", None)
         try:
             found = get() if callable(get) else None
-        except (NotImplementedError, AttributeError):  # of one that has none
+        except (NotImplementedError, AttributeError, TypeError):  # it has none, or wants ids
             continue
         if isinstance(found, torch.nn.Embedding):
             yield found

@@ -130,6 +130,18 @@ def test_tables_in_a_list_are_no_blocks_that_stream() -> None:
     assert torch.equal(model(ids), expected)
 
 
+def test_a_table_that_was_named_as_a_block_is_none() -> None:
+    model, given = make("llama"), inputs_of("llama")
+    expected = output_of(model, given)
+    names = ["model.embed_tokens", "model.layers"]
+    limit = plan_for(model, False, blocks=names, device="cpu").least_limit
+    bminf.wrapper(model, False, limit, device="cpu", blocks=names)
+    plan = bminf.plan_of(model)
+    assert plan.blocks[0].nbytes == 0 and plan.resident == ("model.embed_tokens",)
+    assert plan.tables == ("model.embed_tokens.weight",)
+    assert torch.equal(output_of(model, given), expected)
+
+
 def test_other_inputs_and_other_readers() -> None:
     model, ids = make("llama"), inputs_of("llama")["input_ids"]
     rows = model.get_input_embeddings()(ids).detach()
