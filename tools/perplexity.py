@@ -329,10 +329,13 @@ def table_parts(content: Result) -> Iterator[str]:
     """Perplexity against fp32, and KL, of each format in the columns' own order and permuted."""
     parameters = content["parameters"]
     tokens = parameters["windows"] * parameters["window"]
+    head, is_permuted = parameters.get("head", name_of(None)), parameters["seeds"] > 0
+    beside = "" if head == name_of(None) else f"beside a head in {head}, "
+    permuted = f"; permuted: median (least to most) of {parameters['seeds']} orders"
     yield (
         f"{parameters['model']}, {parameters['weights'] / 1e6:.0f} M weights in "
-        f"{parameters['linears']} linears, {tokens} tokens of text; "
-        f"permuted: median (least to most) of {parameters['seeds']} orders:"
+        f"{parameters['linears']} linears, {beside}{tokens} tokens of text"
+        f"{permuted if is_permuted else ''}:"
     )
     columns = {
         "library": at("library", "{name} {version}".format_map),
@@ -340,9 +343,10 @@ def table_parts(content: Result) -> Iterator[str]:
         "perplexity": at("own_order.perplexity.median", "{:.3f}".format),
         "/ fp32": at("own_order.ratio.median", "{:.4f}".format),
         "KL": at("own_order.kl.median", "{:.4f}".format),
-        "permuted, / fp32": at("permuted.ratio", _with_spread),
-        "permuted, KL": at("permuted.kl", _with_spread),
     }
+    if is_permuted:
+        columns["permuted, / fp32"] = at("permuted.ratio", _with_spread)
+        columns["permuted, KL"] = at("permuted.kl", _with_spread)
     yield by_columns(columns, content["results"])
 
 
