@@ -33,6 +33,7 @@ from bminf.offload.offloaded import fetch_offloaded
 from bminf.offload.placement import place, restore
 from bminf.offload.plan import Plan, Remedy
 from bminf.offload.start import plan_on, start
+from bminf.offload.tables import find_tables
 from bminf.offload.unregistered import (
     Originals,
     bytes_on,
@@ -66,12 +67,14 @@ def wrapper(
 
     Blocks that fit stay on the device; the others are offloaded to host memory (device "cuda") or
     to a file (device "cpu", where the limit is RAM), and copied into one of two slots just before
-    they are needed. What does not fit in host memory is kept in a file, too, and read ahead. What
+    they are needed. What does not fit in host memory is kept in a file, too, and read ahead. Of
+    input embeddings the rows that are asked for are sent; they stay where the others are. What
     fits entirely is only moved.
 
     quantization: True or "int8" packs the linears of the blocks to 8 bits, with a scale a row;
-        "int4" packs them to 4 bits, 5 with the scales; False or None leaves them. A quantized model
-        gives the same output streamed as resident. A bminf.Format is taken too.
+        "int4" packs them to 4 bits, 4.5 with the scales, and the output head to 8; False or None
+        leaves them. A quantized model gives the same output streamed as resident. A bminf.Format is
+        taken too.
     memory_limit: bytes, or "6GB", "5.5GiB": parameters + buffers + slots + reserve. None takes 90%
         of what is free on the device (in the container, where there is one).
     device: None is the GPU where there is one, else the CPU.
@@ -86,8 +89,10 @@ def wrapper(
         token), and 1 for what a generating model of transformers runs once: the encoder, towers for
         images, audio and video. A block that stands n times in its list is used n times as often.
     quantize: a function of the name and the module of a linear (torch.nn.Linear, Conv1D) that says
-        whether it is packed; None packs those in the blocks, or all where there are no blocks, but
-        for the output head, adapters, and what is trained beside frozen linears.
+        whether it is packed, or how: "int8", "int4", a bminf.Format. None packs those in the
+        blocks, or all where there are no blocks, but for adapters, and what is trained beside
+        frozen linears; the output head only where the others are in 4 bits. A head that is tied to
+        the embedding can be packed as well: the embedding stays as it is.
     max_length: tokens of prompt and answer together that the limit is to have room for: the KV
         cache and a workspace for one pass, estimated from the model's configuration. For models of
         transformers that generate text; others take reserve. None sets nothing aside, and the plan
@@ -122,7 +127,8 @@ def wrapper(
     _apply(model, request, Scheduler(the_plan, backend, source_device), offload_dir)
     _warn_of_training(model, stacklevel=2)
     del request  # it has the linears that were packed
-    warn_of_held(originals, model, backend.device == source_device, stacklevel=2)
+    kept = [table.rows for table in _scheduler_of(model).tables]  # type: ignore[union-attr]
+    warn_of_held(originals, model, kept, backend.device == source_device, stacklevel=2)
     return model
 
 
@@ -231,14 +237,16 @@ class Request:
             self.choice = choose_linears(model, self.blocks, self.format, options.quantize)
         else:
             self.choice = choice_of(model, options.packed)
-        self.blobs = lay_out(model, self.blocks, self.choice.replacements, keep_addresses)
+        replacements = self.choice.replacements
+        tables = find_tables(model, replacements)
+        self.blobs = lay_out(model, self.blocks, replacements, keep_addresses, tables)
         self._uses = _merged_uses(model, self.blocks, options.uses)
         self.unregistered = find_unregistered(model)
 
     @property
     def allocated_bytes(self) -> int:
         """Bytes of the device that the whole model takes."""
-        layouts = [self.blobs.outside, *self.blobs.blocks.values()]
+        layouts = [self.blobs.outside, self.blobs.of_tables, *self.blobs.blocks.values()]
         return sum(
             map(allocated_bytes_on(self._device_type), (layout.nbytes for layout in layouts))
         )
@@ -256,7 +264,8 @@ class Request:
         """
         unregistered_bytes = bytes_on(self.unregistered, device)
         if not self.blocks:
-            self._check_that_all_fits(self.allocated_bytes + unregistered_bytes, budget)
+            outside_bytes = allocated_bytes_on(self._device_type)(self.blobs.outside.nbytes)
+            self._check_that_all_fits(outside_bytes + unregistered_bytes, budget)
         the_plan = plan_on(
             self._device_type, self.blocks, self.blobs, budget, self._uses, unregistered_bytes,
             reserved_bytes=self.reserved_bytes, host_bytes=host_bytes, remedies=self._remedies,
@@ -329,7 +338,7 @@ def _apply(
     replacements = request.choice.replacements
 
     def move() -> None:
-        place(model, request.blobs, replacements, scheduler)
+        place(model, request.blobs, replacements, scheduler, offload_dir)
         if replacements:
             refuse_to_save(model)
 

@@ -31,7 +31,7 @@ def quantize_and_stream(
     """As quantize_on_cpu, with fewer than half of the blocks resident."""
     whole = plan_for(model, quantization, blocks=blocks)
     sizes = sorted((block.nbytes for block in whole.blocks), reverse=True)
-    limit = whole.outside_bytes + 2 * sizes[0] + sum(sizes) // 6
+    limit = whole.fixed_bytes + 2 * sizes[0] + sum(sizes) // 6
     quantize_on_cpu(model, quantization, limit, blocks)
     plan = bminf.plan_of(model)
     assert len(plan.resident) < len(plan.blocks) / 2 and plan.total_bytes <= limit

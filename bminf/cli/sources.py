@@ -105,7 +105,7 @@ class Transformers:
         return plan_for(
             self._model,
             quantization=self._format(arguments),
-            quantize=(lambda name, _: name in packed) if packed else None,
+            quantize=(lambda name, _: packed.get(name)) if packed else None,
             memory_limit=memory_limit,
             reserve=arguments.reserve,
             blocks=arguments.blocks,

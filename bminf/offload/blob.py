@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -14,6 +14,7 @@ from bminf.layout import Layout, ModuleBlock, TensorSpec, overlapping, specs_of,
 from bminf.offload import memory
 from bminf.offload.backends import allocated_bytes_on
 from bminf.offload.plan import Block, Remedy, least_bytes
+from bminf.offload.tables import Table, find_tables
 from bminf.quantization.packed import FORMATS, Format
 
 _KINDS = (torch.Tensor, torch.nn.Parameter, getattr(torch.nn, "Buffer", torch.nn.Parameter))
@@ -25,14 +26,19 @@ class Blobs:
 
     A tensor that a block shares with anything outside it (tied weights, a part of two blocks) lies
     outside: it stays, and is counted once. A block that stands in two places is one block.
+    tables: what can be read by row on the host; in no block, nor in `outside`.   of_tables: their
+    layout where they lie on the device, with names relative to the model.
     """
 
     blocks: Mapping[str, Layout]
     outside: Layout
+    tables: Sequence[Table] = ()
+    of_tables: Layout = field(default_factory=lambda: Layout.of({}))
 
     @property
     def nbytes(self) -> int:
-        return self.outside.nbytes + sum(layout.nbytes for layout in self.blocks.values())
+        layouts = [self.outside, self.of_tables, *self.blocks.values()]
+        return sum(layout.nbytes for layout in layouts)
 
 
 def lay_out(
@@ -40,11 +46,12 @@ def lay_out(
     blocks: Sequence[ModuleBlock],
     replacements: Mapping[torch.nn.Module, torch.nn.Module],
     keep_addresses: bool,
+    tables: Sequence[Table] = (),
 ) -> Blobs:
     """Lay out every parameter and buffer of `model`.
 
     replacements: modules that will be exchanged, with their replacements.
-    keep_addresses: see Layout.of.
+    keep_addresses: see Layout.of.   tables: what is laid out apart, see find_tables().
     """
     places = list(_places(model, blocks))
     tensors: dict[str, torch.Tensor] = {}
@@ -56,13 +63,15 @@ def lay_out(
                 tensors[_joined(path, key)] = tensor
                 owners[_joined(path, key)] = block, _joined(inner_path, key)
     specs = specs_of(tensors)
+    by_row = {name: specs.pop(name) for table in tables for name in table.names}
     outside = _shared(specs, owners) | _adapters(places, replacements)
     parts: dict[str, dict[str, TensorSpec]] = {"": {}, **{block.name: {} for block in blocks}}
     for name, spec in specs.items():
         block, inner_name = ("", name) if name in outside else owners[name]
         parts[block][inner_name] = spec
     layouts = {block: Layout.of(part, keep_addresses) for block, part in parts.items()}
-    return Blobs(outside=layouts.pop(""), blocks=layouts)
+    of_tables = Layout.of(by_row, keep_addresses)
+    return Blobs(outside=layouts.pop(""), tables=tables, of_tables=of_tables, blocks=layouts)
 
 
 _Place = tuple[str, str, str, torch.nn.Module]
@@ -176,7 +185,8 @@ def remedies(
     for name, packed in FORMATS.items():
         if format_ is None or packed.bits < format_.bits:
             replacements = choose_linears(model, blocks, packed).replacements
-            smaller = lay_out(model, blocks, replacements, keep_addresses=False)
+            tables = find_tables(model, replacements)
+            smaller = lay_out(model, blocks, replacements, keep_addresses=False, tables=tables)
             saved = least - _least_of(smaller, device_type)
             found.append(
                 Remedy(f'quantize with quantization="{name}"', saved, True, "quantization")

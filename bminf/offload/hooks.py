@@ -33,6 +33,7 @@ from bminf.offload.backends.base import Backend
 from bminf.offload.plan import Plan
 from bminf.offload.ring import Ring
 from bminf.offload.streamed_block import StreamedBlock, not_convertible
+from bminf.offload.tables import HostTable, Table
 from bminf.tracing import active_capture, active_tracer, disable_compile
 
 logger = logging.getLogger("bminf")
@@ -70,6 +71,7 @@ class Scheduler:
     def __init__(self, plan: Plan, backend: Backend, source_device: torch.device) -> None:
         self.plan, self.backend, self.source_device = plan, backend, source_device
         self.blocks: list[StreamedBlock] = []
+        self.tables: list[HostTable] = []
         self.ring: Ring | None = None
         self.lying: Collection[int] = ()  # blocks that are read from where they were before
         self.loaded_bytes = 0  # read from files before it was ready
@@ -101,11 +103,20 @@ class Scheduler:
         self.blocks.append(block)  # before it lets go: an interrupt finds it and takes it back
         block.release()
 
+    def hold(self, table: Table, model: torch.nn.Module, rows: torch.Tensor) -> None:
+        """Take over a table whose values lie on the host: `rows`, (N, C)."""
+        write = functools.partial(self.call, self._write_table)
+        held = HostTable(table, model, rows, self.backend, lambda: self._reads_host, write)
+        self.tables.append(held)  # before it lets go, as a block
+        held.release()
+
     def install(self, model: torch.nn.Module) -> None:
-        """Begin to stream: every block, and every module around one, is guarded from now on."""
-        self.ring = Ring(len(self.blocks), self.backend)
+        """Begin to stream: every block, every table on the host, and every module around one, is
+        guarded from now on."""
+        self.ring = Ring(len(self.blocks), self.backend) if self.blocks else None
         blocks = {block.module: block for block in self.blocks}
-        around = [m for m in model.modules() if any(inner in blocks for inner in m.modules())]
+        guarded = set(blocks).union(*(table.holders() for table in self.tables))
+        around = [m for m in model.modules() if any(inner in guarded for inner in m.modules())]
         for module in around:
             self._override(module, "forward", _Forward(self, module, blocks.get(module)))
             state_dict = functools.partial(self.call, self.state_dict, module.state_dict)
@@ -118,7 +129,8 @@ class Scheduler:
         for module in dict.fromkeys([*around, *holders]):
             block = blocks.get(module, holders.get(module))
             self._override(module, "_apply", _Apply(module, block))
-        self.ring.start()
+        if self.ring is not None:
+            self.ring.start()
 
     def uninstall(self) -> None:
         with self._lock:
@@ -278,6 +290,11 @@ class Scheduler:
             self.backend.rewrite(block.index, name, value)
         if self.ring is not None:
             self.ring.changed(block.index)
+
+    def _write_table(self, table: HostTable, value: torch.Tensor) -> None:
+        """Keep new values of a table; those it had may lie in a file of somebody else."""
+        with torch.inference_mode(False), torch.no_grad():
+            table.rows = self.backend.hold(value.shape, value.dtype, [value.detach()])
 
     def _saved_by_autograd(self, block: StreamedBlock) -> AbstractContextManager[Any]:
         """Weights saved by autograd would be overwritten in the slot: save where they lie."""

@@ -74,6 +74,10 @@ class Plan:
     context: the texts that `reserved_bytes` is to hold, where max_length was given.
     unreserved: what a text of usual length would take, where nothing was reserved for any.
     spare_bytes: of the device, free beside `budget` where that was not given but measured.
+    tables: names of those of which rows are read on the host, such as input embeddings, and which
+    the limit does not count: all there are; none if everything fits, when they are among
+    `outside_bytes`.   table_bytes: of them, wherever they are; for a GPU those that its allocator
+    would take.
     """
 
     blocks: tuple[Block, ...]
@@ -89,6 +93,8 @@ class Plan:
     context: Context | None = None
     unreserved: Context | None = None
     spare_bytes: int = 0
+    tables: tuple[str, ...] = ()
+    table_bytes: int = 0
 
     @property
     def least_limit(self) -> int:
@@ -127,9 +133,21 @@ class Plan:
         return 2 * max((block.nbytes for block in self._blocks_of(self.on_disk)), default=0)
 
     @property
+    def fixed_bytes(self) -> int:
+        """What is taken under any limit: outside all blocks, without tables, and reserved."""
+        outside_bytes = self.outside_bytes - self.table_bytes + self.host_table_bytes
+        return outside_bytes + self.reserved_bytes
+
+    @property
+    def host_table_bytes(self) -> int:
+        """Bytes of the tables that are kept on the host."""
+        return self.table_bytes if self.tables else 0
+
+    @property
     def host_bytes(self) -> int:
-        """Bytes of host memory that streaming takes on a GPU: blobs and staging."""
-        return self.streamed_bytes - self.disk_bytes + self.staging_bytes
+        """Bytes of host memory that a GPU needs: blobs and staging, and tables read by row."""
+        blob_bytes = self.streamed_bytes - self.disk_bytes
+        return blob_bytes + self.staging_bytes + self.host_table_bytes
 
     @property
     def disk_places(self) -> tuple[int, ...]:
@@ -160,6 +178,8 @@ class Plan:
         if self.streamed:
             yield _line("two slots", self.slot_bytes)
         yield _line("reserved", self.reserved_bytes, self._reserved_for())
+        if self.tables:
+            yield _line("by row", self.table_bytes, f"on the host: {', '.join(self.tables)}")
         if self.unreserved is not None:
             yield self.context_line
         if not self.streamed:
@@ -198,7 +218,8 @@ class Plan:
         """Where streamed blocks are kept, when that is not host memory for all."""
         num_in_host, stage = len(self.streamed) - len(self.on_disk), self.staging_bytes // 2
         beside = f"and two staging buffers of {format_bytes(stage)}"
-        yield _line("in host", self.host_bytes, f"{num_in_host} streamed blocks, {beside}")
+        in_host_bytes = self.host_bytes - self.host_table_bytes
+        yield _line("in host", in_host_bytes, f"{num_in_host} streamed blocks, {beside}")
         read = f"{format_bytes(self._bytes_per_request(self.on_disk))} read per request"
         yield _line("on disk", self.disk_bytes, f"{len(self.on_disk)} streamed blocks, {read}")
 
@@ -246,6 +267,8 @@ def plan(
     outside_bytes: int = 0,
     reserved_bytes: int = 0,
     host_bytes: int | None = None,
+    table_bytes: int = 0,
+    tables: Sequence[str] = (),
     remedies: Callable[[], Sequence[Remedy]] = tuple,
 ) -> Plan:
     """Choose the blocks that stay within `budget` bytes, for the fewest bytes streamed per request.
@@ -255,6 +278,8 @@ def plan(
     what is not named has 128.
     outside_bytes: what stays in any case.   reserved_bytes: what the plan has to leave free.
     host_bytes: of host memory for streamed blobs; the rest are kept in a file. None: all have room.
+    table_bytes: of tables that are read by row, beside the blocks and outside_bytes; they are kept
+    in host memory, unless everything fits.   tables: their names.
 
     If not all fits, two slots of the largest streamed blob are counted. More budget never streams
     more. The cost is the least possible where the counts of each kind (a kind: bytes and uses) have
@@ -270,12 +295,17 @@ def plan(
     blocks = tuple(blocks)
     _check_blocks(blocks)
     _check_bytes(budget=budget, outside_bytes=outside_bytes, reserved_bytes=reserved_bytes)
-    _check_bytes(host_bytes=host_bytes or 0)
+    _check_bytes(host_bytes=host_bytes or 0, table_bytes=table_bytes)
     uses_by_block = _uses_of(blocks, uses or {})
     capacity = budget - outside_bytes - reserved_bytes
     _check_room(blocks, budget, outside_bytes, reserved_bytes, remedies)
-    is_all = sum(block.nbytes for block in blocks) <= capacity
-    streamed = set() if is_all else _choose(blocks, uses_by_block, capacity)
+    block_bytes = sum(block.nbytes for block in blocks)
+    streamed = set() if block_bytes <= capacity else _choose(blocks, uses_by_block, capacity)
+    on_host = tuple(tables) if block_bytes + table_bytes > capacity else ()
+    if not on_host:
+        outside_bytes += table_bytes
+    elif host_bytes is not None:
+        host_bytes = max(0, host_bytes - table_bytes)
     stay = [block for index, block in enumerate(blocks) if index not in streamed]
     move = [block for index, block in enumerate(blocks) if index in streamed]
     return Plan(
@@ -289,6 +319,8 @@ def plan(
         reserved_bytes=reserved_bytes,
         budget=budget,
         on_disk=_on_disk(tuple(move), uses_by_block, host_bytes, remedies),
+        tables=on_host,
+        table_bytes=table_bytes,
     )
 
 
@@ -350,7 +382,7 @@ def _uses_of(blocks: tuple[Block, ...], uses: Mapping[str, float]) -> dict[str, 
 
 def least_budget(whole: Plan) -> int:
     """The smallest budget, in bytes, that the blocks of `whole` can be planned for."""
-    return whole.outside_bytes + whole.reserved_bytes + least_bytes(whole.blocks)
+    return whole.fixed_bytes + least_bytes(whole.blocks)
 
 
 def least_bytes(blocks: Sequence[Block]) -> int:

@@ -155,7 +155,20 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     qweight, scale, minimum, row_scale = ctx.saved_tensors
     in_features, group_size = ctx.sizes
     weight = PackedWeight(qweight, scale, minimum, in_features, group_size, row_scale=row_scale)
-    return grad @ dequantize_weight(weight, grad.dtype), *[None] * 9
+    return _gradient_of_input(grad, weight), *[None] * 9
+
+
+def _gradient_of_input(grad: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
+    """grad W; of an output head, which is no smaller when it is dequantized than it was, some rows
+    of W at a time, summed in float32."""
+    num_rows = max(1, _SLICE_BYTES // max(1, weight.in_features * grad.itemsize))
+    if num_rows >= weight.out_features:
+        return grad @ dequantize_weight(weight, grad.dtype)
+    total = grad.new_zeros((*grad.shape[:-1], weight.in_features), dtype=torch.float32)
+    for start in range(0, weight.out_features, num_rows):
+        rows = slice(start, start + num_rows)
+        total += grad[..., rows] @ dequantize_weight(weight.rows(rows), grad.dtype)
+    return total.to(grad.dtype)
 
 
 _traced_linear.register_fake(_shape_only)
