@@ -52,7 +52,7 @@ BUGS = [
     Bug("maximum-not-kept", "seen[r].most = most;", "", LONG),
     Bug("lanes-not-merged", "distance >= LANES; distance", "distance > LANES; distance", SHORT),
     Bug("half-a-dot", "distance = LANES / 2", "distance = LANES / 4", SHORT),
-    Bug("columns-beyond", "_or_zeros(place, column, HEAD_DIM,", "_or_zeros(place, column, 8 * LANES,",
+    Bug("columns-beyond", "zeros(place, column, HEAD_DIM,", "zeros(place, column, 8 * LANES,",
         SHORT),
     Bug("key-beyond", "/ LANES), end - 1)", "/ LANES), S + 9)", SHORT),
     Bug("no-clamp", "min(first + i * STREAMS + int(threadIdx.x / LANES), end - 1)",
