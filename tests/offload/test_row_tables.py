@@ -1,4 +1,5 @@
-"""Tables that are read by row: which they are, and that a model does not notice where they lie."""
+"""Tables that are read by row (bminf/offload/tables.py): which they are, and that a model does not
+notice where they lie."""
 
 from __future__ import annotations
 
