@@ -35,8 +35,9 @@ class Pretrained:
     """model: on the meta device, for inference, nothing packed.
 
     tensors: what each of its parameters and buffers reads as, by every name that it has in the
-    model.   packed: formats of the linears that are packed on disk, whose tensors are those of a
-    QuantizedLinear instead; None in a folder that save() has not written.
+    model.   packed: formats of the linears and stacks of experts that are packed on disk, whose
+    tensors are those of a QuantizedLinear or PackedStack instead; None in a folder that save() has
+    not written.
     """
 
     path: Path
@@ -85,7 +86,7 @@ def _open_saved(
     convert is converted already."""
     packed, held = description.packed, saved_tensors(folder)
     fields = {f"{name}.{key}" for name in packed for key in PACKED_FIELDS}
-    weights = {f"{name}.weight": linear for name, linear in packed.items()}
+    weights = {linear.weight_name(name): linear for name, linear in packed.items()}
     given = {name: one for name, one in held.items() if name not in fields} | weights
     model = _built(transformers, kind, config, folder, given, dtype)
     if unexpected := sorted(given.keys() - {name for name, _, _ in tensors_of(model)}):

@@ -85,9 +85,10 @@ def wrapper(
     uses: how often a block, or each block of a list, is used per request; by default 128 (once a
         token), and 1 for what a generating model of transformers runs once: the encoder, towers for
         images, audio and video. A block that stands n times in its list is used n times as often.
-    quantize: a function of the name and the module of a linear (torch.nn.Linear, Conv1D) that says
-        whether it is packed; None packs those in the blocks, or all where there are no blocks, but
-        for the output head, adapters, and what is trained beside frozen linears.
+    quantize: a function of the name and the module of a linear (torch.nn.Linear, Conv1D), or of
+        experts that are held as stacks, that says whether it is packed; None packs those in the
+        blocks, or all where there are no blocks, but for the output head, adapters, and what is
+        trained beside frozen linears.
     max_length: tokens of prompt and answer together that the limit is to have room for: the KV
         cache and a workspace for one pass, estimated from the model's configuration. For models of
         transformers that generate text; others take reserve. None sets nothing aside, and the plan

@@ -98,7 +98,8 @@ class Transformers:
     def plan(self, arguments: argparse.Namespace, memory_limit: str | None) -> Plan:
         from bminf.wrapping import plan_for
 
-        packed = self._packed
+        # Stacks of experts are packed by their own names, and chosen by that of their module.
+        packed = {one for name in self._packed or () for one in (name, name.rpartition(".")[0])}
         return plan_for(
             self._model,
             quantization=self._format(arguments),

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from bminf.errors import UnsupportedModelError
+from bminf.layers.experts import PackedExperts
 from bminf.layers.quantize import choose_linears
 from bminf.layout import Layout, ModuleBlock, TensorSpec, overlapping, specs_of, tensors_of
 from bminf.offload import memory
@@ -51,10 +52,9 @@ def lay_out(
     owners: dict[str, tuple[str, str]] = {}  # name -> block, name in there
     for path, block, inner_path, module in places:
         holder = replacements.get(module, module)
-        for key, tensor in [*holder._parameters.items(), *holder._buffers.items()]:
-            if tensor is not None:
-                tensors[_joined(path, key)] = tensor
-                owners[_joined(path, key)] = block, _joined(inner_path, key)
+        for key, tensor in _held(holder):
+            tensors[_joined(path, key)] = tensor
+            owners[_joined(path, key)] = block, _joined(inner_path, key)
     specs = specs_of(tensors)
     outside = _shared(specs, owners) | _adapters(places, replacements)
     parts: dict[str, dict[str, TensorSpec]] = {"": {}, **{block.name: {} for block in blocks}}
@@ -63,6 +63,17 @@ def lay_out(
         parts[block][inner_name] = spec
     layouts = {block: Layout.of(part, keep_addresses) for block, part in parts.items()}
     return Blobs(outside=layouts.pop(""), blocks=layouts)
+
+
+def _held(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a module itself, and of the stacks that stand in packed experts in place of
+    parameters."""
+    for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
+        if tensor is not None:
+            yield key, tensor
+    if isinstance(module, PackedExperts):
+        for name, stack in module.stacks():
+            yield from ((_joined(name, key), tensor) for key, tensor in _held(stack))
 
 
 _Place = tuple[str, str, str, torch.nn.Module]

@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from bminf.layers.quantize import Replacements, places_of, replace_linear
+from bminf.layers.quantize import Replacements, places_of, replace_module
 from bminf.layout import Layout, tensors_of
 from bminf.offload import memory
 from bminf.offload.backends.base import Backend
@@ -34,7 +34,7 @@ def place(
     def quantize(modules: Iterable[torch.nn.Module]) -> None:
         for module in modules:
             if module in places:
-                replace_linear(module, replacements[module].form, places)
+                replace_module(module, replacements[module].form, places)
 
     with torch.inference_mode(False), torch.no_grad():
         # What lies in no block, or in several, and so outside all of them, comes first.
