@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,13 +25,14 @@ from bminf.offload.backends import (
     host_budget,
     spare_bytes,
 )
-from bminf.offload.blob import check_tensors, lay_out, remedies, unmapped_bytes
+from bminf.offload.blob import Blobs, check_tensors, lay_out, remedies, unmapped_bytes
 from bminf.offload.blocks import find_blocks, has_tensors
 from bminf.offload.context import DEFAULT_LENGTH, context_of, generates_text
 from bminf.offload.hooks import ATTRIBUTE, Scheduler, Stats, is_streaming
 from bminf.offload.offloaded import fetch_offloaded
 from bminf.offload.placement import place, restore
 from bminf.offload.plan import Plan, Remedy
+from bminf.offload.plan_experts import are_worth_choosing, plan_by_need
 from bminf.offload.start import plan_on, start
 from bminf.offload.unregistered import (
     Originals,
@@ -232,7 +233,10 @@ class Request:
             self.choice = choose_linears(model, self.blocks, self.format, options.quantize)
         else:
             self.choice = choice_of(model, options.packed)
-        self.blobs = lay_out(model, self.blocks, self.choice.replacements, keep_addresses)
+        self._lay_out = partial(
+            lay_out, model, self.blocks, self.choice.replacements, keep_addresses
+        )
+        self.blobs = self._lay_out()
         self._uses = _merged_uses(model, self.blocks, options.uses)
         self.unregistered = find_unregistered(model)
 
@@ -254,18 +258,35 @@ class Request:
         """device: what the budget is of; tensors that are not registered count where they lie.
 
         is_measured: whether the budget is that of free_budget().
+        Where all does not fit, and there are experts to choose from, `blobs` has them one by one.
         """
         unregistered_bytes = bytes_on(self.unregistered, device)
         if not self.blocks:
             self._check_that_all_fits(self.allocated_bytes + unregistered_bytes, budget)
-        the_plan = plan_on(
-            self._device_type, self.blocks, self.blobs, budget, self._uses, unregistered_bytes,
-            reserved_bytes=self.reserved_bytes, host_bytes=host_bytes, remedies=self._remedies,
-        )  # fmt: skip
+
+        def planned(make: Callable[..., Plan], blobs: Blobs) -> Plan:
+            return make(
+                self._device_type, self.blocks, blobs, budget, self._uses, unregistered_bytes,
+                reserved_bytes=self.reserved_bytes, host_bytes=host_bytes, remedies=self._remedies,
+            )  # fmt: skip
+
+        by_need, choosing = self._by_need(), partial(plan_by_need, self._model)
+        if by_need is None:
+            the_plan = planned(plan_on, self.blobs)
+        elif self.allocated_bytes + unregistered_bytes + self.reserved_bytes <= budget:
+            least = planned(choosing, by_need).least_limit
+            the_plan = replace(planned(plan_on, self.blobs), least_by_need=least)
+        else:
+            self.blobs, the_plan = by_need, planned(choosing, by_need)
         spare = spare_bytes(budget) if is_measured else 0
         return replace(
             the_plan, context=self._context, unreserved=self._unreserved, spare_bytes=spare
         )
+
+    def _by_need(self) -> Blobs | None:
+        """With each expert a blob; None where there are none that a token leaves out."""
+        blobs = self._lay_out(by_need=True)
+        return blobs if are_worth_choosing(self._model, blobs) else None
 
     def _remedies(self) -> list[Remedy]:
         return remedies(

@@ -62,6 +62,15 @@ def is_dispatched(module: torch.nn.Module) -> bool:
     return getattr(forward, "__globals__", {}).get("__name__") == _DISPATCHER
 
 
+def reads_by_index(module: torch.nn.Module) -> bool:
+    """Whether the forward of the class is what computes, and takes the matrices of one expert after
+    another by its index: transformers' "eager", which adds up in the order of the experts."""
+    if forward_of(module) is not _routed or isinstance(module, PackedExperts):
+        return False
+    implementation = getattr(module.__dict__.get("config"), "_experts_implementation", None)
+    return implementation == "eager" if is_dispatched(module) else True
+
+
 def matrices_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The stacks of matrices that are not packed, by name: (E, N, K), or transposed (E, K, N)."""
     found = {name: module._parameters.get(name) for name in _MATRICES}

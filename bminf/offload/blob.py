@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
 from bminf.errors import UnsupportedModelError
-from bminf.layers.experts import PackedExperts
+from bminf.layers.experts import PackedExperts, forward_of, stacks_of
 from bminf.layers.quantize import choose_linears
-from bminf.layout import Layout, ModuleBlock, TensorSpec, overlapping, specs_of, tensors_of
+from bminf.layout import (
+    ADDRESS_MODULUS,
+    DEFAULT_ALIGNMENT,
+    Layout,
+    ModuleBlock,
+    TensorSpec,
+    overlapping,
+    specs_of,
+    tensors_of,
+)
 from bminf.offload import memory
 from bminf.offload.backends import allocated_bytes_on
 from bminf.offload.plan import Block, Remedy, least_bytes
@@ -21,19 +30,47 @@ _KINDS = (torch.Tensor, torch.nn.Parameter, getattr(torch.nn, "Buffer", torch.nn
 
 
 @dataclass(frozen=True)
+class Stack:
+    """The experts of one module, each of which is a blob. Names are relative to the module.
+
+    block: in which the module lies.   whole: the stacks as the module holds them.
+    experts: of each expert, the part of every stack that is its own.
+    """
+
+    block: str
+    whole: Layout
+    experts: Sequence[Layout]
+
+    @property
+    def slot_bytes(self) -> int:
+        """Of a slot for any of these experts, wherever their tensors begin."""
+        return max(
+            -(-layout.nbytes // DEFAULT_ALIGNMENT) * DEFAULT_ALIGNMENT
+            + DEFAULT_ALIGNMENT * len(layout.specs)
+            for layout in self.experts
+        )
+
+
+@dataclass(frozen=True)
 class Blobs:
     """Layouts with names relative to the block; `outside` has names relative to the model.
 
     A tensor that a block shares with anything outside it (tied weights, a part of two blocks) lies
     outside: it stays, and is counted once. A block that stands in two places is one block.
+    stacks: of modules of experts, by name, what is in no block but streams by need.
     """
 
     blocks: Mapping[str, Layout]
     outside: Layout
+    stacks: Mapping[str, Stack] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
-        return self.outside.nbytes + sum(layout.nbytes for layout in self.blocks.values())
+        layouts = [*self.blocks.values(), *(stack.whole for stack in self.stacks.values())]
+        return self.outside.nbytes + sum(layout.nbytes for layout in layouts)
+
+    def stacks_in(self, block: str) -> dict[str, Stack]:
+        return {name: stack for name, stack in self.stacks.items() if stack.block == block}
 
 
 def lay_out(
@@ -41,11 +78,12 @@ def lay_out(
     blocks: Sequence[ModuleBlock],
     replacements: Mapping[torch.nn.Module, torch.nn.Module],
     keep_addresses: bool,
+    by_need: bool = False,
 ) -> Blobs:
     """Lay out every parameter and buffer of `model`.
 
     replacements: modules that will be exchanged, with their replacements.
-    keep_addresses: see Layout.of.
+    keep_addresses: see Layout.of.   by_need: whether each expert of a stack in a block is a blob.
     """
     places = list(_places(model, blocks))
     tensors: dict[str, torch.Tensor] = {}
@@ -58,11 +96,44 @@ def lay_out(
     specs = specs_of(tensors)
     outside = _shared(specs, owners) | _adapters(places, replacements)
     parts: dict[str, dict[str, TensorSpec]] = {"": {}, **{block.name: {} for block in blocks}}
+    stacks = _stacks(places, replacements, outside) if by_need else {}
+    in_stacks = {_joined(name, key) for name, (_, stack) in stacks.items() for key in stack}
     for name, spec in specs.items():
         block, inner_name = ("", name) if name in outside else owners[name]
-        parts[block][inner_name] = spec
+        if name not in in_stacks:
+            parts[block][inner_name] = spec
     layouts = {block: Layout.of(part, keep_addresses) for block, part in parts.items()}
-    return Blobs(outside=layouts.pop(""), blocks=layouts)
+    laid_out = {n: _lay_out_experts(*found, keep_addresses) for n, found in stacks.items()}
+    return Blobs(outside=layouts.pop(""), blocks=layouts, stacks=laid_out)
+
+
+def _stacks(
+    places: Sequence[_Place],
+    replacements: Mapping[torch.nn.Module, torch.nn.Module],
+    outside: Collection[str],
+) -> dict[str, tuple[str, dict[str, torch.Tensor]]]:
+    """Name of a module of experts in a block -> the block, and its stacks, where all can move."""
+    counts = Counter(module for *_, module in places)
+    found = {}
+    for path, block, _, module in places:
+        holder = replacements.get(module, module)
+        if block and counts[module] == 1 and forward_of(holder) is not None:
+            stacks = stacks_of(holder)
+            if stacks and not any(_joined(path, key) in outside for key in stacks):
+                found[path] = block, stacks
+    return found
+
+
+def _lay_out_experts(block: str, stacks: Mapping[str, torch.Tensor], keep_addresses: bool) -> Stack:
+    whole = Layout.of(specs_of(stacks), keep_addresses)
+    number = len(next(iter(stacks.values())))
+    steps = [t.stride(0) * t.itemsize for t in stacks.values() if not t.is_meta]
+    are_alike = not keep_addresses or not any(step % ADDRESS_MODULUS for step in steps)
+    layouts = [
+        Layout.of({key: TensorSpec.of(t[expert]) for key, t in stacks.items()}, keep_addresses)
+        for expert in range(1 if are_alike else number)
+    ]
+    return Stack(block, whole, layouts * number if are_alike else layouts)
 
 
 def _held(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -45,12 +45,23 @@ class Contents:
     tensors: Mapping[str, Stored]
     packer: Packer = pack
     _lying: dict[str, _Lying] = field(default_factory=dict, repr=False)
+    _by_rows: dict[str, Stored] = field(default_factory=dict, repr=False)
 
     def lying(self, block: str) -> _Lying:
         """What of a block lies in files as it is to be read; see lying_in_files()."""
         if block not in self._lying:
             self._lying[block] = lying_in_files(self.tensors, block, self.layout(block))
         return self._lying[block]
+
+    def stack(self, name: str) -> Stored:
+        """A stack of experts that can be read one by one; if need be, in memory until another
+        module of experts is read."""
+        if name not in self._by_rows:
+            others = {one for one in self._by_rows if _module_of(one) != _module_of(name)}
+            for one in others:
+                del self._by_rows[one]
+            self._by_rows[name] = _by_rows(self.tensors[name])
+        return self._by_rows[name]
 
     def layout(self, block: str) -> Layout:
         """That of a block, or "" for what lies outside all of them."""
@@ -76,6 +87,35 @@ def read_block(contents: Contents, block: str, blob: torch.Tensor) -> None:
             _check_taken(contents, block, name, stored, room.view(stored.dtype))
             as_they_are.add(offset)
     layout.fill(blob, tensors_of_block(contents, block, as_they_are))
+
+
+def read_expert(contents: Contents, name: str, expert: int, blob: torch.Tensor) -> None:
+    """Fill `blob`, (extent,) uint8, with one expert of a module.   Raises CheckpointError."""
+    layout = contents.blobs.stacks[name].experts[expert]
+    layout.fill(blob, _tensors_of_expert(contents, name, expert, layout))
+
+
+def _tensors_of_expert(
+    contents: Contents, name: str, expert: int, layout: Layout
+) -> Iterator[Chunk]:
+    module = contents.network.get_submodule(name)
+    for key, stack in module.named_children():
+        whole = f"{name}.{key}"
+        if isinstance(stack, PackedStack) and whole in contents.tensors:
+            packed = _packed_expert(stack, contents.stack(whole), expert, contents)
+            held = [field for field in PACKED_FIELDS if f"{key}.{field}" in layout.specs]
+            yield from ((f"{key}.{field}", getattr(packed, field)) for field in held)
+    for key, spec in layout.specs.items():
+        whole = f"{name}.{key}"
+        if _module_of(whole) == name or _module_of(whole) not in contents.tensors:
+            stored = contents.stack(whole)
+            is_packed = _is_packed(whole, contents)
+            part = stored.rows(expert, expert + 1).read()[0]
+            yield key, _check_finite(part, stored, takes_infinity=not is_packed).to(spec.dtype)
+
+
+def _module_of(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 def streamable_run(contents: Contents, block: str) -> InFile | None:
