@@ -108,6 +108,9 @@ def _plan_entries(plan: Plan, speeds: Speeds, disk: int) -> dict[str, Any]:
         "resident_bytes": plan.resident_bytes,
         "slot_bytes": plan.slot_bytes,
         "streamed_bytes": plan.streamed_bytes,
+        "experts": plan.experts
+        and asdict(plan.experts)
+        | {"pool_bytes": plan.pool_bytes, "missed_bytes": plan.experts.missed_bytes()},
         "host_bytes": plan.host_bytes,
         "disk_bytes": plan.disk_bytes,
         "planned_bytes": plan.total_bytes,

@@ -82,11 +82,20 @@ class Experts:
     def pool_bytes(self) -> int:
         return self.num_slots * self.slot_bytes
 
-    @property
-    def missed_bytes_per_token(self) -> float:
-        """That have to be copied if every expert is as likely as any other. Routers have
-        favourites, so it is an upper bound in practice, not in theory."""
-        return self.bytes_per_token * (1 - self.num_slots / self.number)
+    def wanted_bytes(self, num_tokens: int = 1) -> float:
+        """Of the experts that so many tokens go through together, chosen independently, each expert
+        as likely as any other."""
+        left_out = 1 - self.bytes_per_token / self.nbytes
+        return self.nbytes * (1 - left_out**num_tokens)
+
+    def missed_bytes(self, num_tokens: int = 1) -> float:
+        """Of those, what has to be copied in a pass. Routers have favourites, for a while at least:
+        real ones miss less, and this promises nothing that only some do. A pool with room for less
+        than a pass wants forgets each expert before it is wanted again."""
+        wanted = self.wanted_bytes(num_tokens)
+        if wanted > self.nbytes * self.num_slots / self.number:
+            return wanted
+        return wanted * (1 - self.num_slots / self.number)
 
 
 @dataclass(frozen=True)
@@ -172,7 +181,11 @@ class Plan:
     @property
     def host_bytes(self) -> int:
         """Bytes of host memory that streaming takes on a GPU: blobs and staging."""
-        return self.streamed_bytes - self.disk_bytes + self.staging_bytes
+        blocks = self.streamed_bytes - self.disk_bytes + self.staging_bytes
+        if self.experts is None:
+            return blocks
+        num_in_host = self.experts.number - len(self.experts.on_disk)
+        return blocks + self.experts.nbytes * num_in_host // self.experts.number
 
     @property
     def disk_places(self) -> tuple[int, ...]:
@@ -276,7 +289,8 @@ def _experts_lines(experts: Experts) -> Iterator[str]:
     yield _line("pool", experts.pool_bytes, slots)
     a_token = f"{format_bytes(experts.bytes_per_token)} a token"
     on_disk = f", {len(experts.on_disk)} from disk" if experts.on_disk else ""
-    yield _line("experts", experts.nbytes, f"{experts.number} by need, {a_token}{on_disk}")
+    missed = f", {format_bytes(experts.missed_bytes())} missed"
+    yield _line("experts", experts.nbytes, f"{experts.number} by need, {a_token}{missed}{on_disk}")
 
 
 def _line(label: str, nbytes: int, rest: str = "") -> str:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny_models import make
 
-from bminf.errors import BudgetError
-from bminf.offload.plan import Plan
+from bminf.errors import ArgumentError, BudgetError
+from bminf.offload.plan import Experts, Plan
 from bminf.offload.plan_experts import experts_per_token
+from bminf.offload.predict import predict
 from bminf.wrapping import plan_for
 
 LAYERS, EXPERTS = 7, 4
@@ -52,6 +54,32 @@ def test_host_memory_that_has_no_room_for_all_leaves_the_last_experts_on_disk() 
     # Two staging buffers take as much as two experts.
     assert plan.experts.on_disk == plan.disk_places == tuple(range(10, LAYERS * EXPERTS))
     assert f"{LAYERS * EXPERTS - 10} from disk" in str(plan)
+
+
+def test_what_is_expected_to_be_missed() -> None:
+    experts = Experts(
+        number=100, nbytes=10**8, slot_bytes=10**6, num_slots=25, bytes_per_token=10**7
+    )
+    assert experts.wanted_bytes(1) == pytest.approx(10**7)
+    assert experts.wanted_bytes(2) == pytest.approx(10**8 * (1 - 0.9**2))
+    assert experts.missed_bytes(2) == pytest.approx(0.75 * experts.wanted_bytes(2))
+    assert experts.missed_bytes(50) == experts.wanted_bytes(50) < 10**8
+
+
+def test_a_prediction_counts_what_is_missed_behind_the_router() -> None:
+    plan = planned(WHOLE.total_bytes * 8 // 10)
+    assert plan.experts is not None and not plan.streamed
+    dense = predict(replace(plan, experts=None), 1e9, 1e10)
+    found = predict(plan, 1e9, 1e10)
+    missed, wanted = plan.experts.missed_bytes(), plan.experts.wanted_bytes()
+    assert found.copy_s == pytest.approx(missed / 1e9) and found.bound == "link"
+    assert found.pass_s == pytest.approx(dense.pass_s + missed / 1e9 + wanted / 1e10)
+    assert found.link_busy == pytest.approx(found.copy_s / found.pass_s)
+    on_disk = replace(plan, experts=replace(plan.experts, on_disk=tuple(range(14))))
+    with pytest.raises(ArgumentError, match="14 blocks of the plan wait on disk"):
+        predict(on_disk, 1e9, 1e10)
+    slow = predict(on_disk, 1e9, 1e10, disk_bytes_per_s=1e8)
+    assert slow.disk_s == pytest.approx(missed / 2 / 1e8) and slow.bound == "disk"
 
 
 @pytest.mark.parametrize(
