@@ -14,6 +14,7 @@ import torch
 
 from bminf.errors import ArgumentError, NothingToStreamError, UnsupportedModelError
 from bminf.keywords import check_keywords, keywords_of, known_keywords
+from bminf.layers.experts import forward_of
 from bminf.layers.quantize import Predicate, choice_of, choose_linears, warn_of_unquantized
 from bminf.layers.saving import refuse_to_save
 from bminf.layout import ModuleBlock, tensors_of
@@ -68,7 +69,8 @@ def wrapper(
     Blocks that fit stay on the device; the others are offloaded to host memory (device "cuda") or
     to a file (device "cpu", where the limit is RAM), and copied into one of two slots just before
     they are needed. What does not fit in host memory is kept in a file, too, and read ahead. What
-    fits entirely is only moved.
+    fits entirely is only moved. Of a mixture of experts each expert is streamed by itself, when it
+    is chosen, through a pool that takes what the dense parts leave of the limit.
 
     quantization: True or "int8" packs the linears of the blocks to 8 bits, with a scale a row;
         "int4" packs them to 4 bits, 5 with the scales; False or None leaves them. A quantized model
@@ -277,7 +279,8 @@ class Request:
             least = planned(choosing, by_need).least_limit
             the_plan = replace(planned(plan_on, self.blobs), least_by_need=least)
         else:
-            self.blobs, the_plan = by_need, planned(choosing, by_need)
+            self.blobs = by_need  # also for what an error may advise
+            the_plan = planned(choosing, by_need)
         spare = spare_bytes(budget) if is_measured else 0
         return replace(
             the_plan, context=self._context, unreserved=self._unreserved, spare_bytes=spare
@@ -285,6 +288,8 @@ class Request:
 
     def _by_need(self) -> Blobs | None:
         """With each expert a blob; None where there are none that a token leaves out."""
+        if not any(forward_of(module) is not None for module in self._model.modules()):
+            return None
         blobs = self._lay_out(by_need=True)
         return blobs if are_worth_choosing(self._model, blobs) else None
 

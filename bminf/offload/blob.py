@@ -24,6 +24,7 @@ from bminf.layout import (
 from bminf.offload import memory
 from bminf.offload.backends import allocated_bytes_on
 from bminf.offload.plan import Block, Remedy, least_bytes
+from bminf.offload.pool import LEAST_SLOTS
 from bminf.quantization.packed import FORMATS, Format
 
 _KINDS = (torch.Tensor, torch.nn.Parameter, getattr(torch.nn, "Buffer", torch.nn.Parameter))
@@ -258,7 +259,7 @@ def remedies(
     for name, packed in FORMATS.items():
         if format_ is None or packed.bits < format_.bits:
             replacements = choose_linears(model, blocks, packed).replacements
-            smaller = lay_out(model, blocks, replacements, keep_addresses=False)
+            smaller = lay_out(model, blocks, replacements, False, by_need=bool(blobs.stacks))
             saved = least - _least_of(smaller, device_type)
             found.append(
                 Remedy(f'quantize with quantization="{name}"', saved, True, "quantization")
@@ -276,7 +277,8 @@ def remedies(
 def _least_of(blobs: Blobs, device_type: str) -> int:
     allocated = allocated_bytes_on(device_type)
     blocks = [Block(n, allocated(x.nbytes)) for n, x in blobs.blocks.items()]
-    return allocated(blobs.outside.nbytes) + least_bytes(blocks)
+    slots = LEAST_SLOTS * max((stack.slot_bytes for stack in blobs.stacks.values()), default=0)
+    return allocated(blobs.outside.nbytes) + least_bytes(blocks) + slots
 
 
 def _largest_part(blobs: Blobs) -> int:

@@ -72,6 +72,7 @@ def test_the_least_limit_is_said_and_does() -> None:
     with pytest.raises(BudgetError, match="of slots for experts") as caught:
         bminf.wrapper(model, False, plan.least_limit - 1, device="cpu")
     assert f"({plan.least_limit} bytes" in str(caught.value)
+    assert 'quantization="int8"' in str(caught.value)
     expected = output_of(model, inputs_of("mixtral"))
     bminf.wrapper(model, False, plan.least_limit, device="cpu")
     assert bminf.plan_of(model).least_limit == plan.least_limit
