@@ -39,6 +39,8 @@ _MATRICES = ("gate_up_proj", "up_proj", "down_proj", "weight")
 _VECTORS = 64  # rows in which there are whole vectors, however wide they are
 _DISPATCHER = "transformers.integrations.moe"
 _SCALES = ("scale", "minimum", "row_scale")
+# Of transformers, all of which mean the same.
+_IMPLEMENTATIONS = (None, "eager", "grouped_mm", "batched_mm", "deepgemm", "sonicmoe")
 
 
 def forward_of(module: torch.nn.Module) -> Callable[..., torch.Tensor] | None:
@@ -67,8 +69,18 @@ def reads_by_index(module: torch.nn.Module) -> bool:
     another by its index: transformers' "eager", which adds up in the order of the experts."""
     if forward_of(module) is not _routed or isinstance(module, PackedExperts):
         return False
-    implementation = getattr(module.__dict__.get("config"), "_experts_implementation", None)
-    return implementation == "eager" if is_dispatched(module) else True
+    return _implementation(module) == "eager" if is_dispatched(module) else True
+
+
+def reads_whole_stacks(module: torch.nn.Module) -> bool:
+    """Whether somebody has registered an implementation of their own, which may do anything."""
+    if isinstance(module, PackedExperts) or not is_dispatched(module):
+        return False
+    return _implementation(module) not in _IMPLEMENTATIONS
+
+
+def _implementation(module: torch.nn.Module) -> str | None:
+    return getattr(module.__dict__.get("config"), "_experts_implementation", None)
 
 
 def matrices_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:

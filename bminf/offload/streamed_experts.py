@@ -9,7 +9,13 @@ from typing import Any
 
 import torch
 
-from bminf.layers.experts import Tensors, forward_of, reads_by_index, stacks_of
+from bminf.layers.experts import (
+    Tensors,
+    forward_of,
+    reads_by_index,
+    reads_whole_stacks,
+    stacks_of,
+)
 from bminf.layout import Layout, TensorPlace, tensors_of
 from bminf.lazy import LazyTensor
 from bminf.offload.backends.base import Backend
@@ -126,6 +132,8 @@ class StreamedExperts:
         """What `forward`, that of the module, would return, with experts from the pool."""
         self.is_running = True
         try:
+            if reads_whole_stacks(self.module):
+                return forward(*args, **kwargs)  # which puts each stack together, slowly
             if reads_by_index(self.module):
                 return self._run_by_index(pool, forward, args, kwargs)
             computes = forward_of(self.module)

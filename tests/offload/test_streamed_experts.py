@@ -9,6 +9,7 @@ import pytest
 import torch
 from quantized_models import relative_error
 from tiny_models import greedy, inputs_of, make, output_of
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import bminf
 from bminf.errors import BudgetError, UnsupportedModelError
@@ -110,6 +111,25 @@ def test_eager_adds_up_as_the_class_does(num_slots: int) -> None:
         assert torch.equal(greedy(model, given), ids)
         inside = model.model.layers[-1].mlp.experts
         assert "down_proj" not in inside.__dict__
+
+
+def test_other_implementations_are_rounded_otherwise_or_read_whole_stacks() -> None:
+    model, given = make("mixtral"), inputs_of("mixtral")
+    model.set_experts_implementation("batched_mm")
+    expected = output_of(model, given)
+    stream(model, 5)
+    torch.testing.assert_close(output_of(model, given), expected)
+
+    def of_their_own(self: Any, x: torch.Tensor, ids: Any, weights: Any) -> torch.Tensor:
+        return x @ self.down_proj[1] @ self.gate_up_proj.sum(0)[:48]
+
+    ALL_EXPERTS_FUNCTIONS.register("theirs", of_their_own)
+    model, original = make("mixtral"), make("mixtral")
+    for one in (model, original):
+        one.set_experts_implementation("theirs")
+    stream(model, 5)
+    assert torch.equal(output_of(model, given), output_of(original, given))
+    assert not bminf.stats_of(model).bytes_copied
 
 
 def test_what_reads_or_writes_a_stack_gets_the_real_one() -> None:
