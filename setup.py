@@ -92,6 +92,7 @@ TEST = [
     *("pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "accelerate", "peft", "openai"),
     *(*DEMO[:2], *SERVE),
     "setuptools>=70.1",  # they build wheels
+    f"nvidia-cuda-nvdisasm; {HAS_CUDA_WHEELS}",  # they count machine instructions
 ]
 
 setup(

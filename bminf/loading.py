@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,13 @@ from bminf.checkpoint.stored import Stored, Transposed
 from bminf.description import is_saved, read_description
 from bminf.errors import ArgumentError, CheckpointError
 from bminf.keywords import known_keywords
-from bminf.layers.quantize import Predicate, Replacements, install, warn_of_unquantized
+from bminf.layers.quantize import (
+    HEAD_FORMAT,
+    Predicate,
+    Replacements,
+    install,
+    warn_of_unquantized,
+)
 from bminf.layers.quantized_linear import is_conv1d
 from bminf.layers.saving import refuse_to_save
 from bminf.layout import tensors_of
@@ -59,6 +66,7 @@ def load(
     uses: Mapping[str, float] | None = None,
     quantize: Predicate | None = None,
     deterministic: bool = False,
+    fused_kernels: bool = True,
     trust_remote_code: bool = False,
 ) -> Any:
     """The model in a folder, within `memory_limit`, without ever holding all of it as it was saved.
@@ -82,6 +90,7 @@ def load(
     reserve, blocks, uses, quantize: as for wrapper(); not for models of the zoo.
     deterministic: for a model of the zoo, see bminf.models.LanguageModel; for one of transformers
         give it to bminf.Engine.
+    fused_kernels: for a model of the zoo, see bminf.models.LanguageModel.
     trust_remote_code: True lets transformers run the code that a folder brings with it.
 
     Some rows of one tensor are in memory at a time, beside what is loaded; where transformers
@@ -104,11 +113,12 @@ def load(
         return kind(
             path, memory_limit, dtype=dtype, device=device, max_length=max_length,  # type: ignore
             max_batch_size=max_batch_size, config=config, tokenizer=tokenizer,
-            offload_dir=offload_dir, deterministic=deterministic, **more,
+            offload_dir=offload_dir, deterministic=deterministic, fused_kernels=fused_kernels,
+            **more,
         )  # fmt: skip
     _check_not_given(
         f"models of bminf.models, and {path} holds one of transformers",
-        config=config, deterministic=deterministic,
+        config=config, deterministic=deterministic, fused_kernels=not fused_kernels or None,
     )  # fmt: skip
     if is_saved(path):
         read_description(path)  # which compares all small files, before any is used
@@ -187,9 +197,12 @@ def _with_packing(options: Options, opened: Pretrained) -> Options:
     if not opened.packed:  # nothing is
         default = True if opened.packed is None else None
         return replace(options, quantization=default) if is_auto else options
-    found = set(opened.packed.values())
+    found = Counter(opened.packed.values())
+    (usual, _), *_ = found.most_common()
     asked = None if is_auto else parse_format(options.quantization, default=INT8)
-    if not is_auto and not all(is_asked_for(one, asked) for one in found):
+    in_4_bits = asked is not None and asked.bits < HEAD_FORMAT.bits
+    of_blocks = [one for one in found if not (in_4_bits and one == HEAD_FORMAT)] or list(found)
+    if not is_auto and not all(is_asked_for(one, asked) for one in of_blocks):
         raise ArgumentError(
             f"quantization is {options.quantization!r}, but {opened.path} is packed as "
             f"{' and '.join(sorted(map(str, found)))}; leave quantization out, or load the original"
@@ -198,7 +211,7 @@ def _with_packing(options: Options, opened: Pretrained) -> Options:
         raise ArgumentError(
             f"quantize= chooses what is packed, and {opened.path} is packed already; leave it out"
         )
-    return replace(options, quantization=next(iter(found)), packed=opened.packed)
+    return replace(options, quantization=usual, packed=opened.packed)
 
 
 def _check_shapes(model: torch.nn.Module, tensors: Mapping[str, Stored], folder: Path) -> None:

@@ -20,7 +20,13 @@ from bminf.checkpoint.folder import open_checkpoint
 from bminf.checkpoint.names import listed
 from bminf.checkpoint.recorded import InMemory, Recorded
 from bminf.checkpoint.stored import Stored
-from bminf.description import Description, is_saved, read_description, saved_tensors
+from bminf.description import (
+    Description,
+    PackedLinear,
+    is_saved,
+    read_description,
+    saved_tensors,
+)
 from bminf.errors import ArgumentError, CheckpointError
 from bminf.layout import tensors_of
 from bminf.quantization.packed import PACKED_FIELDS, Format
@@ -87,7 +93,8 @@ def _open_saved(
     packed, held = description.packed, saved_tensors(folder)
     fields = {f"{name}.{key}" for name in packed for key in PACKED_FIELDS}
     weights = {linear.weight_name(name): linear for name, linear in packed.items()}
-    given = {name: one for name, one in held.items() if name not in fields} | weights
+    given: dict[str, Stored] = {n: one for n, one in held.items() if n not in fields}
+    given |= _instead(kind, weights, held)
     model = _built(transformers, kind, config, folder, given, dtype)
     if unexpected := sorted(given.keys() - {name for name, _, _ in tensors_of(model)}):
         raise CheckpointError(
@@ -98,6 +105,24 @@ def _open_saved(
     tensors = {name: one for name, one in read.items() if name not in weights}
     tensors |= {name: held[name] for name in fields & held.keys()}
     return Pretrained(folder, model, tensors, {name: one.form for name, one in packed.items()})
+
+
+def _instead(
+    kind: Any, weights: Mapping[str, PackedLinear], held: Mapping[str, Stored]
+) -> dict[str, Stored]:
+    """What transformers is given in place of packed weights.
+
+    Of a head that is tied where nothing is packed that is the embedding: it compares the two, and
+    ties them; what is packed takes the head's place afterwards.
+    """
+    tied = getattr(kind, "_tied_weights_keys", None)
+    sources = tied if isinstance(tied, Mapping) else {}
+    found: dict[str, Stored] = dict(weights)
+    for name, linear in weights.items():
+        source = held.get(sources.get(name, ""))
+        if source is not None and source.shape == linear.shape:
+            found[name] = source
+    return found
 
 
 def tokenizer_in(folder: Path, trust_remote_code: bool = False) -> Any:

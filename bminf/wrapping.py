@@ -35,6 +35,7 @@ from bminf.offload.placement import place, restore
 from bminf.offload.plan import Plan, Remedy
 from bminf.offload.plan_experts import are_worth_choosing, plan_by_need
 from bminf.offload.start import plan_on, start
+from bminf.offload.tables import find_tables
 from bminf.offload.unregistered import (
     Originals,
     bytes_on,
@@ -68,13 +69,15 @@ def wrapper(
 
     Blocks that fit stay on the device; the others are offloaded to host memory (device "cuda") or
     to a file (device "cpu", where the limit is RAM), and copied into one of two slots just before
-    they are needed. What does not fit in host memory is kept in a file, too, and read ahead. What
-    fits entirely is only moved. Of a mixture of experts each expert is streamed by itself, when it
-    is chosen, through a pool that takes what the dense parts leave of the limit.
+    they are needed. What does not fit in host memory is kept in a file, too, and read ahead. Of
+    input embeddings the rows that are asked for are sent; they stay where the others are. Of a
+    mixture of experts each expert is streamed by itself, when it is chosen, through a pool that
+    takes what the dense parts leave of the limit. What fits entirely is only moved.
 
     quantization: True or "int8" packs the linears of the blocks to 8 bits, with a scale a row;
-        "int4" packs them to 4 bits, 5 with the scales; False or None leaves them. A quantized model
-        gives the same output streamed as resident. A bminf.Format is taken too.
+        "int4" packs them to 4 bits, 4.5 with the scales, and the output head to 8; False or None
+        leaves them. A quantized model gives the same output streamed as resident. A bminf.Format is
+        taken too.
     memory_limit: bytes, or "6GB", "5.5GiB": parameters + buffers + slots + reserve. None takes 90%
         of what is free on the device (in the container, where there is one).
     device: None is the GPU where there is one, else the CPU.
@@ -89,9 +92,11 @@ def wrapper(
         token), and 1 for what a generating model of transformers runs once: the encoder, towers for
         images, audio and video. A block that stands n times in its list is used n times as often.
     quantize: a function of the name and the module of a linear (torch.nn.Linear, Conv1D), or of
-        experts that are held as stacks, that says whether it is packed; None packs those in the
-        blocks, or all where there are no blocks, but for the output head, adapters, and what is
-        trained beside frozen linears.
+        experts that are held as stacks, that says whether it is packed, or how: "int8", "int4", a
+        bminf.Format. None packs those in the
+        blocks, or all where there are no blocks, but for adapters, and what is trained beside
+        frozen linears; the output head only where the others are in 4 bits. A head that is tied to
+        the embedding can be packed as well: the embedding stays as it is.
     max_length: tokens of prompt and answer together that the limit is to have room for: the KV
         cache and a workspace for one pass, estimated from the model's configuration. For models of
         transformers that generate text; others take reserve. None sets nothing aside, and the plan
@@ -126,7 +131,8 @@ def wrapper(
     _apply(model, request, Scheduler(the_plan, backend, source_device), offload_dir)
     _warn_of_training(model, stacklevel=2)
     del request  # it has the linears that were packed
-    warn_of_held(originals, model, backend.device == source_device, stacklevel=2)
+    kept = [table.rows for table in _scheduler_of(model).tables]  # type: ignore[union-attr]
+    warn_of_held(originals, model, kept, backend.device == source_device, stacklevel=2)
     return model
 
 
@@ -235,9 +241,9 @@ class Request:
             self.choice = choose_linears(model, self.blocks, self.format, options.quantize)
         else:
             self.choice = choice_of(model, options.packed)
-        self._lay_out = partial(
-            lay_out, model, self.blocks, self.choice.replacements, keep_addresses
-        )
+        replacements = self.choice.replacements
+        tables = find_tables(model, replacements)
+        self._lay_out = partial(lay_out, model, self.blocks, replacements, keep_addresses, tables)
         self.blobs = self._lay_out()
         self._uses = _merged_uses(model, self.blocks, options.uses)
         self.unregistered = find_unregistered(model)
@@ -245,7 +251,7 @@ class Request:
     @property
     def allocated_bytes(self) -> int:
         """Bytes of the device that the whole model takes."""
-        layouts = [self.blobs.outside, *self.blobs.blocks.values()]
+        layouts = [self.blobs.outside, self.blobs.of_tables, *self.blobs.blocks.values()]
         return sum(
             map(allocated_bytes_on(self._device_type), (layout.nbytes for layout in layouts))
         )
@@ -264,7 +270,8 @@ class Request:
         """
         unregistered_bytes = bytes_on(self.unregistered, device)
         if not self.blocks:
-            self._check_that_all_fits(self.allocated_bytes + unregistered_bytes, budget)
+            outside_bytes = allocated_bytes_on(self._device_type)(self.blobs.outside.nbytes)
+            self._check_that_all_fits(outside_bytes + unregistered_bytes, budget)
 
         def planned(make: Callable[..., Plan], blobs: Blobs) -> Plan:
             return make(
@@ -356,7 +363,7 @@ def _apply(
     replacements = request.choice.replacements
 
     def move() -> None:
-        place(model, request.blobs, replacements, scheduler)
+        place(model, request.blobs, replacements, scheduler, offload_dir)
         if replacements:
             refuse_to_save(model)
 

@@ -11,6 +11,7 @@ typedef unsigned short u16;
 typedef unsigned int u32;
 
 #define DEVICE static __device__ __forceinline__
+#define DEVICE_MEMBER __device__ __forceinline__
 
 #ifndef BMINF_HOST_SHIM
 #define DYNAMIC_SHARED(type, name) extern __shared__ __align__(16) type name[]
@@ -66,21 +67,15 @@ DEVICE float to_float(Element bits) { return half_to_float(bits); }
 DEVICE Element from_float(float value) { return float_to_half(value); }
 #endif
 
-// 8 elements of a row from `column` on, as floats; zeros beyond its end. Rows of x are padded to 8
-// columns and begin at multiples of 16 bytes, which the caller sees to.
-DEVICE void load8(const Element* row, int column, int num_columns, float values[8]) {
-    if (column >= num_columns) {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) values[i] = 0.0f;
-        return;
-    }
+// 8 neighbouring elements as floats; they begin at a multiple of 16 bytes.
+DEVICE void load8(const Element* data, float values[8]) {
 #if ELEMENT == 32
-    const float4* wide = reinterpret_cast<const float4*>(row + column);
+    const float4* wide = reinterpret_cast<const float4*>(data);
     const float4 low = wide[0], high = wide[1];
     values[0] = low.x, values[1] = low.y, values[2] = low.z, values[3] = low.w;
     values[4] = high.x, values[5] = high.y, values[6] = high.z, values[7] = high.w;
 #else
-    const uint4 wide = *reinterpret_cast<const uint4*>(row + column);
+    const uint4 wide = *reinterpret_cast<const uint4*>(data);
     const u32 words[4] = {wide.x, wide.y, wide.z, wide.w};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -90,8 +85,46 @@ DEVICE void load8(const Element* row, int column, int num_columns, float values[
 #endif
 }
 
-// The inverse, for rows of any length: writes what lies inside the row.
-DEVICE void store8(Element* row, int column, int num_columns, const float values[8]) {
+// The same from `column` of a row on; zeros beyond its end. Rows of x are padded to 8 columns and
+// begin at multiples of 16 bytes, which the caller sees to.
+DEVICE void load8_or_zeros(const Element* row, int column, int num_columns, float values[8]) {
+    if (column < num_columns) return load8(row + column, values);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) values[i] = 0.0f;
+}
+
+// Two floats rounded to the 16-bit Element, the first in the low half.
+#if ELEMENT != 32
+DEVICE u32 pack2(float low, float high) {
+#if defined(BMINF_HOST_SHIM) || __CUDA_ARCH__ < 800
+    return u32(from_float(low)) | u32(from_float(high)) << 16;
+#else
+    u32 pair;
+#if ELEMENT == 17
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+#else
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+#endif
+    return pair;
+#endif
+}
+#endif
+
+// The inverse of load8: 8 neighbouring elements, from a multiple of 16 bytes on.
+DEVICE void store8(Element* data, const float values[8]) {
+#if ELEMENT == 32
+    float4* wide = reinterpret_cast<float4*>(data);
+    wide[0] = make_float4(values[0], values[1], values[2], values[3]);
+    wide[1] = make_float4(values[4], values[5], values[6], values[7]);
+#else
+    *reinterpret_cast<uint4*>(data) =
+        make_uint4(pack2(values[0], values[1]), pack2(values[2], values[3]),
+                   pack2(values[4], values[5]), pack2(values[6], values[7]));
+#endif
+}
+
+// The same from `column` of a row of any length on: writes what lies inside the row.
+DEVICE void store8_within(Element* row, int column, int num_columns, const float values[8]) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
         if (column + i < num_columns) row[column + i] = from_float(values[i]);
@@ -106,39 +139,72 @@ DEVICE void store8(Element* row, int column, int num_columns, const float values
 // SCALE_BITS is the width of scales and minima: 32 (float) for 8 bits, 16 (half) or 8 for 4. With 8 they
 // are integers, a minimum in steps of -16, and the sum over a row is multiplied with its row_scale.
 // SPAN: that many columns, from each multiple of it on, share a scale: a whole chunk or half of one;
-// 0 where groups begin anywhere.
+// 0 where groups begin anywhere; -1 where a row has one scale.
 #ifdef BITS
 constexpr int CHUNK_COLUMNS = 128 / BITS;  // columns in 16 bytes, which a thread reads at once
 constexpr int CHUNK_STEPS = CHUNK_COLUMNS / 8;
 
-// A small unsigned number at bit `shift` of `word`, as a float, without a conversion instruction
-// (a quarter of the rate of an addition, or less): it becomes the low digits of 2^(23 - shift).
-template <int shift>
-DEVICE float digits_at(u32 word, u32 mask, float offset) {
-    u32 exponent = u32(127 + 23 - shift) << 23;
-    return __uint_as_float((word & (mask << shift)) | exponent) - (float(1 << (23 - shift)) + offset);
+DEVICE u32 num_chunks_of(int num_columns) {
+    return u32(num_columns + CHUNK_COLUMNS - 1) / CHUNK_COLUMNS;
 }
 
-// 8 packed weights, `step` of CHUNK_STEPS, as floats: -127..127, -8..7, or 0..15 with a minimum.
-DEVICE void unpack8(const u32 words[4], int step, float values[8]) {
+// (word & mask) ^ bits, in one instruction also where both are constants.
+DEVICE u32 masked_xor(u32 word, u32 mask, u32 bits) {
+#ifdef BMINF_HOST_SHIM
+    return (word & mask) ^ bits;
+#else
+    u32 result;
+    asm("lop3.b32 %0, %1, %2, %3, 0x6A;" : "=r"(result) : "r"(word), "r"(mask), "r"(bits));
+    return result;
+#endif
+}
+
+// Codes become floats without a conversion instruction (a quarter of the rate of an addition, or
+// less): they are put among the digits of a power of two, which is subtracted.
+//
+// Byte `index` of `word`, of 0..255, less `offset`.
+template <int index>
+DEVICE float byte_at(u32 word, float offset) {
+    return __uint_as_float(__byte_perm(word, 0x4B000000u, 0x7440 + index)) - (8388608.0f + offset);
+}
+
+// The 4 bits from `shift` on, up to 16; CODE_OFFSET is what they are stored above.
+#if BITS == 4
+constexpr int CODE_OFFSET = HAS_MINIMUM ? 0 : 8;  // -8..7 in two's complement: its sign is turned
+
+template <int shift>
+DEVICE float nibble_at(u32 word) {
+    constexpr u32 exponent = u32(127 + 23 - shift) << 23;
+    const u32 digits = masked_xor(word, 0xFu << shift, exponent | u32(CODE_OFFSET) << shift);
+    return __uint_as_float(digits) - float((1 << (23 - shift)) + CODE_OFFSET);
+}
+#endif
+
+// 8 packed weights, in two words or one, as floats: -127..127, -8..7, or 0..15 with a minimum.
+DEVICE void unpack8(const u32* words, float values[8]) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         float* four = values + 4 * half;
 #if BITS == 8
-        const u32 word = words[2 * step + half] ^ 0x80808080u;
-        four[0] = digits_at<0>(word, 0xFF, 128.0f);
-        four[1] = digits_at<8>(word, 0xFF, 128.0f);
-        four[2] = digits_at<0>(word >> 16, 0xFF, 128.0f);
-        four[3] = digits_at<8>(word >> 16, 0xFF, 128.0f);
+        const u32 word = words[half] ^ 0x80808080u;
+        four[0] = byte_at<0>(word, 128.0f);
+        four[1] = byte_at<1>(word, 128.0f);
+        four[2] = byte_at<2>(word, 128.0f);
+        four[3] = byte_at<3>(word, 128.0f);
 #else
-        const u32 word = (HAS_MINIMUM ? words[step] : words[step] ^ 0x88888888u) >> (16 * half);
-        const float offset = HAS_MINIMUM ? 0.0f : 8.0f;
-        four[0] = digits_at<4>(word, 0xF, offset);
-        four[1] = digits_at<0>(word, 0xF, offset);
-        four[2] = digits_at<12>(word, 0xF, offset);
-        four[3] = digits_at<8>(word, 0xF, offset);
+        const u32 word = words[0] >> (16 * half);
+        four[0] = nibble_at<4>(word);
+        four[1] = nibble_at<0>(word);
+        four[2] = nibble_at<12>(word);
+        four[3] = nibble_at<8>(word);
 #endif
     }
+}
+
+// The words of 8 packed weights that begin at `data`.
+DEVICE void load_words(u32 words[2], const u8* data) {
+    words[0] = reinterpret_cast<const u32*>(data)[0];
+    if (BITS == 8) words[1] = reinterpret_cast<const u32*>(data)[1];
 }
 
 // What turns the codes of one group of columns into weights: code * scale + minimum.
@@ -146,46 +212,45 @@ struct Scale {
     float factor, minimum;
 };
 
-DEVICE Scale load_scale(const void* scale, const void* minimum, size_t index) {
+// One weight's scales and minima.
+struct Scales {
+    const void *scale, *minimum;
+
+    DEVICE_MEMBER Scale load(size_t index) const {
 #if SCALE_BITS == 32
-    return {static_cast<const float*>(scale)[index], 0.0f};
+        return {static_cast<const float*>(scale)[index], 0.0f};
 #elif SCALE_BITS == 16
-    return {half_to_float(static_cast<const u16*>(scale)[index]),
-            HAS_MINIMUM ? half_to_float(static_cast<const u16*>(minimum)[index]) : 0.0f};
+        return {half_to_float(static_cast<const u16*>(scale)[index]),
+                HAS_MINIMUM ? half_to_float(static_cast<const u16*>(minimum)[index]) : 0.0f};
 #else
-    return {float(static_cast<const u8*>(scale)[index]),
-            HAS_MINIMUM ? -16.0f * float(static_cast<const u8*>(minimum)[index]) : 0.0f};
+        return {float(static_cast<const u8*>(scale)[index]),
+                HAS_MINIMUM ? -16.0f * float(static_cast<const u8*>(minimum)[index]) : 0.0f};
 #endif
-}
+    }
+};
 
 // What is left to multiply when codes have the scales of their groups.
 DEVICE float load_row_scale(const float* row_scale, size_t row) {
     return SCALE_BITS == 8 ? row_scale[row] : 1.0f;
 }
 
-#ifdef SPAN
-constexpr int SPANS = SPAN ? CHUNK_COLUMNS / SPAN : 1;  // of a chunk
+// The groups of a row. A column is divided by their width in a multiplication: a division would take
+// some 20 instructions, in front of the loads that wait for it.
+struct Groups {
+    u32 multiplier;  // 2^(32 + shift) / width, rounded up
+    int shift, count;
 
-// The scales of one chunk of a row, whose groups begin at `first_group`.
-DEVICE void load_scales(Scale scales[SPANS], const void* scale, const void* minimum, int chunk,
-                        size_t first_group, int group_size, int num_groups) {
-#pragma unroll
-    for (int span = 0; span < SPANS; ++span) {
-        int group = chunk * SPANS + span;
-        if (group_size != SPAN) group = (chunk * CHUNK_COLUMNS + span * SPAN) / group_size;
-        scales[span] = load_scale(scale, minimum, first_group + min(group, num_groups - 1));
+    DEVICE_MEMBER int of(int column) const {
+        return int(__umulhi(u32(column), multiplier) >> shift);
     }
-}
-#endif
+};
 
 // Codes to weights with the scale of their own columns, for chunks that lie in several groups. The
-// width of a group is even, so two columns share a scale.
-DEVICE void scale_pairs(float values[8], int column, const void* scale, const void* minimum,
-                        size_t first_group, int group_size, int num_groups) {
+// width of a group is even, so two columns share a scale. `first`: the index of the row's first group.
+DEVICE void scale_pairs(float values[8], int column, Scales scales, size_t first, Groups groups) {
 #pragma unroll
     for (int i = 0; i < 8; i += 2) {
-        const int group = min((column + i) / group_size, num_groups - 1);
-        const Scale own = load_scale(scale, minimum, first_group + group);
+        const Scale own = scales.load(first + min(groups.of(column + i), groups.count - 1));
         values[i] = values[i] * own.factor + own.minimum;
         values[i + 1] = values[i + 1] * own.factor + own.minimum;
     }
@@ -248,21 +313,43 @@ DEVICE float activate(float x, int kind) {
 
 // ---- tensor cores and asynchronous copies --------------------------------------------------------
 
-// Two floats rounded to the 16-bit Element, the first in the low half.
 #if defined(ELEMENT) && ELEMENT != 32
-DEVICE u32 pack2(float low, float high) {
-#if defined(BMINF_HOST_SHIM) || __CUDA_ARCH__ < 800
-    return u32(from_float(low)) | u32(from_float(high)) << 16;
+// Arithmetic with two 16-bit Elements in a word, each rounded once.
+DEVICE u32 fma2(u32 a, u32 b, u32 c) {
+    u32 pair;
+#if ELEMENT == 17 && defined(BMINF_HOST_SHIM)
+    pair = shim_fma_bf16x2(a, b, c);
+#elif ELEMENT == 17
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(pair) : "r"(a), "r"(b), "r"(c));
+#elif defined(BMINF_HOST_SHIM)
+    pair = shim_fma_f16x2(a, b, c);
+#else
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(pair) : "r"(a), "r"(b), "r"(c));
+#endif
+    return pair;
+}
+
+#if ELEMENT == 16
+DEVICE u32 mul2(u32 a, u32 b) {
+#ifdef BMINF_HOST_SHIM
+    return shim_mul_f16x2(a, b);
 #else
     u32 pair;
-#if ELEMENT == 17
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-#else
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-#endif
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(pair) : "r"(a), "r"(b));
     return pair;
 #endif
 }
+
+DEVICE u32 sub2(u32 a, u32 b) {
+#ifdef BMINF_HOST_SHIM
+    return shim_sub_f16x2(a, b);
+#else
+    u32 pair;
+    asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(pair) : "r"(a), "r"(b));
+    return pair;
+#endif
+}
+#endif
 
 // sums (16, 8) += a (16, 16) b (16, 8), spread over a warp as PTX lays down for mma.m16n8k16.
 DEVICE void mma_16x8x16(float sums[4], const u32 a[4], const u32 b[2]) {
@@ -353,3 +440,64 @@ DEVICE void wait_for_copies() {
 #endif
 #endif
 }
+
+// ---- rows of any length --------------------------------------------------------------------------
+
+// is_wide: whether rows are of a multiple of 8 elements and begin at multiples of 16 bytes.
+#ifdef ELEMENT
+// What is left of a number that is stored as an Element and read again.
+DEVICE float rounded(float value) { return to_float(from_float(value)); }
+
+DEVICE void load8_of(const Element* row, int column, int num_columns, bool is_wide, float values[8]) {
+    if (is_wide) return load8_or_zeros(row, column, num_columns, values);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        values[i] = column + i < num_columns ? to_float(row[column + i]) : 0.0f;
+    }
+}
+
+DEVICE void store8_of(Element* row, int column, int num_columns, bool is_wide, const float values[8]) {
+    if (!is_wide) return store8_within(row, column, num_columns, values);
+    if (column < num_columns) store8(row + column, values);
+}
+#endif  // ELEMENT
+
+// CHUNKS: a block holds a row in its registers, that many times 8 columns in each thread: thread i has
+// columns 8 i to 8 i + 7, and so on in steps of 8 blockDim.x; zeros beyond the end.
+#ifdef CHUNKS
+DEVICE int column_of(int chunk) { return 8 * (threadIdx.x + chunk * blockDim.x); }
+
+// Row blockIdx.x of x; where there is a delta, x * scale + delta, which is written to `sum`, too. Each
+// of the two steps is rounded, as by an operator of torch: neither is contracted with the other.
+DEVICE void load_row(float values[CHUNKS][8], const Element* __restrict__ x,
+                     const Element* __restrict__ delta, Element* __restrict__ sum, int num_columns,
+                     bool is_wide, float scale) {
+    const size_t first = size_t(blockIdx.x) * num_columns;
+#pragma unroll
+    for (int chunk = 0; chunk < CHUNKS; ++chunk) {
+        load8_of(x + first, column_of(chunk), num_columns, is_wide, values[chunk]);
+    }
+    if (delta == nullptr) return;
+#pragma unroll
+    for (int chunk = 0; chunk < CHUNKS; ++chunk) {
+        float* own = values[chunk];
+        float more[8];
+        load8_of(delta + first, column_of(chunk), num_columns, is_wide, more);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            own[i] = rounded(__fadd_rn(rounded(__fmul_rn(own[i], scale)), more[i]));
+        }
+        store8_of(sum + first, column_of(chunk), num_columns, is_wide, own);
+    }
+}
+
+// The sum over all threads of a block.   of_warps: in shared memory, for this sum alone.
+DEVICE float block_sum(float value, float* of_warps) {
+    value = warp_sum(value);
+    if (threadIdx.x % WARP == 0) of_warps[threadIdx.x / WARP] = value;
+    __syncthreads();
+    float sum = of_warps[0];
+    for (int warp = 1; warp < blockDim.x / WARP; ++warp) sum += of_warps[warp];
+    return sum;
+}
+#endif  // CHUNKS

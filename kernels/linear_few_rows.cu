@@ -7,10 +7,11 @@
 //
 // A block of 128 threads computes ROWS_OF_W weight rows times ROWS_OF_X rows of x: all of them, as
 // launched, up to 16 in 16 bits and 4 in 32. Its threads walk along K, 16 bytes of each weight row at a
-// time: a warp reads 512 contiguous bytes of each row, and ROWS_OF_W loads are in flight a thread. x
-// comes from the caches, once for the ROWS_OF_W rows together.
-// Sums are in float; codes are summed over a span of columns that share a scale first, and scaled then
-// (with SPAN 0, where groups begin anywhere, every two codes are scaled by themselves).
+// time: a warp reads 512 contiguous bytes of each row, and ROWS_OF_W loads are in flight a thread while
+// it multiplies what it has. x comes from the caches, once for the ROWS_OF_W rows together.
+// Sums are in float; codes are summed over the columns that share a scale first, a chunk, half of one or
+// the row, and scaled then (with SPAN 0, where groups begin anywhere, every two codes by themselves).
+// What is left of a row behind its last whole chunk is multiplied after the loop.
 //
 // Bytes moved: N * row_bytes and the scales, each once; x and y are small beside them. With one row of
 // x that is one multiplication a weight: the memory is the limit, from sm_61 to today.
@@ -24,8 +25,14 @@
 constexpr int THREADS = 128;
 constexpr int WARPS = THREADS / WARP;
 constexpr int SUMS = ROWS_OF_W * ROWS_OF_X;
+constexpr int SPANS = SPAN > 0 ? CHUNK_COLUMNS / SPAN : 1;  // of a chunk
 // Blocks a multiprocessor shall hold: the compiler may then take registers enough not to spill.
-constexpr int BLOCKS = ROWS_OF_X <= 2 ? 4 : ROWS_OF_X <= 8 ? 3 : 2;
+constexpr bool IS_LIGHT = ROWS_OF_X <= 8 && !HAS_MINIMUM && ELEMENT != 32;
+constexpr bool IS_HEAVY = SPAN == 0 && HAS_MINIMUM && ELEMENT == 32;  // in spite of few rows
+constexpr int BLOCKS = ROWS_OF_X <= 2 ? 4 - (ROWS_OF_X == 2 && IS_HEAVY) : IS_LIGHT ? 3 : 2;
+// Whether the next codes are read while the last are multiplied; with more rows of x the sums take the
+// registers, and the products more time than the memory.
+constexpr bool PREFETCHES = SPAN != 0 && SUMS <= (HAS_MINIMUM ? 4 : 8);
 
 // Adds up each sum over a warp. Partners share the work: at each step a lane keeps half of its sums and
 // hands the other half over, so that COUNT sums, a power of two up to 32, cost COUNT + a few shuffles
@@ -61,74 +68,138 @@ DEVICE float block_totals(float sums[SUMS]) {
     return total;
 }
 
+// What a thread works on. Rows that are not there are replaced by the last one, and their results not
+// written. Of GATED kernels the second half of the weight rows is of the second weight.
+struct Rows {
+    const u8* codes[ROWS_OF_W];
+    Scales scales[ROWS_OF_W];
+    size_t first_group[ROWS_OF_W];
+    const Element* x[ROWS_OF_X];
+    Groups groups;
+};
+
+DEVICE void load_codes(uint4 packed[ROWS_OF_W], const Rows& rows, int chunk) {
+#pragma unroll
+    for (int r = 0; r < ROWS_OF_W; ++r) packed[r] = load_once(rows.codes[r], chunk);
+}
+
+// The scales of the group that `column` is in.
+DEVICE void load_scales(Scale scales[ROWS_OF_W], const Rows& rows, int column) {
+    const int group = rows.groups.of(column);
+#pragma unroll
+    for (int r = 0; r < ROWS_OF_W; ++r) scales[r] = rows.scales[r].load(rows.first_group[r] + group);
+}
+
+// Adds the products of 8 columns from `column` on to `sums`, and the columns of x to `x_sums`.
+DEVICE void add_products(float sums[SUMS], float x_sums[ROWS_OF_X], const Rows& rows, int column,
+                         const u32* const words[ROWS_OF_W]) {
+    float w[ROWS_OF_W][8];
+#pragma unroll
+    for (int r = 0; r < ROWS_OF_W; ++r) {
+        unpack8(words[r], w[r]);
+        if (SPAN == 0) {
+            scale_pairs(w[r], column, rows.scales[r], rows.first_group[r], rows.groups);
+        }
+    }
+#pragma unroll
+    for (int m = 0; m < ROWS_OF_X; ++m) {
+        float values[8];
+        load8(rows.x[m] + column, values);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+#pragma unroll
+            for (int r = 0; r < ROWS_OF_W; ++r) sums[r * ROWS_OF_X + m] += w[r][j] * values[j];
+            if (HAS_MINIMUM && SPAN) x_sums[m] += values[j];
+        }
+    }
+}
+
+// Adds to `sums` what was summed over columns that share a scale.
+DEVICE void add_scaled(float sums[SUMS], const Scale scales[ROWS_OF_W], const float partial[SUMS],
+                       const float x_sums[ROWS_OF_X]) {
+#pragma unroll
+    for (int i = 0; i < SUMS; ++i) {
+        const Scale own = scales[i / ROWS_OF_X];
+        sums[i] += own.factor * partial[i];
+        if (HAS_MINIMUM) sums[i] += own.minimum * x_sums[i % ROWS_OF_X];
+    }
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 linear_few_rows(const Element* x, const u8* codes, const void* scale, const void* minimum,
                 const float* row_scale, const Element* bias, const u8* codes2, const void* scale2,
                 const void* minimum2, const float* row_scale2, const Element* bias2, Element* y,
-                int M, int N, int K, int group_size, int num_groups, int activation) {
+                int M, int N, int K, u32 group_multiplier, int group_shift, int num_groups,
+                int activation) {
     constexpr int OUTPUTS = GATED ? ROWS_OF_W / 2 : ROWS_OF_W;
-    const int num_chunks = (K + CHUNK_COLUMNS - 1) / CHUNK_COLUMNS;
+    const int num_whole = u32(K) / CHUNK_COLUMNS;
+    const size_t row_bytes = size_t(num_chunks_of(K)) * 16;
     const int first_m = blockIdx.y * ROWS_OF_X;
 
-    // A row that is not there is replaced by the last one, and its result is not written.
-    int rows[ROWS_OF_W];
+    Rows rows;
+    rows.groups = {group_multiplier, group_shift, num_groups};
 #pragma unroll
-    for (int r = 0; r < ROWS_OF_W; ++r) rows[r] = min(int(blockIdx.x) * OUTPUTS + r % OUTPUTS, N - 1);
+    for (int r = 0; r < ROWS_OF_W; ++r) {
+        const bool is_second = r >= OUTPUTS;
+        const size_t n = min(int(blockIdx.x) * OUTPUTS + r % OUTPUTS, N - 1);
+        rows.codes[r] = (is_second ? codes2 : codes) + n * row_bytes;
+        rows.scales[r] = {is_second ? scale2 : scale, is_second ? minimum2 : minimum};
+        rows.first_group[r] = n * num_groups;
+    }
+#pragma unroll
+    for (int m = 0; m < ROWS_OF_X; ++m) rows.x[m] = x + size_t(min(first_m + m, M - 1)) * K;
 
     float sums[SUMS] = {};
+    float x_sums[ROWS_OF_X] = {};
+    Scale scales[ROWS_OF_W];
+    uint4 packed[ROWS_OF_W];
+    const int last = max(num_whole - 1, 0);
+    if (PREFETCHES) load_codes(packed, rows, min(int(threadIdx.x), last));
 #pragma unroll 1
-    for (int chunk = threadIdx.x; chunk < num_chunks; chunk += THREADS) {
-        uint4 packed[ROWS_OF_W];
-        Scale scales[ROWS_OF_W][SPANS];
-#pragma unroll
-        for (int r = 0; r < ROWS_OF_W; ++r) {
-            const bool is_second = r >= OUTPUTS;
-            packed[r] = load_once(is_second ? codes2 : codes, size_t(rows[r]) * num_chunks + chunk);
-            if (SPAN) {
-                load_scales(scales[r], is_second ? scale2 : scale, is_second ? minimum2 : minimum,
-                            chunk, size_t(rows[r]) * num_groups, group_size, num_groups);
-            }
-        }
+    for (int chunk = threadIdx.x; chunk < num_whole; chunk += THREADS) {
+        uint4 next[ROWS_OF_W];  // on its way while this chunk is multiplied
+        load_codes(PREFETCHES ? next : packed, rows, PREFETCHES ? min(chunk + THREADS, last) : chunk);
 #pragma unroll
         for (int span = 0; span < SPANS; ++span) {
-            float partial[SUMS] = {};
-            float x_sums[ROWS_OF_X] = {};
+            const int first = chunk * CHUNK_COLUMNS + span * (CHUNK_COLUMNS / SPANS);
+            float partial[SUMS] = {}, partial_x[ROWS_OF_X] = {};
+            if (SPAN > 0) load_scales(scales, rows, first);
 #pragma unroll
             for (int i = 0; i < CHUNK_STEPS / SPANS; ++i) {
                 const int step = span * (CHUNK_STEPS / SPANS) + i;
-                const int column = chunk * CHUNK_COLUMNS + 8 * step;
-                float w[ROWS_OF_W][8];
+                const u32* words[ROWS_OF_W];
 #pragma unroll
-                for (int r = 0; r < ROWS_OF_W; ++r) {
-                    const u32 words[4] = {packed[r].x, packed[r].y, packed[r].z, packed[r].w};
-                    unpack8(words, step, w[r]);
-                    if (!SPAN) {
-                        const bool is_second = r >= OUTPUTS;
-                        scale_pairs(w[r], column, is_second ? scale2 : scale,
-                                    is_second ? minimum2 : minimum, size_t(rows[r]) * num_groups,
-                                    group_size, num_groups);
-                    }
-                }
-#pragma unroll
-                for (int m = 0; m < ROWS_OF_X; ++m) {
-                    float values[8];
-                    load8(x + size_t(min(first_m + m, M - 1)) * K, column, K, values);
-#pragma unroll
-                    for (int j = 0; j < 8; ++j) {
-#pragma unroll
-                        for (int r = 0; r < ROWS_OF_W; ++r) {
-                            partial[r * ROWS_OF_X + m] += w[r][j] * values[j];
-                        }
-                        if (HAS_MINIMUM && SPAN) x_sums[m] += values[j];
-                    }
-                }
+                for (int r = 0; r < ROWS_OF_W; ++r) words[r] = &packed[r].x + step * 8 * BITS / 32;
+                add_products(SPAN > 0 ? partial : sums, SPAN > 0 ? partial_x : x_sums, rows,
+                             first + 8 * i, words);
             }
-#pragma unroll
-            for (int i = 0; i < SUMS; ++i) {
-                const Scale own = SPAN ? scales[i / ROWS_OF_X][span] : Scale{1.0f, 0.0f};
-                sums[i] += own.factor * partial[i] + own.minimum * x_sums[i % ROWS_OF_X];
-            }
+            if (SPAN > 0) add_scaled(sums, scales, partial, partial_x);
         }
+#pragma unroll
+        for (int r = 0; r < ROWS_OF_W && PREFETCHES; ++r) packed[r] = next[r];
+    }
+
+    // What is left of the row, less than a chunk: 8 columns a thread.
+    const int column = num_whole * CHUNK_COLUMNS + 8 * threadIdx.x;
+    if (column < K) {
+        float partial[SUMS] = {}, partial_x[ROWS_OF_X] = {};
+        u32 packed8[ROWS_OF_W][2];
+        const u32* words[ROWS_OF_W];
+#pragma unroll
+        for (int r = 0; r < ROWS_OF_W; ++r) {
+            load_words(packed8[r], rows.codes[r] + size_t(column) * BITS / 8);
+            words[r] = packed8[r];
+        }
+        if (SPAN > 0) load_scales(scales, rows, column);
+        add_products(SPAN > 0 ? partial : sums, SPAN > 0 ? partial_x : x_sums, rows, column, words);
+        if (SPAN > 0) add_scaled(sums, scales, partial, partial_x);
+    }
+    if (SPAN < 0) {
+        float scaled[SUMS] = {};
+        load_scales(scales, rows, 0);
+        add_scaled(scaled, scales, sums, x_sums);
+#pragma unroll
+        for (int i = 0; i < SUMS; ++i) sums[i] = scaled[i];
     }
     float total = block_totals(sums);
 

@@ -28,7 +28,7 @@ quantize_rows(const Element* x, i8* codes, float* scale, int K, int row_bytes) {
     float most = 0.0f;
     for (int column = 8 * threadIdx.x; column < K; column += 8 * THREADS) {
         float values[8];
-        load8(row, column, K, values);
+        load8_or_zeros(row, column, K, values);
 #pragma unroll
         for (int i = 0; i < 8; ++i) most = max_or_nan(most, fabsf(values[i]));
     }
@@ -38,7 +38,7 @@ quantize_rows(const Element* x, i8* codes, float* scale, int K, int row_bytes) {
     uint2* row_codes = reinterpret_cast<uint2*>(codes + size_t(blockIdx.x) * row_bytes);
     for (int column = 8 * threadIdx.x; column < row_bytes; column += 8 * THREADS) {
         float values[8];
-        load8(row, column, K, values);
+        load8_or_zeros(row, column, K, values);
         row_codes[column / 8] = codes_of(values, divisor_of(row_scale));
     }
 }

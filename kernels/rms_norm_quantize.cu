@@ -38,8 +38,8 @@ rms_norm_quantize(const Element* x, const Element* weight, i8* codes, float* sca
     Totals own = {0.0f, 0.0f};
     for (int column = 8 * threadIdx.x; column < K; column += 8 * THREADS) {
         float values[8], weights[8];
-        load8(row, column, K, values);
-        load8(weight, column, K, weights);
+        load8_or_zeros(row, column, K, values);
+        load8_or_zeros(weight, column, K, weights);
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
             own.squares += values[i] * values[i];
@@ -54,8 +54,8 @@ rms_norm_quantize(const Element* x, const Element* weight, i8* codes, float* sca
     uint2* row_codes = reinterpret_cast<uint2*>(codes + size_t(blockIdx.x) * row_bytes);
     for (int column = 8 * threadIdx.x; column < row_bytes; column += 8 * THREADS) {
         float values[8], weights[8];
-        load8(row, column, K, values);
-        load8(weight, column, K, weights);
+        load8_or_zeros(row, column, K, values);
+        load8_or_zeros(weight, column, K, weights);
 #pragma unroll
         for (int i = 0; i < 8; ++i) values[i] *= factor * weights[i];
         row_codes[column / 8] = codes_of(values, divisor_of(row_scale));

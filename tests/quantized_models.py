@@ -31,7 +31,7 @@ def quantize_and_stream(
     """As quantize_on_cpu, with fewer than half of the blocks resident, and few experts."""
     whole = plan_for(model, quantization, blocks=blocks)
     sizes = sorted((block.nbytes for block in whole.blocks), reverse=True)
-    limit = whole.outside_bytes + 2 * sizes[0] + sum(sizes) // 6
+    limit = whole.fixed_bytes + 2 * sizes[0] + sum(sizes) // 6
     planned = plan_for(model, quantization, limit, blocks=blocks, device="cpu")
     if planned.experts is not None:  # what is dense may fit entirely
         limit = planned.least_limit + planned.experts.slot_bytes

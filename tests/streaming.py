@@ -92,7 +92,7 @@ def least_limit(model: torch.nn.Module, **arguments: Any) -> int:
     """A limit with room for two slots and no block beside them."""
     whole = plan_for(model, **{"quantization": False, **arguments})
     largest = max(block.nbytes for block in whole.blocks)
-    return whole.outside_bytes + 2 * largest
+    return whole.fixed_bytes + 2 * largest
 
 
 def stream(model: torch.nn.Module, extra_bytes: int = 0, **arguments: Any) -> Any:

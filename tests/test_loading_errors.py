@@ -211,6 +211,8 @@ def test_arguments_that_cannot_be_kept(originals: dict[str, Path]) -> None:
         bminf.load(folder, config={}, device="cpu")
     with pytest.raises(ArgumentError, match=r"deterministic is for models of bminf\.models"):
         bminf.load(folder, deterministic=True, device="cpu")
+    with pytest.raises(ArgumentError, match=r"fused_kernels is for models of bminf\.models"):
+        bminf.load(folder, fused_kernels=False, device="cpu")
     with pytest.raises(ArgumentError, match="dtype='int8'; accepted"):
         bminf.load(folder, dtype="int8", device="cpu")
     with pytest.raises(ArgumentError, match="quantization='int5'; accepted"):

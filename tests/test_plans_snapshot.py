@@ -93,7 +93,8 @@ def replanned(whole: Plan, limit: int) -> Plan:
     """Of the same blocks."""
     return plan(
         whole.blocks, limit, whole.uses,
-        outside_bytes=whole.outside_bytes, reserved_bytes=whole.reserved_bytes,
+        outside_bytes=whole.outside_bytes - whole.table_bytes, table_bytes=whole.table_bytes,
+        tables=["tables"] if whole.table_bytes else [], reserved_bytes=whole.reserved_bytes,
     )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from bminf.checkpoint.stored import InFile
 from bminf.errors import ArgumentError, CheckpointError
 from bminf.layers.quantized_linear import QuantizedLinear
 from bminf.layout import tensors_of
+from bminf.quantization.packed import INT8
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.* are not quantized"),
@@ -138,9 +139,9 @@ def test_each_block_is_read_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(InFile, "read_into", counting)
     bminf.load(tmp_path / "to", device="cpu")
     blocks = [name for name, dtype in runs if dtype == torch.uint8]
-    assert blocks == [f"model.layers.{n}" for n in range(7)]
+    assert blocks == ["", *(f"model.layers.{n}" for n in range(7))]  # the first: the embedding
     others = {name for name, dtype in runs if dtype != torch.uint8}
-    assert others == {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
+    assert others == {"model.norm.weight", "lm_head.weight"}
 
 
 def test_a_large_model_is_saved_in_several_files(tmp_path: Path) -> None:
@@ -252,6 +253,38 @@ def test_what_is_packed_as_int4_was_stays_so(tmp_path: Path) -> None:
         assert formats(loaded) == formats(model)
     with pytest.raises(ArgumentError, match=r"is packed as .*; leave quantization out"):
         bminf.load(tmp_path / "to", quantization=bminf.Format(4, 32, scale_bits=8), device="cpu")
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "bart"])  # all but the first are tied
+def test_a_head_in_8_bits_beside_linears_in_4(name: str, tmp_path: Path) -> None:
+    model, given = bminf.wrapper(make(name), "int4", device="cpu"), inputs_of(name)
+    limit, expected = bminf.plan_of(model).least_limit, output_of(model, given)
+    bminf.save(model, tmp_path / "to")
+    for asked in ({}, {"quantization": "int4"}):
+        loaded = bminf.load(tmp_path / "to", limit, device="cpu", **asked)
+        assert formats(loaded) == formats(model) and INT8 in formats(loaded).values()
+        assert bminf.plan_of(loaded).tables and bminf.plan_of(loaded).total_bytes <= limit
+        assert torch.equal(output_of(loaded, given), expected)
+    bminf.save(loaded, tmp_path / "again")  # while its rows lie in the first folder
+    again = bminf.load(tmp_path / "again", device="cpu")
+    assert torch.equal(output_of(again, given), expected)
+    with pytest.raises(ArgumentError, match=r"is packed as .*; leave quantization out"):
+        bminf.load(tmp_path / "to", quantization="int8", device="cpu")
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_folder_from_before_heads_were_packed_stays_so(name: str, tmp_path: Path) -> None:
+    def chosen(full_name: str, _: torch.nn.Module) -> bool:
+        return full_name != "lm_head"
+
+    model = bminf.wrapper(make(name), "int4", device="cpu", quantize=chosen)
+    bminf.save(model, tmp_path / "to")
+    loaded = bminf.load(tmp_path / "to", quantization="int4", device="cpu")
+    assert formats(loaded) == formats(model) and "lm_head" not in formats(loaded)
+    tied = loaded.lm_head.weight is loaded.get_input_embeddings().weight
+    assert tied == (name == "gpt2")
+    given = inputs_of(name)
+    assert torch.equal(output_of(loaded, given), output_of(model, given))
 
 
 def test_what_is_packed_is_not_packed_otherwise(tmp_path: Path) -> None:

@@ -51,6 +51,25 @@ def test_it_keeps_to_the_plan(
     assert report["wrapping_bytes"] <= report["total_bytes"] + 2 * report["block_bytes"]
 
 
+_WORK_BYTES = 40 * 2**20  # what a pass takes beside the plan; the embedding has 108 MiB
+
+
+@pytest.mark.parametrize("mode", ["int4", "untied"])
+def test_the_embedding_takes_no_memory_that_the_limit_counts(
+    mode: str, reports: dict[str, Any], plain_ids: list[list[int]]
+) -> None:
+    report, tied = reports[mode], reports["all"]
+    embedding_bytes, num_rows = 49152 * 576 * 4, 49152
+    assert report["table_bytes"] == embedding_bytes and tied["table_bytes"] == 0
+    assert report["generating_bytes"] <= report["total_bytes"] + _WORK_BYTES
+    if mode == "untied":  # the head takes the place of what both were
+        assert report["outside_bytes"] == tied["outside_bytes"] and report["ids"] == plain_ids
+    else:
+        head_bytes = num_rows * (576 + 8)  # codes, a scale and a sum of codes a row
+        saved = tied["outside_bytes"] - report["outside_bytes"]
+        assert saved == embedding_bytes - head_bytes
+
+
 def test_quantized_it_still_speaks(smollm2_folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

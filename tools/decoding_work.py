@@ -38,18 +38,11 @@ def opened(folder: str, packing: dict[str, Any] | None, packs_head: bool) -> Any
     model.generation_config.pad_token_id = 0
     if packing is None:
         return model
-    every = {"quantize": lambda name, linear: True} if packs_head else {}
-    if packs_head:
-        untie(model)
-    form = bminf.Format(**packing)
-    return bminf.wrapper(model, form, memory_limit=_LIMIT, device="cpu", **every)
-
-
-def untie(model: Any) -> None:
-    """The head gets a weight of its own: one that the embedding shares is not packed."""
     head = model.get_output_embeddings()
-    head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
-    model.config.tie_word_embeddings = False
+    return bminf.wrapper(
+        model, bminf.Format(**packing), memory_limit=_LIMIT, device="cpu",
+        quantize=lambda _, linear: packs_head or linear is not head,
+    )  # fmt: skip
 
 
 def weight_bytes(model: Any) -> int:

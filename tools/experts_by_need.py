@@ -62,7 +62,7 @@ def make(folder: Path, num_layers: int, **sizes: int) -> None:
     with torch.device("meta"):
         model = transformers.Qwen3MoeForCausalLM(config)
     blocks = find_blocks(model)
-    choice = choose_linears(model, blocks, INT4)
+    choice = choose_linears(model, blocks, INT4, lambda name, _: name.startswith("model.layers."))
     blobs = lay_out(model, blocks, choice.replacements, keep_addresses=False)
     layouts = {"": blobs.outside, **blobs.blocks}
     folder.mkdir(parents=True, exist_ok=True)
@@ -131,7 +131,7 @@ def _limit(folder: Path, whole: Any, fraction: float) -> int:
         max_batch_size=1,
     )  # fmt: skip
     planned = find(str(folder)).plan(arguments, str(whole.total_bytes * 9 // 10)).experts
-    dense = whole.total_bytes - planned.nbytes
+    dense = whole.total_bytes - whole.table_bytes - planned.nbytes
     return dense + int(fraction * planned.number) * planned.slot_bytes
 
 

@@ -190,7 +190,7 @@ FAULTS = (
     ),
     Fault(
         name="rotary-sign",
-        file="bminf/layers/rotary.py",
+        file="bminf/ops/rotary_append.py",
         old="second * cos + first * sin], dim=-1)",
         new="second * cos - first * sin], dim=-1)",
         breaks="GLM-130B writes nonsense.",
@@ -215,6 +215,20 @@ FAULTS = (
         old="missing = -num_keys % _ALIGNMENT",
         new="missing = num_keys % _ALIGNMENT",
         breaks="Attention with a bias fails on a GPU for most numbers of keys.",
+    ),
+    Fault(
+        name="attention-flash-of-chunks",
+        file="bminf/layers/attention.py",
+        old='is_whole = num_queries == num_keys and bias != "tensor"',
+        new='is_whole = bias != "tensor"',
+        breaks="On a GPU the later parts of a prompt that is read in parts see the wrong keys.",
+    ),
+    Fault(
+        name="attention-chunks",
+        file="bminf/ops/attention.py",
+        old="return -(-num_keys // CHUNK) or 1",
+        new="return num_keys // CHUNK or 1",
+        breaks="While decoding on a GPU the last keys of long texts are not attended to.",
     ),
     Fault(
         name="rows-padding",
@@ -281,9 +295,9 @@ FAULTS = (
     ),
     Fault(
         name="gpt-padding",
-        file="bminf/arch/gpt.py",
-        old="is_padding = torch.arange(num_keys, device=x.device) < num_padding.unsqueeze(1)",
-        new="is_padding = torch.arange(num_keys, device=x.device) <= num_padding.unsqueeze(1)",
+        file="bminf/layers/attention.py",
+        old="mask = mask | (keys < bias.num_padding.unsqueeze(1))[:, None]",
+        new="mask = mask | (keys <= bias.num_padding.unsqueeze(1))[:, None]",
         breaks="In a batch the shorter texts lose their first token.",
     ),
     Fault(
@@ -292,6 +306,27 @@ FAULTS = (
         old="positions = (positions - num_padding.unsqueeze(1)).clamp(min=0)",
         new="positions = (positions + num_padding.unsqueeze(1)).clamp(min=0)",
         breaks="In a batch the shorter texts have wrong positions.",
+    ),
+    Fault(
+        name="norm-of-a-trained-weight",
+        file="bminf/ops/fused.py",
+        old="any(y.requires_grad for y in (x, *others))",
+        new="x.requires_grad",
+        breaks="On a GPU the weight of a norm gets no gradient.",
+    ),
+    Fault(
+        name="append-cells-of-rows",
+        file="bminf/layers/kv_cache.py",
+        old="device=cells.device) * self.max_length",
+        new="device=cells.device) * self.length",
+        breaks="On a GPU the rows of a beam search write over each other.",
+    ),
+    Fault(
+        name="append-tokens-of-no-row",
+        file="bminf/layers/packed_cache.py",
+        old="cells += [-1] * (num_tokens - len(cells))",
+        new="cells += [0] * (num_tokens - len(cells))",
+        breaks="On a GPU a deterministic engine writes over the first token in its pool.",
     ),
     Fault(
         name="t5-prompts-of-rows",

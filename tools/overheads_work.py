@@ -62,7 +62,7 @@ def streamed(model: Any) -> Any:
     """`model` with all its blocks in two slots."""
     whole = bminf.plan_of(bminf.wrapper(model, False, memory_limit="1GiB", device="cpu"))
     assert whole is not None
-    limit = whole.outside_bytes + 2 * max(block.nbytes for block in whole.blocks)
+    limit = whole.fixed_bytes + 2 * max(block.nbytes for block in whole.blocks)
     bminf.unwrap(model)
     return bminf.wrapper(model, False, memory_limit=limit, device="cpu")
 

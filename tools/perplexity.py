@@ -1,7 +1,8 @@
 """What packing does to a model's predictions.
 
-The weights of all linears but the output head are packed and unpacked again, and the model reads a
-text: its perplexity, and how far its predictions are from those of fp32 (Kullback-Leibler).
+The weights of all linears but the output head are packed and unpacked again, with `--head` that
+of the head, too, and the model reads a text: its perplexity, and how far its predictions are from
+those of fp32 (Kullback-Leibler).
 
 Each format is measured on the columns of the weights as they are, and on columns in random order:
 weights that were once quantized themselves lie on a grid of neighbouring columns, which a format
@@ -29,6 +30,7 @@ from benchmarks.harness import Group, Result, Settings, summary
 from benchmarks.report import at, by_columns
 from bminf.cli import models
 from bminf.models.evaluate import perplexity, window_losses
+from bminf.quantization.packed import FORMATS as FORMATS_BY_NAME
 from bminf.quantization.packed import Format, dequantize
 from bminf.quantization.packing import DIVISORS, pack, pack_rows
 from tools.other_formats import OTHER_FORMATS, OtherFormat, possible
@@ -75,6 +77,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--divisors", nargs="+", type=float, default=DIVISORS, metavar="D",
         help="of the largest weight of a group, to choose an 8-bit scale from; one is no choice; "
         f"default: {' '.join(map(str, DIVISORS))}")  # fmt: skip
+    add("--head", choices=sorted(FORMATS_BY_NAME), metavar="NAME",
+        help="pack the output head as well, as int8 or int4; default: it stays")  # fmt: skip
     add("--keep", nargs="+", type=Path, default=[], metavar="FILE",
         help="results of earlier runs over the same text, of what is not measured now")  # fmt: skip
     parser.set_defaults(warmup=0, repeats=1, rounds=1)
@@ -91,7 +95,8 @@ def prepare(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[tuple[s
     if arguments.text is not None:
         text = arguments.text.read_text(encoding="utf-8")
     ids = torch.tensor(models.load_tokenizer(source)(text)["input_ids"][: arguments.tokens])
-    reader = Reader(models.load_model(source, torch.float32), ids)
+    head = FORMATS_BY_NAME.get(arguments.head)
+    reader = Reader(models.load_model(source, torch.float32), ids, head)
     parameters = {
         "model": Path(source).name.removesuffix(".gguf"),
         "linears": len(reader.linears),
@@ -104,6 +109,7 @@ def prepare(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[tuple[s
         "kl_windows": len(reader.plain["kl"]),
         "seeds": arguments.seeds,
         "divisors": list(arguments.divisors),
+        "head": name_of(head),
     }
     seeds = range(arguments.seeds)
     groups: list[tuple[str, Group]] = [
@@ -135,6 +141,8 @@ def kept(files: Sequence[Path], parameters: dict[str, Any], plain: Sample) -> di
         for key in _SAME:
             if content["parameters"][key] != parameters[key]:
                 raise SystemExit(f"--keep {file}: {key} is {content['parameters'][key]!r}")
+        if content["parameters"].get("head", name_of(None)) != parameters["head"]:
+            raise SystemExit(f"--keep {file}: its head is packed otherwise")
         results = {result["name"]: result for result in content["results"]}
         before = results[name_of(None)]["samples"][0]["nll"]
         if max(abs(a - b) for a, b in zip(before, plain["nll"], strict=True)) > _SAME_NLL:
@@ -234,16 +242,17 @@ def summaries(samples: Sequence[Sample], plain: Sample) -> dict[str, Any]:
 class Reader:
     """A model in fp32, the ids of a text, and what the model makes of it: `plain`.
 
+    head: how the output head is packed in every other reading; the embedding stays as it is.
     Raises ValueError for a text that fills no window; a rest that fills none is left out.
     """
 
-    def __init__(self, model: Any, ids: torch.Tensor) -> None:
+    def __init__(self, model: Any, ids: torch.Tensor, head: Format | None = None) -> None:
         if len(ids) < WINDOW:
             raise ValueError(f"{len(ids)} tokens do not fill a window of {WINDOW}")
         self.model, self.ids = model, ids[: len(ids) // WINDOW * WINDOW]
-        head = model.get_output_embeddings()
+        self._head, self._head_form = model.get_output_embeddings(), head
         linears = (one for one in model.modules() if isinstance(one, torch.nn.Linear))
-        self.linears = [linear for linear in linears if linear is not head]
+        self.linears = [linear for linear in linears if linear is not self._head]
         self._references: list[torch.Tensor] = []
         self.plain = self._sample(None)
 
@@ -254,7 +263,10 @@ class Reader:
         """
         generator = torch.Generator().manual_seed(seed or 0)
         weights = [linear.weight.data for linear in self.linears]
+        tied = self._head.weight
         try:
+            if self._head_form is not None:
+                self._head.weight = torch.nn.Parameter(repacked(tied.data, self._head_form))
             for linear in self.linears:
                 order = torch.arange(linear.in_features)
                 if seed is not None:
@@ -262,6 +274,7 @@ class Reader:
                 linear.weight.data = replace(linear.weight.data[:, order])[:, order.argsort()]
             return self._sample(seed)
         finally:
+            self._head.weight = tied
             for linear, weight in zip(self.linears, weights, strict=True):
                 linear.weight.data = weight
 
@@ -316,10 +329,13 @@ def table_parts(content: Result) -> Iterator[str]:
     """Perplexity against fp32, and KL, of each format in the columns' own order and permuted."""
     parameters = content["parameters"]
     tokens = parameters["windows"] * parameters["window"]
+    head, is_permuted = parameters.get("head", name_of(None)), parameters["seeds"] > 0
+    beside = "" if head == name_of(None) else f"beside a head in {head}, "
+    permuted = f"; permuted: median (least to most) of {parameters['seeds']} orders"
     yield (
         f"{parameters['model']}, {parameters['weights'] / 1e6:.0f} M weights in "
-        f"{parameters['linears']} linears, {tokens} tokens of text; "
-        f"permuted: median (least to most) of {parameters['seeds']} orders:"
+        f"{parameters['linears']} linears, {beside}{tokens} tokens of text"
+        f"{permuted if is_permuted else ''}:"
     )
     columns = {
         "library": at("library", "{name} {version}".format_map),
@@ -327,9 +343,10 @@ def table_parts(content: Result) -> Iterator[str]:
         "perplexity": at("own_order.perplexity.median", "{:.3f}".format),
         "/ fp32": at("own_order.ratio.median", "{:.4f}".format),
         "KL": at("own_order.kl.median", "{:.4f}".format),
-        "permuted, / fp32": at("permuted.ratio", _with_spread),
-        "permuted, KL": at("permuted.kl", _with_spread),
     }
+    if is_permuted:
+        columns["permuted, / fp32"] = at("permuted.ratio", _with_spread)
+        columns["permuted, KL"] = at("permuted.kl", _with_spread)
     yield by_columns(columns, content["results"])
 
 

@@ -30,11 +30,12 @@ from bminf.checkpoint.names import Rule, rules_of
 from bminf.checkpoint.stored import Rows, Stored
 from bminf.checks import check_bool, check_eps, check_sizes
 from bminf.errors import ArgumentError, CheckpointError
-from bminf.layers.alibi import TILE_BYTES, Alibi, slopes
+from bminf.layers.alibi import TILE_BYTES, Alibi, slopes_on
 from bminf.layers.attention import merge_heads
-from bminf.layers.embedding import HostEmbedding
+from bminf.layers.embedding import HostEmbedding, embedded
 from bminf.layers.feed_forward import FeedForward
 from bminf.layers.kv_cache import KVCache, decoder_cache, decoder_cache_bytes
+from bminf.layers.norm import LayerNorm
 from bminf.layers.packed_cache import Cache
 from bminf.layers.split_head import Head, split_head
 
@@ -159,21 +160,20 @@ def _num_heads(reader: ConfigReader, hidden_size: int) -> int:
 
 
 class Attention(torch.nn.Module):
-    """Causal self-attention with its norm and its residual connection."""
+    """Causal self-attention; its norm is called by the layer."""
 
     def __init__(self, config: BloomConfig) -> None:
         super().__init__()
         size = config.hidden_size
-        self.norm = torch.nn.LayerNorm(size, config.layer_norm_eps)
+        self.norm = LayerNorm(size, config.layer_norm_eps)
         self.qkv = torch.nn.Linear(size, 3 * size)
         self.out = torch.nn.Linear(size, size)
-        self.config, self.head_dim = config, config.head_dim
+        self.head_dim = config.head_dim
 
-    def forward(self, x: torch.Tensor, bias: Any, layer: int, cache: Cache) -> torch.Tensor:
-        normed = self.norm(x)
+    def forward(self, normed: torch.Tensor, bias: Any, layer: int, cache: Cache) -> torch.Tensor:
         query, key, value = self._heads(self.qkv(normed))
         y = cache.attend(layer, query, key, value, bias, self.head_dim**-0.5)
-        return residual(x, normed, self.config) + self.out(merge_heads(y))
+        return self.out(merge_heads(y))
 
     def _heads(self, x: torch.Tensor) -> list[torch.Tensor]:
         """(B, T, 3 C) -> queries, keys and values, (B, H, T, D) each."""
@@ -186,13 +186,14 @@ class Layer(torch.nn.Module):
         super().__init__()
         size = config.hidden_size
         self.attention = Attention(config)
-        self.norm = torch.nn.LayerNorm(size, config.layer_norm_eps)
+        self.norm = LayerNorm(size, config.layer_norm_eps)
         self.feed_forward = FeedForward(size, config.intermediate_size, "gelu_tanh")
         self.config = config
 
     def forward(self, x: torch.Tensor, bias: Any, layer: int, cache: Cache) -> torch.Tensor:
-        x = self.attention(x, bias, layer, cache)
-        normed = self.norm(x)
+        normed = self.attention.norm(x)
+        y = self.attention(normed, bias, layer, cache)
+        x, normed = self.norm.add(residual(x, normed, self.config), y)
         return residual(x, normed, self.config) + self.feed_forward(normed)
 
 
@@ -209,9 +210,9 @@ class Bloom(torch.nn.Module):
         size = config.hidden_size
         self.config = config
         self.embed_tokens = HostEmbedding(config.vocab_size, size)
-        self.embed_norm = torch.nn.LayerNorm(size, config.layer_norm_eps)
+        self.embed_norm = LayerNorm(size, config.layer_norm_eps)
         self.layers = torch.nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
-        self.norm = torch.nn.LayerNorm(size, config.layer_norm_eps)
+        self.norm = LayerNorm(size, config.layer_norm_eps)
         self.lm_head = Head(config)
 
     def forward(
@@ -219,15 +220,17 @@ class Bloom(torch.nn.Module):
     ) -> torch.Tensor:
         """The hidden states of some more tokens, which the cache grows by.
 
-        input_ids: (B, T) int64; with a PackedCache (1, T), of all rows.   num_padding: (B,) int64,
-        tokens at the beginning of each row that do not count; None is none.
+        input_ids: (B, T) int64, or the embeddings of these, (B, T, C); with a PackedCache B is 1,
+        and T the tokens of all rows.   num_padding: (B,) int64, tokens at the beginning of each row
+        that do not count; None is none.
         Returns (B, T, C), after the last norm.
         """
         num_tokens = input_ids.shape[1]
-        x = self.embed_norm(self.embed_tokens(input_ids))
-        steep = torch.tensor(slopes(self.config.num_attention_heads), device=x.device)
+        x = self.embed_norm(embedded(self.embed_tokens, input_ids))
+        steep = slopes_on(x.device, self.config.num_attention_heads)
         padding = None if num_padding is None else num_padding.tolist()
-        bias = cache.bias(num_tokens, lambda num_queries, num_keys: Alibi(steep, padding))
+        alibi = Alibi(steep, padding)
+        bias = cache.bias(num_tokens, lambda *_: alibi)
         for index, layer in enumerate(self.layers):
             x = layer(x, bias, index, cache)
         cache.advance(num_tokens)

@@ -45,12 +45,14 @@ from bminf.checkpoint.stored import Stored
 from bminf.checks import check_eps, check_sizes
 from bminf.errors import ArgumentError, CheckpointError
 from bminf.layers.attention import mask_to_bias, merge_heads, split_heads
-from bminf.layers.embedding import HostEmbedding, embedding
+from bminf.layers.embedding import HostEmbedding, embedded, embedding
 from bminf.layers.feed_forward import FeedForward, HalvedFeedForward
 from bminf.layers.kv_cache import KVCache, decoder_cache, decoder_cache_bytes
+from bminf.layers.norm import LayerNorm
 from bminf.layers.packed_cache import Cache
-from bminf.layers.rotary import Rotary, rotate
+from bminf.layers.rotary import Rotary
 from bminf.layers.split_head import Head, split_head
+from bminf.ops.rotary_append import Angles
 from bminf.quantization import glm_rows
 from bminf.quantization.packed import FORMATS, INT4, Format, PackedWeight
 from bminf.quantization.packing import pack
@@ -201,59 +203,58 @@ def _glm_config(
 
 # ---- modules -------------------------------------------------------------------------------------
 
-Angles = tuple[torch.Tensor, torch.Tensor]
-"""Cosines and sines, see Rotary."""
-
 
 class Attention(torch.nn.Module):
-    """Self-attention with its norm and its residual connection."""
+    """Self-attention; its norm is called by the layer."""
 
     def __init__(self, config: GLMConfig) -> None:
         super().__init__()
         size = config.hidden_size
-        self.norm = torch.nn.LayerNorm(size, config.layer_norm_eps)
+        self.norm = LayerNorm(size, config.layer_norm_eps)
         self.qkv = torch.nn.Linear(size, 3 * size)
         self.out = torch.nn.Linear(size, size)
-        self.config, self.head_dim = config, config.head_dim
+        self.is_by_head, self.head_dim = config.is_rotary, config.head_dim
 
     def forward(
         self,
-        x: torch.Tensor,
+        normed: torch.Tensor,
         bias: Any,
         angles: Angles | None,
         layer: int,
         cache: Cache,
     ) -> torch.Tensor:
-        normed = self.norm(x)
         query, key, value = self._heads(self.qkv(normed))
-        if angles is not None:
-            query, key = rotate(query, *angles), rotate(key, *angles)
         # GLM-130B's own code divides queries by the layer's index and multiplies scores by
         # it in float32, against overflow: here scores are sums in float32 from the start.
-        y = cache.attend(layer, query, key, value, bias, self.head_dim**-0.5)
-        y = self.out(merge_heads(y))
-        return residual(x, normed, self.config) + y
+        y = cache.attend(layer, query, key, value, bias, self.head_dim**-0.5, angles)
+        return self.out(merge_heads(y))
 
-    def _heads(self, x: torch.Tensor) -> list[torch.Tensor]:
+    def _heads(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
         """(B, T, 3 C) -> queries, keys and values, (B, H, T, D) each."""
-        if not self.config.is_rotary:
+        if not self.is_by_head:
             return split_heads(x, 3, self.head_dim)
         by_head = x.view(*x.shape[:2], -1, 3 * self.head_dim).transpose(1, 2)  # q, k, v of a head
-        return list(by_head.chunk(3, dim=-1))
+        return by_head.chunk(3, dim=-1)
 
 
 class Layer(torch.nn.Module):
+    """In DeepNorm's order what a part's output is added to is its normalized input, enlarged.
+
+    Source: Wang et al. 2022, arXiv:2203.00555.
+    """
+
     def __init__(self, config: GLMConfig) -> None:
         super().__init__()
         size, wide = config.hidden_size, config.intermediate_size
         self.attention = Attention(config)
-        self.norm = torch.nn.LayerNorm(size, config.layer_norm_eps)
+        self.norm = LayerNorm(size, config.layer_norm_eps)
         self.feed_forward: torch.nn.Module = (
             HalvedFeedForward(size, wide)
             if config.is_rotary
             else FeedForward(size, wide, "gelu_tanh")
         )
-        self.config = config
+        self.is_deep = config.is_rotary
+        self.scale = config.residual_scale if self.is_deep else 1.0
 
     def forward(
         self,
@@ -263,18 +264,11 @@ class Layer(torch.nn.Module):
         layer: int,
         cache: Cache,
     ) -> torch.Tensor:
-        x = self.attention(x, bias, angles, layer, cache)
-        normed = self.norm(x)
+        normed = self.attention.norm(x)
+        y = self.attention(normed, bias, angles, layer, cache)
+        x, normed = self.norm.add(normed if self.is_deep else x, y, self.scale)
         y = self.feed_forward(normed)
-        return residual(x, normed, self.config) + y  # in this order less is held at once
-
-
-def residual(x: torch.Tensor, normed: torch.Tensor, config: GLMConfig) -> torch.Tensor:
-    """What a part's output is added to: in DeepNorm's order the normalized input, enlarged.
-
-    Source: Wang et al. 2022, arXiv:2203.00555.
-    """
-    return normed * config.residual_scale if config.is_rotary else x
+        return (normed * self.scale if self.is_deep else x) + y
 
 
 def mask_bias(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
@@ -300,7 +294,7 @@ class GLM(torch.nn.Module):
             self.embed_positions = embedding(num_rows, config.hidden_size)
             self.embed_block_positions = embedding(num_rows, config.hidden_size)
         self.layers = torch.nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
-        self.norm = torch.nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.norm = LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.lm_head = Head(config)
 
     def forward(
@@ -312,14 +306,15 @@ class GLM(torch.nn.Module):
     ) -> torch.Tensor:
         """The hidden states of some more tokens, which the cache grows by.
 
-        input_ids: (B, T) int64.   position_ids: (B, T) int64, of a "glm-10b" (B, 2, T): in the
-        text, and in the blank.   attention_mask: (1 or B, T, S) bool, true where a token does not
-        attend to one of the S that are in the cache then; None masks nothing. With a PackedCache B
-        is 1, and the mask a list: (1, T, S) of each row, or None.
+        input_ids: (B, T) int64, or the embeddings of these, (B, T, C).   position_ids: (B, T)
+        int64, of a "glm-10b" (B, 2, T): in the text, and in the blank.   attention_mask: (1 or B,
+        T, S) bool, true where a token does not attend to one of the S that are in the cache then;
+        None masks nothing. With a PackedCache B is 1, and the mask a list: (1, T, S) of each row,
+        or None.
         Returns (B, T, C), after the last norm.
         """
-        x = self.embed_tokens(input_ids)
-        angles = None
+        x = embedded(self.embed_tokens, input_ids)
+        angles: Angles | None = None
         if self.config.is_rotary:
             angles = self.rotary(position_ids)
         else:

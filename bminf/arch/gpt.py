@@ -31,10 +31,11 @@ from bminf.checkpoint.names import MEGATRON_NAMES, Rule, rules_of
 from bminf.checkpoint.stored import Stored
 from bminf.checks import check_eps, check_sizes
 from bminf.errors import ArgumentError, CheckpointError
-from bminf.layers.attention import causal_mask, mask_to_bias, merge_heads, split_heads
-from bminf.layers.embedding import embedding
+from bminf.layers.attention import Causal, merge_heads, split_heads
+from bminf.layers.embedding import embedded, embedding
 from bminf.layers.feed_forward import FeedForward
 from bminf.layers.kv_cache import KVCache, decoder_cache, decoder_cache_bytes
+from bminf.layers.norm import LayerNorm
 from bminf.layers.packed_cache import Cache
 from bminf.ops.gated_linear import check_activation
 
@@ -110,20 +111,20 @@ def gpt_config(source: Mapping[str, Any], tensors: Mapping[str, Stored], where: 
 
 
 class Attention(torch.nn.Module):
-    """Causal self-attention with its norm and its residual connection."""
+    """Causal self-attention; its norm is called by the layer."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         size = config.hidden_size
-        self.norm = torch.nn.LayerNorm(size, config.layer_norm_eps)
+        self.norm = LayerNorm(size, config.layer_norm_eps)
         self.qkv = torch.nn.Linear(size, 3 * size)
         self.out = torch.nn.Linear(size, size)
         self.head_dim = config.head_dim
 
-    def forward(self, x: torch.Tensor, bias: Any, layer: int, cache: Cache) -> torch.Tensor:
-        query, key, value = split_heads(self.qkv(self.norm(x)), 3, self.head_dim)
+    def forward(self, normed: torch.Tensor, bias: Any, layer: int, cache: Cache) -> torch.Tensor:
+        query, key, value = split_heads(self.qkv(normed), 3, self.head_dim)
         y = cache.attend(layer, query, key, value, bias, self.head_dim**-0.5)
-        return x + self.out(merge_heads(y))
+        return self.out(merge_heads(y))
 
 
 class Layer(torch.nn.Module):
@@ -131,12 +132,13 @@ class Layer(torch.nn.Module):
         super().__init__()
         size = config.hidden_size
         self.attention = Attention(config)
-        self.norm = torch.nn.LayerNorm(size, config.layer_norm_eps)
+        self.norm = LayerNorm(size, config.layer_norm_eps)
         self.feed_forward = FeedForward(size, config.intermediate_size, config.hidden_act)
 
     def forward(self, x: torch.Tensor, bias: Any, layer: int, cache: Cache) -> torch.Tensor:
-        x = self.attention(x, bias, layer, cache)
-        return x + self.feed_forward(self.norm(x))
+        y = self.attention(self.attention.norm(x), bias, layer, cache)
+        x, normed = self.norm.add(x, y)
+        return x + self.feed_forward(normed)
 
 
 class GPT(torch.nn.Module):
@@ -149,23 +151,25 @@ class GPT(torch.nn.Module):
         self.embed_tokens = embedding(config.vocab_size, size)
         self.embed_positions = embedding(config.max_position_embeddings, size)
         self.layers = torch.nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
-        self.norm = torch.nn.LayerNorm(size, config.layer_norm_eps)
+        self.norm = LayerNorm(size, config.layer_norm_eps)
 
     def forward(
         self, input_ids: torch.Tensor, cache: Cache, num_padding: torch.Tensor | None = None
     ) -> torch.Tensor:
         """The hidden states of some more tokens, which the cache grows by.
 
-        input_ids: (B, T) int64; with a PackedCache (1, T), of all rows.   num_padding: (B,) int64,
-        tokens at the beginning of each row that do not count; None is none.
+        input_ids: (B, T) int64, or the embeddings of these, (B, T, C); with a PackedCache B is 1,
+        and T the tokens of all rows.   num_padding: (B,) int64, tokens at the beginning of each row
+        that do not count; None is none.
         Returns (B, T, C), after the last norm.
         """
         num_tokens = input_ids.shape[1]
         positions = cache.positions(num_tokens)
         if num_padding is not None:
             positions = (positions - num_padding.unsqueeze(1)).clamp(min=0)
-        x = self.embed_tokens(input_ids) + self.embed_positions(positions)
-        bias = cache.bias(num_tokens, lambda n, keys: attention_bias(n, keys, num_padding, x))
+        x = embedded(self.embed_tokens, input_ids) + self.embed_positions(positions)
+        causal = Causal(num_padding)
+        bias = cache.bias(num_tokens, lambda *_: causal)
         for index, layer in enumerate(self.layers):
             x = layer(x, bias, index, cache)
         cache.advance(num_tokens)
@@ -178,19 +182,6 @@ class GPT(torch.nn.Module):
     def new_cache(self, batch_size: int, max_length: int) -> KVCache:
         """An empty cache in the dtype and on the device of the embedding."""
         return decoder_cache(self.config, batch_size, max_length, self.embed_tokens.weight)
-
-
-def attention_bias(
-    num_queries: int, num_keys: int, num_padding: torch.Tensor | None, x: torch.Tensor
-) -> torch.Tensor | None:
-    """(1 or B, 1, T, S): masks later tokens and padding; None where there is nothing to mask."""
-    mask = causal_mask(num_queries, num_keys, x.device) if num_queries > 1 else None
-    if num_padding is not None:
-        is_padding = torch.arange(num_keys, device=x.device) < num_padding.unsqueeze(1)
-        mask = is_padding[:, None] if mask is None else mask | is_padding[:, None]
-    if mask is None:
-        return None
-    return mask_to_bias(mask.view(-1, 1, num_queries, num_keys), x.dtype)
 
 
 # ---- names on disk -------------------------------------------------------------------------------

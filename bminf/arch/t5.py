@@ -31,18 +31,18 @@ from bminf.checks import check_eps, check_sizes
 from bminf.errors import ArgumentError, CheckpointError
 from bminf.layers.attention import (
     attention,
-    causal_mask,
     mask_to_bias,
     merge_heads,
     padding_mask,
     split_heads,
 )
-from bminf.layers.embedding import embedding
+from bminf.layers.embedding import embedded, embedding
 from bminf.layers.feed_forward import GatedFeedForward
 from bminf.layers.kv_cache import KVCache, decoder_cache, decoder_cache_bytes
 from bminf.layers.norm import RMSNorm
 from bminf.layers.packed_cache import PackedCache, Segments
 from bminf.layers.position_bias import RelativePositionBias
+from bminf.layers.step_cache import StepCache
 from bminf.ops.gated_linear import check_activation
 
 # ---- configuration -------------------------------------------------------------------------------
@@ -187,7 +187,7 @@ class T5Cache:
 
     def attend_to_prompt(self, layer: int, query: torch.Tensor, scale: float) -> torch.Tensor:
         """(B, H, T, D), see attention()."""
-        key, value = self.cross.read(layer, len(query), self.cross.length)
+        key, value = self.cross.read(layer, query.shape[0], self.cross.length)
         return attention(query, key, value, self.cross_bias, scale)
 
     def select(self, rows: torch.Tensor) -> None:
@@ -213,11 +213,13 @@ class PackedT5Cache:
     cross: its rows hold the prompts.
     """
 
-    own: PackedCache
-    cross: PackedCache
+    own: PackedCache | StepCache
+    cross: PackedCache | StepCache
     num_rows: int
 
     def attend_to_prompt(self, layer: int, query: torch.Tensor, scale: float) -> torch.Tensor:
+        if isinstance(self.cross, StepCache):
+            return self.cross.attend_to_kept(layer, query, None, scale)
         return self.cross.attend_to_kept(layer, query, [None] * self.num_rows, scale)
 
 
@@ -226,7 +228,7 @@ Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Any, float], torch.
 
 
 class SelfAttention(torch.nn.Module):
-    """With its norm and its residual connection."""
+    """Its norm is called by the layer."""
 
     def __init__(self, config: T5Config) -> None:
         super().__init__()
@@ -235,13 +237,13 @@ class SelfAttention(torch.nn.Module):
         self.out = torch.nn.Linear(config.inner_size, config.hidden_size, bias=False)
         self.head_dim, self.scale = config.head_dim, config.attention_scale
 
-    def forward(self, x: torch.Tensor, bias: Any, attend: Attend = attention) -> torch.Tensor:
-        query, key, value = split_heads(self.qkv(self.norm(x)), 3, self.head_dim)
-        return x + self.out(merge_heads(attend(query, key, value, bias, self.scale)))
+    def forward(self, normed: torch.Tensor, bias: Any, attend: Attend = attention) -> torch.Tensor:
+        query, key, value = split_heads(self.qkv(normed), 3, self.head_dim)
+        return self.out(merge_heads(attend(query, key, value, bias, self.scale)))
 
 
 class CrossAttention(torch.nn.Module):
-    """Looks at the prompt, whose keys and values are in the cache."""
+    """Looks at the prompt, whose keys and values are in the cache; the layer calls its norm."""
 
     def __init__(self, config: T5Config) -> None:
         super().__init__()
@@ -250,9 +252,11 @@ class CrossAttention(torch.nn.Module):
         self.out = torch.nn.Linear(config.inner_size, config.hidden_size, bias=False)
         self.head_dim, self.scale = config.head_dim, config.attention_scale
 
-    def forward(self, x: torch.Tensor, layer: int, cache: T5Cache | PackedT5Cache) -> torch.Tensor:
-        (query,) = split_heads(self.query(self.norm(x)), 1, self.head_dim)
-        return x + self.out(merge_heads(cache.attend_to_prompt(layer, query, self.scale)))
+    def forward(
+        self, normed: torch.Tensor, layer: int, cache: T5Cache | PackedT5Cache
+    ) -> torch.Tensor:
+        (query,) = split_heads(self.query(normed), 1, self.head_dim)
+        return self.out(merge_heads(cache.attend_to_prompt(layer, query, self.scale)))
 
 
 class EncoderLayer(torch.nn.Module):
@@ -265,8 +269,9 @@ class EncoderLayer(torch.nn.Module):
         )
 
     def forward(self, x: torch.Tensor, bias: Any, attend: Attend) -> torch.Tensor:
-        x = self.attention(x, bias, attend)
-        return x + self.feed_forward(self.norm(x))
+        y = self.attention(self.attention.norm(x), bias, attend)
+        x, normed = self.norm.add(x, y)
+        return x + self.feed_forward(normed)
 
 
 class DecoderLayer(torch.nn.Module):
@@ -282,9 +287,10 @@ class DecoderLayer(torch.nn.Module):
     def forward(
         self, x: torch.Tensor, bias: Any, layer: int, cache: T5Cache | PackedT5Cache
     ) -> torch.Tensor:
-        x = self.attention(x, bias, partial(cache.own.attend, layer))
-        x = self.cross_attention(x, layer, cache)
-        return x + self.feed_forward(self.norm(x))
+        y = self.attention(self.attention.norm(x), bias, partial(cache.own.attend, layer))
+        x, normed = self.cross_attention.norm.add(x, y)
+        x, normed = self.norm.add(x, self.cross_attention(normed, layer, cache))
+        return x + self.feed_forward(normed)
 
 
 class Encoder(torch.nn.Module):
@@ -354,15 +360,8 @@ class Decoder(torch.nn.Module):
 
     def forward(self, x: torch.Tensor, cache: T5Cache | PackedT5Cache) -> torch.Tensor:
         """(B, T, C) embeddings of some more tokens -> (B, T, C). The cache grows by them."""
-        num_tokens = x.shape[1]
-
-        def make_bias(num_queries: int, num_keys: int) -> torch.Tensor:
-            bias: torch.Tensor = self.position_bias(num_queries, num_keys)
-            if num_queries == 1:
-                return bias
-            return bias + mask_to_bias(causal_mask(num_queries, num_keys, x.device), x.dtype)
-
-        bias = cache.own.bias(num_tokens, make_bias)
+        num_tokens, own = x.shape[1], self.position_bias.of_decoder()
+        bias = cache.own.bias(num_tokens, lambda *_: own)
         for index, layer in enumerate(self.layers):
             x = layer(x, bias, index, cache)
         cache.own.advance(num_tokens)
@@ -407,8 +406,9 @@ class T5(torch.nn.Module):
         self.cross_projections(x, cross)
 
     def forward(self, input_ids: torch.Tensor, cache: T5Cache | PackedT5Cache) -> torch.Tensor:
-        """The decoder's hidden states of some more tokens: (B, T) int64 -> (B, T, C)."""
-        return self.decoder(self.embed_tokens(input_ids), cache)
+        """The decoder's hidden states of some more tokens: (B, T) int64, or the embeddings of
+        these, (B, T, C) -> (B, T, C)."""
+        return self.decoder(embedded(self.embed_tokens, input_ids), cache)
 
     def head(self, x: torch.Tensor) -> torch.Tensor:
         """(..., C) -> logits (..., V) float32."""

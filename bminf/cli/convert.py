@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--head-quantization", choices=("int8", "int4"), help="format of a GLM's output head")
     add("--tp", type=int, metavar="N", help="write the layout of GLM's authors, for N ranks")
     add(
-        "--model", choices=("cpm1", "cpm2", "eva", "glm130b", "glm10b", "bloom"),
+        "--model", choices=sources.BUILT_IN,
         help="the model, where the files do not determine it",
     )  # fmt: skip
     add("--config", metavar="FILE", help="configuration, if not beside the weights")

@@ -48,7 +48,7 @@ def half_limit(whole: Plan) -> int:
     sizes = sorted((block.nbytes for block in whole.blocks), reverse=True)
     half = len(sizes) // 2
     held_bytes = sum(sizes[:half]) + 2 * sum(sizes[half : half + 1])
-    return whole.outside_bytes + whole.reserved_bytes + min(held_bytes, sum(sizes) - 1)
+    return whole.fixed_bytes + min(held_bytes, sum(sizes) - 1)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -36,9 +36,12 @@ def add_model(parser: argparse.ArgumentParser, is_optional: bool = False) -> Non
     add("--offload-dir", metavar="DIR", help="folder for the file of streamed blocks")
     add("--max-length", type=positive, metavar="N",
         help="tokens of prompt and answer together that memory is set aside for")  # fmt: skip
-    add("--model", dest="built_in", choices=("cpm1", "cpm2", "eva", "glm130b", "glm10b", "bloom"),
+    add("--model", dest="built_in", choices=sources.BUILT_IN,
         help="the built-in model, where the files do not determine it")  # fmt: skip
     add("--trust-remote-code", action="store_true", help="run the code that the folder contains")
+    add("--no-fused-kernels", action="store_true", default=None,
+        help="on a GPU, torch's operators for norms, positions and attention, in place of kernels "
+        "of bminf (built-in models)")  # fmt: skip
     parser.set_defaults(max_batch_size=1)  # of most verbs
 
 

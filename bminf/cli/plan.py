@@ -64,6 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
             for b in whole.blocks
         ],
         "outside_bytes": whole.outside_bytes,
+        "table_bytes": whole.table_bytes,
         "reserved_bytes": whole.reserved_bytes,
         "total_bytes": whole.total_bytes,
         "least_limit": whole.least_limit,
@@ -111,6 +112,7 @@ def _plan_entries(plan: Plan, speeds: Speeds, disk: int) -> dict[str, Any]:
         "experts": plan.experts
         and asdict(plan.experts)
         | {"pool_bytes": plan.pool_bytes, "missed_bytes": plan.experts.missed_bytes()},
+        "tables_on_host": list(plan.tables),
         "host_bytes": plan.host_bytes,
         "disk_bytes": plan.disk_bytes,
         "planned_bytes": plan.total_bytes,
@@ -135,6 +137,8 @@ def _text(report: dict[str, Any], whole: Plan, plan: Plan | None) -> str:
     lines = [f"{report['model']}, {report['dtype']}{stored}"]
     lines += _group_lines(report["blocks"])
     lines.append(f"outside the blocks: {format_bytes(report['outside_bytes'])}")
+    if report["table_bytes"]:
+        lines.append(f"of these read by row: {format_bytes(report['table_bytes'])}")
     if report["not_quantized_bytes"]:
         lines.append(f"not quantized in the blocks: {format_bytes(report['not_quantized_bytes'])}")
     if report["reserved_bytes"]:

@@ -68,6 +68,8 @@ class ZooSession(Session):
         more: dict[str, Any] = {}
         if getattr(given, "deterministic", None):
             more["deterministic"] = True
+        if getattr(given, "no_fused_kernels", None):
+            more["fused_kernels"] = False
         if given.quantization is not None:
             more["quantization"] = None if given.quantization == "none" else given.quantization
         with spinner(f"loading {self._folder.name}"):

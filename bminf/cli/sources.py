@@ -30,6 +30,9 @@ HELP = (
 
 ACCEPTED = f"give {HELP}"
 
+BUILT_IN = ("cpm1", "cpm2", "eva", "glm130b", "glm10b", "bloom")
+"""Models by the names of bminf.arch.registry, which `--help` is not to import."""
+
 QUANTIZATION_HELP = "default: int8, for a GLM int4; quantized checkpoints keep their format"
 
 _MAX_CONFIG_BYTES = 2**24
@@ -99,11 +102,12 @@ class Transformers:
         from bminf.wrapping import plan_for
 
         # Stacks of experts are packed by their own names, and chosen by that of their module.
-        packed = {one for name in self._packed or () for one in (name, name.rpartition(".")[0])}
+        packed = dict(self._packed or {})
+        packed |= {name.rpartition(".")[0]: form for name, form in packed.items()} | packed
         return plan_for(
             self._model,
             quantization=self._format(arguments),
-            quantize=(lambda name, _: name in packed) if packed else None,
+            quantize=(lambda name, _: packed.get(name)) if packed else None,
             memory_limit=memory_limit,
             reserve=arguments.reserve,
             blocks=arguments.blocks,

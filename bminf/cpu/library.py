@@ -20,7 +20,7 @@ import torch
 
 from bminf.errors import ArgumentError, KernelError
 
-PRODUCT = struct.Struct("=17q")
+PRODUCT = struct.Struct("=18q")
 """The fields of Product in kernels/cpu/product.h, in its order."""
 
 MAX_ROWS = 16
@@ -29,10 +29,21 @@ MAX_ROWS = 16
 _LIBRARY = Path(__file__).with_name("_kernels.so")
 _LEVEL_VARIABLE = "BMINF_CPU_LEVEL"
 _NO_LEVEL = "none"
+_NO_MEMORY = "there is no memory for the activations of a product"
 _REMEDY = (
     "products with packed weights on the CPU take torch's operations, which are several times "
     "slower; install a C++ compiler (g++ or clang) and then bminf again"
 )
+
+_INDEX, _PRODUCT = ctypes.c_int64, ctypes.c_char_p
+_ARGUMENTS = {
+    "bminf_cpu_product_bytes": [],
+    "bminf_cpu_level_name": [_INDEX],
+    "bminf_cpu_can_run": [_INDEX],
+    "bminf_cpu_multiply": [_PRODUCT, _INDEX],
+    "bminf_cpu_multiply_gated": [_PRODUCT, _PRODUCT, _INDEX, _INDEX],
+    "bminf_cpu_unpack": [_PRODUCT, _INDEX],
+}
 
 logger = logging.getLogger("bminf")
 
@@ -54,11 +65,13 @@ class CpuInfo:
 
 @dataclass(frozen=True)
 class Kernels:
-    """The functions of one level. Each takes a PRODUCT, whose tensors the caller keeps alive."""
+    """The functions of one level. Each takes a PRODUCT, whose tensors the caller keeps alive;
+    multiply_gated those of gate and up, and the activation's place in ACTIVATION_FUNCTIONS."""
 
     level: str
     path: Path
     multiply: Callable[[bytes], None]
+    multiply_gated: Callable[[bytes, bytes, int], None]
     unpack: Callable[[bytes], None]
 
 
@@ -121,15 +134,13 @@ def _load(path: Path) -> tuple[ctypes.CDLL | None, str | None]:
 def open_library(path: Path) -> ctypes.CDLL:
     """The shared object of kernels/cpu/. Raises OSError, and KernelError for another version's."""
     library = ctypes.CDLL(str(path))
-    for name in ("product_bytes", "can_run", "multiply", "unpack"):
-        getattr(library, f"bminf_cpu_{name}").restype = ctypes.c_int64
-    library.bminf_cpu_level_name.restype = ctypes.c_char_p
-    for name in ("level_name", "can_run"):
-        getattr(library, f"bminf_cpu_{name}").argtypes = [ctypes.c_int64]
-    for name in ("multiply", "unpack"):
-        getattr(library, f"bminf_cpu_{name}").argtypes = [ctypes.c_char_p, ctypes.c_int64]
-    if library.bminf_cpu_product_bytes() != PRODUCT.size:
+    has_functions = all(hasattr(library, name) for name in _ARGUMENTS)
+    if not has_functions or library.bminf_cpu_product_bytes() != PRODUCT.size:
         raise KernelError(f"{path} is of another version of bminf; install bminf again")
+    for name, arguments in _ARGUMENTS.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = arguments, ctypes.c_int64
+    library.bminf_cpu_level_name.restype = ctypes.c_char_p
     return library
 
 
@@ -146,11 +157,16 @@ def at_level(library: ctypes.CDLL, level: str) -> Kernels:
 
     def multiply(product: bytes) -> None:
         if library_multiply(product, index):
-            raise KernelError("there is no memory for the activations of a product")
+            raise KernelError(_NO_MEMORY)
+
+    def multiply_gated(gate: bytes, up: bytes, activation: int) -> None:
+        if library_multiply_gated(gate, up, activation, index):
+            raise KernelError(_NO_MEMORY)
 
     def unpack(product: bytes) -> None:
         if library_unpack(product, index):
             raise KernelError(f"the library has no level {level}")
 
     library_multiply, library_unpack = library.bminf_cpu_multiply, library.bminf_cpu_unpack
-    return Kernels(level, Path(library._name), multiply, unpack)
+    library_multiply_gated = library.bminf_cpu_multiply_gated
+    return Kernels(level, Path(library._name), multiply, multiply_gated, unpack)

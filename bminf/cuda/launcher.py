@@ -20,7 +20,7 @@ import torch
 
 from bminf.cuda.compile import compile_kernel
 from bminf.cuda.source import Argument, Grid, Kernel, LaunchPlan, cell_of
-from bminf.errors import KernelError
+from bminf.errors import ArgumentError, KernelError
 
 
 class Launcher:
@@ -105,14 +105,30 @@ def launcher_for(device: torch.device) -> Launcher | None:
 
 
 _VARIABLE = "BMINF_FUSED_KERNELS"
-_uses_fused: ContextVar[bool] = ContextVar("uses_fused", default=os.environ.get(_VARIABLE) != "0")
+_uses_fused: ContextVar[bool | None] = ContextVar("uses_fused", default=None)
 
 
 def fused_launcher(device: torch.device) -> Launcher | None:
     """The launcher for kernels in whose place there are operators of torch: attention, norms,
     positions. None takes these instead: on a CPU, and where fused_kernels() or the environment
-    variable BMINF_FUSED_KERNELS, which is 0 then, says so."""
-    return launcher_for(device) if _uses_fused.get() else None
+    variable BMINF_FUSED_KERNELS, which is 0 then, says so.   Raises ArgumentError."""
+    kind = device.type
+    if kind != "cuda" and kind not in _test_launchers:
+        return None
+    is_on = _uses_fused.get()
+    return launcher_for(device) if (fused_by_default() if is_on is None else is_on) else None
+
+
+@cache
+def fused_by_default() -> bool:
+    """What the environment says.   Raises ArgumentError for another value than 0 or 1."""
+    value = os.environ.get(_VARIABLE) or "1"
+    if value not in ("0", "1"):
+        raise ArgumentError(
+            f"the environment variable {_VARIABLE} is {value!r}; accepted: 0 (torch's operators) "
+            "and 1 (kernels of bminf in their place, which is the default)"
+        )
+    return value == "1"
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from bminf.engine.row_sampler import RowSampler, draw, log_probabilities
 from bminf.engine.rows import FIXED_CHUNK, FIXED_TOKENS, Feed, RowModel, fixed_length
 from bminf.errors import ArgumentError, UnsupportedModelError
 from bminf.keywords import known_keywords
-from bminf.offload.phase import NO_PHASE, Phase, phase_between
+from bminf.offload.phase import NO_PHASE, Phase, PhaseTally, phase_between
 
 CHUNK = 512
 """Tokens of prompts that are read in one step while others decode."""
@@ -151,6 +151,7 @@ class Engine:
             self._max_rows = min(self._max_rows, FIXED_TOKENS - FIXED_CHUNK)
         self._changed = threading.Condition()  # guards what follows; not held within a pass
         self._sweeper: int | None = None  # the thread that may run passes
+        self._num_waiting_threads = 0  # for it to stop
         self._queue: deque[Request] = deque()
         self._running: list[_Running] = []
         self._kept: list[_Running] = []  # ended, in case that another request goes on from them
@@ -158,7 +159,7 @@ class Engine:
         self._closed: BaseException | None = None
         self._num_sweeps = self._num_rows = self._num_tokens_drawn = self._num_requests = 0
         self._first_tokens_s = 0.0
-        self._prefill = self._decode = NO_PHASE
+        self._prefill, self._decode = PhaseTally(), PhaseTally()
 
     # ---- what users call ------------------------------------------------------------------------
 
@@ -192,7 +193,7 @@ class Engine:
 
         An error of one row ends its request alone. KeyboardInterrupt leaves all as it was.
         """
-        with self._sweeping():
+        with self._sweeping(), torch.inference_mode():
             self._drop_done()
             self._admit()
             feeds = self._feeds()
@@ -249,8 +250,9 @@ class Engine:
         with self._sweeping():
             if self._closed is not None:
                 raise self._closed
-            while self._has_rows():
-                self._advance(admits=False)
+            with torch.inference_mode():
+                while self._has_rows():
+                    self._advance(admits=False)
             # In the try: an interrupt comes after the call, never before it.
             try:
                 self._changed.release()
@@ -270,7 +272,7 @@ class Engine:
 
     @property
     def stats(self) -> EngineStats:
-        prefill, decode = self._prefill, self._decode
+        prefill, decode = self._prefill.phase, self._decode.phase
         return EngineStats(
             self._num_sweeps, self._num_rows, self._num_tokens_drawn,
             prefill.seconds + decode.seconds, self._num_requests, self._first_tokens_s,
@@ -296,7 +298,7 @@ class Engine:
             if self._sweeper == threading.get_ident():
                 raise ArgumentError(_FROM_WITHIN)
             while self._sweeper is not None:
-                self._changed.wait()
+                self._wait()
             self._sweeper = threading.get_ident()
             try:
                 yield
@@ -305,7 +307,7 @@ class Engine:
 
     def _wait_until(self, is_over: Callable[[], bool]) -> None:
         """Run steps for all, or wait for the thread that does."""
-        with self._changed:
+        with self._changed, torch.inference_mode():  # once, not in each step: it takes a while
             while not is_over():
                 if self._sweeper is None:
                     self._sweeper = threading.get_ident()
@@ -316,12 +318,21 @@ class Engine:
                 elif self._sweeper == threading.get_ident():
                     raise ArgumentError(_FROM_WITHIN)
                 else:
-                    self._changed.wait()
+                    self._wait()
 
     def _stop_sweeping(self) -> None:
         if self._sweeper == threading.get_ident():  # or another thread was let in, see _let_others
             self._sweeper = None
-        self._changed.notify_all()
+        if self._num_waiting_threads:
+            self._changed.notify_all()
+
+    def _wait(self, seconds: float | None = None) -> None:
+        """For another thread to stop sweeping."""
+        self._num_waiting_threads += 1
+        try:
+            self._changed.wait(seconds)
+        finally:
+            self._num_waiting_threads -= 1
 
     def _ask(self, request: Request, reader: _Reader) -> None:
         """Wait for one token more than the reader has taken, or the end."""
@@ -360,9 +371,9 @@ class Engine:
     def _let_others(self, seconds: float) -> None:
         """Let other threads run steps for as long."""
         self._stop_sweeping()
-        self._changed.wait(seconds)
+        self._wait(seconds)
         while self._sweeper is not None:
-            self._changed.wait()
+            self._wait()
         self._sweeper = threading.get_ident()
 
     def _is_idle(self, one: _Running) -> bool:
@@ -545,16 +556,15 @@ class Engine:
                 one.request.clock.begun = start_s
             if not one.request.tokens:
                 reading.append(one.request)
-        with torch.inference_mode():
-            try:
-                self._changed.release()  # so that others can add and cancel meanwhile
-                tried = self._pass(feeds)
-            finally:
-                self._changed.acquire()
-            num_tokens = sum(self._take(feeds, logits) for feeds, logits in tried)
+        try:
+            self._changed.release()  # so that others can add and cancel meanwhile
+            tried = self._pass(feeds)
+        finally:
+            self._changed.acquire()
+        for done, logits in tried:
+            self._num_tokens_drawn += self._take(done, logits)
         self._drop_done()
         sweep = phase_between(before, self._rows.offload_stats(), time.perf_counter() - start_s)
-        self._num_tokens_drawn += num_tokens
         self._count(feeds, reading, sweep)
 
     def _count(
@@ -565,16 +575,12 @@ class Engine:
             clock = one.request.clock
             clock.num_sweeps += 1
             clock.num_rows += len(feeds)
-            if one.request in reading:
-                clock.prefill += sweep
-            else:
-                clock.decode += sweep
+            (clock.prefill if one.request in reading else clock.decode).add(sweep)
         self._num_sweeps += 1
         self._num_rows += len(feeds)
+        (self._prefill if reading else self._decode).add(sweep)
         if not reading:
-            self._decode += sweep
             return
-        self._prefill += sweep
         waited = [request.stats.first_token_s for request in reading if request.tokens]
         self._num_requests += len(waited)
         self._first_tokens_s += sum(first_s or 0.0 for first_s in waited)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from bminf.checks import check_int
 from bminf.engine.sampling import Sampling
 from bminf.errors import ArgumentError
-from bminf.offload.phase import NO_PHASE, Phase
+from bminf.offload.phase import NO_PHASE, Phase, PhaseTally
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
@@ -152,7 +152,7 @@ class Request:
         begun = now if clock.begun is None else clock.begun
         return RequestStats(
             begun - added, first, now - added, clock.num_sweeps, len(self.tokens),
-            clock.num_rows, clock.prefill, clock.decode,
+            clock.num_rows, clock.prefill.phase, clock.decode.phase,
         )  # fmt: skip
 
     def finish(self, reason: FinishReason, error: BaseException | None = None) -> None:
@@ -171,7 +171,7 @@ class _Clock:
         self.first_token: float | None = None
         self.ended: float | None = None
         self.num_sweeps = self.num_rows = 0
-        self.prefill = self.decode = NO_PHASE
+        self.prefill, self.decode = PhaseTally(), PhaseTally()
 
 
 def _check_logprobs(name: str, number: int | None) -> None:

@@ -5,12 +5,19 @@ from __future__ import annotations
 import random
 import secrets
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 
 from bminf.checks import check_ids
-from bminf.engine.sampling import Sampling, filtered, inverse_cdf, on_device, scores_of
+from bminf.engine.sampling import (
+    Rule,
+    Sampling,
+    filtered,
+    inverse_cdf,
+    on_device,
+    rule_for,
+    scores_of,
+)
 
 
 class RowSampler:
@@ -31,7 +38,7 @@ class RowSampler:
     ) -> None:
         sampling.check(vocab_size)
         check_ids("prompt", prompt, vocab_size)
-        self.rule = sampling if sampling.seed is None else replace(sampling, seed=None)
+        self.rule = rule_for(sampling, device)
         seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
         self._random = random.Random(seed)
         self._uniform: float | None = None
@@ -68,7 +75,7 @@ def draw(logits: torch.Tensor, samplers: Sequence[RowSampler]) -> list[int | Non
     if len(samplers) == 1:
         (token,) = _draw_alike(logits, samplers).tolist()
         return [token if token >= 0 else None]
-    groups: dict[Sampling, list[int]] = {}
+    groups: dict[Rule, list[int]] = {}
     for row, sampler in enumerate(samplers):
         groups.setdefault(sampler.rule, []).append(row)
     drawn = [
@@ -110,10 +117,11 @@ def _draw_alike(logits: torch.Tensor, samplers: Sequence[RowSampler]) -> torch.T
     rule = samplers[0].rule
     counted = [sampler.counts for sampler in samplers if sampler.counts is not None]
     scores = scores_of(logits, torch.stack(counted) if counted else None, rule)
-    if rule.is_greedy:
-        tokens = scores.argmax(-1)
+    if rule.sampling.is_greedy:
+        most, tokens = scores.max(-1)  # the first of equal ones
     else:
         uniforms = [sampler.uniform for sampler in samplers]
-        weights = filtered(scores, rule)
+        weights, most = filtered(scores, rule.sampling), scores.amax(-1)
         tokens = inverse_cdf(weights, on_device(logits.device, uniforms, torch.float64))
-    return tokens.masked_fill(~scores.amax(-1).isfinite(), -1)  # NaN is the maximum of its row
+    # The maximum of a row is NaN where the row has one; and only a finite one is 0 less itself.
+    return tokens.masked_fill_(most - most != 0, -1)

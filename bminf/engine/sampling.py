@@ -8,8 +8,9 @@ the prompt.
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -141,17 +142,47 @@ class Sampling:
         return self.temperature == 0
 
 
-def scores_of(
-    logits: torch.Tensor, counts: torch.Tensor | None, sampling: Sampling
-) -> torch.Tensor:
+class Rule:
+    """A Sampling without its seed, and what it says of single tokens, on a device; see rule_for().
+
+    banned: (n,) int64.   biases: tokens (n,) int64 and what is added to each, (n,) float32.   None
+    where there are none.
+    """
+
+    def __init__(self, sampling: Sampling, device: torch.device) -> None:
+        self.sampling = sampling
+        self.banned: torch.Tensor | None = None
+        self.biases: tuple[torch.Tensor, torch.Tensor] | None = None
+        with torch.inference_mode(False):  # it is read in either mode
+            if sampling.banned_ids:
+                self.banned = on_device(device, sampling.banned_ids, torch.int64)
+            if sampling.logit_bias:
+                ids, biases = zip(*sampling.logit_bias, strict=True)
+                added = on_device(device, biases, torch.float32)
+                self.biases = on_device(device, ids, torch.int64), added
+
+
+_rules: weakref.WeakValueDictionary[tuple[Sampling, torch.device], Rule] = (
+    weakref.WeakValueDictionary()
+)
+
+
+def rule_for(sampling: Sampling, device: torch.device | str) -> Rule:
+    """The same one for all that sample alike: a model may ban thousands of tokens, which would take
+    longer to compare, or to send to a device, for each token than to draw it."""
+    key = replace(sampling, seed=None), torch.device(device)
+    found = _rules.get(key)
+    if found is None:
+        found = _rules[key] = Rule(*key)
+    return found
+
+
+def scores_of(logits: torch.Tensor, counts: torch.Tensor | None, rule: Rule) -> torch.Tensor:
     """(B, V) float32 whose softmax, or at temperature 0 whose maximum, is to be taken."""
-    scores = logits.detach().float()
-    if sampling.logit_bias:
-        ids, biases = zip(*sampling.logit_bias, strict=True)
-        added = on_device(scores.device, biases, scores.dtype)
-        scores = scores.index_add(
-            1, on_device(scores.device, ids, torch.int64), added.expand(len(scores), -1)
-        )
+    scores, sampling = logits.detach().float(), rule.sampling
+    if rule.biases is not None:
+        ids, added = rule.biases
+        scores = scores.index_add(1, ids, added.expand(len(scores), -1))
     if not sampling.is_greedy:
         # Of the differences, which are all that counts, no small temperature can make a NaN.
         low, high = _TEMPERATURES
@@ -160,9 +191,8 @@ def scores_of(
     if counts is not None:
         scores = scores - sampling.frequency_penalty * counts
         scores = scores - sampling.presence_penalty * (counts > 0)
-    if sampling.banned_ids:
-        banned = on_device(scores.device, sampling.banned_ids, torch.int64)
-        scores = scores.index_fill(1, banned, -math.inf)
+    if rule.banned is not None:
+        scores = scores.index_fill(1, rule.banned, -math.inf)
     return scores
 
 

@@ -11,8 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
+
+from bminf.ops.attention import Rows, Slopes
 
 TILE_BYTES = 2**25
 """Of the biases of some queries, which are made and added before those of others, if they can."""
@@ -34,9 +37,16 @@ def slopes(num_heads: int) -> list[float]:
     return first + [2 ** (-4 * (2 * i + 1) / power) for i in range(num_heads - power)]
 
 
+@cache
+def slopes_on(device: torch.device, num_heads: int) -> torch.Tensor:
+    """(H,) float32, copied to a device once."""
+    with torch.inference_mode(False):
+        return torch.tensor(slopes(num_heads), device=device)
+
+
 @dataclass(eq=False)
 class Alibi:
-    """What attention() adds to the scores of a causal model, in place of a bias.
+    """What attention() adds to the scores of a causal model, in place of a bias, in one pass.
 
     slopes: (H,) float32.   num_padding: of each row, keys at its beginning that are none, and are
     not attended to; what queries there give is 0. None is none.
@@ -44,19 +54,34 @@ class Alibi:
 
     slopes: torch.Tensor
     num_padding: Sequence[int] | None = None
-    _last: tuple[int, torch.Tensor] | None = field(default=None, repr=False)
+    _of_tokens: dict[int, torch.Tensor] = field(default_factory=dict, repr=False)
+    _rows: dict[int, Rows] = field(default_factory=dict, repr=False)
+
+    @property
+    def added(self) -> Slopes:
+        """The slopes for a kernel, which makes no bias of them."""
+        return Slopes(self.slopes)
+
+    def rows(self, num_keys: int) -> Rows | None:
+        """Of a kernel, for rows with padding: made once for all layers."""
+        if self.num_padding is None:
+            return None
+        if num_keys not in self._rows:
+            starts = torch.tensor(self.num_padding, dtype=torch.int32, device=self.slopes.device)
+            self._rows[num_keys] = Rows(num_keys, num_keys - starts, starts)
+        return self._rows[num_keys]
 
     def bias(self, num_queries: int, num_keys: int) -> torch.Tensor:
         """(1, H, T, S) float32, of the last queries among so many keys."""
-        if self._last is not None and num_queries == 1 and self._last[0] == num_keys:
-            return self._last[1]  # a token's is the same in all layers
+        if num_queries == 1 and num_keys in self._of_tokens:
+            return self._of_tokens[num_keys]  # a token's is the same in all layers
         keys = torch.arange(num_keys, device=self.slopes.device)
         distances = keys - keys[num_keys - num_queries :, None]
         bias = (self.slopes.view(-1, 1, 1) * distances).unsqueeze(0)
         # Finite, as its sum with a score is, too.
         bias.masked_fill_(distances > 0, torch.finfo(torch.float32).min / 2)
         if num_queries == 1:
-            self._last = num_keys, bias
+            self._of_tokens[num_keys] = bias
         return bias
 
 

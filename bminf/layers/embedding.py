@@ -17,6 +17,14 @@ def embedding(num_rows: int, hidden_size: int) -> torch.nn.Embedding:
     return torch.nn.Embedding(num_rows, hidden_size, _weight=torch.empty(num_rows, hidden_size))
 
 
+def embedded(table: torch.nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
+    """(B, T, C): rows of `table` for ids (B, T) int64, or what was looked up before, as it is."""
+    if input_ids.is_floating_point():
+        return input_ids
+    x: torch.Tensor = table(input_ids)
+    return x
+
+
 class HostEmbedding(torch.nn.Module):
     """Rows of a table are gathered on the host; only they are brought to the device.
 

@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 
-from bminf.layers.alibi import Alibi
-from bminf.layers.attention import attention
+from bminf.cuda.launcher import fused_launcher
+from bminf.layers.attention import ScoreBias, attention
+from bminf.ops.fused import is_fusible
+from bminf.ops.rotary_append import Angles, rotary_append, rotate
 
-MakeBias = Callable[[int, int], torch.Tensor | Alibi | None]
+MakeBias = Callable[[int, int], ScoreBias]
 """From the numbers of queries and keys to a bias of attention(); queries are the last keys."""
 
 
@@ -42,7 +44,10 @@ class KVCache:
             keys.view(by_row).transpose(1, 2),
             values.view(by_row).transpose(1, 2),
         )
+        self._layers = [*zip(keys, values, strict=True)]  # of `tokens`
         self.length = 0
+        self._cells: tuple[tuple[int, int, int], torch.Tensor] | None = None  # of the last append
+        self._read: tuple[tuple[int, int], list[tuple[torch.Tensor, torch.Tensor]]] | None = None
 
     @property
     def batch_size(self) -> int:
@@ -59,16 +64,53 @@ class KVCache:
 
         B may be less than batch_size. Returns two (B, H, length + T, D).
         """
+        self._keep(layer, key, key, value, None)
+        return self.read(layer, key.shape[0], self.length + key.shape[2])
+
+    def _keep(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        angles: Angles | None,
+    ) -> torch.Tensor:
+        """The queries, rotated like the keys that are written."""
         num_rows, _, num_tokens, _ = key.shape
         end = self.length + num_tokens
+        launcher = fused_launcher(key.device)
+        if launcher is not None and self._has_room(key, value, end):
+            cells = self._cells_of(num_rows, num_tokens)
+            return rotary_append(launcher, query, key, value, angles, cells, *self._layers[layer])
+        if angles is not None:
+            query, key = rotate(query, *angles), rotate(key, *angles)
         self.keys[layer, :num_rows, :, self.length : end] = key
         self.values[layer, :num_rows, :, self.length : end] = value
-        return self.read(layer, num_rows, end)
+        return query
+
+    def _has_room(self, key: torch.Tensor, value: torch.Tensor, end: int) -> bool:
+        """For the kernel; torch's operators say what is wrong."""
+        fits = key.shape[0] <= self.batch_size and end <= self.max_length
+        return fits and is_fusible(key, value, self.keys)
+
+    def _cells_of(self, num_rows: int, num_tokens: int) -> torch.Tensor:
+        """(B * T,) int64, where the next tokens go; made once for all layers."""
+        asked = self.length, num_rows, num_tokens
+        if self._cells is None or self._cells[0] != asked:
+            cells = self.positions(num_tokens)
+            if num_rows > 1:
+                starts = torch.arange(num_rows, device=cells.device) * self.max_length
+                cells = (starts.unsqueeze(1) + cells).flatten()
+            self._cells = asked, cells
+        return self._cells[1]
 
     def read(self, layer: int, num_rows: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The first `end` tokens of the first rows of a layer: two (num_rows, H, end, D) views."""
-        keys, values = self.keys[layer, :num_rows, :, :end], self.values[layer, :num_rows, :, :end]
-        return keys, values
+        asked = num_rows, end
+        if self._read is None or self._read[0] != asked:  # of all layers at once, once a pass
+            keys, values = (tokens[:, :num_rows, :, :end] for tokens in (self.keys, self.values))
+            self._read = asked, [*zip(keys.unbind(), values.unbind(), strict=True)]
+        return self._read[1][layer]
 
     def attend(
         self,
@@ -76,18 +118,23 @@ class KVCache:
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        bias: torch.Tensor | Alibi | None,
+        bias: ScoreBias,
         scale: float,
+        angles: Angles | None = None,
     ) -> torch.Tensor:
-        """Append, and attend from the appended tokens to all; see attention()."""
-        key, value = self.append(layer, key, value)
+        """Append, and attend from the appended tokens to all; see attention().
+
+        angles: that rotate queries and keys before, see Rotary.
+        """
+        query = self._keep(layer, query, key, value, angles)
+        key, value = self.read(layer, key.shape[0], self.length + key.shape[2])
         return attention(query, key, value, bias, scale)
 
     def positions(self, num_tokens: int) -> torch.Tensor:
         """(T,) int64, where the next tokens stand."""
         return torch.arange(self.length, self.length + num_tokens, device=self.keys.device)
 
-    def bias(self, num_tokens: int, make: MakeBias) -> torch.Tensor | Alibi | None:
+    def bias(self, num_tokens: int, make: MakeBias) -> ScoreBias:
         """That of the next tokens."""
         return make(num_tokens, self.length + num_tokens)
 

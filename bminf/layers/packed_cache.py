@@ -1,24 +1,35 @@
 """A pass over rows of different lengths, whose tokens lie one behind another as one text (1, T, C).
 
 A linear sees T rows, and each row attends to its own keys, which are a range of a pool of tokens:
-nothing is padded, and a row alone is computed by the very calls that a KVCache makes for it.
+nothing is padded, and a row alone is computed by the very calls that a KVCache makes for it. On a
+GPU rows of as many tokens each, as in decoding, are one launch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from bminf.layers.alibi import Alibi
-from bminf.layers.attention import attention, attention_in_products
+from bminf.cuda.launcher import fused_launcher
+from bminf.layers.attention import (
+    ScoreBias,
+    attention,
+    attention_in_products,
+    attention_of_rows,
+)
 from bminf.layers.kv_cache import MakeBias
+from bminf.ops.attention import MAX_QUERIES, Rows
+from bminf.ops.fused import is_fusible
+from bminf.ops.rotary_append import Angles, rotary_append, rotate
 
-Bias = Sequence[torch.Tensor | Alibi | None]
+Bias = Sequence[ScoreBias]
 """Of each row in a pass: (1, 1 or H, T of the row, S of the row), or what attention() takes in the
 place of that."""
+
+Views = tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]
+"""Keys and values of a row in each layer, (1, H, n, D) each, views of the pool."""
 
 
 class Cache(Protocol):
@@ -32,8 +43,12 @@ class Cache(Protocol):
         value: torch.Tensor,
         bias: Any,
         scale: float,
+        angles: Angles | None = None,
     ) -> torch.Tensor:
-        """Keep keys and values of more tokens, and attend from these to all of their row."""
+        """Keep keys and values of more tokens, and attend from these to all of their row.
+
+        angles: that rotate queries and keys before, see Rotary.
+        """
         ...
 
     def positions(self, num_tokens: int) -> torch.Tensor:
@@ -49,8 +64,7 @@ class Cache(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Span:
+class Span(NamedTuple):  # which is made faster than a frozen dataclass, for each row of each pass
     """The tokens of a row in a pass.
 
     start: where the row begins in the pool.   length: tokens that it held before the pass.
@@ -85,17 +99,55 @@ class PackedCache:
     ) -> None:
         self._keys, self._values = tokens
         self._spans, self.copies = spans, copies
-        # Of each row: its tokens in the pass, their cells, and all of its cells.
-        self._places = [
-            (ours, slice(one.start + one.length, one.end), slice(one.start, one.end))
-            for one, ours in slices(spans)
-        ]
+        self._ours = [ours for _, ours in slices(spans)]
+        # Of each row: all of its tokens, and of them those of the pass, once they are asked for.
+        self._all = [self._views(span.start, span.num_keys) for span in spans]
+        self._new: list[Views] | None = None
+        # For kernels: where rows are, and the cells of all tokens of the pass, on the device.
+        self._rows: Rows | None = None
+        self._cells: torch.Tensor | None = None
 
-    def append(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Keep (1, H, T, D) of all rows."""
-        for ours, new, _ in self._places:
-            self._keys[layer, :, new] = key[0, :, ours]
-            self._values[layer, :, new] = value[0, :, ours]
+    def _views(self, start: int, number: int) -> Views:
+        # Of all layers at once: for short rows a view takes as long as a small product.
+        num_layers = self._keys.shape[0]
+        keys, values = self._keys.narrow(2, start, number), self._values.narrow(2, start, number)
+        return keys.chunk(num_layers), values.chunk(num_layers)
+
+    def append(
+        self,
+        layer: int,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        query: torch.Tensor | None = None,
+        angles: Angles | None = None,
+    ) -> torch.Tensor:
+        """Keep (1, H, T, D) of all rows; returns queries, rotated like the keys."""
+        query = key if query is None else query
+        launcher = fused_launcher(key.device)
+        if launcher is not None and is_fusible(key, value, self._keys):
+            keys, values = self._keys[layer], self._values[layer]
+            return rotary_append(
+                launcher, query, key, value, angles, self._cells_of(key.shape[2]), keys, values
+            )
+        if angles is not None:
+            query, key = rotate(query, *angles), rotate(key, *angles)
+        if self._new is None:
+            self._new = [
+                self._views(span.end - span.num_tokens, span.num_tokens) for span in self._spans
+            ]
+        for (new_keys, new_values), ours in zip(self._new, self._ours, strict=True):
+            new_keys[layer].copy_(key[:, :, ours])
+            new_values[layer].copy_(value[:, :, ours])
+        return query
+
+    def _cells_of(self, num_tokens: int) -> torch.Tensor:
+        """(T,) int64, where the tokens of the pass go; -1 for those of no row."""
+        if self._cells is None:
+            ends = [(span.end - span.num_tokens, span.end) for span in self._spans]
+            cells = [cell for first, end in ends for cell in range(first, end)]
+            cells += [-1] * (num_tokens - len(cells))
+            self._cells = torch.tensor(cells, device=self._keys.device)
+        return self._cells
 
     def attend(
         self,
@@ -105,32 +157,56 @@ class PackedCache:
         value: torch.Tensor,
         bias: Bias,
         scale: float,
+        angles: Angles | None = None,
     ) -> torch.Tensor:
         """(1, H, T, D), of each token to those of its row."""
-        self.append(layer, key, value)
+        query = self.append(layer, key, value, query, angles)
         return self.attend_to_kept(layer, query, bias, scale)
 
     def attend_to_kept(
         self, layer: int, query: torch.Tensor, bias: Bias, scale: float
     ) -> torch.Tensor:
         """The same without keys and values of their own: rows hold span.num_keys."""
-        if len(self._places) == 1 and not self.copies:
-            return self._attend_row(layer, self._places[0][2], query, bias[0], scale)
+        if len(self._spans) == 1 and not self.copies:
+            return self._attend_row(layer, self._all[0], query, bias[0], scale)
+        if not self.copies:
+            together = self._attend_together(layer, query, bias, scale)
+            if together is not None:
+                return together
         rows = [
-            self._attend_row(layer, cells, query[:, :, ours], bias[index], scale)
-            for index, (ours, _, cells) in enumerate(self._places)
+            self._attend_row(layer, row, query[:, :, ours], bias[index], scale)
+            for index, (row, ours) in enumerate(zip(self._all, self._ours, strict=True))
         ]
         return joined(rows, query.shape[2])
+
+    def _attend_together(
+        self, layer: int, query: torch.Tensor, bias: Bias, scale: float
+    ) -> torch.Tensor | None:
+        """All rows in one launch; None where they differ in more than their lengths, or where
+        there is no kernel for them."""
+        num_rows, num_tokens = len(self._spans), self._spans[0].num_tokens
+        if num_tokens > MAX_QUERIES or fused_launcher(query.device) is None:
+            return None
+        is_full = query.shape[2] == num_rows * num_tokens
+        are_alike = all(span.num_tokens == num_tokens for span in self._spans)
+        if not (is_full and are_alike and all(own is bias[0] for own in bias)):
+            return None
+        if self._rows is None:
+            self._rows = rows_of(self._spans, query.device)
+        by_row = query[0].unflatten(1, (num_rows, num_tokens)).transpose(0, 1)
+        keys, values = self._keys[layer, None], self._values[layer, None]
+        y = attention_of_rows(by_row, keys, values, bias[0], scale, self._rows)
+        return None if y is None else y.transpose(1, 2).flatten(0, 1).unsqueeze(0).transpose(1, 2)
 
     def _attend_row(
         self,
         layer: int,
-        cells: slice,
+        row: Views,
         query: torch.Tensor,
-        bias: torch.Tensor | Alibi | None,
+        bias: ScoreBias,
         scale: float,
     ) -> torch.Tensor:
-        keys, values = self._keys[layer, None, :, cells], self._values[layer, None, :, cells]
+        keys, values = row[0][layer], row[1][layer]
         if not self.copies:
             return attention(query, keys, values, bias, scale)
         return attention_in_products(copied(query), copied(keys), copied(values), bias, scale)
@@ -149,6 +225,13 @@ class PackedCache:
 
     def advance(self, num_tokens: int) -> None:
         pass
+
+
+def rows_of(spans: Sequence[Span], device: torch.device) -> Rows:
+    """Where they are, for a kernel."""
+    places = [[span.start for span in spans], [span.num_keys for span in spans]]
+    starts, lengths = torch.tensor(places, dtype=torch.int32, device=device)
+    return Rows(max(span.num_keys for span in spans), lengths, starts)
 
 
 def slices(spans: Sequence[Span]) -> Iterator[tuple[Span, slice]]:

@@ -4,10 +4,10 @@ replacement itself."""
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from warnings import warn
 
 import torch
@@ -22,10 +22,14 @@ from bminf.layers.experts import (
     why_not_packable,
 )
 from bminf.layers.quantized_linear import QuantizedLinear, has_forward_of_its_own, is_conv1d
-from bminf.layout import ModuleBlock, tensors_of
+from bminf.layout import ModuleBlock, TensorPlace, tensors_of
 from bminf.ops.rows import ELEMENTS
-from bminf.quantization.packed import Format
+from bminf.quantization.packed import INT8, Format, parse_format
 from bminf.units import format_bytes
+
+HEAD_FORMAT = INT8
+"""Of output heads where linears are packed to 4 bits: it costs the predictions a few thousandths of
+what 4 bits cost them in the blocks, and is half or a quarter of the bytes that a token reads."""
 
 _PROBE = (64, 48)  # columns and rows
 _PLURALS = {"linear": "linears", "module of experts": "modules of experts"}
@@ -178,7 +182,8 @@ def _named(name: str) -> Iterator[None]:
 Replacements = Mapping[torch.nn.Module, QuantizedLinear | PackedExperts]
 """Linears and experts to quantize, each with its replacement on the meta device."""
 
-Predicate = Callable[[str, torch.nn.Module], bool]
+Predicate = Callable[[str, torch.nn.Module], bool | str | Format | None]
+"""Whether a linear is packed, by its name and module; or how, where that is not as the others."""
 
 Named = tuple[str, torch.nn.Module]
 """A linear or experts, after the name."""
@@ -201,10 +206,11 @@ def choose_linears(
 ) -> Choice:
     """The linears and experts to quantize, as `format_`; None is none.
 
-    wanted: says so by name and module; None takes those in the blocks, or all where there are
-    no blocks, but output heads, adapters, and those that a group of columns is too wide for. What
-    cannot be packed is kept. A weight that several modules share stays: packing one of them would
-    add bytes, not save any.
+    wanted: says so by name and module; None takes the linears in the blocks, or all where there are
+    no blocks, but adapters, and those that a group of columns is too wide for; output heads in 8
+    bits where the others are in 4, else not. What cannot be packed is kept. A weight that several
+    modules share stays: packing one of them would add bytes, not save any. One that a head shares
+    with embeddings alone does not: of these only rows are read (see offload/tables.py).
     """
     if wanted is not None and not callable(wanted):
         raise ArgumentError(
@@ -215,29 +221,28 @@ def choose_linears(
         if wanted is not None:
             raise ArgumentError('quantize= chooses what quantization="int8" or "int4" packs')
         return Choice({}, {})
-    is_wanted = wanted or _inside(model, blocks)
-    found = [one for one in _unshared(model) if is_wanted(*one)]
+    forms, kept = _wanted_forms(model, blocks, format_, wanted)
+    found = list(forms)
     adapters, min_columns = set[torch.nn.Module](), 0
     if wanted is None:  # nobody chose them by name
         adapters = _adapters(model, found)
         # Narrower ones save little; unless all are, so that the format was meant for them.
-        widest = max((count for _, module in found for count in _columns(module)), default=0)
+        in_format = [module for (_, module), form in forms.items() if form == format_]
+        widest = max((n for module in in_format for n in _columns(module)), default=0)
         group_size = format_.group_size or 0
         min_columns = group_size if widest >= group_size else 0
     replacements: dict[torch.nn.Module, QuantizedLinear | PackedExperts] = {}
-    kept: dict[str, list[Named]] = {}
-    for name, module in found:
-        is_linear_ = is_linear(module)
-        reason = why_not_quantizable(module) if is_linear_ else why_not_packable(module)
+    for (name, module), form in forms.items():
+        reason = why_not_quantizable(module) if is_linear(module) else why_not_packable(module)
         if reason is None and module in adapters:
             reason = "trained beside frozen ones, or part of an adapter"
-        elif reason is None and format_.bits == 4 and _are_unfit(_columns(module), min_columns):
+        elif reason is None and form.bits == 4 and _are_unfit(_columns(module), min_columns):
             reason = "with an odd number of columns, or fewer than share a scale"
         if reason is not None:
             kept.setdefault(reason, []).append((name, module))
             continue
         with _named(name):
-            replacements[module] = _meta(module, format_)
+            replacements[module] = _meta(module, form)
     return Choice(replacements, kept)
 
 
@@ -249,6 +254,38 @@ def _are_unfit(columns: Iterable[int], min_columns: int) -> bool:
 def _meta(module: torch.nn.Module, format_: Format) -> QuantizedLinear | PackedExperts:
     """What `module` will become, on the meta device: shapes without bytes."""
     return meta_linear(module, format_) if is_linear(module) else meta_experts(module, format_)
+
+
+def _wanted_forms(
+    model: torch.nn.Module,
+    blocks: Iterable[ModuleBlock],
+    format_: Format,
+    wanted: Predicate | None,
+) -> tuple[dict[Named, Format], dict[str, list[Named]]]:
+    """How the linears that are wanted would be packed; and those that cannot be, as others read
+    their weights, where somebody has chosen them."""
+    by_default = _by_default(model, blocks, format_)
+    ask = by_default if wanted is None else partial(_asked, wanted, format_)
+    forms: dict[Named, Format] = {}
+    kept: dict[str, list[Named]] = {}
+    for name, module, others in _candidates(model):
+        form = ask(name, module)
+        if form is None:
+            continue
+        is_tied = all(isinstance(other, torch.nn.Embedding) for other in others)
+        if not others or (is_tied and (wanted is not None or form != format_)):
+            forms[name, module] = form
+        elif wanted is not None:
+            kept.setdefault("whose weight other modules share", []).append((name, module))
+    return forms, kept
+
+
+def _asked(wanted: Predicate, format_: Format, name: str, module: torch.nn.Module) -> Format | None:
+    """How `wanted` has a linear packed.   Raises ArgumentError for what it cannot mean."""
+    answer = wanted(name, module)
+    if isinstance(answer, str | Format):
+        return parse_format(answer, "quantize")
+    return format_ if answer else None
 
 
 def choice_of(model: torch.nn.Module, packed: Mapping[str, Format]) -> Choice:
@@ -354,10 +391,19 @@ def _stacked_parts(
         yield nbytes, f"{format_bytes(nbytes)} in {len(stacked)} {kind} {classes}"
 
 
-def _inside(model: torch.nn.Module, blocks: Iterable[ModuleBlock]) -> Predicate:
+def _by_default(
+    model: torch.nn.Module, blocks: Iterable[ModuleBlock], format_: Format
+) -> Callable[[str, torch.nn.Module], Format | None]:
     inside = {m for part in _parts(model, blocks) for m in part.modules()}
     heads = {part for head in _heads(model, inside) for part in head.modules()}
-    return lambda _, module: module in inside and module not in heads
+    of_heads = HEAD_FORMAT if format_.bits < HEAD_FORMAT.bits else None
+
+    def form(_: str, module: torch.nn.Module) -> Format | None:
+        if module in heads:
+            return of_heads
+        return format_ if module in inside else None
+
+    return form
 
 
 def _heads(model: torch.nn.Module, inside: set[torch.nn.Module]) -> Iterator[torch.nn.Module]:
@@ -385,18 +431,22 @@ def _columns(module: torch.nn.Module) -> list[int]:
     return [w.shape[-2 if columns_first else -1] for w in weights] or [0]
 
 
-def _unshared(model: torch.nn.Module) -> Iterator[Named]:
-    """Linears, and experts of classes that are known."""
-    places = {place: id(tensor) for _, place, tensor in tensors_of(model)}
-    num_holders = Counter(places.values())  # a module that stands in two places holds once
+def _candidates(
+    model: torch.nn.Module,
+) -> Iterator[tuple[str, torch.nn.Module, list[torch.nn.Module]]]:
+    """(name, module, other modules that hold its weight, too) of each linear, and of experts
+    of classes that are known."""
+    holders: dict[int, dict[TensorPlace, None]] = {}  # by place: a module may stand in two
+    for _, place, tensor in tensors_of(model):
+        holders.setdefault(id(tensor), {})[place] = None
     for name, module in model.named_modules():
         if module is model:
             continue  # the object that wrapper() was given cannot be replaced by another
         # A weight that a hook computes (weight_norm, pruning) is no parameter, and stays.
-        if is_linear(module) or _matrices(module):
-            weights = _weights(module)
-            if weights and all(num_holders[id(weight)] == 1 for weight in weights):
-                yield name, module
+        weights = _weights(module) if is_linear(module) or _matrices(module) else []
+        if weights:
+            places = [place for weight in weights for place in holders[id(weight)]]
+            yield name, module, [place.module for place in places if place.module is not module]
 
 
 def _parts(model: torch.nn.Module, blocks: Iterable[ModuleBlock]) -> Iterable[torch.nn.Module]:

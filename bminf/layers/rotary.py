@@ -1,7 +1,6 @@
 """Rotary positions: queries and keys are rotated by angles that grow with their position.
 
-Source: Su et al. 2021, arXiv:2104.09864. In the order of halves: column j is rotated together with
-column j + head_dim / 2.
+Source: Su et al. 2021, arXiv:2104.09864. What rotates is in ops/rotary_append.py.
 """
 
 from __future__ import annotations
@@ -44,10 +43,3 @@ def rotary_table(
         frequencies = (1.0 / _BASE**exponents).to(precision)
         angles = torch.arange(num_positions).to(precision).unsqueeze(1) * frequencies
         return angles.cos(), angles.sin()
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """x: (B, H, T, D).   cos, sin: (B, 1, T, D / 2).   Returns (B, H, T, D) in the dtype of x."""
-    first, second = x.chunk(2, dim=-1)
-    rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-    return rotated.to(x.dtype)

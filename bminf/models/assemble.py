@@ -16,10 +16,11 @@ from bminf.checkpoint.quantized import Quantized
 from bminf.checkpoint.stored import Rows
 from bminf.checks import check_positive
 from bminf.engine.rows import FIXED_TOKENS
-from bminf.errors import ArgumentError, BudgetError, CheckpointError
+from bminf.errors import ArgumentError, BudgetError, CheckpointError, UnsupportedModelError
 from bminf.keywords import known_keywords
 from bminf.layers.quantized_linear import QuantizedLinear
 from bminf.layout import ModuleBlock
+from bminf.models.decode_step import check_graphs, num_sizes, power_of_two
 from bminf.models.source import HEAD, Source, Weights, find_sizes
 from bminf.offload.blob import Blobs, lay_out
 from bminf.offload.blocks import find_blocks
@@ -31,6 +32,10 @@ from bminf.units import format_bytes, parse_bytes
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """Of all that is not packed."""
 
+_NODE_BYTES = 2**16
+_LAYER_NODES = 16
+"""Of a CUDA graph: what a launch takes on the device, by what is told of older drivers (newer ones
+take less), and launches of a layer, by count."""
 LOGITS_CHUNK = 8  # positions of one text whose logits are computed together
 
 _NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
@@ -105,21 +110,27 @@ def plan_within(
     device_type: str,
     host_bytes: int | None = None,
     deterministic: bool = False,
+    cuda_graph: bool = False,
 ) -> Plan:
     """What stays and what streams.   budget: bytes of a device of this type ("cpu" or "cuda").
 
     host_bytes: of host memory for streamed blocks; None is as much as it takes.
-    deterministic: see LanguageModel.
+    deterministic, cuda_graph: see LanguageModel.
     Raises BudgetError, with numbers.
     """
     weight_format, uses = assembly.packing.of_layers, assembly.source.architecture.uses
     reserved = reserved_bytes(assembly, max_length, max_batch_size, device_type, deterministic)
+    if cuda_graph:
+        reserved += graph_bytes(assembly, max_length, max_batch_size)
 
     planned = partial(
         plan_on, device_type, assembly.blocks, assembly.blobs, uses=uses, reserved_bytes=reserved
     )
     try:
-        return planned(budget, host_bytes=host_bytes)
+        found = planned(budget, host_bytes=host_bytes)
+        if cuda_graph:
+            _check_all_stays(found, budget, sum(block.nbytes for block in found.blocks))
+        return found
     except BudgetError:
         least = least_budget(planned(2**60))
         if least <= budget:  # host memory is what is missing
@@ -149,6 +160,7 @@ def plan_model(
     head_quantization: str | Format | None = None,
     device: str = "cuda",
     host_memory: int | float | str | None = None,
+    cuda_graph: bool = False,
 ) -> Plan:
     """The plan that loading a model of the zoo would make, for a card that need not be here.
 
@@ -159,14 +171,16 @@ def plan_model(
     dtype, max_length, max_batch_size, head_quantization: as for the model.
     device: "cuda" or "cpu", which need room for other things beside the weights.
     host_memory: what may be page-locked for streamed blocks; the rest of them stays on the disk.
-    None is as much as it takes.
-    Raises ArgumentError, BudgetError, or CheckpointError for a folder that cannot be loaded.
+    None is as much as it takes.   cuda_graph: as for the model.
+    Raises ArgumentError, BudgetError, or CheckpointError for a folder that cannot be loaded; and
+    UnsupportedModelError for what streams where cuda_graph is on.
     """
     budget = 2**60 if memory_limit is None else parse_bytes(memory_limit, "memory_limit")
     host_bytes = None if host_memory is None else parse_bytes(host_memory, "host_memory")
     check_positive("max_batch_size", max_batch_size)
     if device not in ("cuda", "cpu"):
         raise ArgumentError(f'device={device!r}; accepted: "cuda", "cpu"')
+    check_graphs(cuda_graph, torch.device(device))
     dtype = dtype_for(dtype, device)
     source, is_auto = find_sizes(model), quantization == "auto"
     formats = source.architecture.formats
@@ -174,7 +188,9 @@ def plan_model(
     head = parse_format(head_quantization, "head_quantization", formats)
     max_length = max_length_for(max_length, source)
     assembly = assemble(source, Formats(layers, head, is_auto), dtype)
-    return plan_within(assembly, budget, max_length, max_batch_size, device, host_bytes)
+    return plan_within(
+        assembly, budget, max_length, max_batch_size, device, host_bytes, cuda_graph=cuda_graph
+    )
 
 
 def dtype_for(dtype: torch.dtype | str | None, device_type: str) -> torch.dtype:
@@ -225,6 +241,32 @@ def reserved_bytes(
     left = quarters * sizes.layer // 4
     cached = min(left + head // 2, _MAX_CACHED_BYTES) if is_cpu else min(peak, _LIBRARY_BYTES)
     return sizes.cache + peak + int(_FRAGMENTATION * peak) + cached
+
+
+def graph_bytes(assembly: Assembly, max_length: int, max_batch_size: int) -> int:
+    """Bytes that CUDA graphs of passes of one token a row take: their memory is their own.
+
+    All graphs share the memory of a pass, of one token of each row; each has its logits and its
+    nodes. What a node takes is not measured; see _NODE_BYTES.
+    """
+    config = assembly.source.config
+    one = Pass(max_batch_size, 1, assembly.dtype, assembly.packing.of_layers, is_cpu=False)
+    logits = 4 * config.vocab_size * power_of_two(max_batch_size)
+    nodes = _NODE_BYTES * _LAYER_NODES * config.num_hidden_layers
+    num_graphs = num_sizes(max_batch_size, max_length)
+    sizes = assembly.source.architecture.sizes(config, one)
+    return int(sizes.layer + num_graphs * (logits + nodes))
+
+
+def _check_all_stays(plan: Plan, budget: int, block_bytes: int) -> None:
+    """Raise UnsupportedModelError for a plan that streams."""
+    if plan.streamed:
+        needed = plan.outside_bytes + plan.reserved_bytes + block_bytes
+        raise UnsupportedModelError(
+            f"cuda_graph=True is for models of which nothing streams, and {len(plan.streamed)} of "
+            f"{len(plan.blocks)} blocks would, within {format_bytes(budget)}; raise memory_limit "
+            f"to {format_bytes(needed)} ({needed} bytes), or leave cuda_graph out"
+        )
 
 
 # ---- how linears are packed ----------------------------------------------------------------------

@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ import torch
 
 from bminf.arch.architecture import Architecture
 from bminf.checks import check_banned, check_bool, check_positive
+from bminf.cuda.launcher import fused_by_default, fused_kernels
 from bminf.engine.beam import Decoder, Hypothesis, beam_search
 from bminf.engine.engine import Engine
 from bminf.engine.request import Request
@@ -34,6 +35,7 @@ from bminf.models.assemble import (
     plan_within,
 )
 from bminf.models.calls import needs_open_model
+from bminf.models.decode_step import Capture, DecodeSteps, check_graphs
 from bminf.models.fill import fill
 from bminf.models.options import Options
 from bminf.models.prompt import Prompt
@@ -84,6 +86,12 @@ class LanguageModel:
         share its passes, whenever it begins, and, but for beams, with any number of threads.
         Slower, above all for long prompts and for one text alone; at most 16 texts go on at once,
         and others wait. The option of a GLM's beam search that is called so is another one.
+    fused_kernels: on a GPU, False takes torch's operators for norms, positions and attention in
+        place of kernels that do several steps of them at once; so does the environment variable
+        BMINF_FUSED_KERNELS=0. Slower; to find out whether a kernel is to blame. A CPU has none.
+    cuda_graph: on a GPU, and with all blocks on it, tokens of up to max_batch_size texts are
+        computed by CUDA graphs, which are captured when a number of texts, or a length, rounded up,
+        is first met: one call in place of some hundred. They take memory, which the limit holds.
 
     Several threads may generate at once, and share each pass over the weights: there is room for
     max_length times max_batch_size tokens in all. An iterator that was left unfinished keeps its
@@ -114,15 +122,21 @@ class LanguageModel:
         tokenizer: Any = None,
         offload_dir: str | Path | None = None,
         deterministic: bool = False,
+        fused_kernels: bool = True,
+        cuda_graph: bool = False,
     ) -> None:
         start_s = time.perf_counter()
         check_positive("max_batch_size", max_batch_size)
         check_bool("deterministic", deterministic)
+        check_bool("fused_kernels", fused_kernels)
+        fused_by_default()  # which may refuse what the environment says
+        self._uses_fused_kernels, self._has_graphs = fused_kernels, cuda_graph
         if max_length is not None:
             check_positive("max_length", max_length)
         layers = parse_format(quantization, formats=self._architectures[0].formats)
         limit = None if memory_limit is None else parse_bytes(memory_limit, "memory_limit")
         backend = backend_for(device)
+        check_graphs(cuda_graph, backend.device, deterministic, fused_kernels)
         dtype = dtype_for(dtype, backend.device.type)
         source = open_source(self._architectures, checkpoint, config, tokenizer, self._configured)
         self.max_length, self.max_batch_size = max_length_for(max_length, source), max_batch_size
@@ -136,6 +150,7 @@ class LanguageModel:
             backend.device.type,
             host_budget(backend.device),
             deterministic,
+            cuda_graph,
         )
         self.path, self.device = source.weights.path, backend.device
         self.config, self.tokenizer = assembly.source.config, source.tokenizer
@@ -266,7 +281,9 @@ class LanguageModel:
 
     def _new_rows(self) -> RowModel:
         """The rows of an engine, in the cache."""
-        return DecoderRows(self.model, self._cache, self.max_length, self._begin)
+        return DecoderRows(
+            self.model, self._cache, self.max_length, self._begin, self._uses_fused_kernels
+        )
 
     def _decoder(self, prompts: Sequence[Any]) -> tuple[Decoder, torch.Tensor]:
         """A decoder of these prompts in the whole cache, and what it is fed first; for beams."""
@@ -381,9 +398,13 @@ class LanguageModel:
     @contextmanager
     def _whole_cache(self) -> Iterator[None]:
         """For passes that fill the cache from its beginning: when no text is under way."""
-        with self.engine.exclusive(), torch.inference_mode():
+        with self.engine.exclusive(), torch.inference_mode(), self._kernels():
             self._begin()
             yield
+
+    def _kernels(self) -> AbstractContextManager[None]:
+        """For a pass."""
+        return nullcontext() if self._uses_fused_kernels else fused_kernels(False)
 
     def _begin(self) -> None:
         if self.device.type == "cpu":
@@ -487,6 +508,9 @@ class LanguageModel:
             self.row_model = self._new_rows()
             # So many logits are set aside for; tokens are, by the room in the cache.
             self.row_model.max_rows = max(LOGITS_CHUNK, self.max_batch_size)
+            if self._has_graphs:
+                rows: Any = self.row_model
+                rows.steps = DecodeSteps(rows, self.max_batch_size, Capture())
             self._engine = Engine(self.row_model, deterministic=self._is_deterministic)
             logger.info(
                 "the KV cache has room for %d tokens; max_length=%d and max_batch_size=%d set it",

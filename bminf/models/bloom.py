@@ -51,11 +51,14 @@ class BLOOM(DecoderOnly):
         offload_dir: str | Path | None = None,
         head_quantization: str | Format | None = None,
         deterministic: bool = False,
+        fused_kernels: bool = True,
+        cuda_graph: bool = False,
     ) -> None:
         self._head_format = parse_format(head_quantization, "head_quantization", FORMATS)
         super().__init__(
             checkpoint, memory_limit, quantization, activations, dtype, device, max_length,
-            max_batch_size, config, tokenizer, offload_dir, deterministic,
+            max_batch_size, config, tokenizer, offload_dir, deterministic, fused_kernels,
+            cuda_graph,
         )  # fmt: skip
 
     @needs_open_model

@@ -127,12 +127,15 @@ class GLM(LanguageModel):
         head_quantization: str | Format | None = None,
         rotary_precision: str | None = None,
         deterministic: bool = False,
+        fused_kernels: bool = True,
+        cuda_graph: bool = False,
     ) -> None:
         self._head_format = parse_format(head_quantization, "head_quantization", glm.GLM_FORMATS)
         self._rotary_precision = rotary_precision
         super().__init__(
             checkpoint, memory_limit, quantization, activations, dtype, device, max_length,
-            max_batch_size, config, tokenizer, offload_dir, deterministic,
+            max_batch_size, config, tokenizer, offload_dir, deterministic, fused_kernels,
+            cuda_graph,
         )  # fmt: skip
 
     # ---- what users call ------------------------------------------------------------------------
@@ -322,7 +325,9 @@ class GLM(LanguageModel):
         return self.model.new_cache(self.max_batch_size, self.max_length)
 
     def _new_rows(self) -> RowModel:
-        return GLMRows(self.model, self._cache, self.max_length, self._begin)
+        return GLMRows(
+            self.model, self._cache, self.max_length, self._begin, self._uses_fused_kernels
+        )
 
     def _decoder(self, prompts: Sequence[Any]) -> tuple[Decoder, torch.Tensor]:
         rows = [prompt.start_ids for prompt in prompts]

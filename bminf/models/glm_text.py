@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,9 @@ from bminf.engine.request import Request
 from bminf.engine.rows import Feed
 from bminf.errors import ArgumentError
 from bminf.layers.kv_cache import KVCache
-from bminf.layers.packed_cache import PackedCache
+from bminf.layers.packed_cache import PackedCache, Span
+from bminf.layers.step_cache import StepCache
+from bminf.models.decode_step import Step
 from bminf.models.prompt import Prompt
 from bminf.models.rows import DecoderRows
 from bminf.tokenizers.base import GLMTokenizer
@@ -271,12 +273,32 @@ class GLMRows(DecoderRows):
     ) -> torch.Tensor:
         positions = [position for feed in feeds for position in _positions_of(feed)]
         positions += [(0, 0)] * (ids.shape[1] - len(positions))
-        has_blocks = not self.network.config.is_rotary
-        position_ids = position_tensor([positions], has_blocks).to(ids.device)
+        position_ids = self._position_tensor(positions)
         masks = [_mask_of(feed) for feed in feeds]
         on_device = [None if mask is None else mask.to(ids.device) for mask in masks]
         x: torch.Tensor = self.network(ids, position_ids, packed, on_device)
         return x
+
+    def new_step(self, num_rows: int, num_keys: int) -> Step:
+        step = super().new_step(num_rows, num_keys)
+        positions = self._position_tensor([(0, 0)] * num_rows)
+        return replace(step, positions=positions)
+
+    def fill_step(self, step: Step, feeds: Sequence[Feed], spans: Sequence[Span]) -> None:
+        super().fill_step(step, feeds, spans)
+        assert step.positions is not None
+        positions = [position for feed in feeds for position in _positions_of(feed)]
+        step.positions.copy_(self._position_tensor(positions))
+
+    def step_states(self, step: Step) -> torch.Tensor:
+        cache = StepCache(self._cache.tokens, step.own)
+        x: torch.Tensor = self.network(step.x, step.positions, cache)
+        return x
+
+    def _position_tensor(self, positions: Sequence[Position]) -> torch.Tensor:
+        """(1, T) or (1, 2, T) on the device."""
+        has_blocks = not self.network.config.is_rotary
+        return position_tensor([positions], has_blocks).to(self.sampler_device())
 
 
 def _positions_of(feed: Feed) -> Sequence[Position]:

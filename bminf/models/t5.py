@@ -92,7 +92,7 @@ class T5Model(LanguageModel):
 
     def _new_rows(self) -> RowModel:
         longest = self.max_length + self._num_extra_tokens
-        return T5Rows(self.model, self._cache, longest, self._begin)
+        return T5Rows(self.model, self._cache, longest, self._begin, self._uses_fused_kernels)
 
     def _decoder(self, prompts: Sequence[Any]) -> tuple[Decoder, torch.Tensor]:
         rows = [prompt.input_ids for prompt in prompts]

@@ -25,6 +25,7 @@ from bminf.offload import memory
 from bminf.offload.backends import allocated_bytes_on
 from bminf.offload.plan import Block, Remedy, least_bytes
 from bminf.offload.pool import LEAST_SLOTS
+from bminf.offload.tables import Table, find_tables
 from bminf.quantization.packed import FORMATS, Format
 
 _KINDS = (torch.Tensor, torch.nn.Parameter, getattr(torch.nn, "Buffer", torch.nn.Parameter))
@@ -59,16 +60,21 @@ class Blobs:
     A tensor that a block shares with anything outside it (tied weights, a part of two blocks) lies
     outside: it stays, and is counted once. A block that stands in two places is one block.
     stacks: of modules of experts, by name, what is in no block but streams by need.
+    tables: what can be read by row on the host; in no block, nor in `outside`.   of_tables: their
+    layout where they lie on the device, with names relative to the model.
     """
 
     blocks: Mapping[str, Layout]
     outside: Layout
     stacks: Mapping[str, Stack] = field(default_factory=dict)
+    tables: Sequence[Table] = ()
+    of_tables: Layout = field(default_factory=lambda: Layout.of({}))
 
     @property
     def nbytes(self) -> int:
-        layouts = [*self.blocks.values(), *(stack.whole for stack in self.stacks.values())]
-        return self.outside.nbytes + sum(layout.nbytes for layout in layouts)
+        wholes = [stack.whole for stack in self.stacks.values()]
+        layouts = [self.outside, self.of_tables, *self.blocks.values(), *wholes]
+        return sum(layout.nbytes for layout in layouts)
 
     def stacks_in(self, block: str) -> dict[str, Stack]:
         return {name: stack for name, stack in self.stacks.items() if stack.block == block}
@@ -79,12 +85,14 @@ def lay_out(
     blocks: Sequence[ModuleBlock],
     replacements: Mapping[torch.nn.Module, torch.nn.Module],
     keep_addresses: bool,
+    tables: Sequence[Table] = (),
     by_need: bool = False,
 ) -> Blobs:
     """Lay out every parameter and buffer of `model`.
 
     replacements: modules that will be exchanged, with their replacements.
-    keep_addresses: see Layout.of.   by_need: whether each expert of a stack in a block is a blob.
+    keep_addresses: see Layout.of.   tables: what is laid out apart, see find_tables().
+    by_need: whether each expert of a stack in a block is a blob.
     """
     places = list(_places(model, blocks))
     tensors: dict[str, torch.Tensor] = {}
@@ -95,6 +103,7 @@ def lay_out(
             tensors[_joined(path, key)] = tensor
             owners[_joined(path, key)] = block, _joined(inner_path, key)
     specs = specs_of(tensors)
+    by_row = {name: specs.pop(name) for table in tables for name in table.names}
     outside = _shared(specs, owners) | _adapters(places, replacements)
     parts: dict[str, dict[str, TensorSpec]] = {"": {}, **{block.name: {} for block in blocks}}
     stacks = _stacks(places, replacements, outside) if by_need else {}
@@ -105,7 +114,8 @@ def lay_out(
             parts[block][inner_name] = spec
     layouts = {block: Layout.of(part, keep_addresses) for block, part in parts.items()}
     laid_out = {n: _lay_out_experts(*found, keep_addresses) for n, found in stacks.items()}
-    return Blobs(outside=layouts.pop(""), blocks=layouts, stacks=laid_out)
+    of_tables = Layout.of(by_row, keep_addresses)
+    return Blobs(layouts, layouts.pop(""), laid_out, tables, of_tables)
 
 
 def _stacks(
@@ -259,7 +269,9 @@ def remedies(
     for name, packed in FORMATS.items():
         if format_ is None or packed.bits < format_.bits:
             replacements = choose_linears(model, blocks, packed).replacements
-            smaller = lay_out(model, blocks, replacements, False, by_need=bool(blobs.stacks))
+            tables = find_tables(model, replacements)
+            by_need = bool(blobs.stacks)
+            smaller = lay_out(model, blocks, replacements, False, tables, by_need)
             saved = least - _least_of(smaller, device_type)
             found.append(
                 Remedy(f'quantize with quantization="{name}"', saved, True, "quantization")

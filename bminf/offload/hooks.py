@@ -36,6 +36,7 @@ from bminf.offload.pool import ExpertPool
 from bminf.offload.ring import NUM_SLOTS, Ring
 from bminf.offload.streamed_block import StreamedBlock, not_convertible
 from bminf.offload.streamed_experts import ExpertInSlot, StreamedExperts
+from bminf.offload.tables import HostTable, Table
 from bminf.tracing import active_capture, active_tracer, disable_compile
 
 logger = logging.getLogger("bminf")
@@ -81,6 +82,7 @@ class Scheduler:
         self.plan, self.backend, self.source_device = plan, backend, source_device
         self.blocks: list[StreamedBlock] = []
         self.experts: list[StreamedExperts] = []
+        self.tables: list[HostTable] = []
         self.ring: Ring | None = None
         self.pool: ExpertPool | None = None
         self.lying: Collection[int] = ()  # blocks that are read from where they were before
@@ -133,8 +135,16 @@ class Scheduler:
         added = sum(len(one.stack.experts) for one in self.experts)
         return len(self.plan.streamed) + added
 
+    def hold(self, table: Table, model: torch.nn.Module, rows: torch.Tensor) -> None:
+        """Take over a table whose values lie on the host: `rows`, (N, C)."""
+        write = functools.partial(self.call, self._write_table)
+        held = HostTable(table, model, rows, self.backend, lambda: self._reads_host, write)
+        self.tables.append(held)  # before it lets go, as a block
+        held.release()
+
     def install(self, model: torch.nn.Module) -> None:
-        """Begin to stream: every block, and every module around one, is guarded from now on."""
+        """Begin to stream: every block, all experts, every table on the host, and every module
+        around one, is guarded from now on."""
         self.ring = Ring(len(self.blocks), self.backend) if self.blocks else None
         if self.plan.experts is not None:
             sizes = [layout.nbytes for one in self.experts for layout in one.stack.experts]
@@ -143,7 +153,8 @@ class Scheduler:
         blocks = {block.module: block for block in self.blocks}
         experts = {one.module: one for one in self.experts}
         parts: dict[torch.nn.Module, StreamedBlock | StreamedExperts] = {**experts, **blocks}
-        around = [m for m in model.modules() if any(inner in parts for inner in m.modules())]
+        guarded = set(parts).union(*(table.holders() for table in self.tables))
+        around = [m for m in model.modules() if any(inner in guarded for inner in m.modules())]
         for module in around:
             self._override(module, "forward", _Forward(self, module, parts.get(module)))
             state_dict = functools.partial(self.call, self.state_dict, module.state_dict)
@@ -352,6 +363,11 @@ class Scheduler:
         """As _write(), of a stack of experts."""
         with torch.inference_mode(False), torch.no_grad():
             experts.rewrite(name, value, self.pool)
+
+    def _write_table(self, table: HostTable, value: torch.Tensor) -> None:
+        """Keep new values of a table; those it had may lie in a file of somebody else."""
+        with torch.inference_mode(False), torch.no_grad():
+            table.rows = self.backend.hold(value.shape, value.dtype, [value.detach()])
 
     def _saved_by_autograd(
         self, block: StreamedBlock | ExpertInSlot

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -15,6 +16,7 @@ from bminf.offload.backends.base import Backend
 from bminf.offload.blob import Blobs, Stack, unmapped_bytes
 from bminf.offload.hooks import Scheduler
 from bminf.offload.streamed_experts import StreamedExperts
+from bminf.offload.tables import Table
 from bminf.progress import progress_bar
 
 _TRIMMED_BYTES = 2**22
@@ -22,11 +24,15 @@ _TRIMMED_BYTES = 2**22
 
 
 def place(
-    model: torch.nn.Module, blobs: Blobs, replacements: Replacements, scheduler: Scheduler
+    model: torch.nn.Module,
+    blobs: Blobs,
+    replacements: Replacements,
+    scheduler: Scheduler,
+    offload_dir: str | Path | None = None,
 ) -> None:
     """Quantize, move and free one block after another, so that no two copies are held.
 
-    blobs: the layouts of all blocks, in module order.
+    blobs: the layouts of all blocks, in module order.   offload_dir: see Backend.
     """
     streamed = set(scheduler.plan.streamed)
     # malloc keeps what it is given back in pieces; a mapped model gives it next to nothing.
@@ -44,6 +50,10 @@ def place(
         named = model.named_modules(remove_duplicate=False)
         quantize([module for path, module in named if path in paths])
         _move_resident(model, blobs.outside, scheduler.backend, scheduler.source_device)
+        if not scheduler.plan.tables:
+            _move_resident(model, blobs.of_tables, scheduler.backend, scheduler.source_device)
+        else:
+            _hold_tables(model, blobs.tables, scheduler, offload_dir)
         for name, layout in _with_progress(blobs.blocks):
             quantize(list(model.get_submodule(name).modules()))
             module = model.get_submodule(name)
@@ -75,16 +85,26 @@ def load(
     scheduler: Scheduler,
     read: Callable[[str, torch.Tensor], object],
     read_expert: Callable[[str, int, torch.Tensor], object],
+    read_tables: Callable[[torch.Tensor], object] = lambda blob: None,
+    hold_table: Callable[[str], torch.Tensor] | None = None,
 ) -> None:
     """Fill a model that lies on the meta device, block by block, straight into the blobs.
 
     read: fills the blob, (extent,) uint8, of the block of this name, "" for what lies outside all
-    of them.   read_expert: the same of one expert of the module of this name.
+    of them.   read_expert: the same of one expert of the module of this name.   read_tables: fills
+    that of the tables that are read by row.   hold_table: gives the table of this name on the host,
+    (N, C).
     """
     streamed, untrimmed_bytes = set(scheduler.plan.streamed), 0
     with torch.inference_mode(False), torch.no_grad():
         _fill(model, blobs.outside, scheduler.backend, partial(read, ""))
-        scheduler.loaded_bytes = blobs.outside.nbytes
+        scheduler.loaded_bytes = blobs.outside.nbytes + blobs.of_tables.nbytes
+        if not scheduler.plan.tables:
+            _fill(model, blobs.of_tables, scheduler.backend, read_tables)
+        else:
+            assert hold_table is not None
+            for table in blobs.tables:
+                scheduler.hold(table, model, hold_table(table.names[0]))
         for name, layout in _with_progress(blobs.blocks, "loading"):
             module = model.get_submodule(name)
             if name in streamed:
@@ -121,15 +141,20 @@ def restore(model: torch.nn.Module, scheduler: Scheduler) -> None:
             for block in progress_bar(scheduler.blocks, desc="unwrapping", delay=1, leave=False)
         ]
         stacks = [_stacked(experts) for experts in scheduler.experts]
+        tables = [memory.allocate(table.rows.nbytes) for table in scheduler.tables]
         scheduler.uninstall()
         for block, blob in zip(scheduler.blocks, blobs, strict=True):
             block.restore(blob.to(scheduler.source_device))
         for experts, blob in zip(scheduler.experts, stacks, strict=True):
             experts.restore(blob.to(scheduler.source_device))
+        for table, blob in zip(scheduler.tables, tables, strict=True):
+            rows = blob.view(table.rows.dtype).view(table.rows.shape).copy_(table.rows)
+            table.restore(rows.to(scheduler.source_device))
     while scheduler.blocks:
         scheduler.blocks.pop().forget()
     while scheduler.experts:
         scheduler.experts.pop().forget()
+    scheduler.tables.clear()
     if scheduler.source_device != scheduler.backend.device:
         model.to(scheduler.source_device)
 
@@ -140,6 +165,23 @@ def _stacked(experts: StreamedExperts) -> torch.Tensor:
     blob = memory.allocate(whole.extent)
     whole.fill(blob, ((name, experts.on_host(name)) for name in whole.specs))
     return blob
+
+
+def _hold_tables(
+    model: torch.nn.Module,
+    tables: Iterable[Table],
+    scheduler: Scheduler,
+    offload_dir: str | Path | None,
+) -> None:
+    """Leave tables on the host: where they lie, if that takes no memory which the limit counts."""
+    is_mapped, is_cpu = memory.mapped_files(), scheduler.backend.device.type == "cpu"
+    held = {name: tensor for name, _, tensor in tensors_of(model)}
+    for table in tables:
+        rows = held[table.names[0]].detach()
+        stays = rows.device.type == "cpu" and (not is_cpu or is_mapped(rows.data_ptr()))
+        if not stays or offload_dir is not None:
+            rows = scheduler.backend.hold(rows.shape, rows.dtype, [rows], offload_dir)
+        scheduler.hold(table, model, rows)
 
 
 def _with_progress(

@@ -113,6 +113,10 @@ class Plan:
     spare_bytes: of the device, free beside `budget` where that was not given but measured.
     experts: those that stream by need, one by one, and belong to no block.
     least_by_need: the least limit of a model that fits, and whose experts would stream so.
+    tables: names of those of which rows are read on the host, such as input embeddings, and which
+    the limit does not count: all there are; none if everything fits, when they are among
+    `outside_bytes`.   table_bytes: of them, wherever they are; for a GPU those that its allocator
+    would take.
     """
 
     blocks: tuple[Block, ...]
@@ -140,6 +144,9 @@ class Plan:
     def is_streaming(self) -> bool:
         """Whether anything streams: blocks, or experts."""
         return bool(self.streamed) or self.experts is not None
+
+    tables: tuple[str, ...] = ()
+    table_bytes: int = 0
 
     @property
     def least_limit(self) -> int:
@@ -179,13 +186,24 @@ class Plan:
         return 2 * max((block.nbytes for block in self._blocks_of(self.on_disk)), default=0)
 
     @property
+    def fixed_bytes(self) -> int:
+        """What is taken under any limit: outside all blocks, without tables, and reserved."""
+        outside_bytes = self.outside_bytes - self.table_bytes + self.host_table_bytes
+        return outside_bytes + self.reserved_bytes
+
+    @property
+    def host_table_bytes(self) -> int:
+        """Bytes of the tables that are kept on the host."""
+        return self.table_bytes if self.tables else 0
+
+    @property
     def host_bytes(self) -> int:
-        """Bytes of host memory that streaming takes on a GPU: blobs and staging."""
-        blocks = self.streamed_bytes - self.disk_bytes + self.staging_bytes
-        if self.experts is None:
-            return blocks
-        num_in_host = self.experts.number - len(self.experts.on_disk)
-        return blocks + self.experts.nbytes * num_in_host // self.experts.number
+        """Bytes of host memory that a GPU needs: blobs and staging, and tables read by row."""
+        blob_bytes = self.streamed_bytes - self.disk_bytes
+        if self.experts is not None:
+            num_in_host = self.experts.number - len(self.experts.on_disk)
+            blob_bytes += self.experts.nbytes * num_in_host // self.experts.number
+        return blob_bytes + self.staging_bytes + self.host_table_bytes
 
     @property
     def disk_places(self) -> tuple[int, ...]:
@@ -219,6 +237,8 @@ class Plan:
         if self.streamed:
             yield _line("two slots", self.slot_bytes)
         yield _line("reserved", self.reserved_bytes, self._reserved_for())
+        if self.tables:
+            yield _line("by row", self.table_bytes, f"on the host: {', '.join(self.tables)}")
         if self.unreserved is not None:
             yield self.context_line
         if self.experts is not None:
@@ -259,7 +279,8 @@ class Plan:
         """Where streamed blocks are kept, when that is not host memory for all."""
         num_in_host, stage = len(self.streamed) - len(self.on_disk), self.staging_bytes // 2
         beside = f"and two staging buffers of {format_bytes(stage)}"
-        yield _line("in host", self.host_bytes, f"{num_in_host} streamed blocks, {beside}")
+        in_host_bytes = self.host_bytes - self.host_table_bytes
+        yield _line("in host", in_host_bytes, f"{num_in_host} streamed blocks, {beside}")
         read = f"{format_bytes(self._bytes_per_request(self.on_disk))} read per request"
         yield _line("on disk", self.disk_bytes, f"{len(self.on_disk)} streamed blocks, {read}")
 
@@ -316,6 +337,8 @@ def plan(
     outside_bytes: int = 0,
     reserved_bytes: int = 0,
     host_bytes: int | None = None,
+    table_bytes: int = 0,
+    tables: Sequence[str] = (),
     remedies: Callable[[], Sequence[Remedy]] = tuple,
     pool_bytes: int = 0,
 ) -> Plan:
@@ -326,6 +349,8 @@ def plan(
     what is not named has 128.
     outside_bytes: what stays in any case.   reserved_bytes: what the plan has to leave free.
     host_bytes: of host memory for streamed blobs; the rest are kept in a file. None: all have room.
+    table_bytes: of tables that are read by row, beside the blocks and outside_bytes; they are kept
+    in host memory, unless everything fits.   tables: their names.
 
     If not all fits, two slots of the largest streamed blob are counted. More budget never streams
     more. The cost is the least possible where the counts of each kind (a kind: bytes and uses) have
@@ -342,12 +367,18 @@ def plan(
     blocks = tuple(blocks)
     _check_blocks(blocks)
     _check_bytes(budget=budget, outside_bytes=outside_bytes, reserved_bytes=reserved_bytes)
-    _check_bytes(host_bytes=host_bytes or 0)
+    _check_bytes(host_bytes=host_bytes or 0, table_bytes=table_bytes)
     uses_by_block = _uses_of(blocks, uses or {})
     capacity = budget - outside_bytes - reserved_bytes - pool_bytes
     _check_room(blocks, budget, outside_bytes, reserved_bytes, pool_bytes, remedies)
-    is_all = sum(block.nbytes for block in blocks) <= capacity
-    streamed = set() if is_all else _choose(blocks, uses_by_block, capacity)
+    block_bytes = sum(block.nbytes for block in blocks)
+    streamed = set() if block_bytes <= capacity else _choose(blocks, uses_by_block, capacity)
+    is_all = block_bytes + table_bytes <= capacity and not pool_bytes
+    on_host = () if is_all else tuple(tables)
+    if not on_host:
+        outside_bytes += table_bytes
+    elif host_bytes is not None:
+        host_bytes = max(0, host_bytes - table_bytes)
     stay = [block for index, block in enumerate(blocks) if index not in streamed]
     move = [block for index, block in enumerate(blocks) if index in streamed]
     return Plan(
@@ -361,6 +392,8 @@ def plan(
         reserved_bytes=reserved_bytes,
         budget=budget,
         on_disk=_on_disk(tuple(move), uses_by_block, host_bytes, remedies),
+        tables=on_host,
+        table_bytes=table_bytes,
     )
 
 
@@ -425,7 +458,7 @@ def least_budget(whole: Plan) -> int:
     pool_bytes = 0
     if whole.experts is not None:
         pool_bytes = min(LEAST_SLOTS, whole.experts.number) * whole.experts.slot_bytes
-    return whole.outside_bytes + whole.reserved_bytes + least_bytes(whole.blocks) + pool_bytes
+    return whole.fixed_bytes + least_bytes(whole.blocks) + pool_bytes
 
 
 def least_bytes(blocks: Sequence[Block]) -> int:

@@ -253,7 +253,8 @@ def predict(
             "give the bytes a second that the disk reads"
         )
     blocks = _used_most(plan) if lists is None else _blocks_of(plan, lists)
-    outside_bytes = plan.outside_bytes if lists is None else 0
+    # Of tables a token reads rows alone.
+    outside_bytes = plan.fixed_bytes - plan.reserved_bytes if lists is None else 0
     rows = rows or Rows(1, {}, math.inf)
     memory_s = [block.nbytes / memory_bytes_per_s for block in blocks]
     arithmetic_s = [rows.arithmetic_s(block.name) for block in blocks]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -66,6 +67,10 @@ class Contents:
     def layout(self, block: str) -> Layout:
         """That of a block, or "" for what lies outside all of them."""
         return self.blobs.blocks[block] if block else self.blobs.outside
+
+    def of_tables(self) -> Contents:
+        """The same, with the tables that are read by row as what lies outside all blocks."""
+        return replace(self, blobs=replace(self.blobs, outside=self.blobs.of_tables), _lying={})
 
 
 def read_block(contents: Contents, block: str, blob: torch.Tensor) -> None:
@@ -130,6 +135,22 @@ def streamable_run(contents: Contents, block: str) -> InFile | None:
             for _, tensor in pieces(stored):
                 _check_taken(contents, block, name, stored, tensor)
     return run
+
+
+def table_in(
+    contents: Contents, name: str, hold: Callable[..., torch.Tensor], is_mapped: bool
+) -> torch.Tensor:
+    """A table that is read by row: mapped, where it lies in a file as it is to be.
+
+    hold: makes one of its shape, dtype and rows (see Backend).   is_mapped: whether it may be left
+    in its file.   Raises CheckpointError.
+    """
+    stored, dtype = contents.tensors[name], contents.blobs.of_tables.specs[name].dtype
+    checked = (_check_finite(rows, stored).to(dtype) for _, rows in pieces(stored))
+    if is_mapped and _is_mapped_as(stored, dtype):
+        deque(checked, maxlen=0)
+        return stored.read()
+    return hold(stored.shape, dtype, checked)
 
 
 def tensors_of_block(contents: Contents, block: str, filled: Iterable[int] = ()) -> Iterator[Chunk]:

@@ -20,7 +20,13 @@ from bminf.offload.blob import Blobs
 from bminf.offload.hooks import ATTRIBUTE, Scheduler
 from bminf.offload.placement import load
 from bminf.offload.plan import Block, Plan, plan
-from bminf.offload.reading import Contents, read_block, read_expert, streamable_run
+from bminf.offload.reading import (
+    Contents,
+    read_block,
+    read_expert,
+    streamable_run,
+    table_in,
+)
 
 
 def plan_on(
@@ -42,6 +48,8 @@ def plan_on(
         budget,
         uses,
         outside_bytes=allocated(blobs.outside.nbytes) + unregistered_bytes,
+        table_bytes=allocated(blobs.of_tables.nbytes),
+        tables=[table.names[0] for table in blobs.tables],
         **more,
     )
 
@@ -73,7 +81,7 @@ def start(
             )
         model.__dict__[ATTRIBUTE] = scheduler
         place()
-        if the_plan.is_streaming:
+        if the_plan.is_streaming or the_plan.tables:
             scheduler.install(model)
     except BaseException:
         undo()
@@ -103,10 +111,17 @@ def start_from_files(
     be read.
     """
 
+    def hold_table(name: str) -> torch.Tensor:
+        hold = partial(scheduler.backend.hold, offload_dir=offload_dir)
+        return table_in(contents, name, hold, is_mapped=offload_dir is None)
+
     def read() -> None:
         with torch.device("cpu"):  # where files are read to, whatever the caller's default is
-            by_block, by_expert = partial(read_block, contents), partial(read_expert, contents)
-            load(contents.network, contents.blobs, scheduler, by_block, by_expert)
+            load(
+                contents.network, contents.blobs, scheduler, partial(read_block, contents),
+                partial(read_expert, contents), partial(read_block, contents.of_tables(), ""),
+                hold_table,
+            )  # fmt: skip
         also_read()
 
     # Whoever names a folder wants them there.

@@ -227,12 +227,13 @@ class Originals:
             if not (storage.device.type == "cpu" and is_mapped(storage.data_ptr()))
         }
 
-    def held_bytes(self, model: torch.nn.Module) -> int:
-        """Bytes that are still referenced, other than by `model` itself."""
-        left = self._left(model)
+    def held_bytes(self, model: torch.nn.Module, kept: Iterable[torch.Tensor] = ()) -> int:
+        """Bytes that are still referenced, other than by `model` itself, or as one of `kept`."""
+        own = {tensor.untyped_storage()._cdata for tensor in kept}
+        left = self._left(model) - own
         if left:
             gc.collect()  # modules that were exchanged may be part of a cycle
-            left = self._left(model)
+            left = self._left(model) - own
         held = _in_containers(left) if left else set()
         return sum(self._storages[key][1] for key in held)
 
@@ -255,10 +256,17 @@ def _in_containers(storages: set[int]) -> set[int]:
 
 
 def warn_of_held(
-    originals: Originals, model: torch.nn.Module, on_device: bool, stacklevel: int
+    originals: Originals,
+    model: torch.nn.Module,
+    kept: Iterable[torch.Tensor],
+    on_device: bool,
+    stacklevel: int,
 ) -> None:
-    """One warning with the bytes, where they matter. on_device: the limit is of that memory."""
-    nbytes = originals.held_bytes(model)
+    """One warning with the bytes, where they matter. kept: what was meant to stay.
+
+    on_device: the limit is of that memory.
+    """
+    nbytes = originals.held_bytes(model, kept)
     if nbytes >= _WARN_BYTES:
         beside = (
             "they count beside the limit" if on_device else "they take memory beside the copies"

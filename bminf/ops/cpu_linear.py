@@ -6,6 +6,9 @@ go by torch's product of integers where that is faster still. What the kernels w
 floats they unpack, some rows of the weight at a time, for torch to multiply in float32 while they
 are in the cache.
 
+Where tokens are to be rounded to 8 bits the kernels do that, too, and give all bits that torch's
+operations give; these serve for more rows where they are fast.
+
 Where the kernels are not compiled, and for what is no plain tensor in memory (traced, fake, wrapped
 by functorch, a subclass), the fastest operation of torch that is right is taken. Where the CPU has
 AVX-512, 8-bit codes are multiplied as integers, several times faster than in float32 even in large
@@ -46,6 +49,9 @@ from bminf.tracing import is_watched
 MAX_DIGIT_COLUMNS = (2**31 - 1) // (255 * 128)
 """Of products of codes with digits, 0 to 255 or -128 to 127: their sums are sure to fit 32 bits."""
 
+FINEST_BITS = 16
+"""Of activations in the kernels that are not asked for fewer."""
+
 _SLICE_BYTES = 2**20  # codes that stay in the second-level cache between two products
 _ROWS_IN_CACHE = 128
 _SLICE_ELEMENTS = 2**18  # float32 weights that do
@@ -55,19 +61,52 @@ _TINY = 1e-30  # in place of a maximum of 0, whose reciprocal would be infinite
 
 
 def few_rows_linear(
-    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None
+    x: torch.Tensor,
+    weight: PackedWeight,
+    bias: torch.Tensor | None,
+    activation_bits: int = FINEST_BITS,
 ) -> torch.Tensor | None:
     """x W^T + bias by the kernels, for 1 to 16 rows in all; None for whatever they do not take.
 
     This is the only check between a layer and its product, so it takes nothing for granted but that
     the parts of the weight match.   x: (..., K) float32, float16 or bfloat16.   bias: (N,) or None.
+    activation_bits: 8 rounds each token first, as w8a8_linear.
     Returns (..., N) in the dtype of x.
     """
     found = _kernels_for(x, weight, bias)
     if found is None or x.numel() > MAX_ROWS * weight.in_features:
         return None
+    if activation_bits == 8 and not _fits_bytes(weight):
+        return None
     y = x.new_empty((*x.shape[:-1], weight.qweight.shape[0]))
-    found.multiply(_product(x, weight, bias, y, x.numel() // weight.in_features))
+    num_rows = x.numel() // weight.in_features
+    found.multiply(_product(x, weight, bias, y, num_rows, activation_bits=activation_bits))
+    return y
+
+
+def few_rows_gated(
+    x: torch.Tensor,
+    gate: PackedWeight,
+    up: PackedWeight,
+    activation: int,
+    gate_bias: torch.Tensor | None,
+    up_bias: torch.Tensor | None,
+) -> torch.Tensor | None:
+    """activation(x W_gate^T + gate_bias) * (x W_up^T + up_bias), as few_rows_linear.
+
+    gate, up: of one format.   activation: its place in ACTIVATION_FUNCTIONS.
+    """
+    found = _kernels_for(x, gate, gate_bias)
+    if found is None or x.numel() > MAX_ROWS * gate.in_features or not _is_plain(up.qweight):
+        return None
+    if up.qweight.shape != gate.qweight.shape or up.in_features != gate.in_features:
+        return None
+    if not (up_bias is None or _is_bias_of(up_bias, x, up)):
+        return None
+    y = x.new_empty((*x.shape[:-1], gate.qweight.shape[0]))
+    num_rows = x.numel() // gate.in_features
+    first = _product(x, gate, gate_bias, y, num_rows)
+    found.multiply_gated(first, _product(x, up, up_bias, y, num_rows), activation)
     return y
 
 
@@ -75,7 +114,7 @@ def _kernels_for(
     x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None
 ) -> Kernels | None:
     """The kernels, where they can compute the whole of x W^T + bias and nothing would be missed."""
-    if torch.compiler.is_compiling() or is_watched():
+    if torch.compiler.is_compiling() or is_watched() or kernels() is None:
         return None
     if not (_is_plain(x) and _is_plain(weight.qweight)):
         return None
@@ -120,6 +159,7 @@ def _product(
     y: torch.Tensor,
     num_rows: int,
     float_elements: int = _FLOAT_ELEMENTS,
+    activation_bits: int = FINEST_BITS,
 ) -> bytes:
     """The PRODUCT of these tensors, which the caller keeps."""
     codes, scale, minimum, columns, group_size, _, row_scale = weight
@@ -142,6 +182,7 @@ def _product(
         ELEMENTS[y.dtype],
         torch.get_num_threads(),
         float_elements,
+        activation_bits,
     )
 
 
@@ -192,13 +233,26 @@ def _is_left_to_torch(weight: PackedWeight) -> bool:
     return weight.bits == 8 and weight.group_size is None and _has_integer_product(weight)
 
 
+def _fits_bytes(weight: PackedWeight) -> bool:
+    """Whether the kernels multiply it with tokens of 8 bits."""
+    has_row_scales = weight.bits == 8 and weight.group_size is None
+    return has_row_scales and weight.in_features <= MAX_DIGIT_COLUMNS
+
+
 def _product_of_all(
-    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, found: Kernels
+    x: torch.Tensor,
+    weight: PackedWeight,
+    bias: torch.Tensor | None,
+    found: Kernels,
+    activation_bits: int = FINEST_BITS,
 ) -> torch.Tensor:
     y = x.new_empty((x.shape[0], weight.out_features))
     for start in range(0, x.shape[0], MAX_ROWS):
         rows = slice(start, start + MAX_ROWS)
-        found.multiply(_product(x[rows], weight, bias, y[rows], len(x[rows])))
+        part, number = y[rows], len(x[rows])
+        found.multiply(
+            _product(x[rows], weight, bias, part, number, activation_bits=activation_bits)
+        )
     return y
 
 
@@ -226,6 +280,19 @@ def weight_only_product(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
     for rows, part in zip(x.split(_ROWS_IN_CACHE), y.split(_ROWS_IN_CACHE), strict=True):
         part.copy_(_rows_as_digits(rows, weight))
     return y
+
+
+def w8a8_linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+    """x W^T + bias with each token rounded to 8 bits, as weight_only_linear.
+
+    Up to 16 rows, and any number where torch has no fast product of integers, by the kernels.
+    """
+    x = (x.detach() if x.requires_grad else x).contiguous()
+    found = _kernels_for(x, weight, bias) if _fits_bytes(weight) else None
+    if found is not None and (len(x) <= MAX_ROWS or not _has_integer_product(weight)):
+        return _product_of_all(x, weight, bias, found, activation_bits=8)
+    y = w8a8_product(x, weight)
+    return (y if bias is None else y.add_(bias)).to(x.dtype)
 
 
 def w8a8_product(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:

@@ -1,7 +1,8 @@
 """The first half of a gated feed-forward: activation(x W_gate^T) * (x W_up^T).
 
 For few rows one kernel reads both weights once and writes the product; otherwise two linears.
-Kernel: kernels/linear_few_rows.cu with GATED.   Source: Shazeer 2020, arXiv:2002.05202.
+Kernels: kernels/linear_few_rows.cu with GATED, kernels/cpu/gated.h.
+Source: Shazeer 2020, arXiv:2002.05202.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 
 from bminf.cuda.launcher import Launcher, launcher_for
 from bminf.errors import ArgumentError
+from bminf.ops.cpu_linear import few_rows_gated
 from bminf.ops.linear import linear
 from bminf.ops.linear_weight_only import (
     MAX_FEW_ROWS,
@@ -28,7 +30,7 @@ ACTIVATION_FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu": F.gelu,
     "silu": F.silu,
 }
-"""In the order of `activate` in kernels/common.cuh."""
+"""In the order of `activate` in kernels/common.cuh and `gate` in kernels/cpu/gated.h."""
 _INDICES = {name: index for index, name in enumerate(ACTIVATION_FUNCTIONS)}
 
 
@@ -73,10 +75,14 @@ def gated_linear_of_checked(
     """As gated_linear, for weights that are known to be alike and their parts to match, and an
     activation that is known, as in a layer of ours."""
     launcher = launcher_for(x.device)
+    index = _INDICES[activation]
+    if launcher is None:
+        few = few_rows_gated(x, gate, up, index, gate_bias, up_bias)
+        if few is not None:
+            return few
     if launcher is None or not _is_fused(launcher, x, gate):
         function = ACTIVATION_FUNCTIONS[activation]
         return function(linear(x, gate, gate_bias)) * linear(x, up, up_bias)
-    index = _INDICES[activation]
     if can_be_launched(x, gate, gate_bias) and can_be_launched(x, up, up_bias):
         return launch_few_rows(launcher, x, gate, gate_bias, up, up_bias, index)
     check_codes("gate", gate.qweight)

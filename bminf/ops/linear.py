@@ -10,7 +10,7 @@ import torch.fx
 
 from bminf.cuda.launcher import Launcher, launcher_for
 from bminf.errors import ArgumentError, UnsupportedModelError
-from bminf.ops.cpu_linear import few_rows_linear, row_bytes_of_many
+from bminf.ops.cpu_linear import FINEST_BITS, few_rows_linear, row_bytes_of_many
 from bminf.ops.dequantize import dequantize_weight
 from bminf.ops.linear_w8a8 import MAX_CODE_COLUMNS, check_columns, linear_w8a8
 from bminf.ops.linear_weight_only import MAX_FEW_ROWS, few_rows_launched, linear_weight_only
@@ -46,13 +46,13 @@ def linear_of_checked(
     x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, activations: str
 ) -> torch.Tensor:
     """As linear, for a weight whose parts are known to match, as in a layer of ours."""
-    is_float = activations == "auto" or activations == "float"  # for so few rows
-    if is_float and not torch.compiler.is_compiling():
-        launcher = launcher_for(x.device)
+    is_run = isinstance(x, torch.Tensor) and not torch.compiler.is_compiling()
+    if is_run and activations in ACTIVATIONS:
+        launcher, is_int8 = launcher_for(x.device), activations == "int8"
         if launcher is None:
-            few = few_rows_linear(x, weight, bias)
-        else:
-            few = few_rows_launched(launcher, x, weight, bias)
+            few = few_rows_linear(x, weight, bias, 8 if is_int8 else FINEST_BITS)
+        else:  # in "auto" as in "float", for so few rows
+            few = None if is_int8 else few_rows_launched(launcher, x, weight, bias)
         if few is not None:
             return few
     if not _is_recorded(x):
@@ -155,7 +155,20 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     qweight, scale, minimum, row_scale = ctx.saved_tensors
     in_features, group_size = ctx.sizes
     weight = PackedWeight(qweight, scale, minimum, in_features, group_size, row_scale=row_scale)
-    return grad @ dequantize_weight(weight, grad.dtype), *[None] * 9
+    return _gradient_of_input(grad, weight), *[None] * 9
+
+
+def _gradient_of_input(grad: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
+    """grad W; of an output head, which is no smaller when it is dequantized than it was, some rows
+    of W at a time, summed in float32."""
+    num_rows = max(1, _SLICE_BYTES // max(1, weight.in_features * grad.itemsize))
+    if num_rows >= weight.out_features:
+        return grad @ dequantize_weight(weight, grad.dtype)
+    total = grad.new_zeros((*grad.shape[:-1], weight.in_features), dtype=torch.float32)
+    for start in range(0, weight.out_features, num_rows):
+        rows = slice(start, start + num_rows)
+        total += grad[..., rows] @ dequantize_weight(weight.rows(rows), grad.dtype)
+    return total.to(grad.dtype)
 
 
 _traced_linear.register_fake(_shape_only)

@@ -3,7 +3,8 @@
 On a GPU the activations are rounded by a kernel; then either torch's integer product and a kernel
 for the scales, or a kernel that does both, whichever is the faster one on the device.
 Kernels: kernels/quantize_rows.cu, kernels/gemm_w8a8_dp4a.cu, kernels/gemm_w8a8_tensor_core.cu,
-kernels/scale_int32.cu.   Source: Dettmers et al. 2022, arXiv:2208.07339, section 2.
+kernels/scale_int32.cu; on a CPU kernels/cpu/bytes.h.
+Source: Dettmers et al. 2022, arXiv:2208.07339, section 2.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import torch.nn.functional as F
 from bminf.cuda.launcher import Launcher
 from bminf.cuda.source import Grid, Kernel
 from bminf.errors import ArgumentError
-from bminf.ops.cpu_linear import w8a8_product
+from bminf.ops.cpu_linear import w8a8_linear
+from bminf.ops.dequantize import row_grid
 from bminf.ops.quantize_rows import quantize_rows
 from bminf.ops.rows import ELEMENTS, check_codes
 from bminf.quantization.packed import PackedWeight
@@ -26,6 +28,7 @@ MAX_CODE_COLUMNS = (2**31 - 1) // 127**2
 """Of products of codes with codes, -127 to 127: their sums are sure to fit 32 bits."""
 
 _DP4A_TILE = 64
+_SCALE_THREADS = 256
 _MAX_GRID_ROWS = 65535  # tiles along M in one launch
 
 
@@ -39,8 +42,7 @@ def linear_w8a8(
     The arguments are taken to be right and not empty; bminf.ops.linear sees to that.
     """
     if launcher is None:
-        y = w8a8_product(x, weight)  # in torch, on the CPU
-        return (y if bias is None else y.add_(bias)).to(x.dtype)
+        return w8a8_linear(x, weight, bias)
     codes, x_scale = quantize_rows(x)
     check_codes("qweight", weight.qweight)
     is_library = is_library_faster(launcher.capability, codes.shape[0])
@@ -78,9 +80,9 @@ def library_product(
     y = torch.empty((num_rows, weight.out_features), dtype=dtype, device=codes.device)
     launcher.launch(
         scale_int32_kernel(dtype),
-        (-(-y.numel() // 256), 1, 1),
-        (256, 1, 1),
-        [sums, x_scale, weight.scale, bias, y, *y.shape, sums.shape[1]],
+        row_grid(num_rows, weight.out_features, _SCALE_THREADS),
+        (_SCALE_THREADS, 1, 1),
+        [sums, x_scale, weight.scale, bias, y, weight.out_features, sums.shape[1]],
     )
     return y
 

@@ -1,6 +1,6 @@
 """A linear with packed weights and float activations: y = x W^T + bias (W8A16, W4A16).
 
-On a GPU: for few rows a kernel that reads the codes once, and tensor cores from 4 to 128 rows where
+On a GPU: for few rows a kernel that reads the codes once, and tensor cores from 3 to 64 rows where
 there are some; above, the weight is dequantized, slice by slice, for the library's product.
 Kernels: kernels/linear_few_rows.cu, kernels/linear_tensor_core.cu, kernels/dequantize.cu.
 """
@@ -33,13 +33,18 @@ from bminf.quantization.packed import CHUNK_BYTES, PackedWeight
 from bminf.tracing import is_watched
 
 MAX_FEW_ROWS = 16
-MIN_TENSOR_CORE_ROWS = 4
-"""By count of instructions, not measured yet: with 4 rows the other kernel needs 7 to 8 for a
-weight, more than an H200 issues while its memory brings the next one; this one needs 4 to 5."""
-MAX_TENSOR_CORE_ROWS = 128
+MIN_TENSOR_CORE_ROWS = 3
+"""By count of instructions (tools.instructions), never measured: with one row and two the other
+kernel needs 3.6 to 5.5 for a weight, which an H100 issues while its memory brings the next one, and
+computes both halves of a gated feed-forward in one launch; with three and four 7.6 to 8.2, this
+one, with up to eight, 1.7 to 3.8."""
+MAX_TENSOR_CORE_ROWS = 64
+"""By count of bytes, never measured: 16 rows of the weight share the activations, so that 64 rows
+of these bring 8 bytes from the cache for a weight, 128 twice as many; dequantizing it first
+writes and reads 2 from memory and leaves the activations to the library."""
 
 _FEW_ROWS_THREADS = 128
-_TENSOR_CORE_THREADS = 128
+_BLOCKS_OF_PROCESSOR = 4  # at least, of the kernel for tensor cores
 _SLICE_ELEMENTS = 2**26  # of a dequantized weight at a time: 128 MiB in 16 bits
 
 
@@ -134,7 +139,7 @@ def few_rows_kernel(
 ) -> Kernel:
     """The kernel for `num_rows` rows of activations and a weight of this kind."""
     rows_of_x = rows_of_x_for(dtype, num_rows)
-    if is_gated and span_of(weight) == 0:
+    if is_gated and (span_of(weight) == 0 or weight.form.has_minimum):
         rows_of_x = min(rows_of_x, 8)  # more would not fit the registers
     return Kernel(
         "linear_few_rows.cu",
@@ -156,10 +161,10 @@ def rows_of_x_for(dtype: torch.dtype, num_rows: int) -> int:
 
 def span_of(weight: PackedWeight) -> int:
     """Columns that surely share a scale, counted from multiples of themselves: those of 16 bytes of
-    codes, or 16; 0 where groups begin anywhere."""
-    columns = 8 * CHUNK_BYTES // weight.bits
+    codes, or 16; 0 where groups begin anywhere, -1 where a row has one scale."""
     if weight.num_groups == 1:
-        return columns
+        return -1
+    columns = 8 * CHUNK_BYTES // weight.bits
     assert weight.group_size is not None
     return next((span for span in (columns, 16) if weight.group_size % span == 0), 0)
 
@@ -229,15 +234,26 @@ def _sizes_of(weight: PackedWeight) -> tuple[Any, ...]:
 # ---- tensor cores --------------------------------------------------------------------------------
 
 
-def tensor_core_kernel(dtype: torch.dtype, weight: PackedWeight, num_rows: int) -> Kernel:
-    """The kernel that takes the rows of activations in as few tiles of 8 to 64 as they fill."""
+def tensor_core_kernel(
+    dtype: torch.dtype, weight: PackedWeight, num_rows: int, num_processors: int
+) -> Kernel:
+    """The kernel that takes the rows of activations in as few tiles of 8 to 64 as they fill.
+
+    num_processors: of the device. Where 32 rows of the weight a block would be fewer blocks than
+    four for each, a block takes 16 with twice the warps, which share out the columns: so that
+    enough of the weight is on its way at once.
+    """
     tiles = min(8, 1 << (-(-num_rows // 8) - 1).bit_length())
-    # Fewer rows of the weight where more sums of activations are in registers; and for one tile of
-    # groups that begin anywhere, of which NVRTC 12.9 would spill some for sm_86 and sm_89.
-    is_narrow = tiles == 8 or (tiles == 1 and span_of(weight) == 0)
-    macros = (("X_TILES", tiles), ("W_TILES", 1 if is_narrow else 2))
+    is_narrow = weight.out_features < 32 * _BLOCKS_OF_PROCESSOR * num_processors
+    # Fewer rows of the weight where more sums are in registers, and where groups begin anywhere.
+    has_few_rows = is_narrow or tiles == 8 or span_of(weight) == 0
+    macros = {
+        "X_TILES": tiles, "W_TILES": 1 if has_few_rows else 2, "WARPS": 8 if is_narrow else 4,
+    }  # fmt: skip
     return Kernel(
-        "linear_tensor_core.cu", "linear_tensor_core", (*_weight_macros(dtype, weight), *macros)
+        "linear_tensor_core.cu",
+        "linear_tensor_core",
+        (*_weight_macros(dtype, weight), *macros.items()),
     )
 
 
@@ -246,22 +262,23 @@ def launch_tensor_cores(
 ) -> torch.Tensor:
     """One product.   x: as kernel_rows() gives it, with any number of axes.   Returns (..., N)."""
     y = x.new_empty((*x.shape[:-1], weight.qweight.shape[0]))
-    plan = tensor_core_plan(x, weight)
+    plan = tensor_core_plan(x, weight, launcher.num_processors)
     tensors = x, *weight_arguments(weight), bias, y
     launcher.run(plan, tensors)
     return y
 
 
-def tensor_core_plan(x: torch.Tensor, weight: PackedWeight) -> LaunchPlan:
+def tensor_core_plan(x: torch.Tensor, weight: PackedWeight, num_processors: int) -> LaunchPlan:
     """As few_rows_plan."""
-    key = (x.numel(), x.shape[-1], x.dtype, *_sizes_of(weight))
+    key = (x.numel(), x.shape[-1], x.dtype, num_processors, *_sizes_of(weight))
     plan = _tensor_core_plans.get(key)
     if plan is None:
         num_rows, num_columns = x.numel() // x.shape[-1], x.shape[-1]
-        kernel = tensor_core_kernel(x.dtype, weight, num_rows)
+        kernel = tensor_core_kernel(x.dtype, weight, num_rows, num_processors)
         grid = tensor_core_grid(kernel, num_rows, weight.out_features)
         numbers = num_rows, weight.out_features, num_columns, *group_arguments(weight)
-        plan = LaunchPlan(kernel, grid, (_TENSOR_CORE_THREADS, 1, 1), numbers)
+        threads = 32 * int(dict(kernel.macros)["WARPS"])
+        plan = LaunchPlan(kernel, grid, (threads, 1, 1), numbers)
         _tensor_core_plans[key] = plan
     return plan
 

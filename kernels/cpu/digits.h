@@ -21,7 +21,6 @@ constexpr u32 TINY = 0x0DA24260;  // 1e-30: its reciprocal is a number
 // The largest of a row is from 1e-20, beside which TINY is nothing, to 1e30: times codes and scales
 // that are integers it is a number. Other rows, and those with infinities or NaN, stay floats.
 constexpr u32 LEAST = 0x1E3CE508, MOST = 0x7149F2CA;
-constexpr float ROUNDING = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to an integer
 
 template <int BITS, int STEP>
 struct Layout {

@@ -45,10 +45,6 @@ constexpr int step_of(int bits, Scale scale) { return scale != OF_ROW ? 1 : bits
 
 // ---- preparing x ---------------------------------------------------------------------------------
 
-constexpr i64 ALIGNMENT = 64;
-
-inline i64 aligned(i64 bytes) { return (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT; }
-
 struct Sizes {
     i64 num_steps, floats, digits, sums, first_groups, lane_groups;  // bytes, of one row for x
 };
@@ -70,20 +66,10 @@ inline Sizes sizes_of(const Product& p) {
 }
 
 inline i64 workspace_bytes(const Product& p) {
+    if (p.activation_bits == 8) return bytes_of_rounded(p);
     const Sizes sizes = sizes_of(p);
     const i64 of_row = sizes.floats + sizes.digits + sizes.sums;
     return aligned(sizeof(Prepared)) + p.num_rows * of_row + sizes.first_groups + sizes.lane_groups;
-}
-
-TARGET const float* as_floats_of(const Product& p, i64 row, float* space) {
-    const i64 start = row * p.in_features;
-    if (p.element == FLOAT) return static_cast<const float*>(p.x) + start;
-    const u16* x = static_cast<const u16*>(p.x) + start;
-    if (p.element == HALF)
-        for (i64 i = 0; i < p.in_features; ++i) space[i] = half_to_float(x[i]);
-    else
-        for (i64 i = 0; i < p.in_features; ++i) space[i] = bfloat16_to_float(x[i]);
-    return space;
 }
 
 TARGET bool write_digits(const Product& p, const float* x, u8* digits) {
@@ -144,6 +130,7 @@ TARGET void write_lane_groups(
 }
 
 TARGET void prepare(const Product& p, u8* workspace) {
+    if (p.activation_bits == 8) return round_rows(p, workspace);
     const Sizes sizes = sizes_of(p);
     Prepared& x = *reinterpret_cast<Prepared*>(workspace);
     u8* place = workspace + aligned(sizeof(Prepared));
@@ -176,22 +163,8 @@ TARGET void prepare(const Product& p, u8* workspace) {
 
 // ---- multiplying ---------------------------------------------------------------------------------
 
-constexpr i64 BLOCK_ROWS = 4;   // of W: they stay in the nearest cache for further rows of x
-constexpr i64 AHEAD = 4096;     // bytes of codes that are asked for before they are needed
-constexpr i64 SCALES_AHEAD = 2048;
-constexpr i64 LINE = 64;
 
 constexpr i64 bytes_of(Scale scale) { return scale == REAL ? 4 : scale == HALVES ? 2 : 1; }
-
-// Beyond the end of a tensor, too: it reads nothing there.
-INLINE void ask_for(const u8* start, i64 bytes) {
-    for (i64 i = 0; i < bytes; i += LINE) __builtin_prefetch(start + i);
-}
-
-INLINE void write_result(const Product& p, i64 n, i64 m, float value) {
-    if (p.bias) value += load(p.bias, p.element, n);
-    store(p.y, p.element, m * p.out_features + n, value);
-}
 
 template <Scale SCALE>
 INLINE Floats scales_of(const void* scale, i64 first, i64 count) {
@@ -227,6 +200,7 @@ struct Tile {
     typedef Layout<BITS, STEP> L;
 
     const Product& p;
+    const Result& y;
     const Prepared& x;
     i64 rows[W_ROWS];
     const u8* codes[W_ROWS];
@@ -236,8 +210,9 @@ struct Tile {
     INLINE void ask_for_scales() {
         if constexpr (SCALE != OF_ROW) {
             const i64 of_row = p.num_groups * bytes_of(SCALE), start = rows[0] * of_row + SCALES_AHEAD;
-            ask_for(static_cast<const u8*>(p.scale) + start, W_ROWS * of_row);
-            if constexpr (!SIGNED) ask_for(static_cast<const u8*>(p.minimum) + start, W_ROWS * of_row);
+            ask_for_stream(static_cast<const u8*>(p.scale) + start, W_ROWS * of_row);
+            if constexpr (!SIGNED)
+                ask_for_stream(static_cast<const u8*>(p.minimum) + start, W_ROWS * of_row);
         }
     }
 
@@ -245,10 +220,8 @@ struct Tile {
     template <bool IS_WHOLE, bool IS_ASKING>
     INLINE void add(i64 step) {
         const i64 offset = step * L::BYTES_OF_STEP, start = step * STEP * BYTES;
-        // Of one stream, or of the next block, whose rows are as far from each other as these.
-        const i64 ahead = X_ROWS == 1 ? AHEAD : BLOCK_ROWS * p.row_bytes;
         for (int r = 0; r < W_ROWS; ++r) {
-            if (IS_ASKING) ask_for(codes[r] + start + ahead, STEP * BYTES);
+            if (IS_ASKING) ask_beyond<X_ROWS>(codes[r] + start, p.row_bytes, STEP * BYTES);
             Ints products[X_ROWS];
             for (int m = 0; m < X_ROWS; ++m) products[m] = no_ints();
             add_step<BITS, SIGNED, STEP, X_ROWS, IS_WHOLE>(
@@ -296,7 +269,7 @@ struct Tile {
                 if constexpr (!SIGNED)
                     value += of_minima(r, x.group_sums[first_x + m]) * minimum_step(p);
                 if constexpr (SCALE == INTEGERS) value *= p.row_scale[rows[r]];
-                write_result(p, rows[r], x.digit_rows[first_x + m], value);
+                write_result(p, y, rows[r], x.digit_rows[first_x + m], value);
             }
         }
     }
@@ -304,8 +277,9 @@ struct Tile {
 
 // Weight rows first to first + num_w, at most W_ROWS: the last stands for those that are not there.
 template <int BITS, bool SIGNED, Scale SCALE, int X_ROWS, int W_ROWS>
-TARGET void multiply_tile(const Product& p, const Prepared& x, i64 first, i64 num_w, int first_x) {
-    Tile<BITS, SIGNED, SCALE, X_ROWS, W_ROWS> tile = {p, x, {}, {}, {}, {}};
+TARGET void multiply_tile(const Product& p, const Result& y, const Prepared& x, i64 first, i64 num_w,
+                          int first_x) {
+    Tile<BITS, SIGNED, SCALE, X_ROWS, W_ROWS> tile = {p, y, x, {}, {}, {}, {}};
     for (int r = 0; r < W_ROWS; ++r) {
         tile.rows[r] = first + (r < num_w ? r : num_w - 1);
         tile.codes[r] = p.codes + tile.rows[r] * p.row_bytes;
@@ -321,29 +295,33 @@ TARGET void multiply_tile(const Product& p, const Prepared& x, i64 first, i64 nu
 }
 
 template <int BITS, bool SIGNED, Scale SCALE, int X_ROWS>
-TARGET void multiply_block(const Product& p, const Prepared& x, i64 first, i64 last, int first_x) {
+TARGET void multiply_block(const Product& p, const Result& y, const Prepared& x, i64 first, i64 last,
+                           int first_x) {
     constexpr int W_ROWS = rows_of_w(X_ROWS);
     for (i64 row = first; row < last; row += W_ROWS)
-        multiply_tile<BITS, SIGNED, SCALE, X_ROWS, W_ROWS>(p, x, row, last - row, first_x);
+        multiply_tile<BITS, SIGNED, SCALE, X_ROWS, W_ROWS>(p, y, x, row, last - row, first_x);
 }
 
 template <int BITS, bool SIGNED, Scale SCALE>
-TARGET void multiply_digits(const Product& p, const Prepared& x, i64 first, i64 last) {
+TARGET void multiply_digits(
+    const Product& p, const Result& y, const Prepared& x, i64 first, i64 last) {
     int m = 0;
-    for (; m + 4 <= x.num_digits; m += 4) multiply_block<BITS, SIGNED, SCALE, 4>(p, x, first, last, m);
-    for (; m + 2 <= x.num_digits; m += 2) multiply_block<BITS, SIGNED, SCALE, 2>(p, x, first, last, m);
-    for (; m < x.num_digits; ++m) multiply_block<BITS, SIGNED, SCALE, 1>(p, x, first, last, m);
+    for (; m + 4 <= x.num_digits; m += 4)
+        multiply_block<BITS, SIGNED, SCALE, 4>(p, y, x, first, last, m);
+    for (; m + 2 <= x.num_digits; m += 2)
+        multiply_block<BITS, SIGNED, SCALE, 2>(p, y, x, first, last, m);
+    for (; m < x.num_digits; ++m) multiply_block<BITS, SIGNED, SCALE, 1>(p, y, x, first, last, m);
 }
 
-TARGET void multiply_plain(const Product& p, const Prepared& x, i64 first, i64 last) {
+TARGET void multiply_plain(const Product& p, const Result& y, const Prepared& x, i64 first, i64 last) {
     float totals[MAX_ROWS];
     for (i64 row = first; row < last; ++row) {
         plain_products(p, row, x.plain, x.num_plain, totals);
-        for (int m = 0; m < x.num_plain; ++m) write_result(p, row, x.plain_rows[m], totals[m]);
+        for (int m = 0; m < x.num_plain; ++m) write_result(p, y, row, x.plain_rows[m], totals[m]);
     }
 }
 
-typedef void (*Multiply)(const Product&, const Prepared&, i64 first, i64 last);
+typedef void (*Multiply)(const Product&, const Result&, const Prepared&, i64 first, i64 last);
 
 inline Multiply multiply_for(const Product& p) {
     const bool has_minimum = p.minimum;
@@ -359,13 +337,14 @@ inline Multiply multiply_for(const Product& p) {
     }
 }
 
-void multiply(const Product& p, const u8* workspace, i64 first, i64 last) {
+void multiply(const Product& p, const Result& y, const u8* workspace, i64 first, i64 last) {
+    if (p.activation_bits == 8) return multiply_rounded(p, y, workspace, first, last);
     const Prepared& x = *reinterpret_cast<const Prepared*>(workspace);
     const Multiply function = multiply_for(p);
     for (i64 row = first; row < last; row += BLOCK_ROWS) {
         const i64 end = row + BLOCK_ROWS < last ? row + BLOCK_ROWS : last;
-        if (x.num_digits) function(p, x, row, end);
-        if (x.num_plain) multiply_plain(p, x, row, end);
+        if (x.num_digits) function(p, y, x, row, end);
+        if (x.num_plain) multiply_plain(p, y, x, row, end);
     }
 }
 

@@ -34,6 +34,21 @@ INLINE Ints dot(Ints sums, Ints a, Ints b) {
     return _mm256_add_epi32(sums, _mm256_madd_epi16(a, b));
 }
 
+// The sign of a code of W moves to that of x, which is not -128. Of a pair the sum is at most
+// 2 * 128 * 127: it fits 16 bits.
+constexpr i32 ADDED_TO_CODES = 0;
+INLINE Ints dot_bytes(Ints sums, Ints weights, Ints codes) {
+    const Ints sizes = _mm256_abs_epi8(weights), turned = _mm256_sign_epi8(codes, weights);
+    const Ints pairs = _mm256_maddubs_epi16(sizes, turned);
+    return _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+INLINE Ints add_ints(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
+INLINE i32 total_of_ints(Ints a) {
+    __m128i sums = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+    sums = _mm_add_epi32(sums, _mm_shuffle_epi32(sums, 0x4E));
+    return _mm_cvtsi128_si32(_mm_add_epi32(sums, _mm_shuffle_epi32(sums, 0xB1)));
+}
+
 template <int BITS, bool SIGNED, int PLANE>
 INLINE Ints plane_of(Ints codes) {
     constexpr int UP = 16 - BITS * (PLANE + 1);
@@ -82,10 +97,15 @@ INLINE Floats pick(Floats values, const i32* lanes) {
 #include "numbers.h"
 #include "unpack.h"
 #include "digits.h"
+#include "ahead.h"
+#include "byte_sums.h"
+#include "bytes.h"
 #include "few_rows.h"
+#include "gated.h"
 
 }  // namespace
 
-extern const Level LEVEL_AVX2 = {"avx2", workspace_bytes, prepare, multiply, unpack_rows};
+extern const Level LEVEL_AVX2 = {
+    "avx2", workspace_bytes, prepare, multiply, multiply_gated, unpack_rows};
 
 #endif

@@ -29,6 +29,14 @@ INLINE Ints load_some(const u8* p, i64 count) {
 
 INLINE Ints dot(Ints sums, Ints a, Ints b) { return _mm512_dpwssd_epi32(sums, a, b); }
 
+// The instruction takes codes of W without a sign: 128 is added to each.
+constexpr i32 ADDED_TO_CODES = 128;
+INLINE Ints dot_bytes(Ints sums, Ints weights, Ints codes) {
+    return _mm512_dpbusd_epi32(sums, _mm512_xor_si512(weights, _mm512_set1_epi8(-128)), codes);
+}
+INLINE Ints add_ints(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
+INLINE i32 total_of_ints(Ints a) { return _mm512_reduce_add_epi32(a); }
+
 template <int BITS, bool SIGNED, int PLANE>
 INLINE Ints plane_of(Ints codes) {
     constexpr int UP = 16 - BITS * (PLANE + 1);
@@ -63,10 +71,15 @@ INLINE Floats pick(Floats values, const i32* lanes) {
 #include "numbers.h"
 #include "unpack.h"
 #include "digits.h"
+#include "ahead.h"
+#include "byte_sums.h"
+#include "bytes.h"
 #include "few_rows.h"
+#include "gated.h"
 
 }  // namespace
 
-extern const Level LEVEL_AVX512 = {"avx512", workspace_bytes, prepare, multiply, unpack_rows};
+extern const Level LEVEL_AVX512 = {
+    "avx512", workspace_bytes, prepare, multiply, multiply_gated, unpack_rows};
 
 #endif

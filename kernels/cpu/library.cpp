@@ -46,6 +46,7 @@ bool can_run(i64 index) {
 
 struct Job {
     const Product& product;
+    const Gated* gated;  // whose gate is the product, or null
     const Level& level;
     const u8* workspace;  // null to unpack
     i64 part_rows;
@@ -55,8 +56,10 @@ void run_part(void* data, i64 index) {
     const Job& job = *static_cast<const Job*>(data);
     const i64 first = index * job.part_rows, rows = job.product.out_features;
     const i64 last = first + job.part_rows < rows ? first + job.part_rows : rows;
-    if (job.workspace) job.level.multiply(job.product, job.workspace, first, last);
-    else job.level.unpack(job.product, first, last);
+    const Product& p = job.product;
+    if (job.gated) job.level.multiply_gated(*job.gated, job.workspace, first, last);
+    else if (job.workspace) job.level.multiply(p, result_of(p), job.workspace, first, last);
+    else job.level.unpack(p, first, last);
 }
 
 i64 rows_of_part(const Product& p, i64 num_threads) {
@@ -66,15 +69,27 @@ i64 rows_of_part(const Product& p, i64 num_threads) {
     return rows < PART_ROWS ? PART_ROWS : rows / PART_ROWS * PART_ROWS;
 }
 
-void run(const Product& p, const Level& level, const u8* workspace) {
+void run(const Product& p, const Gated* gated, const Level& level, const u8* workspace) {
     const i64 work = p.out_features * p.row_bytes * (workspace ? p.num_rows : MAX_ROWS);
-    const i64 most = work / LEAST_WORK, num_threads = most < p.num_threads ? most : p.num_threads;
+    const i64 most = (gated ? 2 * work : work) / LEAST_WORK;
+    const i64 num_threads = most < p.num_threads ? most : p.num_threads;
     if (num_threads <= 1) {
-        Job job = {p, level, workspace, p.out_features};
+        Job job = {p, gated, level, workspace, p.out_features};
         return run_part(&job, 0);
     }
-    Job job = {p, level, workspace, rows_of_part(p, num_threads)};
+    Job job = {p, gated, level, workspace, rows_of_part(p, num_threads)};
     run_parts(run_part, &job, (p.out_features + job.part_rows - 1) / job.part_rows, num_threads);
+}
+
+// 0, or 1 where there is no memory.
+i64 prepare_and_run(const Product& p, const Gated* gated, const Level& level) {
+    // aligned_alloc() takes multiples of the alignment, which workspace_bytes() gives.
+    u8* workspace = static_cast<u8*>(std::aligned_alloc(64, level.workspace_bytes(p)));
+    if (!workspace) return 1;
+    level.prepare(p, workspace);
+    run(p, gated, level, workspace);
+    std::free(workspace);
+    return 0;
 }
 
 }  // namespace
@@ -94,20 +109,21 @@ EXPORT i64 bminf_cpu_can_run(i64 index) { return can_run(index); }
 // y = x W^T + bias, with M from 1 to 16 and nothing empty.
 EXPORT i64 bminf_cpu_multiply(const Product* product, i64 level_index) {
     const Level* level = level_at(level_index);
-    if (!level) return 1;
-    // aligned_alloc() takes multiples of the alignment, which workspace_bytes() gives.
-    u8* workspace = static_cast<u8*>(std::aligned_alloc(64, level->workspace_bytes(*product)));
-    if (!workspace) return 1;
-    level->prepare(*product, workspace);
-    run(*product, *level, workspace);
-    std::free(workspace);
-    return 0;
+    return level ? prepare_and_run(*product, nullptr, *level) : 1;
+}
+
+// y = activation(x Wg^T + bg) * (x Wu^T + bu), of products that are alike but for weights and bias.
+EXPORT i64 bminf_cpu_multiply_gated(
+    const Product* gate, const Product* up, i64 activation, i64 level_index) {
+    const Level* level = level_at(level_index);
+    const Gated gated = {*gate, *up, activation};
+    return level ? prepare_and_run(*gate, &gated, *level) : 1;
 }
 
 // y = W, as bminf.quantization.packed.dequantize gives it.
 EXPORT i64 bminf_cpu_unpack(const Product* product, i64 level_index) {
     const Level* level = level_at(level_index);
     if (!level) return 1;
-    run(*product, *level, nullptr);
+    run(*product, nullptr, *level, nullptr);
     return 0;
 }

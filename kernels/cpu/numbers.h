@@ -37,6 +37,8 @@ inline u16 float_to_half(float value) {
     return u16(sign | ((rest + 0xFFF + ((rest >> 13) & 1) - (112u << 23)) >> 13));
 }
 
+constexpr float ROUNDING = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to an integer
+
 inline float bfloat16_to_float(u16 value) { return float_of(u32(value) << 16); }
 
 inline u16 float_to_bfloat16(float value) {
@@ -51,6 +53,18 @@ inline float load(const void* values, i64 element, i64 i) {
     return element == HALF ? half_to_float(bits) : bfloat16_to_float(bits);
 }
 
+// Row `row` of x, which is in `space` where it is not of floats.
+TARGET const float* as_floats_of(const Product& p, i64 row, float* space) {
+    const i64 start = row * p.in_features;
+    if (p.element == FLOAT) return static_cast<const float*>(p.x) + start;
+    const u16* x = static_cast<const u16*>(p.x) + start;
+    if (p.element == HALF)
+        for (i64 i = 0; i < p.in_features; ++i) space[i] = half_to_float(x[i]);
+    else
+        for (i64 i = 0; i < p.in_features; ++i) space[i] = bfloat16_to_float(x[i]);
+    return space;
+}
+
 inline void store(void* values, i64 element, i64 i, float value) {
     if (element == FLOAT) {
         static_cast<float*>(values)[i] = value;
@@ -58,6 +72,11 @@ inline void store(void* values, i64 element, i64 i, float value) {
         const u16 bits = element == HALF ? float_to_half(value) : float_to_bfloat16(value);
         static_cast<u16*>(values)[i] = bits;
     }
+}
+
+inline void write_result(const Product& p, const Result& y, i64 n, i64 m, float value) {
+    if (p.bias) value += load(p.bias, p.element, n);
+    store(y.values, y.element, m * y.stride + n - y.first, value);
 }
 
 // weight = (code * scale + minimum) * factor.

@@ -245,8 +245,9 @@ def test_how_to_load_is_handed_on(
     generate(built_in, "now", *LOADING, code=1)
     assert given.items() >= {**common, "max_length": 99}.items() and "quantization" not in given
     assert "deterministic" not in given
-    generate(built_in, "now", "--deterministic", code=1)
-    assert given["deterministic"] is True
+    assert "fused_kernels" not in given
+    generate(built_in, "now", "--deterministic", "--no-fused-kernels", code=1)
+    assert given["deterministic"] is True and given["fused_kernels"] is False
     for name, quantization in {"none": None, "int4-row": "int4-row"}.items():
         generate(built_in, "now", "--quantization", name, code=1)
         assert given["quantization"] == quantization
@@ -336,6 +337,8 @@ def test_options_of_the_other_kind_are_told_before_weights_are_read(
         assert option in line and "--repetition-penalty" in line
     line = failed(2, pretrained, "once", "--deterministic")
     assert "--deterministic is not for" in line and "--seed" in line
+    line = failed(2, pretrained, "once", "--no-fused-kernels")
+    assert "--no-fused-kernels is not for" in line and "torch's operators in any case" in line
 
 
 def test_penalties(folder: Path, tmp_path: Path, printed: Printed) -> None:

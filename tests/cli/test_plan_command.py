@@ -14,8 +14,11 @@ from hypothesis import strategies as st
 from plan_reports import LLAMA, write_llama
 from terminal import Command
 
+import bminf
 from bminf.cli.demo import half_limit
+from bminf.cli.sources import build_on_meta
 from bminf.offload.plan import Block, least_budget, plan
+from bminf.offload.predict import predict
 
 Report = Callable[..., dict[str, Any]]
 Refused = Callable[..., str]
@@ -62,7 +65,7 @@ def test_limit_is_planned_and_timed(tmp_path: Path, report: Report) -> None:
     config = str(write_llama(tmp_path) / "config.json")
     whole = report(config)
     size = whole["blocks"][0]["bytes"]
-    limit = whole["outside_bytes"] + 4 * size
+    limit = whole["outside_bytes"] - whole["table_bytes"] + 4 * size
     speeds = ("--link", "1MB/s", "--memory-bandwidth", "1GB/s")
     shown = report(config, "--memory-limit", str(limit), *speeds)
     assert len(shown["resident"]) == 2
@@ -74,18 +77,53 @@ def test_limit_is_planned_and_timed(tmp_path: Path, report: Report) -> None:
     assert shown["link_busy"] > 0.95
 
 
+QWEN3_14B = {
+    "architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+    "bos_token_id": 151643, "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu",
+    "hidden_size": 5120, "initializer_range": 0.02, "intermediate_size": 17408,
+    "max_position_embeddings": 40960, "max_window_layers": 40, "model_type": "qwen3",
+    "num_attention_heads": 40, "num_hidden_layers": 40, "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 1000000, "sliding_window": None,
+    "tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_cache": True,
+    "use_sliding_window": False, "vocab_size": 151936,
+}  # fmt: skip
+
+
+def test_half_of_a_small_card_is_not_spent_on_tables(
+    tmp_path: Path, command: Command, report: Report
+) -> None:
+    """Qwen3-14B on 7 GB at 12 GB/s: the embedding's rows on the host, the head in 8 bits."""
+    (tmp_path / "config.json").write_text(json.dumps(QWEN3_14B))
+    arguments = (tmp_path, "--quantization", "int4", "--memory-limit", "7GB", "--link", "12GB")
+    shown = report(*arguments)
+    assert is_little_more(shown["table_bytes"], 151936 * 5120 * 2)
+    assert shown["tables_on_host"] == ["model.embed_tokens.weight"]
+    assert 1 / shown["token_s"] >= 7
+    out = command("plan", *map(str, arguments)).out
+    assert (
+        "of these read by row: 1.4 GiB" in out and "on the host: model.embed_tokens.weight" in out
+    )
+    model = build_on_meta(QWEN3_14B)
+    smallest = bminf.Format(4, group_size=32, scale_bits=8)
+    fewer = bminf.plan_for(model, smallest, "7GB", device="cuda")
+    assert 1 / predict(fewer, 12e9, 150e9).pass_s >= 9.5
+    head_bytes = 151936 * (5120 + 8)  # codes, a scale and a sum of codes a row
+    assert head_bytes <= fewer.outside_bytes <= 1.01 * head_bytes
+
+
 def test_three_tiers_are_planned_and_timed(
     tmp_path: Path, command: Command, report: Report
 ) -> None:
     folder = str(write_llama(tmp_path))
     whole = report(folder)
     size, least = whole["blocks"][0]["bytes"], str(whole["least_limit"])
-    limits = ("--memory-limit", least, "--host-memory", str(4 * size))
+    host_bytes = 4 * size + whole["table_bytes"]
+    limits = ("--memory-limit", least, "--host-memory", str(host_bytes))
     speeds = ("--link", "1GB/s", "--disk", "1MB/s")
     shown = report(folder, *limits, *speeds)
     assert len(shown["streamed"]) == 6
     assert shown["on_disk"] == [f"model.layers.{at}" for at in (0, 1, 3, 4)]
-    assert shown["disk_bytes"] == shown["host_bytes"] == 4 * size
+    assert shown["disk_bytes"] == 4 * size and shown["host_bytes"] == host_bytes
     assert shown["disk_s"] == pytest.approx(4 * size / 1e6)
     assert shown["token_s"] == pytest.approx(shown["disk_s"], rel=0.05)
     assert shown["bound"] == "disk" and shown["disk_busy"] > 0.95

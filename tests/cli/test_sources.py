@@ -22,6 +22,8 @@ from tiny_models import make
 from tiny_zoo import tiny
 
 import bminf
+from bminf.arch.registry import ARCHITECTURES
+from bminf.cli import sources
 from bminf.cli.gpus import _CARDS, card_of, speeds_of
 from bminf.errors import ArgumentError
 from bminf.models.convert import convert
@@ -357,3 +359,7 @@ def test_a_model_that_writes_no_text(tmp_path: Path, report: Report, refused: Re
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert report(tmp_path)["usual_context"] is None
     assert "--reserve 1GB" in refused(tmp_path, "--max-length", "64")
+
+
+def test_the_built_in_models_are_those_of_the_registry() -> None:
+    assert sources.BUILT_IN == tuple(architecture.name for architecture in ARCHITECTURES)

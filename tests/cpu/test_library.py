@@ -114,5 +114,9 @@ def test_a_file_that_is_no_library_is_said_to_be_none(
 
 @needs_kernels
 def test_kernels_of_another_version_are_not_called(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "PRODUCT", struct.Struct("=16q"))
-    assert "another version" in str(bminf.cpu_info().reason)
+    others = {"PRODUCT": struct.Struct("=17q"), "_ARGUMENTS": {"bminf_cpu_of_tomorrow": []}}
+    for name, other in others.items():
+        with monkeypatch.context() as patched:
+            patched.setattr(library, name, other)
+            _forget()
+            assert "another version" in str(bminf.cpu_info().reason)

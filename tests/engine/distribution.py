@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from bminf.checks import non_finite_logits
-from bminf.engine.sampling import Sampling, filtered, scores_of
+from bminf.engine.sampling import Sampling, filtered, rule_for, scores_of
 
 
 def probabilities(
@@ -16,7 +16,7 @@ def probabilities(
     At temperature 0 all is with the highest of the scores, the lowest id among equals.
     """
     sampling.check(logits.shape[1])
-    scores = scores_of(logits, counts, sampling)
+    scores = scores_of(logits, counts, rule_for(sampling, logits.device))
     is_finite = scores.amax(-1).isfinite()
     if not is_finite.all():
         raise non_finite_logits((~is_finite).nonzero().flatten().tolist())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
 from typing import Any
@@ -11,8 +12,9 @@ import torch
 from batch_sampler import Sampler
 from distribution import probabilities
 
+from bminf.engine import sampling as module
 from bminf.engine.row_sampler import log_probabilities
-from bminf.engine.sampling import Sampling, top_k_then_top_p
+from bminf.engine.sampling import Sampling, rule_for, top_k_then_top_p
 from bminf.errors import ArgumentError, UnsupportedModelError
 
 V = 40
@@ -452,3 +454,32 @@ def in_turn_by_hand(logits: list[float], top_k: int | None, top_p: float | None)
             kept[i] = float(masses[i])
         before += float(masses[i])
     return [mass / sum(kept) for mass in kept]
+
+
+# ---- what stays from token to token --------------------------------------------------------------
+
+
+def test_rows_that_sample_alike_have_one_rule_as_long_as_they_are_there() -> None:
+    banning = [Sampling(banned_ids=tuple(range(9)), seed=seed) for seed in (1, 2, None)]
+    rules = [rule_for(one, "cpu") for one in banning]
+    assert rules[0] is rules[1] is rules[2] and rules[0].sampling.seed is None
+    other = rule_for(Sampling(banned_ids=(1, 2)), "cpu")
+    assert other is not rules[0] and len({id(rule) for rule in module._rules.values()}) >= 2
+    before = len(module._rules)
+    del rules, other
+    gc.collect()
+    assert len(module._rules) == before - 2
+
+
+def test_what_is_banned_and_biased_is_sent_to_a_device_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sent: list[int] = []
+    send = module.on_device
+    monkeypatch.setattr(
+        module, "on_device", lambda to, values, dtype: (sent.append(1), send(to, values, dtype))[1]
+    )
+    own = sampler(Sampling(temperature=0, banned_ids=(3, 4), logit_bias=((7, 90.0),)), rows=3)
+    num_sent = len(sent)
+    assert draws(own, random_logits(3), steps=5) == [[7, 7, 7]] * 5
+    assert len(sent) == num_sent == 3  # the banned ids, the biased ones, and the biases

@@ -51,7 +51,7 @@ def stream(model: torch.nn.Module, num_resident: int = 0, **arguments: Any) -> A
     chosen = {k: v for k, v in settings.items() if k in ("quantization", "blocks")}
     whole = plan_for(model, **chosen)
     largest = max(block.nbytes for block in whole.blocks)
-    limit = whole.outside_bytes + (2 + num_resident) * largest
+    limit = whole.fixed_bytes + (2 + num_resident) * largest
     bminf.wrapper(model, memory_limit=limit, device="cuda", **settings)
     plan = bminf.plan_of(model)
     assert plan.streamed and plan.total_bytes <= limit
@@ -72,6 +72,27 @@ def test_streamed_equals_the_model_on_the_gpu(name: str) -> None:
     stats, plan = bminf.stats_of(model), bminf.plan_of(model)
     assert stats.bytes_copied >= 2 * plan.streamed_bytes and stats.passes >= 2
     assert next(model.parameters()).device.type == "cuda"
+
+
+@pytest.mark.parametrize("quantization", [False, "int4"])
+def test_rows_of_an_embedding_come_from_the_host(quantization: Any) -> None:
+    model = stream(make("llama"), quantization=quantization)
+    assert bminf.plan_of(model).tables == ("model.embed_tokens.weight",)
+    table, right = model.model.embed_tokens, make("llama").model.embed_tokens.weight
+    ids = torch.randint(96, (3, 50))
+    for of in (ids, ids[0, 0], ids[:0]):
+        given = table(of.cuda())
+        assert given.is_cuda and torch.equal(given.cpu(), torch.nn.functional.embedding(of, right))
+    held = torch.cuda.memory_allocated()
+    rows = [table(ids[i % 3].cuda()) for i in range(300)]  # each from page-locked memory of its own
+    expected = [torch.nn.functional.embedding(ids[i % 3], right) for i in range(300)]
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(rows, expected, strict=True))
+    del rows, given
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() <= held
+    assert not model.state_dict()["model.embed_tokens.weight"].is_cuda
+    bminf.unwrap(model)
+    assert torch.equal(model.model.embed_tokens.weight, right)
 
 
 @pytest.mark.parametrize("num_blocks", [3, 4, 7, 8])

@@ -21,11 +21,14 @@ from benchmarks.harness import poisoned
 from benchmarks.kernels import PATHS, has_path, run_path
 from benchmarks.targets import targets
 from bminf.cuda.launcher import Launcher, launcher_for
+from bminf.layers.attention import split_heads
 from bminf.ops import linear_w8a8
 from bminf.ops.dequantize import dequantize_weight
 from bminf.ops.gated_linear import gated_linear
 from bminf.ops.linear import linear
+from bminf.ops.norm import add_layer_norm, add_rms_norm
 from bminf.ops.quantize_rows import quantize_rows, rms_norm_quantize
+from bminf.ops.rotary_append import rotary_append
 from bminf.quantization.packed import INT4, INT8, Format, PackedWeight, dequantize, row_bytes
 from bminf.quantization.packing import int8_rows, pack
 
@@ -161,6 +164,7 @@ def test_long_sums_of_half_precision_are_kept_in_float32(m: int) -> None:
 
 FEW, MANY = 2, 24  # rows: for the kernel that reads a weight once, and for tensor cores
 Product = Callable[[torch.Tensor], torch.Tensor]
+OPS = ("int8", "int4", "w8a8", "gated", "rms_norm", "add_rms_norm", "add_layer_norm", "append")
 
 
 def products() -> dict[str, Product]:
@@ -173,7 +177,20 @@ def products() -> dict[str, Product]:
         "w8a8": lambda x: linear(x, weight[INT8], None, "int8"),
         "gated": lambda x: gated_linear(x, weight[INT4], weight[INT4], "silu"),
         "rms_norm": lambda x: rms_norm_quantize(x, norm, 1e-5)[0],
+        "add_rms_norm": lambda x: add_rms_norm(x, x, norm, 1e-5)[1],
+        "add_layer_norm": lambda x: add_layer_norm(x, x, norm, norm, 1e-5, 3.0)[1],
+        "append": appended,
     }
+
+
+def appended(x: torch.Tensor) -> torch.Tensor:
+    """What is in the cache then: a token a row, of 8 heads of 8 columns."""
+    query, key, value = split_heads(x.unsqueeze(0), 3, 8)
+    cos, sin = torch.linspace(-1, 1, 8 * len(x), device=DEVICE).view(2, 1, 1, len(x), 4)
+    cache = torch.zeros(2, 8, len(x), 8, device=DEVICE, dtype=x.dtype)
+    cells = torch.arange(len(x), device=DEVICE).flip(0)
+    rotary_append(launcher(), query, key, value, (cos, sin), cells, *cache)
+    return cache
 
 
 def is_same(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -186,7 +203,7 @@ def activations(m: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("m", [FEW, MANY, 200])
-@pytest.mark.parametrize("op", ["int8", "int4", "w8a8", "gated", "rms_norm"])
+@pytest.mark.parametrize("op", OPS)
 def test_a_graph_gives_the_same_with_new_inputs(op: str, m: int) -> None:
     product = products()[op]
     x = activations(m)
@@ -218,7 +235,7 @@ def test_nothing_waits_for_the_device(m: int) -> None:
 
 
 @pytest.mark.parametrize("m", [FEW, MANY, 200])
-@pytest.mark.parametrize("op", ["int8", "int4", "w8a8", "gated", "rms_norm"])
+@pytest.mark.parametrize("op", OPS)
 def test_kernels_follow_on_the_stream_of_the_moment(op: str, m: int) -> None:
     product = products()[op]
     x, new = torch.zeros(m, 192, device=DEVICE, dtype=torch.float16), activations(m)

@@ -66,6 +66,21 @@ def test_logits_are_those_of_the_cpu(
 
 
 @pytest.mark.parametrize("name", KINDS)
+def test_graphs_give_the_texts_of_other_passes(folders: dict[str, Path], name: str) -> None:
+    """Also where another length, or number of texts, is captured between two runs of one."""
+    texts = [TEXT, TEXT[:3], TEXT[1:]]
+    found = []
+    for has_graphs in (False, True):
+        model = load(folders, name, max_batch_size=3, max_length=64, cuda_graph=has_graphs)
+        options: Any = {"max_tokens": 12, "temperature": 0}
+        found.append([model.generate_batch(texts[:count], **options) for count in (1, 3, 1, 2, 3)])
+        if has_graphs:
+            assert model.row_model.steps._graphs
+        model.close()
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("quantization", [None, "int8", "int4"])
 def test_streamed_texts_are_the_resident_ones(
     folders: dict[str, Path], name: str, quantization: str | None

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Concatenate, ParamSpec
+from collections.abc import Iterator
+from itertools import product
 
 import torch
+from attention_cases import attention_cases, few_attention_cases
+from case import BOUNDS, DTYPES, Case, case, relative_error
+from fused_cases import few_fused, fused_cases
 
 from bminf.cuda.launcher import launcher_for
 from bminf.ops import linear_w8a8
@@ -24,9 +26,6 @@ from bminf.ops.quantize_rows import quantize_rows, rms_norm_quantize, rms_norm_r
 from bminf.quantization.packed import INT4, INT8, Format, PackedWeight, dequantize
 from bminf.quantization.packing import int8_rows, pack
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-# The rounding of the result; float32 sums of some thousand products for float32 itself.
-BOUNDS = {torch.float16: 1e-3, torch.bfloat16: 6e-3, torch.float32: 2e-6}
 # Tensor cores take dequantized weights rounded to 16 bits, as the library's product does.
 ROUNDED = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 2e-6}
 
@@ -38,46 +37,6 @@ WHOLE = (
 )  # fmt: skip
 CUT = (Format(8, 34), Format(8, 6), Format(4, 6), Format(4, 34, True), Format(4, 34, True, 8))
 MOST_COLUMNS, MOST_ROWS = 32768, 150528  # of GLM-130B: its feed-forward, its vocabulary
-
-P = ParamSpec("P")
-
-
-@dataclass(frozen=True)
-class Case:
-    """name: what a report shows.   run: the check, for tensors on a device."""
-
-    name: str
-    run: Callable[[str], None] = field(repr=False)
-
-    def __str__(self) -> str:
-        return self.name
-
-
-def case(check: Callable[Concatenate[str, P], None]) -> Callable[P, Case]:
-    """Makes of a check on a device what returns a Case, named by its arguments."""
-
-    def make(*arguments: P.args, **options: P.kwargs) -> Case:
-        words = map(_word, (*arguments, *options.values()))
-        name = "-".join([check.__name__.removesuffix("_case"), *words])
-        return Case(name, lambda device: check(device, *arguments, **options))
-
-    return make
-
-
-def _word(argument: object) -> str:
-    if isinstance(argument, Format):
-        kind = "minimum" if argument.has_minimum else "symmetric"
-        integers = "-integers" if argument.scale_bits == 8 else ""
-        return f"{argument.bits}bit-{argument.group_size}-{kind}{integers}"
-    if isinstance(argument, tuple):
-        return "x".join(map(str, argument))
-    return str(argument).removeprefix("torch.")
-
-
-def relative_error(given: torch.Tensor, expected: torch.Tensor) -> float:
-    given, expected = given.detach().double().cpu(), expected.double().cpu()
-    assert given.shape == expected.shape
-    return float((given - expected).norm() / expected.norm().clamp_min(1e-30))
 
 
 def weight_on(device: str, n: int, k: int, form: Format) -> tuple[PackedWeight, torch.Tensor]:
@@ -330,7 +289,7 @@ def gated_cases() -> Iterator[Case]:
 
 
 def tensor_core_cases() -> Iterator[Case]:
-    """kernels/linear_tensor_core.cu: 4 to 128 rows, from compute capability 8.0 on."""
+    """kernels/linear_tensor_core.cu: 3 to 64 rows, from compute capability 8.0 on."""
     for dtype in DTYPES[:2]:
         for form in WHOLE + CUT:
             yield linear_case(form, dtype, (9, 37, 200))
@@ -340,11 +299,15 @@ def tensor_core_cases() -> Iterator[Case]:
         (8, INT4),
         (17, INT8),
         (40, INT4),
-        (128, INT8),
-        (100, Format(4, 6)),
+        (64, INT8),
+        (50, Format(4, 6)),
     ):
         yield linear_case(form, torch.float16, (m, 33, 136), has_bias=m != 8)
     yield linear_case(INT4, torch.bfloat16, (8, 3, MOST_COLUMNS))
+    for form, dtype in product((INT8, INT4, MINIMUM, Format(4)), DTYPES[:2]):  # 32 rows a block
+        yield linear_case(form, dtype, (9, 260, 200))
+    for form in (INT8, MINIMUM):  # several steps of each warp, and columns left
+        yield linear_case(form, torch.float16, (8, 3, 1160))
     yield bad_numbers_case(INT8, 8)
     yield bad_numbers_case(INT4, 8, torch.bfloat16)
     yield awkward_inputs_case(INT4, 8)
@@ -379,6 +342,7 @@ def other_cases() -> Iterator[Case]:
             yield rms_norm_case(dtype, m, k)
         for form in WHOLE + CUT:
             yield dequantize_case(form, dtype, 5, 70)
+            yield dequantize_case(form, dtype, 3, 72)  # in whole stores
         for form in (INT8, Format(8, 34), MINIMUM, Format(4)):
             yield bad_dequantize_case(form, dtype)
     yield dequantize_case(INT8, torch.float16, 3, 33)
@@ -400,7 +364,14 @@ def largest_cases() -> Iterator[Case]:
 
 # What to run for each compute capability: the branches of a source by architecture.
 CASES = {
-    61: [*few_rows_cases(), *gated_cases(), *w8a8_cases(), *other_cases()],
+    61: [
+        *few_rows_cases(),
+        *gated_cases(),
+        *w8a8_cases(),
+        *other_cases(),
+        *fused_cases(),
+        *attention_cases(),
+    ],
     75: [*w8a8_cases()],
     80: [*tensor_core_cases(), *w8a8_cases()],
 }
@@ -426,14 +397,22 @@ def few_of_each() -> dict[int, list[Case]]:
             quantize_case(single, 2, 2100),
             rms_norm_case(bfloat16, 2, 70),
             dequantize_case(INT4, half, 5, 70),
+            dequantize_case(INT4, half, 5, 72),
+            dequantize_case(MINIMUM, single, 5, 72),
             dequantize_case(Format(8, 34), bfloat16, 5, 70),
             bad_numbers_case(INT8, 2),
+            *few_fused(),
+            *few_attention_cases(),
         ],
         75: [product_case(half, (5, 70, 90), "kernel_product")],
         80: [
             linear_case(INT8, half, (9, 37, 200)),
+            linear_case(INT8, bfloat16, (9, 5, 200)),
             linear_case(INT4, bfloat16, (9, 37, 200)),
+            linear_case(INT4, half, (9, 5, 200)),
+            linear_case(Format(4), bfloat16, (9, 5, 200)),
             linear_case(MINIMUM, half, (9, 37, 200)),
+            linear_case(Format(4, 32, True, 8), half, (9, 5, 200)),
             linear_case(Format(4, 6), half, (40, 21, 136), has_bias=False),
             linear_case(Format(8, 34), bfloat16, (8, 5, 70)),
             product_case(half, (33, 70, 200), "kernel_product"),
@@ -446,10 +425,10 @@ def main(device: str) -> int:
     """0 if few_of_each() give the right result, otherwise 1: a program for NVIDIA's tools."""
     torch.manual_seed(0)
     is_wrong = False
-    for case in (case for group in few_of_each().values() for case in group):
-        print(case.name, flush=True)
+    for one in (one for group in few_of_each().values() for one in group):
+        print(one.name, flush=True)
         try:
-            case.run(device)
+            one.run(device)
         except Exception:  # which does not keep the next one from running
             traceback.print_exc()
             is_wrong = True

@@ -12,7 +12,8 @@ import torch
 
 from bminf.cpu.library import Kernels, at_level, levels_of, open_library
 from bminf.ops import cpu_linear
-from bminf.quantization.packed import Format, PackedWeight
+from bminf.ops.gated_linear import ACTIVATION_FUNCTIONS
+from bminf.quantization.packed import INT8, Format, PackedWeight
 from bminf.quantization.packing import pack
 
 FORMATS = [
@@ -24,7 +25,8 @@ FORMATS = [
     Format(4, 32, True, 8), Format(4, 16, True, 8),
 ]  # fmt: skip
 COLUMNS = (2, 30, 66, 130, 400, 1030)
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+BOUNDS = {torch.float32: 2**-13, torch.float16: 1e-3, torch.bfloat16: 6e-3}
+DTYPES = tuple(BOUNDS)
 
 
 def multiply(
@@ -33,12 +35,32 @@ def multiply(
     weight: PackedWeight,
     bias: torch.Tensor | None = None,
     y: torch.Tensor | None = None,
+    activation_bits: int = cpu_linear.FINEST_BITS,
 ) -> torch.Tensor:
     """x W^T + bias in the dtype of x, into a poisoned y, as integers however small the weight is.
     x: (M, K)."""
     if y is None:
         y = x.new_full((len(x), weight.out_features), float("nan"))
-    kernels.multiply(cpu_linear._product(x, weight, bias, y, len(x), float_elements=0))
+    kernels.multiply(cpu_linear._product(x, weight, bias, y, len(x), 0, activation_bits))
+    return y
+
+
+def multiply_gated(
+    kernels: Kernels,
+    x: torch.Tensor,
+    weights: tuple[PackedWeight, PackedWeight],
+    activation: str,
+    biases: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
+    y: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """activation(x W_gate^T + bias) * (x W_up^T + bias), as multiply."""
+    if y is None:
+        y = x.new_full((len(x), weights[0].out_features), float("nan"))
+    gate, up = (
+        cpu_linear._product(x, weight, bias, y, len(x), float_elements=0)
+        for weight, bias in zip(weights, biases, strict=True)
+    )
+    kernels.multiply_gated(gate, up, list(ACTIVATION_FUNCTIONS).index(activation))
     return y
 
 
@@ -60,12 +82,19 @@ def main(path: Path) -> None:
         kernels = at_level(library, level)
         for form in FORMATS:
             for columns in (30, 1030):
-                weight = random_weight(7, columns, form)
+                weight, up = random_weight(7, columns, form), random_weight(7, columns, form)
                 for num_rows, dtype in ((1, DTYPES[0]), (7, DTYPES[1]), (16, DTYPES[2])):
                     x = torch.randn(num_rows, columns).to(dtype)
                     x[0, 0], x[-1] = float("inf"), 1e-36
-                    y = multiply(kernels, x, weight, torch.randn(7).to(dtype))
+                    bias = torch.randn(7).to(dtype)
+                    y = multiply(kernels, x, weight, bias)
                     assert y[1:].isfinite().all()
+                    if form == INT8:
+                        y = multiply(kernels, x, weight, bias, activation_bits=8)
+                        assert y[1:].isfinite().all()
+                    for name in ACTIVATION_FUNCTIONS:
+                        y = multiply_gated(kernels, x, (weight, up), name, (None, bias))
+                        assert y[1:].isfinite().all()
                     assert unpack(kernels, weight, dtype).isfinite().all()
     print("clean")
 

@@ -6,6 +6,7 @@ import torch
 from host_launcher import run
 
 from bminf.cuda.source import kernel_folder
+from bminf.ops.dequantize import divider
 
 
 def test_floats_are_rounded_to_bfloat16_as_torch_does() -> None:
@@ -24,3 +25,28 @@ def test_floats_are_rounded_to_bfloat16_as_torch_does() -> None:
     assert torch.equal(given.isnan(), values.isnan())
     same = given.view(torch.int16) == expected.view(torch.int16)
     assert bool(same[is_number].all())
+
+
+WIDTHS = (2, 4, 6, 10, 16, 34, 48, 96, 128, 4096, 32766, 2**30 + 2, 2**31 - 1)
+
+
+def test_columns_are_divided_by_the_width_of_a_group() -> None:
+    """At both sides of each multiple, the last below 2^31 among them."""
+    common = "#define BITS 4\n#define HAS_MINIMUM 0\n#define SCALE_BITS 16\n#define ELEMENT 16\n"
+    common += (kernel_folder() / "common.cuh").read_text()
+    body = (
+        "const Groups groups = {multiplier, shift, 1}; y[threadIdx.x] = groups.of(x[threadIdx.x]);"
+    )
+    for width in WIDTHS:
+        last = (2**31 - 1) // width
+        multiples = width * torch.tensor([0, 1, 2, 3, 7, last // 2, last - 1, last]).clamp_min(0)
+        columns = torch.cat([multiples, multiples - 1, torch.tensor([2**31 - 1])]).clamp(
+            0, 2**31 - 1
+        )
+        given = torch.empty(len(columns), dtype=torch.int32)
+        run(
+            body, columns.int(), given, *divider(width), before=common,
+            parameters="const int* x, int* y, u32 multiplier, int shift",
+            block=(len(columns), 1, 1),
+        )  # fmt: skip
+        assert torch.equal(given.long(), columns // width), width

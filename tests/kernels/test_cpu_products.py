@@ -5,39 +5,22 @@ from __future__ import annotations
 import mmap
 import os
 import signal
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from cpu_products import COLUMNS, DTYPES, FORMATS, multiply, random_weight, unpack
+from cpu_products import BOUNDS, COLUMNS, DTYPES, FORMATS, multiply, random_weight, unpack
 from guarded import guarded
 from quantized_models import product, relative_error
 
 from bminf.cpu import library
-from bminf.cpu.library import Kernels, at_level, levels_of, open_library
+from bminf.cpu.library import Kernels
 from bminf.quantization.packed import INT4, INT8, Format, PackedWeight, dequantize
 from bminf.quantization.packing import pack
 
 pytestmark = pytest.mark.skipif(
     not library._LIBRARY.exists(), reason="the kernels are not compiled"
 )
-BOUNDS = {torch.float32: 2**-13, torch.float16: 1e-3, torch.bfloat16: 6e-3}
-
-
-@pytest.fixture(params=["avx512", "avx2", "portable"])
-def kernels(request: pytest.FixtureRequest) -> Kernels:
-    opened = open_library(library._LIBRARY)
-    if request.param not in levels_of(opened):
-        pytest.skip(f"this processor has no {request.param}")
-    return at_level(opened, request.param)
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def error(y: torch.Tensor, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor) -> float:

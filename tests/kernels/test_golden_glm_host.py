@@ -30,8 +30,10 @@ def ways(given: GLMSet) -> Iterator[tuple[str, str]]:
     yield from ((folder, "int4") for folder in given.folders(packed=True))
 
 
-def few_logits(model: Any, given: dict[str, torch.Tensor], text: str) -> list[torch.Tensor]:
-    """Of one text, and of some more tokens one by one."""
+def few_logits(
+    model: Any, given: dict[str, torch.Tensor], text: str, launcher: HostLauncher | None = None
+) -> list[torch.Tensor]:
+    """Of one text, and of some more tokens one by one, which launch the attention of each layer."""
     row, length = next(rows(given, text))
     ids = given[f"{text}.tokens"][row : row + 1]
     positions = given[f"{text}.position_ids"][row : row + 1]
@@ -40,7 +42,11 @@ def few_logits(model: Any, given: dict[str, torch.Tensor], text: str) -> list[to
     hidden = prefix_lm_mask(begin, begin - 1).unsqueeze(0)
     states = [run(model, ids[:, :begin], positions[..., :begin], hidden, cache)[:, -1:]]
     for at in range(begin, begin + NUM_STEPS):
+        before = 0 if launcher is None else launcher.names.count("attention_decode")
         states.append(run(model, ids[:, at : at + 1], positions[..., at : at + 1], None, cache))
+        if launcher is not None:
+            launched = launcher.names.count("attention_decode") - before
+            assert launched == model.config.num_hidden_layers
     return [head(model, x) for x in states]
 
 
@@ -58,8 +64,8 @@ def test_golden_glm_kernels_compute_what_the_cpu_does(name: str, case: tuple[str
         reference, plan = few_logits(model, forward, text), model.plan
         launcher = HostLauncher(capability=61)
         with served_by(launcher):
-            computed = few_logits(model, forward, text)
-    assert launcher.names  # it ran kernels
+            computed = few_logits(model, forward, text, launcher)
+    assert {"layer_norm", "rotary_append"} < {*launcher.names}
     with given.load_streaming(folder, plan, **packing) as model:
         assert model.plan.streamed
         with served_by(HostLauncher(capability=61)):

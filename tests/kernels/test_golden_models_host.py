@@ -26,8 +26,10 @@ def one_layout(given: GoldenSet) -> list[str]:
     return given.layouts()[-1:]
 
 
-def few_outputs(name: str, model: Any) -> dict[str, torch.Tensor]:
-    """Prefill, and some steps of decoding."""
+def few_outputs(
+    name: str, model: Any, launcher: HostLauncher | None = None
+) -> dict[str, torch.Tensor]:
+    """Prefill, and some steps of decoding, which launch the attention of every layer."""
     given = golden(name).tensors
     found = {}
     with torch.inference_mode():
@@ -40,8 +42,17 @@ def few_outputs(name: str, model: Any) -> dict[str, torch.Tensor]:
             encoded = model.model.encode(prompts, cache, given["enc_length"])
             found["encoder_output"] = valid(encoded, given["enc_length"])
         for begin, end in [(0, 4), *((4 + n, 5 + n) for n in range(NUM_STEPS))]:
+            before = attentions(launcher)
             found[f"logits {begin}"] = model.model.head(model.model(ids[:, begin:end], cache))
+            launched = attentions(launcher) - before
+            per_layer = 1 if name == "cpm1" else 2  # to the prompt, too
+            layers = model.config.num_hidden_layers
+            assert launched == (0 if launcher is None else per_layer * layers)
     return found
+
+
+def attentions(launcher: HostLauncher | None) -> int:
+    return 0 if launcher is None else launcher.names.count("attention_decode")
 
 
 @for_each(MODELS, one_layout)
@@ -57,8 +68,9 @@ def test_golden_kernels_compute_what_the_cpu_does(
         reference, plan = few_outputs(name, model), model.plan
         launcher = HostLauncher(capability=61)
         with served_by(launcher):
-            computed = few_outputs(name, model)
-    assert launcher.names  # it ran kernels
+            computed = few_outputs(name, model, launcher)
+    norm = "layer_norm" if name == "cpm1" else "rms_norm"
+    assert {norm, "rotary_append"} < {*launcher.names}
     with given.load_streaming(case, plan, **arguments) as model:
         assert model.plan.streamed
         with served_by(HostLauncher(capability=61)):

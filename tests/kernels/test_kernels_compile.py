@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from variants import CAPABILITIES, variants, weight_of
+from variants import CAPABILITIES, fused_extremes, tensor_core_of, variants, weight_of
 
 from bminf.cuda import compile as cuda_compile
 from bminf.cuda.compile import compile_kernel
 from bminf.cuda.source import Kernel, kernel_folder, source_of
 from bminf.errors import KernelError
-from bminf.ops import linear_w8a8, linear_weight_only
+from bminf.ops import attention, linear_w8a8, linear_weight_only
 from bminf.quantization.packed import INT4, INT8, Format
 
 SCALE = linear_w8a8.scale_int32_kernel(torch.float16)
@@ -53,12 +53,26 @@ def registers_allowed(kernel: Kernel) -> int:
     """What leaves room for enough warps on a multiprocessor: 65536 registers are there."""
     macros = dict(kernel.macros)
     if kernel.name == "linear_few_rows":
-        return 128 if macros["ROWS_OF_X"] <= 2 else 168 if macros["ROWS_OF_X"] <= 8 else 255
+        has_minimum, is_float = macros["HAS_MINIMUM"], macros["ELEMENT"] == 32
+        rows = macros["ROWS_OF_X"]
+        if rows <= 2:
+            return 168 if has_minimum and is_float and not macros["SPAN"] else 128
+        return 168 if rows <= 8 and not has_minimum and not is_float else 255
     if kernel.name == "linear_tensor_core":
-        return 136 if macros["X_TILES"] <= 2 else 168 if macros["X_TILES"] <= 4 else 255
-    return {"gemm_w8a8_tensor_core": 160, "gemm_w8a8_dp4a": 64}.get(kernel.name, 48)
+        return {1: 128, 2: 168}.get(macros["X_TILES"], 255)
+    if kernel.name in ("rms_norm", "layer_norm"):
+        return 80 if macros["WIDE"] else 128
+    if kernel.name == "attention_decode":  # two blocks of 256 threads, or one
+        return 128 if macros["ROWS"] <= 2 else 200
+    return {
+        "gemm_w8a8_tensor_core": 160,
+        "gemm_w8a8_dp4a": 64,
+        "attention_decode_merge": 64,
+        "rotary_append": 64,
+    }.get(kernel.name, 48)
 
 
+DIVISION = re.compile(r"\b(div|rem)\.[su](16|32|64)\b")
 HALF_ARITHMETIC = re.compile(
     r"\b(add|sub|mul|fma|neg|abs|max|min|setp\.\w+)(\.\w+)*\.(b?f16)(x2)?\b"
 )
@@ -84,6 +98,7 @@ def check(kernel: Kernel, capability: int) -> str:
         f"warnings {warnings}": any("deprecated" not in line for line in warnings),
         f"no PTX, but {ptx[:100]}": f".target sm_{capability}" not in ptx,
         f"flushed denormals {flushed}": len(flushed) > 0,
+        "division": DIVISION.search(ptx) is not None,
         "half arithmetic": capability == 61 and HALF_ARITHMETIC.search(ptx) is not None,
     }
     wrong = [text for text, is_wrong in complaints.items() if is_wrong]
@@ -108,17 +123,31 @@ def test_every_source_is_compiled() -> None:
 @pytest.mark.parametrize("capability", [61, 75, 90])
 @pytest.mark.parametrize("form", [INT8, INT4], ids=["int8", "int4"])
 def test_few_rows_read_16_bytes_at_a_time(form: Format, capability: int) -> None:
-    """But for integer scales, two a row of int4."""
+    """The first codes, and the next in the loop; but for integer scales, two a row of int4 there
+    and one in what is left of a row."""
     kernel = linear_weight_only.few_rows_kernel(torch.float16, weight_of(form), 1)
     text = ptx_of(kernel, capability)
     rows = int(dict(kernel.macros)["ROWS_OF_W"])
-    assert text.count("ld.global.nc.v4") == rows
-    num_scales = 2 * rows if form.scale_bits == 8 else 0
+    assert text.count("ld.global.nc.v4") == 2 * rows
+    num_scales = 3 * rows if form.scale_bits == 8 else 0
     assert len(re.findall(r"ld\.global\.(nc\.)?[usb]8", text)) == num_scales
 
 
+@pytest.mark.parametrize("capability", [61, 80, 90])
+@pytest.mark.parametrize("num_rows", [1, 4])
+def test_attention_reads_16_bytes_at_a_time_and_divides_nothing(
+    num_rows: int, capability: int
+) -> None:
+    """Keys and values, DEPTH of them in one step of a loop that is not unrolled."""
+    kernel = attention.attention_kernel(torch.float16, 128, num_rows)
+    text = ptx_of(kernel, capability)
+    assert text.count("ld.global.nc.v4") == 2 * (4 if num_rows == 1 else 2)
+    for own in (kernel, attention.merge_kernel(torch.float16, 128)):
+        assert not re.search(r"\b(div|rem)\.[us]\d+", ptx_of(own, capability))
+
+
 def test_tensor_cores_where_they_are_promised() -> None:
-    kernel = linear_weight_only.tensor_core_kernel(torch.bfloat16, weight_of(INT4), 16)
+    kernel = tensor_core_of(torch.bfloat16, INT4, 16)
     text = ptx_of(kernel, 80)
     assert "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32" in text
     assert "ld.global.nc.v4" in text
@@ -132,6 +161,17 @@ def test_dp4a_where_there_are_no_tensor_cores_for_8_bits() -> None:
     text = ptx_of(linear_w8a8.dp4a_kernel(torch.float16), 61)
     products = re.findall(r"\bdp4a\.s32\.s32\b", text)
     assert len(products) == 8 * 16 and "ld.global.nc.v4" in text
+
+
+def test_norms_and_appends_read_16_bytes_at_a_time_and_divide_no_integers() -> None:
+    """A division of integers takes tens of instructions, on 6.1 above all."""
+    for capability in (61, 90):
+        for kernel in fused_extremes():
+            text, is_wide = ptx_of(kernel, capability), 0 < dict(kernel.macros).get("WIDE", 1)
+            assert not re.search(r"\b(div|rem)\.[su]\d", text), kernel
+            if dict(kernel.macros).get("WIDTH", 8) == 8:
+                assert bool(re.search(r"ld\.global\.(nc\.)?v4", text)) is is_wide, kernel
+                assert ("st.global.v4" in text) is is_wide, kernel
 
 
 # ---- the compiler and its cache ------------------------------------------------------------------
@@ -195,7 +235,7 @@ def test_an_error_names_file_line_and_architecture(
     folder = copy_of_sources(tmp_path, monkeypatch)
     source = folder / SCALE.file
     lines = source.read_text().splitlines()
-    number = next(i for i, line in enumerate(lines, 1) if "if (m >= M) return" in line)
+    number = next(i for i, line in enumerate(lines, 1) if "if (n >= N) return" in line)
     lines[number - 1] += " int other = nothing_of_that_name;"
     source.write_text("\n".join(lines) + "\n")
     with pytest.raises(KernelError) as caught:

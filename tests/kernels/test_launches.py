@@ -11,7 +11,7 @@ from host_launcher import HostLauncher, NotingLauncher, served_by
 
 from bminf.errors import ArgumentError
 from bminf.ops import linear_weight_only
-from bminf.ops.dequantize import dequantize_weight
+from bminf.ops.dequantize import dequantize_weight, row_grid
 from bminf.ops.gated_linear import gated_linear
 from bminf.ops.linear import linear
 from bminf.ops.linear_w8a8 import (
@@ -182,3 +182,24 @@ def test_the_library_is_given_the_sizes_that_it_takes(
     monkeypatch.setattr(torch, "_int_mm", as_on_a_gpu)
     y = library_product(HostLauncher(), padded, x_scale, weight, None, torch.float32)
     assert relative_error(y, expected) < 1e-6
+
+
+@pytest.mark.parametrize(("num_processors", "is_narrow"), [(2, False), (3, True), (2, False)])
+def test_a_narrow_matrix_is_cut_finer(num_processors: int, is_narrow: bool) -> None:
+    """256 rows of a weight are 8 blocks of 32: four for each of two processors, not of three."""
+    launcher = NotingLauncher(num_processors=num_processors)
+    with served_by(launcher), torch.no_grad():
+        linear(torch.zeros(8, 64).half(), empty(256, 64, INT8, "cpu"))
+    ((kernel, grid),) = launcher.launches
+    macros = dict(kernel.macros)
+    assert kernel.name == "linear_tensor_core"
+    assert (macros["W_TILES"], macros["WARPS"], grid) == (
+        (1, 8, (16, 1, 1)) if is_narrow else (2, 4, (8, 1, 1))
+    )
+
+
+def test_rows_longer_than_a_grid_are_refused() -> None:
+    most = 65535 * 1024
+    assert row_grid(7, most, 1024) == (7, 65535, 1)
+    with pytest.raises(ArgumentError, match=f"rows of {most + 1} elements; at most {most} at once"):
+        row_grid(7, most + 1, 1024)

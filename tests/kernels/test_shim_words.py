@@ -175,6 +175,7 @@ SCALARS = [
     ("__dp4a(0x7F7F7F7F, 0x7F7F7F7F, 0x7FFFFFFF)", -(2**31) + 4 * 127 * 127 - 1),
     ("int(__byte_perm(0x33221100, 0x77665544, 0x7250))", 0x77225500),
     ("int(__byte_perm(0x33221100, 0x77665544, 0x9876))", 0x11007766),
+    ("int(__umulhi(0x80000001u, 6u))", 3),
     ("__float_as_int(-2.0f)", -(2**30)),
     ("int(__float_as_uint(1.0f) >> 23)", 127),
     ("int(__uint_as_float(0x40400000u)) + int(__int_as_float(0x40800000))", 7),
@@ -196,6 +197,35 @@ def test_scalar_functions() -> None:
     run(body, y, parameters="int* y", block=(1, 1, 1))
     for (expression, value), result in zip(SCALARS, y.tolist(), strict=True):
         assert result == value, expression
+
+
+PAIRS = [
+    ("shim_sub_f16x2(a[i], b[i])", torch.float16, lambda a, b, c: a - b),
+    ("shim_mul_f16x2(a[i], b[i])", torch.float16, lambda a, b, c: a * b),
+    ("shim_fma_f16x2(a[i], b[i], c[i])", torch.float16, lambda a, b, c: a * b + c),
+    ("shim_fma_bf16x2(a[i], b[i], c[i])", torch.bfloat16, lambda a, b, c: a * b + c),
+]
+
+
+@pytest.mark.parametrize(("call", "dtype", "formula"), PAIRS, ids=lambda value: str(value)[:15])
+def test_pairs_of_16_bits_are_rounded_once(
+    call: str, dtype: torch.dtype, formula: Callable[..., torch.Tensor]
+) -> None:
+    """Each half of a word by itself: of numbers alike in size, so that float64 holds what is
+    rounded; 1 + 2^-8 squared, less 1, which rounded in between would lose a digit; infinity."""
+    a, b, c = (torch.randn(3, 128) * 16).to(dtype)
+    a[:2], b[:2], c[:2] = 1 + 2**-7, 1 + 2**-7, -1
+    a[2], b[2], c[2] = 60000, torch.inf, 1
+    y = torch.zeros(64, dtype=torch.int32)
+    run(
+        f"const int i = threadIdx.x; y[i] = {call};",
+        *(values.view(torch.int32) for values in (a, b, c)),
+        y,
+        parameters="const unsigned* a, const unsigned* b, const unsigned* c, unsigned* y",
+        block=(64, 1, 1),
+    )
+    expected = formula(a.double(), b.double(), c.double()).to(dtype)
+    assert torch.equal(y.view(dtype), expected)
 
 
 # ---- Threads, blocks, memory ----
@@ -308,6 +338,7 @@ def test_what_a_device_refuses(body: str, message: str) -> None:
     ("body", "begins"),
     [
         ("y[0] = __dp4a(1, 2, 3);", 61),
+        ("y[0] = shim_fma_bf16x2(1, 2, 3);", 80),
         ("unsigned a = 0; shim_mma_m8n8k16_s8(y, a, a);", 75),
         ("unsigned a[4] = {}; shim_mma_m16n8k32_s8(y, a, a);", 80),
         ("__shared__ uint4 a; shim_cp_async_16(&a, y, 16);", 80),

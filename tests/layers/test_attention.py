@@ -1,4 +1,7 @@
-"""Attention, masks, norms and position bias, against plain statements of what they mean."""
+"""Attention, masks, norms and position bias, against plain statements of what they mean.
+
+bminf/layers/position_bias.py.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +15,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bminf.layers import attention as module
 from bminf.layers.attention import (
+    BiasKind,
+    Causal,
     Gpu,
     Operator,
     attention,
+    attention_in_products,
     causal_mask,
+    kind_of,
     mask_to_bias,
     merge_heads,
     operator_for,
     padding_mask,
     split_heads,
-)  # fmt: skip
+    tensor_of,
+)
 from bminf.layers.norm import RMSNorm
 from bminf.layers.position_bias import RelativePositionBias, buckets
 
@@ -51,33 +59,90 @@ HALF, BFLOAT, FULL, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch
 
 
 @pytest.mark.parametrize(
-    ("dtype", "head_dim", "has_bias", "gpu", "expected"),
+    ("dtype", "head_dim", "bias", "gpu", "expected"),
     [
-        (HALF, 64, False, Gpu(90), "flash"),
-        (BFLOAT, 128, False, Gpu(120), "flash"),
-        (HALF, 256, False, Gpu(80), "flash"),
-        (HALF, 64, True, Gpu(90), "efficient"),  # flash attention takes no bias
-        (HALF, 264, False, Gpu(90), "efficient"),
-        (HALF, 64, False, Gpu(90, has_flash=False), "efficient"),
-        (HALF, 64, False, Gpu(75), "efficient"),
-        (HALF, 80, True, Gpu(61), "efficient"),
-        (HALF, 5, True, Gpu(61), "efficient"),
-        (FULL, 64, False, Gpu(90), "efficient"),
-        (FULL, 20, True, Gpu(86), "efficient"),
-        (FULL, 5, True, Gpu(75), "efficient"),
-        (FULL, 18, True, Gpu(86), "math"),
-        (HALF, 20, False, Gpu(90), "math"),
-        (HALF, 20, True, Gpu(70), "math"),
-        (BFLOAT, 64, True, Gpu(75), "math"),
-        (BFLOAT, 64, True, Gpu(61), "math"),
-        (DOUBLE, 64, False, Gpu(90), "math"),
-        (HALF, 64, True, Gpu(90, has_efficient=False), "math"),
+        (HALF, 64, "none", Gpu(90), "flash"),
+        (HALF, 64, "causal", Gpu(90), "flash"),
+        (BFLOAT, 128, "none", Gpu(120), "flash"),
+        (HALF, 256, "causal", Gpu(80), "flash"),
+        (HALF, 64, "tensor", Gpu(90), "efficient"),  # flash attention takes no bias
+        (HALF, 264, "none", Gpu(90), "efficient"),
+        (HALF, 64, "none", Gpu(90, has_flash=False), "efficient"),
+        (HALF, 64, "causal", Gpu(75), "efficient"),
+        (HALF, 80, "tensor", Gpu(61), "efficient"),
+        (HALF, 5, "tensor", Gpu(61), "efficient"),
+        (FULL, 64, "none", Gpu(90), "efficient"),
+        (FULL, 20, "tensor", Gpu(86), "efficient"),
+        (FULL, 5, "tensor", Gpu(75), "efficient"),
+        (FULL, 18, "tensor", Gpu(86), "math"),
+        (HALF, 20, "none", Gpu(90), "math"),
+        (HALF, 20, "tensor", Gpu(70), "math"),
+        (BFLOAT, 64, "tensor", Gpu(75), "math"),
+        (BFLOAT, 64, "causal", Gpu(61), "math"),
+        (DOUBLE, 64, "none", Gpu(90), "math"),
+        (HALF, 64, "tensor", Gpu(90, has_efficient=False), "math"),
     ],
 )
 def test_a_gpu_has_an_operator_for_each_kind_of_tensors(
-    dtype: torch.dtype, head_dim: int, has_bias: bool, gpu: Gpu, expected: Operator
+    dtype: torch.dtype, head_dim: int, bias: BiasKind, gpu: Gpu, expected: Operator
 ) -> None:
-    assert operator_for(dtype, head_dim, has_bias, gpu) == expected
+    """Of a whole prompt, which has as many queries as keys."""
+    assert operator_for(dtype, head_dim, 37, 37, bias, gpu) == expected
+
+
+@pytest.mark.parametrize("bias", ["none", "causal", "tensor"])
+@pytest.mark.parametrize(
+    ("num_queries", "num_keys"), [(17, 37), (36, 37), (1, 37), (16, 37), (37, 5)]
+)
+def test_flash_attention_is_not_for_a_part_of_a_prompt(
+    num_queries: int, num_keys: int, bias: BiasKind
+) -> None:
+    """Its causal mask is aligned to the first key, that of a second chunk to the last. The same
+    without a mask, as of decoding where there is no kernel of ours, and of cross-attention."""
+    assert operator_for(HALF, 64, num_queries, num_keys, bias, Gpu(90)) == "efficient"
+    assert operator_for(HALF, 64, num_keys, num_keys, bias, Gpu(90)) == (
+        "efficient" if bias == "tensor" else "flash"
+    )
+
+
+def test_a_causal_mask_is_a_bias_of_the_last_queries() -> None:
+    torch.manual_seed(0)
+    key = torch.randn(2, 3, 9, 16)
+    for num_queries in (1, 4, 9):
+        query = torch.randn(2, 3, num_queries, 16)
+        mask = mask_to_bias(causal_mask(num_queries, 9, query.device), query.dtype)
+        for attend in (attention, attention_in_products):
+            given = attend(query, key, key, Causal(), 0.25)
+            expected = plain(query, key, key, mask, 0.25)
+            assert torch.allclose(given.double(), expected, atol=1e-5)
+    assert kind_of(Causal(), 1) == "none" and kind_of(Causal(), 2) == "causal"
+
+
+def test_a_causal_mask_with_padding_hides_the_first_keys_of_a_row() -> None:
+    torch.manual_seed(0)
+    query, key = torch.randn(2, 3, 4, 16), torch.randn(2, 3, 9, 16)
+    causal = Causal(torch.tensor([0, 3]))
+    given = attention(query, key, key, causal, 0.25)
+    alone = attention(query[1:], key[1:, :, 3:], key[1:, :, 3:], Causal(), 0.25)
+    torch.testing.assert_close(given[1:], alone)
+    torch.testing.assert_close(given[:1], attention(query[:1], key[:1], key[:1], Causal(), 0.25))
+    assert kind_of(causal, 1) == "tensor"
+    assert len(causal.made) == 1 and tensor_of(causal, query, key) is causal.made[4, 9]
+
+
+def test_a_relative_bias_is_made_once_for_all_layers() -> None:
+    module = RelativePositionBias(32, 3, 128, is_bidirectional=False)
+    torch.nn.init.normal_(module.weight)
+    torch.manual_seed(0)
+    key, own = torch.randn(1, 3, 9, 16), module.of_decoder()
+    for num_queries in (1, 4):
+        query = torch.randn(1, 3, num_queries, 16)
+        mask = mask_to_bias(causal_mask(num_queries, 9, query.device), query.dtype)
+        expected = plain(query, key, key, module(num_queries, 9) + mask, 1.0)
+        with torch.no_grad():
+            given = attention(query, key, key, own, 1.0).double()
+            assert torch.allclose(given, expected, atol=1e-5)
+            assert tensor_of(own, query, key) is own.made[num_queries, 9]
 
 
 class Recorded(TorchDispatchMode):
@@ -100,10 +165,11 @@ def refuse(*_: Any, **__: Any) -> torch.Tensor:
 BIASES: list[tuple[int, ...] | None] = [
     None, (1, 1, 5, 21), (1, 3, 5, 21), (2, 1, 5, 21), (2, 1, 1, 21), (2, 3, 5, 1), (5, 21),
 ]  # fmt: skip
+CAUSAL = (0,)  # none of these
 
 
 @pytest.mark.parametrize("num_queries", [1, 5, 21])
-@pytest.mark.parametrize("bias_shape", BIASES)
+@pytest.mark.parametrize("bias_shape", [*BIASES, CAUSAL])
 @pytest.mark.parametrize("dtype", [HALF, BFLOAT, FULL])
 @pytest.mark.parametrize(
     "gpu", [Gpu(61), Gpu(90), Gpu(100, has_flash=False), Gpu(90, False, False)]
@@ -121,13 +187,13 @@ def test_on_a_gpu_torch_is_not_asked_to_choose(
     with FakeTensorMode(), Recorded() as recorded:
         query = torch.empty(2, num_queries, 3, 64, dtype=dtype, device="cuda").transpose(1, 2)
         cache = torch.empty(2, 3, 40, 64, dtype=dtype, device="cuda").narrow(2, 0, 21)
-        bias = None
-        if bias_shape is not None:
+        bias: torch.Tensor | Causal | None = Causal() if bias_shape == CAUSAL else None
+        if bias_shape not in (None, CAUSAL):
             shape = [num_queries if size == 5 else size for size in bias_shape]
             bias = torch.empty(shape, dtype=dtype, device="cuda")
         y = attention(query, cache, cache, bias, 0.125)
     assert y.shape == (2, 3, num_queries, 64) and y.device.type == "cuda" and y.dtype == dtype
-    operator = operator_for(dtype, 64, bias is not None, gpu)
+    operator = operator_for(dtype, 64, num_queries, 21, kind_of(bias, num_queries), gpu)
     assert any(operator in name or operator == "math" for name in recorded.names)
     assert not any("cudnn" in name for name in recorded.names)
 

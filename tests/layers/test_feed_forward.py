@@ -30,3 +30,10 @@ def test_gated_is_the_same_packed_in_one_product_or_two(num_rows: int, activatio
     assert relative_error(given, by_itself) < 1e-6  # as rounded as each linear alone
     rounding = 1e-3 if activations == "float" else 0.02
     assert relative_error(given, dequantize_linears(gated)(x)) < rounding
+
+
+def test_gated_with_weights_that_are_not_packed_alike() -> None:
+    x, layer = torch.randn(3, 64), GatedFeedForward(64, 48, "silu")
+    layer.gate = bminf.QuantizedLinear(layer.gate, "float", "int4")
+    layer.up = bminf.QuantizedLinear(layer.up, "float", "int8")
+    assert torch.equal(layer(x), layer.down(F.silu(layer.gate(x)) * layer.up(x)))

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 import bminf
 from bminf.layers.quantize import computes_as_linear, is_linear, why_not_quantizable
+from bminf.quantization.packed import INT4, INT8
 from bminf.units import format_bytes
 from bminf.wrapping import plan_for
 
@@ -247,12 +248,16 @@ class Codebooks(Stack):
 
 
 @pytest.mark.parametrize("as_method", [True, False])
-def test_several_output_heads_stay_like_one(as_method: bool) -> None:
+def test_several_output_heads_are_treated_like_one(as_method: bool) -> None:
     torch.manual_seed(0)
     model = Codebooks(as_method).eval()
     assert wrap(model) == []
     assert all(".up" in name or ".down" in name for name in packed_names(model))
     assert len(packed_names(model)) == 14
+    model = Codebooks(as_method).eval()
+    assert wrap(model, "int4") == []
+    heads = model.projections if as_method else model.code_heads
+    assert [head.form for head in heads] == [INT8] * 4
 
 
 def test_wrapping_again_says_nothing() -> None:
@@ -348,6 +353,71 @@ def test_linears_whose_weight_is_computed_by_a_hook_stay(norm: Any) -> None:
     assert isinstance(model.layers[3].down, bminf.QuantizedLinear)
     expected = bminf.wrapper(normed(), memory_limit="1GB", device="cpu")(x)
     assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("form", ["int4", bminf.Format(4, 32, scale_bits=8)])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])  # which is tied
+def test_in_4_bits_the_output_head_is_packed_in_8(name: str, form: Any) -> None:
+    model, given = make(name), inputs_of(name)
+    embedding = model.get_input_embeddings().weight.detach().clone()
+    expected = output_of(model, given)
+    wrap(model, form)
+    assert model.get_output_embeddings().form == INT8
+    assert torch.equal(model.get_input_embeddings().weight, embedding)
+    head = model.get_output_embeddings()
+    inputs = torch.randn(4, 32)
+    weight = embedding if name == "gpt2" else make(name).lm_head.weight
+    error = (head(inputs) - inputs @ weight.T).norm() / (inputs @ weight.T).norm()
+    assert error < 0.02  # 8 bits, a scale a row
+    if name == "gpt2":
+        with pytest.raises(bminf.errors.UnsupportedModelError, match="cannot be set"):
+            model.tie_weights()
+    assert (output_of(model, given) - expected).norm() < 0.3 * expected.norm()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_in_8_bits_the_output_head_stays_unless_it_is_chosen(name: str) -> None:
+    model = make(name)
+    wrap(model, "int8")
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert tied == (name == "gpt2") and "lm_head" not in packed_names(model)
+    model, embedding = make(name), make(name).get_input_embeddings().weight
+    assert wrap(model, "int8", quantize=lambda n, _: n == "lm_head") == []
+    assert packed_names(model) == ["lm_head"]
+    assert torch.equal(model.get_input_embeddings().weight, embedding)
+
+
+def test_a_head_that_is_trained_beside_frozen_weights_stays() -> None:
+    model = make("llama").requires_grad_(False)
+    model.lm_head.requires_grad_(True)
+    (said,) = wrap(model, "int4")
+    assert "1 linear trained beside frozen ones" in said and "lm_head" in said
+    assert "lm_head" not in packed_names(model)
+
+
+def test_quantize_may_say_how() -> None:
+    model, in_groups = make("llama"), bminf.Format(4, 32, scale_bits=8)
+
+    def wanted(name: str, module: torch.nn.Module) -> Any:
+        return {"up_proj": True, "down_proj": "int8", "gate_proj": in_groups}.get(
+            name.rpartition(".")[2], False
+        )
+
+    wrap(model, "int4", quantize=wanted)
+    mlp = model.model.layers[2].mlp
+    assert [mlp.up_proj.form, mlp.down_proj.form, mlp.gate_proj.form] == [INT4, INT8, in_groups]
+    assert type(model.lm_head) is torch.nn.Linear and len(packed_names(model)) == 3 * 7
+    with pytest.raises(bminf.errors.ArgumentError, match="quantize='int5'; accepted"):
+        wrap(make("llama"), "int4", quantize=lambda *_: "int5")
+
+
+def test_a_chosen_linear_whose_weight_another_reads_stays_and_is_said() -> None:
+    model = make_stack(width=16)
+    model.head = torch.nn.Linear(16, 32)
+    model.head.weight = model.layers[2].up.weight
+    (said,) = wrap(model, quantize=lambda name, _: name == "head" or "layers.2" in name)
+    assert "2 linears whose weight other modules share (layers.2.up, head)" in said
+    assert packed_names(model) == ["layers.2.down"]
 
 
 def test_quantize_chooses_the_linears() -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bminf.layers.rotary import Rotary, rotate
+from bminf.layers.rotary import Rotary
+from bminf.ops.rotary_append import rotate
 
 HEAD_DIM = 8
 

@@ -110,7 +110,8 @@ def by_need(model: Any, quantization: str | bool) -> Any:
     planned = plan_for(model, quantization, whole.total_bytes - 1, device="cpu").experts
     assert planned is not None
     num_slots = max(2, planned.number // 5)
-    limit = whole.total_bytes - planned.nbytes + num_slots * planned.slot_bytes
+    dense = whole.total_bytes - whole.table_bytes - planned.nbytes
+    limit = dense + num_slots * planned.slot_bytes
     bminf.wrapper(model, quantization, limit, device="cpu")
     plan = bminf.plan_of(model)
     assert plan.experts.num_slots in (num_slots, num_slots + 1) and not plan.streamed

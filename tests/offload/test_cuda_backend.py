@@ -226,6 +226,23 @@ def test_a_streamed_model_is_not_captured_into_a_graph(
     assert torch.equal(model(x), expected)
 
 
+def test_rows_of_a_table_are_gathered_on_the_host(streams: Streams) -> None:
+    model, given = make("llama"), inputs_of("llama")
+    expected = output_of(model, given)
+    bminf.wrapper(model, False, least_limit(model))
+    assert bminf.plan_of(model).tables == ("model.embed_tokens.weight",)
+    assert torch.equal(output_of(model, given), expected)
+    table, right = model.model.embed_tokens, make("llama").model.embed_tokens
+    for ids in (torch.tensor(5), torch.tensor([[3, 3, 9]]), torch.zeros(2, 0, dtype=torch.int64)):
+        assert torch.equal(table(ids), right(ids))
+    for wrong in (96, -1):
+        with pytest.raises(IndexError):
+            table(torch.tensor([wrong]))
+    with torch.no_grad():
+        table.weight[3] = 1.0
+    assert torch.equal(table(torch.tensor([3])), torch.ones(1, 32))
+
+
 # Blobs that host memory has no room for
 
 

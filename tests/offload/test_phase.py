@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bminf.offload.hooks import Stats
-from bminf.offload.phase import NO_PHASE, Phase, phase_between
+from bminf.offload.phase import NO_PHASE, Phase, PhaseTally, phase_between
 
 
 @pytest.mark.parametrize(
@@ -27,3 +27,11 @@ def test_phases_are_what_was_counted_meanwhile() -> None:
     assert NO_PHASE + phase == phase and phase + phase - phase == phase
     assert str(phase) == "2.00 s, 1000 B copied, 0.50 s waiting for it; bound by copying"
     assert str(Phase(2.0)) == "2.00 s, nothing was copied; bound by computing"
+
+
+def test_a_tally_is_the_sum_of_its_phases() -> None:
+    tally, phases = PhaseTally(), [Phase(2.0, 0.5, 1000), Phase(1.0), Phase(0.25, 0.25, 24)]
+    assert tally.phase == NO_PHASE
+    for phase in phases:
+        tally.add(phase)
+    assert tally.phase == sum(phases, NO_PHASE)

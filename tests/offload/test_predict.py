@@ -51,6 +51,15 @@ def test_a_prediction_with_blocks_on_disk_needs_its_rate() -> None:
     assert slow.bound == "disk" and slow.pass_s == pytest.approx(600)
 
 
+@pytest.mark.parametrize("budget", [10**10, 10**8])  # on the device, and on the host
+def test_of_tables_rows_alone_are_read(budget: int) -> None:
+    made = plan(
+        [Block("only", 10**6)], budget, outside_bytes=10**6, tables=["rows"], table_bytes=10**9
+    )
+    assert (made.host_table_bytes > 0) == (budget == 10**8)
+    assert predict(made, 1e9, 1e9).pass_s == pytest.approx(2e-3)
+
+
 def test_a_prediction_is_that_of_the_larger_of_copying_and_computing() -> None:
     blocks = [Block(f"layers.{i}", 10**7, "layers") for i in range(20)]
     streaming = plan(blocks, 10 * 10**7, outside_bytes=10**7)

@@ -23,7 +23,7 @@ def stream(model: Any, num_slots: int, quantization: str | bool = False) -> Any:
     whole = plan_for(model, quantization)
     planned = plan_for(model, quantization, whole.total_bytes * 9 // 10, device="cpu")
     assert planned.experts is not None
-    dense = whole.total_bytes - planned.experts.nbytes
+    dense = whole.total_bytes - whole.table_bytes - planned.experts.nbytes
     limit = dense + num_slots * planned.experts.slot_bytes
     bminf.wrapper(model, quantization, limit, device="cpu")
     plan = bminf.plan_of(model)

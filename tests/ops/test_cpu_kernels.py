@@ -5,11 +5,13 @@ What the kernels compute is in tests/kernels/test_cpu_products.py.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from quantized_models import product, relative_error
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -17,11 +19,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bminf
-from bminf.cpu.library import Kernels, kernels
+from bminf.cpu.library import kernels
 from bminf.ops import cpu_linear
+from bminf.ops.gated_linear import gated_linear
 from bminf.ops.linear import linear
 from bminf.quantization.packed import INT4, INT8, Format, PackedWeight
-from bminf.quantization.packing import pack
+from bminf.quantization.packing import int8_rows, pack
 
 BOUND = 2**-13
 
@@ -36,11 +39,12 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     real, called = kernels(), []
     assert real is not None
 
-    def noted(name: str) -> Callable[[bytes], None]:
+    def noted(name: str) -> Callable[..., None]:
         function = getattr(real, name)
-        return lambda given: called.append(name) or function(given)  # type: ignore[func-returns-value]
+        return lambda *given: called.append(name) or function(*given)  # type: ignore[func-returns-value]
 
-    watched = Kernels(real.level, real.path, noted("multiply"), noted("unpack"))
+    functions = {name: noted(name) for name in ("multiply", "multiply_gated", "unpack")}
+    watched = dataclasses.replace(real, **functions)
     monkeypatch.setattr(cpu_linear, "kernels", lambda: watched)
     return called
 
@@ -123,9 +127,42 @@ def test_a_bias_of_another_type_is_converted(calls: list[str], weight: PackedWei
     assert calls == ["multiply"] * 2
 
 
-def test_activations_in_8_bits_are_multiplied_by_torch(calls: list[str]) -> None:
-    linear(torch.randn(1, 64), pack(torch.randn(24, 64), INT8), None, "int8")
+@pytest.mark.parametrize("shape", [(64,), (1, 64), (16, 64), (2, 3, 64)], ids=str)
+def test_few_rows_in_8_bits_have_the_bits_of_many(shape: tuple[int, ...], calls: list[str]) -> None:
+    x, weight, bias = torch.randn(shape), pack(torch.randn(24, 64), INT8), torch.randn(24)
+    y = linear(x, weight, bias, "int8")
+    assert calls == ["multiply"] and y.shape == (*shape[:-1], 24)
+    many = torch.cat([x.view(-1, 64), torch.randn(20, 64)])
+    assert torch.equal(linear(many, weight, bias, "int8")[: x.numel() // 64], y.view(-1, 24))
+    assert not torch.equal(linear(x, weight, bias), y)
+
+
+def test_many_rows_in_8_bits_are_multiplied_by_torch_where_it_is_fast(
+    calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, x, bias = pack(torch.randn(24, 64), INT8), torch.randn(40, 64), torch.randn(24)
+    results = []
+    for is_fast, expected in ((True, []), (False, ["multiply"] * 3)):
+        monkeypatch.setattr(cpu_linear, "_has_integer_product", lambda _, fast=is_fast: fast)
+        results.append(linear(x, weight, bias, "int8"))
+        assert calls == expected
+    assert torch.equal(*results)
+
+
+def test_rows_in_8_bits_that_are_too_long_are_multiplied_by_torch(calls: list[str]) -> None:
+    columns = cpu_linear.MAX_DIGIT_COLUMNS + 1
+    x, weight = torch.randn(1, columns), pack(torch.randn(2, columns), INT8)
+    codes, scale = int8_rows(x)
+    expected = product(codes * scale.unsqueeze(1), weight)
+    for given in (x, x[0]):
+        assert relative_error(linear(given, weight, None, "int8"), expected) < 1e-5
     assert not calls
+
+
+def test_a_strided_input_in_8_bits_is_copied_first(calls: list[str]) -> None:
+    x, weight = torch.randn(3, 128)[:, ::2], pack(torch.randn(24, 64), INT8)
+    y = linear(x, weight, None, "int8")
+    assert calls == ["multiply"] and torch.equal(y, linear(x.contiguous(), weight, None, "int8"))
 
 
 def test_a_layer_takes_one_call(calls: list[str]) -> None:
@@ -133,6 +170,76 @@ def test_a_layer_takes_one_call(calls: list[str]) -> None:
     x = torch.randn(1, 2, 64)
     assert relative_error(layer(x), product(x, layer.packed) + layer.bias.double()) < BOUND
     assert calls == ["multiply"]
+
+
+# ---- gated ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def up() -> PackedWeight:
+    return pack(torch.randn(24, 64), INT4)
+
+
+def gated(
+    x: torch.Tensor,
+    gate: PackedWeight,
+    up: PackedWeight,
+    gate_bias: torch.Tensor | float = 0.0,
+    up_bias: torch.Tensor | float = 0.0,
+) -> torch.Tensor:
+    return F.silu(product(x, gate) + gate_bias) * (product(x, up) + up_bias)
+
+
+@pytest.mark.parametrize("shape", [(64,), (1, 64), (16, 64), (2, 3, 64)], ids=str)
+def test_few_rows_are_gated_in_one_call(
+    shape: tuple[int, ...], calls: list[str], weight: PackedWeight, up: PackedWeight
+) -> None:
+    x, biases = torch.randn(shape), torch.randn(2, 24)
+    for given in ((None, None), (biases[0], None), (None, biases[1]), tuple(biases)):
+        y = gated_linear(x, weight, up, "silu", *given)
+        expected = gated(x, weight, up, *(0.0 if bias is None else bias for bias in given))
+        assert y.shape == (*shape[:-1], 24) and relative_error(y, expected) < BOUND
+    assert calls == ["multiply_gated"] * 4
+
+
+def test_what_is_gated_in_16_bits_is_rounded_once(
+    calls: list[str], weight: PackedWeight, up: PackedWeight
+) -> None:
+    x = torch.randn(4, 64).bfloat16()
+    y = gated_linear(x, weight, up, "silu")
+    exact = gated_linear(x.float(), weight, up, "silu")
+    assert calls == ["multiply_gated"] * 2 and torch.equal(y, exact.bfloat16())
+
+
+def test_what_cannot_be_gated_in_one_call_takes_two_products(
+    calls: list[str], weight: PackedWeight, up: PackedWeight
+) -> None:
+    x, bias = torch.randn(4, 64), torch.randn(24)
+    for given, gate_bias, up_bias in (
+        (torch.randn(17, 64), None, None),
+        (torch.randn(3, 128)[:, ::2], None, None),
+        (x, bias.half(), None),
+        (x, None, torch.randn(48)[::2]),
+    ):
+        calls.clear()
+        y = gated_linear(given, weight, up, "silu", gate_bias, up_bias)
+        biases = (0.0 if bias is None else bias for bias in (gate_bias, up_bias))
+        assert relative_error(y, gated(given, weight, up, *biases)) < BOUND
+        assert "multiply_gated" not in calls
+
+
+def test_gradients_and_those_who_watch_are_not_passed_over(
+    calls: list[str], weight: PackedWeight, up: PackedWeight
+) -> None:
+    x, bias = torch.randn(2, 64), torch.randn(24, requires_grad=True)
+    assert gated_linear(x.clone().requires_grad_(), weight, up, "silu").requires_grad
+    for biases in ((bias, None), (None, bias)):
+        assert gated_linear(x, weight, up, "silu", *biases).requires_grad
+    assert type(gated_linear(x.as_subclass(Marked), weight, up, "silu")) is Marked
+    torch.func.vmap(lambda rows: gated_linear(rows, weight, up, "silu"))(x.unsqueeze(1))
+    codes = up.qweight.as_subclass(Marked)
+    gated_linear(x, weight, up._replace(qweight=codes), "silu")
+    assert "multiply_gated" not in calls
 
 
 # ---- what the kernels would not see --------------------------------------------------------------

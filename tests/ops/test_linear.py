@@ -15,8 +15,9 @@ from transformers.pytorch_utils import Conv1D
 import bminf
 from bminf.errors import ArgumentError
 from bminf.ops import cpu_linear
+from bminf.ops import linear as linear_module
 from bminf.ops.linear import linear
-from bminf.quantization.packed import INT4, INT8, Format, dequantize
+from bminf.quantization.packed import INT4, INT8, Format, PackedWeight, dequantize
 from bminf.quantization.packing import int8_rows, pack
 
 SHAPES = [
@@ -175,6 +176,29 @@ def test_the_gradient_reaches_the_input(m: int, form: Format) -> None:
     (gradient,) = torch.autograd.grad(y.square().sum(), x)
     expected = 2 * y.detach().double() @ dequantize(weight, torch.float64)
     assert relative_error(gradient, expected) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", [INT8, INT4], ids=str)
+def test_the_gradient_of_a_large_weight_is_summed_by_rows(
+    form: Format, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an output head is, so that not all of it is dequantized at once."""
+    weight, shapes = pack(torch.randn(50, 64), form), []
+    x = torch.randn(2, 3, 64, dtype=dtype, requires_grad=True)
+    grad = torch.randn(2, 3, 50, dtype=dtype)
+
+    def dequantized(part: PackedWeight, of: torch.dtype) -> torch.Tensor:
+        shapes.append(tuple(part.qweight.shape))
+        return dequantize(part, of)
+
+    monkeypatch.setattr(linear_module, "dequantize_weight", dequantized)
+    monkeypatch.setattr(linear_module, "_SLICE_BYTES", 16 * 64 * dtype.itemsize)
+    linear(x, weight).backward(grad)
+    assert [rows for rows, _ in shapes] == [16, 16, 16, 2]
+    expected = grad.double() @ dequantize(weight, torch.float64)
+    assert x.grad.dtype == dtype
+    assert relative_error(x.grad, expected) < (1e-6 if dtype == torch.float32 else 6e-3)
 
 
 def test_bad_arguments_are_refused_before_any_work() -> None:

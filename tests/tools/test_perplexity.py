@@ -68,6 +68,16 @@ def test_weights_are_replaced_by_what_packing_leaves_of_them(
         assert torch.equal(tensor, before[name]), name
 
 
+def test_the_head_is_packed_where_that_is_asked_for(model: LlamaForCausalLM) -> None:
+    model.lm_head.weight = model.model.embed_tokens.weight  # which stays, as it is read by row
+    ids = torch.randint(0, 128, (perplexity.WINDOW,))
+    readers = [perplexity.Reader(model, ids, head) for head in (None, INT8)]
+    plain, packed = (reader.read(None, torch.clone) for reader in readers)
+    assert readers[0].plain == readers[1].plain and plain["kl"] == pytest.approx([0], abs=2e-6)
+    assert 2e-6 < packed["kl"][0] < 1e-2
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
 def test_a_grid_of_neighbouring_columns_is_found_only_in_their_own_order(
     model: LlamaForCausalLM,
 ) -> None:

@@ -184,7 +184,8 @@ class _Pair:
 
     def _check_bytes(self, plan: bminf.Plan, calls: Counter[str]) -> None:
         """The plan counts every byte; each pass copies what it calls, and little else."""
-        planned = plan.outside_bytes + sum(block.nbytes for block in plan.blocks)
+        planned = plan.outside_bytes + plan.host_table_bytes
+        planned += sum(block.nbytes for block in plan.blocks)
         if planned != self.outcome.num_bytes:
             raise Wrong(f"the plan counts {planned} bytes, the model has {self.outcome.num_bytes}")
         stats = bminf.stats_of(self.model)
@@ -206,7 +207,7 @@ def _least_limit(model: torch.nn.Module, quantization: str | bool) -> int:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         whole = plan_for(model, quantization)
-    return whole.outside_bytes + 2 * max((block.nbytes for block in whole.blocks), default=0)
+    return whole.fixed_bytes + 2 * max((block.nbytes for block in whole.blocks), default=0)
 
 
 def _named(error: BaseException) -> str:

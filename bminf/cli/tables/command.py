@@ -29,7 +29,14 @@ _OPTIONS = {
 }
 _OF_MODELS = (
     *("memory_limit", "quantization", "device", "offload_dir", "max_length", "built_in"),
-    *("trust_remote_code", "prompt_tokens", "max_new_tokens", "runs", "verbose"),
+    *(
+        "trust_remote_code",
+        "no_fused_kernels",
+        "prompt_tokens",
+        "max_new_tokens",
+        "runs",
+        "verbose",
+    ),
 )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -72,6 +72,25 @@ class Backend(Transfers, Protocol):
 
     def put(self, block: int, fill: Callable[[torch.Tensor], object]) -> None:
         """Write the host copy of a block. fill: is given room for its blob, (extent,) uint8."""
+
+    def hold(
+        self,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        rows: Iterable[torch.Tensor],
+        offload_dir: str | Path | None = None,
+    ) -> torch.Tensor:
+        """A table on the host: `shape` `dtype` on the CPU, whose memory no limit counts.
+
+        rows: of it, in order, on any device.   offload_dir: see open().
+        Raises OffloadError or BudgetError.
+        """
+
+    def gather(self, table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """Rows of a table on the host: ids (...) int32 or int64 -> (..., C) on the device.
+
+        Raises IndexError for an id that is not in the table.
+        """
 
     def host_copy(self, block: int) -> torch.Tensor:
         """A blob, (extent,) uint8 on the CPU. Writing to it is not defined."""

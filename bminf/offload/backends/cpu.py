@@ -8,8 +8,9 @@ slot is free as soon as its block has been left, and a mark is nothing.
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -68,6 +69,26 @@ class CpuBackend:
         blob = self._slot(block, 0 if block < self._num_unpooled else NUM_SLOTS)
         fill(blob)
         self._opened_store().write(block, blob)
+
+    def hold(
+        self,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        rows: Iterable[torch.Tensor],
+        offload_dir: str | Path | None = None,
+    ) -> torch.Tensor:
+        """Mapped from a file of its own, whose pages are the system's to take back."""
+        store, start = FileStore([math.prod(shape) * dtype.itemsize], offload_dir), 0
+        for some in rows:
+            data = some.contiguous().view(-1).view(torch.uint8)
+            store.write(0, data, start)
+            start += len(data)
+        table = store.map(0)
+        store.close()
+        return table.view(dtype).view(*shape)
+
+    def gather(self, table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        return torch.embedding(table, ids)
 
     def host_copy(self, block: int) -> torch.Tensor:
         return self._opened_store().map(block)

@@ -11,8 +11,9 @@ have to wait for that; with all host copies in memory it never waits within a pa
 from __future__ import annotations
 
 import logging
+import math
 from collections import deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +24,7 @@ from bminf.checkpoint.stored import InFile
 from bminf.cuda.pinned import PinnedMemory
 from bminf.errors import BudgetError
 from bminf.layout import Layout
+from bminf.offload import memory
 from bminf.offload.backends.base import NOT_POOLED, Counters, Pooled
 from bminf.offload.disk import NUM_STAGES, FileStore, Outcome, ReadAhead, Reader
 from bminf.offload.ring import NUM_SLOTS
@@ -153,6 +155,29 @@ class CudaBackend:
         copy = self._pinned(self._layouts[block].extent)
         self._host_copies[block] = copy
         fill(copy.tensor)
+
+    def hold(
+        self,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        rows: Iterable[torch.Tensor],
+        offload_dir: str | Path | None = None,
+    ) -> torch.Tensor:
+        """In pageable memory: a few rows of it are read at a time, and copied by the host."""
+        table = memory.allocate(math.prod(shape) * dtype.itemsize).view(dtype).view(*shape)
+        first = 0
+        for some in rows:
+            table[first : first + len(some)].copy_(some)
+            first += len(some)
+        return table
+
+    def gather(self, table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        ids = ids.cpu()  # waits for them, as whoever samples them one by one does anyway
+        shape = (ids.numel(), table.shape[1])
+        # Page-locked, so that the host goes on while the rows are copied; torch takes it back then.
+        rows = torch.empty(shape, dtype=table.dtype, pin_memory=self.device.type == "cuda")
+        torch.index_select(table, 0, ids.reshape(-1), out=rows)
+        return rows.view(*ids.shape, table.shape[1]).to(self.device, non_blocking=True)
 
     def host_copy(self, block: int) -> torch.Tensor:
         if self._files is not None and block in self._files.places:

@@ -148,6 +148,9 @@ inline int __popc(unsigned value) { return __builtin_popcount(value); }
 inline int __clz(int value) { return value == 0 ? 32 : __builtin_clz(value); }
 inline int __ffs(int value) { return __builtin_ffs(value); }
 
+inline unsigned __umulhi(unsigned a, unsigned b) {
+    return static_cast<unsigned>((static_cast<unsigned long long>(a) * b) >> 32);
+}
 inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
     const unsigned long long bytes = (static_cast<unsigned long long>(y) << 32) | x;
     unsigned result = 0;
@@ -191,6 +194,41 @@ inline unsigned short shim_float_to_bfloat16(float value) {
     const unsigned bits = __float_as_uint(value);
     const unsigned half_and_ties_to_even = 0x7FFF + ((bits >> 16) & 1);
     return static_cast<unsigned short>((bits + half_and_ties_to_even) >> 16);
+}
+
+// Pairs of 16-bit numbers in a word. double holds what is rounded exactly but for sums of numbers that
+// are far apart; fmaf's own rounding is seen in bfloat16 only half-way between two of them.
+template <typename Operation>
+inline unsigned shim_pair(Operation half) {
+    return half(0) | static_cast<unsigned>(half(16)) << 16;
+}
+inline double shim_half_at(unsigned pair, int shift) {
+    return shim_half_to_float(static_cast<unsigned short>(pair >> shift));
+}
+inline unsigned short shim_double_to_half(double value) {
+    return shim_bits<unsigned short>(static_cast<shim_half>(value));
+}
+inline unsigned shim_fma_f16x2(unsigned a, unsigned b, unsigned c) {
+    return shim_pair([=](int i) {
+        return shim_double_to_half(shim_half_at(a, i) * shim_half_at(b, i) + shim_half_at(c, i));
+    });
+}
+inline unsigned shim_mul_f16x2(unsigned a, unsigned b) {
+    return shim_pair([=](int i) {
+        return shim_double_to_half(shim_half_at(a, i) * shim_half_at(b, i));
+    });
+}
+inline unsigned shim_sub_f16x2(unsigned a, unsigned b) {
+    return shim_pair([=](int i) {
+        return shim_double_to_half(shim_half_at(a, i) - shim_half_at(b, i));
+    });
+}
+inline unsigned shim_fma_bf16x2(unsigned a, unsigned b, unsigned c, SHIM_SITE) {
+    shim_require(800, file, line);
+    const auto at = [](unsigned pair, int i) { return __uint_as_float(pair >> i << 16); };
+    return shim_pair([=](int i) {
+        return shim_float_to_bfloat16(fmaf(at(a, i), at(b, i), at(c, i)));
+    });
 }
 
 // ---- Memory ----
