@@ -2,8 +2,9 @@
 
 The weights lie in bminf.safetensors, or in several files and an index, under the names that they
 have in the model; each block is one run of bytes. A packed linear has the buffers of a
-QuantizedLinear in place of its weight. They are not called model.safetensors, so that
-from_pretrained(), which knows no packed weights, finds none instead of making up random ones.
+QuantizedLinear in place of its weight, a packed stack of experts those of a PackedStack. They are
+not called model.safetensors, so that from_pretrained(), which knows no packed weights, finds none
+instead of making up random ones.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from bminf.quantization.packed import Format
 DESCRIPTION_FILE = "bminf.json"
 WEIGHTS_FILE = "bminf.safetensors"
 INDEX_FILE = "bminf.safetensors.index.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # of folders with packed experts; others are as of version 1
 
 _DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.float16, torch.bfloat16)}
 
@@ -34,14 +35,18 @@ _DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.float
 class PackedLinear(Sliced):
     """A weight that is there packed, in place of which others take its shape.
 
-    shape: of the weight as the model has it, (in_features, out_features) of a Conv1D.
-    dtype: that it computes in.
+    shape: of the weight as the model has it, (in_features, out_features) of a Conv1D; of a stack of
+    experts it has three dimensions.   dtype: that it computes in.
     """
 
     form: Format
     shape: tuple[int, ...]
     dtype: torch.dtype
     where: str = "a packed weight"
+
+    def weight_name(self, name: str) -> str:
+        """What the model calls the weight of what is called `name`: a stack is a parameter."""
+        return name if len(self.shape) == 3 else f"{name}.weight"
 
     def read(self) -> torch.Tensor:
         raise CheckpointError(f"{self.where} is packed; load it as it was saved")
@@ -52,7 +57,7 @@ class PackedLinear(Sliced):
 
 @dataclass(frozen=True)
 class Description:
-    """packed: by the names of the linears."""
+    """packed: by the names of the linears and stacks of experts."""
 
     packed: Mapping[str, PackedLinear] = field(default_factory=dict)
 
@@ -66,7 +71,9 @@ class Description:
             }
             for name, linear in self.packed.items()
         }
-        written = {"format": "bminf", "format_version": FORMAT_VERSION, "packed": packed}
+        has_experts = any(len(linear.shape) == 3 for linear in self.packed.values())
+        version = FORMAT_VERSION if has_experts else 1
+        written = {"format": "bminf", "format_version": version, "packed": packed}
         beside = [path.name for path in folder.iterdir() if path.suffix != ".safetensors"]
         write_sealed(folder / DESCRIPTION_FILE, written, beside)
 
@@ -108,10 +115,10 @@ def _packed(name: str, given: Any, path: Path) -> PackedLinear:
     try:
         scale_bits = given.get("scale_bits", 16)
         form = Format(given["bits"], given["group_size"], given["has_minimum"], scale_bits)
-        num_rows, num_columns = given["shape"]
-        if not all(type(size) is int and size > 0 for size in (num_rows, num_columns)):
+        shape = tuple(given["shape"])
+        is_matrix = len(shape) in (2, 3)  # or several
+        if not is_matrix or not all(type(size) is int and size > 0 for size in shape):
             raise ArgumentError(f"shape is {given['shape']!r}")
-        shape = (num_rows, num_columns)
         return PackedLinear(form, shape, _DTYPES[given["dtype"]], f"{name!r} in {path.parent}")
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(

@@ -220,7 +220,7 @@ def _check_shapes(model: torch.nn.Module, tensors: Mapping[str, Stored], folder:
     for name, _, tensor in tensors_of(model):
         linear, _, key = name.rpartition(".")
         is_packed = key in PACKED_FIELDS
-        if is_packed and f"{linear}.weight" in tensors:
+        if is_packed and (f"{linear}.weight" in tensors or linear in tensors):
             continue  # it is packed as it is read
         stored = tensors.get(name)
         is_alike = stored is not None and stored.shape == tuple(tensor.shape)

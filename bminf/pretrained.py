@@ -41,8 +41,9 @@ class Pretrained:
     """model: on the meta device, for inference, nothing packed.
 
     tensors: what each of its parameters and buffers reads as, by every name that it has in the
-    model.   packed: formats of the linears that are packed on disk, whose tensors are those of a
-    QuantizedLinear instead; None in a folder that save() has not written.
+    model.   packed: formats of the linears and stacks of experts that are packed on disk, whose
+    tensors are those of a QuantizedLinear or PackedStack instead; None in a folder that save() has
+    not written.
     """
 
     path: Path
@@ -91,7 +92,7 @@ def _open_saved(
     convert is converted already."""
     packed, held = description.packed, saved_tensors(folder)
     fields = {f"{name}.{key}" for name in packed for key in PACKED_FIELDS}
-    weights = {f"{name}.weight": linear for name, linear in packed.items()}
+    weights = {linear.weight_name(name): linear for name, linear in packed.items()}
     given: dict[str, Stored] = {n: one for n, one in held.items() if n not in fields}
     given |= _instead(kind, weights, held)
     model = _built(transformers, kind, config, folder, given, dtype)

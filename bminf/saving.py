@@ -16,6 +16,7 @@ from bminf.description import WEIGHTS_FILE, Description, PackedLinear
 from bminf.errors import ArgumentError, BMInfError
 from bminf.keywords import known_keywords
 from bminf.layers.embedding import HostEmbedding
+from bminf.layers.experts import PackedStack
 from bminf.layers.quantized_linear import QuantizedLinear, was_conv1d
 from bminf.layout import Chunk, Layout, TensorSpec, tensors_of
 from bminf.models import LanguageModel
@@ -164,13 +165,15 @@ def _describe(model: torch.nn.Module) -> Description:
     packed = {
         name: PackedLinear(module.form, _shape_of(module), module.dtype)
         for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, QuantizedLinear)
+        if isinstance(module, QuantizedLinear | PackedStack)
     }
     return Description(packed)
 
 
-def _shape_of(linear: QuantizedLinear) -> tuple[int, ...]:
+def _shape_of(linear: QuantizedLinear | PackedStack) -> tuple[int, ...]:
     """Of the weight that it was packed from."""
+    if isinstance(linear, PackedStack):
+        return linear.shape
     shape = (linear.out_features, linear.in_features)
     return shape[::-1] if was_conv1d(linear) else shape
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,6 +14,7 @@ import torch
 
 from bminf.errors import ArgumentError, NothingToStreamError, UnsupportedModelError
 from bminf.keywords import check_keywords, keywords_of, known_keywords
+from bminf.layers.experts import forward_of
 from bminf.layers.quantize import Predicate, choice_of, choose_linears, warn_of_unquantized
 from bminf.layers.saving import refuse_to_save
 from bminf.layout import ModuleBlock, tensors_of
@@ -25,13 +26,14 @@ from bminf.offload.backends import (
     host_budget,
     spare_bytes,
 )
-from bminf.offload.blob import check_tensors, lay_out, remedies, unmapped_bytes
+from bminf.offload.blob import Blobs, check_tensors, lay_out, remedies, unmapped_bytes
 from bminf.offload.blocks import find_blocks, has_tensors
 from bminf.offload.context import DEFAULT_LENGTH, context_of, generates_text
 from bminf.offload.hooks import ATTRIBUTE, Scheduler, Stats, is_streaming
 from bminf.offload.offloaded import fetch_offloaded
 from bminf.offload.placement import place, restore
 from bminf.offload.plan import Plan, Remedy
+from bminf.offload.plan_experts import are_worth_choosing, plan_by_need
 from bminf.offload.start import plan_on, start
 from bminf.offload.tables import find_tables
 from bminf.offload.unregistered import (
@@ -68,8 +70,9 @@ def wrapper(
     Blocks that fit stay on the device; the others are offloaded to host memory (device "cuda") or
     to a file (device "cpu", where the limit is RAM), and copied into one of two slots just before
     they are needed. What does not fit in host memory is kept in a file, too, and read ahead. Of
-    input embeddings the rows that are asked for are sent; they stay where the others are. What
-    fits entirely is only moved.
+    input embeddings the rows that are asked for are sent; they stay where the others are. Of a
+    mixture of experts each expert is streamed by itself, when it is chosen, through a pool that
+    takes what the dense parts leave of the limit. What fits entirely is only moved.
 
     quantization: True or "int8" packs the linears of the blocks to 8 bits, with a scale a row;
         "int4" packs them to 4 bits, 4.5 with the scales, and the output head to 8; False or None
@@ -88,8 +91,9 @@ def wrapper(
     uses: how often a block, or each block of a list, is used per request; by default 128 (once a
         token), and 1 for what a generating model of transformers runs once: the encoder, towers for
         images, audio and video. A block that stands n times in its list is used n times as often.
-    quantize: a function of the name and the module of a linear (torch.nn.Linear, Conv1D) that says
-        whether it is packed, or how: "int8", "int4", a bminf.Format. None packs those in the
+    quantize: a function of the name and the module of a linear (torch.nn.Linear, Conv1D), or of
+        experts that are held as stacks, that says whether it is packed, or how: "int8", "int4", a
+        bminf.Format. None packs those in the
         blocks, or all where there are no blocks, but for adapters, and what is trained beside
         frozen linears; the output head only where the others are in 4 bits. A head that is tied to
         the embedding can be packed as well: the embedding stays as it is.
@@ -239,7 +243,8 @@ class Request:
             self.choice = choice_of(model, options.packed)
         replacements = self.choice.replacements
         tables = find_tables(model, replacements)
-        self.blobs = lay_out(model, self.blocks, replacements, keep_addresses, tables)
+        self._lay_out = partial(lay_out, model, self.blocks, replacements, keep_addresses, tables)
+        self.blobs = self._lay_out()
         self._uses = _merged_uses(model, self.blocks, options.uses)
         self.unregistered = find_unregistered(model)
 
@@ -261,19 +266,39 @@ class Request:
         """device: what the budget is of; tensors that are not registered count where they lie.
 
         is_measured: whether the budget is that of free_budget().
+        Where all does not fit, and there are experts to choose from, `blobs` has them one by one.
         """
         unregistered_bytes = bytes_on(self.unregistered, device)
         if not self.blocks:
             outside_bytes = allocated_bytes_on(self._device_type)(self.blobs.outside.nbytes)
             self._check_that_all_fits(outside_bytes + unregistered_bytes, budget)
-        the_plan = plan_on(
-            self._device_type, self.blocks, self.blobs, budget, self._uses, unregistered_bytes,
-            reserved_bytes=self.reserved_bytes, host_bytes=host_bytes, remedies=self._remedies,
-        )  # fmt: skip
+
+        def planned(make: Callable[..., Plan], blobs: Blobs) -> Plan:
+            return make(
+                self._device_type, self.blocks, blobs, budget, self._uses, unregistered_bytes,
+                reserved_bytes=self.reserved_bytes, host_bytes=host_bytes, remedies=self._remedies,
+            )  # fmt: skip
+
+        by_need, choosing = self._by_need(), partial(plan_by_need, self._model)
+        if by_need is None:
+            the_plan = planned(plan_on, self.blobs)
+        elif self.allocated_bytes + unregistered_bytes + self.reserved_bytes <= budget:
+            least = planned(choosing, by_need).least_limit
+            the_plan = replace(planned(plan_on, self.blobs), least_by_need=least)
+        else:
+            self.blobs = by_need  # also for what an error may advise
+            the_plan = planned(choosing, by_need)
         spare = spare_bytes(budget) if is_measured else 0
         return replace(
             the_plan, context=self._context, unreserved=self._unreserved, spare_bytes=spare
         )
+
+    def _by_need(self) -> Blobs | None:
+        """With each expert a blob; None where there are none that a token leaves out."""
+        if not any(forward_of(module) is not None for module in self._model.modules()):
+            return None
+        blobs = self._lay_out(by_need=True)
+        return blobs if are_worth_choosing(self._model, blobs) else None
 
     def _remedies(self) -> list[Remedy]:
         return remedies(

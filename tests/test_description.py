@@ -54,7 +54,7 @@ def test_a_packed_weight_has_a_shape_and_no_values(tmp_path: Path) -> None:
     [
         {"bits": 3}, {"group_size": 7}, {"has_minimum": True}, {"dtype": "int8"}, {"dtype": None},
         {"shape": [6]}, {"shape": [6, 0]}, {"shape": [6, True]}, {"shape": [6.0, 4]},
-        {"shape": [1, 2, 3]}, {"shape": 6},
+        {"shape": [1, 2, 3, 4]}, {"shape": 6},
     ],
     ids=str,
 )  # fmt: skip

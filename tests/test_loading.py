@@ -44,7 +44,7 @@ def test_it_answers_as_the_wrapped_model_does(
     expected = bminf.wrapper(reference(name, saved_tiny(name)), **settings)
     model = bminf.load(saved_tiny(name), **settings)
     assert bminf.plan_of(model) == bminf.plan_of(expected)
-    assert bminf.plan_of(model).streamed
+    assert bminf.plan_of(model).is_streaming
     given = inputs_of(name)
     torch.testing.assert_close(output_of(model, given), output_of(expected, given))
     if TINY[name].generates and TINY[name].inputs != "audio":

@@ -136,7 +136,7 @@ BAD: dict[str, tuple[str, Callable[[Path], Any], str]] = {
         "plain", edit("config.json", quantization_config={"quant_method": "gptq"}),
         r"quantized already \(gptq\)"),
     "no JSON": ("plain", lambda f: (f / "config.json").write_text("{"), "is not JSON"),
-    "a version to come": ("saved", edit("bminf.json", format_version=2), "a newer one wrote it"),
+    "a version to come": ("saved", edit("bminf.json", format_version=3), "a newer one wrote it"),
     "no version": ("saved", edit("bminf.json", format_version=None), "no description of a saved"),
     "formats of no kind": ("saved", edit("bminf.json", packed=[1]), 'no object "packed"'),
     "a format of no kind": (

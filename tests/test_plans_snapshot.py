@@ -21,7 +21,7 @@ from bminf.arch.registry import ARCHITECTURES
 from bminf.errors import BudgetError
 from bminf.models import plan_model
 from bminf.models.source import published
-from bminf.offload.plan import Plan, plan
+from bminf.offload.plan import Plan, least_budget, plan
 
 NUM_LIMITS = 40
 
@@ -84,7 +84,7 @@ class Planned:
 
 
 def planned(whole: Plan, num_limits: int = NUM_LIMITS) -> Planned:
-    least, most = whole.least_limit, whole.total_bytes
+    least, most = least_budget(whole), whole.total_bytes
     limits = (least + (most - least) * i // (num_limits - 1) for i in range(num_limits))
     return Planned(whole, tuple(replanned(whole, limit) for limit in limits))
 
@@ -197,7 +197,7 @@ def test_a_larger_limit_never_costs_more(models: Callable[[], dict[str, Planned]
 
 @pytest.mark.parametrize(
     ("models", "name", "plan_of"),
-    [(zoo, "CPM-2 (Chinese), CPM-2.1", plan_of_zoo), (wrapped, "Jamba", plan_of_wrapped)],
+    [(zoo, "CPM-2 (Chinese), CPM-2.1", plan_of_zoo), (wrapped, "Gemma", plan_of_wrapped)],
 )
 def test_the_plan_of_a_limit_is_that_of_the_public_function(
     models: Callable[[], dict[str, Planned]], name: str, plan_of: Callable[[str, int], Plan]

@@ -61,7 +61,7 @@ def test_a_saved_model_loads_as_it_was(name: str, quantization: str | None, tmp_
     loaded = bminf.load(tmp_path / "to", limit, device="cpu")
     assert type(loaded) is type(model) and formats(loaded) == formats(model)
     assert bminf.plan_of(loaded) == bminf.plan_of(model)
-    assert bminf.plan_of(loaded).streamed
+    assert bminf.plan_of(loaded).is_streaming
     before, after = values(model), values(loaded)
     assert before.keys() == after.keys()
     for key, value in before.items():

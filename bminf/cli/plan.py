@@ -109,6 +109,9 @@ def _plan_entries(plan: Plan, speeds: Speeds, disk: int) -> dict[str, Any]:
         "resident_bytes": plan.resident_bytes,
         "slot_bytes": plan.slot_bytes,
         "streamed_bytes": plan.streamed_bytes,
+        "experts": plan.experts
+        and asdict(plan.experts)
+        | {"pool_bytes": plan.pool_bytes, "missed_bytes": plan.experts.missed_bytes()},
         "tables_on_host": list(plan.tables),
         "host_bytes": plan.host_bytes,
         "disk_bytes": plan.disk_bytes,

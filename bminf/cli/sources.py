@@ -101,7 +101,9 @@ class Transformers:
     def plan(self, arguments: argparse.Namespace, memory_limit: str | None) -> Plan:
         from bminf.wrapping import plan_for
 
-        packed = self._packed
+        # Stacks of experts are packed by their own names, and chosen by that of their module.
+        packed = dict(self._packed or {})
+        packed |= {name.rpartition(".")[0]: form for name, form in packed.items()} | packed
         return plan_for(
             self._model,
             quantization=self._format(arguments),

@@ -13,7 +13,15 @@ from warnings import warn
 import torch
 
 from bminf.errors import ArgumentError, CheckpointError
-from bminf.layers.quantized_linear import QuantizedLinear, has_accelerate_hook, is_conv1d
+from bminf.layers.experts import (
+    PackedExperts,
+    PackedStack,
+    forward_of,
+    is_transposed,
+    matrices_of,
+    why_not_packable,
+)
+from bminf.layers.quantized_linear import QuantizedLinear, has_forward_of_its_own, is_conv1d
 from bminf.layout import ModuleBlock, TensorPlace, tensors_of
 from bminf.ops.rows import ELEMENTS
 from bminf.quantization.packed import INT8, Format, parse_format
@@ -24,6 +32,7 @@ HEAD_FORMAT = INT8
 what 4 bits cost them in the blocks, and is half or a quarter of the bytes that a token reads."""
 
 _PROBE = (64, 48)  # columns and rows
+_PLURALS = {"linear": "linears", "module of experts": "modules of experts"}
 
 # torch.nn.MultiheadAttention computes with the weight of its output projection, and never calls it.
 _READ_BY_PARENT = (torch.nn.modules.linear.NonDynamicallyQuantizableLinear,)
@@ -46,7 +55,7 @@ def why_not_quantizable(linear: torch.nn.Module) -> str | None:
     weight = linear._parameters.get("weight")
     if type(linear) in _READ_BY_PARENT:
         return f"of the class {type(linear).__name__}, which the module around it reads"
-    if _has_forward_of_its_own(linear):
+    if has_forward_of_its_own(linear):
         return "whose forward was replaced on the instance"
     if weight is not None and weight.dtype not in ELEMENTS:
         return f"of the dtype {weight.dtype}"
@@ -72,13 +81,6 @@ def computes_as_linear(module: torch.nn.Module) -> bool:
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         return _agrees_on_a_probe(module)
-
-
-def _has_forward_of_its_own(module: torch.nn.Module) -> bool:
-    """Whether the forward was overridden on this instance."""
-    forward = module.__dict__.get("_old_forward" if has_accelerate_hook(module) else "forward")
-    is_of_class = getattr(forward, "__func__", None) is type(module).forward
-    return forward is not None and not (is_of_class and forward.__self__ is module)
 
 
 def _agrees_on_a_probe(module: torch.nn.Module) -> bool:
@@ -115,6 +117,18 @@ def meta_linear(linear: torch.nn.Module, format_: Format) -> QuantizedLinear:
     return QuantizedLinear(meta, quantization=format_)
 
 
+def meta_experts(module: torch.nn.Module, format_: Format) -> PackedExperts:
+    """The PackedExperts that `module` will become, on the meta device."""
+    meta = copy.copy(module)
+    meta.__dict__["_parameters"] = {
+        name: tensor
+        if tensor is None
+        else torch.nn.Parameter(torch.empty_like(tensor, device="meta"), False)
+        for name, tensor in module._parameters.items()
+    }
+    return PackedExperts(meta, format_)
+
+
 Places = Mapping[torch.nn.Module, Sequence[tuple[torch.nn.Module, str, str]]]
 """Of each module where it stands: the module around it, its name in there, its whole name."""
 
@@ -130,14 +144,17 @@ def places_of(root: torch.nn.Module, modules: Container[torch.nn.Module]) -> Pla
     return places
 
 
-def replace_linear(linear: torch.nn.Module, format_: Format, places: Places) -> None:
-    """Put `linear`, packed in `format_`, in all places where it stands.
+def replace_module(module: torch.nn.Module, format_: Format, places: Places) -> None:
+    """Put a linear or experts, packed in `format_`, in all places where `module` stands.
 
     Raises ArgumentError, with the name, for a weight that cannot be packed.
     """
-    with _named(places[linear][0][2]):
-        packed = QuantizedLinear(linear, quantization=format_)
-    for parent, key, _ in places[linear]:
+    with _named(places[module][0][2]):
+        if forward_of(module) is not None:
+            packed: torch.nn.Module = PackedExperts(module, format_)
+        else:
+            packed = QuantizedLinear(module, quantization=format_)
+    for parent, key, _ in places[module]:
         parent._modules[key] = packed
 
 
@@ -162,21 +179,23 @@ def _named(name: str) -> Iterator[None]:
         raise ArgumentError(f"{name!r} cannot be quantized: {error}") from error
 
 
-Replacements = Mapping[torch.nn.Module, QuantizedLinear]
-"""Linears to quantize, each with its replacement on the meta device."""
+Replacements = Mapping[torch.nn.Module, QuantizedLinear | PackedExperts]
+"""Linears and experts to quantize, each with its replacement on the meta device."""
 
 Predicate = Callable[[str, torch.nn.Module], bool | str | Format | None]
 """Whether a linear is packed, by its name and module; or how, where that is not as the others."""
 
-Linear = tuple[str, torch.nn.Module]
+Named = tuple[str, torch.nn.Module]
+"""A linear or experts, after the name."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """replacements: what is packed.   kept: why a linear stays that was wanted -> all of those."""
+    """replacements: what is packed.   kept: why a linear, or experts, stay that were wanted -> all
+    of those."""
 
     replacements: Replacements
-    kept: Mapping[str, Sequence[Linear]]
+    kept: Mapping[str, Sequence[Named]]
 
 
 def choose_linears(
@@ -185,7 +204,7 @@ def choose_linears(
     format_: Format | None,
     wanted: Predicate | None = None,
 ) -> Choice:
-    """The linears to quantize, as `format_`; None is none.
+    """The linears and experts to quantize, as `format_`; None is none.
 
     wanted: says so by name and module; None takes the linears in the blocks, or all where there are
     no blocks, but adapters, and those that a group of columns is too wide for; output heads in 8
@@ -195,36 +214,46 @@ def choose_linears(
     """
     if wanted is not None and not callable(wanted):
         raise ArgumentError(
-            f"quantize={wanted!r}; give a function of the name and the module of a linear "
-            "that says whether it is packed"
+            f"quantize={wanted!r}; give a function of the name and the module of a linear, or of "
+            "experts, that says whether it is packed"
         )
     if format_ is None:
         if wanted is not None:
             raise ArgumentError('quantize= chooses what quantization="int8" or "int4" packs')
         return Choice({}, {})
     forms, kept = _wanted_forms(model, blocks, format_, wanted)
-    linears = list(forms)
+    found = list(forms)
     adapters, min_columns = set[torch.nn.Module](), 0
     if wanted is None:  # nobody chose them by name
-        adapters = _adapters(model, linears)
+        adapters = _adapters(model, found)
         # Narrower ones save little; unless all are, so that the format was meant for them.
         in_format = [module for (_, module), form in forms.items() if form == format_]
-        widest = max(map(_num_columns, in_format), default=0)
+        widest = max((n for module in in_format for n in _columns(module)), default=0)
         group_size = format_.group_size or 0
         min_columns = group_size if widest >= group_size else 0
-    replacements: dict[torch.nn.Module, QuantizedLinear] = {}
+    replacements: dict[torch.nn.Module, QuantizedLinear | PackedExperts] = {}
     for (name, module), form in forms.items():
-        reason, columns = why_not_quantizable(module), _num_columns(module)
+        reason = why_not_quantizable(module) if is_linear(module) else why_not_packable(module)
         if reason is None and module in adapters:
             reason = "trained beside frozen ones, or part of an adapter"
-        elif reason is None and form.bits == 4 and (columns % 2 or columns < min_columns):
+        elif reason is None and form.bits == 4 and _are_unfit(_columns(module), min_columns):
             reason = "with an odd number of columns, or fewer than share a scale"
         if reason is not None:
             kept.setdefault(reason, []).append((name, module))
             continue
         with _named(name):
-            replacements[module] = meta_linear(module, form)
+            replacements[module] = _meta(module, form)
     return Choice(replacements, kept)
+
+
+def _are_unfit(columns: Iterable[int], min_columns: int) -> bool:
+    """Whether rows of some of these sizes cannot be packed in 4 bits, or are not worth it."""
+    return any(count % 2 or count < min_columns for count in columns)
+
+
+def _meta(module: torch.nn.Module, format_: Format) -> QuantizedLinear | PackedExperts:
+    """What `module` will become, on the meta device: shapes without bytes."""
+    return meta_linear(module, format_) if is_linear(module) else meta_experts(module, format_)
 
 
 def _wanted_forms(
@@ -232,14 +261,14 @@ def _wanted_forms(
     blocks: Iterable[ModuleBlock],
     format_: Format,
     wanted: Predicate | None,
-) -> tuple[dict[Linear, Format], dict[str, list[Linear]]]:
+) -> tuple[dict[Named, Format], dict[str, list[Named]]]:
     """How the linears that are wanted would be packed; and those that cannot be, as others read
     their weights, where somebody has chosen them."""
     by_default = _by_default(model, blocks, format_)
     ask = by_default if wanted is None else partial(_asked, wanted, format_)
-    forms: dict[Linear, Format] = {}
-    kept: dict[str, list[Linear]] = {}
-    for name, module, others in _linears(model):
+    forms: dict[Named, Format] = {}
+    kept: dict[str, list[Named]] = {}
+    for name, module, others in _candidates(model):
         form = ask(name, module)
         if form is None:
             continue
@@ -260,26 +289,44 @@ def _asked(wanted: Predicate, format_: Format, name: str, module: torch.nn.Modul
 
 
 def choice_of(model: torch.nn.Module, packed: Mapping[str, Format]) -> Choice:
-    """The linears of these names, each in its format.   Raises CheckpointError for what is none."""
+    """The linears, and stacks of experts, of these names, each in its format.
+
+    Raises CheckpointError for what is none.
+    """
     modules = dict(model.named_modules())
-    for name in packed:
-        module = modules.get(name)
-        if module is None or not is_linear(module):
+    found: dict[torch.nn.Module, QuantizedLinear | PackedExperts] = {}
+    for name, form in packed.items():
+        parent, _, key = name.rpartition(".")
+        module = modules.get(name) or modules.get(parent)
+        is_stack = module is modules.get(parent) and key in _matrices(module)
+        if module is None or not (is_stack or is_linear(module)):
             raise CheckpointError(
                 f"{name!r} is packed on disk and is no linear of a {type(model).__name__}: "
                 "the weights are of another model"
             )
-    return Choice({modules[n]: meta_linear(modules[n], form) for n, form in packed.items()}, {})
+        if module not in found:
+            found[module] = _meta(module, form)
+    return Choice(found, {})
 
 
-def _adapters(model: torch.nn.Module, linears: Sequence[Linear]) -> set[torch.nn.Module]:
+def _matrices(module: torch.nn.Module | None) -> Mapping[str, torch.Tensor]:
+    """The stacks of a module of experts; none of any other."""
+    return matrices_of(module) if module is not None and forward_of(module) is not None else {}
+
+
+def _weights(module: torch.nn.Module) -> list[torch.Tensor]:
+    """What is packed of a linear, or of experts."""
+    stacks = _matrices(module).values()
+    return [*stacks] or [w for w in [module._parameters.get("weight")] if w is not None]
+
+
+def _adapters(model: torch.nn.Module, found: Sequence[Named]) -> set[torch.nn.Module]:
     """Adapters, and where some linears are frozen those that are not: they are there to be trained.
 
     Adapters stand beside a layer that peft calls `base_layer`.
     """
-    weights = {module: module._parameters.get("weight") for _, module in linears}
-    trained = {module for module, w in weights.items() if w is not None and w.requires_grad}
-    adapters = trained if len(trained) < len(linears) else set[torch.nn.Module]()
+    trained = {module for _, module in found if any(w.requires_grad for w in _weights(module))}
+    adapters = trained if len(trained) < len(found) else set[torch.nn.Module]()
     for module in model.modules():
         if "base_layer" in module._modules:
             beside = [child for name, child in module.named_children() if name != "base_layer"]
@@ -295,9 +342,9 @@ def warn_of_unquantized(
     None where the model is packed already: then it is wrapped again, under another limit.
     """
     kind = type(model).__name__
-    if any(isinstance(module, QuantizedLinear) for module in model.modules()):
+    if any(isinstance(module, QuantizedLinear | PackedStack) for module in model.modules()):
         return
-    parts = [*_kept_parts(choice), *_stacked_parts(model, blocks)]
+    parts = [*_kept_parts(choice), *_stacked_parts(model, blocks, choice)]
     if not choice.replacements and not choice.kept:
         message = (
             f"nothing in the blocks of {kind} could be quantized: they hold no "
@@ -314,31 +361,34 @@ def warn_of_unquantized(
 
 def _kept_parts(choice: Choice) -> Iterator[tuple[int, str]]:
     """(bytes, what they are) for each reason to keep linears."""
-    for reason, linears in choice.kept.items():
-        nbytes = sum(p.nbytes for _, module in linears for p in module.parameters())
-        names = ", ".join(name for name, _ in linears[:2])
-        more = ", ..." if len(linears) > 2 else ""
-        count = f"{len(linears)} linear{'s' if len(linears) > 1 else ''}"
+    for reason, kept in choice.kept.items():
+        nbytes = sum(p.nbytes for _, module in kept for p in module.parameters())
+        names = ", ".join(name for name, _ in kept[:2])
+        more = ", ..." if len(kept) > 2 else ""
+        noun = "linear" if any(is_linear(module) for _, module in kept) else "module of experts"
+        count = f"{len(kept)} {noun if len(kept) == 1 else _PLURALS[noun]}"
         yield nbytes, f"{format_bytes(nbytes)} in {count} {reason} ({names}{more})"
 
 
 def _stacked_parts(
-    model: torch.nn.Module, blocks: Iterable[ModuleBlock]
+    model: torch.nn.Module, blocks: Iterable[ModuleBlock], choice: Choice
 ) -> Iterator[tuple[int, str]]:
-    """Of parameters that are several matrices: (experts, rows, columns). Convolutions have three
-    dimensions as well, and stay without a word."""
+    """Of parameters that are several matrices, (experts, rows, columns), in classes that are not
+    known. Convolutions have three dimensions as well, and stay without a word."""
+    seen = choice.replacements.keys() | {m for kept in choice.kept.values() for _, m in kept}
     stacked = {
-        parameter
+        parameter: type(module).__name__
         for part in _parts(model, blocks)
         for module in part.modules()
-        if not isinstance(module, torch.nn.modules.conv._ConvNd)
+        if not isinstance(module, torch.nn.modules.conv._ConvNd) and module not in seen
         for parameter in module._parameters.values()
         if parameter is not None and parameter.dim() == 3 and parameter.is_floating_point()
     }
     nbytes = sum(tensor.nbytes for tensor in stacked)
     if nbytes:
-        kind = "three-dimensional parameters (stacked experts), not linears"
-        yield nbytes, f"{format_bytes(nbytes)} in {len(stacked)} {kind}"
+        kind = "three-dimensional parameters (stacked experts), not linears, of the class"
+        classes = ", ".join(sorted(set(stacked.values())))
+        yield nbytes, f"{format_bytes(nbytes)} in {len(stacked)} {kind} {classes}"
 
 
 def _by_default(
@@ -374,17 +424,18 @@ def _heads(model: torch.nn.Module, inside: set[torch.nn.Module]) -> Iterator[tor
                 yield child
 
 
-def _num_columns(linear: torch.nn.Module) -> int:
-    weight = linear._parameters.get("weight")
-    if weight is None or weight.dim() != 2:
-        return 0
-    return weight.shape[0 if is_conv1d(linear) else 1]
+def _columns(module: torch.nn.Module) -> list[int]:
+    """Of the matrices in a linear, or in experts: of how many columns they are."""
+    columns_first = is_conv1d(module) or is_transposed(module)
+    weights = [w for w in _weights(module) if w.dim() > 1]
+    return [w.shape[-2 if columns_first else -1] for w in weights] or [0]
 
 
-def _linears(
+def _candidates(
     model: torch.nn.Module,
 ) -> Iterator[tuple[str, torch.nn.Module, list[torch.nn.Module]]]:
-    """(name, module, other modules that hold its weight, too) of each linear."""
+    """(name, module, other modules that hold its weight, too) of each linear, and of experts
+    of classes that are known."""
     holders: dict[int, dict[TensorPlace, None]] = {}  # by place: a module may stand in two
     for _, place, tensor in tensors_of(model):
         holders.setdefault(id(tensor), {})[place] = None
@@ -392,9 +443,10 @@ def _linears(
         if module is model:
             continue  # the object that wrapper() was given cannot be replaced by another
         # A weight that a hook computes (weight_norm, pruning) is no parameter, and stays.
-        if is_linear(module) and (weight := module._parameters.get("weight")) is not None:
-            own = TensorPlace(module, "weight", True)
-            yield name, module, [place.module for place in holders[id(weight)] if place != own]
+        weights = _weights(module) if is_linear(module) or _matrices(module) else []
+        if weights:
+            places = [place for weight in weights for place in holders[id(weight)]]
+            yield name, module, [place.module for place in places if place.module is not module]
 
 
 def _parts(model: torch.nn.Module, blocks: Iterable[ModuleBlock]) -> Iterable[torch.nn.Module]:

@@ -38,6 +38,13 @@ def _is_class_of_conv1d(kind: type) -> bool:
     return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
 
 
+def is_of_class(module: torch.nn.Module, family: str, name: str) -> bool:
+    """Whether `module` is of the class of this name in the model `family` of transformers."""
+    kind = type(module)
+    home = f"transformers.models.{family}.modeling_{family}"
+    return kind.__name__ == name and kind.__module__ == home
+
+
 class QuantizedLinear(torch.nn.Linear):
     """The linear layer `linear`, its weight packed to 8 or 4 bits.
 
@@ -85,7 +92,7 @@ class QuantizedLinear(torch.nn.Linear):
         if linear.bias is not None:
             bias: Any = linear.bias
             self.bias = torch.nn.Parameter(bias.detach().clone(), requires_grad=False)
-        _copy_attributes(linear, self)
+        copy_attributes(linear, self)
         self._packed_class = type(linear)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -193,11 +200,18 @@ def has_accelerate_hook(module: torch.nn.Module) -> bool:
     return is_around and "_hf_hook" in module.__dict__ and "_old_forward" in module.__dict__
 
 
+def has_forward_of_its_own(module: torch.nn.Module) -> bool:
+    """Whether the forward was overridden on this instance."""
+    forward = module.__dict__.get("_old_forward" if has_accelerate_hook(module) else "forward")
+    is_of_class = getattr(forward, "__func__", None) is type(module).forward
+    return forward is not None and not (is_of_class and forward.__self__ is module)
+
+
 def _is_called_from_peft(caller: FrameType) -> bool:
     return str(caller.f_globals.get("__name__", "")).partition(".")[0] == "peft"
 
 
-def _copy_attributes(linear: torch.nn.Module, packed: QuantizedLinear) -> None:
+def copy_attributes(linear: torch.nn.Module, packed: torch.nn.Module) -> None:
     """Give `packed` the hooks of `linear`, and the attributes that code hung on it.
 
     They are the very dicts, so that a handle which removes a hook goes on doing so.
@@ -210,9 +224,9 @@ def _copy_attributes(linear: torch.nn.Module, packed: QuantizedLinear) -> None:
             packed.__dict__[name] = value
     if has_accelerate_hook(linear):
         hooked: Any = linear.__dict__["forward"]
-        packed._old_forward = packed.forward
+        packed.__dict__["_old_forward"] = own = packed.forward
         around = functools.partial(hooked.func, packed)
-        packed.forward = functools.update_wrapper(around, packed._old_forward)  # type: ignore
+        packed.__dict__["forward"] = functools.update_wrapper(around, own)
     packed.train(linear.training)
 
 

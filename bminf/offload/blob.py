@@ -3,21 +3,54 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from bminf.errors import UnsupportedModelError
+from bminf.layers.experts import PackedExperts, forward_of, stacks_of
 from bminf.layers.quantize import choose_linears
-from bminf.layout import Layout, ModuleBlock, TensorSpec, overlapping, specs_of, tensors_of
+from bminf.layout import (
+    ADDRESS_MODULUS,
+    DEFAULT_ALIGNMENT,
+    Layout,
+    ModuleBlock,
+    TensorSpec,
+    overlapping,
+    specs_of,
+    tensors_of,
+)
 from bminf.offload import memory
 from bminf.offload.backends import allocated_bytes_on
 from bminf.offload.plan import Block, Remedy, least_bytes
+from bminf.offload.pool import LEAST_SLOTS
 from bminf.offload.tables import Table, find_tables
 from bminf.quantization.packed import FORMATS, Format
 
 _KINDS = (torch.Tensor, torch.nn.Parameter, getattr(torch.nn, "Buffer", torch.nn.Parameter))
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The experts of one module, each of which is a blob. Names are relative to the module.
+
+    block: in which the module lies.   whole: the stacks as the module holds them.
+    experts: of each expert, the part of every stack that is its own.
+    """
+
+    block: str
+    whole: Layout
+    experts: Sequence[Layout]
+
+    @property
+    def slot_bytes(self) -> int:
+        """Of a slot for any of these experts, wherever their tensors begin."""
+        return max(
+            -(-layout.nbytes // DEFAULT_ALIGNMENT) * DEFAULT_ALIGNMENT
+            + DEFAULT_ALIGNMENT * len(layout.specs)
+            for layout in self.experts
+        )
 
 
 @dataclass(frozen=True)
@@ -26,19 +59,25 @@ class Blobs:
 
     A tensor that a block shares with anything outside it (tied weights, a part of two blocks) lies
     outside: it stays, and is counted once. A block that stands in two places is one block.
+    stacks: of modules of experts, by name, what is in no block but streams by need.
     tables: what can be read by row on the host; in no block, nor in `outside`.   of_tables: their
     layout where they lie on the device, with names relative to the model.
     """
 
     blocks: Mapping[str, Layout]
     outside: Layout
+    stacks: Mapping[str, Stack] = field(default_factory=dict)
     tables: Sequence[Table] = ()
     of_tables: Layout = field(default_factory=lambda: Layout.of({}))
 
     @property
     def nbytes(self) -> int:
-        layouts = [self.outside, self.of_tables, *self.blocks.values()]
+        wholes = [stack.whole for stack in self.stacks.values()]
+        layouts = [self.outside, self.of_tables, *self.blocks.values(), *wholes]
         return sum(layout.nbytes for layout in layouts)
+
+    def stacks_in(self, block: str) -> dict[str, Stack]:
+        return {name: stack for name, stack in self.stacks.items() if stack.block == block}
 
 
 def lay_out(
@@ -47,31 +86,76 @@ def lay_out(
     replacements: Mapping[torch.nn.Module, torch.nn.Module],
     keep_addresses: bool,
     tables: Sequence[Table] = (),
+    by_need: bool = False,
 ) -> Blobs:
     """Lay out every parameter and buffer of `model`.
 
     replacements: modules that will be exchanged, with their replacements.
     keep_addresses: see Layout.of.   tables: what is laid out apart, see find_tables().
+    by_need: whether each expert of a stack in a block is a blob.
     """
     places = list(_places(model, blocks))
     tensors: dict[str, torch.Tensor] = {}
     owners: dict[str, tuple[str, str]] = {}  # name -> block, name in there
     for path, block, inner_path, module in places:
         holder = replacements.get(module, module)
-        for key, tensor in [*holder._parameters.items(), *holder._buffers.items()]:
-            if tensor is not None:
-                tensors[_joined(path, key)] = tensor
-                owners[_joined(path, key)] = block, _joined(inner_path, key)
+        for key, tensor in _held(holder):
+            tensors[_joined(path, key)] = tensor
+            owners[_joined(path, key)] = block, _joined(inner_path, key)
     specs = specs_of(tensors)
     by_row = {name: specs.pop(name) for table in tables for name in table.names}
     outside = _shared(specs, owners) | _adapters(places, replacements)
     parts: dict[str, dict[str, TensorSpec]] = {"": {}, **{block.name: {} for block in blocks}}
+    stacks = _stacks(places, replacements, outside) if by_need else {}
+    in_stacks = {_joined(name, key) for name, (_, stack) in stacks.items() for key in stack}
     for name, spec in specs.items():
         block, inner_name = ("", name) if name in outside else owners[name]
-        parts[block][inner_name] = spec
+        if name not in in_stacks:
+            parts[block][inner_name] = spec
     layouts = {block: Layout.of(part, keep_addresses) for block, part in parts.items()}
+    laid_out = {n: _lay_out_experts(*found, keep_addresses) for n, found in stacks.items()}
     of_tables = Layout.of(by_row, keep_addresses)
-    return Blobs(outside=layouts.pop(""), tables=tables, of_tables=of_tables, blocks=layouts)
+    return Blobs(layouts, layouts.pop(""), laid_out, tables, of_tables)
+
+
+def _stacks(
+    places: Sequence[_Place],
+    replacements: Mapping[torch.nn.Module, torch.nn.Module],
+    outside: Collection[str],
+) -> dict[str, tuple[str, dict[str, torch.Tensor]]]:
+    """Name of a module of experts in a block -> the block, and its stacks, where all can move."""
+    counts = Counter(module for *_, module in places)
+    found = {}
+    for path, block, _, module in places:
+        holder = replacements.get(module, module)
+        if block and counts[module] == 1 and forward_of(holder) is not None:
+            stacks = stacks_of(holder)
+            if stacks and not any(_joined(path, key) in outside for key in stacks):
+                found[path] = block, stacks
+    return found
+
+
+def _lay_out_experts(block: str, stacks: Mapping[str, torch.Tensor], keep_addresses: bool) -> Stack:
+    whole = Layout.of(specs_of(stacks), keep_addresses)
+    number = len(next(iter(stacks.values())))
+    steps = [t.stride(0) * t.itemsize for t in stacks.values() if not t.is_meta]
+    are_alike = not keep_addresses or not any(step % ADDRESS_MODULUS for step in steps)
+    layouts = [
+        Layout.of({key: TensorSpec.of(t[expert]) for key, t in stacks.items()}, keep_addresses)
+        for expert in range(1 if are_alike else number)
+    ]
+    return Stack(block, whole, layouts * number if are_alike else layouts)
+
+
+def _held(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a module itself, and of the stacks that stand in packed experts in place of
+    parameters."""
+    for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
+        if tensor is not None:
+            yield key, tensor
+    if isinstance(module, PackedExperts):
+        for name, stack in module.stacks():
+            yield from ((_joined(name, key), tensor) for key, tensor in _held(stack))
 
 
 _Place = tuple[str, str, str, torch.nn.Module]
@@ -186,7 +270,8 @@ def remedies(
         if format_ is None or packed.bits < format_.bits:
             replacements = choose_linears(model, blocks, packed).replacements
             tables = find_tables(model, replacements)
-            smaller = lay_out(model, blocks, replacements, keep_addresses=False, tables=tables)
+            by_need = bool(blobs.stacks)
+            smaller = lay_out(model, blocks, replacements, False, tables, by_need)
             saved = least - _least_of(smaller, device_type)
             found.append(
                 Remedy(f'quantize with quantization="{name}"', saved, True, "quantization")
@@ -204,7 +289,8 @@ def remedies(
 def _least_of(blobs: Blobs, device_type: str) -> int:
     allocated = allocated_bytes_on(device_type)
     blocks = [Block(n, allocated(x.nbytes)) for n, x in blobs.blocks.items()]
-    return allocated(blobs.outside.nbytes) + least_bytes(blocks)
+    slots = LEAST_SLOTS * max((stack.slot_bytes for stack in blobs.stacks.values()), default=0)
+    return allocated(blobs.outside.nbytes) + least_bytes(blocks) + slots
 
 
 def _largest_part(blobs: Blobs) -> int:

@@ -30,9 +30,12 @@ from bminf.errors import UnsupportedModelError
 from bminf.layout import Layout, span_elements, tensors_of
 from bminf.lazy import LazyTensor
 from bminf.offload.backends.base import Backend
+from bminf.offload.blob import Stack
 from bminf.offload.plan import Plan
-from bminf.offload.ring import Ring
+from bminf.offload.pool import ExpertPool
+from bminf.offload.ring import NUM_SLOTS, Ring
 from bminf.offload.streamed_block import StreamedBlock, not_convertible
+from bminf.offload.streamed_experts import ExpertInSlot, StreamedExperts
 from bminf.offload.tables import HostTable, Table
 from bminf.tracing import active_capture, active_tracer, disable_compile
 
@@ -50,7 +53,11 @@ ATTRIBUTE = "_bminf_scheduler"
 
 @dataclass(frozen=True)
 class Stats:
-    """What the scheduler did since wrapping. Bytes are those of the blobs; times are in seconds."""
+    """What the scheduler did since wrapping. Bytes are those of the blobs; times are in seconds.
+
+    expert_hits, expert_misses: experts that a layer wanted, and that were in the pool or were not,
+    each once a layer and pass.   expert_bytes_copied: of bytes_copied, those of experts.
+    """
 
     passes: int = 0
     copies: int = 0
@@ -58,6 +65,9 @@ class Stats:
     copied_s: float = 0.0
     waits: int = 0
     waited_s: float = 0.0
+    expert_hits: int = 0
+    expert_misses: int = 0
+    expert_bytes_copied: int = 0
 
     @property
     def link_gbps(self) -> float:
@@ -71,8 +81,10 @@ class Scheduler:
     def __init__(self, plan: Plan, backend: Backend, source_device: torch.device) -> None:
         self.plan, self.backend, self.source_device = plan, backend, source_device
         self.blocks: list[StreamedBlock] = []
+        self.experts: list[StreamedExperts] = []
         self.tables: list[HostTable] = []
         self.ring: Ring | None = None
+        self.pool: ExpertPool | None = None
         self.lying: Collection[int] = ()  # blocks that are read from where they were before
         self.loaded_bytes = 0  # read from files before it was ready
         self._lock = threading.RLock()
@@ -91,8 +103,11 @@ class Scheduler:
         return type(None), ()
 
     def stats(self) -> Stats:
-        counters = self.backend.counters()
-        return Stats(passes=self._num_passes, **vars(counters))
+        counters, pool = vars(self.backend.counters()), self.pool
+        counts = (0, 0, 0) if pool is None else (pool.hits, pool.misses, pool.bytes_copied)
+        names = ("expert_hits", "expert_misses", "expert_bytes_copied")
+        of_experts = dict(zip(names, counts, strict=True))
+        return Stats(passes=self._num_passes, **counters, **of_experts)
 
     def add(self, name: str, module: torch.nn.Module, layout: Layout) -> None:
         """Take over a block whose blob has a host copy."""
@@ -103,6 +118,23 @@ class Scheduler:
         self.blocks.append(block)  # before it lets go: an interrupt finds it and takes it back
         block.release()
 
+    def add_experts(self, name: str, module: torch.nn.Module, stack: Stack) -> None:
+        """Take over a module of experts whose blobs have host copies."""
+        write = functools.partial(self.call, self._write_stack)
+        first_block = len(self.plan.streamed)
+        experts = StreamedExperts(
+            name, module, stack, self.next_expert - first_block, first_block, self.backend,
+            self._read_stack, write, self._saved_by_autograd,
+        )  # fmt: skip
+        self.experts.append(experts)
+        experts.release()
+
+    @property
+    def next_expert(self) -> int:
+        """The blob, in the backend, of the first expert that was not added yet."""
+        added = sum(len(one.stack.experts) for one in self.experts)
+        return len(self.plan.streamed) + added
+
     def hold(self, table: Table, model: torch.nn.Module, rows: torch.Tensor) -> None:
         """Take over a table whose values lie on the host: `rows`, (N, C)."""
         write = functools.partial(self.call, self._write_table)
@@ -111,14 +143,20 @@ class Scheduler:
         held.release()
 
     def install(self, model: torch.nn.Module) -> None:
-        """Begin to stream: every block, every table on the host, and every module around one, is
-        guarded from now on."""
+        """Begin to stream: every block, all experts, every table on the host, and every module
+        around one, is guarded from now on."""
         self.ring = Ring(len(self.blocks), self.backend) if self.blocks else None
+        if self.plan.experts is not None:
+            sizes = [layout.nbytes for one in self.experts for layout in one.stack.experts]
+            slots = self.plan.experts.num_slots
+            self.pool = ExpertPool(sizes, slots, self.backend, len(self.blocks), NUM_SLOTS)
         blocks = {block.module: block for block in self.blocks}
-        guarded = set(blocks).union(*(table.holders() for table in self.tables))
+        experts = {one.module: one for one in self.experts}
+        parts: dict[torch.nn.Module, StreamedBlock | StreamedExperts] = {**experts, **blocks}
+        guarded = set(parts).union(*(table.holders() for table in self.tables))
         around = [m for m in model.modules() if any(inner in guarded for inner in m.modules())]
         for module in around:
-            self._override(module, "forward", _Forward(self, module, blocks.get(module)))
+            self._override(module, "forward", _Forward(self, module, parts.get(module)))
             state_dict = functools.partial(self.call, self.state_dict, module.state_dict)
             self._override(module, "state_dict", state_dict)
             load = functools.partial(self.call, self.load_state_dict, module.load_state_dict)
@@ -126,7 +164,8 @@ class Scheduler:
             self._override(module, "__prepare_scriptable__", _refuse_scripting)
         # Only modules that hold tensors: others, such as activations, may be shared by all models.
         holders = {module: block for block in self.blocks for module in block.holders()}
-        for module in dict.fromkeys([*around, *holders]):
+        stacks = [module for one in self.experts for module in one.holders()]
+        for module in dict.fromkeys([*around, *holders, *stacks]):
             block = blocks.get(module, holders.get(module))
             self._override(module, "_apply", _Apply(module, block))
         if self.ring is not None:
@@ -147,6 +186,8 @@ class Scheduler:
                     override.is_removed = True
                 self._overrides.pop()
             self.ring = None
+            if self.pool is not None:
+                self.pool.clear()
 
     def call(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Run `function` as the only thread in the model; calls may nest."""
@@ -193,6 +234,22 @@ class Scheduler:
         finally:
             torch.set_autocast_cache_enabled(is_cached)
             self._leave(block, slot)
+
+    def run_experts(
+        self, experts: StreamedExperts, forward: Callable[..., Any], /, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Run the forward of a module of experts with those it needs in slots. Inside call()."""
+        if experts.is_running or self.pool is None or experts not in self.experts:
+            return forward(*args, **kwargs)
+        is_cached = torch.is_autocast_cache_enabled()
+        try:
+            torch.set_autocast_cache_enabled(False)
+            if not self._pass_counted:
+                self._pass_counted = True
+                self._num_passes += 1
+            return experts.run(self.pool, forward, *args, **kwargs)
+        finally:
+            torch.set_autocast_cache_enabled(is_cached)
 
     def state_dict(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Run state_dict, and give streamed tensors as they lie on the host, mapped from a file."""
@@ -247,19 +304,30 @@ class Scheduler:
             block.unbind()
         if self.ring is not None:
             self.ring.clear()
+        if self.pool is not None:
+            self.pool.clear()
 
     def _read(self, block: StreamedBlock, name: str) -> torch.Tensor:
         """One tensor of a block from the host, for a read outside the block's forward."""
+        self._warn_of_read(name, block.name)
+        view = block.layout.view(self.backend.host_copy(block.index), name)
+        return view if self._reads_host else view.to(self.backend.device)
+
+    def _read_stack(self, experts: StreamedExperts, name: str) -> torch.Tensor:
+        """One stack from the host, for a read that is not of one expert in its turn."""
+        self._warn_of_read(name, experts.name)
+        stack = experts.on_host(name)
+        return stack if self._reads_host else stack.to(self.backend.device)
+
+    def _warn_of_read(self, name: str, block: str) -> None:
         if not self._reads_host and not self._warned and not self._warn_of_removed():
             self._warned = True
             logger.warning(
                 "%s of the streamed block %s is read outside the block's forward: it is fetched "
                 "anew each time, which is slow",
                 name,
-                block.name,
+                block,
             )
-        view = block.layout.view(self.backend.host_copy(block.index), name)
-        return view if self._reads_host else view.to(self.backend.device)
 
     def _warn_of_removed(self) -> bool:
         """Whether blocks have lost the forward that streams them; one warning says so."""
@@ -291,12 +359,19 @@ class Scheduler:
         if self.ring is not None:
             self.ring.changed(block.index)
 
+    def _write_stack(self, experts: StreamedExperts, name: str, value: torch.Tensor) -> None:
+        """As _write(), of a stack of experts."""
+        with torch.inference_mode(False), torch.no_grad():
+            experts.rewrite(name, value, self.pool)
+
     def _write_table(self, table: HostTable, value: torch.Tensor) -> None:
         """Keep new values of a table; those it had may lie in a file of somebody else."""
         with torch.inference_mode(False), torch.no_grad():
             table.rows = self.backend.hold(value.shape, value.dtype, [value.detach()])
 
-    def _saved_by_autograd(self, block: StreamedBlock) -> AbstractContextManager[Any]:
+    def _saved_by_autograd(
+        self, block: StreamedBlock | ExpertInSlot
+    ) -> AbstractContextManager[Any]:
         """Weights saved by autograd would be overwritten in the slot: save where they lie."""
         if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
             raise UnsupportedModelError(
@@ -371,17 +446,22 @@ class _Override:
 class _Forward(_Override):
     """The forward of a block, or of a module around blocks, under the scheduler's lock.
 
-    block_name: of the block that it streams; "" for a module around blocks.
+    block_name: of the block, or the experts, that it streams; "" for a module around blocks.
     """
 
     def __init__(
-        self, scheduler: Scheduler, module: torch.nn.Module, block: StreamedBlock | None
+        self,
+        scheduler: Scheduler,
+        module: torch.nn.Module,
+        block: StreamedBlock | StreamedExperts | None,
     ) -> None:
         functools.update_wrapper(self, module.forward)  # keeps the signature that generate() reads
         self._module, self._forward = module, module.forward
         self.block_name = block.name if block is not None else ""
         run = self._forward
-        if block is not None:
+        if isinstance(block, StreamedExperts):
+            run = functools.partial(scheduler.run_experts, block, run)
+        elif block is not None:
             run = functools.partial(scheduler.run, block, run)
         self._uncompiled = functools.partial(scheduler.call, run)
         self._call: Callable[..., Any] = self._uncompiled

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import torch
 
-from bminf.layers.quantize import Replacements, places_of, replace_linear
+from bminf.layers.experts import stacks_of
+from bminf.layers.quantize import Replacements, places_of, replace_module
 from bminf.layout import Layout, tensors_of
 from bminf.offload import memory
 from bminf.offload.backends.base import Backend
-from bminf.offload.blob import Blobs, unmapped_bytes
+from bminf.offload.blob import Blobs, Stack, unmapped_bytes
 from bminf.offload.hooks import Scheduler
+from bminf.offload.streamed_experts import StreamedExperts
 from bminf.offload.tables import Table
 from bminf.progress import progress_bar
 
@@ -40,7 +42,7 @@ def place(
     def quantize(modules: Iterable[torch.nn.Module]) -> None:
         for module in modules:
             if module in places:
-                replace_linear(module, replacements[module].form, places)
+                replace_module(module, replacements[module].form, places)
 
     with torch.inference_mode(False), torch.no_grad():
         # What lies in no block, or in several, and so outside all of them, comes first.
@@ -62,8 +64,19 @@ def place(
                 scheduler.add(name, module, layout)
             else:
                 _move_resident(module, layout, scheduler.backend, scheduler.source_device)
+            for path, stack in blobs.stacks_in(name).items():
+                _place_experts(model.get_submodule(path), path, stack, scheduler)
             if is_trimmed:
                 memory.trim()
+
+
+def _place_experts(module: torch.nn.Module, name: str, stack: Stack, scheduler: Scheduler) -> None:
+    """Each expert to its host copy."""
+    stacks = stacks_of(module)
+    for expert, layout in enumerate(stack.experts):
+        parts = [(key, tensor[expert]) for key, tensor in stacks.items()]
+        scheduler.backend.put(scheduler.next_expert + expert, partial(layout.fill, tensors=parts))
+    scheduler.add_experts(name, module, stack)
 
 
 def load(
@@ -71,14 +84,16 @@ def load(
     blobs: Blobs,
     scheduler: Scheduler,
     read: Callable[[str, torch.Tensor], object],
+    read_expert: Callable[[str, int, torch.Tensor], object],
     read_tables: Callable[[torch.Tensor], object] = lambda blob: None,
     hold_table: Callable[[str], torch.Tensor] | None = None,
 ) -> None:
     """Fill a model that lies on the meta device, block by block, straight into the blobs.
 
     read: fills the blob, (extent,) uint8, of the block of this name, "" for what lies outside all
-    of them.   read_tables: fills that of the tables that are read by row.
-    hold_table: gives the table of this name on the host, (N, C).
+    of them.   read_expert: the same of one expert of the module of this name.   read_tables: fills
+    that of the tables that are read by row.   hold_table: gives the table of this name on the host,
+    (N, C).
     """
     streamed, untrimmed_bytes = set(scheduler.plan.streamed), 0
     with torch.inference_mode(False), torch.no_grad():
@@ -101,6 +116,13 @@ def load(
             else:
                 _fill(module, layout, scheduler.backend, partial(read, name))
                 scheduler.loaded_bytes += layout.nbytes
+            for path, stack in blobs.stacks_in(name).items():
+                for expert in range(len(stack.experts)):
+                    fill = partial(read_expert, path, expert)
+                    scheduler.backend.put(scheduler.next_expert + expert, fill)
+                scheduler.add_experts(path, model.get_submodule(path), stack)
+                scheduler.loaded_bytes += stack.whole.nbytes
+                untrimmed_bytes += stack.whole.nbytes
             untrimmed_bytes += layout.nbytes
             if untrimmed_bytes >= _TRIMMED_BYTES:
                 untrimmed_bytes = 0
@@ -118,18 +140,31 @@ def restore(model: torch.nn.Module, scheduler: Scheduler) -> None:
             memory.allocate(block.layout.extent).copy_(scheduler.backend.host_copy(block.index))
             for block in progress_bar(scheduler.blocks, desc="unwrapping", delay=1, leave=False)
         ]
+        stacks = [_stacked(experts) for experts in scheduler.experts]
         tables = [memory.allocate(table.rows.nbytes) for table in scheduler.tables]
         scheduler.uninstall()
         for block, blob in zip(scheduler.blocks, blobs, strict=True):
             block.restore(blob.to(scheduler.source_device))
+        for experts, blob in zip(scheduler.experts, stacks, strict=True):
+            experts.restore(blob.to(scheduler.source_device))
         for table, blob in zip(scheduler.tables, tables, strict=True):
             rows = blob.view(table.rows.dtype).view(table.rows.shape).copy_(table.rows)
             table.restore(rows.to(scheduler.source_device))
     while scheduler.blocks:
         scheduler.blocks.pop().forget()
+    while scheduler.experts:
+        scheduler.experts.pop().forget()
     scheduler.tables.clear()
     if scheduler.source_device != scheduler.backend.device:
         model.to(scheduler.source_device)
+
+
+def _stacked(experts: StreamedExperts) -> torch.Tensor:
+    """The experts of a module as it held them: (extent,) uint8."""
+    whole = experts.stack.whole
+    blob = memory.allocate(whole.extent)
+    whole.fill(blob, ((name, experts.on_host(name)) for name in whole.specs))
+    return blob
 
 
 def _hold_tables(

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from bminf.checks import is_number
 from bminf.errors import ArgumentError, BudgetError
 from bminf.offload.choose import choose
+from bminf.offload.pool import LEAST_SLOTS
 from bminf.units import format_bytes
 
 if TYPE_CHECKING:
@@ -62,6 +63,42 @@ class Remedy(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Experts:
+    """Experts that stream by need: the pool that they share, and what is beside it. In bytes.
+
+    number, nbytes: of all of them.   num_slots, slot_bytes: of the pool.
+    bytes_per_token: of those that one token goes through.   on_disk: numbers of those that wait in
+    a file, because host memory has no room for them.
+    """
+
+    number: int
+    nbytes: int
+    slot_bytes: int
+    num_slots: int
+    bytes_per_token: int
+    on_disk: tuple[int, ...] = ()
+
+    @property
+    def pool_bytes(self) -> int:
+        return self.num_slots * self.slot_bytes
+
+    def wanted_bytes(self, num_tokens: int = 1) -> float:
+        """Of the experts that so many tokens go through together, chosen independently, each expert
+        as likely as any other."""
+        left_out = 1 - self.bytes_per_token / self.nbytes
+        return self.nbytes * (1 - left_out**num_tokens)
+
+    def missed_bytes(self, num_tokens: int = 1) -> float:
+        """Of those, what has to be copied in a pass. Routers have favourites, for a while at least:
+        real ones miss less, and this promises nothing that only some do. A pool with room for less
+        than a pass wants forgets each expert before it is wanted again."""
+        wanted = self.wanted_bytes(num_tokens)
+        if wanted > self.nbytes * self.num_slots / self.number:
+            return wanted
+        return wanted * (1 - self.num_slots / self.number)
+
+
+@dataclass(frozen=True)
 class Plan:
     """Which blocks are resident, and what that will cost. All sizes in bytes.
 
@@ -74,6 +111,8 @@ class Plan:
     context: the texts that `reserved_bytes` is to hold, where max_length was given.
     unreserved: what a text of usual length would take, where nothing was reserved for any.
     spare_bytes: of the device, free beside `budget` where that was not given but measured.
+    experts: those that stream by need, one by one, and belong to no block.
+    least_by_need: the least limit of a model that fits, and whose experts would stream so.
     tables: names of those of which rows are read on the host, such as input embeddings, and which
     the limit does not count: all there are; none if everything fits, when they are among
     `outside_bytes`.   table_bytes: of them, wherever they are; for a GPU those that its allocator
@@ -93,24 +132,38 @@ class Plan:
     context: Context | None = None
     unreserved: Context | None = None
     spare_bytes: int = 0
+    experts: Experts | None = None
+    least_by_need: int | None = None
+
+    @property
+    def pool_bytes(self) -> int:
+        """Bytes of all slots for experts."""
+        return 0 if self.experts is None else self.experts.pool_bytes
+
+    @property
+    def is_streaming(self) -> bool:
+        """Whether anything streams: blocks, or experts."""
+        return bool(self.streamed) or self.experts is not None
+
     tables: tuple[str, ...] = ()
     table_bytes: int = 0
 
     @property
     def least_limit(self) -> int:
-        """The smallest memory limit, in bytes, that these blocks can be planned for."""
-        return least_budget(self)
+        """The smallest memory limit, in bytes, that this model can be planned for."""
+        return least_budget(self) if self.least_by_need is None else self.least_by_need
 
     @property
     def total_bytes(self) -> int:
         """Bytes of device memory that the plan takes; never more than `budget`."""
-        return self.resident_bytes + self.slot_bytes + self.reserved_bytes
+        return self.resident_bytes + self.slot_bytes + self.pool_bytes + self.reserved_bytes
 
     @property
     def unused_bytes(self) -> int:
         """Bytes of device memory that neither weights nor slots take: `reserved_bytes`, what is too
         small for a block, and what is spare."""
-        return self.budget + self.spare_bytes - self.resident_bytes - self.slot_bytes
+        taken = self.resident_bytes + self.slot_bytes + self.pool_bytes
+        return self.budget + self.spare_bytes - taken
 
     @property
     def streamed_bytes(self) -> int:
@@ -147,13 +200,19 @@ class Plan:
     def host_bytes(self) -> int:
         """Bytes of host memory that a GPU needs: blobs and staging, and tables read by row."""
         blob_bytes = self.streamed_bytes - self.disk_bytes
+        if self.experts is not None:
+            num_in_host = self.experts.number - len(self.experts.on_disk)
+            blob_bytes += self.experts.nbytes * num_in_host // self.experts.number
         return blob_bytes + self.staging_bytes + self.host_table_bytes
 
     @property
     def disk_places(self) -> tuple[int, ...]:
-        """Which of `streamed` are `on_disk`, as indices into it: what Backend.open takes."""
+        """Which of `streamed`, and of the experts behind them, are on disk, as indices: what
+        Backend.open takes."""
         on_disk = set(self.on_disk)
-        return tuple(index for index, name in enumerate(self.streamed) if name in on_disk)
+        blocks = (index for index, name in enumerate(self.streamed) if name in on_disk)
+        experts = () if self.experts is None else self.experts.on_disk
+        return (*blocks, *(len(self.streamed) + number for number in experts))
 
     def _blocks_of(self, names: Sequence[str]) -> list[Block]:
         wanted = set(names)
@@ -169,7 +228,7 @@ class Plan:
         return _rebuilt, ({**values, "uses": dict(self.uses)},)
 
     def __str__(self) -> str:
-        return "\n".join([*self._summary(), *self._picture()])
+        return "\n".join(line for line in [*self._summary(), *self._picture()] if line)
 
     def _summary(self) -> Iterator[str]:
         outside = f"{format_bytes(self.outside_bytes)} outside all blocks"
@@ -182,8 +241,10 @@ class Plan:
             yield _line("by row", self.table_bytes, f"on the host: {', '.join(self.tables)}")
         if self.unreserved is not None:
             yield self.context_line
+        if self.experts is not None:
+            yield from _experts_lines(self.experts)
         if not self.streamed:
-            yield "fits entirely: nothing is streamed"
+            yield "fits entirely: nothing is streamed" if self.experts is None else ""
             return
         of_all = f"{len(self.streamed)} of {len(self.blocks)} blocks"
         per_request = f"{format_bytes(self.streamed_bytes_per_request)} per request"
@@ -244,6 +305,15 @@ class Plan:
             yield from (f"  {signs[index : index + _ROW]}" for index in range(0, len(signs), _ROW))
 
 
+def _experts_lines(experts: Experts) -> Iterator[str]:
+    slots = f"{experts.num_slots} slots of {format_bytes(experts.slot_bytes)} for experts"
+    yield _line("pool", experts.pool_bytes, slots)
+    a_token = f"{format_bytes(experts.bytes_per_token)} a token"
+    on_disk = f", {len(experts.on_disk)} from disk" if experts.on_disk else ""
+    missed = f", {format_bytes(experts.missed_bytes())} missed"
+    yield _line("experts", experts.nbytes, f"{experts.number} by need, {a_token}{missed}{on_disk}")
+
+
 def _line(label: str, nbytes: int, rest: str = "") -> str:
     return f"{label:<9} {format_bytes(nbytes):>10}   {rest}".rstrip()
 
@@ -270,6 +340,7 @@ def plan(
     table_bytes: int = 0,
     tables: Sequence[str] = (),
     remedies: Callable[[], Sequence[Remedy]] = tuple,
+    pool_bytes: int = 0,
 ) -> Plan:
     """Choose the blocks that stay within `budget` bytes, for the fewest bytes streamed per request.
 
@@ -289,6 +360,7 @@ def plan(
     What is read from disk per request is chosen likewise among the streamed blocks, `host_bytes`
     in the budget's place and two staging buffers of the largest blob on disk in that of the slots.
     remedies: what an error may advise beside a higher limit; asked only then.
+    pool_bytes: beside all that, of the least slots for experts.
     Raises ArgumentError for names, sizes or uses that cannot be, and BudgetError, with the least
     limit that would do, when not even two slots, or two staging buffers, fit.
     """
@@ -297,11 +369,12 @@ def plan(
     _check_bytes(budget=budget, outside_bytes=outside_bytes, reserved_bytes=reserved_bytes)
     _check_bytes(host_bytes=host_bytes or 0, table_bytes=table_bytes)
     uses_by_block = _uses_of(blocks, uses or {})
-    capacity = budget - outside_bytes - reserved_bytes
-    _check_room(blocks, budget, outside_bytes, reserved_bytes, remedies)
+    capacity = budget - outside_bytes - reserved_bytes - pool_bytes
+    _check_room(blocks, budget, outside_bytes, reserved_bytes, pool_bytes, remedies)
     block_bytes = sum(block.nbytes for block in blocks)
     streamed = set() if block_bytes <= capacity else _choose(blocks, uses_by_block, capacity)
-    on_host = tuple(tables) if block_bytes + table_bytes > capacity else ()
+    is_all = block_bytes + table_bytes <= capacity and not pool_bytes
+    on_host = () if is_all else tuple(tables)
     if not on_host:
         outside_bytes += table_bytes
     elif host_bytes is not None:
@@ -382,7 +455,10 @@ def _uses_of(blocks: tuple[Block, ...], uses: Mapping[str, float]) -> dict[str, 
 
 def least_budget(whole: Plan) -> int:
     """The smallest budget, in bytes, that the blocks of `whole` can be planned for."""
-    return whole.fixed_bytes + least_bytes(whole.blocks)
+    pool_bytes = 0
+    if whole.experts is not None:
+        pool_bytes = min(LEAST_SLOTS, whole.experts.number) * whole.experts.slot_bytes
+    return whole.fixed_bytes + least_bytes(whole.blocks) + pool_bytes
 
 
 def least_bytes(blocks: Sequence[Block]) -> int:
@@ -395,10 +471,11 @@ def _check_room(
     budget: int,
     outside_bytes: int,
     reserved_bytes: int,
+    pool_bytes: int,
     remedies: Callable[[], Sequence[Remedy]],
 ) -> None:
     needed, slot = min(_needs(blocks))
-    least = needed + outside_bytes + reserved_bytes
+    least = needed + outside_bytes + reserved_bytes + pool_bytes
     if least <= budget:
         return
     parts = {
@@ -406,6 +483,7 @@ def _check_room(
         f"{format_bytes(needed - 2 * slot)} of blocks that stay": needed - 2 * slot,
         f"{format_bytes(outside_bytes)} outside all blocks": outside_bytes,
         f"{format_bytes(reserved_bytes)} reserved": reserved_bytes,
+        f"{format_bytes(pool_bytes)} of slots for experts": pool_bytes,
     }
     raise BudgetError(
         f"the limit of {format_bytes(budget)} ({budget} bytes) is below the least that would "

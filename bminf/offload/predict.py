@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from bminf.errors import ArgumentError
 from bminf.offload.disk import NUM_STAGES, Staging
-from bminf.offload.plan import DEFAULT_USES, Block, Plan
+from bminf.offload.plan import DEFAULT_USES, Block, Experts, Plan
 from bminf.offload.ring import Ring
 
 
@@ -239,6 +239,7 @@ def predict(
     A block computes as long as reading its bytes from device memory takes, which is what bounds
     decoding for one sequence, or as long as multiplying all `rows` takes. Blocks used less often
     than the others (an encoder) are left out; one that is used n times a token comes n times.
+    Experts by need are copied as Experts.missed_bytes() expects, when a router has chosen them.
     link_bytes_per_s: host to device; memory_bytes_per_s: device memory.
     lists: names of the lists of blocks that a pass goes through, in this order, and nothing else:
         no other list, and nothing of what lies outside all blocks.
@@ -246,9 +247,9 @@ def predict(
     rows: that share the pass; None is one, whose arithmetic is not counted.
     Raises ArgumentError for a list that the plan does not have, or a rate that is missing.
     """
-    if plan.on_disk and disk_bytes_per_s is None:
+    if (places := plan.disk_places) and disk_bytes_per_s is None:
         raise ArgumentError(
-            f"disk_bytes_per_s is None, but {len(plan.on_disk)} blocks of the plan wait on disk; "
+            f"disk_bytes_per_s is None, but {len(places)} blocks of the plan wait on disk; "
             "give the bytes a second that the disk reads"
         )
     blocks = _used_most(plan) if lists is None else _blocks_of(plan, lists)
@@ -259,8 +260,39 @@ def predict(
     arithmetic_s = [rows.arithmetic_s(block.name) for block in blocks]
     rest_s = (outside_bytes + rows.cache_bytes) / memory_bytes_per_s
     computing_s = [*map(max, memory_s, arithmetic_s), rest_s]
-    found = _simulated(plan, blocks, computing_s, link_bytes_per_s, disk_bytes_per_s or math.inf)
-    return replace(found, memory_s=sum(memory_s) + rest_s, arithmetic_s=sum(arithmetic_s))
+    rates = link_bytes_per_s, disk_bytes_per_s or math.inf
+    found = _simulated(plan, blocks, computing_s, *rates)
+    found = replace(found, memory_s=sum(memory_s) + rest_s, arithmetic_s=sum(arithmetic_s))
+    if plan.experts is None or lists is not None:
+        return found
+    return _with_experts(found, plan.experts, rows.number, memory_bytes_per_s, *rates)
+
+
+def _with_experts(
+    dense: Prediction,
+    experts: Experts,
+    num_tokens: int,
+    memory_bytes_per_s: float,
+    link_bytes_per_s: float,
+    disk_bytes_per_s: float,
+) -> Prediction:
+    """With what experts add to a pass. Their copies begin when a router has chosen, so that hardly
+    anything is there to hide them behind: they are counted in full."""
+    compute_s = experts.wanted_bytes(num_tokens) / memory_bytes_per_s
+    missed = experts.missed_bytes(num_tokens)
+    copy_s = missed / link_bytes_per_s
+    disk_s = missed * len(experts.on_disk) / experts.number / disk_bytes_per_s
+    pass_s = dense.pass_s + compute_s + max(copy_s, disk_s)
+    return replace(
+        dense,
+        pass_s=pass_s,
+        compute_s=dense.compute_s + compute_s,
+        memory_s=dense.memory_s + compute_s,
+        copy_s=dense.copy_s + copy_s,
+        link_busy=(dense.link_busy * dense.pass_s + copy_s) / pass_s,
+        disk_s=dense.disk_s + disk_s,
+        disk_busy=(dense.disk_busy * dense.pass_s + disk_s) / pass_s,
+    )
 
 
 def _simulated(

@@ -13,14 +13,19 @@ from bminf.checkpoint.recorded import InMemory
 from bminf.checkpoint.safetensors_file import lying_in_files
 from bminf.checkpoint.stored import InFile, Stored, pieces
 from bminf.errors import ArgumentError, CheckpointError
+from bminf.layers.experts import PackedStack
 from bminf.layers.quantized_linear import QuantizedLinear
 from bminf.layout import Chunk, Layout
+from bminf.offload import memory
 from bminf.offload.blob import Blobs
-from bminf.quantization.packed import PACKED_FIELDS, Format, PackedWeight
+from bminf.quantization.packed import PACKED_FIELDS, Format, PackedWeight, empty
 from bminf.quantization.packing import pack
 
 _CHUNK_ELEMENTS = 2**22  # of a matrix that are read and packed together
+_EXPERT_CHUNK = 2**18  # of an expert that are packed together, beside all of it, that is read
 _WITH_NAN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # that torch compares
+
+_PACKED = (QuantizedLinear, PackedStack)
 
 _Lying = tuple[InFile | None, list[tuple[str, InFile]]]
 Packer = Callable[[torch.Tensor, Format], PackedWeight]
@@ -30,9 +35,10 @@ Packer = Callable[[torch.Tensor, Format], PackedWeight]
 class Contents:
     """What a network on the meta device is filled with.
 
-    network: packed, with a QuantizedLinear in place of each linear that is to be.   blobs: its
-    layouts.   tensors: by the names in the network; of a packed linear either what it holds, which
-    is taken as it is, or its `weight`, which is packed.   packer: packs rows of a weight.
+    network: packed, with a QuantizedLinear in place of each linear that is to be, and a PackedStack
+    in place of each stack of experts.   blobs: its layouts.   tensors: by the names in the network;
+    of a packed linear or stack either what it holds, which is taken as it is, or its `weight`, of a
+    stack that of its own name, which is packed.   packer: packs rows of a weight.
     """
 
     network: torch.nn.Module
@@ -40,12 +46,23 @@ class Contents:
     tensors: Mapping[str, Stored]
     packer: Packer = pack
     _lying: dict[str, _Lying] = field(default_factory=dict, repr=False)
+    _by_rows: dict[str, Stored] = field(default_factory=dict, repr=False)
 
     def lying(self, block: str) -> _Lying:
         """What of a block lies in files as it is to be read; see lying_in_files()."""
         if block not in self._lying:
             self._lying[block] = lying_in_files(self.tensors, block, self.layout(block))
         return self._lying[block]
+
+    def stack(self, name: str) -> Stored:
+        """A stack of experts that can be read one by one; if need be, in memory until another
+        module of experts is read."""
+        if name not in self._by_rows:
+            others = {one for one in self._by_rows if _module_of(one) != _module_of(name)}
+            for one in others:
+                del self._by_rows[one]
+            self._by_rows[name] = _by_rows(self.tensors[name])
+        return self._by_rows[name]
 
     def layout(self, block: str) -> Layout:
         """That of a block, or "" for what lies outside all of them."""
@@ -75,6 +92,35 @@ def read_block(contents: Contents, block: str, blob: torch.Tensor) -> None:
             _check_taken(contents, block, name, stored, room.view(stored.dtype))
             as_they_are.add(offset)
     layout.fill(blob, tensors_of_block(contents, block, as_they_are))
+
+
+def read_expert(contents: Contents, name: str, expert: int, blob: torch.Tensor) -> None:
+    """Fill `blob`, (extent,) uint8, with one expert of a module.   Raises CheckpointError."""
+    layout = contents.blobs.stacks[name].experts[expert]
+    layout.fill(blob, _tensors_of_expert(contents, name, expert, layout))
+
+
+def _tensors_of_expert(
+    contents: Contents, name: str, expert: int, layout: Layout
+) -> Iterator[Chunk]:
+    module = contents.network.get_submodule(name)
+    for key, stack in module.named_children():
+        whole = f"{name}.{key}"
+        if isinstance(stack, PackedStack) and whole in contents.tensors:
+            packed = _packed_expert(stack, contents.stack(whole), expert, contents)
+            held = [field for field in PACKED_FIELDS if f"{key}.{field}" in layout.specs]
+            yield from ((f"{key}.{field}", getattr(packed, field)) for field in held)
+    for key, spec in layout.specs.items():
+        whole = f"{name}.{key}"
+        if _module_of(whole) == name or _module_of(whole) not in contents.tensors:
+            stored = contents.stack(whole)
+            is_packed = _is_packed(whole, contents)
+            part = stored.rows(expert, expert + 1).read()[0]
+            yield key, _check_finite(part, stored, takes_infinity=not is_packed).to(spec.dtype)
+
+
+def _module_of(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 def streamable_run(contents: Contents, block: str) -> InFile | None:
@@ -115,7 +161,7 @@ def tensors_of_block(contents: Contents, block: str, filled: Iterable[int] = ())
     """
     layout, done = contents.layout(block), set(filled)
     root = contents.network.get_submodule(block)
-    packed = {name: m for name, m in root.named_modules() if isinstance(m, QuantizedLinear)}
+    packed = {name: m for name, m in root.named_modules() if isinstance(m, _PACKED)}
     for name, linear in packed.items():
         inner = f"{name}." if name else ""
         if f"{inner}qweight" in layout.specs:
@@ -144,11 +190,9 @@ def _check_taken(
 
 
 def _is_packed(name: str, contents: Contents) -> bool:
-    """Whether a tensor is one that a QuantizedLinear has in place of its weight."""
+    """Whether a tensor is one that a packed linear or stack has in place of its weight."""
     path, _, key = name.rpartition(".")
-    return key in PACKED_FIELDS and isinstance(
-        contents.network.get_submodule(path), QuantizedLinear
-    )
+    return key in PACKED_FIELDS and isinstance(contents.network.get_submodule(path), _PACKED)
 
 
 def _is_mapped_as(stored: Stored, dtype: torch.dtype) -> bool:
@@ -158,7 +202,7 @@ def _is_mapped_as(stored: Stored, dtype: torch.dtype) -> bool:
 
 
 def _packed(
-    linear: QuantizedLinear, keys: Sequence[str], name: str, contents: Contents
+    linear: QuantizedLinear | PackedStack, keys: Sequence[str], name: str, contents: Contents
 ) -> Iterator[tuple[str, torch.Tensor, int]]:
     """(buffer, some of its rows, index of the first), of the buffers that it has."""
     tensors = contents.tensors
@@ -168,9 +212,10 @@ def _packed(
             for first_row, tensor in pieces(stored):
                 yield key, _check_finite(tensor, stored, takes_infinity=False), first_row
         return
-    stored = tensors[f"{name}.weight"]
-    if not stored.is_read_by_rows:
-        stored = InMemory(stored.read(), stored.where)
+    if isinstance(linear, PackedStack):
+        yield from _packed_experts(linear, keys, tensors[name], contents)
+        return
+    stored = _by_rows(tensors[f"{name}.weight"])
     num_rows, num_columns = stored.shape
     step = max(1, _CHUNK_ELEMENTS // max(1, num_columns))
     for first_row in range(0, num_rows, step):
@@ -178,6 +223,41 @@ def _packed(
         packed = _pack(rows, linear.form, contents.packer)
         for key in keys:
             yield key, getattr(packed, key), first_row
+
+
+def _packed_experts(
+    stack: PackedStack, keys: Sequence[str], stored: Stored, contents: Contents
+) -> Iterator[tuple[str, torch.Tensor, int]]:
+    """One expert after another."""
+    stored = _by_rows(stored)
+    for expert in range(stack.num_experts):
+        packed = _packed_expert(stack, stored, expert, contents)
+        for key in keys:
+            yield key, getattr(packed, key).unsqueeze(0), expert
+
+
+def _packed_expert(
+    stack: PackedStack, stored: Stored, expert: int, contents: Contents
+) -> PackedWeight:
+    """Some rows after others: what packing takes beside them is a multiple of their bytes."""
+    weight = InMemory(stack.matrix(stored.rows(expert, expert + 1).read()[0]), stored.where)
+    whole = empty(stack.out_features, stack.in_features, stack.form, "cpu")
+    step = max(1, _EXPERT_CHUNK // max(1, stack.in_features))
+    for first_row in range(0, stack.out_features, step):
+        rows = slice(first_row, min(first_row + step, stack.out_features))
+        packed = _pack(weight.rows(rows.start, rows.stop), stack.form, contents.packer)
+        for key in PACKED_FIELDS:
+            if (target := getattr(whole, key)) is not None:
+                target[rows] = getattr(packed, key)
+    del weight, packed
+    if stack.out_features * stack.in_features >= _EXPERT_CHUNK:
+        memory.trim()  # malloc would keep what several of them took
+    return whole
+
+
+def _by_rows(stored: Stored) -> Stored:
+    """In memory, if a part of it cannot be read by itself."""
+    return stored if stored.is_read_by_rows else InMemory(stored.read(), stored.where)
 
 
 def _pack(stored: Stored, weight_format: Format, packer: Packer) -> PackedWeight:

@@ -15,11 +15,18 @@ import torch
 from bminf.checkpoint.stored import InFile
 from bminf.layout import ModuleBlock
 from bminf.offload.backends import allocated_bytes_on
+from bminf.offload.backends.base import NOT_POOLED, Pooled
 from bminf.offload.blob import Blobs
 from bminf.offload.hooks import ATTRIBUTE, Scheduler
 from bminf.offload.placement import load
 from bminf.offload.plan import Block, Plan, plan
-from bminf.offload.reading import Contents, read_block, streamable_run, table_in
+from bminf.offload.reading import (
+    Contents,
+    read_block,
+    read_expert,
+    streamable_run,
+    table_in,
+)
 
 
 def plan_on(
@@ -64,19 +71,31 @@ def start(
     """
     the_plan, backend = scheduler.plan, scheduler.backend
     try:
-        if the_plan.streamed:
+        if the_plan.is_streaming:
             layouts = [blobs.blocks[name] for name in the_plan.streamed]
             numbers = {name: index for index, name in enumerate(the_plan.streamed)}
             there = {numbers[name]: run for name, run in (lying or {}).items()}
-            scheduler.lying = backend.open(layouts, offload_dir, the_plan.disk_places, there)
+            pooled = _pooled(the_plan, blobs)
+            scheduler.lying = backend.open(
+                layouts, offload_dir, the_plan.disk_places, there, pooled
+            )
         model.__dict__[ATTRIBUTE] = scheduler
         place()
-        if the_plan.streamed or the_plan.tables:
+        if the_plan.is_streaming or the_plan.tables:
             scheduler.install(model)
     except BaseException:
         undo()
         raise
     weakref.finalize(model, backend.release)
+
+
+def _pooled(the_plan: Plan, blobs: Blobs) -> Pooled:
+    """The experts, in the order in which place() and load() put them: block by block."""
+    if the_plan.experts is None:
+        return NOT_POOLED
+    stacks = [stack for block in blobs.blocks for stack in blobs.stacks_in(block).values()]
+    layouts = [layout for stack in stacks for layout in stack.experts]
+    return Pooled(layouts, the_plan.experts.num_slots, the_plan.experts.slot_bytes)
 
 
 def start_from_files(
@@ -100,7 +119,8 @@ def start_from_files(
         with torch.device("cpu"):  # where files are read to, whatever the caller's default is
             load(
                 contents.network, contents.blobs, scheduler, partial(read_block, contents),
-                partial(read_block, contents.of_tables(), ""), hold_table,
+                partial(read_expert, contents), partial(read_block, contents.of_tables(), ""),
+                hold_table,
             )  # fmt: skip
         also_read()
 

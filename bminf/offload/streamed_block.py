@@ -86,7 +86,7 @@ class _StreamedTensor:
             self.take_over(slot, converted)
             self.place.set(own)
             return
-        converted = _guarded(self.kept(converted.detach()))
+        converted = guarded(self.kept(converted.detach()))
         self.place.set(converted)
         if is_in_place:
             self.cast, self.cast_version = converted, converted._version
@@ -124,7 +124,28 @@ class _StreamedTensor:
         return parameter
 
 
-class StreamedBlock:
+class InSlot:
+    """What lies in a slot. slot: its number; None while it is in none.   layout: of its blob."""
+
+    slot: int | None
+    layout: Layout
+    _starts: Sequence[int]  # addresses of the slots
+
+    def offset_in_slot(self, tensor: torch.Tensor) -> int | None:
+        """Where in the bound slot `tensor` begins, in bytes; None where it lies elsewhere."""
+        assert self.slot is not None
+        if type(tensor) not in _PLAIN:
+            return None
+        if tensor.layout != torch.strided or tensor.is_meta:
+            return None
+        try:
+            offset = tensor.data_ptr() - self._starts[self.slot]
+        except RuntimeError:  # inside torch.func transforms a tensor has no address
+            return None
+        return offset if 0 <= offset < self.layout.extent else None
+
+
+class StreamedBlock(InSlot):
     """A block whose tensors are elsewhere until it is bound to a slot.
 
     name, index: in the model, and in the ring.   layout: of its blob.   module: the block itself,
@@ -164,7 +185,7 @@ class StreamedBlock:
         views = [self.layout.view(slot, name) for slot in backend.slots]
         held = _StreamedTensor(name, place, lazy, [], views, dict(tensor.__dict__))
         for view in views:
-            weight: Any = _guarded(held.kept(view.detach()))
+            weight: Any = guarded(held.kept(view.detach()))
             weight.__class__ = _ParameterInSlot if place.is_parameter else _InSlot
             held.in_slot.append(weight)
         return held
@@ -288,19 +309,6 @@ class StreamedBlock:
             held.put_back(slot, value)
         return True
 
-    def offset_in_slot(self, tensor: torch.Tensor) -> int | None:
-        """Where in the bound slot `tensor` begins, in bytes; None where it lies elsewhere."""
-        assert self.slot is not None
-        if type(tensor) not in _PLAIN:
-            return None
-        if tensor.layout != torch.strided or tensor.is_meta:
-            return None
-        try:
-            offset = tensor.data_ptr() - self._starts[self.slot]
-        except RuntimeError:  # inside torch.func transforms a tensor has no address
-            return None
-        return offset if 0 <= offset < self.layout.extent else None
-
 
 def _num_writes(tensors: Sequence[torch.Tensor]) -> int:
     # Of a subclass torch looks for a __torch_function__ first, which would take most of the time.
@@ -313,7 +321,7 @@ def _are_trained(tensors: Sequence[torch.Tensor]) -> list[bool]:
         return list(map(_requires_grad, tensors))
 
 
-def _guarded(weight: torch.Tensor) -> torch.Tensor:
+def guarded(weight: torch.Tensor) -> torch.Tensor:
     """`weight`, such that a gradient for it raises, also if it is asked for later."""
     if isinstance(weight, torch.nn.Parameter) and weight.is_floating_point():
         is_trainable = weight.requires_grad

@@ -445,11 +445,27 @@ def test_a_chosen_head_is_packed_in_a_streamed_model_too() -> None:
     assert torch.equal(output_of(model, given), output_of(resident, given))
 
 
-def test_stacked_experts_that_stay_are_said() -> None:
-    model = make("mixtral")
+class Stacked(torch.nn.Module):
+    """Experts of a class that nobody knows."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up = torch.nn.Linear(width, width)
+        self.matrices = torch.nn.Parameter(torch.randn(3, width, width))
+
+
+def test_stacked_experts_of_an_unknown_class_stay_and_are_said() -> None:
+    model = make_stack(block=Stacked)
     nbytes = format_bytes(sum(p.nbytes for p in model.parameters() if p.dim() == 3))
     (said,) = wrap(model, "int4")
-    assert f"{nbytes} in the blocks of MixtralForCausalLM are not" in said
+    assert f"{nbytes} in the blocks of Stack are not" in said and said.endswith("Stacked")
+
+
+def test_experts_whose_rows_are_too_narrow_stay_and_are_said() -> None:
+    model = make("qwen3_moe")  # 32 and 24 columns
+    nbytes = format_bytes(sum(p.nbytes for p in model.parameters() if p.dim() == 3))
+    (said,) = wrap(model, bminf.Format(4, group_size=32))
+    assert f"{nbytes} in 7 modules of experts with an odd number of columns, or fewer" in said
 
 
 class Convolved(torch.nn.Module):

@@ -492,6 +492,30 @@ def test_late_copies_and_slow_reads_give_the_right_values(
     assert torch.equal(model(x), expected)
 
 
+@pytest.mark.parametrize("num_slots", [2, 12])
+def test_late_experts_give_the_right_values(
+    late_stream: None, monkeypatch: pytest.MonkeyPatch, num_slots: int
+) -> None:
+    """In host memory and on disk, beside dense blocks that stream, too."""
+    model, given = make("mixtral"), inputs_of("mixtral")
+    expected = output_of(model, given)
+    whole = plan_for(model, False, device="cuda")
+    planned = plan_for(model, False, whole.least_limit, device="cuda")
+    limit = planned.least_limit + (num_slots - 2) * planned.experts.slot_bytes
+    monkeypatch.setattr(wrapping, "host_budget", lambda *_: planned.experts.nbytes // 2)
+    bminf.wrapper(model, False, limit, device="cuda")
+    plan = bminf.plan_of(model)
+    assert plan.experts.on_disk and (plan.streamed or num_slots > 2)
+    for number in range(6):
+        assert torch.equal(output_of(model, given), expected), number
+    with torch.no_grad():
+        for stack in (model, other := make("mixtral")):
+            stack.model.layers[3].mlp.experts.down_proj.mul_(2)
+    assert torch.equal(output_of(model, given), output_of(other, given))
+    bminf.unwrap(model)
+    assert torch.equal(output_of(model, given), output_of(other, given))
+
+
 @pytest.mark.parametrize("written", ["nowhere", "from outside", "inside"])
 def test_late_copies_in_any_order_give_the_right_values(
     late_stream: None, monkeypatch: pytest.MonkeyPatch, written: str

@@ -25,12 +25,30 @@ class Counters:
     waited_s: float = 0.0
 
 
+@dataclass(frozen=True)
+class Pooled:
+    """Blobs that come to slots of their own, `num_slots` of `slot_bytes`, a multiple of 256."""
+
+    layouts: Sequence[Layout]
+    num_slots: int
+    slot_bytes: int
+
+    def slots(self, allocate: Callable[[int], torch.Tensor]) -> list[torch.Tensor]:
+        """One buffer, cut: there may be thousands."""
+        buffer = allocate(self.num_slots * self.slot_bytes)
+        return list(buffer.view(self.num_slots, self.slot_bytes).unbind()) if buffer.numel() else []
+
+
+NOT_POOLED = Pooled((), 0, 0)
+
+
 class Backend(Transfers, Protocol):
     """Slots on a device, host copies of streamed blobs, and copies between them."""
 
     device: torch.device
     keeps_addresses: bool  # whether a tensor that is copied keeps its address modulo 64
     slots: list[torch.Tensor]
+    pool: list[torch.Tensor]  # slots of pooled blobs, numbered from NUM_SLOTS on
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         """(nbytes,) uint8 on the device."""
@@ -41,12 +59,14 @@ class Backend(Transfers, Protocol):
         offload_dir: str | Path | None,
         on_disk: Sequence[int] = (),
         lying: Mapping[int, InFile] | None = None,
+        pooled: Pooled | None = None,
     ) -> Collection[int]:
         """Make room for these blobs on the host, and the slots. Raises OffloadError or BudgetError.
 
         offload_dir: folder for host copies that lie in a file; None is a temporary one on a disk.
         on_disk: the blobs, as indices into `layouts`, that are to lie in a file in any case.
         lying: those that lie in a file already, and may be read from there.
+        pooled: more blobs, numbered behind `layouts`, with slots of their own.
         Returns those that will be, and need no put().
         """
 

@@ -19,7 +19,7 @@ import torch
 from bminf.checkpoint.stored import InFile
 from bminf.layout import Layout
 from bminf.offload import memory
-from bminf.offload.backends.base import Counters
+from bminf.offload.backends.base import NOT_POOLED, Counters, Pooled
 from bminf.offload.disk import AT_ONCE, FileStore, Outcome, Reader, bytes_of
 from bminf.offload.ring import NUM_SLOTS
 
@@ -37,6 +37,8 @@ class CpuBackend:
 
     def __init__(self) -> None:
         self.slots: list[torch.Tensor] = []
+        self.pool: list[torch.Tensor] = []
+        self._num_unpooled = 0
         self._layouts: list[Layout] = []
         self._slot_bytes: list[memoryview] = []
         self._counters = Counters()
@@ -49,18 +51,22 @@ class CpuBackend:
         offload_dir: str | Path | None,
         on_disk: Sequence[int] = (),
         lying: Mapping[int, InFile] | None = None,
+        pooled: Pooled | None = None,
     ) -> Collection[int]:
         """All are in a file, whatever `on_disk` says."""
-        extents = [layout.extent for layout in layouts]
-        self._store = FileStore(extents, offload_dir, lying)
-        self._layouts = list(layouts)
-        self.slots = [memory.allocate(max(extents)) for _ in range(NUM_SLOTS)]
-        self._slot_bytes = [bytes_of(slot) for slot in self.slots]
+        pooled = pooled or NOT_POOLED
+        self._layouts, self._num_unpooled = [*layouts, *pooled.layouts], len(layouts)
+        self._store = FileStore([x.extent for x in self._layouts], offload_dir, lying)
+        largest = max((layout.extent for layout in layouts), default=0)
+        self.slots = [memory.allocate(largest) for _ in range(NUM_SLOTS)]
+        self.pool = pooled.slots(memory.allocate)
+        self._slot_bytes = [bytes_of(slot) for slot in (*self.slots, *self.pool)]
         self._reader = Reader("bminf-reader")
         return lying or ()
 
     def put(self, block: int, fill: Callable[[torch.Tensor], object]) -> None:
-        blob = self._slot(block, 0)  # no slot is in use yet, so one can stage the blob
+        # No slot is in use yet, so one can stage the blob.
+        blob = self._slot(block, 0 if block < self._num_unpooled else NUM_SLOTS)
         fill(blob)
         self._opened_store().write(block, blob)
 
@@ -136,14 +142,16 @@ class CpuBackend:
             self._reader.join()
 
     def release(self) -> None:
-        store, self._store, self.slots, self._slot_bytes = self._store, None, [], []
+        store, self._store, self.slots, self.pool = self._store, None, [], []
+        self._slot_bytes = []
         if self._reader is not None:  # or the file closes itself
             if store is not None:
                 self._reader.submit(store.close)  # after the copies that were begun
             self._reader.stop()
 
     def _slot(self, block: int, slot: int) -> torch.Tensor:
-        return self.slots[slot][: self._layouts[block].extent]
+        slots = self.slots[slot] if slot < NUM_SLOTS else self.pool[slot - NUM_SLOTS]
+        return slots[: self._layouts[block].extent]
 
     def _opened_store(self) -> FileStore:
         assert self._store is not None, "open() comes first"

@@ -25,7 +25,7 @@ from bminf.cuda.pinned import PinnedMemory
 from bminf.errors import BudgetError
 from bminf.layout import Layout
 from bminf.offload import memory
-from bminf.offload.backends.base import Counters
+from bminf.offload.backends.base import NOT_POOLED, Counters, Pooled
 from bminf.offload.disk import NUM_STAGES, FileStore, Outcome, ReadAhead, Reader
 from bminf.offload.ring import NUM_SLOTS
 from bminf.units import format_bytes
@@ -67,6 +67,7 @@ class CudaBackend:
         index = torch.cuda.current_device() if device.index is None else device.index
         self.device = torch.device("cuda", index)
         self.slots: list[torch.Tensor] = []
+        self.pool: list[torch.Tensor] = []
         self._layouts: list[Layout] = []
         self._host_copies: dict[int, PinnedMemory] = {}
         self._files: _Files | None = None
@@ -91,12 +92,14 @@ class CudaBackend:
         offload_dir: str | Path | None,
         on_disk: Sequence[int] = (),
         lying: Mapping[int, InFile] | None = None,
+        pooled: Pooled | None = None,
     ) -> Collection[int]:
-        self._layouts = list(layouts)
+        pooled = pooled or NOT_POOLED
+        self._layouts = [*layouts, *pooled.layouts]
         if on_disk:
             self._files = self._open_files(on_disk, offload_dir, lying or {})
         try:
-            self._open_slots()
+            self._open_slots(max((layout.extent for layout in layouts), default=0), pooled)
         except BaseException:
             self.close()
             raise
@@ -133,11 +136,11 @@ class CudaBackend:
         )
         return _Files(places, store, stages, read_ahead)
 
-    def _open_slots(self) -> None:
+    def _open_slots(self, extent: int, pooled: Pooled) -> None:
         self._stream = torch.cuda.Stream(self.device)
-        extent = max(layout.extent for layout in self._layouts)
         self.slots = [self.allocate(extent) for _ in range(NUM_SLOTS)]
-        for slot in self.slots:
+        self.pool = pooled.slots(self.allocate)
+        for slot in (*self.slots, *self.pool[:1]):  # the pool is one buffer
             slot.record_stream(self._stream)
         # The memory of the slots may still be read by work queued before they were allocated.
         self._stream.wait_stream(self._compute_stream())
@@ -245,7 +248,8 @@ class CudaBackend:
         event.record(stream)
         if stream not in self._computing:
             self._computing.add(stream)
-            for slot in self.slots:  # or, once freed, it could be reused while that stream reads it
+            # Or, once freed, they could be reused while that stream reads them.
+            for slot in (*self.slots, *self.pool[:1]):
                 slot.record_stream(stream)
         return event
 
@@ -268,7 +272,7 @@ class CudaBackend:
     def _give_back(self) -> None:
         if self.slots:
             self._stream.synchronize()
-        self.slots = []
+        self.slots, self.pool = [], []
         _close_all(self._host_copies)
         if self._files is not None:
             _close_all(self._files.stages)
@@ -297,7 +301,8 @@ class CudaBackend:
         return torch.cuda.current_stream(self.device)
 
     def _slot(self, block: int, slot: int) -> torch.Tensor:
-        return self.slots[slot][: self._layouts[block].extent]
+        slots = self.slots[slot] if slot < NUM_SLOTS else self.pool[slot - NUM_SLOTS]
+        return slots[: self._layouts[block].extent]
 
 
 def _close_all(memories: dict[int, PinnedMemory]) -> None:

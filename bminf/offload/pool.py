@@ -1,0 +1,150 @@
+"""The pool: slots for experts of all layers, of which those wanted least recently make room.
+
+A layer says at once which experts it wants. Those that are in the pool stay there until it has used
+them; the copies of the others begin before anything is computed, as far as there is room, and go on
+as experts are left. So no layer is too large for the pool, if two experts fit: what has no room
+comes in turns. A layer that fits hits what a cache hits that sees its experts one by one, or more.
+
+Like the ring this knows neither torch nor threads; a backend does the copies.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from bminf.offload.ring import Transfers
+
+LEAST_SLOTS = 2
+"""One expert is computed with while another is copied."""
+
+
+@dataclass
+class _Held:
+    """An expert in a slot. copied: its copy, until that has been waited for."""
+
+    slot: int
+    copied: Any
+
+
+class ExpertPool:
+    """Which expert is in which slot. Experts of all layers are numbered from 0 on.
+
+    first_block, first_slot: those of the backend that the first expert and the first slot are.
+    """
+
+    def __init__(
+        self, expert_bytes: Sequence[int], num_slots: int, transfers: Transfers, first_block: int,
+        first_slot: int,
+    ) -> None:  # fmt: skip
+        self._expert_bytes, self._transfers = expert_bytes, transfers
+        self._first_block, self._first_slot = first_block, first_slot
+        self._free = list(range(num_slots))[::-1]
+        self._marks: list[Any] = [None] * num_slots  # behind the last use of each slot
+        # Least recently wanted first; None is one that was wanted, and is not copied yet.
+        self._held: OrderedDict[int, _Held | None] = OrderedDict()
+        self._wanted: set[int] = set()  # of the layer that runs, and not left yet
+        self._in_use: set[int] = set()
+        self._to_copy: deque[int] = deque()
+        self.hits = self.misses = self.bytes_copied = 0
+
+    def want(self, experts: Iterable[int]) -> list[int]:
+        """Begin a layer that needs these; returns them in the order in which they will be there."""
+        self.clear()
+        experts = list(experts)
+        hits = [expert for expert in experts if expert in self._held]
+        misses = [expert for expert in experts if expert not in self._held]
+        self.hits, self.misses = self.hits + len(hits), self.misses + len(misses)
+        for expert in experts:
+            self._held.setdefault(expert, None)
+            self._held.move_to_end(expert)
+        self._wanted.update(experts)
+        self._to_copy.extend(misses)
+        self._copy_ahead()
+        return hits + misses
+
+    def enter(self, expert: int) -> int:
+        """The slot that holds `expert`, ready for computation; it is held until leave(expert)."""
+        if expert not in self._wanted:
+            self.want([expert])
+        held = self._held[expert] or self._copy(expert)
+        try:
+            if held.copied is not None:
+                self._transfers.wait(held.copied)
+                held.copied = None
+        except Exception:
+            self.forget(expert)  # a failed copy is not kept; the next try makes a new one
+            raise
+        self._in_use.add(expert)
+        return held.slot
+
+    def leave(self, expert: int) -> None:
+        """`expert` stays where it is, until its slot is needed."""
+        held = self._held[expert]
+        assert held is not None
+        self._marks[held.slot] = self._transfers.mark()
+        self._in_use.discard(expert)
+        self._wanted.discard(expert)
+        self._copy_ahead()
+
+    def forget(self, expert: int) -> None:
+        """The bytes of `expert` are not what they were."""
+        held = self._held.pop(expert, None)
+        self._wanted.discard(expert)
+        self._in_use.discard(expert)
+        if held is not None:
+            self._marks[held.slot] = self._transfers.mark()
+            self._free.append(held.slot)
+
+    def clear(self) -> None:
+        """Nothing is in use: for a new layer after one that was cut short anywhere."""
+        self._to_copy.clear()
+        for expert in list(self._in_use):
+            self.leave(expert)
+        for expert in self._wanted:
+            if self._held[expert] is None:
+                del self._held[expert]
+        self._wanted.clear()
+
+    def _copy_ahead(self) -> None:
+        while self._to_copy and (self._free or self._least_recent() is not None):
+            expert = self._to_copy.popleft()
+            if expert in self._wanted and self._held[expert] is None:
+                self._copy(expert)
+
+    def _copy(self, expert: int) -> _Held:
+        slot = self._room()
+        copied = self._transfers.copy(
+            self._first_block + expert, self._first_slot + slot, self._marks[slot]
+        )
+        self.bytes_copied += self._expert_bytes[expert]
+        self._held[expert] = held = _Held(slot, copied)
+        return held
+
+    def _room(self) -> int:
+        if self._free:
+            return self._free.pop()
+        expert = self._least_recent()
+        if expert is not None:
+            return self._evicted(expert)
+        # All hold what is wanted, and the caller keeps to an order of its own: one comes later.
+        others = [one for one in self._wanted - self._in_use if self._held[one] is not None]
+        last = max(others)
+        slot = self._evicted(last)
+        self._held[last] = None
+        self._to_copy.append(last)
+        return slot
+
+    def _evicted(self, expert: int) -> int:
+        held = self._held.pop(expert)
+        assert held is not None
+        return held.slot
+
+    def _least_recent(self) -> int | None:
+        """That which makes room; None where all that is held is wanted."""
+        for expert, held in self._held.items():
+            if held is not None and expert not in self._wanted:
+                return expert
+        return None

@@ -1,0 +1,238 @@
+"""A module of experts whose bytes are elsewhere, of which a layer fetches those that it needs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+from bminf.layers.experts import (
+    Tensors,
+    forward_of,
+    reads_by_index,
+    reads_whole_stacks,
+    stacks_of,
+)
+from bminf.layout import Layout, TensorPlace, tensors_of
+from bminf.lazy import LazyTensor
+from bminf.offload.backends.base import Backend
+from bminf.offload.blob import Stack
+from bminf.offload.pool import ExpertPool
+from bminf.offload.streamed_block import InSlot, guarded
+
+Saved = Callable[[Any], AbstractContextManager[Any]]
+"""A context in which autograd saves what lies in a slot as where it lies on the host."""
+
+
+class ExpertInSlot(InSlot):
+    """One expert where it lies now. index: of its blob in the backend."""
+
+    slot = 0  # it knows of no other
+
+    def __init__(self, index: int, slot: torch.Tensor, layout: Layout) -> None:
+        self.index, self.layout = index, layout
+        self.slot_start = slot.data_ptr()
+        self._starts = [self.slot_start]
+        self.tensors = {name: layout.view(slot, name) for name in layout.specs}
+
+
+class StreamedExperts:
+    """The experts of one module, in the pool or elsewhere.
+
+    first: the number of the first of them in the pool.   first_block: of all experts, in the
+    backend.   module: its stacks have host copies already and are let go here.
+    read, write: fetch one stack from the host copies, and keep new values of one there.
+    saved: of one expert in a slot.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        module: torch.nn.Module,
+        stack: Stack,
+        first: int,
+        first_block: int,
+        backend: Backend,
+        read: Callable[[StreamedExperts, str], torch.Tensor],
+        write: Callable[[StreamedExperts, str, torch.Tensor], None],
+        saved: Saved,
+    ) -> None:
+        self.name, self.module, self.stack = name, module, stack
+        self.first, self._first_block, self._backend = first, first_block, backend
+        self._read, self._write, self._saved = read, write, saved
+        self._places = {
+            key: place for key, place, _ in tensors_of(module) if key in stack.whole.specs
+        }
+        self._attributes = {key: dict(t.__dict__) for key, t in stacks_of(module).items()}
+        self._lazy = {key: self._make_lazy(key, place) for key, place in self._places.items()}
+        self._in_slots: dict[int, ExpertInSlot] = {}
+        self.is_running = False
+
+    def _make_lazy(self, key: str, place: TensorPlace) -> LazyTensor:
+        fetch, keep = (functools.partial(do, self, key) for do in (self._read, self._write))
+        tensor = place.get()
+        assert tensor is not None
+        return LazyTensor(fetch, tensor, self._backend.device, place.is_parameter, keep)
+
+    @property
+    def blocks(self) -> range:
+        """The blobs of the experts, in the backend."""
+        start = self._first_block + self.first
+        return range(start, start + len(self.stack.experts))
+
+    def holders(self) -> set[torch.nn.Module]:
+        """The modules that hold a stack."""
+        return {place.module for place in self._places.values()}
+
+    def release(self) -> None:
+        """Put the lazy tensors in place; the originals are free, if nobody else holds them."""
+        for key, place in self._places.items():
+            place.set(self._lazy[key])
+
+    def on_host(self, name: str) -> torch.Tensor:
+        """A whole stack, put together from the host copies."""
+        return torch.stack(
+            [
+                layout.view(self._backend.host_copy(block), name)
+                for block, layout in zip(self.blocks, self.stack.experts, strict=True)
+            ]
+        )
+
+    def rewrite(self, name: str, value: torch.Tensor, pool: ExpertPool | None) -> None:
+        """Keep new values of a stack."""
+        for expert, block in enumerate(self.blocks):
+            self._backend.rewrite(block, name, value[expert])
+            if pool is not None:
+                pool.forget(self.first + expert)
+
+    def restore(self, blob: torch.Tensor) -> None:
+        """Give the module ordinary tensors again, views into `blob`: (whole.extent,) uint8."""
+        for key, place in self._places.items():
+            lazy, view = self._lazy[key], self.stack.whole.view(blob, key)
+            lazy._read, lazy._write = view.detach, view.detach().copy_
+            if place.get() is lazy:
+                if place.is_parameter:
+                    view = torch.nn.Parameter(view, requires_grad=lazy.requires_grad)
+                    view.__dict__.update(self._attributes[key])
+                place.set(view)
+
+    def forget(self) -> None:
+        """Hold no tensor any more, in case somebody else holds the module."""
+        for held in (self._places, self._lazy, self._in_slots):
+            held.clear()
+
+    # ---- while the module runs ------------------------------------------------------------------
+
+    def run(
+        self, pool: ExpertPool, forward: Callable[..., Any], /, *args: Any, **kwargs: Any
+    ) -> Any:
+        """What `forward`, that of the module, would return, with experts from the pool."""
+        self.is_running = True
+        try:
+            if reads_whole_stacks(self.module):
+                return forward(*args, **kwargs)  # which puts each stack together, slowly
+            if reads_by_index(self.module):
+                return self._run_by_index(pool, forward, args, kwargs)
+            computes = forward_of(self.module)
+            assert computes is not None  # or it would not be streamed
+            return computes(self.module, functools.partial(self._visit, pool), *args, **kwargs)
+        finally:
+            self.is_running = False
+
+    def _visit(self, pool: ExpertPool, experts: Sequence[int]) -> Iterator[tuple[int, Tensors]]:
+        for number in pool.want([self.first + expert for expert in experts]):
+            expert = self._in_slot(number, pool.enter(number))
+            try:
+                if not torch.is_grad_enabled():
+                    yield number - self.first, expert.tensors
+                    continue
+                with self._saved(expert):
+                    yield number - self.first, self._differentiable(expert)
+            finally:
+                pool.leave(number)
+
+    def _in_slot(self, number: int, slot: int) -> ExpertInSlot:
+        buffer, known = self._backend.pool[slot], self._in_slots.get(number)
+        if known is None or known.slot_start != buffer.data_ptr():
+            layout = self.stack.experts[number - self.first]
+            known = ExpertInSlot(self._first_block + number, buffer, layout)
+            self._in_slots[number] = known
+        return known
+
+    def _differentiable(self, expert: ExpertInSlot) -> Tensors:
+        """Its tensors, such that a gradient for one that is wanted raises."""
+        return {
+            key: guarded(torch.nn.Parameter(view.detach()))
+            if self._lazy[key].requires_grad
+            else view
+            for key, view in expert.tensors.items()
+        }
+
+    def _run_by_index(
+        self, pool: ExpertPool, forward: Callable[..., Any], args: Any, kwargs: Any
+    ) -> Any:
+        """With something in place of each stack that has one expert at a time, for its index."""
+        turns = _Turns(self, pool, _integers((*args, *kwargs.values()), len(self.stack.experts)))
+        names = {key: place for key, place in self._places.items() if place.module is self.module}
+        try:
+            for key in names:
+                self.module.__dict__[key] = _Indexed(turns, key, self._lazy[key])
+            return forward(*args, **kwargs)
+        finally:
+            for key in names:
+                self.module.__dict__.pop(key, None)
+            turns.end()
+
+
+class _Turns:
+    """One expert after another, in an order that somebody else keeps to."""
+
+    def __init__(self, experts: StreamedExperts, pool: ExpertPool, wanted: Sequence[int]) -> None:
+        self._experts, self._pool = experts, pool
+        self._number: int | None = None
+        self._tensors: Tensors = {}
+        self._context: AbstractContextManager[Any] | None = None
+        pool.want([experts.first + expert for expert in wanted])
+
+    def tensors(self, expert: int) -> Tensors:
+        """Good until another expert is asked for."""
+        number = self._experts.first + expert
+        if number != self._number:
+            self.end()
+            in_slot = self._experts._in_slot(number, self._pool.enter(number))
+            self._number, self._tensors = number, in_slot.tensors
+            if torch.is_grad_enabled():
+                self._tensors = self._experts._differentiable(in_slot)
+                self._context = self._experts._saved(in_slot)
+                self._context.__enter__()
+        return self._tensors
+
+    def end(self) -> None:
+        if self._context is not None:
+            self._context.__exit__(None, None, None)
+        if self._number is not None:
+            self._pool.leave(self._number)
+        self._number = self._context = None
+
+
+class _Indexed:
+    """Stands for a stack: [expert] is the part of that, where it lies now."""
+
+    def __init__(self, turns: _Turns, name: str, like: torch.Tensor) -> None:
+        self._turns, self._name, self._like = turns, name, like
+
+    def __getitem__(self, expert: Any) -> torch.Tensor:
+        return self._turns.tensors(int(expert))[self._name]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._like, name)
+
+
+def _integers(values: Sequence[Any], below: int) -> list[int]:
+    """Those in the tensors of integers among `values`, each once, ascending."""
+    tensors = [v for v in values if isinstance(v, torch.Tensor) and v.dtype == torch.long]
+    found = {number for tensor in tensors for number in tensor.flatten().tolist()}
+    return sorted(number for number in found if 0 <= number < below)
