@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from bminf import models
 from bminf.arch import registry
 from bminf.checkpoint.binary_file import read_json
 from bminf.checkpoint.stored import Stored, Transposed
@@ -26,7 +27,7 @@ from bminf.layers.quantize import (
 from bminf.layers.quantized_linear import is_conv1d
 from bminf.layers.saving import refuse_to_save
 from bminf.layout import tensors_of
-from bminf.models import BLOOM, CPM1, CPM2, EVA, GLM, LanguageModel
+from bminf.models import LanguageModel
 from bminf.models.assemble import dtype_for
 from bminf.models.recognition import architectures_for, recognized
 from bminf.models.source import HUB_ID, download
@@ -44,7 +45,6 @@ _AUTO = "auto"
 _ACCEPTED = "a folder with a checkpoint, or a hub id"
 _PARTS = (".json", ".safetensors", ".bin")
 _HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
-_ZOO: tuple[type[LanguageModel], ...] = (CPM1, CPM2, EVA, GLM, BLOOM)
 
 
 @known_keywords
@@ -100,7 +100,7 @@ def load(
     """
     kind, path = zoo_class(checkpoint, model, tokenizer is not None, trust_remote_code)
     folder = path.parent if path.is_file() else path
-    if kind is BLOOM and model is None and is_pretrained(folder):
+    if kind is models.BLOOM and model is None and is_pretrained(folder):
         kind, path = None, folder  # which transformers has, too
     if kind is not None:
         _check_not_given(
@@ -156,7 +156,14 @@ def zoo_class(
         if is_pretrained(folder):
             return None, folder
         raise
-    return next(kind for kind in _ZOO if found in kind._architectures), path
+    return next(kind for kind in _zoo() if found in kind._architectures), path
+
+
+def _zoo() -> list[type[LanguageModel]]:
+    """The classes of the built-in models."""
+    public = (getattr(models, name) for name in models.__all__)
+    kinds = [one for one in public if isinstance(one, type) and issubclass(one, LanguageModel)]
+    return [kind for kind in kinds if kind is not LanguageModel]
 
 
 def _load_pretrained(
