@@ -85,6 +85,7 @@ def launcher() -> Any:
     cuda.get_device_properties = lambda device: properties
     cuda.is_current_stream_capturing = lambda: False
     cuda.current_device = lambda: 0
+    cuda.mem_get_info = lambda device: (0, 0)
     cuda.device = lambda device: contextlib.nullcontext()
     cuda.current_stream = lambda device: types.SimpleNamespace(cuda_stream=0)
     for module in _launching():

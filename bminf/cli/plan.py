@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import groupby
@@ -156,12 +157,16 @@ _BOUNDS = {"compute": "reading weights", "link": "the link", "disk": "the disk"}
 
 
 def _group_lines(blocks: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """One line for each run of blocks of the same size: first and last name, and bytes."""
-    for _, group in groupby(blocks, lambda block: block["bytes"]):
-        run = list(group)
-        size = format_bytes(run[0]["bytes"])
-        more = f" ... {run[-1]['name']}: {len(run)} blocks of" if len(run) > 1 else ":"
-        yield f"{run[0]['name']}{more} {size}"
+    """One line for each run of blocks of the same size: first and last name, and bytes. Blocks
+    whose names differ in their numbers alone stand together, as the parts of a large layer."""
+    alike: dict[str, list[dict[str, Any]]] = {}
+    for block in blocks:
+        alike.setdefault(re.sub(r"\d+", "#", block["name"]), []).append(block)
+    for named in alike.values():
+        for size, group in groupby(named, lambda block: format_bytes(block["bytes"])):
+            run = [block["name"] for block in group]
+            more = f" ... {run[-1]}: {len(run)} blocks of" if len(run) > 1 else ":"
+            yield f"{run[0]}{more} {size}"
 
 
 def _time_line(report: dict[str, Any]) -> str:

@@ -54,7 +54,7 @@ class Launcher:
             with torch.cuda.device(self.device):
                 return self._launch(kernel, grid, block, values)
         function = self._functions.get(kernel) or self._load(kernel)
-        cells = _cells(len(values))
+        cells = _cells(len(values), self.device)
         cells.pack(*values)
         try:
             function(*grid, *block, 0, _stream(self.device), cells.addresses, 0)
@@ -176,9 +176,14 @@ class _CellsOfThread(threading.local):
 _cells_of_thread = _CellsOfThread()
 
 
-def _cells(count: int) -> _Cells:
+def _cells(count: int, device: torch.device) -> _Cells:
     known = _cells_of_thread.of_count
-    return known.get(count) or known.setdefault(count, _Cells(count))
+    found = known.get(count)
+    if found is None:
+        # A new thread has no context, which the driver asks for, before it calls the runtime.
+        torch.cuda.mem_get_info(device)
+        found = known[count] = _Cells(count)
+    return found
 
 
 def _number(argument: Argument) -> int:

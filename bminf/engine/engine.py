@@ -597,7 +597,8 @@ class Engine:
             if len(feeds) == 1:
                 feeds[0][0].request.finish("error", error)
                 return []
-        return [done for one in feeds for done in self._pass([one])]
+        # Copies: the next pass may write to the same memory, as a CUDA graph does.
+        return [(done, y.clone()) for one in feeds for done, y in self._pass([one])]
 
     def _take(self, feeds: list[tuple[_Running, Feed]], logits: torch.Tensor) -> int:
         """Draw, and let each row go on; how many tokens were drawn."""

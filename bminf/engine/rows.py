@@ -93,6 +93,7 @@ class RowModel(Protocol):
         num_tokens: how many the network is given, so that a row gives the same bits whatever it
         shares the pass with: the missing ones are of no row, and no row's attention sees how others
         lie. None is as many as there are.
+        The logits last until the next pass, which may write to their memory.
         Does not change row.length: the same pass may be asked for again.
         """
         ...

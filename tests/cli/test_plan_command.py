@@ -181,6 +181,15 @@ def test_report_for_people(tmp_path: Path, command: Command) -> None:
     assert "predicted for a token" in command("plan", folder, "--memory-limit", "150KB").out
 
 
+def test_parts_of_layers_are_listed_once_for_all_layers(command: Command) -> None:
+    """A model of 289 blocks, of which each layer is four."""
+    lines = command("plan", "glm-130b").out.splitlines()
+    named = [line for line in lines if line.startswith(("layers.", "lm_head."))]
+    assert len(named) == 5
+    assert named[0].startswith("layers.0.attention.qkv ... layers.69.attention.qkv: 70 blocks of")
+    assert named[-1].startswith("lm_head.parts.0 ... lm_head.parts.8: 9 blocks of")
+
+
 def test_blocks_by_hand(tmp_path: Path, report: Report) -> None:
     names = ["model.layers.1.mlp", "model.layers.3"]
     shown = report(write_llama(tmp_path), "--blocks", *names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,7 @@ class FakeRows:
     """A pool of token ids is its cache, so that a cell which is lost or overwritten is noticed.
 
     passes: of each pass, what each row was fed, for the tests.   before: called before each pass.
+    Logits last until the next pass, as those of a CUDA graph do.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class FakeRows:
         self.cells = [-1] * num_tokens
         self.pool = TokenPool(num_tokens, self._move)
         self.passes: list[list[list[int]]] = []
+        self.logits = torch.empty(0)
 
     def _move(self, start: int, target: int, count: int) -> None:
         self.cells[target : target + count] = self.cells[start : start + count]
@@ -77,12 +80,14 @@ class FakeRows:
     def forward(self, feeds: Sequence[Feed], num_tokens: int | None = None) -> torch.Tensor:
         assert torch.is_inference_mode_enabled()
         self.passes.append([list(feed.ids) for feed in feeds])
+        self.logits.fill_(math.nan)
         self.before(feeds)
         histories = [self._fed(feed) for feed in feeds]
         for feed, history in zip(feeds, histories, strict=True):
             self._score(feed, history)
         asked = [one for feed, one in zip(feeds, histories, strict=True) if feed.has_logits]
-        return torch.tensor([self.logits_of(history) for history in asked])
+        self.logits = torch.tensor([self.logits_of(history) for history in asked])
+        return self.logits
 
     def _score(self, feed: Feed, history: History) -> None:
         """Two at a time."""

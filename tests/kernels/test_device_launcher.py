@@ -39,6 +39,11 @@ class Driver:
         self.error: Exception | None = None
         self.is_capturing = False
         self.current_device = self.needed_device = torch.device("cuda", 0)
+        self.threads = set[int]()  # that have called the runtime, so that they have a context
+
+    def mem_get_info(self, device: torch.device) -> tuple[int, int]:
+        self.threads.add(threading.get_ident())
+        return 0, 0
 
     @contextmanager
     def device(self, device: torch.device) -> Iterator[None]:
@@ -57,6 +62,7 @@ class Driver:
     def launch(self, *arguments: int) -> None:
         """cuLaunchKernel: the last but one is the address of the arguments' addresses."""
         assert self.current_device == self.needed_device
+        assert threading.get_ident() in self.threads
         if self.error is not None:
             raise self.error
         *around, addresses, extra = arguments
@@ -81,6 +87,8 @@ def driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Driver:
         "current_stream",
         lambda device: types.SimpleNamespace(cuda_stream=driver.stream),
     )
+    monkeypatch.setattr(torch.cuda, "mem_get_info", driver.mem_get_info)
+    monkeypatch.setattr(launcher_module, "_cells_of_thread", launcher_module._CellsOfThread())
     monkeypatch.setattr(launcher_module, "_raw_stream", None)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: driver.is_capturing)
     monkeypatch.setattr(cupy.cuda.function, "Module", driver.module)
@@ -133,6 +141,16 @@ def test_each_thread_has_memory_of_its_own_for_arguments(driver: Driver) -> None
     for thread in threads:
         thread.join()
     assert len(addresses) == 4
+
+
+def test_a_thread_of_which_the_driver_knows_nothing_may_launch(driver: Driver) -> None:
+    """A tensor was made elsewhere, and its kernel loaded: the launch is the thread's first call."""
+    launcher = Launcher(torch.device("cuda", 0))
+    launcher.launch(KERNEL, (1, 1, 1), (256, 1, 1), [])
+    thread = threading.Thread(target=launcher.launch, args=(KERNEL, (1, 1, 1), (256, 1, 1), []))
+    thread.start()
+    thread.join()
+    assert len(driver.launches) == 2
 
 
 def test_a_kernel_is_loaded_and_launched_on_its_own_device(driver: Driver) -> None:

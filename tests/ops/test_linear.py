@@ -10,6 +10,7 @@ from __future__ import annotations
 import pytest
 import torch
 from quantized_models import product, relative_error
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.pytorch_utils import Conv1D
 
 import bminf
@@ -238,3 +239,12 @@ def test_torch_compile_takes_it_in_one_graph(quantization: str) -> None:
     ours, theirs = (torch.autograd.grad(value.sum(), x)[0] for value in (y, expected))
     assert torch.allclose(ours, theirs)
     torch.compiler.reset()
+
+
+def test_fake_tensors_of_a_gpu_need_none() -> None:
+    """As those who work out shapes, or memory, of a model for another machine have them."""
+    with FakeTensorMode(), torch.device("cuda"):
+        codes, scale = torch.empty(6, 16, dtype=torch.int8), torch.empty(6)
+        x = torch.empty(2, 3, 16)
+        y = linear(x, PackedWeight(codes, scale, None, 16))
+    assert y.shape == (2, 3, 6) and y.device.type == "cuda"
