@@ -1,0 +1,86 @@
+"""`bminf plan` of published mixtures of experts, from config.json alone, in the int4 default."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from moe_configs import CONFIGS, SIZES, Sizes
+from terminal import Command
+
+from bminf.cli.sources import build_on_meta
+from bminf.units import parse_bytes
+
+Report = Callable[..., dict[str, Any]]
+
+LINK, MEMORY = 12e9, 150e9
+BLOCK = re.compile(r"(layers|blocks)\.\d+\.")
+
+
+def packed_bytes(rows: int, columns: int) -> float:
+    """Codes of 4 bits, an 8-bit scale for 16 of them, and a float32 a row."""
+    return rows * (columns / 2 + columns / 16 + 4)
+
+
+def expert_bytes(sizes: Sizes) -> float:
+    gate_and_up, down = (2 * sizes.inner, sizes.hidden), (sizes.hidden, sizes.inner)
+    biases = 2 * (gate_and_up[0] + down[0]) if sizes.has_bias else 0
+    return packed_bytes(*gate_and_up) + packed_bytes(*down) + biases
+
+
+def dense_bytes(model: torch.nn.Module, left_out: str = "-") -> float:
+    """All beside experts and the embedding: linears of layers in 4 bits, the head in 8.
+
+    left_out: what is in the names of modules that are not counted.
+    """
+    total = 0.0
+    for name, module in model.named_modules():
+        if name.endswith(("embed_tokens", "mlp.experts")) or left_out in name:
+            continue
+        own = dict(module.named_parameters(recurse=False))
+        if isinstance(module, torch.nn.Linear):
+            rows, columns = own.pop("weight").shape
+            if BLOCK.search(name):
+                total += packed_bytes(rows, columns)
+            else:  # beside the head those that join pictures and text, which are not packed
+                total += rows * (columns + 8) if name == "lm_head" else 2 * rows * columns
+        total += sum(2 * parameter.numel() for parameter in own.values())
+    return total
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_it_is_planned_from_its_configuration(
+    name: str, tmp_path: Path, command: Command, report: Report
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS[name]))
+    sizes = SIZES[name]
+    arguments = (tmp_path, "--quantization", "int4", "--memory-limit", sizes.limit)
+    shown = report(*arguments)
+    experts, number = shown["experts"], sizes.layers * sizes.experts
+    assert shown["dtype"] == "bfloat16" and not shown["streamed"]
+    assert experts["number"] == number
+    # A slot is a little larger: each tensor begins at a multiple of 256 bytes.
+    assert experts["slot_bytes"] == pytest.approx(expert_bytes(sizes), rel=2e-3)
+
+    model = build_on_meta(CONFIGS[name])
+    slots = (parse_bytes(sizes.limit) - dense_bytes(model)) / expert_bytes(sizes)
+    assert 0.995 * slots - 1 < experts["num_slots"] <= slots
+    wanted = sizes.layers * sizes.chosen * expert_bytes(sizes)
+    missed = wanted * (1 - slots / number)
+    assert experts["bytes_per_token"] == pytest.approx(wanted, rel=2e-3)
+    assert experts["missed_bytes"] == pytest.approx(missed, rel=1e-2)
+
+    # Layers that see pictures run once a request.
+    copying, reading = missed / LINK, (dense_bytes(model, "visual.blocks") + wanted) / MEMORY
+    assert shown["bound"] == ("link" if copying > reading else "compute")
+    assert shown["token_s"] == pytest.approx(copying + reading, rel=2e-2)
+    out = command("plan", *map(str, arguments)).out
+    assert f"{experts['num_slots']} slots of" in out and f"{number} by need" in out
+    assert "bound by the link" in out
+    fast_link = command("plan", *map(str, arguments), "--link", "1TB").out
+    assert "bound by reading weights" in fast_link
