@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 from bminf.errors import ArgumentError
 from bminf.offload.disk import NUM_STAGES, Staging
+from bminf.offload.hit_rates import UNIFORM, HitRates
 from bminf.offload.plan import DEFAULT_USES, Block, Experts, Plan
 from bminf.offload.ring import Ring
 
@@ -233,6 +234,7 @@ def predict(
     lists: Sequence[str] | None = None,
     disk_bytes_per_s: float | None = None,
     rows: Rows | None = None,
+    hit_rates: HitRates = UNIFORM,
 ) -> Prediction:
     """The time of one decode pass (a token) under `plan`.
 
@@ -240,11 +242,14 @@ def predict(
     decoding for one sequence, or as long as multiplying all `rows` takes. Blocks used less often
     than the others (an encoder) are left out; one that is used n times a token comes n times.
     Experts by need are copied as Experts.missed_bytes() expects, when a router has chosen them.
+    That the host waits for what the router chose is not counted.
     link_bytes_per_s: host to device; memory_bytes_per_s: device memory.
     lists: names of the lists of blocks that a pass goes through, in this order, and nothing else:
         no other list, and nothing of what lies outside all blocks.
     disk_bytes_per_s: file to host memory; needed where the plan has blocks on disk.
     rows: that share the pass; None is one, whose arithmetic is not counted.
+    hit_rates: of experts in the pool; PUBLISHED in place of the default is the other end of what
+        can be expected.
     Raises ArgumentError for a list that the plan does not have, or a rate that is missing.
     """
     if (places := plan.disk_places) and disk_bytes_per_s is None:
@@ -265,23 +270,25 @@ def predict(
     found = replace(found, memory_s=sum(memory_s) + rest_s, arithmetic_s=sum(arithmetic_s))
     if plan.experts is None or lists is not None:
         return found
-    return _with_experts(found, plan.experts, rows.number, memory_bytes_per_s, *rates)
+    wanted = plan.experts.wanted_bytes(rows.number)
+    missed = plan.experts.missed_bytes(rows.number, hit_rates)
+    return _with_experts(found, plan.experts, wanted, missed, memory_bytes_per_s, *rates)
 
 
 def _with_experts(
     dense: Prediction,
     experts: Experts,
-    num_tokens: int,
+    wanted_bytes: float,
+    missed_bytes: float,
     memory_bytes_per_s: float,
     link_bytes_per_s: float,
     disk_bytes_per_s: float,
 ) -> Prediction:
     """With what experts add to a pass. Their copies begin when a router has chosen, so that hardly
     anything is there to hide them behind: they are counted in full."""
-    compute_s = experts.wanted_bytes(num_tokens) / memory_bytes_per_s
-    missed = experts.missed_bytes(num_tokens)
-    copy_s = missed / link_bytes_per_s
-    disk_s = missed * len(experts.on_disk) / experts.number / disk_bytes_per_s
+    compute_s = wanted_bytes / memory_bytes_per_s
+    copy_s = missed_bytes / link_bytes_per_s
+    disk_s = missed_bytes * len(experts.on_disk) / experts.number / disk_bytes_per_s
     pass_s = dense.pass_s + compute_s + max(copy_s, disk_s)
     return replace(
         dense,

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from moe_configs import CONFIGS, SIZES, Sizes
@@ -79,8 +80,19 @@ def test_it_is_planned_from_its_configuration(
     copying, reading = missed / LINK, (dense_bytes(model, "visual.blocks") + wanted) / MEMORY
     assert shown["bound"] == ("link" if copying > reading else "compute")
     assert shown["token_s"] == pytest.approx(copying + reading, rel=2e-2)
+
+    best, share = experts["best"], slots / number
+    # Lines from nothing to the two points that were published, and from there to all.
+    hits = np.interp(share, [0, 1 / 8, 1 / 4, 1], [0, 0.67, 0.81, 1])
+    assert best["hit_rate"] == pytest.approx(hits, rel=1e-2)
+    assert best["missed_bytes"] == pytest.approx(wanted * (1 - hits), rel=2e-2)
+    fewer = wanted * (1 - hits) / LINK
+    assert best["token_s"] == pytest.approx(fewer + reading, rel=2e-2)
+    assert best["bound"] == ("link" if fewer > reading else "compute")
     out = command("plan", *map(str, arguments)).out
     assert f"{experts['num_slots']} slots of" in out and f"{number} by need" in out
     assert "bound by the link" in out
+    one, other = (f"{1 / time_s:.1f} tokens/s" for time_s in (shown["token_s"], best["token_s"]))
+    assert one in out and other in out and f"with {best['hit_rate']:.0%}, the most" in out
     fast_link = command("plan", *map(str, arguments), "--link", "1TB").out
     assert "bound by reading weights" in fast_link
