@@ -99,6 +99,7 @@ class SimulatedBackend:
         self._copy_s = [nbytes / link_bytes_per_s for nbytes in blob_bytes]
         self._on_disk = set(on_disk)
         self._link_free_s = 0.0
+        self._asked_s = 0.0  # when the host asks for copies, which is mostly ahead of all
         self.now_s = 0.0
         self.disk = SimulatedDisk(
             {index: blob_bytes[index] / disk_bytes_per_s for index in on_disk}
@@ -109,7 +110,7 @@ class SimulatedBackend:
     def copy(self, block: int, slot: int, after: float | None) -> Access:
         fill = self.disk.fetch(block, self.now_s) if block in self._on_disk else None
         # In the order asked for, also behind a copy that has to wait for the disk.
-        start_s = max(self._link_free_s, after or 0.0, fill.end_s if fill else 0.0)
+        start_s = max(self._link_free_s, self._asked_s, after or 0.0, fill.end_s if fill else 0.0)
         access = Access(block, slot, start_s, start_s + self._copy_s[block])
         self._link_free_s = access.end_s
         self.copies.append(access)
@@ -127,6 +128,12 @@ class SimulatedBackend:
     def compute(self, seconds: float) -> None:
         """Computation that touches no slot: a resident block, the head, the sampling."""
         self.now_s += seconds
+
+    def synchronize(self, seconds: float = 0.0) -> None:
+        """The host waits for what was computed, which takes it so long, and meanwhile nothing is
+        computed. What it asks for afterwards begins no sooner."""
+        self.now_s += seconds
+        self._asked_s = self.now_s
 
     def read(self, block: int, slot: int, seconds: float) -> None:
         """Computation with the block that `slot` is meant to hold."""
