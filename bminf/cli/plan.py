@@ -187,7 +187,7 @@ def _group_lines(blocks: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 def _time_line(report: dict[str, Any]) -> str:
     disk, busy = "", f"link busy {report['link_busy']:.0%}"
-    if report["on_disk"]:
+    if report["disk_s"]:
         disk = (
             f"reading the disk {_seconds(report['disk_s'])} at "
             f"{report['disk_bytes_per_s'] / 1e9:g} GB/s, "
@@ -208,6 +208,8 @@ def _range_line(report: dict[str, Any]) -> str:
     """What favourites among the experts may make of that."""
     experts = report["experts"]
     best = experts["best"]
+    if best["hit_rate"] == 0:
+        return "that is with nothing hit in the pool, which has room for less than a token wants"
     return (
         f"that is with {experts['hit_rate']:.0%} of wanted experts in the pool, where each is as "
         f"likely as any other; with {best['hit_rate']:.0%}, the most that was published: "

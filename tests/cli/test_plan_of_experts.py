@@ -54,6 +54,38 @@ def dense_bytes(model: torch.nn.Module, left_out: str = "-") -> float:
     return total
 
 
+def test_experts_that_host_memory_has_no_room_for_are_read_from_disk(
+    tmp_path: Path, command: Command, report: Report
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS["DeepSeek-V3"]))
+    arguments = [tmp_path, "--quantization", "int4", "--memory-limit", "24GB"]
+    arguments += ["--host-memory", "128GB", "--disk", "2GB"]
+    shown = report(*arguments)
+    experts = shown["experts"]
+    # Beside the embedding and two staging buffers.
+    in_host = (128e9 - shown["table_bytes"]) / experts["slot_bytes"] - 2
+    assert len(experts["on_disk"]) == pytest.approx(experts["number"] - in_host, abs=2)
+    share = len(experts["on_disk"]) / experts["number"]
+    assert shown["disk_s"] == pytest.approx(experts["missed_bytes"] * share / 2e9)
+    assert shown["bound"] == experts["best"]["bound"] == "disk"
+    out = command("plan", *arguments).out
+    assert f"reading the disk {shown['disk_s'] * 1e3:.1f} ms at 2 GB/s" in out
+    assert "disk busy" in out and "bound by the disk" in out
+
+
+def test_a_pool_for_less_than_a_token_is_said_to_hit_nothing(
+    tmp_path: Path, command: Command, report: Report
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS["OLMoE"]))
+    least = report(tmp_path, "--quantization", "int4")["least_limit"]
+    arguments = (tmp_path, "--quantization", "int4", "--memory-limit", str(least))
+    shown = report(*arguments)
+    assert shown["experts"]["num_slots"] == 2 and shown["experts"]["hit_rate"] == 0
+    assert shown["experts"]["best"]["token_s"] == shown["token_s"]
+    out = command("plan", *arguments).out
+    assert "nothing hit in the pool" in out and "published" not in out
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_it_is_planned_from_its_configuration(
     name: str, tmp_path: Path, command: Command, report: Report
