@@ -32,7 +32,8 @@ _SETTLING, _MEASURED = 300, 200  # tokens
 
 @dataclass(frozen=True)
 class Card:
-    """memory_bytes: that a model may take.   link, memory: sustained bytes a second."""
+    """memory_bytes: that a model may take, about 90% of what the card is sold with.
+    link, memory: sustained bytes a second, below those of the data sheets."""
 
     name: str
     memory_bytes: int
