@@ -110,9 +110,7 @@ def _plan_entries(plan: Plan, speeds: Speeds, disk: int) -> dict[str, Any]:
         "resident_bytes": plan.resident_bytes,
         "slot_bytes": plan.slot_bytes,
         "streamed_bytes": plan.streamed_bytes,
-        "experts": plan.experts
-        and asdict(plan.experts)
-        | {"pool_bytes": plan.pool_bytes, "missed_bytes": plan.experts.missed_bytes()},
+        "experts": _experts_entries(plan, speeds, disk),
         "tables_on_host": list(plan.tables),
         "host_bytes": plan.host_bytes,
         "disk_bytes": plan.disk_bytes,
@@ -127,6 +125,28 @@ def _plan_entries(plan: Plan, speeds: Speeds, disk: int) -> dict[str, Any]:
         "link_busy": prediction.link_busy,
         "disk_busy": prediction.disk_busy,
         "bound": prediction.bound,
+    }
+
+
+def _experts_entries(plan: Plan, speeds: Speeds, disk: int) -> dict[str, Any] | None:
+    """What is expected of experts by need, at one end and, as "best", at the other."""
+    from bminf.offload.hit_rates import PUBLISHED
+    from bminf.offload.predict import predict
+
+    experts = plan.experts
+    if experts is None:
+        return None
+    best = predict(plan, speeds.link, speeds.memory, disk_bytes_per_s=disk, hit_rates=PUBLISHED)
+    return asdict(experts) | {
+        "pool_bytes": plan.pool_bytes,
+        "hit_rate": experts.hit_rate(),
+        "missed_bytes": experts.missed_bytes(),
+        "best": {
+            "hit_rate": experts.hit_rate(1, PUBLISHED),
+            "missed_bytes": experts.missed_bytes(1, PUBLISHED),
+            "token_s": best.pass_s,
+            "bound": best.bound,
+        },
     }
 
 
@@ -148,6 +168,7 @@ def _text(report: dict[str, Any], whole: Plan, plan: Plan | None) -> str:
     lines.append(f"least memory limit: {format_bytes(report['least_limit'])}")
     if plan is not None:
         lines += ["", str(plan), "", _time_line(report)]
+        lines += [_range_line(report)] if report["experts"] else []
     elif whole.unreserved is not None:
         lines.append(whole.context_line)
     return "\n".join(lines)
@@ -171,7 +192,7 @@ def _group_lines(blocks: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 def _time_line(report: dict[str, Any]) -> str:
     disk, busy = "", f"link busy {report['link_busy']:.0%}"
-    if report["on_disk"]:
+    if report["disk_s"]:
         disk = (
             f"reading the disk {_seconds(report['disk_s'])} at "
             f"{report['disk_bytes_per_s'] / 1e9:g} GB/s, "
@@ -185,6 +206,19 @@ def _time_line(report: dict[str, Any]) -> str:
         f"({disk}copying {_seconds(report['copy_s'])} at {link_gbps:.4g} GB/s, "
         f"reading weights {_seconds(report['compute_s'])} at {memory_gbps:.4g} GB/s; {busy}); "
         f"bound by {_BOUNDS[report['bound']]}"
+    )
+
+
+def _range_line(report: dict[str, Any]) -> str:
+    """What favourites among the experts may make of that."""
+    experts = report["experts"]
+    best = experts["best"]
+    if best["hit_rate"] == 0:
+        return "that is with nothing hit in the pool, which has room for less than a token wants"
+    return (
+        f"that is with {experts['hit_rate']:.0%} of wanted experts in the pool, where each is as "
+        f"likely as any other; with {best['hit_rate']:.0%}, the most that was published: "
+        f"{_per_token(best['token_s'])}, bound by {_BOUNDS[best['bound']]}"
     )
 
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from bminf.checks import is_number
 from bminf.errors import ArgumentError, BudgetError
 from bminf.offload.choose import choose
+from bminf.offload.hit_rates import PUBLISHED, UNIFORM, HitRates
 from bminf.offload.pool import LEAST_SLOTS
 from bminf.units import format_bytes
 
@@ -88,14 +89,16 @@ class Experts:
         left_out = 1 - self.bytes_per_token / self.nbytes
         return self.nbytes * (1 - left_out**num_tokens)
 
-    def missed_bytes(self, num_tokens: int = 1) -> float:
-        """Of those, what has to be copied in a pass. Routers have favourites, for a while at least:
-        real ones miss less, and this promises nothing that only some do. A pool with room for less
-        than a pass wants forgets each expert before it is wanted again."""
-        wanted = self.wanted_bytes(num_tokens)
-        if wanted > self.nbytes * self.num_slots / self.number:
-            return wanted
-        return wanted * (1 - self.num_slots / self.number)
+    def hit_rate(self, num_tokens: int = 1, hit_rates: HitRates = UNIFORM) -> float:
+        """Of those, what is in the pool. One with room for less than a pass wants forgets each
+        expert before it is wanted again."""
+        share = self.num_slots / self.number
+        return 0.0 if self.wanted_bytes(num_tokens) > self.nbytes * share else hit_rates.at(share)
+
+    def missed_bytes(self, num_tokens: int = 1, hit_rates: HitRates = UNIFORM) -> float:
+        """What has to be copied in a pass. Routers have favourites, for a while at least: real ones
+        miss less than those that the default is for, which promises nothing that only some do."""
+        return self.wanted_bytes(num_tokens) * (1 - self.hit_rate(num_tokens, hit_rates))
 
 
 @dataclass(frozen=True)
@@ -310,7 +313,9 @@ def _experts_lines(experts: Experts) -> Iterator[str]:
     yield _line("pool", experts.pool_bytes, slots)
     a_token = f"{format_bytes(experts.bytes_per_token)} a token"
     on_disk = f", {len(experts.on_disk)} from disk" if experts.on_disk else ""
-    missed = f", {format_bytes(experts.missed_bytes())} missed"
+    least, most = (experts.missed_bytes(1, rates) for rates in (PUBLISHED, UNIFORM))
+    ends = dict.fromkeys([format_bytes(least), format_bytes(most)])
+    missed = f", {' to '.join(ends)} missed"
     yield _line("experts", experts.nbytes, f"{experts.number} by need, {a_token}{missed}{on_disk}")
 
 

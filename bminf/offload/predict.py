@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 from bminf.errors import ArgumentError
 from bminf.offload.disk import NUM_STAGES, Staging
+from bminf.offload.hit_rates import UNIFORM, HitRates
 from bminf.offload.plan import DEFAULT_USES, Block, Experts, Plan
 from bminf.offload.ring import Ring
 
@@ -98,6 +99,7 @@ class SimulatedBackend:
         self._copy_s = [nbytes / link_bytes_per_s for nbytes in blob_bytes]
         self._on_disk = set(on_disk)
         self._link_free_s = 0.0
+        self._asked_s = 0.0  # when the host asks for copies, which is mostly ahead of all
         self.now_s = 0.0
         self.disk = SimulatedDisk(
             {index: blob_bytes[index] / disk_bytes_per_s for index in on_disk}
@@ -108,7 +110,7 @@ class SimulatedBackend:
     def copy(self, block: int, slot: int, after: float | None) -> Access:
         fill = self.disk.fetch(block, self.now_s) if block in self._on_disk else None
         # In the order asked for, also behind a copy that has to wait for the disk.
-        start_s = max(self._link_free_s, after or 0.0, fill.end_s if fill else 0.0)
+        start_s = max(self._link_free_s, self._asked_s, after or 0.0, fill.end_s if fill else 0.0)
         access = Access(block, slot, start_s, start_s + self._copy_s[block])
         self._link_free_s = access.end_s
         self.copies.append(access)
@@ -126,6 +128,12 @@ class SimulatedBackend:
     def compute(self, seconds: float) -> None:
         """Computation that touches no slot: a resident block, the head, the sampling."""
         self.now_s += seconds
+
+    def synchronize(self, seconds: float = 0.0) -> None:
+        """The host waits for what was computed, which takes it so long, and meanwhile nothing is
+        computed. What it asks for afterwards begins no sooner."""
+        self.now_s += seconds
+        self._asked_s = self.now_s
 
     def read(self, block: int, slot: int, seconds: float) -> None:
         """Computation with the block that `slot` is meant to hold."""
@@ -233,6 +241,7 @@ def predict(
     lists: Sequence[str] | None = None,
     disk_bytes_per_s: float | None = None,
     rows: Rows | None = None,
+    hit_rates: HitRates = UNIFORM,
 ) -> Prediction:
     """The time of one decode pass (a token) under `plan`.
 
@@ -240,11 +249,14 @@ def predict(
     decoding for one sequence, or as long as multiplying all `rows` takes. Blocks used less often
     than the others (an encoder) are left out; one that is used n times a token comes n times.
     Experts by need are copied as Experts.missed_bytes() expects, when a router has chosen them.
+    That the host waits for what the router chose is not counted.
     link_bytes_per_s: host to device; memory_bytes_per_s: device memory.
     lists: names of the lists of blocks that a pass goes through, in this order, and nothing else:
         no other list, and nothing of what lies outside all blocks.
     disk_bytes_per_s: file to host memory; needed where the plan has blocks on disk.
     rows: that share the pass; None is one, whose arithmetic is not counted.
+    hit_rates: of experts in the pool; PUBLISHED in place of the default is the other end of what
+        can be expected.
     Raises ArgumentError for a list that the plan does not have, or a rate that is missing.
     """
     if (places := plan.disk_places) and disk_bytes_per_s is None:
@@ -265,23 +277,25 @@ def predict(
     found = replace(found, memory_s=sum(memory_s) + rest_s, arithmetic_s=sum(arithmetic_s))
     if plan.experts is None or lists is not None:
         return found
-    return _with_experts(found, plan.experts, rows.number, memory_bytes_per_s, *rates)
+    wanted = plan.experts.wanted_bytes(rows.number)
+    missed = plan.experts.missed_bytes(rows.number, hit_rates)
+    return _with_experts(found, plan.experts, wanted, missed, memory_bytes_per_s, *rates)
 
 
 def _with_experts(
     dense: Prediction,
     experts: Experts,
-    num_tokens: int,
+    wanted_bytes: float,
+    missed_bytes: float,
     memory_bytes_per_s: float,
     link_bytes_per_s: float,
     disk_bytes_per_s: float,
 ) -> Prediction:
     """With what experts add to a pass. Their copies begin when a router has chosen, so that hardly
     anything is there to hide them behind: they are counted in full."""
-    compute_s = experts.wanted_bytes(num_tokens) / memory_bytes_per_s
-    missed = experts.missed_bytes(num_tokens)
-    copy_s = missed / link_bytes_per_s
-    disk_s = missed * len(experts.on_disk) / experts.number / disk_bytes_per_s
+    compute_s = wanted_bytes / memory_bytes_per_s
+    copy_s = missed_bytes / link_bytes_per_s
+    disk_s = missed_bytes * len(experts.on_disk) / experts.number / disk_bytes_per_s
     pass_s = dense.pass_s + compute_s + max(copy_s, disk_s)
     return replace(
         dense,

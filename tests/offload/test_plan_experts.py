@@ -10,6 +10,7 @@ import torch
 from tiny_models import make
 
 from bminf.errors import ArgumentError, BudgetError
+from bminf.offload.hit_rates import PUBLISHED
 from bminf.offload.plan import Experts, Plan
 from bminf.offload.plan_experts import experts_per_token
 from bminf.offload.predict import predict
@@ -64,6 +65,8 @@ def test_what_is_expected_to_be_missed() -> None:
     assert experts.wanted_bytes(2) == pytest.approx(10**8 * (1 - 0.9**2))
     assert experts.missed_bytes(2) == pytest.approx(0.75 * experts.wanted_bytes(2))
     assert experts.missed_bytes(50) == experts.wanted_bytes(50) < 10**8
+    assert experts.hit_rate(50, PUBLISHED) == 0  # it would not have room
+    assert experts.missed_bytes(2, PUBLISHED) == pytest.approx(0.19 * experts.wanted_bytes(2))
 
 
 def test_a_prediction_counts_what_is_missed_behind_the_router() -> None:
@@ -75,6 +78,10 @@ def test_a_prediction_counts_what_is_missed_behind_the_router() -> None:
     assert found.copy_s == pytest.approx(missed / 1e9) and found.bound == "link"
     assert found.pass_s == pytest.approx(dense.pass_s + missed / 1e9 + wanted / 1e10)
     assert found.link_busy == pytest.approx(found.copy_s / found.pass_s)
+    best = predict(plan, 1e9, 1e10, hit_rates=PUBLISHED)
+    fewer = plan.experts.missed_bytes(1, PUBLISHED)
+    assert fewer < missed and best.compute_s == found.compute_s
+    assert found.pass_s - best.pass_s == pytest.approx((missed - fewer) / 1e9)
     on_disk = replace(plan, experts=replace(plan.experts, on_disk=tuple(range(14))))
     with pytest.raises(ArgumentError, match="14 blocks of the plan wait on disk"):
         predict(on_disk, 1e9, 1e10)

@@ -73,6 +73,20 @@ def test_it_hits_what_a_cache_hits_and_computes_with_the_right_bytes(
     assert pool.bytes_copied == sum(10**6 + copy.block for copy in backend.copies)
 
 
+def test_copies_begin_when_the_host_knows_what_is_wanted() -> None:
+    pool, backend = make(6, 4)
+    run_layer(pool, backend, pool.want([0, 1]))
+    backend.compute(5e-3)
+    backend.synchronize(2e-5)
+    asked_s = backend.now_s
+    run_layer(pool, backend, pool.want([1, 2, 3]), seconds=1e-4)
+    late = [copy for copy in backend.copies if copy.block - FIRST_BLOCK in (2, 3)]
+    assert [copy.start_s for copy in late] == pytest.approx([asked_s, late[0].end_s])
+    # The hit is computed meanwhile, and each of the others when it is there.
+    assert backend.now_s == pytest.approx(late[1].end_s + 1e-4)
+    check(backend)
+
+
 @settings(max_examples=40, deadline=None)
 @given(LAYERS, st.integers(2, 5), st.randoms())
 def test_any_other_order_costs_time_and_never_a_value(
