@@ -14,6 +14,8 @@ from bminf.errors import ArgumentError
 from bminf.layers.kv_cache import KVCache
 from bminf.layers.norm import LayerNorm, RMSNorm
 from bminf.layers.packed_cache import PackedCache, Span
+from bminf.ops import norm as norm_module
+from bminf.ops import rotary_append as append_module
 from bminf.ops.norm import MAX_COLUMNS, add_rms_norm, layer_norm, rms_norm
 from bminf.ops.rotary_append import rotary_append
 
@@ -239,3 +241,17 @@ def test_a_packed_pass_is_appended_by_one_launch_a_layer(copies: bool) -> None:
         expected = packed[1].attend(layer, *parts, bias, 0.5, angles)
         torch.testing.assert_close(given, expected)
     assert all(map(torch.equal, kept(caches[0]), kept(caches[1])))
+
+
+def test_prompts_of_ever_new_lengths_leave_a_bounded_number_of_plans(
+    noting: NotingLauncher,
+) -> None:
+    """Of a server, which has texts of every length in the end."""
+    weight, (keys, values) = torch.ones(8), torch.zeros(2, 1, 3000, 8)
+    for num_tokens in range(1, 3000):
+        x, cells = torch.zeros(1, 1, num_tokens, 8), torch.zeros(num_tokens, dtype=torch.int64)
+        rms_norm(x, weight, 1e-6)
+        rotary_append(noting, x, x, x, None, cells, keys, values)  # type: ignore[arg-type]
+        noting.launches.clear()
+    assert norm_module._plan.cache_info().currsize <= 1024
+    assert 0 < len(append_module._plans) <= 1024
