@@ -1,4 +1,4 @@
-"""When norms and appends take a kernel, when torch's operators, and what they refuse."""
+"""When norms, appends and attention take a kernel, when torch's operators, and what they refuse."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.nn.functional as F
 from host_launcher import HostLauncher, NotingLauncher, served_by
 
 from bminf.cuda import launcher as launchers
 from bminf.cuda.launcher import fused_by_default, fused_kernels, fused_launcher
 from bminf.errors import ArgumentError
+from bminf.layers.attention import attention
 from bminf.layers.kv_cache import KVCache
 from bminf.layers.norm import LayerNorm, RMSNorm
 from bminf.layers.packed_cache import PackedCache, Span
@@ -73,12 +75,39 @@ def test_torchs_operators_are_taken_where_they_have_to_be(noting: NotingLauncher
     assert noting.names == ["rms_norm"]
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # of vmap
+def test_attention_takes_torchs_operators_where_norms_do(noting: NotingLauncher) -> None:
+    query, (key, value) = torch.randn(2, 3, 1, 8), torch.randn(2, 2, 3, 5, 8)
+
+    def attend(query: torch.Tensor) -> torch.Tensor:
+        return attention(query, key, value, None, 1.0)
+
+    expected = F.scaled_dot_product_attention(query, key, value, scale=1.0)
+    calls = {
+        "a gradient": lambda: attend(query.clone().requires_grad_()),
+        "vmap": lambda: torch.vmap(attend)(query.unsqueeze(0))[0],
+        "a class of somebody": lambda: attend(query.as_subclass(Marked)).as_subclass(torch.Tensor),
+    }
+    for name, call in calls.items():
+        torch.testing.assert_close(call(), expected, msg=name)
+        assert not noting.launches, name
+    with torch.autocast("cpu", torch.bfloat16):
+        assert attend(query).dtype == torch.bfloat16
+    assert not noting.launches
+    attend(query)
+    assert noting.names == ["attention_decode"]
+
+
+class Marked(torch.Tensor):
+    """Whose operations somebody may follow."""
+
+
 def test_a_gradient_of_a_norm_is_that_of_torch() -> None:
     x, bias = torch.randn(3, 24, requires_grad=True), torch.randn(24)
     weight = torch.randn(24)
     with served_by(HostLauncher()):
         (given,) = torch.autograd.grad(layer_norm(x, weight, bias, 1e-5).square().sum(), x)
-    y = torch.nn.functional.layer_norm(x, (24,), weight, bias, 1e-5)
+    y = F.layer_norm(x, (24,), weight, bias, 1e-5)
     (expected,) = torch.autograd.grad(y.square().sum(), x)
     assert torch.equal(given, expected)
 
