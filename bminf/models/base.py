@@ -510,7 +510,7 @@ class LanguageModel:
             self.row_model.max_rows = max(LOGITS_CHUNK, self.max_batch_size)
             if self._has_graphs:
                 rows: Any = self.row_model
-                rows.steps = DecodeSteps(rows, self.max_batch_size, Capture())
+                rows.steps = DecodeSteps(rows, self.max_batch_size, Capture(self.device))
             self._engine = Engine(self.row_model, deterministic=self._is_deterministic)
             logger.info(
                 "the KV cache has room for %d tokens; max_length=%d and max_batch_size=%d set it",

@@ -91,9 +91,11 @@ class DecodeSteps:
 
 
 class Capture:
-    """Makes CUDA graphs, which share their memory: no two of them run at once."""
+    """Makes CUDA graphs of a device, which share their memory: no two of them run at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        # torch's own stream for captures is of the current device, which may be another one.
+        self._stream = torch.cuda.Stream(device)
         self._pool: Any = None
 
     def __call__(self, run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
@@ -102,7 +104,7 @@ class Capture:
         run: has been called before, so that its kernels are loaded.
         """
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
             y = run()
         self._pool = self._pool or graph.pool()
 

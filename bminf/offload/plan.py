@@ -233,6 +233,11 @@ class Plan:
     def __str__(self) -> str:
         return "\n".join(line for line in [*self._summary(), *self._picture()] if line)
 
+    def _said_of_all(self) -> str:
+        if self.tables:
+            return "all blocks fit: nothing is streamed but rows"
+        return "fits entirely: nothing is streamed"
+
     def _summary(self) -> Iterator[str]:
         outside = f"{format_bytes(self.outside_bytes)} outside all blocks"
         yield _line("limit", self.budget, f"planned {format_bytes(self.total_bytes)}")
@@ -247,7 +252,7 @@ class Plan:
         if self.experts is not None:
             yield from _experts_lines(self.experts)
         if not self.streamed:
-            yield "fits entirely: nothing is streamed" if self.experts is None else ""
+            yield self._said_of_all() if self.experts is None else ""
             return
         of_all = f"{len(self.streamed)} of {len(self.blocks)} blocks"
         per_request = f"{format_bytes(self.streamed_bytes_per_request)} per request"

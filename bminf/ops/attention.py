@@ -15,8 +15,8 @@ import torch
 from bminf.cuda.launcher import Launcher, fused_launcher
 from bminf.cuda.source import Kernel, LaunchPlan
 from bminf.errors import ArgumentError
+from bminf.ops.fused import is_fusible
 from bminf.ops.rows import ELEMENTS, KERNEL_COLUMNS, is_aligned
-from bminf.tracing import active_tracer
 
 MAX_QUERIES = 16
 MAX_HEAD_DIM = 256
@@ -90,7 +90,7 @@ def decode_attention(
     _check(query, key, value, rows)
     rows = rows or Rows(key.shape[2])
     _check_added(query, added, is_causal, rows.num_keys)
-    launch = None if is_recorded(query, key, value) else decode_launch(query, key, value)
+    launch = decode_launch(query, key, value)
     if launch is None:
         return decode_attention_reference(query, key, value, scale, added, is_causal, rows)
     return launch(query, key, value, scale, added, is_causal, rows)
@@ -100,24 +100,18 @@ def decode_launch(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 ) -> DecodeLaunch | None:
     """Calls a kernel for such tensors; None where torch's operators are to be taken: for many
-    queries, other heads, other devices, and where something records them."""
+    queries, other heads, other devices, and where is_fusible() says so."""
     if query.shape[2] > MAX_QUERIES:
         return None
     # Asked first of a GPU, which may not be there: tensors without bytes.
-    if query.device.type != "cpu" and is_recorded(query, key, value):
+    is_on_cpu = query.device.type == "cpu"
+    if not is_on_cpu and not is_fusible(query, key, value):
         return None
     launcher = fused_launcher(query.device)
-    if launcher is None or is_recorded(query, key, value):
+    if launcher is None or (is_on_cpu and not is_fusible(query, key, value)):
         return None
     plan = _plan_of(query, key, value)
     return None if isinstance(plan, str) else DecodeLaunch(launcher, plan)
-
-
-def is_recorded(*tensors: torch.Tensor) -> bool:
-    """Whether autograd or a tracer, which know torch's operators alone, record what is done."""
-    if torch.compiler.is_compiling() or active_tracer() is not None:
-        return True
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 # ---- check ---------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ Sources: Zhang & Sennrich 2019, arXiv:1910.07467; Ba et al. 2016, arXiv:1607.064
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -152,7 +152,7 @@ def _launch(
     return x if total is None else total, y
 
 
-@cache
+@lru_cache(maxsize=1024)  # a prompt of each length has one
 def _plan(
     name: str,
     dtype: torch.dtype,

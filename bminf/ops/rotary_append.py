@@ -56,6 +56,8 @@ def rotary_append(
         if not _is_in_line(query, key, value):
             query, key, value = map(_in_line, (query, key, value))
             return rotary_append(launcher, query, key, value, angles, cells, keys, values)
+        if len(_plans) >= _MAX_PLANS:
+            _plans.clear()
         plan = _plans[known] = _plan(*given)
     tensors: list[torch.Tensor | None] = [None, key, value, None, None, cells, None, keys, values]
     rotated = query
@@ -149,6 +151,7 @@ def _in_line(x: torch.Tensor) -> torch.Tensor:
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
+_MAX_PLANS = 1024  # of 2 KiB: a prompt of each length has one
 _plans: dict[tuple[Any, ...], LaunchPlan] = {}
 """By what _known() tells: what has a plan was checked."""
 

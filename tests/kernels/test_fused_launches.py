@@ -1,4 +1,4 @@
-"""When norms and appends take a kernel, when torch's operators, and what they refuse."""
+"""When norms, appends and attention take a kernel, when torch's operators, and what they refuse."""
 
 from __future__ import annotations
 
@@ -6,14 +6,18 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.nn.functional as F
 from host_launcher import HostLauncher, NotingLauncher, served_by
 
 from bminf.cuda import launcher as launchers
 from bminf.cuda.launcher import fused_by_default, fused_kernels, fused_launcher
 from bminf.errors import ArgumentError
+from bminf.layers.attention import attention
 from bminf.layers.kv_cache import KVCache
 from bminf.layers.norm import LayerNorm, RMSNorm
 from bminf.layers.packed_cache import PackedCache, Span
+from bminf.ops import norm as norm_module
+from bminf.ops import rotary_append as append_module
 from bminf.ops.norm import MAX_COLUMNS, add_rms_norm, layer_norm, rms_norm
 from bminf.ops.rotary_append import rotary_append
 
@@ -71,12 +75,39 @@ def test_torchs_operators_are_taken_where_they_have_to_be(noting: NotingLauncher
     assert noting.names == ["rms_norm"]
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # of vmap
+def test_attention_takes_torchs_operators_where_norms_do(noting: NotingLauncher) -> None:
+    query, (key, value) = torch.randn(2, 3, 1, 8), torch.randn(2, 2, 3, 5, 8)
+
+    def attend(query: torch.Tensor) -> torch.Tensor:
+        return attention(query, key, value, None, 1.0)
+
+    expected = F.scaled_dot_product_attention(query, key, value, scale=1.0)
+    calls = {
+        "a gradient": lambda: attend(query.clone().requires_grad_()),
+        "vmap": lambda: torch.vmap(attend)(query.unsqueeze(0))[0],
+        "a class of somebody": lambda: attend(query.as_subclass(Marked)).as_subclass(torch.Tensor),
+    }
+    for name, call in calls.items():
+        torch.testing.assert_close(call(), expected, msg=name)
+        assert not noting.launches, name
+    with torch.autocast("cpu", torch.bfloat16):
+        assert attend(query).dtype == torch.bfloat16
+    assert not noting.launches
+    attend(query)
+    assert noting.names == ["attention_decode"]
+
+
+class Marked(torch.Tensor):
+    """Whose operations somebody may follow."""
+
+
 def test_a_gradient_of_a_norm_is_that_of_torch() -> None:
     x, bias = torch.randn(3, 24, requires_grad=True), torch.randn(24)
     weight = torch.randn(24)
     with served_by(HostLauncher()):
         (given,) = torch.autograd.grad(layer_norm(x, weight, bias, 1e-5).square().sum(), x)
-    y = torch.nn.functional.layer_norm(x, (24,), weight, bias, 1e-5)
+    y = F.layer_norm(x, (24,), weight, bias, 1e-5)
     (expected,) = torch.autograd.grad(y.square().sum(), x)
     assert torch.equal(given, expected)
 
@@ -239,3 +270,17 @@ def test_a_packed_pass_is_appended_by_one_launch_a_layer(copies: bool) -> None:
         expected = packed[1].attend(layer, *parts, bias, 0.5, angles)
         torch.testing.assert_close(given, expected)
     assert all(map(torch.equal, kept(caches[0]), kept(caches[1])))
+
+
+def test_prompts_of_ever_new_lengths_leave_a_bounded_number_of_plans(
+    noting: NotingLauncher,
+) -> None:
+    """Of a server, which has texts of every length in the end."""
+    weight, (keys, values) = torch.ones(8), torch.zeros(2, 1, 3000, 8)
+    for num_tokens in range(1, 3000):
+        x, cells = torch.zeros(1, 1, num_tokens, 8), torch.zeros(num_tokens, dtype=torch.int64)
+        rms_norm(x, weight, 1e-6)
+        rotary_append(noting, x, x, x, None, cells, keys, values)  # type: ignore[arg-type]
+        noting.launches.clear()
+    assert norm_module._plan.cache_info().currsize <= 1024
+    assert 0 < len(append_module._plans) <= 1024

@@ -149,17 +149,20 @@ class Graph:
         return "a pool"
 
 
-def test_graphs_share_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_graphs_share_their_memory_on_their_device(monkeypatch: pytest.MonkeyPatch) -> None:
     begun: list[tuple[Graph, Any]] = []
+    second = torch.device("cuda", 1)
 
     @contextmanager
-    def capturing(graph: Graph, pool: Any = None) -> Iterator[None]:
+    def capturing(graph: Graph, pool: Any = None, stream: Any = None) -> Iterator[None]:
+        assert stream == ("a stream", second)
         begun.append((graph, pool))
         yield
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", capturing)
-    capture, results = Capture(), [torch.zeros(1), torch.ones(1)]
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: ("a stream", device))
+    capture, results = Capture(second), [torch.zeros(1), torch.ones(1)]
     replays = [capture(partial(torch.clone, y)) for y in results]
     assert [pool for _, pool in begun] == [None, "a pool"]
     assert [float(replay()) for replay in [*replays, replays[1]]] == [0, 1, 1]

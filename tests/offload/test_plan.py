@@ -264,6 +264,14 @@ def test_everything_fits_without_slots():
     assert plan([], 0).total_bytes == 0
 
 
+def test_a_plan_that_keeps_tables_on_the_host_does_not_say_that_all_fits():
+    settings = {"outside_bytes": 60, "table_bytes": 20, "tables": ["embed.weight"]}
+    all_but_rows = plan(make([5, 7]), 72, **settings)
+    assert (all_but_rows.tables, all_but_rows.streamed) == (("embed.weight",), ())
+    assert "all blocks fit: nothing is streamed but rows" in str(all_but_rows)
+    assert "fits entirely" in str(plan(make([5, 7]), 92, **settings))
+
+
 def test_a_plan_can_be_copied_and_pickled():
     made = plan(make([4, 5, 6, 7]), 20, {".1": 2})
     for twin in (copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
