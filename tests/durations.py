@@ -18,7 +18,7 @@ import pytest
 
 LIST = Path(__file__).with_name("seconds.txt")
 
-QUICK_S = 0.12
+QUICK_S = 0.1
 """What the cases of one function may take together in the quick run; the others are slow."""
 
 IS_REWRITTEN = "BMINF_REWRITE_SECONDS" in os.environ
