@@ -127,13 +127,13 @@ def check_graphs(
         return
     reasons = {
         f"needs a GPU, and the model is for {device}": device.type != "cuda",
-        "and deterministic=True exclude each other": is_deterministic,
-        "needs fused_kernels=True": not uses_fused_kernels,
-        "needs the kernels that BMINF_FUSED_KERNELS=0 leaves out": not fused_by_default(),
+        "does not go with deterministic=True": is_deterministic,
+        "does not go with fused_kernels=False": not uses_fused_kernels,
+        "does not go with BMINF_FUSED_KERNELS=0": not fused_by_default(),
     }
     for reason, is_given in reasons.items():
         if is_given:
-            raise ArgumentError(f"cuda_graph=True {reason}; leave one of them out")
+            raise ArgumentError(f"cuda_graph=True {reason}; leave cuda_graph out")
 
 
 def num_sizes(max_rows: int, max_keys: int) -> int:

@@ -175,9 +175,12 @@ GPU = torch.device("cuda", 0)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((True, torch.device("cpu")), "needs a GPU, and the model is for cpu"),
-        ((True, GPU, True), "and deterministic=True exclude each other"),
-        ((True, GPU, False, False), "needs fused_kernels=True"),
+        (
+            (True, torch.device("cpu")),
+            "needs a GPU, and the model is for cpu; leave cuda_graph out",
+        ),
+        ((True, GPU, True), "does not go with deterministic=True"),
+        ((True, GPU, False, False), "does not go with fused_kernels=False"),
         ((1, GPU), "cuda_graph=1; accepted: True, False"),
     ],
 )
