@@ -1,12 +1,12 @@
 """Experts that a model holds as stacks: one tensor (E, N, K) for the matrices of all E experts.
 
 Modules of transformers hold them so, and multiply in several ways that a configuration chooses.
-Here one expert is multiplied after another, on the rows that the router sent to it, or on a GPU all
-that are at hand in one launch. Where their tensors lie is the caller's business: they may be slices
-of the stacks, or copies of one expert in a slot. Every routed output is written by itself and a
-token's outputs are added in the order of the router, so neither the order in which experts are at
-hand nor where they lie changes a bit. On the CPU that gives the bits of transformers' default
-(grouped_mm) in float32 and bfloat16.
+Here one expert is multiplied after another, on the rows that the router sent to it, or, of few
+tokens, all that are at hand in one call. Where their tensors lie is the caller's business: they may
+be slices of the stacks, or copies of one expert in a slot. Every routed output is written by itself
+and a token's outputs are added in the order of the router, so neither the order in which experts
+are at hand nor where they lie changes a bit. On the CPU that gives the bits of transformers'
+default (grouped_mm) in float32 and bfloat16.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from bminf.cpu.library import MAX_ROWS
 from bminf.cuda.launcher import launcher_for
 from bminf.errors import ArgumentError
 from bminf.layers.quantized_linear import (
@@ -42,6 +43,7 @@ Visit = Callable[[Sequence[int]], Iterable[Mapping[int, Tensors]]]
 another until each has come once; good until the next one."""
 
 _MATRICES = ("gate_up_proj", "up_proj", "down_proj", "weight")
+_MAX_LAUNCHED_ROWS = MIN_TENSOR_CORE_ROWS - 1  # of an expert, in a launch for all of them
 _VECTORS = 64  # rows in which there are whole vectors, however wide they are
 _DISPATCHER = "transformers.integrations.moe"
 _SCALES = ("scale", "minimum", "row_scale")
@@ -311,17 +313,20 @@ def _routed(
 
 
 def _is_grouped(experts: Any, tokens: torch.Tensor, spans: Mapping[int, slice]) -> bool:
-    """Whether one launch multiplies all tokens with a matrix of their own: where each expert has so
-    few that the kernel for few rows would multiply them, which gives the same bits."""
+    """Whether one call multiplies all tokens with a matrix of their own: where each expert has so
+    few that the kernels for few rows would multiply them, which gives the same bits."""
     device, stacks = tokens.device, _packed_stacks(experts)
-    if launcher_for(device) is None or stacks is None or len(tokens) > MAX_PRODUCTS:
+    if stacks is None or tokens.dtype not in ELEMENTS or torch.compiler.is_compiling():
         return False
     if torch.is_grad_enabled() or torch.is_autocast_enabled(device.type) or is_watched():
         return False
-    is_few = all(rows.stop - rows.start < MIN_TENSOR_CORE_ROWS for rows in spans.values())
+    is_cpu = launcher_for(device) is None
+    # More tokens on a CPU are activated expert by expert, while they are in the cache.
+    most, most_of_expert = (_VECTORS, MAX_ROWS) if is_cpu else (MAX_PRODUCTS, _MAX_LAUNCHED_ROWS)
+    is_few = all(rows.stop - rows.start <= most_of_expert for rows in spans.values())
     biases = [experts._parameters.get(f"{name}_bias") for name in stacks]
     is_alike = all(bias is None or bias.dtype == tokens.dtype for bias in biases)
-    return is_few and is_alike and tokens.dtype in ELEMENTS and not torch.compiler.is_compiling()
+    return is_few and is_alike and len(tokens) <= most
 
 
 def _packed_stacks(experts: Any) -> dict[str, PackedStack] | None:
@@ -339,7 +344,7 @@ def _multiply_together(
     inner: _Rows,
     outputs: _Rows,
 ) -> None:
-    """Put the outputs of the experts at hand in their rows, for each matrix in one launch.
+    """Put the outputs of the experts at hand in their rows, for each matrix in one call.
 
     ids: the expert of each token, of the others too: their rows stay as they are.
     """

@@ -2,7 +2,8 @@
 
 One launch multiplies each row with its own weight, wherever that lies: the kernel reads addresses
 from a table. A row has the bits that it has in bminf.ops.linear with its weight and no other row.
-Kernel: kernels/linear_few_rows.cu with GROUPED.
+On a CPU it is one call, whose threads take parts of any of the products.
+Kernels: kernels/linear_few_rows.cu with GROUPED, kernels/cpu/.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ from typing import Any
 
 import torch
 
+from bminf.cpu.library import MAX_ROWS
 from bminf.cuda.launcher import Launcher, launcher_for
 from bminf.cuda.source import Kernel, LaunchPlan
 from bminf.errors import ArgumentError
+from bminf.ops.cpu_linear import Part, few_rows_of_many
 from bminf.ops.dequantize import group_arguments, weight_arguments
 from bminf.ops.linear import linear
 from bminf.ops.linear_weight_only import (
@@ -62,9 +65,11 @@ def grouped_linear_of_checked(
     """As grouped_linear, for weights that are known to be alike, as in a layer of ours."""
     launcher, first = launcher_for(x.device), next(iter(weights.values()))
     x = x.detach()
-    if launcher is None or 0 in (len(slots), first.in_features, first.out_features):
-        return grouped_linear_reference(x, weights, slots, biases, rows, out)
     y = x.new_zeros(len(slots), first.out_features) if out is None else out
+    if launcher is None and few_rows_of_many(*_parts(x, weights, slots, biases, rows), y):
+        return y
+    if launcher is None or 0 in (len(slots), first.in_features, first.out_features):
+        return grouped_linear_reference(x, weights, slots, biases, rows, y)
     return _launch(launcher, kernel_rows(x), weights, slots, biases, rows, y)
 
 
@@ -85,6 +90,26 @@ def grouped_linear_reference(
             of_x = chosen if rows is None else rows[chosen]
             y[chosen] = linear(x[of_x], weight, None if biases is None else biases[number])
     return y
+
+
+def _parts(
+    x: torch.Tensor,
+    weights: Mapping[int, PackedWeight],
+    slots: torch.Tensor,
+    biases: Mapping[int, torch.Tensor] | None,
+    rows: torch.Tensor | None,
+) -> tuple[torch.Tensor, list[Part]]:
+    """The rows of x in the order of `slots`, and which of them, one after another, have the same
+    weight."""
+    numbers, parts, start = slots.tolist(), list[Part](), 0
+    for stop in range(1, len(numbers) + 1):
+        number = numbers[start]
+        is_over = stop == len(numbers) or numbers[stop] != number or stop - start == MAX_ROWS
+        if is_over and number in weights:
+            bias = None if biases is None else biases[number]
+            parts.append(Part(start, stop, weights[number], bias))
+        start = stop if is_over else start
+    return x if rows is None else x[rows], parts
 
 
 def grouped_kernel(dtype: torch.dtype, weight: PackedWeight) -> Kernel:

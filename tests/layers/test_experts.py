@@ -24,6 +24,7 @@ from bminf.layers.experts import (
     stacks_of,
     visit_resident,
 )
+from bminf.ops.grouped_linear import grouped_linear_of_checked
 from bminf.quantization.packed import Format, parse_format
 
 EXPERTS, WIDTH = 8, 32
@@ -200,9 +201,6 @@ def test_what_is_no_stack_is_refused() -> None:
         PackedStack(torch.randn(2, 3, 31), False, bminf.Format(4))
 
 
-# ---- on a GPU, by kernels that are compiled for the CPU ------------------------------------------
-
-
 def one_by_one(experts: Any) -> Visit:
     """The experts of a pool that has room for one, the last first."""
     visit = visit_resident(experts)
@@ -212,6 +210,30 @@ def one_by_one(experts: Any) -> Visit:
             yield from visit([expert])
 
     return in_turns
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("family", ROUTED)
+def test_few_tokens_are_one_call_a_matrix_with_the_bits_of_many(
+    family: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = PackedExperts(make_experts(family, ROUTED[family], dtype), bminf.Format(4, 16))
+    for num_tokens, num_top_k in ((1, 3), (16, 2), (21, 3), (33, 2)):
+        given, calls = routing(num_tokens, num_top_k, dtype), []
+        given[1][0, 0] = EXPERTS  # of no expert here
+        with torch.no_grad(), monkeypatch.context() as patched:
+            patched.setattr(
+                "bminf.layers.experts.grouped_linear_of_checked",
+                lambda *a, calls=calls: calls.append(a) or grouped_linear_of_checked(*a),
+            )
+            together = packed(*given)
+            assert len(calls) == (2 if num_tokens * num_top_k <= 64 else 0)
+            assert torch.equal(packed.computes(packed, one_by_one(packed), *given), together)
+            patched.setattr("bminf.layers.experts._is_grouped", lambda *_: False)
+            assert torch.equal(packed(*given), together)
+
+
+# ---- on a GPU, by kernels that are compiled for the CPU ------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
