@@ -4,6 +4,8 @@
 // 16 bytes.   scale and minimum (N, num_groups), one for group_size columns: float for 8 bits, half
 // or 8-bit integers for 4; with these row_scale (N) float, otherwise null.   bias (N) or null.
 // GATED: a second weight of the same shape, and y = activate(x W^T + bias) * (x W2^T + bias2).
+// GROUPED: many weights of one shape, and row p of y is the product of one row of x with one of them, as
+// the router of a mixture of experts has it. Their addresses are in a table, since each may lie anywhere.
 //
 // A block of 128 threads computes ROWS_OF_W weight rows times ROWS_OF_X rows of x: all of them, as
 // launched, up to 16 in 16 bits and 4 in 32. Its threads walk along K, 16 bytes of each weight row at a
@@ -125,26 +127,42 @@ DEVICE void add_scaled(float sums[SUMS], const Scale scales[ROWS_OF_W], const fl
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
-linear_few_rows(const Element* x, const u8* codes, const void* scale, const void* minimum,
-                const float* row_scale, const Element* bias, const u8* codes2, const void* scale2,
-                const void* minimum2, const float* row_scale2, const Element* bias2, Element* y,
-                int M, int N, int K, u32 group_multiplier, int group_shift, int num_groups,
-                int activation) {
+#ifdef GROUPED
+// An address in the memory of the device: told so, the compiler reads it as it does a parameter.
+template <typename T>
+DEVICE const T* global(i64 address) {
+#ifdef BMINF_HOST_SHIM
+    return reinterpret_cast<const T*>(address);
+#else
+    return static_cast<const T*>(__cvta_global_to_generic(address));
+#endif
+}
+#endif
+
+// One product, or the two of GATED kernels: the block's part of it.
+struct Weight {
+    const u8* codes;
+    const void *scale, *minimum;
+    const float* row_scale;
+    const Element* bias;
+};
+
+DEVICE void multiply(const Element* x, const Weight& weight, const Weight& second, Element* y, int M, int N,
+                     int K, const Groups& groups, int first_m, int activation) {
     constexpr int OUTPUTS = GATED ? ROWS_OF_W / 2 : ROWS_OF_W;
     const int num_whole = u32(K) / CHUNK_COLUMNS;
     const size_t row_bytes = size_t(num_chunks_of(K)) * 16;
-    const int first_m = blockIdx.y * ROWS_OF_X;
 
     Rows rows;
-    rows.groups = {group_multiplier, group_shift, num_groups};
+    rows.groups = groups;
 #pragma unroll
     for (int r = 0; r < ROWS_OF_W; ++r) {
         const bool is_second = r >= OUTPUTS;
         const size_t n = min(int(blockIdx.x) * OUTPUTS + r % OUTPUTS, N - 1);
-        rows.codes[r] = (is_second ? codes2 : codes) + n * row_bytes;
-        rows.scales[r] = {is_second ? scale2 : scale, is_second ? minimum2 : minimum};
-        rows.first_group[r] = n * num_groups;
+        const Weight& own = is_second ? second : weight;
+        rows.codes[r] = own.codes + n * row_bytes;
+        rows.scales[r] = {own.scale, own.minimum};
+        rows.first_group[r] = n * groups.count;
     }
 #pragma unroll
     for (int m = 0; m < ROWS_OF_X; ++m) rows.x[m] = x + size_t(min(first_m + m, M - 1)) * K;
@@ -206,9 +224,9 @@ linear_few_rows(const Element* x, const u8* codes, const void* scale, const void
     const int m = first_m + threadIdx.x % ROWS_OF_X;
     const int r = threadIdx.x / ROWS_OF_X;
     const int n = blockIdx.x * OUTPUTS + r % OUTPUTS;
-    const Element* own_bias = r >= OUTPUTS ? bias2 : bias;
+    const Element* own_bias = r >= OUTPUTS ? second.bias : weight.bias;
     const bool is_there = threadIdx.x < SUMS && m < M && n < N;
-    if (is_there) total *= load_row_scale(r >= OUTPUTS ? row_scale2 : row_scale, n);
+    if (is_there) total *= load_row_scale(r >= OUTPUTS ? second.row_scale : weight.row_scale, n);
     const float value = is_there && own_bias ? total + to_float(own_bias[n]) : total;
 #if GATED
     __shared__ float gates[SUMS / 2];
@@ -221,3 +239,34 @@ linear_few_rows(const Element* x, const u8* codes, const void* scale, const void
     if (is_there) y[size_t(m) * N + n] = from_float(value);
 #endif
 }
+
+#ifdef GROUPED
+// table (num_slots, 5): the addresses of a Weight, of no weight where they are 0.   slots (P): which of
+// them row p is multiplied with; y keeps its row where there is none.   rows (P): that of x, or null for p.
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+linear_grouped(const Element* x, const i64* table, const i64* slots, const i64* rows, Element* y,
+               int num_slots, int N, int K, u32 group_multiplier, int group_shift, int num_groups) {
+    const int pair = blockIdx.y;
+    const i64 slot = slots[pair];
+    if (slot < 0 || slot >= num_slots) return;
+    const i64* own = table + 5 * slot;
+    if (own[0] == 0) return;
+    const Weight weight = {global<u8>(own[0]), global<u8>(own[1]), global<u8>(own[2]),
+                           global<float>(own[3]), global<Element>(own[4])};
+    const size_t row = rows ? rows[pair] : pair;
+    multiply(x + row * K, weight, weight, y + size_t(pair) * N, 1, N, K,
+             {group_multiplier, group_shift, num_groups}, 0, 0);
+}
+#else
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+linear_few_rows(const Element* x, const u8* codes, const void* scale, const void* minimum,
+                const float* row_scale, const Element* bias, const u8* codes2, const void* scale2,
+                const void* minimum2, const float* row_scale2, const Element* bias2, Element* y,
+                int M, int N, int K, u32 group_multiplier, int group_shift, int num_groups,
+                int activation) {
+    const Weight weight = {codes, scale, minimum, row_scale, bias};
+    const Weight second = {codes2, scale2, minimum2, row_scale2, bias2};
+    multiply(x, weight, second, y, M, N, K, {group_multiplier, group_shift, num_groups},
+             blockIdx.y * ROWS_OF_X, activation);
+}
+#endif

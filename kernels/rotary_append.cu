@@ -17,8 +17,6 @@
 
 #include "common.cuh"
 
-typedef long long i64;
-
 DEVICE void load_columns(const Element* from, float values[WIDTH]) {
 #if WIDTH == 8
     load8(from, values);

@@ -23,6 +23,7 @@ import torch
 from bminf.cuda.compile import compile_kernel
 from bminf.cuda.source import Kernel
 from bminf.ops import dequantize
+from bminf.ops.grouped_linear import grouped_kernel
 from bminf.ops.linear_weight_only import few_rows_kernel, tensor_core_kernel
 from bminf.quantization.packed import INT4, INT8, Format, empty
 
@@ -88,12 +89,18 @@ def table_kernels(capability: int) -> Iterator[tuple[str, Kernel]]:
             words = f"{name} {str(dtype).removeprefix('torch.')}"
             for rows in (1, 2, 4):
                 yield f"few rows, M={rows}, {words}", few_rows(dtype, form, rows)
+            yield f"grouped, {words}", grouped(dtype, form)
             for rows in (8, 16, 64) if capability >= 80 else ():
                 yield f"tensor core, M={rows}, {words}", tensor_core(dtype, form, rows)
 
 
 def few_rows(dtype: torch.dtype, form: Format, num_rows: int) -> Kernel:
     return few_rows_kernel(dtype, empty(4096, 4096, form, "meta"), num_rows)
+
+
+def grouped(dtype: torch.dtype, form: Format) -> Kernel:
+    """For one of many weights."""
+    return grouped_kernel(dtype, empty(4096, 4096, form, "meta"))
 
 
 def tensor_core(dtype: torch.dtype, form: Format, num_rows: int) -> Kernel:

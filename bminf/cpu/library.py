@@ -11,7 +11,7 @@ import ctypes
 import logging
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -41,6 +41,7 @@ _ARGUMENTS = {
     "bminf_cpu_level_name": [_INDEX],
     "bminf_cpu_can_run": [_INDEX],
     "bminf_cpu_multiply": [_PRODUCT, _INDEX],
+    "bminf_cpu_multiply_many": [_PRODUCT, _INDEX, _INDEX],
     "bminf_cpu_multiply_gated": [_PRODUCT, _PRODUCT, _INDEX, _INDEX],
     "bminf_cpu_unpack": [_PRODUCT, _INDEX],
 }
@@ -66,11 +67,13 @@ class CpuInfo:
 @dataclass(frozen=True)
 class Kernels:
     """The functions of one level. Each takes a PRODUCT, whose tensors the caller keeps alive;
-    multiply_gated those of gate and up, and the activation's place in ACTIVATION_FUNCTIONS."""
+    multiply_many some of them, of any sizes; multiply_gated those of gate and up, and the
+    activation's place in ACTIVATION_FUNCTIONS."""
 
     level: str
     path: Path
     multiply: Callable[[bytes], None]
+    multiply_many: Callable[[Sequence[bytes]], None]
     multiply_gated: Callable[[bytes, bytes, int], None]
     unpack: Callable[[bytes], None]
 
@@ -159,6 +162,10 @@ def at_level(library: ctypes.CDLL, level: str) -> Kernels:
         if library_multiply(product, index):
             raise KernelError(_NO_MEMORY)
 
+    def multiply_many(products: Sequence[bytes]) -> None:
+        if library.bminf_cpu_multiply_many(b"".join(products), len(products), index):
+            raise KernelError(_NO_MEMORY)
+
     def multiply_gated(gate: bytes, up: bytes, activation: int) -> None:
         if library_multiply_gated(gate, up, activation, index):
             raise KernelError(_NO_MEMORY)
@@ -169,4 +176,5 @@ def at_level(library: ctypes.CDLL, level: str) -> Kernels:
 
     library_multiply, library_unpack = library.bminf_cpu_multiply, library.bminf_cpu_unpack
     library_multiply_gated = library.bminf_cpu_multiply_gated
-    return Kernels(level, Path(library._name), multiply, multiply_gated, unpack)
+    path = Path(library._name)
+    return Kernels(level, path, multiply, multiply_many, multiply_gated, unpack)

@@ -1,11 +1,12 @@
 """Experts that a model holds as stacks: one tensor (E, N, K) for the matrices of all E experts.
 
 Modules of transformers hold them so, and multiply in several ways that a configuration chooses.
-Here one expert is multiplied after another, on the rows that the router sent to it, and where its
-tensors lie is the caller's business: they may be slices of the stacks, or copies of one expert in
-a slot. Every routed output is written by itself and a token's outputs are added in the order of the
-router, so neither the order in which experts are at hand nor where they lie changes a bit. On the
-CPU that gives the bits of transformers' default (grouped_mm) in float32 and bfloat16.
+Here one expert is multiplied after another, on the rows that the router sent to it, or, of few
+tokens, all that are at hand in one call. Where their tensors lie is the caller's business: they may
+be slices of the stacks, or copies of one expert in a slot. Every routed output is written by itself
+and a token's outputs are added in the order of the router, so neither the order in which experts
+are at hand nor where they lie changes a bit. On the CPU that gives the bits of transformers'
+default (grouped_mm) in float32 and bfloat16.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from typing import Any
 
 import torch
 
+from bminf.cpu.library import MAX_ROWS
+from bminf.cuda.launcher import launcher_for
 from bminf.errors import ArgumentError
 from bminf.layers.quantized_linear import (
     copy_attributes,
@@ -24,18 +27,23 @@ from bminf.layers.quantized_linear import (
 )
 from bminf.layers.saving import check_not_saved
 from bminf.ops.dequantize import dequantize_weight
+from bminf.ops.grouped_linear import MAX_PRODUCTS, grouped_linear_of_checked
 from bminf.ops.linear import linear_of_checked
+from bminf.ops.linear_weight_only import MIN_TENSOR_CORE_ROWS
 from bminf.ops.rows import ELEMENTS
 from bminf.quantization.packed import PACKED_FIELDS, Format, PackedWeight, empty
 from bminf.quantization.packing import pack
+from bminf.tracing import is_watched
 
 Tensors = Mapping[str, torch.Tensor]
 """Those of one expert, by the names of the stacks in the module."""
 
-Visit = Callable[[Sequence[int]], Iterable[tuple[int, Tensors]]]
-"""Experts, ascending -> each of them with its tensors, in any order; good until the next one."""
+Visit = Callable[[Sequence[int]], Iterable[Mapping[int, Tensors]]]
+"""Experts, ascending -> those that are at hand together with their tensors, one such group after
+another until each has come once; good until the next one."""
 
 _MATRICES = ("gate_up_proj", "up_proj", "down_proj", "weight")
+_MAX_LAUNCHED_ROWS = MIN_TENSOR_CORE_ROWS - 1  # of an expert, in a launch for all of them
 _VECTORS = 64  # rows in which there are whole vectors, however wide they are
 _DISPATCHER = "transformers.integrations.moe"
 _SCALES = ("scale", "minimum", "row_scale")
@@ -260,9 +268,12 @@ def visit_resident(module: torch.nn.Module) -> Visit:
     """A Visit of experts that lie in the stacks of `module`."""
     stacks = stacks_of(module)
 
-    def visit(experts: Sequence[int]) -> Iterator[tuple[int, Tensors]]:
-        for expert in experts:
-            yield expert, {name: stack[expert] for name, stack in stacks.items()}
+    def visit(experts: Sequence[int]) -> Iterator[Mapping[int, Tensors]]:
+        if experts:
+            yield {
+                expert: {name: stack[expert] for name, stack in stacks.items()}
+                for expert in experts
+            }
 
     return visit
 
@@ -282,18 +293,80 @@ def _routed(
     hidden_states: (T, C).   top_k_index: (T, k) integers; those of num_experts and more are of no
     expert here, and add nothing.   top_k_weights: (T, k).   Returns (T, C).
     """
-    order = torch.sort(top_k_index.reshape(-1)).indices
+    ids, order = torch.sort(top_k_index.reshape(-1))
     tokens = hidden_states[order // top_k_index.shape[1]]
     spans = _spans(top_k_index.reshape(-1).tolist(), experts.num_experts)
     if not spans:
         return torch.zeros_like(hidden_states)
     inner, outputs = _Rows(len(order)), _Rows(len(order))
-    for expert, tensors in visit(list(spans)):
-        rows = spans[expert]
-        wide = inner.put(rows, _product(experts, _first_matrix(experts), tokens[rows], tensors))
-        narrow = _activated(experts, wide, rows)
-        outputs.put(rows, _product(experts, "down_proj", narrow, tensors))
+    is_grouped = _is_grouped(experts, tokens, spans)
+    for at_hand in visit(list(spans)):
+        if is_grouped:
+            _multiply_together(experts, tokens, ids, at_hand, inner, outputs)
+            continue
+        for expert, tensors in at_hand.items():
+            rows = spans[expert]
+            wide = inner.put(rows, _product(experts, _first_matrix(experts), tokens[rows], tensors))
+            narrow = _activated(experts, wide, rows)
+            outputs.put(rows, _product(experts, "down_proj", narrow, tensors))
     return _added(experts, outputs.all, order, hidden_states, top_k_weights)
+
+
+def _is_grouped(experts: Any, tokens: torch.Tensor, spans: Mapping[int, slice]) -> bool:
+    """Whether one call multiplies all tokens with a matrix of their own: where each expert has so
+    few that the kernels for few rows would multiply them, which gives the same bits."""
+    device, stacks = tokens.device, _packed_stacks(experts)
+    if stacks is None or tokens.dtype not in ELEMENTS or torch.compiler.is_compiling():
+        return False
+    if torch.is_grad_enabled() or torch.is_autocast_enabled(device.type) or is_watched():
+        return False
+    is_cpu = launcher_for(device) is None
+    # More tokens on a CPU are activated expert by expert, while they are in the cache.
+    most, most_of_expert = (_VECTORS, MAX_ROWS) if is_cpu else (MAX_PRODUCTS, _MAX_LAUNCHED_ROWS)
+    is_few = all(rows.stop - rows.start <= most_of_expert for rows in spans.values())
+    biases = [experts._parameters.get(f"{name}_bias") for name in stacks]
+    is_alike = all(bias is None or bias.dtype == tokens.dtype for bias in biases)
+    return is_few and is_alike and len(tokens) <= most
+
+
+def _packed_stacks(experts: Any) -> dict[str, PackedStack] | None:
+    """Both, in the order of their products; None where one is not packed."""
+    found = {name: experts._modules.get(name) for name in (_first_matrix(experts), "down_proj")}
+    packed = {name: stack for name, stack in found.items() if isinstance(stack, PackedStack)}
+    return packed if len(packed) == len(found) else None
+
+
+def _multiply_together(
+    experts: Any,
+    tokens: torch.Tensor,
+    ids: torch.Tensor,
+    at_hand: Mapping[int, Tensors],
+    inner: _Rows,
+    outputs: _Rows,
+) -> None:
+    """Put the outputs of the experts at hand in their rows, for each matrix in one call.
+
+    ids: the expert of each token, of the others too: their rows stay as they are.
+    """
+    wide = _products(experts, _first_matrix(experts), tokens, ids, at_hand, inner)
+    activate = experts._apply_gate if getattr(experts, "has_gate", True) else experts.act_fn
+    _products(experts, "down_proj", activate(wide), ids, at_hand, outputs)
+
+
+def _products(
+    experts: Any,
+    name: str,
+    x: torch.Tensor,
+    ids: torch.Tensor,
+    at_hand: Mapping[int, Tensors],
+    rows: _Rows,
+) -> torch.Tensor:
+    stack: PackedStack = experts._modules[name]
+    weights = {expert: stack.of(tensors, f"{name}.") for expert, tensors in at_hand.items()}
+    has_bias = all(f"{name}_bias" in tensors for tensors in at_hand.values())
+    biases = {e: tensors[f"{name}_bias"] for e, tensors in at_hand.items()} if has_bias else None
+    out = rows.of_width(stack.out_features, x)
+    return grouped_linear_of_checked(x, weights, ids, biases, None, out)
 
 
 def _added(
@@ -340,9 +413,13 @@ class _Rows:
 
     def put(self, rows: slice, values: torch.Tensor) -> torch.Tensor:
         """Returns all."""
+        self.of_width(values.shape[1], values)[rows] = values
+        return self.all
+
+    def of_width(self, width: int, like: torch.Tensor) -> torch.Tensor:
+        """Returns all."""
         if not hasattr(self, "all"):
-            self.all = values.new_zeros(self._number, values.shape[1])
-        self.all[rows] = values
+            self.all = like.new_zeros(self._number, width)
         return self.all
 
 
@@ -373,7 +450,8 @@ def _of_all_tokens(experts: Any, visit: Visit, hidden_states: torch.Tensor) -> t
     x = hidden_states.view(experts.num_experts, -1, experts.hidden_size)
     is_asked = (x != 0).flatten(1).any(dim=1).tolist()
     outputs = torch.zeros_like(x)
-    for expert, tensors in visit([index for index, asked in enumerate(is_asked) if asked]):
+    asked_for = [index for index, asked in enumerate(is_asked) if asked]
+    for expert, tensors in _one_by_one(visit(asked_for)):
         gate, up = _product(experts, "gate_up_proj", x[expert], tensors).chunk(2, dim=-1)
         outputs[expert] = _product(experts, "down_proj", up * experts.act_fn(gate), tensors)
     return outputs.view(-1, experts.hidden_size)
@@ -387,9 +465,15 @@ def _of_sorted_tokens(
     parts = inputs.split(expert_size, dim=0)
     outputs = inputs.new_zeros(len(inputs), experts.output_size)
     rows = dict(enumerate(outputs.split(expert_size, dim=0)))
-    for expert, tensors in visit([expert for expert, part in enumerate(parts) if len(part)]):
+    asked_for = [expert for expert, part in enumerate(parts) if len(part)]
+    for expert, tensors in _one_by_one(visit(asked_for)):
         rows[expert].copy_(_product(experts, "weight", parts[expert], tensors))
     return outputs
+
+
+def _one_by_one(groups: Iterable[Mapping[int, Tensors]]) -> Iterator[tuple[int, Tensors]]:
+    for at_hand in groups:
+        yield from at_hand.items()
 
 
 def _product(experts: Any, name: str, x: torch.Tensor, tensors: Tensors) -> torch.Tensor:

@@ -41,6 +41,7 @@ class ExpertPool:
     ) -> None:  # fmt: skip
         self._expert_bytes, self._transfers = expert_bytes, transfers
         self._first_block, self._first_slot = first_block, first_slot
+        self.num_slots = num_slots
         self._free = list(range(num_slots))[::-1]
         self._marks: list[Any] = [None] * num_slots  # behind the last use of each slot
         # Least recently wanted first; None is one that was wanted, and is not copied yet.

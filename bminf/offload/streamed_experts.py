@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -142,17 +142,40 @@ class StreamedExperts:
         finally:
             self.is_running = False
 
-    def _visit(self, pool: ExpertPool, experts: Sequence[int]) -> Iterator[tuple[int, Tensors]]:
-        for number in pool.want([self.first + expert for expert in experts]):
-            expert = self._in_slot(number, pool.enter(number))
-            try:
-                if not torch.is_grad_enabled():
-                    yield number - self.first, expert.tensors
-                    continue
-                with self._saved(expert):
-                    yield number - self.first, self._differentiable(expert)
-            finally:
+    def _visit(self, pool: ExpertPool, experts: Sequence[int]) -> Iterator[Mapping[int, Tensors]]:
+        """Those that the pool holds already together, then the others as they come. Where not all
+        have room one after another: each leaves its slot to one that is not copied yet."""
+        hits_before = pool.hits
+        numbers = pool.want([self.first + expert for expert in experts])
+        num_hits = pool.hits - hits_before
+        has_room = len(numbers) <= pool.num_slots and not torch.is_grad_enabled()
+        together = numbers[:num_hits] if has_room else []
+        if together:
+            yield from self._visit_all(pool, together)
+        for number in numbers[len(together) :]:
+            yield from self._visit_one(pool, number)
+
+    def _visit_all(
+        self, pool: ExpertPool, numbers: Sequence[int]
+    ) -> Iterator[Mapping[int, Tensors]]:
+        slots = {number: pool.enter(number) for number in numbers}
+        found = {n: self._in_slot(n, slot).tensors for n, slot in slots.items()}
+        try:
+            yield {number - self.first: tensors for number, tensors in found.items()}
+        finally:
+            for number in numbers:
                 pool.leave(number)
+
+    def _visit_one(self, pool: ExpertPool, number: int) -> Iterator[Mapping[int, Tensors]]:
+        expert = self._in_slot(number, pool.enter(number))
+        try:
+            if not torch.is_grad_enabled():
+                yield {number - self.first: expert.tensors}
+                return
+            with self._saved(expert):
+                yield {number - self.first: self._differentiable(expert)}
+        finally:
+            pool.leave(number)
 
     def _in_slot(self, number: int, slot: int) -> ExpertInSlot:
         buffer, known = self._backend.pool[slot], self._in_slots.get(number)

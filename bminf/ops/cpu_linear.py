@@ -25,6 +25,8 @@ each kind of CPU.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
@@ -82,6 +84,46 @@ def few_rows_linear(
     num_rows = x.numel() // weight.in_features
     found.multiply(_product(x, weight, bias, y, num_rows, activation_bits=activation_bits))
     return y
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows start to stop - 1 of x, at most MAX_ROWS, and what they are multiplied with."""
+
+    start: int
+    stop: int
+    weight: PackedWeight
+    bias: torch.Tensor | None
+
+
+def few_rows_of_many(x: torch.Tensor, parts: Sequence[Part], y: torch.Tensor) -> bool:
+    """Put the product of each part in its rows of y, all by one call of the kernels, with the bits
+    of few_rows_linear; False, and nothing is done, where the kernels do not take one of them.
+
+    x: (P, K).   y: (P, N) contiguous, in the dtype of x.   Their weights have N and K alike.
+    """
+    if not parts:
+        return True
+    found = _kernels_for(x, parts[0].weight, parts[0].bias)
+    if found is None or not all(_is_readable(part, x) for part in parts[1:]):
+        return False
+    found.multiply_many([_part_of(x, part, y) for part in parts])
+    return True
+
+
+def _is_readable(part: Part, x: torch.Tensor) -> bool:
+    """What a part that is like another one, which the kernels take, may still not be."""
+    bias, weight = part.bias, part.weight
+    return _is_plain(weight.qweight) and (bias is None or _is_bias_of(bias, x, weight))
+
+
+def _part_of(x: torch.Tensor, part: Part, y: torch.Tensor) -> bytes:
+    """The PRODUCT, without the views that slices would be."""
+    x_bytes, y_bytes = x.shape[1] * x.itemsize, y.shape[1] * y.itemsize
+    return _packed(
+        part.weight, part.bias, x.data_ptr() + part.start * x_bytes,
+        y.data_ptr() + part.start * y_bytes, part.stop - part.start, y.dtype,
+    )  # fmt: skip
 
 
 def few_rows_gated(
@@ -162,6 +204,22 @@ def _product(
     activation_bits: int = FINEST_BITS,
 ) -> bytes:
     """The PRODUCT of these tensors, which the caller keeps."""
+    x_address = 0 if x is None else x.data_ptr()
+    return _packed(
+        weight, bias, x_address, y.data_ptr(), num_rows, y.dtype, float_elements, activation_bits
+    )
+
+
+def _packed(
+    weight: PackedWeight,
+    bias: torch.Tensor | None,
+    x_address: int,
+    y_address: int,
+    num_rows: int,
+    dtype: torch.dtype,
+    float_elements: int = _FLOAT_ELEMENTS,
+    activation_bits: int = FINEST_BITS,
+) -> bytes:
     codes, scale, minimum, columns, group_size, _, row_scale = weight
     out_features, row_bytes = codes.shape
     return PRODUCT.pack(
@@ -170,8 +228,8 @@ def _product(
         0 if minimum is None else minimum.data_ptr(),
         0 if row_scale is None else row_scale.data_ptr(),
         0 if bias is None else bias.data_ptr(),
-        0 if x is None else x.data_ptr(),
-        y.data_ptr(),
+        x_address,
+        y_address,
         num_rows,
         out_features,
         columns,
@@ -179,7 +237,7 @@ def _product(
         group_size or columns,
         1 if group_size is None else -(-columns // group_size),
         8 if codes.dtype is torch.int8 else 4,
-        ELEMENTS[y.dtype],
+        ELEMENTS[dtype],
         torch.get_num_threads(),
         float_elements,
         activation_bits,

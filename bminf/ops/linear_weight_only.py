@@ -43,7 +43,7 @@ MAX_TENSOR_CORE_ROWS = 64
 of these bring 8 bytes from the cache for a weight, 128 twice as many; dequantizing it first
 writes and reads 2 from memory and leaves the activations to the library."""
 
-_FEW_ROWS_THREADS = 128
+FEW_ROWS_THREADS = 128
 _BLOCKS_OF_PROCESSOR = 4  # at least, of the kernel for tensor cores
 _SLICE_ELEMENTS = 2**26  # of a dequantized weight at a time: 128 MiB in 16 bits
 
@@ -210,14 +210,14 @@ def few_rows_plan(
     x: torch.Tensor, weight: PackedWeight, is_gated: bool, activation: int
 ) -> LaunchPlan:
     """How such a product is launched, worked out once for such sizes."""
-    key = (x.numel(), x.shape[-1], x.dtype, is_gated, activation, *_sizes_of(weight))
+    key = (x.numel(), x.shape[-1], x.dtype, is_gated, activation, *sizes_of(weight))
     plan = _few_rows_plans.get(key)
     if plan is None:
         num_rows, num_columns = x.numel() // x.shape[-1], x.shape[-1]
         kernel = few_rows_kernel(x.dtype, weight, num_rows, is_gated)
         numbers = num_rows, weight.out_features, num_columns, *group_arguments(weight), activation
         grid = few_rows_grid(kernel, num_rows, weight.out_features)
-        plan = LaunchPlan(kernel, grid, (_FEW_ROWS_THREADS, 1, 1), numbers)
+        plan = LaunchPlan(kernel, grid, (FEW_ROWS_THREADS, 1, 1), numbers)
         _few_rows_plans[key] = plan
     return plan
 
@@ -225,7 +225,7 @@ def few_rows_plan(
 _few_rows_plans: dict[tuple[Any, ...], LaunchPlan] = {}
 
 
-def _sizes_of(weight: PackedWeight) -> tuple[Any, ...]:
+def sizes_of(weight: PackedWeight) -> tuple[Any, ...]:
     """All of a weight that a launch depends on."""
     codes, _, minimum, columns, group_size, _, row_scale = weight
     return codes.shape[0], codes.dtype, columns, group_size, minimum is None, row_scale is None
@@ -270,7 +270,7 @@ def launch_tensor_cores(
 
 def tensor_core_plan(x: torch.Tensor, weight: PackedWeight, num_processors: int) -> LaunchPlan:
     """As few_rows_plan."""
-    key = (x.numel(), x.shape[-1], x.dtype, num_processors, *_sizes_of(weight))
+    key = (x.numel(), x.shape[-1], x.dtype, num_processors, *sizes_of(weight))
     plan = _tensor_core_plans.get(key)
     if plan is None:
         num_rows, num_columns = x.numel() // x.shape[-1], x.shape[-1]

@@ -16,6 +16,7 @@ import torch
 from attention_cases import attention_cases, few_attention_cases
 from case import BOUNDS, DTYPES, Case, case, relative_error
 from fused_cases import few_fused, fused_cases
+from grouped_cases import grouped_cases
 
 from bminf.cuda.launcher import launcher_for
 from bminf.ops import linear_w8a8
@@ -367,6 +368,7 @@ CASES = {
     61: [
         *few_rows_cases(),
         *gated_cases(),
+        *grouped_cases(),
         *w8a8_cases(),
         *other_cases(),
         *fused_cases(),

@@ -45,6 +45,22 @@ def multiply(
     return y
 
 
+def multiply_many(
+    kernels: Kernels,
+    products: list[tuple[torch.Tensor, PackedWeight, torch.Tensor | None]],
+    float_elements: int = 0,
+) -> list[torch.Tensor]:
+    """As multiply, all by one call."""
+    results = [x.new_full((len(x), w.out_features), float("nan")) for x, w, _ in products]
+    kernels.multiply_many(
+        [
+            cpu_linear._product(*one, y, len(y), float_elements)
+            for one, y in zip(products, results, strict=True)
+        ]
+    )
+    return results
+
+
 def multiply_gated(
     kernels: Kernels,
     x: torch.Tensor,
@@ -89,6 +105,8 @@ def main(path: Path) -> None:
                     bias = torch.randn(7).to(dtype)
                     y = multiply(kernels, x, weight, bias)
                     assert y[1:].isfinite().all()
+                    both = [(x, weight, bias), (x[:1], up, None)]
+                    assert all(y[1:].isfinite().all() for y in multiply_many(kernels, both))
                     if form == INT8:
                         y = multiply(kernels, x, weight, bias, activation_bits=8)
                         assert y[1:].isfinite().all()

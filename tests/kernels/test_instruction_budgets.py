@@ -19,6 +19,7 @@ from tools.instructions import (
     count,
     dequantize_kernel,
     few_rows,
+    grouped,
     tensor_core,
 )
 
@@ -67,6 +68,20 @@ def test_a_weight_is_written_back_in_few_instructions_and_one_store(
     code = code_of(dequantize_kernel(dtype, NAMES[name]), CAPABILITY)
     stores = [i.opcode for i in code if i.opcode.startswith("ST")]
     assert len(code) <= 90 and stores == ["STG.E.128"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [HALF, BFLOAT16, torch.float32])
+def test_a_weight_out_of_a_table_costs_what_another_does(dtype: torch.dtype, name: str) -> None:
+    own = count(grouped(dtype, NAMES[name]), CAPABILITY).per_weight
+    assert own <= 1.1 * count(few_rows(dtype, NAMES[name], 1), CAPABILITY).per_weight
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_a_table_points_to_is_read_as_what_lies_in_the_memory_of_the_device(name: str) -> None:
+    """Loads that may be of shared memory, too, wait longer."""
+    opcodes = [i.opcode.split(".")[0] for i in code_of(grouped(HALF, NAMES[name]), CAPABILITY)]
+    assert "LDG" in opcodes and "LD" not in opcodes
 
 
 # ---- what kernels did before ---------------------------------------------------------------------

@@ -52,7 +52,7 @@ def ptx_of(kernel: Kernel, capability: int) -> str:
 def registers_allowed(kernel: Kernel) -> int:
     """What leaves room for enough warps on a multiprocessor: 65536 registers are there."""
     macros = dict(kernel.macros)
-    if kernel.name == "linear_few_rows":
+    if kernel.name in ("linear_few_rows", "linear_grouped"):
         has_minimum, is_float = macros["HAS_MINIMUM"], macros["ELEMENT"] == 32
         rows = macros["ROWS_OF_X"]
         if rows <= 2:

@@ -10,6 +10,7 @@ import torch
 
 from bminf.cuda.source import Kernel
 from bminf.ops import attention, dequantize, linear_w8a8, linear_weight_only, norm, quantize_rows
+from bminf.ops.grouped_linear import grouped_kernel
 from bminf.ops.rotary_append import rotary_append_kernel
 from bminf.quantization.packed import INT4, INT8, Format, PackedWeight, empty
 
@@ -49,6 +50,7 @@ def variants(capability: int) -> list[Kernel]:
     chosen = _few_rows() if capability == 80 else _few_rows_extremes()
     found = [*chosen, *_others(DTYPES if capability in (61, 80) else DTYPES[:1])]
     found += _fused(DTYPES) if capability == 80 else fused_extremes()
+    found += _grouped(DTYPES if capability == 80 else DTYPES[:1], FORMS)
     found += _products(capability, DTYPES if capability < 75 else (torch.bfloat16,))
     found += _attention() if capability in (61, 80) else _attention_extremes()
     if capability == 61:
@@ -61,6 +63,7 @@ def variants(capability: int) -> list[Kernel]:
 def every_variant(capability: int) -> list[Kernel]:
     """All that tests and benchmarks ask for on a device of `capability`."""
     found = [*_others(DTYPES, EVERY_FORM), *_fused(DTYPES), *every_attention()]
+    found += _grouped(DTYPES, EVERY_FORM)
     for dtype, form, is_gated in product(DTYPES, EVERY_FORM, (False, True)):
         for num_rows in range(1, linear_weight_only.MAX_FEW_ROWS + 1):
             found.append(few_rows_of(dtype, form, num_rows, is_gated))
@@ -83,6 +86,11 @@ def _products(capability: int, dtypes: tuple[torch.dtype, ...]) -> list[Kernel]:
 
 def few_rows_of(dtype: torch.dtype, form: Format, num_rows: int, is_gated: bool = False) -> Kernel:
     return linear_weight_only.few_rows_kernel(dtype, weight_of(form), num_rows, is_gated)
+
+
+def _grouped(dtypes: tuple[torch.dtype, ...], forms: tuple[Format, ...]) -> Iterator[Kernel]:
+    for dtype, form in product(dtypes, forms):
+        yield grouped_kernel(dtype, weight_of(form))
 
 
 def _few_rows() -> Iterator[Kernel]:

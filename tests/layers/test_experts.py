@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from host_launcher import HostLauncher, served_by
 from quantized_models import relative_error
 
 import bminf
@@ -15,11 +17,14 @@ from bminf.errors import ArgumentError
 from bminf.layers.experts import (
     PackedExperts,
     PackedStack,
+    Tensors,
+    Visit,
     forward_of,
     matrices_of,
     stacks_of,
     visit_resident,
 )
+from bminf.ops.grouped_linear import grouped_linear_of_checked
 from bminf.quantization.packed import Format, parse_format
 
 EXPERTS, WIDTH = 8, 32
@@ -194,3 +199,68 @@ def test_what_is_no_stack_is_refused() -> None:
         PackedExperts(torch.nn.Linear(2, 2), bminf.Format(8))
     with pytest.raises(ArgumentError, match="31 columns cannot be packed to 4 bits"):
         PackedStack(torch.randn(2, 3, 31), False, bminf.Format(4))
+
+
+def one_by_one(experts: Any) -> Visit:
+    """The experts of a pool that has room for one, the last first."""
+    visit = visit_resident(experts)
+
+    def in_turns(wanted: Sequence[int]) -> Iterator[Mapping[int, Tensors]]:
+        for expert in reversed(wanted):
+            yield from visit([expert])
+
+    return in_turns
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("family", ROUTED)
+def test_few_tokens_are_one_call_a_matrix_with_the_bits_of_many(
+    family: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = PackedExperts(make_experts(family, ROUTED[family], dtype), bminf.Format(4, 16))
+    for num_tokens, num_top_k in ((1, 3), (16, 2), (21, 3), (33, 2)):
+        given, calls = routing(num_tokens, num_top_k, dtype), []
+        given[1][0, 0] = EXPERTS  # of no expert here
+        with torch.no_grad(), monkeypatch.context() as patched:
+            patched.setattr(
+                "bminf.layers.experts.grouped_linear_of_checked",
+                lambda *a, calls=calls: calls.append(a) or grouped_linear_of_checked(*a),
+            )
+            together = packed(*given)
+            assert len(calls) == (2 if num_tokens * num_top_k <= 64 else 0)
+            assert torch.equal(packed.computes(packed, one_by_one(packed), *given), together)
+            patched.setattr("bminf.layers.experts._is_grouped", lambda *_: False)
+            assert torch.equal(packed(*given), together)
+
+
+# ---- on a GPU, by kernels that are compiled for the CPU ------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("family", ROUTED)
+def test_few_tokens_are_one_launch_a_matrix_with_the_bits_of_many(
+    family: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = PackedExperts(make_experts(family, ROUTED[family], dtype), bminf.Format(4, 16))
+    launcher, given = HostLauncher(), routing(2, 3, dtype)
+    given[1][0, 0] = EXPERTS  # of no expert here
+    with served_by(launcher), torch.no_grad():
+        together = packed(*given)
+        assert launcher.names == ["linear_grouped"] * 2
+        assert torch.equal(packed.computes(packed, one_by_one(packed), *given), together)
+        launcher.names.clear()
+        monkeypatch.setattr("bminf.layers.experts._is_grouped", lambda *_: False)
+        assert torch.equal(packed(*given), together)
+    assert {*launcher.names} == {"linear_few_rows"}
+
+
+def test_many_tokens_and_gradients_are_multiplied_one_expert_after_another() -> None:
+    packed = PackedExperts(make_experts("mixtral", "MixtralExperts"), bminf.Format(8))
+    launcher, (x, ids, weights) = HostLauncher(), routing(3, 1)
+    with served_by(launcher):
+        packed(x.requires_grad_(), ids, weights).sum().backward()
+        with torch.no_grad():
+            packed(x, torch.zeros_like(ids), weights)  # three rows of one expert
+            assert "linear_grouped" not in launcher.names
+            packed(x[:2], torch.zeros_like(ids[:2]), weights[:2])
+    assert launcher.names[-2:] == ["linear_grouped"] * 2

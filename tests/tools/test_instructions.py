@@ -74,9 +74,9 @@ def test_what_it_prints(
     monkeypatch.setattr("tools.instructions.NAMES", {"int8": INT8})
     assert main(["--capability", "75"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 * 3 + 1 and "few rows, M=4, int8 bfloat16" in lines[5]
+    assert len(lines) == 2 * 4 + 1 and "few rows, M=4, int8 bfloat16" in lines[6]
     found = count(few_rows(torch.bfloat16, INT8, 4), 75).per_weight
-    assert float(lines[5].split()[-1]) == pytest.approx(found, abs=0.01)
+    assert float(lines[6].split()[-1]) == pytest.approx(found, abs=0.01)
 
 
 def test_a_missing_disassembler_is_said_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
