@@ -76,8 +76,12 @@ class Blobs:
         layouts = [self.outside, self.of_tables, *self.blocks.values(), *wholes]
         return sum(layout.nbytes for layout in layouts)
 
-    def stacks_in(self, block: str) -> dict[str, Stack]:
-        return {name: stack for name, stack in self.stacks.items() if stack.block == block}
+    def stacks_by_block(self) -> dict[str, dict[str, Stack]]:
+        """Of the blocks that have any."""
+        found: dict[str, dict[str, Stack]] = {}
+        for name, stack in self.stacks.items():
+            found.setdefault(stack.block, {})[name] = stack
+        return found
 
 
 def lay_out(

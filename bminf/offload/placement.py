@@ -37,7 +37,7 @@ def place(
     streamed = set(scheduler.plan.streamed)
     # malloc keeps what it is given back in pieces; a mapped model gives it next to nothing.
     is_trimmed = 8 * unmapped_bytes(model) > blobs.nbytes
-    places = places_of(model, replacements)
+    places, stacks = places_of(model, replacements), blobs.stacks_by_block()
 
     def quantize(modules: Iterable[torch.nn.Module]) -> None:
         for module in modules:
@@ -64,7 +64,7 @@ def place(
                 scheduler.add(name, module, layout)
             else:
                 _move_resident(module, layout, scheduler.backend, scheduler.source_device)
-            for path, stack in blobs.stacks_in(name).items():
+            for path, stack in stacks.get(name, {}).items():
                 _place_experts(model.get_submodule(path), path, stack, scheduler)
             if is_trimmed:
                 memory.trim()
@@ -96,11 +96,13 @@ def load(
     (N, C).
     """
     streamed, untrimmed_bytes = set(scheduler.plan.streamed), 0
+    stacks = blobs.stacks_by_block()
     with torch.inference_mode(False), torch.no_grad():
         _fill(model, blobs.outside, scheduler.backend, partial(read, ""))
         scheduler.loaded_bytes = blobs.outside.nbytes + blobs.of_tables.nbytes
         if not scheduler.plan.tables:
-            _fill(model, blobs.of_tables, scheduler.backend, read_tables)
+            if blobs.tables:
+                _fill(model, blobs.of_tables, scheduler.backend, read_tables)
         else:
             assert hold_table is not None
             for table in blobs.tables:
@@ -116,7 +118,7 @@ def load(
             else:
                 _fill(module, layout, scheduler.backend, partial(read, name))
                 scheduler.loaded_bytes += layout.nbytes
-            for path, stack in blobs.stacks_in(name).items():
+            for path, stack in stacks.get(name, {}).items():
                 for expert in range(len(stack.experts)):
                     fill = partial(read_expert, path, expert)
                     scheduler.backend.put(scheduler.next_expert + expert, fill)

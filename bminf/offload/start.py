@@ -93,7 +93,8 @@ def _pooled(the_plan: Plan, blobs: Blobs) -> Pooled:
     """The experts, in the order in which place() and load() put them: block by block."""
     if the_plan.experts is None:
         return NOT_POOLED
-    stacks = [stack for block in blobs.blocks for stack in blobs.stacks_in(block).values()]
+    found = blobs.stacks_by_block()
+    stacks = [stack for block in blobs.blocks for stack in found.get(block, {}).values()]
     layouts = [layout for stack in stacks for layout in stack.experts]
     return Pooled(layouts, the_plan.experts.num_slots, the_plan.experts.slot_bytes)
 
