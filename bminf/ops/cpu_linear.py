@@ -82,7 +82,10 @@ def few_rows_linear(
         return None
     y = x.new_empty((*x.shape[:-1], weight.qweight.shape[0]))
     num_rows = x.numel() // weight.in_features
-    found.multiply(_product(x, weight, bias, y, num_rows, activation_bits=activation_bits))
+    product = _packed(
+        weight, bias, x.data_ptr(), y.data_ptr(), num_rows, y.dtype, activation_bits=activation_bits
+    )
+    found.multiply(product)
     return y
 
 
@@ -147,8 +150,9 @@ def few_rows_gated(
         return None
     y = x.new_empty((*x.shape[:-1], gate.qweight.shape[0]))
     num_rows = x.numel() // gate.in_features
-    first = _product(x, gate, gate_bias, y, num_rows)
-    found.multiply_gated(first, _product(x, up, up_bias, y, num_rows), activation)
+    sizes = x.data_ptr(), y.data_ptr(), num_rows, y.dtype
+    first, second = _packed(gate, gate_bias, *sizes), _packed(up, up_bias, *sizes)
+    found.multiply_gated(first, second, activation)
     return y
 
 
@@ -220,6 +224,7 @@ def _packed(
     float_elements: int = _FLOAT_ELEMENTS,
     activation_bits: int = FINEST_BITS,
 ) -> bytes:
+    """The same of addresses, for who has no view of rows, and in one call less."""
     codes, scale, minimum, columns, group_size, _, row_scale = weight
     out_features, row_bytes = codes.shape
     return PRODUCT.pack(
