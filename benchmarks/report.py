@@ -1,8 +1,7 @@
 """`python -m benchmarks.report`: tables and plots in the documents, out of the JSON files.
 
-Between the two comments `<!-- FILE.json -->` and `<!-- end -->` in one of DOCUMENTS stands the
-table of benchmarks/results/FILE.json; PLOTS are whole files. Nobody types a number, and nothing is
-measured here.
+What stands between marks in DOCUMENTS comes out of benchmarks/results (tools/marked.py says how);
+PLOTS are whole files. Nobody types a number, and nothing is measured here.
 """
 
 from __future__ import annotations
@@ -25,18 +24,20 @@ from bminf.cli.tables import text
 from bminf.cli.tables.published import published
 from bminf.cli.tables.text import digits, markdown
 from bminf.units import format_bytes
+from tools.marked import filled
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = (
-    *("README.md", "docs/quantization.md", "docs/kernels.md", "docs/tables.md"),
-    "benchmarks/README.md",
+DOCUMENTS = tuple(
+    path.relative_to(ROOT).as_posix()
+    for folder in (ROOT, ROOT / "docs", ROOT / "benchmarks")
+    for path in sorted(folder.glob("*.md"))
+    if re.search(r"<!-- \S+\.json", path.read_text(encoding="utf-8"))
 )
 PLOTS = {  # of which op, or of which numbers of a table
     "docs/kernels-cpu.svg": ("kernels-cpu.json", "linear rotated"),
     "docs/kernels-cpu-levels.svg": ("kernels-cpu-levels.json", "levels"),
     "docs/table-bloom-cpu.svg": ("table-bloom-cpu.json", "ms_per_token"),
 }
-_MARKED = re.compile(r"<!-- (\S+\.json) -->\n.*?<!-- end -->", re.DOTALL)
 
 
 def main() -> int:
@@ -50,10 +51,8 @@ def main() -> int:
 
 
 def with_tables(text: str) -> str:
-    """`text` with the table of each marked file in its place."""
-    return _MARKED.sub(
-        lambda mark: f"<!-- {mark[1]} -->\n{table(read_result(mark[1]))}<!-- end -->", text
-    )
+    """`text` with the tables and numbers of all marked files in their places."""
+    return filled(text, read_result, table)
 
 
 def plot_of(name: str) -> str:
@@ -71,9 +70,10 @@ def read_result(name: str) -> Content:
     return content
 
 
-def table(content: Content) -> str:
-    """Captions and Markdown tables of one run."""
-    parts = [part.rstrip() for part in _PARTS[content["case"]](content)]
+def table(content: Content, view: str = "") -> str:
+    """Captions and Markdown tables of one run; `view` is for a case that has several."""
+    given = (content, view) if view else (content,)
+    parts = [part.rstrip() for part in _PARTS[content["case"]](*given)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -138,9 +138,9 @@ def _offload_parts(content: Content) -> Iterator[str]:
     yield by_columns(columns | {"CPU, plain = 1": over_plain, "peak memory": _peak}, results)
 
 
-def _parts_of_tool(content: Content) -> Iterator[str]:
+def _parts_of_tool(content: Content, *view: str) -> Iterator[str]:
     """Those of the case that lies in tools/, whose module imports torch."""
-    parts: Iterator[str] = import_module(f"tools.{content['case']}").table_parts(content)
+    parts: Iterator[str] = import_module(f"tools.{content['case']}").table_parts(content, *view)
     return parts
 
 
@@ -284,13 +284,14 @@ def _time_cell(name: str, variants: Variants) -> str:
     return f"**{text}**" if details.get("is_chosen") else text
 
 
-_PARTS: dict[str, Callable[[Content], Iterator[str]]] = {
+_PARTS: dict[str, Callable[..., Iterator[str]]] = {
     "offload": _offload_parts,
     "kernels": _kernel_parts,
     "zoo": _model_parts,
     "glm": _model_parts,
     "perplexity": _parts_of_tool,
     "decoding": _parts_of_tool,
+    **dict.fromkeys(("predictions", "predict_kernels"), _parts_of_tool),
     "table": text.parts,
 }
 

@@ -8,18 +8,23 @@ fourth powers of both times are added. A launch takes DRAIN_S more, in which a d
 empty. A step of decoding is all of its matrices and as many small kernels as --launches leaves;
 eager, it takes at least what the host needs to launch them.
 
-Prints Markdown tables: the share of a copy for each kernel, and tokens a second.
+Prints Markdown tables: the share of a copy for each kernel, and tokens a second; --out keeps them
+in a file of benchmarks/results, from which docs/kernels.md has them.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
+from typing import Any
 
 import torch
 
+from benchmarks.harness import write_json
+from bminf.cli.tables.document import document
 from bminf.quantization.packed import INT8, Format
 from tools.instructions import NAMES, count, few_rows, tensor_core
 
@@ -98,10 +103,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--host-us", type=float, default=12, help="the host's, for each launch")
     parser.add_argument("--launches", type=int, nargs=2, help="of a step: CPM-2, GLM-130B")
+    parser.add_argument("--out", type=Path, metavar="FILE.json")
     arguments = parser.parse_args(argv)
     launches = arguments.launches or [model.launches for model in MODELS]
-    print("\n".join([*kernel_table(), "", *model_table(launches, arguments.host_us * 1e-6)]))
+    content = document("predict_kernels", {"host_us": arguments.host_us, "launches": launches}, {})
+    tables = {"kernels": kernel_table(), "models": model_table(launches, arguments.host_us * 1e-6)}
+    content["results"] = [{"name": name, "lines": lines} for name, lines in tables.items()]
+    print("\n".join(table_parts(content)))
+    if arguments.out is not None:
+        write_json(arguments.out, content)
     return 0
+
+
+def table_parts(content: dict[str, Any], view: str = "") -> Iterator[str]:
+    """Both tables, or the one called `view`."""
+    for result in content["results"]:
+        if view in ("", result["name"]):
+            yield "\n".join(result["lines"]) + "\n"
 
 
 # ---- kernels -------------------------------------------------------------------------------------
