@@ -88,9 +88,11 @@ DEMO = ["transformers>=4.56", "safetensors", "gguf", "accelerate"]
 ICETK = ["icetk"]
 # bminf serve.
 SERVE = ["fastapi", "uvicorn", "prometheus-client"]
+# The site of docs/.
+DOCS = ["mkdocs-material", "mkdocstrings[python]"]
 TEST = [
     *("pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "accelerate", "peft", "openai"),
-    *(*DEMO[:2], *SERVE),
+    *(*DEMO[:2], *SERVE, *DOCS),
     "setuptools>=70.1",  # they build wheels
     f"nvidia-cuda-nvdisasm; {HAS_CUDA_WHEELS}",  # they count machine instructions
 ]
@@ -105,7 +107,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     install_requires=RUNTIME,
-    extras_require={"demo": DEMO, "icetk": ICETK, "serve": SERVE, "test": TEST},
+    extras_require={"demo": DEMO, "icetk": ICETK, "serve": SERVE, "docs": DOCS, "test": TEST},
     packages=[*find_packages(include=["bminf", "bminf.*"]), "bminf.kernels"],
     package_dir={"bminf.kernels": "kernels"},
     package_data={

@@ -1,4 +1,4 @@
-"""docs/command-line.md has what `bminf VERB --help` says; what pages tell to type is accepted.
+"""docs/command-line.md has what `bminf VERB --help` says.
 
 BMINF_REWRITE_SNAPSHOTS=1 writes it there anew.
 """
@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 from pathlib import Path
 
 import pytest
 from snapshot_files import REWRITE
 
-from bminf.cli import VERBS, _parser, main
+from bminf.cli import VERBS, main
 from bminf.cli.chat import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,27 +44,3 @@ def test_the_page_has_the_help_of(
 def test_the_page_names_each_command_of_chat() -> None:
     text = PAGE.read_text(encoding="utf-8")
     assert [name for name in COMMANDS if f"`{name}`" not in text] == []
-
-
-def commands(page: Path) -> list[str]:
-    """What a page tells to type, in its blocks of code."""
-    blocks = re.findall(r"^```\n(.*?)^```$", page.read_text(encoding="utf-8"), re.M | re.S)
-    lines = [line for block in blocks for line in block.splitlines()]
-    return [found[1] for line in lines for found in re.finditer(r"(?:^|[|&] )bminf ([^|&]*)", line)]
-
-
-@pytest.mark.parametrize(
-    ("page", "verbs"),
-    [
-        ("README.md", {"chat", "generate", "fill", "serve", "bench", "demo"}),
-        ("docs/serving.md", {"serve"}),
-        ("docs/command-line.md", {"chat", "generate", "fill", "serve", "bench", "plan"}),
-        ("docs/models.md", {"convert"}),
-        ("docs/tables.md", {"bench"}),
-    ],
-)
-def test_commands_of_a_page_are_accepted(page: str, verbs: set[str]) -> None:
-    found = [shlex.split(command, comments=True) for command in commands(ROOT / page)]
-    assert {argv[0] for argv in found} == verbs
-    for argv in found:
-        _parser(argv).parse_args(argv)  # which exits where it does not know an option
