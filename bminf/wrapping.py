@@ -33,7 +33,7 @@ from bminf.offload.hooks import ATTRIBUTE, Scheduler, Stats, is_streaming
 from bminf.offload.offloaded import fetch_offloaded
 from bminf.offload.placement import place, restore
 from bminf.offload.plan import Plan, Remedy
-from bminf.offload.plan_experts import are_worth_choosing, plan_by_need
+from bminf.offload.plan_experts import are_worth_choosing, idle_bytes, plan_by_need
 from bminf.offload.start import plan_on, start
 from bminf.offload.tables import find_tables
 from bminf.offload.unregistered import (
@@ -283,8 +283,12 @@ class Request:
         if by_need is None:
             the_plan = planned(plan_on, self.blobs)
         elif self.allocated_bytes + unregistered_bytes + self.reserved_bytes <= budget:
-            least = planned(choosing, by_need).least_limit
-            the_plan = replace(planned(plan_on, self.blobs), least_by_need=least)
+            chosen = planned(choosing, by_need)
+            the_plan = replace(
+                planned(plan_on, self.blobs),
+                least_by_need=chosen.least_limit,
+                idle_bytes=idle_bytes(chosen),
+            )
         else:
             self.blobs = by_need  # also for what an error may advise
             the_plan = planned(choosing, by_need)

@@ -116,6 +116,7 @@ class Plan:
     spare_bytes: of the device, free beside `budget` where that was not given but measured.
     experts: those that stream by need, one by one, and belong to no block.
     least_by_need: the least limit of a model that fits, and whose experts would stream so.
+    idle_bytes: of a model that fits, the experts that one token leaves out.
     tables: names of those of which rows are read on the host, such as input embeddings, and which
     the limit does not count: all there are; none if everything fits, when they are among
     `outside_bytes`.   table_bytes: of them, wherever they are; for a GPU those that its allocator
@@ -150,6 +151,7 @@ class Plan:
 
     tables: tuple[str, ...] = ()
     table_bytes: int = 0
+    idle_bytes: int = 0
 
     @property
     def least_limit(self) -> int:

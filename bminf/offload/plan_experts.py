@@ -79,6 +79,11 @@ def plan_by_need(
     return replace(dense, experts=experts)
 
 
+def idle_bytes(plan: Plan) -> int:
+    """Of the experts of `plan`, those that one token leaves out."""
+    return 0 if plan.experts is None else plan.experts.nbytes - plan.experts.bytes_per_token
+
+
 def _bytes_per_token(model: torch.nn.Module, name: str, blobs: Blobs) -> int:
     """Of the experts that one token goes through in one module."""
     layouts = blobs.stacks[name].experts

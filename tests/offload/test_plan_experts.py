@@ -13,7 +13,7 @@ from bminf.errors import ArgumentError, BudgetError
 from bminf.offload.hit_rates import PUBLISHED
 from bminf.offload.plan import Experts, Plan
 from bminf.offload.plan_experts import experts_per_token
-from bminf.offload.predict import predict
+from bminf.offload.predict import Rows, predict
 from bminf.wrapping import plan_for
 
 LAYERS, EXPERTS = 7, 4
@@ -67,6 +67,16 @@ def test_what_is_expected_to_be_missed() -> None:
     assert experts.missed_bytes(50) == experts.wanted_bytes(50) < 10**8
     assert experts.hit_rate(50, PUBLISHED) == 0  # it would not have room
     assert experts.missed_bytes(2, PUBLISHED) == pytest.approx(0.19 * experts.wanted_bytes(2))
+
+
+def test_a_token_of_a_model_that_fits_reads_the_experts_that_it_takes() -> None:
+    """Two of four a layer; dense parts are read whole."""
+    assert WHOLE.idle_bytes == 2 * LAYERS * EXPERT_BYTES
+    found = predict(WHOLE, 1e12, 1e9)
+    read = WHOLE.fixed_bytes + sum(block.nbytes for block in WHOLE.blocks) - WHOLE.idle_bytes
+    assert found.pass_s == found.compute_s == found.memory_s == pytest.approx(read / 1e9)
+    every = predict(WHOLE, 1e12, 1e9, rows=Rows(3, {}, 1e30))
+    assert every.pass_s == pytest.approx((read + WHOLE.idle_bytes) / 1e9)
 
 
 def test_a_prediction_counts_what_is_missed_behind_the_router() -> None:
