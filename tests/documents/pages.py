@@ -23,6 +23,9 @@ class Block(NamedTuple):
     language: str
     text: str
 
+    def __str__(self) -> str:
+        return f"{self.page}:{self.line}"
+
     @property
     def reason(self) -> str | None:
         """Why it is not run; None where it is."""
@@ -43,3 +46,7 @@ def blocks(page: str) -> Iterator[Block]:
 def without_code(text: str) -> str:
     """Neither blocks nor what is marked as code within a line."""
     return re.sub(r"`[^`]*`", "", _BLOCK.sub("", text))
+
+
+# README-ZH.md has those of README.md.
+BLOCKS = [block for page in PAGES if page != READMES[1] for block in blocks(page)]

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from pages import NOT_RUN, PAGES, ROOT, Block, blocks
+from pages import BLOCKS, ROOT, Block
 from terminal import started
 from tiny_bloom import tiny_bloom
 from tiny_glm import tiny_glm10b
@@ -33,15 +33,10 @@ TEMPLATE = "{% for message in messages %}{{ message.content }} {% endfor %}"
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PORT = "8000"  # in the pages
 PATIENCE_S = 120
-MOST_NOT_RUN = 8
 # Of the two commands that set all up, what follows the installation: one test runs the first, and
 # this test is a part of the second.
 RUN_ELSEWHERE = ("bminf demo", "pytest")
-ALL = [block for page in PAGES if page != "README-ZH.md" for block in blocks(page)]
-
-
-def _name(block: Block) -> str:
-    return f"{block.page}:{block.line}"
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -121,46 +116,23 @@ def _wait_for(url: str, process: subprocess.Popen[bytes]) -> None:
             time.sleep(0.05)
 
 
-# ---- what there is -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("block", ALL, ids=_name)
-def test_a_block_says_what_it_is(block: Block) -> None:
-    assert block.language in ("python", "bash", "text")
-    if block.language == "text" and not block.text.startswith("$ bminf "):
-        assert not re.search(
-            r"^(\$ |>>> |import |from \w+ import|pip |python |bminf )", block.text, re.M
-        )
-
-
-def test_few_blocks_are_not_run() -> None:
-    reasons = [f"{_name(block)}: {block.reason}" for block in ALL if block.reason]
-    assert len(reasons) <= MOST_NOT_RUN, reasons
-    assert all(len(reason.partition(": ")[2]) > 8 for reason in reasons), reasons
-
-
-def test_a_reason_stands_in_the_first_line_alone() -> None:
-    hidden = [_name(block) for block in ALL if NOT_RUN.strip() in block.text.partition("\n")[2]]
-    assert hidden == []
-
-
 # ---- run -----------------------------------------------------------------------------------------
 
-PYTHON = [block for block in ALL if block.language == "python" and not block.reason]
-BASH = [block for block in ALL if block.language == "bash" and not block.reason]
+PYTHON = [block for block in BLOCKS if block.language == "python" and not block.reason]
+BASH = [block for block in BLOCKS if block.language == "bash" and not block.reason]
 
 
 # transformers says so of what peft asks.
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
-@pytest.mark.parametrize("block", PYTHON, ids=_name)
+@pytest.mark.parametrize("block", PYTHON, ids=str)
 def test_python_runs(block: Block, here: None, request: pytest.FixtureRequest) -> None:
     text = block.text
     if PORT in text:
         text = text.replace(PORT, request.getfixturevalue("server"))
-    exec(compile(text, _name(block), "exec"), {"__name__": "page"})
+    exec(compile(text, str(block), "exec"), {"__name__": "page"})
 
 
-@pytest.mark.parametrize("block", BASH, ids=_name)
+@pytest.mark.parametrize("block", BASH, ids=str)
 def test_commands_run(
     block: Block, here: None, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
