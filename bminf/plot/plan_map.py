@@ -18,6 +18,7 @@ _BAR_CM = 0.62
 _HATCH = "////"
 
 _FREE = "free"
+_LEAST_FREE = 1e-3  # of the limit: less could not be seen
 
 Part = tuple[str, int, str, str]
 """Of a bar: what it is, bytes, use ("stays", "streams", "other", "free"), hatch."""
@@ -68,11 +69,13 @@ def _bars(plan: Plan) -> Iterator[tuple[str, list[Part]]]:
     device = [
         ("blocks that stay", plan.resident_bytes - outside_bytes, "stays", ""),
         ("outside all blocks", outside_bytes, "stays", _HATCH),
-        ("two slots", plan.slot_bytes, "streams", "...."),
-        ("slots for experts", plan.pool_bytes, "streams", "xxxx"),
+        ("two slots", plan.slot_bytes, "streams", "xxxx"),
+        ("slots for experts", plan.pool_bytes, "streams", "||||"),
         ("reserved for the text", plan.reserved_bytes, "other", ""),
-        ("free", plan.budget - plan.total_bytes, _FREE, ""),
     ]
+    free_bytes = plan.budget - plan.total_bytes
+    if free_bytes > plan.budget * _LEAST_FREE:
+        device.append(("free", free_bytes, _FREE, ""))
     yield "device", _taken(device)
     blob_bytes = plan.streamed_bytes - plan.disk_bytes
     beside_bytes = plan.staging_bytes + plan.host_table_bytes
@@ -80,7 +83,7 @@ def _bars(plan: Plan) -> Iterator[tuple[str, list[Part]]]:
         ("blocks that stream", blob_bytes, "streams", ""),
         ("experts", plan.host_bytes - blob_bytes - beside_bytes, "streams", "\\\\\\\\"),
         ("read by row", plan.host_table_bytes, "other", _HATCH),
-        ("staging buffers", plan.staging_bytes, "other", "...."),
+        ("staging buffers", plan.staging_bytes, "other", "xxxx"),
     ]
     if taken := _taken(host):
         yield "host", taken

@@ -15,10 +15,12 @@ LEAST_WIDTH_CM = 6.0
 _MOST_CM = 100.0
 _INCH_CM = 2.54
 _FONT_PT = 8.0
-_TITLE_CHARS_PER_CM = 5.0
+_TITLE_CHARS_PER_CM = 5.8
 _LINE_CM = 0.42
 _COLUMNS = 3  # of legends
 _SMALL = 12.0  # cm, below which legends have one column and axes few ticks
+
+_STEPS = (1, 2, 5, 10)  # of ticks
 
 _UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B"))
 _SECONDS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"))
@@ -102,8 +104,8 @@ def _dress(axes: Any, theme: Theme, is_small: bool) -> None:
     axes.yaxis.label.set(color=theme.ink, fontsize=_FONT_PT)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set(color=theme.ink, linewidth=0.6)
-    axes.xaxis.set_major_locator(MaxNLocator(5 if is_small else 9))
-    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_locator(MaxNLocator(5 if is_small else 9, steps=_STEPS))
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=_STEPS))
 
 
 def checked_width(width_cm: float) -> float:

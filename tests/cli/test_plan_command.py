@@ -2,6 +2,8 @@
 
 import json
 import re
+import shlex
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -76,6 +78,8 @@ def test_limit_is_planned_and_timed(tmp_path: Path, report: Report) -> None:
     assert shown["token_s"] == pytest.approx(shown["copy_s"], rel=0.05)
     assert shown["link_busy"] > 0.95
 
+
+DOCS = Path(__file__).parents[2] / "docs"
 
 QWEN3_14B = {
     "architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
@@ -271,3 +275,43 @@ def test_a_model_of_the_zoo_is_told_apart(
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert "load it with bminf.models" in command("plan", tmp_path, code=1).err
+
+
+def test_a_plan_is_drawn(tmp_path: Path, report: Report, command: Command) -> None:
+    folder, file = write_llama(tmp_path), tmp_path / "plan.svg"
+    limit = ("--memory-limit", "200KB")
+    said = command("plan", folder, *limit)
+    assert command("plan", folder, *limit, "--plot", file) == said
+    drawn = file.read_bytes()
+    assert drawn.startswith(b"<?xml")
+    assert report(folder, *limit, "--plot", file) == report(folder, *limit)
+    assert file.read_bytes() == drawn
+
+
+@pytest.mark.parametrize(
+    ("argv", "error"),
+    [
+        (["--memory-limit", "200KB", "--plot", "plan.jpg"], r"--plot='plan.jpg' does not end in"),
+        (["--memory-limit", "200KB", "--plot", "none/plan.png"], "there is no folder none"),
+        (["--plot", "plan.png"], "--plot draws what a limit keeps; give --memory-limit"),
+    ],
+)
+def test_a_file_that_cannot_be_drawn_is_refused_before_the_model_is_looked_at(
+    argv: list[str], error: str, refused: Refused, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert re.search(error, refused("no-such-model", *argv))
+
+
+def test_to_draw_needs_matplotlib(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    error = refused("no-such-model", "--memory-limit", "1GB", "--plot", "plan.png")
+    assert 'pip install "bminf[plot]"' in error
+
+
+def test_the_picture_of_the_page_is_that_of_its_command(tmp_path: Path, command: Command) -> None:
+    page = (DOCS / "command-line.md").read_text(encoding="utf-8")
+    (line,) = (line for line in page.splitlines() if line.endswith("--plot plan-cpm2.svg"))
+    *argv, _ = shlex.split(line)[1:]
+    command(*argv, tmp_path / "plan.svg")
+    assert (tmp_path / "plan.svg").read_bytes() == (DOCS / "plan-cpm2.svg").read_bytes()
