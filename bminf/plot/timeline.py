@@ -13,18 +13,25 @@ from bminf.plot.theme import WIDTH_CM, Frame, frame, unit_of_seconds, words_cm
 _NUM_ENTRIES = 3  # of the legend, at most
 _NUMBER = re.compile(r"\d+")
 _LABEL_PT = 6.5
+_THIN_CM = 0.06
 _DARK_INK = "#111111"  # legible on the colour of what streams, in any theme
 _DIGIT_CM = 0.17  # of a number in a bar, with some room beside it
 _BESIDE_CM = 1.9  # of the axes: names of rows and margins
 
 
 def timeline(
-    trace: Trace, *, title: str | None = None, width_cm: float = WIDTH_CM, dark: bool = False
+    trace: Trace,
+    *,
+    end_s: float | None = None,
+    title: str | None = None,
+    width_cm: float = WIDTH_CM,
+    dark: bool = False,
 ) -> Any:
     """A Figure: a row each for copies, for computation and, if it is read, for the disk.
 
     Numbers are those of the blocks, as far as there is room. Gaps are what waits.
-    trace: of simulate(), or of a Recording.   title: None says whether times are predicted.
+    trace: of simulate(), or of a Recording.   end_s: of what is shown; None is the end of the
+    trace.   title: None says whether times are predicted.
     Raises ArgumentError for an empty trace or a width, BMInfError where matplotlib is missing.
     """
     if not trace.computed:
@@ -34,13 +41,14 @@ def timeline(
     shown = [(name, spans) for name, spans in rows if spans]
     height_cm = 0.7 * len(shown) + 1.5 + words_cm(title, _NUM_ENTRIES, width_cm)
     found = frame(title, width_cm, dark, height_cm)
-    unit_s, unit = unit_of_seconds(trace.end_s)
+    end_s = trace.end_s if end_s is None else end_s
+    unit_s, unit = unit_of_seconds(end_s)
     streamed = {span.name for span in trace.copies}
     for y, (name, spans) in enumerate(shown):
-        _draw_row(found, y, spans, _colors(found, name, spans, streamed), unit_s, trace.end_s)
+        _draw_row(found, y, spans, _colors(found, name, spans, streamed), unit_s, end_s)
     axes, theme = found.axes[0], found.theme
     axes.set_yticks(range(len(shown)), [name for name, _ in shown])
-    axes.set(xlim=(0, trace.end_s / unit_s), ylim=(len(shown) - 0.45, -0.55))
+    axes.set(xlim=(0, end_s / unit_s), ylim=(len(shown) - 0.45, -0.55))
     axes.set_xlabel(f"time ({unit})")
     found.legend(_entries(found, trace, theme.other))
     return found.figure
@@ -64,13 +72,15 @@ def _colors(found: Frame, row: str, spans: Sequence[Span], streamed: set[str]) -
 def _draw_row(
     found: Frame, y: int, spans: Sequence[Span], colors: Sequence[str], unit_s: float, end_s: float
 ) -> None:
-    axes = found.axes[0]
+    axes, cm_per_s = found.axes[0], (found.width_cm - _BESIDE_CM) / end_s
     xranges = [(s.start_s / unit_s, (s.end_s - s.start_s) / unit_s) for s in spans]
+    edges = [  # which part neighbours, and would hide what is thinner than they are
+        found.theme.paper if (s.end_s - s.start_s) * cm_per_s > _THIN_CM else color
+        for s, color in zip(spans, colors, strict=True)
+    ]
     axes.broken_barh(
-        xranges, (y - 0.36, 0.72), facecolors=list(colors), edgecolors=found.theme.paper,
-        linewidth=0.4,
-    )  # fmt: skip
-    cm_per_s = (found.width_cm - _BESIDE_CM) / end_s
+        xranges, (y - 0.36, 0.72), facecolors=list(colors), edgecolors=edges, linewidth=0.4
+    )
     for span, color in zip(spans, colors, strict=True):
         number = (_NUMBER.findall(span.name) or [""])[-1]
         start_s, stop_s = max(span.start_s, 0.0), min(span.end_s, end_s)

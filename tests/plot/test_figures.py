@@ -152,6 +152,8 @@ def test_a_timeline_shows_each_copy_and_block() -> None:
     assert labels(figure) == [("time (ms)", "")]
     assert title(figure) == "Copies and computation, predicted"
     assert legend(figure) == ["a block that stays", "a block that streams", "outside all blocks"]
+    shorter = bminf.plot.timeline(trace, end_s=trace.end_s / 4)
+    assert shorter.axes[0].get_xlim() == pytest.approx((0, trace.end_s * 1e3 / 4))
     assert title(bminf.plot.timeline(replace(trace, is_predicted=False))).endswith("measured")
     with pytest.raises(ArgumentError, match="no computation in it"):
         bminf.plot.timeline(bminf.plot.Trace((), ()))
