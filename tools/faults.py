@@ -561,7 +561,7 @@ FAULTS = (
     ),
     Fault(
         name="plot-streamed-as-resident",
-        file="bminf/plot/plan_map.py",
+        file="bminf/plot/plans.py",
         old="color = theme.streams if block.name in streamed else theme.stays",
         new="color = theme.stays if block.name in streamed else theme.streams",
         breaks="A picture of a plan shows what stays as what streams.",

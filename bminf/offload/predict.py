@@ -385,7 +385,8 @@ def simulate(
 ) -> Trace:
     """Decode passes under `plan`, block by block, as predict() times them once all is steady.
 
-    Experts by need are left out: which of them come is known when a router has chosen.
+    Experts by need are left out: which of them come is known when a router has chosen. Of a mixture
+    of experts that fits, whole blocks are counted as read.
     num_passes: shown, at least 1; what was before them has negative times.
     Raises ArgumentError as predict() does.
     """

@@ -9,10 +9,10 @@ from bminf.offload.recording import Recording
 from bminf.offload.trace import Span, Trace
 from bminf.plot.experts import expert_hits
 from bminf.plot.memory import memory_over_time
-from bminf.plot.plan_map import plan_map
+from bminf.plot.plans import plan_map
 from bminf.plot.saving import save
 from bminf.plot.speed import predicted_speeds, speed_by_limit
-from bminf.plot.timeline import timeline
+from bminf.plot.timelines import timeline
 
 __all__ = [
     "Recording",

@@ -1,6 +1,6 @@
 """Pictures: what they say, that it is what they were given, and that it can be read.
 
-Of bminf/plot/plan_map.py, bminf/plot/timeline.py, bminf/plot/speed.py, bminf/plot/memory.py,
+Of bminf/plot/plans.py, bminf/plot/timelines.py, bminf/plot/speed.py, bminf/plot/memory.py,
 bminf/plot/experts.py, bminf/plot/theme.py.
 """
 
