@@ -59,11 +59,11 @@ class Recording:
     ) -> None:
         self._hooks.close()
         backend = self._scheduler.backend
-        backend.counters()  # which looks what has ended
+        computed = [Span(name, *self._times(start, end)) for name, start, end in self._computed]
+        backend.counters()  # which looks for copies that have ended, now that all was computed
         log, backend.copy_log = backend.copy_log or [], None
         names = dict(enumerate(_names(self._scheduler)))
         copies = [Span(names[c.block], *self._times(c.start, c.end), c.slot) for c in log]
-        computed = [Span(name, *self._times(start, end)) for name, start, end in self._computed]
         self.trace = Trace(tuple(copies), tuple(_without_waits(computed, copies)))
 
     def _begin(self, module: torch.nn.Module, args: Any) -> None:
