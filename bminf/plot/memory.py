@@ -21,6 +21,9 @@ from bminf.units import format_bytes
 Points = Sequence[tuple[float, int]]
 """(seconds since a trace began, bytes)."""
 
+_SLOTS = "two slots"
+_AXES_CM = 5.2
+
 
 def memory_over_time(
     plan: Plan,
@@ -38,42 +41,29 @@ def memory_over_time(
     line, for example of torch.cuda.memory_allocated().
     Raises ArgumentError for a width, BMInfError where matplotlib is missing.
     """
-    parts = _parts(plan)
-    num_entries = len(parts) + 1 + bool(measured)
-    found = frame(title, width_cm, dark, 5.2 + words_cm(title, num_entries, width_cm))
-    axes, theme = found.axes[0], found.theme
+    num_entries = len(_parts(plan)) + 1 + bool(measured)
+    found = frame(title, width_cm, dark, _AXES_CM + words_cm(title, num_entries, width_cm))
     largest = max(plan.budget, *(nbytes for _, nbytes in measured), 1)
     unit, unit_name = unit_of_bytes(largest)
     unit_s, seconds = unit_of_seconds(trace.end_s)
-    colors, end = {"stays": theme.stays, "streams": theme.streams}, trace.end_s / unit_s
-    entries, low = [], 0.0
-    for name, nbytes, color in parts:
-        fill = colors.get(color, theme.other)
-        if name == _SLOTS:
-            _draw_slots(found, plan, trace, low, unit, unit_s)
-        else:
-            axes.fill_between([0, end], low, low + nbytes / unit, color=fill, linewidth=0)
-        low += nbytes / unit
-        entries.append(found.patch(f"{name}: {format_bytes(nbytes)}", fill))
+    entries = list(_draw_parts(found, plan, trace, unit, unit_s))
+    axes, ink = found.axes[0], found.theme.ink
+    limit = f"limit: {format_bytes(plan.budget)}"
     entries.append(
-        axes.axhline(plan.budget / unit, color=theme.ink, linestyle="--", linewidth=0.9,
-                     label=f"limit: {format_bytes(plan.budget)}")
-    )  # fmt: skip
+        axes.axhline(plan.budget / unit, color=ink, linestyle="--", linewidth=0.9, label=limit)
+    )
     if measured:
         x, y = [time / unit_s for time, _ in measured], [n / unit for _, n in measured]
-        entries += axes.plot(x, y, color=theme.ink, linewidth=1, label="measured")
-    axes.set(xlim=(0, end), ylim=(0, 1.06 * largest / unit))
+        entries += axes.plot(x, y, color=ink, linewidth=1, label="measured")
+    axes.set(xlim=(0, trace.end_s / unit_s), ylim=(0, 1.06 * largest / unit))
     axes.set_xlabel(f"time ({seconds})")
     axes.set_ylabel(f"memory ({unit_name})")
     found.legend(entries)
     return found.figure
 
 
-_SLOTS = "two slots"
-
-
 def _parts(plan: Plan) -> list[tuple[str, int, str]]:
-    """From the bottom to the top: what, bytes, colour."""
+    """From the bottom to the top: what, bytes, use."""
     parts = [
         ("stays", plan.resident_bytes, "stays"),
         (_SLOTS, plan.slot_bytes, "streams"),
@@ -81,6 +71,19 @@ def _parts(plan: Plan) -> list[tuple[str, int, str]]:
         ("reserved", plan.reserved_bytes, "other"),
     ]
     return [part for part in parts if part[1]]
+
+
+def _draw_parts(found: Frame, plan: Plan, trace: Trace, unit: int, unit_s: float) -> Iterator[Any]:
+    """One above the other; their entries in the legend."""
+    low, ends = 0.0, [0, trace.end_s / unit_s]
+    for name, nbytes, use in _parts(plan):
+        color = found.theme.of(use)
+        if name == _SLOTS:
+            _draw_slots(found, plan, trace, low, unit, unit_s)
+        else:
+            found.axes[0].fill_between(ends, low, low + nbytes / unit, color=color, linewidth=0)
+        low += nbytes / unit
+        yield found.patch(f"{name}: {format_bytes(nbytes)}", color)
 
 
 def _draw_slots(

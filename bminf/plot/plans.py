@@ -96,9 +96,7 @@ def _taken(parts: Sequence[Part]) -> list[Part]:
 
 
 def _color(found: Frame, use: str) -> str:
-    theme = found.theme
-    colors = {"stays": theme.stays, "streams": theme.streams, _FREE: theme.ink}
-    return colors.get(use, theme.other)
+    return found.theme.ink if use == _FREE else found.theme.of(use)
 
 
 def _draw_bars(found: Frame, bars: dict[str, list[Part]]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import cycle
 from typing import Any
 
@@ -10,10 +10,13 @@ from bminf.errors import ArgumentError, BudgetError
 from bminf.offload.hit_rates import UNIFORM, HitRates
 from bminf.offload.plan import Plan
 from bminf.offload.predict import predict
-from bminf.plot.theme import WIDTH_CM, frame, unit_of_bytes, words_cm
+from bminf.plot.theme import WIDTH_CM, Frame, frame, unit_of_bytes, words_cm
 
 Points = Sequence[tuple[int, float]]
 """(memory limit in bytes, tokens/s)."""
+
+_LOOKS = (("stays", "-"), ("streams", "-"), ("stays", ":"), ("other", "-"), ("streams", ":"))
+_AXES_CM = 5.2
 
 
 def predicted_speeds(
@@ -63,25 +66,33 @@ def speed_by_limit(
     if not any(curves.values()):
         raise ArgumentError("curves has no points; every limit was too small, or there was none")
     marks = limits or {}
-    height_cm = 5.2 + words_cm(title, len(curves) + len(marks), width_cm)
+    height_cm = _AXES_CM + words_cm(title, len(curves) + len(marks), width_cm)
     found = frame(title, width_cm, dark, height_cm)
-    axes, theme = found.axes[0], found.theme
     largest = max(limit for points in curves.values() for limit, _ in points)
     unit, unit_name = unit_of_bytes(largest)
-    looks = cycle([(theme.stays, "-"), (theme.streams, "-"), (theme.stays, ":"), (theme.other, "-"),
-                   (theme.streams, ":")])  # fmt: skip
-    lines = []
-    for (name, points), (color, style) in zip(curves.items(), looks, strict=False):
-        x, y = [limit / unit for limit, _ in points], [speed for _, speed in points]
-        lines += axes.plot(x, y, style, color=color, label=name, linewidth=1.4, marker=".",
-                           markersize=4)  # fmt: skip
-    for (name, limit), style in zip(marks.items(), cycle(["--", ":", "-."]), strict=False):
-        lines.append(axes.axvline(limit / unit, color=theme.ink, linestyle=style, linewidth=0.8,
-                                  label=name))  # fmt: skip
+    lines = [*_draw_curves(found, curves, unit), *_draw_marks(found, marks, unit)]
+    axes = found.axes[0]
     axes.set_ylim(bottom=0)
-    axes.grid(axis="y", color=theme.faint, linewidth=0.4)
+    axes.grid(axis="y", color=found.theme.faint, linewidth=0.4)
     axes.set_axisbelow(True)
     axes.set_xlabel(f"memory limit ({unit_name})")
     axes.set_ylabel("tokens/s, predicted" if is_predicted else "tokens/s")
     found.legend(lines)
     return found.figure
+
+
+def _draw_curves(found: Frame, curves: Mapping[str, Points], unit: int) -> Iterator[Any]:
+    looks = cycle(_LOOKS)
+    for (name, points), (use, style) in zip(curves.items(), looks, strict=False):
+        x, y = [limit / unit for limit, _ in points], [speed for _, speed in points]
+        yield from found.axes[0].plot(
+            x, y, style, color=found.theme.of(use), label=name, linewidth=1.4, marker=".",
+            markersize=4,
+        )  # fmt: skip
+
+
+def _draw_marks(found: Frame, marks: Mapping[str, int], unit: int) -> Iterator[Any]:
+    for (name, limit), style in zip(marks.items(), cycle(["--", ":", "-."]), strict=False):
+        yield found.axes[0].axvline(
+            limit / unit, color=found.theme.ink, linestyle=style, linewidth=0.8, label=name
+        )

@@ -40,6 +40,10 @@ class Theme:
     streams: str
     other: str
 
+    def of(self, use: str) -> str:
+        """The colour of what "stays", "streams" or is "other"."""
+        return {"stays": self.stays, "streams": self.streams}.get(use, self.other)
+
 
 LIGHT = Theme("#ffffff", "#222222", "#cccccc", "#0072b2", "#e69f00", "#8c8c8c")
 DARK = Theme("#14161a", "#e8e8e8", "#45484f", "#56b4e9", "#e69f00", "#8f939c")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from bminf.errors import ArgumentError
@@ -37,20 +37,20 @@ def timeline(
     if not trace.computed:
         raise ArgumentError("this trace has no computation in it; record a model while it runs")
     title = _title(trace) if title is None else title
-    rows = [("disk", trace.reads), ("link", trace.copies), ("compute", trace.computed)]
-    shown = [(name, spans) for name, spans in rows if spans]
+    rows = {"disk": trace.reads, "link": trace.copies, "compute": trace.computed}
+    shown = {name: spans for name, spans in rows.items() if spans}
     height_cm = 0.7 * len(shown) + 1.5 + words_cm(title, _NUM_ENTRIES, width_cm)
     found = frame(title, width_cm, dark, height_cm)
     end_s = trace.end_s if end_s is None else end_s
     unit_s, unit = unit_of_seconds(end_s)
     streamed = {span.name for span in trace.copies}
-    for y, (name, spans) in enumerate(shown):
+    for y, (name, spans) in enumerate(shown.items()):
         _draw_row(found, y, spans, _colors(found, name, spans, streamed), unit_s, end_s)
-    axes, theme = found.axes[0], found.theme
-    axes.set_yticks(range(len(shown)), [name for name, _ in shown])
+    axes = found.axes[0]
+    axes.set_yticks(range(len(shown)), list(shown))
     axes.set(xlim=(0, end_s / unit_s), ylim=(len(shown) - 0.45, -0.55))
     axes.set_xlabel(f"time ({unit})")
-    found.legend(_entries(found, trace, theme.other))
+    found.legend(list(_entries(found, trace)))
     return found.figure
 
 
@@ -82,19 +82,24 @@ def _draw_row(
         xranges, (y - 0.36, 0.72), facecolors=list(colors), edgecolors=edges, linewidth=0.4
     )
     for span, color in zip(spans, colors, strict=True):
-        number = (_NUMBER.findall(span.name) or [""])[-1]
-        start_s, stop_s = max(span.start_s, 0.0), min(span.end_s, end_s)
-        if number and cm_per_s * (stop_s - start_s) > _DIGIT_CM * (len(number) + 0.6):
-            ink = found.theme.paper if color == found.theme.stays else _DARK_INK
-            middle = (start_s + stop_s) / 2 / unit_s
-            axes.text(middle, y, number, color=ink, fontsize=_LABEL_PT, ha="center", va="center")
+        ink = found.theme.paper if color == found.theme.stays else _DARK_INK
+        _draw_number(axes, y, span, ink, unit_s, end_s, cm_per_s)
 
 
-def _entries(found: Frame, trace: Trace, other: str) -> list[Any]:
-    streamed = {span.name for span in trace.copies}
-    entries = [found.patch("a block that stays", found.theme.stays)]
-    if streamed:
-        entries.append(found.patch("a block that streams", found.theme.streams))
+def _draw_number(
+    axes: Any, y: int, span: Span, ink: str, unit_s: float, end_s: float, cm_per_s: float
+) -> None:
+    """The last number in the name of a block, if there is room for it."""
+    number = (_NUMBER.findall(span.name) or [""])[-1]
+    start_s, stop_s = max(span.start_s, 0.0), min(span.end_s, end_s)
+    if number and cm_per_s * (stop_s - start_s) > _DIGIT_CM * (len(number) + 0.6):
+        middle = (start_s + stop_s) / 2 / unit_s
+        axes.text(middle, y, number, color=ink, fontsize=_LABEL_PT, ha="center", va="center")
+
+
+def _entries(found: Frame, trace: Trace) -> Iterator[Any]:
+    yield found.patch("a block that stays", found.theme.stays)
+    if trace.copies:
+        yield found.patch("a block that streams", found.theme.streams)
     if any(not span.name for span in trace.computed):
-        entries.append(found.patch("outside all blocks", other))
-    return entries
+        yield found.patch("outside all blocks", found.theme.other)
