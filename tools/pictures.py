@@ -19,7 +19,7 @@ from bminf.cli.gpus import speeds_of
 CARD = "GTX 1060"
 LENGTH = 512  # tokens of prompt and answer
 LIMIT = "6GB"
-LIMITS = [tenths * 10**8 for tenths in range(12, 92, 2)]
+LIMITS = [tenths * 10**8 for tenths in range(12, 92, 4)]
 
 _DOCS = Path(__file__).resolve().parents[1] / "docs"
 
