@@ -101,12 +101,19 @@ def _check_plot(arguments: argparse.Namespace) -> None:
 def _draw(report: dict[str, Any], plan: Plan, arguments: argparse.Namespace) -> None:
     from bminf.plot import plan_map, save
 
-    stay = f"{len(plan.resident)} of {len(plan.blocks)} blocks stay"
-    card = "" if arguments.gpu is None else f" for {arguments.gpu}"
-    speed = f"predicted{card}: {_per_token(report['token_s'])}"
+    save(plan_map(plan, title=_title(report, plan, arguments.gpu)), arguments.plot)
+
+
+def _title(report: dict[str, Any], plan: Plan, gpu: str | None) -> str:
     kind = report["dtype"] if report["quantization"] == "none" else report["quantization"]
-    title = f"{report['model']}, {kind}, within {format_bytes(plan.budget)}: {stay}; {speed}"
-    save(plan_map(plan, title=title), arguments.plot)
+    stay, token_s = f"{len(plan.resident)} of {len(plan.blocks)} blocks", report["token_s"]
+    said = _per_token(token_s)
+    if plan.experts is not None:
+        stay += f" and {plan.experts.num_slots:,} of {plan.experts.number:,} experts"
+        said = f"{1 / token_s:.1f} to {1 / report['experts']['best']['token_s']:.1f} tokens/s"
+    predicted = "predicted" if gpu is None else f"predicted for {gpu}"
+    model = f"{report['model']}, {kind}, within {format_bytes(plan.budget)}"
+    return f"{model}: {stay} stay; {predicted}: {said}"
 
 
 class _Default(str):

@@ -288,6 +288,50 @@ def test_a_plan_is_drawn(tmp_path: Path, report: Report, command: Command) -> No
     assert file.read_bytes() == drawn
 
 
+def titles_of(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Those of the figures that are saved from now on."""
+    found: list[str] = []
+    monkeypatch.setattr(
+        "bminf.plot.save", lambda figure, _: found.append(" ".join(figure.get_suptitle().split()))
+    )
+    return found
+
+
+def test_a_drawn_plan_says_what_stays_and_how_fast_that_is(
+    tmp_path: Path, report: Report, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    titles, folder = titles_of(monkeypatch), write_llama(tmp_path)
+    drawn = ("--memory-limit", "500KB", "--gpu", "GTX 1060", "--plot", tmp_path / "plan.png")
+    shown = report(folder, "--quantization", "none", *drawn)
+    (title,) = titles
+    stay = f"{len(shown['resident'])} of {len(shown['blocks'])} blocks stay"
+    assert title.startswith(f"LlamaForCausalLM, float32, within 500 KB: {stay}; predicted for GTX")
+    assert title.endswith(f" = {1 / shown['token_s']:.1f} tokens/s")
+
+
+def test_a_drawn_plan_of_experts_says_both_ends(
+    tmp_path: Path, report: Report, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    titles = titles_of(monkeypatch)
+    moe = {
+        "model_type": "qwen3_moe",
+        "num_experts": 16,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "num_hidden_layers": 2,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | moe), encoding="utf-8")
+    whole = report(tmp_path)
+    limit = (whole["least_limit"] + whole["total_bytes"]) // 2
+    shown = report(tmp_path, "--memory-limit", str(limit), "--plot", tmp_path / "plan.png")
+    slots, best = shown["experts"]["num_slots"], shown["experts"]["best"]["token_s"]
+    (title,) = titles
+    assert f": 2 of 2 blocks and {slots} of 32 experts stay; predicted: " in title
+    assert title.endswith(f": {1 / shown['token_s']:.1f} to {1 / best:.1f} tokens/s")
+
+
 @pytest.mark.parametrize(
     ("argv", "error"),
     [
