@@ -90,9 +90,12 @@ ICETK = ["icetk"]
 SERVE = ["fastapi", "uvicorn", "prometheus-client"]
 # The site of docs/.
 DOCS = ["mkdocs-material", "mkdocstrings[python]"]
+# bminf.plot, and bminf plan --plot.
+PLOT = ["matplotlib"]
 TEST = [
     *("pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "accelerate", "peft", "openai"),
-    *(*DEMO[:2], *SERVE, *DOCS),
+    *(*DEMO[:2], *SERVE, *DOCS, *PLOT),
+    *("nbclient", "nbformat", "ipykernel"),  # they execute the notebooks of examples/
     "setuptools>=70.1",  # they build wheels
     f"nvidia-cuda-nvdisasm; {HAS_CUDA_WHEELS}",  # they count machine instructions
 ]
@@ -107,7 +110,14 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     install_requires=RUNTIME,
-    extras_require={"demo": DEMO, "icetk": ICETK, "serve": SERVE, "docs": DOCS, "test": TEST},
+    extras_require={
+        "demo": DEMO,
+        "docs": DOCS,
+        "icetk": ICETK,
+        "plot": PLOT,
+        "serve": SERVE,
+        "test": TEST,
+    },
     packages=[*find_packages(include=["bminf", "bminf.*"]), "bminf.kernels"],
     package_dir={"bminf.kernels": "kernels"},
     package_data={

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bminf import models as models
+    from bminf import plot as plot
     from bminf.block_list import TransformerBlockList as TransformerBlockList
     from bminf.cpu.library import CpuInfo as CpuInfo
     from bminf.cpu.library import cpu_info as cpu_info
@@ -54,8 +55,8 @@ __all__ = list(_LAZY_IMPORTS)
 
 
 def __getattr__(name: str) -> Any:
-    if name == "models":  # so that bminf.models.CPM2 needs no other import
-        return import_module("bminf.models")
+    if name in ("models", "plot"):  # so that bminf.models.CPM2 needs no other import
+        return import_module(f"bminf.{name}")
     if name not in _LAZY_IMPORTS:
         raise AttributeError(f"module 'bminf' has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(_LAZY_IMPORTS[name]), name)

@@ -26,6 +26,7 @@ LEVELS = {
     "bminf.layers": 2,
     "bminf.arch": 3, "bminf.offload": 3,
     "bminf.engine": 4,
+    "bminf.plot": 4,
     "bminf.description": 4,
     "bminf.wrapping": 5, "bminf.models": 5, "bminf.pretrained": 5,
     "bminf.block_list": 6, "bminf.loading": 6, "bminf.saving": 6,

@@ -17,6 +17,7 @@ from snapshot_files import REWRITE, check, differences
 
 import bminf
 import bminf.models
+import bminf.plot
 from bminf import cli, errors
 
 FILE = "public_names.json"
@@ -49,7 +50,8 @@ Sample.__module__ = "bminf.sample"
 
 def public_names() -> dict[str, str]:
     """Name -> its signature, or what else it is; of the library and the command line."""
-    return dict([*names_of(bminf), *names_of(bminf.models), *names_of_errors(), *options()])
+    modules = [name for module in (bminf, bminf.models, bminf.plot) for name in names_of(module)]
+    return dict([*modules, *names_of_errors(), *options()])
 
 
 def names_of(module: ModuleType) -> Iterator[tuple[str, str]]:

@@ -559,4 +559,18 @@ FAULTS = (
         new="zip(logits, one.pending[first:], strict=False)",
         breaks="A token of a prompt is scored by the logits behind itself.",
     ),
+    Fault(
+        name="plot-streamed-as-resident",
+        file="bminf/plot/plans.py",
+        old="color = theme.streams if block.name in streamed else theme.stays",
+        new="color = theme.stays if block.name in streamed else theme.streams",
+        breaks="A picture of a plan shows what stays as what streams.",
+    ),
+    Fault(
+        name="recording-waits-computed",
+        file="bminf/offload/recording.py",
+        old="yield Span(span.name, max(span.start_s, arrived), span.end_s)",
+        new="yield Span(span.name, span.start_s, span.end_s)",
+        breaks="What a block waits for its copy is shown as computation.",
+    ),
 )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from bminf.cli import sources
 from bminf.cli.gpus import Speeds, speeds_of
 from bminf.cli.wording import in_flags
+from bminf.errors import ArgumentError
 from bminf.units import format_bytes, parse_bytes, parse_rate
 
 if TYPE_CHECKING:
@@ -45,11 +46,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--disk", default="2GB", metavar="SPEED", help="disk bandwidth per second; default: 2GB")
     add("--memory-bandwidth", default=_Default("150GB"), metavar="SPEED",
         help="memory bandwidth of the device per second; default: 150GB")  # fmt: skip
+    add("--plot", metavar="FILE", help="draw what the limit keeps, as .png, .svg or .pdf")
     add("--json", action="store_true", help="print one JSON object")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the report; returns 0."""
+    """Print the report, and draw the plan; returns 0."""
+    _check_plot(arguments)
     speeds, disk = _speeds(arguments), parse_rate(arguments.disk, "--disk")
     for option in ("memory_limit", "reserve", "host_memory"):
         given = getattr(arguments, option)
@@ -77,9 +80,40 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.memory_limit is not None:
         plan = subject.plan(arguments, arguments.memory_limit)
         report |= _plan_entries(plan, speeds, disk)
+        if arguments.plot is not None:
+            _draw(report, plan, arguments)
     text = json.dumps(report, indent=2) if arguments.json else _text(report, whole, plan)
     print(text if arguments.json else in_flags(text, arguments.flags))
     return 0
+
+
+def _check_plot(arguments: argparse.Namespace) -> None:
+    """Refuse --plot before any work.   Raises ArgumentError; BMInfError without matplotlib."""
+    if arguments.plot is None:
+        return
+    from bminf.plot.saving import check_file
+
+    if arguments.memory_limit is None:
+        raise ArgumentError("--plot draws what a limit keeps; give --memory-limit, too")
+    check_file(arguments.plot, "--plot")
+
+
+def _draw(report: dict[str, Any], plan: Plan, arguments: argparse.Namespace) -> None:
+    from bminf.plot import plan_map, save
+
+    save(plan_map(plan, title=_title(report, plan, arguments.gpu)), arguments.plot)
+
+
+def _title(report: dict[str, Any], plan: Plan, gpu: str | None) -> str:
+    kind = report["dtype"] if report["quantization"] == "none" else report["quantization"]
+    stay, token_s = f"{len(plan.resident)} of {len(plan.blocks)} blocks", report["token_s"]
+    said = _per_token(token_s)
+    if plan.experts is not None:
+        stay += f" and {plan.experts.num_slots:,} of {plan.experts.number:,} experts"
+        said = f"{1 / token_s:.1f} to {1 / report['experts']['best']['token_s']:.1f} tokens/s"
+    predicted = "predicted" if gpu is None else f"predicted for {gpu}"
+    model = f"{report['model']}, {kind}, within {format_bytes(plan.budget)}"
+    return f"{model}: {stay} stay; {predicted}: {said}"
 
 
 class _Default(str):

@@ -17,6 +17,7 @@ from bminf.offload.disk import NUM_STAGES, Staging
 from bminf.offload.hit_rates import UNIFORM, HitRates
 from bminf.offload.plan import DEFAULT_USES, Block, Experts, Plan
 from bminf.offload.ring import Ring
+from bminf.offload.trace import Span, Trace
 
 
 @dataclass(frozen=True)
@@ -259,11 +260,7 @@ def predict(
         can be expected.
     Raises ArgumentError for a list that the plan does not have, or a rate that is missing.
     """
-    if (places := plan.disk_places) and disk_bytes_per_s is None:
-        raise ArgumentError(
-            f"disk_bytes_per_s is None, but {len(places)} blocks of the plan wait on disk; "
-            "give the bytes a second that the disk reads"
-        )
+    _check_disk(plan, disk_bytes_per_s)
     blocks = _used_most(plan) if lists is None else _blocks_of(plan, lists)
     # Of tables a token reads rows alone.
     outside_bytes = plan.fixed_bytes - plan.reserved_bytes if lists is None else 0
@@ -329,34 +326,98 @@ def _simulated(
     disk_bytes_per_s: float,
 ) -> Prediction:
     """A pass through `blocks`.   computing_s: with each of them, and at last with what is left."""
-    streamed_names = set(plan.streamed)
-    passing = [block for block in blocks if block.name in streamed_names]
-    streamed = list(dict.fromkeys(passing))
+    clock = _Clock(plan, blocks, computing_s, link_bytes_per_s, disk_bytes_per_s)
     compute_s = sum(computing_s)
-    if not streamed:
+    if not clock.streamed:
         return Prediction(compute_s, compute_s, 0.0, 0.0)
-    indices = {block.name: index for index, block in enumerate(streamed)}
-    numbers = [*(indices.get(block.name) for block in blocks), None]
-    steps = [*map(Step, computing_s, numbers)]
-    copy_s = sum(block.nbytes for block in passing) / link_bytes_per_s
-    on_disk = [indices[name] for name in plan.on_disk if name in indices]
-    disk_s = sum(streamed[index].nbytes for index in on_disk) / disk_bytes_per_s
-    sizes = [block.nbytes for block in streamed]
-    backend = SimulatedBackend(sizes, link_bytes_per_s, on_disk, disk_bytes_per_s)
-    since_s = _run_passes(backend, Ring(len(streamed), backend), steps)
+    streamed_names, backend = {block.name for block in clock.streamed}, clock.backend
+    passing = (block.nbytes for block in blocks if block.name in streamed_names)
+    copy_s = sum(passing) / link_bytes_per_s
+    disk_s = sum(clock.streamed[index].nbytes for index in clock.on_disk) / disk_bytes_per_s
+    clock.run(_SETTLING_PASSES)
+    since_s = backend.now_s
+    clock.run(_MEASURED_PASSES)
     pass_s = (backend.now_s - since_s) / _MEASURED_PASSES
     busy = [backend.busy(taken, since_s) for taken in (backend.copies, backend.disk.fills)]
     return Prediction(pass_s, compute_s, copy_s, busy[0], disk_s, busy[1])
 
 
-def _run_passes(backend: SimulatedBackend, ring: Ring, steps: Sequence[Step]) -> float:
-    """Passes until all is steady, and those that are measured: when these began."""
-    for _ in range(_SETTLING_PASSES):
-        run_pass(backend, ring, steps)
-    since_s = backend.now_s
-    for _ in range(_MEASURED_PASSES):
-        run_pass(backend, ring, steps)
-    return since_s
+class _Clock:
+    """Passes through `blocks` under a plan. See _simulated()."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        blocks: Sequence[Block],
+        computing_s: Sequence[float],
+        link_bytes_per_s: float,
+        disk_bytes_per_s: float,
+    ) -> None:
+        streamed_names = set(plan.streamed)
+        passing = [block for block in blocks if block.name in streamed_names]
+        self.streamed = list(dict.fromkeys(passing))
+        indices = {block.name: index for index, block in enumerate(self.streamed)}
+        self.on_disk = [indices[name] for name in plan.on_disk if name in indices]
+        numbers = [*(indices.get(block.name) for block in blocks), None]
+        self._steps = [*map(Step, computing_s, numbers)]
+        self._names = [*(block.name for block in blocks), ""]
+        sizes = [block.nbytes for block in self.streamed]
+        self.backend = SimulatedBackend(sizes, link_bytes_per_s, self.on_disk, disk_bytes_per_s)
+        self._ring = Ring(len(sizes), self.backend)
+
+    def run(self, num_passes: int) -> list[Span]:
+        """What was computed, one after the other."""
+        spans = []
+        for _ in range(num_passes):
+            for name, step in zip(self._names, self._steps, strict=True):
+                run_pass(self.backend, self._ring, [step])
+                end_s = self.backend.now_s
+                spans.append(Span(name, end_s - step.compute_s, end_s))
+        return spans
+
+
+def simulate(
+    plan: Plan,
+    link_bytes_per_s: float,
+    memory_bytes_per_s: float,
+    disk_bytes_per_s: float | None = None,
+    num_passes: int = 2,
+) -> Trace:
+    """Decode passes under `plan`, block by block, as predict() times them once all is steady.
+
+    Experts by need are left out: which of them come is known when a router has chosen. Of a mixture
+    of experts that fits, whole blocks are counted as read.
+    num_passes: shown, at least 1; what was before them has negative times.
+    Raises ArgumentError as predict() does.
+    """
+    _check_disk(plan, disk_bytes_per_s)
+    blocks, outside_bytes = _used_most(plan), plan.fixed_bytes - plan.reserved_bytes
+    sizes = [*(block.nbytes for block in blocks), outside_bytes]
+    computing_s = [nbytes / memory_bytes_per_s for nbytes in sizes]
+    clock = _Clock(plan, blocks, computing_s, link_bytes_per_s, disk_bytes_per_s or math.inf)
+    clock.run(_SETTLING_PASSES)
+    since_s = clock.backend.now_s
+    computed = clock.run(num_passes)
+    names = [block.name for block in clock.streamed]
+
+    def shown(accesses: Sequence[Access]) -> tuple[Span, ...]:
+        spans = (Span(names[a.block], a.start_s, a.end_s, a.slot) for a in accesses)
+        return tuple(span.earlier(since_s) for span in spans)
+
+    return Trace(
+        copies=shown(clock.backend.copies),
+        computed=tuple(span.earlier(since_s) for span in computed),
+        reads=shown(clock.backend.disk.fills),
+        is_predicted=True,
+    )
+
+
+def _check_disk(plan: Plan, disk_bytes_per_s: float | None) -> None:
+    if (places := plan.disk_places) and disk_bytes_per_s is None:
+        raise ArgumentError(
+            f"disk_bytes_per_s is None, but {len(places)} blocks of the plan wait on disk; "
+            "give the bytes a second that the disk reads"
+        )
 
 
 def _used_most(plan: Plan) -> list[Block]:

@@ -2,6 +2,8 @@
 
 import json
 import re
+import shlex
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -76,6 +78,8 @@ def test_limit_is_planned_and_timed(tmp_path: Path, report: Report) -> None:
     assert shown["token_s"] == pytest.approx(shown["copy_s"], rel=0.05)
     assert shown["link_busy"] > 0.95
 
+
+DOCS = Path(__file__).parents[2] / "docs"
 
 QWEN3_14B = {
     "architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
@@ -271,3 +275,87 @@ def test_a_model_of_the_zoo_is_told_apart(
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert "load it with bminf.models" in command("plan", tmp_path, code=1).err
+
+
+def test_a_plan_is_drawn(tmp_path: Path, report: Report, command: Command) -> None:
+    folder, file = write_llama(tmp_path), tmp_path / "plan.svg"
+    limit = ("--memory-limit", "200KB")
+    said = command("plan", folder, *limit)
+    assert command("plan", folder, *limit, "--plot", file) == said
+    drawn = file.read_bytes()
+    assert drawn.startswith(b"<?xml")
+    assert report(folder, *limit, "--plot", file) == report(folder, *limit)
+    assert file.read_bytes() == drawn
+
+
+def titles_of(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Those of the figures that are saved from now on."""
+    found: list[str] = []
+    monkeypatch.setattr(
+        "bminf.plot.save", lambda figure, _: found.append(" ".join(figure.get_suptitle().split()))
+    )
+    return found
+
+
+def test_a_drawn_plan_says_what_stays_and_how_fast_that_is(
+    tmp_path: Path, report: Report, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    titles, folder = titles_of(monkeypatch), write_llama(tmp_path)
+    drawn = ("--memory-limit", "500KB", "--gpu", "GTX 1060", "--plot", tmp_path / "plan.png")
+    shown = report(folder, "--quantization", "none", *drawn)
+    (title,) = titles
+    stay = f"{len(shown['resident'])} of {len(shown['blocks'])} blocks stay"
+    assert title.startswith(f"LlamaForCausalLM, float32, within 500 KB: {stay}; predicted for GTX")
+    assert title.endswith(f" = {1 / shown['token_s']:.1f} tokens/s")
+
+
+def test_a_drawn_plan_of_experts_says_both_ends(
+    tmp_path: Path, report: Report, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    titles = titles_of(monkeypatch)
+    moe = {
+        "model_type": "qwen3_moe",
+        "num_experts": 16,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "num_hidden_layers": 2,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | moe), encoding="utf-8")
+    whole = report(tmp_path)
+    limit = (whole["least_limit"] + whole["total_bytes"]) // 2
+    shown = report(tmp_path, "--memory-limit", str(limit), "--plot", tmp_path / "plan.png")
+    slots, best = shown["experts"]["num_slots"], shown["experts"]["best"]["token_s"]
+    (title,) = titles
+    assert f": 2 of 2 blocks and {slots} of 32 experts stay; predicted: " in title
+    assert title.endswith(f": {1 / shown['token_s']:.1f} to {1 / best:.1f} tokens/s")
+
+
+@pytest.mark.parametrize(
+    ("argv", "error"),
+    [
+        (["--memory-limit", "200KB", "--plot", "plan.jpg"], r"--plot='plan.jpg' does not end in"),
+        (["--memory-limit", "200KB", "--plot", "none/plan.png"], "there is no folder none"),
+        (["--plot", "plan.png"], "--plot draws what a limit keeps; give --memory-limit"),
+    ],
+)
+def test_a_file_that_cannot_be_drawn_is_refused_before_the_model_is_looked_at(
+    argv: list[str], error: str, refused: Refused, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert re.search(error, refused("no-such-model", *argv))
+
+
+def test_to_draw_needs_matplotlib(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    error = refused("no-such-model", "--memory-limit", "1GB", "--plot", "plan.png")
+    assert 'pip install "bminf[plot]"' in error
+
+
+def test_the_picture_of_the_page_is_that_of_its_command(tmp_path: Path, command: Command) -> None:
+    page = (DOCS / "command-line.md").read_text(encoding="utf-8")
+    (line,) = (line for line in page.splitlines() if line.endswith("--plot plan-cpm2.svg"))
+    *argv, _ = shlex.split(line)[1:]
+    command(*argv, tmp_path / "plan.svg")
+    assert (tmp_path / "plan.svg").read_bytes() == (DOCS / "plan-cpm2.svg").read_bytes()

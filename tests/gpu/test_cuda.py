@@ -432,3 +432,22 @@ def test_large_blobs_on_disk_keep_to_their_buffers(monkeypatch: pytest.MonkeyPat
     del model
     gc.collect()
     until(lambda: num_readers() == threads)
+
+
+@torch.no_grad()
+def test_a_recording_has_the_times_of_both_streams() -> None:
+    model, x = (
+        stream(make_stack(num_blocks=9, width=512), num_resident=2),
+        torch.randn(64, 512, device="cuda"),
+    )
+    model(x)
+    with bminf.plot.Recording(model) as recording:
+        model(x)
+        model(x)
+    trace, plan = recording.trace, bminf.plan_of(model)
+    assert [span.name for span in trace.computed] == 2 * [block.name for block in plan.blocks]
+    assert all(span.start_s <= span.end_s for span in (*trace.copies, *trace.computed))
+    copied = [span for span in trace.copies if span.start_s >= 0]
+    # What was copied ahead before, and what is copied ahead at the end, is in neither.
+    assert 2 * len(plan.streamed) - 4 <= len(copied) <= 2 * len(plan.streamed)
+    assert {span.name for span in copied} <= set(plan.streamed) and trace.end_s > 0

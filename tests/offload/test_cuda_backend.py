@@ -41,6 +41,7 @@ from bminf.errors import BudgetError, OffloadError, UnsupportedModelError
 from bminf.offload import memory
 from bminf.offload.backends import allocated_bytes_on, cuda
 from bminf.offload.disk import FileStore
+from bminf.offload.recording import Recording
 from bminf.wrapping import plan_for
 
 MIB = 2**20
@@ -587,3 +588,18 @@ def test_the_plan_of_a_gpu_counts_what_its_allocator_takes() -> None:
     assert on_gpu.least_limit == 2 * 12 * MIB + HEAD_BYTES
     with pytest.raises(BudgetError, match=str(on_gpu.least_limit)):
         bminf.plan_for(model, False, on_gpu.least_limit - 1, device="cuda")
+
+
+@torch.no_grad()
+def test_a_recording_takes_its_times_from_events(streams: Streams) -> None:
+    model, x = make_stack(), torch.randn(3, 16)
+    bminf.wrapper(model, False, least_limit(model))
+    names, before = [block.name for block in bminf.plan_of(model).blocks], bminf.stats_of(model)
+    with Recording(model) as recording:
+        model(x)
+    trace, copied = recording.trace, bminf.stats_of(model).copies - before.copies
+    assert [span.name for span in trace.computed] == names
+    assert len(trace.copies) == copied == 7 and {copy.name for copy in trace.copies} == set(names)
+    # As far as a fake event tells: each is 2 ms behind any other.
+    assert {s.end_s for s in (*trace.copies, *trace.computed)} == {2e-3}
+    assert backend_of(model).copy_log is None

@@ -8,7 +8,14 @@ import pytest
 
 from bminf.errors import ArgumentError
 from bminf.offload.plan import Block, plan
-from bminf.offload.predict import Prediction, Rows, predict, rows_until_arithmetic
+from bminf.offload.predict import (
+    Prediction,
+    Rows,
+    predict,
+    rows_until_arithmetic,
+    simulate,
+)
+from bminf.offload.trace import Span, Trace
 
 
 @pytest.mark.parametrize(
@@ -153,3 +160,45 @@ def test_of_one_row_nothing_is_multiplied() -> None:
     found = predict(plan(BLOCKS, 10**8), 1e9, 1e10)
     assert found.arithmetic_s == 0 and found.memory_s == found.compute_s == found.pass_s
     assert rows_until_arithmetic(found, 1) == math.inf
+
+
+def spans_by_pass(trace: Trace, num_passes: int) -> list[list[Span]]:
+    size = len(trace.computed) // num_passes
+    return [list(trace.computed[size * n : size * (n + 1)]) for n in range(num_passes)]
+
+
+def test_a_trace_takes_as_long_as_is_predicted() -> None:
+    blocks = [Block(f"layers.{at}", 10**7 + at, "layers") for at in range(30)]
+    the_plan = plan(blocks, 12 * 10**7, host_bytes=13 * 10**7, outside_bytes=10**6)
+    assert the_plan.resident and the_plan.on_disk
+    trace = simulate(the_plan, 10e9, 100e9, disk_bytes_per_s=5e9, num_passes=4)
+    predicted = predict(the_plan, 10e9, 100e9, disk_bytes_per_s=5e9)
+    assert trace.end_s / 4 == pytest.approx(predicted.pass_s) and trace.is_predicted
+    for computed in spans_by_pass(trace, 4):
+        assert [span.name for span in computed] == [*(block.name for block in blocks), ""]
+        lasted = sum(span.end_s - span.start_s for span in computed)
+        assert lasted == pytest.approx(predicted.compute_s)
+    shown = [copy for copy in trace.copies if copy.end_s > 0]
+    assert {copy.name for copy in shown} == set(the_plan.streamed)
+    assert {read.name for read in trace.reads} == set(the_plan.on_disk)
+    for number, name in enumerate(the_plan.streamed):
+        arrived = [copy.end_s for copy in trace.copies if copy.name == name]
+        used = [span.start_s for span in trace.computed if span.name == name]
+        # The two passes before those that are shown have used the first copies.
+        assert all(a <= u for a, u in zip(arrived[2:], used, strict=False)), number
+
+
+def test_a_trace_of_what_fits_has_no_copies() -> None:
+    the_plan = plan([Block("only", 10**6)], 10**8, outside_bytes=10**6)
+    trace = simulate(the_plan, 1e9, 1e9, num_passes=1)
+    assert not trace.copies and not trace.reads
+    assert [(s.name, s.start_s, s.end_s) for s in trace.computed] == [
+        ("only", 0.0, pytest.approx(1e-3)),
+        ("", pytest.approx(1e-3), pytest.approx(2e-3)),
+    ]
+
+
+def test_a_trace_with_blocks_on_disk_needs_its_rate() -> None:
+    blocks = [Block(f"layers.{at}", 100, "layers") for at in range(9)]
+    with pytest.raises(ArgumentError, match="disk_bytes_per_s is None"):
+        simulate(plan(blocks, 200, host_bytes=500), 1.0, 1.0)

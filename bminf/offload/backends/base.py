@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -42,10 +42,20 @@ class Pooled:
 NOT_POOLED = Pooled((), 0, 0)
 
 
+class Copied(NamedTuple):
+    """A copy that has ended. start, end: points of time, which elapsed_s() understands."""
+
+    block: int
+    slot: int
+    start: Any
+    end: Any
+
+
 class Backend(Transfers, Protocol):
     """Slots on a device, host copies of streamed blobs, and copies between them."""
 
     device: torch.device
+    copy_log: list[Copied] | None  # a list while somebody wants to know
     keeps_addresses: bool  # whether a tensor that is copied keeps its address modulo 64
     slots: list[torch.Tensor]
     pool: list[torch.Tensor]  # slots of pooled blobs, numbered from NUM_SLOTS on
@@ -107,6 +117,12 @@ class Backend(Transfers, Protocol):
 
     def counters(self) -> Counters:
         """The counts so far; times only of what has ended."""
+
+    def now(self) -> Any:
+        """A point of time behind all computation so far."""
+
+    def elapsed_s(self, start: Any, end: Any) -> float:
+        """Seconds from one to the other, which has to be waited for."""
 
     def close(self) -> None:
         """Free host copies and slots, and wait until that is done."""

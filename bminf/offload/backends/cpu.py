@@ -19,7 +19,7 @@ import torch
 from bminf.checkpoint.stored import InFile
 from bminf.layout import Layout
 from bminf.offload import memory
-from bminf.offload.backends.base import NOT_POOLED, Counters, Pooled
+from bminf.offload.backends.base import NOT_POOLED, Copied, Counters, Pooled
 from bminf.offload.disk import AT_ONCE, FileStore, Outcome, Reader, bytes_of
 from bminf.offload.ring import NUM_SLOTS
 
@@ -38,6 +38,7 @@ class CpuBackend:
     def __init__(self) -> None:
         self.slots: list[torch.Tensor] = []
         self.pool: list[torch.Tensor] = []
+        self.copy_log: list[Copied] | None = None
         self._num_unpooled = 0
         self._layouts: list[Layout] = []
         self._slot_bytes: list[memoryview] = []
@@ -110,16 +111,19 @@ class CpuBackend:
         # All that can be made ready is made here: the reader takes the interpreter from us.
         blob = self._slot_bytes[slot][: self._layouts[block].extent]
         if self._reader.is_idle() and len(blob) <= AT_ONCE_BYTES:
-            if self._timed(self._store.read_cached, block, blob):
+            if self._timed(self._store.read_cached, block, slot, blob):
                 return AT_ONCE
-        return self._reader.submit(partial(self._timed, self._store.read_into, block, blob))
+        return self._reader.submit(partial(self._timed, self._store.read_into, block, slot, blob))
 
     def _timed(
-        self, read: Callable[[int, memoryview], object], block: int, blob: memoryview
+        self, read: Callable[[int, memoryview], object], block: int, slot: int, blob: memoryview
     ) -> object:
         start_s = time.perf_counter()
         result = read(block, blob)
-        self._counters.copied_s += time.perf_counter() - start_s
+        end_s = time.perf_counter()
+        self._counters.copied_s += end_s - start_s
+        if self.copy_log is not None and result is not False:  # which is: not in the page cache
+            self.copy_log.append(Copied(block, slot, start_s, end_s))
         return result
 
     def wait(self, copied: Outcome) -> None:
@@ -135,6 +139,12 @@ class CpuBackend:
 
     def counters(self) -> Counters:
         return self._counters
+
+    def now(self) -> float:
+        return time.perf_counter()
+
+    def elapsed_s(self, start: float, end: float) -> float:
+        return end - start
 
     def close(self) -> None:
         self.release()

@@ -25,7 +25,7 @@ from bminf.cuda.pinned import PinnedMemory
 from bminf.errors import BudgetError
 from bminf.layout import Layout
 from bminf.offload import memory
-from bminf.offload.backends.base import NOT_POOLED, Counters, Pooled
+from bminf.offload.backends.base import NOT_POOLED, Copied, Counters, Pooled
 from bminf.offload.disk import NUM_STAGES, FileStore, Outcome, ReadAhead, Reader
 from bminf.offload.ring import NUM_SLOTS
 from bminf.units import format_bytes
@@ -73,7 +73,8 @@ class CudaBackend:
         self._files: _Files | None = None
         self._computing: set[torch.cuda.Stream] = set()  # that have used a slot
         self._counters = Counters()
-        self._copying: deque[_Interval] = deque()  # start and end of copies not yet counted
+        self.copy_log: list[Copied] | None = None
+        self._copying: deque[Copied] = deque()  # not yet counted
         self._waiting: deque[_Interval] = deque()  # the same of waits
 
     def allocate(self, nbytes: int) -> torch.Tensor:
@@ -232,7 +233,7 @@ class CudaBackend:
             copy.end.record(self._stream)
         self._counters.copies += 1
         self._counters.bytes_copied += self._layouts[block].nbytes
-        self._copying.append((copy.start, copy.end))
+        self._copying.append(Copied(block, slot, copy.start, copy.end))
         return copy.end.synchronize
 
     def wait(self, copied: _Copy) -> None:
@@ -257,6 +258,16 @@ class CudaBackend:
         self._count()
         return self._counters
 
+    def now(self) -> torch.cuda.Event:
+        event = self._event()
+        event.record(self._compute_stream())
+        return event
+
+    def elapsed_s(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float:
+        end.synchronize()
+        elapsed_ms: float = start.elapsed_time(end)
+        return elapsed_ms / 1e3
+
     def close(self) -> None:
         if self._files is None:
             self._give_back()
@@ -279,9 +290,11 @@ class CudaBackend:
 
     def _count(self) -> None:
         """Add the times of what has ended; what is still in progress is counted later."""
-        while self._copying and _ended(self._copying[0]):
-            start, end = self._copying.popleft()
-            self._counters.copied_s += start.elapsed_time(end) / 1e3
+        while self._copying and _ended(self._copying[0][2:]):
+            copied = self._copying.popleft()
+            self._counters.copied_s += copied.start.elapsed_time(copied.end) / 1e3
+            if self.copy_log is not None:
+                self.copy_log.append(copied)
         while self._waiting and _ended(self._waiting[0]):
             start, end = self._waiting.popleft()
             waited_s = start.elapsed_time(end) / 1e3
