@@ -147,7 +147,7 @@ def few_rows_kernel(
         (
             *_weight_macros(dtype, weight),
             ("ROWS_OF_X", rows_of_x),
-            ("ROWS_OF_W", _rows_of_w(rows_of_x, span_of(weight), is_gated)),
+            ("ROWS_OF_W", _rows_of_w(dtype, weight, rows_of_x, is_gated)),
             ("GATED", int(is_gated)),
         ),
     )
@@ -175,9 +175,12 @@ def few_rows_grid(kernel: Kernel, num_rows: int, out_features: int) -> tuple[int
     return -(-out_features // outputs), -(-num_rows // int(macros["ROWS_OF_X"])), 1
 
 
-def _rows_of_w(rows_of_x: int, span: int, is_gated: bool) -> int:
+def _rows_of_w(dtype: torch.dtype, weight: PackedWeight, rows_of_x: int, is_gated: bool) -> int:
     """Weight rows of a block: as many as fit its registers beside the rows of activations."""
-    if rows_of_x <= 4 and span:
+    span = span_of(weight)
+    # Minima and scales of two groups a chunk, beside activations of 32 bits: some compilers spill.
+    is_heavy = dtype == torch.float32 and weight.minimum is not None and span == 16
+    if rows_of_x <= 4 and span and not is_heavy:
         return 4
     return 1 if rows_of_x > 8 and not is_gated else 2
 
