@@ -50,6 +50,7 @@ class Causal:
         return self._rows[num_keys]
 
 
+_PADDED = (Causal, Alibi)  # which know of keys that are none
 ScoreBias: TypeAlias = torch.Tensor | Alibi | RelativeBias | Causal | None
 """Broadcastable to (B, H, T, S), or its parameters, where the queries are the last of the keys and
 see none after their own."""
@@ -58,6 +59,8 @@ see none after their own."""
 def split_heads(x: torch.Tensor, num_parts: int, head_dim: int) -> tuple[torch.Tensor, ...]:
     """(B, T, num_parts * H * D) -> num_parts tensors (B, H, T, D), views."""
     batch_size, num_tokens, _ = x.shape
+    if num_parts == 1:
+        return (x.view(batch_size, num_tokens, -1, head_dim).transpose(1, 2),)
     parts = x.view(batch_size, num_tokens, num_parts, -1, head_dim)
     return parts.permute(2, 0, 3, 1, 4).unbind()
 
@@ -82,8 +85,8 @@ def attention(
     """
     launch = decode_launch(query, key, value)
     if launch is not None:
-        rows = bias.rows(key.shape[2]) if isinstance(bias, Causal | Alibi) else None
-        return launch(query, key, value, scale, *added_of(bias), rows or Rows(key.shape[2]))
+        rows = bias.rows(key.shape[2]) if isinstance(bias, _PADDED) else None
+        return launch(query, key, value, scale, *added_of(bias), rows)
     if isinstance(bias, Alibi):
         return attend_with_alibi(attention, query, key, value, bias, scale)
     if query.device.type != "cuda":
@@ -109,7 +112,7 @@ def attention_of_rows(
 
     key, value: (1, H, N, D), where all rows are.   bias: of parameters without padding, or None.
     """
-    is_padded = isinstance(bias, Causal | Alibi) and bias.num_padding is not None
+    is_padded = isinstance(bias, _PADDED) and bias.num_padding is not None
     if is_padded or isinstance(bias, torch.Tensor):
         return None
     launch = decode_launch(query, key, value)

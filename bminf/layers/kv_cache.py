@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 
-from bminf.cuda.launcher import fused_launcher
 from bminf.layers.attention import ScoreBias, attention
-from bminf.ops.fused import is_fusible
+from bminf.ops.fused import launcher_in_place
 from bminf.ops.rotary_append import Angles, rotary_append, rotate
 
 MakeBias = Callable[[int, int], ScoreBias]
@@ -78,8 +77,10 @@ class KVCache:
         """The queries, rotated like the keys that are written."""
         num_rows, _, num_tokens, _ = key.shape
         end = self.length + num_tokens
-        launcher = fused_launcher(key.device)
-        if launcher is not None and self._has_room(key, value, end):
+        # Where there is no room, torch's operators say what is wrong.
+        has_room = num_rows <= self.batch_size and end <= self.max_length
+        launcher = launcher_in_place(key, value, self.keys) if has_room else None
+        if launcher is not None:
             cells = self._cells_of(num_rows, num_tokens)
             return rotary_append(launcher, query, key, value, angles, cells, *self._layers[layer])
         if angles is not None:
@@ -87,11 +88,6 @@ class KVCache:
         self.keys[layer, :num_rows, :, self.length : end] = key
         self.values[layer, :num_rows, :, self.length : end] = value
         return query
-
-    def _has_room(self, key: torch.Tensor, value: torch.Tensor, end: int) -> bool:
-        """For the kernel; torch's operators say what is wrong."""
-        fits = key.shape[0] <= self.batch_size and end <= self.max_length
-        return fits and is_fusible(key, value, self.keys)
 
     def _cells_of(self, num_rows: int, num_tokens: int) -> torch.Tensor:
         """(B * T,) int64, where the next tokens go; made once for all layers."""

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
-from bminf.cuda.launcher import Launcher, fused_launcher
+from bminf.cuda.launcher import Launcher
 from bminf.cuda.source import Kernel, LaunchPlan
 from bminf.errors import ArgumentError
-from bminf.ops.fused import is_fusible
+from bminf.ops.fused import launcher_in_place
 from bminf.ops.rows import ELEMENTS, KERNEL_COLUMNS, is_aligned
 
 MAX_QUERIES = 16
@@ -100,15 +100,11 @@ def decode_launch(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 ) -> DecodeLaunch | None:
     """Calls a kernel for such tensors; None where torch's operators are to be taken: for many
-    queries, other heads, other devices, and where is_fusible() says so."""
+    queries, other heads, other devices, and where launcher_in_place() says so."""
     if query.shape[2] > MAX_QUERIES:
         return None
-    # Asked first of a GPU, which may not be there: tensors without bytes.
-    is_on_cpu = query.device.type == "cpu"
-    if not is_on_cpu and not is_fusible(query, key, value):
-        return None
-    launcher = fused_launcher(query.device)
-    if launcher is None or (is_on_cpu and not is_fusible(query, key, value)):
+    launcher = launcher_in_place(query, key, value)
+    if launcher is None:
         return None
     plan = _plan_of(query, key, value)
     return None if isinstance(plan, str) else DecodeLaunch(launcher, plan)
@@ -150,14 +146,15 @@ def _check_rows(query: torch.Tensor, key: torch.Tensor, rows: Rows) -> None:
 
 def _plan_of(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> _Plan | str:
     """How such tensors are computed, or why the kernel does not take them."""
-    if query.dim() != 4 or key.dim() != 4 or key.shape != value.shape:
+    shape = key.shape
+    if query.dim() != 4 or len(shape) != 4 or shape != value.shape:
         return (
             f"query, key and value have shapes {tuple(query.shape)}, {tuple(key.shape)} and "
             f"{tuple(value.shape)}; they must be (B, H, T, D), and twice (B, H_kv, S, D)"
         )
     if not (is_aligned(key) and is_aligned(value)):
         return "key and value must begin at a multiple of 16 bytes"
-    num_rows, num_heads, _, head_dim = key.shape
+    num_rows, num_heads, _, head_dim = shape
     return _plan(
         (query.dtype, query.device, query.shape, query.stride()),
         (key.dtype, key.device, (num_rows, num_heads, head_dim), key.stride()),
@@ -318,26 +315,29 @@ class DecodeLaunch(NamedTuple):
         scale: float,
         added: Added,
         is_causal: bool,
-        rows: Rows,
+        rows: Rows | None = None,
     ) -> torch.Tensor:
         """See decode_attention."""
         launcher, plan = self
+        num_keys, lengths, starts = key.shape[2], None, None
+        if rows is not None:
+            num_keys, lengths, starts = rows.num_keys, rows.lengths, rows.starts
         if query.numel() == 0:
             return query.new_zeros(query.shape)
         query = query.contiguous() if plan.copies_query else query
         query = query if is_aligned(query) else query.clone(memory_format=torch.preserve_format)
         max_distance = added.of_distance.shape[0] - 1 if isinstance(added, Buckets) else 0
         chunks, merge = _launch_plans(
-            plan, rows.num_keys, is_causal, max_distance, _bias_strides(added), scale
+            plan, num_keys, is_causal, max_distance, _bias_strides(added), scale
         )
-        y, partial = query.new_empty(plan.shape), None
+        y, partial = query.new_empty(*plan.shape), None
         if merge is not None:
-            shape = plan.partial_shape(rows.num_keys)
+            shape = plan.partial_shape(num_keys)
             partial = torch.empty(shape, dtype=torch.float32, device=query.device)
-        pointers = query, key, value, rows.lengths, rows.starts, *_pointers(added), y, partial
+        pointers = query, key, value, lengths, starts, *_pointers(added), y, partial
         launcher.run(chunks, pointers)
         if merge is not None:
-            launcher.run(merge, (partial, rows.lengths, y))
+            launcher.run(merge, (partial, lengths, y))
         return y.transpose(1, 2)
 
 
