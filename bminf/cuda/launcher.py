@@ -32,7 +32,7 @@ class Launcher:
 
     def __init__(self, device: torch.device) -> None:
         properties = torch.cuda.get_device_properties(device)
-        self.device = device
+        self.device, self._index = device, device.index
         self.capability = 10 * properties.major + properties.minor
         self.num_processors: int = properties.multi_processor_count
         self._functions: dict[Kernel, Callable[..., None]] = {}
@@ -47,11 +47,10 @@ class Launcher:
     def run(self, plan: LaunchPlan, tensors: Sequence[torch.Tensor | None]) -> None:
         """The same, of what was worked out before."""
         values = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-        values += plan.cells
-        self._launch(plan.kernel, plan.grid, plan.block, values)
+        self._launch(plan.kernel, plan.grid, plan.block, values + plan.cells)
 
     def _launch(self, kernel: Kernel, grid: Grid, block: Grid, values: list[int]) -> None:
-        index = self.device.index
+        index = self._index
         if torch.cuda.current_device() != index:
             with torch.cuda.device(self.device):
                 return self._launch(kernel, grid, block, values)

@@ -59,11 +59,11 @@ class LaunchPlan:
     grid: Grid
     block: Grid
     numbers: tuple[int | float, ...]
-    cells: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    cells: list[int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kernel", _same(self.kernel))
-        object.__setattr__(self, "cells", tuple(map(cell_of, self.numbers)))
+        object.__setattr__(self, "cells", [*map(cell_of, self.numbers)])
 
 
 @cache

@@ -15,6 +15,7 @@ from typing import Literal, TypeAlias
 import torch
 import torch.nn.functional as F
 
+from bminf.cuda.launcher import Launcher
 from bminf.layers.alibi import Alibi, attend_with_alibi
 from bminf.layers.position_bias import RelativeBias
 from bminf.ops.attention import Added, Rows, decode_launch
@@ -76,14 +77,16 @@ def attention(
     value: torch.Tensor,
     bias: ScoreBias,
     scale: float,
+    launcher: Launcher | None = None,
 ) -> torch.Tensor:
     """softmax(scale * query key^T + bias) value.
 
     query: (B, H, T, D).   key, value: (B, H, S, D).   bias: broadcastable to (B, H, T, S), in the
     dtype of query; an Alibi, for scores in float32; a RelativeBias or Causal; or None.
+    launcher: what launcher_in_place() has said of all three; None asks it.
     Returns (B, H, T, D).
     """
-    launch = decode_launch(query, key, value)
+    launch = decode_launch(query, key, value, launcher)
     if launch is not None:
         rows = bias.rows(key.shape[2]) if isinstance(bias, _PADDED) else None
         return launch(query, key, value, scale, *added_of(bias), rows)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from bminf.cuda.launcher import fused_launcher
+from bminf.cuda.launcher import Launcher, fused_launcher
 from bminf.layers.attention import (
     ScoreBias,
     attention,
@@ -119,12 +119,20 @@ class PackedCache:
         layer: int,
         key: torch.Tensor,
         value: torch.Tensor,
-        query: torch.Tensor | None = None,
-        angles: Angles | None = None,
+    ) -> None:
+        """Keep (1, H, T, D) of all rows."""
+        self._keep(layer, key, key, value, None, launcher_in_place(key, value, self._keys))
+
+    def _keep(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        angles: Angles | None,
+        launcher: Launcher | None,
     ) -> torch.Tensor:
-        """Keep (1, H, T, D) of all rows; returns queries, rotated like the keys."""
-        query = key if query is None else query
-        launcher = launcher_in_place(key, value, self._keys)
+        """The queries, rotated like the keys that are written."""
         if launcher is not None:
             cells, tokens = self._cells_of(key.shape[2]), self._tokens_of(layer)
             return rotary_append(launcher, query, key, value, angles, cells, *tokens)
@@ -134,7 +142,8 @@ class PackedCache:
             self._new = [
                 self._views(span.end - span.num_tokens, span.num_tokens) for span in self._spans
             ]
-        if self._is_alone(key.shape[2]):  # no view is made of all there is
+        spans = self._spans
+        if len(spans) == 1 and spans[0].num_tokens == key.shape[2]:  # no view of all there is
             new_keys, new_values = self._new[0]
             new_keys[layer].copy_(key)
             new_values[layer].copy_(value)
@@ -143,10 +152,6 @@ class PackedCache:
             new_keys[layer].copy_(key[:, :, ours])
             new_values[layer].copy_(value[:, :, ours])
         return query
-
-    def _is_alone(self, num_tokens: int) -> bool:
-        """Whether all tokens of the pass are of one row."""
-        return len(self._spans) == 1 and self._spans[0].num_tokens == num_tokens
 
     def _tokens_of(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(H, N, D): the pool in a layer; views of all layers are made once a pass."""
@@ -174,15 +179,25 @@ class PackedCache:
         angles: Angles | None = None,
     ) -> torch.Tensor:
         """(1, H, T, D), of each token to those of its row."""
-        query = self.append(layer, key, value, query, angles)
-        return self.attend_to_kept(layer, query, bias, scale)
+        launcher = launcher_in_place(query, key, value, self._keys)
+        query = self._keep(layer, query, key, value, angles, launcher)
+        return self.attend_to_kept(layer, query, bias, scale, launcher)
 
     def attend_to_kept(
-        self, layer: int, query: torch.Tensor, bias: Bias, scale: float
+        self,
+        layer: int,
+        query: torch.Tensor,
+        bias: Bias,
+        scale: float,
+        launcher: Launcher | None = None,
     ) -> torch.Tensor:
-        """The same without keys and values of their own: rows hold span.num_keys."""
+        """The same without keys and values of their own: rows hold span.num_keys.
+
+        launcher: see attention().
+        """
         if len(self._spans) == 1 and not self.copies:
-            return self._attend_row(layer, self._all[0], query, bias[0], scale)
+            keys, values = self._all[0]
+            return attention(query, keys[layer], values[layer], bias[0], scale, launcher)
         if not self.copies:
             together = self._attend_together(layer, query, bias, scale)
             if together is not None:

@@ -16,7 +16,7 @@ from bminf.cuda.launcher import Launcher
 from bminf.cuda.source import Kernel, LaunchPlan
 from bminf.errors import ArgumentError
 from bminf.ops.fused import launcher_in_place
-from bminf.ops.rows import ELEMENTS, KERNEL_COLUMNS, is_aligned
+from bminf.ops.rows import ELEMENTS, KERNEL_ALIGNMENT, KERNEL_COLUMNS, is_aligned
 
 MAX_QUERIES = 16
 MAX_HEAD_DIM = 256
@@ -97,13 +97,19 @@ def decode_attention(
 
 
 def decode_launch(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    launcher: Launcher | None = None,
 ) -> DecodeLaunch | None:
     """Calls a kernel for such tensors; None where torch's operators are to be taken: for many
-    queries, other heads, other devices, and where launcher_in_place() says so."""
+    queries, other heads, other devices, and where launcher_in_place() says so.
+
+    launcher: what that has said already; None asks it.
+    """
     if query.shape[2] > MAX_QUERIES:
         return None
-    launcher = launcher_in_place(query, key, value)
+    launcher = launcher or launcher_in_place(query, key, value)
     if launcher is None:
         return None
     plan = _plan_of(query, key, value)
@@ -152,14 +158,25 @@ def _plan_of(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> _Pl
             f"query, key and value have shapes {tuple(query.shape)}, {tuple(key.shape)} and "
             f"{tuple(value.shape)}; they must be (B, H, T, D), and twice (B, H_kv, S, D)"
         )
-    if not (is_aligned(key) and is_aligned(value)):
+    if (key.data_ptr() | value.data_ptr()) % KERNEL_ALIGNMENT:
         return "key and value must begin at a multiple of 16 bytes"
     num_rows, num_heads, _, head_dim = shape
-    return _plan(
-        (query.dtype, query.device, query.shape, query.stride()),
-        (key.dtype, key.device, (num_rows, num_heads, head_dim), key.stride()),
-        (value.dtype, value.device, value.stride()),
+    given = (
+        *(query.dtype, query.device, query.shape, query.stride()),
+        *(key.dtype, key.device, (num_rows, num_heads, head_dim), key.stride()),
+        *(value.dtype, value.device, value.stride()),
     )
+    plan = _plans.get(given)
+    if plan is None:
+        if len(_plans) >= _MAX_PLANS:
+            _plans.clear()
+        plan = _plans[given] = _plan(given[:4], given[4:8], given[8:])
+    return plan
+
+
+_MAX_PLANS = 256
+_plans: dict[tuple[Any, ...], _Plan | str] = {}
+"""By all that _plan() looks at."""
 
 
 def _check_added(query: torch.Tensor, added: Added, is_causal: bool, num_keys: int) -> None:
@@ -326,15 +343,13 @@ class DecodeLaunch(NamedTuple):
             return query.new_zeros(query.shape)
         query = query.contiguous() if plan.copies_query else query
         query = query if is_aligned(query) else query.clone(memory_format=torch.preserve_format)
-        max_distance = added.of_distance.shape[0] - 1 if isinstance(added, Buckets) else 0
-        chunks, merge = _launch_plans(
-            plan, num_keys, is_causal, max_distance, _bias_strides(added), scale
-        )
+        of_added, max_distance, bias_strides = _arguments_of(added)
+        chunks, merge = _launch_plans(plan, num_keys, is_causal, max_distance, bias_strides, scale)
         y, partial = query.new_empty(*plan.shape), None
         if merge is not None:
             shape = plan.partial_shape(num_keys)
             partial = torch.empty(shape, dtype=torch.float32, device=query.device)
-        pointers = query, key, value, lengths, starts, *_pointers(added), y, partial
+        pointers = query, key, value, lengths, starts, *of_added, y, partial
         launcher.run(chunks, pointers)
         if merge is not None:
             launcher.run(merge, (partial, lengths, y))
@@ -390,7 +405,6 @@ def _launch_plans(
     return chunks, LaunchPlan(plan.merge, merge_grid, block, (num_keys, num_chunks, masks))
 
 
-@lru_cache(maxsize=256)
 def _plan(query: tuple[Any, ...], key: tuple[Any, ...], value: tuple[Any, ...]) -> _Plan | str:
     """query, key: dtype, device, shape, without the S of keys, strides.   value: without shape."""
     why_not = _why_not(query, key, value)
@@ -461,18 +475,21 @@ def _steps(shape: tuple[int, ...], strides: tuple[int, ...]) -> list[int]:
     ]
 
 
-def _pointers(added: Added) -> Sequence[torch.Tensor | None]:
-    """bias, slopes, table, buckets."""
-    if isinstance(added, Slopes):
-        return None, added.slopes, None, None
+def _arguments_of(
+    added: Added,
+) -> tuple[Sequence[torch.Tensor | None], int, tuple[int, ...]]:
+    """(bias, slopes, table, buckets); the largest distance that has a bucket of its own; strides of
+    the bias in elements, 0 where there is one."""
+    if added is None:
+        return _NOTHING, 0, _NO_STRIDES
     if isinstance(added, Buckets):
-        return None, None, added.table, added.of_distance
-    return added, None, None, None
-
-
-def _bias_strides(added: Added) -> tuple[int, ...]:
-    """In elements; 0 where there is one."""
-    if not isinstance(added, torch.Tensor):
-        return (0, 0, 0, 0)
+        of_distance = added.of_distance
+        return (None, None, added.table, of_distance), of_distance.shape[0] - 1, _NO_STRIDES
+    if isinstance(added, Slopes):
+        return (None, added.slopes, None, None), 0, _NO_STRIDES
     sizes = zip(added.shape, added.stride(), strict=True)
-    return tuple(stride if size > 1 else 0 for size, stride in sizes)
+    strides = tuple(stride if size > 1 else 0 for size, stride in sizes)
+    return (added, None, None, None), 0, strides
+
+
+_NOTHING, _NO_STRIDES = (None,) * 4, (0,) * 4

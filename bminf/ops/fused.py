@@ -21,10 +21,10 @@ def launcher_in_place(x: torch.Tensor, *others: torch.Tensor) -> Launcher | None
     if x.is_cpu and known_launchers.get(_CPU) is None:  # before all else: it decides for most
         return None
     # No GPU is asked for on behalf of tensors without bytes, whose class is another one.
-    if torch.compiler.is_compiling() or not is_ordinary(type(x)):
+    if is_recorded() or not is_ordinary(type(x)):
         return None
     launcher, dtype = fused_launcher(x.device), x.dtype
-    if launcher is None or dtype not in ELEMENTS or not x.numel() or is_recorded():
+    if launcher is None or dtype not in ELEMENTS or not x.numel():
         return None
     for other in others:
         if other.dtype is not dtype:

@@ -84,7 +84,9 @@ def few_rows_launched(
     the parts of a weight match, that both weights are alike, and that nobody watches (is_watched).
     x: (..., K).   Returns (..., N) in the dtype of x.
     """
-    if not _is_readable(x, weight, bias) or not (up is None or _is_readable(x, up, up_bias)):
+    if up is not None and not _is_readable(x, up, up_bias):
+        return None
+    if not _is_readable(x, weight, bias):
         return None
     codes, scale, minimum, columns, group_size, _, row_scale = weight
     known = (
