@@ -641,6 +641,7 @@ CPM2 = Architecture(
     raw_tensors=_raw_tensors,
     splits=SPLITS,
     uses={"encoder.layers": 1, "cross_projections.layers": 1},  # once a prompt
+    num_extra_tokens=1,  # two begin an answer, and its last one is not fed
     published=PUBLISHED_CPM2,
     needed_fields="d_model, d_ff, d_kv, num_heads, num_layers, attn_scale",
     aliases={name: "CPM-2 (Chinese), CPM-2.1" for name in ("cpm2", "cpm21")},
