@@ -60,14 +60,16 @@ see none after their own."""
 def split_heads(x: torch.Tensor, num_parts: int, head_dim: int) -> tuple[torch.Tensor, ...]:
     """(B, T, num_parts * H * D) -> num_parts tensors (B, H, T, D), views."""
     batch_size, num_tokens, _ = x.shape
-    if num_parts == 1:
-        return (x.view(batch_size, num_tokens, -1, head_dim).transpose(1, 2),)
+    if batch_size == num_tokens == 1:  # as for each token of one text: in fewer operations
+        return x.view(num_parts, 1, -1, 1, head_dim).unbind()
     parts = x.view(batch_size, num_tokens, num_parts, -1, head_dim)
     return parts.permute(2, 0, 3, 1, 4).unbind()
 
 
 def merge_heads(x: torch.Tensor) -> torch.Tensor:
     """(B, H, T, D) -> (B, T, H * D)."""
+    if x.shape[2] == 1:
+        return x.reshape(x.shape[0], 1, -1)
     return x.transpose(1, 2).flatten(2)
 
 

@@ -16,7 +16,7 @@ from bminf.cuda.launcher import Launcher
 from bminf.cuda.source import Kernel, LaunchPlan
 from bminf.errors import ArgumentError
 from bminf.ops.fused import launcher_in_place
-from bminf.ops.rows import ELEMENTS, KERNEL_ALIGNMENT, KERNEL_COLUMNS, is_aligned
+from bminf.ops.rows import ELEMENTS, KERNEL_ALIGNMENT, KERNEL_COLUMNS
 
 MAX_QUERIES = 16
 MAX_HEAD_DIM = 256
@@ -342,7 +342,8 @@ class DecodeLaunch(NamedTuple):
         if query.numel() == 0:
             return query.new_zeros(query.shape)
         query = query.contiguous() if plan.copies_query else query
-        query = query if is_aligned(query) else query.clone(memory_format=torch.preserve_format)
+        if query.data_ptr() % KERNEL_ALIGNMENT:
+            query = query.clone(memory_format=torch.preserve_format)
         of_added, max_distance, bias_strides = _arguments_of(added)
         chunks, merge = _launch_plans(plan, num_keys, is_causal, max_distance, bias_strides, scale)
         y, partial = query.new_empty(*plan.shape), None

@@ -101,7 +101,9 @@ def few_rows_launched(
         _launches[known] = launch
     plan, shape, is_tiled = launch
     y = x.new_empty(*shape)  # sizes one by one are read faster than a torch.Size
-    of_up = () if is_tiled else (*weight_arguments(up), up_bias)
+    of_up: tuple[torch.Tensor | None, ...] = () if is_tiled else _NO_UP
+    if up is not None:
+        of_up = *weight_arguments(up), up_bias
     launcher.run(plan, (x, codes, scale, minimum, row_scale, bias, *of_up, y))
     return y
 
@@ -119,6 +121,7 @@ def _is_readable(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | Non
     return bias is None or _is_bias_of(bias, x, codes)
 
 
+_NO_UP = (None,) * 5
 _launches: dict[tuple[Any, ...], tuple[LaunchPlan, tuple[int, ...], bool]] = {}
 """For what a check of sizes and dtypes looks at: the launch, the shape of its result, and whether
 that is by tensor cores. What is in it was checked."""
