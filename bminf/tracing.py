@@ -11,6 +11,12 @@ from torch.fx import _symbolic_trace
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 _is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", bool)  # or of old torch
+_interpreter = torch._C._functorch.peek_interpreter_stack
+_tracing_state = torch._C._get_tracing_state
+_num_modes = torch._C._len_torch_dispatch_stack
+
+has_autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
+"""Whether it is on for some device; the name of that of a tensor takes longer to learn."""
 
 
 def active_tracer() -> str | None:
@@ -33,15 +39,38 @@ def active_tracer() -> str | None:
     return None
 
 
-def is_watched() -> bool:
-    """Whether someone is told of every operation: a mode, functorch, a trace, derivatives that
-    tensors carry forwards."""
+def is_recorded() -> bool:
+    """Whether operations are more than computed: torch.compile or a tracer keeps them, functorch
+    changes what they mean, tensors carry derivatives forwards.
+
+    Asked by every op of every layer, so it is spelled out; torch.compile and torch.export look into
+    nothing that stands behind the first question.
+    """
     return (
-        torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
+        torch.compiler.is_compiling()
+        or _interpreter() is not None
         or forward_ad._current_level >= 0
+        or _tracing_state() is not None
+        or _symbolic_trace._is_fx_tracing_flag
+        or (_num_modes() > 0 and active_tracer() is not None)
     )
+
+
+def is_watched() -> bool:
+    """The same, or a mode is told of every operation, one that only counts them too."""
+    return (
+        torch.compiler.is_compiling()
+        or _num_modes() > 0
+        or _interpreter() is not None
+        or forward_ad._current_level >= 0
+        or _tracing_state() is not None
+        or _symbolic_trace._is_fx_tracing_flag
+    )
+
+
+def is_autocast(tensor: torch.Tensor) -> bool:
+    """Whether autocast chooses the dtype of what is computed where `tensor` lies."""
+    return torch.is_autocast_enabled(tensor.device.type)
 
 
 def active_capture() -> str | None:

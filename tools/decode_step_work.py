@@ -19,9 +19,12 @@ from typing import Any
 
 import torch
 
-import bminf
-from bminf.arch.t5 import T5, T5Config
-from bminf.layers.quantized_linear import QuantizedLinear
+# What builds for CUDA have, and bminf takes where it is: the handle of the current stream.
+torch._C._cuda_getCurrentRawStream = lambda index: 0  # type: ignore
+
+import bminf  # noqa: E402
+from bminf.arch.t5 import T5, T5Config  # noqa: E402
+from bminf.layers.quantized_linear import QuantizedLinear  # noqa: E402
 
 CONFIG = T5Config(26240, 4096, 10240, 64, 64, 1, 24)
 PROMPT_TOKENS, TOKENS, STEPS = 128, 64, 5
@@ -81,13 +84,14 @@ def launcher() -> Any:
     except ImportError:
         from bminf.cuda.launcher import Launcher  # type: ignore
     properties = types.SimpleNamespace(major=9, minor=0, multi_processor_count=132)
+    stream = types.SimpleNamespace(cuda_stream=0)
     cuda: Any = torch.cuda
     cuda.get_device_properties = lambda device: properties
     cuda.is_current_stream_capturing = lambda: False
     cuda.current_device = lambda: 0
     cuda.mem_get_info = lambda device: (0, 0)
     cuda.device = lambda device: contextlib.nullcontext()
-    cuda.current_stream = lambda device: types.SimpleNamespace(cuda_stream=0)
+    cuda.current_stream = lambda device: stream
     for module in _launching():
         module._cupy_stream = lambda handle: handle  # of older checkouts
     found = Launcher(torch.device("cuda", 0))
@@ -113,11 +117,13 @@ def served_by(found: Any) -> Iterator[None]:
     """Kernels for tensors on the CPU go to `found` in the meantime."""
     from bminf.cuda import launcher as launchers
 
-    of_test = getattr(launchers, "_test_launchers", None)
-    of_test = launchers._stand_ins if of_test is None else of_test  # type: ignore
-    of_test["cpu"] = found
+    names = ("known_launchers", "_test_launchers", "_stand_ins")  # of this commit, of older ones
+    name = next(name for name in names if hasattr(launchers, name))
+    known: dict[Any, Any] = getattr(launchers, name)
+    cpu: Any = torch.device("cpu") if name == "known_launchers" else "cpu"
+    known[cpu] = found
     yield
-    del of_test["cpu"]
+    del known[cpu]
 
 
 if __name__ == "__main__":

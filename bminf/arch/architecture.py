@@ -103,6 +103,9 @@ class Architecture:
     matches_config: Callable[[Mapping[str, Any]], bool] = lambda source: False
     """Whether a configuration without weights is of it; of several, the last in the list."""
 
+    num_extra_tokens: int = 0
+    """That the decoder is fed beyond the max_length of a model."""
+
     formats: Mapping[str, Format] = field(default_factory=lambda: FORMATS)
     """Of linears, by the names that users give."""
     default_format: Format = INT8

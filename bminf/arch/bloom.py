@@ -171,9 +171,10 @@ class Attention(torch.nn.Module):
         self.head_dim = config.head_dim
 
     def forward(self, normed: torch.Tensor, bias: Any, layer: int, cache: Cache) -> torch.Tensor:
-        query, key, value = self._heads(self.qkv(normed))
+        parts: Any = self._modules  # Module.__getattr__ takes as long as a small operation
+        query, key, value = self._heads(parts["qkv"](normed))
         y = cache.attend(layer, query, key, value, bias, self.head_dim**-0.5)
-        return self.out(merge_heads(y))
+        return parts["out"](merge_heads(y))
 
     def _heads(self, x: torch.Tensor) -> list[torch.Tensor]:
         """(B, T, 3 C) -> queries, keys and values, (B, H, T, D) each."""
@@ -191,10 +192,12 @@ class Layer(torch.nn.Module):
         self.config = config
 
     def forward(self, x: torch.Tensor, bias: Any, layer: int, cache: Cache) -> torch.Tensor:
-        normed = self.attention.norm(x)
-        y = self.attention(normed, bias, layer, cache)
-        x, normed = self.norm.add(residual(x, normed, self.config), y)
-        return residual(x, normed, self.config) + self.feed_forward(normed)
+        parts: Any = self._modules
+        attention = parts["attention"]
+        normed = attention.norm(x)
+        y = attention(normed, bias, layer, cache)
+        x, normed = parts["norm"].add(residual(x, normed, self.config), y)
+        return residual(x, normed, self.config) + parts["feed_forward"](normed)
 
 
 def residual(x: torch.Tensor, normed: torch.Tensor, config: BloomConfig) -> torch.Tensor:

@@ -223,11 +223,12 @@ class Attention(torch.nn.Module):
         layer: int,
         cache: Cache,
     ) -> torch.Tensor:
-        query, key, value = self._heads(self.qkv(normed))
+        parts: Any = self._modules  # Module.__getattr__ takes as long as a small operation
+        query, key, value = self._heads(parts["qkv"](normed))
         # GLM-130B's own code divides queries by the layer's index and multiplies scores by
         # it in float32, against overflow: here scores are sums in float32 from the start.
         y = cache.attend(layer, query, key, value, bias, self.head_dim**-0.5, angles)
-        return self.out(merge_heads(y))
+        return parts["out"](merge_heads(y))
 
     def _heads(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
         """(B, T, 3 C) -> queries, keys and values, (B, H, T, D) each."""
@@ -264,10 +265,12 @@ class Layer(torch.nn.Module):
         layer: int,
         cache: Cache,
     ) -> torch.Tensor:
-        normed = self.attention.norm(x)
-        y = self.attention(normed, bias, angles, layer, cache)
-        x, normed = self.norm.add(normed if self.is_deep else x, y, self.scale)
-        y = self.feed_forward(normed)
+        parts: Any = self._modules
+        attention = parts["attention"]
+        normed = attention.norm(x)
+        y = attention(normed, bias, angles, layer, cache)
+        x, normed = parts["norm"].add(normed if self.is_deep else x, y, self.scale)
+        y = parts["feed_forward"](normed)
         return (normed * self.scale if self.is_deep else x) + y
 
 

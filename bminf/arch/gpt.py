@@ -122,9 +122,10 @@ class Attention(torch.nn.Module):
         self.head_dim = config.head_dim
 
     def forward(self, normed: torch.Tensor, bias: Any, layer: int, cache: Cache) -> torch.Tensor:
-        query, key, value = split_heads(self.qkv(normed), 3, self.head_dim)
+        parts: Any = self._modules  # Module.__getattr__ takes as long as a small operation
+        query, key, value = split_heads(parts["qkv"](normed), 3, self.head_dim)
         y = cache.attend(layer, query, key, value, bias, self.head_dim**-0.5)
-        return self.out(merge_heads(y))
+        return parts["out"](merge_heads(y))
 
 
 class Layer(torch.nn.Module):
@@ -136,9 +137,11 @@ class Layer(torch.nn.Module):
         self.feed_forward = FeedForward(size, config.intermediate_size, config.hidden_act)
 
     def forward(self, x: torch.Tensor, bias: Any, layer: int, cache: Cache) -> torch.Tensor:
-        y = self.attention(self.attention.norm(x), bias, layer, cache)
-        x, normed = self.norm.add(x, y)
-        return x + self.feed_forward(normed)
+        parts: Any = self._modules
+        attention = parts["attention"]
+        y = attention(attention.norm(x), bias, layer, cache)
+        x, normed = parts["norm"].add(x, y)
+        return x + parts["feed_forward"](normed)
 
 
 class GPT(torch.nn.Module):

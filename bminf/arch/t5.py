@@ -238,8 +238,9 @@ class SelfAttention(torch.nn.Module):
         self.head_dim, self.scale = config.head_dim, config.attention_scale
 
     def forward(self, normed: torch.Tensor, bias: Any, attend: Attend = attention) -> torch.Tensor:
-        query, key, value = split_heads(self.qkv(normed), 3, self.head_dim)
-        return self.out(merge_heads(attend(query, key, value, bias, self.scale)))
+        parts: Any = self._modules  # Module.__getattr__ takes as long as a small operation
+        query, key, value = split_heads(parts["qkv"](normed), 3, self.head_dim)
+        return parts["out"](merge_heads(attend(query, key, value, bias, self.scale)))
 
 
 class CrossAttention(torch.nn.Module):
@@ -255,8 +256,9 @@ class CrossAttention(torch.nn.Module):
     def forward(
         self, normed: torch.Tensor, layer: int, cache: T5Cache | PackedT5Cache
     ) -> torch.Tensor:
-        (query,) = split_heads(self.query(normed), 1, self.head_dim)
-        return self.out(merge_heads(cache.attend_to_prompt(layer, query, self.scale)))
+        parts: Any = self._modules
+        (query,) = split_heads(parts["query"](normed), 1, self.head_dim)
+        return parts["out"](merge_heads(cache.attend_to_prompt(layer, query, self.scale)))
 
 
 class EncoderLayer(torch.nn.Module):
@@ -287,10 +289,12 @@ class DecoderLayer(torch.nn.Module):
     def forward(
         self, x: torch.Tensor, bias: Any, layer: int, cache: T5Cache | PackedT5Cache
     ) -> torch.Tensor:
-        y = self.attention(self.attention.norm(x), bias, partial(cache.own.attend, layer))
-        x, normed = self.cross_attention.norm.add(x, y)
-        x, normed = self.norm.add(x, self.cross_attention(normed, layer, cache))
-        return x + self.feed_forward(normed)
+        parts: Any = self._modules
+        own, cross = parts["attention"], parts["cross_attention"]
+        y = own(own.norm(x), bias, partial(cache.own.attend, layer))
+        x, normed = cross.norm.add(x, y)
+        x, normed = parts["norm"].add(x, cross(normed, layer, cache))
+        return x + parts["feed_forward"](normed)
 
 
 class Encoder(torch.nn.Module):
@@ -637,6 +641,7 @@ CPM2 = Architecture(
     raw_tensors=_raw_tensors,
     splits=SPLITS,
     uses={"encoder.layers": 1, "cross_projections.layers": 1},  # once a prompt
+    num_extra_tokens=1,  # two begin an answer, and its last one is not fed
     published=PUBLISHED_CPM2,
     needed_fields="d_model, d_ff, d_kv, num_heads, num_layers, attn_scale",
     aliases={name: "CPM-2 (Chinese), CPM-2.1" for name in ("cpm2", "cpm21")},

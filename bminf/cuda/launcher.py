@@ -32,7 +32,7 @@ class Launcher:
 
     def __init__(self, device: torch.device) -> None:
         properties = torch.cuda.get_device_properties(device)
-        self.device = device
+        self.device, self._index = device, device.index
         self.capability = 10 * properties.major + properties.minor
         self.num_processors: int = properties.multi_processor_count
         self._functions: dict[Kernel, Callable[..., None]] = {}
@@ -46,18 +46,20 @@ class Launcher:
 
     def run(self, plan: LaunchPlan, tensors: Sequence[torch.Tensor | None]) -> None:
         """The same, of what was worked out before."""
-        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-        self._launch(plan.kernel, plan.grid, plan.block, [*addresses, *plan.cells])
+        values = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        self._launch(plan.kernel, plan.grid, plan.block, values + plan.cells)
 
     def _launch(self, kernel: Kernel, grid: Grid, block: Grid, values: list[int]) -> None:
-        if torch.cuda.current_device() != self.device.index:
+        index = self._index
+        if torch.cuda.current_device() != index:
             with torch.cuda.device(self.device):
                 return self._launch(kernel, grid, block, values)
         function = self._functions.get(kernel) or self._load(kernel)
-        cells = _cells(len(values), self.device)
+        count = len(values)
+        cells = _cells_of_thread.of_count.get(count) or _new_cells(count, self.device)
         cells.pack(*values)
         try:
-            function(*grid, *block, 0, _stream(self.device), cells.addresses, 0)
+            function(*grid, *block, 0, _raw_stream(index), cells.addresses, 0)
         except Exception as error:  # CuPy's drivers' errors share no public base
             raise KernelError(
                 f"{kernel} cannot be launched on {self.device} with a grid of {grid} and "
@@ -91,17 +93,20 @@ class Launcher:
         return launch
 
 
-_test_launchers: dict[str, Launcher] = {}
-"""By type of device; the tests put one here for tensors on a CPU."""
+known_launchers: dict[torch.device, Launcher | None] = {}
+"""Of the devices that were asked for; the tests put one here for tensors on a CPU."""
 
 
 def launcher_for(device: torch.device) -> Launcher | None:
     """The launcher of `device`; None for a device that runs no kernels."""
-    kind = device.type
-    of_test = _test_launchers.get(kind)
-    if of_test is not None or kind != "cuda":
-        return of_test
-    return device_launcher(device)
+    try:
+        return known_launchers[device]
+    except KeyError:
+        pass
+    if device.type == "cuda" and device.index is None:  # whichever is the current one
+        return launcher_for(torch.device("cuda", torch.cuda.current_device()))
+    found = known_launchers[device] = Launcher(device) if device.type == "cuda" else None
+    return found
 
 
 _VARIABLE = "BMINF_FUSED_KERNELS"
@@ -112,11 +117,11 @@ def fused_launcher(device: torch.device) -> Launcher | None:
     """The launcher for kernels in whose place there are operators of torch: attention, norms,
     positions. None takes these instead: on a CPU, and where fused_kernels() or the environment
     variable BMINF_FUSED_KERNELS, which is 0 then, says so.   Raises ArgumentError."""
-    kind = device.type
-    if kind != "cuda" and kind not in _test_launchers:
+    launcher = launcher_for(device)
+    if launcher is None:
         return None
     is_on = _uses_fused.get()
-    return launcher_for(device) if (fused_by_default() if is_on is None else is_on) else None
+    return launcher if (fused_by_default() if is_on is None else is_on) else None
 
 
 @cache
@@ -139,14 +144,6 @@ def fused_kernels(is_on: bool) -> Iterator[None]:
         yield
     finally:
         _uses_fused.reset(token)
-
-
-@cache
-def device_launcher(device: torch.device) -> Launcher:
-    """The launcher of a CUDA device."""
-    if device.index is None:
-        return device_launcher(torch.device("cuda", torch.cuda.current_device()))
-    return Launcher(device)
 
 
 # ---- a launch, in as few steps as Python takes ---------------------------------------------------
@@ -176,13 +173,10 @@ class _CellsOfThread(threading.local):
 _cells_of_thread = _CellsOfThread()
 
 
-def _cells(count: int, device: torch.device) -> _Cells:
-    known = _cells_of_thread.of_count
-    found = known.get(count)
-    if found is None:
-        # A new thread has no context, which the driver asks for, before it calls the runtime.
-        torch.cuda.mem_get_info(device)
-        found = known[count] = _Cells(count)
+def _new_cells(count: int, device: torch.device) -> _Cells:
+    # A new thread has no context, which the driver asks for, before it calls the runtime.
+    torch.cuda.mem_get_info(device)
+    found = _cells_of_thread.of_count[count] = _Cells(count)
     return found
 
 
@@ -195,13 +189,9 @@ def _number(argument: Argument) -> int:
     return cell_of(argument)
 
 
-def _stream(device: torch.device) -> int:
-    """The handle of torch's current stream."""
-    if _raw_stream is not None:
-        handle: int = _raw_stream(device.index)
-        return handle
-    return torch.cuda.current_stream(device).cuda_stream
+def _stream_of_torch(index: int) -> int:
+    return torch.cuda.current_stream(index).cuda_stream
 
 
-# What torch's own compiler takes.
-_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+# The handle of torch's current stream: what torch's own compiler takes, where that is there.
+_raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", _stream_of_torch)

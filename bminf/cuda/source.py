@@ -35,6 +35,13 @@ class Kernel:
     file: str
     name: str
     macros: tuple[tuple[str, str | int], ...] = ()
+    _hash: int = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_hash", hash((self.file, self.name, self.macros)))
+
+    def __hash__(self) -> int:
+        return self._hash  # a launcher asks at each launch
 
     def __str__(self) -> str:
         settings = ", ".join(f"{name}={value}" for name, value in self.macros)
@@ -52,11 +59,11 @@ class LaunchPlan:
     grid: Grid
     block: Grid
     numbers: tuple[int | float, ...]
-    cells: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    cells: list[int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kernel", _same(self.kernel))
-        object.__setattr__(self, "cells", tuple(map(cell_of, self.numbers)))
+        object.__setattr__(self, "cells", [*map(cell_of, self.numbers)])
 
 
 @cache

@@ -63,7 +63,7 @@ class RowSampler:
         """The row goes on with this token."""
         self._uniform = None
         if self.counts is not None and token not in self._uncounted:
-            self.counts[token] += 1
+            self.counts[token].add_(1)  # in place: an assignment would copy the number to itself
 
 
 def draw(logits: torch.Tensor, samplers: Sequence[RowSampler]) -> list[int | None]:
@@ -112,11 +112,18 @@ def _rows_of(logits: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
     )
 
 
+def _counts_of(samplers: Sequence[RowSampler]) -> torch.Tensor | None:
+    """(R, V); None where no row counts."""
+    counted = [sampler.counts for sampler in samplers if sampler.counts is not None]
+    if len(counted) == 1:
+        return counted[0].unsqueeze(0)
+    return torch.stack(counted) if counted else None
+
+
 def _draw_alike(logits: torch.Tensor, samplers: Sequence[RowSampler]) -> torch.Tensor:
     """(R,) int64 on the logits' device, -1 for rows without a choice."""
     rule = samplers[0].rule
-    counted = [sampler.counts for sampler in samplers if sampler.counts is not None]
-    scores = scores_of(logits, torch.stack(counted) if counted else None, rule)
+    scores = scores_of(logits, _counts_of(samplers), rule)
     if rule.sampling.is_greedy:
         most, tokens = scores.max(-1)  # the first of equal ones
     else:

@@ -189,8 +189,10 @@ def scores_of(logits: torch.Tensor, counts: torch.Tensor | None, rule: Rule) -> 
         divisor = min(max(sampling.temperature, low), high)
         scores = (scores - scores.amax(-1, keepdim=True)) / divisor
     if counts is not None:
-        scores = scores - sampling.frequency_penalty * counts
-        scores = scores - sampling.presence_penalty * (counts > 0)
+        if sampling.frequency_penalty:
+            scores = scores - sampling.frequency_penalty * counts
+        if sampling.presence_penalty:
+            scores = scores - sampling.presence_penalty * (counts > 0)
     if rule.banned is not None:
         scores = scores.index_fill(1, rule.banned, -math.inf)
     return scores

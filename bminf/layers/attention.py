@@ -15,6 +15,7 @@ from typing import Literal, TypeAlias
 import torch
 import torch.nn.functional as F
 
+from bminf.cuda.launcher import Launcher
 from bminf.layers.alibi import Alibi, attend_with_alibi
 from bminf.layers.position_bias import RelativeBias
 from bminf.ops.attention import Added, Rows, decode_launch
@@ -50,6 +51,7 @@ class Causal:
         return self._rows[num_keys]
 
 
+_PADDED = (Causal, Alibi)  # which know of keys that are none
 ScoreBias: TypeAlias = torch.Tensor | Alibi | RelativeBias | Causal | None
 """Broadcastable to (B, H, T, S), or its parameters, where the queries are the last of the keys and
 see none after their own."""
@@ -58,12 +60,16 @@ see none after their own."""
 def split_heads(x: torch.Tensor, num_parts: int, head_dim: int) -> tuple[torch.Tensor, ...]:
     """(B, T, num_parts * H * D) -> num_parts tensors (B, H, T, D), views."""
     batch_size, num_tokens, _ = x.shape
+    if batch_size == num_tokens == 1:  # as for each token of one text: in fewer operations
+        return x.view(num_parts, 1, -1, 1, head_dim).unbind()
     parts = x.view(batch_size, num_tokens, num_parts, -1, head_dim)
     return parts.permute(2, 0, 3, 1, 4).unbind()
 
 
 def merge_heads(x: torch.Tensor) -> torch.Tensor:
     """(B, H, T, D) -> (B, T, H * D)."""
+    if x.shape[2] == 1:
+        return x.reshape(x.shape[0], 1, -1)
     return x.transpose(1, 2).flatten(2)
 
 
@@ -73,17 +79,19 @@ def attention(
     value: torch.Tensor,
     bias: ScoreBias,
     scale: float,
+    launcher: Launcher | None = None,
 ) -> torch.Tensor:
     """softmax(scale * query key^T + bias) value.
 
     query: (B, H, T, D).   key, value: (B, H, S, D).   bias: broadcastable to (B, H, T, S), in the
     dtype of query; an Alibi, for scores in float32; a RelativeBias or Causal; or None.
+    launcher: what launcher_in_place() has said of all three; None asks it.
     Returns (B, H, T, D).
     """
-    launch = decode_launch(query, key, value)
+    launch = decode_launch(query, key, value, launcher)
     if launch is not None:
-        rows = bias.rows(key.shape[2]) if isinstance(bias, Causal | Alibi) else None
-        return launch(query, key, value, scale, *added_of(bias), rows or Rows(key.shape[2]))
+        rows = bias.rows(key.shape[2]) if isinstance(bias, _PADDED) else None
+        return launch(query, key, value, scale, *added_of(bias), rows)
     if isinstance(bias, Alibi):
         return attend_with_alibi(attention, query, key, value, bias, scale)
     if query.device.type != "cuda":
@@ -109,7 +117,7 @@ def attention_of_rows(
 
     key, value: (1, H, N, D), where all rows are.   bias: of parameters without padding, or None.
     """
-    is_padded = isinstance(bias, Causal | Alibi) and bias.num_padding is not None
+    is_padded = isinstance(bias, _PADDED) and bias.num_padding is not None
     if is_padded or isinstance(bias, torch.Tensor):
         return None
     launch = decode_launch(query, key, value)

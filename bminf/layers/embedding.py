@@ -70,6 +70,8 @@ class HostEmbedding(torch.nn.Module):
         return rows.to(input_ids.device).view(*input_ids.shape, self.hidden_size)
 
     def _gather(self, ids: torch.Tensor) -> torch.Tensor:
+        if len(self._parts) == 1:
+            return self._parts[0].index_select(0, ids).view(self._table_dtype).to(self.dtype)
         indices = torch.bucketize(ids, self._starts, right=True) - 1
         rows = torch.empty((len(ids), self.hidden_size), dtype=self.dtype, device=ids.device)
         for index in indices.unique().tolist():

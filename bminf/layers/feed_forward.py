@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -20,7 +22,8 @@ class FeedForward(torch.nn.Module):
         self.activation = activation
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(ACTIVATION_FUNCTIONS[self.activation](self.up(x)))
+        parts: Any = self._modules  # Module.__getattr__ takes as long as a small operation
+        return parts["down"](ACTIVATION_FUNCTIONS[self.activation](parts["up"](x)))
 
 
 class GatedFeedForward(torch.nn.Module):
@@ -37,10 +40,10 @@ class GatedFeedForward(torch.nn.Module):
         self.activation = activation
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(self._gated(x))
+        parts: Any = self._modules
+        return parts["down"](self._gated(x, parts["gate"], parts["up"]))
 
-    def _gated(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = self.gate, self.up
+    def _gated(self, x: torch.Tensor, gate: torch.nn.Module, up: torch.nn.Module) -> torch.Tensor:
         if isinstance(gate, QuantizedLinear) and isinstance(up, QuantizedLinear):
             if _is_fused(gate, up, x):
                 return gated_linear_of_checked(x, gate.packed, up.packed, self.activation)
@@ -61,8 +64,9 @@ class HalvedFeedForward(torch.nn.Module):
         self.down = torch.nn.Linear(intermediate_size, hidden_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        value, gate = self.up(x).chunk(2, dim=-1)
-        return self.down(value * F.gelu(gate))
+        parts: Any = self._modules
+        value, gate = parts["up"](x).chunk(2, dim=-1)
+        return parts["down"](value * F.gelu(gate))
 
 
 def _is_fused(gate: QuantizedLinear, up: QuantizedLinear, x: torch.Tensor) -> bool:

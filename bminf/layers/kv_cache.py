@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from bminf.cuda.launcher import fused_launcher
+from bminf.cuda.launcher import Launcher
 from bminf.layers.attention import ScoreBias, attention
-from bminf.ops.fused import is_fusible
+from bminf.ops.fused import launcher_in_place
 from bminf.ops.rotary_append import Angles, rotary_append, rotate
 
 MakeBias = Callable[[int, int], ScoreBias]
@@ -64,7 +64,7 @@ class KVCache:
 
         B may be less than batch_size. Returns two (B, H, length + T, D).
         """
-        self._keep(layer, key, key, value, None)
+        self._keep(layer, key, key, value, None, self._launcher(key, key, value))
         return self.read(layer, key.shape[0], self.length + key.shape[2])
 
     def _keep(
@@ -74,12 +74,13 @@ class KVCache:
         key: torch.Tensor,
         value: torch.Tensor,
         angles: Angles | None,
+        launcher: Launcher | None,
     ) -> torch.Tensor:
         """The queries, rotated like the keys that are written."""
         num_rows, _, num_tokens, _ = key.shape
         end = self.length + num_tokens
-        launcher = fused_launcher(key.device)
-        if launcher is not None and self._has_room(key, value, end):
+        # Where there is no room, torch's operators say what is wrong.
+        if launcher is not None and num_rows <= self.batch_size and end <= self.max_length:
             cells = self._cells_of(num_rows, num_tokens)
             return rotary_append(launcher, query, key, value, angles, cells, *self._layers[layer])
         if angles is not None:
@@ -88,10 +89,11 @@ class KVCache:
         self.values[layer, :num_rows, :, self.length : end] = value
         return query
 
-    def _has_room(self, key: torch.Tensor, value: torch.Tensor, end: int) -> bool:
-        """For the kernel; torch's operators say what is wrong."""
-        fits = key.shape[0] <= self.batch_size and end <= self.max_length
-        return fits and is_fusible(key, value, self.keys)
+    def _launcher(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> Launcher | None:
+        """Of the kernels that append such tensors, and attend from them to this cache."""
+        return launcher_in_place(query, key, value, self.keys)
 
     def _cells_of(self, num_rows: int, num_tokens: int) -> torch.Tensor:
         """(B * T,) int64, where the next tokens go; made once for all layers."""
@@ -126,9 +128,10 @@ class KVCache:
 
         angles: that rotate queries and keys before, see Rotary.
         """
-        query = self._keep(layer, query, key, value, angles)
+        launcher = self._launcher(query, key, value)
+        query = self._keep(layer, query, key, value, angles, launcher)
         key, value = self.read(layer, key.shape[0], self.length + key.shape[2])
-        return attention(query, key, value, bias, scale)
+        return attention(query, key, value, bias, scale, launcher)
 
     def positions(self, num_tokens: int) -> torch.Tensor:
         """(T,) int64, where the next tokens stand."""

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from bminf.cuda.launcher import fused_launcher
+from bminf.cuda.launcher import Launcher, fused_launcher
 from bminf.layers.attention import (
     ScoreBias,
     attention,
@@ -21,7 +21,7 @@ from bminf.layers.attention import (
 )
 from bminf.layers.kv_cache import MakeBias
 from bminf.ops.attention import MAX_QUERIES, Rows
-from bminf.ops.fused import is_fusible
+from bminf.ops.fused import launcher_in_place
 from bminf.ops.rotary_append import Angles, rotary_append, rotate
 
 Bias = Sequence[ScoreBias]
@@ -104,6 +104,7 @@ class PackedCache:
         self._all = [self._views(span.start, span.num_keys) for span in spans]
         self._new: list[Views] | None = None
         # For kernels: where rows are, and the cells of all tokens of the pass, on the device.
+        self._layers: list[tuple[torch.Tensor, torch.Tensor]] | None = None
         self._rows: Rows | None = None
         self._cells: torch.Tensor | None = None
 
@@ -118,27 +119,45 @@ class PackedCache:
         layer: int,
         key: torch.Tensor,
         value: torch.Tensor,
-        query: torch.Tensor | None = None,
-        angles: Angles | None = None,
+    ) -> None:
+        """Keep (1, H, T, D) of all rows."""
+        self._keep(layer, key, key, value, None, launcher_in_place(key, value, self._keys))
+
+    def _keep(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        angles: Angles | None,
+        launcher: Launcher | None,
     ) -> torch.Tensor:
-        """Keep (1, H, T, D) of all rows; returns queries, rotated like the keys."""
-        query = key if query is None else query
-        launcher = fused_launcher(key.device)
-        if launcher is not None and is_fusible(key, value, self._keys):
-            keys, values = self._keys[layer], self._values[layer]
-            return rotary_append(
-                launcher, query, key, value, angles, self._cells_of(key.shape[2]), keys, values
-            )
+        """The queries, rotated like the keys that are written."""
+        if launcher is not None:
+            cells, tokens = self._cells_of(key.shape[2]), self._tokens_of(layer)
+            return rotary_append(launcher, query, key, value, angles, cells, *tokens)
         if angles is not None:
             query, key = rotate(query, *angles), rotate(key, *angles)
         if self._new is None:
             self._new = [
                 self._views(span.end - span.num_tokens, span.num_tokens) for span in self._spans
             ]
+        spans = self._spans
+        if len(spans) == 1 and spans[0].num_tokens == key.shape[2]:  # no view of all there is
+            new_keys, new_values = self._new[0]
+            new_keys[layer].copy_(key)
+            new_values[layer].copy_(value)
+            return query
         for (new_keys, new_values), ours in zip(self._new, self._ours, strict=True):
             new_keys[layer].copy_(key[:, :, ours])
             new_values[layer].copy_(value[:, :, ours])
         return query
+
+    def _tokens_of(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(H, N, D): the pool in a layer; views of all layers are made once a pass."""
+        if self._layers is None:
+            self._layers = [*zip(self._keys.unbind(), self._values.unbind(), strict=True)]
+        return self._layers[layer]
 
     def _cells_of(self, num_tokens: int) -> torch.Tensor:
         """(T,) int64, where the tokens of the pass go; -1 for those of no row."""
@@ -160,15 +179,25 @@ class PackedCache:
         angles: Angles | None = None,
     ) -> torch.Tensor:
         """(1, H, T, D), of each token to those of its row."""
-        query = self.append(layer, key, value, query, angles)
-        return self.attend_to_kept(layer, query, bias, scale)
+        launcher = launcher_in_place(query, key, value, self._keys)
+        query = self._keep(layer, query, key, value, angles, launcher)
+        return self.attend_to_kept(layer, query, bias, scale, launcher)
 
     def attend_to_kept(
-        self, layer: int, query: torch.Tensor, bias: Bias, scale: float
+        self,
+        layer: int,
+        query: torch.Tensor,
+        bias: Bias,
+        scale: float,
+        launcher: Launcher | None = None,
     ) -> torch.Tensor:
-        """The same without keys and values of their own: rows hold span.num_keys."""
+        """The same without keys and values of their own: rows hold span.num_keys.
+
+        launcher: see attention().
+        """
         if len(self._spans) == 1 and not self.copies:
-            return self._attend_row(layer, self._all[0], query, bias[0], scale)
+            keys, values = self._all[0]
+            return attention(query, keys[layer], values[layer], bias[0], scale, launcher)
         if not self.copies:
             together = self._attend_together(layer, query, bias, scale)
             if together is not None:
@@ -194,7 +223,7 @@ class PackedCache:
         if self._rows is None:
             self._rows = rows_of(self._spans, query.device)
         by_row = query[0].unflatten(1, (num_rows, num_tokens)).transpose(0, 1)
-        keys, values = self._keys[layer, None], self._values[layer, None]
+        keys, values = (tokens.unsqueeze(0) for tokens in self._tokens_of(layer))
         y = attention_of_rows(by_row, keys, values, bias[0], scale, self._rows)
         return None if y is None else y.transpose(1, 2).flatten(0, 1).unsqueeze(0).transpose(1, 2)
 

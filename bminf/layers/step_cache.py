@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 
-from bminf.cuda.launcher import fused_launcher
 from bminf.layers.attention import ScoreBias, added_of
 from bminf.layers.kv_cache import MakeBias
 from bminf.ops.attention import Rows, decode_attention
-from bminf.ops.fused import is_fusible
+from bminf.ops.fused import launcher_in_place
 from bminf.ops.rotary_append import Angles, rotary_append, rotary_append_reference
 
 
@@ -63,8 +62,8 @@ class StepCache:
     ) -> torch.Tensor:
         """Keep the tokens, and attend from each to all of its row: (1, H, B, D)."""
         given = query, key, value, angles, self._cells, *self._layers[layer]
-        launcher = fused_launcher(key.device)
-        if launcher is None or not is_fusible(query, key, value):
+        launcher = launcher_in_place(query, key, value)
+        if launcher is None:
             query = rotary_append_reference(*given)
         else:
             query = rotary_append(launcher, *given)

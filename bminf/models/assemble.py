@@ -20,7 +20,7 @@ from bminf.errors import ArgumentError, BudgetError, CheckpointError, Unsupporte
 from bminf.keywords import known_keywords
 from bminf.layers.quantized_linear import QuantizedLinear
 from bminf.layout import ModuleBlock
-from bminf.models.decode_step import check_graphs, num_sizes, power_of_two
+from bminf.models.decode_step import check_graphs, check_heads, num_sizes, power_of_two
 from bminf.models.source import HEAD, Source, Weights, find_sizes
 from bminf.offload.blob import Blobs, lay_out
 from bminf.offload.blocks import find_blocks
@@ -116,11 +116,12 @@ def plan_within(
 
     host_bytes: of host memory for streamed blocks; None is as much as it takes.
     deterministic, cuda_graph: see LanguageModel.
-    Raises BudgetError, with numbers.
+    Raises BudgetError, with numbers; ArgumentError for graphs of heads that no kernel takes.
     """
     weight_format, uses = assembly.packing.of_layers, assembly.source.architecture.uses
     reserved = reserved_bytes(assembly, max_length, max_batch_size, device_type, deterministic)
     if cuda_graph:
+        check_heads(assembly.source.config.head_dim)
         reserved += graph_bytes(assembly, max_length, max_batch_size)
 
     planned = partial(
@@ -253,8 +254,9 @@ def graph_bytes(assembly: Assembly, max_length: int, max_batch_size: int) -> int
     one = Pass(max_batch_size, 1, assembly.dtype, assembly.packing.of_layers, is_cpu=False)
     logits = 4 * config.vocab_size * power_of_two(max_batch_size)
     nodes = _NODE_BYTES * _LAYER_NODES * config.num_hidden_layers
-    num_graphs = num_sizes(max_batch_size, max_length)
-    sizes = assembly.source.architecture.sizes(config, one)
+    architecture = assembly.source.architecture
+    num_graphs = num_sizes(max_batch_size, max_length + architecture.num_extra_tokens)
+    sizes = architecture.sizes(config, one)
     return int(sizes.layer + num_graphs * (logits + nodes))
 
 

@@ -21,7 +21,6 @@ from bminf.cuda.launcher import fused_by_default, fused_kernels
 from bminf.engine.beam import Decoder, Hypothesis, beam_search
 from bminf.engine.engine import Engine
 from bminf.engine.request import Request
-from bminf.engine.rows import RowModel
 from bminf.engine.sampling import Sampling
 from bminf.errors import ArgumentError, BudgetError, UnsupportedModelError
 from bminf.keywords import known_keywords
@@ -103,7 +102,6 @@ class LanguageModel:
     _architectures: Sequence[Architecture]  # that a checkpoint may be of
     _defaults: Options = Options()
     _head_format: Format | None = None  # of an output head that is split
-    _num_extra_tokens = 0  # that the decoder is fed beyond max_length
     tokenizer: Tokenizer
     model: Any  # the network
 
@@ -261,6 +259,10 @@ class LanguageModel:
             f"a {type(self).__name__} cannot be copied or pickled; load another one from its folder"
         )
 
+    @property
+    def _num_extra_tokens(self) -> int:
+        return self._architecture.num_extra_tokens
+
     # ---- what subclasses say --------------------------------------------------------------------
 
     def _configured(self, config: Any) -> Any:
@@ -279,7 +281,7 @@ class LanguageModel:
         """A cache for max_batch_size and max_length."""
         raise NotImplementedError
 
-    def _new_rows(self) -> RowModel:
+    def _new_rows(self) -> DecoderRows:
         """The rows of an engine, in the cache."""
         return DecoderRows(
             self.model, self._cache, self.max_length, self._begin, self._uses_fused_kernels
@@ -509,7 +511,7 @@ class LanguageModel:
             # So many logits are set aside for; tokens are, by the room in the cache.
             self.row_model.max_rows = max(LOGITS_CHUNK, self.max_batch_size)
             if self._has_graphs:
-                rows: Any = self.row_model
+                rows = self.row_model
                 rows.steps = DecodeSteps(rows, self.max_batch_size, Capture(self.device))
             self._engine = Engine(self.row_model, deterministic=self._is_deterministic)
             logger.info(

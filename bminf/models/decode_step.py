@@ -10,6 +10,7 @@ On a CPU, and where nothing is captured, the same passes run as they are.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -22,6 +23,10 @@ from bminf.engine.rows import Feed
 from bminf.errors import ArgumentError
 from bminf.layers.packed_cache import Span
 from bminf.layers.step_cache import Places
+from bminf.ops.attention import MAX_HEAD_DIM
+from bminf.ops.rows import KERNEL_COLUMNS
+
+logger = logging.getLogger("bminf")
 
 LEAST_KEYS = 256
 """Of a pass, as many as the kernel of attention gives to one block."""
@@ -86,8 +91,20 @@ class DecodeSteps:
             return logits
         logits = self._rows.run_step(step)
         if self._capture is not None:
-            self._graphs[size] = self._capture(lambda: self._rows.run_step(step))
+            self._keep_graph(size, step, self._capture)
         return logits
+
+    def _keep_graph(self, size: tuple[int, int], step: Step, capture: Capture) -> None:
+        """Capture a pass; where that fails, those that have no graph go on without, said once."""
+        try:
+            self._graphs[size] = capture(lambda: self._rows.run_step(step))
+        except Exception as error:  # of a driver, of torch, of a kernel
+            self._capture = None
+            logger.warning(
+                "a CUDA graph could not be captured, so tokens are computed without, which takes "
+                "the host longer: %s",
+                error,
+            )
 
 
 class Capture:
@@ -134,6 +151,16 @@ def check_graphs(
     for reason, is_given in reasons.items():
         if is_given:
             raise ArgumentError(f"cuda_graph=True {reason}; leave cuda_graph out")
+
+
+def check_heads(head_dim: int) -> None:
+    """Raise ArgumentError for heads that the kernel of attention does not take, and what stands in
+    its place asks the device for lengths, which no graph can."""
+    if head_dim % KERNEL_COLUMNS or head_dim > MAX_HEAD_DIM:
+        raise ArgumentError(
+            f"cuda_graph=True needs heads of a multiple of {KERNEL_COLUMNS} columns up to "
+            f"{MAX_HEAD_DIM}, and those of this model have {head_dim}; leave cuda_graph out"
+        )
 
 
 def num_sizes(max_rows: int, max_keys: int) -> int:

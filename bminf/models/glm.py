@@ -18,7 +18,6 @@ from bminf.arch.glm import GLMConfig
 from bminf.checks import check_bool
 from bminf.engine.beam import Decoder
 from bminf.engine.glm_beam import glm_beam_search
-from bminf.engine.rows import RowModel
 from bminf.engine.sampling import Sampling, top_k_then_top_p
 from bminf.errors import ArgumentError
 from bminf.keywords import known_keywords
@@ -324,7 +323,7 @@ class GLM(LanguageModel):
     def _new_cache(self) -> KVCache:
         return self.model.new_cache(self.max_batch_size, self.max_length)
 
-    def _new_rows(self) -> RowModel:
+    def _new_rows(self) -> GLMRows:
         return GLMRows(
             self.model, self._cache, self.max_length, self._begin, self._uses_fused_kernels
         )

@@ -192,8 +192,9 @@ def prefix_lm_mask(num_tokens: int, num_context: int) -> torch.Tensor:
 
 def position_tensor(positions: Sequence[Sequence[Position]], has_blocks: bool) -> torch.Tensor:
     """Positions of rows of equal length as arch/glm.py takes them: (B, T), or (B, 2, T)."""
-    both = torch.tensor(positions, dtype=torch.int64, device="cpu").view(len(positions), -1, 2)
-    return both.transpose(1, 2).contiguous() if has_blocks else both[:, :, 0].contiguous()
+    by_axis = [[*zip(*row, strict=True)] for row in positions]  # in the text, in the blank
+    given = by_axis if has_blocks else [in_text for in_text, _ in by_axis]
+    return torch.tensor(given, dtype=torch.int64, device="cpu")
 
 
 # ---- batches -------------------------------------------------------------------------------------

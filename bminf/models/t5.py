@@ -12,7 +12,6 @@ from bminf.arch import t5
 from bminf.arch.t5 import T5, T5Cache
 from bminf.checks import check_positive
 from bminf.engine.beam import Decoder
-from bminf.engine.rows import RowModel
 from bminf.errors import ArgumentError
 from bminf.models.arguments import Text
 from bminf.models.base import LanguageModel
@@ -54,7 +53,6 @@ class T5Model(LanguageModel):
     """What the encoder-decoder models have in common; see LanguageModel."""
 
     model: T5
-    _num_extra_tokens = 1  # two begin an answer, and its last one is not fed
     tokenizer: SentinelTokenizer
 
     @needs_open_model
@@ -90,7 +88,7 @@ class T5Model(LanguageModel):
             self.max_batch_size, self.max_length, self.max_length + self._num_extra_tokens
         )
 
-    def _new_rows(self) -> RowModel:
+    def _new_rows(self) -> T5Rows:
         longest = self.max_length + self._num_extra_tokens
         return T5Rows(self.model, self._cache, longest, self._begin, self._uses_fused_kernels)
 

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
-from bminf.cuda.launcher import Launcher, fused_launcher
+from bminf.cuda.launcher import Launcher
 from bminf.cuda.source import Kernel, LaunchPlan
 from bminf.errors import ArgumentError
-from bminf.ops.fused import is_fusible
-from bminf.ops.rows import ELEMENTS, KERNEL_COLUMNS, is_aligned
+from bminf.ops.fused import launcher_in_place
+from bminf.ops.rows import ELEMENTS, KERNEL_ALIGNMENT, KERNEL_COLUMNS
 
 MAX_QUERIES = 16
 MAX_HEAD_DIM = 256
@@ -97,18 +97,20 @@ def decode_attention(
 
 
 def decode_launch(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    launcher: Launcher | None = None,
 ) -> DecodeLaunch | None:
     """Calls a kernel for such tensors; None where torch's operators are to be taken: for many
-    queries, other heads, other devices, and where is_fusible() says so."""
+    queries, other heads, other devices, and where launcher_in_place() says so.
+
+    launcher: what that has said already; None asks it.
+    """
     if query.shape[2] > MAX_QUERIES:
         return None
-    # Asked first of a GPU, which may not be there: tensors without bytes.
-    is_on_cpu = query.device.type == "cpu"
-    if not is_on_cpu and not is_fusible(query, key, value):
-        return None
-    launcher = fused_launcher(query.device)
-    if launcher is None or (is_on_cpu and not is_fusible(query, key, value)):
+    launcher = launcher or launcher_in_place(query, key, value)
+    if launcher is None:
         return None
     plan = _plan_of(query, key, value)
     return None if isinstance(plan, str) else DecodeLaunch(launcher, plan)
@@ -150,19 +152,31 @@ def _check_rows(query: torch.Tensor, key: torch.Tensor, rows: Rows) -> None:
 
 def _plan_of(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> _Plan | str:
     """How such tensors are computed, or why the kernel does not take them."""
-    if query.dim() != 4 or key.dim() != 4 or key.shape != value.shape:
+    shape = key.shape
+    if query.dim() != 4 or len(shape) != 4 or shape != value.shape:
         return (
             f"query, key and value have shapes {tuple(query.shape)}, {tuple(key.shape)} and "
             f"{tuple(value.shape)}; they must be (B, H, T, D), and twice (B, H_kv, S, D)"
         )
-    if not (is_aligned(key) and is_aligned(value)):
+    if (key.data_ptr() | value.data_ptr()) % KERNEL_ALIGNMENT:
         return "key and value must begin at a multiple of 16 bytes"
-    num_rows, num_heads, _, head_dim = key.shape
-    return _plan(
-        (query.dtype, query.device, query.shape, query.stride()),
-        (key.dtype, key.device, (num_rows, num_heads, head_dim), key.stride()),
-        (value.dtype, value.device, value.stride()),
+    num_rows, num_heads, _, head_dim = shape
+    given = (
+        *(query.dtype, query.device, query.shape, query.stride()),
+        *(key.dtype, key.device, (num_rows, num_heads, head_dim), key.stride()),
+        *(value.dtype, value.device, value.stride()),
     )
+    plan = _plans.get(given)
+    if plan is None:
+        if len(_plans) >= _MAX_PLANS:
+            _plans.clear()
+        plan = _plans[given] = _plan(given[:4], given[4:8], given[8:])
+    return plan
+
+
+_MAX_PLANS = 256
+_plans: dict[tuple[Any, ...], _Plan | str] = {}
+"""By all that _plan() looks at."""
 
 
 def _check_added(query: torch.Tensor, added: Added, is_causal: bool, num_keys: int) -> None:
@@ -318,26 +332,28 @@ class DecodeLaunch(NamedTuple):
         scale: float,
         added: Added,
         is_causal: bool,
-        rows: Rows,
+        rows: Rows | None = None,
     ) -> torch.Tensor:
         """See decode_attention."""
         launcher, plan = self
+        num_keys, lengths, starts = key.shape[2], None, None
+        if rows is not None:
+            num_keys, lengths, starts = rows.num_keys, rows.lengths, rows.starts
         if query.numel() == 0:
             return query.new_zeros(query.shape)
         query = query.contiguous() if plan.copies_query else query
-        query = query if is_aligned(query) else query.clone(memory_format=torch.preserve_format)
-        max_distance = added.of_distance.shape[0] - 1 if isinstance(added, Buckets) else 0
-        chunks, merge = _launch_plans(
-            plan, rows.num_keys, is_causal, max_distance, _bias_strides(added), scale
-        )
-        y, partial = query.new_empty(plan.shape), None
+        if query.data_ptr() % KERNEL_ALIGNMENT:
+            query = query.clone(memory_format=torch.preserve_format)
+        of_added, max_distance, bias_strides = _arguments_of(added)
+        chunks, merge = _launch_plans(plan, num_keys, is_causal, max_distance, bias_strides, scale)
+        y, partial = query.new_empty(*plan.shape), None
         if merge is not None:
-            shape = plan.partial_shape(rows.num_keys)
+            shape = plan.partial_shape(num_keys)
             partial = torch.empty(shape, dtype=torch.float32, device=query.device)
-        pointers = query, key, value, rows.lengths, rows.starts, *_pointers(added), y, partial
+        pointers = query, key, value, lengths, starts, *of_added, y, partial
         launcher.run(chunks, pointers)
         if merge is not None:
-            launcher.run(merge, (partial, rows.lengths, y))
+            launcher.run(merge, (partial, lengths, y))
         return y.transpose(1, 2)
 
 
@@ -390,7 +406,6 @@ def _launch_plans(
     return chunks, LaunchPlan(plan.merge, merge_grid, block, (num_keys, num_chunks, masks))
 
 
-@lru_cache(maxsize=256)
 def _plan(query: tuple[Any, ...], key: tuple[Any, ...], value: tuple[Any, ...]) -> _Plan | str:
     """query, key: dtype, device, shape, without the S of keys, strides.   value: without shape."""
     why_not = _why_not(query, key, value)
@@ -461,18 +476,21 @@ def _steps(shape: tuple[int, ...], strides: tuple[int, ...]) -> list[int]:
     ]
 
 
-def _pointers(added: Added) -> Sequence[torch.Tensor | None]:
-    """bias, slopes, table, buckets."""
-    if isinstance(added, Slopes):
-        return None, added.slopes, None, None
+def _arguments_of(
+    added: Added,
+) -> tuple[Sequence[torch.Tensor | None], int, tuple[int, ...]]:
+    """(bias, slopes, table, buckets); the largest distance that has a bucket of its own; strides of
+    the bias in elements, 0 where there is one."""
+    if added is None:
+        return _NOTHING, 0, _NO_STRIDES
     if isinstance(added, Buckets):
-        return None, None, added.table, added.of_distance
-    return added, None, None, None
-
-
-def _bias_strides(added: Added) -> tuple[int, ...]:
-    """In elements; 0 where there is one."""
-    if not isinstance(added, torch.Tensor):
-        return (0, 0, 0, 0)
+        of_distance = added.of_distance
+        return (None, None, added.table, of_distance), of_distance.shape[0] - 1, _NO_STRIDES
+    if isinstance(added, Slopes):
+        return (None, added.slopes, None, None), 0, _NO_STRIDES
     sizes = zip(added.shape, added.stride(), strict=True)
-    return tuple(stride if size > 1 else 0 for size, stride in sizes)
+    strides = tuple(stride if size > 1 else 0 for size, stride in sizes)
+    return (added, None, None, None), 0, strides
+
+
+_NOTHING, _NO_STRIDES = (None,) * 4, (0,) * 4

@@ -71,7 +71,8 @@ def few_rows_linear(
     """x W^T + bias by the kernels, for 1 to 16 rows in all; None for whatever they do not take.
 
     This is the only check between a layer and its product, so it takes nothing for granted but that
-    the parts of the weight match.   x: (..., K) float32, float16 or bfloat16.   bias: (N,) or None.
+    the parts of the weight match and nobody watches (is_watched).
+    x: (..., K) float32, float16 or bfloat16.   bias: (N,) or None.
     activation_bits: 8 rounds each token first, as w8a8_linear.
     Returns (..., N) in the dtype of x.
     """
@@ -80,7 +81,7 @@ def few_rows_linear(
         return None
     if activation_bits == 8 and not _fits_bytes(weight):
         return None
-    y = x.new_empty((*x.shape[:-1], weight.qweight.shape[0]))
+    y = x.new_empty(*x.shape[:-1], weight.qweight.shape[0])
     num_rows = x.numel() // weight.in_features
     product = _packed(
         weight, bias, x.data_ptr(), y.data_ptr(), num_rows, y.dtype, activation_bits=activation_bits
@@ -107,7 +108,7 @@ def few_rows_of_many(x: torch.Tensor, parts: Sequence[Part], y: torch.Tensor) ->
     """
     if not parts:
         return True
-    found = _kernels_for(x, parts[0].weight, parts[0].bias)
+    found = None if is_watched() else _kernels_for(x, parts[0].weight, parts[0].bias)
     if found is None or not all(_is_readable(part, x) for part in parts[1:]):
         return False
     found.multiply_many([_part_of(x, part, y) for part in parts])
@@ -148,7 +149,7 @@ def few_rows_gated(
         return None
     if not (up_bias is None or _is_bias_of(up_bias, x, up)):
         return None
-    y = x.new_empty((*x.shape[:-1], gate.qweight.shape[0]))
+    y = x.new_empty(*x.shape[:-1], gate.qweight.shape[0])
     num_rows = x.numel() // gate.in_features
     sizes = x.data_ptr(), y.data_ptr(), num_rows, y.dtype
     first, second = _packed(gate, gate_bias, *sizes), _packed(up, up_bias, *sizes)
@@ -159,10 +160,9 @@ def few_rows_gated(
 def _kernels_for(
     x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None
 ) -> Kernels | None:
-    """The kernels, where they can compute the whole of x W^T + bias and nothing would be missed."""
-    if torch.compiler.is_compiling() or is_watched() or kernels() is None:
-        return None
-    if not (_is_plain(x) and _is_plain(weight.qweight)):
+    """The kernels, where they can compute the whole of x W^T + bias, and it needs no derivative."""
+    found = kernels()
+    if found is None or not (_is_plain(x) and _is_plain(weight.qweight)):
         return None
     if (
         x.dtype not in ELEMENTS
@@ -174,7 +174,7 @@ def _kernels_for(
         return None
     if not weight.qweight.shape[0] or not (bias is None or _is_bias_of(bias, x, weight)):
         return None
-    return kernels()
+    return found
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
@@ -254,7 +254,7 @@ def weight_only_linear(
 ) -> torch.Tensor:
     """x W^T + bias, (M, N) in the dtype of x.   x: (M, K).   bias: (N,) in that dtype, or None."""
     x = (x.detach() if x.requires_grad else x).contiguous()
-    found = _kernels_for(x, weight, bias)
+    found = None if is_watched() else _kernels_for(x, weight, bias)
     if found is not None and (len(x) <= MAX_ROWS or _is_fast_for_many(found, weight)):
         return _product_of_all(x, weight, bias, found)
     y = weight_only_product(x, weight)

@@ -18,12 +18,13 @@ from bminf.ops.cpu_linear import few_rows_gated
 from bminf.ops.linear import linear
 from bminf.ops.linear_weight_only import (
     MAX_FEW_ROWS,
-    can_be_launched,
+    few_rows_launched,
     launch_few_rows,
     uses_tensor_cores,
 )
 from bminf.ops.rows import as_rows, check_activations, check_codes, check_vector, kernel_rows
 from bminf.quantization.packed import PackedWeight
+from bminf.tracing import is_recorded, is_watched
 
 ACTIVATION_FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -74,17 +75,20 @@ def gated_linear_of_checked(
 ) -> torch.Tensor:
     """As gated_linear, for weights that are known to be alike and their parts to match, and an
     activation that is known, as in a layer of ours."""
-    launcher = launcher_for(x.device)
     index = _INDICES[activation]
-    if launcher is None:
-        few = few_rows_gated(x, gate, up, index, gate_bias, up_bias)
+    if not is_watched():
+        launcher = launcher_for(x.device)
+        if launcher is None:
+            few = few_rows_gated(x, gate, up, index, gate_bias, up_bias)
+        else:
+            few = few_rows_launched(launcher, x, gate, gate_bias, up, up_bias, index)
         if few is not None:
             return few
+    # Not asked for a GPU where tensors are fake, which need none.
+    launcher = None if is_recorded() else launcher_for(x.device)
     if launcher is None or not _is_fused(launcher, x, gate):
         function = ACTIVATION_FUNCTIONS[activation]
         return function(linear(x, gate, gate_bias)) * linear(x, up, up_bias)
-    if can_be_launched(x, gate, gate_bias) and can_be_launched(x, up, up_bias):
-        return launch_few_rows(launcher, x, gate, gate_bias, up, up_bias, index)
     check_codes("gate", gate.qweight)
     check_codes("up", up.qweight)
     gate_bias, up_bias = (_checked(bias, gate, x.dtype) for bias in (gate_bias, up_bias))

@@ -46,9 +46,8 @@ def linear_of_checked(
     x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, activations: str
 ) -> torch.Tensor:
     """As linear, for a weight whose parts are known to match, as in a layer of ours."""
-    is_run = isinstance(x, torch.Tensor) and not torch.compiler.is_compiling()
     # Not asked for a GPU where tensors are fake, which need none.
-    if is_run and activations in ACTIVATIONS and (x.is_cpu or not is_watched()):
+    if isinstance(x, torch.Tensor) and activations in ACTIVATIONS and not is_watched():
         launcher, is_int8 = launcher_for(x.device), activations == "int8"
         if launcher is None:
             few = few_rows_linear(x, weight, bias, 8 if is_int8 else FINEST_BITS)

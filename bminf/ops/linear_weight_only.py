@@ -30,7 +30,7 @@ from bminf.ops.rows import (
     kernel_rows,
 )
 from bminf.quantization.packed import CHUNK_BYTES, PackedWeight
-from bminf.tracing import is_watched
+from bminf.tracing import has_autocast, is_autocast
 
 MAX_FEW_ROWS = 16
 MIN_TENSOR_CORE_ROWS = 3
@@ -69,35 +69,81 @@ def linear_weight_only(
 
 
 def few_rows_launched(
-    launcher: Launcher, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None
+    launcher: Launcher,
+    x: torch.Tensor,
+    weight: PackedWeight,
+    bias: torch.Tensor | None,
+    up: PackedWeight | None = None,
+    up_bias: torch.Tensor | None = None,
+    activation: int = 0,
 ) -> torch.Tensor | None:
-    """x W^T + bias by a kernel, for 1 to 16 rows in all that it can read as they lie; None for
-    whatever else.
+    """x W^T + bias by a kernel, or with `up` as launch_few_rows, for 1 to 16 rows in all that it
+    can read as they lie; None for whatever else.
 
     This is the only check between a layer and its launch, so it takes nothing for granted but that
-    the parts of the weight match.   x: (..., K).   Returns (..., N) in the dtype of x.
+    the parts of a weight match, that both weights are alike, and that nobody watches (is_watched).
+    x: (..., K).   Returns (..., N) in the dtype of x.
     """
-    if not can_be_launched(x, weight, bias):
+    if up is not None and not _is_readable(x, up, up_bias):
         return None
-    is_tiled = uses_tensor_cores(launcher.capability, x.numel() // weight.in_features, x.dtype)
-    launch = launch_tensor_cores if is_tiled else launch_few_rows
-    return launch(launcher, x, weight, bias)
+    if not _is_readable(x, weight, bias):
+        return None
+    codes, scale, minimum, columns, group_size, _, row_scale = weight
+    known = (
+        *(x.dtype, x.shape, codes.dtype, codes.shape, columns, group_size, minimum is None),
+        *(row_scale is None, up is None, activation, launcher.capability, launcher.num_processors),
+    )
+    launch = _launches.get(known)
+    if launch is None:
+        launch = _launch_of(launcher, x, weight, up is not None, activation)
+        if launch is None:
+            return None
+        _launches[known] = launch
+    plan, shape, is_tiled = launch
+    y = x.new_empty(*shape)  # sizes one by one are read faster than a torch.Size
+    of_up: tuple[torch.Tensor | None, ...] = () if is_tiled else _NO_UP
+    if up is not None:
+        of_up = *weight_arguments(up), up_bias
+    launcher.run(plan, (x, codes, scale, minimum, row_scale, bias, *of_up, y))
+    return y
 
 
-def can_be_launched(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> bool:
-    """Whether a kernel can read a product of 1 to 16 rows as it lies, and nobody records it."""
-    if is_watched() or not is_ordinary(type(x)) or (x.requires_grad and torch.is_grad_enabled()):
+def _is_readable(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> bool:
+    """Whether a kernel can read a product as it lies, and it needs no derivative; its sizes and
+    dtypes are another question."""
+    codes = weight.qweight
+    if not (is_ordinary(type(x)) and x.is_contiguous() and x.device == codes.device):
         return False
-    codes, columns = weight.qweight, weight.in_features
-    if x.dtype not in ELEMENTS or not 0 < x.numel() <= MAX_FEW_ROWS * columns:
+    if (x.data_ptr() | codes.data_ptr()) % KERNEL_ALIGNMENT:
         return False
-    if columns % KERNEL_COLUMNS or not x.dim() or x.shape[-1] != columns or not x.is_contiguous():
+    if (has_autocast() and is_autocast(x)) or (x.requires_grad and torch.is_grad_enabled()):
         return False
-    device, is_readable = x.device, not (x.data_ptr() | codes.data_ptr()) % KERNEL_ALIGNMENT
-    if not is_readable or device != codes.device or not codes.numel():
-        return False
-    is_plain = bias is None or _is_bias_of(bias, x, codes)
-    return is_plain and not torch.is_autocast_enabled(device.type)
+    return bias is None or _is_bias_of(bias, x, codes)
+
+
+_NO_UP = (None,) * 5
+_launches: dict[tuple[Any, ...], tuple[LaunchPlan, tuple[int, ...], bool]] = {}
+"""For what a check of sizes and dtypes looks at: the launch, the shape of its result, and whether
+that is by tensor cores. What is in it was checked."""
+
+
+def _launch_of(
+    launcher: Launcher, x: torch.Tensor, weight: PackedWeight, is_gated: bool, activation: int
+) -> tuple[LaunchPlan, tuple[int, ...], bool] | None:
+    """None for sizes and dtypes that other ways are for."""
+    columns, outputs = weight.in_features, weight.out_features
+    if x.dtype not in ELEMENTS or not 0 < x.numel() <= MAX_FEW_ROWS * columns or not outputs:
+        return None
+    if columns % KERNEL_COLUMNS or x.shape[-1:] != (columns,):
+        return None
+    is_tiled = uses_tensor_cores(launcher.capability, x.numel() // columns, x.dtype)
+    if is_tiled and is_gated:
+        return None
+    if is_tiled:
+        plan = tensor_core_plan(x, weight, launcher.num_processors)
+    else:
+        plan = few_rows_plan(x, weight, is_gated, activation)
+    return plan, (*x.shape[:-1], outputs), is_tiled
 
 
 def _is_bias_of(bias: torch.Tensor, x: torch.Tensor, codes: torch.Tensor) -> bool:
@@ -147,7 +193,7 @@ def few_rows_kernel(
         (
             *_weight_macros(dtype, weight),
             ("ROWS_OF_X", rows_of_x),
-            ("ROWS_OF_W", _rows_of_w(rows_of_x, span_of(weight), is_gated)),
+            ("ROWS_OF_W", _rows_of_w(dtype, weight, rows_of_x, is_gated)),
             ("GATED", int(is_gated)),
         ),
     )
@@ -175,9 +221,12 @@ def few_rows_grid(kernel: Kernel, num_rows: int, out_features: int) -> tuple[int
     return -(-out_features // outputs), -(-num_rows // int(macros["ROWS_OF_X"])), 1
 
 
-def _rows_of_w(rows_of_x: int, span: int, is_gated: bool) -> int:
+def _rows_of_w(dtype: torch.dtype, weight: PackedWeight, rows_of_x: int, is_gated: bool) -> int:
     """Weight rows of a block: as many as fit its registers beside the rows of activations."""
-    if rows_of_x <= 4 and span:
+    span = span_of(weight)
+    # Minima and scales of two groups a chunk, beside activations of 32 bits: some compilers spill.
+    is_heavy = dtype == torch.float32 and weight.minimum is not None and span == 16
+    if rows_of_x <= 4 and span and not is_heavy:
         return 4
     return 1 if rows_of_x > 8 and not is_gated else 2
 

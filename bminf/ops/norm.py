@@ -7,16 +7,15 @@ Sources: Zhang & Sennrich 2019, arXiv:1910.07467; Ba et al. 2016, arXiv:1607.064
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cache, lru_cache
+from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from bminf.cuda.launcher import Launcher, fused_launcher
 from bminf.cuda.source import Kernel, LaunchPlan
 from bminf.errors import ArgumentError
-from bminf.ops.fused import is_fusible
+from bminf.ops.fused import launcher_in_place
 from bminf.ops.rows import ELEMENTS, KERNEL_ALIGNMENT, KERNEL_COLUMNS
 
 _MAX_THREADS = 512
@@ -36,10 +35,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     The mean is taken in float32, and the quotient rounded to the dtype of x before it is scaled.
     Returns (..., C).   Raises ArgumentError.
     """
-    launcher = fused_launcher(x.device)
-    if launcher is None or not _is_taken(x, weight):
-        return rms_norm_reference(x, weight, eps)
-    return _launch(launcher, "rms_norm", x, None, [weight], 1.0, eps)[1]
+    found = _launched("rms_norm", x, None, (weight,), 1.0, eps)
+    return rms_norm_reference(x, weight, eps) if found is None else found[1]
 
 
 def add_rms_norm(
@@ -49,11 +46,11 @@ def add_rms_norm(
 
     Raises ArgumentError.
     """
-    launcher = fused_launcher(x.device)
-    if launcher is None or not _is_taken(x, delta, weight, has_delta=True):
-        total = _added(x, delta, scale)
-        return total, rms_norm_reference(total, weight, eps)
-    return _launch(launcher, "rms_norm", x, delta, [weight], scale, eps)
+    found = _launched("rms_norm", x, delta, (weight,), scale, eps)
+    if found is not None:
+        return found
+    total = _added(x, delta, scale)
+    return total, rms_norm_reference(total, weight, eps)
 
 
 def layer_norm(
@@ -64,10 +61,8 @@ def layer_norm(
     x: (..., C) float16, bfloat16 or float32.   weight, bias: (C,).   All in float32, rounded once.
     Returns (..., C).   Raises ArgumentError.
     """
-    launcher = fused_launcher(x.device)
-    if launcher is None or not _is_taken(x, weight, bias):
-        return F.layer_norm(x, weight.shape, weight, bias, eps)
-    return _launch(launcher, "layer_norm", x, None, [weight, bias], 1.0, eps)[1]
+    found = _launched("layer_norm", x, None, (weight, bias), 1.0, eps)
+    return F.layer_norm(x, weight.shape, weight, bias, eps) if found is None else found[1]
 
 
 def add_layer_norm(
@@ -82,11 +77,11 @@ def add_layer_norm(
 
     scale: DeepNorm's alpha (Wang et al. 2022, arXiv:2203.00555).   Raises ArgumentError.
     """
-    launcher = fused_launcher(x.device)
-    if launcher is None or not _is_taken(x, delta, weight, bias, has_delta=True):
-        total = _added(x, delta, scale)
-        return total, F.layer_norm(total, weight.shape, weight, bias, eps)
-    return _launch(launcher, "layer_norm", x, delta, [weight, bias], scale, eps)
+    found = _launched("layer_norm", x, delta, (weight, bias), scale, eps)
+    if found is not None:
+        return found
+    total = _added(x, delta, scale)
+    return total, F.layer_norm(total, weight.shape, weight, bias, eps)
 
 
 def _added(x: torch.Tensor, delta: torch.Tensor, scale: float) -> torch.Tensor:
@@ -108,13 +103,61 @@ def norm_kernel(name: str, dtype: torch.dtype, chunks: int, is_wide: bool) -> Ke
     return Kernel(f"{name}.cu", name, macros)
 
 
-def _is_taken(x: torch.Tensor, *others: torch.Tensor, has_delta: bool = False) -> bool:
-    """By the kernel; otherwise by torch's operators, which check by themselves.
+def _launched(
+    name: str,
+    x: torch.Tensor,
+    delta: torch.Tensor | None,
+    weights: tuple[torch.Tensor, ...],
+    scale: float,
+    eps: float,
+) -> Added | None:
+    """By the kernel, where without a delta the sum is x; None where torch's operators are to be
+    taken, which check by themselves.   Raises ArgumentError."""
+    others = weights if delta is None else (delta, *weights)
+    launcher = launcher_in_place(x, *others)
+    if launcher is None:
+        return None
+    plan = _plan_of(name, x, others, delta is not None, scale, eps)
+    if plan is None:
+        return None
+    x, *parts = [tensor.contiguous() for tensor in (x, *others)]
+    y, total = torch.empty_like(x), None if delta is None else torch.empty_like(x)
+    nothing = (None,) if delta is None else ()
+    launcher.run(plan, (x, *nothing, *parts, total, y))
+    return x if total is None else total, y
 
-    others: delta, if there is one, and weights.   Raises ArgumentError.
+
+def _plan_of(
+    name: str,
+    x: torch.Tensor,
+    others: tuple[torch.Tensor, ...],
+    has_delta: bool,
+    scale: float,
+    eps: float,
+) -> LaunchPlan | None:
+    """How the kernel is launched; None for rows that it does not take.
+
+    others: delta, if there is one, and weights.
+    Raises ArgumentError where shapes or devices do not go together.
     """
-    if x.shape[-1] > MAX_COLUMNS or not is_fusible(x, *others):
-        return False
+    shape, addresses = x.shape, x.data_ptr()
+    known: list[Any] = [name, has_delta, x.dtype, shape, x.device, scale, eps]
+    for other in others:
+        known += other.shape, other.device
+        addresses |= other.data_ptr()
+    is_aligned = addresses % KERNEL_ALIGNMENT == 0
+    key = *known, is_aligned
+    plan = _plans.get(key)
+    if plan is None and shape[-1] <= MAX_COLUMNS:
+        _check(x, others, has_delta)
+        if len(_plans) >= _MAX_PLANS:
+            _plans.clear()
+        rows = x.numel() // shape[-1]
+        plan = _plans[key] = _plan(name, x.dtype, rows, shape[-1], is_aligned, scale, eps)
+    return plan
+
+
+def _check(x: torch.Tensor, others: tuple[torch.Tensor, ...], has_delta: bool) -> None:
     columns, device = x.shape[-1:], x.device
     for index, other in enumerate(others):
         is_delta = has_delta and not index
@@ -123,36 +166,13 @@ def _is_taken(x: torch.Tensor, *others: torch.Tensor, has_delta: bool = False) -
                 f"{'delta' if is_delta else 'a weight'} of a norm is {tuple(other.shape)} on "
                 f"{other.device}; it does not go with x, {tuple(x.shape)} on {device}"
             )
-    return True
 
 
-def _launch(
-    launcher: Launcher,
-    name: str,
-    x: torch.Tensor,
-    delta: torch.Tensor | None,
-    weights: Sequence[torch.Tensor],
-    scale: float,
-    eps: float,
-) -> Added:
-    """Without a delta the sum is x."""
-    x, total = x.contiguous(), None
-    columns, addresses = x.shape[-1], x.data_ptr()
-    if delta is not None:
-        delta, total = delta.contiguous(), torch.empty_like(x)
-        addresses |= delta.data_ptr()
-    weights = [weight.contiguous() for weight in weights]
-    for weight in weights:
-        addresses |= weight.data_ptr()
-    y = torch.empty_like(x)
-    is_aligned = addresses % KERNEL_ALIGNMENT == 0
-    plan = _plan(name, x.dtype, x.numel() // columns, columns, is_aligned, scale, eps)
-    tensors = (x, delta, *weights, total, y)
-    launcher.run(plan, tensors)
-    return x if total is None else total, y
+_MAX_PLANS = 1024  # a prompt of each length has one
+_plans: dict[tuple[Any, ...], LaunchPlan] = {}
+"""By what _plan_of() looks at: what has a plan was checked."""
 
 
-@lru_cache(maxsize=1024)  # a prompt of each length has one
 def _plan(
     name: str,
     dtype: torch.dtype,

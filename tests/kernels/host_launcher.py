@@ -21,16 +21,17 @@ if TYPE_CHECKING:
 @contextmanager
 def served_by(launcher: Any) -> Iterator[None]:
     """Let `launcher` run the kernels for tensors on the CPU in the meantime."""
-    from bminf.cuda import launcher as launchers
+    import torch
 
-    before = launchers._test_launchers.get("cpu")
-    launchers._test_launchers["cpu"] = launcher
+    from bminf.cuda.launcher import known_launchers as known
+
+    cpu = torch.device("cpu")
+    before = known.get(cpu)
+    known[cpu] = launcher
     try:
         yield
     finally:
-        del launchers._test_launchers["cpu"]
-        if before is not None:
-            launchers._test_launchers["cpu"] = before
+        known[cpu] = before
 
 
 class NotingLauncher:

@@ -89,7 +89,7 @@ def driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Driver:
     )
     monkeypatch.setattr(torch.cuda, "mem_get_info", driver.mem_get_info)
     monkeypatch.setattr(launcher_module, "_cells_of_thread", launcher_module._CellsOfThread())
-    monkeypatch.setattr(launcher_module, "_raw_stream", None)
+    monkeypatch.setattr(launcher_module, "_raw_stream", launcher_module._stream_of_torch)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: driver.is_capturing)
     monkeypatch.setattr(cupy.cuda.function, "Module", driver.module)
     monkeypatch.setattr(cupy.cuda.driver, "launchKernel", driver.launch)

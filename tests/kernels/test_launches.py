@@ -102,6 +102,24 @@ def test_a_weight_whose_parts_do_not_go_together_is_refused(
     assert not noting.launches
 
 
+def test_what_is_wrong_is_refused_after_what_was_right(noting: NotingLauncher) -> None:
+    """How a product is launched is remembered by all that a check looks at."""
+    weight, bias = pack(torch.randn(9, 64), INT8), torch.randn(9)
+    x = torch.randn(2, 64)
+    linear(x, weight, bias)
+    assert noting.names == ["linear_few_rows"]
+    for message, wrong in (
+        ("x has shape .2, 56., but the weight takes 64", (x[:, 8:], weight, bias)),
+        ("x has shape .., but the weight takes 64", (x[0, 0], weight, bias)),
+        ("x is torch.float64; accepted", (x.double(), weight, bias)),
+        ("bias is torch.float32 of shape .8,.", (x, weight, bias[1:])),
+        ("x is on meta, the weight on cpu", (x.to("meta"), weight, bias)),
+    ):
+        with pytest.raises(ArgumentError, match=message):
+            linear(*wrong)
+    assert len(noting.launches) == 1
+
+
 def test_sizes_that_kernels_cannot_count_are_refused() -> None:
     codes = torch.empty(2**31, 16, dtype=torch.int8, device="meta")
     for check in (kernel_rows, lambda codes: check_codes("qweight", codes)):

@@ -24,8 +24,9 @@ HEAD_DIMS = (8, 16, 24, 64, 80, 96, 128, 256)
 # One of each kind that the sources tell apart: bits, minimum, a scale a row, chunks in one, two or
 # any groups.
 MINIMUM = Format(4, 32, has_minimum=True)
+NARROW_MINIMUM = Format(4, 16, has_minimum=True)
 FORMS = (
-    INT8, INT4, MINIMUM, Format(4, 32), Format(4, 16, True), Format(8, 34), Format(4, 34, True),
+    INT8, INT4, MINIMUM, Format(4, 32), NARROW_MINIMUM, Format(8, 34), Format(4, 34, True),
     Format(4, 34), Format(4, 16), Format(4, 32, True, 8), Format(4, 34, True, 8), Format(4),
 )  # fmt: skip
 
@@ -113,6 +114,9 @@ def _few_rows_extremes() -> Iterator[Kernel]:
     for num_rows in (4, 8, 16):
         yield few_rows_of(torch.bfloat16, INT4, num_rows, is_gated=True)
     yield few_rows_of(torch.float32, INT4, 4)
+    # With more rows of the weight these two would spill on 7.5 and 9.0.
+    yield few_rows_of(torch.float32, NARROW_MINIMUM, 2)
+    yield grouped_kernel(torch.float32, weight_of(NARROW_MINIMUM))
 
 
 def tensor_core_of(

@@ -15,6 +15,8 @@ import pytest
 import torch
 from golden import CLASSES, GoldenSet, for_each, is_int8
 
+from bminf.arch.gpt import GPTConfig
+from bminf.arch.t5 import T5Config
 from bminf.engine.request import Request
 from bminf.engine.sampling import Sampling
 from bminf.errors import ArgumentError, UnsupportedModelError
@@ -136,6 +138,30 @@ def test_a_pass_that_has_run_once_is_captured_and_run_again(load: Loader) -> Non
     assert texts() == expected and len(captured) == before
 
 
+def test_a_capture_that_fails_is_said_once_and_ends_no_text(
+    load: Loader, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = load("cpm1", max_batch_size=2, max_length=64)
+    num_tried = 0
+
+    def capture(run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        nonlocal num_tried
+        num_tried += 1
+        if num_tried == 1:
+            return run
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    def texts() -> list[Any]:
+        return model.generate_batch(["今天天气很好", "我们"], max_tokens=20, temperature=0)
+
+    expected, rows = texts(), model.row_model
+    rows.steps = DecodeSteps(rows, 2, capture)  # type: ignore[arg-type]
+    assert texts() == expected and texts() == expected
+    assert num_tried == 2 and len(rows.steps._graphs) == 1
+    (message,) = [one.getMessage() for one in caplog.records if "CUDA graph" in one.getMessage()]
+    assert message.endswith("longer: operation not permitted when stream is capturing")
+
+
 class Graph:
     """Of torch.cuda, as far as it is asked."""
 
@@ -205,6 +231,26 @@ def test_a_plan_has_room_for_graphs_and_refuses_to_stream() -> None:
     with pytest.raises(UnsupportedModelError, match=r"nothing streams, and .* raise memory_limit"):
         plan_model(name, graphs.total_bytes - 1, **settings, cuda_graph=True)
     assert not plan_model(name, graphs.total_bytes, **settings, cuda_graph=True).streamed
+
+
+def test_graphs_of_heads_that_no_kernel_takes_are_refused_before_a_file_is_read() -> None:
+    config = GPTConfig(64, 48, 2, 4, 64, 96)  # heads of 12 columns
+    assert plan_model(config).total_bytes > 0
+    with pytest.raises(ArgumentError, match=r"of 8 columns up to 256, and those .* 12;"):
+        plan_model(config, cuda_graph=True)
+
+
+@pytest.mark.parametrize("num_extra", [0, 1])
+def test_graphs_are_counted_for_all_that_a_decoder_is_fed(num_extra: int) -> None:
+    """One of an encoder-decoder is fed a token more than max_length."""
+    decoder_only = GPTConfig(64, 48, 2, 3, 256, 96)
+    config = T5Config(64, 48, 96, 3, 16, 2, 2) if num_extra else decoder_only
+    below, at, above = (
+        plan_model(config, max_length=length, cuda_graph=True).reserved_bytes
+        - plan_model(config, max_length=length).reserved_bytes
+        for length in (63 - num_extra, 64 - num_extra, 65 - num_extra)
+    )
+    assert below == at < above
 
 
 def test_rows_and_keys_are_rounded_up() -> None:

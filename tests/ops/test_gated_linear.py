@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from quantized_models import product, relative_error
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bminf.errors import ArgumentError
 from bminf.ops.gated_linear import gated_linear
-from bminf.quantization.packed import INT4, INT8, Format
+from bminf.quantization.packed import INT4, INT8, Format, empty
 from bminf.quantization.packing import pack
 
 
@@ -35,3 +36,10 @@ def test_bad_arguments_are_refused(gate: Format, activation: str, said: str) -> 
     weight = torch.randn(4, 6)
     with pytest.raises(ArgumentError, match=said):
         gated_linear(torch.randn(2, 6), pack(weight, gate), pack(weight, INT8), activation)
+
+
+def test_fake_tensors_of_a_gpu_need_none() -> None:
+    with FakeTensorMode(), torch.device("cuda"):
+        weight = empty(48, 64, INT8, "cuda")
+        y = gated_linear(torch.empty(2, 3, 64), weight, weight, "silu")
+    assert y.shape == (2, 3, 48) and y.device.type == "cuda"

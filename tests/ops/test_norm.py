@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bminf.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 
@@ -43,3 +44,12 @@ def test_a_norm_adds_as_torch_does_and_normalizes_the_sum(dtype: torch.dtype, sc
     total, y = add_layer_norm(x, delta, weight, bias, 1e-5, scale)
     assert torch.equal(total, x * scale + delta)
     assert torch.equal(y, layer_norm(total, weight, bias, 1e-5))
+
+
+def test_fake_tensors_of_a_gpu_need_none() -> None:
+    with FakeTensorMode(), torch.device("cuda"):
+        x, weight = torch.empty(2, 3, 64), torch.empty(64)
+        found = [rms_norm(x, weight, 1e-6), layer_norm(x, weight, weight, 1e-5)]
+        found += [*add_rms_norm(x, x, weight, 1e-6), *add_layer_norm(x, x, weight, weight, 1e-5)]
+    assert len(found) == 6
+    assert all(y.shape == x.shape and y.device.type == "cuda" for y in found)
