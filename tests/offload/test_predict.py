@@ -153,3 +153,10 @@ def test_of_one_row_nothing_is_multiplied() -> None:
     found = predict(plan(BLOCKS, 10**8), 1e9, 1e10)
     assert found.arithmetic_s == 0 and found.memory_s == found.compute_s == found.pass_s
     assert rows_until_arithmetic(found, 1) == math.inf
+
+
+def test_calls_and_what_lies_outside_take_their_own_time() -> None:
+    made = plan([Block(f"layers.{at}", 10**6) for at in range(4)], 10**8, outside_bytes=10**7)
+    found = predict(made, 1e9, 1e9, calls_s=1e-3, outside_bytes_per_s=1e10)
+    assert found.pass_s == pytest.approx(4 * (1e-3 + 1e-3) + 1e-3)
+    assert predict(made, 1e9, 1e9).pass_s == pytest.approx(4e-3 + 1e-2)
