@@ -559,4 +559,11 @@ FAULTS = (
         new="zip(logits, one.pending[first:], strict=False)",
         breaks="A token of a prompt is scored by the logits behind itself.",
     ),
+    Fault(
+        name="scores-cut-the-end",
+        file="bminf/evaluation/scorers.py",
+        old="rows.setdefault(tuple([*context, *ids][-max_length - 1 : -1]), []).append(at)",
+        new="rows.setdefault(tuple([*context, *ids][:max_length]), []).append(at)",
+        breaks="Of a long context another part than its end is read before the continuation.",
+    ),
 )
