@@ -90,9 +90,11 @@ ICETK = ["icetk"]
 SERVE = ["fastapi", "uvicorn", "prometheus-client"]
 # The site of docs/.
 DOCS = ["mkdocs-material", "mkdocstrings[python]"]
+# bminf eval.
+EVAL = ["lm-eval"]
 TEST = [
     *("pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "accelerate", "peft", "openai"),
-    *(*DEMO[:2], *SERVE, *DOCS),
+    *(*DEMO[:2], *SERVE, *DOCS, *EVAL),
     "setuptools>=70.1",  # they build wheels
     f"nvidia-cuda-nvdisasm; {HAS_CUDA_WHEELS}",  # they count machine instructions
 ]
@@ -107,7 +109,14 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     install_requires=RUNTIME,
-    extras_require={"demo": DEMO, "icetk": ICETK, "serve": SERVE, "docs": DOCS, "test": TEST},
+    extras_require={
+        "demo": DEMO,
+        "icetk": ICETK,
+        "serve": SERVE,
+        "eval": EVAL,
+        "docs": DOCS,
+        "test": TEST,
+    },
     packages=[*find_packages(include=["bminf", "bminf.*"]), "bminf.kernels"],
     package_dir={"bminf.kernels": "kernels"},
     package_data={
