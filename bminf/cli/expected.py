@@ -27,12 +27,15 @@ operations for a token, and there is more Python around them than around those o
 CALLS_OF_TOKEN = 500
 """What generate() costs outside the layers, likewise."""
 
+CALLS_OF_COPY = 75
+"""What handing a block over costs that is streamed, likewise."""
+
 _TEXT = 2048  # tokens that there is room for
 _OTHERS_BITS = 4.5  # a weight of llama.cpp's Q4_0
 _CLEARLY = 1.1
 _LARGE = 2.0**28  # weights, as heads have them
 _BITS = {"float32": 32, "float16": 16, "bfloat16": 16, "int8": 8, "int4": 4.5}  # a weight
-_MATRICES = 4  # of the size of a layer's largest ones, which make up about its weights
+_MATRICES = 7  # of a layer, of which the mean size is taken
 
 
 @dataclass(frozen=True)
@@ -181,7 +184,7 @@ def _of_shape(shape: Shape, quantization: str, machine: Machine) -> Expected:
 
 def _predicted(expected: Expected, form: _Form, made: Plan, machine: Machine) -> Expected:
     found = _prediction(form, made, machine)
-    rate = None if found is None else 1 / _token_s(found, machine)
+    rate = None if found is None else 1 / _token_s(found, made, machine)
     return replace(
         expected,
         resident_bytes=made.resident_bytes,
@@ -192,8 +195,9 @@ def _predicted(expected: Expected, form: _Form, made: Plan, machine: Machine) ->
     )
 
 
-def _token_s(found: Prediction, machine: Machine) -> float:
-    return found.pass_s + CALLS_OF_TOKEN * machine.call_s
+def _token_s(found: Prediction, made: Plan, machine: Machine) -> float:
+    calls = CALLS_OF_TOKEN + CALLS_OF_COPY * len(made.streamed)
+    return found.pass_s + calls * machine.call_s
 
 
 def _prediction(form: _Form, made: Plan, machine: Machine) -> Prediction | None:

@@ -31,7 +31,7 @@ Work = Callable[[], object]
 PROBE_BYTES = 2**27
 """More than the caches of processors hold, but for those of large servers."""
 
-SHAPES = ((576, 1536), (2048, 2048), (4096, 4096))
+SHAPES = ((576, 1024), (2048, 2048), (4096, 4096))
 """(in_features, out_features) of products, as of models of 0.1, 1 and 8 billion weights."""
 
 PACKED = ("int8", "int4")

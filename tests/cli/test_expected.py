@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from bminf.cli import expected
-from bminf.cli.expected import CALLS_OF_LAYER, CALLS_OF_TOKEN, SHAPES, Machine, Shape
+from bminf.cli.expected import CALLS_OF_COPY, CALLS_OF_LAYER, CALLS_OF_TOKEN, SHAPES, Machine, Shape
 from bminf.cli.gpus import Speeds
 from bminf.cli.machine import Rate
 from bminf.offload.plan import Block, plan
@@ -68,6 +68,16 @@ def test_calls_take_their_time_in_each_layer() -> None:
     assert fast.tokens_per_s and slow.tokens_per_s
     more_s = 1 / slow.tokens_per_s - 1 / fast.tokens_per_s
     assert more_s == pytest.approx((SHAPE.num_layers * CALLS_OF_LAYER + CALLS_OF_TOKEN) * 1e-5)
+
+
+def test_handing_blocks_over_takes_its_time() -> None:
+    """The link is fast enough for all copies to hide."""
+    on = machine(room_bytes=12 * GB, speeds=Speeds(10**15, 20 * GB))
+    fast, slow = of(SHAPE, "none", on), of(SHAPE, "none", replace(on, call_s=1e-5))
+    assert fast.tokens_per_s and slow.tokens_per_s and fast.streamed_bytes
+    num_streamed = round(fast.streamed_bytes / (2 * SHAPE.layer_weights))
+    calls = SHAPE.num_layers * CALLS_OF_LAYER + num_streamed * CALLS_OF_COPY + CALLS_OF_TOKEN
+    assert 1 / slow.tokens_per_s - 1 / fast.tokens_per_s == pytest.approx(calls * 1e-5, rel=1e-3)
 
 
 def test_what_does_not_fit_a_gpu_comes_over_its_link() -> None:
