@@ -30,7 +30,8 @@ from bminf.evaluation.harness import (
 )
 from bminf.evaluation.scorers import PretrainedScorer, Score, scorer_of
 
-pytestmark = pytest.mark.usefixtures("harness")
+# To import it and what it brings takes seconds.
+pytestmark = [pytest.mark.usefixtures("harness"), pytest.mark.slow]
 
 NUM_ITEMS = 500
 
