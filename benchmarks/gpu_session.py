@@ -103,7 +103,7 @@ def steps() -> list[Step]:
         tests("speed", 40, f"{kernel_tests} -k the_targets"),
         _measured("kernels rows", 45, f"{weights} 30 --rows 2 8 32 64 512"),
         tests("benchmark tests", 40, "tests/test_benchmarks.py tests/test_model_benchmark.py "
-              "tests/cli/test_tables.py"),
+              "tests/cli/test_tables.py tests/cli/test_doctor.py"),
     ]  # fmt: skip
     return [*needed, *(replace(step, is_spare=True) for step in spare)]
 

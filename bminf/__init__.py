@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from bminf.wrapping import unwrap as unwrap
     from bminf.wrapping import wrapper as wrapper
 
-__version__ = "3.0.0.dev0"
+__version__ = "3.0.0"
 
 _LAZY_IMPORTS = {
     "CpuInfo": "bminf.cpu.library",

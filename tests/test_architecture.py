@@ -30,6 +30,7 @@ LEVELS = {
     "bminf.description": 4,
     "bminf.wrapping": 5, "bminf.models": 5, "bminf.pretrained": 5,
     "bminf.block_list": 6, "bminf.loading": 6, "bminf.saving": 6,
+    "bminf.evaluation": 6,
     "bminf": 7,
     "bminf.server": 8,
     "bminf.cli": 9,

@@ -573,4 +573,18 @@ FAULTS = (
         new="yield Span(span.name, span.start_s, span.end_s)",
         breaks="What a block waits for its copy is shown as computation.",
     ),
+    Fault(
+        name="scores-cut-the-end",
+        file="bminf/evaluation/scorers.py",
+        old="rows.setdefault(tuple([*context, *ids][-max_length - 1 : -1]), []).append(at)",
+        new="rows.setdefault(tuple([*context, *ids][:max_length]), []).append(at)",
+        breaks="Of a long context another part than its end is read before the continuation.",
+    ),
+    Fault(
+        name="fidelity-keeps-packed-weights",
+        file="bminf/evaluation/fidelity.py",
+        old="linear.weight.data = weight",
+        new="pass",
+        breaks="The second format of a table is measured on the weights that the first has left.",
+    ),
 )

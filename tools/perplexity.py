@@ -1,8 +1,6 @@
-"""What packing does to a model's predictions.
+"""What packing does to a model's predictions, as `bminf eval --fidelity` measures it, in full.
 
-The weights of all linears but the output head are packed and unpacked again, with `--head` that
-of the head, too, and the model reads a text: its perplexity, and how far its predictions are from
-those of fp32 (Kullback-Leibler).
+With `--head` the output head is packed, too.
 
 Each format is measured on the columns of the weights as they are, and on columns in random order:
 weights that were once quantized themselves lie on a grid of neighbouring columns, which a format
@@ -16,7 +14,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -24,44 +22,29 @@ from pydoc_data.topics import topics
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from benchmarks.harness import Group, Result, Settings, summary
 from benchmarks.report import at, by_columns
 from bminf.cli import models
-from bminf.models.evaluate import perplexity, window_losses
+from bminf.evaluation.fidelity import (
+    FORMATS,
+    WINDOW,
+    Reader,
+    Sample,
+    mean_bits,
+    name_of,
+    repacked,
+)
+from bminf.models.evaluate import perplexity
 from bminf.quantization.packed import FORMATS as FORMATS_BY_NAME
-from bminf.quantization.packed import Format, dequantize
-from bminf.quantization.packing import DIVISORS, pack, pack_rows
+from bminf.quantization.packed import Format
+from bminf.quantization.packing import DIVISORS
 from tools.other_formats import OTHER_FORMATS, OtherFormat, possible
 
-WINDOW = 512
 TOPICS = "pydoc_data.topics"
-KL_STEP = 5  # of the windows, every fifth: the logits of fp32 are kept for these
-
-FORMATS = (
-    Format(8),
-    Format(8, 128),
-    Format(4, 16),
-    Format(4, 16, scale_bits=8),
-    Format(4, 32, scale_bits=8),
-    Format(4, 32, True, 8),
-    *(
-        Format(4, size, has_minimum)
-        for size in (32, 64, 128, None)
-        for has_minimum in (True, False)
-    ),
-)
 
 _SAME = ("model", "text_sha256", "window", "windows", "kl_windows", "seeds")
 _SAME_NLL = 1e-3  # nats a token of a window, between one CPU and another
-
-Sample = dict[str, Any]
-"""One reading of the text.
-
-seed: of the order of the columns; None is their own.   nll: mean negative log-likelihood of the
-tokens of each window.   kl: mean KL(fp32 || this) over each fifth window, in nats.
-"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -237,92 +220,6 @@ def summaries(samples: Sequence[Sample], plain: Sample) -> dict[str, Any]:
         "ratio": summary([value / of_plain for value in found]),
         "kl": summary([sum(sample["kl"]) / len(sample["kl"]) for sample in samples]),
     }
-
-
-class Reader:
-    """A model in fp32, the ids of a text, and what the model makes of it: `plain`.
-
-    head: how the output head is packed in every other reading; the embedding stays as it is.
-    Raises ValueError for a text that fills no window; a rest that fills none is left out.
-    """
-
-    def __init__(self, model: Any, ids: torch.Tensor, head: Format | None = None) -> None:
-        if len(ids) < WINDOW:
-            raise ValueError(f"{len(ids)} tokens do not fill a window of {WINDOW}")
-        self.model, self.ids = model, ids[: len(ids) // WINDOW * WINDOW]
-        self._head, self._head_form = model.get_output_embeddings(), head
-        linears = (one for one in model.modules() if isinstance(one, torch.nn.Linear))
-        self.linears = [linear for linear in linears if linear is not self._head]
-        self._references: list[torch.Tensor] = []
-        self.plain = self._sample(None)
-
-    def read(self, seed: int | None, replace: Callable[[torch.Tensor], torch.Tensor]) -> Sample:
-        """With `replace(weight)` in place of each weight, columns in the order of `seed`.
-
-        They are put back afterwards, which is the same as to permute the input alike.
-        """
-        generator = torch.Generator().manual_seed(seed or 0)
-        weights = [linear.weight.data for linear in self.linears]
-        tied = self._head.weight
-        try:
-            if self._head_form is not None:
-                self._head.weight = torch.nn.Parameter(repacked(tied.data, self._head_form))
-            for linear in self.linears:
-                order = torch.arange(linear.in_features)
-                if seed is not None:
-                    order = torch.randperm(linear.in_features, generator=generator)
-                linear.weight.data = replace(linear.weight.data[:, order])[:, order.argsort()]
-            return self._sample(seed)
-        finally:
-            self._head.weight = tied
-            for linear, weight in zip(self.linears, weights, strict=True):
-                linear.weight.data = weight
-
-    @torch.inference_mode()
-    def _sample(self, seed: int | None) -> Sample:
-        kept: list[torch.Tensor] = []  # the logits of the window that was read last
-
-        def logits(ids: torch.Tensor) -> torch.Tensor:
-            kept[:] = [self.model(ids, use_cache=False).logits]
-            return kept[0]
-
-        sample: Sample = {"seed": seed, "nll": [], "kl": []}
-        for i, losses in enumerate(window_losses(logits, self.ids, WINDOW, WINDOW)):
-            sample["nll"].append(round(losses.mean().item(), 6))
-            if i % KL_STEP == 0:
-                log_probs = kept[0][0, :-1].log_softmax(-1)
-                sample["kl"].append(round(self._divergence(i // KL_STEP, log_probs), 6))
-        return sample
-
-    def _divergence(self, index: int, log_probs: torch.Tensor) -> float:
-        """KL of the first reading, which is kept, against this one."""
-        if index == len(self._references):
-            self._references.append(log_probs)
-        reference = self._references[index]
-        return F.kl_div(log_probs, reference, reduction="batchmean", log_target=True).item()
-
-
-def repacked(
-    weight: torch.Tensor, form: Format, divisors: Sequence[float] = DIVISORS
-) -> torch.Tensor:
-    """What is left of `weight` after it was packed and unpacked again."""
-    return dequantize(pack(weight, form, partial(pack_rows, divisors=divisors)), weight.dtype)
-
-
-def name_of(form: Format | None) -> str:
-    if form is None:
-        return "fp32"
-    group = "row" if form.group_size is None else f"g{form.group_size}"
-    kind = "minimum" if form.has_minimum else "symmetric"
-    return f"int{form.bits} {group} {kind}{', 8-bit scales' if form.scale_bits == 8 else ''}"
-
-
-def mean_bits(linears: Sequence[torch.nn.Linear], form: Format) -> float:
-    """Bits for a weight, scales and minima included, over all `linears`."""
-    bits = sum(
-        form.bits_per_weight(linear.in_features) * linear.weight.numel() for linear in linears
-    )
-    return bits / sum(linear.weight.numel() for linear in linears)
 
 
 def table_parts(content: Result) -> Iterator[str]:

@@ -25,6 +25,8 @@ VERBS = {
     "chat": "talk to a model, on a terminal or with lines from a pipe",
     "convert": "quantize a checkpoint into a folder that loads faster",
     "demo": "generate with everything resident, then under a limit, and compare the texts",
+    "doctor": "measure this machine, and predict what models would give on it",
+    "eval": "run tasks of lm-evaluation-harness, or tell what packing the weights costs",
     "fill": "fill the blanks of a text, with CPM-2 or GLM",
     "generate": "continue a text, and print it as it comes",
     "plan": "show which blocks a memory limit keeps resident, and predict the time per token",

@@ -1,10 +1,8 @@
-"""What known GPUs can do: their memory, their bus, their arithmetic; and measuring this machine."""
+"""What known GPUs can do: their memory, their bus, their arithmetic; "this" is measured."""
 
 from __future__ import annotations
 
 import re
-import time
-from collections.abc import Callable
 from typing import NamedTuple
 
 from bminf.errors import ArgumentError
@@ -17,8 +15,6 @@ _LANE_GBPS = {3: 0.985, 4: 1.969, 5: 3.938}
 _BUS_EFFICIENCY = 0.8  # of the bus bandwidth, by large copies from page-locked memory
 
 _GB = 10**9
-_PROBE_BYTES = 2**27
-_ROUNDS = 5
 
 
 class Speeds(NamedTuple):
@@ -159,54 +155,11 @@ def _speeds(card: _Card) -> Speeds:
 
 
 def _of_this_machine() -> Speeds:
-    import torch
+    from bminf.cli.machine import speeds_of_machine
 
-    return _of_gpu() if torch.cuda.is_available() else _of_cpu()
+    return speeds_of_machine()
 
 
 def _plain(name: str) -> str:
     """ "NVIDIA GeForce RTX 4090" and "rtx4090" are the same."""
     return re.sub(r"nvidia|geforce|tesla|[^a-z0-9]", "", name.lower())
-
-
-def _of_gpu() -> Speeds:
-    import torch
-
-    source = torch.empty(_PROBE_BYTES, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    host = torch.empty(_PROBE_BYTES, dtype=torch.uint8).pin_memory()
-    copy_s = _min_s(lambda: target.copy_(source), torch.cuda.synchronize)
-    link_s = _min_s(lambda: target.copy_(host, non_blocking=True), torch.cuda.synchronize)
-    # A copy on the device reads and writes each byte.
-    return Speeds(int(_PROBE_BYTES / link_s), int(2 * _PROBE_BYTES / copy_s))
-
-
-def _of_cpu() -> Speeds:
-    """Of RAM, and of a file, from which the CPU streams blocks."""
-    import tempfile
-
-    import torch
-
-    numbers = torch.ones(_PROBE_BYTES // 4)
-    buffer = memoryview(bytearray(_PROBE_BYTES))
-    with tempfile.TemporaryFile(buffering=0) as file:
-        file.write(buffer)
-
-        def read() -> None:
-            file.seek(0)
-            file.readinto(buffer)
-
-        file_s = _min_s(read)
-    return Speeds(int(_PROBE_BYTES / file_s), int(_PROBE_BYTES / _min_s(numbers.sum)))
-
-
-def _min_s(work: Callable[[], object], wait: Callable[[], object] = lambda: None) -> float:
-    """Seconds of the fastest of some runs; other load on the machine only makes runs slower."""
-    times = []
-    for _ in range(_ROUNDS):
-        wait()
-        start_s = time.perf_counter()
-        work()
-        wait()
-        times.append(time.perf_counter() - start_s)
-    return max(min(times), 1e-9)

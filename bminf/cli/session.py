@@ -16,6 +16,8 @@ from bminf.progress import spinner
 from bminf.units import format_bytes
 
 if TYPE_CHECKING:
+    from bminf.evaluation.scorers import TextScorer, TokenScorer
+    from bminf.models import GLM
     from bminf.offload.hooks import Stats
     from bminf.offload.plan import Plan
     from bminf.server.texts import Texts
@@ -237,6 +239,22 @@ class Session:
     def served(self, template: str | None, deterministic: bool) -> Texts:
         """The loaded model as a server uses it.   template: as of dialogue().   deterministic: see
         bminf.Engine."""
+        raise NotImplementedError
+
+    def scorer(self) -> TokenScorer | TextScorer:
+        """What tells how probable the loaded model finds texts."""
+        raise NotImplementedError
+
+    def glm(self) -> GLM:
+        """The loaded model, if it is a GLM.   Raises ArgumentError for any other."""
+        raise ArgumentError(
+            f"{self.title} is no GLM, and a task of this form is for one; give a task of "
+            "lm-evaluation-harness"
+        )
+
+    def plain(self) -> tuple[Any, Any]:
+        """The model as its files have it, not wrapped, and its tokenizer, which a built-in model
+        has itself; in place of load()."""
         raise NotImplementedError
 
     def close(self) -> None:

@@ -17,6 +17,7 @@ from bminf.tokenizers.pretrained_stream import PretrainedStream
 from bminf.tokenizers.stop_strings import StopStrings
 
 if TYPE_CHECKING:
+    from bminf.evaluation.scorers import TokenScorer
     from bminf.offload.hooks import Stats
     from bminf.server.texts import Texts
 
@@ -154,6 +155,17 @@ class PretrainedSession(Session):
             self._model, self._tokenizer, self.prompt, partial(self.dialogue, template=template),
             self._end_ids(()), own, deterministic,
         )  # fmt: skip
+
+    def scorer(self) -> TokenScorer:
+        from bminf.evaluation.scorers import PretrainedScorer
+
+        return PretrainedScorer(self._model, self._tokenizer, self.max_length)
+
+    def plain(self) -> tuple[Any, Any]:
+        import torch
+
+        with spinner(f"loading {self.title}"):
+            return models.load_model(self._path, torch.float32), self._tokenizer
 
     def _tokenizer_in(self, path: Path) -> Any:
         from bminf.pretrained import tokenizer_in

@@ -14,7 +14,8 @@ from bminf.errors import ArgumentError, UnsupportedModelError
 from bminf.progress import spinner
 
 if TYPE_CHECKING:
-    from bminf.models import LanguageModel
+    from bminf.evaluation.scorers import TextScorer, TokenScorer
+    from bminf.models import GLM, LanguageModel
     from bminf.offload.hooks import Stats
     from bminf.server.texts import Texts
 
@@ -121,6 +122,20 @@ class ZooSession(Session):
 
         dialogue = partial(self.dialogue, template=template)
         return ZooTexts(self._loaded, dialogue, deterministic)
+
+    def scorer(self) -> TokenScorer | TextScorer:
+        from bminf.evaluation.scorers import scorer_of
+
+        return scorer_of(self._loaded)
+
+    def glm(self) -> GLM:
+        from bminf.models import GLM
+
+        return self._loaded if isinstance(self._loaded, GLM) else super().glm()
+
+    def plain(self) -> tuple[Any, None]:
+        self.load(None)
+        return self._loaded, None
 
     def close(self) -> None:
         if self._model is not None:

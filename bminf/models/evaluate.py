@@ -50,10 +50,20 @@ def log_probabilities(
     head: (N, C) -> logits (N, V). It gets some rows at a time: no memory is reserved for the logits
     of all.
     """
+    return token_scores(head, x, ids)[0]
+
+
+def token_scores(
+    head: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, ids: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """log_probabilities(), and whether each token is the most probable one: (T,) bool."""
     targets = torch.tensor(ids, device=x.device).view(-1, 1)
-    parts = zip(x.split(_SCORED_AT_ONCE), targets.split(_SCORED_AT_ONCE), strict=True)
-    logs = [head(part).log_softmax(-1).gather(1, own) for part, own in parts]
-    return torch.cat(logs).view(-1).double().cpu()
+    logs, best = [], []
+    for part, own in zip(x.split(_SCORED_AT_ONCE), targets.split(_SCORED_AT_ONCE), strict=True):
+        log_probs = head(part).log_softmax(-1)
+        logs.append(log_probs.gather(1, own))
+        best.append(logs[-1] >= log_probs.amax(-1, keepdim=True))
+    return torch.cat(logs).view(-1).double().cpu(), torch.cat(best).view(-1).cpu()
 
 
 def perplexity(loss: float, count: int) -> float:

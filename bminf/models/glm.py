@@ -26,7 +26,7 @@ from bminf.models.arguments import Text
 from bminf.models.assemble import plan_model
 from bminf.models.base import BeamSearch, LanguageModel
 from bminf.models.calls import needs_open_model
-from bminf.models.evaluate import log_probabilities, perplexity, windows
+from bminf.models.evaluate import log_probabilities, perplexity, token_scores, windows
 from bminf.models.glm_text import (
     GENERATION_MASK,
     TEXT_MASK,
@@ -208,15 +208,7 @@ class GLM(LanguageModel):
         if isinstance(choices, str) or not isinstance(choices, Sequence) or not choices:
             raise ArgumentError(f"choices={choices!r}; give a list with at least one choice")
         ids = [self._ids(choice, f"choices[{n}]") for n, choice in enumerate(choices)]
-        one = self._scored_blank(text, mask)
-        tokens, positions, attention_mask, rows = pack_choices(one, ids)
-        self._check_length(tokens, "text with all choices")
-        with self._whole_cache():
-            x = self._hidden_states(tokens, positions, attention_mask)
-            flat_rows = [row for own in rows for row in own]
-            flat_ids = [token for choice in ids for token in choice]
-            logs = log_probabilities(self.model.head, x[flat_rows], flat_ids)
-        return [float(own.sum()) for own in logs.split([len(choice) for choice in ids])]
+        return [logprob for logprob, _ in self._choice_scores(text, ids, mask)]
 
     @needs_open_model
     def perplexity(
@@ -424,6 +416,21 @@ class GLM(LanguageModel):
             raise ArgumentError(f"the text has {len(mask_indices)} blanks; a choice is for one")
         return self._blank(ids, mask_indices[0], mask)
 
+    def _choice_scores(
+        self, text: Text, ids: Sequence[Sequence[int]], mask: str
+    ) -> list[tuple[float, bool]]:
+        """Of each choice the log-probability, and whether all its tokens are the most probable."""
+        tokens, positions, attention_mask, rows = pack_choices(self._scored_blank(text, mask), ids)
+        self._check_length(tokens, "text with all choices")
+        with self._whole_cache():
+            x = self._hidden_states(tokens, positions, attention_mask)
+            flat_rows = [row for own in rows for row in own]
+            flat_ids = [token for choice in ids for token in choice]
+            found = token_scores(self.model.head, x[flat_rows], flat_ids)
+        lengths = [len(choice) for choice in ids]
+        pairs = zip(*(one.split(lengths) for one in found), strict=True)
+        return [(float(logs.sum()), bool(best.all())) for logs, best in pairs]
+
     def _window_losses(
         self, ids: list[int], generation_length: int, unidirectional: bool
     ) -> Iterator[float]:
@@ -444,15 +451,25 @@ class GLM(LanguageModel):
 
     def _window_loss(self, window: list[int], num_context: int) -> float:
         """The summed loss of all tokens but the first `num_context`."""
-        mask = GENERATION_MASK if GENERATION_MASK in self.tokenizer.masks else TEXT_MASK
-        context = [*window[:num_context], self.tokenizer.masks[mask]]
-        one, targets = self._blank(context, num_context, mask), window[num_context:]
-        tokens = [*one.start_ids, *targets[:-1]]
-        positions = [*one.positions, *(one.position(n) for n in range(1, len(targets)))]
-        attention_mask = prefix_lm_mask(len(tokens), len(context))
+        targets = window[num_context:]
         with self._whole_cache():
-            x = self._hidden_states(tokens, positions, attention_mask)[len(context) :]
+            x = self._answer_states(window[:num_context], targets[:-1])
             return -float(log_probabilities(self.model.head, x, targets).sum())
+
+    def _answer_logits(self, ids: list[int]) -> torch.Tensor:
+        """After each of `ids`, the answer to a mask with nothing before it: (T, V) float32, CPU."""
+        with self._whole_cache():
+            return self._logits(self._answer_states([], ids)[1:])
+
+    def _answer_states(self, context: Sequence[int], answer: Sequence[int]) -> torch.Tensor:
+        """(T + 1, C) after sop and each token of an answer to the mask that ends the context."""
+        mask = GENERATION_MASK if GENERATION_MASK in self.tokenizer.masks else TEXT_MASK
+        masked = [*context, self.tokenizer.masks[mask]]
+        one = self._blank(masked, len(context), mask)
+        positions = [*one.positions, *(one.position(n + 1) for n in range(len(answer)))]
+        tokens = [*one.start_ids, *answer]
+        attention_mask = prefix_lm_mask(len(tokens), len(masked))
+        return self._hidden_states(tokens, positions, attention_mask)[len(masked) :]
 
     def _hidden_states(
         self,

@@ -156,7 +156,7 @@ class FileStore:
                 f"offload_dir={offload_dir!r} is a {type(offload_dir).__name__}; give a path"
             )
         try:
-            folder = _folder(offload_dir)
+            folder = offload_folder(offload_dir)
         except (OSError, ValueError, RuntimeError) as error:  # a loop of links, a NUL
             raise OffloadError(f"offload_dir={offload_dir!r} is not a folder: {error}") from error
         self._file = _open(folder, self._end)
@@ -295,7 +295,7 @@ def _open(folder: Path, nbytes: int) -> _File[bytes]:
     return file  # type: ignore[return-value]
 
 
-def _folder(offload_dir: str | Path | None) -> Path:
+def offload_folder(offload_dir: str | Path | None) -> Path:
     """The folder to use; by default a temporary one that is not itself in memory."""
     if offload_dir is not None:
         folder = Path(offload_dir)

@@ -24,6 +24,7 @@ from bminf.errors import BudgetError
 from bminf.pages import private_pages
 from bminf.units import format_bytes
 
+_NO_LIMIT = 2**60  # above it stands what version 1 says where there is none
 _OCTAL = re.compile(r"\\([0-7]{3})")  # how mountinfo writes spaces
 
 
@@ -60,6 +61,17 @@ def free_below_limits(root: Path, process: Path = Path("/proc/self")) -> list[in
         for version in _VERSIONS
         for folder in dict.fromkeys(_folders(version, root, process))
         for free in _free_below(version, folder)
+    ]
+
+
+def limits_of_groups(root: Path, process: Path = Path("/proc/self")) -> list[int]:
+    """Bytes that each control group of the process may have; see free_below_limits()."""
+    return [
+        limit
+        for version in _VERSIONS
+        for folder in dict.fromkeys(_folders(version, root, process))
+        for limit in _limits(version, folder)
+        if limit < _NO_LIMIT
     ]
 
 
@@ -126,10 +138,13 @@ def _free_below(version: _Version, folder: Path) -> Iterator[int]:
     counts = dict(line.split(" ", 1) for line in _lines(folder / "memory.stat") if " " in line)
     reclaimable = counts.get(version.reclaimable, "0").strip()
     used -= int(reclaimable) if reclaimable.isdecimal() else 0
-    for name in version.limits:
-        limit = _number(folder / name)
-        if limit is not None:
-            yield max(0, limit - used)
+    for limit in _limits(version, folder):
+        yield max(0, limit - used)
+
+
+def _limits(version: _Version, folder: Path) -> Iterator[int]:
+    limits = (_number(folder / name) for name in version.limits)
+    return (limit for limit in limits if limit is not None)
 
 
 def _number(path: Path) -> int | None:

@@ -243,6 +243,8 @@ def predict(
     disk_bytes_per_s: float | None = None,
     rows: Rows | None = None,
     hit_rates: HitRates = UNIFORM,
+    calls_s: float = 0.0,
+    outside_bytes_per_s: float | None = None,
 ) -> Prediction:
     """The time of one decode pass (a token) under `plan`.
 
@@ -258,6 +260,9 @@ def predict(
     rows: that share the pass; None is one, whose arithmetic is not counted.
     hit_rates: of experts in the pool; PUBLISHED in place of the default is the other end of what
         can be expected.
+    calls_s: that each block takes beside reading its bytes, for calls of kernels and of Python.
+    outside_bytes_per_s: at which the head, and what else is outside all blocks, is read; None is
+        memory_bytes_per_s.
     Raises ArgumentError for a list that the plan does not have, or a rate that is missing.
     """
     _check_disk(plan, disk_bytes_per_s)
@@ -267,8 +272,10 @@ def predict(
     rows = rows or Rows(1, {}, math.inf)
     memory_s = [block.nbytes / memory_bytes_per_s for block in blocks]
     arithmetic_s = [rows.arithmetic_s(block.name) for block in blocks]
-    rest_s = (outside_bytes + rows.cache_bytes) / memory_bytes_per_s
-    computing_s = [*map(max, memory_s, arithmetic_s), rest_s]
+    rest_s = outside_bytes / (outside_bytes_per_s or memory_bytes_per_s)
+    rest_s += rows.cache_bytes / memory_bytes_per_s
+    computing_s = [*(max(pair) + calls_s for pair in zip(memory_s, arithmetic_s, strict=True))]
+    computing_s.append(rest_s)
     rates = link_bytes_per_s, disk_bytes_per_s or math.inf
     found = _simulated(plan, blocks, computing_s, *rates)
     found = replace(found, memory_s=sum(memory_s) + rest_s, arithmetic_s=sum(arithmetic_s))

@@ -53,8 +53,26 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("glm-10b", "glm-130b"):
         tiny_glm10b(max_sequence_length=512).write_original(folder / name)
     tiny_bloom().write_huggingface(folder / "bloom-7b1")
+    _write_tasks(folder)
     _write_changes(folder)
     return folder
+
+
+def _write_tasks(folder: Path) -> None:
+    """What `bminf eval` runs: a task of lm-evaluation-harness, and one of GLM-130B's authors."""
+    (folder / "data").mkdir()
+    (folder / "data" / "a.jsonl").write_text(
+        '{"inputs": [60], "choices": [[61], [62]], "label": 0}'
+    )
+    (folder / "CoLA.yaml").write_text("name: CoLA\ntype: mul\nfile-pattern: '*.jsonl'\n")
+    items = folder / "items.jsonl"
+    items.write_text('{"context": "once", "choices": ["upon", "time"], "label": 0}')
+    (folder / "my-task.yaml").write_text(
+        f"task: my-task\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {items}}}}}\n"
+        'test_split: test\noutput_type: multiple_choice\ndoc_to_text: "{{context}}"\n'
+        'doc_to_choice: "{{choices}}"\ndoc_to_target: label\n'
+        "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
+    )
 
 
 def _write_changes(folder: Path) -> None:

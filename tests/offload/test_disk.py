@@ -209,10 +209,10 @@ def test_folders_in_memory_are_avoided_or_named(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(disk.tempfile, "gettempdir", lambda: "/tmp")
     assert disk._file_system(Path("/tmp/deep/er")) == "tmpfs"
     assert disk._file_system(Path("/tmp/with space/er")) == "xfs"
-    assert disk._folder(None) == Path("/var/tmp")
+    assert disk.offload_folder(None) == Path("/var/tmp")
     with pytest.warns(UserWarning, match="lies in memory"):
-        assert disk._folder("/tmp") == Path("/tmp")
-    assert disk._folder("/home") == Path("/home")
+        assert disk.offload_folder("/tmp") == Path("/tmp")
+    assert disk.offload_folder("/home") == Path("/home")
 
 
 # The reader

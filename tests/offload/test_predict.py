@@ -202,3 +202,10 @@ def test_a_trace_with_blocks_on_disk_needs_its_rate() -> None:
     blocks = [Block(f"layers.{at}", 100, "layers") for at in range(9)]
     with pytest.raises(ArgumentError, match="disk_bytes_per_s is None"):
         simulate(plan(blocks, 200, host_bytes=500), 1.0, 1.0)
+
+
+def test_calls_and_what_lies_outside_take_their_own_time() -> None:
+    made = plan([Block(f"layers.{at}", 10**6) for at in range(4)], 10**8, outside_bytes=10**7)
+    found = predict(made, 1e9, 1e9, calls_s=1e-3, outside_bytes_per_s=1e10)
+    assert found.pass_s == pytest.approx(4 * (1e-3 + 1e-3) + 1e-3)
+    assert predict(made, 1e9, 1e9).pass_s == pytest.approx(4e-3 + 1e-2)

@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks import report, run
 from benchmarks.harness import Settings
 from bminf.cli import models
+from bminf.errors import ArgumentError
 from bminf.quantization.packed import INT4, INT8, Format
 from bminf.quantization.packing import DIVISORS
 from tools import perplexity
@@ -48,7 +49,7 @@ def test_fp32_is_what_the_model_says_its_loss_is(model: LlamaForCausalLM) -> Non
         losses = [model(window, labels=window).loss.item() for window in windows]
     assert reader.plain["nll"] == pytest.approx(losses, rel=1e-5)
     assert reader.plain["kl"] == [0.0]
-    with pytest.raises(ValueError, match="3 tokens do not fill a window of 512"):
+    with pytest.raises(ArgumentError, match="3 tokens do not fill a window of 512"):
         reader_of(model, 3)
 
 
