@@ -253,10 +253,10 @@ def test_what_the_document_says_of_short_texts() -> None:
     plain, int8 = (results[name]["samples"][0]["nll"] for name in ("fp32", "int8 row symmetric"))
     differences = [after - before for after, before in zip(int8, plain, strict=True)]
     runs = [math.exp(sum(differences[i : i + 8]) / 8) for i in range(len(differences) - 7)]
-    text = (report.ROOT / "docs" / "quantization.md").read_text(encoding="utf-8")
-    assert f"from {min(runs):.4f} to {max(runs):.4f} for eight windows" in text
     ratio = results["int8 row symmetric"]["own_order"]["ratio"]["median"]
-    assert f"stands at {ratio:.4f} for" in " ".join(text.split())
+    text = (report.ROOT / "docs" / "quantization.md").read_text(encoding="utf-8")
+    assert "lie below 1 or three times as far above" in " ".join(text.split())
+    assert min(runs) < 1 and max(runs) - 1 >= 3 * (ratio - 1)
 
 
 def test_the_defaults_keep_what_the_document_says() -> None:
