@@ -104,15 +104,19 @@ def _described(model: Any, replaced: Mapping[str, torch.nn.Module]) -> Descripti
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     whole = bminf.load(arguments.folder, "100GB", device="cpu")
     plan = bminf.plan_of(whole)
-    before = rss_anon_bytes()
-    limit = _limit(arguments.folder, plan, arguments.fraction)
-    model = bminf.load(arguments.folder, limit, device="cpu", offload_dir=arguments.folder)
     generator = torch.Generator().manual_seed(1)
     count = 2 * arguments.tokens
     tokens = torch.randint(0, whole.config.vocab_size, (count,), generator=generator)
+    _token_s(whole, tokens)  # what any model takes beside its weights is there before
+    before = rss_anon_bytes()
+    limit = _limit(arguments.folder, plan, arguments.fraction)
+    model = bminf.load(
+        arguments.folder, limit, device="cpu", offload_dir=arguments.folder,
+        prefetch_experts=arguments.prefetch,
+    )  # fmt: skip
     _token_s(model, tokens)  # until the pool is full
-    rounds = [_round(model, whole, tokens, seed) for seed in range(arguments.rounds)]
     grown = rss_anon_bytes() - before
+    rounds = [_round(model, whole, tokens, seed) for seed in range(arguments.rounds)]
     found = {key: median(one[key] for one in rounds) for key in rounds[0]}
     predicted_s = found["missed_bytes"] / found["file_bytes_per_s"] + found["resident_s"]
     experts = bminf.plan_of(model).experts
@@ -136,13 +140,15 @@ def _limit(folder: Path, whole: Any, fraction: float) -> int:
 
 
 def _round(model: Any, whole: Any, tokens: torch.Tensor, seed: int) -> dict[str, float]:
-    before = bminf.stats_of(model)
+    before, start_s = bminf.stats_of(model), time.process_time()
     token_s = _token_s(model, tokens)
-    after = bminf.stats_of(model)
+    after, end_s = bminf.stats_of(model), time.process_time()
     wanted = after.expert_hits + after.expert_misses - before.expert_hits - before.expert_misses
     return {
         "token_s": token_s,
+        "token_cpu_s": (end_s - start_s) / len(tokens),
         "missed_bytes": (after.expert_bytes_copied - before.expert_bytes_copied) / len(tokens),
+        "unused_bytes": (after.expert_bytes_unused - before.expert_bytes_unused) / len(tokens),
         "hits": (after.expert_hits - before.expert_hits) / wanted,
         "resident_s": _token_s(whole, tokens),
         "file_bytes_per_s": _file_rate(model, seed),
@@ -184,6 +190,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--fraction", type=float, default=0.2, help="of the experts; default: 0.2")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="default: 5")
     parser.add_argument("--tokens", type=int, default=8, metavar="N", help="default: 8, twice")
+    parser.add_argument("--prefetch", action="store_true", help="with prefetch_experts=True")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="default: 1")
     return parser.parse_args(argv)
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -38,9 +38,17 @@ from bminf.tracing import is_watched
 Tensors = Mapping[str, torch.Tensor]
 """Those of one expert, by the names of the stacks in the module."""
 
-Visit = Callable[[Sequence[int]], Iterable[Mapping[int, Tensors]]]
-"""Experts, ascending -> those that are at hand together with their tensors, one such group after
-another until each has come once; good until the next one."""
+
+class Visit(Protocol):
+    """Where the tensors of experts are had from."""
+
+    def __call__(self, experts: Sequence[int]) -> Iterable[Mapping[int, Tensors]]:
+        """Experts, ascending -> those that are at hand together with their tensors, one such group
+        after another until each has come once; good until the next one."""
+
+    def on_host(self, ids: torch.Tensor) -> list[int]:
+        """What a router chose, (T, k) integers, as (T * k,)."""
+
 
 _MATRICES = ("gate_up_proj", "up_proj", "down_proj", "weight")
 _MAX_LAUNCHED_ROWS = MIN_TENSOR_CORE_ROWS - 1  # of an expert, in a launch for all of them
@@ -248,7 +256,7 @@ class PackedExperts(torch.nn.Module):
         return [(n, m) for n, m in self._modules.items() if isinstance(m, PackedStack)]
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return self.computes(self, visit_resident(self), *args, **kwargs)
+        return self.computes(self, VisitResident(self), *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         kind = self.__dict__.get("_packed_class", torch.nn.Module)
@@ -264,18 +272,21 @@ def _frozen(parameter: torch.nn.Parameter | None) -> torch.nn.Parameter | None:
     return torch.nn.Parameter(parameter.detach().clone(), requires_grad=False)
 
 
-def visit_resident(module: torch.nn.Module) -> Visit:
+class VisitResident:
     """A Visit of experts that lie in the stacks of `module`."""
-    stacks = stacks_of(module)
 
-    def visit(experts: Sequence[int]) -> Iterator[Mapping[int, Tensors]]:
+    def __init__(self, module: torch.nn.Module) -> None:
+        self._stacks = stacks_of(module)
+
+    def __call__(self, experts: Sequence[int]) -> Iterator[Mapping[int, Tensors]]:
         if experts:
             yield {
-                expert: {name: stack[expert] for name, stack in stacks.items()}
+                expert: {name: stack[expert] for name, stack in self._stacks.items()}
                 for expert in experts
             }
 
-    return visit
+    def on_host(self, ids: torch.Tensor) -> list[int]:
+        return ids.reshape(-1).tolist()
 
 
 # ---- what the experts of each known class compute -----------------------------------------------
@@ -295,7 +306,7 @@ def _routed(
     """
     ids, order = torch.sort(top_k_index.reshape(-1))
     tokens = hidden_states[order // top_k_index.shape[1]]
-    spans = _spans(top_k_index.reshape(-1).tolist(), experts.num_experts)
+    spans = _spans(visit.on_host(top_k_index), experts.num_experts)
     if not spans:
         return torch.zeros_like(hidden_states)
     inner, outputs = _Rows(len(order)), _Rows(len(order))

@@ -20,7 +20,7 @@ import threading
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ from bminf.offload.blob import Stack
 from bminf.offload.plan import Plan
 from bminf.offload.pool import ExpertPool
 from bminf.offload.ring import NUM_SLOTS, Ring
+from bminf.offload.routers import Router, find_routers
 from bminf.offload.streamed_block import StreamedBlock, not_convertible
 from bminf.offload.streamed_experts import ExpertInSlot, StreamedExperts
 from bminf.offload.tables import HostTable, Table
@@ -47,6 +48,8 @@ _NO_GRAPH = (
     "without fullgraph=True leaves the streamed blocks uncompiled)"
 )
 
+_Part = StreamedBlock | StreamedExperts | Router
+
 ATTRIBUTE = "_bminf_scheduler"
 """Where a model holds its Scheduler."""
 
@@ -57,6 +60,8 @@ class Stats:
 
     expert_hits, expert_misses: experts that a layer wanted, and that were in the pool or were not,
     each once a layer and pass.   expert_bytes_copied: of bytes_copied, those of experts.
+    expert_bytes_guessed: of these, what prefetch_experts= has copied before a router chose it, and
+    expert_bytes_unused what was copied and not chosen then.
     """
 
     passes: int = 0
@@ -68,6 +73,8 @@ class Stats:
     expert_hits: int = 0
     expert_misses: int = 0
     expert_bytes_copied: int = 0
+    expert_bytes_guessed: int = 0
+    expert_bytes_unused: int = 0
 
     @property
     def link_gbps(self) -> float:
@@ -76,10 +83,20 @@ class Stats:
 
 
 class Scheduler:
-    """Streams the blocks of one model. It holds the lock, the ring and what was counted."""
+    """Streams the blocks of one model. It holds the lock, the ring and what was counted.
 
-    def __init__(self, plan: Plan, backend: Backend, source_device: torch.device) -> None:
+    prefetch_experts: whether the next layer's experts are guessed.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        backend: Backend,
+        source_device: torch.device,
+        prefetch_experts: bool = False,
+    ) -> None:
         self.plan, self.backend, self.source_device = plan, backend, source_device
+        self._prefetch_experts = prefetch_experts
         self.blocks: list[StreamedBlock] = []
         self.experts: list[StreamedExperts] = []
         self.tables: list[HostTable] = []
@@ -104,10 +121,14 @@ class Scheduler:
 
     def stats(self) -> Stats:
         counters, pool = vars(self.backend.counters()), self.pool
-        counts = (0, 0, 0) if pool is None else (pool.hits, pool.misses, pool.bytes_copied)
-        names = ("expert_hits", "expert_misses", "expert_bytes_copied")
-        of_experts = dict(zip(names, counts, strict=True))
-        return Stats(passes=self._num_passes, **counters, **of_experts)
+        found = Stats(passes=self._num_passes, **counters)
+        if pool is None:
+            return found
+        return replace(
+            found, expert_hits=pool.hits, expert_misses=pool.misses,
+            expert_bytes_copied=pool.bytes_copied, expert_bytes_guessed=pool.bytes_guessed,
+            expert_bytes_unused=pool.bytes_unused,
+        )  # fmt: skip
 
     def add(self, name: str, module: torch.nn.Module, layout: Layout) -> None:
         """Take over a block whose blob has a host copy."""
@@ -152,8 +173,10 @@ class Scheduler:
             self.pool = ExpertPool(sizes, slots, self.backend, len(self.blocks), NUM_SLOTS)
         blocks = {block.module: block for block in self.blocks}
         experts = {one.module: one for one in self.experts}
-        parts: dict[torch.nn.Module, StreamedBlock | StreamedExperts] = {**experts, **blocks}
+        parts: dict[torch.nn.Module, _Part] = {**experts, **blocks}
         guarded = set(parts).union(*(table.holders() for table in self.tables))
+        routers = self._routers(model, parts)
+        parts |= {router.around: router for router in routers if router.around not in parts}
         around = [m for m in model.modules() if any(inner in guarded for inner in m.modules())]
         for module in around:
             self._override(module, "forward", _Forward(self, module, parts.get(module)))
@@ -162,6 +185,8 @@ class Scheduler:
             load = functools.partial(self.call, self.load_state_dict, module.load_state_dict)
             self._override(module, "load_state_dict", load)
             self._override(module, "__prepare_scriptable__", _refuse_scripting)
+        for router in routers:
+            self._override(router.module, "forward", _Forward(self, router.module, router))
         # Only modules that hold tensors: others, such as activations, may be shared by all models.
         holders = {module: block for block in self.blocks for module in block.holders()}
         stacks = [module for one in self.experts for module in one.holders()]
@@ -170,6 +195,14 @@ class Scheduler:
             self._override(module, "_apply", _Apply(module, block))
         if self.ring is not None:
             self.ring.start()
+
+    def _routers(
+        self, model: torch.nn.Module, guarded: Collection[torch.nn.Module]
+    ) -> list[Router]:
+        if self.pool is None:
+            return []
+        found = find_routers(model, self.experts, self.pool, self._prefetch_experts)
+        return [router for router in found if router.module not in guarded]
 
     def uninstall(self) -> None:
         with self._lock:
@@ -316,7 +349,7 @@ class Scheduler:
     def _read_stack(self, experts: StreamedExperts, name: str) -> torch.Tensor:
         """One stack from the host, for a read that is not of one expert in its turn."""
         self._warn_of_read(name, experts.name)
-        stack = experts.on_host(name)
+        stack = experts.whole(name)
         return stack if self._reads_host else stack.to(self.backend.device)
 
     def _warn_of_read(self, name: str, block: str) -> None:
@@ -453,7 +486,7 @@ class _Forward(_Override):
         self,
         scheduler: Scheduler,
         module: torch.nn.Module,
-        block: StreamedBlock | StreamedExperts | None,
+        block: _Part | None,
     ) -> None:
         functools.update_wrapper(self, module.forward)  # keeps the signature that generate() reads
         self._module, self._forward = module, module.forward
@@ -461,6 +494,8 @@ class _Forward(_Override):
         run = self._forward
         if isinstance(block, StreamedExperts):
             run = functools.partial(scheduler.run_experts, block, run)
+        elif isinstance(block, Router):
+            run = functools.partial(block.run if module is block.module else block.run_around, run)
         elif block is not None:
             run = functools.partial(scheduler.run, block, run)
         self._uncompiled = functools.partial(scheduler.call, run)

@@ -165,7 +165,7 @@ def _stacked(experts: StreamedExperts) -> torch.Tensor:
     """The experts of a module as it held them: (extent,) uint8."""
     whole = experts.stack.whole
     blob = memory.allocate(whole.extent)
-    whole.fill(blob, ((name, experts.on_host(name)) for name in whole.specs))
+    whole.fill(blob, ((name, experts.whole(name)) for name in whole.specs))
     return blob
 
 

@@ -69,6 +69,7 @@ class StreamedExperts:
         self._attributes = {key: dict(t.__dict__) for key, t in stacks_of(module).items()}
         self._lazy = {key: self._make_lazy(key, place) for key, place in self._places.items()}
         self._in_slots: dict[int, ExpertInSlot] = {}
+        self._announced: tuple[torch.Tensor, int | None, list[int]] | None = None
         self.is_running = False
 
     def _make_lazy(self, key: str, place: TensorPlace) -> LazyTensor:
@@ -76,6 +77,11 @@ class StreamedExperts:
         tensor = place.get()
         assert tensor is not None
         return LazyTensor(fetch, tensor, self._backend.device, place.is_parameter, keep)
+
+    @property
+    def numbers(self) -> range:
+        """Of the experts, in the pool."""
+        return range(self.first, self.first + len(self.stack.experts))
 
     @property
     def blocks(self) -> range:
@@ -92,7 +98,7 @@ class StreamedExperts:
         for key, place in self._places.items():
             place.set(self._lazy[key])
 
-    def on_host(self, name: str) -> torch.Tensor:
+    def whole(self, name: str) -> torch.Tensor:
         """A whole stack, put together from the host copies."""
         return torch.stack(
             [
@@ -138,11 +144,35 @@ class StreamedExperts:
                 return self._run_by_index(pool, forward, args, kwargs)
             computes = forward_of(self.module)
             assert computes is not None  # or it would not be streamed
-            return computes(self.module, functools.partial(self._visit, pool), *args, **kwargs)
+            return computes(self.module, _Visit(self, pool), *args, **kwargs)
         finally:
             self.is_running = False
+            self._announced = None
+            pool.settle(self.numbers)
 
-    def _visit(self, pool: ExpertPool, experts: Sequence[int]) -> Iterator[Mapping[int, Tensors]]:
+    def announce(self, pool: ExpertPool, ids: torch.Tensor, is_guess: bool = False) -> None:
+        """Begin to copy what a router has chosen, before the module is called with that.
+
+        ids: (T, k) integers, which are read on the host now.   is_guess: whether the module may be
+        called with others.
+        """
+        if reads_whole_stacks(self.module):
+            return
+        chosen = ids.reshape(-1).tolist()
+        if not is_guess:
+            self._announced = ids, version_of(ids), chosen
+        own = sorted({number for number in chosen if 0 <= number < len(self.stack.experts)})
+        pool.expect([self.first + number for number in own], self.numbers, is_guess)
+
+    def on_host(self, ids: torch.Tensor) -> list[int]:
+        """ids: (T, k) integers, of which those that were announced have been read already."""
+        if self._announced is not None:
+            announced, version, chosen = self._announced
+            if announced is ids and version is not None and version == version_of(ids):
+                return chosen
+        return ids.reshape(-1).tolist()
+
+    def visit(self, pool: ExpertPool, experts: Sequence[int]) -> Iterator[Mapping[int, Tensors]]:
         """Those that the pool holds already together, then the others as they come. Where not all
         have room one after another: each leaves its slot to one that is not copied yet."""
         hits_before = pool.hits
@@ -210,6 +240,17 @@ class StreamedExperts:
             turns.end()
 
 
+class _Visit:
+    """A Visit of experts that come through the pool."""
+
+    def __init__(self, experts: StreamedExperts, pool: ExpertPool) -> None:
+        self._experts, self._pool = experts, pool
+        self.on_host = experts.on_host
+
+    def __call__(self, experts: Sequence[int]) -> Iterator[Mapping[int, Tensors]]:
+        return self._experts.visit(self._pool, experts)
+
+
 class _Turns:
     """One expert after another, in an order that somebody else keeps to."""
 
@@ -252,6 +293,11 @@ class _Indexed:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._like, name)
+
+
+def version_of(tensor: torch.Tensor) -> int | None:
+    """By which it can be told whether it was written to; None where that cannot be told."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def _integers(values: Sequence[Any], below: int) -> list[int]:
