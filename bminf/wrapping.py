@@ -15,7 +15,7 @@ import torch
 from bminf.checks import check_bool
 from bminf.errors import ArgumentError, NothingToStreamError, UnsupportedModelError
 from bminf.keywords import check_keywords, keywords_of, known_keywords
-from bminf.layers.experts import forward_of
+from bminf.layers.experts import has_experts
 from bminf.layers.quantize import Predicate, choice_of, choose_linears, warn_of_unquantized
 from bminf.layers.saving import refuse_to_save
 from bminf.layout import ModuleBlock, tensors_of
@@ -306,7 +306,7 @@ class Request:
 
     def _by_need(self) -> Blobs | None:
         """With each expert a blob; None where there are none that a token leaves out."""
-        if not any(forward_of(module) is not None for module in self._model.modules()):
+        if not has_experts(self._model):
             return None
         blobs = self._lay_out(by_need=True)
         return blobs if are_worth_choosing(self._model, blobs) else None

@@ -74,6 +74,29 @@ def forward_of(module: torch.nn.Module) -> Callable[..., torch.Tensor] | None:
     return None
 
 
+def listed_experts(name: str, module: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """By their names in there, the experts in a list or dict of modules that is called `name`.
+
+    None in one whose name has no "expert" in it, or where not all that hold parameters are of one
+    class: nothing else tells that a token goes through some of them.
+    """
+    if not isinstance(module, torch.nn.ModuleList | torch.nn.ModuleDict):
+        return {}
+    children = module.named_children()
+    experts = {key: child for key, child in children if any(True for _ in child.parameters())}
+    are_experts = "expert" in name and "shared" not in name and len(experts) > 1
+    are_alike = len({type(child) for child in experts.values()}) == 1
+    return experts if are_experts and are_alike else {}
+
+
+def has_experts(model: torch.nn.Module) -> bool:
+    """Whether some module of a model holds experts that can be told apart."""
+    return any(
+        forward_of(module) is not None or listed_experts(path.rpartition(".")[2], module)
+        for path, module in model.named_modules()
+    )
+
+
 def is_dispatched(module: torch.nn.Module) -> bool:
     """Whether transformers lets a configuration choose how the experts in `module` multiply."""
     forward = getattr(type(module), "forward", None)

@@ -31,6 +31,7 @@ from bminf.layout import Layout, span_elements, tensors_of
 from bminf.lazy import LazyTensor
 from bminf.offload.backends.base import Backend
 from bminf.offload.blob import Stack
+from bminf.offload.listed_experts import ListedExpert, ListedExperts
 from bminf.offload.plan import Plan
 from bminf.offload.pool import ExpertPool
 from bminf.offload.ring import NUM_SLOTS, Ring
@@ -98,7 +99,7 @@ class Scheduler:
         self.plan, self.backend, self.source_device = plan, backend, source_device
         self._prefetch_experts = prefetch_experts
         self.blocks: list[StreamedBlock] = []
-        self.experts: list[StreamedExperts] = []
+        self.experts: list[StreamedExperts | ListedExperts] = []
         self.tables: list[HostTable] = []
         self.ring: Ring | None = None
         self.pool: ExpertPool | None = None
@@ -111,6 +112,7 @@ class Scheduler:
         self._num_passes = 0
         self._reads_host = False
         self._warned = self._warned_of_removed = False
+        self._listed: set[ListedExpert] = set()  # those that run
         self._overrides: list[tuple[torch.nn.Module, str, Any, Any]] = []
 
     def __deepcopy__(self, memo: Any) -> None:
@@ -141,12 +143,15 @@ class Scheduler:
 
     def add_experts(self, name: str, module: torch.nn.Module, stack: Stack) -> None:
         """Take over a module of experts whose blobs have host copies."""
-        write = functools.partial(self.call, self._write_stack)
         first_block = len(self.plan.streamed)
-        experts = StreamedExperts(
-            name, module, stack, self.next_expert - first_block, first_block, self.backend,
-            self._read_stack, write, self._saved_by_autograd,
-        )  # fmt: skip
+        where = name, module, stack, self.next_expert - first_block, first_block, self.backend
+        experts: StreamedExperts | ListedExperts
+        if stack.members:
+            keep = functools.partial(self.call, self._write)
+            experts = ListedExperts(*where, self._read, keep)
+        else:
+            write = functools.partial(self.call, self._write_stack)
+            experts = StreamedExperts(*where, self._read_stack, write, self._saved_by_autograd)
         self.experts.append(experts)
         experts.release()
 
@@ -171,8 +176,11 @@ class Scheduler:
             sizes = [layout.nbytes for one in self.experts for layout in one.stack.experts]
             slots = self.plan.experts.num_slots
             self.pool = ExpertPool(sizes, slots, self.backend, len(self.blocks), NUM_SLOTS)
-        blocks = {block.module: block for block in self.blocks}
-        experts = {one.module: one for one in self.experts}
+        of_stacks = [one for one in self.experts if isinstance(one, StreamedExperts)]
+        lists = [one for one in self.experts if isinstance(one, ListedExperts)]
+        streamed = [*self.blocks, *(expert for one in lists for expert in one.experts)]
+        blocks = {block.module: block for block in streamed}
+        experts = {one.module: one for one in of_stacks}
         parts: dict[torch.nn.Module, _Part] = {**experts, **blocks}
         guarded = set(parts).union(*(table.holders() for table in self.tables))
         routers = self._routers(model, parts)
@@ -188,8 +196,8 @@ class Scheduler:
         for router in routers:
             self._override(router.module, "forward", _Forward(self, router.module, router))
         # Only modules that hold tensors: others, such as activations, may be shared by all models.
-        holders = {module: block for block in self.blocks for module in block.holders()}
-        stacks = [module for one in self.experts for module in one.holders()]
+        holders = {module: block for block in streamed for module in block.holders()}
+        stacks = [module for one in of_stacks for module in one.holders()]
         for module in dict.fromkeys([*around, *holders, *stacks]):
             block = blocks.get(module, holders.get(module))
             self._override(module, "_apply", _Apply(module, block))
@@ -221,6 +229,7 @@ class Scheduler:
             self.ring = None
             if self.pool is not None:
                 self.pool.clear()
+                self.pool = None
 
     def call(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Run `function` as the only thread in the model; calls may nest."""
@@ -248,9 +257,11 @@ class Scheduler:
         self, block: StreamedBlock, forward: Callable[..., Any], /, *args: Any, **kwargs: Any
     ) -> Any:
         """Run the forward of a block with its tensors in a slot. Only inside call()."""
-        if block.slot is not None or self.ring is None:  # it calls itself, or was unwrapped
+        is_listed = isinstance(block, ListedExpert)
+        # It calls itself, or was unwrapped.
+        if block.slot is not None or (self.pool if is_listed else self.ring) is None:
             return forward(*args, **kwargs)
-        slot = self.ring.enter(block.index)
+        slot = self._enter_listed(block) if is_listed else self.ring.enter(block.index)  # type: ignore
         is_cached = torch.is_autocast_cache_enabled()
         try:
             # Its cache would keep a copy of every streamed weight.
@@ -322,7 +333,24 @@ class Scheduler:
         finally:
             self._reads_host = before
 
+    def _enter_listed(self, expert: ListedExpert) -> int:
+        """The slot that holds an expert, which is left again."""
+        assert self.pool is not None
+        self._listed.add(expert)
+        return expert.enter(self.pool)
+
+    def _leave_listed(self, expert: ListedExpert) -> None:
+        assert self.pool is not None
+        if expert.changed():
+            expert.write_back()
+        expert.unbind()
+        self._listed.discard(expert)
+        expert.leave(self.pool)
+
     def _leave(self, block: StreamedBlock, slot: int) -> None:
+        if isinstance(block, ListedExpert):
+            self._leave_listed(block)
+            return
         assert self.ring is not None
         if block.changed():
             self.backend.write_back(block.index, slot)
@@ -333,8 +361,9 @@ class Scheduler:
     def _clear(self) -> None:
         """Put in order whatever a call that was cut short left behind."""
         self._pass_counted = False
-        for block in self.blocks:
+        for block in (*self.blocks, *self._listed):
             block.unbind()
+        self._listed.clear()
         if self.ring is not None:
             self.ring.clear()
         if self.pool is not None:
@@ -389,7 +418,10 @@ class Scheduler:
         with torch.inference_mode(False), torch.no_grad():
             block.overwrite(name, value)
             self.backend.rewrite(block.index, name, value)
-        if self.ring is not None:
+        if isinstance(block, ListedExpert):
+            if self.pool is not None and block.slot is None:  # or its slot has the values
+                self.pool.forget(block.number)
+        elif self.ring is not None:
             self.ring.changed(block.index)
 
     def _write_stack(self, experts: StreamedExperts, name: str, value: torch.Tensor) -> None:

@@ -18,10 +18,14 @@ import torch
 
 from bminf.layout import tensors_of
 from bminf.lazy import LazyTensor
+from bminf.offload.context import first_of, text_config
+from bminf.offload.listed_experts import ListedExperts
 from bminf.offload.pool import ExpertPool
 from bminf.offload.streamed_experts import StreamedExperts, version_of
 
 _NAMES = ("gate", "router")
+_CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts",
+    "num_selected_experts")  # fmt: skip
 _MOST_GUESSED = 8  # tokens: more of them want most experts anyway
 
 
@@ -29,7 +33,7 @@ class Router:
     """What chooses for `experts`.
 
     module: it.   around: the module that holds both, and calls them.   may_guess: whether this
-    router asks the one after it.
+    router asks the one after it.   num_chosen: experts of a token, where something says how many.
     """
 
     name = ""
@@ -38,14 +42,15 @@ class Router:
         self,
         module: torch.nn.Module,
         around: torch.nn.Module,
-        experts: StreamedExperts,
+        experts: StreamedExperts | ListedExperts,
         pool: ExpertPool,
         may_guess: bool,
+        num_chosen: int | None,
     ) -> None:
         self.module, self.around, self._experts, self._pool = module, around, experts, pool
         self.after: Router | None = None  # that of the next layer
         self._forward = module.forward
-        self._may_guess = may_guess
+        self._may_guess, self._num_chosen = may_guess, num_chosen
         # One that comes to a slot with its block has no values before.
         self._is_resident = not any(isinstance(t, LazyTensor) for _, _, t in tensors_of(module))
         self._given: torch.Tensor | None = None  # to the module around, while that runs
@@ -62,7 +67,7 @@ class Router:
             return forward(*args, **kwargs)
         finally:
             self._given = self._kept = None
-            self._pool.settle(self._experts.numbers)
+            self._experts.settle(self._pool)
 
     def run(self, forward: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Run the forward of the router."""
@@ -106,13 +111,16 @@ class Router:
 
     def _announce(self, outputs: Any, is_guess: bool = False) -> None:
         ids = _ids_in(outputs)
+        if ids is None and isinstance(self._experts, ListedExperts):
+            # Written by hand, it leaves the choice to the module around: mostly of the largest.
+            ids = _largest_in(outputs, len(self._experts.numbers), self._num_chosen)
         if ids is not None:
             self._experts.announce(self._pool, ids, is_guess)
 
 
 def find_routers(
     model: torch.nn.Module,
-    experts: Sequence[StreamedExperts],
+    experts: Sequence[StreamedExperts | ListedExperts],
     pool: ExpertPool,
     may_guess: bool,
 ) -> Iterator[Router]:
@@ -125,11 +133,22 @@ def find_routers(
         if module is None or around in seen:
             continue
         seen.add(around)
-        router = Router(module, around, one, pool, may_guess)
+        num_chosen = experts_per_token(model, one.name)
+        router = Router(module, around, one, pool, may_guess, num_chosen)
         if before is not None:
             before.after = router
         before = router
         yield router
+
+
+def experts_per_token(model: torch.nn.Module, name: str) -> int | None:
+    """How many experts of the module `name` one token goes through; None where nothing says."""
+    own = getattr(model.get_submodule(name), "config", None)
+    for config in (own, text_config(getattr(model, "config", None))):
+        chosen = first_of(config, *_CHOSEN)
+        if chosen is not None:  # one number, or one for each layer
+            return int(max(chosen)) if isinstance(chosen, list | tuple) else int(chosen)
+    return None
 
 
 def _first_tensor(args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor | None:
@@ -149,6 +168,16 @@ def _ids_in(outputs: Any) -> torch.Tensor | None:
         (x for x in found if isinstance(x, torch.Tensor) and x.dim() > 1 and x.dtype in kinds),
         None,
     )
+
+
+def _largest_in(outputs: Any, num_experts: int, num_chosen: int | None) -> torch.Tensor | None:
+    """Of the first scores, (.., num_experts), in what a router returned: (.., num_chosen) ids."""
+    found = outputs if isinstance(outputs, tuple | list) else (outputs,)
+    for scores in found:
+        if isinstance(scores, torch.Tensor) and scores.is_floating_point():
+            if num_chosen is not None and scores.dim() > 1 and scores.shape[-1] == num_experts:
+                return scores.topk(min(num_chosen, num_experts), dim=-1).indices
+    return None
 
 
 class _Kept:

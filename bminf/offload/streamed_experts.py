@@ -147,8 +147,12 @@ class StreamedExperts:
             return computes(self.module, _Visit(self, pool), *args, **kwargs)
         finally:
             self.is_running = False
-            self._announced = None
-            pool.settle(self.numbers)
+            self.settle(pool)
+
+    def settle(self, pool: ExpertPool) -> None:
+        """The module around has ended."""
+        self._announced = None
+        pool.settle(self.numbers)
 
     def announce(self, pool: ExpertPool, ids: torch.Tensor, is_guess: bool = False) -> None:
         """Begin to copy what a router has chosen, before the module is called with that.
