@@ -324,6 +324,17 @@ class Scheduler:
         with self._reading_host():
             return function(state_dict, strict=strict)
 
+    def pieces(self, tensor: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+        """A tensor of the model as it lies on the host: indices of rows, and the rows from there
+        on. Of a stack of experts one after another, so that no more is in memory at a time."""
+        for one in self.experts:
+            name = one.name_of(tensor) if isinstance(one, StreamedExperts) else None
+            if name is not None and isinstance(one, StreamedExperts):
+                yield from ((at, part[None]) for at, part in enumerate(one.parts(name)))
+                return
+        with self._reading_host():
+            yield 0, tensor.fetch() if isinstance(tensor, LazyTensor) else tensor.detach().cpu()
+
     @contextmanager
     def _reading_host(self) -> Iterator[None]:
         """Streamed tensors are read as they lie on the host, and without a warning."""
@@ -378,8 +389,9 @@ class Scheduler:
     def _read_stack(self, experts: StreamedExperts, name: str) -> torch.Tensor:
         """One stack from the host, for a read that is not of one expert in its turn."""
         self._warn_of_read(name, experts.name)
-        stack = experts.whole(name)
-        return stack if self._reads_host else stack.to(self.backend.device)
+        if self._reads_host:
+            return experts.held(name)
+        return experts.whole(name).to(self.backend.device)
 
     def _warn_of_read(self, name: str, block: str) -> None:
         if not self._reads_host and not self._warned and not self._warn_of_removed():

@@ -174,7 +174,12 @@ def _stacked(experts: StreamedExperts | ListedExperts) -> torch.Tensor:
     """The experts of a module as it held them: (extent,) uint8."""
     whole = experts.stack.whole
     blob = memory.allocate(whole.extent)
-    whole.fill(blob, ((name, experts.whole(name)) for name in whole.specs))
+    if isinstance(experts, ListedExperts):
+        whole.fill(blob, ((name, experts.whole(name)) for name in whole.specs))
+        return blob
+    for name in whole.specs:
+        rows = enumerate(experts.parts(name))
+        whole.fill(blob, ((name, part[None], at) for at, part in rows))
     return blob
 
 

@@ -98,14 +98,23 @@ class StreamedExperts:
         for key, place in self._places.items():
             place.set(self._lazy[key])
 
+    def parts(self, name: str) -> Iterator[torch.Tensor]:
+        """A stack as it lies on the host: the part of one expert after another."""
+        for block, layout in zip(self.blocks, self.stack.experts, strict=True):
+            yield layout.view(self._backend.host_copy(block), name)
+
     def whole(self, name: str) -> torch.Tensor:
-        """A whole stack, put together from the host copies."""
-        return torch.stack(
-            [
-                layout.view(self._backend.host_copy(block), name)
-                for block, layout in zip(self.blocks, self.stack.experts, strict=True)
-            ]
-        )
+        """A stack, put together in memory."""
+        return torch.stack(list(self.parts(name)))
+
+    def held(self, name: str) -> torch.Tensor:
+        """A stack, put together on the host, where no limit counts it: on a CPU in a file."""
+        spec = self.stack.whole.specs[name]
+        return self._backend.hold(spec.shape, spec.dtype, (x[None] for x in self.parts(name)))
+
+    def name_of(self, stack: torch.Tensor) -> str | None:
+        """Of a stack of these experts; None of any other tensor."""
+        return next((name for name, lazy in self._lazy.items() if lazy is stack), None)
 
     def rewrite(self, name: str, value: torch.Tensor, pool: ExpertPool | None) -> None:
         """Keep new values of a stack."""
