@@ -5,16 +5,21 @@ by block; loads it on the CPU with room for some of the experts, and once more w
 Then, in rounds that take turns: the time of a token of each, the bytes that the first one missed,
 and how fast its file is read, expert by expert. Prints the medians, by how much anonymous memory
 grew beside the limit, and the time of a token beside what the misses and the resident model take.
+With --against, a process with another checkout of bminf takes its turns as well: it streams the
+layers of the model unpacked, in bfloat16 (tools/whole_experts.py).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
+import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -116,7 +121,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     )  # fmt: skip
     _token_s(model, tokens)  # until the pool is full
     grown = rss_anon_bytes() - before
-    rounds = [_round(model, whole, tokens, seed) for seed in range(arguments.rounds)]
+    with _other(arguments) as other:
+        rounds = [_round(model, whole, tokens, seed) | other() for seed in range(arguments.rounds)]
     found = {key: median(one[key] for one in rounds) for key in rounds[0]}
     predicted_s = found["missed_bytes"] / found["file_bytes_per_s"] + found["resident_s"]
     experts = bminf.plan_of(model).experts
@@ -124,7 +130,43 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "limit": limit, "grown": grown, "grown_of_limit": grown / limit,
         "slots": experts.num_slots, "experts": experts.number, **found,
         "of_accounted": found["token_s"] / predicted_s,
+    } | {
+        f"times_{key}": found[f"against_{key}"] / found[key]
+        for key in ("token_s", "token_cpu_s") if f"against_{key}" in found
     }  # fmt: skip
+
+
+@contextmanager
+def _other(arguments: argparse.Namespace) -> Iterator[Callable[[], dict[str, float]]]:
+    """What measures the other checkout once; nothing where none is given."""
+    if arguments.against is None:
+        yield dict
+        return
+    argv = [arguments.folder, arguments.folder / "unpacked", arguments.tokens, arguments.threads]
+    process = subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("whole_experts.py")), *map(str, argv)],
+        env={**os.environ, "PYTHONPATH": str(arguments.against)},
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+    def answer() -> dict[str, float]:
+        assert process.stdout is not None
+        return {
+            f"against_{key}": value for key, value in json.loads(process.stdout.readline()).items()
+        }
+
+    def measure_once() -> dict[str, float]:
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+        return answer()
+
+    with process:
+        answer()  # it is ready
+        try:
+            yield measure_once
+        finally:
+            process.kill()
 
 
 def _limit(folder: Path, whole: Any, fraction: float) -> int:
@@ -191,6 +233,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="default: 5")
     parser.add_argument("--tokens", type=int, default=8, metavar="N", help="default: 8, twice")
     parser.add_argument("--prefetch", action="store_true", help="with prefetch_experts=True")
+    parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="of bminf")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="default: 1")
     return parser.parse_args(argv)
 
