@@ -67,7 +67,7 @@ def make(folder: Path, num_layers: int, **sizes: int) -> None:
     with torch.device("meta"):
         model = transformers.Qwen3MoeForCausalLM(config)
     blocks = find_blocks(model)
-    choice = choose_linears(model, blocks, INT4, lambda name, _: name.startswith("model.layers."))
+    choice = choose_linears(model, blocks, INT4)
     blobs = lay_out(model, blocks, choice.replacements, keep_addresses=False)
     layouts = {"": blobs.outside, **blobs.blocks}
     folder.mkdir(parents=True, exist_ok=True)
@@ -82,7 +82,7 @@ def make(folder: Path, num_layers: int, **sizes: int) -> None:
 def _random(layout: Layout) -> Iterator[Chunk]:
     for name, spec in layout.specs.items():
         if not spec.dtype.is_floating_point:
-            limit = 256 if name.endswith("qweight") else 8
+            limit = min(256, torch.iinfo(spec.dtype).max) if name.endswith("qweight") else 8
             yield name, torch.randint(0, limit, spec.shape, dtype=spec.dtype)
         elif name.endswith("row_scale"):
             # So small that the tokens' own vectors decide which experts they go to.

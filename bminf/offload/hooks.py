@@ -37,7 +37,7 @@ from bminf.offload.pool import ExpertPool
 from bminf.offload.ring import NUM_SLOTS, Ring
 from bminf.offload.routers import Router, find_routers
 from bminf.offload.streamed_block import StreamedBlock, not_convertible
-from bminf.offload.streamed_experts import ExpertInSlot, StreamedExperts
+from bminf.offload.streamed_experts import ExpertInSlot, SlotViews, StreamedExperts
 from bminf.offload.tables import HostTable, Table
 from bminf.tracing import active_capture, active_tracer, disable_compile
 
@@ -113,6 +113,7 @@ class Scheduler:
         self._reads_host = False
         self._warned = self._warned_of_removed = False
         self._listed: set[ListedExpert] = set()  # those that run
+        self._slot_views = SlotViews(backend)
         self._overrides: list[tuple[torch.nn.Module, str, Any, Any]] = []
 
     def __deepcopy__(self, memo: Any) -> None:
@@ -151,7 +152,9 @@ class Scheduler:
             experts = ListedExperts(*where, self._read, keep)
         else:
             write = functools.partial(self.call, self._write_stack)
-            experts = StreamedExperts(*where, self._read_stack, write, self._saved_by_autograd)
+            experts = StreamedExperts(
+                *where, self._read_stack, write, self._saved_by_autograd, self._slot_views
+            )
         self.experts.append(experts)
         experts.release()
 
@@ -230,6 +233,7 @@ class Scheduler:
             if self.pool is not None:
                 self.pool.clear()
                 self.pool = None
+            self._slot_views.forget()
 
     def call(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Run `function` as the only thread in the model; calls may nest."""

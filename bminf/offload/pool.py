@@ -115,6 +115,21 @@ class ExpertPool:
         self._in_use.add(expert)
         return held.slot
 
+    def arrived(self, experts: Sequence[int]) -> list[int]:
+        """The first of these, which is waited for, and those right behind it that need no wait."""
+        first, *others = experts
+        self.enter(first)
+        found = [first]
+        for expert in others:
+            held = self._held.get(expert)
+            if held is None or not self._has_come(held):
+                break
+            found.append(expert)
+        return found
+
+    def _has_come(self, held: _Held) -> bool:
+        return held.copied is None or self._transfers.has_ended(held.copied)
+
     def leave(self, expert: int) -> None:
         """`expert` stays where it is, until its slot is needed."""
         held = self._held[expert]

@@ -32,11 +32,40 @@ class ExpertInSlot(InSlot):
 
     slot = 0  # it knows of no other
 
-    def __init__(self, index: int, slot: torch.Tensor, layout: Layout) -> None:
-        self.index, self.layout = index, layout
-        self.slot_start = slot.data_ptr()
-        self._starts = [self.slot_start]
-        self.tensors = {name: layout.view(slot, name) for name in layout.specs}
+    def __init__(self, index: int, slot: torch.Tensor, layout: Layout, tensors: Tensors) -> None:
+        self.index, self.layout, self.tensors = index, layout, tensors
+        self._starts = [slot.data_ptr()]
+
+
+class SlotViews:
+    """The tensors of experts in slots of the pool. Those that are laid out alike, as mostly all
+    are, share them: none are made as experts come and go."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._kinds: dict[Any, int] = {}
+        self._views: dict[tuple[int, int], Tensors] = {}
+
+    def kind_of(self, layout: Layout) -> int:
+        """A number for what is laid out alike."""
+        key = tuple(
+            (name, layout.offsets[name], spec.shape, spec.stride, spec.dtype)
+            for name, spec in layout.specs.items()
+        )
+        return self._kinds.setdefault(key, len(self._kinds))
+
+    def tensors(self, slot: int, kind: int, layout: Layout) -> Tensors:
+        """slot: of the pool.   kind: of the layout."""
+        found = self._views.get((slot, kind))
+        if found is None:
+            buffer = self._backend.pool[slot]
+            found = {name: layout.view(buffer, name) for name in layout.specs}
+            self._views[slot, kind] = found
+        return found
+
+    def forget(self) -> None:
+        """Hold no slot any more."""
+        self._views.clear()
 
 
 class StreamedExperts:
@@ -45,7 +74,7 @@ class StreamedExperts:
     first: the number of the first of them in the pool.   first_block: of all experts, in the
     backend.   module: its stacks have host copies already and are let go here.
     read, write: fetch one stack from the host copies, and keep new values of one there.
-    saved: of one expert in a slot.
+    saved: of one expert in a slot.   views: of the backend's slots.
     """
 
     def __init__(
@@ -59,6 +88,7 @@ class StreamedExperts:
         read: Callable[[StreamedExperts, str], torch.Tensor],
         write: Callable[[StreamedExperts, str, torch.Tensor], None],
         saved: Saved,
+        views: SlotViews,
     ) -> None:
         self.name, self.module, self.stack = name, module, stack
         self.first, self._first_block, self._backend = first, first_block, backend
@@ -68,7 +98,9 @@ class StreamedExperts:
         }
         self._attributes = {key: dict(t.__dict__) for key, t in stacks_of(module).items()}
         self._lazy = {key: self._make_lazy(key, place) for key, place in self._places.items()}
-        self._in_slots: dict[int, ExpertInSlot] = {}
+        self._views = views
+        kinds = {id(layout): views.kind_of(layout) for layout in stack.experts}
+        self._kinds = [kinds[id(layout)] for layout in stack.experts]
         self._announced: tuple[torch.Tensor, int | None, list[int]] | None = None
         self.is_running = False
 
@@ -136,7 +168,7 @@ class StreamedExperts:
 
     def forget(self) -> None:
         """Hold no tensor any more, in case somebody else holds the module."""
-        for held in (self._places, self._lazy, self._in_slots):
+        for held in (self._places, self._lazy):
             held.clear()
 
     # ---- while the module runs ------------------------------------------------------------------
@@ -186,8 +218,9 @@ class StreamedExperts:
         return ids.reshape(-1).tolist()
 
     def visit(self, pool: ExpertPool, experts: Sequence[int]) -> Iterator[Mapping[int, Tensors]]:
-        """Those that the pool holds already together, then the others as they come. Where not all
-        have room one after another: each leaves its slot to one that is not copied yet."""
+        """Those that the pool holds already together, then the others as they come: each with those
+        that have come meanwhile. Where not all have room one after another: each leaves its slot to
+        one that is not copied yet."""
         hits_before = pool.hits
         numbers = pool.want([self.first + expert for expert in experts])
         num_hits = pool.hits - hits_before
@@ -195,38 +228,45 @@ class StreamedExperts:
         together = numbers[:num_hits] if has_room else []
         if together:
             yield from self._visit_all(pool, together)
-        for number in numbers[len(together) :]:
-            yield from self._visit_one(pool, number)
+        left = numbers[len(together) :]
+        while left:
+            group, left = (pool.arrived(left) if has_room else left[:1]), left[1:]
+            if len(group) > 1:
+                left = left[len(group) - 1 :]
+                yield from self._visit_all(pool, group)
+            else:
+                yield from self._visit_one(pool, group[0])
 
     def _visit_all(
         self, pool: ExpertPool, numbers: Sequence[int]
     ) -> Iterator[Mapping[int, Tensors]]:
         slots = {number: pool.enter(number) for number in numbers}
-        found = {n: self._in_slot(n, slot).tensors for n, slot in slots.items()}
         try:
-            yield {number - self.first: tensors for number, tensors in found.items()}
+            yield {n - self.first: self._tensors(n, slot) for n, slot in slots.items()}
         finally:
             for number in numbers:
                 pool.leave(number)
 
     def _visit_one(self, pool: ExpertPool, number: int) -> Iterator[Mapping[int, Tensors]]:
-        expert = self._in_slot(number, pool.enter(number))
+        slot = pool.enter(number)
         try:
             if not torch.is_grad_enabled():
-                yield {number - self.first: expert.tensors}
+                yield {number - self.first: self._tensors(number, slot)}
                 return
+            expert = self._in_slot(number, slot)
             with self._saved(expert):
                 yield {number - self.first: self._differentiable(expert)}
         finally:
             pool.leave(number)
 
     def _in_slot(self, number: int, slot: int) -> ExpertInSlot:
-        buffer, known = self._backend.pool[slot], self._in_slots.get(number)
-        if known is None or known.slot_start != buffer.data_ptr():
-            layout = self.stack.experts[number - self.first]
-            known = ExpertInSlot(self._first_block + number, buffer, layout)
-            self._in_slots[number] = known
-        return known
+        layout, tensors = self.stack.experts[number - self.first], self._tensors(number, slot)
+        buffer = self._backend.pool[slot]
+        return ExpertInSlot(self._first_block + number, buffer, layout, tensors)
+
+    def _tensors(self, number: int, slot: int) -> Tensors:
+        expert = number - self.first
+        return self._views.tensors(slot, self._kinds[expert], self.stack.experts[expert])
 
     def _differentiable(self, expert: ExpertInSlot) -> Tensors:
         """Its tensors, such that a gradient for one that is wanted raises."""
