@@ -101,6 +101,7 @@ class Scheduler:
         self.blocks: list[StreamedBlock] = []
         self.experts: list[StreamedExperts | ListedExperts] = []
         self.tables: list[HostTable] = []
+        self.routers: list[Router] = []
         self.ring: Ring | None = None
         self.pool: ExpertPool | None = None
         self.lying: Collection[int] = ()  # blocks that are read from where they were before
@@ -186,8 +187,9 @@ class Scheduler:
         experts = {one.module: one for one in of_stacks}
         parts: dict[torch.nn.Module, _Part] = {**experts, **blocks}
         guarded = set(parts).union(*(table.holders() for table in self.tables))
-        routers = self._routers(model, parts)
-        parts |= {router.around: router for router in routers if router.around not in parts}
+        self.routers = self._find_routers(model, parts)
+        around_routers = {router.around: router for router in self.routers}
+        parts = {**around_routers, **parts}
         around = [m for m in model.modules() if any(inner in guarded for inner in m.modules())]
         for module in around:
             self._override(module, "forward", _Forward(self, module, parts.get(module)))
@@ -196,7 +198,7 @@ class Scheduler:
             load = functools.partial(self.call, self.load_state_dict, module.load_state_dict)
             self._override(module, "load_state_dict", load)
             self._override(module, "__prepare_scriptable__", _refuse_scripting)
-        for router in routers:
+        for router in self.routers:
             self._override(router.module, "forward", _Forward(self, router.module, router))
         # Only modules that hold tensors: others, such as activations, may be shared by all models.
         holders = {module: block for block in streamed for module in block.holders()}
@@ -207,7 +209,7 @@ class Scheduler:
         if self.ring is not None:
             self.ring.start()
 
-    def _routers(
+    def _find_routers(
         self, model: torch.nn.Module, guarded: Collection[torch.nn.Module]
     ) -> list[Router]:
         if self.pool is None:
@@ -234,6 +236,7 @@ class Scheduler:
                 self.pool.clear()
                 self.pool = None
             self._slot_views.forget()
+            self.routers = []
 
     def call(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Run `function` as the only thread in the model; calls may nest."""

@@ -58,6 +58,11 @@ class Router:
         self._shape = (0, 0)  # dimensions and width of what it was called with alone
         self._takes_given = False  # whether that was what the module around was given
 
+    @property
+    def is_early(self) -> bool:
+        """Whether it is run before the module around calls it, by what the last pass has shown."""
+        return self._takes_given
+
     def run_around(self, forward: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Run the forward of the module around."""
         try:
