@@ -14,6 +14,7 @@ from bminf import models
 from bminf.arch import registry
 from bminf.checkpoint.binary_file import read_json
 from bminf.checkpoint.stored import Stored, Transposed
+from bminf.checks import check_bool
 from bminf.description import is_saved, read_description
 from bminf.errors import ArgumentError, CheckpointError
 from bminf.keywords import known_keywords
@@ -65,6 +66,7 @@ def load(
     blocks: Iterable[str] | None = None,
     uses: Mapping[str, float] | None = None,
     quantize: Predicate | None = None,
+    prefetch_experts: bool = False,
     deterministic: bool = False,
     fused_kernels: bool = True,
     trust_remote_code: bool = False,
@@ -87,7 +89,7 @@ def load(
         zoo where a folder would give that of transformers.
     config: for a model of the zoo, see bminf.models.LanguageModel.
     tokenizer: in place of that of the folder; for a model of the zoo, as for its class.
-    reserve, blocks, uses, quantize: as for wrapper(); not for models of the zoo.
+    reserve, blocks, uses, quantize, prefetch_experts: as for wrapper(); not for models of the zoo.
     deterministic: for a model of the zoo, see bminf.models.LanguageModel; for one of transformers
         give it to bminf.Engine.
     fused_kernels: for a model of the zoo, see bminf.models.LanguageModel.
@@ -98,6 +100,7 @@ def load(
     Raises ArgumentError, BudgetError, CheckpointError, OffloadError or UnsupportedModelError, and
     nothing stays loaded.
     """
+    check_bool("prefetch_experts", prefetch_experts)
     kind, path = zoo_class(checkpoint, model, tokenizer is not None, trust_remote_code)
     folder = path.parent if path.is_file() else path
     if kind is models.BLOOM and model is None and is_pretrained(folder):
@@ -106,6 +109,7 @@ def load(
         _check_not_given(
             f"models of transformers, and {path} holds one of {kind.__name__}",
             reserve=reserve, blocks=blocks, uses=uses, quantize=quantize,
+            prefetch_experts=prefetch_experts,
         )  # fmt: skip
         is_default = quantization is True or (quantization == _AUTO and not _is_unpacked(path))
         asked = None if quantization == _AUTO else quantization
@@ -126,8 +130,9 @@ def load(
     options = Options(quantization, blocks, uses, quantize, reserve, max_length, max_batch_size)
     weights_dtype = None if dtype is None else dtype_for(dtype, "cpu")
     loaded = _load_pretrained(
-        path, options, memory_limit, weights_dtype, device, offload_dir, trust_remote_code
-    )
+        path, options, memory_limit, weights_dtype, device, offload_dir, trust_remote_code,
+        prefetch_experts,
+    )  # fmt: skip
     loaded.tokenizer = found if tokenizer is None else tokenizer
     return loaded
 
@@ -174,6 +179,7 @@ def _load_pretrained(
     device: torch.device | str | int | None,
     offload_dir: str | Path | None,
     trust_remote_code: bool,
+    prefetch_experts: bool,
 ) -> Any:
     limit = None if memory_limit is None else parse_bytes(memory_limit, "memory_limit")
     backend = backend_for(device)
@@ -188,7 +194,7 @@ def _load_pretrained(
     tensors = _with_replacements(model, opened.tensors, request.choice.replacements)
     _check_shapes(model, tensors, folder)
     # Where unwrap() brings the weights, as if the model had been loaded before it was wrapped.
-    scheduler = Scheduler(the_plan, backend, torch.device("cpu"))
+    scheduler = Scheduler(the_plan, backend, torch.device("cpu"), prefetch_experts)
     start_from_files(Contents(model, request.blobs, tensors), scheduler, offload_dir)
     if request.choice.replacements:
         refuse_to_save(model)

@@ -24,6 +24,7 @@ from bminf.models.convert import TABLE, layout_of_table, write_config
 from bminf.models.convert import WEIGHTS_FILE as SINGLE_FILE
 from bminf.models.source import HEAD, vocabulary_files
 from bminf.offload.blocks import find_blocks
+from bminf.offload.hooks import ATTRIBUTE, Scheduler
 from bminf.pretrained import open_pretrained
 from bminf.units import parse_bytes
 from bminf.wrapping import plan_of
@@ -58,12 +59,12 @@ def save(
         return _save_of_zoo(model, target, tokenizer, shard_bytes)
     _check_model(model)
     tokenizer = getattr(model, "tokenizer", None) if tokenizer is None else tokenizer
-    tensors = _tensors_of(model)
+    tensors, scheduler = _tensors_of(model), model.__dict__.get(ATTRIBUTE)
     plan = plan_of(model)
     blocks = [b.name for b in (find_blocks(model, None) if plan is None else plan.blocks)]
     layouts = _layouts(model, tensors, blocks)
     with atomic_folder(target, sum(x.nbytes for x in layouts.values()), "saving") as (at, progress):
-        read = _reader(layouts, tensors, progress)
+        read = _reader(layouts, tensors, progress, scheduler)
         write_weights(at / WEIGHTS_FILE, layouts, read, _METADATA, shard_bytes)
         _write_settings(model, tokenizer, at)
         _describe(model).write(at)
@@ -91,7 +92,7 @@ def _save_of_zoo(model: LanguageModel, target: Path, tokenizer: Any, shard_bytes
         layouts |= layout_of_table(shape, tables[0].table_dtype)
     nbytes = sum(layout.nbytes for layout in layouts.values())
     with atomic_folder(target, nbytes, "saving") as (folder, progress):
-        read = _reader(layouts, tensors, progress)
+        read = _reader(layouts, tensors, progress, network.__dict__.get(ATTRIBUTE))
 
         def chunks(block: str) -> Iterable[Chunk]:
             if block != TABLE:
@@ -120,7 +121,7 @@ def _check_model(model: Any) -> None:
 
 def _tensors_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """What is saved, in the order of the modules: of tied tensors the first."""
-    held = model.state_dict()  # streamed ones as they lie on the host
+    held = model.state_dict(keep_vars=True)  # streamed ones are read one by one
     first: dict[int, str] = {}
     for name, _, tensor in tensors_of(model):
         first.setdefault(id(tensor), name)
@@ -150,12 +151,20 @@ def _tied(model: torch.nn.Module) -> set[str]:
 
 
 def _reader(
-    layouts: Mapping[str, Layout], tensors: Mapping[str, torch.Tensor], progress: Progress
+    layouts: Mapping[str, Layout],
+    tensors: Mapping[str, torch.Tensor],
+    progress: Progress,
+    scheduler: Scheduler | None,
 ) -> Callable[[str], Iterable[Chunk]]:
     def read(block: str) -> Iterator[Chunk]:
         for name in layouts[block].specs:
-            tensor = tensors[_joined(block, name)].detach().cpu()
-            yield name, tensor
+            tensor = tensors[_joined(block, name)]
+            if scheduler is None:
+                yield name, tensor.detach().cpu()
+            elif not tensor.dim():
+                yield from ((name, value) for _, value in scheduler.pieces(tensor))
+            else:
+                yield from ((name, rows, at) for at, rows in scheduler.pieces(tensor))
             progress(tensor.nbytes)
 
     return read

@@ -12,9 +12,10 @@ from warnings import warn
 
 import torch
 
+from bminf.checks import check_bool
 from bminf.errors import ArgumentError, NothingToStreamError, UnsupportedModelError
 from bminf.keywords import check_keywords, keywords_of, known_keywords
-from bminf.layers.experts import forward_of
+from bminf.layers.experts import has_experts
 from bminf.layers.quantize import Predicate, choice_of, choose_linears, warn_of_unquantized
 from bminf.layers.saving import refuse_to_save
 from bminf.layout import ModuleBlock, tensors_of
@@ -63,6 +64,7 @@ def wrapper(
     quantize: Predicate | None = None,
     max_length: int | None = None,
     max_batch_size: int = 1,
+    prefetch_experts: bool = False,
     **unknown: Any,
 ) -> Model:
     """Make `model` run within `memory_limit`, and return it: the same object, with the same output.
@@ -102,6 +104,9 @@ def wrapper(
         transformers that generate text; others take reserve. None sets nothing aside, and the plan
         says what 2,048 tokens would take.
     max_batch_size: texts at once (with beams: all of them), each of max_length.
+    prefetch_experts: True asks the router of the next layer, while a layer of a mixture of experts
+        is computed, what it would choose for what this layer is given, and copies that. Wrong
+        guesses cost time alone; stats_of counts their bytes.
 
     A model that accelerate has offloaded is taken out of its store, and its hooks are removed.
 
@@ -110,6 +115,7 @@ def wrapper(
     by then stay quantized.
     """
     check_keywords("wrapper", unknown, keywords_of(wrapper)[1:])  # a model comes without its name
+    check_bool("prefetch_experts", prefetch_experts)
     _check_model(model)
     backend = backend_for(device)
     fetch_offloaded(model)
@@ -128,7 +134,8 @@ def wrapper(
     if request.format is not None:
         warn_of_unquantized(model, request.blocks, request.choice, stacklevel=2)
     originals = Originals(model)
-    _apply(model, request, Scheduler(the_plan, backend, source_device), offload_dir)
+    scheduler = Scheduler(the_plan, backend, source_device, prefetch_experts)
+    _apply(model, request, scheduler, offload_dir)
     _warn_of_training(model, stacklevel=2)
     del request  # it has the linears that were packed
     kept = [table.rows for table in _scheduler_of(model).tables]  # type: ignore[union-attr]
@@ -299,7 +306,7 @@ class Request:
 
     def _by_need(self) -> Blobs | None:
         """With each expert a blob; None where there are none that a token leaves out."""
-        if not any(forward_of(module) is not None for module in self._model.modules()):
+        if not has_experts(self._model):
             return None
         blobs = self._lay_out(by_need=True)
         return blobs if are_worth_choosing(self._model, blobs) else None

@@ -5,16 +5,21 @@ by block; loads it on the CPU with room for some of the experts, and once more w
 Then, in rounds that take turns: the time of a token of each, the bytes that the first one missed,
 and how fast its file is read, expert by expert. Prints the medians, by how much anonymous memory
 grew beside the limit, and the time of a token beside what the misses and the resident model take.
+With --against, a process with another checkout of bminf takes its turns as well: it streams the
+layers of the model unpacked, in bfloat16 (tools/whole_experts.py).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
+import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -62,7 +67,7 @@ def make(folder: Path, num_layers: int, **sizes: int) -> None:
     with torch.device("meta"):
         model = transformers.Qwen3MoeForCausalLM(config)
     blocks = find_blocks(model)
-    choice = choose_linears(model, blocks, INT4, lambda name, _: name.startswith("model.layers."))
+    choice = choose_linears(model, blocks, INT4)
     blobs = lay_out(model, blocks, choice.replacements, keep_addresses=False)
     layouts = {"": blobs.outside, **blobs.blocks}
     folder.mkdir(parents=True, exist_ok=True)
@@ -77,7 +82,7 @@ def make(folder: Path, num_layers: int, **sizes: int) -> None:
 def _random(layout: Layout) -> Iterator[Chunk]:
     for name, spec in layout.specs.items():
         if not spec.dtype.is_floating_point:
-            limit = 256 if name.endswith("qweight") else 8
+            limit = min(256, torch.iinfo(spec.dtype).max) if name.endswith("qweight") else 8
             yield name, torch.randint(0, limit, spec.shape, dtype=spec.dtype)
         elif name.endswith("row_scale"):
             # So small that the tokens' own vectors decide which experts they go to.
@@ -104,15 +109,20 @@ def _described(model: Any, replaced: Mapping[str, torch.nn.Module]) -> Descripti
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     whole = bminf.load(arguments.folder, "100GB", device="cpu")
     plan = bminf.plan_of(whole)
-    before = rss_anon_bytes()
-    limit = _limit(arguments.folder, plan, arguments.fraction)
-    model = bminf.load(arguments.folder, limit, device="cpu", offload_dir=arguments.folder)
     generator = torch.Generator().manual_seed(1)
     count = 2 * arguments.tokens
     tokens = torch.randint(0, whole.config.vocab_size, (count,), generator=generator)
+    _token_s(whole, tokens)  # what any model takes beside its weights is there before
+    before = rss_anon_bytes()
+    limit = _limit(arguments.folder, plan, arguments.fraction)
+    model = bminf.load(
+        arguments.folder, limit, device="cpu", offload_dir=arguments.folder,
+        prefetch_experts=arguments.prefetch,
+    )  # fmt: skip
     _token_s(model, tokens)  # until the pool is full
-    rounds = [_round(model, whole, tokens, seed) for seed in range(arguments.rounds)]
     grown = rss_anon_bytes() - before
+    with _other(arguments) as other:
+        rounds = [_round(model, whole, tokens, seed) | other() for seed in range(arguments.rounds)]
     found = {key: median(one[key] for one in rounds) for key in rounds[0]}
     predicted_s = found["missed_bytes"] / found["file_bytes_per_s"] + found["resident_s"]
     experts = bminf.plan_of(model).experts
@@ -120,7 +130,43 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "limit": limit, "grown": grown, "grown_of_limit": grown / limit,
         "slots": experts.num_slots, "experts": experts.number, **found,
         "of_accounted": found["token_s"] / predicted_s,
+    } | {
+        f"times_{key}": found[f"against_{key}"] / found[key]
+        for key in ("token_s", "token_cpu_s") if f"against_{key}" in found
     }  # fmt: skip
+
+
+@contextmanager
+def _other(arguments: argparse.Namespace) -> Iterator[Callable[[], dict[str, float]]]:
+    """What measures the other checkout once; nothing where none is given."""
+    if arguments.against is None:
+        yield dict
+        return
+    argv = [arguments.folder, arguments.folder / "unpacked", arguments.tokens, arguments.threads]
+    process = subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("whole_experts.py")), *map(str, argv)],
+        env={**os.environ, "PYTHONPATH": str(arguments.against)},
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+    def answer() -> dict[str, float]:
+        assert process.stdout is not None
+        return {
+            f"against_{key}": value for key, value in json.loads(process.stdout.readline()).items()
+        }
+
+    def measure_once() -> dict[str, float]:
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+        return answer()
+
+    with process:
+        answer()  # it is ready
+        try:
+            yield measure_once
+        finally:
+            process.kill()
 
 
 def _limit(folder: Path, whole: Any, fraction: float) -> int:
@@ -136,13 +182,15 @@ def _limit(folder: Path, whole: Any, fraction: float) -> int:
 
 
 def _round(model: Any, whole: Any, tokens: torch.Tensor, seed: int) -> dict[str, float]:
-    before = bminf.stats_of(model)
+    before, start_s = bminf.stats_of(model), time.process_time()
     token_s = _token_s(model, tokens)
-    after = bminf.stats_of(model)
+    after, end_s = bminf.stats_of(model), time.process_time()
     wanted = after.expert_hits + after.expert_misses - before.expert_hits - before.expert_misses
     return {
         "token_s": token_s,
+        "token_cpu_s": (end_s - start_s) / len(tokens),
         "missed_bytes": (after.expert_bytes_copied - before.expert_bytes_copied) / len(tokens),
+        "unused_bytes": (after.expert_bytes_unused - before.expert_bytes_unused) / len(tokens),
         "hits": (after.expert_hits - before.expert_hits) / wanted,
         "resident_s": _token_s(whole, tokens),
         "file_bytes_per_s": _file_rate(model, seed),
@@ -184,6 +232,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--fraction", type=float, default=0.2, help="of the experts; default: 0.2")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="default: 5")
     parser.add_argument("--tokens", type=int, default=8, metavar="N", help="default: 8, twice")
+    parser.add_argument("--prefetch", action="store_true", help="with prefetch_experts=True")
+    parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="of bminf")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="default: 1")
     return parser.parse_args(argv)
 

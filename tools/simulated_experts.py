@@ -4,14 +4,17 @@ Plans published models in the int4 default, from what transformers takes for the
 the pool of experts on a virtual clock: each layer reads its dense part, the host waits for what the
 router chose (tools/routing.py), hits are computed while misses cross the link, and each miss when
 it has come. Prints a line of JSON a model, card and routing: hits, time, what that is made of, and
-what binds.
+what binds. With --guesses, once more for each share of the next layer's experts that a guess would
+be right about, with what it brings for nothing.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -74,7 +77,8 @@ CASES = ((QWEN, "GTX 1060 6 GB"), (QWEN, "RTX 3060 12 GB"), (GPT_OSS, "24 GB"))
 class Simulated:
     """A token in steady state. Times in seconds, of which one does not hide another where it waits.
 
-    hit_rate: of all experts wanted.   missed_bytes: copied.   memory_s, copy_s, host_s: what
+    hit_rate: of all experts wanted.   missed_bytes: copied.   unused_bytes: of these, what was
+    guessed and not chosen.   memory_s, copy_s, host_s: what
     reading device memory takes, the link, and the host's waits for ids.
     """
 
@@ -84,6 +88,7 @@ class Simulated:
     memory_s: float
     copy_s: float
     host_s: float
+    unused_bytes: float = 0.0
 
     @property
     def tokens_per_s(self) -> float:
@@ -104,9 +109,13 @@ def plan_of(model_name: str, card: Card) -> Plan:
     )  # fmt: skip
 
 
-def simulate(plan: Plan, routing: Routing, card: Card) -> Simulated:
+def simulate(
+    plan: Plan, routing: Routing, card: Card, right_guesses: float | None = None
+) -> Simulated:
     """Decode tokens one by one under `plan`.
 
+    right_guesses: of the experts that the next layer chooses, the part that a guess names, made
+    when this layer's are known; for each of the others it names any. None guesses nothing.
     Raises ArgumentError for a plan of other sizes, or under which more than experts moves.
     """
     experts = plan.experts
@@ -117,13 +126,21 @@ def simulate(plan: Plan, routing: Routing, card: Card) -> Simulated:
             f"{len(plan.streamed)} blocks stream and {len(experts.on_disk)} experts wait on disk; "
             "give a plan of a larger limit and more host memory"
         )
-    return _Run(plan, experts, routing, card).measured()
+    return _Run(plan, experts, routing, card, right_guesses).measured()
 
 
 class _Run:
     """A model on the virtual clock."""
 
-    def __init__(self, plan: Plan, experts: Experts, routing: Routing, card: Card) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        experts: Experts,
+        routing: Routing,
+        card: Card,
+        right_guesses: float | None,
+    ) -> None:
+        self._right_guesses, self._draw = right_guesses, random.Random(1)
         self._layers_s, self._rest_s = _dense_s(plan, card)
         self._routing = routing
         self._size = experts.nbytes // experts.number
@@ -138,10 +155,11 @@ class _Run:
         for _ in range(_SETTLING):
             self._token(next(tokens))
         since_s, hits, misses = self.backend.now_s, self.pool.hits, self.pool.misses
+        unused_bytes, copies = self.pool.bytes_unused, len(self.backend.copies)
         for token in tokens:
             self._token(token)
         hits, misses = self.pool.hits - hits, self.pool.misses - misses
-        per_token = misses / _MEASURED
+        per_token = (len(self.backend.copies) - copies) / _MEASURED
         wanted_s = (hits + misses) / _MEASURED * self._expert_s
         return Simulated(
             token_s=(self.backend.now_s - since_s) / _MEASURED,
@@ -150,6 +168,7 @@ class _Run:
             memory_s=sum(self._layers_s) + self._rest_s + wanted_s,
             copy_s=per_token * self._copy_s,
             host_s=self._routing.layers * HOST_WAIT_S,
+            unused_bytes=(self.pool.bytes_unused - unused_bytes) / _MEASURED,
         )
 
     def _token(self, token: Sequence[Sequence[int]]) -> None:
@@ -159,11 +178,33 @@ class _Run:
         for layer, chosen in enumerate(token):
             self.backend.compute(self._layers_s[num_dense + layer])
             self.backend.synchronize(HOST_WAIT_S)
-            first = layer * self._routing.experts
-            for expert in self.pool.want([first + expert for expert in chosen]):
+            wanted = self.pool.want(self._numbers(layer, chosen))
+            self.pool.settle(self._layer(layer))
+            if self._right_guesses is not None and layer + 1 < len(token):
+                guessed = self._numbers(layer + 1, self._guess(token[layer + 1]))
+                self.pool.expect(guessed, self._layer(layer + 1), is_guess=True)
+            for expert in wanted:
                 self.backend.read(expert, self.pool.enter(expert), self._expert_s)
                 self.pool.leave(expert)
         self.backend.compute(self._rest_s)
+
+    def _layer(self, layer: int) -> range:
+        return range(layer * self._routing.experts, (layer + 1) * self._routing.experts)
+
+    def _numbers(self, layer: int, chosen: Iterable[int]) -> list[int]:
+        return [self._layer(layer)[expert] for expert in chosen]
+
+    def _guess(self, chosen: Sequence[int]) -> list[int]:
+        assert self._right_guesses is not None
+        any_of_them = range(self._routing.experts)
+        return sorted(
+            {
+                expert
+                if self._draw.random() < self._right_guesses
+                else self._draw.choice(any_of_them)
+                for expert in chosen
+            }
+        )
 
 
 def _dense_s(plan: Plan, card: Card) -> tuple[list[float], float]:
@@ -174,22 +215,30 @@ def _dense_s(plan: Plan, card: Card) -> tuple[list[float], float]:
     return [nbytes / card.memory for nbytes in layers], (outside_bytes + cache_bytes) / card.memory
 
 
-def main(argv: Sequence[str] = ()) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """0, after each case was printed."""
+    parser = argparse.ArgumentParser("tools.simulated_experts", description=__doc__)
+    parser.add_argument("--guesses", type=float, nargs="+", metavar="SHARE", default=[])
+    guesses = parser.parse_args(argv).guesses
     for model_name, card_name in CASES:
         card = CARDS[card_name]
         plan = plan_of(model_name, card)
         for routing in ROUTINGS[model_name].values():
-            print(json.dumps(_line(model_name, card, plan, simulate(plan, routing, card))))
+            for right_guesses in (None, *guesses):
+                found = simulate(plan, routing, card, right_guesses)
+                print(json.dumps(_line(model_name, card, plan, found, right_guesses)))
     return 0
 
 
-def _line(model_name: str, card: Card, plan: Plan, found: Simulated) -> dict[str, Any]:
+def _line(
+    model_name: str, card: Card, plan: Plan, found: Simulated, right_guesses: float | None
+) -> dict[str, Any]:
     experts = plan.experts
     assert experts is not None
     return {
         "model": model_name, "card": card.name, "slots": experts.num_slots,
-        "experts": experts.number, "tokens_per_s": found.tokens_per_s, "binds": found.binds,
+        "experts": experts.number,
+        "right_guesses": right_guesses, "tokens_per_s": found.tokens_per_s, "binds": found.binds,
         **asdict(found),
     }  # fmt: skip
 

@@ -188,6 +188,10 @@ def _lines(report: dict[str, Any]) -> Iterator[str]:
     yield f"copied a token       {'not measured' if copied is None else format_bytes(copied)}"
     for name in _PHASES:
         yield f"{f'bound of {name}':<21}{_bound(report[name])}"
+    decode = report["decode"]
+    if wanted := decode["expert_hits"] + decode["expert_misses"]:
+        hit = decode["expert_hits"] / wanted
+        yield f"experts hit          {hit:.0%} of {wanted} wanted while decoding"
 
 
 def _bound(phase: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -38,9 +38,17 @@ from bminf.tracing import is_watched
 Tensors = Mapping[str, torch.Tensor]
 """Those of one expert, by the names of the stacks in the module."""
 
-Visit = Callable[[Sequence[int]], Iterable[Mapping[int, Tensors]]]
-"""Experts, ascending -> those that are at hand together with their tensors, one such group after
-another until each has come once; good until the next one."""
+
+class Visit(Protocol):
+    """Where the tensors of experts are had from."""
+
+    def __call__(self, experts: Sequence[int]) -> Iterable[Mapping[int, Tensors]]:
+        """Experts, ascending -> those that are at hand together with their tensors, one such group
+        after another until each has come once; good until the next one."""
+
+    def on_host(self, ids: torch.Tensor) -> list[int]:
+        """What a router chose, (T, k) integers, as (T * k,)."""
+
 
 _MATRICES = ("gate_up_proj", "up_proj", "down_proj", "weight")
 _MAX_LAUNCHED_ROWS = MIN_TENSOR_CORE_ROWS - 1  # of an expert, in a launch for all of them
@@ -64,6 +72,29 @@ def forward_of(module: torch.nn.Module) -> Callable[..., torch.Tensor] | None:
     if is_of_class(module, "jetmoe", "JetMoeParallelExperts"):
         return _of_sorted_tokens
     return None
+
+
+def listed_experts(name: str, module: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """By their names in there, the experts in a list or dict of modules that is called `name`.
+
+    None in one whose name has no "expert" in it, or where not all that hold parameters are of one
+    class: nothing else tells that a token goes through some of them.
+    """
+    if not isinstance(module, torch.nn.ModuleList | torch.nn.ModuleDict):
+        return {}
+    children = module.named_children()
+    experts = {key: child for key, child in children if any(True for _ in child.parameters())}
+    are_experts = "expert" in name and "shared" not in name and len(experts) > 1
+    are_alike = len({type(child) for child in experts.values()}) == 1
+    return experts if are_experts and are_alike else {}
+
+
+def has_experts(model: torch.nn.Module) -> bool:
+    """Whether some module of a model holds experts that can be told apart."""
+    return any(
+        forward_of(module) is not None or listed_experts(path.rpartition(".")[2], module)
+        for path, module in model.named_modules()
+    )
 
 
 def is_dispatched(module: torch.nn.Module) -> bool:
@@ -248,7 +279,7 @@ class PackedExperts(torch.nn.Module):
         return [(n, m) for n, m in self._modules.items() if isinstance(m, PackedStack)]
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return self.computes(self, visit_resident(self), *args, **kwargs)
+        return self.computes(self, VisitResident(self), *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         kind = self.__dict__.get("_packed_class", torch.nn.Module)
@@ -264,18 +295,21 @@ def _frozen(parameter: torch.nn.Parameter | None) -> torch.nn.Parameter | None:
     return torch.nn.Parameter(parameter.detach().clone(), requires_grad=False)
 
 
-def visit_resident(module: torch.nn.Module) -> Visit:
+class VisitResident:
     """A Visit of experts that lie in the stacks of `module`."""
-    stacks = stacks_of(module)
 
-    def visit(experts: Sequence[int]) -> Iterator[Mapping[int, Tensors]]:
+    def __init__(self, module: torch.nn.Module) -> None:
+        self._stacks = stacks_of(module)
+
+    def __call__(self, experts: Sequence[int]) -> Iterator[Mapping[int, Tensors]]:
         if experts:
             yield {
-                expert: {name: stack[expert] for name, stack in stacks.items()}
+                expert: {name: stack[expert] for name, stack in self._stacks.items()}
                 for expert in experts
             }
 
-    return visit
+    def on_host(self, ids: torch.Tensor) -> list[int]:
+        return ids.reshape(-1).tolist()
 
 
 # ---- what the experts of each known class compute -----------------------------------------------
@@ -295,7 +329,7 @@ def _routed(
     """
     ids, order = torch.sort(top_k_index.reshape(-1))
     tokens = hidden_states[order // top_k_index.shape[1]]
-    spans = _spans(top_k_index.reshape(-1).tolist(), experts.num_experts)
+    spans = _spans(visit.on_host(top_k_index), experts.num_experts)
     if not spans:
         return torch.zeros_like(hidden_states)
     inner, outputs = _Rows(len(order)), _Rows(len(order))

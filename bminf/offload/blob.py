@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from bminf.errors import UnsupportedModelError
-from bminf.layers.experts import PackedExperts, forward_of, stacks_of
+from bminf.layers.experts import PackedExperts, forward_of, listed_experts, stacks_of
 from bminf.layers.quantize import choose_linears
 from bminf.layout import (
     ADDRESS_MODULUS,
@@ -35,13 +35,16 @@ _KINDS = (torch.Tensor, torch.nn.Parameter, getattr(torch.nn, "Buffer", torch.nn
 class Stack:
     """The experts of one module, each of which is a blob. Names are relative to the module.
 
-    block: in which the module lies.   whole: the stacks as the module holds them.
+    block: in which the module lies.   whole: their tensors as the module holds them.
     experts: of each expert, the part of every stack that is its own.
+    members: where the module is a list of modules, those in it, to which the names in `experts` are
+    relative.
     """
 
     block: str
     whole: Layout
     experts: Sequence[Layout]
+    members: tuple[str, ...] = ()
 
     @property
     def slot_bytes(self) -> int:
@@ -75,6 +78,12 @@ class Blobs:
         wholes = [stack.whole for stack in self.stacks.values()]
         layouts = [self.outside, self.of_tables, *self.blocks.values(), *wholes]
         return sum(layout.nbytes for layout in layouts)
+
+    def listed(self, path: str) -> Layout:
+        """That of the expert in a list which is the module of this name."""
+        name, _, member = path.rpartition(".")
+        stack = self.stacks[name]
+        return stack.experts[stack.members.index(member)]
 
     def stacks_by_block(self) -> dict[str, dict[str, Stack]]:
         """Of the blocks that have any."""
@@ -111,13 +120,16 @@ def lay_out(
     outside = _shared(specs, owners) | _adapters(places, replacements)
     parts: dict[str, dict[str, TensorSpec]] = {"": {}, **{block.name: {} for block in blocks}}
     stacks = _stacks(places, replacements, outside) if by_need else {}
+    lists = _lists(places, specs, outside) if by_need else {}
     in_stacks = {_joined(name, key) for name, (_, stack) in stacks.items() for key in stack}
+    in_stacks |= {_joined(name, key) for name, (_, _, inner) in lists.items() for key in inner}
     for name, spec in specs.items():
         block, inner_name = ("", name) if name in outside else owners[name]
         if name not in in_stacks:
             parts[block][inner_name] = spec
     layouts = {block: Layout.of(part, keep_addresses) for block, part in parts.items()}
     laid_out = {n: _lay_out_experts(*found, keep_addresses) for n, found in stacks.items()}
+    laid_out |= {n: _lay_out_list(*found, keep_addresses) for n, found in lists.items()}
     of_tables = Layout.of(by_row, keep_addresses)
     return Blobs(layouts, layouts.pop(""), laid_out, tables, of_tables)
 
@@ -149,6 +161,42 @@ def _lay_out_experts(block: str, stacks: Mapping[str, torch.Tensor], keep_addres
         for expert in range(1 if are_alike else number)
     ]
     return Stack(block, whole, layouts * number if are_alike else layouts)
+
+
+def _lists(
+    places: Sequence[_Place], specs: Mapping[str, TensorSpec], outside: Collection[str]
+) -> dict[str, tuple[str, list[str], dict[str, TensorSpec]]]:
+    """Name of a list of experts in a block -> the block, its items, and all that they hold, by
+    names relative to the list, where each holds tensors that nothing else does."""
+    counts = Counter(module for *_, module in places)
+    owners: dict[str, str] = {}  # name of a tensor -> of the expert that it is of
+    found = {}
+    for path, block, _, module in places:
+        experts = listed_experts(path.rpartition(".")[2], module) if block else {}
+        if not experts or any(counts[child] > 1 for child in experts.values()):
+            continue
+        inner = {n[len(path) + 1 :]: x for n, x in specs.items() if n.startswith(f"{path}.")}
+        is_apart = {n.partition(".")[0] for n in inner} == set(experts)
+        if is_apart and not any(_joined(path, n) in outside for n in inner):
+            found[path] = block, list(experts), inner
+            owners |= {_joined(path, n): _joined(path, n.partition(".")[0]) for n in inner}
+    located = {name: spec for name, spec in specs.items() if spec.start is not None}
+    for _, names in overlapping(located) if found else []:
+        if len(several := {owners.get(name, "") for name in names}) > 1:
+            for expert in several:
+                found.pop(expert.rpartition(".")[0], None)
+    return found
+
+
+def _lay_out_list(
+    block: str, members: Sequence[str], inner: Mapping[str, TensorSpec], keep_addresses: bool
+) -> Stack:
+    parts: dict[str, dict[str, TensorSpec]] = {member: {} for member in members}
+    for name, spec in inner.items():
+        member, _, key = name.partition(".")
+        parts[member][key] = spec
+    layouts = [Layout.of(part, keep_addresses) for part in parts.values()]
+    return Stack(block, Layout.of(inner, keep_addresses), layouts, tuple(members))
 
 
 def _held(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -20,7 +20,7 @@ import threading
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -31,11 +31,13 @@ from bminf.layout import Layout, span_elements, tensors_of
 from bminf.lazy import LazyTensor
 from bminf.offload.backends.base import Backend
 from bminf.offload.blob import Stack
+from bminf.offload.listed_experts import ListedExpert, ListedExperts
 from bminf.offload.plan import Plan
 from bminf.offload.pool import ExpertPool
 from bminf.offload.ring import NUM_SLOTS, Ring
+from bminf.offload.routers import Router, find_routers
 from bminf.offload.streamed_block import StreamedBlock, not_convertible
-from bminf.offload.streamed_experts import ExpertInSlot, StreamedExperts
+from bminf.offload.streamed_experts import ExpertInSlot, SlotViews, StreamedExperts
 from bminf.offload.tables import HostTable, Table
 from bminf.tracing import active_capture, active_tracer, disable_compile
 
@@ -47,6 +49,8 @@ _NO_GRAPH = (
     "without fullgraph=True leaves the streamed blocks uncompiled)"
 )
 
+_Part = StreamedBlock | StreamedExperts | Router
+
 ATTRIBUTE = "_bminf_scheduler"
 """Where a model holds its Scheduler."""
 
@@ -57,6 +61,8 @@ class Stats:
 
     expert_hits, expert_misses: experts that a layer wanted, and that were in the pool or were not,
     each once a layer and pass.   expert_bytes_copied: of bytes_copied, those of experts.
+    expert_bytes_guessed: of these, what prefetch_experts= has copied before a router chose it, and
+    expert_bytes_unused what was copied and not chosen then.
     """
 
     passes: int = 0
@@ -68,6 +74,8 @@ class Stats:
     expert_hits: int = 0
     expert_misses: int = 0
     expert_bytes_copied: int = 0
+    expert_bytes_guessed: int = 0
+    expert_bytes_unused: int = 0
 
     @property
     def link_gbps(self) -> float:
@@ -76,13 +84,24 @@ class Stats:
 
 
 class Scheduler:
-    """Streams the blocks of one model. It holds the lock, the ring and what was counted."""
+    """Streams the blocks of one model. It holds the lock, the ring and what was counted.
 
-    def __init__(self, plan: Plan, backend: Backend, source_device: torch.device) -> None:
+    prefetch_experts: whether the next layer's experts are guessed.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        backend: Backend,
+        source_device: torch.device,
+        prefetch_experts: bool = False,
+    ) -> None:
         self.plan, self.backend, self.source_device = plan, backend, source_device
+        self._prefetch_experts = prefetch_experts
         self.blocks: list[StreamedBlock] = []
-        self.experts: list[StreamedExperts] = []
+        self.experts: list[StreamedExperts | ListedExperts] = []
         self.tables: list[HostTable] = []
+        self.routers: list[Router] = []
         self.ring: Ring | None = None
         self.pool: ExpertPool | None = None
         self.lying: Collection[int] = ()  # blocks that are read from where they were before
@@ -94,6 +113,8 @@ class Scheduler:
         self._num_passes = 0
         self._reads_host = False
         self._warned = self._warned_of_removed = False
+        self._listed: set[ListedExpert] = set()  # those that run
+        self._slot_views = SlotViews(backend)
         self._overrides: list[tuple[torch.nn.Module, str, Any, Any]] = []
 
     def __deepcopy__(self, memo: Any) -> None:
@@ -104,10 +125,14 @@ class Scheduler:
 
     def stats(self) -> Stats:
         counters, pool = vars(self.backend.counters()), self.pool
-        counts = (0, 0, 0) if pool is None else (pool.hits, pool.misses, pool.bytes_copied)
-        names = ("expert_hits", "expert_misses", "expert_bytes_copied")
-        of_experts = dict(zip(names, counts, strict=True))
-        return Stats(passes=self._num_passes, **counters, **of_experts)
+        found = Stats(passes=self._num_passes, **counters)
+        if pool is None:
+            return found
+        return replace(
+            found, expert_hits=pool.hits, expert_misses=pool.misses,
+            expert_bytes_copied=pool.bytes_copied, expert_bytes_guessed=pool.bytes_guessed,
+            expert_bytes_unused=pool.bytes_unused,
+        )  # fmt: skip
 
     def add(self, name: str, module: torch.nn.Module, layout: Layout) -> None:
         """Take over a block whose blob has a host copy."""
@@ -120,12 +145,17 @@ class Scheduler:
 
     def add_experts(self, name: str, module: torch.nn.Module, stack: Stack) -> None:
         """Take over a module of experts whose blobs have host copies."""
-        write = functools.partial(self.call, self._write_stack)
         first_block = len(self.plan.streamed)
-        experts = StreamedExperts(
-            name, module, stack, self.next_expert - first_block, first_block, self.backend,
-            self._read_stack, write, self._saved_by_autograd,
-        )  # fmt: skip
+        where = name, module, stack, self.next_expert - first_block, first_block, self.backend
+        experts: StreamedExperts | ListedExperts
+        if stack.members:
+            keep = functools.partial(self.call, self._write)
+            experts = ListedExperts(*where, self._read, keep)
+        else:
+            write = functools.partial(self.call, self._write_stack)
+            experts = StreamedExperts(
+                *where, self._read_stack, write, self._saved_by_autograd, self._slot_views
+            )
         self.experts.append(experts)
         experts.release()
 
@@ -150,10 +180,16 @@ class Scheduler:
             sizes = [layout.nbytes for one in self.experts for layout in one.stack.experts]
             slots = self.plan.experts.num_slots
             self.pool = ExpertPool(sizes, slots, self.backend, len(self.blocks), NUM_SLOTS)
-        blocks = {block.module: block for block in self.blocks}
-        experts = {one.module: one for one in self.experts}
-        parts: dict[torch.nn.Module, StreamedBlock | StreamedExperts] = {**experts, **blocks}
+        of_stacks = [one for one in self.experts if isinstance(one, StreamedExperts)]
+        lists = [one for one in self.experts if isinstance(one, ListedExperts)]
+        streamed = [*self.blocks, *(expert for one in lists for expert in one.experts)]
+        blocks = {block.module: block for block in streamed}
+        experts = {one.module: one for one in of_stacks}
+        parts: dict[torch.nn.Module, _Part] = {**experts, **blocks}
         guarded = set(parts).union(*(table.holders() for table in self.tables))
+        self.routers = self._find_routers(model, parts)
+        around_routers = {router.around: router for router in self.routers}
+        parts = {**around_routers, **parts}
         around = [m for m in model.modules() if any(inner in guarded for inner in m.modules())]
         for module in around:
             self._override(module, "forward", _Forward(self, module, parts.get(module)))
@@ -162,14 +198,24 @@ class Scheduler:
             load = functools.partial(self.call, self.load_state_dict, module.load_state_dict)
             self._override(module, "load_state_dict", load)
             self._override(module, "__prepare_scriptable__", _refuse_scripting)
+        for router in self.routers:
+            self._override(router.module, "forward", _Forward(self, router.module, router))
         # Only modules that hold tensors: others, such as activations, may be shared by all models.
-        holders = {module: block for block in self.blocks for module in block.holders()}
-        stacks = [module for one in self.experts for module in one.holders()]
+        holders = {module: block for block in streamed for module in block.holders()}
+        stacks = [module for one in of_stacks for module in one.holders()]
         for module in dict.fromkeys([*around, *holders, *stacks]):
             block = blocks.get(module, holders.get(module))
             self._override(module, "_apply", _Apply(module, block))
         if self.ring is not None:
             self.ring.start()
+
+    def _find_routers(
+        self, model: torch.nn.Module, guarded: Collection[torch.nn.Module]
+    ) -> list[Router]:
+        if self.pool is None:
+            return []
+        found = find_routers(model, self.experts, self.pool, self._prefetch_experts)
+        return [router for router in found if router.module not in guarded]
 
     def uninstall(self) -> None:
         with self._lock:
@@ -188,6 +234,9 @@ class Scheduler:
             self.ring = None
             if self.pool is not None:
                 self.pool.clear()
+                self.pool = None
+            self._slot_views.forget()
+            self.routers = []
 
     def call(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Run `function` as the only thread in the model; calls may nest."""
@@ -215,9 +264,11 @@ class Scheduler:
         self, block: StreamedBlock, forward: Callable[..., Any], /, *args: Any, **kwargs: Any
     ) -> Any:
         """Run the forward of a block with its tensors in a slot. Only inside call()."""
-        if block.slot is not None or self.ring is None:  # it calls itself, or was unwrapped
+        is_listed = isinstance(block, ListedExpert)
+        # It calls itself, or was unwrapped.
+        if block.slot is not None or (self.pool if is_listed else self.ring) is None:
             return forward(*args, **kwargs)
-        slot = self.ring.enter(block.index)
+        slot = self._enter_listed(block) if is_listed else self.ring.enter(block.index)  # type: ignore
         is_cached = torch.is_autocast_cache_enabled()
         try:
             # Its cache would keep a copy of every streamed weight.
@@ -280,6 +331,17 @@ class Scheduler:
         with self._reading_host():
             return function(state_dict, strict=strict)
 
+    def pieces(self, tensor: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+        """A tensor of the model as it lies on the host: indices of rows, and the rows from there
+        on. Of a stack of experts one after another, so that no more is in memory at a time."""
+        for one in self.experts:
+            name = one.name_of(tensor) if isinstance(one, StreamedExperts) else None
+            if name is not None and isinstance(one, StreamedExperts):
+                yield from ((at, part[None]) for at, part in enumerate(one.parts(name)))
+                return
+        with self._reading_host():
+            yield 0, tensor.fetch() if isinstance(tensor, LazyTensor) else tensor.detach().cpu()
+
     @contextmanager
     def _reading_host(self) -> Iterator[None]:
         """Streamed tensors are read as they lie on the host, and without a warning."""
@@ -289,7 +351,24 @@ class Scheduler:
         finally:
             self._reads_host = before
 
+    def _enter_listed(self, expert: ListedExpert) -> int:
+        """The slot that holds an expert, which is left again."""
+        assert self.pool is not None
+        self._listed.add(expert)
+        return expert.enter(self.pool)
+
+    def _leave_listed(self, expert: ListedExpert) -> None:
+        assert self.pool is not None
+        if expert.changed():
+            expert.write_back()
+        expert.unbind()
+        self._listed.discard(expert)
+        expert.leave(self.pool)
+
     def _leave(self, block: StreamedBlock, slot: int) -> None:
+        if isinstance(block, ListedExpert):
+            self._leave_listed(block)
+            return
         assert self.ring is not None
         if block.changed():
             self.backend.write_back(block.index, slot)
@@ -300,8 +379,9 @@ class Scheduler:
     def _clear(self) -> None:
         """Put in order whatever a call that was cut short left behind."""
         self._pass_counted = False
-        for block in self.blocks:
+        for block in (*self.blocks, *self._listed):
             block.unbind()
+        self._listed.clear()
         if self.ring is not None:
             self.ring.clear()
         if self.pool is not None:
@@ -316,8 +396,9 @@ class Scheduler:
     def _read_stack(self, experts: StreamedExperts, name: str) -> torch.Tensor:
         """One stack from the host, for a read that is not of one expert in its turn."""
         self._warn_of_read(name, experts.name)
-        stack = experts.on_host(name)
-        return stack if self._reads_host else stack.to(self.backend.device)
+        if self._reads_host:
+            return experts.held(name)
+        return experts.whole(name).to(self.backend.device)
 
     def _warn_of_read(self, name: str, block: str) -> None:
         if not self._reads_host and not self._warned and not self._warn_of_removed():
@@ -356,7 +437,10 @@ class Scheduler:
         with torch.inference_mode(False), torch.no_grad():
             block.overwrite(name, value)
             self.backend.rewrite(block.index, name, value)
-        if self.ring is not None:
+        if isinstance(block, ListedExpert):
+            if self.pool is not None and block.slot is None:  # or its slot has the values
+                self.pool.forget(block.number)
+        elif self.ring is not None:
             self.ring.changed(block.index)
 
     def _write_stack(self, experts: StreamedExperts, name: str, value: torch.Tensor) -> None:
@@ -453,7 +537,7 @@ class _Forward(_Override):
         self,
         scheduler: Scheduler,
         module: torch.nn.Module,
-        block: StreamedBlock | StreamedExperts | None,
+        block: _Part | None,
     ) -> None:
         functools.update_wrapper(self, module.forward)  # keeps the signature that generate() reads
         self._module, self._forward = module, module.forward
@@ -461,6 +545,8 @@ class _Forward(_Override):
         run = self._forward
         if isinstance(block, StreamedExperts):
             run = functools.partial(scheduler.run_experts, block, run)
+        elif isinstance(block, Router):
+            run = functools.partial(block.run if module is block.module else block.run_around, run)
         elif block is not None:
             run = functools.partial(scheduler.run, block, run)
         self._uncompiled = functools.partial(scheduler.call, run)

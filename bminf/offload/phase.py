@@ -19,12 +19,14 @@ class Phase:
     """Times in seconds; sizes in bytes.
 
     seconds: that it took.   waited_s: of these, in which computing waited for copies.
-    bytes_copied: of streamed blocks, meanwhile.
+    bytes_copied: of streamed blocks, meanwhile.   expert_hits, expert_misses: see Stats.
     """
 
     seconds: float = 0.0
     waited_s: float = 0.0
     bytes_copied: int = 0
+    expert_hits: int = 0
+    expert_misses: int = 0
 
     @property
     def bound(self) -> Literal["copying", "computing"] | None:
@@ -52,6 +54,8 @@ class Phase:
             self.seconds + other.seconds,
             self.waited_s + other.waited_s,
             self.bytes_copied + other.bytes_copied,
+            self.expert_hits + other.expert_hits,
+            self.expert_misses + other.expert_misses,
         )
 
     def __sub__(self, other: Phase) -> Phase:
@@ -60,6 +64,8 @@ class Phase:
             self.seconds - other.seconds,
             self.waited_s - other.waited_s,
             self.bytes_copied - other.bytes_copied,
+            self.expert_hits - other.expert_hits,
+            self.expert_misses - other.expert_misses,
         )
 
 
@@ -68,16 +74,21 @@ class PhaseTally:
 
     def __init__(self) -> None:
         self._seconds = self._waited_s = 0.0
-        self._bytes_copied = 0
+        self._bytes_copied = self._expert_hits = self._expert_misses = 0
 
     def add(self, phase: Phase) -> None:
         self._seconds += phase.seconds
         self._waited_s += phase.waited_s
         self._bytes_copied += phase.bytes_copied
+        self._expert_hits += phase.expert_hits
+        self._expert_misses += phase.expert_misses
 
     @property
     def phase(self) -> Phase:
-        return Phase(self._seconds, self._waited_s, self._bytes_copied)
+        return Phase(
+            self._seconds, self._waited_s, self._bytes_copied, self._expert_hits,
+            self._expert_misses,
+        )  # fmt: skip
 
 
 NO_PHASE = Phase()
@@ -88,5 +99,9 @@ def phase_between(before: Stats, after: Stats, seconds: float) -> Phase:
     """Of what was counted in so many seconds. On a GPU, waits count once they are over, which those
     of a pass are when a token was drawn from its logits."""
     return Phase(
-        seconds, after.waited_s - before.waited_s, after.bytes_copied - before.bytes_copied
+        seconds,
+        after.waited_s - before.waited_s,
+        after.bytes_copied - before.bytes_copied,
+        after.expert_hits - before.expert_hits,
+        after.expert_misses - before.expert_misses,
     )

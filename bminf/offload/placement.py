@@ -15,6 +15,7 @@ from bminf.offload import memory
 from bminf.offload.backends.base import Backend
 from bminf.offload.blob import Blobs, Stack, unmapped_bytes
 from bminf.offload.hooks import Scheduler
+from bminf.offload.listed_experts import ListedExperts
 from bminf.offload.streamed_experts import StreamedExperts
 from bminf.offload.tables import Table
 from bminf.progress import progress_bar
@@ -72,11 +73,19 @@ def place(
 
 def _place_experts(module: torch.nn.Module, name: str, stack: Stack, scheduler: Scheduler) -> None:
     """Each expert to its host copy."""
-    stacks = stacks_of(module)
     for expert, layout in enumerate(stack.experts):
-        parts = [(key, tensor[expert]) for key, tensor in stacks.items()]
-        scheduler.backend.put(scheduler.next_expert + expert, partial(layout.fill, tensors=parts))
+        fill = partial(layout.fill, tensors=_tensors_of_expert(module, stack, expert))
+        scheduler.backend.put(scheduler.next_expert + expert, fill)
     scheduler.add_experts(name, module, stack)
+
+
+def _tensors_of_expert(
+    module: torch.nn.Module, stack: Stack, expert: int
+) -> list[tuple[str, torch.Tensor]]:
+    if not stack.members:
+        return [(key, tensor[expert]) for key, tensor in stacks_of(module).items()]
+    member, layout = module.get_submodule(stack.members[expert]), stack.experts[expert]
+    return [(key, tensor) for key, _, tensor in tensors_of(member) if key in layout.specs]
 
 
 def load(
@@ -161,11 +170,16 @@ def restore(model: torch.nn.Module, scheduler: Scheduler) -> None:
         model.to(scheduler.source_device)
 
 
-def _stacked(experts: StreamedExperts) -> torch.Tensor:
+def _stacked(experts: StreamedExperts | ListedExperts) -> torch.Tensor:
     """The experts of a module as it held them: (extent,) uint8."""
     whole = experts.stack.whole
     blob = memory.allocate(whole.extent)
-    whole.fill(blob, ((name, experts.on_host(name)) for name in whole.specs))
+    if isinstance(experts, ListedExperts):
+        whole.fill(blob, ((name, experts.whole(name)) for name in whole.specs))
+        return blob
+    for name in whole.specs:
+        rows = enumerate(experts.parts(name))
+        whole.fill(blob, ((name, part[None], at) for at, part in rows))
     return blob
 
 

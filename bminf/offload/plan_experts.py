@@ -14,23 +14,10 @@ import torch
 
 from bminf.layout import ModuleBlock
 from bminf.offload.blob import Blobs
-from bminf.offload.context import first_of, text_config
 from bminf.offload.plan import Experts, Plan
 from bminf.offload.pool import LEAST_SLOTS
+from bminf.offload.routers import experts_per_token
 from bminf.offload.start import plan_on
-
-_CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts",
-    "num_selected_experts")  # fmt: skip
-
-
-def experts_per_token(model: torch.nn.Module, name: str) -> int | None:
-    """How many experts of the module `name` one token goes through; None where nothing says."""
-    own = getattr(model.get_submodule(name), "config", None)
-    for config in (own, text_config(getattr(model, "config", None))):
-        chosen = first_of(config, *_CHOSEN)
-        if chosen is not None:  # one number, or one for each layer
-            return int(max(chosen)) if isinstance(chosen, list | tuple) else int(chosen)
-    return None
 
 
 def are_worth_choosing(model: torch.nn.Module, blobs: Blobs) -> bool:

@@ -123,6 +123,9 @@ class SimulatedBackend:
     def wait(self, copied: Access) -> None:
         self.now_s = max(self.now_s, copied.end_s)
 
+    def has_ended(self, copied: Access) -> bool:
+        return copied.end_s <= self.now_s
+
     def mark(self) -> float:
         return self.now_s
 

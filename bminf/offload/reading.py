@@ -65,8 +65,10 @@ class Contents:
         return self._by_rows[name]
 
     def layout(self, block: str) -> Layout:
-        """That of a block, or "" for what lies outside all of them."""
-        return self.blobs.blocks[block] if block else self.blobs.outside
+        """That of a block, of an expert in a list, or "" for what lies outside all of them."""
+        if not block:
+            return self.blobs.outside
+        return self.blobs.blocks.get(block) or self.blobs.listed(block)
 
     def of_tables(self) -> Contents:
         """The same, with the tables that are read by row as what lies outside all blocks."""
@@ -96,7 +98,11 @@ def read_block(contents: Contents, block: str, blob: torch.Tensor) -> None:
 
 def read_expert(contents: Contents, name: str, expert: int, blob: torch.Tensor) -> None:
     """Fill `blob`, (extent,) uint8, with one expert of a module.   Raises CheckpointError."""
-    layout = contents.blobs.stacks[name].experts[expert]
+    stack = contents.blobs.stacks[name]
+    if stack.members:
+        read_block(contents, f"{name}.{stack.members[expert]}", blob)
+        return
+    layout = stack.experts[expert]
     layout.fill(blob, _tensors_of_expert(contents, name, expert, layout))
 
 

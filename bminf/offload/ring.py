@@ -30,6 +30,9 @@ class Transfers(Protocol):
     def wait(self, copied: Any) -> None:
         """Let no computation from here on begin before that copy has ended."""
 
+    def has_ended(self, copied: Any) -> bool:
+        """Whether wait() would wait for nothing now."""
+
     def mark(self) -> Any:
         """A mark behind all computation so far."""
 

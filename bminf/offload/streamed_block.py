@@ -15,7 +15,6 @@ from bminf.errors import UnsupportedModelError
 from bminf.layout import Layout, TensorPlace, tensors_of
 from bminf.lazy import LazyTensor
 from bminf.offload.backends.base import Backend
-from bminf.offload.ring import NUM_SLOTS
 
 logger = logging.getLogger("bminf")
 
@@ -148,9 +147,10 @@ class InSlot:
 class StreamedBlock(InSlot):
     """A block whose tensors are elsewhere until it is bound to a slot.
 
-    name, index: in the model, and in the ring.   layout: of its blob.   module: the block itself,
-    whose tensors have host copies already and are let go here.
+    name, index: in the model, and in the backend.   layout: of its blob.   module: the block
+    itself, whose tensors have host copies already and are let go here.
     read, write: fetch one tensor from the host copy, and keep new values of one there.
+    slots: where it may come to; None is the ring of the backend.
     """
 
     def __init__(
@@ -162,19 +162,20 @@ class StreamedBlock(InSlot):
         backend: Backend,
         read: Callable[[StreamedBlock, str], torch.Tensor],
         write: Callable[[StreamedBlock, str, torch.Tensor], None],
+        slots: Sequence[torch.Tensor] | None = None,
     ) -> None:
         self._read, self._write = read, write
+        slots = backend.slots if slots is None else slots
         self.name, self.index, self.module, self.layout = name, index, module, layout
         self.slot: int | None = None
-        self._starts = [slot.data_ptr() for slot in backend.slots]
         self._versions = 0
         self._warned = False
         # By place: a part that stands twice in the block holds its tensors once.
         places = {p: (key, t) for key, p, t in tensors_of(module) if key in layout.specs}
         self._held = [self._hold(key, p, t, backend) for p, (key, t) in places.items()]
+        self._put_in(slots)
         # As in _held, by what stands in place at a time: they are exchanged together.
         self._lazy = [held.lazy for held in self._held]
-        self._in_slot = [[h.in_slot[slot] for h in self._held] for slot in range(NUM_SLOTS)]
         self._has_buffers = any(not held.place.is_parameter for held in self._held)
 
     def _hold(
@@ -182,13 +183,20 @@ class StreamedBlock(InSlot):
     ) -> _StreamedTensor:
         fetch, keep = (functools.partial(do, self, name) for do in (self._read, self._write))
         lazy = LazyTensor(fetch, tensor, backend.device, place.is_parameter, keep)
-        views = [self.layout.view(slot, name) for slot in backend.slots]
-        held = _StreamedTensor(name, place, lazy, [], views, dict(tensor.__dict__))
-        for view in views:
-            weight: Any = guarded(held.kept(view.detach()))
-            weight.__class__ = _ParameterInSlot if place.is_parameter else _InSlot
-            held.in_slot.append(weight)
-        return held
+        return _StreamedTensor(name, place, lazy, [], [], dict(tensor.__dict__))
+
+    def _put_in(self, slots: Sequence[torch.Tensor]) -> None:
+        """Make what stands in place while the block is in one of these."""
+        self._starts = [slot.data_ptr() for slot in slots]
+        for held in self._held:
+            held.views = [self.layout.view(slot, held.name) for slot in slots]
+            held.in_slot = [self._weight(held, view) for view in held.views]
+        self._in_slot = [[held.in_slot[at] for held in self._held] for at in range(len(slots))]
+
+    def _weight(self, held: _StreamedTensor, view: torch.Tensor) -> torch.Tensor:
+        weight: Any = guarded(held.kept(view.detach()))
+        weight.__class__ = _ParameterInSlot if held.place.is_parameter else _InSlot
+        return weight  # type: ignore[no-any-return]
 
     def release(self) -> None:
         """Put the lazy tensors in place; the originals are free, if nobody else holds them."""
@@ -250,10 +258,14 @@ class StreamedBlock(InSlot):
             if held.is_in_place() and weight.requires_grad is not held.lazy.requires_grad:
                 weight.requires_grad_(held.lazy.requires_grad)
 
-    def restore(self, blob: torch.Tensor) -> None:
-        """Give the module ordinary tensors again, views into `blob`: (layout.extent,) uint8."""
+    def restore(self, blob: torch.Tensor, layout: Layout | None = None, prefix: str = "") -> None:
+        """Give the module ordinary tensors again, views into `blob`: (layout.extent,) uint8.
+
+        layout: None is its own; another one has its names behind a prefix.
+        """
+        layout = layout or self.layout
         for held in self._held:
-            weight = held.kept(self.layout.view(blob, held.name))
+            weight = held.kept(layout.view(blob, prefix + held.name))
             # Whoever still has the lazy tensor goes on reading the right values.
             held.lazy._read, held.lazy._write = weight.detach, weight.detach().copy_
             if held.is_in_place():

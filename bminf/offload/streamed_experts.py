@@ -32,11 +32,40 @@ class ExpertInSlot(InSlot):
 
     slot = 0  # it knows of no other
 
-    def __init__(self, index: int, slot: torch.Tensor, layout: Layout) -> None:
-        self.index, self.layout = index, layout
-        self.slot_start = slot.data_ptr()
-        self._starts = [self.slot_start]
-        self.tensors = {name: layout.view(slot, name) for name in layout.specs}
+    def __init__(self, index: int, slot: torch.Tensor, layout: Layout, tensors: Tensors) -> None:
+        self.index, self.layout, self.tensors = index, layout, tensors
+        self._starts = [slot.data_ptr()]
+
+
+class SlotViews:
+    """The tensors of experts in slots of the pool. Those that are laid out alike, as mostly all
+    are, share them: none are made as experts come and go."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._kinds: dict[Any, int] = {}
+        self._views: dict[tuple[int, int], Tensors] = {}
+
+    def kind_of(self, layout: Layout) -> int:
+        """A number for what is laid out alike."""
+        key = tuple(
+            (name, layout.offsets[name], spec.shape, spec.stride, spec.dtype)
+            for name, spec in layout.specs.items()
+        )
+        return self._kinds.setdefault(key, len(self._kinds))
+
+    def tensors(self, slot: int, kind: int, layout: Layout) -> Tensors:
+        """slot: of the pool.   kind: of the layout."""
+        found = self._views.get((slot, kind))
+        if found is None:
+            buffer = self._backend.pool[slot]
+            found = {name: layout.view(buffer, name) for name in layout.specs}
+            self._views[slot, kind] = found
+        return found
+
+    def forget(self) -> None:
+        """Hold no slot any more."""
+        self._views.clear()
 
 
 class StreamedExperts:
@@ -45,7 +74,7 @@ class StreamedExperts:
     first: the number of the first of them in the pool.   first_block: of all experts, in the
     backend.   module: its stacks have host copies already and are let go here.
     read, write: fetch one stack from the host copies, and keep new values of one there.
-    saved: of one expert in a slot.
+    saved: of one expert in a slot.   views: of the backend's slots.
     """
 
     def __init__(
@@ -59,6 +88,7 @@ class StreamedExperts:
         read: Callable[[StreamedExperts, str], torch.Tensor],
         write: Callable[[StreamedExperts, str, torch.Tensor], None],
         saved: Saved,
+        views: SlotViews,
     ) -> None:
         self.name, self.module, self.stack = name, module, stack
         self.first, self._first_block, self._backend = first, first_block, backend
@@ -68,7 +98,10 @@ class StreamedExperts:
         }
         self._attributes = {key: dict(t.__dict__) for key, t in stacks_of(module).items()}
         self._lazy = {key: self._make_lazy(key, place) for key, place in self._places.items()}
-        self._in_slots: dict[int, ExpertInSlot] = {}
+        self._views = views
+        kinds = {id(layout): views.kind_of(layout) for layout in stack.experts}
+        self._kinds = [kinds[id(layout)] for layout in stack.experts]
+        self._announced: tuple[torch.Tensor, int | None, list[int]] | None = None
         self.is_running = False
 
     def _make_lazy(self, key: str, place: TensorPlace) -> LazyTensor:
@@ -76,6 +109,11 @@ class StreamedExperts:
         tensor = place.get()
         assert tensor is not None
         return LazyTensor(fetch, tensor, self._backend.device, place.is_parameter, keep)
+
+    @property
+    def numbers(self) -> range:
+        """Of the experts, in the pool."""
+        return range(self.first, self.first + len(self.stack.experts))
 
     @property
     def blocks(self) -> range:
@@ -92,14 +130,23 @@ class StreamedExperts:
         for key, place in self._places.items():
             place.set(self._lazy[key])
 
-    def on_host(self, name: str) -> torch.Tensor:
-        """A whole stack, put together from the host copies."""
-        return torch.stack(
-            [
-                layout.view(self._backend.host_copy(block), name)
-                for block, layout in zip(self.blocks, self.stack.experts, strict=True)
-            ]
-        )
+    def parts(self, name: str) -> Iterator[torch.Tensor]:
+        """A stack as it lies on the host: the part of one expert after another."""
+        for block, layout in zip(self.blocks, self.stack.experts, strict=True):
+            yield layout.view(self._backend.host_copy(block), name)
+
+    def whole(self, name: str) -> torch.Tensor:
+        """A stack, put together in memory."""
+        return torch.stack(list(self.parts(name)))
+
+    def held(self, name: str) -> torch.Tensor:
+        """A stack, put together on the host, where no limit counts it: on a CPU in a file."""
+        spec = self.stack.whole.specs[name]
+        return self._backend.hold(spec.shape, spec.dtype, (x[None] for x in self.parts(name)))
+
+    def name_of(self, stack: torch.Tensor) -> str | None:
+        """Of a stack of these experts; None of any other tensor."""
+        return next((name for name, lazy in self._lazy.items() if lazy is stack), None)
 
     def rewrite(self, name: str, value: torch.Tensor, pool: ExpertPool | None) -> None:
         """Keep new values of a stack."""
@@ -121,7 +168,7 @@ class StreamedExperts:
 
     def forget(self) -> None:
         """Hold no tensor any more, in case somebody else holds the module."""
-        for held in (self._places, self._lazy, self._in_slots):
+        for held in (self._places, self._lazy):
             held.clear()
 
     # ---- while the module runs ------------------------------------------------------------------
@@ -138,13 +185,42 @@ class StreamedExperts:
                 return self._run_by_index(pool, forward, args, kwargs)
             computes = forward_of(self.module)
             assert computes is not None  # or it would not be streamed
-            return computes(self.module, functools.partial(self._visit, pool), *args, **kwargs)
+            return computes(self.module, _Visit(self, pool), *args, **kwargs)
         finally:
             self.is_running = False
+            self.settle(pool)
 
-    def _visit(self, pool: ExpertPool, experts: Sequence[int]) -> Iterator[Mapping[int, Tensors]]:
-        """Those that the pool holds already together, then the others as they come. Where not all
-        have room one after another: each leaves its slot to one that is not copied yet."""
+    def settle(self, pool: ExpertPool) -> None:
+        """The module around has ended."""
+        self._announced = None
+        pool.settle(self.numbers)
+
+    def announce(self, pool: ExpertPool, ids: torch.Tensor, is_guess: bool = False) -> None:
+        """Begin to copy what a router has chosen, before the module is called with that.
+
+        ids: (T, k) integers, which are read on the host now.   is_guess: whether the module may be
+        called with others.
+        """
+        if reads_whole_stacks(self.module):
+            return
+        chosen = ids.reshape(-1).tolist()
+        if not is_guess:
+            self._announced = ids, version_of(ids), chosen
+        own = sorted({number for number in chosen if 0 <= number < len(self.stack.experts)})
+        pool.expect([self.first + number for number in own], self.numbers, is_guess)
+
+    def on_host(self, ids: torch.Tensor) -> list[int]:
+        """ids: (T, k) integers, of which those that were announced have been read already."""
+        if self._announced is not None:
+            announced, version, chosen = self._announced
+            if announced is ids and version is not None and version == version_of(ids):
+                return chosen
+        return ids.reshape(-1).tolist()
+
+    def visit(self, pool: ExpertPool, experts: Sequence[int]) -> Iterator[Mapping[int, Tensors]]:
+        """Those that the pool holds already together, then the others as they come: each with those
+        that have come meanwhile. Where not all have room one after another: each leaves its slot to
+        one that is not copied yet."""
         hits_before = pool.hits
         numbers = pool.want([self.first + expert for expert in experts])
         num_hits = pool.hits - hits_before
@@ -152,38 +228,45 @@ class StreamedExperts:
         together = numbers[:num_hits] if has_room else []
         if together:
             yield from self._visit_all(pool, together)
-        for number in numbers[len(together) :]:
-            yield from self._visit_one(pool, number)
+        left = numbers[len(together) :]
+        while left:
+            group, left = (pool.arrived(left) if has_room else left[:1]), left[1:]
+            if len(group) > 1:
+                left = left[len(group) - 1 :]
+                yield from self._visit_all(pool, group)
+            else:
+                yield from self._visit_one(pool, group[0])
 
     def _visit_all(
         self, pool: ExpertPool, numbers: Sequence[int]
     ) -> Iterator[Mapping[int, Tensors]]:
         slots = {number: pool.enter(number) for number in numbers}
-        found = {n: self._in_slot(n, slot).tensors for n, slot in slots.items()}
         try:
-            yield {number - self.first: tensors for number, tensors in found.items()}
+            yield {n - self.first: self._tensors(n, slot) for n, slot in slots.items()}
         finally:
             for number in numbers:
                 pool.leave(number)
 
     def _visit_one(self, pool: ExpertPool, number: int) -> Iterator[Mapping[int, Tensors]]:
-        expert = self._in_slot(number, pool.enter(number))
+        slot = pool.enter(number)
         try:
             if not torch.is_grad_enabled():
-                yield {number - self.first: expert.tensors}
+                yield {number - self.first: self._tensors(number, slot)}
                 return
+            expert = self._in_slot(number, slot)
             with self._saved(expert):
                 yield {number - self.first: self._differentiable(expert)}
         finally:
             pool.leave(number)
 
     def _in_slot(self, number: int, slot: int) -> ExpertInSlot:
-        buffer, known = self._backend.pool[slot], self._in_slots.get(number)
-        if known is None or known.slot_start != buffer.data_ptr():
-            layout = self.stack.experts[number - self.first]
-            known = ExpertInSlot(self._first_block + number, buffer, layout)
-            self._in_slots[number] = known
-        return known
+        layout, tensors = self.stack.experts[number - self.first], self._tensors(number, slot)
+        buffer = self._backend.pool[slot]
+        return ExpertInSlot(self._first_block + number, buffer, layout, tensors)
+
+    def _tensors(self, number: int, slot: int) -> Tensors:
+        expert = number - self.first
+        return self._views.tensors(slot, self._kinds[expert], self.stack.experts[expert])
 
     def _differentiable(self, expert: ExpertInSlot) -> Tensors:
         """Its tensors, such that a gradient for one that is wanted raises."""
@@ -208,6 +291,17 @@ class StreamedExperts:
             for key in names:
                 self.module.__dict__.pop(key, None)
             turns.end()
+
+
+class _Visit:
+    """A Visit of experts that come through the pool."""
+
+    def __init__(self, experts: StreamedExperts, pool: ExpertPool) -> None:
+        self._experts, self._pool = experts, pool
+        self.on_host = experts.on_host
+
+    def __call__(self, experts: Sequence[int]) -> Iterator[Mapping[int, Tensors]]:
+        return self._experts.visit(self._pool, experts)
 
 
 class _Turns:
@@ -252,6 +346,11 @@ class _Indexed:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._like, name)
+
+
+def version_of(tensor: torch.Tensor) -> int | None:
+    """By which it can be told whether it was written to; None where that cannot be told."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def _integers(values: Sequence[Any], below: int) -> list[int]:

@@ -15,7 +15,7 @@ import pytest
 import transformers
 from terminal import Command
 from tiny_glm import tiny_model
-from tiny_llama import save_llama
+from tiny_llama import WORDS, save_llama, save_tokenizer
 
 import bminf
 
@@ -94,6 +94,29 @@ def test_text(folder: Path, command: Command) -> None:
     ]  # fmt: skip
     assert lines[-1].endswith("computing; 0% of the time was waiting for copies")
     assert "fits entirely" in err
+
+
+def test_experts_that_are_hit(
+    tmp_path: Path, command: Command, measured: Callable[..., dict[str, Any]]
+) -> None:
+    save_tokenizer(tmp_path)
+    config = transformers.MixtralConfig(
+        vocab_size=len(WORDS), hidden_size=64, intermediate_size=64, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, num_local_experts=8, num_experts_per_tok=2,
+    )  # fmt: skip
+    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path)
+    argv = ("--runs", "2", "--prompt-tokens", "4", "--max-new-tokens", "5")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    whole = bminf.plan_for(model, max_length=16, device="cpu").total_bytes
+    plan = bminf.plan_for(model, memory_limit=whole - 1, max_length=16, device="cpu")
+    limit = plan.least_limit + 5 * plan.experts.slot_bytes
+    found = measured(tmp_path, *argv, "--memory-limit", str(limit))
+    for runs, phase in [(1, run["decode"]) for run in found["runs"]] + [(2, found["decode"])]:
+        assert phase["expert_hits"] + phase["expert_misses"] == runs * 4 * 4 * 2
+        assert phase["expert_misses"] > 0
+    sizes = ("--device", "cpu", "--memory-limit", str(limit))
+    *_, last = command("bench", tmp_path, *argv, *sizes).out.splitlines()
+    assert last.startswith("experts hit   ") and last.endswith("of 64 wanted while decoding")
 
 
 @pytest.mark.parametrize("option", ["--max-new-tokens", "--prompt-tokens", "--runs"])

@@ -16,7 +16,7 @@ import torch
 from attention_cases import attention_cases, few_attention_cases
 from case import BOUNDS, DTYPES, Case, case, relative_error
 from fused_cases import few_fused, fused_cases
-from grouped_cases import grouped_cases
+from grouped_cases import few_grouped, grouped_cases
 
 from bminf.cuda.launcher import launcher_for
 from bminf.ops import linear_w8a8
@@ -403,6 +403,7 @@ def few_of_each() -> dict[int, list[Case]]:
             dequantize_case(MINIMUM, single, 5, 72),
             dequantize_case(Format(8, 34), bfloat16, 5, 70),
             bad_numbers_case(INT8, 2),
+            *few_grouped(),
             *few_fused(),
             *few_attention_cases(),
         ],

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from case import BOUNDS, DTYPES, Case, case, relative_error
+from host_launcher import reaching
 
 from bminf.ops.grouped_linear import grouped_linear
 from bminf.quantization.packed import INT4, INT8, Format, PackedWeight, dequantize
@@ -59,6 +60,22 @@ def make_group(
     )
 
 
+def _behind_table(group: Group) -> Iterator[torch.Tensor]:
+    """What the kernel reads from addresses in a table; nothing on a GPU."""
+    for packed in group.weights.values():
+        yield from (t for t in packed if isinstance(t, torch.Tensor) and t.device.type == "cpu")
+    yield from (t for t in (group.biases or {}).values() if t.device.type == "cpu")
+
+
+def few_grouped() -> list[Case]:
+    """A choice that reaches every line of the kernel, for sanitizers."""
+    return [
+        grouped_case(INT8, torch.float16, (5, 5, 70)),
+        grouped_case(INT4, torch.bfloat16, (9, 3, 70), has_rows=False),
+        grouped_case(Format(4, 32, True, 8), torch.float32, (5, 3, 70), has_bias=False),
+    ]
+
+
 def _moved(weight: PackedWeight, device: str) -> PackedWeight:
     return PackedWeight(*(t.to(device) if isinstance(t, torch.Tensor) else t for t in weight))
 
@@ -73,7 +90,8 @@ def grouped_case(
     has_rows: bool = True,
 ) -> None:
     group = make_group(form, dtype, shape, device, has_bias, has_rows)
-    y = grouped_linear(group.x, group.weights, group.slots, group.biases, group.rows)
+    with reaching(list(_behind_table(group))):
+        y = grouped_linear(group.x, group.weights, group.slots, group.biases, group.rows)
     assert y.dtype == dtype and y.device.type == device
     assert relative_error(y, group.expected) < BOUNDS[dtype], shape
 

@@ -34,6 +34,20 @@ def served_by(launcher: Any) -> Iterator[None]:
         known[cpu] = before
 
 
+@contextmanager
+def reaching(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Say which tensors a kernel reaches through addresses that it reads, so that its launches are
+    recorded with them."""
+    _reached.extend(map(_memory, tensors))
+    try:
+        yield
+    finally:
+        _reached.clear()
+
+
+_reached: list[host_memory.Memory] = []
+
+
 class NotingLauncher:
     """Notes the kernels and their grids, and runs none of them."""
 
@@ -123,10 +137,15 @@ class HostLauncher:
         memory: Sequence[host_memory.Memory],
         before: tuple[bytes, ...],
     ) -> None:
-        modulo_16 = tuple(piece.address % 16 for piece in memory)
-        after = recording.bytes_of(memory)
+        modulo_16 = tuple(piece.address % 16 for piece in [*memory, *_reached])
+        links = recording.find_links(before, _reached)
+        contents = (
+            recording.without(links, before),
+            recording.without(links, recording.bytes_of(memory)),
+        )
+        reached = recording.bytes_of(_reached)
         record = recording.Record(
-            kernel.file, self.build_of(kernel), launch, modulo_16, before, after
+            kernel.file, self.build_of(kernel), launch, modulo_16, *contents, reached, links
         )
         recording.write(folder, record)
 

@@ -28,6 +28,8 @@ from host_run import ORDERS, load
 SANITIZER_OPTIONS = {
     # The leaks of Python itself are not of interest.
     "ASAN_OPTIONS": "detect_leaks=0",
+    # Small buffers of Python have no bounds of their own otherwise.
+    "PYTHONMALLOC": "malloc",
     # All races of a run are reported; the exit code tells that there was one.
     "TSAN_OPTIONS": "halt_on_error=0 exitcode=66 atexit_sleep_ms=0",
 }
@@ -95,16 +97,17 @@ def _replay(record: recording.Record, options: argparse.Namespace) -> str:
     if options.sanitizer:
         print(f"--- {name}", file=sys.stderr, flush=True)  # whose report follows
     order = options.order if options.order in ORDERS else int(options.order)
-    held = [
-        _Held(content, modulo)
-        for content, modulo in zip(record.before, record.modulo_16, strict=True)
-    ]
+    contents = [*record.before, *record.reached]
+    held = [_Held(*piece) for piece in zip(contents, record.modulo_16, strict=True)]
+    held, reached = held[: len(record.before)], held[len(record.before) :]
+    for link in record.links:
+        held[link.piece].put(link.offset, reached[link.target].memory.address + link.target_offset)
     try:
         memory = [piece.memory for piece in held]
         load(build(record.build)).run(record.launch, memory, order)
     except HostKernelError as error:
         return f"{name}: {error}"
-    after = recording.bytes_of(memory)
+    after = recording.without(record.links, recording.bytes_of(memory))
     wrong = [i for i, piece in enumerate(after) if piece != record.after[i]]
     return f"{name}: other results in pieces {wrong} of its memory" if wrong else ""
 
@@ -118,6 +121,10 @@ class _Held:
         address += (modulo_16 - address) % 16
         ctypes.memmove(address, content, len(content))
         self.memory = Memory(address, len(content))
+
+    def put(self, offset: int, address: int) -> None:
+        content = address.to_bytes(recording.ADDRESS_BYTES, sys.byteorder)
+        ctypes.memmove(self.memory.address + offset, content, len(content))
 
 
 if __name__ == "__main__":

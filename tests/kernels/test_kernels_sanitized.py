@@ -7,13 +7,16 @@ block, since the host build tells it of nothing but the kernels' own barriers.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import line_coverage
 import pytest
+import recording
 import replay
 import torch
 from cases import few_of_each
+from grouped_cases import few_grouped
 from host_launcher import HostLauncher, served_by
 
 from bminf.cuda.source import kernel_folder
@@ -42,3 +45,13 @@ def test_every_line_of_the_kernels_is_reached(recorded: Path, tmp_path: Path) ->
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"[-8000:]
     files = [f"kernels/{path.name}" for path in kernel_folder().glob("*.cu*")]
     assert line_coverage.missed(tmp_path / "lines") == {name: [] for name in files}
+
+
+def test_memory_behind_addresses_is_guarded_as_well(recorded: Path, tmp_path: Path) -> None:
+    """The weights of routed experts, which stand in a table: here the first matrix is cut short."""
+    launches = [recording.read(path) for path in sorted(recorded.glob("*linear_grouped*"))]
+    assert len(launches) == len(few_grouped()) and all(one.links for one in launches)
+    whole = launches[0]
+    recording.write(tmp_path, replace(whole, reached=(whole.reached[0][:32], *whole.reached[1:])))
+    done = replay.run(tmp_path, "--sanitizer", "address")
+    assert done.returncode != 0 and "heap-buffer-overflow" in done.stderr

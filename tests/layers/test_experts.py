@@ -18,11 +18,10 @@ from bminf.layers.experts import (
     PackedExperts,
     PackedStack,
     Tensors,
-    Visit,
+    VisitResident,
     forward_of,
     matrices_of,
     stacks_of,
-    visit_resident,
 )
 from bminf.ops.grouped_linear import grouped_linear_of_checked
 from bminf.quantization.packed import Format, parse_format
@@ -78,7 +77,7 @@ def computed(experts: Any, *arguments: Any) -> torch.Tensor:
     forward = forward_of(experts)
     assert forward is not None
     with torch.no_grad():
-        return forward(experts, visit_resident(experts), *arguments)
+        return forward(experts, VisitResident(experts), *arguments)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -201,15 +200,12 @@ def test_what_is_no_stack_is_refused() -> None:
         PackedStack(torch.randn(2, 3, 31), False, bminf.Format(4))
 
 
-def one_by_one(experts: Any) -> Visit:
+class OneByOne(VisitResident):
     """The experts of a pool that has room for one, the last first."""
-    visit = visit_resident(experts)
 
-    def in_turns(wanted: Sequence[int]) -> Iterator[Mapping[int, Tensors]]:
-        for expert in reversed(wanted):
-            yield from visit([expert])
-
-    return in_turns
+    def __call__(self, experts: Sequence[int]) -> Iterator[Mapping[int, Tensors]]:
+        for expert in reversed(experts):
+            yield from super().__call__([expert])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -228,7 +224,7 @@ def test_few_tokens_are_one_call_a_matrix_with_the_bits_of_many(
             )
             together = packed(*given)
             assert len(calls) == (2 if num_tokens * num_top_k <= 64 else 0)
-            assert torch.equal(packed.computes(packed, one_by_one(packed), *given), together)
+            assert torch.equal(packed.computes(packed, OneByOne(packed), *given), together)
             patched.setattr("bminf.layers.experts._is_grouped", lambda *_: False)
             assert torch.equal(packed(*given), together)
 
@@ -247,7 +243,7 @@ def test_few_tokens_are_one_launch_a_matrix_with_the_bits_of_many(
     with served_by(launcher), torch.no_grad():
         together = packed(*given)
         assert launcher.names == ["linear_grouped"] * 2
-        assert torch.equal(packed.computes(packed, one_by_one(packed), *given), together)
+        assert torch.equal(packed.computes(packed, OneByOne(packed), *given), together)
         launcher.names.clear()
         monkeypatch.setattr("bminf.layers.experts._is_grouped", lambda *_: False)
         assert torch.equal(packed(*given), together)

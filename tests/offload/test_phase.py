@@ -20,17 +20,17 @@ def test_a_tenth_of_waiting_makes_the_difference(
 
 
 def test_phases_are_what_was_counted_meanwhile() -> None:
-    before = Stats(bytes_copied=100, waited_s=1.0)
-    after = Stats(bytes_copied=1100, waited_s=1.5)
+    before = Stats(bytes_copied=100, waited_s=1.0, expert_hits=1, expert_misses=2)
+    after = Stats(bytes_copied=1100, waited_s=1.5, expert_hits=4, expert_misses=9)
     phase = phase_between(before, after, 2.0)
-    assert phase == Phase(2.0, 0.5, 1000)
+    assert phase == Phase(2.0, 0.5, 1000, 3, 7)
     assert NO_PHASE + phase == phase and phase + phase - phase == phase
     assert str(phase) == "2.00 s, 1000 B copied, 0.50 s waiting for it; bound by copying"
     assert str(Phase(2.0)) == "2.00 s, nothing was copied; bound by computing"
 
 
 def test_a_tally_is_the_sum_of_its_phases() -> None:
-    tally, phases = PhaseTally(), [Phase(2.0, 0.5, 1000), Phase(1.0), Phase(0.25, 0.25, 24)]
+    tally, phases = PhaseTally(), [Phase(2.0, 0.5, 1000), Phase(1.0), Phase(0.25, 0.25, 24, 5, 6)]
     assert tally.phase == NO_PHASE
     for phase in phases:
         tally.add(phase)

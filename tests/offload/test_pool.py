@@ -73,6 +73,32 @@ def test_it_hits_what_a_cache_hits_and_computes_with_the_right_bytes(
     assert pool.bytes_copied == sum(10**6 + copy.block for copy in backend.copies)
 
 
+@settings(max_examples=60, deadline=None)
+@given(LAYERS, st.integers(2, 12), st.randoms())
+def test_what_is_expected_costs_time_alone(
+    layers: Sequence[set[int]], num_slots: int, random: Any
+) -> None:
+    """Guesses for the next layer, right and wrong: each expert is right when it is read, and every
+    byte is counted once."""
+    pool, backend = make(24, num_slots)
+    for turn, wanted in enumerate(layers):
+        layer, next_layer = (range(12 * (at % 2), 12 * (at % 2) + 12) for at in (turn, turn + 1))
+        numbers = [layer[expert] for expert in sorted(wanted)]
+        if random.random() < 0.7:
+            pool.expect(numbers, layer)
+        order = pool.want(numbers)
+        pool.expect(sorted(random.sample(next_layer, 3)), next_layer, is_guess=True)
+        run_layer(pool, backend, order)
+        pool.settle(layer)
+    pool.clear()
+    check(backend)
+    copied = [10**6 + copy.block for copy in backend.copies]
+    assert pool.bytes_copied == sum(copied)
+    assert pool.hits + pool.misses == sum(map(len, layers))
+    assert pool.bytes_unused <= pool.bytes_copied and pool.bytes_guessed <= pool.bytes_copied
+    assert len(copied) >= pool.misses
+
+
 def test_copies_begin_when_the_host_knows_what_is_wanted() -> None:
     pool, backend = make(6, 4)
     run_layer(pool, backend, pool.want([0, 1]))
@@ -113,6 +139,19 @@ def test_hits_are_computed_while_misses_are_copied() -> None:
     # The first of them waits for nothing, and the last for nothing either: all was copied by then.
     reads = backend.reads[-4:]
     assert all(one.end_s == after.start_s for one, after in pairwise(reads))
+
+
+def test_those_that_have_come_are_told_from_those_on_their_way() -> None:
+    pool, backend = make(6, 4)
+    assert pool.want([0, 1, 2, 3]) == [0, 1, 2, 3]
+    backend.compute(2.5e-3)  # two copies have ended, and one that is waited for
+    assert pool.arrived([2, 3]) == [2]
+    assert pool.arrived([0, 1, 2, 3]) == [0, 1, 2]
+    backend.compute(2e-3)
+    assert pool.arrived([3]) == [3]
+    run_layer(pool, backend, range(4))
+    assert pool.misses == len(backend.copies) == 4
+    check(backend)
 
 
 def test_a_layer_of_more_than_the_pool_holds_comes_in_turns_each_expert_once() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,9 @@ from tiny_models import greedy, inputs_of, make, output_of
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import bminf
+from bminf.cli.measure import rss_anon_bytes
 from bminf.errors import BudgetError, UnsupportedModelError
+from bminf.offload.streamed_experts import StreamedExperts
 from bminf.wrapping import plan_for
 
 LAYERS = 7
@@ -155,6 +158,25 @@ def test_what_reads_or_writes_a_stack_gets_the_real_one() -> None:
     assert type(model.model.layers[2].mlp.experts.down_proj) is torch.nn.Parameter
     assert torch.equal(output_of(model, given), output_of(other, given))
     assert all(torch.equal(t, model.state_dict()[key]) for key, t in other.state_dict().items())
+
+
+def test_whole_stacks_take_no_memory_where_they_are_read_or_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the CPU state_dict() has them in files, and saving never joins the experts of one."""
+    original = make("mixtral", hidden_size=128, intermediate_size=640, num_local_experts=8)
+    model = stream(copy.deepcopy(original), 2)
+    nbytes = bminf.plan_of(model).experts.nbytes
+    assert nbytes > 50e6
+    before = rss_anon_bytes()
+    weights = model.state_dict()
+    assert rss_anon_bytes() - before < nbytes / 10
+    expected = original.state_dict()
+    assert all(torch.equal(t, weights[key]) for key, t in expected.items())
+    for name in ("whole", "held"):
+        monkeypatch.setattr(StreamedExperts, name, None)
+    saved = bminf.load(bminf.save(model, tmp_path / "saved"), device="cpu").state_dict()
+    assert all(torch.equal(t, saved[key]) for key, t in expected.items())
 
 
 def test_packed_stacks_are_saved_and_taken_back() -> None:

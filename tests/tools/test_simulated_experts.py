@@ -63,6 +63,14 @@ def test_with_the_least_room_all_is_copied_after_the_router_has_chosen() -> None
     assert fast.binds == "host" and fast.token_s == pytest.approx(2 * HOST_WAIT_S, rel=1e-3)
 
 
+def test_right_guesses_save_time_and_wrong_ones_take_it() -> None:
+    without, perfect, wrong = (simulate(small(8), ROUTING, CARD, part) for part in (None, 1.0, 0.0))
+    assert perfect.missed_bytes == without.missed_bytes and perfect.unused_bytes == 0
+    assert perfect.hit_rate == without.hit_rate
+    assert wrong.missed_bytes > without.missed_bytes and wrong.unused_bytes > 0
+    assert perfect.token_s < without.token_s < wrong.token_s
+
+
 def test_it_refuses_what_it_does_not_simulate() -> None:
     whole = small(16)
     with pytest.raises(ArgumentError, match="not by need"):
@@ -124,7 +132,7 @@ def test_it_prints_each_case(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tools.simulated_experts.CASES", [(QWEN, "GTX 1060 6 GB")])
-    assert main() == 0
+    assert main([]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["model"] for line in lines] == [QWEN, QWEN]
     best = simulated(QWEN, "GTX 1060 6 GB", "81%")

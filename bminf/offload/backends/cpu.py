@@ -134,6 +134,9 @@ class CpuBackend:
             self._counters.waited_s += time.perf_counter() - start_s
         copied.result()
 
+    def has_ended(self, copied: Outcome) -> bool:
+        return copied.done()
+
     def mark(self) -> None:
         return None
 

@@ -244,6 +244,10 @@ class CudaBackend:
         self._compute_stream().wait_event(copied.end)
         self._waiting.append((start, copied.end))
 
+    def has_ended(self, copied: _Copy) -> bool:
+        is_queued = copied.is_queued is None or copied.is_queued.done()
+        return is_queued and copied.end.query()
+
     def mark(self) -> torch.cuda.Event:
         stream, event = self._compute_stream(), torch.cuda.Event()
         event.record(stream)
