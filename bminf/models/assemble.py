@@ -18,9 +18,11 @@ from bminf.checks import check_positive
 from bminf.engine.rows import FIXED_TOKENS
 from bminf.errors import ArgumentError, BudgetError, CheckpointError, UnsupportedModelError
 from bminf.keywords import known_keywords
+from bminf.layers.parallel import ALONE, Group
 from bminf.layers.quantized_linear import QuantizedLinear
 from bminf.layout import ModuleBlock
 from bminf.models.decode_step import check_graphs, num_sizes, power_of_two
+from bminf.models.shard import shard
 from bminf.models.source import HEAD, Source, Weights, find_sizes
 from bminf.offload.blob import Blobs, lay_out
 from bminf.offload.blocks import find_blocks
@@ -78,17 +80,28 @@ class Assembly:
     blocks: list[ModuleBlock]
     blobs: Blobs
 
+    @property
+    def group(self) -> Group:
+        """The ranks of which one has this."""
+        group: Group = getattr(self.network, "group", ALONE)
+        return group
+
 
 def assemble(
-    source: Source, formats: Formats, dtype: torch.dtype, activations: str = "auto"
+    source: Source,
+    formats: Formats,
+    dtype: torch.dtype,
+    activations: str = "auto",
+    group: Group = ALONE,
 ) -> Assembly:
-    """Pack and lay out the network of `source`, which is changed.
+    """Pack and lay out the network of `source`, which is changed: one rank's part of it.
 
     dtype: of what is not packed.   activations: see bminf.QuantizedLinear.
     Raises ArgumentError for formats that do not match the source, what is packed in it, or the
-    activations.
+    activations; and for a number of ranks that cannot share it.
     """
-    source, packing = _with_head(source, _packing(source, formats), formats, dtype)
+    source, packing = shard(source, _packing(source, formats), group)
+    source, packing = _with_head(source, packing, formats, dtype)
     network = source.network.to(dtype).eval().requires_grad_(False)
     blocks = find_blocks(network, source.architecture.blocks(network))
     if packing == Packing() and activations not in ("auto", "float"):
@@ -229,7 +242,9 @@ def reserved_bytes(
     """
     is_cpu, weight_format = device_type == "cpu", assembly.packing.of_layers
     vocab_size: int = assembly.source.config.vocab_size
-    largest = Pass(max_batch_size, max_length, assembly.dtype, weight_format, is_cpu)
+    largest = Pass(
+        max_batch_size, max_length, assembly.dtype, weight_format, is_cpu, assembly.group.size
+    )
     sizes = assembly.source.architecture.sizes(assembly.source.config, largest)
     # The last ones of each row while they are sampled from; logits() has fewer at a time.
     head = vocab_size * max(LOGITS_CHUNK, max_batch_size) * _SAMPLING_BYTES
