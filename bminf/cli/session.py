@@ -239,6 +239,10 @@ class Session:
         bminf.Engine."""
         raise NotImplementedError
 
+    def follow(self) -> None:
+        """On a rank other than 0: compute with that, until it closes its model."""
+        raise NotImplementedError
+
     def close(self) -> None:
         """Give back what close() of a built-in model does."""
 

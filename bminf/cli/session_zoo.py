@@ -122,6 +122,9 @@ class ZooSession(Session):
         dialogue = partial(self.dialogue, template=template)
         return ZooTexts(self._loaded, dialogue, deterministic)
 
+    def follow(self) -> None:
+        self._loaded.follow()
+
     def close(self) -> None:
         if self._model is not None:
             self._model.close()
