@@ -96,8 +96,8 @@ class LanguageModel:
         computed by CUDA graphs, which are captured when a number of texts, or a length, rounded up,
         is first met: one call in place of some hundred. They take memory, which the limit holds.
 
-    Where torchrun has started several ranks, each has its part of the model, its own limit, and a GPU
-    of its own; every call is made on all of them alike, see docs/several-cards.md.
+    Where torchrun has started several ranks, each has its part of the model, its own limit, and a
+    GPU of its own; every call is made on all of them alike, see docs/several-cards.md.
 
     Several threads may generate at once, and share each pass over the weights: there is room for
     max_length times max_batch_size tokens in all. An iterator that was left unfinished keeps its

@@ -19,9 +19,10 @@ from bminf.checkpoint.model_parallel import Split
 from bminf.checkpoint.quantized import ColumnsOf, Packed, Quantized, quantized_rows
 from bminf.checkpoint.stored import Rows, Stored
 from bminf.errors import ArgumentError
-from bminf.layers.parallel import Group, RowParallel
+from bminf.layers.parallel import Group, Place, RowParallel
 from bminf.layers.position_bias import RelativePositionBias
-from bminf.models.source import HEAD, Source
+from bminf.models.source import HEAD, Source, meta_network
+from bminf.offload.blocks import find_blocks
 from bminf.quantization.packed import PACKED_FIELDS, Format, Packing
 
 _MOST_RANKS = 64  # that a message names
@@ -50,6 +51,24 @@ def shard(source: Source, packing: Packing, group: Group) -> tuple[Source, Packi
         tensors |= _head(source, group)
     weights = replace(source.weights, tensors=tensors)
     return replace(source, config=config, weights=weights), changed
+
+
+def sums_of(source: Source, num_ranks: int) -> dict[str, int]:
+    """How many sums over so many ranks a pass has behind each block, by its name; under "" what is
+    behind all of them, the logits and the message that says what the next pass is of."""
+    if num_ranks == 1:
+        return {}
+    source = replace(source, network=meta_network(source.architecture, source.config))
+    shard(source, Packing(), Group(Place(0, num_ranks)))
+    blocks = [
+        b.name for b in find_blocks(source.network, source.architecture.blocks(source.network))
+    ]
+    found = {"": 2}
+    for name, module in source.network.named_modules():
+        if isinstance(module, RowParallel):
+            (block,) = [b for b in blocks if f"{name}.linear.".startswith(f"{b}.")]
+            found[block] = found.get(block, 0) + 1
+    return found
 
 
 def check_degree(source: Source, packing: Packing, num_ranks: int) -> None:

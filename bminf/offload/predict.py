@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import add
 
 from bminf.errors import ArgumentError
 from bminf.offload.disk import NUM_STAGES, Staging
@@ -195,7 +196,7 @@ class Prediction:
     compute_s, copy_s, disk_s: what computing, the link and the disk would need, each alone.
     link_busy, disk_busy: fraction of the time in which the link copies, the disk reads.
     memory_s, arithmetic_s: what of computing reading device memory would need, and multiplying;
-    of each block the longer one counts.
+    of each block the longer one counts.   sums_s: what of it sums over ranks take.
     """
 
     pass_s: float
@@ -206,6 +207,7 @@ class Prediction:
     disk_busy: float = 0.0
     memory_s: float = 0.0
     arithmetic_s: float = 0.0
+    sums_s: float = 0.0
 
     @property
     def bound(self) -> str:
@@ -215,10 +217,12 @@ class Prediction:
 
     @property
     def binds(self) -> str:
-        """As `bound`, with what computing waits for: "link", "disk", "device memory" or
-        "arithmetic"."""
+        """As `bound`, with what computing waits for: "link", "disk", "device memory",
+        "arithmetic" or "all-reduces"."""
         if self.bound != "compute":
             return self.bound
+        if self.sums_s > max(self.memory_s, self.arithmetic_s):
+            return "all-reduces"
         return "arithmetic" if self.arithmetic_s > self.memory_s else "device memory"
 
 
@@ -232,6 +236,7 @@ def rows_until_arithmetic(one: Prediction, number: int) -> float:
 
 
 _SETTLING_PASSES, _MEASURED_PASSES = 2, 4
+NO_SUMS: Mapping[str, float] = {}
 
 
 def predict(
@@ -242,6 +247,7 @@ def predict(
     disk_bytes_per_s: float | None = None,
     rows: Rows | None = None,
     hit_rates: HitRates = UNIFORM,
+    sums_s: Mapping[str, float] = NO_SUMS,
 ) -> Prediction:
     """The time of one decode pass (a token) under `plan`.
 
@@ -257,6 +263,8 @@ def predict(
     rows: that share the pass; None is one, whose arithmetic is not counted.
     hit_rates: of experts in the pool; PUBLISHED in place of the default is the other end of what
         can be expected.
+    sums_s: of several ranks, of which this is the plan of one, what their sums take behind a block,
+        and under "" behind all of them: then nothing is computed, while the link goes on.
     Raises ArgumentError for a list that the plan does not have, or a rate that is missing.
     """
     if (places := plan.disk_places) and disk_bytes_per_s is None:
@@ -271,10 +279,17 @@ def predict(
     memory_s = [block.nbytes / memory_bytes_per_s for block in blocks]
     arithmetic_s = [rows.arithmetic_s(block.name) for block in blocks]
     rest_s = (outside_bytes + rows.cache_bytes) / memory_bytes_per_s
+    waiting_s = [*(sums_s.get(block.name, 0.0) for block in blocks), sums_s.get("", 0.0)]
     computing_s = [*map(max, memory_s, arithmetic_s), rest_s]
+    computing_s = [*map(add, computing_s, waiting_s)]
     rates = link_bytes_per_s, disk_bytes_per_s or math.inf
     found = _simulated(plan, blocks, computing_s, *rates)
-    found = replace(found, memory_s=sum(memory_s) + rest_s, arithmetic_s=sum(arithmetic_s))
+    found = replace(
+        found,
+        memory_s=sum(memory_s) + rest_s,
+        arithmetic_s=sum(arithmetic_s),
+        sums_s=sum(waiting_s),
+    )
     if lists is None and rows.number == 1:  # several tokens go through other experts each
         found = _without_reading(found, plan.idle_bytes / memory_bytes_per_s)
     if plan.experts is None or lists is not None:
