@@ -253,7 +253,8 @@ class Group:
                 if self._store is not None and self._store.check([_FAILED]):
                     return str(self._store.get(_FAILED).decode())
                 if gone := self._ended():
-                    return gone
+                    # What the first has said that saw one: by now it may have ended itself.
+                    return str(self._store.compare_set(_FAILED, "", gone).decode())
             time.sleep(0.05)
         return f"another rank has left without a word: {error}"
 
