@@ -282,8 +282,60 @@ def other_call(folder: Path, rank: int, size: int) -> Report:
     return {"error": _error_of(lambda: [call("天气今天", 4), _generated(model)])}
 
 
+def memory(folder: Path, rank: int, size: int) -> Report:
+    """A GLM of 320 MB, of which each rank streams most: what its process takes, and what all of
+    them hold of the mapped embedding together."""
+    import torch
+
+    before = _status("RssAnon")
+    with load(folder, "glm130b", memory_limit=MEMORY_LIMIT) as model:
+        text = TEXTS["glm130b"]
+        model.generate(text, max_tokens=4)
+        # Every row of the embedding, so that all of its pages are there.
+        rows = torch.arange(model.config.vocab_size)
+        for some in rows.split(4096):
+            model.model.embed_tokens(some)
+        model.generate(text, max_tokens=1)  # which ends when all have done that
+        pss = _pss_of(folder)
+        peak = _status("RssAnon")
+        model.generate(text, max_tokens=1)
+        return {
+            "grown": peak - before, "pss": pss, "total": model.plan.total_bytes,
+            "streamed": len(model.plan.streamed), "table": 2 * 1024 * len(rows),
+        }  # fmt: skip
+
+
+MEMORY_LIMIT = 150_000_000
+
+
+def write_big(folder: Path) -> None:
+    from tiny_glm import tiny_glm130b
+
+    made = tiny_glm130b(image_offset=60_000, hidden_size=1024, inner_hidden_size=4096, num_layers=6)
+    made.write_original(folder / "glm130b")
+
+
+def _status(name: str) -> int:
+    """Bytes, of /proc/self/status."""
+    (line,) = [x for x in Path("/proc/self/status").read_text().splitlines() if name in x]
+    return int(line.split()[1]) * 1024
+
+
+def _pss_of(folder: Path) -> int:
+    """This process's share of the pages that are mapped from files in a folder."""
+    total, is_inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first = line.split()[0]
+        if "-" in first and ":" not in first:
+            is_inside = str(folder) in line
+        elif first == "Pss:" and is_inside:
+            total += int(line.split()[1]) * 1024
+    return total
+
+
 CASES = (
     zoo, raises, first_raises, lives_on, killed, leaves, destroyed, refused, server, other_call,
+    memory,
 )  # fmt: skip
 
 
