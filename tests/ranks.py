@@ -305,6 +305,81 @@ def memory(folder: Path, rank: int, size: int) -> Report:
         }  # fmt: skip
 
 
+def plans(folder: Path, rank: int, size: int) -> Report:
+    """Models of transformers by their plans, resident and streamed, in every format."""
+    import torch
+
+    import bminf
+
+    found: Report = {}
+    for name, make in transformers_models().items():
+        for kind, form in formats().items():
+            for place in ("resident", "streamed"):
+                model = make()
+                limit = 2**30 if place == "resident" else _limit_of_part(make(), form, size)
+                bminf.wrapper(model, form or False, limit, "cpu", tp="auto")
+                ids = torch.tensor([[5, 6, 7, 8, 9]])
+                with torch.inference_mode():
+                    logits = model(input_ids=ids).logits
+                said = {"logits": logits, "streamed": len(bminf.plan_of(model).streamed)}
+                if place == "resident":
+                    more = {"max_new_tokens": 6, "pad_token_id": 0}
+                    said["greedy"] = model.generate(ids, do_sample=False, **more).tolist()
+                    drawn = model.generate(ids, do_sample=True, top_k=0, **more)
+                    said["drawn"] = drawn.tolist()
+                found[f"{name} {kind} {place}"] = said
+    return found
+
+
+def _limit_of_part(model: Any, form: Any, size: int) -> int:
+    """A byte less than the last rank needs."""
+    from bminf.layers.parallel import Group, Place
+    from bminf.layers.tensor_plan import cut, shared_linears
+    from bminf.wrapping import plan_for
+
+    if size > 1:
+        cut(model, shared_linears(model), form, Group(Place(size - 1, size)))
+    return plan_for(model, form or False, device="cpu").total_bytes - 1
+
+
+def transformers_models() -> dict[str, Callable[[], Any]]:
+    import torch
+    import transformers as tf
+
+    sizes: dict[str, Any] = {
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "vocab_size": 96,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+
+    def made(model: Any, config: Any) -> Any:
+        torch.manual_seed(0)
+        return model(config).eval()
+
+    qwen = {**sizes, "head_dim": 16, "attention_bias": True}
+    return {
+        "llama": lambda: made(tf.LlamaForCausalLM, tf.LlamaConfig(**sizes)),
+        "tied": lambda: made(
+            tf.LlamaForCausalLM, tf.LlamaConfig(**sizes, tie_word_embeddings=True, mlp_bias=True)
+        ),
+        "qwen3": lambda: made(tf.Qwen3ForCausalLM, tf.Qwen3Config(**qwen)),
+    }
+
+
+def plan_fails(folder: Path, rank: int, size: int) -> Report:
+    """A pass of a model of transformers, on rank 1."""
+    import torch
+
+    import bminf
+
+    model = transformers_models()["llama"]()
+    bminf.wrapper(model, False, "1GB", "cpu", tp="auto")
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    model(input_ids=ids)
+    if rank == 1:
+        model.model.layers[1].mlp.register_forward_pre_hook(lambda *_: _raise())
+    return {"error": _error_of(lambda: [model(input_ids=ids), model(input_ids=ids)])}
+
+
 MEMORY_LIMIT = 150_000_000
 
 
@@ -335,7 +410,7 @@ def _pss_of(folder: Path) -> int:
 
 CASES = (
     zoo, raises, first_raises, lives_on, killed, leaves, destroyed, refused, server, other_call,
-    memory,
+    memory, plans, plan_fails,
 )  # fmt: skip
 
 
@@ -408,7 +483,8 @@ def run_case(case: Callable[..., Report], folder: Path, size: int) -> None:
 
 def main(folder: str, size: str, *names: str) -> None:
     warnings.simplefilter("ignore")
-    import bminf.models  # noqa: F401 - once, for all that is forked
+    import bminf.models
+    import bminf.wrapping  # noqa: F401 - once, for all that is forked
 
     for case in CASES:
         if case.__name__ in names:

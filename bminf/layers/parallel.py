@@ -32,6 +32,7 @@ import torch.distributed as dist
 
 from bminf import errors
 from bminf.errors import ArgumentError, BMInfError, RankError
+from bminf.layers.saving import PART, check_not_saved
 
 logger = logging.getLogger("bminf")
 
@@ -399,3 +400,7 @@ class RowParallel(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., K / ranks) -> (..., N)."""
         return self.group.sum(self.linear(x))
+
+    def _save_to_state_dict(self, *arguments: Any, **more: Any) -> None:
+        check_not_saved(PART)
+        super()._save_to_state_dict(*arguments, **more)
