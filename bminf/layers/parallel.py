@@ -305,6 +305,8 @@ def join(device: Any) -> Group:
     if not dist.is_available():
         raise ArgumentError("this torch was built without torch.distributed; start one process")
     if not dist.is_initialized():
+        if _Joined.store is not None:
+            raise RankError("the ranks of this program have failed before; start it again")
         _Joined.store = _rendezvous(place, "nccl" if _is_gpu(device) else "gloo")
     if dist.get_world_size() != place.size:
         raise ArgumentError(
