@@ -17,6 +17,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -380,6 +381,42 @@ def plan_fails(folder: Path, rank: int, size: int) -> Report:
     return {"error": _error_of(lambda: [model(input_ids=ids), model(input_ids=ids)])}
 
 
+def goldens(folder: Path, rank: int, size: int) -> Report:
+    """The reference checkpoints, of every layout and of other numbers of ranks, in half precision
+    and packed: the log-probabilities of some ids."""
+    from golden import golden, is_absent
+
+    from bminf.errors import ArgumentError
+    from bminf.models import BLOOM
+
+    found: Report = {}
+    for name in ANY_DEGREE:
+        given = None if is_absent(name) else golden(name)
+        layouts = () if given is None else given.layouts()
+        for layout in (one for one in layouts if not name.startswith("glm") or "ckpt" in one):
+            quantization = "int4-row" if "int4" in layout else "int8" if "int8" in layout else None
+            load_it = partial(given.load, layout)
+            if name == "bloom":
+                config = given.path / "hf_safetensors" / "config.json"
+                load_it = partial(
+                    BLOOM, given.path / layout, device="cpu", max_length=64, config=config
+                )
+            try:
+                with load_it(quantization=quantization) as model:
+                    found[f"{name} {layout}"] = _log_probabilities(model, name)
+            except ArgumentError as error:
+                assert "ranks cannot share" in str(error), error
+    return found
+
+
+def _log_probabilities(model: Any, name: str) -> list[float]:
+    ids = list(range(9, 21))
+    if name in ("cpm2", "eva"):
+        found: list[float] = model.logits(ids, ids[:5]).log_softmax(-1).flatten()[::97].tolist()
+        return found
+    return [float(x) for x in model.score(ids, [[30, 31, 32], [40]])]
+
+
 MEMORY_LIMIT = 150_000_000
 
 
@@ -410,7 +447,7 @@ def _pss_of(folder: Path) -> int:
 
 CASES = (
     zoo, raises, first_raises, lives_on, killed, leaves, destroyed, refused, server, other_call,
-    memory, plans, plan_fails,
+    memory, plans, plan_fails, goldens,
 )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ import os
 import pickle
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -183,7 +184,10 @@ class Group:
             return
         error: Exception | None = None
         try:
-            yield terms
+            with warnings.catch_warnings():
+                if self.rank > 0:  # rank 0 gives the same
+                    warnings.simplefilter("ignore")
+                yield terms
         except Exception as raised:
             error = raised
         reports = self._reports(terms, error)
@@ -334,6 +338,8 @@ def _rendezvous(place: Place, backend: str) -> Any:
             f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: {error}"
         ) from error
     store.set(f"{_PROCESS}/{place.rank}", f"{_host()} {os.getpid()}")
+    if place.rank > 0 and logger.level == logging.NOTSET:
+        logger.setLevel(logging.ERROR)  # rank 0 tells the same
     return store
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from golden import is_absent
 from programs import said_by
 from ranks import ANY_DEGREE, CASES, MEMORY_LIMIT, TEXTS, memory, write_big, write_models
 
@@ -24,8 +25,8 @@ from bminf.models.leading import Following, Leading, LedCache
 
 PROGRAM = Path(__file__).parents[1] / "ranks.py"
 EVERY = [case.__name__ for case in CASES if case is not memory]
-SOME = ["zoo", "raises", "killed", "refused", "plans"]
-LAUNCHES = {1: ["zoo", "plans"], 2: EVERY, 4: SOME}
+SOME = ["zoo", "raises", "killed", "refused", "plans", "goldens"]
+LAUNCHES = {1: ["zoo", "plans", "goldens"], 2: EVERY, 4: SOME}
 
 TOLERANCE = 5e-5
 """Of logits, from those of one rank: sums in another order."""
@@ -175,6 +176,21 @@ def test_ranks_give_what_one_gives(seen: Seen, name: str, size: int) -> None:
             if "scores" in expected:
                 assert found["scores"] == ranks[0][kind]["scores"]
                 assert found["scores"] == pytest.approx(expected["scores"], rel=1e-5, abs=1e-4)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_reference_checkpoints_of_other_numbers_of_ranks_give_the_same(
+    seen: Seen, size: int
+) -> None:
+    """In every layout; what one rank gives is held against the authors' code elsewhere."""
+    (one,), ranks = seen(1, "goldens"), seen(size, "goldens")
+    if is_absent("cpm1"):
+        pytest.skip("there is no golden folder 'cpm1'; BMINF_GOLDEN names where it is")
+    found = [name for name in ranks[0] if isinstance(ranks[0][name], list) and name != "calls"]
+    assert len(found) > 10
+    for name in found:
+        assert ranks[0][name] == pytest.approx(one[name], rel=1e-5, abs=TOLERANCE)
+        assert all(rank[name] == ranks[0][name] for rank in ranks)
 
 
 @pytest.mark.parametrize("size", [2, 4])
