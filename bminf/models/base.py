@@ -166,21 +166,22 @@ class LanguageModel:
             self.config, self.tokenizer = assembly.source.config, source.tokenizer
             self.model = assembly.network
             self._architecture, self._packing = source.architecture, assembly.packing
-            terms.alike |= {
-                "checkpoint": str(self.path), "memory_limit": limit, "quantization": str(layers),
-                "head_quantization": str(head), "activations": activations, "dtype": str(dtype),
-                "device": self.device.type, "max_length": self.max_length,
-                "max_batch_size": max_batch_size, "config": str(self.config),
-                "deterministic": deterministic,
-            }  # fmt: skip
-            terms.own["free_bytes"] = _shared(free_budget(backend.device), backend, group)
-        free_bytes = min(own["free_bytes"] for own in terms.of_all)
+            if group.size > 1:
+                terms.alike |= {
+                    "checkpoint": str(self.path), "memory_limit": limit,
+                    "quantization": str(layers), "head_quantization": str(head),
+                    "activations": activations, "dtype": str(dtype), "device": self.device.type,
+                    "max_length": self.max_length, "max_batch_size": max_batch_size,
+                    "config": str(self.config), "deterministic": deterministic,
+                }  # fmt: skip
+            terms.own["budget"] = _free(backend, group) if limit is None else limit
+        budget = min(own["budget"] for own in terms.of_all)
         host_bytes = host_budget(backend.device)
         try:
             with group.agreement():
                 the_plan = plan_within(
                     assembly,
-                    free_bytes if limit is None else limit,
+                    budget,
                     self.max_length,
                     max_batch_size,
                     backend.device.type,
@@ -578,9 +579,9 @@ class LanguageModel:
                 self._leading = Leading(group)
                 self._cache = LedCache(self._cache, self._leading)
             self.row_model = self._new_rows()
-            if group.size > 1:
-                rows: Any = self.row_model
-                rows.leading = self._leading
+            rows: Any = self.row_model
+            if self._leading is not None:
+                rows.lead(self._leading)
             if group.rank > 0:
                 self._following = Following(
                     group, self.model, self._cache, rows, self.device, self._kernels
@@ -588,7 +589,6 @@ class LanguageModel:
             # So many logits are set aside for; tokens are, by the room in the cache.
             self.row_model.max_rows = max(LOGITS_CHUNK, self.max_batch_size)
             if self._has_graphs:
-                rows = self.row_model
                 rows.steps = DecodeSteps(rows, self.max_batch_size, Capture(self.device))
             self._engine = Engine(self.row_model, deterministic=self._is_deterministic)
             logger.info(
@@ -608,9 +608,10 @@ class LanguageModel:
             ) from error
 
 
-def _shared(num_bytes: int, backend: Backend, group: Group) -> int:
+def _free(backend: Backend, group: Group) -> int:
     """What a rank may take: the memory of a CPU is that of all ranks of its machine."""
-    return num_bytes // group.local_size if backend.device.type == "cpu" else num_bytes
+    free = free_budget(backend.device)
+    return free // group.local_size if backend.device.type == "cpu" else free
 
 
 def _seed_of(number: int, settings: Options) -> int | None:

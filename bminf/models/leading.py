@@ -35,7 +35,7 @@ class Rows(Protocol):
         """A row of which that was told."""
         ...
 
-    def computed(
+    def compute(
         self, feeds: Sequence[Feed], spans: Sequence[Span], num_tokens: int | None
     ) -> torch.Tensor:
         """The logits of a pass."""
@@ -70,14 +70,17 @@ class Leading:
             return run()
 
     def pass_of(
-        self, rows: Rows, feeds: Sequence[Feed], spans: Sequence[Span], num_tokens: int | None
+        self,
+        rows: Rows,
+        compute: Callable[..., torch.Tensor],
+        feeds: Sequence[Feed],
+        spans: Sequence[Span],
+        num_tokens: int | None,
     ) -> torch.Tensor:
-        """A pass of an engine."""
+        """A pass of an engine.   compute: that of `rows`, which tells nobody."""
         told = [(list(f.ids), f.has_logits, f.score is not None, rows.told_of(f)) for f in feeds]
         message = ("rows", told, [tuple(span) for span in spans], num_tokens)
-        logits: torch.Tensor = self.compute(
-            message, partial(rows.computed, feeds, spans, num_tokens)
-        )
+        logits: torch.Tensor = self.compute(message, partial(compute, feeds, spans, num_tokens))
         return logits
 
     def call(self, name: str, run: Callable[[], Any]) -> Any:
@@ -188,7 +191,7 @@ class Following:
             Feed(self._rows.row_told(span, of_row), ids, has_logits, _ignore if scores else None)
             for span, (ids, has_logits, scores, of_row) in zip(spans, told, strict=True)
         ]
-        self._rows.computed(feeds, spans, num_tokens)
+        self._rows.compute(feeds, spans, num_tokens)
 
     def _on_network(self, method: str, arguments: Sequence[Any]) -> None:
         given = [self._own(argument) for argument in arguments]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -63,8 +64,6 @@ class DecoderRows(PoolRows):
         self.network, self._cache, self._begin = network, cache, begin
         self.steps: DecodeSteps | None = None
         """Computes passes of one token of each row; None computes them as all others."""
-        self.leading: Leading | None = None
-        """Tells other ranks of each pass; None without others, and on these."""
         self._uses_fused_kernels = uses_fused_kernels
 
     def sampler_device(self) -> torch.device:
@@ -88,22 +87,6 @@ class DecoderRows(PoolRows):
     def compute(
         self, feeds: Sequence[Feed], spans: Sequence[Span], num_tokens: int | None
     ) -> torch.Tensor:
-        if self.leading is not None:
-            return self.leading.pass_of(self, feeds, spans, num_tokens)
-        return self.computed(feeds, spans, num_tokens)
-
-    def told_of(self, feed: Feed) -> Any:
-        """What of its row other ranks need to know for a pass, beside its place in the cache."""
-        return None
-
-    def row_told(self, span: Span, told: Any) -> ToldRow:
-        """A row of which that was told, for computed()."""
-        return ToldRow(span.length)
-
-    def computed(
-        self, feeds: Sequence[Feed], spans: Sequence[Span], num_tokens: int | None
-    ) -> torch.Tensor:
-        """The logits of a pass on this rank; see RowModel.forward()."""
         steps = self.steps if num_tokens is None else None
         if steps is not None and len(feeds) <= steps.max_rows and self.can_step(feeds):
             return steps.logits(feeds, spans)
@@ -116,6 +99,21 @@ class DecoderRows(PoolRows):
             return x.new_empty(0, self.vocab_size)
         logits: torch.Tensor = self.network.head(_states(x, wanted))
         return logits if num_tokens is None else logits[: sum(feed.has_logits for feed in feeds)]
+
+    # ---- several ranks, see leading.py ----------------------------------------------------------
+
+    def lead(self, leading: Leading) -> None:
+        """From now on tell other ranks of each pass."""
+        own = partial(type(self).compute, self)
+        self.__dict__["compute"] = partial(leading.pass_of, self, own)
+
+    def told_of(self, feed: Feed) -> Any:
+        """What of its row other ranks need to know for a pass, beside its place in the cache."""
+        return None
+
+    def row_told(self, span: Span, told: Any) -> ToldRow:
+        """A row of which that was told, for compute()."""
+        return ToldRow(span.length)
 
     def hidden_states(
         self, feeds: Sequence[Feed], ids: torch.Tensor, packed: PackedCache

@@ -86,7 +86,7 @@ def both(load: Loader, name: str) -> tuple[Any, Any]:
     first._leading = Leading(Loop(0, messages))
     first._cache = LedCache(first._cache, first._leading)
     first.row_model = first._new_rows()
-    first.row_model.leading = first._leading
+    first.row_model.lead(first._leading)
     first._engine = Engine(first.row_model)
     second._following = Following(
         Loop(1, messages), second.model, second._cache, second.row_model, second.device,
