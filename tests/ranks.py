@@ -315,17 +315,18 @@ def plans(folder: Path, rank: int, size: int) -> Report:
     found: Report = {}
     for name, make in transformers_models().items():
         for kind, form in formats().items():
-            for place in ("resident", "streamed"):
+            for place in ("resident", "streamed") if form is None else ("streamed",):
                 model = make()
                 limit = 2**30 if place == "resident" else _limit_of_part(make(), form, size)
                 bminf.wrapper(model, form or False, limit, "cpu", tp="auto")
                 ids = torch.tensor([[5, 6, 7, 8, 9]])
                 with torch.inference_mode():
                     logits = model(input_ids=ids).logits
-                said = {"logits": logits, "streamed": len(bminf.plan_of(model).streamed)}
+                plan = bminf.plan_of(model)
+                said = {"logits": logits, "streamed": len(plan.streamed) + len(plan.tables)}
+                more = {"max_new_tokens": 6, "pad_token_id": 0}
+                said["greedy"] = model.generate(ids, do_sample=False, **more).tolist()
                 if place == "resident":
-                    more = {"max_new_tokens": 6, "pad_token_id": 0}
-                    said["greedy"] = model.generate(ids, do_sample=False, **more).tolist()
                     drawn = model.generate(ids, do_sample=True, top_k=0, **more)
                     said["drawn"] = drawn.tolist()
                 found[f"{name} {kind} {place}"] = said

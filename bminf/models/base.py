@@ -172,7 +172,7 @@ class LanguageModel:
                     "quantization": str(layers), "head_quantization": str(head),
                     "activations": activations, "dtype": str(dtype), "device": self.device.type,
                     "max_length": self.max_length, "max_batch_size": max_batch_size,
-                    "config": str(self.config), "deterministic": deterministic,
+                    "config": str(source.config), "deterministic": deterministic,
                 }  # fmt: skip
             terms.own["budget"] = _free(backend, group) if limit is None else limit
         budget = min(own["budget"] for own in terms.of_all)
