@@ -8,6 +8,7 @@ BMInfError
 ├── CheckpointError                  a wrong or damaged file on disk
 ├── KernelError                      a CUDA kernel that cannot be found, compiled or launched
 ├── OffloadError                     memory or a file for streamed blocks that fails
+├── RankError                        of several ranks, one that has failed or is missing
 └── UnsupportedModelError            a model, or a use of one, that cannot be streamed
 """
 
@@ -40,6 +41,10 @@ class KernelError(BMInfError):
 
 class OffloadError(BMInfError):
     """Host memory or a file for streamed blocks could not be created, written or read."""
+
+
+class RankError(BMInfError):
+    """Of the ranks that compute a model together, one has failed; the message says which."""
 
 
 class UnsupportedModelError(BMInfError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from collections.abc import Iterable, Iterator
@@ -25,8 +26,9 @@ def progress_bar(iterable: Iterable[Any] | None = None, **settings: Any) -> Any:
 
 
 def is_terminal() -> bool:
-    """Whether stderr is a terminal; a program without a console has no stderr at all."""
-    return sys.stderr is not None and sys.stderr.isatty()
+    """Whether stderr is a terminal; a program without a console has no stderr at all. Of several
+    ranks, the first has it."""
+    return sys.stderr is not None and sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager

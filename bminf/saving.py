@@ -13,11 +13,13 @@ import torch
 from bminf.checkpoint.folder import Progress, atomic_folder, require_empty, write_weights
 from bminf.checkpoint.stored import strides_of
 from bminf.description import WEIGHTS_FILE, Description, PackedLinear
-from bminf.errors import ArgumentError, BMInfError
+from bminf.errors import ArgumentError, BMInfError, UnsupportedModelError
 from bminf.keywords import known_keywords
 from bminf.layers.embedding import HostEmbedding
 from bminf.layers.experts import PackedStack
+from bminf.layers.parallel import RowParallel
 from bminf.layers.quantized_linear import QuantizedLinear, was_conv1d
+from bminf.layers.saving import PART
 from bminf.layout import Chunk, Layout, TensorSpec, tensors_of
 from bminf.models import LanguageModel
 from bminf.models.convert import TABLE, layout_of_table, write_config
@@ -55,6 +57,9 @@ def save(
         raise ArgumentError(f"folder is a {type(folder).__name__}; give a path")
     shard_bytes = int(parse_bytes(max_shard_size, "max_shard_size"))
     target = require_empty(Path(folder).expanduser().absolute())
+    network = model.model if isinstance(model, LanguageModel) else model
+    if any(isinstance(module, RowParallel) for module in network.modules()):
+        raise UnsupportedModelError(PART)
     if isinstance(model, LanguageModel):
         return _save_of_zoo(model, target, tokenizer, shard_bytes)
     _check_model(model)

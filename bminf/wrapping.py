@@ -16,8 +16,10 @@ from bminf.checks import check_bool
 from bminf.errors import ArgumentError, NothingToStreamError, UnsupportedModelError
 from bminf.keywords import check_keywords, keywords_of, known_keywords
 from bminf.layers.experts import has_experts
+from bminf.layers.parallel import Group, join
 from bminf.layers.quantize import Predicate, choice_of, choose_linears, warn_of_unquantized
 from bminf.layers.saving import refuse_to_save
+from bminf.layers.tensor_plan import check_ranks, cut, shared_linears
 from bminf.layout import ModuleBlock, tensors_of
 from bminf.offload.backends import (
     allocated_bytes_on,
@@ -65,6 +67,7 @@ def wrapper(
     max_length: int | None = None,
     max_batch_size: int = 1,
     prefetch_experts: bool = False,
+    tp: str | None = None,
     **unknown: Any,
 ) -> Model:
     """Make `model` run within `memory_limit`, and return it: the same object, with the same output.
@@ -107,6 +110,9 @@ def wrapper(
     prefetch_experts: True asks the router of the next layer, while a layer of a mixture of experts
         is computed, what it would choose for what this layer is given, and copies that. Wrong
         guesses cost time alone; stats_of counts their bytes.
+    tp: "auto" shares the model among the ranks that torchrun has started, by the plan for tensor
+        parallel that transformers has of it (Llama, Qwen3 and their like): each keeps its part,
+        within a limit of its own. Every rank makes the same calls; None computes on this one alone.
 
     A model that accelerate has offloaded is taken out of its store, and its hooks are removed.
 
@@ -116,6 +122,15 @@ def wrapper(
     """
     check_keywords("wrapper", unknown, keywords_of(wrapper)[1:])  # a model comes without its name
     check_bool("prefetch_experts", prefetch_experts)
+    if tp is not None:
+        group = join(device)
+        form, limit = _cut(model, quantization, memory_limit, device, quantize, tp, group)
+        with group.agreement():
+            return wrapper(
+                model, form or False, limit, group.device(device), offload_dir, reserve,
+                blocks=blocks, uses=uses, max_length=max_length, max_batch_size=max_batch_size,
+                prefetch_experts=prefetch_experts,
+            )  # fmt: skip
     _check_model(model)
     backend = backend_for(device)
     fetch_offloaded(model)
@@ -141,6 +156,42 @@ def wrapper(
     kept = [table.rows for table in _scheduler_of(model).tables]  # type: ignore[union-attr]
     warn_of_held(originals, model, kept, backend.device == source_device, stacklevel=2)
     return model
+
+
+def _cut(
+    model: torch.nn.Module,
+    quantization: bool | str | Format | None,
+    memory_limit: int | float | str | None,
+    device: torch.device | str | int | None,
+    quantize: Predicate | None,
+    tp: str,
+    group: Group,
+) -> tuple[Format | None, int | None]:
+    """Leave one rank's part in a model; the format of the rest, and the limit of each rank.
+
+    What can be wrong is raised before anything is cut, alike on all ranks.
+    """
+    with group.agreement() as terms:
+        _check_model(model)
+        if tp != "auto" or quantize is not None:
+            given = "quantize=" if tp == "auto" else f"tp={tp!r}"
+            raise ArgumentError(f'{given}; accepted: tp="auto", or None, without quantize=')
+        form = parse_format(quantization, default=INT8)
+        limit = None if memory_limit is None else parse_bytes(memory_limit, "memory_limit")
+        fetch_offloaded(model)
+        shared = shared_linears(model)
+        check_ranks(model, shared, form, group.size)
+        own = backend_for(group.device(device)).device
+        names = {"class": type(model).__name__, "quantization": str(form), "memory_limit": limit}
+        terms.alike |= {**names, "config": repr(getattr(model, "config", ""))[:4000]}
+        terms.own["free_bytes"] = free_budget(own) // (group.local_size if own.type == "cpu" else 1)
+        # What is sampled with it is the same on all ranks then, as they draw from equal logits.
+        terms.own["seed"] = torch.initial_seed()
+    if group.size > 1:
+        cut(model, shared, form, group)
+        torch.manual_seed(terms.of_all[0]["seed"])
+        limit = min(said["free_bytes"] for said in terms.of_all) if limit is None else limit
+    return form, limit
 
 
 @known_keywords

@@ -587,4 +587,25 @@ FAULTS = (
         new="pass",
         breaks="The second format of a table is measured on the weights that the first has left.",
     ),
+    Fault(
+        name="rank-bias",
+        file="bminf/models/shard.py",
+        old="has_bias = has_bias and group.rank == 0  # which is to be in the sum once",
+        new="has_bias = bool(has_bias)",
+        breaks="A bias of a matrix that is cut by columns is added once for each rank.",
+    ),
+    Fault(
+        name="rank-slopes",
+        file="bminf/arch/bloom.py",
+        old="steep = self.group.share(slopes_on(x.device, self.config.num_attention_heads))",
+        new="steep = slopes_on(x.device, self.config.num_attention_heads // self.group.size)",
+        breaks="A rank's heads have the slopes of a smaller model.",
+    ),
+    Fault(
+        name="rank-told",
+        file="bminf/layers/parallel.py",
+        old='self._store.compare_set(_FAILED, "", text)',
+        new="pass",
+        breaks="The others do not learn which rank has failed, and why.",
+    ),
 )

@@ -11,7 +11,7 @@ import torch
 
 from bminf.arch.sizes import Pass, Sizes
 from bminf.checkpoint.folder import Checkpoint
-from bminf.checkpoint.model_parallel import SplitTable
+from bminf.checkpoint.model_parallel import Split, SplitTable
 from bminf.checkpoint.names import Rule, rename, source_name_of
 from bminf.checkpoint.stored import Stored
 from bminf.errors import CheckpointError
@@ -62,7 +62,7 @@ class Architecture:
     parse: a mapping of any dialect, tensors and a place for messages -> a configuration.
     matches: whether a checkpoint is of it; of several that say so, the last in the list.
     rules: kind of a checkpoint -> from its names to those of the network.
-    splits: how its authors split it across ranks.
+    splits: how its authors split it across ranks, by the names of the first kind in `rules`.
     """
 
     name: str
@@ -138,6 +138,13 @@ class Architecture:
                 f"layouts: {', '.join(self.rules)}"
             )
         return rename(given, self.rules[kind], path, f"a {self.title} ({kind})")
+
+    def split_of(self, module: str) -> Split:
+        """How ranks share the weight of a module of the network: as they do in checkpoints of its
+        authors."""
+        kind = next(iter(self.rules))  # the one that `splits` has the names of
+        first, _, _ = self.original_name(kind, f"{module}.weight").partition(" + ")
+        return self.splits.split(first)
 
     def original_name(self, kind: str, name: str) -> str:
         """What a checkpoint of this kind calls a tensor of the network."""

@@ -37,6 +37,7 @@ from bminf.layers.feed_forward import FeedForward
 from bminf.layers.kv_cache import KVCache, decoder_cache, decoder_cache_bytes
 from bminf.layers.norm import LayerNorm
 from bminf.layers.packed_cache import Cache
+from bminf.layers.parallel import ALONE
 from bminf.layers.split_head import Head, split_head
 
 # ---- configuration -------------------------------------------------------------------------------
@@ -208,6 +209,8 @@ def residual(x: torch.Tensor, normed: torch.Tensor, config: BloomConfig) -> torc
 class Bloom(torch.nn.Module):
     """Token ids in, hidden states out; `head` makes logits of them."""
 
+    group = ALONE
+
     def __init__(self, config: BloomConfig) -> None:
         super().__init__()
         size = config.hidden_size
@@ -230,7 +233,7 @@ class Bloom(torch.nn.Module):
         """
         num_tokens = input_ids.shape[1]
         x = self.embed_norm(embedded(self.embed_tokens, input_ids))
-        steep = slopes_on(x.device, self.config.num_attention_heads)
+        steep = self.group.share(slopes_on(x.device, self.config.num_attention_heads))
         padding = None if num_padding is None else num_padding.tolist()
         alibi = Alibi(steep, padding)
         bias = cache.bias(num_tokens, lambda *_: alibi)
@@ -241,11 +244,12 @@ class Bloom(torch.nn.Module):
 
     def head(self, x: torch.Tensor) -> torch.Tensor:
         """(..., C) -> logits (..., V) float32; the head is the embedding."""
-        return self.lm_head(x)
+        return self.group.gather(self.lm_head(x))
 
     def new_cache(self, batch_size: int, max_length: int) -> KVCache:
         """An empty cache in the dtype and on the device of the last norm."""
-        return decoder_cache(self.config, batch_size, max_length, self.norm.weight)
+        like = self.norm.weight
+        return decoder_cache(self.config, batch_size, max_length, like, self.group.size)
 
 
 # ---- names on disk -------------------------------------------------------------------------------
@@ -368,15 +372,16 @@ SPLITS = SplitTable(
 
 def bloom_sizes(config: BloomConfig, given: Pass) -> Sizes:
     """Bytes of a pass."""
-    size, wide = config.hidden_size, config.intermediate_size
+    size, ranks = config.hidden_size, given.num_ranks
+    inner, wide = size // ranks, config.intermediate_size // ranks
     # The biases of some queries of a row, of one at least, and what is ahead of them.
-    query = 4 * config.num_attention_heads * given.length
+    query = 4 * config.num_attention_heads // ranks * given.length
     biases = 5 * max(min(query * given.length, TILE_BYTES), query) // 4
     half = given.dtype != torch.float32
-    exact = 4 * given.batch_size * given.length * 4 * size if half else 0  # q, k, v and y
+    exact = 4 * given.batch_size * given.length * 4 * inner if half else 0  # q, k, v and y
     return Sizes(
-        decoder_cache_bytes(config, given.batch_size, given.length, given.dtype),
-        layer_bytes(given, size, size, wide) + exact,
+        decoder_cache_bytes(config, given.batch_size, given.length, given.dtype, ranks),
+        layer_bytes(given, size, inner, wide) + exact,
         biases,
         biases,
         kept_quarters=6,

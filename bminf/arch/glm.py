@@ -50,6 +50,7 @@ from bminf.layers.feed_forward import FeedForward, HalvedFeedForward
 from bminf.layers.kv_cache import KVCache, decoder_cache, decoder_cache_bytes
 from bminf.layers.norm import LayerNorm
 from bminf.layers.packed_cache import Cache
+from bminf.layers.parallel import ALONE
 from bminf.layers.rotary import Rotary
 from bminf.layers.split_head import Head, split_head
 from bminf.ops.rotary_append import Angles
@@ -282,6 +283,8 @@ def mask_bias(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | N
 class GLM(torch.nn.Module):
     """Reads a text with blanks, then goes on token after token; the past is in a cache."""
 
+    group = ALONE
+
     def __init__(self, config: GLMConfig) -> None:
         super().__init__()
         self.config = config
@@ -334,11 +337,12 @@ class GLM(torch.nn.Module):
 
     def head(self, x: torch.Tensor) -> torch.Tensor:
         """(..., C) -> logits (..., V) float32."""
-        return self.lm_head(x)
+        return self.group.gather(self.lm_head(x))
 
     def new_cache(self, batch_size: int, max_length: int) -> KVCache:
         """An empty cache in the dtype and on the device of the last norm."""
-        return decoder_cache(self.config, batch_size, max_length, self.norm.weight)
+        like = self.norm.weight
+        return decoder_cache(self.config, batch_size, max_length, like, self.group.size)
 
 
 # ---- names on disk -------------------------------------------------------------------------------
@@ -490,12 +494,13 @@ SPLITS_OF_GLM10B = SplitTable(
 
 def glm_sizes(config: GLMConfig, given: Pass) -> Sizes:
     """Bytes of a pass."""
-    size, wide = config.hidden_size, config.intermediate_size
+    size, ranks = config.hidden_size, given.num_ranks
+    inner, wide = size // ranks, config.intermediate_size // ranks
     bias = given.score_bytes()
     cells = given.batch_size * given.length**2
     return Sizes(
-        decoder_cache_bytes(config, given.batch_size, given.length, given.dtype),
-        _rotary_bytes(config, given) if config.is_rotary else layer_bytes(given, size, size, wide),
+        decoder_cache_bytes(config, given.batch_size, given.length, given.dtype, ranks),
+        _rotary_bytes(config, given) if config.is_rotary else layer_bytes(given, size, inner, wide),
         bias,
         bias + HIDDEN_BYTES * cells,  # positions are in no bias
     )
@@ -503,12 +508,13 @@ def glm_sizes(config: GLMConfig, given: Pass) -> Sizes:
 
 def _rotary_bytes(config: GLMConfig, given: Pass) -> int:
     """The widest moment of a layer of a "glm-130b", but for its bias."""
-    size, wide = config.hidden_size, config.intermediate_size
+    size, ranks = config.hidden_size, given.num_ranks
+    inner, wide = size // ranks, config.intermediate_size // ranks
     # The layer's own input too: its caller holds it until there is an output.
     return given.activation_bytes(size, size, size) + max(
         given.linear_bytes(size, 2 * wide),
         # Rotated queries and keys; both halves of the gate's product, and what it makes.
-        given.activation_bytes(max((3 + 2 + 2) * size, (2 + 1 + 1) * wide)),
+        given.activation_bytes(max((3 + 2 + 2) * inner, (2 + 1 + 1) * wide)),
         given.activation_bytes(3 * wide) + given.linear_bytes(wide, size),
     )
 

@@ -37,6 +37,7 @@ from bminf.layers.feed_forward import FeedForward
 from bminf.layers.kv_cache import KVCache, decoder_cache, decoder_cache_bytes
 from bminf.layers.norm import LayerNorm
 from bminf.layers.packed_cache import Cache
+from bminf.layers.parallel import ALONE
 from bminf.ops.gated_linear import check_activation
 
 # ---- configuration -------------------------------------------------------------------------------
@@ -147,6 +148,8 @@ class Layer(torch.nn.Module):
 class GPT(torch.nn.Module):
     """Token ids in, hidden states out; `head` makes logits of them."""
 
+    group = ALONE
+
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         size = config.hidden_size
@@ -180,11 +183,12 @@ class GPT(torch.nn.Module):
 
     def head(self, x: torch.Tensor) -> torch.Tensor:
         """(..., C) -> logits (..., V) float32; the head is the embedding."""
-        return F.linear(x, self.embed_tokens.weight).float()
+        return self.group.gather(F.linear(x, self.group.share(self.embed_tokens.weight))).float()
 
     def new_cache(self, batch_size: int, max_length: int) -> KVCache:
         """An empty cache in the dtype and on the device of the embedding."""
-        return decoder_cache(self.config, batch_size, max_length, self.embed_tokens.weight)
+        like = self.embed_tokens.weight
+        return decoder_cache(self.config, batch_size, max_length, like, self.group.size)
 
 
 # ---- names on disk -------------------------------------------------------------------------------
@@ -275,10 +279,10 @@ SPLITS = SplitTable(
 
 def gpt_sizes(config: GPTConfig, given: Pass) -> Sizes:
     """Bytes of a pass."""
-    size, bias = config.hidden_size, given.score_bytes()
+    size, bias, ranks = config.hidden_size, given.score_bytes(), given.num_ranks
     return Sizes(
-        decoder_cache_bytes(config, given.batch_size, given.length, given.dtype),
-        layer_bytes(given, size, size, config.intermediate_size),
+        decoder_cache_bytes(config, given.batch_size, given.length, given.dtype, ranks),
+        layer_bytes(given, size, size // ranks, config.intermediate_size // ranks),
         bias,
         2 * bias + BUCKET_BYTES * given.length**2,  # more than it takes: it has no buckets
     )

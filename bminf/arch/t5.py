@@ -41,6 +41,7 @@ from bminf.layers.feed_forward import GatedFeedForward
 from bminf.layers.kv_cache import KVCache, decoder_cache, decoder_cache_bytes
 from bminf.layers.norm import RMSNorm
 from bminf.layers.packed_cache import PackedCache, Segments
+from bminf.layers.parallel import ALONE
 from bminf.layers.position_bias import RelativePositionBias
 from bminf.layers.step_cache import StepCache
 from bminf.ops.gated_linear import check_activation
@@ -375,6 +376,8 @@ class Decoder(torch.nn.Module):
 class T5(torch.nn.Module):
     """encode() a prompt into a cache, then call it with token after token."""
 
+    group = ALONE
+
     def __init__(self, config: T5Config) -> None:
         super().__init__()
         self.config = config
@@ -416,13 +419,16 @@ class T5(torch.nn.Module):
 
     def head(self, x: torch.Tensor) -> torch.Tensor:
         """(..., C) -> logits (..., V) float32."""
-        return self.lm_head(x).float()
+        return self.group.gather(self.lm_head(x)).float()
 
     def new_cache(self, batch_size: int, max_prompt_length: int, max_length: int) -> T5Cache:
         """An empty cache in the dtype and on the device of the embedding."""
         lengths = (max_length, max_prompt_length)
         like = self.embed_tokens.weight
-        own, cross = (decoder_cache(self.config, batch_size, length, like) for length in lengths)
+        own, cross = (
+            decoder_cache(self.config, batch_size, length, like, self.group.size)
+            for length in lengths
+        )
         return T5Cache(own, cross)
 
 
@@ -605,11 +611,12 @@ SPLITS = SplitTable(
 
 def t5_sizes(config: T5Config, given: Pass) -> Sizes:
     """Bytes of a pass, of a prompt and an answer of this length each."""
-    wide = config.intermediate_size
-    bias = given.score_bytes(config.num_attention_heads)
+    ranks = given.num_ranks
+    inner, wide = config.inner_size // ranks, config.intermediate_size // ranks
+    bias = given.score_bytes(config.num_attention_heads // ranks)
     return Sizes(
-        decoder_cache_bytes(config, given.batch_size, 2 * given.length + 1, given.dtype),
-        layer_bytes(given, config.hidden_size, config.inner_size, wide, gated=wide),
+        decoder_cache_bytes(config, given.batch_size, 2 * given.length + 1, given.dtype, ranks),
+        layer_bytes(given, config.hidden_size, inner, wide, gated=wide),
         bias,
         2 * bias + BUCKET_BYTES * given.length**2,
         kept_quarters=6,

@@ -10,14 +10,14 @@ quantization/layers.py and kernels.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 
 from bminf.checkpoint.stored import Rows, Sliced, Stored
 from bminf.errors import ArgumentError, CheckpointError
-from bminf.quantization.packed import Format, PackedWeight, empty
+from bminf.quantization.packed import PACKED_FIELDS, Format, PackedWeight, dequantize, empty
 
 _SLICE_ELEMENTS = 2**20
 
@@ -111,7 +111,8 @@ class Quantized(Sliced):
             codes, scale = (x.rows(start, end) for x in (self.codes, self.scale))
             return replace(self, codes=codes, scale=scale)
         width, per_byte = self.shape[1] // self.num_groups, 8 // self.bits
-        step = per_byte if self.num_groups == 1 else width
+        is_in_one = start // width == (end - 1) // width
+        step = per_byte if is_in_one else width
         if start % step or end % step:
             raise ArgumentError(
                 f"columns {start} to {end} of {self.where}, in which {step} go together (two codes "
@@ -119,7 +120,7 @@ class Quantized(Sliced):
             )
         scale = self.scale
         if self.num_groups > 1:
-            scale = scale.columns(start // width, end // width)
+            scale = scale.columns(start // width, -(-end // width))
         codes = self.codes.columns(start // per_byte, end // per_byte)
         return replace(self, codes=codes, scale=scale)
 
@@ -138,6 +139,76 @@ class Quantized(Sliced):
             return codes
         # Shifts of int8 keep the sign: the low half is first brought to the place of the high one.
         return torch.stack([codes >> 4, (codes << 4) >> 4], dim=-1).flatten(1)
+
+
+@dataclass(frozen=True)
+class Packed(Sliced):
+    """A matrix (N, K) whose packed weight is stored, tensor by tensor.
+
+    fields: by the names of PackedWeight's tensors.   num_columns: K.   form: how it is packed.
+    """
+
+    fields: Mapping[str, Stored]
+    num_columns: int
+    form: Format
+
+    dtype = torch.float32
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.fields["qweight"].shape[0], self.num_columns
+
+    @property
+    def where(self) -> str:
+        return self.fields["qweight"].where
+
+    def read(self) -> torch.Tensor:
+        """(N, K) in `dtype`."""
+        return dequantize(self.packed(), self.dtype)
+
+    def packed(self) -> PackedWeight:
+        held = {name: stored.read() for name, stored in self.fields.items()}
+        empty_fields = dict.fromkeys(PACKED_FIELDS)
+        return PackedWeight(
+            **{**empty_fields, **held},  # type: ignore[arg-type]
+            in_features=self.num_columns, group_size=self.form.group_size,
+        )  # fmt: skip
+
+    def _slice(self, axis: int, start: int, end: int) -> Stored:
+        if axis == 1:
+            return ColumnsOf(self, start, end)
+        some = {name: stored.rows(start, end) for name, stored in self.fields.items()}
+        return replace(self, fields=some)
+
+
+@dataclass(frozen=True)
+class ColumnsOf(Sliced):
+    """Some columns of a matrix, of which a loader packs whole rows and then cuts: so that ranks
+    together have the codes and scales that one has."""
+
+    whole: Stored
+    start: int
+    end: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.whole.shape[0], self.end - self.start
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.whole.dtype
+
+    @property
+    def where(self) -> str:
+        return self.whole.where
+
+    def read(self) -> torch.Tensor:
+        return self.whole.columns(self.start, self.end).read()
+
+    def _slice(self, axis: int, start: int, end: int) -> Stored:
+        if axis == 0:
+            return replace(self, whole=self.whole.rows(start, end))
+        return replace(self, start=self.start + start, end=self.start + end)
 
 
 def quantized_rows(parts: Iterable[Quantized]) -> Quantized:

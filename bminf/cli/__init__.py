@@ -89,7 +89,7 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         if argv and argv[0] == name:
             module = import_module(f"bminf.cli.{name}")
             module.add_arguments(verb)
-            verb.set_defaults(run=module.run, flags=flags_of(verb))
+            verb.set_defaults(run=module.run, flags=flags_of(verb), argv=[*argv])
             parser.error = verb.error  # type: ignore[method-assign]  # tells of the verb's help
     return parser
 
@@ -117,11 +117,14 @@ def _give_up_output() -> None:
 
 
 def _warning(flags: Flags, message: Warning | str, *_: Any, **__: Any) -> str:
-    """A warning as the command line shows it, without the place in the code."""
+    """A warning as the command line shows it, without the place in the code; on rank 0 alone."""
+    if os.environ.get("RANK", "0") != "0":
+        return ""
     return f"bminf: {one_line(message, flags)}\n"
 
 
 def _fail(error: Exception, flags: Flags, code: int) -> int:
-    """Print the error in one line, and return `code`."""
-    print(f"bminf: error: {one_line(error, flags)}", file=sys.stderr)
+    """Print the error in one line, and return `code`. Of several ranks, the first does."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"bminf: error: {one_line(error, flags)}", file=sys.stderr)
     return code

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import cycle, islice
 from typing import Any
 
-from bminf.cli import flags
+from bminf.cli import flags, ranks
 from bminf.cli.session import AnswerStats, Session, find
 from bminf.errors import ArgumentError
 from bminf.offload.phase import NO_PHASE, Phase
@@ -49,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--runs", type=flags.positive, default=Default(3), metavar="N",
         help="the median of so many is printed; default: 3; of a table the mean, "
         "default: 1")  # fmt: skip
+    ranks.add_ranks(parser)
     flags.add_output(parser, "one JSON object, with each run")
     _add_table(parser)
 
@@ -73,9 +74,11 @@ def _add_table(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure, and print; returns 0."""
+    """Measure, and print; returns 0, or the exit code of a rank that failed."""
     if (arguments.model is None) == (arguments.table is None):
         raise ArgumentError("give a MODEL or --table, one of the two")
+    if arguments.table is not None and arguments.tp is not None:
+        raise ArgumentError("--tp is for a MODEL; leave it out")
     if arguments.table is not None:
         from bminf.cli.tables import command
 
@@ -87,6 +90,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _measure_model(arguments: argparse.Namespace) -> int:
+    if ranks.are_to_be_started(arguments):
+        return ranks.start(arguments)
+    if ranks.is_other():
+        return ranks.follow(arguments)
     with find(arguments) as session:
         start_s = time.perf_counter()
         session.load(arguments.prompt_tokens + arguments.max_new_tokens)

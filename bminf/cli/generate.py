@@ -7,7 +7,7 @@ import json
 import sys
 from typing import Any
 
-from bminf.cli import flags
+from bminf.cli import flags, ranks
 from bminf.cli.session import Answer, Options, Session, find
 
 
@@ -20,11 +20,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flags.add_stop(parser)
     parser.add_argument("--deterministic", action="store_true", default=None,
         help="the same bits whatever shares its passes (built-in models)")  # fmt: skip
+    ranks.add_ranks(parser)
     flags.add_output(parser, "one JSON object, once the text is complete")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the continuation; returns 0."""
+    """Print the continuation; returns 0, or the exit code of a rank that failed."""
+    if ranks.are_to_be_started(arguments):
+        return ranks.start(arguments)
+    if ranks.is_other():
+        return ranks.follow(arguments)
     text = flags.text_of(arguments.prompt, "PROMPT")
     options = flags.sampling_of(arguments)
     with find(arguments) as session:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from bminf.cli import sources
+from bminf.cli.flags import above_zero, positive
 from bminf.cli.gpus import Speeds, speeds_of
 from bminf.cli.wording import in_flags
-from bminf.errors import ArgumentError
+from bminf.errors import ArgumentError, BudgetError
 from bminf.units import format_bytes, parse_bytes, parse_rate
 
 if TYPE_CHECKING:
@@ -47,6 +48,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--memory-bandwidth", default=_Default("150GB"), metavar="SPEED",
         help="memory bandwidth of the device per second; default: 150GB")  # fmt: skip
     add("--plot", metavar="FILE", help="draw what the limit keeps, as .png, .svg or .pdf")
+    add("--tp", type=positive, metavar="N", help="show the plan of one of N ranks, each with "
+        "that limit, and what 1, 2, 4 and 8 are predicted to do (built-in models)")  # fmt: skip
+    add("--all-reduce", type=above_zero, default=100.0, metavar="US",
+        help="microseconds that a sum over the ranks takes; default: 100")  # fmt: skip
     add("--json", action="store_true", help="print one JSON object")
 
 
@@ -58,7 +63,8 @@ def run(arguments: argparse.Namespace) -> int:
         given = getattr(arguments, option)
         parse_bytes(0 if given is None else given, f"--{option.replace('_', '-')}")
     subject = sources.find(arguments.model)
-    whole = subject.plan(arguments, None)
+    num_ranks = arguments.tp or 1
+    whole = subject.plan(arguments, None, num_ranks)
     report: dict[str, Any] = {
         "model": subject.title,
         "dtype": subject.dtype,
@@ -78,8 +84,11 @@ def run(arguments: argparse.Namespace) -> int:
     }
     plan = None
     if arguments.memory_limit is not None:
-        plan = subject.plan(arguments, arguments.memory_limit)
-        report |= _plan_entries(plan, speeds, disk)
+        plan = subject.plan(arguments, arguments.memory_limit, num_ranks)
+        sums_s = _sums(subject, num_ranks, arguments.all_reduce)
+        report |= _plan_entries(plan, speeds, disk, sums_s)
+        if arguments.tp is not None:
+            report["ranks"] = [*_ranks(subject, arguments, speeds, disk)]
         if arguments.plot is not None:
             _draw(report, plan, arguments)
     text = json.dumps(report, indent=2) if arguments.json else _text(report, whole, plan)
@@ -132,10 +141,46 @@ def _speeds(arguments: argparse.Namespace) -> Speeds:
     )
 
 
-def _plan_entries(plan: Plan, speeds: Speeds, disk: int) -> dict[str, Any]:
+_NUMBERS = (1, 2, 4, 8)
+"""Of ranks that are compared."""
+
+
+def _sums(
+    subject: sources.Transformers | sources.Zoo, num_ranks: int, sum_us: float
+) -> dict[str, float]:
+    """Block -> seconds of sums over the ranks behind it."""
+    return {block: count * sum_us / 1e6 for block, count in subject.sums(num_ranks).items()}
+
+
+def _ranks(
+    subject: sources.Transformers | sources.Zoo,
+    arguments: argparse.Namespace,
+    speeds: Speeds,
+    disk: int,
+) -> Iterator[dict[str, Any]]:
+    """What so many ranks are predicted to do, each within the limit; or why they cannot."""
     from bminf.offload.predict import predict
 
-    prediction = predict(plan, speeds.link, speeds.memory, disk_bytes_per_s=disk)
+    for number in sorted({*_NUMBERS, arguments.tp}):
+        try:
+            plan = subject.plan(arguments, arguments.memory_limit, number)
+        except (ArgumentError, BudgetError) as error:
+            yield {"ranks": number, "error": str(error)}
+            continue
+        sums_s = _sums(subject, number, arguments.all_reduce)
+        found = predict(plan, speeds.link, speeds.memory, disk_bytes_per_s=disk, sums_s=sums_s)
+        yield {
+            "ranks": number, "token_s": found.pass_s, "streamed_bytes": plan.streamed_bytes,
+            "sums_s": found.sums_s, "bound": found.binds,
+        }  # fmt: skip
+
+
+def _plan_entries(
+    plan: Plan, speeds: Speeds, disk: int, sums_s: Mapping[str, float]
+) -> dict[str, Any]:
+    from bminf.offload.predict import predict
+
+    prediction = predict(plan, speeds.link, speeds.memory, disk_bytes_per_s=disk, sums_s=sums_s)
     return {
         "memory_limit": plan.budget,
         "resident": list(plan.resident),
@@ -159,6 +204,7 @@ def _plan_entries(plan: Plan, speeds: Speeds, disk: int) -> dict[str, Any]:
         "link_busy": prediction.link_busy,
         "disk_busy": prediction.disk_busy,
         "bound": prediction.bound,
+        **({"sums_s": prediction.sums_s} if sums_s else {}),
     }
 
 
@@ -203,6 +249,7 @@ def _text(report: dict[str, Any], whole: Plan, plan: Plan | None) -> str:
     if plan is not None:
         lines += ["", str(plan), "", _time_line(report)]
         lines += [_range_line(report)] if report["experts"] else []
+        lines += _rank_lines(report.get("ranks", ()))
     elif whole.unreserved is not None:
         lines.append(whole.context_line)
     return "\n".join(lines)
@@ -235,12 +282,27 @@ def _time_line(report: dict[str, Any]) -> str:
     link_gbps, memory_gbps = (
         report[key] / 1e9 for key in ("link_bytes_per_s", "memory_bytes_per_s")
     )
+    if report.get("sums_s"):
+        disk += f"sums over ranks {_seconds(report['sums_s'])}, "
     return (
         f"predicted for a token: {_per_token(report['token_s'])} "
         f"({disk}copying {_seconds(report['copy_s'])} at {link_gbps:.4g} GB/s, "
         f"reading weights {_seconds(report['compute_s'])} at {memory_gbps:.4g} GB/s; {busy}); "
         f"bound by {_BOUNDS[report['bound']]}"
     )
+
+
+def _rank_lines(ranks: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """One for each number of ranks, of which each has the limit."""
+    for one in ranks:
+        number = f"{one['ranks']} ranks" if one["ranks"] > 1 else "1 rank"
+        if "error" in one:
+            yield f"{number}: cannot, {one['error']}"
+            continue
+        yield (
+            f"{number}: {_per_token(one['token_s'])}, {format_bytes(one['streamed_bytes'])} "
+            f"streamed by each, sums {_seconds(one['sums_s'])}; bound by {one['bound']}"
+        )
 
 
 def _range_line(report: dict[str, Any]) -> str:

@@ -257,6 +257,10 @@ class Session:
         has itself; in place of load()."""
         raise NotImplementedError
 
+    def follow(self) -> None:
+        """On a rank other than 0: compute with that, until it closes its model."""
+        raise NotImplementedError
+
     def close(self) -> None:
         """Give back what close() of a built-in model does."""
 

@@ -28,6 +28,7 @@ class PretrainedSession(Session):
     _not_taken: Mapping[str, str] = {
         **dict.fromkeys(("frequency_penalty", "presence_penalty"), "--repetition-penalty"),
         "deterministic": "--seed or --temperature 0, since its text shares no pass with others",
+        "tp": "none, since it runs on one GPU",
         "no_fused_kernels": "none, since transformers calls torch's operators in any case",
     }
 

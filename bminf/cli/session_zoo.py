@@ -137,6 +137,9 @@ class ZooSession(Session):
         self.load(None)
         return self._loaded, None
 
+    def follow(self) -> None:
+        self._loaded.follow()
+
     def close(self) -> None:
         if self._model is not None:
             self._model.close()

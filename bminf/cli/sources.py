@@ -98,8 +98,16 @@ class Transformers:
             return "as stored"
         return arguments.quantization or ("int8" if self._packed is None else "none")
 
-    def plan(self, arguments: argparse.Namespace, memory_limit: str | None) -> Plan:
+    def plan(
+        self, arguments: argparse.Namespace, memory_limit: str | None, num_ranks: int = 1
+    ) -> Plan:
+        """num_ranks: of which the plan is that of one; for built-in models."""
         from bminf.wrapping import plan_for
+
+        if num_ranks > 1:
+            raise ArgumentError(
+                f"--tp is for built-in models, not for a {self.title}; leave it out"
+            )
 
         # Stacks of experts are packed by their own names, and chosen by that of their module.
         packed = dict(self._packed or {})
@@ -116,6 +124,10 @@ class Transformers:
             max_batch_size=arguments.max_batch_size,
             device="cuda",
         )
+
+    def sums(self, num_ranks: int) -> dict[str, int]:
+        """See models/shard.py."""
+        return {}
 
     def unquantized_bytes(self, arguments: argparse.Namespace) -> int:
         """Bytes of matrices in blocks that are not quantized; the reason goes to stderr."""
@@ -162,7 +174,9 @@ class Zoo:
             return "as stored"
         return f"int{self._model.architecture.default_format.bits}"
 
-    def plan(self, arguments: argparse.Namespace, memory_limit: str | None) -> Plan:
+    def plan(
+        self, arguments: argparse.Namespace, memory_limit: str | None, num_ranks: int = 1
+    ) -> Plan:
         from bminf.models.assemble import plan_model
 
         for option in ("blocks", "reserve"):
@@ -180,7 +194,13 @@ class Zoo:
             max_length=arguments.max_length,
             max_batch_size=arguments.max_batch_size,
             host_memory=arguments.host_memory,
+            num_ranks=num_ranks,
         )
+
+    def sums(self, num_ranks: int) -> dict[str, int]:
+        from bminf.models.shard import sums_of
+
+        return sums_of(self._model, num_ranks)
 
     def unquantized_bytes(self, arguments: argparse.Namespace) -> int:
         return 0

@@ -177,16 +177,21 @@ def cache_bytes(
     return 2 * num_layers * batch_size * num_heads * max_length * head_dim * dtype.itemsize
 
 
-def decoder_cache(config: Any, batch_size: int, max_length: int, like: torch.Tensor) -> KVCache:
+def decoder_cache(
+    config: Any, batch_size: int, max_length: int, like: torch.Tensor, num_ranks: int = 1
+) -> KVCache:
     """An empty cache of a decoder-only model, in the dtype and on the device of `like`.
 
-    config: num_hidden_layers, num_attention_heads and head_dim are read.
+    config: num_hidden_layers, num_attention_heads and head_dim are read.   num_ranks: that share
+    the heads.
     """
-    layers, heads = config.num_hidden_layers, config.num_attention_heads
+    layers, heads = config.num_hidden_layers, config.num_attention_heads // num_ranks
     return KVCache(layers, batch_size, heads, max_length, config.head_dim, like.dtype, like.device)
 
 
-def decoder_cache_bytes(config: Any, batch_size: int, max_length: int, dtype: torch.dtype) -> int:
+def decoder_cache_bytes(
+    config: Any, batch_size: int, max_length: int, dtype: torch.dtype, num_ranks: int = 1
+) -> int:
     """Bytes of decoder_cache."""
-    layers, heads = config.num_hidden_layers, config.num_attention_heads
+    layers, heads = config.num_hidden_layers, config.num_attention_heads // num_ranks
     return cache_bytes(layers, batch_size, heads, max_length, config.head_dim, dtype)

@@ -19,6 +19,7 @@ _REFUSAL = (
     "from_pretrained() does not know the packed weights of a quantized model and would put random "
     "ones in their place; save with torch.save(model.state_dict()), or wrap with quantization=False"
 )
+PART = "this is one rank's part of a model, and no model by itself; save it from one process"
 _SAVERS = ("save_pretrained", "_save_pretrained")  # transformers, diffusers; huggingface_hub
 
 
@@ -29,7 +30,7 @@ def refuse_to_save(model: torch.nn.Module) -> None:
             module.__dict__["save_pretrained"] = _SavePretrained(module)
 
 
-def check_not_saved() -> None:
+def check_not_saved(reason: str = _REFUSAL) -> None:
     """Raise UnsupportedModelError if a packed weight is asked for inside save_pretrained().
 
     Whoever saves a model around a packed part, or calls something else that ends there, asks the
@@ -39,7 +40,7 @@ def check_not_saved() -> None:
     while frame is not None and frame.f_code.co_name not in _SAVERS:
         frame = frame.f_back
     if frame is not None and not _saves_adapters_only(frame.f_locals.get("self")):
-        raise UnsupportedModelError(_REFUSAL)
+        raise UnsupportedModelError(reason)
 
 
 class _SavePretrained:

@@ -18,9 +18,11 @@ from bminf.checks import check_positive
 from bminf.engine.rows import FIXED_TOKENS
 from bminf.errors import ArgumentError, BudgetError, CheckpointError, UnsupportedModelError
 from bminf.keywords import known_keywords
+from bminf.layers.parallel import ALONE, Group, Place
 from bminf.layers.quantized_linear import QuantizedLinear
 from bminf.layout import ModuleBlock
 from bminf.models.decode_step import check_graphs, check_heads, num_sizes, power_of_two
+from bminf.models.shard import shard
 from bminf.models.source import HEAD, Source, Weights, find_sizes
 from bminf.offload.blob import Blobs, lay_out
 from bminf.offload.blocks import find_blocks
@@ -78,17 +80,28 @@ class Assembly:
     blocks: list[ModuleBlock]
     blobs: Blobs
 
+    @property
+    def group(self) -> Group:
+        """The ranks of which one has this."""
+        group: Group = getattr(self.network, "group", ALONE)
+        return group
+
 
 def assemble(
-    source: Source, formats: Formats, dtype: torch.dtype, activations: str = "auto"
+    source: Source,
+    formats: Formats,
+    dtype: torch.dtype,
+    activations: str = "auto",
+    group: Group = ALONE,
 ) -> Assembly:
-    """Pack and lay out the network of `source`, which is changed.
+    """Pack and lay out the network of `source`, which is changed: one rank's part of it.
 
     dtype: of what is not packed.   activations: see bminf.QuantizedLinear.
     Raises ArgumentError for formats that do not match the source, what is packed in it, or the
-    activations.
+    activations; and for a number of ranks that cannot share it.
     """
-    source, packing = _with_head(source, _packing(source, formats), formats, dtype)
+    source, packing = shard(source, _packing(source, formats), group)
+    source, packing = _with_head(source, packing, formats, dtype)
     network = source.network.to(dtype).eval().requires_grad_(False)
     blocks = find_blocks(network, source.architecture.blocks(network))
     if packing == Packing() and activations not in ("auto", "float"):
@@ -162,6 +175,7 @@ def plan_model(
     device: str = "cuda",
     host_memory: int | float | str | None = None,
     cuda_graph: bool = False,
+    num_ranks: int = 1,
 ) -> Plan:
     """The plan that loading a model of the zoo would make, for a card that need not be here.
 
@@ -173,22 +187,25 @@ def plan_model(
     device: "cuda" or "cpu", which need room for other things beside the weights.
     host_memory: what may be page-locked for streamed blocks; the rest of them stays on the disk.
     None is as much as it takes.   cuda_graph: as for the model.
+    num_ranks: of which the plan is that of the first, and memory_limit that of each.
     Raises ArgumentError, BudgetError, or CheckpointError for a folder that cannot be loaded; and
     UnsupportedModelError for what streams where cuda_graph is on.
     """
     budget = 2**60 if memory_limit is None else parse_bytes(memory_limit, "memory_limit")
     host_bytes = None if host_memory is None else parse_bytes(host_memory, "host_memory")
     check_positive("max_batch_size", max_batch_size)
+    check_positive("num_ranks", num_ranks)
     if device not in ("cuda", "cpu"):
         raise ArgumentError(f'device={device!r}; accepted: "cuda", "cpu"')
-    check_graphs(cuda_graph, torch.device(device))
+    check_graphs(cuda_graph, torch.device(device), num_ranks=num_ranks)
     dtype = dtype_for(dtype, device)
     source, is_auto = find_sizes(model), quantization == "auto"
     formats = source.architecture.formats
     layers = parse_format(None if is_auto else quantization, formats=formats)
     head = parse_format(head_quantization, "head_quantization", formats)
     max_length = max_length_for(max_length, source)
-    assembly = assemble(source, Formats(layers, head, is_auto), dtype)
+    group = Group(Place(0, num_ranks))
+    assembly = assemble(source, Formats(layers, head, is_auto), dtype, group=group)
     return plan_within(
         assembly, budget, max_length, max_batch_size, device, host_bytes, cuda_graph=cuda_graph
     )
@@ -230,7 +247,9 @@ def reserved_bytes(
     """
     is_cpu, weight_format = device_type == "cpu", assembly.packing.of_layers
     vocab_size: int = assembly.source.config.vocab_size
-    largest = Pass(max_batch_size, max_length, assembly.dtype, weight_format, is_cpu)
+    largest = Pass(
+        max_batch_size, max_length, assembly.dtype, weight_format, is_cpu, assembly.group.size
+    )
     sizes = assembly.source.architecture.sizes(assembly.source.config, largest)
     # The last ones of each row while they are sampled from; logits() has fewer at a time.
     head = vocab_size * max(LOGITS_CHUNK, max_batch_size) * _SAMPLING_BYTES

@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,8 +22,9 @@ from bminf.engine.beam import Decoder, Hypothesis, beam_search
 from bminf.engine.engine import Engine
 from bminf.engine.request import Request
 from bminf.engine.sampling import Sampling
-from bminf.errors import ArgumentError, BudgetError, UnsupportedModelError
+from bminf.errors import ArgumentError, BudgetError, RankError, UnsupportedModelError
 from bminf.keywords import known_keywords
+from bminf.layers.parallel import Group, join
 from bminf.models.arguments import Text, ids_of, ids_of_str, present_ids
 from bminf.models.assemble import (
     LOGITS_CHUNK,
@@ -36,6 +37,7 @@ from bminf.models.assemble import (
 from bminf.models.calls import needs_open_model
 from bminf.models.decode_step import Capture, DecodeSteps, check_graphs
 from bminf.models.fill import fill
+from bminf.models.leading import Following, Leading, LedCache, LedNetwork
 from bminf.models.options import Options
 from bminf.models.prompt import Prompt
 from bminf.models.rows import DecoderRows
@@ -44,6 +46,7 @@ from bminf.models.stats import ModelStats
 from bminf.models.text import StopWatch, TextIterator
 from bminf.offload import memory
 from bminf.offload.backends import backend_for, free_budget, host_budget
+from bminf.offload.backends.base import Backend
 from bminf.offload.hooks import Scheduler
 from bminf.offload.plan import Plan
 from bminf.quantization.packed import Format, parse_format
@@ -92,16 +95,20 @@ class LanguageModel:
         computed by CUDA graphs, which are captured when a number of texts, or a length, rounded up,
         is first met: one call in place of some hundred. They take memory, which the limit holds.
 
+    Where torchrun has started several ranks, each has its part of the model, its own limit, and a
+    GPU of its own; every call is made on all of them alike, see docs/several-cards.md.
+
     Several threads may generate at once, and share each pass over the weights: there is room for
     max_length times max_batch_size tokens in all. An iterator that was left unfinished keeps its
     room until another text needs that. Use a model as a context manager, or call close(), to give
     the memory back at once.
-    Raises ArgumentError, CheckpointError, BudgetError or OffloadError, and nothing stays loaded.
+    Raises ArgumentError, CheckpointError, BudgetError, OffloadError or RankError, and nothing stays
+    loaded.
     """
 
     _architectures: Sequence[Architecture]  # that a checkpoint may be of
     _defaults: Options = Options()
-    _head_format: Format | None = None  # of an output head that is split
+    _head_quantization: str | Format | None = None  # of an output head that is split
     tokenizer: Tokenizer
     model: Any  # the network
 
@@ -124,42 +131,66 @@ class LanguageModel:
         cuda_graph: bool = False,
     ) -> None:
         start_s = time.perf_counter()
-        check_positive("max_batch_size", max_batch_size)
-        check_bool("deterministic", deterministic)
-        check_bool("fused_kernels", fused_kernels)
-        fused_by_default()  # which may refuse what the environment says
-        self._uses_fused_kernels, self._has_graphs = fused_kernels, cuda_graph
-        if max_length is not None:
-            check_positive("max_length", max_length)
-        layers = parse_format(quantization, formats=self._architectures[0].formats)
-        limit = None if memory_limit is None else parse_bytes(memory_limit, "memory_limit")
-        backend = backend_for(device)
-        check_graphs(cuda_graph, backend.device, deterministic, fused_kernels)
-        dtype = dtype_for(dtype, backend.device.type)
-        source = open_source(self._architectures, checkpoint, config, tokenizer, self._configured)
-        self.max_length, self.max_batch_size = max_length_for(max_length, source), max_batch_size
-        is_auto = layers == source.architecture.default_format
-        assembly = assemble(source, Formats(layers, self._head_format, is_auto), dtype, activations)
-        the_plan = plan_within(
-            assembly,
-            free_budget(backend.device) if limit is None else limit,
-            self.max_length,
-            max_batch_size,
-            backend.device.type,
-            host_budget(backend.device),
-            deterministic,
-            cuda_graph,
-        )
-        self.path, self.device = source.weights.path, backend.device
-        self.config, self.tokenizer = assembly.source.config, source.tokenizer
-        self.model = assembly.network
-        self._architecture, self._packing = source.architecture, assembly.packing
-        self._is_deterministic = deterministic
         self._scheduler: Scheduler | None = None
         self._engine: Engine | None = None
+        self._leading: Leading | None = None  # of several ranks, on the first
+        self._following: Following | None = None  # and on all others
         self._lock = threading.RLock()  # of closing
         self._num_searched, self._searched_s = 0, 0.0
-        self._attach(fill(assembly, the_plan, backend, offload_dir))
+        group = join(device)
+        with group.agreement() as terms:
+            check_positive("max_batch_size", max_batch_size)
+            check_bool("deterministic", deterministic)
+            check_bool("fused_kernels", fused_kernels)
+            fused_by_default()  # which may refuse what the environment says
+            self._uses_fused_kernels, self._has_graphs = fused_kernels, cuda_graph
+            if max_length is not None:
+                check_positive("max_length", max_length)
+            formats = self._architectures[0].formats
+            layers = parse_format(quantization, formats=formats)
+            head = parse_format(self._head_quantization, "head_quantization", formats)
+            limit = None if memory_limit is None else parse_bytes(memory_limit, "memory_limit")
+            backend = backend_for(group.device(device))
+            check_graphs(cuda_graph, backend.device, deterministic, fused_kernels, group.size)
+            dtype = dtype_for(dtype, backend.device.type)
+            source = open_source(
+                self._architectures, checkpoint, config, tokenizer, self._configured
+            )
+            self.path, self.device = source.weights.path, backend.device
+            self.max_length = max_length_for(max_length, source)
+            self.max_batch_size, self._is_deterministic = max_batch_size, deterministic
+            is_auto = layers == source.architecture.default_format
+            assembly = assemble(source, Formats(layers, head, is_auto), dtype, activations, group)
+            self.config, self.tokenizer = assembly.source.config, source.tokenizer
+            self.model = assembly.network
+            self._architecture, self._packing = source.architecture, assembly.packing
+            if group.size > 1:
+                terms.alike |= {
+                    "checkpoint": str(self.path), "memory_limit": limit,
+                    "quantization": str(layers), "head_quantization": str(head),
+                    "activations": activations, "dtype": str(dtype), "device": self.device.type,
+                    "max_length": self.max_length, "max_batch_size": max_batch_size,
+                    "config": str(source.config), "deterministic": deterministic,
+                }  # fmt: skip
+            terms.own["budget"] = _free(backend, group) if limit is None else limit
+        budget = min(own["budget"] for own in terms.of_all)
+        host_bytes = host_budget(backend.device)
+        try:
+            with group.agreement():
+                the_plan = plan_within(
+                    assembly,
+                    budget,
+                    self.max_length,
+                    max_batch_size,
+                    backend.device.type,
+                    None if host_bytes is None else host_bytes // group.local_size,
+                    deterministic,
+                    cuda_graph,
+                )
+                self._attach(fill(assembly, the_plan, backend, offload_dir), group)
+        except BaseException:
+            self._release()  # another rank may have failed
+            raise
         self._ready_s = time.perf_counter() - start_s
 
     # ---- what users call ------------------------------------------------------------------------
@@ -200,7 +231,9 @@ class LanguageModel:
     @property
     def stats(self) -> ModelStats:
         """What was copied and generated since loading."""
-        scheduler, engine = self._open(), self.engine.stats
+        scheduler = self._open()
+        assert self._engine is not None
+        engine = self._engine.stats
         return ModelStats(
             **vars(scheduler.stats()),
             num_tokens=engine.num_tokens + self._num_searched,
@@ -219,16 +252,42 @@ class LanguageModel:
 
     @property
     def engine(self) -> Engine:
-        """What decodes the texts of this model, for requests made of token ids (bminf.Request)."""
+        """What decodes the texts of this model, for requests made of token ids (bminf.Request);
+        of several ranks, only the first has one."""
         self._open()
+        if self._following is not None:
+            raise UnsupportedModelError(
+                "of several ranks only rank 0 has an engine; call follow() on this one"
+            )
         assert self._engine is not None
         return self._engine
 
+    def follow(self) -> None:
+        """Compute with rank 0 until that closes its model: for ranks other than 0 of a program that
+        does nothing there, because a server, say, runs on rank 0."""
+        self._open()
+        if self._following is None:
+            raise UnsupportedModelError("follow() is for ranks other than 0 of several")
+        self._following.until_end()
+
     def close(self) -> None:
-        """Give back all memory. The model cannot be used afterwards; closing twice is no error."""
+        """Give back all memory. The model cannot be used afterwards; closing twice is no error.
+
+        Of several ranks, each closes its own: those other than 0 compute until rank 0 does.
+        """
         with self._lock:
             if self._engine is not None:
                 self._engine.close(self._closed_error())
+            with suppress(RankError):  # one that has failed is no reason not to end
+                if self._leading is not None:
+                    self._leading.close()
+                if self._following is not None:
+                    self._following.until_end()
+            self._release()
+
+    def _release(self) -> None:
+        with self._lock:
+            self._leading = self._following = None
             if self._scheduler is not None:  # until all is done: an interrupted run is repeated
                 self._scheduler.uninstall()
                 self._scheduler.backend.close()
@@ -490,7 +549,18 @@ class LanguageModel:
     def _logits(self, x: torch.Tensor) -> torch.Tensor:
         """Hidden states (T, C) -> (T, V) float32 on the CPU, a few at a time: a vocabulary is wide,
         and the device has no room set aside for all of them."""
-        return torch.cat([self.model.head(part).cpu() for part in x.split(LOGITS_CHUNK)])
+        return torch.cat([self._network.head(part).cpu() for part in x.split(LOGITS_CHUNK)])
+
+    @property
+    def _network(self) -> Any:
+        """The network, for passes that fill the whole cache; on rank 0, with all other ranks."""
+        return self.model if self._leading is None else LedNetwork(self.model, self._leading)
+
+    def _called(self, name: str, run: Callable[[], Any]) -> Any:
+        """What the public method of this name gives: the same on all ranks."""
+        if self._leading is not None:
+            return self._leading.call(name, run)
+        return run() if self._following is None else self._following.call(name)
 
     def _open(self) -> Scheduler:
         if self._scheduler is None:
@@ -502,16 +572,25 @@ class LanguageModel:
             f"this {type(self).__name__} was closed; load it again to use it"
         )
 
-    def _attach(self, scheduler: Scheduler) -> None:
+    def _attach(self, scheduler: Scheduler, group: Group) -> None:
         """Take over what is loaded; if there is no room for the cache, nothing stays loaded."""
         self._scheduler = scheduler
         try:
             self._cache = self._new_cache()
+            if group.size > 1 and group.rank == 0:
+                self._leading = Leading(group)
+                self._cache = LedCache(self._cache, self._leading)
             self.row_model = self._new_rows()
+            rows = self.row_model
+            if self._leading is not None:
+                rows.lead(self._leading)
+            if group.rank > 0:
+                self._following = Following(
+                    group, self.model, self._cache, rows, self.device, self._kernels
+                )
             # So many logits are set aside for; tokens are, by the room in the cache.
             self.row_model.max_rows = max(LOGITS_CHUNK, self.max_batch_size)
             if self._has_graphs:
-                rows = self.row_model
                 rows.steps = DecodeSteps(rows, self.max_batch_size, Capture(self.device))
             self._engine = Engine(self.row_model, deterministic=self._is_deterministic)
             logger.info(
@@ -521,7 +600,7 @@ class LanguageModel:
                 self.max_batch_size,
             )
         except BaseException as error:
-            self.close()
+            self._release()
             if not isinstance(error, RuntimeError):  # torch's, of a CPU and of a GPU
                 raise
             raise BudgetError(
@@ -529,6 +608,12 @@ class LanguageModel:
                 f"max_length={self.max_length} cannot be allocated on {self.device}; lower one "
                 "of them"
             ) from error
+
+
+def _free(backend: Backend, group: Group) -> int:
+    """What a rank may take: the memory of a CPU is that of all ranks of its machine."""
+    free = free_budget(backend.device)
+    return free // group.local_size if backend.device.type == "cpu" else free
 
 
 def _seed_of(number: int, settings: Options) -> int | None:

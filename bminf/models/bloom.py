@@ -16,7 +16,7 @@ from bminf.models.calls import needs_open_model
 from bminf.models.decoder_only import DecoderOnly
 from bminf.models.options import Options
 from bminf.models.prompt import Prompt
-from bminf.quantization.packed import FORMATS, Format, parse_format
+from bminf.quantization.packed import Format
 
 
 class BLOOM(DecoderOnly):
@@ -54,7 +54,7 @@ class BLOOM(DecoderOnly):
         fused_kernels: bool = True,
         cuda_graph: bool = False,
     ) -> None:
-        self._head_format = parse_format(head_quantization, "head_quantization", FORMATS)
+        self._head_quantization = head_quantization
         super().__init__(
             checkpoint, memory_limit, quantization, activations, dtype, device, max_length,
             max_batch_size, config, tokenizer, offload_dir, deterministic, fused_kernels,

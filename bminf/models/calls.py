@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, TypeVar, cast
 
 from bminf.errors import ArgumentError
@@ -36,7 +37,7 @@ def needs_open_model(method: Method) -> Method:
         if has_options:
             positional = dict(zip(names[1:], arguments, strict=False))
             keywords = _resolve_aliases(keywords, positional)
-        return method(model, *arguments, **keywords)
+        return model._called(method.__name__, partial(method, model, *arguments, **keywords))
 
     return cast(Method, call)
 

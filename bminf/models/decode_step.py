@@ -137,6 +137,7 @@ def check_graphs(
     device: torch.device,
     is_deterministic: bool = False,
     uses_fused_kernels: bool = True,
+    num_ranks: int = 1,
 ) -> None:
     """Raise ArgumentError where cuda_graph=True asks for what there is not."""
     check_bool("cuda_graph", is_on)
@@ -146,6 +147,7 @@ def check_graphs(
         f"needs a GPU, and the model is for {device}": device.type != "cuda",
         "does not go with deterministic=True": is_deterministic,
         "does not go with fused_kernels=False": not uses_fused_kernels,
+        f"does not go with {num_ranks} ranks": num_ranks > 1,
         "does not go with BMINF_FUSED_KERNELS=0": not fused_by_default(),
     }
     for reason, is_given in reasons.items():

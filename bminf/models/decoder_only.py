@@ -62,7 +62,7 @@ class DecoderOnly(LanguageModel):
         self._check_length(ids, "text")
         with self._whole_cache():
             self._cache.reset()
-            return self._logits(self.model(self._tensor([ids]), self._cache)[0])
+            return self._logits(self._network(self._tensor([ids]), self._cache)[0])
 
     @needs_open_model
     def score(self, text: Text, choices: Sequence[Text]) -> list[float]:
@@ -123,5 +123,5 @@ class DecoderOnly(LanguageModel):
 
     def _decoder(self, prompts: Sequence[Any]) -> tuple[Decoder, torch.Tensor]:
         rows = [prompt.start_ids for prompt in prompts]
-        decoder = PaddedDecoder(self.model, self._cache, [len(row) for row in rows])
+        decoder = PaddedDecoder(self._network, self._cache, [len(row) for row in rows])
         return decoder, self._tensor(padded(rows, self._pad_id, padding_side="left"))

@@ -44,7 +44,7 @@ from bminf.models.glm_text import (
 from bminf.models.options import GLMOptions, Options
 from bminf.models.prompt import padded
 from bminf.offload.plan import Plan
-from bminf.quantization.packed import Format, parse_format
+from bminf.quantization.packed import Format
 from bminf.tokenizers.base import GLMTokenizer
 from bminf.units import parse_bytes
 
@@ -129,7 +129,7 @@ class GLM(LanguageModel):
         fused_kernels: bool = True,
         cuda_graph: bool = False,
     ) -> None:
-        self._head_format = parse_format(head_quantization, "head_quantization", glm.GLM_FORMATS)
+        self._head_quantization = head_quantization
         self._rotary_precision = rotary_precision
         super().__init__(
             checkpoint, memory_limit, quantization, activations, dtype, device, max_length,
@@ -322,7 +322,7 @@ class GLM(LanguageModel):
 
     def _decoder(self, prompts: Sequence[Any]) -> tuple[Decoder, torch.Tensor]:
         rows = [prompt.start_ids for prompt in prompts]
-        decoder = GLMDecoder(self.model, self._cache, prompts)
+        decoder = GLMDecoder(self._network, self._cache, prompts)
         return decoder, self._tensor(padded(rows, self._pad_id, padding_side="left"))
 
     # ---- texts with blanks ----------------------------------------------------------------------
@@ -426,7 +426,7 @@ class GLM(LanguageModel):
             x = self._hidden_states(tokens, positions, attention_mask)
             flat_rows = [row for own in rows for row in own]
             flat_ids = [token for choice in ids for token in choice]
-            found = token_scores(self.model.head, x[flat_rows], flat_ids)
+            found = token_scores(self._network.head, x[flat_rows], flat_ids)
         lengths = [len(choice) for choice in ids]
         pairs = zip(*(one.split(lengths) for one in found), strict=True)
         return [(float(logs.sum()), bool(best.all())) for logs, best in pairs]
@@ -454,7 +454,7 @@ class GLM(LanguageModel):
         targets = window[num_context:]
         with self._whole_cache():
             x = self._answer_states(window[:num_context], targets[:-1])
-            return -float(log_probabilities(self.model.head, x, targets).sum())
+            return -float(log_probabilities(self._network.head, x, targets).sum())
 
     def _answer_logits(self, ids: list[int]) -> torch.Tensor:
         """After each of `ids`, the answer to a mask with nothing before it: (T, V) float32, CPU."""
@@ -479,7 +479,7 @@ class GLM(LanguageModel):
     ) -> torch.Tensor:
         """(T, C), of one whole text.   attention_mask: (T, T) bool, true where not attended to."""
         self._cache.reset()
-        x: torch.Tensor = self.model(
+        x: torch.Tensor = self._network(
             self._tensor([list(tokens)]),
             position_tensor([positions], not self.config.is_rotary).to(self.device),
             self._cache,

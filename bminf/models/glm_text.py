@@ -26,7 +26,7 @@ from bminf.layers.packed_cache import PackedCache, Span
 from bminf.layers.step_cache import StepCache
 from bminf.models.decode_step import Step
 from bminf.models.prompt import Prompt
-from bminf.models.rows import DecoderRows
+from bminf.models.rows import DecoderRows, ToldRequest, ToldRow
 from bminf.tokenizers.base import GLMTokenizer
 
 # ---- masks ---------------------------------------------------------------------------------------
@@ -269,6 +269,13 @@ class GLMRows(DecoderRows):
             )
         super().check(request)
 
+    def told_of(self, feed: Feed) -> Any:
+        one: Blank = feed.row.request.prompt
+        return list(_positions_of(feed)), len(one.input_ids)
+
+    def row_told(self, span: Span, told: Any) -> ToldRow:
+        return ToldRow(span.length, ToldRequest(prompt=_ToldBlank(*told)))
+
     def hidden_states(
         self, feeds: Sequence[Feed], ids: torch.Tensor, packed: PackedCache
     ) -> torch.Tensor:
@@ -300,6 +307,24 @@ class GLMRows(DecoderRows):
         """(1, T) or (1, 2, T) on the device."""
         has_blocks = not self.network.config.is_rotary
         return position_tensor([positions], has_blocks).to(self.sampler_device())
+
+
+@dataclass(frozen=True)
+class _ToldBlank:
+    """What a pass asks of a Blank.   positions: of the tokens that it is fed."""
+
+    positions: Sequence[Position]
+    num_context: int
+
+    start_ids = ()
+
+    @property
+    def input_ids(self) -> Sequence[int]:
+        """As many, whichever they are."""
+        return range(self.num_context)
+
+    def position(self, index: int) -> Position:
+        return self.positions[0]
 
 
 def _positions_of(feed: Feed) -> Sequence[Position]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,11 +15,33 @@ from bminf.engine.pool_rows import PoolRows, PromptedRow, PromptedRows, ids_of, 
 from bminf.engine.request import Request
 from bminf.engine.rows import Feed, fixed_length
 from bminf.engine.scoring import give_scores
-from bminf.engine.token_pool import TokenPool
+from bminf.engine.token_pool import Range, TokenPool
 from bminf.layers.kv_cache import KVCache
 from bminf.layers.packed_cache import PackedCache, Segments, Span
 from bminf.layers.step_cache import Places, StepCache
 from bminf.models.decode_step import DecodeSteps, Step
+from bminf.models.leading import Leading
+
+
+@dataclass(frozen=True)
+class ToldRequest:
+    """What a pass reads of a request."""
+
+    input_ids: Sequence[int] = ()
+    prompt: Any = None
+
+
+@dataclass
+class ToldRow:
+    """A row of rank 0, as far as a pass of another rank needs to know it.
+
+    prompt_cells, is_read: of a PromptedRow.
+    """
+
+    length: int
+    request: ToldRequest = ToldRequest()
+    prompt_cells: Range = field(default_factory=lambda: Range(0, 0))
+    is_read: bool = True
 
 
 class DecoderRows(PoolRows):
@@ -76,6 +99,21 @@ class DecoderRows(PoolRows):
             return x.new_empty(0, self.vocab_size)
         logits: torch.Tensor = self.network.head(_states(x, wanted))
         return logits if num_tokens is None else logits[: sum(feed.has_logits for feed in feeds)]
+
+    # ---- several ranks, see leading.py ----------------------------------------------------------
+
+    def lead(self, leading: Leading) -> None:
+        """From now on tell other ranks of each pass."""
+        own = partial(type(self).compute, self)
+        self.__dict__["compute"] = partial(leading.pass_of, self, own)
+
+    def told_of(self, feed: Feed) -> Any:
+        """What of its row other ranks need to know for a pass, beside its place in the cache."""
+        return None
+
+    def row_told(self, span: Span, told: Any) -> ToldRow:
+        """A row of which that was told, for compute()."""
+        return ToldRow(span.length)
 
     def hidden_states(
         self, feeds: Sequence[Feed], ids: torch.Tensor, packed: PackedCache
@@ -162,6 +200,15 @@ class T5Rows(PromptedRows, DecoderRows):
         x: torch.Tensor = self.network(ids, PackedT5Cache(packed, cross, len(feeds)))
         return x
 
+    def told_of(self, feed: Feed) -> Any:
+        row: PromptedRow = feed.row
+        return row.prompt_cells.start, list(row.request.input_ids), row.is_read
+
+    def row_told(self, span: Span, told: Any) -> ToldRow:
+        start, input_ids, is_read = told
+        cells = Range(start, len(input_ids))
+        return ToldRow(span.length, ToldRequest(input_ids), cells, is_read)
+
     def can_step(self, feeds: Sequence[Feed]) -> bool:
         return super().can_step(feeds) and all(feed.row.is_read for feed in feeds)
 
@@ -182,7 +229,7 @@ class T5Rows(PromptedRows, DecoderRows):
         x: torch.Tensor = self.network(step.x, PackedT5Cache(own, cross, step.x.shape[1]))
         return x
 
-    def _encode(self, rows: Sequence[PromptedRow], copies: bool) -> None:
+    def _encode(self, rows: Sequence[Any], copies: bool) -> None:
         prompts = [row.request.input_ids for row in rows]
         spans = [_prompt_span(row, len(row.request.input_ids)) for row in rows]
         ids = [token for prompt in prompts for token in prompt]
@@ -197,6 +244,6 @@ class T5Rows(PromptedRows, DecoderRows):
             row.is_read = True
 
 
-def _prompt_span(row: PromptedRow, num_tokens: int) -> Span:
+def _prompt_span(row: Any, num_tokens: int) -> Span:
     """All of the prompt, seen from as many tokens."""
     return Span(row.prompt_cells.start, len(row.request.input_ids) - num_tokens, num_tokens)

@@ -76,8 +76,8 @@ class T5Model(LanguageModel):
         self._check_length(target_ids, "target")
         with self._whole_cache():
             self._cache.reset()
-            self.model.encode(self._tensor([input_ids]), self._cache)
-            return self._logits(self.model(self._tensor([target_ids]), self._cache)[0])
+            self._network.encode(self._tensor([input_ids]), self._cache)
+            return self._logits(self._network(self._tensor([target_ids]), self._cache)[0])
 
     def _start_ids(self) -> list[int]:
         """The first input of the decoder in generate()."""
@@ -96,7 +96,7 @@ class T5Model(LanguageModel):
         rows = [prompt.input_ids for prompt in prompts]
         input_ids = self._tensor(padded(rows, self._pad_id, padding_side="right"))
         lengths = [len(row) for row in rows]
-        decoder = T5Decoder(self.model, self._cache, input_ids, lengths)
+        decoder = T5Decoder(self._network, self._cache, input_ids, lengths)
         return decoder, self._tensor([prompt.start_ids for prompt in prompts])
 
 

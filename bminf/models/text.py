@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
+from typing import Protocol
 
-from bminf.engine.request import FinishReason, Request
+from bminf.engine.request import FinishReason
 from bminf.models.options import Options
 from bminf.tokenizers.base import TextStream, Tokenizer
 from bminf.tokenizers.stop_strings import StopStrings
@@ -25,10 +26,17 @@ class StopWatch:
         return self._stops.is_found
 
 
+class Finishing(Protocol):
+    """A request, or what knows how one has ended."""
+
+    @property
+    def finish_reason(self) -> FinishReason | None: ...
+
+
 class TextIterator(Iterator[str]):
     """The pieces of a text as it comes."""
 
-    def __init__(self, request: Request, pieces: Generator[str, None, None]) -> None:
+    def __init__(self, request: Finishing, pieces: Generator[str, None, None]) -> None:
         self._request, self._pieces = request, pieces
 
     def __next__(self) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import add
 
 from bminf.errors import ArgumentError
 from bminf.offload.disk import NUM_STAGES, Staging
@@ -199,7 +200,7 @@ class Prediction:
     compute_s, copy_s, disk_s: what computing, the link and the disk would need, each alone.
     link_busy, disk_busy: fraction of the time in which the link copies, the disk reads.
     memory_s, arithmetic_s: what of computing reading device memory would need, and multiplying;
-    of each block the longer one counts.
+    of each block the longer one counts.   sums_s: what of it sums over ranks take.
     """
 
     pass_s: float
@@ -210,6 +211,7 @@ class Prediction:
     disk_busy: float = 0.0
     memory_s: float = 0.0
     arithmetic_s: float = 0.0
+    sums_s: float = 0.0
 
     @property
     def bound(self) -> str:
@@ -219,10 +221,12 @@ class Prediction:
 
     @property
     def binds(self) -> str:
-        """As `bound`, with what computing waits for: "link", "disk", "device memory" or
-        "arithmetic"."""
+        """As `bound`, with what computing waits for: "link", "disk", "device memory",
+        "arithmetic" or "all-reduces"."""
         if self.bound != "compute":
             return self.bound
+        if self.sums_s > max(self.memory_s, self.arithmetic_s):
+            return "all-reduces"
         return "arithmetic" if self.arithmetic_s > self.memory_s else "device memory"
 
 
@@ -236,6 +240,7 @@ def rows_until_arithmetic(one: Prediction, number: int) -> float:
 
 
 _SETTLING_PASSES, _MEASURED_PASSES = 2, 4
+NO_SUMS: Mapping[str, float] = {}
 
 
 def predict(
@@ -248,6 +253,7 @@ def predict(
     hit_rates: HitRates = UNIFORM,
     calls_s: float = 0.0,
     outside_bytes_per_s: float | None = None,
+    sums_s: Mapping[str, float] = NO_SUMS,
 ) -> Prediction:
     """The time of one decode pass (a token) under `plan`.
 
@@ -266,6 +272,8 @@ def predict(
     calls_s: that each block takes beside reading its bytes, for calls of kernels and of Python.
     outside_bytes_per_s: at which the head, and what else is outside all blocks, is read; None is
         memory_bytes_per_s.
+    sums_s: of several ranks, of which this is the plan of one, what their sums take behind a block,
+        and under "" behind all of them: then nothing is computed, while the link goes on.
     Raises ArgumentError for a list that the plan does not have, or a rate that is missing.
     """
     _check_disk(plan, disk_bytes_per_s)
@@ -277,11 +285,17 @@ def predict(
     arithmetic_s = [rows.arithmetic_s(block.name) for block in blocks]
     rest_s = outside_bytes / (outside_bytes_per_s or memory_bytes_per_s)
     rest_s += rows.cache_bytes / memory_bytes_per_s
+    waiting_s = [*(sums_s.get(block.name, 0.0) for block in blocks), sums_s.get("", 0.0)]
     computing_s = [*(max(pair) + calls_s for pair in zip(memory_s, arithmetic_s, strict=True))]
-    computing_s.append(rest_s)
+    computing_s = [*map(add, [*computing_s, rest_s], waiting_s)]
     rates = link_bytes_per_s, disk_bytes_per_s or math.inf
     found = _simulated(plan, blocks, computing_s, *rates)
-    found = replace(found, memory_s=sum(memory_s) + rest_s, arithmetic_s=sum(arithmetic_s))
+    found = replace(
+        found,
+        memory_s=sum(memory_s) + rest_s,
+        arithmetic_s=sum(arithmetic_s),
+        sums_s=sum(waiting_s),
+    )
     if lists is None and rows.number == 1:  # several tokens go through other experts each
         found = _without_reading(found, plan.idle_bytes / memory_bytes_per_s)
     if plan.experts is None or lists is not None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from bminf.checkpoint.quantized import Quantized
+from bminf.checkpoint.quantized import ColumnsOf, Packed, Quantized
 from bminf.checkpoint.recorded import InMemory
 from bminf.checkpoint.safetensors_file import lying_in_files
 from bminf.checkpoint.stored import InFile, Stored, pieces
@@ -267,8 +267,11 @@ def _by_rows(stored: Stored) -> Stored:
 
 
 def _pack(stored: Stored, weight_format: Format, packer: Packer) -> PackedWeight:
+    if isinstance(stored, ColumnsOf):
+        whole = _pack(stored.whole, weight_format, packer)
+        return whole.columns(stored.start, stored.end)
     try:
-        if isinstance(stored, Quantized) and weight_format == stored.form:
+        if isinstance(stored, Quantized | Packed) and weight_format == stored.form:
             found = stored.packed()
             _check_finite(found.scale, stored, takes_infinity=False)
             return found

@@ -81,7 +81,7 @@ def _names(scheduler: Scheduler) -> Iterator[str]:
     """Of the backend's blobs: blocks, and experts behind them."""
     yield from (block.name for block in scheduler.blocks)
     for experts in scheduler.experts:
-        yield from (f"{experts.name}[{index}]" for index in range(len(experts.blocks)))
+        yield from (f"{experts.name}[{index}]" for index in range(len(experts.numbers)))
 
 
 def _without_waits(computed: list[Span], copies: list[Span]) -> Iterator[Span]:

@@ -186,6 +186,7 @@ class Pass:
     length: tokens of a row, of prompt and answer together where one stack reads both, of each
     elsewhere.   dtype: of activations.   weight_format: of the weights in the blocks; None
     is not packed.   is_cpu: products hold other things there on the way.
+    num_ranks: that share heads and feed-forwards, and of which this is the pass of one.
     """
 
     batch_size: int
@@ -193,6 +194,7 @@ class Pass:
     dtype: torch.dtype
     weight_format: Format | None
     is_cpu: bool
+    num_ranks: int = 1
 
     def activation_bytes(self, *columns: int) -> int:
         """Bytes of activations of so many columns that are held at once."""

@@ -216,6 +216,28 @@ class PackedWeight(NamedTuple):
         some: dict[str, Any] = {name: t if t is None else t[rows] for name, t in held.items()}
         return self._replace(**some)
 
+    def columns(self, start: int, end: int) -> PackedWeight:
+        """Some columns in rows of their own: the same codes and scales.
+
+        Raises ArgumentError for a border inside a group, or inside a byte.
+        """
+        step = self.group_size or 8 // self.bits
+        if start % step or (end % step and end != self.in_features):
+            raise ArgumentError(f"columns {start} to {end} are cut inside {step} that go together")
+        found = empty(self.out_features, end - start, self.form, self.qweight.device)
+        first, last = start * self.bits // 8, -(-end * self.bits // 8)
+        found.qweight[:, : last - first] = self.qweight[:, first:last]
+        for name in ("scale", "minimum"):
+            held, target = getattr(self, name), getattr(found, name)
+            if held is not None:
+                is_whole = self.group_size is None
+                target.copy_(held if is_whole else held[:, start // step : -(-end // step)])
+        if found.row_scale is not None and self.row_scale is not None:
+            found.row_scale.copy_(self.row_scale)
+        if found.code_sum is not None:
+            torch.sum(codes_of(found), 1, dtype=torch.int32, out=found.code_sum)
+        return found
+
     def check(self) -> None:
         """Raise ArgumentError where dtypes, shapes, strides or devices do not match."""
         _check_codes(self.qweight, self.in_features)

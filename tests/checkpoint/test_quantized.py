@@ -8,10 +8,12 @@ import pytest
 import torch
 from saved_files import Given, check
 
-from bminf.checkpoint.quantized import Quantized, quantized_rows
+from bminf.checkpoint.quantized import ColumnsOf, Packed, Quantized, quantized_rows
+from bminf.checkpoint.recorded import InMemory
 from bminf.checkpoint.stored import Columns, Rows
 from bminf.errors import ArgumentError, CheckpointError
-from bminf.quantization.packed import Format, codes_of, dequantize
+from bminf.quantization.packed import INT4, PACKED_FIELDS, Format, codes_of, dequantize
+from bminf.quantization.packing import pack
 
 DTYPES = [torch.float32, torch.float16]
 
@@ -106,7 +108,7 @@ def test_slices_are_slices_of_the_values(bits: int, num_groups: int | None) -> N
 
 @pytest.mark.parametrize(
     ("bits", "num_groups", "ends"),
-    [(8, 3, (0, 2)), (8, 3, (2, 6)), (4, 3, (6, 10)), (4, None, (0, 3)), (4, 1, (1, 4))],
+    [(8, 3, (0, 8)), (8, 3, (2, 7)), (4, 3, (4, 10)), (4, None, (0, 3)), (4, 1, (1, 4))],
 )
 def test_columns_that_share_a_byte_or_a_scale_stay_together(
     bits: int, num_groups: int | None, ends: tuple[int, int]
@@ -114,6 +116,40 @@ def test_columns_that_share_a_byte_or_a_scale_stay_together(
     stored, _, _ = make(bits, num_groups, torch.float32)
     with pytest.raises(ArgumentError, match=rf"columns {ends[0]} to {ends[1]} .* go together"):
         stored.columns(*ends)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_columns_of_one_group_have_its_scale(bits: int) -> None:
+    """A rank may have a part of what one rank had on disk."""
+    stored, codes, scale = make(bits, 3, torch.float32)
+    part: Any = stored.columns(8, 12)
+    assert part.form == Format(bits)
+    values = (codes.float() * scale.float())[:, 8:12]
+    check(part, values)
+    assert torch.equal(dequantize(part.packed(), torch.float32), values)
+
+
+def test_columns_of_whole_rows_are_packed_with_their_maxima() -> None:
+    weight = torch.randn(6, 32)
+    cut: Any = ColumnsOf(InMemory(weight, "a matrix"), 16, 32).rows(1, 5)
+    assert (cut.shape, cut.dtype, cut.where) == ((4, 16), torch.float32, "a matrix")
+    assert torch.equal(cut.read(), weight[1:5, 16:])
+    assert torch.equal(cut.columns(2, 6).read(), weight[1:5, 18:22])
+
+
+@pytest.mark.parametrize("form", [Format(8), Format(4), INT4, Format(4, 8, has_minimum=True)])
+def test_what_is_packed_tensor_by_tensor_is_cut_as_one(form: Format) -> None:
+    weight = torch.randn(6, 32)
+    packed = pack(weight, form)
+    held = {name: getattr(packed, name) for name in PACKED_FIELDS}
+    fields = {n: InMemory(t, n) for n, t in held.items() if t is not None}
+    stored: Any = Packed(fields, 32, form)
+    assert (stored.shape, stored.where) == ((6, 32), "qweight")
+    assert torch.equal(stored.read(), dequantize(packed, torch.float32))
+    rows = dequantize(stored.rows(2, 4).packed(), torch.float32)
+    assert torch.equal(rows, dequantize(packed, torch.float32)[2:4])
+    cut: Any = stored.columns(16, 32)
+    assert (cut.start, cut.end) == (16, 32)
 
 
 @pytest.mark.parametrize("ends", [(0, 0), (-6, 6), (6, 24)])

@@ -359,3 +359,35 @@ def test_the_picture_of_the_page_is_that_of_its_command(tmp_path: Path, command:
     *argv, _ = shlex.split(line)[1:]
     command(*argv, tmp_path / "plan.svg")
     assert (tmp_path / "plan.svg").read_bytes() == (DOCS / "plan-cpm2.svg").read_bytes()
+
+
+def test_several_cards_are_compared(report: Report) -> None:
+    """GLM-130B on cards of 24 GB: two stream a quarter of what one does, and four nothing."""
+    arguments = [
+        "GLM-130B", "--memory-limit", "24GB", "--quantization", "int4-row", "--link", "25GB",
+        "--memory-bandwidth", "850GB", "--max-length", "2048",
+    ]  # fmt: skip
+    shown = report(*arguments, "--tp", "2")
+    one, two, four, eight = shown["ranks"]
+    assert [found["ranks"] for found in shown["ranks"]] == [1, 2, 4, 8]
+    assert 1 / two["token_s"] > 1.5 > 0.6 > 1 / one["token_s"]
+    assert 1 / four["token_s"] > 25 and four["streamed_bytes"] == 0
+    bounds = [found["bound"] for found in shown["ranks"]]
+    assert bounds == ["link", "link", "device memory", "all-reduces"]
+    # Two sums in each of 70 layers; the logits, and the message between passes.
+    assert [found["sums_s"] for found in shown["ranks"]] == pytest.approx([0, *[142e-4] * 3])
+    assert shown["token_s"] == two["token_s"] and shown["sums_s"] == two["sums_s"]
+    quick = report(*arguments, "--tp", "8", "--all-reduce", "10")["ranks"][3]
+    assert quick["bound"] == "device memory" and quick["token_s"] < eight["token_s"] - 0.01
+
+
+def test_numbers_of_ranks_that_cannot_share_a_model_are_told(
+    report: Report, command: Command, refused: Refused, tmp_path: Path
+) -> None:
+    shown = report("EVA2.0-base", "--memory-limit", "4GB", "--tp", "2")["ranks"]
+    assert "8 ranks cannot share this" in shown[3]["error"] and "error" not in shown[2]
+    text = command("plan", "EVA2.0-base", "--memory-limit", "4GB", "--tp", "2").out
+    assert "8 ranks: cannot, 8 ranks cannot share" in text and "1 rank: " in text
+    assert "5 ranks cannot share this" in refused("EVA2.0-base", "--tp", "5")
+    write_llama(tmp_path)
+    assert "--tp is for built-in models" in refused(tmp_path, "--tp", "2")

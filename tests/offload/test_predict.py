@@ -209,3 +209,16 @@ def test_calls_and_what_lies_outside_take_their_own_time() -> None:
     found = predict(made, 1e9, 1e9, calls_s=1e-3, outside_bytes_per_s=1e10)
     assert found.pass_s == pytest.approx(4 * (1e-3 + 1e-3) + 1e-3)
     assert predict(made, 1e9, 1e9).pass_s == pytest.approx(4e-3 + 1e-2)
+
+
+def test_sums_over_ranks_are_waited_for_while_the_link_goes_on() -> None:
+    blocks = [Block(f"layers.{at}", 10**7, "layers") for at in range(10)]
+    sums_s = {**{block.name: 1e-3 for block in blocks}, "": 2e-3}
+    whole = predict(plan(blocks, 2**40), 1e9, 1e10, sums_s=sums_s)
+    assert whole.sums_s == pytest.approx(12e-3)
+    assert whole.pass_s == pytest.approx(10 * 1e-3 + 12e-3)
+    assert (whole.bound, whole.binds) == ("compute", "all-reduces")
+    streamed = plan(blocks, 4 * 10**7)
+    one, ranks = (predict(streamed, 1e9, 1e12, sums_s=sums) for sums in ({}, sums_s))
+    assert one.pass_s == pytest.approx(80e-3, rel=0.02)
+    assert ranks.pass_s < one.pass_s + 0.6 * 12e-3 and ranks.binds == "link"

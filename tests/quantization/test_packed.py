@@ -101,6 +101,29 @@ def test_merged_shards_keep_their_scales_as_column_groups(bits: int) -> None:
     assert torch.equal(dequantize(merged, torch.float32), expected)
 
 
+@settings(deadline=None)
+@given(formats(), st.integers(1, 4), st.integers(0, 3), st.integers(1, 3))
+def test_columns_are_the_same_codes_and_scales(
+    form: Format, n: int, first: int, number: int
+) -> None:
+    step = form.group_size or 2
+    packed = pack(torch.randn(n, 6 * step), form)
+    part = packed.columns(first * step, (first + number) * step)
+    part.check()
+    assert part.form == form
+    whole = dequantize(packed, torch.float32)[:, first * step : (first + number) * step]
+    assert torch.equal(dequantize(part, torch.float32), whole)
+    if part.code_sum is not None:
+        assert torch.equal(part.code_sum, codes_of(part).sum(1, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("form", [INT4, Format(8, 6), Format(4)])
+def test_columns_that_share_a_scale_or_a_byte_are_not_parted(form: Format) -> None:
+    packed = pack(torch.randn(2, 48), form)
+    with pytest.raises(ArgumentError, match="columns 0 to 9 are cut inside"):
+        packed.columns(0, 9)
+
+
 def test_bits_per_weight_count_everything_that_is_stored() -> None:
     for form in FORMATS:
         packed = pack(torch.randn(3, 70), form)

@@ -1,0 +1,127 @@
+"""The plan of a model of transformers: what it cuts, and what is refused. What ranks compute by it
+is in tests/models/test_leading.py."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from ranks import transformers_models
+from tiny_models import make
+
+import bminf
+from bminf.errors import ArgumentError, UnsupportedModelError
+from bminf.layers.parallel import Group, Place, RowParallel
+from bminf.layers.quantized_linear import QuantizedLinear
+from bminf.layers.tensor_plan import Gathered, check_ranks, cut, shared_linears
+from bminf.quantization.packed import INT4, INT8, Format
+
+
+def parts(name: str, form: Format | None, size: int) -> tuple[Any, list[Any]]:
+    """A model, and what each of so many ranks has of it."""
+    model = transformers_models()[name]()
+    ranks = [copy.deepcopy(model) for _ in range(size)]
+    for rank, own in enumerate(ranks):
+        cut(own, shared_linears(own), form, Group(Place(rank, size)))
+    return model, ranks
+
+
+def weight_of(linear: torch.nn.Module) -> torch.Tensor:
+    return linear.dequantize() if isinstance(linear, QuantizedLinear) else linear.weight  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("form", [None, INT8, INT4, Format(4)])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "tied"])
+def test_the_ranks_together_have_the_weights_of_one(name: str, form: Format | None) -> None:
+    model, ranks = parts(name, form, 4)
+    for one in shared_linears(model):
+        own = [rank.get_submodule(one.name) for rank in ranks]
+        linears = [part.linear if one.is_by_columns or one.is_gathered else part for part in own]
+        assert all(isinstance(part, RowParallel) for part in own) == one.is_by_columns
+        whole: Any = one.linear
+        if form is not None and not one.is_gathered:
+            whole = QuantizedLinear(whole, quantization=form)
+        joined = torch.cat([*map(weight_of, linears)], int(one.is_by_columns))
+        assert torch.equal(joined, weight_of(whole)), one.name
+        biases = [part.bias for part in linears if part.bias is not None]
+        if whole.bias is not None:
+            assert torch.equal(torch.cat(biases), whole.bias)
+    has_own_head = name != "tied"
+    assert isinstance(ranks[0].lm_head, Gathered) == has_own_head
+    assert ranks[0].get_output_embeddings().weight.dtype == torch.float32
+    assert ranks[0].model.embed_tokens.weight.shape == model.model.embed_tokens.weight.shape
+
+
+def test_what_is_packed_already_is_cut_as_it_is() -> None:
+    model = transformers_models()["llama"]()
+    bminf.wrapper(model, True, "1GB", "cpu")
+    bminf.unwrap(model)
+    codes = model.model.layers[0].mlp.down_proj.qweight.clone()
+    cut(model, shared_linears(model), INT4, Group(Place(1, 2)))
+    part = model.model.layers[0].mlp.down_proj.linear
+    assert part.form == INT8 and torch.equal(part.qweight, codes[:, 64:])
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bloom", "t5"])
+def test_a_model_without_a_plan_is_refused_by_name(name: str) -> None:
+    model = make(name)
+    with pytest.raises(UnsupportedModelError, match=f"{type(model).__name__} has no plan"):
+        bminf.wrapper(model, memory_limit="1GB", device="cpu", tp="auto")
+
+
+def test_styles_that_are_not_known_and_heads_alone_are_refused() -> None:
+    mixtral = tf.MixtralForCausalLM(
+        tf.MixtralConfig(
+            hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=4, vocab_size=96, num_local_experts=2,
+        )
+    )  # fmt: skip
+    with pytest.raises(UnsupportedModelError, match=r"MixtralForCausalLM .* says '.*' of model"):
+        shared_linears(mixtral)
+    model = transformers_models()["llama"]()
+    model._tp_plan = {"lm_head": "colwise_gather_output"}
+    with pytest.raises(UnsupportedModelError, match="or one for its head alone"):
+        shared_linears(model)
+
+
+@pytest.mark.parametrize(
+    ("form", "size", "message"),
+    [
+        (None, 3, r"num_attention_heads is 8; numbers of ranks that can: 1, 2, 4$"),
+        (None, 8, r"num_key_value_heads is 4; .*: 1, 2, 4$"),
+        (Format(4, 64), 2, r"o_proj has 64 columns, 64 together; .*: 1$"),
+    ],
+)
+def test_numbers_of_ranks_that_cannot_share_it_are_refused(
+    form: Format | None, size: int, message: str
+) -> None:
+    model = transformers_models()["llama"]()
+    shared = shared_linears(model)
+    with pytest.raises(ArgumentError, match=message):
+        check_ranks(model, shared, form, size)
+    check_ranks(model, shared, INT4, 4)
+
+
+def test_other_arguments_are_refused_before_anything_is_cut() -> None:
+    model = transformers_models()["llama"]()
+    with pytest.raises(ArgumentError, match="tp='yes'; accepted"):
+        bminf.wrapper(model, memory_limit="1GB", device="cpu", tp="yes")
+    with pytest.raises(ArgumentError, match="quantize=; accepted"):
+        bminf.wrapper(model, memory_limit="1GB", device="cpu", tp="auto", quantize=lambda *_: True)
+    assert type(model.model.layers[0].mlp.down_proj) is torch.nn.Linear
+
+
+def test_a_part_is_neither_cut_again_nor_saved(tmp_path: Path) -> None:
+    _, (model, _) = parts("llama", None, 2)
+    with pytest.raises(UnsupportedModelError, match="cut for ranks already"):
+        shared_linears(model)
+    with pytest.raises(UnsupportedModelError, match="one rank's part"):
+        bminf.save(model, tmp_path / "part")
+    assert not (tmp_path / "part").exists()
+    with pytest.raises(UnsupportedModelError, match="one rank's part"):
+        model.save_pretrained(tmp_path / "pretrained")
+    assert not [*(tmp_path / "pretrained").glob("*.safetensors")]

@@ -1,0 +1,533 @@
+"""Small models that 2 and 4 ranks can share, and programs that ranks run: forked from one process
+that has imported everything, as torchrun would start them.
+
+    python tests/ranks.py FOLDER SIZE CASE...
+
+writes what each rank of a case saw to FOLDER/CASE.SIZE.RANK.pt, and how it ended to CASE.SIZE.json.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+_T5 = {"d_model": 64, "d_kv": 16, "d_ff": 128}
+ANY_DEGREE: dict[str, dict[str, Any]] = {
+    "cpm1": {"hidden_size": 64, "num_attention_heads": 4},
+    "cpm2": _T5,
+    "eva": _T5,
+    "glm130b": {"inner_hidden_size": 128},
+    "glm10b": {},
+    "bloom": {"hidden_size": 64, "n_head": 4},
+}
+"""By name, what is changed in their configurations."""
+
+TEXTS = {
+    "cpm1": "今天天气",
+    "cpm2": "今天天气",
+    "eva": ["今天天气", "你是谁"],
+    "glm130b": "今天天气[gMASK]",
+    "glm10b": "the in[gMASK]",
+    "bloom": "the in a",
+}
+_DEADLINE_S = 100.0
+
+Report = dict[str, Any]
+
+
+def write_models(folder: Path) -> None:
+    """A folder of each model, in its authors' layout as 2 ranks have it; another one of CPM-1, and
+    one whose heads 2 ranks cannot share."""
+    from tiny_glm import tiny_model
+
+    for name, changed in ANY_DEGREE.items():
+        tiny_model(name, **changed).write_original(folder / name, 2)
+    tiny_model("cpm1", **ANY_DEGREE["cpm1"]).write_original(folder / "cpm1b")
+    tiny_model("cpm1", hidden_size=63).write_original(folder / "odd" / "cpm1")
+
+
+# ---- what ranks run ------------------------------------------------------------------------------
+
+
+def load(folder: Path, name: str, **arguments: Any) -> Any:
+    from tiny_glm import tokenizer_of
+
+    import bminf
+
+    kinds = {"cpm2": "CPM2", "eva": "EVA", "glm130b": "GLM", "glm10b": "GLM", "bloom": "BLOOM"}
+    settings = {
+        "device": "cpu", "max_length": 64, "max_batch_size": 2, "quantization": None,
+        "tokenizer": tokenizer_of(name), **arguments,
+    }  # fmt: skip
+    return getattr(bminf.models, kinds.get(name, "CPM1"))(folder / name, **settings)
+
+
+def streaming_limit(folder: Path, name: str, form: Any, size: int) -> int:
+    """Bytes that are one too few for the rank that needs the least."""
+    import torch
+
+    from bminf.layers.parallel import Group, Place
+    from bminf.models.assemble import Formats, assemble, plan_within
+    from bminf.models.source import find_sizes
+
+    group = Group(Place(size - 1, size))
+    made = assemble(find_sizes(folder / name), Formats(form), torch.float32, group=group)
+    return plan_within(made, 2**60, 64, 2, "cpu").total_bytes - 1
+
+
+def formats() -> dict[str, Any]:
+    from bminf.quantization.packed import INT4, INT8, Format
+
+    return {"float": None, "int8": INT8, "int4": INT4, "int4-row": Format(4)}
+
+
+def zoo(folder: Path, rank: int, size: int) -> Report:
+    """Every model, resident and streamed, in every format: what all its methods give."""
+    found: Report = {}
+    for name in ANY_DEGREE:
+        for kind, form in formats().items():
+            for is_streamed in (False, True) if kind != "int4" else (True,):
+                limit = streaming_limit(folder, name, form, size) if is_streamed else None
+                arguments = {"memory_limit": limit or "1GB", "quantization": form}
+                with load(folder, name, **arguments) as model:
+                    said = some(model, name) if is_streamed or form else everything(model, name)
+                    said["streamed"] = len(model.plan.streamed)
+                found[f"{name} {kind} {'streamed' if is_streamed else 'resident'}"] = said
+    return found
+
+
+def some(model: Any, name: str) -> Report:
+    text, is_t5 = TEXTS[name], name in ("cpm2", "eva")
+    greedy = {"temperature": 0, **({"top_n": None} if name == "eva" else {})}
+    given = (text, "吃饭") if is_t5 else (text,)
+    return {
+        "logits": model.logits(*given),
+        "texts": [model.generate(text, max_tokens=8, **greedy)],
+    }
+
+
+def everything(model: Any, name: str) -> Report:
+    said, text = some(model, name), TEXTS[name]
+    texts: list[Any] = said["texts"]
+    texts.append(model.generate_batch([text, text], max_tokens=6, seed=3))
+    texts.append(model.generate(text, max_tokens=5, num_beams=2))
+    iterator = model.generate_iter(text, max_tokens=5, seed=1)
+    texts.append([next(iterator, ""), "".join(iterator), iterator.finish_reason])
+    for left in model.generate_iter(text, max_tokens=5, seed=1):
+        texts.append(left)
+        break
+    texts.append(model.generate(text, max_tokens=3, seed=2))
+    if name == "cpm2":
+        texts.append(model.fill_blank("今天<span>很好<span>。", max_tokens=6, seed=1))
+    if name.startswith("glm"):
+        texts.append(model.fill_blank(text.replace("[gMASK]", "[MASK]"), max_tokens=3, seed=1))
+        if name == "glm130b":
+            found = model.generate(text, max_tokens=4, num_beams=2, num_return_sequences=2)
+            texts.append([(one.text, one.stopped) for one in found])
+            said["scores"] = [one.score for one in found]
+    if name not in ("cpm2", "eva"):
+        scores = model.score(text, ["a", "b c"])
+        length = {"generation_length": 20} if name.startswith("glm") else {}
+        said.setdefault("scores", []).extend([*scores, model.perplexity("a b c d e f g", **length)])
+    try:
+        model.generate(text, max_tokens=-1)
+    except ValueError as error:
+        texts.append(f"{type(error).__name__}: {error}")
+    return said
+
+
+def _generated(model: Any, number: int = 1) -> None:
+    for _ in range(number):
+        model.generate(TEXTS["cpm1"], max_tokens=6, temperature=0)
+
+
+@contextmanager
+def _breaking(model: Any, broken: Callable[[], object], is_here: bool) -> Iterator[None]:
+    """In the second layer, once it is called for the third time."""
+    calls = 0
+
+    def hook(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 3 and is_here:
+            broken()
+
+    handle = model.model.layers[1].feed_forward.up.register_forward_pre_hook(hook)
+    yield
+    handle.remove()
+
+
+def _raise() -> None:
+    raise ZeroDivisionError("of this rank alone")
+
+
+def _killed() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _failing(
+    folder: Path, rank: int, wrong_rank: int, broken: Callable[[], object], waits_s: float = 0.0
+) -> Report:
+    model = load(folder, "cpm1")
+    _generated(model)
+    with _breaking(model, broken, rank == wrong_rank):
+        return {"error": _error_of(lambda: _generated(model), waits_s)}
+
+
+def _error_of(run: Callable[[], object], waits_s: float = 0.0) -> str:
+    try:
+        run()
+    except Exception as error:
+        time.sleep(waits_s)  # alive, as a server is, or a notebook
+        return f"{type(error).__name__}: {error}"
+    return "none"
+
+
+def raises(folder: Path, rank: int, size: int) -> Report:
+    return _failing(folder, rank, 1, _raise)
+
+
+def first_raises(folder: Path, rank: int, size: int) -> Report:
+    return _failing(folder, rank, 0, _raise)
+
+
+def lives_on(folder: Path, rank: int, size: int) -> Report:
+    return _failing(folder, rank, 1, _raise, waits_s=5.0 if rank == 1 else 0.0)
+
+
+def killed(folder: Path, rank: int, size: int) -> Report:
+    return _failing(folder, rank, 1, _killed)
+
+
+def leaves(folder: Path, rank: int, size: int) -> Report:
+    """sys.exit(), where the others go on."""
+    model = load(folder, "cpm1")
+    _generated(model)
+    if rank == 1:
+        sys.exit(0)
+    return {"error": _error_of(lambda: _generated(model, 2))}
+
+
+def destroyed(folder: Path, rank: int, size: int) -> Report:
+    """The process group, by the script of one rank."""
+    import torch.distributed as dist
+
+    model = load(folder, "cpm1")
+    if rank == 1:
+        dist.destroy_process_group()
+    return {"error": _error_of(lambda: _generated(model, 2)), "again": _error_of(model.close)}
+
+
+def refused(folder: Path, rank: int, size: int) -> Report:
+    """What cannot be loaded, on one rank or on all, and that it can be loaded afterwards."""
+    from bminf.offload.backends.cpu import CpuBackend
+
+    wrong = rank == size - 1
+    limit = "1GB" if wrong else "2GB"
+    folders = {"folder": "cpm1" if wrong else "cpm1b", "gone": "nothing" if wrong else "cpm1"}
+    allocate = CpuBackend.__dict__["allocate"]
+
+    def full(*_: Any, **__: Any) -> Any:
+        raise MemoryError("no room on this rank")
+
+    found = {
+        "limits": _error_of(lambda: load(folder, "cpm1", memory_limit=limit)),
+        "folders": _error_of(lambda: load(folder, folders["folder"])),
+        "gone": _error_of(lambda: load(folder, folders["gone"])),
+        "heads": _error_of(lambda: load(folder / "odd", "cpm1")),
+        "low": _error_of(lambda: load(folder, "cpm1", memory_limit="10KB")),
+        "argument": _error_of(lambda: load(folder, "cpm1", max_length=-1 if wrong else 8)),
+    }
+    if wrong:
+        setattr(CpuBackend, "allocate", full)  # noqa: B010
+    found["room"] = _error_of(lambda: load(folder, "cpm1"))
+    setattr(CpuBackend, "allocate", allocate)  # noqa: B010
+    with load(folder, "cpm1") as model:
+        found["text"] = model.generate(TEXTS["cpm1"], max_tokens=6, temperature=0)
+    return found
+
+
+def server(folder: Path, rank: int, size: int) -> Report:
+    """Rank 0 alone has something to do, in two threads; and a call that the others do not make."""
+    from threading import Thread
+
+    with load(folder, "cpm1") as model:
+        if rank > 0:
+            refused = _error_of(lambda: model.engine)
+            model.follow()
+            return {"refused": refused, "texts": [], "tokens": model.stats.num_tokens}
+        texts: list[Any] = []
+        work = [Thread(target=lambda: texts.append(model.generate("天气", 6, temperature=0)))
+                for _ in range(2)]  # fmt: skip
+        for one in work:
+            one.start()
+        for one in work:
+            one.join()
+        refused = _error_of(model.follow)
+        return {"refused": refused, "texts": texts, "tokens": model.stats.num_tokens}
+
+
+def other_call(folder: Path, rank: int, size: int) -> Report:
+    model = load(folder, "cpm1")
+    call = model.generate if rank == 0 else model.perplexity
+    return {"error": _error_of(lambda: [call("天气今天", 4), _generated(model)])}
+
+
+def memory(folder: Path, rank: int, size: int) -> Report:
+    """A GLM of 320 MB, of which each rank streams most: what its process takes, and what all of
+    them hold of the mapped embedding together."""
+    import torch
+
+    before = _status("RssAnon")
+    with load(folder, "glm130b", memory_limit=MEMORY_LIMIT) as model:
+        text = TEXTS["glm130b"]
+        model.generate(text, max_tokens=4)
+        # Every row of the embedding, so that all of its pages are there.
+        rows = torch.arange(model.config.vocab_size)
+        for some in rows.split(4096):
+            model.model.embed_tokens(some)
+        model.generate(text, max_tokens=1)  # which ends when all have done that
+        pss = _pss_of(folder)
+        peak = _status("RssAnon")
+        model.generate(text, max_tokens=1)
+        return {
+            "grown": peak - before, "pss": pss, "total": model.plan.total_bytes,
+            "streamed": len(model.plan.streamed), "table": 2 * 1024 * len(rows),
+        }  # fmt: skip
+
+
+def plans(folder: Path, rank: int, size: int) -> Report:
+    """Models of transformers by their plans, resident and streamed, in every format."""
+    import torch
+
+    import bminf
+
+    found: Report = {}
+    for name, make in transformers_models().items():
+        for kind, form in formats().items():
+            for place in ("resident", "streamed") if form is None else ("streamed",):
+                model = make()
+                limit = 2**30 if place == "resident" else _limit_of_part(make(), form, size)
+                bminf.wrapper(model, form or False, limit, "cpu", tp="auto")
+                ids = torch.tensor([[5, 6, 7, 8, 9]])
+                with torch.inference_mode():
+                    logits = model(input_ids=ids).logits
+                plan = bminf.plan_of(model)
+                said = {"logits": logits, "streamed": len(plan.streamed) + len(plan.tables)}
+                more = {"max_new_tokens": 6, "pad_token_id": 0}
+                said["greedy"] = model.generate(ids, do_sample=False, **more).tolist()
+                if place == "resident":
+                    drawn = model.generate(ids, do_sample=True, top_k=0, **more)
+                    said["drawn"] = drawn.tolist()
+                found[f"{name} {kind} {place}"] = said
+    return found
+
+
+def _limit_of_part(model: Any, form: Any, size: int) -> int:
+    """A byte less than the last rank needs."""
+    from bminf.layers.parallel import Group, Place
+    from bminf.layers.tensor_plan import cut, shared_linears
+    from bminf.wrapping import plan_for
+
+    if size > 1:
+        cut(model, shared_linears(model), form, Group(Place(size - 1, size)))
+    return plan_for(model, form or False, device="cpu").total_bytes - 1
+
+
+def transformers_models() -> dict[str, Callable[[], Any]]:
+    import torch
+    import transformers as tf
+
+    sizes: dict[str, Any] = {
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "vocab_size": 96,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+
+    def made(model: Any, config: Any) -> Any:
+        torch.manual_seed(0)
+        return model(config).eval()
+
+    qwen = {**sizes, "head_dim": 16, "attention_bias": True}
+    return {
+        "llama": lambda: made(tf.LlamaForCausalLM, tf.LlamaConfig(**sizes)),
+        "tied": lambda: made(
+            tf.LlamaForCausalLM, tf.LlamaConfig(**sizes, tie_word_embeddings=True, mlp_bias=True)
+        ),
+        "qwen3": lambda: made(tf.Qwen3ForCausalLM, tf.Qwen3Config(**qwen)),
+    }
+
+
+def plan_fails(folder: Path, rank: int, size: int) -> Report:
+    """A pass of a model of transformers, on rank 1."""
+    import torch
+
+    import bminf
+
+    model = transformers_models()["llama"]()
+    bminf.wrapper(model, False, "1GB", "cpu", tp="auto")
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    model(input_ids=ids)
+    if rank == 1:
+        model.model.layers[1].mlp.register_forward_pre_hook(lambda *_: _raise())
+    return {"error": _error_of(lambda: [model(input_ids=ids), model(input_ids=ids)])}
+
+
+def goldens(folder: Path, rank: int, size: int) -> Report:
+    """The reference checkpoints, of every layout and of other numbers of ranks, in half precision
+    and packed: the log-probabilities of some ids."""
+    from golden import golden, is_absent
+
+    from bminf.errors import ArgumentError
+    from bminf.models import BLOOM
+
+    found: Report = {}
+    for name in ANY_DEGREE:
+        given = None if is_absent(name) else golden(name)
+        layouts = () if given is None else given.layouts()
+        for layout in (one for one in layouts if not name.startswith("glm") or "ckpt" in one):
+            quantization = "int4-row" if "int4" in layout else "int8" if "int8" in layout else None
+            load_it = partial(given.load, layout)
+            if name == "bloom":
+                config = given.path / "hf_safetensors" / "config.json"
+                load_it = partial(
+                    BLOOM, given.path / layout, device="cpu", max_length=64, config=config
+                )
+            try:
+                with load_it(quantization=quantization) as model:
+                    found[f"{name} {layout}"] = _log_probabilities(model, name)
+            except ArgumentError as error:
+                assert "ranks cannot share" in str(error), error
+    return found
+
+
+def _log_probabilities(model: Any, name: str) -> list[float]:
+    ids = list(range(9, 21))
+    if name in ("cpm2", "eva"):
+        found: list[float] = model.logits(ids, ids[:5]).log_softmax(-1).flatten()[::97].tolist()
+        return found
+    return [float(x) for x in model.score(ids, [[30, 31, 32], [40]])]
+
+
+MEMORY_LIMIT = 150_000_000
+
+
+def write_big(folder: Path) -> None:
+    from tiny_glm import tiny_glm130b
+
+    made = tiny_glm130b(image_offset=60_000, hidden_size=1024, inner_hidden_size=4096, num_layers=6)
+    made.write_original(folder / "glm130b")
+
+
+def _status(name: str) -> int:
+    """Bytes, of /proc/self/status."""
+    (line,) = [x for x in Path("/proc/self/status").read_text().splitlines() if name in x]
+    return int(line.split()[1]) * 1024
+
+
+def _pss_of(folder: Path) -> int:
+    """This process's share of the pages that are mapped from files in a folder."""
+    total, is_inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first = line.split()[0]
+        if "-" in first and ":" not in first:
+            is_inside = str(folder) in line
+        elif first == "Pss:" and is_inside:
+            total += int(line.split()[1]) * 1024
+    return total
+
+
+CASES = (
+    zoo, raises, first_raises, lives_on, killed, leaves, destroyed, refused, server, other_call,
+    memory, plans, plan_fails, goldens,
+)  # fmt: skip
+
+
+# ---- starting them -------------------------------------------------------------------------------
+
+
+def recorded() -> list[tuple[str, tuple[int, ...], str]]:
+    """What this process asks of torch.distributed from now on: (kind, shape, dtype)."""
+    import torch.distributed as dist
+
+    found: list[tuple[str, tuple[int, ...], str]] = []
+    for kind in ("all_reduce", "all_gather", "broadcast"):
+        original, place = getattr(dist, kind), 1 if kind == "all_gather" else 0
+
+        def call(*given: Any, _original: Any = original, _kind: str = kind, _place: int = place,
+                 **more: Any) -> Any:  # fmt: skip
+            x = given[_place]
+            found.append((_kind, tuple(x.shape), str(x.dtype)))
+            return _original(*given, **more)
+
+        setattr(dist, kind, call)
+    return found
+
+
+def run_rank(case: Callable[..., Report], folder: Path, rank: int, size: int) -> None:
+    import torch
+
+    target = folder / f"{case.__name__}.{size}.{rank}"
+    calls, said, status = recorded(), dict[str, Any](), 0
+    try:
+        said = case(folder, rank, size)
+    except SystemExit:
+        pass
+    except BaseException:
+        status = 1
+        target.with_name(f"{target.name}.txt").write_text(traceback.format_exc())
+    torch.save({**said, "calls": calls}, f"{target}.pt")
+    os._exit(status)
+
+
+def run_case(case: Callable[..., Report], folder: Path, size: int) -> None:
+    """Fork the ranks, and write how each has ended, and after how many seconds."""
+    import torch.distributed as dist
+
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    start_s, processes = time.monotonic(), {}
+    for rank in range(size):
+        if (process := os.fork()) == 0:
+            if size > 1:  # as torchrun sets them; it has the store, too
+                os.environ |= {
+                    "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size),
+                    "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "localhost",
+                    "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
+                }  # fmt: skip
+            run_rank(case, folder, rank, size)
+        processes[process] = rank
+    ended: dict[int, tuple[int, float]] = {}
+    while processes and time.monotonic() < start_s + _DEADLINE_S:
+        process, status = os.waitpid(-1, os.WNOHANG)
+        if process:
+            rank = processes.pop(process)
+            ended[rank] = os.waitstatus_to_exitcode(status), time.monotonic() - start_s
+        else:
+            time.sleep(0.01)
+    for process in processes:  # hung
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+    (folder / f"{case.__name__}.{size}.json").write_text(json.dumps(ended))
+
+
+def main(folder: str, size: str, *names: str) -> None:
+    warnings.simplefilter("ignore")
+    import bminf.models
+    import bminf.wrapping  # noqa: F401 - once, for all that is forked
+
+    for case in CASES:
+        if case.__name__ in names:
+            run_case(case, Path(folder), int(size))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
