@@ -57,12 +57,11 @@ def save(
         raise ArgumentError(f"folder is a {type(folder).__name__}; give a path")
     shard_bytes = int(parse_bytes(max_shard_size, "max_shard_size"))
     target = require_empty(Path(folder).expanduser().absolute())
-    network = model.model if isinstance(model, LanguageModel) else model
-    if any(isinstance(module, RowParallel) for module in network.modules()):
-        raise UnsupportedModelError(PART)
     if isinstance(model, LanguageModel):
+        _check_is_whole(getattr(model, "model", None))
         return _save_of_zoo(model, target, tokenizer, shard_bytes)
     _check_model(model)
+    _check_is_whole(model)
     tokenizer = getattr(model, "tokenizer", None) if tokenizer is None else tokenizer
     tensors, scheduler = _tensors_of(model), model.__dict__.get(ATTRIBUTE)
     plan = plan_of(model)
@@ -81,6 +80,13 @@ def save(
                 "class makes it, without adapters and of the sizes of its configuration"
             ) from error
     return target
+
+
+def _check_is_whole(network: torch.nn.Module | None) -> None:
+    """None is that of a model that was closed.   Raises UnsupportedModelError for a rank's part."""
+    modules = () if network is None else network.modules()
+    if any(isinstance(module, RowParallel) for module in modules):
+        raise UnsupportedModelError(PART)
 
 
 def _save_of_zoo(model: LanguageModel, target: Path, tokenizer: Any, shard_bytes: int) -> Path:

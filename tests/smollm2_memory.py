@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers.generation.utils  # noqa: F401  # and scikit-learn, where that is installed
 from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
 import bminf

@@ -11,7 +11,6 @@ import sys
 from bminf.cli import flags
 from bminf.cli.session import find
 from bminf.errors import ArgumentError
-from bminf.layers.parallel import place_in
 
 
 def add_ranks(parser: argparse.ArgumentParser) -> None:
@@ -26,6 +25,8 @@ def are_to_be_started(arguments: argparse.Namespace) -> bool:
 
     Raises ArgumentError where torchrun has started another number of them.
     """
+    from bminf.layers.parallel import place_in
+
     size = place_in(os.environ).size
     if "RANK" in os.environ and arguments.tp not in (None, size):
         raise ArgumentError(f"--tp {arguments.tp}, but torchrun has started {size} ranks")
@@ -52,6 +53,8 @@ def start(arguments: argparse.Namespace) -> int:
 
 def is_other() -> bool:
     """Whether this is a rank that prints nothing."""
+    from bminf.layers.parallel import place_in
+
     return place_in(os.environ).rank > 0
 
 
