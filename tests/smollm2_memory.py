@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers.generation.utils  # noqa: F401  # and scikit-learn, where that is installed
+import transformers.models.llama.modeling_llama  # noqa: F401  # and scipy, where it is
 from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
 import bminf
