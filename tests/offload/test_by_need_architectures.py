@@ -264,7 +264,9 @@ def test_other_implementations(family: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", list(FAMILIES)[::2]
+)  # how each is packed: layers/test_experts.py
 def test_packed_by_need_equals_packed_and_resident(family: str) -> None:
     resident = bminf.wrapper(make(family), "int4", "4GB", device="cpu")
     assert not any(
