@@ -14,6 +14,9 @@ import bminf
 PROMPT = "Once upon a time,"
 
 
+pytestmark = pytest.mark.slow  # the first test to ask for a report makes all of them
+
+
 @pytest.fixture(scope="module")
 def plain_ids(smollm2_folder: Path) -> list[list[int]]:
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -34,6 +34,9 @@ TOLERANCE = 5e-5
 MOST_S = 10.0
 """Until all ranks have reported the one that failed, with loading."""
 
+LAUNCHES_RANKS = pytest.mark.slow
+"""The first test that asks for a number of ranks starts them, whichever that is."""
+
 Seen = Callable[[int, str], list[dict[str, Any]]]
 Loader = Callable[..., Any]
 
@@ -154,6 +157,7 @@ def test_an_error_that_cannot_be_sent_is_told_by_its_words(load: Loader) -> None
         second.generate("天气")
 
 
+@LAUNCHES_RANKS
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("name", ANY_DEGREE)
 def test_ranks_give_what_one_gives(seen: Seen, name: str, size: int) -> None:
@@ -178,6 +182,7 @@ def test_ranks_give_what_one_gives(seen: Seen, name: str, size: int) -> None:
                 assert found["scores"] == pytest.approx(expected["scores"], rel=1e-5, abs=1e-4)
 
 
+@LAUNCHES_RANKS
 @pytest.mark.parametrize("size", [2, 4])
 def test_reference_checkpoints_of_other_numbers_of_ranks_give_the_same(
     seen: Seen, size: int
@@ -193,6 +198,7 @@ def test_reference_checkpoints_of_other_numbers_of_ranks_give_the_same(
         assert all(rank[name] == ranks[0][name] for rank in ranks)
 
 
+@LAUNCHES_RANKS
 @pytest.mark.parametrize("size", [2, 4])
 def test_models_of_transformers_give_what_one_rank_gives(seen: Seen, size: int) -> None:
     """By their plans; what is drawn is the same on all ranks."""
@@ -211,12 +217,14 @@ def test_models_of_transformers_give_what_one_rank_gives(seen: Seen, size: int) 
             assert rank[kind].get("drawn") == first.get("drawn")
 
 
+@LAUNCHES_RANKS
 def test_a_pass_of_transformers_that_fails_ends_all(seen: Seen) -> None:
     first, second = seen(2, "plan_fails")
     assert first["error"] == "RankError: rank 1 failed: ZeroDivisionError: of this rank alone"
     assert second["error"] == "ZeroDivisionError: of this rank alone"
 
 
+@LAUNCHES_RANKS
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("case", ["zoo", "plans"])
 def test_all_ranks_make_one_list_of_collectives(seen: Seen, case: str, size: int) -> None:
@@ -227,6 +235,7 @@ def test_all_ranks_make_one_list_of_collectives(seen: Seen, case: str, size: int
     assert all(other == first for other in others)
 
 
+@LAUNCHES_RANKS
 @pytest.mark.parametrize(
     ("size", "case"), [(size, case) for size in (2, 4) for case in LAUNCHES[size][1:]]
 )
@@ -239,6 +248,7 @@ def test_failing_ranks_have_made_the_same_list_until_then(seen: Seen, size: int,
     assert max(len(calls) for calls in lists) <= shortest + 1
 
 
+@LAUNCHES_RANKS
 @pytest.mark.parametrize("size", [2, 4])
 def test_a_pass_that_fails_ends_all_ranks_with_its_number(seen: Seen, size: int) -> None:
     for rank in seen(size, "raises"):
@@ -246,6 +256,7 @@ def test_a_pass_that_fails_ends_all_ranks_with_its_number(seen: Seen, size: int)
         assert rank["seconds"] < MOST_S
 
 
+@LAUNCHES_RANKS
 def test_so_does_one_of_rank_0_and_one_whose_process_lives_on(seen: Seen) -> None:
     for rank in seen(2, "first_raises"):
         assert rank["error"] == "RankError: rank 0 failed: ZeroDivisionError: of this rank alone"
@@ -255,6 +266,7 @@ def test_so_does_one_of_rank_0_and_one_whose_process_lives_on(seen: Seen) -> Non
     assert first["seconds"] < second["seconds"] - 2, "it does not wait for the other to end"
 
 
+@LAUNCHES_RANKS
 @pytest.mark.parametrize(("size", "case"), [(2, "killed"), (2, "leaves"), (4, "killed")])
 def test_a_rank_that_is_gone_is_named(seen: Seen, size: int, case: str) -> None:
     ranks = seen(size, case)
@@ -265,6 +277,7 @@ def test_a_rank_that_is_gone_is_named(seen: Seen, size: int, case: str) -> None:
         assert rank["seconds"] < MOST_S
 
 
+@LAUNCHES_RANKS
 def test_a_process_group_that_was_destroyed_is_told(seen: Seen) -> None:
     for rank in seen(2, "destroyed"):
         assert rank["error"] == "RankError: rank 1 failed: its process group was destroyed"
@@ -272,6 +285,7 @@ def test_a_process_group_that_was_destroyed_is_told(seen: Seen) -> None:
         assert rank["seconds"] < MOST_S
 
 
+@LAUNCHES_RANKS
 @pytest.mark.parametrize("size", [2, 4])
 def test_what_cannot_be_loaded_is_one_error_on_all_ranks(seen: Seen, size: int) -> None:
     """Before any rank computes; a model that can be is loaded afterwards."""
@@ -294,6 +308,7 @@ def test_what_cannot_be_loaded_is_one_error_on_all_ranks(seen: Seen, size: int) 
     assert len({rank["text"] for rank in ranks}) == 1
 
 
+@LAUNCHES_RANKS
 def test_rank_0_may_be_the_only_one_with_something_to_do(seen: Seen) -> None:
     """As where it serves: in any number of threads, while the others follow."""
     first, second = seen(2, "server")
@@ -305,6 +320,7 @@ def test_rank_0_may_be_the_only_one_with_something_to_do(seen: Seen) -> None:
     assert "only rank 0 has an engine; call follow()" in second["refused"]
 
 
+@LAUNCHES_RANKS
 def test_a_call_that_rank_0_does_not_make_ends_all(seen: Seen) -> None:
     for rank in seen(2, "other_call"):
         assert "rank 1 failed: ArgumentError: rank 0 has called generate(), this" in rank["error"]
