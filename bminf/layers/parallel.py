@@ -14,6 +14,7 @@ Source: Shoeybi et al. 2019, arXiv:1909.08053, section 3.
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
 import os
@@ -337,6 +338,8 @@ def _rendezvous(place: Place, backend: str) -> Any:
             f"rank {place.rank} of {place.size} could not meet the others at "
             f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: {error}"
         ) from error
+    # Threads of gloo that outlive the interpreter end the process with "terminate called".
+    atexit.register(_take_down)
     store.set(f"{_PROCESS}/{place.rank}", f"{_host()} {os.getpid()}")
     if place.rank > 0 and logger.level == logging.NOTSET:
         logger.setLevel(logging.ERROR)  # rank 0 tells the same
