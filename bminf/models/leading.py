@@ -52,7 +52,9 @@ class _Cache:
         return getattr(cache, self.part) if self.part else cache
 
 
-_ITERATOR = "an iterator"  # as what a call gives: its pieces follow, as they are asked for
+@dataclass(frozen=True)
+class _Iterator:
+    """In a message, as what a call gives: its pieces follow, as they are asked for."""
 
 
 class Leading:
@@ -98,7 +100,7 @@ class Leading:
         finally:
             self._calls.is_within = False
         if isinstance(value, TextIterator):
-            self._send(("result", name, _ITERATOR, None))
+            self._send(("result", name, _Iterator(), None))
             return TextIterator(value, self._pieces(name, value))
         self._send(("result", name, value, None))
         return value
@@ -155,7 +157,7 @@ class Following:
                 raise wrong
         if error is not None:
             raise error
-        if isinstance(value, str) and value == _ITERATOR:
+        if isinstance(value, _Iterator):
             told = _Told()
             return TextIterator(told, self._pieces(name, told))
         return value

@@ -143,6 +143,12 @@ def test_errors_and_ends_are_told(load: Loader) -> None:
         second.logits("天气")
 
 
+def test_a_text_is_told_as_a_text_whatever_it_says(load: Loader) -> None:
+    first, second = both(load, "cpm1")
+    text = "an iterator"
+    assert first._called("generate", lambda: text) == second.generate("天气") == text
+
+
 def test_an_error_that_cannot_be_sent_is_told_by_its_words(load: Loader) -> None:
     class Odd(Exception):
         """Which pickle cannot find."""
