@@ -209,6 +209,31 @@ def killed(folder: Path, rank: int, size: int) -> Report:
     return _failing(folder, rank, 1, _killed)
 
 
+def raises_oddly(folder: Path, rank: int, size: int) -> Report:
+    """With words that are no text, as an error about a file has them whose name is none."""
+
+    def broken() -> None:
+        raise OSError("no file \udcff")
+
+    return _failing(folder, rank, 1, broken, waits_s=5.0 if rank == 1 else 0.0)
+
+
+def interrupted(folder: Path, rank: int, size: int) -> Report:
+    """In the midst of loading, on a rank that lives on, as in a notebook."""
+    from bminf.offload.backends.cpu import CpuBackend
+
+    def interrupt(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    if rank == 1:
+        setattr(CpuBackend, "allocate", interrupt)  # noqa: B010
+    try:
+        return {"error": _error_of(lambda: load(folder, "cpm1"))}
+    except KeyboardInterrupt:
+        time.sleep(5.0)
+        return {"error": "interrupted"}
+
+
 def leaves(folder: Path, rank: int, size: int) -> Report:
     """sys.exit(), where the others go on."""
     model = load(folder, "cpm1")
@@ -238,7 +263,7 @@ def refused(folder: Path, rank: int, size: int) -> Report:
     allocate = CpuBackend.__dict__["allocate"]
 
     def full(*_: Any, **__: Any) -> Any:
-        raise MemoryError("no room on this rank")
+        raise MemoryError("no room on this rank \udcff")
 
     found = {
         "limits": _error_of(lambda: load(folder, "cpm1", memory_limit=limit)),
@@ -447,8 +472,8 @@ def _pss_of(folder: Path) -> int:
 
 
 CASES = (
-    zoo, raises, first_raises, lives_on, killed, leaves, destroyed, refused, server, other_call,
-    memory, plans, plan_fails, goldens,
+    zoo, raises, first_raises, lives_on, raises_oddly, interrupted, killed, leaves, destroyed,
+    refused, server, other_call, memory, plans, plan_fails, goldens,
 )  # fmt: skip
 
 

@@ -22,12 +22,13 @@ import pickle
 import sys
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -107,7 +108,7 @@ class Group:
     def __init__(self, place: Place = Place(), store: Any = None, control: Any = None) -> None:
         self.rank, self.size = place.rank, place.size
         self.local_rank, self.local_size = place.local_rank, place.local_size
-        self._store, self._control = store, control
+        self._store, self.control = store, control
         self._failed: RankError | None = None
 
     def device(self, given: Any) -> Any:
@@ -171,7 +172,7 @@ class Group:
         return pickle.loads(data)
 
     def _broadcast(self, x: torch.Tensor) -> torch.Tensor:
-        self._collective(lambda: dist.broadcast(x, 0, group=self._control))
+        self._collective(lambda: dist.broadcast(x, 0, group=self.control))
         return x
 
     @contextmanager
@@ -191,6 +192,9 @@ class Group:
                 yield terms
         except Exception as raised:
             error = raised
+        except BaseException as interrupt:
+            self.leave(interrupt)
+            raise
         reports = self._reports(terms, error)
         terms.of_all = [report["own"] for report in reports]
         for rank, report in enumerate(reports):
@@ -201,9 +205,11 @@ class Group:
     def _reports(self, terms: Terms, error: Exception | None) -> list[dict[str, Any]]:
         said = None if error is None else (type(error).__name__, str(error)[:_MAX_TEXT])
         own = {"error": said, "alike": terms.alike, "own": terms.own}
-        x = _as_tensor(json.dumps(own, ensure_ascii=False).encode(), _REPORT_BYTES)
+        # What no text can hold, of a path that is none, is escaped as JSON has it.
+        text = json.dumps(own, ensure_ascii=False).encode(errors="backslashreplace")
+        x = _as_tensor(text, _REPORT_BYTES)
         parts = [torch.empty_like(x) for _ in range(self.size)]
-        self._collective(lambda: dist.all_gather(parts, x, group=self._control))
+        self._collective(lambda: dist.all_gather(parts, x, group=self.control))
         return [json.loads(bytes(part.tolist()).rstrip(b"\0")) for part in parts]
 
     # ---- failures --------------------------------------------------------------------------------
@@ -232,7 +238,8 @@ class Group:
     def leave(self, error: BaseException) -> None:
         """Tell the others why this rank computes no more, and end their waiting."""
         kind = "" if isinstance(error, RankError) else f"{type(error).__name__}: "
-        text = f"rank {self.rank} failed: {kind}{error}"[:_MAX_TEXT]
+        said = f"rank {self.rank} failed: {kind}{error}"[:_MAX_TEXT]
+        text = said.encode(errors="backslashreplace").decode()
         self._failed = self._failed or RankError(text)
         if self._store is not None:
             with suppress(RuntimeError):  # the store is gone with rank 0
@@ -319,13 +326,19 @@ def join(device: Any) -> Group:
             f"{dist.get_world_size()} ranks; leave that to this library, or to torchrun"
         )
     control = dist.new_group(backend="gloo", timeout=_PATIENCE)
-    return Group(place, _Joined.store, control)
+    group = Group(place, _Joined.store, control)
+    _Joined.groups.add(group)
+    return group
 
 
 class _Joined:
-    """The store that this process met the others in; None where others initialised the group."""
+    """The store that this process met the others in; None where others initialised the group.
+
+    groups: that were made, one for each model.
+    """
 
     store: Any = None
+    groups: ClassVar[weakref.WeakSet[Group]] = weakref.WeakSet()
 
 
 def _rendezvous(place: Place, backend: str) -> Any:
@@ -348,6 +361,8 @@ def _rendezvous(place: Place, backend: str) -> Any:
 
 def _take_down() -> None:
     """Close this rank's connections, whoever waits at the other end."""
+    for group in [*_Joined.groups]:
+        group.control = None  # whatever holds it keeps its connections open
     with suppress(RuntimeError, ValueError, AssertionError):
         dist.destroy_process_group()
 

@@ -273,6 +273,18 @@ def test_so_does_one_of_rank_0_and_one_whose_process_lives_on(seen: Seen) -> Non
 
 
 @LAUNCHES_RANKS
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [("raises_oddly", r"OSError: no file \udcff"), ("interrupted", "KeyboardInterrupt: ")],
+)
+def test_whatever_ends_a_rank_is_told_by_it(seen: Seen, case: str, message: str) -> None:
+    """Though its process lives on: nobody waits for that to end."""
+    first, second = seen(2, case)
+    assert first["error"] == f"RankError: rank 1 failed: {message}"
+    assert first["seconds"] < second["seconds"] - 2
+
+
+@LAUNCHES_RANKS
 @pytest.mark.parametrize(("size", "case"), [(2, "killed"), (2, "leaves"), (4, "killed")])
 def test_a_rank_that_is_gone_is_named(seen: Seen, size: int, case: str) -> None:
     ranks = seen(size, case)
