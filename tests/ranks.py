@@ -209,6 +209,23 @@ def killed(folder: Path, rank: int, size: int) -> Report:
     return _failing(folder, rank, 1, _killed)
 
 
+def script_raises(folder: Path, rank: int, size: int) -> Report:
+    """Where all ranks get an error of rank 0, and then one has an error in what is its own."""
+
+    def run() -> None:
+        with load(folder, "cpm1") as model:
+            _generated(model)
+            if rank == 1:
+                _raise()
+            _generated(model)
+
+    def wrong() -> None:
+        with load(folder, "cpm1") as model:
+            model.generate(TEXTS["cpm1"], no_such_option=1)
+
+    return {"alike": _error_of(wrong), "error": _error_of(run, 5.0 if rank == 1 else 0.0)}
+
+
 def raises_oddly(folder: Path, rank: int, size: int) -> Report:
     """With words that are no text, as an error about a file has them whose name is none."""
 
@@ -219,12 +236,14 @@ def raises_oddly(folder: Path, rank: int, size: int) -> Report:
 
 
 def interrupted(folder: Path, rank: int, size: int) -> Report:
-    """In the midst of loading, on a rank that lives on, as in a notebook."""
+    """In the midst of loading a second model, on a rank that lives on, as in a notebook."""
     from bminf.offload.backends.cpu import CpuBackend
 
     def interrupt(*_: Any, **__: Any) -> Any:
         raise KeyboardInterrupt
 
+    first = load(folder, "cpm1")
+    _generated(first)
     if rank == 1:
         setattr(CpuBackend, "allocate", interrupt)  # noqa: B010
     try:
@@ -472,8 +491,8 @@ def _pss_of(folder: Path) -> int:
 
 
 CASES = (
-    zoo, raises, first_raises, lives_on, raises_oddly, interrupted, killed, leaves, destroyed,
-    refused, server, other_call, memory, plans, plan_fails, goldens,
+    zoo, raises, first_raises, lives_on, script_raises, raises_oddly, interrupted, killed, leaves,
+    destroyed, refused, server, other_call, memory, plans, plan_fails, goldens,
 )  # fmt: skip
 
 

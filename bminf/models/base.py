@@ -307,6 +307,8 @@ class LanguageModel:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if error is not None and self._following is not None:
+            self._following.leave(error)
         self.close()
 
     def __repr__(self) -> str:

@@ -28,16 +28,20 @@ def needs_open_model(method: Method) -> Method:
     has_options = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     accepted = keywords_of(method)
 
-    @functools.wraps(method)
-    def call(model: Any, *arguments: Any, **keywords: Any) -> Any:
-        model._open()
+    def checked(model: Any, *arguments: Any, **keywords: Any) -> Any:
         options = [*model._defaults.names(), *ALIASES] if has_options else []
         called = f"{type(model).__name__}.{method.__name__}"
         check_keywords(called, keywords, dict.fromkeys([*accepted, *options]))
         if has_options:
             positional = dict(zip(names[1:], arguments, strict=False))
             keywords = _resolve_aliases(keywords, positional)
-        return model._called(method.__name__, partial(method, model, *arguments, **keywords))
+        return method(model, *arguments, **keywords)
+
+    @functools.wraps(method)
+    def call(model: Any, *arguments: Any, **keywords: Any) -> Any:
+        model._open()
+        # Of several ranks the first checks, and the others are told what is wrong.
+        return model._called(method.__name__, partial(checked, model, *arguments, **keywords))
 
     return cast(Method, call)
 

@@ -137,6 +137,7 @@ class Following:
         self._group, self._network, self._cache = group, network, cache
         self._rows, self._device, self._kernels = rows, device, kernels
         self.is_over = False
+        self._told: Exception | None = None  # by rank 0, last
 
     def call(self, name: str) -> Any:
         """Compute with rank 0 until the method of this name is at its end there; what it gave."""
@@ -150,12 +151,18 @@ class Following:
         while not self.is_over and self._next() is not None:
             pass
 
+    def leave(self, error: BaseException) -> None:
+        """End all ranks for an error in the script of this one; not where rank 0 has raised it."""
+        if not self.is_over and error is not self._told:
+            self._group.leave(error)
+
     def _result(self, name: str, called: str, value: Any, error: Exception | None) -> Any:
         if called != name:
             wrong = ArgumentError(f"rank 0 has called {called}(), this rank {name}()")
             with self._group.together():
                 raise wrong
         if error is not None:
+            self._told = error
             raise error
         if isinstance(value, _Iterator):
             told = _Told()

@@ -273,6 +273,16 @@ def test_so_does_one_of_rank_0_and_one_whose_process_lives_on(seen: Seen) -> Non
 
 
 @LAUNCHES_RANKS
+def test_an_error_of_one_script_within_a_model_ends_all(seen: Seen) -> None:
+    """Not one that all scripts get: other models can be loaded after it."""
+    first, second = seen(2, "script_raises")
+    assert first["error"] == "RankError: rank 1 failed: ZeroDivisionError: of this rank alone"
+    assert second["error"] == "ZeroDivisionError: of this rank alone"
+    assert first["seconds"] < second["seconds"] - 2
+    assert first["alike"] == second["alike"] and "no_such_option" in first["alike"]
+
+
+@LAUNCHES_RANKS
 @pytest.mark.parametrize(
     ("case", "message"),
     [("raises_oddly", r"OSError: no file \udcff"), ("interrupted", "KeyboardInterrupt: ")],
