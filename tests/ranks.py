@@ -253,6 +253,15 @@ def interrupted(folder: Path, rank: int, size: int) -> Report:
         return {"error": "interrupted"}
 
 
+def killed_between(folder: Path, rank: int, size: int) -> Report:
+    """Two models."""
+    model = load(folder, "cpm1")
+    _generated(model)
+    if rank == 1:
+        _killed()
+    return {"error": _error_of(lambda: load(folder, "cpm1"))}
+
+
 def leaves(folder: Path, rank: int, size: int) -> Report:
     """sys.exit(), where the others go on."""
     model = load(folder, "cpm1")
@@ -491,8 +500,9 @@ def _pss_of(folder: Path) -> int:
 
 
 CASES = (
-    zoo, raises, first_raises, lives_on, script_raises, raises_oddly, interrupted, killed, leaves,
-    destroyed, refused, server, other_call, memory, plans, plan_fails, goldens,
+    zoo, raises, first_raises, lives_on, script_raises, raises_oddly, interrupted, killed,
+    killed_between, leaves, destroyed, refused, server, other_call, memory, plans, plan_fails,
+    goldens,
 )  # fmt: skip
 
 

@@ -49,6 +49,7 @@ _JOIN_TIMEOUT = timedelta(minutes=2)
 
 _FAILED = "bminf/failed"  # in the store: what the first rank that failed said
 _PROCESS = "bminf/process"  # in the store: the machine and process of each rank
+_COMES = "bminf/comes"  # in the store: which ranks have come to load which model
 _TOLD_S = 3.0  # after an error of the transport, for the rank that caused it to say why
 
 _REPORT_BYTES = 2**14  # of what each rank says before the ranks compute
@@ -214,6 +215,21 @@ class Group:
 
     # ---- failures --------------------------------------------------------------------------------
 
+    def meet(self, number: int) -> None:
+        """Return when all ranks have come to load the model of this number: until then one may be
+        busy for as long as it likes.   Raises RankError, where one never will come."""
+        if self._store is None:
+            return
+        comes = [f"{_COMES}/{number}/{rank}" for rank in range(self.size)]
+        try:
+            self._store.set(comes[self.rank], "")
+            while not self._store.check(comes):
+                if said := self._failure():
+                    raise RankError(said)
+                time.sleep(0.01)
+        except RuntimeError as error:
+            raise RankError(f"the store of torch.distributed is gone: {error}") from error
+
     @contextmanager
     def together(self) -> Iterator[None]:
         """For a pass: where this rank fails in it, the others, which wait for it, are told.
@@ -263,17 +279,25 @@ class Group:
         end_s = time.monotonic() + _TOLD_S
         while time.monotonic() < end_s:
             with suppress(RuntimeError):
-                if self._store is not None and self._store.check([_FAILED]):
-                    return str(self._store.get(_FAILED).decode())
-                if gone := self._ended():
-                    # What the first has said that saw one: by now it may have ended itself.
-                    return str(self._store.compare_set(_FAILED, "", gone).decode())
+                if said := self._failure():
+                    return said
             time.sleep(0.05)
         return f"another rank has left without a word: {error}"
 
+    def _failure(self) -> str:
+        """What is known of a rank that has failed; nothing where none has."""
+        if self._store is None:
+            return ""
+        if self._store.check([_FAILED]):
+            return str(self._store.get(_FAILED).decode())
+        if gone := self._ended():
+            # What the first has said that saw one: by now it may have ended itself.
+            return str(self._store.compare_set(_FAILED, "", gone).decode())
+        return ""
+
     def _ended(self) -> str:
         """Of a rank of this machine whose process has ended."""
-        for rank in range(self.size) if self._store is not None else ():
+        for rank in range(self.size):
             if rank != self.rank and self._store.check([f"{_PROCESS}/{rank}"]):
                 host, number = self._store.get(f"{_PROCESS}/{rank}").decode().split()
                 if host == _host() and _has_ended(int(number)):
@@ -325,8 +349,10 @@ def join(device: Any) -> Group:
             f"WORLD_SIZE={place.size}, but torch.distributed was initialised with "
             f"{dist.get_world_size()} ranks; leave that to this library, or to torchrun"
         )
-    control = dist.new_group(backend="gloo", timeout=_PATIENCE)
-    group = Group(place, _Joined.store, control)
+    group = Group(place, _Joined.store)
+    _Joined.number += 1
+    group.meet(_Joined.number)  # what follows would wait for who is gone
+    group.control = dist.new_group(backend="gloo", timeout=_PATIENCE)
     _Joined.groups.add(group)
     return group
 
@@ -334,10 +360,11 @@ def join(device: Any) -> Group:
 class _Joined:
     """The store that this process met the others in; None where others initialised the group.
 
-    groups: that were made, one for each model.
+    number, groups: of models, and those of them that are there.
     """
 
     store: Any = None
+    number: ClassVar[int] = 0
     groups: ClassVar[weakref.WeakSet[Group]] = weakref.WeakSet()
 
 

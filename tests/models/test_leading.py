@@ -295,10 +295,12 @@ def test_whatever_ends_a_rank_is_told_by_it(seen: Seen, case: str, message: str)
 
 
 @LAUNCHES_RANKS
-@pytest.mark.parametrize(("size", "case"), [(2, "killed"), (2, "leaves"), (4, "killed")])
+@pytest.mark.parametrize(
+    ("size", "case"), [(2, "killed"), (2, "killed_between"), (2, "leaves"), (4, "killed")]
+)
 def test_a_rank_that_is_gone_is_named(seen: Seen, size: int, case: str) -> None:
     ranks = seen(size, case)
-    assert ranks[1]["status"] == (-9 if case == "killed" else 0)
+    assert ranks[1]["status"] == (0 if case == "leaves" else -9)
     for rank in ranks[:1] + ranks[2:]:
         assert rank["error"].startswith("RankError: rank 1 failed: its process ")
         assert rank["error"].endswith("see what torchrun says of it")
