@@ -111,6 +111,7 @@ class Group:
         self.local_rank, self.local_size = place.local_rank, place.local_size
         self._store, self.control = store, control
         self._failed: RankError | None = None
+        self._processes: dict[int, str] = {}  # which are needed where the store is gone
 
     def device(self, given: Any) -> Any:
         """`given`, of a model of this group: on GPUs each rank has the one of its number.
@@ -218,15 +219,17 @@ class Group:
     def meet(self, number: int) -> None:
         """Return when all ranks have come to load the model of this number: until then one may be
         busy for as long as it likes.   Raises RankError, where one never will come."""
-        if self._store is None:
+        if (store := self._store) is None:
             return
         comes = [f"{_COMES}/{number}/{rank}" for rank in range(self.size)]
         try:
-            self._store.set(comes[self.rank], "")
-            while not self._store.check(comes):
+            store.set(comes[self.rank], "")
+            while not store.check(comes):
                 if said := self._failure():
                     raise RankError(said)
                 time.sleep(0.01)
+            for rank in range(self.size):
+                self._process_of(rank)
         except RuntimeError as error:
             raise RankError(f"the store of torch.distributed is gone: {error}") from error
 
@@ -278,34 +281,43 @@ class Group:
         """Who failed, and how, as far as that can be known."""
         end_s = time.monotonic() + _TOLD_S
         while time.monotonic() < end_s:
-            with suppress(RuntimeError):
-                if said := self._failure():
-                    return said
+            if said := self._failure():
+                return said
             time.sleep(0.05)
         return f"another rank has left without a word: {error}"
 
     def _failure(self) -> str:
         """What is known of a rank that has failed; nothing where none has."""
-        if self._store is None:
+        try:
+            if self._store is not None and self._store.check([_FAILED]):
+                return str(self._store.get(_FAILED).decode())
+            gone = self._ended()
+            if gone and self._store is not None:
+                # What the first has said that saw one: by now it may have ended itself.
+                return str(self._store.compare_set(_FAILED, "", gone).decode())
+            return gone
+        except RuntimeError:  # it is gone with its process, and says so at length each time
+            self._store = None
             return ""
-        if self._store.check([_FAILED]):
-            return str(self._store.get(_FAILED).decode())
-        if gone := self._ended():
-            # What the first has said that saw one: by now it may have ended itself.
-            return str(self._store.compare_set(_FAILED, "", gone).decode())
-        return ""
 
     def _ended(self) -> str:
         """Of a rank of this machine whose process has ended."""
         for rank in range(self.size):
-            if rank != self.rank and self._store.check([f"{_PROCESS}/{rank}"]):
-                host, number = self._store.get(f"{_PROCESS}/{rank}").decode().split()
+            if rank != self.rank and (process := self._process_of(rank)):
+                host, number = process.split()
                 if host == _host() and _has_ended(int(number)):
                     return (
                         f"rank {rank} failed: its process {number} ended without a word: it was "
                         "killed, or left the script early; see what torchrun says of it"
                     )
         return ""
+
+    def _process_of(self, rank: int) -> str:
+        """Its machine and number; nothing where it has not said so yet."""
+        name, store = f"{_PROCESS}/{rank}", self._store
+        if rank not in self._processes and store is not None and store.check([name]):
+            self._processes[rank] = store.get(name).decode()
+        return self._processes.get(rank, "")
 
 
 @dataclass

@@ -3,6 +3,9 @@ has several processes."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -51,6 +54,26 @@ def alike(monkeypatch: pytest.MonkeyPatch) -> Alike:
     found = Alike(2)
     found.install(monkeypatch)
     return found
+
+
+class Store:
+    """That of two ranks, whose first has this process."""
+
+    def __init__(self, process: int) -> None:
+        self.held = {"bminf/process/0": f"{os.uname().nodename} {process}".encode()}
+        self.is_gone, self.num_asked = False, 0
+
+    def set(self, name: str, value: str) -> None:
+        self.held[name] = value.encode()
+
+    def get(self, name: str) -> bytes:
+        return self.held[name]
+
+    def check(self, names: list[str]) -> bool:
+        self.num_asked += 1
+        if self.is_gone:
+            raise RuntimeError("Broken pipe")
+        return all(name in self.held for name in names)
 
 
 def test_the_place_is_what_torchrun_says() -> None:
@@ -107,6 +130,26 @@ def test_a_linear_by_columns_is_the_sum_of_its_ranks(kind: str, alike: Alike) ->
         y = RowParallel(linear, Group(Place(0, 2)))(x)
         assert torch.equal(y, 2 * linear(x))
     assert alike.calls == [("all_reduce", (3, 8), torch.float32)]
+
+
+def test_a_store_that_is_gone_with_its_rank_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It prints a page each time. Without torchrun, the first rank has it."""
+    other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    store = Store(other.pid)
+    second = Group(Place(1, 2), store)
+    store.set("bminf/comes/1/0", "")
+    second.meet(1)
+    other.communicate(b"\n")
+    store.is_gone, store.num_asked = True, 0
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr(dist, "all_reduce", broken)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    with pytest.raises(RankError, match=f"rank 0 failed: its process {other.pid} ended"):
+        second.sum(torch.zeros(2))
+    assert store.num_asked == 1
 
 
 def test_parts_lie_side_by_side(alike: Alike) -> None:
