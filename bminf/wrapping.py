@@ -122,20 +122,33 @@ def wrapper(
     """
     check_keywords("wrapper", unknown, keywords_of(wrapper)[1:])  # a model comes without its name
     check_bool("prefetch_experts", prefetch_experts)
-    if tp is not None:
-        group = join(device)
-        form, limit = _cut(model, quantization, memory_limit, device, quantize, tp, group)
-        with group.agreement():
-            return wrapper(
-                model, form or False, limit, group.device(device), offload_dir, reserve,
-                blocks=blocks, uses=uses, max_length=max_length, max_batch_size=max_batch_size,
-                prefetch_experts=prefetch_experts,
-            )  # fmt: skip
+    if tp is None:
+        options = Options(quantization, blocks, uses, quantize, reserve, max_length, max_batch_size)
+        return _wrap(model, options, memory_limit, device, offload_dir, prefetch_experts)
+    group = join(device)
+    form, limit = _cut(model, quantization, memory_limit, device, quantize, tp, group)
+    options = Options(form or False, blocks, uses, None, reserve, max_length, max_batch_size)
+    with group.agreement():
+        return _wrap(
+            model, options, limit, group.device(device), offload_dir, prefetch_experts,
+            group.local_size,
+        )  # fmt: skip
+
+
+def _wrap(
+    model: Model,
+    options: Options,
+    memory_limit: int | float | str | None,
+    device: torch.device | str | int | None,
+    offload_dir: str | Path | None,
+    prefetch_experts: bool,
+    num_processes: int = 1,
+) -> Model:
+    """As wrapper(), for one of so many processes that share the memory of the host."""
     _check_model(model)
     backend = backend_for(device)
     fetch_offloaded(model)
     source_device = check_tensors(model)
-    options = Options(quantization, blocks, uses, quantize, reserve, max_length, max_batch_size)
     request = Request(model, options, backend.device.type, backend.keeps_addresses)
     # What lies on the device, or in host memory, is freed as it is wrapped.
     model_bytes = unmapped_bytes(model)
@@ -143,18 +156,19 @@ def wrapper(
         budget = free_budget(backend.device, model_bytes if backend.device == source_device else 0)
     else:
         budget = parse_bytes(memory_limit, "memory_limit")
-    host_bytes = host_budget(backend.device, model_bytes if source_device.type == "cpu" else 0)
+    on_host = model_bytes if source_device.type == "cpu" else 0
+    host_bytes = host_budget(backend.device, on_host, num_processes)
     the_plan = request.plan(budget, host_bytes, backend.device, memory_limit is None)
-    warn_of_unregistered(request.unregistered, request.blobs.nbytes, stacklevel=2)
+    warn_of_unregistered(request.unregistered, request.blobs.nbytes, stacklevel=3)
     if request.format is not None:
-        warn_of_unquantized(model, request.blocks, request.choice, stacklevel=2)
+        warn_of_unquantized(model, request.blocks, request.choice, stacklevel=3)
     originals = Originals(model)
     scheduler = Scheduler(the_plan, backend, source_device, prefetch_experts)
     _apply(model, request, scheduler, offload_dir)
-    _warn_of_training(model, stacklevel=2)
+    _warn_of_training(model, stacklevel=3)
     del request  # it has the linears that were packed
     kept = [table.rows for table in _scheduler_of(model).tables]  # type: ignore[union-attr]
-    warn_of_held(originals, model, kept, backend.device == source_device, stacklevel=2)
+    warn_of_held(originals, model, kept, backend.device == source_device, stacklevel=3)
     return model
 
 

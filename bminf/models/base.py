@@ -174,7 +174,7 @@ class LanguageModel:
                 }  # fmt: skip
             terms.own["budget"] = _free(backend, group) if limit is None else limit
         budget = min(own["budget"] for own in terms.of_all)
-        host_bytes = host_budget(backend.device)
+        host_bytes = host_budget(backend.device, num_processes=group.local_size)
         try:
             with group.agreement():
                 the_plan = plan_within(
@@ -183,7 +183,7 @@ class LanguageModel:
                     self.max_length,
                     max_batch_size,
                     backend.device.type,
-                    None if host_bytes is None else host_bytes // group.local_size,
+                    host_bytes,
                     deterministic,
                     cuda_graph,
                 )

@@ -14,6 +14,7 @@ from ranks import transformers_models
 from tiny_models import make
 
 import bminf
+from bminf import wrapping
 from bminf.errors import ArgumentError, UnsupportedModelError
 from bminf.layers.parallel import Group, Place, RowParallel
 from bminf.layers.quantized_linear import QuantizedLinear
@@ -113,6 +114,17 @@ def test_other_arguments_are_refused_before_anything_is_cut() -> None:
     with pytest.raises(ArgumentError, match="quantize=; accepted"):
         bminf.wrapper(model, memory_limit="1GB", device="cpu", tp="auto", quantize=lambda *_: True)
     assert type(model.model.layers[0].mlp.down_proj) is torch.nn.Linear
+
+
+@pytest.mark.parametrize(("tp", "num_processes"), [("auto", 4), (None, 1)])
+def test_ranks_of_a_machine_share_what_is_free_on_the_host(
+    monkeypatch: pytest.MonkeyPatch, tp: str | None, num_processes: int
+) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr(wrapping, "join", lambda _: Group(Place(0, 1, 0, 4)))
+    monkeypatch.setattr(wrapping, "host_budget", lambda *sizes: given.append(sizes[-1]))
+    bminf.wrapper(transformers_models()["llama"](), memory_limit="1GB", device="cpu", tp=tp)
+    assert given == [num_processes]
 
 
 def test_a_part_is_neither_cut_again_nor_saved(tmp_path: Path) -> None:

@@ -36,4 +36,5 @@ def test_host_memory_is_what_is_free_and_what_is_let_go(monkeypatch: pytest.Monk
     monkeypatch.setattr(memory, "free_bytes", lambda: 1000)
     assert host_budget(torch.device("cuda"), 500) == 1200
     assert host_budget(torch.device("cuda")) == 800
+    assert host_budget(torch.device("cuda"), 500, 2) == 800  # half of what is free, and its own
     assert host_budget(torch.device("cpu"), 500) is None  # its homes lie in a file anyway

@@ -71,12 +71,13 @@ def spare_bytes(budget: int) -> int:
     return int(budget * (1 - _FREE_FRACTION) / _FREE_FRACTION)
 
 
-def host_budget(device: torch.device, model_bytes: int = 0) -> int | None:
+def host_budget(device: torch.device, model_bytes: int = 0, num_processes: int = 1) -> int | None:
     """Bytes of host memory for copies of streamed blocks, on this machine as it is now.
 
     model_bytes: what the model takes there now, and frees as it is wrapped.
+    num_processes: that share what is free.
     None, which is no limit, on the CPU: its host copies lie in a file.
     """
     if device.type == "cpu":
         return None
-    return int((memory.free_bytes() + model_bytes) * _PINNED_FRACTION)
+    return int((memory.free_bytes() / num_processes + model_bytes) * _PINNED_FRACTION)
