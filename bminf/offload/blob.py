@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -119,8 +119,9 @@ def lay_out(
     by_row = {name: specs.pop(name) for table in tables for name in table.names}
     outside = _shared(specs, owners) | _adapters(places, replacements)
     parts: dict[str, dict[str, TensorSpec]] = {"": {}, **{block.name: {} for block in blocks}}
-    stacks = _stacks(places, replacements, outside) if by_need else {}
     lists = _lists(places, specs, outside) if by_need else {}
+    stacks = _stacks(places, replacements, outside) if by_need else {}
+    stacks = {name: found for name, found in stacks.items() if not _is_within(name, lists)}
     in_stacks = {_joined(name, key) for name, (_, stack) in stacks.items() for key in stack}
     in_stacks |= {_joined(name, key) for name, (_, _, inner) in lists.items() for key in inner}
     for name, spec in specs.items():
@@ -170,10 +171,12 @@ def _lists(
     names relative to the list, where each holds tensors that nothing else does."""
     counts = Counter(module for *_, module in places)
     owners: dict[str, str] = {}  # name of a tensor -> of the expert that it is of
-    found = {}
+    found: dict[str, tuple[str, list[str], dict[str, TensorSpec]]] = {}
     for path, block, _, module in places:
         experts = listed_experts(path.rpartition(".")[2], module) if block else {}
         if not experts or any(counts[child] > 1 for child in experts.values()):
+            continue
+        if _is_within(path, found):  # an expert comes with all that it holds, experts too
             continue
         inner = {n[len(path) + 1 :]: x for n, x in specs.items() if n.startswith(f"{path}.")}
         is_apart = {n.partition(".")[0] for n in inner} == set(experts)
@@ -186,6 +189,11 @@ def _lists(
             for expert in several:
                 found.pop(expert.rpartition(".")[0], None)
     return found
+
+
+def _is_within(path: str, modules: Iterable[str]) -> bool:
+    """Whether the module `path` lies in one of these."""
+    return any(path.startswith(f"{outer}.") for outer in modules)
 
 
 def _lay_out_list(

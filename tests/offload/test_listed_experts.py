@@ -272,6 +272,35 @@ def test_what_cannot_be_told_apart_streams_with_its_block(kind: str) -> None:
         assert torch.equal(given, expected)
 
 
+class Nested(torch.nn.Module):
+    """An expert that holds experts, in a list or as stacks."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        config = tf.Qwen3MoeConfig(
+            hidden_size=WIDTH, moe_intermediate_size=WIDTH, num_experts=4, num_experts_per_tok=2
+        )
+        stacked = tf.models.qwen3_moe.modeling_qwen3_moe.Qwen3MoeSparseMoeBlock(config)
+        for parameter in stacked.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+        self.inner = Layer("list") if kind == "list" else stacked
+        self.out = torch.nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(x + self.inner(self.out(x)[None])[0])
+
+
+@pytest.mark.parametrize(("kind", "num_slots"), [("list", 2), ("stack", 9)])
+def test_an_expert_comes_with_the_experts_in_it(kind: str, num_slots: int) -> None:
+    original = make()
+    for layer in original.layers:
+        layer.experts = torch.nn.ModuleList([Nested(kind) for _ in range(EXPERTS)])
+    original.eval()
+    model = by_need(copy.deepcopy(original), num_slots)
+    for given, expected in zip(prompt_and_tokens(model), prompt_and_tokens(original), strict=True):
+        assert torch.equal(given, expected)
+
+
 @pytest.mark.parametrize("name", ["SwitchTransformers", "NllbMoe"])
 def test_experts_in_dicts_of_transformers(name: str, tmp_path: Path) -> None:
     kind = getattr(tf, f"{name}ForConditionalGeneration")
