@@ -55,7 +55,7 @@ class Router:
         self._is_resident = not any(isinstance(t, LazyTensor) for _, _, t in tensors_of(module))
         self._given: torch.Tensor | None = None  # to the module around, while that runs
         self._kept: _Kept | None = None
-        self._shape = (0, 0)  # dimensions and width of what it was called with alone
+        self._form: tuple[Any, ...] = ()  # of what it was called with alone: see _form()
         self._takes_given = False  # whether that was what the module around was given
 
     @property
@@ -94,7 +94,9 @@ class Router:
         x = self._given
         if x is None or not self._takes_given or not x.is_contiguous():
             return
-        if _shape(x) != self._shape:
+        if _form(x)[1:] != self._form[1:]:  # it may not take such
+            return
+        if x.dim() != self._form[0]:
             x = x.view(-1, x.shape[-1])
         self._kept = _Kept(x, self._forward(x))
         self._announce(self._kept.outputs)
@@ -102,16 +104,17 @@ class Router:
     def _learn(self, x: torch.Tensor | None) -> None:
         """x: what it was called with alone."""
         given, self._takes_given = self._given, False
-        self._shape = (0, 0) if x is None else _shape(x)
+        self._form = () if x is None else _form(x)
         if x is not None and given is not None and x.is_contiguous() and given.is_contiguous():
-            is_view = self._shape in (_shape(given), (2, given.shape[-1]))
+            is_view = self._form in (_form(given), (2, *_form(given)[1:]))
             is_whole = is_view and x.numel() == given.numel()
             self._takes_given = is_whole and _address(x) == _address(given) is not None
 
     def _guess(self, x: torch.Tensor) -> None:
         """Begin to copy what this router would choose for another layer's input."""
         num_rows = x.numel() // max(1, x.shape[-1])
-        if self._is_resident and self._shape == _shape(x) and num_rows <= _MOST_GUESSED:
+        is_able = self._is_resident and self._form == _form(x) and not self.module.training
+        if is_able and num_rows <= _MOST_GUESSED:
             self._announce(self._forward(x), is_guess=True)
 
     def _announce(self, outputs: Any, is_guess: bool = False) -> None:
@@ -161,8 +164,9 @@ def _first_tensor(args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tenso
     return first if isinstance(first, torch.Tensor) and first.dim() > 1 else None
 
 
-def _shape(x: torch.Tensor) -> tuple[int, int]:
-    return x.dim(), x.shape[-1]
+def _form(x: torch.Tensor) -> tuple[Any, ...]:
+    """Dimensions, then what a token has."""
+    return x.dim(), x.shape[-1], x.dtype
 
 
 def _ids_in(outputs: Any) -> torch.Tensor | None:

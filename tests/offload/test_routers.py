@@ -205,6 +205,57 @@ def test_what_was_said_early_and_was_wrong_costs_time_and_no_value(change: str, 
     assert stats.bytes_copied == stats.expert_misses * nbytes + stats.expert_bytes_unused
 
 
+class InDtype(torch.nn.Module):
+    """Routes in a dtype of its own."""
+
+    def __init__(self, inner: Any, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.gate, self.experts, self.dtype = inner.gate.to(dtype), inner.experts, dtype
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        x = hidden_states.view(-1, hidden_states.shape[-1])
+        _, weights, ids = self.gate(x.to(self.dtype))
+        found = self.experts(x.float(), ids, weights.float())
+        return found.to(x.dtype).view_as(hidden_states)
+
+
+def test_a_router_is_not_asked_about_what_it_would_not_take() -> None:
+    original, model = make(), make()
+    for one in (original, model):
+        for index, layer in enumerate(one.model.layers):
+            layer.mlp = InDtype(layer.mlp, torch.float64 if index % 2 else torch.float32)
+    bminf.wrapper(model, False, _limit(model, 7), device="cpu", prefetch_experts=True)
+    with torch.no_grad():
+        assert torch.equal(decoded(model), decoded(original))
+    assert bminf.stats_of(model).expert_bytes_guessed == 0
+
+
+def test_what_the_module_around_would_convert_is_no_error() -> None:
+    original, model = make(), make()
+    for one in (original, model):
+        layer = one.model.layers[1]
+        layer.mlp = InDtype(layer.mlp, torch.float32)
+    bminf.wrapper(model, False, _limit(model, 7), device="cpu")
+    x = torch.randn(1, 3, SIZES["hidden_size"])
+    with torch.no_grad():
+        for given in (x, x, x.half()):
+            found = [one.model.layers[1].mlp(given) for one in (model, original)]
+            assert torch.equal(*found)
+
+
+def test_a_router_in_training_is_not_asked_for_a_guess(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may draw random numbers."""
+    model = make()
+    runs = counted(model, monkeypatch)
+    bminf.wrapper(model, False, _limit(model, 7), device="cpu", prefetch_experts=True)
+    with torch.no_grad():
+        decoded(model, 1)
+        model.model.layers[LAYERS - 1].mlp.gate.train()
+        runs.clear()
+        decoded(model, 1)
+    assert len(runs) == 2 * LAYERS - 2  # each once, and guesses of all but the first and the last
+
+
 def test_in_training_a_router_is_run_when_it_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make()
     runs = counted(model, monkeypatch)
