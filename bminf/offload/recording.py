@@ -21,7 +21,8 @@ class Recording:
     Blocks are timed where they are called as modules, those that are called otherwise are not. On a
     GPU the times are those of its streams. Recording makes a call of a block some microseconds
     slower.
-    Raises ArgumentError for a model that bminf does not run, or that is closed.
+    Raises ArgumentError for a model that bminf does not run, or that is closed; when it is entered,
+    for one that is being recorded.
     """
 
     def __init__(self, model: Any) -> None:
@@ -35,6 +36,7 @@ class Recording:
             )
         self.trace = Trace((), ())
         self._network, self._scheduler = network, scheduler
+        self._names: list[str] = []  # of the backend's blobs
         self._began: Any = None
         self._computed: list[tuple[str, Any, Any]] = []
         self._open: list[Any] = []  # when the blocks that run now were called
@@ -42,13 +44,17 @@ class Recording:
 
     def __enter__(self) -> Recording:
         backend = self._scheduler.backend
-        for block in self._scheduler.plan.blocks:
-            module = self._network.get_submodule(block.name)
-            before = module.register_forward_pre_hook(self._begin)
-            after = module.register_forward_hook(partial(self._end, block.name), always_call=True)
-            self._hooks.callback(before.remove)
-            self._hooks.callback(after.remove)
-        backend.copy_log, self._began = [], backend.now()
+        if backend.copy_log is not None:
+            raise ArgumentError("this model is being recorded; leave the other Recording first")
+        self._names, self._computed, self._open = [*_names(self._scheduler)], [], []
+        with ExitStack() as hooks:
+            for block in self._scheduler.plan.blocks:
+                module = self._network.get_submodule(block.name)
+                end = partial(self._end, block.name)
+                hooks.callback(module.register_forward_pre_hook(self._begin).remove)
+                hooks.callback(module.register_forward_hook(end, always_call=True).remove)
+            backend.copy_log, self._began = [], backend.now()
+            self._hooks = hooks.pop_all()
         return self
 
     def __exit__(
@@ -62,8 +68,7 @@ class Recording:
         computed = [Span(name, *self._times(start, end)) for name, start, end in self._computed]
         backend.counters()  # which looks for copies that have ended, now that all was computed
         log, backend.copy_log = backend.copy_log or [], None
-        names = dict(enumerate(_names(self._scheduler)))
-        copies = [Span(names[c.block], *self._times(c.start, c.end), c.slot) for c in log]
+        copies = [Span(self._names[c.block], *self._times(c.start, c.end), c.slot) for c in log]
         self.trace = Trace(tuple(copies), tuple(_without_waits(computed, copies)))
 
     def _begin(self, module: torch.nn.Module, args: Any) -> None:

@@ -92,3 +92,38 @@ def test_a_model_of_the_zoo_is_recorded(tmp_path: Path) -> None:
 def test_what_bminf_does_not_run_is_refused(model: Any) -> None:
     with pytest.raises(ArgumentError, match="is not run by bminf"):
         Recording(model)
+
+
+@torch.no_grad()
+def test_a_recording_can_be_entered_again_but_not_in_another() -> None:
+    model, x = wrapped_stack(), torch.randn(3, 16)
+    recording = Recording(model)
+    with recording:
+        model(x)
+    first = recording.trace
+    with recording:
+        model(x)
+        with pytest.raises(ArgumentError, match="is being recorded"), Recording(model):
+            pass
+        model(x)
+    assert len(recording.trace.computed) == 2 * len(first.computed)
+    assert recording.trace.copies and recording.trace.computed[0].start_s >= 0
+
+
+@torch.no_grad()
+def test_what_was_recorded_before_the_model_was_unwrapped_is_known() -> None:
+    model = wrapped_stack()
+    with Recording(model) as recording:
+        model(torch.randn(3, 16))
+        bminf.unwrap(model)
+    assert recording.trace.computed and recording.trace.copies
+
+
+def test_a_model_that_has_lost_a_block_is_left_without_hooks() -> None:
+    model = wrapped_stack()
+    block = bminf.plan_of(model).blocks[-1].name
+    holder, _, name = block.rpartition(".")
+    del model.get_submodule(holder)._modules[name]
+    with pytest.raises(AttributeError), Recording(model):
+        pass
+    assert hooks_of(model) == 0
