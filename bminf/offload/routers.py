@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from bminf.checks import is_number
 from bminf.layout import tensors_of
 from bminf.lazy import LazyTensor
 from bminf.offload.context import first_of, text_config
@@ -153,9 +154,10 @@ def experts_per_token(model: torch.nn.Module, name: str) -> int | None:
     """How many experts of the module `name` one token goes through; None where nothing says."""
     own = getattr(model.get_submodule(name), "config", None)
     for config in (own, text_config(getattr(model, "config", None))):
-        chosen = first_of(config, *_CHOSEN)
-        if chosen is not None:  # one number, or one for each layer
-            return int(max(chosen)) if isinstance(chosen, list | tuple) else int(chosen)
+        chosen = first_of(config, *_CHOSEN)  # one number, or one for each layer, if it has experts
+        each = chosen if isinstance(chosen, list | tuple) else [chosen]
+        if numbers := [int(n) for n in each if is_number(n) and n >= 1]:
+            return max(numbers)
     return None
 
 

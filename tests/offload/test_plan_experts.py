@@ -103,7 +103,8 @@ def test_a_prediction_counts_what_is_missed_behind_the_router() -> None:
     ("fields", "number"),
     [
         ({"num_experts_per_tok": 2}, 2), ({"moe_topk": [2, 6]}, 6), ({"top_k_experts": 3}, 3),
-        ({}, None),
+        ({}, None), ({"moe_topk": [2, None]}, 2), ({"moe_k": "all"}, None), ({"moe_k": []}, None),
+        ({"num_experts_per_tok": -1}, None), ({"num_experts_per_tok": 0}, None),
     ],
 )  # fmt: skip
 def test_the_configuration_says_how_many_a_token_takes(
