@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from itertools import product
 from typing import Any
@@ -177,10 +179,11 @@ def by_need(model: Any, quantization: str | bool) -> Any:
     return model
 
 
-def routing_of(model: Any) -> list[list[int]]:
-    """What each call of each module of experts wants, numbered over all modules."""
+@contextmanager
+def routing_of(model: Any) -> Iterator[list[list[int]]]:
+    """What each call of each module of experts wants meanwhile, numbered over all modules."""
     wanted: list[list[int]] = []
-    first = 0
+    handles, first = [], 0
     for module in model.modules():
         if is_dispatched(module):
 
@@ -188,10 +191,11 @@ def routing_of(model: Any) -> list[list[int]]:
                 ids = set(args[1].flatten().tolist())
                 wanted.append([first + number for number in sorted(ids)])
 
-            module.register_forward_pre_hook(note)
+            handles.append(module.register_forward_pre_hook(note))
             first += module.num_experts
-    run_all(model)
-    return wanted
+    yield wanted
+    for handle in handles:
+        handle.remove()
 
 
 def run_all(model: Any) -> list[torch.Tensor]:
@@ -208,13 +212,13 @@ def assert_equal(found: list[torch.Tensor], expected: list[torch.Tensor]) -> Non
 @pytest.mark.parametrize("family", FAMILIES)
 def test_by_need_equals_the_unwrapped_model(family: str) -> None:
     model = make(family)
-    expected = run_all(model)
+    with routing_of(model) as layers:
+        expected = run_all(model)
     by_need(model, False)
     assert_equal(run_all(model), expected)
     stats, experts = bminf.stats_of(model), bminf.plan_of(model).experts
     assert stats.expert_misses and stats.bytes_copied == stats.expert_bytes_copied
     assert stats.bytes_copied <= stats.expert_misses * largest_expert(model)
-    layers = routing_of(make(family))
     lru = Lru(experts.num_slots)
     for number in (number for layer in layers for number in layer):
         lru.use(number)
