@@ -42,8 +42,9 @@ class Score:
 
 
 class TokenScorer(Protocol):
-    """max_length: tokens that fit.   end_id: of the token that ends texts.   start_id: of the one
-    that a text begins after."""
+    """max_length: tokens that a continuation may have, behind a context of one or more; what is too
+    long together loses its beginning.   end_id: of the token that ends texts.   start_id: of the
+    one that a text begins after."""
 
     max_length: int
     end_id: int
@@ -154,10 +155,8 @@ def _batches(pairs: Sequence[Pair], max_length: int) -> Iterator[dict[tuple[int,
     What is too long loses its beginning.
     """
     rows: dict[tuple[int, ...], list[int]] = {}
-    for at, (context, ids) in enumerate(pairs):
-        if len(ids) > max_length:
-            raise ArgumentError(f"{len(ids)} tokens to score; the most is {max_length}")
-        rows.setdefault(tuple([*context, *ids][-max_length - 1 : -1]), []).append(at)
+    for at, pair in enumerate(pairs):
+        rows.setdefault(tuple(_shortened(pair, max_length)[:-1]), []).append(at)
     batch: dict[tuple[int, ...], list[int]] = {}
     for row in sorted(rows, key=len):
         length = len(next(iter(batch), row))
@@ -167,6 +166,14 @@ def _batches(pairs: Sequence[Pair], max_length: int) -> Iterator[dict[tuple[int,
         batch[row] = rows[row]
     if batch:
         yield batch
+
+
+def _shortened(pair: Pair, max_length: int) -> list[int]:
+    """Context and continuation, `max_length` tokens and one before them at most."""
+    context, ids = pair
+    if len(ids) > max_length:
+        raise ArgumentError(f"{len(ids)} tokens to score; the most is {max_length}")
+    return [*context, *ids][-max_length - 1 :]
 
 
 def _score(logits: torch.Tensor, ids: Sequence[int]) -> Score:
@@ -204,7 +211,8 @@ class ZooScorer:
     """CPM-1 or a BLOOM: a model of bminf.models that continues a text."""
 
     def __init__(self, model: Any) -> None:
-        self._model, self.max_length = model, int(model.max_length)
+        # A request holds the token before those that are scored, too.
+        self._model, self.max_length = model, int(model.max_length) - 1
         self.end_id = self.start_id = int(model._end_ids()[0])
 
     def encode(self, text: str, has_special: bool = True) -> list[int]:
@@ -212,7 +220,7 @@ class ZooScorer:
 
     def score(self, pairs: Sequence[Pair]) -> list[Score]:
         """Rows share passes of the engine."""
-        whole = [([*context, *ids][-self.max_length :], len(ids)) for context, ids in pairs]
+        whole = [(_shortened(pair, self.max_length), len(pair[1])) for pair in pairs]
         requests = [Request(ids, 0, num_prompt_logprobs=1) for ids, _ in whole]
         engine = self._model.engine
         engine.run([engine.add(request) for request in requests])

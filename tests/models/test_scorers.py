@@ -142,6 +142,22 @@ def test_a_model_that_continues_texts(name: str, load: Loader) -> None:
     assert answer == model.generate(text, max_tokens=3, temperature=0)[0]
 
 
+@pytest.mark.parametrize("name", ["cpm1", "bloom"])
+def test_a_text_that_fills_a_built_in_model_is_scored_to_its_first_token(
+    name: str, load: Loader
+) -> None:
+    """As windows of a long text are: one token of context, and as many as there is room for."""
+    model = load(name, max_length=16)
+    scorer: Any = scorer_of(model)
+    room = 16 - 1  # the token before them, too
+    assert scorer.max_length == room
+    pairs = [([9], [*range(20, 20 + room)]), ([*range(3, 30)], [40, 41])]
+    expected = [by_hand(model.logits([*context, *ids][-16:]), ids) for context, ids in pairs]
+    assert scorer.score(pairs) == expected
+    with pytest.raises(ArgumentError, match=f"{room + 1} tokens to score; the most is {room}"):
+        scorer.score([([9], [4] * (room + 1))])
+
+
 @pytest.mark.parametrize("name", ["glm130b", "glm10b"])
 def test_a_glm_reads_its_context_in_both_directions(name: str, load: Loader) -> None:
     model = load(name)
