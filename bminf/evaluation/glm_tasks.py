@@ -14,6 +14,8 @@ import string
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -76,19 +78,19 @@ def read_task(path: Path, data_path: Path | None = None) -> GLMTask:
     folder = (data_path or path.parent) / str(content.get("path", ""))
     is_greedy = content.get("sampling_strategy", "BaseStrategy") == "BaseStrategy"
     name = str(content.get("name", path.stem))
-    is_lambada = name.upper() == "LAMBADA"
+    is_lambada, number = name.upper() == "LAMBADA", partial(_number, content, path)
     return GLMTask(
         name,
         content["type"],
         _files(folder, content.get("file_pattern", "**/*.json*")),
         bool(content.get("use_task_mask", False)),
         bool(content.get("unidirectional", False)),
-        int(content.get("max_seq_length", 2048)),
-        int(content.get("generation_length", 256)),
-        _LAMBADA_BEAMS if is_lambada else 1 if is_greedy else int(content.get("num_beams", 4)),
-        float(content.get("length_penalty", 1.0)),
-        int(content.get("no_repeat_ngram_size", 3)),
-        _LAMBADA_TOKENS if is_lambada else int(content.get("max_gen_length", _MAX_ANSWER)),
+        int(number("max_seq_length", 2048)),
+        int(number("generation_length", 256)),
+        _LAMBADA_BEAMS if is_lambada else 1 if is_greedy else int(number("num_beams", 4)),
+        float(number("length_penalty", 1.0)),
+        int(number("no_repeat_ngram_size", 3)),
+        _LAMBADA_TOKENS if is_lambada else int(number("max_gen_length", _MAX_ANSWER)),
     )
 
 
@@ -125,13 +127,27 @@ def _content(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ArgumentError(f"{path} cannot be read: {error}") from error
-    except yaml.YAMLError:  # with tags, as files of lm-eval may have
+        content = yaml.safe_load(_read(path))
+    except yaml.constructor.ConstructorError:  # of tags, as files of lm-eval may have
         return {}
+    except yaml.YAMLError as error:
+        raise ArgumentError(f"{path} is no YAML: {error}") from error
     pairs = content.items() if isinstance(content, dict) else ()
     return {str(key).replace("-", "_"): value for key, value in pairs}
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ArgumentError(f"{path} cannot be read: {error}") from error
+
+
+def _number(content: Mapping[str, Any], path: Path, key: str, default: float) -> float:
+    found = content.get(key, default)
+    if isinstance(found, bool) or not isinstance(found, int | float):
+        raise ArgumentError(f"{path} has {key}: {found!r}; give a number")
+    return found
 
 
 def _files(folder: Path, pattern: Any) -> dict[str, list[Path]]:
@@ -148,12 +164,15 @@ def _files(folder: Path, pattern: Any) -> dict[str, list[Path]]:
 
 
 def _items(file: Path, limit: int | None) -> Iterator[Item]:
-    with file.open(encoding="utf-8") as lines:
-        texts = (line for line in lines if line.strip())
-        for number, line in enumerate(texts):
-            if limit is not None and number >= limit:
-                return
-            yield json.loads(line)
+    lines = enumerate(_read(file).split("\n"), 1)
+    for number, line in islice(((at, line) for at, line in lines if line.strip()), limit):
+        try:
+            item = json.loads(line)
+        except ValueError as error:
+            raise ArgumentError(f"line {number} of {file} is no JSON: {error}") from error
+        if not isinstance(item, dict):
+            raise ArgumentError(f"line {number} of {file} is no object of JSON")
+        yield item
 
 
 def _given(item: Item, key: str, file: Path) -> Any:
@@ -161,6 +180,14 @@ def _given(item: Item, key: str, file: Path) -> Any:
     found = item.get(f"{key}_pretokenized", item.get(key))
     if found is None:
         raise ArgumentError(f"{file} has an item without {key} or {key}_pretokenized")
+    return found
+
+
+def _several(item: Item, key: str, file: Path) -> Any:
+    """Of which a text, or the ids, may be empty."""
+    found = _given(item, key, file)
+    if not isinstance(found, list) or not found:
+        raise ArgumentError(f"{file} has an item with {key}={found!r}; give a list of some")
     return found
 
 
@@ -177,11 +204,16 @@ def _is_right(scorer: GLMScorer, item: Item, file: Path) -> bool:
     encode = scorer.model.tokenizer.encode
     choices = [
         list(encode(choice) if isinstance(choice, str) else choice)
-        for choice in _given(item, "choices", file)
+        for choice in _several(item, "choices", file)
     ]
+    if not all(choices):
+        raise ArgumentError(f"{file} has an item with a choice without tokens")
+    label = _given(item, "label", file)
+    if label not in range(len(choices)):
+        raise ArgumentError(f"{file} has the label {label!r} for {len(choices)} choices")
     scores = scorer.score_ids(_given(item, "inputs", file), choices)
     best = max(range(len(scores)), key=lambda at: scores[at].logprob)
-    return bool(best == _given(item, "label", file))
+    return bool(best == label)
 
 
 def _generation(model: Any, task: GLMTask, file: Path, limit: int | None) -> FileScore:
@@ -189,7 +221,7 @@ def _generation(model: Any, task: GLMTask, file: Path, limit: int | None) -> Fil
     answer_of = _lambada_word if task.name.upper() == "LAMBADA" else _answer
     for item in _items(file, limit):
         answer = answer_of(model, task, _text(model, _given(item, "inputs", file)))
-        targets = [_text(model, one) for one in _given(item, "targets", file)]
+        targets = [_text(model, one) for one in _several(item, "targets", file)]
         metrics["EM"].append(max(float(_plain(answer) == _plain(one)) for one in targets))
         metrics["F1"].append(max(_f1(answer, one) for one in targets))
     return _percent(file, metrics)
@@ -233,8 +265,7 @@ def _language_model(model: Any, task: GLMTask, file: Path, limit: int | None) ->
             f"max_length={model.max_length}, and {task.name} reads windows of {task.window} "
             f"tokens; load the model with max_length={task.window}"
         )
-    text = file.read_text(encoding="utf-8")
-    found = model.perplexity(text, task.stride, task.is_unidirectional)
+    found = model.perplexity(_read(file), task.stride, task.is_unidirectional)
     return FileScore(file.name, 1, {"PPL": found})
 
 

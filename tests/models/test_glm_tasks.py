@@ -110,6 +110,46 @@ def test_files_of_another_form(tmp_path: Path) -> None:
     assert is_glm_task(task_in(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("type: [mul\n", "is no YAML: .* line 2"),
+        ("type: gen\nmax_gen_length: many\n", "has max_gen_length: 'many'; give a number"),
+    ],
+)
+def test_task_files_that_are_wrong(text: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "task.yaml"
+    path.write_text(f"file_pattern: '*.yaml'\n{text}")
+    with pytest.raises(ArgumentError, match=f"(?s)task.yaml {said}"):
+        read_task(path)
+
+
+CHOICES = '{"inputs": [60], "choices": [[61], [62]], "label": 0}'
+
+
+@pytest.mark.parametrize(
+    ("kind", "line", "said"),
+    [
+        ("mul", "{60", "line 3 of .*validation.jsonl is no JSON: Expecting"),
+        ("mul", "[60]", "line 3 of .*validation.jsonl is no object of JSON"),
+        ("mul", CHOICES.replace("[61]", "[]"), "a choice without tokens"),
+        ("mul", CHOICES.replace("[[61], [62]]", "[]"), r"choices=\[\]; give a list"),
+        ("mul", CHOICES.replace("0}", "2}"), "the label 2 for 2 choices"),
+        ("mul", CHOICES.replace("0}", '"0"}'), "the label '0' for 2 choices"),
+        ("gen", '{"inputs": [60], "targets": []}', r"targets=\[\]; give a list"),
+    ],
+)
+def test_items_that_are_wrong(
+    kind: str, line: str, said: str, load: Loader, tmp_path: Path
+) -> None:
+    """None of them counts as a wrong answer."""
+    path = task_in(write(tmp_path, []), type=kind, max_gen_length=1)
+    right = [CHOICES, ""] if kind == "mul" else []
+    (tmp_path / "data" / "validation.jsonl").write_text("\n".join([*right, line]))
+    with pytest.raises(ArgumentError, match=said):
+        scores_of(load("glm130b"), path)
+
+
 def test_groups_are_summed_up_by_items() -> None:
     scores = [FileScore(str(n), n, {"Accuracy": 10.0 * n}) for n in (1, 2, 7)]
     assert summary(scores) == {
