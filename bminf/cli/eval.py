@@ -18,9 +18,13 @@ from bminf.progress import progress_bar, spinner
 
 if TYPE_CHECKING:
     from bminf.cli.session import Session
+    from bminf.evaluation.glm_tasks import GLMTask
+    from bminf.evaluation.harness import TaskFiles
 
 _LENGTH, _TOKENS = 2048, 8192
 _FIDELITY = ("text", "formats", "tokens")
+_TASKS = ("limit", "num_fewshot", "data_path", "samples", "device")
+_HARNESS = ("num_fewshot", "samples")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="names of tasks of lm-evaluation-harness, or YAML files: its own, or those of "
         "GLM-130B's authors, for a GLM")  # fmt: skip
     add("--limit", type=flags.positive, metavar="N", help="items of each task, at most")
-    add("--num-fewshot", type=int, metavar="N",
+    add("--num-fewshot", type=flags.whole, metavar="N",
         help="examples before each item; default: as the task says")  # fmt: skip
     add("--data-path", metavar="DIR",
         help="where the data of GLM-130B's tasks is; default: beside their files")  # fmt: skip
@@ -58,58 +62,89 @@ def run(arguments: argparse.Namespace) -> int:
     if bool(arguments.tasks) == arguments.fidelity:
         raise ArgumentError("give --tasks or --fidelity, one of the two")
     if arguments.fidelity:
+        _refuse(_TASKS, arguments, "--tasks")
         report = _fidelity(arguments)
         lines = _fidelity_lines(report)
     else:
-        _check_is_of_tasks(arguments)
+        _refuse(_FIDELITY, arguments, "--fidelity")
         report = _tasks(arguments)
         lines = _task_lines(report)
     print(json.dumps(report, indent=2) if arguments.json else "\n".join(lines))
     return 0
 
 
-def _check_is_of_tasks(arguments: argparse.Namespace) -> None:
-    for name in _FIDELITY:
+def _refuse(names: Sequence[str], arguments: argparse.Namespace, what: str) -> None:
+    """Options that would be passed over in silence.   what: that they are for."""
+    for name in names:
         if getattr(arguments, name) is not None:
-            raise ArgumentError(f"--{name} is for --fidelity; leave it out")
+            raise ArgumentError(f"--{name.replace('_', '-')} is for {what}; leave it out")
 
 
 # ---- tasks ---------------------------------------------------------------------------------------
 
 
 def _tasks(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Whether the tasks are there is known before the model is read."""
     from bminf.evaluation.glm_tasks import is_glm_task
-    from bminf.evaluation.harness import is_file, require_harness
+    from bminf.evaluation.harness import find_tasks, is_file
 
-    of_glm = [one for one in arguments.tasks if is_file(one) and is_glm_task(Path(one))]
+    of_glm = [
+        one for one in arguments.tasks if is_file(one) and is_glm_task(Path(one).expanduser())
+    ]
     others = [one for one in arguments.tasks if one not in of_glm]
-    if others:
-        require_harness()
-        if Path(arguments.model).exists() and all(map(is_file, others)):
-            os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is to be looked up
+    _refuse(() if others else _HARNESS, arguments, "tasks of lm-evaluation-harness")
+    _refuse(() if of_glm else ("data_path",), arguments, "tasks of GLM-130B's authors")
+    read = _read_glm_tasks(of_glm, arguments)
+    asked = find_tasks(others)
+    manager = _manager(asked, arguments) if others else None
     from bminf.cli.session import find
 
     with find(arguments) as session:
         session.load(_LENGTH)
-        found = {Path(one).stem: _glm_task(session, one, arguments) for one in of_glm}
+        found = {name: _glm_task(session, task, arguments) for name, task in read.items()}
         report = {"model": arguments.model, "device": session.device, "glm_tasks": found}
-        return report | _harness(session, others, arguments)
+        return report | _harness(session, asked, manager, arguments)
+
+
+def _manager(asked: TaskFiles, arguments: argparse.Namespace) -> Any:
+    from bminf.evaluation.harness import require_harness, task_manager
+
+    require_harness()
+    file = arguments.samples
+    if file is not None and not Path(file).expanduser().parent.is_dir():
+        raise ArgumentError(f"--samples {file}: there is no such folder")
+    if Path(arguments.model).exists() and not asked.has_others:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is to be looked up
+    with spinner("importing lm-evaluation-harness"):
+        return task_manager(asked)
+
+
+def _read_glm_tasks(files: Sequence[str], arguments: argparse.Namespace) -> dict[str, GLMTask]:
+    """By the names of the files; by all of them, where two would have one name."""
+    from bminf.evaluation.glm_tasks import read_task
+
+    folder = arguments.data_path and Path(arguments.data_path).expanduser()
+    stems = [Path(file).stem for file in files]
+    is_short = len(set(stems)) == len(stems)
+    return {
+        stem if is_short else file: read_task(Path(file).expanduser(), folder)
+        for stem, file in zip(stems, files, strict=True)
+    }
 
 
 def _harness(
-    session: Session, tasks: Sequence[str], arguments: argparse.Namespace
+    session: Session, asked: TaskFiles, manager: Any, arguments: argparse.Namespace
 ) -> dict[str, Any]:
     """What lm-eval says of each task; the items that it asked go to a file."""
-    if not tasks:
+    if not asked.names:
         return {"results": {}, "versions": {}, "num_fewshot": {}}
-    from bminf.evaluation.harness import find_tasks, run_tasks
+    import lm_eval
 
-    with spinner("importing lm-evaluation-harness"):
-        asked = find_tasks(tasks)
-        import lm_eval
+    from bminf.evaluation.harness import run_tasks
+
     file = arguments.samples
     found = run_tasks(
-        session.scorer(), asked, arguments.limit, arguments.num_fewshot, file is not None
+        session.scorer(), asked, arguments.limit, arguments.num_fewshot, file is not None, manager
     )
     if file is not None:
         text = json.dumps(found["samples"], indent=1, default=str)
@@ -121,15 +156,12 @@ def _harness(
     }
 
 
-def _glm_task(session: Session, file: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    from bminf.evaluation.glm_tasks import read_task, run_task, summary
+def _glm_task(session: Session, task: GLMTask, arguments: argparse.Namespace) -> dict[str, Any]:
+    from bminf.evaluation.glm_tasks import run_task, summary
 
-    model = session.glm()
-    folder = arguments.data_path and Path(arguments.data_path).expanduser()
-    task = read_task(Path(file).expanduser(), folder)
     return {
         group: summary(scores) | {"files": [asdict(one) for one in scores]}
-        for group, scores in run_task(model, task, arguments.limit).items()
+        for group, scores in run_task(session.glm(), task, arguments.limit).items()
     }
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -56,28 +57,54 @@ def run_tasks(
     limit: int | None = None,
     num_fewshot: int | None = None,
     has_samples: bool = False,
+    manager: Any = None,
 ) -> dict[str, Any]:
     """What lm_eval.simple_evaluate() finds: "results" by task, "samples" if asked for.
 
     limit: items of each task, from the first.   num_fewshot: examples before each; None is the
-    task's own.   Raises BMInfError where a task is not known.
+    task's own.   manager: what task_manager() returns, if that was asked before.
+    Raises BMInfError where a task is not known, or cannot be run.
     """
     model = harness_model(scorer)
     from lm_eval import simple_evaluate
+
+    manager = manager or task_manager(tasks)
+    with _as_our_error(tasks.names):
+        found = simple_evaluate(
+            model, tasks=list(tasks.names), task_manager=manager, limit=limit,
+            num_fewshot=num_fewshot, log_samples=has_samples, bootstrap_iters=_RESAMPLED,
+        )  # fmt: skip
+    return dict(found)
+
+
+def task_manager(tasks: TaskFiles) -> Any:
+    """An lm_eval.tasks.TaskManager that knows them all.   Raises ArgumentError for those that it
+    does not know."""
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=list(tasks.folders), include_defaults=tasks.has_others)
     missing = [name for name in tasks.names if name not in manager.all_tasks]
     if missing:
         raise ArgumentError(
-            f"tasks={missing!r} are none of lm-evaluation-harness; give their names, or the YAML "
-            "files of your own"
+            f"lm-evaluation-harness knows no {', '.join(map(repr, missing))}; give names of its "
+            "tasks, or the YAML files of your own"
         )
-    found = simple_evaluate(
-        model, tasks=list(tasks.names), task_manager=manager, limit=limit,
-        num_fewshot=num_fewshot, log_samples=has_samples, bootstrap_iters=_RESAMPLED,
-    )  # fmt: skip
-    return dict(found)
+    return manager
+
+
+@contextmanager
+def _as_our_error(names: Sequence[str]) -> Iterator[None]:
+    """Errors of a task's file, its data and its templates, for which lm-eval has no one class."""
+    try:
+        yield
+    except (BMInfError, OSError):
+        raise
+    except Exception as error:
+        cause = error.__cause__ or error
+        raise BMInfError(
+            f"{', '.join(names)} cannot be evaluated: {type(error).__name__}: {cause}; see whether "
+            "the file of the task and its data are as lm-evaluation-harness wants them"
+        ) from error
 
 
 def find_tasks(given: Sequence[str]) -> TaskFiles:

@@ -12,6 +12,7 @@ from terminal import Command
 from tiny_glm import tiny_model
 
 from bminf.cli import eval as eval_verb
+from bminf.cli.session_pretrained import PretrainedSession
 from bminf.evaluation import fidelity
 
 WORDS = "once upon a time word7 word8 word9 " * 200
@@ -70,8 +71,42 @@ def test_a_task_of_glm130b_needs_no_harness(
 def test_a_task_of_glm130b_is_for_a_glm(folder: Path, tmp_path: Path, command: Command) -> None:
     file = tmp_path / "tiny.yaml"
     file.write_text("name: tiny\ntype: mul\n")
+    (tmp_path / "data.jsonl").touch()
     refused = command("eval", folder, "--tasks", file, "--device", "cpu", code=2).error
     assert "is no GLM" in refused
+
+
+def test_tasks_that_are_not_there_are_told_before_the_model_is_read(
+    folder: Path, task: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(*_: object) -> None:
+        raise AssertionError("it was read")
+
+    monkeypatch.setattr(PretrainedSession, "load", read)
+    other = tmp_path / "x y.yaml"
+    other.write_text("task:\n  - group\n# task: a\n")
+    for tasks, said in (
+        ((task.with_name("no.yaml"),), "cannot be read"),
+        ((other,), "names no task"),
+        ((task, "--samples", tmp_path / "nowhere" / "a.json"), "there is no such folder"),
+    ):
+        assert said in command("eval", folder, "--tasks", *tasks, code=2).error
+    task.write_text("task: words\n  wrong: [\n")  # lm-eval passes over what is no YAML
+    assert "is no YAML" in command("eval", folder, "--tasks", task, code=2).error
+
+
+def test_tasks_of_one_name_are_told_apart(tmp_path: Path, command: Command) -> None:
+    model = tiny_model("glm10b").write_original(tmp_path / "glm")
+    files = [tmp_path / name / "CoLA.yaml" for name in ("a", "b")]
+    for label, file in enumerate(files):
+        file.parent.mkdir()
+        file.write_text("type: mul\n")
+        item = {"inputs": [60, 61], "choices": [[62], [63]], "label": label}
+        (file.parent / "a.jsonl").write_text(json.dumps(item))
+    out = command("eval", model, "--tasks", *files, "--device", "cpu").out
+    assert [line.split("  ")[0] for line in out.splitlines()] == [*map(str, files)]
+    refused = command("eval", model, "--tasks", *files, "--samples", "a.json", code=2).error
+    assert "--samples is for tasks of lm-evaluation-harness" in refused
 
 
 def test_fidelity_of_a_folder(folder: Path, tmp_path: Path, command: Command) -> None:
@@ -112,6 +147,10 @@ def test_the_text_of_python_is_taken_where_none_is_given() -> None:
         (("--tasks", "a", "--formats", "int8*"), "--formats is for --fidelity"),
         (("--fidelity", "--formats", "int9"), "--formats='int9' is none of: int8 row"),
         (("--fidelity", "--text", "/no/such/file"), "--text='/no/such/file' cannot be read"),
+        (("--fidelity", "--limit", "1"), "--limit is for --tasks; leave it out"),
+        (("--fidelity", "--device", "cuda"), "--device is for --tasks; leave it out"),
+        (("--tasks", "a", "--num-fewshot", "-1"), "accepted: a whole number from 0"),
+        (("--tasks", "a", "--data-path", "."), "--data-path is for tasks of GLM-130B's authors"),
         (("--fidelity", "--memory-limit", "1GB"), "leave out --quantization and --memory-limit"),
     ],
 )

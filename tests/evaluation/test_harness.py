@@ -152,8 +152,23 @@ def test_tasks_are_names_or_files(tmp_path: Path) -> None:
 
 
 def test_a_task_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(ArgumentError, match=r"\['no_such'\] are none of lm-evaluation-harness"):
+    with pytest.raises(ArgumentError, match="lm-evaluation-harness knows no 'no_such'; give"):
         run_tasks(Uniform(), TaskFiles(["no_such"], [str(tmp_path)], False))
+
+
+@pytest.mark.parametrize(
+    ("lines", "line", "said"),
+    [
+        (CHOICES, "{", "DatasetGenerationError: .*JSON"),
+        (CHOICES.replace("context", "nothing"), '{"a": 1}', "UndefinedError: 'nothing' is undef"),
+        (CHOICES.replace("multiple_choice", "many"), '{"a": 1}', "ValueError: .*'many'"),
+    ],
+)
+def test_tasks_that_are_wrong(lines: str, line: str, said: str, tmp_path: Path) -> None:
+    task = write_task(tmp_path, "wrong", lines, [])
+    (tmp_path / "wrong.jsonl").write_text(line)
+    with pytest.raises(BMInfError, match=f"wrong cannot be evaluated: {said}"):
+        run_tasks(Uniform(), task)
 
 
 def test_the_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
