@@ -7,6 +7,7 @@ text: its perplexity, and how far its predictions are from those of the unpacked
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -40,6 +41,8 @@ FORMATS = (
     ),
 )
 
+_FEW = 0.01  # of all weights, such as routers and the kernels of short convolutions
+
 Sample = dict[str, Any]
 """One reading of the text.
 
@@ -57,7 +60,8 @@ class Reader:
     head: how the output head is packed in every other reading; the embedding stays as it is.
     window: tokens that are read together.   logits: of the model; None calls it as one of
     transformers.   Raises ArgumentError for a text that fills no window; a rest that fills none is
-    left out.
+    left out. Raises UnsupportedModelError for a model without linears; a warning tells of weights
+    in other modules, such as stacks of experts, which are read as they are.
     """
 
     def __init__(
@@ -77,6 +81,7 @@ class Reader:
         self._heads, self._head_form = _heads_of(model), head
         linears = (one for one in model.modules() if isinstance(one, torch.nn.Linear))
         self.linears = [linear for linear in linears if linear not in self._heads]
+        _check_are_linears(model, self.linears, self._heads)
         self._references: list[torch.Tensor] = []
         self.plain = self._sample(None)
 
@@ -134,6 +139,27 @@ def _heads_of(model: Any) -> list[torch.nn.Linear]:
     head = getattr(model, "lm_head", None) if own is None else own()
     found = () if head is None else head.modules()
     return [one for one in found if isinstance(one, torch.nn.Linear)]
+
+
+def _check_are_linears(
+    model: Any, linears: Sequence[torch.nn.Linear], heads: Sequence[torch.nn.Linear]
+) -> None:
+    """What is packed is to be most of the model, or the table would be of another one."""
+    if not linears:
+        raise UnsupportedModelError(
+            f"a {type(model).__name__} has no torch.nn.Linear but its head: nothing would be packed"
+        )
+    tables = [one for one in model.modules() if isinstance(one, torch.nn.Embedding)]
+    known = {id(one.weight) for one in (*linears, *heads, *tables)}
+    weights = [(name, one) for name, one in model.named_parameters() if one.dim() > 1]
+    others = {name: one.numel() for name, one in weights if id(one) not in known}
+    share = sum(others.values()) / sum(one.numel() for _, one in weights)
+    if share > _FEW:
+        warnings.warn(
+            f"{share:.0%} of the weights, such as {max(others, key=others.__getitem__)}, are in no "
+            "torch.nn.Linear and are read as they are in every format: the table is of the rest",
+            stacklevel=3,
+        )
 
 
 def repacked(

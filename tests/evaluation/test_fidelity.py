@@ -90,6 +90,15 @@ def test_what_cannot_be_read_is_told(load: Load) -> None:
         Reader(make("llama"), torch.arange(5))
 
 
+def test_weights_that_are_not_packed_are_told() -> None:
+    """Experts in stacks; and GPT-2 has its weights in modules of transformers."""
+    ids = torch.randint(3, 60, (32,))
+    with pytest.warns(UserWarning, match=r"\d+% of the weights, such as .*experts.*, are in no"):
+        Reader(make("mixtral"), ids, None, 32)
+    with pytest.raises(UnsupportedModelError, match="GPT2LMHeadModel has no torch"):
+        Reader(make("gpt2"), ids, None, 32)
+
+
 def test_names_are_those_of_the_documentation() -> None:
     page = (Path(__file__).resolve().parents[2] / "docs" / "quantization.md").read_text()
     assert all(f"| {fidelity.name_of(form)} |" in page for form in fidelity.FORMATS)
