@@ -7,11 +7,13 @@ from __future__ import annotations
 import argparse
 import json
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from bminf.cli import flags, sources, system
+from bminf.errors import OffloadError
 from bminf.progress import spinner
 from bminf.units import format_bytes
 
@@ -72,12 +74,31 @@ def measured(
         speeds = machine.speeds_of_machine(clock)
         host = machine.host_memory_speed(clock)
     with spinner("measuring the disk"):
-        disk = machine.disk_speed(arguments.offload_dir)
+        disk = _disk_speed(arguments.offload_dir)
     with spinner("measuring products"):
         call_s, rates = machine.call_seconds(clock), machine.product_rates(clock)
     limit = arguments.memory_limit
     room = free_budget(device_for(None)) if limit is None else limit
     return Machine(speeds, host, disk, call_s, rates, room, free_bytes(), torch.cuda.is_available())
+
+
+def _disk_speed(folder: str | None) -> int | None:
+    """None, and a warning, where the usual folder has no room: all else can be told.
+
+    Raises OffloadError for a folder that was asked about.
+    """
+    from bminf.cli import machine
+
+    try:
+        return machine.disk_speed(folder)
+    except OSError as error:
+        if folder is not None:
+            raise OffloadError(f"the disk of {folder} cannot be measured: {error}") from error
+        warnings.warn(
+            f"the disk is not measured: {error}; give a folder on another one: --offload-dir",
+            stacklevel=2,
+        )
+        return None
 
 
 def measurements(machine: Machine) -> Report:

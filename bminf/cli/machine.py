@@ -12,7 +12,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -74,8 +74,7 @@ def _of_gpu(clock: Clock) -> Speeds:
 
 def _of_cpu(clock: Clock) -> Speeds:
     buffer = memoryview(bytearray(PROBE_BYTES))
-    with tempfile.TemporaryFile(buffering=0) as file:
-        file.write(buffer)
+    with _cached_file(buffer) as file:
 
         def read() -> None:
             file.seek(0)
@@ -83,6 +82,27 @@ def _of_cpu(clock: Clock) -> Speeds:
 
         file_s = _median_s(read, clock)
     return Speeds(int(PROBE_BYTES / file_s), host_memory_speed(clock))
+
+
+@contextmanager
+def _cached_file(content: memoryview) -> Iterator[Any]:
+    """In the page cache; where the disk is full, a file in memory, which is in the same cache."""
+    with ExitStack() as opened:
+        try:
+            file = opened.enter_context(tempfile.TemporaryFile(buffering=0))
+            _write(file, content)
+        except OSError:
+            if not hasattr(os, "memfd_create"):
+                raise
+            file = opened.enter_context(os.fdopen(os.memfd_create("bminf"), "wb+", 0))
+            _write(file, content)
+        yield file
+
+
+def _write(file: IO[bytes], content: memoryview) -> None:
+    """All of it: a disk that fills up takes a part, and tells with the next call."""
+    while content:
+        content = content[file.write(content) :]
 
 
 def host_memory_speed(clock: Clock = time.perf_counter) -> int:
@@ -111,9 +131,9 @@ def disk_speed(offload_dir: str | Path | None, clock: Clock = time.perf_counter)
 def probe_file(folder: Path) -> Iterator[IO[bytes]]:
     """_DISK_BYTES on the disk of `folder`."""
     with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
-        piece = os.urandom(_PIECE_BYTES)  # which no file system compresses
+        piece = memoryview(os.urandom(_PIECE_BYTES))  # which no file system compresses
         for _ in range(_DISK_BYTES // _PIECE_BYTES):
-            file.write(piece)
+            _write(file, piece)
         os.fsync(file.fileno())  # what is not written yet stays in the cache
         yield file
 

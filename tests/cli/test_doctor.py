@@ -100,6 +100,21 @@ def test_a_folder_and_a_model_that_are_not_there(tmp_path: Path, command: Comman
     assert str(missing) in command("doctor", missing, code=1).error
 
 
+@pytest.mark.usefixtures("quick")
+def test_a_disk_that_is_full_leaves_the_rest_of_the_report(
+    tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(machine, "disk_speed", full)
+    with pytest.warns(UserWarning, match="is not measured: No space left.*: --offload-dir"):
+        found = json.loads(command("doctor", "--json").out)
+    assert found["measured"]["disk_bytes_per_s"] is None and found["measured"]["call_s"] > 0
+    said = command("doctor", "--offload-dir", tmp_path, code=1).error
+    assert f"the disk of {tmp_path} cannot be measured: No space left" in said
+
+
 def test_a_file_of_the_disk_is_gone_after_ctrl_c(tmp_path: Path) -> None:
     """While it measures: the file is there then, and has no name."""
     process = started("doctor", "--offload-dir", str(tmp_path))

@@ -5,10 +5,13 @@ Times of the processor are compared, but for the disk, at which a process waits.
 
 from __future__ import annotations
 
+import errno
 import os
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import other_probes
 import pytest
@@ -89,6 +92,43 @@ def test_the_file_has_no_name_while_it_is_there(tmp_path: Path) -> None:
 def test_a_folder_that_is_not_there_is_told(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere"):
         machine.disk_speed(tmp_path / "nowhere")
+
+
+def test_a_disk_that_fills_up_is_told_and_the_page_cache_measured_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It takes a part of what is written, as Linux does, before it says that it is full."""
+    plain = tempfile.TemporaryFile
+    monkeypatch.setattr(machine.tempfile, "TemporaryFile", lambda **how: Full(plain(**how)))
+    with pytest.raises(OSError, match="No space left"):
+        machine.disk_speed(tmp_path)
+    with machine._cached_file(memoryview(bytes(2 * Full.ROOM))) as file:
+        assert os.fstat(file.fileno()).st_size == 2 * Full.ROOM
+
+
+class Full:
+    """A file on a disk with room for some bytes."""
+
+    ROOM = 2**16
+
+    def __init__(self, file: Any) -> None:
+        self._file, self._room = file, self.ROOM
+
+    def write(self, content: memoryview) -> int:
+        if self._room == 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written: int = self._file.write(content[: self._room])
+        self._room -= written
+        return written
+
+    def __enter__(self) -> Full:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
 
 
 def test_a_system_that_cannot_empty_its_cache_measures_no_disk(
