@@ -15,6 +15,7 @@ from bminf import __version__
 _PACKAGES = ("torch", "cupy-cuda12x", "nvidia-cuda-nvrtc-cu12", "transformers", "numpy")
 _DRIVER = Path("/proc/driver/nvidia/version")
 _GROUPS = Path("/sys/fs/cgroup")
+_CAP_IPC_LOCK = 1 << 14  # capabilities(7)
 
 
 def versions() -> dict[str, str | None]:
@@ -102,7 +103,11 @@ def memory(root: Path = _GROUPS) -> dict[str, Any]:
     }
 
 
-def _lockable_bytes() -> int | None:
+def _lockable_bytes(status: Path = Path("/proc/self/status")) -> int | None:
+    """status: of the process; one that may lock anything, as those of root do, has no limit."""
+    found = re.search(r"^CapEff:\s*([0-9a-f]+)$", _text(status), re.MULTILINE)
+    if found is not None and int(found[1], 16) & _CAP_IPC_LOCK:
+        return None
     try:
         import resource
     except ImportError:  # Windows

@@ -76,12 +76,16 @@ def test_memory_of_a_container(files: dict[str, str], limit: int | None, tmp_pat
     assert system.memory(tmp_path)["container_limit_bytes"] == limit
 
 
-def test_memory_that_may_be_locked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_that_may_be_locked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import resource
 
+    status, privileged = tmp_path / "of a user", tmp_path / "of root"
+    status.write_text("Name:\tpython\nCapEff:\t0000000000000400\nCapBnd:\t000001ffffffffff\n")
+    privileged.write_text("Name:\tpython\nCapEff:\t000001ffffffffff\n")
     for soft, shown in ((65536, 65536), (resource.RLIM_INFINITY, None)):
         monkeypatch.setattr(resource, "getrlimit", lambda _, soft=soft: (soft, soft))
-        assert system.memory()["lockable_bytes"] == shown
+        assert system._lockable_bytes(status) == system._lockable_bytes(tmp_path / "none") == shown
+        assert system._lockable_bytes(privileged) is None
     assert system.memory()["free_bytes"] > 0
 
 
