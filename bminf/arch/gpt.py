@@ -158,6 +158,8 @@ class GPT(torch.nn.Module):
         self.embed_positions = embedding(config.max_position_embeddings, size)
         self.layers = torch.nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = LayerNorm(size, config.layer_norm_eps)
+        # Of one of several ranks: its rows of the embedding, which none of them has whole.
+        self.lm_head: torch.nn.Linear | None = None
 
     def forward(
         self, input_ids: torch.Tensor, cache: Cache, num_padding: torch.Tensor | None = None
@@ -183,11 +185,12 @@ class GPT(torch.nn.Module):
 
     def head(self, x: torch.Tensor) -> torch.Tensor:
         """(..., C) -> logits (..., V) float32; the head is the embedding."""
-        return self.group.gather(F.linear(x, self.group.share(self.embed_tokens.weight))).float()
+        head = self.lm_head or self.embed_tokens
+        return self.group.gather(F.linear(x, head.weight)).float()
 
     def new_cache(self, batch_size: int, max_length: int) -> KVCache:
-        """An empty cache in the dtype and on the device of the embedding."""
-        like = self.embed_tokens.weight
+        """An empty cache in the dtype and on the device of the last norm."""
+        like = self.norm.weight
         return decoder_cache(self.config, batch_size, max_length, like, self.group.size)
 
 

@@ -422,9 +422,9 @@ class T5(torch.nn.Module):
         return self.group.gather(self.lm_head(x)).float()
 
     def new_cache(self, batch_size: int, max_prompt_length: int, max_length: int) -> T5Cache:
-        """An empty cache in the dtype and on the device of the embedding."""
+        """An empty cache in the dtype and on the device of the last norm."""
         lengths = (max_length, max_prompt_length)
-        like = self.embed_tokens.weight
+        like = self.decoder.norm.weight
         own, cross = (
             decoder_cache(self.config, batch_size, length, like, self.group.size)
             for length in lengths

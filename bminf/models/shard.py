@@ -19,6 +19,7 @@ from bminf.checkpoint.model_parallel import Split
 from bminf.checkpoint.quantized import ColumnsOf, Packed, Quantized, quantized_rows
 from bminf.checkpoint.stored import Rows, Stored
 from bminf.errors import ArgumentError
+from bminf.layers.embedding import HostEmbedding
 from bminf.layers.parallel import Group, Place, RowParallel
 from bminf.layers.position_bias import RelativePositionBias
 from bminf.models.source import HEAD, Source, meta_network
@@ -49,8 +50,8 @@ def shard(source: Source, packing: Packing, group: Group) -> tuple[Source, Packi
         config = replace(config, num_head_parts=-(-config.num_head_parts // group.size))
         source.architecture.split_head(network, config.num_head_parts)
         tensors |= _head(source, group)
-    weights = replace(source.weights, tensors=tensors)
-    return replace(source, config=config, weights=weights), changed
+    source = replace(source, config=config, weights=replace(source.weights, tensors=tensors))
+    return _with_host_table(source, group), changed
 
 
 def sums_of(source: Source, num_ranks: int) -> dict[str, int]:
@@ -206,6 +207,25 @@ def _packed(source: Source, linears: Linears, module: str, packing: Packing) -> 
     names = {key: f"{module}.{key}" for key in PACKED_FIELDS}
     fields = {key: tensors[name] for key, name in names.items() if name in tensors}
     return Packed(fields, linears[module].in_features, form)
+
+
+def _with_host_table(source: Source, group: Group) -> Source:
+    """With rows of the embedding gathered on the host: one mapping of its file is for all ranks.
+    What it was tied to is an output head of its own, this rank's rows."""
+    network: Any = source.network
+    if isinstance(network.embed_tokens, HostEmbedding):
+        return source
+    num_rows, size = network.embed_tokens.weight.shape
+    network.embed_tokens = HostEmbedding(num_rows, size)
+    tensors = dict(source.weights.tensors)
+    table = tensors.pop("embed_tokens.weight", None)
+    if network.lm_head is None:
+        with torch.device("meta"):
+            network.lm_head = torch.nn.Linear(size, num_rows // group.size, bias=False)
+        if table is not None:  # else of a model of which sizes are all that is known
+            split = source.architecture.split_of("embed_tokens")
+            tensors["lm_head.weight"] = _part(split, table, group)
+    return replace(source, weights=replace(source.weights, tensors=tensors, table=table))
 
 
 def _head(source: Source, group: Group) -> dict[str, Stored]:

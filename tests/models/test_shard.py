@@ -14,6 +14,7 @@ from toy_arch import TOY, ToyConfig
 from bminf.arch.registry import named
 from bminf.checkpoint.model_parallel import Split
 from bminf.errors import ArgumentError
+from bminf.layers.embedding import HostEmbedding
 from bminf.layers.parallel import Group, Place
 from bminf.layers.quantized_linear import QuantizedLinear
 from bminf.models.assemble import Assembly, Formats, assemble, reserved_bytes
@@ -68,6 +69,9 @@ def check_together(name: str, one: Assembly, ranks: list[Assembly]) -> None:
     """Codes and scales, too: what they stand for is the same to the last bit."""
     architecture: Any = named(name)
     whole, parts = weights_of(one), [weights_of(rank) for rank in ranks]
+    check_tables(one, ranks)
+    if (table := whole.pop("embed_tokens.weight", None)) is not None and name == "cpm1":
+        whole["lm_head.weight"] = table  # tied to it: rows of it, of each rank
     heads = [torch.cat([t for n, t in own.items() if "lm_head.parts" in n] or [torch.zeros(0)])
              for own in parts]  # fmt: skip
     head = [t for n, t in whole.items() if "lm_head.parts" in n]
@@ -78,11 +82,22 @@ def check_together(name: str, one: Assembly, ranks: list[Assembly]) -> None:
             continue
         own = [part[tensor] for part in parts if tensor in part]
         is_shared = key in ("weight", "bias") and ".norm" not in tensor and "embed" not in tensor
-        split = architecture.split_of(module) if is_shared and module != "norm" else Split(None)
+        known = "embed_tokens" if (name, module) == ("cpm1", "lm_head") else module
+        split = architecture.split_of(known) if is_shared and module != "norm" else Split(None)
         if key == "bias" and split.axis == 1:
             assert len(own) == 1, "only the first adds it"
             split = Split(None)
         assert torch.equal(joined(split, own), expected), tensor
+
+
+def check_tables(one: Assembly, ranks: list[Assembly]) -> None:
+    """No rank has rows of the embedding on its device: all gather them from one file."""
+    weights = one.source.weights
+    expected = weights.table or weights.tensors["embed_tokens.weight"]
+    for rank in ranks:
+        assert type(rank.network.embed_tokens) is HostEmbedding
+        assert rank.source.weights.table is not None
+        assert torch.equal(rank.source.weights.table.read(), expected.read())
 
 
 @pytest.mark.parametrize("form", [None, INT8, INT4, ROW])
