@@ -16,7 +16,7 @@ from bminf.checks import check_bool
 from bminf.errors import ArgumentError, NothingToStreamError, UnsupportedModelError
 from bminf.keywords import check_keywords, keywords_of, known_keywords
 from bminf.layers.experts import has_experts
-from bminf.layers.parallel import Group, join
+from bminf.layers.parallel import ALONE, Group, join
 from bminf.layers.quantize import Predicate, choice_of, choose_linears, warn_of_unquantized
 from bminf.layers.saving import refuse_to_save
 from bminf.layers.tensor_plan import check_ranks, cut, shared_linears
@@ -130,9 +130,8 @@ def wrapper(
     options = Options(form or False, blocks, uses, None, reserve, max_length, max_batch_size)
     with group.agreement():
         return _wrap(
-            model, options, limit, group.device(device), offload_dir, prefetch_experts,
-            group.local_size,
-        )  # fmt: skip
+            model, options, limit, group.device(device), offload_dir, prefetch_experts, group
+        )
 
 
 def _wrap(
@@ -142,9 +141,9 @@ def _wrap(
     device: torch.device | str | int | None,
     offload_dir: str | Path | None,
     prefetch_experts: bool,
-    num_processes: int = 1,
+    group: Group = ALONE,
 ) -> Model:
-    """As wrapper(), for one of so many processes that share the memory of the host."""
+    """As wrapper(), for one of these ranks, which share the memory of the host."""
     _check_model(model)
     backend = backend_for(device)
     fetch_offloaded(model)
@@ -157,14 +156,14 @@ def _wrap(
     else:
         budget = parse_bytes(memory_limit, "memory_limit")
     on_host = model_bytes if source_device.type == "cpu" else 0
-    host_bytes = host_budget(backend.device, on_host, num_processes)
+    host_bytes = host_budget(backend.device, on_host, group.local_size)
     the_plan = request.plan(budget, host_bytes, backend.device, memory_limit is None)
     warn_of_unregistered(request.unregistered, request.blobs.nbytes, stacklevel=3)
     if request.format is not None:
         warn_of_unquantized(model, request.blocks, request.choice, stacklevel=3)
     originals = Originals(model)
     scheduler = Scheduler(the_plan, backend, source_device, prefetch_experts)
-    _apply(model, request, scheduler, offload_dir)
+    _apply(model, request, scheduler, offload_dir, group)
     _warn_of_training(model, stacklevel=3)
     del request  # it has the linears that were packed
     kept = [table.rows for table in _scheduler_of(model).tables]  # type: ignore[union-attr]
@@ -433,7 +432,11 @@ def _merged_uses(
 
 
 def _apply(
-    model: torch.nn.Module, request: Request, scheduler: Scheduler, offload_dir: str | Path | None
+    model: torch.nn.Module,
+    request: Request,
+    scheduler: Scheduler,
+    offload_dir: str | Path | None,
+    group: Group,
 ) -> None:
     """Move everything to its place; on any error, put the model back together."""
     replacements = request.choice.replacements
@@ -443,7 +446,10 @@ def _apply(
         if replacements:
             refuse_to_save(model)
 
-    start(model, request.blobs, scheduler, offload_dir, move, partial(_unwrap, model, scheduler))
+    undo = partial(_unwrap, model, scheduler)
+    start(
+        model, request.blobs, scheduler, offload_dir, move, undo, agreement=group.agreement
+    )  # fmt: skip
 
 
 def _warn_of_training(model: torch.nn.Module, stacklevel: int) -> None:

@@ -102,8 +102,17 @@ def zoo(folder: Path, rank: int, size: int) -> Report:
                 with load(folder, name, **arguments) as model:
                     said = some(model, name) if is_streamed or form else everything(model, name)
                     said["streamed"] = len(model.plan.streamed)
+                    said["mapped"] = size > 1 and _is_mapped(model.model.embed_tokens)
                 found[f"{name} {kind} {'streamed' if is_streamed else 'resident'}"] = said
     return found
+
+
+def _is_mapped(table: Any) -> bool:
+    """Whether all of an embedding lies in files, whose pages all processes share."""
+    from bminf.offload.memory import mapped_files
+
+    is_in_file = mapped_files()
+    return all(is_in_file(part.data_ptr()) for part in table._parts)
 
 
 def some(model: Any, name: str) -> Report:
@@ -305,9 +314,28 @@ def refused(folder: Path, rank: int, size: int) -> Report:
         setattr(CpuBackend, "allocate", full)  # noqa: B010
     found["room"] = _error_of(lambda: load(folder, "cpm1"))
     setattr(CpuBackend, "allocate", allocate)  # noqa: B010
+    found["disk"], found["reads"] = _without_disk(folder, wrong, size)
     with load(folder, "cpm1") as model:
         found["text"] = model.generate(TEXTS["cpm1"], max_tokens=6, temperature=0)
     return found
+
+
+def _without_disk(folder: Path, is_full: bool, size: int) -> tuple[str, int]:
+    """What is said where there is no room for what streams, and what was read before that."""
+    import shutil
+    from collections import namedtuple
+    from unittest.mock import patch
+
+    from bminf.offload import start
+
+    free = namedtuple("usage", "free")(0 if is_full else 2**40)
+    reads: list[str] = []
+    limit = streaming_limit(folder, "cpm1", None, size)
+    with (
+        patch.object(shutil, "disk_usage", lambda _: free),
+        patch.object(start, "read_block", lambda *given: reads.append(given[1])),
+    ):
+        return _error_of(lambda: load(folder, "cpm1", memory_limit=limit)), len(reads)
 
 
 def server(folder: Path, rank: int, size: int) -> Report:

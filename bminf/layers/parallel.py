@@ -57,6 +57,8 @@ _MESSAGE_BYTES = 1024  # of the first broadcast of a message; what is longer fol
 _LENGTH_BYTES = 8
 _MAX_TEXT = 1500
 
+_AGREED = "_bminf_is_of_all_ranks"  # an attribute of an error that all ranks raise
+
 
 @dataclass(frozen=True)
 class Place:
@@ -180,7 +182,8 @@ class Group:
     @contextmanager
     def agreement(self) -> Iterator[Terms]:
         """What is done within may fail on any rank, and must not compute: an error of one is raised
-        on all, and so is one where what the ranks put into `alike` differs."""
+        on all, and so is one where what the ranks put into `alike` differs. One may be within
+        another."""
         terms = Terms()
         if self.size == 1:
             yield terms
@@ -193,6 +196,8 @@ class Group:
                     warnings.simplefilter("ignore")
                 yield terms
         except Exception as raised:
+            if hasattr(raised, _AGREED):  # within, and on all ranks
+                raise
             error = raised
         except BaseException as interrupt:
             self.leave(interrupt)
@@ -201,7 +206,9 @@ class Group:
         terms.of_all = [report["own"] for report in reports]
         for rank, report in enumerate(reports):
             if report["error"] is not None:
-                raise _raised(rank, report["error"], error)
+                found = _raised(rank, report["error"], error)
+                setattr(found, _AGREED, True)
+                raise found
         _check_alike([report["alike"] for report in reports])
 
     def _reports(self, terms: Terms, error: Exception | None) -> list[dict[str, Any]]:

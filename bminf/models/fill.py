@@ -22,14 +22,16 @@ from bminf.offload.start import start_from_files
 def fill(
     assembly: Assembly, plan: Plan, backend: Backend, offload_dir: str | Path | None
 ) -> Scheduler:
-    """Read the weights as planned, and start to stream; on an error nothing is left.
+    """Read the weights as planned, and start to stream; on an error nothing is left. Ranks read
+    when all of them have the room.
 
     Raises CheckpointError for what cannot be read, OffloadError for a backing store that cannot be
     made.
     """
     scheduler = Scheduler(plan, backend, backend.device)
     keep_tables = partial(_keep_tables, assembly.network, assembly.source.weights)
-    start_from_files(contents_of(assembly), scheduler, offload_dir, keep_tables)
+    agreement = assembly.group.agreement
+    start_from_files(contents_of(assembly), scheduler, offload_dir, keep_tables, agreement)
     return scheduler
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,9 @@ from bminf.offload.reading import (
     streamable_run,
     table_in,
 )
+
+Agreement = Callable[[], AbstractContextManager[object]]
+"""In which ranks do what may fail on one of them, see Group.agreement()."""
 
 
 def plan_on(
@@ -62,23 +66,20 @@ def start(
     place: Callable[[], object],
     undo: Callable[[], object],
     lying: Mapping[str, InFile] | None = None,
+    agreement: Agreement = nullcontext,
 ) -> None:
     """Bring every tensor to its place, and begin to stream.
 
     place: moves the tensors there, or reads them.   undo: what has to be done on any error.
     lying: blocks whose bytes lie in a file as they are to be read.
+    agreement: of ranks, that all of them have room, before any of them moves or reads anything.
     Raises OffloadError for a backing store that cannot be made, and what `place` raises.
     """
     the_plan, backend = scheduler.plan, scheduler.backend
     try:
-        if the_plan.is_streaming:
-            layouts = [blobs.blocks[name] for name in the_plan.streamed]
-            numbers = {name: index for index, name in enumerate(the_plan.streamed)}
-            there = {numbers[name]: run for name, run in (lying or {}).items()}
-            pooled = _pooled(the_plan, blobs)
-            scheduler.lying = backend.open(
-                layouts, offload_dir, the_plan.disk_places, there, pooled
-            )
+        with agreement():
+            if the_plan.is_streaming:
+                _open(blobs, scheduler, offload_dir, lying or {})
         model.__dict__[ATTRIBUTE] = scheduler
         place()
         if the_plan.is_streaming or the_plan.tables:
@@ -87,6 +88,23 @@ def start(
         undo()
         raise
     weakref.finalize(model, backend.release)
+
+
+def _open(
+    blobs: Blobs,
+    scheduler: Scheduler,
+    offload_dir: str | Path | None,
+    lying: Mapping[str, InFile],
+) -> None:
+    """Make room for what streams."""
+    the_plan = scheduler.plan
+    layouts = [blobs.blocks[name] for name in the_plan.streamed]
+    numbers = {name: index for index, name in enumerate(the_plan.streamed)}
+    there = {numbers[name]: run for name, run in lying.items()}
+    pooled = _pooled(the_plan, blobs)
+    scheduler.lying = scheduler.backend.open(
+        layouts, offload_dir, the_plan.disk_places, there, pooled
+    )
 
 
 def _pooled(the_plan: Plan, blobs: Blobs) -> Pooled:
@@ -104,12 +122,13 @@ def start_from_files(
     scheduler: Scheduler,
     offload_dir: str | Path | None,
     also_read: Callable[[], object] = lambda: None,
+    agreement: Agreement = nullcontext,
 ) -> None:
     """Read a network that lies on the meta device to its places, and begin to stream; on an error
     nothing is left.
 
-    also_read: what lies outside its blobs.   Raises as start(), and CheckpointError for what cannot
-    be read.
+    also_read: what lies outside its blobs.   agreement: see start().
+    Raises as start(), and CheckpointError for what cannot be read.
     """
 
     def hold_table(name: str) -> torch.Tensor:
@@ -128,7 +147,7 @@ def start_from_files(
     # Whoever names a folder wants them there.
     lying = _lying(contents, scheduler.plan.streamed) if offload_dir is None else {}
     undo = scheduler.backend.close
-    start(contents.network, contents.blobs, scheduler, offload_dir, read, undo, lying)
+    start(contents.network, contents.blobs, scheduler, offload_dir, read, undo, lying, agreement)
 
 
 def _lying(contents: Contents, blocks: Iterable[str]) -> dict[str, InFile]:

@@ -178,6 +178,7 @@ def test_ranks_give_what_one_gives(seen: Seen, name: str, size: int) -> None:
             assert (
                 (found["streamed"] > 0) == kind.endswith("streamed") == (expected["streamed"] > 0)
             )
+            assert found["mapped"], "all ranks look rows up in one embedding"
             assert found["texts"] == expected["texts"], kind
             assert torch.equal(found["logits"], ranks[0][kind]["logits"]), "the same bits"
             torch.testing.assert_close(
@@ -328,13 +329,15 @@ def test_what_cannot_be_loaded_is_one_error_on_all_ranks(seen: Seen, size: int) 
         "low": "is below the least that would do",
         "argument": "max_length=-1; accepted",
         "room": "MemoryError: no room on this rank",
+        "disk": "of streamed blocks cannot be kept in",
     }
     ranks = seen(size, "refused")
     for case, message in expected.items():
         for number, rank in enumerate(ranks):
             assert message in rank[case], rank[case]
-            is_told = case in ("gone", "argument", "room") and number != last
-            assert f"rank {last}: " in rank[case] or not is_told
+            is_told = case in ("gone", "argument", "room", "disk") and number != last
+            assert (rank[case].count(f"rank {last}: ") == 1) or not is_told
+    assert not any(rank["reads"] for rank in ranks), "all know of it before any reads"
     assert len({rank["text"] for rank in ranks}) == 1
 
 
