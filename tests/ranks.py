@@ -1,7 +1,7 @@
 """Small models that 2 and 4 ranks can share, and programs that ranks run: forked from one process
 that has imported everything, as torchrun would start them.
 
-    python tests/ranks.py FOLDER SIZE CASE...
+    python tests/ranks.py FOLDER CASE.SIZE...
 
 writes what each rank of a case saw to FOLDER/CASE.SIZE.RANK.pt, and how it ended to CASE.SIZE.json.
 """
@@ -41,6 +41,10 @@ TEXTS = {
     "bloom": "the in a",
 }
 _DEADLINE_S = 100.0
+_PORT_BYTES = 8
+
+MOST_S = 10.0
+"""Until all ranks have reported the one that failed, with loading."""
 
 Report = dict[str, Any]
 
@@ -92,7 +96,8 @@ def formats() -> dict[str, Any]:
 
 
 def zoo(folder: Path, rank: int, size: int) -> Report:
-    """Every model, resident and streamed, in every format: what all its methods give."""
+    """Every model, resident and streamed, in every format; what all its methods give, which does
+    not depend on the number of ranks, of 2 at most."""
     found: Report = {}
     for name in ANY_DEGREE:
         for kind, form in formats().items():
@@ -100,7 +105,8 @@ def zoo(folder: Path, rank: int, size: int) -> Report:
                 limit = streaming_limit(folder, name, form, size) if is_streamed else None
                 arguments = {"memory_limit": limit or "1GB", "quantization": form}
                 with load(folder, name, **arguments) as model:
-                    said = some(model, name) if is_streamed or form else everything(model, name)
+                    is_all = size <= 2 and not is_streamed and form is None
+                    said = (everything if is_all else some)(model, name)
                     said["streamed"] = len(model.plan.streamed)
                     said["mapped"] = size > 1 and _is_mapped(model.model.embed_tokens)
                 found[f"{name} {kind} {'streamed' if is_streamed else 'resident'}"] = said
@@ -121,7 +127,7 @@ def some(model: Any, name: str) -> Report:
     given = (text, "吃饭") if is_t5 else (text,)
     return {
         "logits": model.logits(*given),
-        "texts": [model.generate(text, max_tokens=8, **greedy)],
+        "texts": [model.generate(text, max_tokens=4, **greedy)],
     }
 
 
@@ -185,19 +191,34 @@ def _killed() -> None:
 
 
 def _failing(
-    folder: Path, rank: int, wrong_rank: int, broken: Callable[[], object], waits_s: float = 0.0
+    folder: Path, rank: int, wrong_rank: int, broken: Callable[[], object], outlives: str = ""
 ) -> Report:
+    """outlives: the case, where the rank that fails lives on."""
     model = load(folder, "cpm1")
     _generated(model)
     with _breaking(model, broken, rank == wrong_rank):
-        return {"error": _error_of(lambda: _generated(model), waits_s)}
+        found = {"error": _error_of(lambda: _generated(model))}
+    if outlives and rank == wrong_rank:
+        _outlive(folder, outlives)
+    return found
 
 
-def _error_of(run: Callable[[], object], waits_s: float = 0.0) -> str:
+def _outlive(folder: Path, case: str) -> None:
+    """Live on, as a server does, or a notebook, until rank 0 of 2 has reported.
+
+    Raises TimeoutError where that waits for this process to end.
+    """
+    end_s = time.monotonic() + MOST_S
+    while not (folder / f"{case}.2.0.pt").exists():
+        if time.monotonic() > end_s:
+            raise TimeoutError("rank 0 was not told")
+        time.sleep(0.01)
+
+
+def _error_of(run: Callable[[], object]) -> str:
     try:
         run()
     except Exception as error:
-        time.sleep(waits_s)  # alive, as a server is, or a notebook
         return f"{type(error).__name__}: {error}"
     return "none"
 
@@ -211,7 +232,7 @@ def first_raises(folder: Path, rank: int, size: int) -> Report:
 
 
 def lives_on(folder: Path, rank: int, size: int) -> Report:
-    return _failing(folder, rank, 1, _raise, waits_s=5.0 if rank == 1 else 0.0)
+    return _failing(folder, rank, 1, _raise, "lives_on")
 
 
 def killed(folder: Path, rank: int, size: int) -> Report:
@@ -232,7 +253,10 @@ def script_raises(folder: Path, rank: int, size: int) -> Report:
         with load(folder, "cpm1") as model:
             model.generate(TEXTS["cpm1"], no_such_option=1)
 
-    return {"alike": _error_of(wrong), "error": _error_of(run, 5.0 if rank == 1 else 0.0)}
+    found = {"alike": _error_of(wrong), "error": _error_of(run)}
+    if rank == 1:
+        _outlive(folder, "script_raises")
+    return found
 
 
 def raises_oddly(folder: Path, rank: int, size: int) -> Report:
@@ -241,7 +265,7 @@ def raises_oddly(folder: Path, rank: int, size: int) -> Report:
     def broken() -> None:
         raise OSError("no file \udcff")
 
-    return _failing(folder, rank, 1, broken, waits_s=5.0 if rank == 1 else 0.0)
+    return _failing(folder, rank, 1, broken, "raises_oddly")
 
 
 def interrupted(folder: Path, rank: int, size: int) -> Report:
@@ -258,7 +282,7 @@ def interrupted(folder: Path, rank: int, size: int) -> Report:
     try:
         return {"error": _error_of(lambda: load(folder, "cpm1"))}
     except KeyboardInterrupt:
-        time.sleep(5.0)
+        _outlive(folder, "interrupted")
         return {"error": "interrupted"}
 
 
@@ -405,7 +429,7 @@ def plans(folder: Path, rank: int, size: int) -> Report:
                     logits = model(input_ids=ids).logits
                 plan = bminf.plan_of(model)
                 said = {"logits": logits, "streamed": len(plan.streamed) + len(plan.tables)}
-                more = {"max_new_tokens": 6, "pad_token_id": 0}
+                more = {"max_new_tokens": 4, "pad_token_id": 0}
                 said["greedy"] = model.generate(ids, do_sample=False, **more).tolist()
                 if place == "resident":
                     drawn = model.generate(ids, do_sample=True, top_k=0, **more)
@@ -573,20 +597,14 @@ def run_rank(case: Callable[..., Report], folder: Path, rank: int, size: int) ->
 
 def run_case(case: Callable[..., Report], folder: Path, size: int) -> None:
     """Fork the ranks, and write how each has ended, and after how many seconds."""
-    import torch.distributed as dist
-
-    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     start_s, processes = time.monotonic(), {}
+    told, tells = os.pipe()
     for rank in range(size):
         if (process := os.fork()) == 0:
-            if size > 1:  # as torchrun sets them; it has the store, too
-                os.environ |= {
-                    "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size),
-                    "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "localhost",
-                    "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
-                }  # fmt: skip
+            _set_variables(rank, size, port=int(os.read(told, _PORT_BYTES)))
             run_rank(case, folder, rank, size)
         processes[process] = rank
+    store = _store(tells, size)
     ended: dict[int, tuple[int, float]] = {}
     while processes and time.monotonic() < start_s + _DEADLINE_S:
         process, status = os.waitpid(-1, os.WNOHANG)
@@ -598,17 +616,42 @@ def run_case(case: Callable[..., Report], folder: Path, size: int) -> None:
     for process in processes:  # hung
         os.kill(process, signal.SIGKILL)
         os.waitpid(process, 0)
+    for end in (told, tells):
+        os.close(end)
+    del store
     (folder / f"{case.__name__}.{size}.json").write_text(json.dumps(ended))
 
 
-def main(folder: str, size: str, *names: str) -> None:
+def _store(tells: int, size: int) -> Any:
+    """The store, once all ranks are forked: its thread may hold a lock, which would be theirs."""
+    import torch.distributed as dist
+
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    os.write(tells, str(store.port).rjust(_PORT_BYTES).encode() * size)
+    return store
+
+
+def _set_variables(rank: int, size: int, port: int) -> None:
+    """As torchrun sets them; it has the store, too."""
+    if size > 1:
+        os.environ |= {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size),
+            "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "localhost",
+            "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True",
+        }  # fmt: skip
+
+
+def main(folder: str, *names: str) -> None:
     warnings.simplefilter("ignore")
     import bminf.models
     import bminf.wrapping  # noqa: F401 - once, for all that is forked
 
-    for case in CASES:
-        if case.__name__ in names:
-            run_case(case, Path(folder), int(size))
+    if any(name.startswith("plan") for name in names):
+        from transformers import LlamaForCausalLM, Qwen3ForCausalLM  # noqa: F401
+    cases = {case.__name__: case for case in CASES}
+    for name in names:
+        case, _, size = name.partition(".")
+        run_case(cases[case], Path(folder), int(size))
 
 
 if __name__ == "__main__":
