@@ -576,8 +576,8 @@ FAULTS = (
     Fault(
         name="scores-cut-the-end",
         file="bminf/evaluation/scorers.py",
-        old="rows.setdefault(tuple([*context, *ids][-max_length - 1 : -1]), []).append(at)",
-        new="rows.setdefault(tuple([*context, *ids][:max_length]), []).append(at)",
+        old="    return [*context, *ids][-max_length - 1 :]",
+        new="    return [*context, *ids][: max_length + 1]",
         breaks="Of a long context another part than its end is read before the continuation.",
     ),
     Fault(
