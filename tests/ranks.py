@@ -80,7 +80,8 @@ def streaming_limit(folder: Path, name: str, form: Any, size: int) -> int:
     """Bytes that are one too few for the rank that needs the least."""
     import torch
 
-    from bminf.layers.parallel import Group, Place
+    from bminf.layers.parallel import Group
+    from bminf.layers.rendezvous import Place
     from bminf.models.assemble import Formats, assemble, plan_within
     from bminf.models.source import find_sizes
 
@@ -203,15 +204,15 @@ def _failing(
     return found
 
 
-def _outlive(folder: Path, case: str) -> None:
-    """Live on, as a server does, or a notebook, until rank 0 of 2 has reported.
+def _outlive(folder: Path, case: str, other: int = 0) -> None:
+    """Live on, as a server does, or a notebook, until the other rank of 2 has reported.
 
     Raises TimeoutError where that waits for this process to end.
     """
     end_s = time.monotonic() + MOST_S
-    while not (folder / f"{case}.2.0.pt").exists():
+    while not (folder / f"{case}.2.{other}.pt").exists():
         if time.monotonic() > end_s:
-            raise TimeoutError("rank 0 was not told")
+            raise TimeoutError(f"rank {other} was not told")
         time.sleep(0.01)
 
 
@@ -257,6 +258,47 @@ def script_raises(folder: Path, rank: int, size: int) -> Report:
     if rank == 1:
         _outlive(folder, "script_raises")
     return found
+
+
+def first_script_raises(folder: Path, rank: int, size: int) -> Report:
+    """An error in what rank 0 does with the model."""
+
+    def run() -> None:
+        with load(folder, "cpm1") as model:
+            if rank == 0:
+                _raise()
+            _generated(model)
+
+    found = {"error": _error_of(run)}
+    if rank == 0:
+        _outlive(folder, "first_script_raises", 1)
+    return found
+
+
+def first_interrupted(folder: Path, rank: int, size: int) -> Report:
+    """Ctrl-C in a notebook on rank 0, while it reads a prompt."""
+
+    def interrupt(_: object) -> Any:
+        raise KeyboardInterrupt
+
+    model = load(folder, "cpm1")
+    if rank == 1:
+        return {"error": _error_of(lambda: _generated(model))}
+    model._prompt = interrupt
+    try:
+        _generated(model)
+    except KeyboardInterrupt:
+        _outlive(folder, "first_interrupted", 1)
+    del model._prompt
+    return {"error": _error_of(lambda: _generated(model))}
+
+
+def users_group(folder: Path, rank: int, size: int) -> Report:
+    """Where the script has initialised torch.distributed; on a rank that lives on."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    return _failing(folder, rank, 1, _raise, "users_group")
 
 
 def raises_oddly(folder: Path, rank: int, size: int) -> Report:
@@ -440,7 +482,8 @@ def plans(folder: Path, rank: int, size: int) -> Report:
 
 def _limit_of_part(model: Any, form: Any, size: int) -> int:
     """A byte less than the last rank needs."""
-    from bminf.layers.parallel import Group, Place
+    from bminf.layers.parallel import Group
+    from bminf.layers.rendezvous import Place
     from bminf.layers.tensor_plan import cut, shared_linears
     from bminf.wrapping import plan_for
 
@@ -552,9 +595,9 @@ def _pss_of(folder: Path) -> int:
 
 
 CASES = (
-    zoo, raises, first_raises, lives_on, script_raises, raises_oddly, interrupted, killed,
-    killed_between, leaves, destroyed, refused, server, other_call, memory, plans, plan_fails,
-    goldens,
+    zoo, raises, first_raises, lives_on, users_group, script_raises, first_script_raises,
+    raises_oddly, interrupted, first_interrupted, killed, killed_between, leaves, destroyed,
+    refused, server, other_call, memory, plans, plan_fails, goldens,
 )  # fmt: skip
 
 

@@ -603,9 +603,9 @@ FAULTS = (
     ),
     Fault(
         name="rank-told",
-        file="bminf/layers/parallel.py",
-        old='self._store.compare_set(_FAILED, "", text)',
-        new="pass",
+        file="bminf/layers/rendezvous.py",
+        old='return str(self._store.compare_set(_FAILED, "", said).decode())',
+        new="return said",
         breaks="The others do not learn which rank has failed, and why.",
     ),
 )

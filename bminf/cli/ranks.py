@@ -25,7 +25,7 @@ def are_to_be_started(arguments: argparse.Namespace) -> bool:
 
     Raises ArgumentError where torchrun has started another number of them.
     """
-    from bminf.layers.parallel import place_in
+    from bminf.layers.rendezvous import place_in
 
     size = place_in(os.environ).size
     if "RANK" in os.environ and arguments.tp not in (None, size):
@@ -53,7 +53,7 @@ def start(arguments: argparse.Namespace) -> int:
 
 def is_other() -> bool:
     """Whether this is a rank that prints nothing."""
-    from bminf.layers.parallel import place_in
+    from bminf.layers.rendezvous import place_in
 
     return place_in(os.environ).rank > 0
 

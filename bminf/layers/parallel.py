@@ -6,8 +6,8 @@ logits. Only all_reduce, broadcast and all_gather are used: gloo and NCCL both h
 dtypes of activations.
 
 Whatever can fail is checked before the ranks compute, and raised alike on all of them, see
-Group.agreement(). A rank that fails later says so in the store and takes the process group down,
-which ends the waiting of all others, see Group.together().
+Group.agreement(). A rank that fails later says so in the store, see rendezvous.py, and takes the
+process group down, which ends the waiting of all others, see Group.together().
 
 Source: Shoeybi et al. 2019, arXiv:1909.08053, section 3.
 """
@@ -19,15 +19,12 @@ import json
 import logging
 import os
 import pickle
-import sys
-import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -35,70 +32,21 @@ import torch.distributed as dist
 
 from bminf import errors
 from bminf.errors import ArgumentError, BMInfError, RankError
+from bminf.layers.rendezvous import Meeting, Place, place_in, store_for
 from bminf.layers.saving import PART, check_not_saved
 
 logger = logging.getLogger("bminf")
 
-VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-"""That torchrun sets for each rank."""
-
 _TIMEOUT = timedelta(minutes=10)
 """Of a collective within a pass. Between passes a rank may wait as long as rank 0 has no work."""
 _PATIENCE = timedelta(days=30)
-_JOIN_TIMEOUT = timedelta(minutes=2)
-
-_FAILED = "bminf/failed"  # in the store: what the first rank that failed said
-_PROCESS = "bminf/process"  # in the store: the machine and process of each rank
-_COMES = "bminf/comes"  # in the store: which ranks have come to load which model
-_TOLD_S = 3.0  # after an error of the transport, for the rank that caused it to say why
-
 _REPORT_BYTES = 2**14  # of what each rank says before the ranks compute
 _MESSAGE_BYTES = 1024  # of the first broadcast of a message; what is longer follows in a second
 _LENGTH_BYTES = 8
 _MAX_TEXT = 1500
 
+_SINGLE = Place()
 _AGREED = "_bminf_is_of_all_ranks"  # an attribute of an error that all ranks raise
-
-
-@dataclass(frozen=True)
-class Place:
-    """Of this process among the ranks, as torchrun says.   local_size: ranks of this machine."""
-
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
-    local_size: int = 1
-
-
-def place_in(environment: Mapping[str, str]) -> Place:
-    """The place that torchrun's variables give; without any of them, that of a process alone.
-
-    Raises ArgumentError where some of them are missing, or are no numbers.
-    """
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    if not any(name in environment for name in names):
-        return Place()
-    missing = [name for name in VARIABLES if not environment.get(name)]
-    if missing:
-        raise ArgumentError(
-            f"of torchrun's variables {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} "
-            f"not set, but {', '.join(name for name in names if name in environment)}: start the "
-            "script with torchrun, or set none of them"
-        )
-    rank, size, local_rank = (_number(name, environment[name]) for name in names)
-    local_size = _number("LOCAL_WORLD_SIZE", environment.get("LOCAL_WORLD_SIZE", str(size)))
-    if not 0 <= rank < size or not 0 <= local_rank < max(local_size, 1):
-        raise ArgumentError(
-            f"RANK={rank}, WORLD_SIZE={size}, LOCAL_RANK={local_rank} and LOCAL_WORLD_SIZE="
-            f"{local_size}; ranks count from 0 to below these sizes"
-        )
-    return Place(rank, size, local_rank, local_size)
-
-
-def _number(name: str, text: str) -> int:
-    if not text.isdecimal():
-        raise ArgumentError(f"{name}={text!r}; a number is needed, as torchrun sets it")
-    return int(text)
 
 
 class Group:
@@ -108,12 +56,13 @@ class Group:
     control: a process group of gloo for what is no part of a pass; None where size is 1.
     """
 
-    def __init__(self, place: Place = Place(), store: Any = None, control: Any = None) -> None:
+    def __init__(
+        self, place: Place = _SINGLE, meeting: Meeting | None = None, control: Any = None
+    ) -> None:
         self.rank, self.size = place.rank, place.size
         self.local_rank, self.local_size = place.local_rank, place.local_size
-        self._store, self.control = store, control
+        self._meeting, self.control = meeting or Meeting(place), control
         self._failed: RankError | None = None
-        self._processes: dict[int, str] = {}  # which are needed where the store is gone
 
     def device(self, given: Any) -> Any:
         """`given`, of a model of this group: on GPUs each rank has the one of its number.
@@ -128,6 +77,14 @@ class Group:
                 'on its machine; give device="cuda"'
             )
         return f"cuda:{self.local_rank}"
+
+    def connect(self) -> None:
+        """Make its process group for what is no part of a pass."""
+
+        def make() -> None:
+            self.control = dist.new_group(backend="gloo", timeout=_PATIENCE)
+
+        self._collective(make)
 
     # ---- what a pass does ------------------------------------------------------------------------
 
@@ -223,23 +180,6 @@ class Group:
 
     # ---- failures --------------------------------------------------------------------------------
 
-    def meet(self, number: int) -> None:
-        """Return when all ranks have come to load the model of this number: until then one may be
-        busy for as long as it likes.   Raises RankError, where one never will come."""
-        if (store := self._store) is None:
-            return
-        comes = [f"{_COMES}/{number}/{rank}" for rank in range(self.size)]
-        try:
-            store.set(comes[self.rank], "")
-            while not store.check(comes):
-                if said := self._failure():
-                    raise RankError(said)
-                time.sleep(0.01)
-            for rank in range(self.size):
-                self._process_of(rank)
-        except RuntimeError as error:
-            raise RankError(f"the store of torch.distributed is gone: {error}") from error
-
     @contextmanager
     def together(self) -> Iterator[None]:
         """For a pass: where this rank fails in it, the others, which wait for it, are told.
@@ -266,10 +206,7 @@ class Group:
         kind = "" if isinstance(error, RankError) else f"{type(error).__name__}: "
         said = f"rank {self.rank} failed: {kind}{error}"[:_MAX_TEXT]
         text = said.encode(errors="backslashreplace").decode()
-        self._failed = self._failed or RankError(text)
-        if self._store is not None:
-            with suppress(RuntimeError):  # the store is gone with rank 0
-                self._store.compare_set(_FAILED, "", text)
+        self._failed = self._failed or RankError(self._meeting.fail(text))
         _take_down()
 
     def _collective(self, run: Callable[[], object]) -> None:
@@ -280,51 +217,12 @@ class Group:
         except (RuntimeError, ValueError) as error:
             if not dist.is_initialized():  # by a model of this process that failed, or by the user
                 self.leave(RankError("its process group was destroyed"))
-            self._failed = RankError(self._reason(error))
             _take_down()  # so that nobody waits for this one either
+            self._failed = self._failed or RankError(self._meeting.reason(error))
             raise self._failed from error
-
-    def _reason(self, error: Exception) -> str:
-        """Who failed, and how, as far as that can be known."""
-        end_s = time.monotonic() + _TOLD_S
-        while time.monotonic() < end_s:
-            if said := self._failure():
-                return said
-            time.sleep(0.05)
-        return f"another rank has left without a word: {error}"
-
-    def _failure(self) -> str:
-        """What is known of a rank that has failed; nothing where none has."""
-        try:
-            if self._store is not None and self._store.check([_FAILED]):
-                return str(self._store.get(_FAILED).decode())
-            gone = self._ended()
-            if gone and self._store is not None:
-                # What the first has said that saw one: by now it may have ended itself.
-                return str(self._store.compare_set(_FAILED, "", gone).decode())
-            return gone
-        except RuntimeError:  # it is gone with its process, and says so at length each time
-            self._store = None
-            return ""
-
-    def _ended(self) -> str:
-        """Of a rank of this machine whose process has ended."""
-        for rank in range(self.size):
-            if rank != self.rank and (process := self._process_of(rank)):
-                host, number = process.split()
-                if host == _host() and _has_ended(int(number)):
-                    return (
-                        f"rank {rank} failed: its process {number} ended without a word: it was "
-                        "killed, or left the script early; see what torchrun says of it"
-                    )
-        return ""
-
-    def _process_of(self, rank: int) -> str:
-        """Its machine and number; nothing where it has not said so yet."""
-        name, store = f"{_PROCESS}/{rank}", self._store
-        if rank not in self._processes and store is not None and store.check([name]):
-            self._processes[rank] = store.get(name).decode()
-        return self._processes.get(rank, "")
+        except BaseException as interrupt:
+            self.leave(interrupt)
+            raise
 
 
 @dataclass
@@ -359,50 +257,56 @@ def join(device: Any) -> Group:
         return ALONE
     if not dist.is_available():
         raise ArgumentError("this torch was built without torch.distributed; start one process")
+    if _Joined.meeting is None:
+        _Joined.meeting = _met(place, "nccl" if _is_gpu(device) else "gloo")
     if not dist.is_initialized():
-        if _Joined.store is not None:
-            raise RankError("the ranks of this program have failed before; start it again")
-        _Joined.store = _rendezvous(place, "nccl" if _is_gpu(device) else "gloo")
-    if dist.get_world_size() != place.size:
-        raise ArgumentError(
-            f"WORLD_SIZE={place.size}, but torch.distributed was initialised with "
-            f"{dist.get_world_size()} ranks; leave that to this library, or to torchrun"
-        )
-    group = Group(place, _Joined.store)
+        raise RankError("the ranks of this program have failed before; start it again")
+    group = Group(place, _Joined.meeting)
     _Joined.number += 1
-    group.meet(_Joined.number)  # what follows would wait for who is gone
-    group.control = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    _Joined.meeting.meet(_Joined.number)  # what follows would wait for who is gone
+    group.connect()
     _Joined.groups.add(group)
     return group
 
 
 class _Joined:
-    """The store that this process met the others in; None where others initialised the group.
+    """Where this process met the others.   number, groups: of models, and those of them that are
+    there."""
 
-    number, groups: of models, and those of them that are there.
-    """
-
-    store: Any = None
+    meeting: Meeting | None = None
     number: ClassVar[int] = 0
     groups: ClassVar[weakref.WeakSet[Group]] = weakref.WeakSet()
 
 
-def _rendezvous(place: Place, backend: str) -> Any:
+def _met(place: Place, backend: str) -> Meeting:
+    """Once all ranks are there, in a process group: the user's own, or one of this backend."""
+    is_users = dist.is_initialized()
+    if is_users and dist.get_world_size() != place.size:
+        raise ArgumentError(
+            f"WORLD_SIZE={place.size}, but torch.distributed was initialised with "
+            f"{dist.get_world_size()} ranks; leave that to this library, or to torchrun"
+        )
+    store = dist.distributed_c10d._get_default_store() if is_users else store_for(place)
+    meeting = Meeting(place, store)
+    meeting.come()
+    if not is_users:
+        _initialise(place, backend, store)
+    if place.rank > 0 and logger.level == logging.NOTSET:
+        logger.setLevel(logging.ERROR)  # rank 0 tells the same
+    return meeting
+
+
+def _initialise(place: Place, backend: str, store: Any) -> None:
     try:
-        store, rank, size = next(iter(dist.rendezvous("env://", timeout=_JOIN_TIMEOUT)))
-        store.set_timeout(_JOIN_TIMEOUT)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_TIMEOUT)
+        dist.init_process_group(
+            backend, store=store, rank=place.rank, world_size=place.size, timeout=_TIMEOUT
+        )
     except (RuntimeError, ValueError, OSError) as error:
         raise RankError(
-            f"rank {place.rank} of {place.size} could not meet the others at "
-            f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: {error}"
+            f"rank {place.rank} of {place.size} could not connect to the others: {error}"
         ) from error
     # Threads of gloo that outlive the interpreter end the process with "terminate called".
     atexit.register(_take_down)
-    store.set(f"{_PROCESS}/{place.rank}", f"{_host()} {os.getpid()}")
-    if place.rank > 0 and logger.level == logging.NOTSET:
-        logger.setLevel(logging.ERROR)  # rank 0 tells the same
-    return store
 
 
 def _take_down() -> None:
@@ -411,21 +315,6 @@ def _take_down() -> None:
         group.control = None  # whatever holds it keeps its connections open
     with suppress(RuntimeError, ValueError, AssertionError):
         dist.destroy_process_group()
-
-
-def _host() -> str:
-    return os.uname().nodename if hasattr(os, "uname") else "here"
-
-
-def _has_ended(number: int) -> bool:
-    """Whether a process of this machine is gone, or is dead and not yet waited for."""
-    if not sys.platform.startswith("linux"):
-        return False
-    try:
-        state = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0]
-    except (OSError, IndexError):
-        return True
-    return state in "ZX"
 
 
 def _as_tensor(data: bytes, size: int) -> torch.Tensor:

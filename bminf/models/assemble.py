@@ -18,8 +18,9 @@ from bminf.checks import check_positive
 from bminf.engine.rows import FIXED_TOKENS
 from bminf.errors import ArgumentError, BudgetError, CheckpointError, UnsupportedModelError
 from bminf.keywords import known_keywords
-from bminf.layers.parallel import ALONE, Group, Place
+from bminf.layers.parallel import ALONE, Group
 from bminf.layers.quantized_linear import QuantizedLinear
+from bminf.layers.rendezvous import Place
 from bminf.layout import ModuleBlock
 from bminf.models.decode_step import check_graphs, check_heads, num_sizes, power_of_two
 from bminf.models.shard import shard

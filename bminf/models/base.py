@@ -307,8 +307,9 @@ class LanguageModel:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if error is not None and self._following is not None:
-            self._following.leave(error)
+        rank = self._leading or self._following
+        if error is not None and rank is not None:
+            rank.leave(error)
         self.close()
 
     def __repr__(self) -> str:

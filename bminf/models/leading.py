@@ -64,6 +64,7 @@ class Leading:
         self._group = group
         self._sending = threading.Lock()  # of results, which are of no pass
         self._calls = threading.local()
+        self._told: Exception | None = None  # to the others, last
 
     def compute(self, message: tuple[Any, ...], run: Callable[[], Any]) -> Any:
         """Say what all ranks do now, and do it."""
@@ -95,7 +96,11 @@ class Leading:
         except RankError:
             raise
         except Exception as error:
+            self._told = error
             self._send(("result", name, None, _picklable(error)))
+            raise
+        except BaseException as interrupt:
+            self._group.leave(interrupt)
             raise
         finally:
             self._calls.is_within = False
@@ -118,6 +123,11 @@ class Leading:
     def close(self) -> None:
         """Tell the others that there is nothing more to come."""
         self._send(("end",))
+
+    def leave(self, error: BaseException) -> None:
+        """End all ranks for an error in the script of this one; not where all have raised it."""
+        if error is not self._told:
+            self._group.leave(error)
 
     def _send(self, message: tuple[Any, ...]) -> None:
         with self._sending:

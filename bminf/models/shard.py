@@ -20,8 +20,9 @@ from bminf.checkpoint.quantized import ColumnsOf, Packed, Quantized, quantized_r
 from bminf.checkpoint.stored import Rows, Stored
 from bminf.errors import ArgumentError
 from bminf.layers.embedding import HostEmbedding
-from bminf.layers.parallel import Group, Place, RowParallel
+from bminf.layers.parallel import Group, RowParallel
 from bminf.layers.position_bias import RelativePositionBias
+from bminf.layers.rendezvous import Place
 from bminf.models.source import HEAD, Source, meta_network
 from bminf.offload.blocks import find_blocks
 from bminf.quantization.packed import PACKED_FIELDS, Format, Packing

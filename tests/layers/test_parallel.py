@@ -1,11 +1,7 @@
-"""A group without other processes, and what torchrun's variables say; tests/models/test_leading.py
-has several processes."""
+"""A group without other processes; tests/models/test_leading.py has several."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -13,13 +9,9 @@ import torch
 import torch.distributed as dist
 
 from bminf.errors import ArgumentError, CheckpointError, RankError
-from bminf.layers.parallel import ALONE, Group, Place, RowParallel, join, place_in
+from bminf.layers.parallel import ALONE, Group, RowParallel, join
 from bminf.layers.quantized_linear import QuantizedLinear
-
-SET = {
-    "RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
-    "MASTER_ADDR": "localhost", "MASTER_PORT": "29500",
-}  # fmt: skip
+from bminf.layers.rendezvous import VARIABLES, Place
 
 
 class Alike:
@@ -56,63 +48,15 @@ def alike(monkeypatch: pytest.MonkeyPatch) -> Alike:
     return found
 
 
-class Store:
-    """That of two ranks, whose first has this process."""
-
-    def __init__(self, process: int) -> None:
-        self.held = {"bminf/process/0": f"{os.uname().nodename} {process}".encode()}
-        self.is_gone, self.num_asked = False, 0
-
-    def set(self, name: str, value: str) -> None:
-        self.held[name] = value.encode()
-
-    def get(self, name: str) -> bytes:
-        return self.held[name]
-
-    def check(self, names: list[str]) -> bool:
-        self.num_asked += 1
-        if self.is_gone:
-            raise RuntimeError("Broken pipe")
-        return all(name in self.held for name in names)
-
-
-def test_the_place_is_what_torchrun_says() -> None:
-    assert place_in(SET) == Place(1, 4, 1, 2)
-    assert place_in({}) == place_in({"MASTER_ADDR": "localhost"}) == Place()
-    without = {name: value for name, value in SET.items() if name != "LOCAL_WORLD_SIZE"}
-    assert place_in(without) == Place(1, 4, 1, 4)
-
-
-@pytest.mark.parametrize("missing", ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"])
-def test_variables_that_are_half_set_are_named(missing: str) -> None:
-    given = {name: value for name, value in SET.items() if name != missing}
-    with pytest.raises(ArgumentError, match=rf"{missing} is not set, but .*torchrun"):
-        place_in(given)
-
-
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"RANK": "one"}, "RANK='one'; a number"),
-        ({"WORLD_SIZE": "-2"}, "WORLD_SIZE='-2'"),
-        ({"RANK": "4"}, "RANK=4, WORLD_SIZE=4"),
-        ({"LOCAL_RANK": "2"}, "LOCAL_RANK=2 and LOCAL_WORLD_SIZE=2"),
-    ],
-)
-def test_numbers_that_cannot_be_are_refused(changed: dict[str, str], message: str) -> None:
-    with pytest.raises(ArgumentError, match=message):
-        place_in({**SET, **changed})
-
-
 def test_without_others_nothing_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in SET:
+    for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     x = torch.randn(2, 4)
     assert join("cpu") is ALONE
     assert ALONE.sum(x) is x and ALONE.gather(x) is x and torch.equal(ALONE.share(x), x)
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    for name, value in {**SET, "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}.items():
-        monkeypatch.setenv(name, "1" if name == "WORLD_SIZE" else value)
+    one = {**dict.fromkeys(VARIABLES, "0"), "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    for name, value in one.items():
+        monkeypatch.setenv(name, value)
     assert join("cpu") is ALONE
     with pytest.raises(ZeroDivisionError), ALONE.together():
         _ = 1 // 0
@@ -130,26 +74,6 @@ def test_a_linear_by_columns_is_the_sum_of_its_ranks(kind: str, alike: Alike) ->
         y = RowParallel(linear, Group(Place(0, 2)))(x)
         assert torch.equal(y, 2 * linear(x))
     assert alike.calls == [("all_reduce", (3, 8), torch.float32)]
-
-
-def test_a_store_that_is_gone_with_its_rank_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It prints a page each time. Without torchrun, the first rank has it."""
-    other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    store = Store(other.pid)
-    second = Group(Place(1, 2), store)
-    store.set("bminf/comes/1/0", "")
-    second.meet(1)
-    other.communicate(b"\n")
-    store.is_gone, store.num_asked = True, 0
-
-    def broken(*_: Any, **__: Any) -> None:
-        raise RuntimeError("Connection closed by peer")
-
-    monkeypatch.setattr(dist, "all_reduce", broken)
-    monkeypatch.setattr(dist, "is_initialized", lambda: True)
-    with pytest.raises(RankError, match=f"rank 0 failed: its process {other.pid} ended"):
-        second.sum(torch.zeros(2))
-    assert store.num_asked == 1
 
 
 def test_parts_lie_side_by_side(alike: Alike) -> None:

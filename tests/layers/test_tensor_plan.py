@@ -16,8 +16,9 @@ from tiny_models import make
 import bminf
 from bminf import wrapping
 from bminf.errors import ArgumentError, UnsupportedModelError
-from bminf.layers.parallel import Group, Place, RowParallel
+from bminf.layers.parallel import Group, RowParallel
 from bminf.layers.quantized_linear import QuantizedLinear
+from bminf.layers.rendezvous import Place
 from bminf.layers.tensor_plan import Gathered, check_ranks, cut, shared_linears
 from bminf.quantization.packed import INT4, INT8, Format
 

@@ -21,7 +21,8 @@ from ranks import ANY_DEGREE, CASES, MEMORY_LIMIT, MOST_S, TEXTS, memory, write_
 
 from bminf.engine.engine import Engine
 from bminf.errors import ArgumentError, RankError, UnsupportedModelError
-from bminf.layers.parallel import Group, Place
+from bminf.layers.parallel import Group
+from bminf.layers.rendezvous import Place
 from bminf.models.leading import Following, Leading, LedCache
 
 PROGRAM = Path(__file__).parents[1] / "ranks.py"
@@ -268,10 +269,11 @@ def test_a_pass_that_fails_ends_all_ranks_with_its_number(seen: Seen, size: int)
 def test_so_does_one_of_rank_0_and_one_whose_process_lives_on(seen: Seen) -> None:
     for rank in seen(2, "first_raises"):
         assert rank["error"] == "RankError: rank 0 failed: ZeroDivisionError: of this rank alone"
-    first, second = seen(2, "lives_on")
-    assert first["error"] == second["error"]
-    assert first["error"].startswith("RankError: rank 1 failed: ZeroDivisionError")
-    assert first["seconds"] < MOST_S
+    for case in ("lives_on", "users_group"):
+        first, second = seen(2, case)
+        assert first["error"] == second["error"]
+        assert first["error"].startswith("RankError: rank 1 failed: ZeroDivisionError")
+        assert first["seconds"] < MOST_S
 
 
 @LAUNCHES_RANKS
@@ -281,6 +283,9 @@ def test_an_error_of_one_script_within_a_model_ends_all(seen: Seen) -> None:
     assert first["error"] == "RankError: rank 1 failed: ZeroDivisionError: of this rank alone"
     assert second["error"] == "ZeroDivisionError: of this rank alone"
     assert first["alike"] == second["alike"] and "no_such_option" in first["alike"]
+    first, second = seen(2, "first_script_raises")
+    assert first["error"] == "ZeroDivisionError: of this rank alone"
+    assert second["error"] == "RankError: rank 0 failed: ZeroDivisionError: of this rank alone"
 
 
 @LAUNCHES_RANKS
@@ -292,6 +297,8 @@ def test_whatever_ends_a_rank_is_told_by_it(seen: Seen, case: str, message: str)
     """Though its process lives on: nobody waits for that to end."""
     first, _ = seen(2, case)
     assert first["error"] == f"RankError: rank 1 failed: {message}"
+    for rank in seen(2, "first_interrupted"):
+        assert rank["error"] == "RankError: rank 0 failed: KeyboardInterrupt: "
 
 
 @LAUNCHES_RANKS

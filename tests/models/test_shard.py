@@ -15,8 +15,9 @@ from bminf.arch.registry import named
 from bminf.checkpoint.model_parallel import Split
 from bminf.errors import ArgumentError
 from bminf.layers.embedding import HostEmbedding
-from bminf.layers.parallel import Group, Place
+from bminf.layers.parallel import Group
 from bminf.layers.quantized_linear import QuantizedLinear
+from bminf.layers.rendezvous import Place
 from bminf.models.assemble import Assembly, Formats, assemble, reserved_bytes
 from bminf.models.convert import convert
 from bminf.models.fill import contents_of
