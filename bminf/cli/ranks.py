@@ -38,8 +38,9 @@ def start(arguments: argparse.Namespace) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main
 
-    cores = os.cpu_count() or 1
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // arguments.tp)))
+    from bminf.layers.rendezvous import threads_of
+
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads_of(arguments.tp)))
     # It would tell of each rank that failed, which rank 0 does in a line.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     ranks = ["--standalone", "--nproc-per-node", str(arguments.tp), "--no-python"]

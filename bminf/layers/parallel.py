@@ -32,7 +32,7 @@ import torch.distributed as dist
 
 from bminf import errors
 from bminf.errors import ArgumentError, BMInfError, RankError
-from bminf.layers.rendezvous import Meeting, Place, place_in, store_for
+from bminf.layers.rendezvous import Meeting, Place, place_in, share_threads, store_for
 from bminf.layers.saving import PART, check_not_saved
 
 logger = logging.getLogger("bminf")
@@ -291,6 +291,7 @@ def _met(place: Place, backend: str) -> Meeting:
     meeting.come()
     if not is_users:
         _initialise(place, backend, store)
+    share_threads(place)
     if place.rank > 0 and logger.level == logging.NOTSET:
         logger.setLevel(logging.ERROR)  # rank 0 tells the same
     return meeting

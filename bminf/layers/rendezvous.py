@@ -22,6 +22,7 @@ from queue import Empty, SimpleQueue
 from threading import Thread
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from bminf.errors import ArgumentError, RankError
@@ -85,6 +86,25 @@ def _number(name: str, text: str) -> int:
     if not text.isdecimal():
         raise ArgumentError(f"{name}={text!r}; a number is needed, as torchrun sets it")
     return int(text)
+
+
+def threads_of(num_ranks: int) -> int:
+    """Of a machine's processors, how many each of so many ranks has."""
+    has_affinity = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    return max(1, cores // num_ranks)
+
+
+def share_threads(place: Place) -> None:
+    """Give torch this rank's part of the processors, where nobody has said how many.
+
+    torchrun gives each rank one, and without it each takes all.
+    """
+    said, threads = os.environ.get("OMP_NUM_THREADS"), torch.get_num_threads()
+    share = threads_of(place.local_size)
+    is_torchruns = said == "1" and threads == 1 and "TORCHELASTIC_RUN_ID" in os.environ
+    if is_torchruns or (said is None and threads > share):
+        torch.set_num_threads(share)
 
 
 # ---- the store -----------------------------------------------------------------------------------

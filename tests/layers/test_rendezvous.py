@@ -13,6 +13,7 @@ from threading import Event
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from bminf.errors import ArgumentError, RankError
@@ -21,7 +22,9 @@ from bminf.layers.rendezvous import (
     Meeting,
     Place,
     place_in,
+    share_threads,
     store_for,
+    threads_of,
 )
 
 SET = {
@@ -90,6 +93,33 @@ def test_variables_that_are_half_set_are_named(missing: str) -> None:
 def test_numbers_that_cannot_be_are_refused(changed: dict[str, str], message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
         place_in({**SET, **changed})
+
+
+@pytest.mark.parametrize(
+    ("variables", "before", "after"),
+    [
+        ({"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "any"}, 1, 4),
+        ({"OMP_NUM_THREADS": "3", "TORCHELASTIC_RUN_ID": "any"}, 3, 3),
+        ({"OMP_NUM_THREADS": "1"}, 1, 1),
+        ({}, 8, 4),
+        ({}, 2, 2),
+    ],
+)
+def test_ranks_of_a_machine_share_its_processors(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], before: int, after: int
+) -> None:
+    """In place of the one thread that torchrun gives each; not of what somebody has said."""
+    for name in ("OMP_NUM_THREADS", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    threads = [before]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads[-1])
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8), raising=False)
+    share_threads(Place(0, 4, 0, 2))
+    assert threads[-1] == after
+    assert (threads_of(3), threads_of(16)) == (2, 1)
 
 
 def test_all_have_come_who_say_so() -> None:
