@@ -462,6 +462,8 @@ def plans(folder: Path, rank: int, size: int) -> Report:
     found: Report = {}
     for name, make in transformers_models().items():
         for kind, form in formats().items():
+            if name == "phi3" and kind != "int8":
+                continue
             for place in ("resident", "streamed") if form is None else ("streamed",):
                 model = make()
                 limit = 2**30 if place == "resident" else _limit_of_part(make(), form, size)
@@ -512,6 +514,7 @@ def transformers_models() -> dict[str, Callable[[], Any]]:
             tf.LlamaForCausalLM, tf.LlamaConfig(**sizes, tie_word_embeddings=True, mlp_bias=True)
         ),
         "qwen3": lambda: made(tf.Qwen3ForCausalLM, tf.Qwen3Config(**qwen)),
+        "phi3": lambda: made(tf.Phi3ForCausalLM, tf.Phi3Config(**sizes, pad_token_id=0)),
     }
 
 
@@ -690,7 +693,7 @@ def main(folder: str, *names: str) -> None:
     import bminf.wrapping  # noqa: F401 - once, for all that is forked
 
     if any(name.startswith("plan") for name in names):
-        from transformers import LlamaForCausalLM, Qwen3ForCausalLM  # noqa: F401
+        from transformers import LlamaForCausalLM, Phi3ForCausalLM, Qwen3ForCausalLM  # noqa: F401
     cases = {case.__name__: case for case in CASES}
     for name in names:
         case, _, size = name.partition(".")

@@ -353,15 +353,17 @@ class RowParallel(torch.nn.Module):
     """A linear of which each rank has some columns: the sum over the ranks is its result.
 
     linear: nn.Linear or QuantizedLinear (N, K / ranks); of all ranks, the first has the bias.
+    takes_all: whether it is given all K columns, of which it takes its own.
     """
 
-    def __init__(self, linear: torch.nn.Module, group: Group) -> None:
+    def __init__(self, linear: torch.nn.Module, group: Group, takes_all: bool = False) -> None:
         super().__init__()
-        self.linear, self.group = linear, group
+        self.linear, self.group, self.takes_all = linear, group, takes_all
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., K / ranks) -> (..., N)."""
-        return self.group.sum(self.linear(x))
+        """(..., K / ranks), or (..., K), -> (..., N)."""
+        own = self.group.share(x, -1) if self.takes_all else x
+        return self.group.sum(self.linear(own))
 
     def _save_to_state_dict(self, *arguments: Any, **more: Any) -> None:
         check_not_saved(PART)

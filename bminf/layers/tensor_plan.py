@@ -22,7 +22,8 @@ from bminf.layers.quantized_linear import QuantizedLinear
 from bminf.quantization.packed import PACKED_FIELDS, Format, PackedWeight
 
 _BY_ROWS = ("colwise",)  # in transformers' words, which are of the product's columns
-_BY_COLUMNS = ("rowwise",)
+_BY_COLUMNS = ("rowwise", "rowwise_split_input")
+_TAKE_ALL = ("rowwise_split_input",)  # behind linears whose results were gathered
 _GATHERED = ("colwise_gather_output", "colwise_rep")
 _WHOLE = ("embedding_rowwise", "replicated", "replicated_with_grad_allreduce")
 """Of these each rank keeps all: tables, of which rows are read, and norms."""
@@ -31,7 +32,8 @@ _MOST_RANKS = 64  # that a message names
 
 
 class Gathered(torch.nn.Module):
-    """A linear of which each rank has some rows, whose results lie side by side: an output head."""
+    """A linear of which each rank has some rows, whose results lie side by side: an output head, or
+    what goes into a norm or a split over all of them."""
 
     def __init__(self, linear: torch.nn.Module, group: Group) -> None:
         super().__init__()
@@ -49,12 +51,14 @@ class Gathered(torch.nn.Module):
 
 @dataclass(frozen=True)
 class Shared:
-    """A linear that ranks share.   is_by_columns: of its weight.   is_gathered: see Gathered."""
+    """A linear that ranks share.   is_by_columns: of its weight.   is_gathered: see Gathered.
+    takes_all: see RowParallel."""
 
     name: str
     linear: torch.nn.Linear
     is_by_columns: bool
     is_gathered: bool
+    takes_all: bool
 
     @property
     def size(self) -> int:
@@ -97,7 +101,7 @@ def _found(model: torch.nn.Module, plan: Mapping[str, str]) -> Iterator[Shared]:
         assert isinstance(module, torch.nn.Linear)
         if style in _GATHERED and id(module._parameters.get("weight")) in others:
             continue  # tied to the embedding, which every rank has whole
-        yield Shared(name, module, style in _BY_COLUMNS, style in _GATHERED)
+        yield Shared(name, module, style in _BY_COLUMNS, style in _GATHERED, style in _TAKE_ALL)
 
 
 def _is_linear(module: torch.nn.Module) -> bool:
@@ -126,7 +130,8 @@ def _why_not(
 ) -> str | None:
     config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    for field in ("num_attention_heads", "num_key_value_heads"):
+    has_all_heads = all(one.is_gathered or one.takes_all for one in shared)
+    for field in () if has_all_heads else ("num_attention_heads", "num_key_value_heads"):
         count = getattr(config, field, None) or num_ranks
         if count % num_ranks:
             return f"{field} is {count}"
@@ -151,7 +156,7 @@ def cut(model: torch.nn.Module, shared: list[Shared], form: Format | None, group
             whole = QuantizedLinear(whole, quantization=form)
         part: torch.nn.Module = _part(whole, one, group)
         if one.is_by_columns:
-            part = RowParallel(part, group)
+            part = RowParallel(part, group, one.takes_all)
         elif one.is_gathered:
             part = Gathered(part, group)
         parent, _, key = one.name.rpartition(".")

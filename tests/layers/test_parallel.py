@@ -73,7 +73,9 @@ def test_a_linear_by_columns_is_the_sum_of_its_ranks(kind: str, alike: Alike) ->
     with torch.inference_mode():
         y = RowParallel(linear, Group(Place(0, 2)))(x)
         assert torch.equal(y, 2 * linear(x))
-    assert alike.calls == [("all_reduce", (3, 8), torch.float32)]
+        second = RowParallel(linear, Group(Place(1, 2)), takes_all=True)
+        assert torch.equal(second(torch.cat([torch.randn(3, 32), x], -1)), y)
+    assert alike.calls == 2 * [("all_reduce", (3, 8), torch.float32)]
 
 
 def test_parts_lie_side_by_side(alike: Alike) -> None:

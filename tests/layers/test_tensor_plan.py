@@ -37,7 +37,7 @@ def weight_of(linear: torch.nn.Module) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("form", [None, INT8, INT4, Format(4)])
-@pytest.mark.parametrize("name", ["llama", "qwen3", "tied"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "tied", "phi3"])
 def test_the_ranks_together_have_the_weights_of_one(name: str, form: Format | None) -> None:
     model, ranks = parts(name, form, 4)
     for one in shared_linears(model):
@@ -66,6 +66,20 @@ def test_what_is_packed_already_is_cut_as_it_is() -> None:
     cut(model, shared_linears(model), INT4, Group(Place(1, 2)))
     part = model.model.layers[0].mlp.down_proj.linear
     assert part.form == INT8 and torch.equal(part.qweight, codes[:, 64:])
+
+
+def test_what_is_gathered_is_split_again() -> None:
+    """As of queries, keys and values in one linear: then ranks need not divide the heads."""
+    model = transformers_models()["phi3"]()
+    shared = shared_linears(model)
+    assert {one.name.rpartition(".")[2] for one in shared if one.takes_all} == {
+        "o_proj",
+        "down_proj",
+    }
+    assert all(one.is_gathered or one.takes_all for one in shared)
+    check_ranks(model, shared, INT8, 8)
+    with pytest.raises(ArgumentError, match=r"3 ranks .*: 1, 2, 4, 8, 16, 32$"):
+        check_ranks(model, shared, INT8, 3)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bloom", "t5"])
