@@ -19,7 +19,7 @@ from bminf.layers.experts import has_experts
 from bminf.layers.parallel import ALONE, Group, join
 from bminf.layers.quantize import Predicate, choice_of, choose_linears, warn_of_unquantized
 from bminf.layers.saving import refuse_to_save
-from bminf.layers.tensor_plan import check_ranks, cut, shared_linears
+from bminf.layers.tensor_plan import check_ranks, cut, sample_of, shared_linears
 from bminf.layout import ModuleBlock, tensors_of
 from bminf.offload.backends import (
     allocated_bytes_on,
@@ -128,10 +128,15 @@ def wrapper(
     group = join(device)
     form, limit = _cut(model, quantization, memory_limit, device, quantize, tp, group)
     options = Options(form or False, blocks, uses, None, reserve, max_length, max_batch_size)
-    with group.agreement():
-        return _wrap(
-            model, options, limit, group.device(device), offload_dir, prefetch_experts, group
-        )
+    try:
+        with group.agreement():
+            return _wrap(
+                model, options, limit, group.device(device), offload_dir, prefetch_experts, group
+            )
+    except BaseException:
+        if (scheduler := _scheduler_of(model)) is not None:  # another rank has failed
+            _unwrap(model, scheduler)
+        raise
 
 
 def _wrap(
@@ -197,6 +202,7 @@ def _cut(
         own = backend_for(group.device(device)).device
         names = {"class": type(model).__name__, "quantization": str(form), "memory_limit": limit}
         terms.alike |= {**names, "config": repr(getattr(model, "config", ""))[:4000]}
+        terms.alike |= sample_of(model) if group.size > 1 else {}
         terms.own["free_bytes"] = free_budget(own) // (group.local_size if own.type == "cpu" else 1)
         # What is sampled with it is the same on all ranks then, as they draw from equal logits.
         terms.own["seed"] = torch.initial_seed()

@@ -518,6 +518,27 @@ def transformers_models() -> dict[str, Callable[[], Any]]:
     }
 
 
+def plans_differ(folder: Path, rank: int, size: int) -> Report:
+    """Weights that each rank has drawn; one that has no room, where others have wrapped."""
+    import torch
+
+    import bminf
+    from bminf import wrapping
+
+    def full(*_: Any, **__: Any) -> Any:
+        raise MemoryError("no room on this rank")
+
+    make = transformers_models()["llama"]
+    drawn, model = make(), make()
+    with torch.no_grad():
+        drawn.lm_head.weight += rank
+    found = {"weights": _error_of(lambda: bminf.wrapper(drawn, False, "1GB", "cpu", tp="auto"))}
+    if rank == 1:
+        wrapping.warn_of_held = full
+    found["room"] = _error_of(lambda: bminf.wrapper(model, False, "1GB", "cpu", tp="auto"))
+    return {**found, "is_wrapped": bminf.plan_of(model) is not None}
+
+
 def plan_fails(folder: Path, rank: int, size: int) -> Report:
     """A pass of a model of transformers, on rank 1."""
     import torch
@@ -600,7 +621,8 @@ def _pss_of(folder: Path) -> int:
 CASES = (
     zoo, raises, first_raises, lives_on, users_group, script_raises, first_script_raises,
     raises_oddly, interrupted, first_interrupted, killed, killed_between, leaves, destroyed,
-    refused, server, other_call, memory, plans, plan_fails, goldens,
+    refused, server, other_call, memory, plans, plans_differ, plan_fails,
+    goldens,
 )  # fmt: skip
 
 

@@ -7,6 +7,8 @@ rows before they are cut, and the rest of the model is as it was. DTensors are n
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -29,6 +31,7 @@ _WHOLE = ("embedding_rowwise", "replicated", "replicated_with_grad_allreduce")
 """Of these each rank keeps all: tables, of which rows are read, and norms."""
 
 _MOST_RANKS = 64  # that a message names
+_SAMPLE = 64  # numbers of a tensor that are compared between ranks
 
 
 class Gathered(torch.nn.Module):
@@ -142,6 +145,18 @@ def _why_not(
             what = "columns" if one.is_by_columns else "rows"
             return f"{one.name} has {one.size} {what}" + (f", {unit} together" if unit > 1 else "")
     return None
+
+
+def sample_of(model: torch.nn.Module) -> dict[str, str]:
+    """What is alike where ranks have loaded one model: the checksum of a few numbers of each tensor
+    of it, under a name that says so. Numbers that were drawn by each rank differ at once."""
+    digest = hashlib.sha256()
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        if tensor.device.type != "meta":
+            first = tensor.detach()[(slice(1),) * (tensor.dim() - 1)].flatten()[:_SAMPLE]
+            digest.update(first.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return {"the checksum of the weights": digest.hexdigest()[:16]}
 
 
 def cut(model: torch.nn.Module, shared: list[Shared], form: Format | None, group: Group) -> None:

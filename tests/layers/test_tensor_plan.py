@@ -19,7 +19,7 @@ from bminf.errors import ArgumentError, UnsupportedModelError
 from bminf.layers.parallel import Group, RowParallel
 from bminf.layers.quantized_linear import QuantizedLinear
 from bminf.layers.rendezvous import Place
-from bminf.layers.tensor_plan import Gathered, check_ranks, cut, shared_linears
+from bminf.layers.tensor_plan import Gathered, check_ranks, cut, sample_of, shared_linears
 from bminf.quantization.packed import INT4, INT8, Format
 
 
@@ -56,6 +56,16 @@ def test_the_ranks_together_have_the_weights_of_one(name: str, form: Format | No
     assert isinstance(ranks[0].lm_head, Gathered) == has_own_head
     assert ranks[0].get_output_embeddings().weight.dtype == torch.float32
     assert ranks[0].model.embed_tokens.weight.shape == model.model.embed_tokens.weight.shape
+
+
+def test_ranks_that_have_loaded_other_weights_are_found() -> None:
+    make, changed = transformers_models()["llama"], transformers_models()["llama"]()
+    assert sample_of(make()) == sample_of(make()) != sample_of(make().half())
+    with torch.no_grad():
+        changed.model.layers[3].mlp.up_proj.weight[0, 1] += 1
+    assert sample_of(changed) != sample_of(make())
+    for one in (torch.nn.Linear(2, 2, device="meta"), torch.nn.BatchNorm1d(3)):
+        assert sample_of(one) == sample_of(copy.deepcopy(one))
 
 
 def test_what_is_packed_already_is_cut_as_it_is() -> None:

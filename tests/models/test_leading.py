@@ -227,6 +227,16 @@ def test_models_of_transformers_give_what_one_rank_gives(seen: Seen, size: int) 
 
 
 @LAUNCHES_RANKS
+def test_models_of_transformers_are_wrapped_on_all_ranks_or_on_none(seen: Seen) -> None:
+    first, second = seen(2, "plans_differ")
+    assert first["weights"] == second["weights"]
+    assert "the checksum of the weights is " in first["weights"]
+    assert first["room"] == "RankError: rank 1: MemoryError: no room on this rank"
+    assert second["room"] == "MemoryError: no room on this rank"
+    assert not first["is_wrapped"] and not second["is_wrapped"]
+
+
+@LAUNCHES_RANKS
 def test_a_pass_of_transformers_that_fails_ends_all(seen: Seen) -> None:
     first, second = seen(2, "plan_fails")
     assert first["error"] == "RankError: rank 1 failed: ZeroDivisionError: of this rank alone"
