@@ -62,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (BMInfError, OSError) as error:
         return _fail(error, flags, 1)
     except KeyboardInterrupt:
-        print("bminf: interrupted", file=sys.stderr)
+        if "RANK" not in os.environ:  # whoever has started the ranks says it
+            print("bminf: interrupted", file=sys.stderr)
         return 130  # 128 + SIGINT, as a shell has it
     finally:
         warnings.formatwarning = shown

@@ -6,11 +6,14 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 
 from bminf.cli import flags
 from bminf.cli.session import find
 from bminf.errors import ArgumentError
+
+_OF_SIGNALS = 128  # that shells add to the number of one
 
 
 def add_ranks(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +37,9 @@ def are_to_be_started(arguments: argparse.Namespace) -> bool:
 
 
 def start(arguments: argparse.Namespace) -> int:
-    """Run the verb on all ranks of this machine; the exit code of the first that failed."""
+    """Run the verb on all ranks of this machine; the exit code of the first that failed, or that
+    of a signal which has ended all of them.   Raises KeyboardInterrupt for Ctrl-C."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main
 
@@ -49,6 +54,10 @@ def start(arguments: argparse.Namespace) -> int:
     except ChildFailedError as error:
         codes = [failure.exitcode for _, failure in sorted(error.failures.items())]
         return max(int(codes[0]), 1)
+    except SignalException as error:
+        if error.sigval == signal.SIGINT:
+            raise KeyboardInterrupt from None
+        return _OF_SIGNALS + int(error.sigval)
     return 0
 
 

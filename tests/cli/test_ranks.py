@@ -4,6 +4,7 @@ compute."""
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch.distributed.run
 from ranks import ANY_DEGREE
 from tiny_glm import tiny_model
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from bminf.cli import main
@@ -62,6 +64,34 @@ def test_the_exit_code_is_that_of_the_first_rank(
 
     monkeypatch.setattr(torch.distributed.run, "main", fail)
     assert main(COMMAND) == expected
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 128 + signal.SIGTERM)]
+)
+def test_a_signal_ends_all_without_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any, number: signal.Signals, expected: int
+) -> None:
+    def end(_: list[str]) -> None:
+        raise SignalException("got a signal", number)
+
+    monkeypatch.setattr(torch.distributed.run, "main", end)
+    assert main(COMMAND) == expected
+    assert capsys.readouterr() == ("", "bminf: interrupted\n" if number == signal.SIGINT else "")
+
+
+def test_an_interrupt_is_said_once_for_all_ranks(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    for name, value in {**place, "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("bminf.cli.generate.find", interrupt)
+    assert main(COMMAND[:-2]) == 130
+    assert capsys.readouterr() == ("", "")
 
 
 def test_another_number_of_ranks_than_torchrun_has_started_is_refused(
