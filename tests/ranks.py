@@ -554,6 +554,34 @@ def plan_fails(folder: Path, rank: int, size: int) -> Report:
     return {"error": _error_of(lambda: [model(input_ids=ids), model(input_ids=ids)])}
 
 
+def plan_interrupted(folder: Path, rank: int, size: int) -> Report:
+    """A streamer that fails on rank 1, which lives on; what all ranks refuse is no failure."""
+    import torch
+    from transformers.generation.streamers import BaseStreamer
+
+    import bminf
+
+    class Streamer(BaseStreamer):
+        num_given = 0
+
+        def put(self, value: Any) -> None:
+            self.num_given += 1
+            if rank == 1 and self.num_given == 3:
+                raise ZeroDivisionError("of this rank alone")
+
+        def end(self) -> None: ...
+
+    model = transformers_models()["llama"]()
+    bminf.wrapper(model, False, "1GB", "cpu", tp="auto")
+    ids, more = torch.tensor([[5, 6, 7]]), {"pad_token_id": 0, "do_sample": False}
+    alike = _error_of(lambda: model.generate(ids, no_such=1, **more))
+    run = partial(model.generate, ids, max_new_tokens=9, streamer=Streamer(), **more)
+    found = {"alike": alike, "error": _error_of(run)}
+    if rank == 1:
+        _outlive(folder, "plan_interrupted")
+    return found
+
+
 def goldens(folder: Path, rank: int, size: int) -> Report:
     """The reference checkpoints, of every layout and of other numbers of ranks, in half precision
     and packed: the log-probabilities of some ids."""
@@ -622,7 +650,7 @@ CASES = (
     zoo, raises, first_raises, lives_on, users_group, script_raises, first_script_raises,
     raises_oddly, interrupted, first_interrupted, killed, killed_between, leaves, destroyed,
     refused, server, other_call, memory, plans, plans_differ, plan_fails,
-    goldens,
+    plan_interrupted, goldens,
 )  # fmt: skip
 
 

@@ -54,6 +54,7 @@ class Group:
 
     rank, size: of this process, and how many there are.   local_size: of this machine.
     control: a process group of gloo for what is no part of a pass; None where size is 1.
+    num_sums: that were begun.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class Group:
         self.local_rank, self.local_size = place.local_rank, place.local_size
         self._meeting, self.control = meeting or Meeting(place), control
         self._failed: RankError | None = None
+        self.num_sums = 0
 
     def device(self, given: Any) -> Any:
         """`given`, of a model of this group: on GPUs each rank has the one of its number.
@@ -92,7 +94,7 @@ class Group:
         """The sum of all ranks' `x`, which is overwritten: the same bits on all ranks."""
         if self.size == 1:
             return x
-        x = x.contiguous()
+        x, self.num_sums = x.contiguous(), self.num_sums + 1
         self._collective(lambda: dist.all_reduce(x))
         return x
 

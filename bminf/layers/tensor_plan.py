@@ -8,9 +8,11 @@ rows before they are cut, and the rest of the model is as it was. DTensors are n
 from __future__ import annotations
 
 import hashlib
+import inspect
 import itertools
 import re
 import sys
+import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -183,6 +185,34 @@ def cut(model: torch.nn.Module, shared: list[Shared], form: Format | None, group
             group.leave(error)
 
     model.register_forward_hook(tell, always_call=True)
+    if hasattr(model, "generate"):
+        model.__dict__["generate"] = _Telling(model, group)
+
+
+class _Telling:
+    """generate() of a model that is cut. It may fail between two passes, in a streamer, say: then
+    all ranks end; not where it fails before the first, as it does on all for what it was given."""
+
+    def __init__(self, model: Any, group: Group) -> None:
+        self._model, self._group = weakref.ref(model), group  # a cycle would keep its memory
+        self.__doc__, self.__signature__ = model.generate.__doc__, inspect.signature(model.generate)
+
+    def __call__(self, *given: Any, **more: Any) -> Any:
+        model: Any = self._model()
+        num_before = self._group.num_sums
+        try:
+            return type(model).generate(model, *given, **more)
+        except RankError:
+            raise
+        except BaseException as error:
+            if self._group.num_sums > num_before or not isinstance(error, Exception):
+                self._group.leave(error)
+            raise
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Telling:
+        """That of the copy of its model."""
+        own = self._model()
+        return _Telling(memo.get(id(own), own), self._group)
 
 
 def _part(linear: torch.nn.Linear, one: Shared, group: Group) -> torch.nn.Linear:

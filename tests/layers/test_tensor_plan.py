@@ -4,6 +4,8 @@ is in tests/models/test_leading.py."""
 from __future__ import annotations
 
 import copy
+import inspect
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +92,22 @@ def test_what_is_gathered_is_split_again() -> None:
     check_ranks(model, shared, INT8, 8)
     with pytest.raises(ArgumentError, match=r"3 ranks .*: 1, 2, 4, 8, 16, 32$"):
         check_ranks(model, shared, INT8, 3)
+
+
+def test_generate_is_that_of_the_model_and_keeps_no_memory() -> None:
+    """Though each says what has failed in it; of a copy it is the copy's."""
+    model = transformers_models()["llama"]()
+    signature = inspect.signature(model.generate)
+    cut(model, shared_linears(model), None, Group())
+    assert inspect.signature(model.generate) == signature
+    ids, other = torch.tensor([[5, 6, 7]]), copy.deepcopy(model)
+    with torch.no_grad():
+        other.lm_head.linear.weight.copy_(model.lm_head.linear.weight.flip(0))
+    texts = [one.generate(ids, max_new_tokens=3, pad_token_id=0) for one in (model, other)]
+    assert texts[0].shape == texts[1].shape == (1, 6) and not torch.equal(*texts)
+    held = weakref.ref(model)
+    del model
+    assert held() is None
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bloom", "t5"])

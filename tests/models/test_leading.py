@@ -241,6 +241,10 @@ def test_a_pass_of_transformers_that_fails_ends_all(seen: Seen) -> None:
     first, second = seen(2, "plan_fails")
     assert first["error"] == "RankError: rank 1 failed: ZeroDivisionError: of this rank alone"
     assert second["error"] == "ZeroDivisionError: of this rank alone"
+    first, second = seen(2, "plan_interrupted")
+    assert first["alike"] == second["alike"] and "no_such" in first["alike"]
+    assert first["error"] == "RankError: rank 1 failed: ZeroDivisionError: of this rank alone"
+    assert second["error"] == "ZeroDivisionError: of this rank alone"
 
 
 @LAUNCHES_RANKS
