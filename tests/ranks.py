@@ -328,6 +328,16 @@ def interrupted(folder: Path, rank: int, size: int) -> Report:
         return {"error": "interrupted"}
 
 
+def killed_far(folder: Path, rank: int, size: int) -> Report:
+    """On another machine, where nobody sees its process."""
+    from unittest.mock import patch
+
+    from bminf.layers import rendezvous
+
+    with patch.object(rendezvous, "_machine", lambda: f"machine{rank}"):
+        return _failing(folder, rank, 1, _killed)
+
+
 def killed_between(folder: Path, rank: int, size: int) -> Report:
     """Two models."""
     model = load(folder, "cpm1")
@@ -648,8 +658,8 @@ def _pss_of(folder: Path) -> int:
 
 CASES = (
     zoo, raises, first_raises, lives_on, users_group, script_raises, first_script_raises,
-    raises_oddly, interrupted, first_interrupted, killed, killed_between, leaves, destroyed,
-    refused, server, other_call, memory, plans, plans_differ, plan_fails,
+    raises_oddly, interrupted, first_interrupted, killed, killed_far, killed_between, leaves,
+    destroyed, refused, server, other_call, memory, plans, plans_differ, plan_fails,
     plan_interrupted, goldens,
 )  # fmt: skip
 

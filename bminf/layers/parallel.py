@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
+from traceback import clear_frames
 from typing import Any, ClassVar
 
 import torch
@@ -217,6 +218,7 @@ class Group:
         try:
             run()
         except (RuntimeError, ValueError) as error:
+            clear_frames(error.__traceback__)  # torch's have the process group, and keep it open
             if not dist.is_initialized():  # by a model of this process that failed, or by the user
                 self.leave(RankError("its process group was destroyed"))
             _take_down()  # so that nobody waits for this one either

@@ -35,7 +35,7 @@ JOIN_TIMEOUT = timedelta(minutes=2)
 
 _ANSWER_S = 5.0  # for what listens at the port of the store to answer as one
 _POLL_S = 0.005  # short: torchrun ends the others within a tenth of a second
-_TOLD_S = 3.0  # after an error of the transport, for the rank that caused it to say why
+_TOLD_S = 4.0  # after an error of the transport, for all others to say why, or that they see it
 _LINGER_S = 1.0  # of a process that has the store and has failed, for others to read why
 
 # In the store.
@@ -221,6 +221,8 @@ class Meeting:
         while time.monotonic() < end_s:
             if said := self._failure():
                 return said
+            if self._store is not None and not self._silent():
+                break
             time.sleep(_POLL_S)
         return self._silence() or f"another rank has left without a word: {error}"
 
@@ -273,16 +275,22 @@ class Meeting:
         return ""
 
     def _silence(self) -> str:
-        """Of ranks, on other machines, that have not even seen that one has gone."""
+        """Of ranks that have not even seen that one has gone."""
         if self._store is None:
             return "" if _is_torchruns() else "rank 0 failed: the store, which it has, is gone"
-        silent = [r for r in range(self._size) if not self._store.check([f"{_HEARD}/{r}"])]
-        if not silent:
+        if not (silent := self._silent()):
             return ""
         return self.fail(
-            f"{_ranks(silent)} failed: nothing is heard of that process any more; see what "
-            "torchrun says of it on its machine"
+            f"{_ranks(silent)} failed: nothing is heard from there any more; see what torchrun "
+            "says of it, on its machine where there are several"
         )
+
+    def _silent(self) -> list[int]:
+        """Ranks on other machines, or ending."""
+        heard = (f"{_HEARD}/{rank}" for rank in range(self._size))
+        with suppress(RuntimeError):
+            return [rank for rank, name in enumerate(heard) if not self._store.check([name])]
+        return []
 
     def _process_of(self, rank: int) -> _Process | None:
         """None where it has not said so yet."""

@@ -189,7 +189,7 @@ def test_of_other_machines_those_that_say_nothing_are_named() -> None:
     ranks = [Meeting(Place(rank, 3), store) for rank in range(3)]
     store.set("bminf/heard/2", "")
     said = ranks[0].reason(RuntimeError("Connection closed by peer"))
-    assert said.startswith("rank 1 failed: nothing is heard of that process any more")
+    assert said.startswith("rank 1 failed: nothing is heard from there any more")
     assert ranks[2].reason(RuntimeError("Connection closed by peer")) == said
     store = dist.HashStore()
     for rank in range(3):

@@ -27,7 +27,7 @@ from bminf.models.leading import Following, Leading, LedCache
 
 PROGRAM = Path(__file__).parents[1] / "ranks.py"
 EVERY = [case.__name__ for case in CASES if case is not memory]
-SOME = ["zoo", "raises", "killed", "refused", "plans", "goldens"]
+SOME = ["zoo", "raises", "killed", "killed_far", "refused", "plans", "goldens"]
 LAUNCHES = {1: ["zoo", "plans", "goldens"], 2: EVERY, 4: SOME}
 
 TOLERANCE = 5e-5
@@ -325,6 +325,16 @@ def test_a_rank_that_is_gone_is_named(seen: Seen, size: int, case: str) -> None:
     for rank in ranks[:1] + ranks[2:]:
         assert rank["error"].startswith("RankError: rank 1 failed: its process ")
         assert rank["error"].endswith("see what torchrun says of it")
+        assert rank["seconds"] < MOST_S
+
+
+@LAUNCHES_RANKS
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_rank_that_is_gone_from_another_machine_is_named(seen: Seen, size: int) -> None:
+    """And no other: its connections are closed by the first that sees it, which all see then."""
+    ranks = seen(size, "killed_far")
+    for rank in ranks[:1] + ranks[2:]:
+        assert rank["error"].startswith("RankError: rank 1 failed: nothing is heard from there")
         assert rank["seconds"] < MOST_S
 
 
