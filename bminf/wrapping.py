@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from bminf.checks import check_bool
 from bminf.errors import ArgumentError, NothingToStreamError, UnsupportedModelError
 from bminf.keywords import check_keywords, keywords_of, known_keywords
 from bminf.layers.experts import has_experts
-from bminf.layers.parallel import ALONE, Group, join
+from bminf.layers.parallel import ALONE, Group, before_joining, join
 from bminf.layers.quantize import Predicate, choice_of, choose_linears, warn_of_unquantized
 from bminf.layers.saving import refuse_to_save
 from bminf.layers.tensor_plan import check_ranks, cut, sample_of, shared_linears
@@ -120,8 +120,10 @@ def wrapper(
     only if a disk or a memory fails midway, or a weight is not finite, linears that are quantized
     by then stay quantized.
     """
-    check_keywords("wrapper", unknown, keywords_of(wrapper)[1:])  # a model comes without its name
-    check_bool("prefetch_experts", prefetch_experts)
+    with nullcontext() if tp is None else before_joining(device):
+        # A model comes without its name.
+        check_keywords("wrapper", unknown, keywords_of(wrapper)[1:])
+        check_bool("prefetch_experts", prefetch_experts)
     if tp is None:
         options = Options(quantization, blocks, uses, quantize, reserve, max_length, max_batch_size)
         return _wrap(model, options, memory_limit, device, offload_dir, prefetch_experts)

@@ -385,6 +385,7 @@ def refused(folder: Path, rank: int, size: int) -> Report:
         "heads": _error_of(lambda: load(folder / "odd", "cpm1")),
         "low": _error_of(lambda: load(folder, "cpm1", memory_limit="10KB")),
         "argument": _error_of(lambda: load(folder, "cpm1", max_length=-1 if wrong else 8)),
+        "keyword": _error_of(lambda: load(folder, "cpm1", **({"no_such": 1} if wrong else {}))),
     }
     if wrong:
         setattr(CpuBackend, "allocate", full)  # noqa: B010

@@ -273,6 +273,22 @@ def join(device: Any) -> Group:
     return group
 
 
+@contextmanager
+def before_joining(device: Any) -> Iterator[None]:
+    """For what may fail on one of several ranks before it calls join(), which the others do: an
+    error is raised on all of them.   device: as for join()."""
+    number = _Joined.number
+    try:
+        yield
+    except RankError:
+        raise
+    except Exception:
+        if _Joined.number == number:
+            with join(device).agreement():
+                raise
+        raise
+
+
 class _Joined:
     """Where this process met the others.   number, groups: of models, and those of them that are
     there."""

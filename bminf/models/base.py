@@ -34,7 +34,7 @@ from bminf.models.assemble import (
     max_length_for,
     plan_within,
 )
-from bminf.models.calls import needs_open_model
+from bminf.models.calls import loads_a_model, needs_open_model
 from bminf.models.decode_step import Capture, DecodeSteps, check_graphs
 from bminf.models.fill import fill
 from bminf.models.leading import Following, Leading, LedCache, LedNetwork
@@ -112,6 +112,7 @@ class LanguageModel:
     tokenizer: Tokenizer
     model: Any  # the network
 
+    @loads_a_model
     @known_keywords
     def __init__(
         self,

@@ -12,7 +12,7 @@ from bminf.arch import bloom
 from bminf.arch.bloom import Bloom, BloomConfig
 from bminf.keywords import known_keywords
 from bminf.models.arguments import Text, ids_of
-from bminf.models.calls import needs_open_model
+from bminf.models.calls import loads_a_model, needs_open_model
 from bminf.models.decoder_only import DecoderOnly
 from bminf.models.options import Options
 from bminf.models.prompt import Prompt
@@ -35,6 +35,7 @@ class BLOOM(DecoderOnly):
     config: BloomConfig
     model: Bloom
 
+    @loads_a_model
     @known_keywords
     def __init__(
         self,

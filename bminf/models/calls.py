@@ -1,4 +1,4 @@
-"""What every public method of a model checks before its own arguments."""
+"""What every public method of a model, and its constructor, checks before its own arguments."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any, TypeVar, cast
 
 from bminf.errors import ArgumentError
 from bminf.keywords import check_keywords, keywords_of
+from bminf.layers.parallel import before_joining
 from bminf.models.options import ALIASES
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -42,6 +43,19 @@ def needs_open_model(method: Method) -> Method:
         model._open()
         # Of several ranks the first checks, and the others are told what is wrong.
         return model._called(method.__name__, partial(checked, model, *arguments, **keywords))
+
+    return cast(Method, call)
+
+
+def loads_a_model(constructor: Method) -> Method:
+    """The constructor of a LanguageModel: of several ranks, all raise what one of them does."""
+    names = list(inspect.signature(constructor).parameters)
+
+    @functools.wraps(constructor)
+    def call(*arguments: Any, **keywords: Any) -> None:
+        given = {**dict(zip(names, arguments, strict=False)), **keywords}
+        with before_joining(given.get("device")):
+            constructor(*arguments, **keywords)
 
     return cast(Method, call)
 

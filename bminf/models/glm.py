@@ -25,7 +25,7 @@ from bminf.layers.kv_cache import KVCache
 from bminf.models.arguments import Text
 from bminf.models.assemble import plan_model
 from bminf.models.base import BeamSearch, LanguageModel
-from bminf.models.calls import needs_open_model
+from bminf.models.calls import loads_a_model, needs_open_model
 from bminf.models.evaluate import log_probabilities, perplexity, token_scores, windows
 from bminf.models.glm_text import (
     GENERATION_MASK,
@@ -109,6 +109,7 @@ class GLM(LanguageModel):
     tokenizer: GLMTokenizer
     model: Network
 
+    @loads_a_model
     @known_keywords
     def __init__(
         self,
