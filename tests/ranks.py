@@ -275,6 +275,20 @@ def first_script_raises(folder: Path, rank: int, size: int) -> Report:
     return found
 
 
+def ends(folder: Path, rank: int, size: int) -> Report:
+    """By an error of the script of rank 1 that nobody catches, of which Python calls the hook."""
+    sys.excepthook = lambda *_: None
+    model = load(folder, "cpm1")
+    if rank == 0:
+        return {"error": _error_of(lambda: _generated(model))}
+    try:
+        _raise()
+    except ZeroDivisionError:
+        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+    _outlive(folder, "ends")
+    return {}
+
+
 def first_interrupted(folder: Path, rank: int, size: int) -> Report:
     """Ctrl-C in a notebook on rank 0, while it reads a prompt."""
 
@@ -659,8 +673,8 @@ def _pss_of(folder: Path) -> int:
 
 CASES = (
     zoo, raises, first_raises, lives_on, users_group, script_raises, first_script_raises,
-    raises_oddly, interrupted, first_interrupted, killed, killed_far, killed_between, leaves,
-    destroyed, refused, server, other_call, memory, plans, plans_differ, plan_fails,
+    raises_oddly, ends, interrupted, first_interrupted, killed, killed_far, killed_between,
+    leaves, destroyed, refused, server, other_call, memory, plans, plans_differ, plan_fails,
     plan_interrupted, goldens,
 )  # fmt: skip
 

@@ -19,6 +19,7 @@ import json
 import logging
 import os
 import pickle
+import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -311,10 +312,22 @@ def _met(place: Place, backend: str) -> Meeting:
     meeting.come()
     if not is_users:
         _initialise(place, backend, store)
+    _tell_what_ends(Group(place, meeting))
     share_threads(place)
     if place.rank > 0 and logger.level == logging.NOTSET:
         logger.setLevel(logging.ERROR)  # rank 0 tells the same
     return meeting
+
+
+def _tell_what_ends(group: Group) -> None:
+    """Tell all other ranks of an error that nobody has caught, before it is shown."""
+    show = sys.excepthook
+
+    def tell(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        group.leave(error)
+        show(kind, error, trace)
+
+    sys.excepthook = tell
 
 
 def _initialise(place: Place, backend: str, store: Any) -> None:

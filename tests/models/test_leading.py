@@ -305,7 +305,11 @@ def test_an_error_of_one_script_within_a_model_ends_all(seen: Seen) -> None:
 @LAUNCHES_RANKS
 @pytest.mark.parametrize(
     ("case", "message"),
-    [("raises_oddly", r"OSError: no file \udcff"), ("interrupted", "KeyboardInterrupt: ")],
+    [
+        ("raises_oddly", r"OSError: no file \udcff"),
+        ("interrupted", "KeyboardInterrupt: "),
+        ("ends", "ZeroDivisionError: of this rank alone"),
+    ],
 )
 def test_whatever_ends_a_rank_is_told_by_it(seen: Seen, case: str, message: str) -> None:
     """Though its process lives on: nobody waits for that to end."""
