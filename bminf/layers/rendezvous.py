@@ -8,6 +8,7 @@ can name a rank that does not come, or has ended.
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import socket
 import sys
@@ -27,6 +28,8 @@ import torch.distributed as dist
 
 from bminf.errors import ArgumentError, RankError
 
+logger = logging.getLogger("bminf")
+
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """That torchrun sets for each rank."""
 
@@ -34,6 +37,7 @@ JOIN_TIMEOUT = timedelta(minutes=2)
 """For all ranks to come, once."""
 
 _ANSWER_S = 5.0  # for what listens at the port of the store to answer as one
+_QUIET_S = 30.0  # of waiting for a rank that may be busy, or never come
 _POLL_S = 0.005  # short: torchrun ends the others within a tenth of a second
 _TOLD_S = 4.0  # after an error of the transport, for all others to say why, or that they see it
 _LINGER_S = 1.0  # of a process that has the store and has failed, for others to read why
@@ -230,7 +234,7 @@ class Meeting:
 
     def _wait_for(self, name: str, patience: timedelta | None = None) -> None:
         """Until all ranks have said this."""
-        start_s = time.monotonic()
+        start_s, is_said = time.monotonic(), False
         while True:
             missing = [r for r in range(self._size) if not self._store.check([f"{name}/{r}"])]
             self._check_sizes()
@@ -238,9 +242,13 @@ class Meeting:
                 raise RankError(said)
             if not missing:
                 return
-            if patience is not None and time.monotonic() - start_s > patience.total_seconds():
+            waited_s = time.monotonic() - start_s
+            if patience is not None and waited_s > patience.total_seconds():
                 within = f"within {patience.total_seconds():g} seconds"
                 raise RankError(self.fail(f"{_ranks(missing)} did not come {within}"))
+            if waited_s > _QUIET_S and not is_said:
+                is_said = True
+                logger.warning("waiting for %s to load this model as well", _ranks(missing))
             time.sleep(_POLL_S)
 
     def _check_sizes(self) -> None:

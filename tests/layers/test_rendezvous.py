@@ -134,6 +134,26 @@ def test_all_have_come_who_say_so() -> None:
     Meeting(Place(0, 2), store).come()
 
 
+def test_who_is_waited_for_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """While it is busy: that may take as long as it likes."""
+    store = dist.HashStore()
+    first = Meeting(Place(0, 3), store)
+    monkeypatch.setattr(rendezvous, "_QUIET_S", 0)
+    naps: list[float] = []
+
+    def nap(seconds: float) -> None:
+        naps.append(seconds)
+        if len(naps) == 3:
+            for rank in (1, 2):
+                store.set(f"bminf/comes/7/{rank}", "")
+
+    monkeypatch.setattr(rendezvous.time, "sleep", nap)
+    first.meet(7)
+    assert caplog.messages == ["waiting for ranks 1, 2 to load this model as well"]
+
+
 def test_ranks_that_differ_about_their_number_are_told_alike() -> None:
     store = dist.HashStore()
     store.set("bminf/process/1", f"elsewhere {os.getpid()} 3")
