@@ -19,7 +19,7 @@ from bminf.layers.experts import has_experts
 from bminf.layers.parallel import ALONE, Group, before_joining, join
 from bminf.layers.quantize import Predicate, choice_of, choose_linears, warn_of_unquantized
 from bminf.layers.saving import refuse_to_save
-from bminf.layers.tensor_plan import check_ranks, cut, sample_of, shared_linears
+from bminf.layers.tensor_plan import check_ranks, cut, sample_of, shared_parts
 from bminf.layout import ModuleBlock, tensors_of
 from bminf.offload.backends import (
     allocated_bytes_on,
@@ -199,7 +199,7 @@ def _cut(
         form = parse_format(quantization, default=INT8)
         limit = None if memory_limit is None else parse_bytes(memory_limit, "memory_limit")
         fetch_offloaded(model)
-        shared = shared_linears(model)
+        shared = shared_parts(model)
         check_ranks(model, shared, form, group.size)
         own = backend_for(group.device(device)).device
         names = {"class": type(model).__name__, "quantization": str(form), "memory_limit": limit}

@@ -479,17 +479,19 @@ def memory(folder: Path, rank: int, size: int) -> Report:
 
 
 def plans(folder: Path, rank: int, size: int) -> Report:
-    """Models of transformers by their plans, resident and streamed, in every format."""
+    """Models of transformers by their plans, resident and streamed, in every format; of what is
+    packed as in the others, in floating point and one."""
     import torch
 
     import bminf
 
     found: Report = {}
     for name, make in transformers_models().items():
+        is_alike = name in ("qwen2_moe", "phi3")
         for kind, form in formats().items():
-            if name == "phi3" and kind != "int8":
-                continue
             for place in ("resident", "streamed") if form is None else ("streamed",):
+                if is_alike and (kind, place) not in (("float", "resident"), ("int8", "streamed")):
+                    continue
                 model = make()
                 limit = 2**30 if place == "resident" else _limit_of_part(make(), form, size)
                 bminf.wrapper(model, form or False, limit, "cpu", tp="auto")
@@ -497,7 +499,8 @@ def plans(folder: Path, rank: int, size: int) -> Report:
                 with torch.inference_mode():
                     logits = model(input_ids=ids).logits
                 plan = bminf.plan_of(model)
-                said = {"logits": logits, "streamed": len(plan.streamed) + len(plan.tables)}
+                num_streamed = len(plan.streamed) + len(plan.tables) + (plan.experts is not None)
+                said = {"logits": logits, "streamed": num_streamed}
                 more = {"max_new_tokens": 4, "pad_token_id": 0}
                 said["greedy"] = model.generate(ids, do_sample=False, **more).tolist()
                 if place == "resident":
@@ -511,11 +514,11 @@ def _limit_of_part(model: Any, form: Any, size: int) -> int:
     """A byte less than the last rank needs."""
     from bminf.layers.parallel import Group
     from bminf.layers.rendezvous import Place
-    from bminf.layers.tensor_plan import cut, shared_linears
+    from bminf.layers.tensor_plan import cut, shared_parts
     from bminf.wrapping import plan_for
 
     if size > 1:
-        cut(model, shared_linears(model), form, Group(Place(size - 1, size)))
+        cut(model, shared_parts(model), form, Group(Place(size - 1, size)))
     return plan_for(model, form or False, device="cpu").total_bytes - 1
 
 
@@ -533,13 +536,18 @@ def transformers_models() -> dict[str, Callable[[], Any]]:
         return model(config).eval()
 
     qwen = {**sizes, "head_dim": 16, "attention_bias": True}
+    experts = {
+        **sizes, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 128,
+        "shared_expert_intermediate_size": 128,
+    }  # fmt: skip
     return {
         "llama": lambda: made(tf.LlamaForCausalLM, tf.LlamaConfig(**sizes)),
         "tied": lambda: made(
             tf.LlamaForCausalLM, tf.LlamaConfig(**sizes, tie_word_embeddings=True, mlp_bias=True)
         ),
         "qwen3": lambda: made(tf.Qwen3ForCausalLM, tf.Qwen3Config(**qwen)),
-        "phi3": lambda: made(tf.Phi3ForCausalLM, tf.Phi3Config(**sizes, pad_token_id=0)),
+        "qwen2_moe": lambda: made(tf.Qwen2MoeForCausalLM, tf.Qwen2MoeConfig(**experts)),
+        "phi3": lambda: made(tf.Phi3ForCausalLM, tf.Phi3Config(**{**sizes, "pad_token_id": 0})),
     }
 
 
@@ -768,7 +776,12 @@ def main(folder: str, *names: str) -> None:
     import bminf.wrapping  # noqa: F401 - once, for all that is forked
 
     if any(name.startswith("plan") for name in names):
-        from transformers import LlamaForCausalLM, Phi3ForCausalLM, Qwen3ForCausalLM  # noqa: F401
+        from transformers import (  # noqa: F401
+            LlamaForCausalLM,
+            Phi3ForCausalLM,
+            Qwen2MoeForCausalLM,
+            Qwen3ForCausalLM,
+        )  # fmt: skip
     cases = {case.__name__: case for case in CASES}
     for name in names:
         case, _, size = name.partition(".")

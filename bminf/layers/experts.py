@@ -201,6 +201,27 @@ class PackedStack(torch.nn.Module):
         fields = {name: t if t is None else t[expert] for name, t in self._buffers.items()}
         return self.matrix(dequantize_weight(self.of(fields), self.dtype))
 
+    def rows(self, rows: torch.Tensor) -> PackedStack:
+        """These rows of each expert's matrix, (n,) int64, which is not transposed."""
+        return self._of_each([packed.rows(rows) for packed in self._each()])
+
+    def columns(self, start: int, end: int) -> PackedStack:
+        """Some columns of each, with the same codes and scales; see PackedWeight.columns()."""
+        return self._of_each([packed.columns(start, end) for packed in self._each()])
+
+    def _each(self) -> Iterator[PackedWeight]:
+        for expert in range(self.num_experts):
+            yield self.of({n: t if t is None else t[expert] for n, t in self._buffers.items()})
+
+    def _of_each(self, parts: Sequence[PackedWeight]) -> PackedStack:
+        shape = (len(parts), parts[0].out_features, parts[0].in_features)
+        like = torch.empty(shape, dtype=self.dtype, device="meta")
+        found = PackedStack(like, is_transposed=False, quantization=self.form)
+        for name in PACKED_FIELDS:
+            fields = [getattr(part, name) for part in parts]
+            found._buffers[name] = None if fields[0] is None else torch.stack(fields)
+        return found.train(self.training)
+
     def _stacked(self, like: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
         if like is None:
             return None

@@ -210,8 +210,8 @@ class PackedWeight(NamedTuple):
     def num_groups(self) -> int:
         return 1 if self.group_size is None else _num_groups(self.in_features, self.group_size)
 
-    def rows(self, rows: slice) -> PackedWeight:
-        """Some rows, as views."""
+    def rows(self, rows: slice | torch.Tensor) -> PackedWeight:
+        """Some rows: of a slice as views, of indices as copies."""
         held = {name: getattr(self, name) for name in PACKED_FIELDS}
         some: dict[str, Any] = {name: t if t is None else t[rows] for name, t in held.items()}
         return self._replace(**some)

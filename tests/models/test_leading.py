@@ -223,7 +223,7 @@ def test_models_of_transformers_give_what_one_rank_gives(seen: Seen, size: int) 
     """By their plans; what is drawn is the same on all ranks."""
     (one,), ranks = seen(1, "plans"), seen(size, "plans")
     kinds = [kind for kind in one if isinstance(one[kind], dict)]
-    assert len(kinds) == 3 * 5 + 1
+    assert len(kinds) == 3 * 5 + 2 * 2
     for kind in kinds:
         first = ranks[0][kind]
         torch.testing.assert_close(
