@@ -71,7 +71,8 @@ class Formats:
 class Assembly:
     """A network on the meta device, packed and laid out.
 
-    source: with the output head split as it is in the network.
+    source: with the output head split as it is in the network.   group: the ranks of which one has
+    this.
     """
 
     source: Source
@@ -80,12 +81,7 @@ class Assembly:
     dtype: torch.dtype
     blocks: list[ModuleBlock]
     blobs: Blobs
-
-    @property
-    def group(self) -> Group:
-        """The ranks of which one has this."""
-        group: Group = getattr(self.network, "group", ALONE)
-        return group
+    group: Group
 
 
 def assemble(
@@ -113,7 +109,7 @@ def assemble(
     _pack_linears(network, blocks, packing, activations)
     # Each tensor aligned to 256: on disk, in host memory and in a slot.
     blobs = lay_out(network, blocks, {}, keep_addresses=False)
-    return Assembly(source, network, packing, dtype, blocks, blobs)
+    return Assembly(source, network, packing, dtype, blocks, blobs, group)
 
 
 def plan_within(
