@@ -411,4 +411,5 @@ def test_each_rank_keeps_its_limit_and_all_share_the_embedding(tmp_path: Path) -
     assert all(rank["streamed"] and rank["total"] <= MEMORY_LIMIT for rank in ranks)
     assert max(rank["grown"] for rank in ranks) < 1.05 * MEMORY_LIMIT
     together, table = sum(rank["pss"] for rank in ranks), ranks[0]["table"]
-    assert table <= together < 1.1 * table, "its pages are in memory once"
+    # Some may have been taken back by a system that is short of memory.
+    assert 0.9 * table < together < 1.1 * table, "its pages are in memory once"
