@@ -72,7 +72,15 @@ def saved_tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
     return folder
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if durations.IS_REWRITTEN:
+        config.pluginmanager.register(durations.Recorder())
+    config.option.loadscopereorder = False  # of pytest-xdist: files in the order of their length
+    gc.disable()  # what is collected stays: to look for garbage among it took 2 s of 8
+
+
 def pytest_collection_finish() -> None:
+    gc.enable()
     leave_to_the_end()
 
 
@@ -88,12 +96,6 @@ def leave_to_the_end() -> None:
     them again. Many tests collect it, which took them 0.1 s each."""
     gc.collect()
     gc.freeze()
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    if durations.IS_REWRITTEN:
-        config.pluginmanager.register(durations.Recorder())
-    config.option.loadscopereorder = False  # of pytest-xdist: files in the order of their length
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
