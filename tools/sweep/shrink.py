@@ -27,7 +27,6 @@ _MOST = {
     re.compile(r"^topk_group$"): 1,
     re.compile(r"experts_per_tok|moe_(top)?k$|top_k_experts"): 2,
     re.compile(r"max_.*positions?(_embeddings)?$|^n_positions$|^n_ctx$|max_seq_len"): 512,
-    _LAYERS: LAYERS,
 }
 _WIDTH = re.compile(
     r"hidden|embed|embd|d_model|dim|width|channel|intermediate|ffn|d_ff|d_inner|inner|rank|proj"
@@ -49,11 +48,12 @@ _DROPPED = ("stage_names", "out_features", "_out_features", "transformers_versio
 class Shrinker:
     """factor: what widths are divided by. fewer_heads: so are numbers of heads, not their width.
 
-    special: old token id -> new one, in order of sight.
+    layers: the most that are left. special: old token id -> new one, in order of sight.
     """
 
     factor: int
     fewer_heads: bool = False
+    layers: int = LAYERS
     special: dict[int, int] = field(default_factory=dict)
 
     @classmethod
@@ -75,19 +75,19 @@ class Shrinker:
             return 0  # classifiers of sequences need one for a batch
         if isinstance(value, Mapping):
             if value and all(str(k).isdigit() for k in value):  # by layer
-                return {k: v for k, v in value.items() if int(k) < LAYERS}
+                return {k: v for k, v in value.items() if int(k) < self.layers}
             return self.shrink(value) if all(isinstance(k, str) for k in value) else value
         if isinstance(value, list | tuple):
             return type(value)(self._items(key, list(value), layers))
         return self._number(key, value) if _is_number(value) else value
 
     def _items(self, key: str, items: list[Any], layers: set[int]) -> list[Any]:
-        if len(items) in layers and len(items) > LAYERS:
-            items = items[:LAYERS]
+        if len(items) in layers and len(items) > self.layers:
+            items = items[: self.layers]
         if key == "mrope_section":
             return self._sections(items)
         if _INDICES.search(key) and all(map(_is_number, items)) and layers:
-            return _indices(items, max(layers))
+            return _indices(items, max(layers), self.layers)
         if _is_width(key) and not all(self._divides(v) for v in items if _is_number(v)):
             return items
         if any(isinstance(item, list | tuple | Mapping) for item in items):
@@ -97,7 +97,7 @@ class Shrinker:
     def _number(self, key: str, value: int) -> int:
         if _SPECIAL.search(key) and "num" not in key:
             return self._token(value)
-        for pattern, most in _MOST.items():
+        for pattern, most in (_MOST | {_LAYERS: self.layers}).items():
             if pattern.search(key):
                 return min(value, most)
         if "groups" in key and value == 32:
@@ -122,12 +122,12 @@ class Shrinker:
         return [small[0] + sum(sections) // self.factor - sum(small), *small[1:]]
 
 
-def _indices(items: list[int], layers: int) -> list[int]:
-    if layers <= LAYERS or not items or max(items) > layers:
+def _indices(items: list[int], layers: int, most: int) -> list[int]:
+    if layers <= most or not items or max(items) > layers:
         return items
-    small = [item * LAYERS // layers if item >= 0 else max(item, -LAYERS) for item in items]
+    small = [item * most // layers if item >= 0 else max(item, -most) for item in items]
     is_distinct = len(set(small)) == len(small)
-    return small if is_distinct else list(range(LAYERS + 1 - len(items), LAYERS + 1))
+    return small if is_distinct else list(range(most + 1 - len(items), most + 1))
 
 
 def _numbers(values: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
