@@ -6,6 +6,7 @@ did before they were made cheap: it is put back, and each budget must fail.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -49,9 +50,12 @@ BUDGETS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BMINF_CACHE_DIR", str(tmp_path))
+@pytest.fixture(autouse=True, scope="module")
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Each text is compiled once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BMINF_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.mark.parametrize(("kernel", "budget"), BUDGETS, ids=str)
