@@ -8,6 +8,7 @@ install` is read, not run: its extras, files and packages exist. `text` blocks a
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import shlex
@@ -24,7 +25,7 @@ from pages import BLOCKS, ROOT, Block
 from terminal import started
 from tiny_bloom import tiny_bloom
 from tiny_glm import tiny_glm10b
-from tiny_llama import save_llama
+from tiny_llama import WORDS, save_llama
 from tiny_zoo import tiny
 
 from bminf.cli import main
@@ -44,6 +45,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the pages call my-model, cpm2, glm-10b, glm-130b and bloom-7b1; each is small."""
     folder = tmp_path_factory.mktemp("pages")
     model = save_llama(folder / "my-model", TEMPLATE, max_position_embeddings=4096)
+    ends = {"eos_token_id": list(range(1, len(WORDS), 2))}  # answers are short
+    (model / "generation_config.json").write_text(json.dumps(ends))
     snapshot = folder / "hub" / f"models--{HUB_ID.replace('/', '--')}"
     shutil.copytree(model, snapshot / "snapshots" / "0")
     (snapshot / "refs").mkdir()
