@@ -489,11 +489,12 @@ def _activated(experts: Any, wide: torch.Tensor, rows: slice) -> torch.Tensor:
     neighbours of a row decide: these are the ones that it has where all rows are taken at once.
     """
     activate = experts._apply_gate if getattr(experts, "has_gate", True) else experts.act_fn
-    if torch.is_grad_enabled():  # which would keep all rows, and refuse that more are put there
-        return activate(wide[rows].clone())
     start = rows.start // _VECTORS * _VECTORS
     stop = min(len(wide), -(-rows.stop // _VECTORS) * _VECTORS)
-    return activate(wide[start:stop])[rows.start - start : rows.stop - start]
+    taken = wide[start:stop]
+    if torch.is_grad_enabled():  # which would keep all rows, and refuse that more are put there
+        taken = taken.clone()
+    return activate(taken)[rows.start - start : rows.stop - start]
 
 
 def _of_all_tokens(experts: Any, visit: Visit, hidden_states: torch.Tensor) -> torch.Tensor:

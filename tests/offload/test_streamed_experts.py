@@ -48,6 +48,7 @@ def test_any_number_of_slots_gives_the_same_bits(
     for _ in range(2):
         assert torch.equal(output_of(model, given), output_of(resident, given))
     assert torch.equal(greedy(model, given), greedy(resident, given))
+    assert torch.equal(model(**given).logits, resident(**given).logits)  # with a graph
     stats = bminf.stats_of(model)
     assert stats.expert_misses and (stats.expert_hits or num_slots < 14)
     assert stats.expert_bytes_copied == stats.bytes_copied
