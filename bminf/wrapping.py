@@ -29,7 +29,14 @@ from bminf.offload.backends import (
     host_budget,
     spare_bytes,
 )
-from bminf.offload.blob import Blobs, check_tensors, lay_out, remedies, unmapped_bytes
+from bminf.offload.blob import (
+    Blobs,
+    check_kinds,
+    check_tensors,
+    lay_out,
+    remedies,
+    unmapped_bytes,
+)
 from bminf.offload.blocks import find_blocks, has_tensors
 from bminf.offload.context import DEFAULT_LENGTH, context_of, generates_text
 from bminf.offload.hooks import ATTRIBUTE, Scheduler, Stats, is_streaming
@@ -271,9 +278,11 @@ def plan_for(
     All else is as for wrapper(); `least_limit` of the plan is the smallest limit that would do.
     Raises as wrapper() does.
     """
-    _check_is_module(model)
+    device_type = device_for(device).type
+    _check_model(model, is_planned=True)
+    check_kinds(model)
     options = Options(quantization, blocks, uses, quantize, reserve, max_length, max_batch_size)
-    request = Request(model, options, device_for(device).type, keep_addresses=False)
+    request = Request(model, options, device_type, keep_addresses=False)
     if memory_limit is None:
         elsewhere_bytes = bytes_on(request.unregistered, None)
         return request.plan(request.reserved_bytes + request.allocated_bytes + elsewhere_bytes)
@@ -407,10 +416,14 @@ def _check_is_module(model: object) -> None:
         raise ArgumentError(f"model is a {type(model).__name__}; give a torch.nn.Module")
 
 
-def _check_model(model: torch.nn.Module) -> None:
+def _check_model(model: torch.nn.Module, is_planned: bool = False) -> None:
+    """is_planned: whether it is only planned, as may be one that is wrapped, and all of it stays.
+
+    Raises ArgumentError, UnsupportedModelError.
+    """
     _check_is_module(model)
     for name, module in model.named_modules():
-        if module.__dict__.get(ATTRIBUTE) is not None:
+        if module.__dict__.get(ATTRIBUTE) is not None and not is_planned:
             what = f"its part {name!r}" if name else "this model"
             raise UnsupportedModelError(f"{what} is wrapped already; call bminf.unwrap on it first")
         if is_streaming(module):

@@ -7,6 +7,7 @@ tests/offload/.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -233,14 +234,18 @@ def test_models_that_cannot_be_wrapped_are_refused(
     with pytest.raises(error, match=said):
         bminf.wrapper(model, quantization=False, memory_limit="1GB", device="cpu")
     assert before is None or snapshot(model) == before
+    if said != "meta device":  # which has no values, and sizes
+        with pytest.raises(error, match=said):
+            bminf.plan_for(model, quantization=False, memory_limit="1GB")
 
 
 def test_wrapping_twice_is_refused() -> None:
     model, x, expected = streamed()
     outer = torch.nn.Sequential(model)
     for again in (model, outer, model.layers, model.layers[5]):
-        with pytest.raises(UnsupportedModelError, match="wrapped already"):
-            bminf.wrapper(again, memory_limit="1GB", device="cpu")
+        for call in (partial(bminf.wrapper, device="cpu"), bminf.plan_for):
+            with pytest.raises(UnsupportedModelError, match="wrapped already"):
+                call(again, memory_limit="1GB")
     assert torch.equal(model(x), expected)
 
 

@@ -279,9 +279,10 @@ def unmapped_bytes(model: torch.nn.Module) -> int:
 
 def check_tensors(model: torch.nn.Module) -> torch.device:
     """The one device of all tensors. Raises UnsupportedModelError for what is not plain bytes."""
+    check_kinds(model)
     devices: dict[torch.device, str] = {}
     for name, _, tensor in tensors_of(model):
-        _check_kind(name, tensor)
+        _check_place(name, tensor)
         devices.setdefault(tensor.device, name)
     if len(devices) > 1:
         where = ", ".join(f"{name!r} on {device}" for device, name in devices.items())
@@ -294,15 +295,24 @@ def check_tensors(model: torch.nn.Module) -> torch.device:
     return next(iter(devices), torch.device("cpu"))
 
 
-def _check_kind(name: str, tensor: torch.Tensor) -> None:
-    if torch.nn.parameter.is_lazy(tensor):
-        reason = "is not initialised yet; run the model once first"
-    elif tensor.is_meta:
+def check_kinds(model: torch.nn.Module) -> None:
+    """Raise UnsupportedModelError for tensors that are not plain bytes, wherever they lie."""
+    for name, _, tensor in tensors_of(model):
+        if torch.nn.parameter.is_lazy(tensor):
+            reason = "is not initialised yet; run the model once first"
+        elif type(tensor) not in _KINDS:
+            reason = f"is a {type(tensor).__name__}, whose bytes are not those of a plain tensor"
+        elif tensor.layout != torch.strided or tensor.is_quantized:
+            kind = "quantized" if tensor.is_quantized else tensor.layout
+            reason = f"is {kind}, not a dense tensor"
+        else:
+            continue
+        raise UnsupportedModelError(f"the tensor {name!r} {reason}")
+
+
+def _check_place(name: str, tensor: torch.Tensor) -> None:
+    if tensor.is_meta:
         reason = "is on the meta device and has no values; load the weights first"
-    elif type(tensor) not in _KINDS:
-        reason = f"is a {type(tensor).__name__}, whose bytes are not those of a plain tensor"
-    elif tensor.layout != torch.strided or tensor.is_quantized:
-        reason = f"is {'quantized' if tensor.is_quantized else tensor.layout}, not a dense tensor"
     elif tensor.device.type not in ("cpu", "cuda"):
         reason = f"is on {tensor.device}; accepted: cpu, cuda"
     else:
