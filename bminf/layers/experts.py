@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
@@ -520,10 +521,11 @@ def _of_sorted_tokens(
     each.   Returns (S, N)."""
     parts = inputs.split(expert_size, dim=0)
     outputs = inputs.new_zeros(len(inputs), experts.output_size)
-    rows = dict(enumerate(outputs.split(expert_size, dim=0)))
+    starts = [0, *accumulate(map(len, parts))]
     asked_for = [expert for expert, part in enumerate(parts) if len(part)]
     for expert, tensors in _one_by_one(visit(asked_for)):
-        rows[expert].copy_(_product(experts, "weight", parts[expert], tensors))
+        rows = slice(starts[expert], starts[expert + 1])  # views of split() take no gradients
+        outputs[rows] = _product(experts, "weight", parts[expert], tensors)
     return outputs
 
 

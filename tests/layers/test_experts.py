@@ -107,6 +107,26 @@ def test_it_has_the_bits_of_classes_with_one_way_to_multiply() -> None:
     torch.testing.assert_close(computed(step, *given), step(*given).detach())
 
 
+def test_gradients_change_no_bit_and_are_those_of_the_class() -> None:
+    jetmoe = importlib.import_module("transformers.models.jetmoe.modeling_jetmoe")
+    experts = jetmoe.JetMoeParallelExperts(EXPERTS, WIDTH, 24)
+    torch.nn.init.normal_(experts.weight)
+    rows = torch.randn(11, WIDTH), [3, 0, 1, 2, 0, 0, 4, 1]
+    tokens = (torch.randn(EXPERTS * 5, WIDTH),)
+    for module, given in [
+        (experts, rows),
+        (make_experts("llama4", "Llama4TextExperts"), tokens),
+        *((make_experts(family, name), routing(50, 2)) for family, name in ROUTED.items()),
+    ]:
+        expected = computed(module, *given)
+        leaves = [given[0].clone().requires_grad_() for _ in range(2)]
+        found = forward_of(module)(module, OneByOne(module), leaves[0], *given[1:])
+        assert torch.equal(found, expected)
+        found.square().sum().backward()
+        module(leaves[1], *given[1:]).square().sum().backward()
+        assert relative_error(leaves[0].grad, leaves[1].grad) < 1e-5
+
+
 def test_ids_of_no_expert_here_add_nothing() -> None:
     experts = make_experts("gpt_oss", "GptOssExperts")
     experts._is_expert_parallel = True
