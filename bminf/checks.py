@@ -4,11 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from typing import TypeGuard
+from dataclasses import fields
+from typing import Any, TypeGuard
 
 from bminf.errors import ArgumentError, UnsupportedModelError
 
 _SHOWN = 5  # of the wrong ids: a message should not hold a whole vocabulary
+
+
+def plain(value: Any) -> Any:
+    """One number of numpy, or a tensor (), as Python's own; anything else as it is."""
+    is_one = getattr(value, "ndim", None) == 0 and hasattr(value, "item")
+    return value.item() if is_one else value
+
+
+def make_plain(options: Any) -> None:
+    """Put plain() numbers in the fields of a frozen dataclass that is being made."""
+    for one in fields(options):
+        given = getattr(options, one.name)
+        value = plain(given)
+        if value is not given:
+            object.__setattr__(options, one.name, value)
 
 
 def check_ids(name: str, ids: Collection[int], vocab_size: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from types import SimpleNamespace
 
+import numpy
 import pytest
 
 from bminf.checks import (
@@ -17,6 +18,7 @@ from bminf.checks import (
     check_sizes,
     is_number,
     non_finite_logits,
+    plain,
 )
 from bminf.errors import ArgumentError
 
@@ -56,5 +58,6 @@ def test_what_is_right_passes() -> None:
     check_sizes(CONFIG, "hidden_size")
     check_eps("eps", 1e-5)
     assert is_number(0) and is_number(-2.5)
+    assert is_number(plain(numpy.float32(0.5))) and plain([numpy.int64(3)]) == [3]
     assert not any(map(is_number, (True, "1", None, float("inf"), float("nan"))))
     assert "in row 0, 3 of this step" in str(non_finite_logits([0, 3]))

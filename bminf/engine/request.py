@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from bminf.checks import check_int
+from bminf.checks import check_int, plain
 from bminf.engine.sampling import Sampling
 from bminf.errors import ArgumentError
 from bminf.offload.phase import NO_PHASE, Phase, PhaseTally
@@ -113,10 +113,12 @@ class Request:
         keep: bool = False,
         prompt: Any = None,
     ) -> None:
+        max_new_tokens = plain(max_new_tokens)
+        num_logprobs, num_prompt_logprobs = plain(num_logprobs), plain(num_prompt_logprobs)
         _check_logprobs("num_logprobs", num_logprobs)
         _check_logprobs("num_prompt_logprobs", num_prompt_logprobs)
         check_int("max_new_tokens", max_new_tokens, minimum=int(num_prompt_logprobs is None))
-        stops = _listed("stop_ids", stop_ids)
+        stops = [plain(token) for token in _listed("stop_ids", stop_ids)]
         if not all(type(token) is int for token in stops):
             raise ArgumentError(f"stop_ids={_shown(stops)}; give token ids, ints from 0 on")
         if not isinstance(sampling, Sampling | None):
@@ -181,7 +183,7 @@ def _check_logprobs(name: str, number: int | None) -> None:
 
 
 def _checked_ids(name: str, ids: Sequence[int]) -> list[int]:
-    listed = _listed(name, ids)
+    listed = [plain(token) for token in _listed(name, ids)]
     if not listed or not all(type(token) is int and token >= 0 for token in listed):
         raise ArgumentError(f"{name}={_shown(listed)}; give at least one token id, ints from 0 on")
     return listed

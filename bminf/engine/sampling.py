@@ -20,6 +20,7 @@ from bminf.checks import (
     check_int,
     check_positive,
     is_number,
+    make_plain,
 )
 from bminf.errors import ArgumentError
 
@@ -109,6 +110,7 @@ class Sampling:
     logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
+        make_plain(self)
         if not is_number(self.temperature) or self.temperature < 0:
             raise ArgumentError(
                 f"temperature={self.temperature!r}; accepted: a finite number from 0 on "

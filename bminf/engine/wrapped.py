@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from bminf.checks import check_positive
+from bminf.checks import check_positive, plain
 from bminf.engine.pool_rows import PoolRows
 from bminf.errors import ArgumentError, BudgetError, UnsupportedModelError
 from bminf.layers.quantized_linear import QuantizedLinear
@@ -43,6 +43,7 @@ def rows_of(
     Raises ArgumentError for a model that does not generate text, UnsupportedModelError where a row
     cannot be independent of others, BudgetError where the limit leaves no room.
     """
+    max_length, max_batch_size = plain(max_length), plain(max_batch_size)
     check_positive("max_length", max_length, none="None")
     check_positive("max_batch_size", max_batch_size, none="None")
     if not generates_text(model) and not _is_seq2seq(model):

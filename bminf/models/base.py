@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from bminf.arch.architecture import Architecture
-from bminf.checks import check_banned, check_bool, check_positive
+from bminf.checks import check_banned, check_bool, check_positive, plain
 from bminf.cuda.launcher import fused_by_default, fused_kernels
 from bminf.engine.beam import Decoder, Hypothesis, beam_search
 from bminf.engine.engine import Engine
@@ -139,6 +139,7 @@ class LanguageModel:
         self._lock = threading.RLock()  # of closing
         self._num_searched, self._searched_s = 0, 0.0
         group = join(device)
+        max_length, max_batch_size = plain(max_length), plain(max_batch_size)
         with group.agreement() as terms:
             check_positive("max_batch_size", max_batch_size)
             check_bool("deterministic", deterministic)

@@ -15,7 +15,7 @@ import torch
 from bminf.arch import glm
 from bminf.arch.glm import GLM as Network
 from bminf.arch.glm import GLMConfig
-from bminf.checks import check_bool
+from bminf.checks import check_bool, plain
 from bminf.engine.beam import Decoder
 from bminf.engine.glm_beam import glm_beam_search
 from bminf.engine.sampling import Sampling, top_k_then_top_p
@@ -442,6 +442,7 @@ class GLM(LanguageModel):
                 f"max_length={self.max_length} leaves no window; perplexity() needs a model that "
                 "was loaded with at least 3"
             )
+        generation_length = plain(generation_length)
         if type(generation_length) is not int or not 0 < generation_length < num_read:
             raise ArgumentError(
                 f"generation_length={generation_length!r}; accepted: 1 to {num_read - 1}, less "

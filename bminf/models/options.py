@@ -6,7 +6,14 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
-from bminf.checks import check_bool, check_ids, check_int, check_positive, is_number
+from bminf.checks import (
+    check_bool,
+    check_ids,
+    check_int,
+    check_positive,
+    is_number,
+    make_plain,
+)
 from bminf.engine.sampling import Sampling
 from bminf.errors import ArgumentError
 from bminf.keywords import check_keywords
@@ -54,6 +61,7 @@ class Options:
     _of_beams: ClassVar[Sequence[str]] = ("length_penalty",)
 
     def __post_init__(self) -> None:
+        make_plain(self)
         check_positive("max_tokens", self.max_tokens)
         check_positive("num_beams", self.num_beams)
         check_positive("top_n", self.top_n, none="None for all tokens")
@@ -158,6 +166,7 @@ class GLMOptions(Options):
     )
 
     def __post_init__(self) -> None:
+        make_plain(self)
         for name in ("out_seq_length", "num_return_sequences"):
             check_positive(name, getattr(self, name), none="None")
         for name in ("min_length", "no_repeat_ngram_size"):

@@ -10,7 +10,7 @@ import torch
 
 from bminf.arch import t5
 from bminf.arch.t5 import T5, T5Cache
-from bminf.checks import check_positive
+from bminf.checks import check_positive, plain
 from bminf.engine.beam import Decoder
 from bminf.errors import ArgumentError
 from bminf.models.arguments import Text
@@ -220,6 +220,7 @@ def _positions(text: str, given: Sequence[int] | None) -> list[int]:
     """The positions of the blanks in `text`.   Raises ArgumentError."""
     found = [match.start() for match in re.finditer(re.escape(SPAN), text)]
     is_list = isinstance(given, Sequence) and not isinstance(given, str)
+    given = list(map(plain, given)) if given is not None and is_list else given
     if given is not None and not (is_list and all(type(position) is int for position in given)):
         raise ArgumentError(f"spans_position={given!r}; give a list of ints, or None")
     positions = found if given is None else sorted(given)
@@ -338,5 +339,5 @@ class _Dialogue:
         self.utterances = [context] if isinstance(context, str) else list(context)
         if not self.utterances:
             raise ArgumentError("context is empty; give at least one utterance")
-        check_positive("truncation_length", truncation_length, none="None")
-        self.truncation_length = truncation_length
+        self.truncation_length = plain(truncation_length)
+        check_positive("truncation_length", self.truncation_length, none="None")

@@ -7,8 +7,11 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy
 import pytest
+import torch
 
+from bminf.engine.request import Request
 from bminf.errors import ArgumentError, UnknownKeywordError
 from bminf.models import CPM2, EVA, GLM
 from bminf.models.options import GLMOptions, Options
@@ -71,6 +74,27 @@ WRONG_FOR_GLM: list[tuple[dict[str, Any], str]] = [
 def test_an_option_that_means_nothing(kind: Any, given: dict[str, Any], words: str) -> None:
     with pytest.raises(ArgumentError, match=words):
         kind(**given).check(VOCAB_SIZE)
+
+
+def test_a_number_may_be_one_of_numpys() -> None:
+    given = {"max_tokens": 3, "top_k": 5, "temperature": 0.5, "seed": 2**63, "top_p": 0.75}
+    kinds = [numpy.int64, numpy.int32, numpy.float32, numpy.uint64, torch.tensor]
+    same = {name: kind(given[name]) for name, kind in zip(given, kinds, strict=True)}
+    for options in (Options, GLMOptions):
+        assert repr(options(**same)) == repr(options(**given))
+    for wrong in (numpy.float32(3), numpy.bool_(True), numpy.array([3])):
+        with pytest.raises(ArgumentError, match="accepted: an int of at least 1"):
+            Options(max_tokens=wrong)
+
+
+def test_token_ids_may_be_an_array_or_a_tensor() -> None:
+    for ids in (numpy.array([4, 2]), torch.tensor([4, 2], dtype=torch.int32)):
+        request = Request(ids, numpy.int64(5), stop_ids=ids, num_logprobs=numpy.int64(1))
+        assert repr(request.input_ids) == "[4, 2]" and repr(request.max_new_tokens) == "5"
+        assert request.stop_ids == {2, 4} and repr(request.num_logprobs) == "1"
+    for wrong in (numpy.array([4.0]), torch.tensor([[4, 2]])):
+        with pytest.raises(ArgumentError, match="give at least one token id"):
+            Request(wrong)
 
 
 def test_an_unknown_option_is_named() -> None:
