@@ -11,6 +11,7 @@ from typing import Any, TypeVar, cast
 from bminf.errors import UnknownKeywordError
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+Kind = TypeVar("Kind", bound=type[Any])
 
 
 def check_keywords(function: str, given: Iterable[str], accepted: Collection[str]) -> None:
@@ -52,3 +53,9 @@ def known_keywords(function: Function) -> Function:
         return function(*arguments, **keywords)
 
     return cast(Function, checked)
+
+
+def known_fields(kind: Kind) -> Kind:
+    """A dataclass of which unknown fields raise UnknownKeywordError instead of TypeError."""
+    kind.__init__ = known_keywords(kind.__init__)
+    return kind

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from bminf.checks import check_int, plain
 from bminf.engine.sampling import Sampling
 from bminf.errors import ArgumentError
+from bminf.keywords import known_keywords
 from bminf.offload.phase import NO_PHASE, Phase, PhaseTally
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
@@ -99,6 +100,7 @@ class Request:
     the error in `error`.
     """
 
+    @known_keywords
     def __init__(
         self,
         input_ids: Sequence[int],

@@ -23,6 +23,7 @@ from bminf.checks import (
     make_plain,
 )
 from bminf.errors import ArgumentError
+from bminf.keywords import known_fields
 
 Filter = Callable[[torch.Tensor, int | None, float | None], torch.Tensor]
 """A filter rule: (probabilities (B, V) float32, top_k, top_p) -> the same, zero where dropped.
@@ -81,6 +82,7 @@ def _exclusive_cumsum(values: torch.Tensor) -> torch.Tensor:
     return sums
 
 
+@known_fields
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is chosen.

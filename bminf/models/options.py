@@ -16,7 +16,7 @@ from bminf.checks import (
 )
 from bminf.engine.sampling import Sampling
 from bminf.errors import ArgumentError
-from bminf.keywords import check_keywords
+from bminf.keywords import check_keywords, known_fields
 from bminf.models.arguments import present_ids
 from bminf.tokenizers.base import Tokenizer
 from bminf.tokenizers.stop_strings import check_stop
@@ -25,6 +25,7 @@ ALIASES = {"max_new_tokens": "max_tokens"}
 """Other libraries' names of options -> their names here; all methods accept both."""
 
 
+@known_fields
 @dataclass(frozen=True)
 class Options:
     """The keywords of generate(), generate_iter() and generate_batch().
@@ -135,6 +136,7 @@ class Options:
         return [one.name for one in chosen if getattr(self, one.name) != one.default]
 
 
+@known_fields
 @dataclass(frozen=True)
 class GLMOptions(Options):
     """The keywords of a GLM's generate(), generate_iter(), generate_batch() and fill_blank().

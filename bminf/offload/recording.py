@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from bminf.errors import ArgumentError
+from bminf.keywords import known_keywords
 from bminf.offload.hooks import ATTRIBUTE, Scheduler
 from bminf.offload.trace import Span, Trace
 
@@ -25,6 +26,7 @@ class Recording:
     for one that is being recorded.
     """
 
+    @known_keywords
     def __init__(self, model: Any) -> None:
         # One of the zoo holds its network.
         network = model if isinstance(model, torch.nn.Module) else getattr(model, "model", None)

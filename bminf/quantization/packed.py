@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 import torch
 
 from bminf.errors import ArgumentError
+from bminf.keywords import known_fields
 
 CHUNK_BYTES = 16
 """Rows are padded to this: what a thread of a kernel reads at once."""
@@ -46,6 +47,7 @@ _SCALE_DTYPES = {16: torch.float16, 8: torch.uint8}  # of 4-bit codes, by the bi
 _CODE_DTYPES = {8: torch.int8, 4: torch.uint8}
 
 
+@known_fields
 @dataclass(frozen=True)
 class Format:
     """How a weight is packed.

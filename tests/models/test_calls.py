@@ -13,6 +13,7 @@ from bminf.errors import ArgumentError, UnknownKeywordError, UnsupportedModelErr
 from bminf.keywords import check_keywords, keywords_of, known_keywords
 from bminf.models import CPM1, CPM2, EVA, GLM, convert, plan_glm
 from bminf.models.arguments import present_ids
+from bminf.models.options import GLMOptions, Options
 
 Loader = Callable[..., Any]
 CANDIDATES = ["。", "a", "b", "e", "▁"]  # one that a vocabulary has
@@ -160,3 +161,20 @@ def test_check_keywords_and_its_likes() -> None:
     with pytest.raises(TypeError, match=r"missing .* 'one'"):
         known_keywords(function)()  # what is lacking stays Python's affair
     check_keywords("f", ["a"], ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: bminf.Request([1], max_tokens=2), "Request.. .*'max_tokens'.*'max_new_tokens'"),
+        (lambda: bminf.Sampling(temprature=1), "Sampling.. .* did you mean 'temperature'"),
+        (lambda: bminf.Format(bit=4), "Format.. has no keyword 'bit'; did you mean 'bits'"),
+        (lambda: Options(max_token=3), "Options.. .* did you mean 'max_tokens'"),
+        (lambda: GLMOptions(min_lenght=3), "GLMOptions.. .* did you mean 'min_length'"),
+        (lambda: bminf.QuantizedLinear(None, quantisation="int8"), "did you mean 'quantization'"),
+        (lambda: bminf.plot.Recording(None, name="x"), "Recording.. .*accepted: model"),
+    ],
+)
+def test_what_users_make_knows_its_keywords(make: Callable[[], Any], words: str) -> None:
+    with pytest.raises(UnknownKeywordError, match=words):
+        make()
