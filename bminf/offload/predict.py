@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import add
 
+from bminf.checks import check_positive
 from bminf.errors import ArgumentError
 from bminf.offload.disk import NUM_STAGES, Staging
 from bminf.offload.hit_rates import UNIFORM, HitRates
@@ -274,8 +275,9 @@ def predict(
         memory_bytes_per_s.
     sums_s: of several ranks, of which this is the plan of one, what their sums take behind a block,
         and under "" behind all of them: then nothing is computed, while the link goes on.
-    Raises ArgumentError for a list that the plan does not have, or a rate that is missing.
+    Raises ArgumentError for a list that the plan does not have, or a rate that is missing or none.
     """
+    _check_rates(link_bytes_per_s, memory_bytes_per_s, disk_bytes_per_s)
     _check_disk(plan, disk_bytes_per_s)
     blocks = _used_most(plan) if lists is None else _blocks_of(plan, lists)
     # Of tables a token reads rows alone.
@@ -414,6 +416,8 @@ def simulate(
     num_passes: shown, at least 1; what was before them has negative times.
     Raises ArgumentError as predict() does.
     """
+    check_positive("num_passes", num_passes)
+    _check_rates(link_bytes_per_s, memory_bytes_per_s, disk_bytes_per_s)
     _check_disk(plan, disk_bytes_per_s)
     blocks, outside_bytes = _used_most(plan), plan.fixed_bytes - plan.reserved_bytes
     sizes = [*(block.nbytes for block in blocks), outside_bytes]
@@ -434,6 +438,13 @@ def simulate(
         reads=shown(clock.backend.disk.fills),
         is_predicted=True,
     )
+
+
+def _check_rates(link: float, memory: float, disk: float | None) -> None:
+    rates = {"link_bytes_per_s": link, "memory_bytes_per_s": memory, "disk_bytes_per_s": disk}
+    for name, rate in rates.items():
+        if rate is not None and not rate > 0:
+            raise ArgumentError(f"{name}={rate!r}; accepted: bytes per second, above 0")
 
 
 def _check_disk(plan: Plan, disk_bytes_per_s: float | None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any
 
@@ -12,7 +12,7 @@ from bminf.plot.theme import WIDTH_CM, frame, words_cm
 
 
 def expert_hits(
-    stats: Sequence[Stats],
+    stats: Iterable[Stats],
     *,
     title: str | None = None,
     width_cm: float = WIDTH_CM,
@@ -25,6 +25,7 @@ def expert_hits(
     Raises ArgumentError for less than two of them, or a width; BMInfError where matplotlib is
     missing.
     """
+    stats = list(stats)  # it may be one that is read once
     if len(stats) < 2:
         raise ArgumentError("stats has less than two entries; give one before the first token, too")
     hits = [after.expert_hits - before.expert_hits for before, after in pairwise(stats)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ def check_file(file: str | Path, argument: str = "file") -> Path:
     Raises ArgumentError for a suffix that is none of pictures, or a folder that does not exist;
     BMInfError where matplotlib is missing.
     """
+    if not isinstance(file, str | os.PathLike):
+        raise ArgumentError(f"{argument} is a {type(file).__name__}; give a path")
     path = Path(file).expanduser()
     if path.suffix.lower() not in SUFFIXES:
         raise ArgumentError(
@@ -35,9 +38,12 @@ def check_file(file: str | Path, argument: str = "file") -> Path:
 def save(figure: Any, file: str | Path) -> None:
     """Write a figure as .png, .svg or .pdf, with the same bytes each time.
 
-    Raises ArgumentError as check_file(), OffloadError for a file that cannot be written.
+    Raises ArgumentError as check_file(), and for what is no figure; OffloadError for a file that
+    cannot be written.
     """
     path = check_file(file)
+    if not hasattr(figure, "savefig"):
+        raise ArgumentError(f"figure is a {type(figure).__name__}; give a Figure of matplotlib")
     import matplotlib
 
     # Dates and random names of elements would make two files of one figure differ.

@@ -11,6 +11,7 @@ from bminf.offload.hit_rates import UNIFORM, HitRates
 from bminf.offload.plan import Plan
 from bminf.offload.predict import predict
 from bminf.plot.theme import WIDTH_CM, Frame, frame, unit_of_bytes, words_cm
+from bminf.units import parse_bytes
 
 Points = Sequence[tuple[int, float]]
 """(memory limit in bytes, tokens/s)."""
@@ -50,7 +51,7 @@ def predicted_speeds(
 def speed_by_limit(
     curves: Mapping[str, Points],
     *,
-    limits: Mapping[str, int] | None = None,
+    limits: Mapping[str, int | str] | None = None,
     is_predicted: bool = True,
     title: str = "Speed by memory limit",
     width_cm: float = WIDTH_CM,
@@ -58,14 +59,15 @@ def speed_by_limit(
 ) -> Any:
     """A Figure: tokens/s by memory limit, a line for each of `curves`.
 
-    curves: name -> points, such as those of predicted_speeds().   limits: name -> bytes, such as
-    those of a card, each marked by a line.   is_predicted: the axis says so.
+    curves: name -> points, such as those of predicted_speeds().   limits: name -> bytes or
+    "6GB", such as those of a card, each marked by a line.   is_predicted: the axis says so.
     Raises ArgumentError for curves without a point or a width, BMInfError where matplotlib is
     missing.
     """
+    curves = {name: [(x, y) for x, y in points] for name, points in curves.items()}
     if not any(curves.values()):
         raise ArgumentError("curves has no points; every limit was too small, or there was none")
-    marks = limits or {}
+    marks = {name: parse_bytes(at, f"limits[{name!r}]") for name, at in (limits or {}).items()}
     height_cm = _AXES_CM + words_cm(title, len(curves) + len(marks), width_cm)
     found = frame(title, width_cm, dark, height_cm)
     largest = max(limit for points in curves.values() for limit, _ in points)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bminf.checks import is_number
+from bminf.checks import is_number, plain
 from bminf.errors import ArgumentError, BMInfError
 
 WIDTH_CM = 16.0
@@ -114,6 +114,7 @@ def _dress(axes: Any, theme: Theme, is_small: bool) -> None:
 
 def checked_width(width_cm: float) -> float:
     """`width_cm`.   Raises ArgumentError for one below 6 cm or above 100."""
+    width_cm = plain(width_cm)
     if not is_number(width_cm) or not LEAST_WIDTH_CM <= width_cm <= _MOST_CM:
         raise ArgumentError(
             f"width_cm={width_cm!r}; give a number from {LEAST_WIDTH_CM:g} to {_MOST_CM:g}"

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from bminf.checks import is_number, plain
 from bminf.errors import ArgumentError
 from bminf.offload.trace import Span, Trace
 from bminf.plot.theme import WIDTH_CM, Frame, frame, unit_of_seconds, words_cm
@@ -32,16 +33,19 @@ def timeline(
     Numbers are those of the blocks, as far as there is room. Gaps are what waits.
     trace: of simulate(), or of a Recording.   end_s: of what is shown; None is the end of the
     trace.   title: None says whether times are predicted.
-    Raises ArgumentError for an empty trace or a width, BMInfError where matplotlib is missing.
+    Raises ArgumentError for an empty trace, an end or a width, BMInfError where matplotlib is
+    missing.
     """
     if not trace.computed:
         raise ArgumentError("this trace has no computation in it; record a model while it runs")
+    end_s = trace.end_s if end_s is None else plain(end_s)
+    if not is_number(end_s) or end_s <= 0:
+        raise ArgumentError(f"end_s={end_s!r}; give seconds above 0, for a trace that takes time")
     title = _title(trace) if title is None else title
     rows = {"disk": trace.reads, "link": trace.copies, "compute": trace.computed}
     shown = {name: spans for name, spans in rows.items() if spans}
     height_cm = 0.7 * len(shown) + 1.5 + words_cm(title, _NUM_ENTRIES, width_cm)
     found = frame(title, width_cm, dark, height_cm)
-    end_s = trace.end_s if end_s is None else end_s
     unit_s, unit = unit_of_seconds(end_s)
     streamed = {span.name for span in trace.copies}
     for y, (name, spans) in enumerate(shown.items()):

@@ -6,12 +6,14 @@ bminf/plot/experts.py, bminf/plot/theme.py.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy
 import pytest
 from drawn import check_legible, labels, legend, title
 from matplotlib.colors import to_hex
@@ -20,7 +22,7 @@ from matplotlib.patches import Rectangle
 import bminf
 from bminf.errors import ArgumentError, BMInfError
 from bminf.offload.plan import Block, Experts, Plan, plan
-from bminf.offload.predict import predict
+from bminf.offload.predict import predict, simulate
 from bminf.plot import theme
 from bminf.plot.memory import filling
 from bminf.plot.theme import DARK, LIGHT
@@ -207,6 +209,37 @@ def test_hits_and_misses_are_those_of_each_token() -> None:
     assert legend(figure) == ["hits: in the pool", "misses: copied"]
     with pytest.raises(ArgumentError, match="less than two entries"):
         bminf.plot.expert_hits(STATS[:1])
+
+
+def test_points_may_be_an_array_and_what_is_read_once() -> None:
+    points = [(2**30, 1.0), (2**31, 3.0)]
+    for given in (points, numpy.array(points), iter(points)):
+        axes = bminf.plot.speed_by_limit({"a": given}, limits={"card": "3GiB"}).axes[0]
+        curve, mark = axes.get_lines()
+        assert curve.get_xydata().tolist() == [[1.0, 1.0], [2.0, 3.0]]
+        assert mark.get_xdata() == [3.0, 3.0]
+    figure = bminf.plot.expert_hits(iter(STATS))
+    assert title(figure) == "330 of 480 experts that were wanted were in the pool"
+
+
+@pytest.mark.parametrize(
+    ("draw", "said"),
+    [
+        (lambda: bminf.plot.timeline(simulate(HALF, 1e9, 1e9), end_s=0), "end_s=0; give seconds"),
+        (lambda: bminf.plot.timeline(simulate(HALF, 1e9, 1e9), end_s=-1), "end_s=-1"),
+        (lambda: bminf.plot.timeline(simulate(HALF, 1e9, 1e9), end_s=math.nan), "end_s=nan"),
+        (lambda: simulate(HALF, 0, 1e9), "link_bytes_per_s=0; accepted: bytes per second"),
+        (lambda: simulate(HALF, 1e9, math.nan), "memory_bytes_per_s=nan"),
+        (lambda: simulate(HALF, 1e9, 1e9, num_passes=0), "num_passes=0"),
+        (lambda: predict(HALF, 1e9, -1), "memory_bytes_per_s=-1"),
+        (lambda: bminf.plot.speed_by_limit({"a": [(1, 1.0)]}, limits={"b": "x"}), r"limits\['b'\]"),
+        (lambda: bminf.plot.save(3, "a.png"), "figure is a int"),
+        (lambda: bminf.plot.save(None, 3), "file is a int; give a path"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused_by_name(draw: Callable[[], Any], said: str) -> None:
+    with pytest.raises(ArgumentError, match=said):
+        draw()
 
 
 @pytest.mark.parametrize("width_cm", [5, "wide", float("nan"), float("inf")])
