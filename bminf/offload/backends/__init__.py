@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from bminf.checks import plain
 from bminf.errors import ArgumentError
 from bminf.offload import memory
 from bminf.offload.backends import cuda
@@ -27,8 +28,10 @@ def device_for(device: torch.device | str | int | None) -> torch.device:
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = plain(device)
+    is_index = type(device) is int and device >= 0  # which torch reads only where there is a GPU
     try:
-        wanted = torch.device(device)
+        wanted = torch.device(f"cuda:{device}" if is_index else device)
     except (RuntimeError, TypeError, ValueError) as error:
         raise ArgumentError(f'device={device!r}; accepted: "cpu", "cuda", "cuda:1"') from error
     if wanted.type not in ("cpu", "cuda"):
