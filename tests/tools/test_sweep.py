@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from streaming import make_stack
+from tiny_models import make
 
 from tools.sweep import __main__ as command
 from tools.sweep.candidates import Candidate, candidates
@@ -76,6 +78,28 @@ def outcome_with(model: torch.nn.Module, **given: Any) -> Any:
 
 def test_a_model_that_two_slots_hold_is_resident() -> None:
     assert outcome_with(make_stack(num_blocks=2), x=torch.ones(3, 16)).outcome == "resident"
+
+
+@dataclass
+class PerLayer:
+    """As the configuration of a model whose layers differ."""
+
+    head_dim: int = 8
+
+    def __getattribute__(self, name: str) -> Any:
+        if name == "head_dim":
+            raise KeyError("it differs from layer to layer")
+        return super().__getattribute__(name)
+
+
+def test_experts_by_need_and_fields_that_raise_are_counted_right() -> None:
+    model = make("mixtral")
+    model.model.kept = PerLayer()
+    given = {"input_ids": torch.tensor([[5, 6, 7]]), "use_cache": False}
+    prepared = prepare([lambda: model], lambda _: [given])
+    assert isinstance(prepared, tuple)
+    found = check(*prepared, "int8")  # of which the dense parts fit in what the sweep gives
+    assert found.outcome == "resident", found.reason
 
 
 def test_a_model_that_does_not_run_by_itself_is_not_built() -> None:

@@ -186,6 +186,7 @@ class _Pair:
         """The plan counts every byte; each pass copies what it calls, and little else."""
         planned = plan.outside_bytes + plan.host_table_bytes
         planned += sum(block.nbytes for block in plan.blocks)
+        planned += 0 if plan.experts is None else plan.experts.nbytes
         if planned != self.outcome.num_bytes:
             raise Wrong(f"the plan counts {planned} bytes, the model has {self.outcome.num_bytes}")
         stats = bminf.stats_of(self.model)
@@ -237,7 +238,8 @@ def _tensors_in(value: Any, name: str = "output") -> Iterator[tuple[str, torch.T
     elif isinstance(value, list | tuple):
         items = enumerate(value)
     elif is_dataclass(value) and not isinstance(value, type):
-        items = ((item.name, getattr(value, item.name, None)) for item in fields(value))
+        held = getattr(value, "__dict__", {})  # some configurations have fields that raise
+        items = ((item.name, held.get(item.name)) for item in fields(value))
     for key, item in items:
         yield from _tensors_in(item, f"{name}.{key}")
 
