@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from bminf.errors import ArgumentError, UnsupportedModelError
-from bminf.keywords import known_keywords
 from bminf.layers.saving import check_not_saved
 from bminf.lazy import PACKED_IS_FROZEN, LazyTensor
 from bminf.ops.dequantize import dequantize_weight
@@ -70,7 +69,6 @@ class QuantizedLinear(torch.nn.Linear):
     code_sum: torch.Tensor | None
     row_scale: torch.Tensor | None
 
-    @known_keywords
     def __init__(
         self,
         linear: torch.nn.Module,

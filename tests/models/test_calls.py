@@ -171,7 +171,6 @@ def test_check_keywords_and_its_likes() -> None:
         (lambda: bminf.Format(bit=4), "Format.. has no keyword 'bit'; did you mean 'bits'"),
         (lambda: Options(max_token=3), "Options.. .* did you mean 'max_tokens'"),
         (lambda: GLMOptions(min_lenght=3), "GLMOptions.. .* did you mean 'min_length'"),
-        (lambda: bminf.QuantizedLinear(None, quantisation="int8"), "did you mean 'quantization'"),
         (lambda: bminf.plot.Recording(None, name="x"), "Recording.. .*accepted: model"),
     ],
 )
