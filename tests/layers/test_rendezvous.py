@@ -255,3 +255,17 @@ def test_the_first_rank_has_the_store_unless_torchrun_has(monkeypatch: pytest.Mo
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     third = store_for(Place(0, 2))
     assert third.get("a") == b"b"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="there is no /proc")
+def test_a_process_has_ended_though_nobody_has_waited_for_it() -> None:
+    """As those of torchrun's ranks have, until it looks after them."""
+    command = [sys.executable, "-c", "input()"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL) as program:
+        process = rendezvous._Process(rendezvous._machine(), str(program.pid), "2")
+        elsewhere = rendezvous._Process("elsewhere", str(program.pid), "2")
+        assert not process.has_ended
+        assert program.stdin is not None
+        program.stdin.close()
+        os.waitid(os.P_PID, program.pid, os.WEXITED | os.WNOWAIT)  # it stays as it is
+        assert process.has_ended and not elsewhere.has_ended
